@@ -1,0 +1,52 @@
+PYTHON ?= python3
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
+CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+.PHONY: help setup demo test test-all lint bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@echo
+	@echo "PYTHON=python3.12   the interpreter .venv is made from, 3.10 or newer"
+	@echo "PIP_ARGS=\"...\"      more arguments for pip install, such as an index that has torch builds for CPU only"
+
+setup: $(READY)  ## make .venv with everything; quick when nothing changed
+
+# No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first.
+$(READY): setup.py pyproject.toml constraints.txt Makefile
+	@echo "Setting up $(VENV): some minutes the first time."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	        echo "Python 3.10 or newer is needed, and $(PYTHON) is not: name one with PYTHON=..." >&2; exit 1; }; \
+	    $(PYTHON) -m venv --clear $(VENV); }
+	@$(PIP) setuptools wheel torch
+	@$(PIP) --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+demo: $(READY)  ## train on the English that ships with Python and show the thoughts
+	$(BIN)/python examples/english.py
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(BIN)/pytest -q
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+bench: $(READY)  ## benchmarks of this machine
+	$(BIN)/python benchmarks/bench_naive.py
+	$(BIN)/python benchmarks/bench_thought_attention.py
+
+clean:  ## remove build outputs and caches; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

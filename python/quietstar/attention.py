@@ -1,0 +1,204 @@
+"""Plugs thought_attention into transformers' AttentionInterface, and says which architectures can't use it and why."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from quietstar.cache import PackedPass, ThoughtPass
+from quietstar_kernels import ThoughtLayout
+
+NAME = "quietstar"
+# The wrapper's own registration, whose calls without a layout are the plain model's.
+WRAPPED_NAME = "quietstar_wrapped"
+
+_REASONS = {
+    "it mixes positions outside attention (recurrent, convolutional or linear layers), so thought rows would see other thoughts": (
+        "jamba nemotron_h qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 "
+        "lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba "
+        "granitemoehybrid"
+    ),
+    "its attention does not go through transformers' AttentionInterface": (
+        "falcon bloom mpt gpt_neo gptj codegen gpt_neox_japanese xglm openai-gpt rembert megatron-bert big_bird mvp trocr git "
+        "cpmant roformer reformer prophetnet xlm xlnet"
+    ),
+    "it takes no position_ids, so thought rows would get wrong positions": (
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart pegasus plbart whisper moss_transcribe_diarize"
+    ),
+    "its attention needs a dense mask tensor": (
+        "doge deepseek_v32 glm_moe_dsa axk2 hy_v4 dots3_note_text deepseek_v4 inkling2_text"
+    ),
+    "its decoder layers do not hand keyword arguments to attention": "nemotron stablelm",
+    "it looks up embeddings by token id inside its layers, so learned start and end vectors would be wrong": (
+        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"
+    ),
+    "it cuts attention into chunks or scales it by row index": "llama4 llama4_text minimax_m3_vl_text",
+    "its output head is more than one linear layer": (
+        "bert bert-generation camembert data2vec-text electra ernie roberta roberta-prelayernorm roc_bert xlm-roberta "
+        "xlm-roberta-xl xmod modernbert-decoder"
+    ),
+}
+REFUSED = {model_type: reason for reason, types in _REASONS.items() for model_type in types.split()}
+
+# Tensors that models hand to attention without any effect on its result.
+_HARMLESS = {"position_ids", "position_embeddings", "cache_position"}
+
+
+def check_architecture(config: PretrainedConfig) -> None:
+    """Raises ValueError, with the reason, for a model type that can't think."""
+    reason = REFUSED.get(config.model_type)
+    if reason is None and getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, not a causal language model"
+    if reason is not None:
+        raise ValueError(f"model type {config.model_type!r} cannot think: {reason}")
+
+
+class MaskArguments:
+    """What a layer's mask is made of. Stands in for the mask, so that a layer knows its window without a dense tensor."""
+
+    def __init__(self, **arguments: Any):
+        self.arguments = arguments
+        self._dense: Tensor | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a row sees, itself included; None on layers without a window."""
+        local_size = self.arguments.get("local_size")
+        if local_size is not None and local_size == getattr(self.arguments["config"], "attention_chunk_size", None):
+            raise ValueError("attention in chunks cannot serve thoughts")
+        return local_size
+
+    def dense(self, make: Callable[..., Any]) -> Tensor | None:
+        """The mask a plain call wants, made once for all layers that share it."""
+        if self._dense is None:
+            self._dense = make(**self.arguments)
+        return self._dense
+
+
+def _thought_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    thought_layout: ThoughtLayout | ThoughtPass,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a forward that carries a layout: query [B,H,rows,K] to [B,rows,H,E]."""
+    if isinstance(attention_mask, Tensor):
+        raise ValueError("with a thought layout attention_mask must be None or [B,M], got a prepared mask tensor")
+    unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _HARMLESS]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which thoughts do not support")
+    if dropout:
+        _warn_dropout()
+    window = attention_mask.window if isinstance(attention_mask, MaskArguments) else sliding_window
+    serve = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+    out = serve.attend(query, key, value, scale=scaling, window=window, softcap=softcap, sinks=s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _plain_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a forward without a layout: sdpa, or the model's own eager code where sdpa lacks a feature."""
+    kwargs.pop("thought_layout", None)
+    eager = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    if isinstance(attention_mask, MaskArguments):
+        attention_mask = attention_mask.dense(eager_mask if eager else sdpa_mask)
+    if eager:
+        return sys.modules[type(module).__module__].eager_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attention(without_layout: str) -> Callable[..., Any]:
+    """The attention function to register, ``without_layout`` "raise" or "sdpa"."""
+
+    def forward(module, query, key, value, attention_mask, **kwargs):
+        if kwargs.get("thought_layout") is not None:
+            return _thought_forward(module, query, key, value, attention_mask, **kwargs)
+        lost = _was_passed() if without_layout == "sdpa" else False
+        if lost:
+            raise ValueError(
+                f"{type(module).__name__}: thought_layout was passed to the model but did not arrive at attention; "
+                "this architecture drops keyword arguments on the way"
+            )
+        if without_layout == "raise":
+            raise ValueError(
+                f"{type(module).__name__}: attention 'quietstar' was called without a thought_layout; pass thought_layout= to "
+                "the model, or call quietstar.register_attention(without_layout='sdpa') to let such calls be plain attention"
+            )
+        return _plain_forward(module, query, key, value, attention_mask, **kwargs)
+
+    return forward
+
+
+def _was_passed() -> bool:
+    """True where a module call up the stack was given a ``thought_layout``: then a plain call is a layout lost on the way.
+
+    Every torch module call holds its keywords in a local named ``kwargs``.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2).f_back
+    while frame is not None:
+        keywords = frame.f_locals.get("kwargs")
+        if isinstance(keywords, dict) and keywords.get("thought_layout") is not None:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_dropout_warned = False
+
+
+def _warn_dropout() -> None:
+    global _dropout_warned
+    if not _dropout_warned:
+        _dropout_warned = True
+        warnings.warn("attention dropout is not used in forwards with thoughts; it is taken as 0", stacklevel=2)
+
+
+def register_attention(without_layout: str = "raise") -> str:
+    """Make ``attn_implementation="quietstar"`` known to transformers.
+
+    Then ``model(input_ids, position_ids=layout.position_ids(), thought_layout=layout)`` runs packed text and thoughts.
+
+    Args:
+        without_layout: what a call without ``thought_layout`` does: "raise", or "sdpa" for plain attention. A layout that
+            was passed to the model and did not arrive at attention raises in both cases.
+
+    Returns:
+        The name to use, "quietstar".
+
+    Raises:
+        ValueError: another value of ``without_layout``.
+    """
+    if without_layout not in ("raise", "sdpa"):
+        raise ValueError(f"register_attention: without_layout must be 'raise' or 'sdpa', got {without_layout!r}")
+    _register(NAME, without_layout)
+    return NAME
+
+
+def _register(name: str, without_layout: str) -> None:
+    AttentionInterface.register(name, _attention(without_layout))
+    AttentionMaskInterface.register(name, MaskArguments)
+
+
+_register(WRAPPED_NAME, "sdpa")

@@ -1,0 +1,124 @@
+"""What one model forward does at its attention calls: a packed pass, or a rollout step over stored keys and values.
+
+The object travels through transformers as the keyword ``thought_layout``. Calls are counted instead of asking for a layer
+index, because a model may call attention more than once in a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
+
+
+class ThoughtPass(Protocol):
+    """Serves the attention calls of one forward; ``arrived`` tells afterwards that there was one."""
+
+    arrived: bool
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""
+        ...
+
+
+class PackedPass:
+    """The differentiable pass: text and all thought rows at once."""
+
+    def __init__(self, layout: ThoughtLayout, backend: str = "auto"):
+        self.layout = layout
+        self.backend = backend
+        self.arrived = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.arrived = True
+        out = thought_attention(q, k, v, self.layout, backend=self.backend, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@dataclass
+class _Entry:
+    """One attention call's keys and values: text [B,G,L,width], thoughts [B,G,P*N,S,width]."""
+
+    k_text: Tensor
+    v_text: Tensor
+    k_own: Tensor
+    v_own: Tensor
+
+
+class ThoughtStore:
+    """Keys and values of the text, kept, and of every thought's rows so far, for each attention call of a forward."""
+
+    def __init__(self, layout: ThoughtLayout, backend: str = "auto"):
+        self.layout = layout
+        self.backend = backend
+        self.entries: list[_Entry] = []
+
+    def prefill(self) -> TextPass:
+        self.entries.clear()
+        return TextPass(self)
+
+    def decode(self, step: int) -> StepPass:
+        return StepPass(self, step)
+
+
+class TextPass:
+    """The text alone; its keys and values stay in the store."""
+
+    def __init__(self, store: ThoughtStore):
+        self.store = store
+        self.layout = store.layout.text_only()
+        self.arrived = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.arrived = True
+        layout = self.store.layout
+        own = (layout.B, k.shape[1], layout.P * layout.N, layout.S)
+        k_own, v_own = (x.new_empty((*own, x.shape[-1])) for x in (k, v))
+        self.store.entries.append(_Entry(k, v, k_own, v_own))
+        out = thought_attention(q, k, v, self.layout, backend=self.store.backend, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class StepPass:
+    """Row ``step`` of all thoughts: writes its keys and values, then reads text and own rows."""
+
+    def __init__(self, store: ThoughtStore, step: int):
+        self.store = store
+        self.step = step
+        self.calls = 0
+
+    @property
+    def arrived(self) -> bool:
+        return self.calls == len(self.store.entries) > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        entry = self.store.entries[self.calls]
+        self.calls += 1
+        entry.k_own[:, :, :, self.step] = k
+        entry.v_own[:, :, :, self.step] = v
+        return thought_decode(
+            q,
+            entry.k_text,
+            entry.v_text,
+            entry.k_own,
+            entry.v_own,
+            self.store.layout,
+            self.step,
+            backend=self.store.backend,
+            **options,
+        )
+
+
+def check_arrived(thought_pass: ThoughtPass, model: torch.nn.Module) -> None:
+    """Raises where a forward never brought its layout to attention: its numbers would be silently wrong."""
+    if not thought_pass.arrived:
+        raise ValueError(
+            f"{type(model).__name__}: the thought layout did not reach every attention call, so this model cannot think; "
+            "its layers drop keyword arguments or do not use transformers' AttentionInterface"
+        )

@@ -1,0 +1,158 @@
+"""Saving and loading: an ordinary Hugging Face checkpoint with the thought parts in files of their own beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from quietstar.config import ThoughtConfig
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+TENSORS, SETTINGS, CARD = "quietstar.safetensors", "quietstar.json", "README.md"
+FORMAT = 1
+
+
+def save(qs: QuietStar, directory: str | os.PathLike) -> None:
+    """Write everything into a folder beside ``directory``, then rename file by file, the settings last.
+
+    A crash leaves the old checkpoint, or a mixed one that ``load`` refuses because its settings name other tensors.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        qs.model.save_pretrained(beside)
+        if qs.tokenizer is not None:
+            qs.tokenizer.save_pretrained(beside)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in _own_tensors(qs).items()}
+        save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
+        settings = {
+            "format": FORMAT,
+            "model_type": qs.model.config.model_type,
+            "thought_config": qs.thought_config.to_dict(),
+            "files": {file.name: file.stat().st_size for file in sorted(beside.glob("*.safetensors"))},
+        }
+        (beside / CARD).write_text(_card(qs))
+        (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        for stale in directory.glob("*.safetensors"):
+            if not (beside / stale.name).exists():
+                stale.unlink()
+        for file in sorted(beside.iterdir(), key=lambda file: file.name == SETTINGS):
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def load(
+    path: str | os.PathLike, **kwargs: Any
+) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
+    """The base model, the config, the tokenizer if one was saved, and the thought tensors."""
+    settings = _read_settings(path)
+    tensors = _read_tensors(path)
+    if os.path.isdir(path):
+        _check_sizes(Path(path), settings.get("files", {}))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs})
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: the language model does not load: {error}") from error
+    if model.config.model_type != settings["model_type"]:
+        raise ValueError(f"{path}: {SETTINGS} belongs to a {settings['model_type']}, the model is a {model.config.model_type}")
+    tokenizer = AutoTokenizer.from_pretrained(path) if _file(path, "tokenizer_config.json") else None
+    return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
+
+
+def restore(qs: QuietStar, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy loaded thought tensors into ``qs``; all names and shapes must be as saved."""
+    own = _own_tensors(qs)
+    if set(own) != set(tensors):
+        raise ValueError(f"{path}: {TENSORS} must hold {sorted(own)}, got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].data = tensor.to(own[name].device)
+
+
+def _own_tensors(qs: QuietStar) -> dict[str, Tensor]:
+    return {name: x for name, x in qs.named_parameters() if not name.startswith("model.")}
+
+
+def _file(path: str | os.PathLike, name: str) -> str | None:
+    """The local path of one file of a checkpoint, folder or hub name; None where it has none."""
+    return cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    file = _file(path, SETTINGS)
+    if file is None:
+        raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint")
+    try:
+        settings = json.loads(Path(file).read_text())
+        known = settings["format"] == FORMAT and isinstance(settings["thought_config"], dict) and settings["model_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {SETTINGS} is damaged: {error}") from error
+    if not known:
+        raise ValueError(f"{path}: {SETTINGS} has format {settings['format']}, this version reads {FORMAT}")
+    return settings
+
+
+def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    file = _file(path, TENSORS)
+    if file is None:
+        raise ValueError(f"{path}: no {TENSORS} there, so it is not a whole QuietStar checkpoint")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {TENSORS} is damaged: {error}") from error
+
+
+def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        file = directory / name
+        if not file.exists():
+            raise ValueError(f"{directory}: {name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{directory}: {name} is damaged: it has {file.stat().st_size} bytes, {size} were saved")
+
+
+def _card(qs: QuietStar) -> str:
+    config = qs.thought_config
+    name = type(qs.model).__name__
+    return f"""---
+library_name: transformers
+tags: [quiet-star]
+---
+
+# {name} that thinks before every token
+
+A {name} trained with Quiet-STaR (arXiv 2403.09629) by quietstar-kernels: {config.thoughts} thoughts of
+{config.thought_tokens} tokens at every position, {config.lookahead} tokens predicted after each, preset `{config.preset}`.
+
+`AutoModelForCausalLM.from_pretrained` loads the language model alone; `quietstar.QuietStar.from_pretrained` loads it with its
+mixing head and thought embeddings (`{TENSORS}`, `{SETTINGS}`).
+
+## Limits
+
+A thought need not be the reason for an answer: it was rewarded for making the next tokens likelier, nothing else. Nothing
+guards against harmful thoughts, and they are not meant to be shown as explanations.
+"""

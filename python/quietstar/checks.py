@@ -1,0 +1,140 @@
+"""What the wrapper checks on entry, each complaint one sentence: texts, labels, ids, positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from quietstar.config import ThoughtConfig
+from quietstar_kernels import ThoughtLayout
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must have shape [{letters}]={list(shape)}, got {got}")
+
+
+def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    if ids.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be int32 or int64, got {str(ids.dtype).removeprefix('torch.')}")
+    outside = (ids < 0) | (ids >= vocabulary)
+    if bool(outside.any()):
+        raise ValueError(f"{name} must be from 0 to V-1={vocabulary - 1}, got {int(ids[outside][0])}")
+
+
+def check_special_ids(config: ThoughtConfig, vocabulary: int) -> None:
+    for name in ("start_token_id", "end_token_id"):
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < vocabulary:
+            raise ValueError(f"{name} must be from 0 to V-1={vocabulary - 1}, got {token}")
+
+
+def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, vocabulary: int) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must have shape [B,L], got {got}")
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
+    check_ids("input_ids", input_ids, vocabulary)
+    if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, "B,L", tuple(input_ids.shape))
+    for name, token in (("start", config.start_token_id), ("end", config.end_token_id)):
+        if token is None:
+            continue
+        held = input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
+        if bool(held.any()):
+            row, place = held.nonzero()[0].tolist()
+            raise ValueError(f"input_ids must not hold the {name}-of-thought id {token}, row {row} does at position {place}")
+
+
+def make_layout(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    anchors: Tensor | None,
+    document_ids: Tensor | None,
+    config: ThoughtConfig,
+) -> ThoughtLayout:
+    N, S = config.thoughts, config.rows
+    if document_ids is not None:
+        check_shape("document_ids", document_ids, "B,L", tuple(input_ids.shape))
+        if attention_mask is not None:
+            document_ids = document_ids.masked_fill(attention_mask == 0, -1)
+        return ThoughtLayout.from_documents(document_ids, N, S, anchors=anchors)
+    if attention_mask is not None:
+        return ThoughtLayout.from_padding(attention_mask, N, S, anchors=anchors)
+    if anchors is not None:
+        if anchors.shape[:1] != input_ids.shape[:1]:
+            raise ValueError(f"anchors must have shape [B,P]=[{len(input_ids)},?], got {list(anchors.shape)}")
+        return ThoughtLayout.at(anchors, N, S, text_length=input_ids.shape[1])
+    return ThoughtLayout.every_position(*input_ids.shape, N, S, device=input_ids.device)
+
+
+def check_lookahead(layout: ThoughtLayout, config: ThoughtConfig) -> None:
+    if layout.L < config.lookahead + 2:
+        raise ValueError(
+            f"input_ids must hold at least J+2={config.lookahead + 2} tokens to look {config.lookahead} ahead, got L={layout.L}"
+        )
+
+
+def check_labels(labels: Tensor | None, input_ids: Tensor, vocabulary: int) -> Tensor:
+    if labels is None:
+        return input_ids.long()
+    check_shape("labels", labels, "B,L", tuple(input_ids.shape))
+    check_ids("labels", labels.masked_fill(labels == -100, 0), vocabulary)
+    return labels.long()
+
+
+def check_thought_ids(thought_ids: Tensor, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int) -> None:
+    check_shape("thought_ids", thought_ids, "B,P,N,T", (layout.B, layout.P, layout.N, config.thought_tokens))
+    check_ids("thought_ids", thought_ids, vocabulary)
+    for token in config.banned:
+        if bool((thought_ids == token).any()):
+            raise ValueError(f"thought_ids must not hold the start- or end-of-thought id {token}")
+
+
+def check_sequence_ids(sequence_ids: Tensor | None, input_ids: Tensor) -> Tensor:
+    """int64 [B,L]; the row index where none are given."""
+    B, L = input_ids.shape
+    if sequence_ids is None:
+        sequence_ids = torch.arange(B, device=input_ids.device)
+    if tuple(sequence_ids.shape) not in ((B,), (B, L)):
+        raise ValueError(f"sequence_ids must have shape [B]=[{B}] or [B,L]=[{B}, {L}], got {list(sequence_ids.shape)}")
+    return (sequence_ids[:, None] if sequence_ids.ndim == 1 else sequence_ids).long().expand(B, L)
+
+
+def pad_id(config: PretrainedConfig) -> int:
+    """The config's pad id, else its end-of-text id, else 0: what stands where no loss looks."""
+    for token in (config.pad_token_id, config.eos_token_id):
+        if isinstance(token, list):
+            token = token[0] if token else None
+        if token is not None and token >= 0:
+            return token
+    return 0
+
+
+def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
+    """Learned positions end, and some rotary ones change with the longest position in the call: refuse to cross either."""
+    config = model.config.get_text_config()
+    learned = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
+    ]
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    if learned:
+        limits.append((min(config.max_position_embeddings, *learned), "learned positions"))
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        limits.append((original, f"positions before {rope['rope_type']} rotary embeddings change"))
+    for limit, what in limits:
+        needed = int(layout.position_ids().max()) + 1
+        if needed > limit:
+            raise ValueError(
+                f"text and thoughts need {needed} positions and {type(model).__name__} has {limit} {what}: "
+                "use a shorter text or shorter thoughts"
+            )

@@ -1,0 +1,103 @@
+"""ThoughtConfig: every number of a Quiet-STaR run that is not the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {
+        "mixing": "logits",
+        "reward": "gain",
+        "base_weight": 0.5,
+        "mix_weight": 0.5,
+        "policy_temperature": 3.0,
+    },
+    "paper": {
+        "mixing": "logprobs",
+        "reward": "likelihood",
+        "base_weight": 0.0,
+        "mix_weight": 1.0,
+        "policy_temperature": 1.0,
+    },
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ThoughtConfig:
+    """How thoughts are made and learned from. Fields left at None take the preset's value.
+
+    ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    thoughts: int = _option(2, "N, thoughts sampled at every anchor")
+    thought_tokens: int = _option(9, "T, sampled tokens in a thought")
+    lookahead: int = _option(4, "J, next tokens predicted after a thought")
+    preset: str = _option("official", "official or paper: fills the fields below that are None")
+    mixing: str | None = _option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
+    reward: str | None = _option(None, "gain over the base prediction, or likelihood alone")
+    base_weight: float | None = _option(None, "weight of the base model's cross entropy")
+    mix_weight: float | None = _option(None, "weight of the mixed prediction's cross entropy")
+    policy_weight: float = _option(1e6, "weight of the REINFORCE term")
+    policy_temperature: float | None = _option(None, "temperature of the thoughts' log-probability in the REINFORCE term")
+    advantage: str = _option("relu", "relu, mean, leave_one_out or zscore: reward to advantage, over the N thoughts")
+    start_token_id: int | None = _option(None, "id of a start-of-thought token, where the vocabulary has one")
+    end_token_id: int | None = _option(None, "id of an end-of-thought token, where the vocabulary has one")
+    embedding_scale: float = _option(100.0, "the start and end vectors are this times their parameters")
+    embedding_init: int | str | None = _option(None, "token id or text whose embedding start and end begin with")
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"ThoughtConfig: preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("thoughts", "thought_tokens", "lookahead"):
+            self._check(name, isinstance(getattr(self, name), int) and 1 <= getattr(self, name) < 65536, "1 to 65,535")
+        for name in ("base_weight", "mix_weight", "policy_weight"):
+            self._check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        for name in ("policy_temperature", "embedding_scale"):
+            self._check(name, 0 < getattr(self, name) < float("inf"), "above 0")
+        self._choice("mixing", ("logits", "logprobs"))
+        self._choice("reward", ("gain", "likelihood"))
+        self._choice("advantage", ("relu", "mean", "leave_one_out", "zscore"))
+        if self.thoughts == 1 and (self.reward == "likelihood" or self.advantage != "relu"):
+            raise ValueError(
+                "ThoughtConfig: thoughts must be at least 2 where a reward is compared with the other thoughts' mean "
+                f"(reward={self.reward!r}, advantage={self.advantage!r}), got 1"
+            )
+
+    @property
+    def rows(self) -> int:
+        """S = T + J + 1: start, T sampled tokens, end and J-1 teacher-forced ones."""
+        return self.thought_tokens + self.lookahead + 1
+
+    @property
+    def banned(self) -> list[int]:
+        """Ids that are never sampled."""
+        return [token for token in (self.start_token_id, self.end_token_id) if token is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ThoughtConfig:
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"ThoughtConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
+        self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")

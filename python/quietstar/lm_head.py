@@ -1,0 +1,99 @@
+"""The final norm's output to logits: which linear map, factor and soft cap a model applies, found once and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar_kernels import linear_logprob, sample_token
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The decoder whose ``last_hidden_state`` is the head's input."""
+    return model.base_model if model.base_model is not model else model.model
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = softcap(scale * (hidden · weightᵀ + bias)), over the parameters of the model's own output layer."""
+
+    linear: nn.Linear
+    scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    def sample(
+        self, hidden: Tensor, counters: Tensor, seed: int, temperature: float, banned: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [...,D] and counters [...,4] to ids and log-probabilities [...]; ``quietstar_kernels.sample_token``."""
+        shape = hidden.shape[:-1]
+        ids, logprob = sample_token(
+            hidden.flatten(0, -2).to(self.dtype),
+            self.linear.weight,
+            counters.flatten(0, -2),
+            seed,
+            bias=self.linear.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            temperature=temperature,
+            banned=banned,
+        )
+        return ids.view(shape), logprob.view(shape)
+
+    def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
+        """Log-probability of ``targets`` [...] under hidden [...,D]; fp32, 0 where the target is -100."""
+        out = linear_logprob(
+            hidden.flatten(0, -2).to(self.dtype),
+            self.linear.weight,
+            targets.flatten(),
+            bias=self.linear.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            temperature=temperature,
+            banned=banned,
+        )
+        assert isinstance(out, Tensor)
+        return out.view(targets.shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [...,D] to logits [...,V]."""
+        logits = self.linear(hidden)
+        logits = logits if self.scale is None else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_lm_head(model: PreTrainedModel) -> LMHead:
+    """Read factor and soft cap from the config and check them against the model's own logits on four tokens.
+
+    Raises:
+        ValueError: the logits are not those of any known head.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{type(model).__name__} cannot think: its output head is not one linear layer")
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    factor = getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    scales = [factor, 1 / scaling if scaling else None, scaling, None]
+    candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
+
+    ids = torch.arange(4, device=linear.weight.device)[None] % linear.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        truth = model(input_ids=ids, use_cache=False).logits.float()
+        model.train(was_training)
+        tolerance = 1e-2 if linear.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for head in candidates:
+            if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():
+                return head
+    raise ValueError(f"{type(model).__name__} cannot think: its logits are not a linear map of its last hidden state")

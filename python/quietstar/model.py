@@ -1,0 +1,315 @@
+"""QuietStar: thoughts at every position of a text, around an unmodified Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from quietstar import checkpoint, checks, objective, official
+from quietstar.attention import WRAPPED_NAME, check_architecture
+from quietstar.cache import PackedPass
+from quietstar.config import ThoughtConfig
+from quietstar.lm_head import find_lm_head
+from quietstar.rollout import Thoughts, decode_rows, sample_thoughts
+from quietstar.verify import verify_once
+from quietstar_kernels import ThoughtLayout
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """What ``QuietStar.forward`` returns. All fp32; positions where something is undefined hold 0.
+
+    Attributes:
+        loss: loss_ce + policy_weight * policy_loss.
+        loss_ce: base_weight * mean base + mix_weight * mean mixed cross entropy, nats.
+        policy_loss: the REINFORCE term before its weight.
+        nll_base: [B,L-1], -log p_base of text token t+1, nats.
+        nll_mix: [B,P,N,J], -log p_mix of text token anchor+j+1, nats.
+        weight: [B,P,N,J], mixing weight on the thought.
+        reward: [B,P,N], nats, no gradient.
+        advantage: [B,P,N], no gradient.
+        thought_ids: int64 [B,P,N,T].
+    """
+
+    loss: Tensor | None = None
+    loss_ce: Tensor | None = None
+    policy_loss: Tensor | None = None
+    nll_base: Tensor | None = None
+    nll_mix: Tensor | None = None
+    weight: Tensor | None = None
+    reward: Tensor | None = None
+    advantage: Tensor | None = None
+    thought_ids: Tensor | None = None
+
+
+class QuietStar(nn.Module):
+    """Wraps a causal language model so that it thinks before every token (Quiet-STaR, arXiv 2403.09629).
+
+    The model keeps its class, weights and ``generate``. Calls to it without thoughts run plain sdpa attention (its own eager
+    code where it has soft caps or sinks). In training mode thoughts are sampled, in evaluation mode they are greedy.
+
+    Args:
+        model: any causal LM whose attention goes through transformers' AttentionInterface.
+        config: N, T, J and the objective; default ``ThoughtConfig()``.
+        tokenizer: only used for ``embedding_init`` and saved beside the model.
+        verify: run a small self-test once per architecture: packed rows must equal an ordinary forward.
+
+    Attributes:
+        model: the language model.
+        mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
+        start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
+
+    Raises:
+        ValueError: a model type that can't think, or one that fails the self-test, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ThoughtConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        verify: bool = True,
+    ):
+        super().__init__()
+        self.thought_config = config or ThoughtConfig()
+        self.tokenizer = tokenizer
+        check_architecture(model.config)
+        embed = model.get_input_embeddings()
+        checks.check_special_ids(self.thought_config, embed.num_embeddings)
+        model.set_attn_implementation(WRAPPED_NAME)
+        if verify:
+            verify_once(model)
+        self.model = model
+        self.lm_head = find_lm_head(model)
+        device, D = embed.weight.device, self.lm_head.linear.in_features
+        self.mixing_head = nn.Sequential(
+            nn.Linear(2 * D, D, device=device),
+            nn.ReLU(),
+            nn.Linear(D, D, device=device),
+            nn.ReLU(),
+            nn.Linear(D, 1, bias=False, device=device),
+        )
+        nn.init.zeros_(self.mixing_head[4].weight)
+        vector = initial_embedding(embed, self.thought_config.embedding_init, tokenizer)
+        self.start_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
+        self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
+
+    @property
+    def config(self) -> Any:
+        """The language model's own config."""
+        return self.model.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        thought_ids: Tensor | None = None,
+        anchors: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        seed: int | None = None,
+    ) -> QuietStarOutput:
+        """Think, predict J tokens after every thought, and return the loss and its parts.
+
+        Args:
+            input_ids: int64 [B,L], L at least J + 2.
+            attention_mask: [B,L], 1 on text, 0 on padding, left or right.
+            labels: int64 [B,L], -100 where a token is not to be predicted; default input_ids.
+            thought_ids: int64 [B,P,N,T]; default sampled here.
+            anchors: integer [B,P], positions that think, ascending, -1 in unused places; default all L.
+            document_ids: integer [B,L], for packed documents: nothing sees or predicts another document.
+            sequence_ids: integer [B] or [B,L], names each text for sampling; default the row index.
+            seed: 64 bits for sampling; default drawn from torch's generator.
+
+        Raises:
+            ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than
+                the look-ahead, or one whose thoughts pass the last learned position.
+        """
+        config = self.thought_config
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        checks.check_lookahead(layout, config)
+        labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
+        if thought_ids is None:
+            thought_ids = self._sample(layout, input_ids, sequence_ids, seed, greedy=not self.training).thought_ids
+        else:
+            checks.check_thought_ids(thought_ids, layout, config, self.lm_head.linear.out_features)
+        text, thought = self._hidden_states(layout, input_ids, thought_ids)
+
+        targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
+        nll_base, nll_mix, weight = self._predict(layout, text, thought, targets)
+        reward = objective.rewards(nll_base, nll_mix, targets, layout, config.reward)
+        advantage = torch.where(targets.rewarded[:, :, None], objective.ADVANTAGES[config.advantage](reward), 0)
+        logprob = self.lm_head.logprob(
+            thought[:, :, :, : config.thought_tokens], thought_ids, config.policy_temperature, config.banned
+        )
+        loss_ce = objective.cross_entropy(nll_base, nll_mix, targets, config.base_weight, config.mix_weight)
+        policy_loss = objective.policy_loss(logprob, advantage, targets.rewarded)
+        return QuietStarOutput(
+            loss=loss_ce + config.policy_weight * policy_loss,
+            loss_ce=loss_ce,
+            policy_loss=policy_loss,
+            nll_base=nll_base,
+            nll_mix=nll_mix,
+            weight=weight,
+            reward=reward,
+            advantage=advantage,
+            thought_ids=thought_ids,
+        )
+
+    def think(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        seed: int | None = None,
+        greedy: bool | None = None,
+        document_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+    ) -> Thoughts:
+        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T] and ``.logprob`` at the sampling temperature 1.
+
+        Args:
+            greedy: the most likely token at each step, the same for all N; default in evaluation mode.
+
+        Other arguments and errors are those of ``forward``.
+        """
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        greedy = not self.training if greedy is None else greedy
+        return self._sample(layout, input_ids, sequence_ids, seed, greedy)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place."""
+        checkpoint.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, verify: bool = True, **kwargs: Any) -> QuietStar:
+        """Load what ``save_pretrained`` wrote, from a folder or a hub name. Nothing is initialised anew.
+
+        Args:
+            kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
+
+        Raises:
+            ValueError: a checkpoint that is damaged, foreign or of another model.
+        """
+        model, config, tokenizer, tensors = checkpoint.load(path, **kwargs)
+        qs = cls(model, config, tokenizer, verify=verify)
+        checkpoint.restore(qs, tensors, path)
+        return qs
+
+    def load_official_state_dict(self, state: Mapping[str, Tensor], embedding_scale: float = 100.0) -> None:
+        """Load a published checkpoint's tensors by their published names, all of them or none.
+
+        Base weights, ``talk_head.0.{0,2,4}.*``, ``start_embedding`` and ``end_embedding`` [2,D] (row 0 is used).
+
+        Args:
+            embedding_scale: the published model's factor from stored to effective vector.
+
+        Raises:
+            ValueError: a name that is missing or unknown, or a shape that differs.
+        """
+        official.load_state_dict(self, state, embedding_scale)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the decoder's layers in backward instead of keeping their activations."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing_disable()
+
+    def _layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None
+    ) -> ThoughtLayout:
+        config = self.thought_config
+        checks.check_text(input_ids, attention_mask, config, self.model.get_input_embeddings().num_embeddings)
+        layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, config)
+        checks.check_positions(self.model, layout)
+        return layout
+
+    def _sample(
+        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
+    ) -> Thoughts:
+        if seed is None:
+            seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        return sample_thoughts(
+            self.model,
+            self.lm_head,
+            self._embedding(self.start_embedding),
+            input_ids,
+            layout,
+            checks.check_sequence_ids(sequence_ids, input_ids),
+            seed,
+            self.thought_config.thought_tokens,
+            temperature=0.0 if greedy else 1.0,
+            banned=self.thought_config.banned,
+        )
+
+    def _embedding(self, parameter: Tensor) -> Tensor:
+        """The vector that the decoder sees, in its dtype."""
+        return (self.thought_config.embedding_scale * parameter).to(self.model.get_input_embeddings().weight.dtype)
+
+    def _hidden_states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D]."""
+        pad = checks.pad_id(self.model.config)
+        embeds = self.model.get_input_embeddings()(layout.token_ids(input_ids, thought_ids, pad, pad, pad))
+        text, thought = embeds.split([layout.L, layout.R], 1)
+        thought = thought.unflatten(1, (layout.P, layout.N, layout.S)).clone()
+        thought[:, :, :, 0] = self._embedding(self.start_embedding)
+        thought[:, :, :, self.thought_config.thought_tokens + 1] = self._embedding(self.end_embedding)
+        embeds = torch.cat([text, thought.flatten(1, 3)], 1)
+        hidden = decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
+        text, thought = hidden.split([layout.L, layout.R], 1)
+        return text, thought.unflatten(1, (layout.P, layout.N, layout.S))
+
+    def _predict(
+        self, layout: ThoughtLayout, text: Tensor, thought: Tensor, targets: objective.Targets
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """nll_base [B,L-1], nll_mix [B,P,N,J] and the mixing weight [B,P,N,J]."""
+        config, J = self.thought_config, self.thought_config.lookahead
+        steps = torch.arange(J, device=text.device)
+        index = (layout.anchor.long()[:, :, None] + steps).clamp(0, layout.L - 1)  # [B,P,J]
+        rows = torch.arange(layout.B, device=text.device)[:, None, None]
+        h_base = text[rows, index].float()[:, :, None].expand(-1, -1, layout.N, -1, -1)
+        h_thought = thought[:, :, :, config.thought_tokens + 1 :].float()
+        weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.mixing_head[0].weight.dtype)).float()
+        predicting = text[:, :-1]
+        if config.mixing == "logits":
+            # Base and mix share one call: with w = 0 their difference must be exactly nothing, for 1e6 multiplies it.
+            mixed = (1 - weight) * h_base + weight * h_thought
+            hidden = torch.cat([predicting.flatten(0, 1).float(), mixed.flatten(0, 3)])
+            logprob = self.lm_head.logprob(hidden, torch.cat([targets.base.flatten(), targets.mix.flatten()]))
+            base, mix = (-logprob).split([targets.base.numel(), targets.mix.numel()])
+            return base.view_as(targets.base), mix.view_as(targets.mix), weight[..., 0]
+        weight = torch.sigmoid(weight)[..., 0]
+        base = -self.lm_head.logprob(predicting, targets.base)
+        mix_base = -self.lm_head.logprob(h_base, targets.mix)
+        mix = (1 - weight) * mix_base - weight * self.lm_head.logprob(h_thought, targets.mix)
+        return base, mix, weight
+
+
+@torch.no_grad()
+def initial_embedding(embed: nn.Module, init: int | str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """The vector, fp32 [D], that start and end begin with: of a token id, of text, of "---", or the mean embedding."""
+    if isinstance(init, str) and tokenizer is None:
+        raise ValueError(f"embedding_init: text {init!r} needs a tokenizer; pass one, or a token id")
+    if init is None and tokenizer is not None:
+        init = "---"
+    if isinstance(init, str):
+        ids = tokenizer(init, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"embedding_init: the tokenizer gives no tokens for {init!r}")
+    elif init is not None:
+        if not 0 <= init < embed.num_embeddings:
+            raise ValueError(f"embedding_init must be from 0 to V-1={embed.num_embeddings - 1}, got {init}")
+        ids = [init]
+    else:
+        ids = range(embed.num_embeddings)
+    chunks = torch.as_tensor(list(ids), device=embed.weight.device).split(4096)
+    return torch.stack([embed(chunk).float().sum(0) for chunk in chunks]).sum(0) / len(ids)

@@ -1,0 +1,26 @@
+"""Attention, decoding, sampling and log-probabilities for thoughts at every position of a text (Quiet-STaR).
+
+Dimension key, the only letters used in code, docstrings and errors:
+
+=  ==========================================  =  ==========================================
+B  batch                                       M  packed rows, L + R
+L  text positions                              H  query heads
+P  anchors: text positions that think          G  key/value heads, H a multiple of G
+N  thoughts per anchor                         K  head width of queries and keys
+T  sampled tokens of a thought                 E  head width of values
+J  look-ahead: tokens predicted by a thought   D  model width
+S  rows per thought, T + J + 1                 V  vocabulary
+R  thought rows, P*N*S, r = (p*N + n)*S + s
+=  ==========================================  =  ==========================================
+"""
+
+from quietstar_kernels._dispatch import backends
+from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.linear_logprob import linear_logprob
+from quietstar_kernels.sample_token import sample_token
+from quietstar_kernels.thought_attention import thought_attention
+from quietstar_kernels.thought_decode import thought_decode
+
+__version__ = "0.1.0"
+
+__all__ = ["ThoughtLayout", "backends", "linear_logprob", "sample_token", "thought_attention", "thought_decode"]

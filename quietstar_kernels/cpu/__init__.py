@@ -1,0 +1,1 @@
+"""Back end for CPUs: no dense mask, no tensor of R*V; one file per op."""

@@ -1,0 +1,303 @@
+"""ThoughtLayout: where the thoughts of a packed sequence hang and what each row may see.
+
+A packed sequence is ``[text (L) | thought rows (R)]`` with rows ordered ``r = (p*N + n)*S + s``. Row (p, n, s) hangs on
+text position ``t = anchor[b, p]`` and sees the text in ``[lo[b, t], t]`` and rows (p, n, 0..s) of its own thought, nothing
+else. A text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels._checks import INTEGERS, Checker
+
+_OP = "ThoughtLayout"
+
+
+@dataclass(frozen=True, eq=False)
+class ThoughtLayout:
+    """Build one with ``every_position``, ``at``, ``from_padding`` or ``from_documents``; they check the values, once.
+
+    Attributes:
+        anchor: int32 [B,P]. Text position of each anchor, ascending; unused places hold -1, at the end.
+        lo: int32 [B,L]. First text position that text position t sees (0; the first unpadded one; its document's first).
+        length: int32 [B,P,N]. Live rows of each thought, 0 to S; the rows past it, and all rows of unused places, are off.
+        rows: S, the rows of a thought.
+    """
+
+    anchor: Tensor
+    lo: Tensor
+    length: Tensor
+    rows: int
+
+    @property
+    def B(self) -> int:
+        return self.lo.shape[0]
+
+    @property
+    def L(self) -> int:
+        return self.lo.shape[1]
+
+    @property
+    def P(self) -> int:
+        return self.anchor.shape[1]
+
+    @property
+    def N(self) -> int:
+        return self.length.shape[2]
+
+    @property
+    def S(self) -> int:
+        return self.rows
+
+    @property
+    def R(self) -> int:
+        return self.P * self.N * self.rows
+
+    @property
+    def M(self) -> int:
+        return self.L + self.R
+
+    @property
+    def device(self) -> torch.device:
+        return self.lo.device
+
+    @classmethod
+    def every_position(
+        cls, batch: int, text_length: int, thoughts: int, rows: int, device: torch.device | str | None = None
+    ) -> ThoughtLayout:
+        """Every text position thinks: P = L and place p is position p. Raises ValueError for sizes below their minimum."""
+        _check_sizes(thoughts, rows)
+        if batch < 0 or text_length < 0:
+            raise ValueError(f"{_OP}: batch and text_length must not be negative, got {batch} and {text_length}")
+        anchor = torch.arange(text_length, dtype=torch.int32, device=device).repeat(batch, 1)
+        length = torch.full((batch, text_length, thoughts), rows, dtype=torch.int32, device=device)
+        return cls(anchor, torch.zeros_like(anchor), length, rows)
+
+    @classmethod
+    def at(
+        cls,
+        anchors: Tensor,
+        thoughts: int,
+        rows: int,
+        text_length: int | None = None,
+        lo: Tensor | None = None,
+        length: Tensor | None = None,
+        validate: bool = True,
+    ) -> ThoughtLayout:
+        """Chosen anchors.
+
+        Args:
+            anchors: int32 or int64 [B,P], ascending in each row, -1 in unused places at the end.
+            thoughts: N.
+            rows: S.
+            text_length: L; may be left out where ``lo`` is given.
+            lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
+            length: int32 or int64 [B,P,N], 0 to S; default S.
+            validate: look at the values too (on a GPU this waits for the device once).
+
+        Raises:
+            ValueError: a size, shape, dtype or value that breaks the above.
+        """
+        _check_sizes(thoughts, rows)
+        check = Checker(_OP, N=thoughts)
+        check.tensor("anchors", anchors, "B,P", INTEGERS)
+        if lo is None:
+            if text_length is None:
+                raise ValueError(f"{_OP}: at() needs text_length or lo, got neither")
+            lo = torch.zeros((check["B"], text_length), dtype=torch.int32, device=anchors.device)
+        elif text_length is not None:
+            check.sizes["L"] = text_length
+        check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
+        if length is None:
+            length = torch.full((check["B"], check["P"], thoughts), rows, dtype=torch.int32, device=anchors.device)
+        check.tensor("length", length, "B,P,N", INTEGERS, anchors.device)
+        if validate:
+            _check_values(anchors, lo, length, rows)
+        return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows)
+
+    @classmethod
+    def from_padding(
+        cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, validate: bool = True
+    ) -> ThoughtLayout:
+        """Padded text, left or right (or both). A padded anchor keeps its place and is off.
+
+        Args:
+            attention_mask: bool or integer [B,L], 1 on text and 0 on padding; the ones of a row stand together.
+            anchors: as in ``at``; default every position.
+
+        Raises:
+            ValueError: as ``at``, or padding inside the text.
+        """
+        Checker(_OP).tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
+        live = attention_mask != 0
+        if validate and live.numel():
+            starts = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
+            if bool((starts > 1).any()):
+                row = int((starts > 1).nonzero()[0])
+                raise ValueError(f"{_OP}: attention_mask must have its ones together, row {row} has padding inside the text")
+        return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors, validate)
+
+    @classmethod
+    def from_documents(
+        cls, document_ids: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, validate: bool = True
+    ) -> ThoughtLayout:
+        """Packed documents: no row sees another document. Ids [0,0,0,1,1] give lo [0,0,0,3,3].
+
+        Args:
+            document_ids: integer [B,L]; a document's positions stand together; a negative id marks padding.
+            anchors: as in ``at``; default every position.
+
+        Raises:
+            ValueError: as ``at``, or a document in two pieces.
+        """
+        Checker(_OP).tensor("document_ids", document_ids, "B,L", INTEGERS)
+        if validate and document_ids.numel():
+            for row, ids in enumerate(document_ids):
+                runs = torch.unique_consecutive(ids[ids >= 0])
+                if runs.numel() != runs.unique().numel():
+                    raise ValueError(f"{_OP}: document_ids must keep a document together, row {row} has one in two pieces")
+        return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors, validate)
+
+    @classmethod
+    def _from_text_runs(
+        cls, ids: Tensor, live: Tensor, thoughts: int, rows: int, anchors: Tensor | None, validate: bool
+    ) -> ThoughtLayout:
+        """lo = the first position of the run of equal ids; padding before the last text position sees only itself."""
+        B, L = ids.shape
+        t = torch.arange(L, device=ids.device).expand(B, L)
+        new_run = torch.ones_like(live)
+        new_run[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        lo = torch.where(new_run, t, 0).cummax(1).values if L else t
+        text_follows = live.flip(1).cummax(1).values.flip(1) if L else live
+        lo = torch.where(live, lo, t)
+        # Right padding is ordinary causal text behind the last document: nothing that counts sees it.
+        last_lo = torch.where(live, lo, 0).amax(1, keepdim=True) if L else lo
+        lo = torch.where(live | text_follows, lo, last_lo)
+        if anchors is None:
+            anchors = t
+        Checker(_OP, B=B).tensor("anchors", anchors, "B,P", INTEGERS, ids.device)
+        on = live.gather(1, anchors.long().clamp(0, max(L - 1, 0))) if L else torch.zeros_like(anchors, dtype=torch.bool)
+        length = torch.where(on, rows, 0)[:, :, None].expand(-1, -1, thoughts)
+        return cls.at(anchors, thoughts, rows, lo=lo, length=length, validate=validate)
+
+    def row_anchor(self) -> Tensor:
+        """int64 [B,R]: the text position of every thought row; 0 in unused places."""
+        return self.anchor.long().clamp(min=0).repeat_interleave(self.N * self.S, dim=1)
+
+    def live(self) -> Tensor:
+        """bool [B,P,N,S]: True for the thought rows that are on."""
+        s = torch.arange(self.S, device=self.device)
+        return (s < self.length[..., None]) & (self.anchor >= 0)[:, :, None, None]
+
+    def text_position_ids(self) -> Tensor:
+        """int64 [B,L]: t - lo[b,t]."""
+        return torch.arange(self.L, device=self.device) - self.lo.long()
+
+    def position_ids(self) -> Tensor:
+        """int64 [B,M]: text t - lo[b,t]; a thought row that of its anchor + 1 + s; rows that are off 0."""
+        text = self.text_position_ids()
+        if self.R == 0:
+            return text
+        s = torch.arange(self.S, device=self.device).repeat(self.P * self.N)
+        thought = text.gather(1, self.row_anchor()) + 1 + s
+        return torch.cat([text, thought.masked_fill(~self.live().flatten(1), 0)], 1)
+
+    def token_ids(self, input_ids: Tensor, thought_ids: Tensor, start_id: int, end_id: int, pad_id: int) -> Tensor:
+        """The packed row of tokens, int64 [B,M].
+
+        A thought's rows hold start, its T sampled tokens, end and, teacher-forced, the J-1 = S-T-2 text tokens that follow
+        its anchor; ``pad_id`` past the text's end and in unused places.
+
+        Args:
+            input_ids: integer [B,L].
+            thought_ids: integer [B,P,N,T].
+
+        Raises:
+            ValueError: a wrong shape or dtype, or S < T + 2.
+        """
+        check = Checker("ThoughtLayout.token_ids", B=self.B, L=self.L, P=self.P, N=self.N)
+        check.tensor("input_ids", input_ids, "B,L", INTEGERS, self.device)
+        check.tensor("thought_ids", thought_ids, "B,P,N,T", INTEGERS, self.device)
+        forced = self.S - check["T"] - 2
+        if forced < 0:
+            raise check.fail(f"rows S must be at least T+2={check['T'] + 2}, got {self.S}")
+        if self.R == 0:
+            return input_ids.long()
+        shape = (self.B, self.P, self.N)
+        following = self.anchor.long()[:, :, None] + torch.arange(1, forced + 1, device=self.device)
+        inside = (following < self.L) & (self.anchor >= 0)[:, :, None]
+        text = input_ids.long().gather(1, following.clamp(0, self.L - 1).flatten(1)).view(following.shape)
+        text = torch.where(inside, text, pad_id)[:, :, None].expand(*shape, forced)
+        mark = thought_ids.new_empty((*shape, 1), dtype=torch.int64)
+        thought = torch.cat([mark.fill_(start_id), thought_ids.long(), torch.full_like(mark, end_id), text], -1)
+        thought = torch.where((self.anchor >= 0)[:, :, None, None], thought, pad_id)
+        return torch.cat([input_ids.long(), thought.flatten(1)], 1)
+
+    def dense_mask(self, window: int | None = None) -> Tensor:
+        """bool [B,M,M], True where the row sees the column. It is the definition, for tests and pictures at small sizes.
+
+        ``window`` W: a row at position id q sees only rows at position ids above q - W, text and own rows alike.
+        """
+        B, L, R = self.B, self.L, self.R
+        t = torch.arange(L, device=self.device)
+        r = torch.arange(R, device=self.device)
+        s, thought = r % self.S, r // self.S
+        seen = torch.zeros((B, self.M, self.M), dtype=torch.bool, device=self.device)
+        seen[:, :L, :L] = (t[None, None, :] >= self.lo[:, :, None]) & (t[None, None, :] <= t[None, :, None])
+        if R:
+            seen[:, L:, :L] = seen[:, :L, :L].gather(1, self.row_anchor()[:, :, None].expand(B, R, L))
+            seen[:, L:, L:] = (thought[:, None] == thought[None, :]) & (s[None, :] <= s[:, None])
+            seen[:, L:] &= self.live().flatten(1)[:, :, None]
+        if window is not None:
+            position = self.position_ids()
+            seen &= position[:, None, :] > position[:, :, None] - window
+        return seen
+
+    def text_only(self) -> ThoughtLayout:
+        """The same text without a thought: P = 0, M = L."""
+        return ThoughtLayout(self.anchor[:, :0], self.lo, self.length[:, :0], self.rows)
+
+    def select(self, places: slice) -> ThoughtLayout:
+        """The same text with some of the anchors."""
+        return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
+        """The layout on another device; keyword arguments go to ``Tensor.to``."""
+        move = lambda x: x.to(device, **kwargs)  # noqa: E731
+        return ThoughtLayout(move(self.anchor), move(self.lo), move(self.length), self.rows)
+
+    def __repr__(self) -> str:
+        sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
+        return f"ThoughtLayout({sizes}, device={self.device})"
+
+
+def _check_sizes(thoughts: int, rows: int) -> None:
+    if not isinstance(thoughts, int) or thoughts < 1:
+        raise ValueError(f"{_OP}: thoughts N must be an integer of at least 1, got {thoughts!r}")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"{_OP}: rows S must be an integer of at least 1, got {rows!r}")
+
+
+def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> None:
+    """One device-to-host transfer for all rules; the first broken one is named."""
+    L = lo.shape[1]
+    t = torch.arange(L, device=lo.device)
+    later = anchor[:, 1:]
+    rules = {
+        f"anchors must be from -1 to L-1={L - 1}": (anchor < -1) | (anchor >= L),
+        "anchors must ascend, with -1 only at the end": (later != -1) & (later < anchor[:, :-1])
+        | (later != -1) & (anchor[:, :-1] == -1),
+        "lo must satisfy 0 <= lo[b,t] <= t": (lo < 0) | (lo > t),
+        f"length must be from 0 to S={rows}": (length < 0) | (length > rows),
+    }
+    broken = torch.stack([rule.any() for rule in rules.values()]).tolist()
+    tensors = (anchor, anchor, lo, length)
+    for (rule, where), is_broken, tensor in zip(rules.items(), broken, tensors, strict=True):
+        if is_broken:
+            place = where.nonzero()[0].tolist()
+            raise ValueError(f"{_OP}: {rule}, broken at {place} of shape {list(tensor.shape)}")

@@ -1,0 +1,317 @@
+"""The specification: all four ops in plain dense PyTorch, any device, fp64 too. Every back end is tested against this file.
+
+Shapes use the dimension key of the package. Attention works in fp32 (fp64 for fp64 inputs) whatever the input's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels._philox import draw_words
+from quietstar_kernels.layout import ThoughtLayout
+
+BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition
+GROUPS = 8  # a block is searched as 8 groups of 16 columns
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp64 stays, everything else computes in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThoughtLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    query_rows: str,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T, masked) v over the packed rows. Returns out [B,H,rows,E] and lse [B,H,rows]."""
+    mask, live = _masks(layout, window, query_rows)
+    return _masked_attention(wide(q), wide(k), wide(v), mask, live, scale, softcap, sinks, q.dtype)
+
+
+def thought_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: ThoughtLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    query_rows: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O)), then through the soft cap and the scale."""
+    mask, live = _masks(layout, window, query_rows)
+    row_on = live[:, None, :, None]
+    dO = wide(grad_out).masked_fill(~row_on, 0)
+    H, G = q.shape[1], k.shape[1]
+    key_on = _key_on(layout)[:, None, :, None]
+    qf = wide(q).masked_fill(~row_on, 0)
+    kf = wide(k).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
+    vf = wide(v).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
+    kf, vf, poisoned = _without_poison(kf, vf, mask)
+    raw = scale * qf @ kf.transpose(-1, -2)
+    scores = _softcap(raw, softcap).masked_fill(~mask[:, None], -math.inf)
+    safe_lse = torch.where(torch.isinf(lse), 0, lse).to(scores.dtype)
+    p = torch.exp(scores - safe_lse[..., None])
+    delta = (dO * wide(out)).sum(-1)
+    ds = p * (dO @ vf.transpose(-1, -2) - delta[..., None])
+    if softcap is not None:
+        ds = ds * (1 - (torch.tanh(raw / softcap)) ** 2)
+    ds = ds.masked_fill(~mask[:, None], 0)
+    dq = (scale * ds @ kf).masked_fill(~row_on, 0).masked_fill(poisoned[..., None], math.nan)
+    dk = _sum_groups(scale * ds.transpose(-1, -2) @ qf, G)
+    dv = _sum_groups(p.transpose(-1, -2) @ dO, G)
+    dsinks = None
+    if sinks is not None:
+        p_sink = torch.exp(wide(sinks)[None, :, None] - safe_lse).masked_fill(~live[:, None], 0)
+        dsinks = -(p_sink * delta).sum((0, 2)).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def thought_decode(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    layout: ThoughtLayout,
+    step: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Row ``step`` of every thought, q [B,H,P*N,K], against the text and its own rows 0..step. Returns [B,H,P*N,E]."""
+    B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
+    rows = torch.arange(P * N, device=q.device) * S + step
+    live = layout.live().flatten(1)[:, rows]
+    mask = layout.dense_mask(window)[:, L:][:, rows]  # [B,P*N,M]
+    own_on = (torch.arange(S, device=q.device) <= step)[:, None]
+    keys = torch.cat([wide(k_text), wide(k_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
+    values = torch.cat([wide(v_text), wide(v_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
+    text_on = torch.ones(B, L, dtype=torch.bool, device=q.device)
+    key_on = torch.cat([text_on, layout.live().flatten(1)], 1)[:, None, :, None]
+    keys, values = keys.masked_fill(~key_on, 0), values.masked_fill(~key_on, 0)
+    return _masked_attention(wide(q), keys, values, mask, live, scale, softcap, sinks, q.dtype)[0]
+
+
+def sample_token(
+    hidden: Tensor,
+    weight: Tensor,
+    counters: Tensor,
+    seed: int,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probability [R]."""
+    logits = final_logits(hidden, weight, bias, scale, softcap, temperature or 1.0, banned)
+    lse = logits.logsumexp(-1)
+    if temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        ids = race(*block_state(logits), logits, counters, seed)
+    return ids, (logits.gather(1, ids[:, None])[:, 0] - lse).float()
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of ``targets`` [R] (0 where the target is -100) and the entropy of every row [R], over logits [R,V]."""
+    logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
+    logp = logits.log_softmax(-1)
+    kept = targets != -100
+    picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    plogp = torch.where(torch.isinf(logp), 0, logp.exp() * logp)
+    return torch.where(kept, picked, 0), -plogp.sum(-1)
+
+
+def linear_logprob_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of hidden, weight and bias."""
+    logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
+    raw = linear(hidden, weight, bias, scale)
+    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, scale, softcap, temperature)
+    dbias = None if bias is None else d.sum(0).to(bias.dtype)
+    return (d @ wide(weight)).to(hidden.dtype), (d.T @ wide(hidden)).to(weight.dtype), dbias
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """scale * (hidden weight^T + bias), [R,V]."""
+    logits = wide(hidden) @ wide(weight).T
+    if bias is not None:
+        logits = logits + wide(bias)
+    return logits if scale is None else logits * scale
+
+
+def final_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+) -> Tensor:
+    """softcap(scale * (hidden weight^T + bias)), banned ids at -inf, divided by the temperature."""
+    logits = _softcap(linear(hidden, weight, bias, scale), softcap)
+    logits[:, banned] = -math.inf
+    return logits / temperature
+
+
+def logprob_grad(
+    logits: Tensor,
+    raw: Tensor,
+    targets: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    kept = targets != -100
+    g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]
+    d = -g * p
+    d.scatter_add_(1, targets.clamp(min=0)[:, None], g)
+    if grad_entropy is not None:
+        finite = torch.where(torch.isinf(logp), 0, logp)
+        entropy = -(p * finite).sum(-1, keepdim=True)
+        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + entropy)
+    d = torch.where(torch.isinf(logits), 0, d) / temperature
+    if softcap is not None:
+        d = d * (1 - torch.tanh(raw / softcap) ** 2)
+    return d if scale is None else d * scale
+
+
+def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit and log(sum of weights) of every block of 128 ids: two tensors [rows,V/128]."""
+    rows, V = logits.shape
+    padded = torch.nn.functional.pad(logits, (0, -V % BLOCK), value=-math.inf).view(rows, -1, BLOCK)
+    return padded.amax(-1), padded.logsumexp(-1)
+
+
+def race(block_max: Tensor, block_lse: Tensor, logits: Tensor, counters: Tensor, seed: int) -> Tensor:
+    """The id each row draws, int64 [R]; the definition is in ``quietstar_kernels.sample_token``."""
+    rows, V = logits.shape
+    blocks = torch.arange(block_lse.shape[1], device=logits.device)
+    word0, word1 = draw_words(counters, blocks, seed)
+    exponential = -torch.log1p(-(word0.double() + 0.5) / 2**32)
+    winner = (block_lse.double() - exponential.log()).argmax(-1)
+    first = winner * BLOCK
+    columns = first[:, None] + torch.arange(BLOCK, device=logits.device)
+    top = block_max.gather(1, winner[:, None])
+    weights = (logits.gather(1, columns.clamp(max=V - 1)) - top).exp().masked_fill(columns >= V, 0)
+    fraction = (word1.gather(1, winner[:, None]).double() + 0.5) / 2**32
+    return first + invert(weights.double(), fraction[:, 0])
+
+
+def invert(weights: Tensor, fraction: Tensor) -> Tensor:
+    """The column of [rows,128] ``weights`` at which their running sum passes ``fraction`` of the total: group, then column."""
+    rows = weights.shape[0]
+    grouped = weights.view(rows, GROUPS, -1)
+    group_sums = grouped.sum(-1)
+    target = fraction * group_sums.sum(-1)
+    group = _first_above(group_sums, target)
+    before = (group_sums.cumsum(-1) - group_sums).gather(1, group[:, None])[:, 0]
+    inside = grouped[torch.arange(rows, device=weights.device), group]
+    return group * grouped.shape[-1] + _first_above(inside, target - before)
+
+
+def _first_above(weights: Tensor, target: Tensor) -> Tensor:
+    """Index of the first running sum above ``target``; by rounding there may be none: then the last positive weight."""
+    above = (weights.cumsum(-1) > target[:, None]) & (weights > 0)
+    last_positive = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.where(above.any(-1), above.int().argmax(-1), last_positive)
+
+
+def _softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def _masks(layout: ThoughtLayout, window: int | None, query_rows: str) -> tuple[Tensor, Tensor]:
+    """The dense mask [B,rows,M] and which query rows are on [B,rows]."""
+    skip = 0 if query_rows == "all" else layout.L
+    return layout.dense_mask(window)[:, skip:], _key_on(layout)[:, skip:]
+
+
+def _key_on(layout: ThoughtLayout) -> Tensor:
+    """bool [B,M]: text rows and live thought rows."""
+    text = torch.ones(layout.B, layout.L, dtype=torch.bool, device=layout.device)
+    return torch.cat([text, layout.live().flatten(1)], 1)
+
+
+def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with NaN and infinity taken out, and the query rows [B,H,rows] that see one.
+
+    Without this 0 * NaN would carry a value into rows that may not see it.
+    """
+    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+    poisoned = (mask[:, None] & bad[:, :, None]).any(-1)
+    clean = bad[..., None]
+    return k.masked_fill(clean, 0), v.masked_fill(clean, 0), poisoned
+
+
+def _masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    live: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of q [B,H,rows,K] over k [B,G,keys,K] with mask [B,rows,keys]; rows that are off give 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    row_on = live[:, None, :, None]
+    k, v, poisoned = _without_poison(k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask)
+    scores = _softcap(scale * q.masked_fill(~row_on, 0) @ k.transpose(-1, -2), softcap)
+    scores = scores.masked_fill(~mask[:, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, wide(sinks).to(lse.dtype)[None, :, None])
+    p = torch.exp(scores - torch.where(torch.isinf(lse), 0, lse)[..., None])
+    out = (p @ v).masked_fill(poisoned[..., None], math.nan).masked_fill(~row_on, 0)
+    lse = lse.masked_fill(poisoned, math.nan).masked_fill(~live[:, None], -math.inf)
+    return out.to(dtype), lse
+
+
+def _sum_groups(x: Tensor, groups: int) -> Tensor:
+    """[B,H,...] to [B,G,...]: the sum over the query heads that share a key head."""
+    return x.unflatten(1, (groups, -1)).sum(2)

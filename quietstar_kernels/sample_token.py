@@ -1,0 +1,87 @@
+"""sample_token: one draw per row from the softmax over the vocabulary, reproducible from counters, with its log-probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import _dispatch
+from quietstar_kernels._checks import Checker, check_head
+
+_OP = "sample_token"
+
+
+def sample_token(
+    hidden: Tensor,
+    weight: Tensor,
+    counters: Tensor,
+    seed: int,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    banned: Sequence[int] = (),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draw one id per row; the same seed and counters give the same random numbers on every back end, split and device.
+
+    logits = softcap(scale * (hidden · weightᵀ + bias)); banned ids leave the softmax; then division by the temperature.
+
+    The draw is a race of blocks of 128 ids, exact in distribution. For each row and block one Philox4x32-10 call: key
+    (seed mod 2^32, seed div 2^32); 128-bit counter, lowest word first, (sequence id, position, n·2^16 + s, block). Word 0
+    gives E = -log1p(-v), v = (word + 0.5) / 2^32, an Exp(1) variate; the block's score is log(sum of its weights) - log E
+    and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
+    of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
+
+    Args:
+        hidden: [R,D], fp32, fp16, bf16 or fp64.
+        weight: [V,D], same dtype.
+        counters: int32 [R,4]: (sequence id, position counted from lo, thought n, row s); n and s below 65,536.
+        seed: 64-bit integer.
+        bias: [V].
+        scale: factor on the logits.
+        softcap: c; logits become c * tanh(logit / c).
+        temperature: above 0; or 0 for the lowest-index argmax, whose log-probability is that at temperature 1.
+        banned: ids that are never drawn.
+        backend: "auto" or the name of one; a named one runs or raises.
+
+    Returns:
+        ids int64 [R] and logprob fp32 [R], the log-probability under the distribution drawn from.
+
+    Raises:
+        ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
+    """
+    check = Checker(_OP)
+    banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device)
+    check.positive("temperature", temperature, zero=True)
+    if not -(2**63) <= seed < 2**64:
+        raise check.fail(f"seed must be a 64-bit integer, got {seed}")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    backend = _dispatch.choose(_OP, backend, hidden.device)
+    return _forward(hidden, weight, counters, signed, bias, scale, softcap, float(temperature), banned, backend)
+
+
+@torch.library.custom_op("quietstar::sample_token", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    counters: Tensor,
+    seed: int,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    serve = _dispatch.module(_OP, backend).sample_token
+    return serve(hidden, weight, counters, seed, bias, scale, softcap, temperature, list(banned))
+
+
+@_forward.register_fake
+def _(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):
+    rows = hidden.shape[:1]
+    return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)

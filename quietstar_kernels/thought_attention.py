@@ -1,0 +1,158 @@
+"""thought_attention: attention of packed text and thought rows under a ThoughtLayout, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import _dispatch
+from quietstar_kernels._checks import FLOATS, Checker
+from quietstar_kernels.layout import ThoughtLayout
+
+_OP = "thought_attention"
+
+
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThoughtLayout,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    query_rows: str = "all",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each thought row sees the text up to its anchor and its own thought up to itself; text rows are causal.
+
+    Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Any strides with a last
+    stride of 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
+
+    Args:
+        q: [B,H,M,K], or [B,H,R,K] with ``query_rows="thoughts"``; fp32, fp16, bf16 or fp64.
+        k: [B,G,M,K], H a multiple of G: query head h reads key head h // (H/G).
+        v: [B,G,M,E]; K and E from 1 to 256.
+        layout: who sees whom.
+        scale: factor on q·k; default K**-0.5.
+        window: W; a row at position id q sees only position ids above q - W.
+        softcap: c; scores become c * tanh(score / c).
+        sinks: [H], a logit per head that takes part in the softmax and has no value.
+        query_rows: "all", or "thoughts" for the R thought rows alone.
+        return_lse: also return the natural log of each row's softmax denominator.
+        backend: "auto" or the name of one; a named one runs or raises.
+
+    Returns:
+        out [B,H,rows,E] in q's dtype; a row that is off is 0. With ``return_lse`` also lse [B,H,rows], fp32 (fp64 for fp64
+        inputs), sinks included, -inf where a row is off, not differentiable.
+
+    Raises:
+        ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
+    """
+    check = Checker(_OP, B=layout.B, M=layout.M, R=layout.R)
+    if query_rows not in ("all", "thoughts"):
+        raise check.fail(f"query_rows must be 'all' or 'thoughts', got {query_rows!r}")
+    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, layout.device)
+    check.tensor("k", k, "B,G,M,K", (q.dtype,), layout.device)
+    check.tensor("v", v, "B,G,M,E", (q.dtype,), layout.device)
+    check.head_groups()
+    check.width("K")
+    check.width("E")
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check.last_stride_one(name, value)
+    if sinks is not None:
+        check.tensor("sinks", sinks, "H", FLOATS, layout.device)
+    check.window(window)
+    check.positive("scale", scale)
+    check.positive("softcap", softcap)
+    out, lse = _forward(
+        q,
+        k,
+        v,
+        layout.anchor,
+        layout.lo,
+        layout.length,
+        sinks,
+        layout.rows,
+        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        window,
+        None if softcap is None else float(softcap),
+        query_rows,
+        _dispatch.choose(_OP, backend, q.device),
+    )
+    return (out, lse.detach()) if return_lse else out
+
+
+@torch.library.custom_op("quietstar::thought_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    anchor: Tensor,
+    lo: Tensor,
+    length: Tensor,
+    sinks: Tensor | None,
+    rows: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    query_rows: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    layout = ThoughtLayout(anchor, lo, length, rows)
+    serve = _dispatch.module(_OP, backend).thought_attention
+    return serve(q, k, v, layout, scale, window, softcap, sinks, query_rows)
+
+
+@_forward.register_fake
+def _(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("quietstar::thought_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    anchor: Tensor,
+    lo: Tensor,
+    length: Tensor,
+    sinks: Tensor | None,
+    rows: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    query_rows: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = ThoughtLayout(anchor, lo, length, rows)
+    serve = _dispatch.module(_OP, backend).thought_attention_backward
+    dq, dk, dv, dsinks = serve(grad_out, q, k, v, out, lse, layout, scale, window, softcap, sinks, query_rows)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, anchor, lo, length, sinks, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, anchor, lo, length, sinks)
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+    q, k, v, out, lse, anchor, lo, length, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = _backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, *ctx.rest)
+    return dq, dk, dv, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

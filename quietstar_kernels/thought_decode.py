@@ -1,0 +1,113 @@
+"""thought_decode: one new row of every thought against the text cache and the thought's own cache (no gradient)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import _dispatch
+from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
+from quietstar_kernels.layout import ThoughtLayout
+
+_OP = "thought_decode"
+
+
+def thought_decode(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    layout: ThoughtLayout,
+    step: int | Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Row ``step`` of all P*N thoughts at once, as ``thought_attention`` would compute it.
+
+    Args:
+        q: [B,H,P*N,K], thought (p, n) at p*N + n; fp32, fp16, bf16 or fp64.
+        k_text: [B,G,L,K], the text's keys.
+        v_text: [B,G,L,E].
+        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step are written, what stands behind them is not read.
+        v_own: [B,G,P*N,S,E].
+        layout: who sees whom.
+        step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
+        scale, window, softcap, sinks, backend: as in ``thought_attention``.
+
+    Returns:
+        [B,H,P*N,E] in q's dtype; 0 for a thought whose row ``step`` is off.
+
+    Raises:
+        ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
+    """
+    check = Checker(_OP, B=layout.B, L=layout.L, S=layout.S, **{"P*N": layout.P * layout.N})
+    check.tensor("q", q, "B,H,P*N,K", FLOATS, layout.device)
+    check.tensor("k_text", k_text, "B,G,L,K", (q.dtype,), layout.device)
+    check.tensor("v_text", v_text, "B,G,L,E", (q.dtype,), layout.device)
+    check.tensor("k_own", k_own, "B,G,P*N,S,K", (q.dtype,), layout.device)
+    check.tensor("v_own", v_own, "B,G,P*N,S,E", (q.dtype,), layout.device)
+    check.head_groups()
+    check.width("K")
+    check.width("E")
+    for name, value in (("q", q), ("k_text", k_text), ("v_text", v_text), ("k_own", k_own), ("v_own", v_own)):
+        check.last_stride_one(name, value)
+    if sinks is not None:
+        check.tensor("sinks", sinks, "H", FLOATS, layout.device)
+    if isinstance(step, Tensor):
+        check.tensor("step", step, "", INTEGERS, layout.device)
+    elif not 0 <= step < layout.S:
+        raise check.fail(f"step must be from 0 to S-1={layout.S - 1}, got {step}")
+    else:
+        step = torch.full((), step, dtype=torch.int32, device=layout.device)
+    check.window(window)
+    check.positive("scale", scale)
+    check.positive("softcap", softcap)
+    return _forward(
+        q,
+        k_text,
+        v_text,
+        k_own,
+        v_own,
+        layout.anchor,
+        layout.lo,
+        layout.length,
+        step,
+        sinks,
+        layout.rows,
+        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        window,
+        None if softcap is None else float(softcap),
+        _dispatch.choose(_OP, backend, q.device),
+    )
+
+
+@torch.library.custom_op("quietstar::thought_decode", mutates_args=())
+def _forward(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    anchor: Tensor,
+    lo: Tensor,
+    length: Tensor,
+    step: Tensor,
+    sinks: Tensor | None,
+    rows: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    layout = ThoughtLayout(anchor, lo, length, rows)
+    serve = _dispatch.module(_OP, backend).thought_decode
+    return serve(q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks)
+
+
+@_forward.register_fake
+def _(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):
+    return q.new_empty((*q.shape[:3], v_text.shape[-1]))

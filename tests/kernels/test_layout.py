@@ -1,0 +1,247 @@
+"""ThoughtLayout against loops over the definition, one row and one column at a time."""
+
+import re
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.testing import LAYOUT_KINDS, random_layout
+
+SEEDS = range(12)
+
+
+def rows_of(layout):
+    """(p, n, s) of every packed row; None for text."""
+    P, N, S = layout.P, layout.N, layout.S
+    return [None] * layout.L + [(p, n, s) for p in range(P) for n in range(N) for s in range(S)]
+
+
+def is_on(layout, b, row):
+    p, n, s = row
+    return int(layout.anchor[b, p]) >= 0 and s < int(layout.length[b, p, n])
+
+
+def position(layout, b, index, row):
+    """Position id of a packed row."""
+    t = index if row is None else int(layout.anchor[b, row[0]])
+    if row is not None and not is_on(layout, b, row):
+        return 0
+    return t - int(layout.lo[b, t]) + (0 if row is None else 1 + row[2])
+
+
+def sees(layout, b, index, column, window):
+    """The predicate of the layout: a text row the text in [lo, t], a thought row that of its anchor and its own past."""
+    rows = rows_of(layout)
+    row, other = rows[index], rows[column]
+    if row is not None and not is_on(layout, b, row):
+        return False
+    t = index if row is None else int(layout.anchor[b, row[0]])
+    if other is None:
+        visible = int(layout.lo[b, t]) <= column <= t
+    else:
+        visible = row is not None and row[:2] == other[:2] and other[2] <= row[2]
+    if visible and window is not None:
+        visible = position(layout, b, column, other) > position(layout, b, index, row) - window
+    return visible
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_dense_mask_is_the_predicate(kind, window):
+    for seed in SEEDS[:4]:
+        layout = random_layout(torch.Generator().manual_seed(seed), kind, 2, 7, 2, 3)
+        M = range(layout.M)
+        want = [[[sees(layout, b, i, j, window) for j in M] for i in M] for b in range(layout.B)]
+        assert torch.equal(layout.dense_mask(window), torch.tensor(want)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_position_ids(kind):
+    for seed in SEEDS:
+        layout = random_layout(torch.Generator().manual_seed(seed), kind)
+        rows = rows_of(layout)
+        want = [[position(layout, b, i, row) for i, row in enumerate(rows)] for b in range(layout.B)]
+        assert torch.equal(layout.position_ids(), torch.tensor(want)), f"seed {seed}"
+        assert torch.equal(layout.text_position_ids(), torch.tensor(want)[:, : layout.L])
+
+
+def token(layout, b, row, input_ids, thought_ids, T):
+    """Token of a thought row: start, T sampled, end, then the text behind the anchor; start 90, end 91, pad 92."""
+    p, n, s = row
+    t = int(layout.anchor[b, p])
+    if t < 0:
+        return 92
+    if s == 0 or s == T + 1:
+        return 90 if s == 0 else 91
+    if s <= T:
+        return int(thought_ids[b, p, n, s - 1])
+    follows = t + s - T - 1
+    return int(input_ids[b, follows]) if follows < layout.L else 92
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("kind", LAYOUT_KINDS[:-1])
+def test_token_ids(kind, dtype):
+    for seed in SEEDS:
+        generator = torch.Generator().manual_seed(seed)
+        layout = random_layout(generator, kind, max_rows=4)
+        layout = ThoughtLayout(layout.anchor, layout.lo, layout.length, layout.S + 2)
+        T = seed % (layout.S - 1)
+        input_ids = torch.randint(0, 80, (layout.B, layout.L), generator=generator).to(dtype)
+        thought_ids = torch.randint(0, 80, (layout.B, layout.P, layout.N, T), generator=generator).to(dtype)
+        want = [
+            ids + [token(layout, b, row, input_ids, thought_ids, T) for row in rows_of(layout)[layout.L :]]
+            for b, ids in enumerate(input_ids.tolist())
+        ]
+        got = layout.token_ids(input_ids, thought_ids, start_id=90, end_id=91, pad_id=92)
+        assert torch.equal(got, torch.tensor(want)), f"seed {seed}"
+
+
+def test_padding_gives_lo_and_length():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    layout = ThoughtLayout.from_padding(mask, thoughts=2, rows=3)
+    assert layout.lo.tolist() == [[0, 1, 2, 2, 2], [0] * 5, [0, 1, 1, 1, 1], [0] * 5, [0] * 5]
+    assert torch.equal(layout.length, (3 * mask)[:, :, None].expand(5, 5, 2))
+    assert layout.anchor.tolist() == [list(range(5))] * 5
+    chosen = ThoughtLayout.from_padding(mask.bool()[:2], 1, 3, anchors=torch.tensor([[1, 3], [2, -1]]))
+    assert chosen.length[:, :, 0].tolist()[0] == [0, 3] and chosen.live().sum((1, 2, 3)).tolist() == [3, 3]
+
+
+def test_documents_give_lo_and_length():
+    ids = torch.tensor([[0, 0, 0, 1, 1, -1], [-1, -1, 5, 2, 2, 2], [3, 3, -1, 7, -1, -1]])
+    layout = ThoughtLayout.from_documents(ids, thoughts=1, rows=2)
+    assert layout.lo.tolist() == [[0, 0, 0, 3, 3, 3], [0, 1, 2, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
+    assert torch.equal(layout.length[..., 0], 2 * (ids >= 0))
+
+
+def test_every_position_is_at_all_positions():
+    every = ThoughtLayout.every_position(2, 5, 3, 4)
+    at = ThoughtLayout.at(torch.arange(5).expand(2, 5), 3, 4, text_length=5)
+    for name in ("anchor", "lo", "length"):
+        assert torch.equal(getattr(every, name), getattr(at, name)) and getattr(at, name).dtype == torch.int32
+    sizes = (every.B, every.L, every.P, every.N, every.S, every.R, every.M)
+    assert sizes == (2, 5, 5, 3, 4, 60, 65)
+    assert repr(every) == "ThoughtLayout(B=2 L=5 P=5 N=3 S=4 R=60 M=65, device=cpu)"
+
+
+def test_select_text_only_and_to():
+    layout = random_layout(torch.Generator().manual_seed(3), "ragged", max_text=9)
+    places = slice(1, 3)
+    some = layout.select(places)
+    want = ThoughtLayout.at(
+        layout.anchor[:, places], layout.N, layout.S, lo=layout.lo, length=layout.length[:, places]
+    )
+    assert torch.equal(some.dense_mask(), want.dense_mask()) and some.P == 2
+    text = layout.text_only()
+    assert (text.P, text.R, text.M) == (0, 0, layout.L)
+    assert torch.equal(text.dense_mask(), layout.dense_mask()[:, : layout.L, : layout.L])
+    assert torch.equal(text.position_ids(), layout.text_position_ids())
+    moved = layout.to("meta", non_blocking=True)
+    assert moved.device.type == "meta" and moved.anchor.is_meta and moved.length.is_meta
+    assert moved.position_ids().shape == (layout.B, layout.M)
+    assert torch.equal(layout.to("cpu").dense_mask(), layout.dense_mask())
+
+
+AT = {"anchors": torch.tensor([[0, 2], [1, -1]]), "thoughts": 2, "rows": 3, "text_length": 4}
+LO = torch.zeros(2, 4, dtype=torch.int32)
+LENGTH = torch.full((2, 2, 2), 3)
+BAD_AT = [
+    ({"thoughts": 0}, "thoughts N must be an integer of at least 1, got 0"),
+    ({"thoughts": 2.0}, "thoughts N must be an integer of at least 1, got 2.0"),
+    ({"rows": 0}, "rows S must be an integer of at least 1, got 0"),
+    ({"anchors": torch.zeros(2, dtype=torch.int32)}, "anchors must have shape [B,P]=[?,?], got [2]"),
+    ({"anchors": torch.zeros(2, 2)}, "anchors must have dtype int32, int64, got float32"),
+    ({"anchors": [[0]]}, "anchors must be a tensor [B,P], got list"),
+    ({"text_length": None}, "at() needs text_length or lo, got neither"),
+    ({"lo": LO[:, :3]}, "lo must have shape [B,L]=[2,4], got [2,3]"),
+    ({"lo": LO[:1]}, "lo must have shape [B,L]=[2,4], got [1,4]"),
+    ({"lo": LO.float()}, "lo must have dtype int32, int64, got float32"),
+    ({"lo": LO.to("meta")}, "lo must be on cpu, got meta"),
+    ({"length": LENGTH[:, :1]}, "length must have shape [B,P,N]=[2,2,2], got [2,1,2]"),
+    ({"length": LENGTH[..., :1]}, "length must have shape [B,P,N]=[2,2,2], got [2,2,1]"),
+    ({"length": LENGTH.double()}, "length must have dtype int32, int64, got float64"),
+    ({"length": LENGTH.to("meta")}, "length must be on cpu, got meta"),
+    ({"anchors": torch.tensor([[0, 2], [1, 4]])}, "anchors must be from -1 to L-1=3, broken at [1, 1] of shape [2, 2]"),
+    ({"anchors": torch.tensor([[-2, 2], [1, 3]])}, "anchors must be from -1 to L-1=3, broken at [0, 0]"),
+    ({"anchors": torch.tensor([[0, 2], [2, 1]])}, "anchors must ascend, with -1 only at the end, broken at [1, 0]"),
+    ({"anchors": torch.tensor([[-1, 2], [1, 3]])}, "anchors must ascend, with -1 only at the end, broken at [0, 0]"),
+    ({"lo": LO + torch.tensor([0, 0, 3, 0])}, "lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 2] of shape [2, 4]"),
+    ({"lo": LO - 1}, "lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 0]"),
+    ({"length": LENGTH + 1}, "length must be from 0 to S=3, broken at [0, 0, 0] of shape [2, 2, 2]"),
+    ({"length": LENGTH - 4}, "length must be from 0 to S=3, broken at [0, 0, 0]"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_AT, ids=lambda x: x if isinstance(x, str) else "")
+def test_at_refuses(change, message):
+    ThoughtLayout.at(**AT)
+    with pytest.raises(ValueError, match=r"^ThoughtLayout: .*" + re.escape(message)):
+        ThoughtLayout.at(**(AT | change))
+    values_alone = "broken at" in message
+    if values_alone:
+        ThoughtLayout.at(**(AT | change), validate=False)
+
+
+MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
+DOCUMENTS = torch.tensor([[0, 0, 1], [4, -1, -1]])
+BAD_BUILDS = [
+    (lambda: ThoughtLayout.every_position(-1, 2, 1, 1), "batch and text_length must not be negative, got -1 and 2"),
+    (lambda: ThoughtLayout.every_position(2, -2, 1, 1), "batch and text_length must not be negative, got 2 and -2"),
+    (lambda: ThoughtLayout.every_position(2, 2, 0, 1), "thoughts N must be an integer of at least 1, got 0"),
+    (lambda: ThoughtLayout.every_position(2, 2, 1, 0), "rows S must be an integer of at least 1, got 0"),
+    (lambda: ThoughtLayout.from_padding(MASK[0], 1, 1), "attention_mask must have shape [B,L]=[?,?], got [3]"),
+    (lambda: ThoughtLayout.from_padding(MASK.float(), 1, 1), "attention_mask must have dtype"),
+    (lambda: ThoughtLayout.from_padding(MASK, 0, 1), "thoughts N must be"),
+    (
+        lambda: ThoughtLayout.from_padding(torch.tensor([[1, 1, 1], [1, 0, 1]]), 1, 1),
+        "attention_mask must have its ones together, row 1 has padding inside the text",
+    ),
+    (
+        lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.zeros(1, 2, dtype=torch.int32)),
+        "anchors must have shape [B,P]=[2,?], got [1,2]",
+    ),
+    (lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.zeros(2, 2)), "anchors must have dtype"),
+    (
+        lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.zeros(2, 2, dtype=torch.int32, device="meta")),
+        "anchors must be on cpu, got meta",
+    ),
+    (
+        lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.full((2, 1), 3)),
+        "anchors must be from -1 to L-1=2, broken at [0, 0]",
+    ),
+    (lambda: ThoughtLayout.from_documents(DOCUMENTS[0], 1, 1), "document_ids must have shape [B,L]=[?,?], got [3]"),
+    (lambda: ThoughtLayout.from_documents(DOCUMENTS.float(), 1, 1), "document_ids must have dtype int32, int64"),
+    (
+        lambda: ThoughtLayout.from_documents(torch.tensor([[0, 0, 0], [4, 5, 4]]), 1, 1),
+        "document_ids must keep a document together, row 1 has one in two pieces",
+    ),
+    (
+        lambda: ThoughtLayout.from_documents(torch.tensor([[4, -1, 4]]), 1, 1),
+        "document_ids must keep a document together, row 0 has one in two pieces",
+    ),
+]
+
+
+@pytest.mark.parametrize("build, message", BAD_BUILDS, ids=[message for _, message in BAD_BUILDS])
+def test_builders_refuse(build, message):
+    with pytest.raises(ValueError, match=r"^ThoughtLayout: .*" + re.escape(message)):
+        build()
+
+
+BAD_TOKENS = [
+    ({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, "input_ids must have shape [B,L]=[2,4], got [2,3]"),
+    ({"input_ids": torch.zeros(2, 4)}, "input_ids must have dtype int32, int64, got float32"),
+    ({"input_ids": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, "input_ids must be on cpu, got meta"),
+    ({"thought_ids": torch.zeros(2, 2, 1, 1, dtype=torch.int64)}, "thought_ids must have shape [B,P,N,T]=[2,2,2,?]"),
+    ({"thought_ids": torch.zeros(2, 2, 2, 1)}, "thought_ids must have dtype int32, int64, got float32"),
+    ({"thought_ids": torch.zeros(2, 2, 2, 2, dtype=torch.int64)}, "rows S must be at least T+2=4, got 3"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_TOKENS, ids=lambda x: x if isinstance(x, str) else "")
+def test_token_ids_refuses(change, message):
+    fine = {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "thought_ids": torch.zeros(2, 2, 2, 1, dtype=torch.int64)}
+    ThoughtLayout.at(**AT).token_ids(**fine, start_id=1, end_id=2, pad_id=0)
+    with pytest.raises(ValueError, match=r"^ThoughtLayout.token_ids: " + re.escape(message)):
+        ThoughtLayout.at(**AT).token_ids(**(fine | change), start_id=1, end_id=2, pad_id=0)
