@@ -21,7 +21,7 @@ NAME = "quietstar"
 WRAPPED_NAME = "quietstar_wrapped"
 
 _REASONS = {
-    "it mixes positions outside attention (recurrent, convolutional or linear layers), so thought rows would see other thoughts": (
+    "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches": (
         "jamba nemotron_h qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 "
         "lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba "
         "granitemoehybrid"
@@ -121,9 +121,7 @@ def _plain_forward(
     if isinstance(attention_mask, MaskArguments):
         attention_mask = attention_mask.dense(eager_mask if eager else sdpa_mask)
     if eager:
-        return sys.modules[type(module).__module__].eager_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

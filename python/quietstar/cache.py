@@ -18,7 +18,8 @@ from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
 class ThoughtPass(Protocol):
     """Serves the attention calls of one forward; ``arrived`` tells afterwards that there was one."""
 
-    arrived: bool
+    @property
+    def arrived(self) -> bool: ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""

@@ -93,13 +93,10 @@ def _own_tensors(qs: QuietStar) -> dict[str, Tensor]:
 
 def _file(path: str | os.PathLike, name: str) -> str | None:
     """The local path of one file of a checkpoint, folder or hub name; None where it has none."""
-    return cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ValueError(f"{path}: not a folder or a hub model within reach: {str(error).splitlines()[0]}") from error
 
 
 def _read_settings(path: str | os.PathLike) -> dict[str, Any]:

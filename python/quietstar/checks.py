@@ -70,7 +70,8 @@ def make_layout(
         if anchors.shape[:1] != input_ids.shape[:1]:
             raise ValueError(f"anchors must have shape [B,P]=[{len(input_ids)},?], got {list(anchors.shape)}")
         return ThoughtLayout.at(anchors, N, S, text_length=input_ids.shape[1])
-    return ThoughtLayout.every_position(*input_ids.shape, N, S, device=input_ids.device)
+    B, L = input_ids.shape
+    return ThoughtLayout.every_position(B, L, N, S, device=input_ids.device)
 
 
 def check_lookahead(layout: ThoughtLayout, config: ThoughtConfig) -> None:

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.parts import backbone, dropout_off
 from quietstar_kernels import linear_logprob, sample_token
-
-
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The decoder whose ``last_hidden_state`` is the head's input."""
-    return model.base_model if model.base_model is not model else model.model
 
 
 @dataclass(frozen=True)
@@ -86,12 +82,10 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
 
     ids = torch.arange(4, device=linear.weight.device)[None] % linear.weight.shape[0]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-        truth = model(input_ids=ids, use_cache=False).logits.float()
-        model.train(was_training)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad(), dropout_off(model):
+        hidden = backbone(model)(**inputs).last_hidden_state
+        truth = model(**inputs).logits.float()
         tolerance = 1e-2 if linear.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for head in candidates:
             if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():

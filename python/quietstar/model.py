@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from quietstar.attention import WRAPPED_NAME, check_architecture
 from quietstar.cache import PackedPass
 from quietstar.config import ThoughtConfig
 from quietstar.lm_head import find_lm_head
+from quietstar.parts import embeddings
 from quietstar.rollout import Thoughts, decode_rows, sample_thoughts
 from quietstar.verify import verify_once
 from quietstar_kernels import ThoughtLayout
@@ -81,7 +82,7 @@ class QuietStar(nn.Module):
         self.thought_config = config or ThoughtConfig()
         self.tokenizer = tokenizer
         check_architecture(model.config)
-        embed = model.get_input_embeddings()
+        embed = embeddings(model)
         checks.check_special_ids(self.thought_config, embed.num_embeddings)
         model.set_attn_implementation(WRAPPED_NAME)
         if verify:
@@ -89,14 +90,11 @@ class QuietStar(nn.Module):
         self.model = model
         self.lm_head = find_lm_head(model)
         device, D = embed.weight.device, self.lm_head.linear.in_features
+        last = nn.Linear(D, 1, bias=False, device=device)
+        nn.init.zeros_(last.weight)
         self.mixing_head = nn.Sequential(
-            nn.Linear(2 * D, D, device=device),
-            nn.ReLU(),
-            nn.Linear(D, D, device=device),
-            nn.ReLU(),
-            nn.Linear(D, 1, bias=False, device=device),
+            nn.Linear(2 * D, D, device=device), nn.ReLU(), nn.Linear(D, D, device=device), nn.ReLU(), last
         )
-        nn.init.zeros_(self.mixing_head[4].weight)
         vector = initial_embedding(embed, self.thought_config.embedding_init, tokenizer)
         self.start_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
@@ -217,18 +215,25 @@ class QuietStar(nn.Module):
         """
         official.load_state_dict(self, state, embedding_scale)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute the decoder's layers in backward instead of keeping their activations."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""
+        # transformers renames the method: the new name where there is one, since the old one warns.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """The newer name of ``gradient_checkpointing_enable``, which transformers' Trainer calls."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
         self.model.gradient_checkpointing_disable()
 
     def _layout(
         self, input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None
     ) -> ThoughtLayout:
         config = self.thought_config
-        checks.check_text(input_ids, attention_mask, config, self.model.get_input_embeddings().num_embeddings)
+        checks.check_text(input_ids, attention_mask, config, embeddings(self.model).num_embeddings)
         layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, config)
         checks.check_positions(self.model, layout)
         return layout
@@ -253,12 +258,12 @@ class QuietStar(nn.Module):
 
     def _embedding(self, parameter: Tensor) -> Tensor:
         """The vector that the decoder sees, in its dtype."""
-        return (self.thought_config.embedding_scale * parameter).to(self.model.get_input_embeddings().weight.dtype)
+        return (self.thought_config.embedding_scale * parameter).to(embeddings(self.model).weight.dtype)
 
     def _hidden_states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D]."""
         pad = checks.pad_id(self.model.config)
-        embeds = self.model.get_input_embeddings()(layout.token_ids(input_ids, thought_ids, pad, pad, pad))
+        embeds = embeddings(self.model)(layout.token_ids(input_ids, thought_ids, pad, pad, pad))
         text, thought = embeds.split([layout.L, layout.R], 1)
         thought = thought.unflatten(1, (layout.P, layout.N, layout.S)).clone()
         thought[:, :, :, 0] = self._embedding(self.start_embedding)
@@ -278,7 +283,7 @@ class QuietStar(nn.Module):
         rows = torch.arange(layout.B, device=text.device)[:, None, None]
         h_base = text[rows, index].float()[:, :, None].expand(-1, -1, layout.N, -1, -1)
         h_thought = thought[:, :, :, config.thought_tokens + 1 :].float()
-        weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.mixing_head[0].weight.dtype)).float()
+        weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
         predicting = text[:, :-1]
         if config.mixing == "logits":
             # Base and mix share one call: with w = 0 their difference must be exactly nothing, for 1e6 multiplies it.
@@ -295,13 +300,14 @@ class QuietStar(nn.Module):
 
 
 @torch.no_grad()
-def initial_embedding(embed: nn.Module, init: int | str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def initial_embedding(embed: nn.Embedding, init: int | str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """The vector, fp32 [D], that start and end begin with: of a token id, of text, of "---", or the mean embedding."""
-    if isinstance(init, str) and tokenizer is None:
-        raise ValueError(f"embedding_init: text {init!r} needs a tokenizer; pass one, or a token id")
     if init is None and tokenizer is not None:
         init = "---"
+    ids: Sequence[int]
     if isinstance(init, str):
+        if tokenizer is None:
+            raise ValueError(f"embedding_init: text {init!r} needs a tokenizer; pass one, or a token id")
         ids = tokenizer(init, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"embedding_init: the tokenizer gives no tokens for {init!r}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.cache import ThoughtPass, ThoughtStore, check_arrived
-from quietstar.lm_head import LMHead, backbone
+from quietstar.lm_head import LMHead
+from quietstar.parts import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
 
 
@@ -66,14 +65,12 @@ def sample_thoughts(
     """
     if temperature == 0 and layout.N > 1:
         one = ThoughtLayout(layout.anchor, layout.lo, layout.length[:, :, :1].contiguous(), layout.rows)
-        greedy = sample_thoughts(
-            model, head, start, input_ids, one, sequence_ids, seed, thought_tokens, temperature, banned
-        )
+        greedy = sample_thoughts(model, head, start, input_ids, one, sequence_ids, seed, thought_tokens, temperature, banned)
         shape = (-1, -1, layout.N, -1)
         return Thoughts(greedy.thought_ids.expand(shape).contiguous(), greedy.logprob.expand(shape).contiguous())
 
     B, P, N = layout.B, layout.P, layout.N
-    embed = model.get_input_embeddings()
+    embed = embeddings(model)
     text_positions = layout.text_position_ids()
     anchor = layout.anchor.long().clamp(min=0)
     position = text_positions.gather(1, anchor)  # [B,P]
@@ -104,15 +101,3 @@ def sample_thoughts(
             logprobs.append(logprob)
             embeds = embed(ids.flatten(1))
     return Thoughts(torch.stack(tokens, -1), torch.stack(logprobs, -1))
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

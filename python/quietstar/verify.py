@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from quietstar.attention import WRAPPED_NAME, check_architecture
 from quietstar.cache import PackedPass, ThoughtStore
-from quietstar.lm_head import backbone, find_lm_head
-from quietstar.rollout import decode_rows, dropout_off
+from quietstar.lm_head import find_lm_head
+from quietstar.parts import backbone, dropout_off, embeddings
+from quietstar.rollout import decode_rows
 from quietstar_kernels import ThoughtLayout
 
 _TEXT, _ROWS, _THOUGHTS = 12, 4, 2
@@ -75,7 +76,7 @@ def verify_once(model: PreTrainedModel) -> None:
 
 
 def _compare(model: PreTrainedModel) -> VerifyReport:
-    embed = model.get_input_embeddings()
+    embed = embeddings(model)
     device, V = embed.weight.device, embed.num_embeddings
     generator = torch.Generator().manual_seed(0)
     text_ids = torch.randint(V, (1, _TEXT), generator=generator).to(device)
@@ -109,14 +110,12 @@ def _compare(model: PreTrainedModel) -> VerifyReport:
 
 
 def _stepwise(model: PreTrainedModel, text_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout) -> Tensor:
-    embed = model.get_input_embeddings()
+    embed = embeddings(model)
     store = ThoughtStore(layout)
     decode_rows(model, embed(text_ids), layout.text_position_ids(), store.prefill())
     positions = layout.position_ids()[:, layout.L :].view(1, -1, _ROWS)
     rows = thought_ids.flatten(1, 2)
-    steps = [
-        decode_rows(model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s))[0] for s in range(_ROWS)
-    ]
+    steps = [decode_rows(model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s))[0] for s in range(_ROWS)]
     return torch.stack(steps, 1).unflatten(0, (layout.P, layout.N))
 
 

@@ -1,0 +1,32 @@
+"""The parts of a Hugging Face causal language model that the wrapper reaches into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The token embeddings; calling the module applies the model's own scaling."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The decoder whose ``last_hidden_state`` is the head's input."""
+    return model.base_model if model.base_model is not model else model.model
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,125 @@
+"""Attention of a chunk's rows over one part of their keys; two parts are joined by their LSE.
+
+The text is served by PyTorch's own CPU flash attention, the small own blocks by a softmax between two matmuls, and so is
+the soft cap, which the flash attention doesn't know. The gradient of a part needs only the joint out and LSE of both:
+exp(score - LSE) is the joint softmax.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quietstar_kernels.cpu._chunks import Chunk
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def text(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Rows q [B,G,h,c,s,K] over the chunk's keys of the text, k [B,G,L,K]: out [B,G,h,c,s,E] and lse [B,G,h,c,s]."""
+    rows = q.shape[2:5]
+    if chunk.mask is None:
+        return q.new_zeros((*q.shape[:5], v.shape[-1])), q.new_full(q.shape[:5], -math.inf)
+    q, k, v = q.flatten(2, 4), k[:, :, chunk.keys], v[:, :, chunk.keys]
+    if softcap is None:
+        E = v.shape[-1]
+        out, lse = _flash(*_equal_widths(q, k, v), 0.0, False, attn_mask=chunk.mask, scale=scale)
+        out, lse = out[..., :E].unflatten(2, rows), lse.unflatten(2, rows)
+        if chunk.blind is not None:
+            lse = lse.masked_fill(chunk.blind, -math.inf)  # the flash attention says 0
+        return out, lse
+    masks = chunk.mask.expand(len(q), -1, -1, -1)
+    # One batch row at a time: its scores are a tensor here.
+    served = [plain(*x, scale, softcap) for x in zip(q, k, v, masks, strict=True)]
+    out, lse = (torch.stack(x).unflatten(2, rows) for x in zip(*served, strict=True))
+    return out, lse
+
+
+def text_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    chunk: Chunk,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [B,G,h,c,s,K], and dk, dv of the chunk's keys, from the joint ``out``, ``delta`` and ``lse`` of the rows."""
+    rows, K, E = q.shape[2:5], q.shape[-1], v.shape[-1]
+    grad_out, q, out, delta, lse = (x.flatten(2, 4) for x in (grad_out, q, out, delta, lse))
+    k, v = k[:, :, chunk.keys], v[:, :, chunk.keys]
+    if chunk.mask is None:
+        return torch.zeros_like(q).unflatten(2, rows), torch.zeros_like(k), torch.zeros_like(v)
+    if softcap is None:
+        wide_ones = _equal_widths(grad_out, q, k, v, out)
+        dq, dk, dv = _flash_backward(*wide_ones, lse, 0.0, False, attn_mask=chunk.mask, scale=scale)
+        return dq[..., :K].unflatten(2, rows), dk[..., :K], dv[..., :E]
+    masks = chunk.mask.expand(len(q), -1, -1, -1)
+    served = [
+        plain_backward(*x, scale, softcap) for x in zip(grad_out, q, k, v, delta, lse, masks, strict=True)
+    ]
+    dq, dk, dv = (torch.stack(x) for x in zip(*served, strict=True))
+    return dq.unflatten(2, rows), dk, dv
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """q [...,rows,K] over k [...,keys,K]: out [...,rows,E] and lse [...,rows]; a row that sees nothing gets 0 and -inf."""
+    scores = _scores(q, k, scale, softcap)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(-1)
+    lowest = torch.finfo(lse.dtype).min  # keeps -inf - lse from being NaN
+    return scores.sub_(lse.clamp(min=lowest)[..., None]).exp_() @ v, lse
+
+
+def plain_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
+    scores = _scores(q, k, scale, softcap)
+    slope = None if softcap is None else 1 - (scores / softcap) ** 2
+    if mask is not None:
+        scores += mask
+    p = scores.sub_(lse[..., None]).exp_()
+    ds = (grad_out @ v.transpose(-1, -2)).sub_(delta[..., None]).mul_(p).mul_(scale)
+    if slope is not None:
+        ds *= slope
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad_out
+
+
+def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over the keys of both parts."""
+    share = torch.sigmoid(other_lse - lse)
+    return torch.lerp(out, other_out, share[..., None]), torch.logaddexp(lse, other_lse)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    if softcap is None:
+        return scores.mul_(scale)
+    return scores.mul_(scale / softcap).tanh_().mul_(softcap)
+
+
+def _equal_widths(*tensors: Tensor) -> list[Tensor]:
+    """Zero columns change neither a score nor a kept column of the output."""
+    width = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]

@@ -1,0 +1,234 @@
+"""thought_attention: error rule over random layouts, gradcheck, opcheck, compile, metamorphic relations, edge sizes."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout, thought_attention
+from quietstar_kernels.testing import (
+    LAYOUT_KINDS,
+    assert_close_as_plain,
+    assert_op_close_as_plain,
+    attention_inputs,
+    attention_magnitudes,
+    forward_backward,
+    plain_attention,
+    random_layout,
+)
+from quietstar_kernels.thought_attention import _backward, _forward
+
+GROUP = 50  # random layouts in one test
+DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pick(generator, choices):
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def normal(generator, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def check(backend, layout, inputs, grad_out, what, **options):
+    op = partial(thought_attention, return_lse=True, backend=backend)
+    magnitudes = attention_magnitudes(inputs, grad_out, options.get("scale"))
+    assert_op_close_as_plain(
+        op, plain_attention, inputs, (grad_out,), what, magnitudes=magnitudes, layout=layout, **options
+    )
+
+
+def random_case(seed, dtype=None, **sizes):
+    """Layout, inputs, gradient of the output and options, all drawn from one seed."""
+    generator = seeded(seed)
+    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], **sizes)
+    options = {
+        "scale": pick(generator, [None, None, 0.3]),
+        "window": pick(generator, [None, None, 1, 3, 6]),
+        "softcap": pick(generator, [None, None, 5.0, 1.0]),
+        "query_rows": pick(generator, ["all", "all", "thoughts"]),
+    }
+    heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3)])
+    widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
+    dtype = dtype or pick(generator, DTYPES)
+    sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
+    inputs = attention_inputs(
+        generator, layout, heads, groups, *widths, sinks, options["query_rows"], strided, dtype
+    )
+    grad_out = normal(generator, *inputs["q"].shape[:3], widths[1], dtype=dtype)
+    return layout, inputs, grad_out, options
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_error_rule_on_random_layouts(backend, group):
+    for seed in range(group * GROUP, (group + 1) * GROUP):
+        layout, inputs, grad_out, options = random_case(seed)
+        check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1012))
+def test_error_rule_on_longer_texts(backend, seed):
+    """Texts of up to 150 positions, so that rows and keys fill several tiles or chunks."""
+    sizes = {"max_batch": 2, "max_text": 150, "max_thoughts": 2, "max_rows": 4}
+    layout, inputs, grad_out, options = random_case(seed, **sizes)
+    check(backend, layout, inputs, grad_out, f"{layout} {options}", **options)
+
+
+@pytest.mark.parametrize("width", [1, 2, 100, 128, 256])
+def test_error_rule_at_other_widths(backend, width):
+    generator = seeded(width)
+    layout = random_layout(generator, "anchors", max_text=40)
+    inputs = attention_inputs(generator, layout, width=width, value_width=257 - width)
+    check(backend, layout, inputs, normal(generator, layout.B, 4, layout.M, 257 - width), f"{layout}")
+
+
+def test_sinks_of_another_dtype(backend):
+    generator = seeded(0)
+    layout = random_layout(generator, "ragged")
+    inputs = attention_inputs(generator, layout, dtype=torch.bfloat16)
+    inputs["sinks"] = normal(generator, 4)
+    check(backend, layout, inputs, normal(generator, layout.B, 4, layout.M, 8, dtype=torch.bfloat16), f"{layout}")
+
+
+SMALL = {
+    "left padding": ThoughtLayout.from_padding(torch.tensor([[0, 1, 1], [1, 1, 1]]), 2, 2),
+    "documents": ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 2, torch.tensor([[1, 3, -1]])),
+    "ragged": ThoughtLayout.at(
+        torch.tensor([[0, 2]]), 2, 2, text_length=3, length=torch.tensor([[[2, 1], [0, 2]]])
+    ),
+}
+OPTIONS = [{}, {"window": 2}, {"softcap": 1.5}, {"window": 3, "softcap": 2.0, "query_rows": "thoughts", "scale": 0.7}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_gradcheck(backend, name, options):
+    rows = options.get("query_rows", "all")
+    inputs = attention_inputs(seeded(0), SMALL[name], 2, 1, 2, 1, True, rows, dtype=torch.float64)
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    op = lambda q, k, v, sinks: thought_attention(  # noqa: E731
+        q, k, v, SMALL[name], sinks=sinks, backend=backend, **options
+    )
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_opcheck(backend, seed):
+    layout, inputs, grad_out, options = random_case(seed, torch.float32)
+    q, k, v, sinks = inputs.values()
+    metadata = (layout.anchor, layout.lo, layout.length)
+    rest = (layout.rows, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
+    out, lse = _forward(q, k, v, *metadata, sinks, *rest)
+    torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
+    leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(_forward, (*leaves[:3], *metadata, leaves[3], *rest))
+
+
+@pytest.mark.parametrize("query_rows", ["all", "thoughts"])
+def test_compiles_without_a_graph_break(backend, query_rows):
+    layout = random_layout(seeded(1), "ragged")
+    inputs = attention_inputs(seeded(2), layout, sinks=True, query_rows=query_rows)
+    grad_out = normal(seeded(3), *inputs["q"].shape)
+
+    def attention(q, k, v, sinks):
+        return 2 * thought_attention(
+            q, k, v, layout, window=4, softcap=3.0, sinks=sinks, query_rows=query_rows, backend=backend
+        )
+
+    eager = forward_backward(attention, inputs, (grad_out,))
+    compiled = forward_backward(torch.compile(attention, fullgraph=True, backend="aot_eager"), inputs, (grad_out,))
+    assert torch.equal(eager[0][0], compiled[0][0])
+    assert all(torch.equal(eager[1][name], compiled[1][name]) for name in inputs)
+
+
+def run(backend, layout, inputs, grad_out, **options):
+    return forward_backward(
+        partial(thought_attention, return_lse=True, backend=backend), inputs, (grad_out,), layout=layout, **options
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_are_off(backend, seed):
+    layout, inputs, grad_out, options = random_case(seed)
+    (out, lse), grads = run(backend, layout, inputs, grad_out, **options)
+    off = ~torch.cat([torch.ones(layout.B, layout.L, dtype=torch.bool), layout.live().flatten(1)], 1)
+    rows_off = off[:, -out.shape[2] :] if out.shape[2] else off[:, :0]
+    shown = lambda mask, x: x.transpose(1, 2)[mask]  # noqa: E731
+    assert (shown(rows_off, out) == 0).all() and (shown(rows_off, lse) == -torch.inf).all()
+    assert shown(~rows_off, lse).isfinite().all()
+    assert (shown(rows_off, grads["q"]) == 0).all()
+    assert (shown(off, grads["k"]) == 0).all() and (shown(off, grads["v"]) == 0).all()
+    expected = torch.float32 if out.dtype != torch.float64 else torch.float64
+    assert lse.dtype == expected and not lse.requires_grad
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_runs_agree_bitwise(backend, seed):
+    layout, inputs, grad_out, options = random_case(seed, max_text=60)
+    (out, lse), grads = run(backend, layout, inputs, grad_out, **options)
+    (again, lse_again), grads_again = run(backend, layout, inputs, grad_out, **options)
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+
+def assert_rows(got, layout, inputs, rows, what):
+    """``got`` [B',H,rows',E] against the given rows of the whole, by the error rule.
+
+    Not bitwise: another size or order may choose another summation, on either back end.
+    """
+    upcast = {name: x if x is None else x.double() for name, x in inputs.items()}
+    plain, truth = (plain_attention(**x, layout=layout)[0] for x in (inputs, upcast))
+    assert_close_as_plain(got, plain[rows], truth[rows], what)
+
+
+@pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])
+def test_metamorphic(backend, kind):
+    generator = seeded(11)
+    layout = random_layout(generator, kind, max_text=20)
+    inputs = attention_inputs(generator, layout, sinks=True)
+    q, k, v, sinks = inputs.values()
+    B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
+
+    order = torch.randperm(N, generator=generator)
+    r = torch.arange(layout.R).view(P, N, S)
+    packed = torch.cat([torch.arange(L), L + r[:, order].flatten()])
+    permuted = ThoughtLayout.at(layout.anchor, N, S, lo=layout.lo, length=layout.length[:, :, order])
+    got = thought_attention(q[:, :, packed], k[:, :, packed], v[:, :, packed], permuted, sinks=sinks, backend=backend)
+    assert_rows(got, layout, inputs, (slice(None), slice(None), packed), "thoughts permuted")
+
+    for b in range(B):
+        one = ThoughtLayout.at(layout.anchor[b, None], N, S, lo=layout.lo[b, None], length=layout.length[b, None])
+        got = thought_attention(q[b, None], k[b, None], v[b, None], one, sinks=sinks, backend=backend)
+        assert_rows(got, layout, inputs, slice(b, b + 1), f"batch row {b} alone")
+
+    places = slice(P // 3, P // 3 + 2)
+    kept = torch.cat([torch.arange(L), L + r[places].flatten()])
+    args = (q[:, :, kept], k[:, :, kept], v[:, :, kept])
+    got = thought_attention(*args, layout.select(places), sinks=sinks, backend=backend)
+    assert_rows(got, layout, inputs, (slice(None), slice(None), kept), "some anchors")
+
+    got = thought_attention(q[:, :, L:], k, v, layout, sinks=sinks, query_rows="thoughts", backend=backend)
+    assert_rows(got, layout, inputs, (slice(None), slice(None), slice(L, None)), "thought rows alone")
+
+
+EDGES = {
+    "B=0": ThoughtLayout.every_position(0, 3, 2, 2),
+    "L=0": ThoughtLayout.every_position(2, 0, 2, 2),
+    "P=0": ThoughtLayout.every_position(2, 3, 2, 2).text_only(),
+    "L=1": ThoughtLayout.every_position(2, 1, 2, 2),
+    "one": ThoughtLayout.every_position(1, 1, 1, 1),
+    "all off": ThoughtLayout.at(torch.full((2, 3), -1), 2, 2, text_length=4),
+}
+
+
+@pytest.mark.parametrize("query_rows", ["all", "thoughts"])
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(backend, name, query_rows):
+    for softcap in (None, 2.0):
+        inputs = attention_inputs(seeded(0), EDGES[name], sinks=True, query_rows=query_rows)
+        grad_out = normal(seeded(1), *inputs["q"].shape)
+        check(backend, EDGES[name], inputs, grad_out, name, query_rows=query_rows, softcap=softcap)

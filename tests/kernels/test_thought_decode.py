@@ -1,0 +1,189 @@
+"""thought_decode: error rule over random layouts, step by step against attention, nothing read that isn't written."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout, thought_decode
+from quietstar_kernels.testing import (
+    LAYOUT_KINDS,
+    assert_close_as_plain,
+    assert_op_close_as_plain,
+    attention_inputs,
+    decode_inputs,
+    plain_attention,
+    plain_decode,
+    random_layout,
+)
+from quietstar_kernels.thought_decode import _forward
+
+GROUP = 50  # random layouts in one test
+DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
+HUGE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pick(generator, choices):
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def random_case(seed, dtype=None, **sizes):
+    """Layout, inputs and options, all drawn from one seed."""
+    generator = seeded(seed)
+    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], **sizes)
+    options = {
+        "step": int(torch.randint(layout.S, (), generator=generator)),
+        "scale": pick(generator, [None, None, 0.3]),
+        "window": pick(generator, [None, None, 1, 3, 6]),
+        "softcap": pick(generator, [None, None, 5.0, 1.0]),
+    }
+    heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3)])
+    widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
+    dtype = dtype or pick(generator, DTYPES)
+    sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
+    inputs = decode_inputs(generator, layout, heads, groups, *widths, sinks, strided, dtype)
+    return layout, inputs, options
+
+
+def check(backend, layout, inputs, what, **options):
+    op = partial(thought_decode, backend=backend)
+    assert_op_close_as_plain(op, plain_decode, inputs, (), what, layout=layout, **options)
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_error_rule_on_random_layouts(backend, group):
+    for seed in range(group * GROUP, (group + 1) * GROUP):
+        layout, inputs, options = random_case(seed)
+        check(backend, layout, inputs, f"seed {seed} {layout} {options}", **options)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1012))
+def test_error_rule_on_longer_texts(backend, seed):
+    layout, inputs, options = random_case(seed, max_batch=2, max_text=150)
+    check(backend, layout, inputs, f"{layout} {options}", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 2.0}, {"scale": 1.0}], ids=str)
+@pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])
+def test_step_by_step_equals_attention(backend, kind, options):
+    """By the error rule: attention and decode sum in different orders."""
+    generator = seeded(3)
+    layout = random_layout(generator, kind, max_text=20)
+    inputs = attention_inputs(generator, layout, sinks=True)
+    upcast = {name: x.double() for name, x in inputs.items()}
+    plain, truth = (plain_attention(**x, layout=layout, **options)[0] for x in (inputs, upcast))
+    q, k, v, sinks = inputs.values()
+    L, thoughts = layout.L, layout.P * layout.N
+    own = {"k_own": torch.full_like(k[:, :, L:], torch.nan), "v_own": torch.full_like(v[:, :, L:], torch.nan)}
+    own = {name: x.unflatten(2, (thoughts, layout.S)) for name, x in own.items()}
+    for step in range(layout.S):
+        rows = slice(L + step, None, layout.S)
+        own["k_own"][:, :, :, step], own["v_own"][:, :, :, step] = k[:, :, rows], v[:, :, rows]
+        text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
+        got = thought_decode(
+            q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options
+        )
+        assert_close_as_plain(got, plain[:, :, rows], truth[:, :, rows], f"step {step}")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_step_as_a_tensor_and_two_runs(backend, seed):
+    layout, inputs, options = random_case(seed)
+    want = thought_decode(**inputs, layout=layout, backend=backend, **options)
+    for dtype in (torch.int32, torch.int64):
+        step = torch.tensor(options["step"], dtype=dtype)
+        again = thought_decode(**inputs, layout=layout, backend=backend, **(options | {"step": step}))
+        assert torch.equal(again, want)
+    on = layout.live().flatten(1)[:, options["step"] :: layout.S]
+    assert (want.transpose(1, 2)[~on] == 0).all()
+    assert not want.requires_grad and want.dtype == inputs["q"].dtype
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("kind", ["every", "anchors", "left", "both", "documents", "ragged"])
+def test_nan_that_nobody_may_read(backend, kind, softcap):
+    """NaN in own rows not yet written, in rows that are off, in queries that are off and in padded text."""
+    hidden = 0
+    for seed in range(5):
+        generator = seeded(seed)
+        layout = random_layout(generator, kind, 2, 10, 2, 4)
+        step = int(torch.randint(layout.S, (), generator=generator))
+        inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True)
+        live = layout.live().flatten(1, 2)  # [B,P*N,S]
+        unread = ~live | (torch.arange(layout.S) > step)
+        seen_text = layout.dense_mask()[:, layout.L :, : layout.L].any(1)
+        poison = {
+            "q": ~live[:, None, :, step, None],
+            "k_own": unread[:, None, :, :, None],
+            "v_own": unread[:, None, :, :, None],
+            "k_text": ~seen_text[:, None, :, None],
+            "v_text": ~seen_text[:, None, :, None],
+        }
+        bad = inputs | {name: inputs[name].masked_fill(where, torch.nan) for name, where in poison.items()}
+        options = {"layout": layout, "step": step, "softcap": softcap, "backend": backend}
+        assert torch.equal(thought_decode(**inputs, **options), thought_decode(**bad, **options)), f"seed {seed}"
+        hidden += int(unread.sum())
+    assert hidden
+
+
+@pytest.mark.parametrize("dtype", list(HUGE), ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "any_lo", "ragged"])
+def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype):
+    generator = seeded(7)
+    layout = random_layout(generator, kind, 2, 12, 2, 3)
+    step = layout.S - 1
+    inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True, dtype=dtype)
+    before = thought_decode(**inputs, layout=layout, step=step, backend=backend, **options)
+    mask = layout.dense_mask(options.get("window"))[:, layout.L + step :: layout.S]
+    assert before.shape[2] and not mask.all()
+    for thought in range(before.shape[2]):
+        visible = mask[:, thought, None, :, None]
+        text, own = visible[:, :, : layout.L], visible[:, :, layout.L :].unflatten(2, (-1, layout.S))
+        changed = {}
+        for name in ("k_text", "v_text", "k_own", "v_own"):
+            x = inputs[name]
+            sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+            changed[name] = torch.where(own if "own" in name else text, x, (sign * HUGE[dtype]).to(dtype))
+        after = thought_decode(**(inputs | changed), layout=layout, step=step, backend=backend, **options)
+        assert torch.equal(before[:, :, thought], after[:, :, thought]), f"thought {thought}"
+
+
+EDGES = {
+    "B=0": ThoughtLayout.every_position(0, 3, 2, 2),
+    "L=0": ThoughtLayout.every_position(2, 0, 2, 2),
+    "P=0": ThoughtLayout.every_position(2, 3, 2, 2).text_only(),
+    "one": ThoughtLayout.every_position(1, 1, 1, 1),
+    "all off": ThoughtLayout.at(torch.full((2, 3), -1), 2, 2, text_length=4),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(backend, name, softcap):
+    layout = EDGES[name]
+    check(backend, layout, decode_inputs(seeded(0), layout, sinks=True), name, step=layout.S - 1, softcap=softcap)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_opcheck(backend, seed):
+    layout, inputs, options = random_case(seed, torch.float32)
+    *tensors, sinks = inputs.values()
+    metadata = (layout.anchor, layout.lo, layout.length, torch.tensor(options["step"], dtype=torch.int32))
+    rest = (layout.rows, 0.5, options["window"], options["softcap"], backend)
+    torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
+
+
+def test_compiles_without_a_graph_break(backend):
+    layout = random_layout(seeded(1), "ragged")
+    inputs = decode_inputs(seeded(2), layout, sinks=True)
+    decode = lambda step, **inputs: 2 * thought_decode(  # noqa: E731
+        **inputs, layout=layout, step=step, window=4, backend=backend
+    )
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    for step in (0, torch.tensor(layout.S - 1)):
+        assert torch.equal(compiled(step, **inputs), decode(step, **inputs))

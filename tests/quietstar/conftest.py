@@ -1,0 +1,65 @@
+"""Tiny random models of every listed architecture, small enough that a test can look at every row."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# A window of 7 is crossed by the texts of these tests, inside the text and inside thoughts.
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7, "use_sliding_window": True},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    "gpt_neox": {},
+    "olmo2": {},
+    "phi3": {"sliding_window": 7},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "phi": {},
+}
+
+
+def make_model(name, seed=0, **changes):
+    """A model whose weights are drawn wide, so that a wrong mask or position shows in its logits."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **{**SMALL, **ARCHITECTURES[name], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    """``tiny(name, seed=0, **config changes)`` makes a model; see ``ARCHITECTURES`` for the names."""
+    return make_model
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request):
+    return request.param

@@ -1,0 +1,47 @@
+import pytest
+
+from quietstar import ThoughtConfig
+from quietstar.config import PRESETS
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_preset_fills_what_is_not_given(preset):
+    config = ThoughtConfig(preset=preset)
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert ThoughtConfig(preset=preset, policy_temperature=2.0).policy_temperature == 2.0
+
+
+def test_rows_and_banned():
+    config = ThoughtConfig(thought_tokens=9, lookahead=4, start_token_id=5)
+    assert config.rows == 14
+    assert config.banned == [5]
+
+
+def test_round_trip():
+    config = ThoughtConfig(preset="paper", thoughts=3, base_weight=0.1)
+    assert ThoughtConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="unknown field colour"):
+        ThoughtConfig.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"thoughts": 0}, "thoughts must be 1 to 65,535, got 0"),
+        ({"thought_tokens": 0}, "thought_tokens must be 1"),
+        ({"lookahead": 0}, "lookahead must be 1"),
+        ({"thoughts": 2.0}, "thoughts must be"),
+        ({"preset": "best"}, "preset must be one of official, paper, got 'best'"),
+        ({"policy_temperature": 0}, "policy_temperature must be above 0"),
+        ({"policy_weight": -1}, "policy_weight must be 0 or more"),
+        ({"embedding_scale": 0}, "embedding_scale must be above 0"),
+        ({"advantage": "best"}, "advantage must be one of"),
+        ({"mixing": "words"}, "mixing must be one of"),
+        ({"reward": "money"}, "reward must be one of"),
+        ({"thoughts": 1, "preset": "paper"}, "thoughts must be at least 2"),
+        ({"thoughts": 1, "advantage": "zscore"}, "thoughts must be at least 2"),
+    ],
+)
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ThoughtConfig(**changes)

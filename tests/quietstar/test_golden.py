@@ -1,0 +1,137 @@
+"""One packed pass over recorded thoughts reproduces the published code's loss, its parts and every gradient."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import MistralConfig, MistralForCausalLM
+
+import quietstar
+
+RECORDS = sorted((Path(__file__).parent.parent / "golden").glob("*.safetensors"))
+LOSS_BOUND, GRADIENT_BOUND = 1e-4, 1e-3  # tests/golden/README.md
+
+
+def read(path):
+    with safe_open(path, "pt") as record:
+        meta = {key: json.loads(value) for key, value in record.metadata().items()}
+        return meta, {key: record.get_tensor(key) for key in record.keys()}  # noqa: SIM118
+
+
+def wrap(meta, tensors, policy_weight):
+    config = quietstar.ThoughtConfig(
+        thoughts=meta["N"],
+        thought_tokens=meta["T"],
+        lookahead=meta["K"],
+        preset="official",
+        start_token_id=meta["start_token_id"],
+        end_token_id=meta["end_token_id"],
+        policy_weight=policy_weight,
+        policy_temperature=meta["reinforce_temperature"],
+    )
+    qs = quietstar.QuietStar(MistralForCausalLM(MistralConfig(**meta["config"])), config)
+    state = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+    state |= {name: tensors[f"raw.{name}"] for name in ("start_embedding", "end_embedding")}
+    qs.load_official_state_dict(state, embedding_scale=meta["embedding_scale"])
+    return qs
+
+
+def run(qs, tensors):
+    labels = tensors["labels"].masked_fill(tensors["attention_mask"] == 0, -100)
+    return qs(tensors["input_ids"], tensors["attention_mask"], labels, thought_ids=tensors["thought_ids"])
+
+
+def published_name(name):
+    return name.removeprefix("model.").replace("mixing_head.", "talk_head.0.", 1)
+
+
+def relative(got, want):
+    return float((got.detach() - want).norm() / want.norm())
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("QUIETSTAR_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("grads", ["grads", "grads_ce"])
+def test_record(path, grads, backend):
+    meta, tensors = read(path)
+    qs = wrap(meta, tensors, policy_weight=meta["policy_loss_beta"] if grads == "grads" else 0.0)
+    out = run(qs, tensors)
+
+    assert relative(out.loss, tensors["loss" if grads == "grads" else "loss_ce"]) <= LOSS_BOUND
+    assert relative(out.loss_ce, tensors["loss_ce"]) <= LOSS_BOUND
+    assert relative(out.policy_loss, tensors["policy_loss"]) <= LOSS_BOUND
+    rewarded = tensors["reward"].shape[-1]
+    assert relative(out.reward[:, :rewarded].transpose(1, 2), tensors["reward"]) <= LOSS_BOUND
+    assert relative(out.advantage[:, :rewarded].transpose(1, 2), tensors["advantage"]) <= LOSS_BOUND
+    assert not out.reward[:, rewarded:].any()
+    assert relative(out.nll_base, tensors["ce_base_tokens"][:, 0]) <= LOSS_BOUND
+
+    out.loss.backward()
+    for name, parameter in qs.named_parameters():
+        want = tensors[f"{grads}.{published_name(name)}"]
+        want = want[0] if name.endswith("_embedding") else want
+        assert relative(parameter.grad, want) <= GRADIENT_BOUND, name
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_record_per_token(path):
+    meta, tensors = read(path)
+    out = run(wrap(meta, tensors, policy_weight=0.0), tensors)
+    for j in range(meta["K"]):
+        want = tensors[f"ce_mix_tokens.{j}"]
+        got = out.nll_mix[:, : want.shape[-1], :, j].transpose(1, 2)
+        assert relative(got, want) <= LOSS_BOUND
+    lengths = torch.tensor(meta["lengths"])
+    last = torch.arange(meta["L"])[None, :, None] + torch.arange(meta["K"])
+    inside = (last < lengths[:, None, None])[:, :, None].expand_as(out.weight)
+    want = tensors["mix_weight"].permute(0, 3, 1, 2)
+    assert relative(out.weight[inside], want[inside]) <= LOSS_BOUND
+
+
+def test_gradient_checkpointing_changes_nothing():
+    meta, tensors = read(RECORDS[0])
+    gradients = []
+    for checkpointing in (False, True):
+        qs = wrap(meta, tensors, policy_weight=1.0).train()
+        if checkpointing:
+            qs.gradient_checkpointing_enable()
+        run(qs, tensors).loss.backward()
+        gradients.append([parameter.grad for parameter in qs.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_embedding_of_another_scale_is_rescaled():
+    meta, tensors = read(RECORDS[0])
+    state = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+    state |= {name: tensors[f"raw.{name}"] for name in ("start_embedding", "end_embedding")}
+    qs = quietstar.QuietStar(MistralForCausalLM(MistralConfig(**meta["config"])), quietstar.ThoughtConfig(embedding_scale=5.0))
+    qs.load_official_state_dict(state)
+    torch.testing.assert_close(5.0 * qs.start_embedding.detach(), tensors["weights.start_embedding"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("talk_head.0.2.bias"), "missing talk_head.0.2.bias"),
+        (lambda state: state.update(extra=torch.zeros(2)), "unknown extra"),
+        (lambda state: state.update({"lm_head.weight": torch.zeros(3, 32)}), r"lm_head.weight must have shape \[\d+, 32\]"),
+        (lambda state: state.update(start_embedding=torch.zeros(32)), "start_embedding must have shape"),
+    ],
+)
+def test_a_foreign_state_dict_is_refused_whole(change, message):
+    meta, tensors = read(RECORDS[0])
+    qs = wrap(meta, tensors, policy_weight=0.0)
+    before = [parameter.clone() for parameter in qs.parameters()]
+    state = {key.removeprefix("weights."): torch.zeros_like(x) for key, x in tensors.items() if key.startswith("weights.")}
+    state |= {name: tensors[f"raw.{name}"] for name in ("start_embedding", "end_embedding")}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        qs.load_official_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, qs.parameters(), strict=True))

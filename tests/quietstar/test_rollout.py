@@ -1,0 +1,125 @@
+"""Parallel sampling: the thoughts are those of a slow sampler, and depend on counters, not on the batch."""
+
+import pytest
+import torch
+
+import quietstar
+from quietstar_kernels import sample_token
+
+CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=2)
+
+
+@pytest.fixture
+def qs(tiny):
+    return quietstar.QuietStar(tiny("mistral"), CONFIG)
+
+
+def text(B=3, L=11, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def slow_thoughts(qs, ids, seed):
+    """One thought after the other, each token from a forward over everything before it."""
+    embed = qs.model.get_input_embeddings()
+    start = qs.thought_config.embedding_scale * qs.start_embedding
+    N, T = qs.thought_config.thoughts, qs.thought_config.thought_tokens
+    out = torch.zeros(*ids.shape, N, T, dtype=torch.int64)
+    logprob = torch.zeros(out.shape)
+    for b, t, n in torch.cartesian_prod(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), torch.arange(N)).tolist():
+        embeds = torch.cat([embed(ids[b, : t + 1]), start[None]])
+        for s in range(T):
+            hidden = qs.model.model(inputs_embeds=embeds[None]).last_hidden_state[0, -1:]
+            counters = torch.tensor([[b, t, n, s]], dtype=torch.int32)
+            token, lp = sample_token(hidden, qs.lm_head.linear.weight, counters, seed)
+            out[b, t, n, s], logprob[b, t, n, s] = token, lp
+            embeds = torch.cat([embeds, embed(token)])
+    return out, logprob
+
+
+def test_the_thoughts_are_those_of_a_slow_sampler(qs):
+    ids = text(2, 10)
+    truth, logprob = slow_thoughts(qs, ids, seed=5)
+    thoughts = qs.think(ids, seed=5)
+    assert torch.equal(thoughts.thought_ids, truth)
+    torch.testing.assert_close(thoughts.logprob, logprob, atol=1e-4, rtol=0)
+    assert not torch.equal(qs.think(ids, seed=6).thought_ids, truth)
+
+
+def test_same_thoughts_when_the_batch_is_split_or_reordered(qs):
+    ids, names = text(), torch.tensor([7, 3, 9])
+    whole = qs.think(ids, seed=1, sequence_ids=names).thought_ids
+    split = [qs.think(ids[b : b + 1], seed=1, sequence_ids=names[b : b + 1]).thought_ids for b in range(3)]
+    assert torch.equal(torch.cat(split), whole)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(qs.think(ids[order], seed=1, sequence_ids=names[order]).thought_ids, whole[order])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_same_thoughts_whatever_the_padding(qs, side):
+    ids = text(1, 7)
+    alone = qs.think(ids, seed=1).thought_ids
+    other = text(1, 11, seed=9)
+    pad = torch.zeros(1, 4, dtype=torch.long)
+    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
+    mask = torch.stack([padded[0] != 0, torch.ones(11, dtype=torch.bool)]).long()
+    thoughts = qs.think(torch.cat([padded, other]), mask, seed=1).thought_ids[:1]
+    assert torch.equal(thoughts[:, 4:] if side == "left" else thoughts[:, :7], alone)
+
+
+def test_packed_documents_think_like_documents_alone(qs):
+    ids = text(1, 11)
+    documents = torch.tensor([[0] * 5 + [1] * 6])
+    packed = qs.think(ids, seed=1, document_ids=documents, sequence_ids=documents + 20).thought_ids
+    for document, part in enumerate((slice(0, 5), slice(5, 11))):
+        alone = qs.think(ids[:, part], seed=1, sequence_ids=torch.tensor([20 + document])).thought_ids
+        assert torch.equal(packed[:, part], alone)
+
+
+def test_chosen_anchors_think_like_all_positions(qs):
+    ids = text()
+    anchors = torch.tensor([[1, 4, 10], [0, 7, -1], [5, -1, -1]])
+    chosen = qs.think(ids, anchors=anchors, seed=1).thought_ids
+    every = qs.think(ids, seed=1).thought_ids
+    for b, row in enumerate(anchors.tolist()):
+        for p, anchor in enumerate(row):
+            if anchor >= 0:
+                assert torch.equal(chosen[b, p], every[b, anchor])
+
+
+def test_greedy_in_evaluation_and_when_asked(qs):
+    ids = text()
+    asked = qs.think(ids, greedy=True).thought_ids
+    assert torch.equal(asked[:, :, 0], asked[:, :, 1])
+    qs.eval()
+    assert torch.equal(qs.think(ids).thought_ids, asked)
+    assert torch.equal(qs(ids).thought_ids, asked)
+    sampled = qs.think(ids, seed=1, greedy=False).thought_ids
+    assert not torch.equal(sampled[:, :, 0], sampled[:, :, 1])
+
+
+def test_the_seed_comes_from_torch_when_none_is_given(qs):
+    ids = text()
+    torch.manual_seed(3)
+    first, second = qs.think(ids).thought_ids, qs.think(ids).thought_ids
+    torch.manual_seed(3)
+    assert torch.equal(qs.think(ids).thought_ids, first)
+    assert not torch.equal(first, second)
+
+
+def test_start_and_end_ids_are_never_sampled(tiny):
+    config = quietstar.ThoughtConfig(thoughts=8, thought_tokens=4, lookahead=2, start_token_id=59, end_token_id=60)
+    plain = quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(thoughts=8, thought_tokens=4, lookahead=2))
+    banning = quietstar.QuietStar(tiny("llama"), config)
+    ids = torch.randint(3, 59, (4, 20), generator=torch.Generator().manual_seed(0))
+    assert (plain.think(ids, seed=1).thought_ids >= 59).any()
+    assert not (banning.think(ids, seed=1).thought_ids >= 59).any()
+
+
+def test_dropout_is_off_in_the_rollout_and_modes_come_back(tiny):
+    model = tiny("gpt2").train()
+    model.transformer.h[0].eval()
+    qs = quietstar.QuietStar(model, CONFIG)
+    ids = text()
+    assert torch.equal(qs.think(ids, seed=1).thought_ids, qs.think(ids, seed=1).thought_ids)
+    assert model.training and not model.transformer.h[0].training and model.transformer.h[1].training
