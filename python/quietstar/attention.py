@@ -108,6 +108,9 @@ def _thought_forward(
         _warn_dropout()
     window = attention_mask.window if isinstance(attention_mask, MaskArguments) else sliding_window
     serve = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = serve.attend(query, key, value, scale=scaling, window=window, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2).contiguous(), None
 

@@ -12,10 +12,12 @@ from quietstar_kernels import ThoughtLayout
 INTEGERS = (torch.int32, torch.int64)
 
 
-def check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int, ...]) -> None:
+def check_tensor(name: str, tensor: Tensor, letters: str, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must have shape [{letters}]={list(shape)}, got {got}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the model's embeddings, got {tensor.device}")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
@@ -33,15 +35,17 @@ def check_special_ids(config: ThoughtConfig, vocabulary: int) -> None:
             raise ValueError(f"{name} must be from 0 to V-1={vocabulary - 1}, got {token}")
 
 
-def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, vocabulary: int) -> None:
+def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, embed: nn.Embedding) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids must have shape [B,L], got {got}")
     if 0 in input_ids.shape:
         raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
-    check_ids("input_ids", input_ids, vocabulary)
+    shape, device = tuple(input_ids.shape), embed.weight.device
+    check_tensor("input_ids", input_ids, "B,L", shape, device)
+    check_ids("input_ids", input_ids, embed.num_embeddings)
     if attention_mask is not None:
-        check_shape("attention_mask", attention_mask, "B,L", tuple(input_ids.shape))
+        check_tensor("attention_mask", attention_mask, "B,L", shape, device)
     for name, token in (("start", config.start_token_id), ("end", config.end_token_id)):
         if token is None:
             continue
@@ -60,7 +64,7 @@ def make_layout(
 ) -> ThoughtLayout:
     N, S = config.thoughts, config.rows
     if document_ids is not None:
-        check_shape("document_ids", document_ids, "B,L", tuple(input_ids.shape))
+        check_tensor("document_ids", document_ids, "B,L", tuple(input_ids.shape), input_ids.device)
         if attention_mask is not None:
             document_ids = document_ids.masked_fill(attention_mask == 0, -1)
         return ThoughtLayout.from_documents(document_ids, N, S, anchors=anchors)
@@ -84,13 +88,14 @@ def check_lookahead(layout: ThoughtLayout, config: ThoughtConfig) -> None:
 def check_labels(labels: Tensor | None, input_ids: Tensor, vocabulary: int) -> Tensor:
     if labels is None:
         return input_ids.long()
-    check_shape("labels", labels, "B,L", tuple(input_ids.shape))
+    check_tensor("labels", labels, "B,L", tuple(input_ids.shape), input_ids.device)
     check_ids("labels", labels.masked_fill(labels == -100, 0), vocabulary)
     return labels.long()
 
 
 def check_thought_ids(thought_ids: Tensor, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int) -> None:
-    check_shape("thought_ids", thought_ids, "B,P,N,T", (layout.B, layout.P, layout.N, config.thought_tokens))
+    shape = (layout.B, layout.P, layout.N, config.thought_tokens)
+    check_tensor("thought_ids", thought_ids, "B,P,N,T", shape, layout.device)
     check_ids("thought_ids", thought_ids, vocabulary)
     for token in config.banned:
         if bool((thought_ids == token).any()):

@@ -114,6 +114,7 @@ class QuietStar(nn.Module):
         document_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         seed: int | None = None,
+        counts: objective.Counts | None = None,
     ) -> QuietStarOutput:
         """Think, predict J tokens after every thought, and return the loss and its parts.
 
@@ -126,6 +127,7 @@ class QuietStar(nn.Module):
             document_ids: integer [B,L], for packed documents: nothing sees or predicts another document.
             sequence_ids: integer [B] or [B,L], names each text for sampling; default the row index.
             seed: 64 bits for sampling; default drawn from torch's generator.
+            counts: what the losses are divided by, where this batch is a part of a larger one; see ``count_targets``.
 
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than
@@ -148,8 +150,9 @@ class QuietStar(nn.Module):
         logprob = self.lm_head.logprob(
             thought[:, :, :, : config.thought_tokens], thought_ids, config.policy_temperature, config.banned
         )
-        loss_ce = objective.cross_entropy(nll_base, nll_mix, targets, config.base_weight, config.mix_weight)
-        policy_loss = objective.policy_loss(logprob, advantage, targets.rewarded)
+        counts = counts or objective.count(targets)
+        loss_ce = objective.cross_entropy(nll_base, nll_mix, counts, config.base_weight, config.mix_weight)
+        policy_loss = objective.policy_loss(logprob, advantage, counts)
         return QuietStarOutput(
             loss=loss_ce + config.policy_weight * policy_loss,
             loss_ce=loss_ce,
@@ -182,6 +185,23 @@ class QuietStar(nn.Module):
         layout = self._layout(input_ids, attention_mask, anchors, document_ids)
         greedy = not self.training if greedy is None else greedy
         return self._sample(layout, input_ids, sequence_ids, seed, greedy)
+
+    def count_targets(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        anchors: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> objective.Counts:
+        """How many terms each mean of the loss on this batch has, without running the model.
+
+        Add up those of all parts of a batch and pass the sum to ``forward`` for each: the parts' losses then add up to the
+        loss of the whole batch. Arguments and errors are those of ``forward``.
+        """
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
+        return objective.count(objective.make_targets(labels, attention_mask, layout, self.thought_config.lookahead))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place."""
@@ -233,7 +253,7 @@ class QuietStar(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None
     ) -> ThoughtLayout:
         config = self.thought_config
-        checks.check_text(input_ids, attention_mask, config, embeddings(self.model).num_embeddings)
+        checks.check_text(input_ids, attention_mask, config, embeddings(self.model))
         layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, config)
         checks.check_positions(self.model, layout)
         return layout

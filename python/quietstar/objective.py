@@ -89,26 +89,47 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mean_nll(nll: Tensor, targets: Tensor) -> Tensor:
-    """Mean of [...,rows] nll over the targets that count, last dimension kept; 0 where none does."""
-    counts = (targets != IGNORED).sum(-1)
-    return nll.sum(-1) / counts.clamp(min=1)
+@dataclass(frozen=True)
+class Counts:
+    """How many terms each mean of the objective is taken over; those of several batches add up, so that any split of a batch
+    over ranks or accumulation steps gives the loss of the whole.
+
+    Attributes:
+        base: base targets, 0-d.
+        mix: mixed targets for each j, [J].
+        places: rewarded anchors times thoughts, 0-d; padded anchors count, unused places don't.
+    """
+
+    base: Tensor
+    mix: Tensor
+    places: Tensor
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.base + other.base, self.mix + other.mix, self.places + other.places)
 
 
-def cross_entropy(nll_base: Tensor, nll_mix: Tensor, targets: Targets, base_weight: float, mix_weight: float) -> Tensor:
-    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j])."""
-    base = mean_nll(nll_base.flatten(), targets.base.flatten())
-    mix = mean_nll(nll_mix.flatten(0, 2).T, targets.mix.flatten(0, 2).T)
+def count(targets: Targets) -> Counts:
+    base, mix = (targets.base != IGNORED).sum(), (targets.mix != IGNORED).sum((0, 1, 2))
+    return Counts(base, mix, targets.rewarded.sum() * targets.mix.shape[2])
+
+
+def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight: float, mix_weight: float) -> Tensor:
+    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j]); a mean over nothing is 0.
+
+    Args:
+        nll_base: [B,L-1], 0 where a target does not count.
+        nll_mix: [B,P,N,J], likewise.
+    """
+    base = nll_base.sum() / counts.base.clamp(min=1)
+    mix = nll_mix.sum((0, 1, 2)) / counts.mix.clamp(min=1)
     return base_weight * base + mix_weight * mix.mean()
 
 
-def policy_loss(logprob: Tensor, advantage: Tensor, rewarded: Tensor) -> Tensor:
+def policy_loss(logprob: Tensor, advantage: Tensor, counts: Counts) -> Tensor:
     """REINFORCE: minus the mean of advantage * logprob over rewarded anchors, thoughts and sampled tokens.
 
     Args:
         logprob: [B,P,N,T], of the sampled tokens; carries the gradient.
         advantage: [B,P,N], 0 at anchors that are not rewarded.
-        rewarded: bool [B,P]; padded anchors count in the denominator.
     """
-    count = rewarded.sum() * logprob.shape[2] * logprob.shape[3]
-    return -(advantage[..., None] * logprob).sum() / count.clamp(min=1)
+    return -(advantage[..., None] * logprob).sum() / (counts.places * logprob.shape[-1]).clamp(min=1)

@@ -69,6 +69,22 @@ def test_labels_and_masks_leave_targets_out(qs):
     assert count == 2 * 11 - 1 - 3
 
 
+def test_the_losses_of_parts_add_up_to_that_of_the_whole(qs):
+    qs.thought_config.policy_weight = 10.0
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    ids, mask = text(4), torch.ones(4, 12, dtype=torch.long)
+    mask[1, 7:] = mask[3, :5] = 0
+    thoughts = qs.think(ids, mask, seed=0).thought_ids
+    whole = qs(ids, mask, thought_ids=thoughts)
+    parts = [slice(0, 1), slice(1, 4)]
+    counts = sum_counts = None
+    for part in parts:
+        counts = qs.count_targets(ids[part], mask[part])
+        sum_counts = counts if sum_counts is None else sum_counts + counts
+    losses = [qs(ids[part], mask[part], thought_ids=thoughts[part], counts=sum_counts).loss for part in parts]
+    torch.testing.assert_close(sum(losses), whole.loss)
+
+
 def test_a_token_outside_every_text_changes_nothing(qs):
     ids, mask = text(), torch.ones(2, 12, dtype=torch.long)
     mask[1, 8:] = 0
@@ -113,6 +129,8 @@ def test_bfloat16_model_trains_with_fp32_rewards(tiny):
 
 BAD_CALLS = {
     "one dimension": (dict(input_ids=text()[0]), r"input_ids must have shape \[B,L\], got \[12\]"),
+    "device": (dict(input_ids=text().to("meta")), "input_ids must be on cpu like the model's embeddings, got meta"),
+    "mask device": (dict(attention_mask=torch.ones(2, 12, device="meta")), "attention_mask must be on cpu"),
     "empty": (dict(input_ids=text()[:, :0]), "at least one text of one token"),
     "float ids": (dict(input_ids=text().float()), "input_ids must be int32 or int64, got float32"),
     "id outside": (dict(input_ids=text() + 50), "input_ids must be from 0 to V-1=60"),

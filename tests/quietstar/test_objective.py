@@ -69,17 +69,20 @@ def test_cross_entropy_means_over_what_counts():
         rewarded=torch.tensor([[True, False, False]]),
     )
     nll_mix = torch.tensor([[[[1.0, 5.0]], [[3.0, 0.0]], [[0.0, 0.0]]]])
-    loss = objective.cross_entropy(torch.tensor([[2.0, 0.0, 4.0]]), nll_mix, targets, 0.5, 0.5)
+    counts = objective.count(targets)
+    assert (counts.base, counts.mix.tolist(), counts.places) == (2, [2, 1], 1)
+    loss = objective.cross_entropy(torch.tensor([[2.0, 0.0, 4.0]]), nll_mix, counts, 0.5, 0.5)
     assert loss.item() == 0.5 * 3.0 + 0.5 * (2.0 + 5.0) / 2
 
 
 def test_nothing_to_predict_is_zero_not_nan():
-    assert objective.mean_nll(torch.zeros(3), torch.full((3,), IGNORED)).item() == 0
-    assert objective.policy_loss(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1), torch.zeros(1, 2, dtype=torch.bool)) == 0
+    none = objective.Counts(torch.tensor(0), torch.zeros(2, dtype=torch.long), torch.tensor(0))
+    assert objective.cross_entropy(torch.zeros(1, 3), torch.zeros(1, 4, 1, 2), none, 0.5, 0.5) == 0
+    assert objective.policy_loss(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1), none) == 0
 
 
 def test_policy_loss_divides_by_rewarded_anchors_thoughts_and_tokens():
     logprob = torch.full((1, 3, 2, 4), -1.0)
     advantage = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
-    loss = objective.policy_loss(logprob, advantage, torch.tensor([[True, True, False]]))
-    assert loss.item() == pytest.approx((1 + 3) * 4 / (2 * 2 * 4))
+    counts = objective.Counts(torch.tensor(1), torch.tensor([1]), torch.tensor(2 * 2))
+    assert objective.policy_loss(logprob, advantage, counts).item() == pytest.approx((1 + 3) * 4 / (2 * 2 * 4))
