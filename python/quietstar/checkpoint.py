@@ -26,14 +26,15 @@ FORMAT = 1
 
 
 def save(qs: QuietStar, directory: str | os.PathLike) -> None:
-    """Write everything into a folder beside ``directory``, then rename file by file, the settings last.
+    """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole.
 
-    A crash leaves the old checkpoint, or a mixed one that ``load`` refuses because its settings name other tensors.
+    Files of the old folder that are not part of a checkpoint move over.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
+        beside.chmod(0o755)
         qs.model.save_pretrained(beside)
         if qs.tokenizer is not None:
             qs.tokenizer.save_pretrained(beside)
@@ -47,13 +48,22 @@ def save(qs: QuietStar, directory: str | os.PathLike) -> None:
         }
         (beside / CARD).write_text(_card(qs))
         (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        for stale in directory.glob("*.safetensors"):
-            if not (beside / stale.name).exists():
-                stale.unlink()
-        for file in sorted(beside.iterdir(), key=lambda file: file.name == SETTINGS):
-            os.replace(file, directory / file.name)
+        _put_in_place(beside, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _put_in_place(beside: Path, directory: Path) -> None:
+    if not directory.exists():
+        os.replace(beside, directory)
+        return
+    old = beside.with_name(beside.name + "-old")
+    os.replace(directory, old)
+    os.replace(beside, directory)
+    for file in old.iterdir():
+        if not (directory / file.name).exists() and file.suffix != ".safetensors":
+            os.replace(file, directory / file.name)
+    shutil.rmtree(old)
 
 
 def load(
@@ -72,6 +82,15 @@ def load(
         raise ValueError(f"{path}: {SETTINGS} belongs to a {settings['model_type']}, the model is a {model.config.model_type}")
     tokenizer = AutoTokenizer.from_pretrained(path) if _file(path, "tokenizer_config.json") else None
     return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
+
+
+def restore_all(qs: QuietStar, path: str | os.PathLike) -> None:
+    """Copy a checkpoint of the same model and config into ``qs``."""
+    model, config, _, tensors = load(path)
+    if config != qs.thought_config:
+        raise ValueError(f"{path}: it was made with another thought config: {config}")
+    qs.model.load_state_dict(model.state_dict())
+    restore(qs, tensors, path)
 
 
 def restore(qs: QuietStar, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,3 +102,52 @@ class ThoughtConfig:
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+
+
+@dataclass
+class TrainConfig:
+    """One training run: optimizer, schedule, cadence, where its files go.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    out: str = _option("runs/quietstar", "folder for checkpoints, metrics and the resolved config")
+    steps: int = _option(100, "optimizer steps")
+    batch_size: int = _option(8, "texts per optimizer step, over all processes and accumulation steps")
+    accumulation: int = _option(1, "parts that a process cuts its texts of a step into, one after the other")
+    learning_rate: float = _option(1e-6, "peak learning rate of AdamW")
+    warmup: int = _option(20, "steps of linear warm-up")
+    schedule: str = _option("constant", "constant, linear or cosine, after the warm-up")
+    weight_decay: float = _option(1e-3, "weight decay of AdamW")
+    clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+    precision: str = _option("no", "mixed precision: no, bf16 or fp16")
+    seed: int = _option(0, "fixes data order, thoughts and dropout")
+    eval_every: int = _option(50, "steps between evaluations on held-out text; 0 never")
+    save_every: int = _option(50, "steps between checkpoints; the last step saves too")
+    keep: int = _option(2, "checkpoints kept, the newest ones")
+    tracker: str = _option("", "one of Accelerate's trackers: tensorboard, wandb, ...; empty for none")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every", "keep"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "1 or more")
+        for name in ("warmup", "eval_every", "weight_decay", "clip"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("learning_rate", self.learning_rate > 0, "above 0")
+        self._check("schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine")
+        self._check("precision", self.precision in ("no", "bf16", "fp16"), "no, bf16 or fp16")
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - progress)
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate

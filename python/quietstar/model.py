@@ -39,15 +39,15 @@ class QuietStarOutput(ModelOutput):
         thought_ids: int64 [B,P,N,T].
     """
 
-    loss: Tensor | None = None
-    loss_ce: Tensor | None = None
-    policy_loss: Tensor | None = None
-    nll_base: Tensor | None = None
-    nll_mix: Tensor | None = None
-    weight: Tensor | None = None
-    reward: Tensor | None = None
-    advantage: Tensor | None = None
-    thought_ids: Tensor | None = None
+    loss: Tensor = None  # type: ignore[assignment]
+    loss_ce: Tensor = None  # type: ignore[assignment]
+    policy_loss: Tensor = None  # type: ignore[assignment]
+    nll_base: Tensor = None  # type: ignore[assignment]
+    nll_mix: Tensor = None  # type: ignore[assignment]
+    weight: Tensor = None  # type: ignore[assignment]
+    reward: Tensor = None  # type: ignore[assignment]
+    advantage: Tensor = None  # type: ignore[assignment]
+    thought_ids: Tensor = None  # type: ignore[assignment]
 
 
 class QuietStar(nn.Module):

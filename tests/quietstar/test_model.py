@@ -77,11 +77,8 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole(qs):
     thoughts = qs.think(ids, mask, seed=0).thought_ids
     whole = qs(ids, mask, thought_ids=thoughts)
     parts = [slice(0, 1), slice(1, 4)]
-    counts = sum_counts = None
-    for part in parts:
-        counts = qs.count_targets(ids[part], mask[part])
-        sum_counts = counts if sum_counts is None else sum_counts + counts
-    losses = [qs(ids[part], mask[part], thought_ids=thoughts[part], counts=sum_counts).loss for part in parts]
+    first, second = (qs.count_targets(ids[part], mask[part]) for part in parts)
+    losses = [qs(ids[part], mask[part], thought_ids=thoughts[part], counts=first + second).loss for part in parts]
     torch.testing.assert_close(sum(losses), whole.loss)
 
 

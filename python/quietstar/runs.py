@@ -1,0 +1,58 @@
+"""A run's metrics file and its way to end politely."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """``metrics.jsonl``, one line a step; a resumed run drops the lines behind its checkpoint."""
+
+    def __init__(self, path: Path, done: int, write: bool):
+        self.path, self.write = path, write
+        self.lines: list[dict[str, float]] = []
+        if done and path.exists():
+            for text in path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    break  # a line that was being written when the run was killed
+                if line["step"] <= done:
+                    self.lines.append(line)
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, line: dict[str, float]) -> None:
+        self.lines.append(line)
+        if self.write:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class Signals:
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.caught = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._catch)
+            except ValueError:  # not the main thread: signals stay with their owner
+                break
+        return self
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

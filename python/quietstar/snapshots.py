@@ -1,0 +1,123 @@
+"""Checkpoints of a run: folders written beside and renamed, with a manifest that names every damaged file.
+
+<run>/checkpoints/step-000050/   the model as ``save_pretrained`` writes it, plus
+    optimizer.safetensors        AdamW's moments and the random states
+    run.json                     step, config, the optimizer's other settings
+    manifest.json                size and SHA-256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quietstar import checkpoint
+from quietstar.model import QuietStar
+
+OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
+
+
+def folder(out: str | os.PathLike, step: int) -> Path:
+    return Path(out) / "checkpoints" / f"step-{step:06d}"
+
+
+def every(out: str | os.PathLike) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((Path(out) / "checkpoints").glob("step-*"))
+
+
+def save(
+    out: str | os.PathLike,
+    step: int,
+    qs: QuietStar,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint after ``step`` steps, then drop all but the newest ``keep``. Raises OSError with no room left."""
+    target = folder(out, step)
+    beside = target.with_name(f".{target.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    qs.save_pretrained(beside)
+    tensors, settings = _pack_optimizer(optimizer)
+    tensors["random.cpu"] = torch.get_rng_state()
+    for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        tensors[f"random.cuda.{i}"] = state
+    save_file(tensors, beside / OPTIMIZER)
+    run = {"step": step, "config": config, "optimizer": settings}
+    (beside / RUN).write_text(json.dumps(run, indent=2) + "\n")
+    files = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
+    (beside / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
+    for file in beside.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(beside, target)
+    for old in every(out)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def check(path: Path) -> None:
+    """Raises ValueError that names the first file which is not as it was written."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {MANIFEST} is missing or damaged: {error}") from error
+    for name, fingerprint in files.items():
+        file = path / name
+        if not file.exists():
+            raise ValueError(f"{path}: {name} is missing")
+        if _fingerprint(file) != fingerprint:
+            raise ValueError(f"{path}: {name} is damaged: it is not the file that was saved")
+
+
+def load(path: Path, qs: QuietStar, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model, optimizer and random states back; returns ``run.json``. Raises ValueError for a damaged checkpoint."""
+    check(path)
+    run = json.loads((path / RUN).read_text())
+    checkpoint.restore_all(qs, path)
+    tensors = load_file(path / OPTIMIZER)
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    cuda = [tensors.pop(name) for name in sorted(tensors) if name.startswith("random.cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    _unpack_optimizer(optimizer, tensors, run["optimizer"])
+    return run
+
+
+def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """State tensors by "parameter index.name", and the groups' settings."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fingerprint(file: Path) -> list:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return [file.stat().st_size, digest.hexdigest()]
