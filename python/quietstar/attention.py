@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -134,8 +134,7 @@ def _attention(without_layout: str) -> Callable[..., Any]:
     def forward(module, query, key, value, attention_mask, **kwargs):
         if kwargs.get("thought_layout") is not None:
             return _thought_forward(module, query, key, value, attention_mask, **kwargs)
-        lost = _was_passed() if without_layout == "sdpa" else False
-        if lost:
+        if _was_passed():
             raise ValueError(
                 f"{type(module).__name__}: thought_layout was passed to the model but did not arrive at attention; "
                 "this architecture drops keyword arguments on the way"
@@ -151,16 +150,17 @@ def _attention(without_layout: str) -> Callable[..., Any]:
 
 
 def _was_passed() -> bool:
-    """True where a module call up the stack was given a ``thought_layout``: then a plain call is a layout lost on the way.
+    """True where a call of a model up the stack was given a ``thought_layout``: then a plain call is a layout lost on the way.
 
-    Every torch module call holds its keywords in a local named ``kwargs``.
+    Every torch module call holds the module in a local named ``self`` and its keywords in one named ``kwargs``. A caller's own
+    functions and modules may hold a layout for another call, so only transformers' models count.
     """
     if torch.compiler.is_compiling():
         return False
     frame = sys._getframe(2).f_back
     while frame is not None:
-        keywords = frame.f_locals.get("kwargs")
-        if isinstance(keywords, dict) and keywords.get("thought_layout") is not None:
+        module, keywords = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
+        if isinstance(module, PreTrainedModel) and isinstance(keywords, dict) and keywords.get("thought_layout") is not None:
             return True
         frame = frame.f_back
     return False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -104,6 +104,26 @@ def restore(qs: QuietStar, tensors: dict[str, Tensor], path: str | os.PathLike) 
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].data = tensor.to(own[name].device)
+
+
+def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """State dict hook: a tied parameter is saved under its first name alone."""
+    for alias in _tied(module):
+        state.pop(prefix + alias, None)
+
+
+def add_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Load hook: a tied parameter's other names get back the tensor of its first."""
+    for alias, name in _tied(module).items():
+        if prefix + name in state:
+            state.setdefault(prefix + alias, state[prefix + name])
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Every further name of a parameter, to its first."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(x), name) for name, x in module.named_parameters(remove_duplicate=False)}
+    return {alias: name for alias, name in names.items() if alias != name}
 
 
 def _own_tensors(qs: QuietStar) -> dict[str, Tensor]:

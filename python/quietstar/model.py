@@ -98,6 +98,9 @@ class QuietStar(nn.Module):
         vector = initial_embedding(embed, self.thought_config.embedding_init, tokenizer)
         self.start_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
+        # transformers' Trainer writes state_dict() with safetensors, which refuses a tensor under two names.
+        self.register_state_dict_post_hook(checkpoint.drop_tied)
+        self.register_load_state_dict_pre_hook(checkpoint.add_tied)
 
     @property
     def config(self) -> Any:

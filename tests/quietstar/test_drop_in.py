@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -131,9 +132,21 @@ def test_a_layout_lost_on_the_way_raises(config, without_layout):
     quietstar.register_attention(without_layout)
     layout, inputs = packed_inputs()
     model = make_model(config(**SIZES))
-    lost = "thought_layout was passed to the model but did not arrive at attention"
-    with pytest.raises(ValueError, match=lost if without_layout == "sdpa" else "without a thought_layout"):
+    with pytest.raises(ValueError, match="thought_layout was passed to the model but did not arrive at attention"):
         model(**inputs, thought_layout=layout)
+
+
+def test_a_layout_in_the_callers_hands_is_not_lost():
+    quietstar.register_attention(without_layout="sdpa")
+    layout, inputs = packed_inputs()
+    model = make_model(LLAMA)
+
+    class Both(torch.nn.Module):
+        def forward(self, **kwargs):
+            return model(inputs["input_ids"][:, : layout.L]).logits, model(**inputs, **kwargs).logits
+
+    text, packed = Both()(thought_layout=layout)
+    torch.testing.assert_close(packed[:, : layout.L], text, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_dropout_warns_once(monkeypatch):
@@ -174,13 +187,21 @@ def test_compiled_equals_eager():
         results.append([logits.detach()] + [p.grad for p in model.parameters()])
     for eager, got in zip(*results, strict=True):
         torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-5)
+    other, inputs = packed_inputs(anchors=(1, 2, 8))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(**inputs, thought_layout=other)
+
+
+def assert_same_parameters(got, want):
+    for (name, p), (_, q) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_stock_trainer(tmp_path, tied):
     torch.manual_seed(0)
     model = make_model(LlamaConfig(**SIZES, tie_word_embeddings=tied), "sdpa")
-    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2)
+    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0)
     qs = quietstar.QuietStar(model, config, verify=False)
     before = {name: p.detach().clone() for name, p in qs.named_parameters()}
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (6, 10))]
@@ -206,11 +227,12 @@ def test_stock_trainer(tmp_path, tied):
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(logged) == 3 and all(map(math.isfinite, logged))
     assert len(evaluated) == 1 and math.isfinite(evaluated[0])
-    # The first of its three layers has a zero gradient at first, because the last one starts at zero.
+    # All of them: the mixing head's first layers follow once its last one, which starts at zero, has moved.
     assert all(not torch.equal(p, before[name]) for name, p in qs.named_parameters())
-    assert list((tmp_path / "checkpoint-3").glob("*.safetensors"))
+
+    resumed = quietstar.QuietStar(make_model(model.config, "sdpa"), config, verify=False)
+    resumed.load_state_dict(load_file(tmp_path / "checkpoint-3" / "model.safetensors"))
+    assert_same_parameters(resumed, qs)
 
     qs.save_pretrained(tmp_path / "whole")
-    again = quietstar.QuietStar.from_pretrained(tmp_path / "whole", verify=False)
-    for (name, p), (_, q) in zip(qs.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert_same_parameters(quietstar.QuietStar.from_pretrained(tmp_path / "whole", verify=False), qs)

@@ -1,0 +1,189 @@
+"""The documentation keeps its word: its code runs, its links lead somewhere, its tables are those of the code."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from quietstar import ThoughtConfig
+from quietstar.attention import REFUSED
+from quietstar_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "tests/golden/README.md", *sorted(ROOT.glob("docs/*.md"))]
+WITH_CODE = [ROOT / "README.md", ROOT / "docs/integrating.md"]
+# What the architectures of the README are called in tests/quietstar/conftest.py.
+TESTED = {
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3_text",
+    "GPT-2": "gpt2",
+    "GPT-NeoX": "gpt_neox",
+    "OLMo 2": "olmo2",
+    "Phi-3": "phi3",
+    "Mixtral": "mixtral",
+    "gpt-oss": "gpt_oss",
+    "Cohere": "cohere",
+    "Granite": "granite",
+    "Phi": "phi",
+}
+
+
+def page_id(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, language):
+    """(line, code) of each fenced block."""
+    text = path.read_text()
+    return [
+        (text[: match.start()].count("\n") + 2, match[1])
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def prose(path):
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def table(path, heading):
+    """Cells of the table whose first column has that heading, without the two head lines."""
+    lines = path.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[:1] + rows[2:]
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_the_picture_is_drawn(tmp_path):
+    drawing = runpy.run_path(str(ROOT / "docs/draw_mask.py"))
+    drawing["draw"](tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs/mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'src="([^"]+)"', prose(page))
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page_id(page)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", prose(file), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page_id(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_named_in_the_text_exist(page):
+    for name in re.findall(r"`([\w.-]+(?:/[\w.-]+)+/?)`", prose(page)):
+        if "ezelikman" not in name:
+            assert (ROOT / name).exists(), f"{page_id(page)}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_names_in_the_text_exist(page):
+    """Every `quietstar.x`, `quietstar_kernels.x` or `ThoughtLayout.x` is there."""
+    for name in re.findall(r"`((?:quietstar|quietstar_kernels|ThoughtLayout)(?:\.\w+)+)", prose(page)):
+        if name.endswith((".json", ".safetensors")):
+            continue
+        module, *rest = name.split(".")
+        thing = importlib.import_module("quietstar_kernels" if module == "ThoughtLayout" else module)
+        for part in [module] * (module == "ThoughtLayout") + rest:
+            if not hasattr(thing, part):
+                importlib.import_module(f"{thing.__name__}.{part}")
+            thing = getattr(thing, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"^make ([\w-]+)", page.read_text(), re.MULTILINE) + re.findall(r"`make ([\w-]+)", page.read_text())
+    assert set(named) <= targets
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
+def test_code_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page in order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    found = blocks(page, "python")
+    assert found
+    for line, code in found:
+        padded = "\n" * (line - 1) + code
+        exec(compile(padded, str(page), "exec"), namespace)
+
+
+def test_back_ends_of_the_readme():
+    """An operation that the README says a back end has is there, and none that it says is not yet."""
+    (_, _, *names), *rows = table(ROOT / "README.md", "operation")
+    known = {(row["op"], row["backend"]): row["status"] == "available" for row in backends("cpu")}
+    told = {
+        (operation.strip("`"), name.strip("`")): {"yes": True, "not yet": False}[cell]
+        for operation, _, *cells in rows
+        for name, cell in zip(names, cells, strict=True)
+    }
+    assert told == known
+
+
+def test_architectures_of_the_readme():
+    source = ast.parse((ROOT / "tests/quietstar/conftest.py").read_text())
+    tested = next(
+        {key.value for key in node.value.keys}
+        for node in source.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ARCHITECTURES"
+    )
+    assert set(TESTED.values()) <= tested
+    row = re.search(r"^\| tested on \| (.*?);", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert row[1].split(", ") == list(TESTED)
+
+
+def test_preset_table():
+    """Every field of ThoughtConfig, in order, with its value in both presets."""
+    rows = table(ROOT / "docs/integrating.md", "field")[1:]
+    presets = [ThoughtConfig(preset=name) for name in ("official", "paper")]
+    names = [field.name for field in dataclasses.fields(ThoughtConfig) if field.name != "preset"]
+    expected = [[f"`{name}`", *(f"`{getattr(preset, name)!r}`" for preset in presets)] for name in names]
+    assert [row[:3] for row in rows] == expected
+    assert all(row[3] for row in rows)
+
+
+def refused_table():
+    by_reason = {}
+    for model_type, reason in REFUSED.items():
+        by_reason.setdefault(reason, []).append(f"`{model_type}`")
+    rows = [f"| {reason} | {', '.join(types)} |" for reason, types in by_reason.items()]
+    return "\n".join(["| why | model types |", "|---|---|", *rows])
+
+
+def test_table_of_refused_architectures():
+    """On a difference put what ``refused_table`` returns between the two marks."""
+    page = (ROOT / "docs/integrating.md").read_text()
+    shown = page.partition("<!-- refused: begin -->\n")[2].partition("\n<!-- refused: end -->")[0]
+    assert shown == refused_table()
+
+
+def test_errors_named_are_those_of_the_code():
+    sources = "".join(
+        path.read_text() for folder in ("python/quietstar", "quietstar_kernels") for path in (ROOT / folder).glob("*.py")
+    )
+    for cell, *_ in table(ROOT / "docs/integrating.md", "the message has")[1:]:
+        part = cell.split("`")[1]
+        assert part in sources, part
