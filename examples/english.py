@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -25,12 +26,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar_kernels import sample_token
 
 LENGTH = 64  # tokens of a text
-HELD_OUT = 128  # texts
+NEW, HELD_OUT = 256, 128  # paragraphs kept from the language model: to learn to think on, to measure on
 THOUGHTS = ThoughtConfig(
     thoughts=2,
     thought_tokens=6,
@@ -41,25 +43,29 @@ THOUGHTS = ThoughtConfig(
 )
 
 
-def paragraphs(seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out paragraphs, each of them once.
+def paragraphs(seed: int) -> tuple[list[str], list[str], list[str]]:
+    """For the language model, for learning to think, and held out; each paragraph once.
 
-    Topics repeat each other's paragraphs, so a split by topic would put training text into the held-out part.
+    Topics repeat each other's paragraphs, so a split by topic would put training text into the held-out part. And thoughts
+    learn from text that is new to the model: on text it knows by heart, what pays is to be surer of what it predicts anyway.
     """
     pieces = (" ".join(piece.split()) for text in topics.values() for piece in re.split(r"\n\s*\n", text))
     once = list(dict.fromkeys(piece for piece in pieces if len(piece) >= 100))
     random.Random(seed).shuffle(once)
-    return once[HELD_OUT:], once[:HELD_OUT]
+    return once[HELD_OUT + NEW :], once[HELD_OUT : HELD_OUT + NEW], once[:HELD_OUT]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
 
 
@@ -90,18 +96,16 @@ class Log:
         self.entries.append(entry)
         self.file.write(json.dumps(entry) + "\n")
 
-    def column(self, phase: str, name: str) -> list[float]:
-        return [entry[name] for entry in self.entries if entry["phase"] == phase]
-
 
 def until(seconds: float, name: str) -> Iterator[tuple[float, tqdm]]:
     """The share of the time that is spent, and the progress bar, until all of it is."""
     layout = "{desc} {bar:20} {elapsed}, {remaining} left{postfix}"
     with tqdm(total=seconds, desc=f"{name:<14}", bar_format=layout, mininterval=0.5) as bar:
-        start = time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
-            bar.update(spent - bar.n)
+        began, spent = time.perf_counter(), 0.0
+        while spent < seconds:
             yield spent / seconds, bar
+            spent = time.perf_counter() - began
+            bar.update(min(spent, seconds) - bar.n)
 
 
 def windows(stream: Tensor, count: int) -> Tensor:
@@ -139,12 +143,7 @@ def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> N
         out = qs(windows(stream, 4))
         update(optimizer, out.loss, rate=3e-4 * min(1, 0.02 + 20 * spent))
         speed = out.reward.numel() / (time.perf_counter() - began)
-        values = {
-            "loss_ce": out.loss_ce.item(),
-            "policy_loss": out.policy_loss.item(),
-            "reward": out.reward.mean().item(),
-            "weight": out.weight.mean().item(),
-        }
+        values = {name: out[name].mean().item() for name in ("loss_ce", "policy_loss", "reward", "weight")}
         log.add(phase="thoughts", **values, thoughts_per_second=speed)
         shown = ", ".join(f"{name} {value:.2g}" for name, value in values.items())
         bar.set_postfix_str(f"{shown}, {speed:,.0f} thoughts/s", refresh=False)
@@ -154,11 +153,14 @@ def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> N
 def text_losses(qs: QuietStar, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of every text's tokens, nats: of the model alone, and mixed with one greedy thought before each token."""
     qs.eval()
+    trained_with = qs.thought_config
+    qs.thought_config = replace(trained_with, thoughts=1, lookahead=1)  # greedy thoughts are all the same
     base, mixed = [], []
     for rows in tqdm(torch.arange(len(ids)).split(8), desc="Held-out texts", leave=False):
         out, counts = qs(ids[rows], mask[rows]), mask[rows, 1:]
         base.append((out.nll_base * counts).sum(1) / counts.sum(1))
         mixed.append((out.nll_mix[:, :-1, 0, 0] * counts).sum(1) / counts.sum(1))
+    qs.thought_config = trained_with
     return torch.cat(base), torch.cat(mixed)
 
 
@@ -166,13 +168,14 @@ def show_losses(before: Tensor, base: Tensor, mixed: Tensor, log: Log) -> None:
     gain = base - mixed
     mean, margin = gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5
     print(f"\nHeld-out loss, nats a token, mean of {len(gain)} texts")
-    print(f"  language model                  {before.mean():.4f}")
-    print(f"  the same after Quiet-STaR       {base.mean():.4f}")
-    print(f"  ... mixed with its thoughts     {mixed.mean():.4f}")
+    losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
+    print(f"  language model               {losses['before']:.4f}")
+    print(f"  the same after Quiet-STaR    {losses['base']:.4f}")
+    print(f"  mixed with its thoughts      {losses['mixed']:.4f}")
     low, high = mean - margin, mean + margin
     verdict = "includes 0: no gain was measured" if low <= 0 <= high else "does not include 0"
-    print(f"Gain of thoughts, same model, same tokens: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, which {verdict}.")
-    losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
+    print(f"Gain from thoughts, the last two compared text by text: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f},")
+    print(f"which {verdict}.")
     log.add(phase="held_out", **losses, gain=mean, gain_low=low, gain_high=high)
 
 
@@ -210,17 +213,16 @@ def naive_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> Tensor:
 
 
 def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
-    def timed(think):
-        began = time.perf_counter()
-        thoughts = think()
-        return thoughts, thoughts[..., 0].numel() / (time.perf_counter() - began)
-
-    naive, naive_speed = timed(lambda: naive_thoughts(qs, ids, seed))
-    batched, speed = max((timed(lambda: qs.think(ids[None], seed=seed, greedy=False).thought_ids[0]) for _ in range(3)), key=lambda x: x[1])
-    same = (naive == batched).all(-1).sum().item()
-    print(f"\nThinking at all {len(ids)} positions of a text: {speed:,.0f} thoughts/s at once, {naive_speed:,.0f} one position")
-    print(f"after another, {speed / naive_speed:.1f} times as many. Equal thoughts: {same} of {naive[..., 0].numel()}.")
-    log.add(phase="speed", thoughts_per_second=speed, naive=naive_speed, equal=same)
+    began = time.perf_counter()
+    naive = naive_thoughts(qs, ids, seed)
+    between = time.perf_counter()
+    batched = qs.think(ids[None], seed=seed, greedy=False).thought_ids[0]
+    naive_seconds, seconds = between - began, time.perf_counter() - between
+    count, same = naive[..., 0].numel(), (naive == batched).all(-1).sum().item()
+    print(f"\nThinking at all {len(ids)} positions of a text: {count / seconds:,.0f} thoughts/s at once,")
+    print(f"{count / naive_seconds:,.0f} one position after another: {naive_seconds / seconds:.1f} times faster.", end=" ")
+    print(f"{same} of {count} thoughts are the same from both.")
+    log.add(phase="speed", thoughts_per_second=count / seconds, naive=count / naive_seconds, same=same / count)
 
 
 def plot(log: Log, path: Path) -> None:
@@ -229,13 +231,10 @@ def plot(log: Log, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.plot(log.column("lm", "loss"))
-    left.set(title="language model", xlabel="step", ylabel="loss, nats a token")
-    middle.plot(log.column("thoughts", "loss_ce"))
-    middle.set(title="Quiet-STaR", xlabel="step", ylabel="loss_ce, nats a token")
-    right.plot(log.column("thoughts", "reward"))
-    right.set(title="mean reward", xlabel="step", ylabel="nats")
+    panels = [("lm", "loss"), ("thoughts", "loss_ce"), ("thoughts", "reward")]
+    for axes, (phase, name) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot([entry[name] for entry in log.entries if entry["phase"] == phase])
+        axes.set(title=f"{phase}: {name}", xlabel="step", ylabel="nats")
     figure.savefig(path)
 
 
@@ -252,21 +251,22 @@ def run(seconds_lm: float, seconds_thoughts: float, seed: int, out: Path) -> Non
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "metrics.jsonl")
     torch.manual_seed(seed)
-    training, held_out = paragraphs(seed)
+    training, new, held_out = paragraphs(seed)
     tokenizer = train_tokenizer(training)
-    stream = tokenizer("\n".join(training), return_tensors="pt").input_ids[0]
+    training, new = (tokenizer("\n".join(part), return_tensors="pt").input_ids[0] for part in (training, new))
     texts = tokenizer(
         ["\n" + text for text in held_out], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     )
     model = new_model(tokenizer)
-    print(f"{model.num_parameters() / 1e6:.1f} million weights, {len(stream):,} tokens of training text, vocabulary {len(tokenizer)}")
+    print(f"{model.num_parameters() / 1e6:.1f} million weights, vocabulary {len(tokenizer)}, {len(training):,} training tokens")
 
-    train_lm(model, stream, seconds_lm, log)
+    train_lm(model, training, seconds_lm, log)
     qs = QuietStar(model, THOUGHTS, tokenizer)
     before, _ = text_losses(qs, texts.input_ids, texts.attention_mask)
-    train_thoughts(qs, stream, seconds_thoughts, log)
+    train_thoughts(qs, new, seconds_thoughts, log)
     show_losses(before, *text_losses(qs, texts.input_ids, texts.attention_mask), log)
 
+    logging.disable_progress_bar()
     whole = texts.input_ids[texts.attention_mask.all(1)][0]
     show_thoughts(qs, whole, seed)
     show_speed(qs, whole, seed, log)
@@ -279,4 +279,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nStopped; what was measured so far is in metrics.jsonl.")
+        print("\nStopped; what was measured so far is in metrics.jsonl.")
+        sys.exit(130)

@@ -31,6 +31,7 @@ __all__ = [
     "logprob_inputs",
     "plain_attention",
     "plain_decode",
+    "plain_log_softmax",
     "plain_logprob",
     "random_layout",
     "sample_inputs",
@@ -42,9 +43,7 @@ FLOOR_ULPS = 8
 LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", "no_anchors", "one")
 
 
-def assert_close_as_plain(
-    got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0
-) -> None:
+def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0) -> None:
     """``got`` errs at most twice as much as the same maths in plain PyTorch at the same dtype does.
 
     Both errors are largest absolute differences from ``truth``. A plain result may be exact by luck: a few ulps (of got's
@@ -136,9 +135,7 @@ def assert_op_close_as_plain(
     Raises:
         AssertionError: as ``assert_close_as_plain``, naming the output or the gradient; or a gradient's wrong dtype.
     """
-    upcast = {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
-    }
+    upcast = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
     outputs, grads = forward_backward(op, inputs, grad_outputs, **options)
     plain_outputs, plain_grads = forward_backward(plain, inputs, grad_outputs, **options)
     true_outputs, true_grads = forward_backward(plain, upcast, [grad.double() for grad in grad_outputs], **options)
@@ -151,9 +148,7 @@ def assert_op_close_as_plain(
         assert_close_as_plain(grad, plain_grads[name], true_grads[name], f"{what} gradient of {name}", magnitude)
 
 
-def attention_magnitudes(
-    inputs: dict[str, Tensor | None], grad_out: Tensor, scale: float | None = None
-) -> dict[str, float]:
+def attention_magnitudes(inputs: dict[str, Tensor | None], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:
     """Typical size of the terms that cancel in attention's gradients: scale * (grad_out · v) * k, and so on.
 
     The gradient of a score is p * (grad_out · v - grad_out · out); in a row that sees one key it is 0 and either term isn't.
@@ -228,17 +223,16 @@ def _plain(
     return torch.matmul(p, v).masked_fill(~on[..., None], 0), lse.masked_fill(~on, -math.inf)
 
 
-def plain_logprob(
+def plain_log_softmax(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
     banned: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """``linear_logprob`` with ``return_entropy`` in dense PyTorch, every step in hidden's dtype; differentiable by autograd."""
+) -> Tensor:
+    """The distribution of ``sample_token`` and ``linear_logprob``, logs [R,V], every step in hidden's dtype."""
     logits = torch.matmul(hidden, weight.T)
     if bias is not None:
         logits = logits + bias
@@ -248,9 +242,20 @@ def plain_logprob(
         logits = softcap * torch.tanh(logits / softcap)
     out = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     out[list(banned)] = True
-    logp = torch.log_softmax(logits.masked_fill(out, -math.inf) / temperature, -1)
+    return torch.log_softmax(logits.masked_fill(out, -math.inf) / temperature, -1)
+
+
+def plain_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``linear_logprob`` with ``return_entropy`` in dense PyTorch, every step in hidden's dtype; differentiable by autograd.
+
+    Args:
+        options: scale, softcap, temperature, banned.
+    """
+    logp = plain_log_softmax(hidden, weight, bias, **options)
     logprob = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0)
-    return logprob, -(logp.exp() * logp.masked_fill(out, 0)).sum(-1)
+    return logprob, -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)
 
 
 def random_layout(

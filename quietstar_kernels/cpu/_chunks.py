@@ -43,6 +43,15 @@ def split(x: Tensor, heads: int, s: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).unflatten(3, (-1, s))
 
 
+def gather(x: Tensor, rows: slice, heads: int, s: int, dtype: torch.dtype) -> Tensor:
+    """``split`` of some rows of x [B,H,rows,...] as a dense copy.
+
+    Flash attention and the own block both read it; and matmuls, which round by stride and alignment, then don't depend on
+    how the caller's tensors lie in memory.
+    """
+    return split(x[:, :, rows], heads, s).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def by_thought(x: Tensor) -> Tensor:
     """[B,G,h,c,s,...] as a batch of thoughts [B*G*c,h*s,...]."""
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
@@ -54,9 +63,7 @@ def from_thought(x: Tensor, shape: torch.Size) -> Tensor:
     return x.unflatten(0, (B, G, c)).unflatten(3, (h, s)).transpose(2, 3)
 
 
-def chunks(
-    layout: ThoughtLayout, window: int | None, heads: int, dtype: torch.dtype, query_rows: str
-) -> Iterator[Chunk]:
+def chunks(layout: ThoughtLayout, window: int | None, heads: int, dtype: torch.dtype, query_rows: str) -> Iterator[Chunk]:
     """Every query row of ``thought_attention``; ``heads`` h is how often masks repeat, head after head."""
     if query_rows == "all":
         t = torch.arange(layout.L, device=layout.device).expand(layout.B, -1)
@@ -67,9 +74,7 @@ def chunks(
     yield from _thought_chunks(layout, ahead, window, heads, dtype, start)
 
 
-def step_chunks(
-    layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype
-) -> Iterator[Chunk]:
+def step_chunks(layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Row ``step`` of every thought, the query rows of ``thought_decode``."""
     ahead = torch.tensor([1 + step], device=layout.device)
     yield from _thought_chunks(layout, ahead, window, heads, dtype, 0)

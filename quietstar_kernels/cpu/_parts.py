@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar_kernels.cpu._chunks import Chunk
+from quietstar_kernels.reference import wide
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def text(
-    q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def text(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Rows q [B,G,h,c,s,K] over the chunk's keys of the text, k [B,G,L,K]: out [B,G,h,c,s,E] and lse [B,G,h,c,s]."""
     rows = q.shape[2:5]
     if chunk.mask is None:
@@ -64,23 +63,20 @@ def text_backward(
         dq, dk, dv = _flash_backward(*wide_ones, lse, 0.0, False, attn_mask=chunk.mask, scale=scale)
         return dq[..., :K].unflatten(2, rows), dk[..., :K], dv[..., :E]
     masks = chunk.mask.expand(len(q), -1, -1, -1)
-    served = [
-        plain_backward(*x, scale, softcap) for x in zip(grad_out, q, k, v, delta, lse, masks, strict=True)
-    ]
+    served = [plain_backward(*x, scale, softcap) for x in zip(grad_out, q, k, v, delta, lse, masks, strict=True)]
     dq, dk, dv = (torch.stack(x) for x in zip(*served, strict=True))
     return dq.unflatten(2, rows), dk, dv
 
 
-def plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """q [...,rows,K] over k [...,keys,K]: out [...,rows,E] and lse [...,rows]; a row that sees nothing gets 0 and -inf."""
     scores = _scores(q, k, scale, softcap)
     if mask is not None:
         scores += mask
-    lse = scores.logsumexp(-1)
-    lowest = torch.finfo(lse.dtype).min  # keeps -inf - lse from being NaN
-    return scores.sub_(lse.clamp(min=lowest)[..., None]).exp_() @ v, lse
+    top = scores.amax(-1, keepdim=True)
+    p = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()  # not -inf - -inf where a row sees nothing
+    total = p.sum(-1, keepdim=True).clamp_(min=1)  # the largest weight is 1; such a row's are all 0
+    return p.div_(total) @ v, (top + total.log_())[..., 0]
 
 
 def plain_backward(
@@ -107,9 +103,42 @@ def plain_backward(
 
 
 def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention over the keys of both parts."""
+    """The attention over the keys of both parts; overwrites ``out``."""
     share = torch.sigmoid(other_lse - lse)
-    return torch.lerp(out, other_out, share[..., None]), torch.logaddexp(lse, other_lse)
+    return out.lerp_(other_out, share[..., None]), torch.logaddexp(lse, other_lse)
+
+
+def without_poison(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k, v with every key zeroed that holds a NaN or an infinity, and which keys [B,G,keys] those are, None if none.
+
+    A masked weight is 0, but 0 * NaN is not. The two sums are cheap next to the look at every element. Clones keep their
+    strides: the matmuls then round as they do without a NaN.
+    """
+    if (k.sum(dtype=wide(k[:0]).dtype) + v.sum(dtype=wide(v[:0]).dtype)).isfinite():
+        return k, v, None
+    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+    return k.clone().masked_fill_(bad[..., None], 0), v.clone().masked_fill_(bad[..., None], 0), bad
+
+
+def sees_text(bad: Tensor, chunk: Chunk) -> Tensor:
+    """bool [B,G,1,c,s]: the chunk's rows that see one of the text keys bad [B,G,L]."""
+    count = chunk.rows.stop - chunk.rows.start
+    if chunk.mask is None:
+        seen = bad.new_zeros((*bad.shape[:2], count))
+    else:
+        seen = ((chunk.mask[:, :, :count] == 0) & bad[:, :, None, chunk.keys]).any(-1)
+    return seen.unflatten(2, (1, -1, chunk.s))
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A sink takes its part of the softmax and gives no value. out [B,G,h,c,s,E], sinks [H]."""
+    joint = torch.logaddexp(lse, per_head(sinks, lse))
+    return out * torch.exp(lse - joint)[..., None], joint
+
+
+def per_head(sinks: Tensor, like: Tensor) -> Tensor:
+    """[1,G,h,1,1], to go with ``like`` [B,G,h,c,s]."""
+    return sinks.to(like.dtype).view(1, *like.shape[1:3], 1, 1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:

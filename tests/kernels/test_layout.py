@@ -129,9 +129,7 @@ def test_select_text_only_and_to():
     layout = random_layout(torch.Generator().manual_seed(3), "ragged", max_text=9)
     places = slice(1, 3)
     some = layout.select(places)
-    want = ThoughtLayout.at(
-        layout.anchor[:, places], layout.N, layout.S, lo=layout.lo, length=layout.length[:, places]
-    )
+    want = ThoughtLayout.at(layout.anchor[:, places], layout.N, layout.S, lo=layout.lo, length=layout.length[:, places])
     assert torch.equal(some.dense_mask(), want.dense_mask()) and some.P == 2
     text = layout.text_only()
     assert (text.P, text.R, text.M) == (0, 0, layout.L)

@@ -37,9 +37,7 @@ def normal(generator, *shape, dtype=torch.float32):
 def check(backend, layout, inputs, grad_out, what, **options):
     op = partial(thought_attention, return_lse=True, backend=backend)
     magnitudes = attention_magnitudes(inputs, grad_out, options.get("scale"))
-    assert_op_close_as_plain(
-        op, plain_attention, inputs, (grad_out,), what, magnitudes=magnitudes, layout=layout, **options
-    )
+    assert_op_close_as_plain(op, plain_attention, inputs, (grad_out,), what, magnitudes=magnitudes, layout=layout, **options)
 
 
 def random_case(seed, dtype=None, **sizes):
@@ -56,9 +54,7 @@ def random_case(seed, dtype=None, **sizes):
     widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
     dtype = dtype or pick(generator, DTYPES)
     sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
-    inputs = attention_inputs(
-        generator, layout, heads, groups, *widths, sinks, options["query_rows"], strided, dtype
-    )
+    inputs = attention_inputs(generator, layout, heads, groups, *widths, sinks, options["query_rows"], strided, dtype)
     grad_out = normal(generator, *inputs["q"].shape[:3], widths[1], dtype=dtype)
     return layout, inputs, grad_out, options
 
@@ -97,9 +93,7 @@ def test_sinks_of_another_dtype(backend):
 SMALL = {
     "left padding": ThoughtLayout.from_padding(torch.tensor([[0, 1, 1], [1, 1, 1]]), 2, 2),
     "documents": ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 2, torch.tensor([[1, 3, -1]])),
-    "ragged": ThoughtLayout.at(
-        torch.tensor([[0, 2]]), 2, 2, text_length=3, length=torch.tensor([[[2, 1], [0, 2]]])
-    ),
+    "ragged": ThoughtLayout.at(torch.tensor([[0, 2]]), 2, 2, text_length=3, length=torch.tensor([[[2, 1], [0, 2]]])),
 }
 OPTIONS = [{}, {"window": 2}, {"softcap": 1.5}, {"window": 3, "softcap": 2.0, "query_rows": "thoughts", "scale": 0.7}]
 

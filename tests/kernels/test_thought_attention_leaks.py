@@ -52,6 +52,7 @@ def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype):
             seen, seen_changed = (x[name].transpose(1, 2)[visible] for x in (grads, grads_changed))
             assert torch.equal(seen, seen_changed), f"row {row}: d{name}"
             assert (grads_changed[name].transpose(1, 2)[~visible] == 0).all(), f"row {row}: d{name} of invisible keys"
+        assert torch.equal(grads["sinks"], grads_changed["sinks"]), f"row {row}: dsinks"
 
 
 def poisoned(inputs, bad, names=("q", "k", "v")):

@@ -84,9 +84,7 @@ def test_step_by_step_equals_attention(backend, kind, options):
         rows = slice(L + step, None, layout.S)
         own["k_own"][:, :, :, step], own["v_own"][:, :, :, step] = k[:, :, rows], v[:, :, rows]
         text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
-        got = thought_decode(
-            q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options
-        )
+        got = thought_decode(q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options)
         assert_close_as_plain(got, plain[:, :, rows], truth[:, :, rows], f"step {step}")
 
 
@@ -181,9 +179,10 @@ def test_opcheck(backend, seed):
 def test_compiles_without_a_graph_break(backend):
     layout = random_layout(seeded(1), "ragged")
     inputs = decode_inputs(seeded(2), layout, sinks=True)
-    decode = lambda step, **inputs: 2 * thought_decode(  # noqa: E731
-        **inputs, layout=layout, step=step, window=4, backend=backend
-    )
+
+    def decode(step, **inputs):
+        return 2 * thought_decode(**inputs, layout=layout, step=step, window=4, backend=backend)
+
     compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
     for step in (0, torch.tensor(layout.S - 1)):
         assert torch.equal(compiled(step, **inputs), decode(step, **inputs))

@@ -1,0 +1,93 @@
+"""The cpu back end makes no tensor of R*V, of (L+R)^2 or of R*L: every operator's output is measured.
+
+Its functions are called below the custom ops, since those hide what they do from a dispatch mode.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quietstar_kernels import ThoughtLayout, _dispatch
+from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+
+R, V = 4096, 8192
+SHARE = 8  # nothing may reach this part of what a dense implementation makes
+
+
+class LargestOutput(TorchDispatchMode):
+    """Remembers the largest number of elements that an operator's output had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def backend_functions(op, backend="cpu"):
+    return _dispatch.module(op, backend)
+
+
+def test_the_reference_is_seen_to_be_dense():
+    hidden, weight, bias, counters = sample_inputs(seeded(0), 64, 4, 500).values()
+    with LargestOutput() as largest:
+        backend_functions("sample_token", "reference").sample_token(hidden, weight, counters, 0, bias, None, None, 1.0, [])
+    assert largest.numel >= 64 * 500
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sample_token(softcap, temperature):
+    hidden, weight, bias, counters = sample_inputs(seeded(0), R, 4, V, bias=True).values()
+    with LargestOutput() as largest:
+        backend_functions("sample_token").sample_token(hidden, weight, counters, 0, bias, None, softcap, temperature, [3])
+    assert V <= largest.numel <= R * V // SHARE
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_linear_logprob(softcap, entropy):
+    hidden, weight, bias, targets = logprob_inputs(seeded(0), R, 4, V, bias=True, banned=(3,)).values()
+    head = (hidden, weight, targets, bias, None, softcap, 1.0, [3])
+    grads = torch.randn(2, R, generator=seeded(1))
+    with LargestOutput() as forward:
+        backend_functions("linear_logprob").linear_logprob(*head)
+    with LargestOutput() as backward:
+        backend_functions("linear_logprob").linear_logprob_backward(grads[0], grads[1] if entropy else None, *head)
+    assert V <= forward.numel <= R * V // SHARE
+    assert V <= backward.numel <= R * V // SHARE
+
+
+@pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])
+def test_thought_attention(options):
+    """One head: what is R*L per head is not hidden behind their number."""
+    layout = ThoughtLayout.every_position(1, 400, 2, 8)
+    q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
+    rest = (layout, 0.5, *options, sinks, "all")
+    functions = backend_functions("thought_attention")
+    with LargestOutput() as forward:
+        out, lse = functions.thought_attention(q, k, v, *rest)
+    grad_out = torch.randn(out.shape, generator=seeded(1))
+    with LargestOutput() as backward:
+        functions.thought_attention_backward(grad_out, q, k, v, out, lse, *rest)
+    assert layout.M <= forward.numel <= layout.R * layout.L // SHARE
+    assert layout.M <= backward.numel <= layout.R * layout.L // SHARE
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_thought_decode(softcap):
+    """Decode may look at all text from all thoughts at once, P*N*L; not at all packed rows, P*N*(L+R)."""
+    layout = ThoughtLayout.every_position(1, 400, 2, 8)
+    inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)
+    sinks = inputs.pop("sinks")
+    with LargestOutput() as largest:
+        backend_functions("thought_decode").thought_decode(*inputs.values(), layout, torch.tensor(7), 0.5, None, softcap, sinks)
+    thoughts = layout.P * layout.N
+    assert thoughts <= largest.numel <= 2 * thoughts * layout.L

@@ -1,0 +1,171 @@
+"""Wrong arguments: one sentence that names the op, the argument, its letters, what was wanted and what came."""
+
+import re
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+
+# B=2 L=3 P=2 N=2 S=2 R=8 M=11
+LAYOUT = ThoughtLayout.at(torch.tensor([[0, 2], [1, -1]]), 2, 2, text_length=3)
+
+
+def zeros(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def column_major(x):
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def arguments(op):
+    """Fine arguments: H=4 G=2 K=8 E=6; R=5 D=3 V=20."""
+    generator = torch.Generator().manual_seed(0)
+    if op is thought_attention:
+        return attention_inputs(generator, LAYOUT, 4, 2, 8, 6, sinks=True) | {"layout": LAYOUT}
+    if op is thought_decode:
+        return decode_inputs(generator, LAYOUT, 4, 2, 8, 6, sinks=True) | {"layout": LAYOUT, "step": 1}
+    if op is sample_token:
+        return sample_inputs(generator, 5, 3, 20, bias=True) | {"seed": 0}
+    return logprob_inputs(generator, 5, 3, 20, bias=True)
+
+
+ATTENTION = [
+    ({"q": zeros(2, 4, 10, 8)}, "q must have shape [B,H,M,K]=[2,?,11,?], got [2,4,10,8]"),
+    ({"q": zeros(1, 4, 11, 8)}, "q must have shape [B,H,M,K]=[2,?,11,?], got [1,4,11,8]"),
+    ({"q": zeros(4, 11, 8)}, "q must have shape [B,H,M,K]=[2,?,11,?], got [4,11,8]"),
+    ({"q": None}, "q must be a tensor [B,H,M,K], got NoneType"),
+    ({"query_rows": "thoughts"}, "q must have shape [B,H,R,K]=[2,?,8,?], got [2,4,11,8]"),
+    ({"query_rows": "text"}, "query_rows must be 'all' or 'thoughts', got 'text'"),
+    ({"k": zeros(2, 2, 8, 8)}, "k must have shape [B,G,M,K]=[2,?,11,8], got [2,2,8,8]"),
+    ({"k": zeros(2, 2, 11, 7)}, "k must have shape [B,G,M,K]=[2,?,11,8], got [2,2,11,7]"),
+    ({"v": zeros(2, 4, 11, 6)}, "v must have shape [B,G,M,E]=[2,2,11,?], got [2,4,11,6]"),
+    ({"v": zeros(2, 2, 10, 6)}, "v must have shape [B,G,M,E]=[2,2,11,?], got [2,2,10,6]"),
+    ({"sinks": zeros(2)}, "sinks must have shape [H]=[4], got [2]"),
+    ({"sinks": zeros(4, dtype=torch.int64)}, "sinks must have dtype float32, float16, bfloat16, float64, got int64"),
+    ({"sinks": zeros(4, device="meta")}, "sinks must be on cpu, got meta"),
+    ({"q": zeros(2, 4, 11, 8, dtype=torch.int32)}, "q must have dtype float32, float16, bfloat16, float64, got int32"),
+    ({"k": zeros(2, 2, 11, 8, dtype=torch.float16)}, "k must have dtype float32, got float16"),
+    ({"v": zeros(2, 2, 11, 6, dtype=torch.float64)}, "v must have dtype float32, got float64"),
+    ({"q": zeros(2, 4, 11, 8, device="meta")}, "q must be on cpu, got meta"),
+    ({"k": zeros(2, 2, 11, 8, device="meta")}, "k must be on cpu, got meta"),
+    ({"v": zeros(2, 2, 11, 6, device="meta")}, "v must be on cpu, got meta"),
+    ({"layout": LAYOUT.to("meta")}, "q must be on meta, got cpu"),
+    ({"k": zeros(2, 3, 11, 8), "v": zeros(2, 3, 11, 6)}, "H must be a multiple of G, got H=4, G=3"),
+    ({"k": zeros(2, 8, 11, 8), "v": zeros(2, 8, 11, 6)}, "H must be a multiple of G, got H=4, G=8"),
+    ({"k": zeros(2, 0, 11, 8), "v": zeros(2, 0, 11, 6)}, "H must be a multiple of G, got H=4, G=0"),
+    (
+        {"q": zeros(2, 4, 11, 257), "k": zeros(2, 2, 11, 257)},
+        "head width K must be from 1 to 256, got 257",
+    ),
+    ({"q": zeros(2, 4, 11, 0), "k": zeros(2, 2, 11, 0)}, "head width K must be from 1 to 256, got 0"),
+    ({"v": zeros(2, 2, 11, 257)}, "head width E must be from 1 to 256, got 257"),
+    ({"q": column_major(zeros(2, 4, 11, 8))}, "q must have a last stride of 1, got strides [352, 88, 1, 11]"),
+    ({"k": column_major(zeros(2, 2, 11, 8))}, "k must have a last stride of 1, got strides"),
+    ({"v": column_major(zeros(2, 2, 11, 6))}, "v must have a last stride of 1, got strides"),
+    ({"window": 0}, "window must be None or an integer of at least 1, got 0"),
+    ({"window": 2.0}, "window must be None or an integer of at least 1, got 2.0"),
+    ({"scale": 0.0}, "scale must be a positive finite number, got 0.0"),
+    ({"scale": float("nan")}, "scale must be a positive finite number, got nan"),
+    ({"softcap": -1.0}, "softcap must be a positive finite number, got -1.0"),
+    ({"softcap": float("inf")}, "softcap must be a positive finite number, got inf"),
+]
+
+DECODE = [
+    ({"q": zeros(2, 4, 8, 8)}, "q must have shape [B,H,P*N,K]=[2,?,4,?], got [2,4,8,8]"),
+    ({"k_text": zeros(2, 2, 4, 8)}, "k_text must have shape [B,G,L,K]=[2,?,3,8], got [2,2,4,8]"),
+    ({"v_text": zeros(2, 4, 3, 6)}, "v_text must have shape [B,G,L,E]=[2,2,3,?], got [2,4,3,6]"),
+    ({"k_own": zeros(2, 2, 4, 1, 8)}, "k_own must have shape [B,G,P*N,S,K]=[2,2,4,2,8], got [2,2,4,1,8]"),
+    ({"v_own": zeros(2, 2, 4, 2, 5)}, "v_own must have shape [B,G,P*N,S,E]=[2,2,4,2,6], got [2,2,4,2,5]"),
+    ({"k_own": zeros(2, 2, 8, 8)}, "k_own must have shape [B,G,P*N,S,K]=[2,2,4,2,8], got [2,2,8,8]"),
+    ({"q": zeros(2, 4, 4, 8, dtype=torch.int64)}, "q must have dtype float32, float16, bfloat16, float64, got int64"),
+    ({"k_text": zeros(2, 2, 3, 8, dtype=torch.float64)}, "k_text must have dtype float32, got float64"),
+    ({"v_own": zeros(2, 2, 4, 2, 6, dtype=torch.float16)}, "v_own must have dtype float32, got float16"),
+    ({"v_text": zeros(2, 2, 3, 6, device="meta")}, "v_text must be on cpu, got meta"),
+    ({"k_own": zeros(2, 2, 4, 2, 8, device="meta")}, "k_own must be on cpu, got meta"),
+    ({"sinks": zeros(5)}, "sinks must have shape [H]=[4], got [5]"),
+    ({"q": zeros(2, 3, 4, 8), "sinks": None}, "H must be a multiple of G, got H=3, G=2"),
+    ({"v_text": zeros(2, 2, 3, 300), "v_own": zeros(2, 2, 4, 2, 300)}, "head width E must be from 1 to 256, got 300"),
+    ({"k_text": column_major(zeros(2, 2, 3, 8))}, "k_text must have a last stride of 1, got strides"),
+    ({"v_own": column_major(zeros(2, 2, 4, 2, 6))}, "v_own must have a last stride of 1, got strides"),
+    ({"step": 2}, "step must be from 0 to S-1=1, got 2"),
+    ({"step": -1}, "step must be from 0 to S-1=1, got -1"),
+    ({"step": torch.tensor([1])}, "step must have shape []=[], got [1]"),
+    ({"step": torch.tensor(1.0)}, "step must have dtype int32, int64, got float32"),
+    ({"step": torch.tensor(1, device="meta")}, "step must be on cpu, got meta"),
+    ({"window": 0}, "window must be None or an integer of at least 1, got 0"),
+    ({"scale": -1.0}, "scale must be a positive finite number, got -1.0"),
+    ({"softcap": 0.0}, "softcap must be a positive finite number, got 0.0"),
+]
+
+HEAD = [
+    ({"hidden": zeros(5)}, "hidden must have shape [R,D]=[?,?], got [5]"),
+    ({"hidden": zeros(5, 3, dtype=torch.int64)}, "hidden must have dtype float32, float16, bfloat16, float64, got int64"),
+    ({"weight": zeros(20, 4)}, "weight must have shape [V,D]=[?,3], got [20,4]"),
+    ({"weight": zeros(20, 3, dtype=torch.bfloat16)}, "weight must have dtype float32, got bfloat16"),
+    ({"weight": zeros(20, 3, device="meta")}, "weight must be on cpu, got meta"),
+    ({"weight": zeros(0, 3), "bias": None}, "weight must have at least one row, V=0"),
+    ({"bias": zeros(19)}, "bias must have shape [V]=[20], got [19]"),
+    ({"bias": zeros(20, dtype=torch.float64)}, "bias must have dtype float32, got float64"),
+    ({"bias": zeros(20, device="meta")}, "bias must be on cpu, got meta"),
+    ({"softcap": 0.0}, "softcap must be a positive finite number, got 0.0"),
+    ({"scale": float("inf")}, "scale must be finite, got inf"),
+    ({"temperature": -0.5}, "temperature must be "),
+    ({"temperature": float("nan")}, "temperature must be "),
+    ({"banned": [3, 20]}, "banned ids must be from 0 to V-1=19, got [3, 20]"),
+    ({"banned": [-1]}, "banned ids must be from 0 to V-1=19, got [-1]"),
+    ({"banned": range(20)}, "banned must leave at least one of the V=20 ids"),
+]
+
+SAMPLE = [
+    ({"counters": zeros(4, 4, dtype=torch.int32)}, "counters must have shape [R,4]=[5,4], got [4,4]"),
+    ({"counters": zeros(5, 3, dtype=torch.int32)}, "counters must have shape [R,4]=[5,4], got [5,3]"),
+    ({"counters": zeros(5, 4, dtype=torch.int64)}, "counters must have dtype int32, got int64"),
+    ({"counters": zeros(5, 4, dtype=torch.int32, device="meta")}, "counters must be on cpu, got meta"),
+    ({"seed": 2**64}, "seed must be a 64-bit integer, got 18446744073709551616"),
+    ({"seed": -(2**63) - 1}, "seed must be a 64-bit integer, got -9223372036854775809"),
+    ({"temperature": float("inf")}, "temperature must be zero or a positive finite number, got inf"),
+]
+
+TARGETS = torch.tensor([0, 19, -100, 7, 7])
+LOGPROB = [
+    ({"targets": zeros(4, dtype=torch.int64)}, "targets must have shape [R]=[5], got [4]"),
+    ({"targets": zeros(5, dtype=torch.int32)}, "targets must have dtype int64, got int32"),
+    ({"targets": zeros(5, dtype=torch.int64, device="meta")}, "targets must be on cpu, got meta"),
+    ({"targets": TARGETS + 1}, "targets must be from 0 to V-1=19 or -100, got 20"),
+    ({"targets": TARGETS - 1}, "targets must be from 0 to V-1=19 or -100, got -1"),
+    ({"targets": TARGETS, "banned": [6, 7]}, "targets must not hold a banned id, got 7"),
+    ({"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
+]
+
+CASES = [
+    (op, change, message)
+    for op, table in [
+        (thought_attention, ATTENTION),
+        (thought_decode, DECODE),
+        (sample_token, HEAD + SAMPLE),
+        (linear_logprob, HEAD + LOGPROB),
+    ]
+    for change, message in table
+]
+
+
+@pytest.mark.parametrize("op, change, message", CASES, ids=[f"{op.__name__}: {message}" for op, _, message in CASES])
+def test_refused(op, change, message):
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match=f"^{op.__name__}: {re.escape(message)}"):
+            op(**(arguments(op) | change), backend=backend)
+
+
+@pytest.mark.parametrize("op", [thought_attention, thought_decode, sample_token, linear_logprob])
+def test_the_arguments_that_are_changed_above_are_fine(op, backend):
+    op(**arguments(op), backend=backend)
+
+
+def test_a_stride_of_a_width_of_one_does_not_matter(backend):
+    inputs = arguments(thought_attention) | {"v": zeros(2, 2, 11, 3)[..., 1:2]}
+    assert inputs["v"].stride(-1) == 1
+    inputs["v"] = inputs["v"].as_strided((2, 2, 11, 1), (66, 33, 3, 2))
+    assert thought_attention(**inputs, backend=backend).shape == (2, 4, 11, 1)

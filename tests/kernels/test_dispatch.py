@@ -1,0 +1,128 @@
+"""Which back end runs: named ones run or raise with the reason, only "auto" chooses; what the package shows and imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quietstar_kernels
+from quietstar_kernels import _dispatch, backends, linear_logprob, sample_token, testing, thought_attention, thought_decode
+from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, random_layout, sample_inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(op, backend):
+    """One small call of an op."""
+    generator = torch.Generator().manual_seed(0)
+    layout = random_layout(generator, "every")
+    if op == "thought_attention":
+        return thought_attention(**attention_inputs(generator, layout), layout=layout, backend=backend)
+    if op == "thought_decode":
+        return thought_decode(**decode_inputs(generator, layout), layout=layout, step=0, backend=backend)
+    if op == "sample_token":
+        return sample_token(**sample_inputs(generator, 3), seed=0, backend=backend)[0]
+    return linear_logprob(**logprob_inputs(generator, 3), backend=backend)
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_module_prints_every_back_end():
+    printed = python("-m", "quietstar_kernels")
+    lines = printed.splitlines()
+    assert lines[0].startswith(f"quietstar_kernels {quietstar_kernels.__version__} · torch {torch.__version__}")
+    for row in backends("cpu"):
+        assert f"  {row['op']:<18} {row['backend']:<10} {row['status']}" in lines
+
+
+def test_backends_has_a_row_for_every_op_and_back_end():
+    rows = backends("cpu")
+    assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for o in _dispatch.OPS for b in _dispatch.BACKENDS]
+    status = {(row["op"], row["backend"]): row["status"] for row in rows}
+    for op in _dispatch.OPS:
+        assert status[op, "reference"] == status[op, "cpu"] == "available"
+        assert status[op, "triton"] != "available" and status[op, "cuda"] != "available"
+    on_gpu = {row["backend"]: row["status"] for row in backends(torch.device("cuda", 0))}
+    assert on_gpu["cpu"] == "it serves tensors on cpu, these are on cuda:0" and on_gpu["reference"] == "available"
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_named_back_end_runs_or_raises_with_the_reason(op, monkeypatch):
+    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
+    served = []
+    module = _dispatch.module
+    monkeypatch.setattr(_dispatch, "module", lambda op, backend: served.append(backend) or module(op, backend))
+    for row in backends("cpu"):
+        if row["op"] != op:
+            continue
+        if row["status"] == "available":
+            served.clear()
+            call(op, row["backend"])
+            assert served == [row["backend"]]
+        else:
+            with pytest.raises(ValueError) as error:
+                call(op, row["backend"])
+            assert str(error.value) == f"{op}: backend {row['backend']!r} is not available: {row['status']}"
+    served.clear()
+    call(op, "auto")
+    assert served == ["cpu"]
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_unknown_back_end(op, monkeypatch):
+    message = f"^{op}: backend must be one of auto, reference, cpu, triton, cuda, got 'fast'$"
+    with pytest.raises(ValueError, match=message):
+        call(op, "fast")
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "fast")
+    with pytest.raises(ValueError, match=message):
+        call(op, "auto")
+
+
+def test_environment_variable_chooses_for_auto_alone(monkeypatch):
+    device = torch.device("cpu")
+    for name in ("reference", "cpu"):
+        monkeypatch.setenv("QUIETSTAR_BACKEND", name)
+        assert _dispatch.choose("sample_token", "auto", device) == name
+        assert _dispatch.choose("sample_token", "cpu", device) == "cpu"
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "triton")
+    with pytest.raises(ValueError, match="^sample_token: backend 'triton' is not available: "):
+        _dispatch.choose("sample_token", "auto", device)
+
+
+def test_cpu_back_end_refuses_other_devices():
+    with pytest.raises(ValueError, match="backend 'cpu' is not available: it serves tensors on cpu, these are on cuda:0"):
+        _dispatch.choose("sample_token", "cpu", torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("module", [quietstar_kernels, testing], ids=lambda module: module.__name__)
+def test_public_names_have_docstrings(module):
+    assert module.__all__ == sorted(module.__all__) and module.__doc__
+    for name in module.__all__:
+        public = getattr(module, name)
+        if not callable(public):
+            continue
+        assert public.__doc__ and public.__module__.startswith("quietstar_kernels"), name
+        methods = vars(public).values() if isinstance(public, type) else ()
+        for method in methods:
+            method = getattr(method, "__func__", method)
+            if callable(method) and not method.__name__.startswith("_"):
+                assert method.__doc__, f"{name}.{method.__name__}"
+
+
+def test_import_takes_torch_alone():
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import quietstar_kernels.testing
+taken = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(taken & {"transformers", "triton", "accelerate", "numpy", "quietstar"}), "quietstar_kernels" in taken)
+"""
+    assert python("-c", code).split() == ["True"]

@@ -1,0 +1,230 @@
+"""sample_token: its definition written out in Python, its distribution, known draws, what changes a draw and what doesn't."""
+
+import math
+
+import pytest
+import torch
+
+from quietstar_kernels import sample_token
+from quietstar_kernels._philox import draw_words
+from quietstar_kernels.sample_token import _forward
+from quietstar_kernels.testing import assert_close_as_plain, plain_log_softmax, sample_inputs
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"banned": (3, 7, 11)},
+    {"softcap": 4.0},
+    {"scale": 0.5, "softcap": 3.0, "temperature": 2.0, "banned": (0, 5)},
+]
+SEED = 0x9E3779B97F4A7C15
+
+
+def make(seed, rows, width=8, vocabulary=333, bias=True, dtype=torch.float32):
+    return sample_inputs(torch.Generator().manual_seed(seed), rows, width, vocabulary, bias, dtype)
+
+
+def log_softmax(inputs, dtype=torch.float64, **options):
+    """[R,V] in plain PyTorch."""
+    hidden, weight, bias = (x if x is None else x.to(dtype) for x in list(inputs.values())[:3])
+    return plain_log_softmax(hidden, weight, bias, **options)
+
+
+def defined_draws(inputs, seed, **options):
+    """The docstring of sample_token in fp64, row by row. Returns ids and how near each draw was to another one."""
+    logp = log_softmax(inputs, **options)
+    V = logp.shape[1]
+    blocks = range(0, V, 128)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    word0, word1 = draw_words(inputs["counters"], torch.arange(len(blocks)), signed)
+    ids, margins = [], []
+    for row, weights in enumerate(logp.exp().tolist()):
+        scores = []
+        for block, first in enumerate(blocks):
+            total = sum(weights[first : first + 128])
+            exponential = -math.log1p(-(int(word0[row, block]) + 0.5) / 2**32)
+            scores.append(math.log(total) - math.log(exponential) if total else -math.inf)
+        best = max(range(len(scores)), key=scores.__getitem__)
+        inside = weights[128 * best : 128 * best + 128]
+        goal = (int(word1[row, best]) + 0.5) / 2**32 * sum(inside)
+        running, nearest = 0.0, math.inf
+        drawn = None
+        for column, weight in enumerate(inside):
+            running += weight
+            nearest = min(nearest, abs(running - goal) / sum(inside)) if weight else nearest
+            drawn = 128 * best + column if drawn is None and running > goal else drawn
+        ids.append(drawn)
+        others = [score for block, score in enumerate(scores) if block != best]
+        margins.append(min([nearest] + [scores[best] - score for score in others]))
+    return torch.tensor(ids), torch.tensor(margins)
+
+
+def assert_same_draws(got, want, margins):
+    """At most one difference in 1,000 draws, and only where another candidate was within rounding."""
+    different = got != want
+    assert int(different.sum()) <= max(1, len(got) // 1000), f"{int(different.sum())} draws differ"
+    assert (margins[different] < 1e-4).all(), f"margins {margins[different].tolist()}"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 16, 127, 128, 129, 333, 1000])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_are_those_of_the_definition(backend, options, vocabulary):
+    options = {"banned": (), **options}
+    options["banned"] = tuple(i for i in options["banned"] if i < vocabulary - 1)
+    inputs = make(vocabulary, 200, vocabulary=vocabulary)
+    got, _ = sample_token(**inputs, seed=SEED, backend=backend, **options)
+    assert_same_draws(got, *defined_draws(inputs, SEED, **options))
+
+
+def test_a_large_vocabulary(backend):
+    """34 rows of it fill more than one buffer of logits on any back end that has a fixed one."""
+    inputs = make(0, 34, 4, 130_001)
+    assert_same_draws(sample_token(**inputs, seed=3, backend=backend)[0], *defined_draws(inputs, 3))
+
+
+def test_cpu_draws_what_the_reference_draws():
+    inputs = make(0, 1000)
+    want, margins = defined_draws(inputs, 7)
+    by_cpu, by_reference = (sample_token(**inputs, seed=7, backend=name)[0] for name in ("cpu", "reference"))
+    assert_same_draws(by_cpu, by_reference, margins)
+    assert_same_draws(by_cpu, want, margins)
+
+
+KNOWN = {  # ids of 16 counters with the inputs of test_known_draws
+    5: [165, 27, 201, 27, 214, 80, 80, 100, 146, 292, 210, 112, 165, 228, 164, 41],
+    2**63 + 12345: [268, 12, 294, 186, 239, 281, 81, 48, 264, 233, 191, 4, 268, 209, 9, 77],
+}
+
+
+@pytest.mark.parametrize("seed", KNOWN)
+def test_known_draws(backend, seed):
+    """Logits are multiples of 1/32 below 8, exact in any dtype: these draws are part of the package's definition."""
+    j = torch.arange(300.0)
+    weight = torch.stack([j * 7 % 32 / 8, j * 5 % 16 / 8, torch.ones(300)], 1)
+    counters = [[i * 1000003, i * 37, i % 4, i % 5] for i in range(12)] + [[0, 0, 0, i] for i in range(4)]
+    hidden = torch.tensor([[0.5, 1.0, 0.25], [1.0, -0.5, 2.0]]).repeat(8, 1)
+    inputs = {"hidden": hidden, "weight": weight, "bias": None, "counters": torch.tensor(counters).int()}
+    ids, margins = defined_draws(inputs, seed)
+    assert margins.min() > 1e-4 and ids.tolist() == KNOWN[seed]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        same = inputs | {"hidden": hidden.to(dtype), "weight": weight.to(dtype)}
+        assert sample_token(**same, seed=seed, backend=backend)[0].tolist() == KNOWN[seed], dtype
+
+
+@pytest.mark.parametrize("vocabulary", [200, 333])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_chi_square(backend, options, vocabulary):
+    """100,000 draws of one distribution, in chunks; cells with fewer than 5 expected draws are one cell."""
+    inputs = make(vocabulary, 1, vocabulary=vocabulary)
+    draws, chunk = 100_000, 20_000
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for first in range(0, draws, chunk):
+        position = torch.arange(first, first + chunk)
+        counters = torch.stack([position % 3, position // 3, position % 7, position % 11], 1).int()
+        many = inputs | {"hidden": inputs["hidden"].expand(chunk, -1), "counters": counters}
+        ids, _ = sample_token(**many, seed=1, backend=backend, **options)
+        counts += torch.bincount(ids, minlength=vocabulary)
+    expected = draws * log_softmax(inputs, **options)[0].exp()
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5
+    observed = torch.cat([counts[~rare].double(), counts[rare].sum().double()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    assert len(expected) > 50
+    assert torch.special.gammaincc(freedom, statistic / 2) > 1e-4
+    assert torch.special.gammaincc(freedom, ((1.1 * observed - expected) ** 2 / expected).sum() / 2) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("options", [{}, {"banned": (3, 7)}, {"scale": 0.5, "softcap": 3.0}], ids=str)
+def test_logprob(backend, options, temperature, dtype):
+    """The log-probability of what was drawn; at temperature 0 of the lowest argmax, at temperature 1."""
+    inputs = make(0, 50, dtype=dtype)
+    ids, logprob = sample_token(**inputs, seed=3, temperature=temperature, backend=backend, **options)
+    options = options | {"temperature": temperature or 1.0}
+    truth, plain = log_softmax(inputs, **options), log_softmax(inputs, dtype, **options)
+    drawn = ids[:, None]
+    assert ids.dtype == torch.int64 and logprob.dtype == torch.float32
+    assert_close_as_plain(logprob, plain.gather(1, drawn)[:, 0], truth.gather(1, drawn)[:, 0], "logprob")
+    if temperature == 0:
+        assert torch.equal(ids, truth.argmax(1))
+
+
+def test_argmax_takes_the_lowest_of_equals(backend):
+    weight = torch.zeros(400, 2)
+    weight[[350, 130, 299]] = torch.tensor([1.0, 2.0])
+    inputs = make(0, 6, 2) | {"hidden": torch.ones(6, 2), "weight": weight, "bias": None}
+    draw = lambda banned: sample_token(  # noqa: E731
+        **inputs, seed=0, temperature=0, banned=banned, backend=backend
+    )[0].tolist()
+    assert draw(()) == [130] * 6 and draw((130,)) == [299] * 6 and draw((130, 299, 350)) == [0] * 6
+
+
+def test_banned_ids_are_never_drawn(backend):
+    allowed = {5, 130, 331}
+    banned = [i for i in range(333) if i not in allowed]
+    inputs = make(0, 2000)
+    ids, logprob = sample_token(**inputs, seed=0, banned=banned, backend=backend)
+    assert set(ids.tolist()) == allowed and logprob.isfinite().all()
+
+
+def test_draws_do_not_depend_on_the_split(backend):
+    inputs = make(0, 500)
+    shared = {"weight": inputs["weight"], "bias": inputs["bias"], "seed": 9, "backend": backend}
+    ids, logprob = sample_token(**inputs, seed=9, backend=backend)
+    again, logprob_again = sample_token(**inputs, seed=9, backend=backend)
+    assert torch.equal(ids, again) and torch.equal(logprob, logprob_again)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    for rows in (order, *torch.arange(500).split(77), torch.tensor([250])):
+        part, _ = sample_token(inputs["hidden"][rows], counters=inputs["counters"][rows], **shared)
+        assert torch.equal(part, ids[rows])
+
+
+def test_seed_and_every_counter_matter(backend):
+    inputs = make(0, 200) | {"counters": torch.tensor([[1, 2, 3, 4]]).int().repeat(200, 1)}
+    inputs["hidden"] = inputs["hidden"][:1].repeat(200, 1)
+    base, _ = sample_token(**inputs, seed=0, backend=backend)
+    assert (base == base[0]).all()
+    for column in range(4):
+        counters = inputs["counters"].clone()
+        counters[:, column] += torch.arange(200)
+        ids, _ = sample_token(**(inputs | {"counters": counters}), seed=0, backend=backend)
+        assert ids[0] == base[0] and len(ids.unique()) > 20, f"counter {column}"
+    seeds = [0, 1, 2**32, 2**40, 2**63, 2**64 - 1]
+    varied = make(0, 200)
+    draws = [sample_token(**varied, seed=seed, backend=backend)[0] for seed in seeds]
+    assert all((a != b).sum() > 100 for i, a in enumerate(draws) for b in draws[:i])
+    assert torch.equal(draws[-1], sample_token(**varied, seed=-1, backend=backend)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(0, 3, 20), (1, 1, 1)], ids=str)
+def test_edges(backend, shape, temperature):
+    ids, logprob = sample_token(**make(0, *shape), seed=0, temperature=temperature, backend=backend)
+    assert ids.tolist() == [0] * shape[0] and logprob.tolist() == [0.0] * shape[0]
+
+
+def test_strided(backend):
+    inputs = make(0, 50)
+    strided = inputs | {name: inputs[name].T.contiguous().T for name in ("hidden", "weight", "counters")}
+    assert not any(strided[name].is_contiguous() for name in ("hidden", "weight", "counters"))
+    want, got = (sample_token(**x, seed=0, backend=backend)[0] for x in (inputs, strided))
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_opcheck(backend, options):
+    hidden, weight, bias, counters = make(0, 5, 3, 20, bias=bool(options)).values()
+    temperature, banned = options.get("temperature", 1.0), list(options.get("banned", ()))
+    rest = (options.get("scale"), options.get("softcap"), temperature, banned, backend)
+    torch.library.opcheck(_forward, (hidden, weight, counters, -5, bias, *rest))
+
+
+def test_compiles_without_a_graph_break(backend):
+    inputs = make(0, 40)
+    draw = lambda **inputs: sample_token(**inputs, seed=5, softcap=5.0, banned=(3,), backend=backend)  # noqa: E731
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(**inputs), draw(**inputs), strict=True))
