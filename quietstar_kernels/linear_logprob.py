@@ -95,7 +95,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     serve = _dispatch.module(_OP, backend).linear_logprob
-    logprob, entropy = serve(hidden, weight, targets, bias, scale, softcap, temperature, list(banned))
+    logprob, entropy = serve(hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy)
     return logprob, entropy
 
 

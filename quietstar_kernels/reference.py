@@ -138,14 +138,18 @@ def linear_logprob(
     softcap: float | None,
     temperature: float,
     banned: list[int],
+    return_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of ``targets`` [R] (0 where the target is -100) and the entropy of every row [R], over logits [R,V]."""
+    """Log-probability of ``targets`` [R], 0 where the target is -100, and the entropy of every row [R] (zeros if not asked)."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     logp = logits.log_softmax(-1)
     kept = targets != -100
     picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    plogp = torch.where(torch.isinf(logp), 0, logp.exp() * logp)
-    return torch.where(kept, picked, 0), -plogp.sum(-1)
+    if return_entropy:
+        entropy = -torch.where(torch.isinf(logp), 0, logp.exp() * logp).sum(-1)
+    else:
+        entropy = torch.zeros_like(picked)
+    return torch.where(kept, picked, 0), entropy
 
 
 def linear_logprob_backward(

@@ -85,7 +85,7 @@ def _error(value: Tensor, truth: Tensor) -> Tensor:
 
 
 def forward_backward(
-    op: Callable[..., Any], inputs: dict[str, Tensor | None], grad_outputs: Sequence[Tensor], **options: Any
+    op: Callable[..., Any], inputs: dict[str, Any], grad_outputs: Sequence[Tensor], **options: Any
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run ``op(**inputs, **options)`` and differentiate it.
 
@@ -115,7 +115,7 @@ def forward_backward(
 def assert_op_close_as_plain(
     op: Callable[..., Any],
     plain: Callable[..., Any],
-    inputs: dict[str, Tensor | None],
+    inputs: dict[str, Any],
     grad_outputs: Sequence[Tensor] = (),
     what: str = "",
     magnitudes: dict[str, float] | None = None,
@@ -148,7 +148,7 @@ def assert_op_close_as_plain(
         assert_close_as_plain(grad, plain_grads[name], true_grads[name], f"{what} gradient of {name}", magnitude)
 
 
-def attention_magnitudes(inputs: dict[str, Tensor | None], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:
+def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:
     """Typical size of the terms that cancel in attention's gradients: scale * (grad_out · v) * k, and so on.
 
     The gradient of a score is p * (grad_out · v - grad_out · out); in a row that sees one key it is 0 and either term isn't.
@@ -336,7 +336,7 @@ def attention_inputs(
     query_rows: str = "all",
     strided: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """q, k, v and sinks for ``thought_attention``, on the layout's device.
 
     Args:
@@ -364,7 +364,7 @@ def decode_inputs(
     sinks: bool = False,
     strided: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """q, k_text, v_text, k_own, v_own and sinks for ``thought_decode``; arguments as in ``attention_inputs``."""
     thoughts, S = layout.P * layout.N, layout.S
     value_width = value_width or width
@@ -383,7 +383,7 @@ def sample_inputs(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """hidden, weight, bias and counters for ``sample_token``; logits spread by 2 or so."""
     hidden = _normal(generator, (rows, width), dtype, device)
     weight = _normal(generator, (vocabulary, width), dtype, device, deviation=2 * width**-0.5)
@@ -406,7 +406,7 @@ def logprob_inputs(
     banned: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """hidden, weight, bias and targets for ``linear_logprob``: about one target in six is -100, none is banned."""
     inputs = sample_inputs(generator, rows, width, vocabulary, bias, dtype, device)
     del inputs["counters"]

@@ -38,6 +38,16 @@ def mix_seed(seed: int, step: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
+def _name_texts(rows: Tensor, documents: Tensor | None) -> Tensor:
+    """The rows' numbers [B]; of packed documents [B,L], row and place of the first token, so that none share random numbers."""
+    if documents is None:
+        return rows
+    length = documents.shape[1]
+    place = torch.arange(length)
+    first = documents.diff(prepend=documents[:, :1] - 1) != 0
+    return rows[:, None] * length + torch.where(first, place, 0).cummax(1).values
+
+
 FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100, "anchors": -1, "document_ids": -1, "thought_ids": 0}
 
 
@@ -51,6 +61,6 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> lis
             torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), FILL[name])]) for x in examples
         ]
         padded[name] = torch.stack(rows)
-    padded["sequence_ids"] = torch.tensor(sequence_ids)
+    padded["sequence_ids"] = _name_texts(torch.tensor(sequence_ids), padded.get("document_ids"))
     cuts = [len(examples) * i // parts for i in range(parts + 1)]
     return [{name: x[a:b] for name, x in padded.items()} for a, b in zip(cuts, cuts[1:], strict=False) if b > a]

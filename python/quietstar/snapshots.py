@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def folder(out: str | os.PathLike, step: int) -> Path:
 
 def every(out: str | os.PathLike) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("step-*"))
+    return sorted((Path(out) / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def save(
@@ -42,11 +43,30 @@ def save(
     config: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint after ``step`` steps, then drop all but the newest ``keep``. Raises OSError with no room left."""
+    """Write the checkpoint after ``step`` steps, then drop all but the newest ``keep`` and those of later steps, which
+    belong to a run that this one replaces. Raises OSError with no room left.
+    """
     target = folder(out, step)
     beside = target.with_name(f".{target.name}")
-    shutil.rmtree(beside, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_rests(target.parent)
+    try:
+        _write(beside, step, qs, optimizer, config)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(beside, target)
+    except SafetensorError as error:  # what safetensors calls a full disk
+        raise OSError(f"{target}: {error}") from error
+    finally:
+        _remove_rests(target.parent)
+    paths = every(out)
+    newest = paths.index(target) + 1
+    for old in paths[: max(0, newest - keep)] + paths[newest:]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(beside: Path, step: int, qs: QuietStar, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
     qs.save_pretrained(beside)
     tensors, settings = _pack_optimizer(optimizer)
     tensors["random.cpu"] = torch.get_rng_state()
@@ -60,12 +80,12 @@ def save(
     for file in beside.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(beside, target)
-    for old in every(out)[:-keep]:
-        shutil.rmtree(old)
-    return target
+
+
+def _remove_rests(checkpoints: Path) -> None:
+    """What a save that was killed or failed left behind."""
+    for rest in checkpoints.glob(".*"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def check(path: Path) -> None:
@@ -86,7 +106,10 @@ def load(path: Path, qs: QuietStar, optimizer: torch.optim.Optimizer) -> dict[st
     """Put model, optimizer and random states back; returns ``run.json``. Raises ValueError for a damaged checkpoint."""
     check(path)
     run = json.loads((path / RUN).read_text())
-    checkpoint.restore_all(qs, path)
+    try:
+        checkpoint.restore_all(qs, path)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: it is of another model: {str(error).splitlines()[0]}") from error
     tensors = load_file(path / OPTIMIZER)
     torch.set_rng_state(tensors.pop("random.cpu"))
     cuda = [tensors.pop(name) for name in sorted(tensors) if name.startswith("random.cuda.")]

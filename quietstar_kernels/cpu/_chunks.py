@@ -11,10 +11,9 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 
-# PyTorch's CPU flash attention takes its largest tile, 256 rows, from this many rows on. More rows would only waste
-# arithmetic: every row of a chunk is computed against all text that any of them sees.
-THOUGHT_ROWS = 768
-TEXT_ROWS = 256
+# PyTorch's CPU flash attention takes its largest tile, 256 rows, from 768 rows on. More rows would only waste arithmetic:
+# every row of a chunk is computed against all text that any of them sees. So few anchors matter as much as many rows.
+THOUGHT_ROWS, TEXT_ROWS, ANCHORS = 768, 256, 128
 
 
 @dataclass(frozen=True)
@@ -67,26 +66,33 @@ def chunks(layout: ThoughtLayout, window: int | None, heads: int, dtype: torch.d
     """Every query row of ``thought_attention``; ``heads`` h is how often masks repeat, head after head."""
     if query_rows == "all":
         t = torch.arange(layout.L, device=layout.device).expand(layout.B, -1)
-        for places, *text in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, TEXT_ROWS):
-            yield Chunk(places, 1, None, *text)
+        for cut, *text in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
+            yield Chunk(cut, 1, None, *text)
     ahead = torch.arange(1, layout.S + 1, device=layout.device)
     start = layout.L if query_rows == "all" else 0
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, start)
+    places = min(ANCHORS, -(-THOUGHT_ROWS // (layout.N * layout.S * heads)))
+    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, start)
 
 
 def step_chunks(layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Row ``step`` of every thought, the query rows of ``thought_decode``."""
     ahead = torch.tensor([1 + step], device=layout.device)
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, 0)
+    yield from _thought_chunks(layout, ahead, window, heads, dtype, -(-THOUGHT_ROWS // (layout.N * heads)), 0)
 
 
 def _thought_chunks(
-    layout: ThoughtLayout, ahead: Tensor, window: int | None, heads: int, dtype: torch.dtype, start: int
+    layout: ThoughtLayout,
+    ahead: Tensor,
+    window: int | None,
+    heads: int,
+    dtype: torch.dtype,
+    places: int,
+    start: int,
 ) -> Iterator[Chunk]:
     dead = (layout.anchor < 0) | (layout.length == 0).all(-1)
     t, s = layout.anchor.long().masked_fill(dead, -1), ahead.numel()
-    for places, *text in _chunks(layout, t, ahead, layout.N, window, heads, dtype, THOUGHT_ROWS):
-        thoughts = slice(places.start * layout.N, places.stop * layout.N)
+    for cut, *text in _chunks(layout, t, ahead, layout.N, window, heads, dtype, places):
+        thoughts = slice(cut.start * layout.N, cut.stop * layout.N)
         yield Chunk(slice(start + thoughts.start * s, start + thoughts.stop * s), s, thoughts, *text)
 
 
@@ -98,19 +104,19 @@ def _chunks(
     window: int | None,
     heads: int,
     dtype: torch.dtype,
-    target: int,
+    places: int,
 ) -> Iterator[tuple]:
-    """Slices of the places of t [B,places], each with keys, mask and blind rows.
+    """Slices of about ``places`` columns of t [B,P], each with keys, mask and blind rows.
 
-    A place has ``copies`` times len(ahead) rows, at position ids pos[t] + ahead; t = -1 sees nothing.
+    A column has ``copies`` times len(ahead) rows, at position ids pos[t] + ahead; t = -1 sees nothing.
     """
-    lo, pos, places = layout.lo.long(), layout.text_position_ids(), t.shape[1]
+    lo, pos, P = layout.lo.long(), layout.text_position_ids(), t.shape[1]
     if torch.equal(lo, lo[:1].expand_as(lo)) and torch.equal(t, t[:1].expand_as(t)):
         t, lo, pos = t[:1], lo[:1], pos[:1]  # one mask serves the whole batch
     nothing = (slice(0, 0), None, None)
-    count = min(places, max(1, places * copies * ahead.numel() * heads // target))
+    count = min(P, max(1, P // places))
     for i in range(count):
-        cut = slice(i * places // count, (i + 1) * places // count)
+        cut = slice(i * P // count, (i + 1) * P // count)
         last = t[:, cut, None]
         stop = int(last.max()) + 1
         if stop == 0:
@@ -120,7 +126,7 @@ def _chunks(
         first = lo.gather(1, at).masked_fill(last[..., 0] < 0, stop)[..., None]
         start = int(first.min())
         j = torch.arange(start, stop, device=t.device)
-        see = ((j >= first) & (j <= last))[:, None, :, None, None]  # [B,1,places,copies,ahead,keys]
+        see = ((j >= first) & (j <= last))[:, None, :, None, None]  # [B,1,P,copies,ahead,keys]
         blind = None
         if window is not None:
             oldest = pos.gather(1, at)[..., None] + ahead - window

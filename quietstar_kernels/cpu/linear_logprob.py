@@ -22,14 +22,20 @@ def linear_logprob(
     softcap: float | None,
     temperature: float,
     banned: list[int],
+    return_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.linear_logprob``."""
     weight = wide(weight)
-    logprob, entropy = weight.new_empty(len(hidden)), weight.new_empty(len(hidden))
+    logprob, entropy = weight.new_empty(len(hidden)), weight.new_zeros(len(hidden))
     for rows in row_chunks(len(hidden), len(weight)):
-        logprob[rows], entropy[rows] = reference.linear_logprob(
-            hidden[rows], weight, targets[rows], bias, scale, softcap, temperature, banned
-        )
+        if return_entropy:
+            logprob[rows], entropy[rows] = reference.linear_logprob(
+                hidden[rows], weight, targets[rows], bias, scale, softcap, temperature, banned, return_entropy
+            )
+            continue
+        logits = reference.final_logits(hidden[rows], weight, bias, scale, softcap, temperature, banned)
+        picked = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
+        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - logits.logsumexp(-1))
     return logprob, entropy
 
 
@@ -52,11 +58,21 @@ def linear_logprob_backward(
     for rows in row_chunks(len(hidden), len(w)):
         h = wide(hidden[rows])
         logits = reference.final_logits(h, w, bias, scale, softcap, temperature, banned)
-        # The uncapped logits matter only where there is a cap.
-        raw = logits if softcap is None else reference.linear(h, w, bias, scale)
-        g_entropy = None if grad_entropy is None else grad_entropy[rows]
-        d = reference.logprob_grad(logits, raw, targets[rows], grad_logprob[rows], g_entropy, scale, softcap, temperature)
+        if grad_entropy is None and softcap is None:
+            d = _logprob_grad(logits, targets[rows], grad_logprob[rows], (scale or 1.0) / temperature)
+        else:
+            raw = reference.linear(h, w, bias, scale)
+            g_entropy = None if grad_entropy is None else grad_entropy[rows]
+            g = grad_logprob[rows]
+            d = reference.logprob_grad(logits, raw, targets[rows], g, g_entropy, scale, softcap, temperature)
         dhidden[rows] = d @ w
         dweight.addmm_(d.T, h)
         dbias += d.sum(0)
     return dhidden, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+
+
+def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, factor: float) -> Tensor:
+    """``reference.logprob_grad`` without soft cap and entropy, in few passes: factor * grad * (one-hot - softmax)."""
+    g = torch.where(targets == -100, 0, grad * factor)[:, None]
+    d = logits.softmax(-1).mul_(-g)
+    return d.scatter_add_(1, targets.clamp(min=0)[:, None], g)

@@ -110,22 +110,24 @@ def thought_attention_backward(
             not_a_number = dropped & (l != -math.inf)
             g, rows, o = (x.masked_fill(dropped[..., None], 0) for x in (g, rows, o))
             l, delta = l.masked_fill(dropped, math.inf), delta.masked_fill(dropped, 0)
-        dqc, dkc, dvc = text_backward(g, rows, k_text, v_text, o, delta, l, chunk, scale, softcap)
+        dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, delta, l, chunk, scale, softcap)
         dk_text[:, :, chunk.keys] += dkc
         dv_text[:, :, chunk.keys] += dvc
+        dq_own = 0
         if chunk.thoughts is not None:
             own = _own(chunk, L)
             k_own, v_own = (gather(x, own, G, S, lse.dtype) for x in (k, v))
             g3, q3, k3, v3, delta3, l3 = map(by_thought, (g, rows, k_own, v_own, delta, l))
             dq3, dk3, dv3 = plain_backward(g3, q3, k3, v3, delta3, l3, own_mask, scale, softcap)
-            dqc = dqc + from_thought(dq3, l.shape)
+            dq_own = from_thought(dq3, l.shape)
             split(dk[:, :, own], G, S).copy_(from_thought(dk3, k_own.shape))
             split(dv[:, :, own], G, S).copy_(from_thought(dv3, v_own.shape))
         if sinks is not None:
             dsinks -= (torch.exp(per_head(sinks, l) - l) * delta).sum((0, 3, 4)).flatten()
+        dqc = split(dq[:, :, chunk.rows], G, chunk.s)
+        torch.add(dq_text, dq_own, out=dqc)
         if dropped is not None:
-            dqc = dqc.masked_fill(not_a_number[..., None], math.nan)
-        split(dq[:, :, chunk.rows], G, chunk.s).copy_(dqc)
+            dqc.masked_fill_(not_a_number[..., None], math.nan)
     dk[:, :, :L], dv[:, :, :L] = dk_text, dv_text
     return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
 

@@ -1,50 +1,52 @@
-"""Batched and naive thoughts are the same thoughts, and the script's JSON says what was measured."""
+"""Batched and naive thoughts are the same thoughts, and where they are not, the benchmark fails."""
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_naive.py"
-SIZES = {"length": 13, "thoughts": 3, "thought_tokens": 4, "vocabulary": 300, "width": 64, "layers": 2}
+TINY = ["--length=13", "--thoughts=3", "--thought-tokens=4", "--vocabulary=300", "--width=64", "--layers=2", "--repeats=3"]
 
 
-@pytest.fixture(scope="module")
-def bench():
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("bench_naive", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
-    return module
+    with torch.random.fork_rng(), torch.no_grad():
+        yield module
 
 
-@pytest.mark.parametrize("positions", [0, 5])
+@pytest.mark.parametrize("positions", [13, 5])
 def test_all_methods_give_the_same_thoughts(bench, positions: int) -> None:
-    sizes = bench.Sizes(**SIZES, positions=positions)
-    batched, *others = (bench.prepare(method, sizes)(sizes.anchors()) for method in ("batched", "naive", "careful naive"))
-    assert batched.shape == (positions or 13, 3, 4)
+    methods = bench.make_methods(bench.parse(TINY))
+    anchors = bench.evenly_spaced(positions, 13)
+    _, taken_in_turns = bench.take_turns(methods, anchors, rounds=3)
+    batched = methods[bench.BATCHED](anchors)
+    assert batched.shape == (positions, 3, 4)
     assert len(batched.unique()) > 20
-    for thoughts in others:
+    for thoughts in taken_in_turns.values():
         assert torch.equal(thoughts, batched)
 
 
 def test_thoughts_that_differ_fail(bench, monkeypatch) -> None:
-    def other(method: str, *_) -> tuple[float, None, torch.Tensor]:
-        return 1.0, None, torch.full((13, 3, 4), int(method == "naive"))
+    args, anchors = bench.parse(TINY), torch.arange(13)
+    thoughts = {name: torch.zeros(13, 3, 4) for name in (bench.NAIVE, bench.BATCHED)}
+    thoughts[bench.NAIVE][7, 1, 2] = 1
+    assert bench.check(args, anchors, thoughts) == {bench.NAIVE: 1, bench.BATCHED: 0}  # the same in fp64: rounding
+    exact = {name: lambda anchors, n=n: torch.full((len(anchors), 3, 4), n) for n, name in enumerate(thoughts)}
+    monkeypatch.setattr(bench, "make_methods", lambda *_: exact)
+    with pytest.raises(RuntimeError, match="naive: 1 of 39 thoughts differ"):
+        bench.check(args, anchors, thoughts)
 
-    monkeypatch.setattr(bench, "in_own_process", other)
-    monkeypatch.setattr(bench, "explained_by_rounding", lambda *_: False)
-    with pytest.raises(RuntimeError, match="naive: 39 of 39 thoughts differ"):
-        bench.compare(bench.Sizes(**SIZES), repeats=1, threads=2)
 
-
-def test_json() -> None:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-    command = [sys.executable, str(SCRIPT), *flags, "--positions=2", "--repeats=1", "--json"]
-    report = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
-    assert [row["method"] for row in report["methods"]] == ["naive", "careful naive", "batched"]
-    assert all(row["seconds"] > 0 and row["differ_by_rounding"] == 0 for row in report["methods"])
+def test_report(bench, tmp_path, capsys) -> None:
+    bench.main([*TINY, "--positions=2", f"--json={tmp_path / 'report.json'}"])
+    assert "QUICK LOOK" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [bench.NAIVE, bench.CAREFUL, bench.BATCHED]
+    assert all(row["seconds"] > 0 for row in rows)

@@ -58,7 +58,7 @@ def test_linear_logprob(softcap, entropy):
     head = (hidden, weight, targets, bias, None, softcap, 1.0, [3])
     grads = torch.randn(2, R, generator=seeded(1))
     with LargestOutput() as forward:
-        backend_functions("linear_logprob").linear_logprob(*head)
+        backend_functions("linear_logprob").linear_logprob(*head, entropy)
     with LargestOutput() as backward:
         backend_functions("linear_logprob").linear_logprob_backward(grads[0], grads[1] if entropy else None, *head)
     assert V <= forward.numel <= R * V // SHARE

@@ -169,6 +169,17 @@ def test_two_runs_agree_bitwise(backend, seed):
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
 
 
+def test_gradients_are_optional_and_may_come_expanded(backend):
+    """One input at a time wants a gradient, and sum() sends back a gradient with strides of 0."""
+    layout = random_layout(seeded(4), "ragged")
+    inputs = attention_inputs(seeded(5), layout, sinks=True)
+    _, want = run(backend, layout, inputs, torch.ones_like(inputs["q"]))
+    for name, x in inputs.items():
+        leaf = x.detach().requires_grad_()
+        thought_attention(**(inputs | {name: leaf}), layout=layout, backend=backend).sum().backward()
+        assert torch.equal(leaf.grad, want[name]), name
+
+
 def assert_rows(got, layout, inputs, rows, what):
     """``got`` [B',H,rows',E] against the given rows of the whole, by the error rule.
 

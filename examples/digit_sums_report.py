@@ -1,0 +1,336 @@
+"""What examples/digit_sums.py measured, as lines on the terminal, tables, plots, a page and docs/digit-sums.md."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Results = dict[str, Any]
+Rows = list[list[str]]
+CHANCE = 0.1
+POSITIONS = ["d", "d", "d", "d", "d", "=", "a"]
+
+
+def describe_machine() -> Results:
+    """The start of a results file."""
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "seeds": [],
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_json(results: Results, path: Path) -> None:
+    path.write_text(json.dumps(rounded(results), indent=1) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Every number to four digits behind the point."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(x) for x in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+# Lines as a run goes on
+
+
+def print_gate(seed: int, gate: dict[str, Any]) -> None:
+    verdict = "" if gate["passed"] else ": pretraining failed, so nothing can be said about thoughts"
+    steps = " ".join(f"{p:.2f}" for p in gate["steps_right"])
+    print(
+        f"seed {seed}  pretraining, {gate['steps']} steps: running sums right {steps}, "
+        f"whole thoughts right {gate['right_thoughts']:.2f}  {gate['seconds']:.0f} s{verdict}",
+        flush=True,
+    )
+
+
+def print_row(seed: int, row: dict[str, Any]) -> None:
+    scores = [f"{how} {row[how]['right'] / row[how]['lines']:.3f}" for how in ("sampled", "greedy") if how in row]
+    nll = row.get("sampled", row.get("greedy"))["nll"]
+    seconds = f"  {row['seconds']:.0f} s" if "seconds" in row else ""
+    print(
+        f"seed {seed}  {row['setting']:<10}  {row['run']:<42} exact match {', '.join(scores)}; loss {nll:.2f}{seconds}",
+        flush=True,
+    )
+
+
+# Tables
+
+
+def interval(right: int, lines: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, right / lines
+    middle = (share + z * z / (2 * lines)) / (1 + z * z / lines)
+    half = z / (1 + z * z / lines) * math.sqrt(share * (1 - share) / lines + z * z / (4 * lines * lines))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def pooled(results: Results) -> list[dict[str, Any]]:
+    """One entry for each run of each setting: the rows of all seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in results["seeds"]:
+        for row in seed["rows"]:
+            groups.setdefault((row["setting"], row["run"]), []).append(row)
+    return [{"setting": setting, "run": run, "rows": rows} for (setting, run), rows in groups.items()]
+
+
+def total(rows: list[dict[str, Any]], how: str) -> tuple[int, int]:
+    return sum(row[how]["right"] for row in rows), sum(row[how]["lines"] for row in rows)
+
+
+def share(rows: list[dict[str, Any]], how: str) -> str:
+    if how not in rows[0]:
+        return ""
+    right, lines = total(rows, how)
+    low, high = interval(right, lines)
+    return f"{right / lines:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    values = [row[name] for row in rows if name in row]
+    return form.format(sum(values) / len(values)) if values else ""
+
+
+def main_table(results: Results) -> tuple[list[str], Rows]:
+    header = ["thinks", "run", "loss", "exact match, sampled", "exact match, greedy", "right thoughts", "distinct", "seconds"]
+    body = []
+    for group in pooled(results):
+        rows = group["rows"]
+        how = "sampled" if "sampled" in rows[0] else "greedy"
+        cells = [group["setting"], group["run"], f"{sum(row[how]['nll'] for row in rows) / len(rows):.2f}"]
+        cells += [share(rows, "sampled"), share(rows, "greedy"), mean(rows, "right_thoughts", "{:.3f}")]
+        body.append([*cells, mean(rows, "distinct_thoughts", "{:.0f}"), mean(rows, "seconds", "{:.0f}")])
+    return header, body
+
+
+def seeds_table(results: Results) -> tuple[list[str], Rows]:
+    """Exact match of every seed, with sampled thoughts where a run has both kinds."""
+    header = ["thinks", "run", *(f"seed {seed['seed']}" for seed in results["seeds"])]
+    body = []
+    for group in pooled(results):
+        how = "sampled" if "sampled" in group["rows"][0] else "greedy"
+        body.append(
+            [group["setting"], group["run"], *(f"{row[how]['right'] / row[how]['lines']:.3f}" for row in group["rows"])]
+        )
+    return header, body
+
+
+def checks_table(results: Results) -> tuple[list[str], Rows]:
+    """One row for each threshold, with the values of all seeds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for seed in results["seeds"]:
+        for check in seed["checks"]:
+            groups.setdefault((check["setting"], check["what"], check["wanted"]), []).append(check)
+    body = []
+    for (setting, what, wanted), checks in groups.items():
+        verdict = "pass" if all(check["passed"] for check in checks) else "FAIL"
+        body.append([verdict, setting, what, wanted, " ".join(f"{check['value']:.3f}" for check in checks)])
+    return ["", "thinks", "what", "wanted", "measured, seed by seed"], body
+
+
+def thoughts_table(results: Results) -> tuple[list[str], Rows]:
+    header = ["text", "thought before", "thought after", "right sums", "p(answer) without", "p(answer) with", "w"]
+    first = results["seeds"][0]["thoughts"]
+    body = [
+        [t["line"], t["before"], t["after"], t["right"], f"{t['p_without']:.2f}", f"{t['p_with']:.2f}", f"{t['w']:.2f}"]
+        for t in (next(iter(first.values())) if first else [])
+    ]
+    return header, body
+
+
+def positions_table(results: Results) -> tuple[list[str], Rows]:
+    body = [
+        [f"seed {seed['seed']}", name, *(f"{value:.2f}" for value in seed["positions"][key])]
+        for seed in results["seeds"]
+        if seed["positions"]
+        for key, name in (("w", "w"), ("gain", "gain, nats"))
+    ]
+    return ["", "", *POSITIONS], body
+
+
+def as_text(header: list[str], rows: Rows) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
+    )
+
+
+def as_markdown(header: list[str], rows: Rows) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def as_html(header: list[str], rows: Rows) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+# Plots
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """The plots as files; none where matplotlib is missing or nothing was measured."""
+    if find_spec("matplotlib") is None or not pooled(results):
+        return []
+    plots = [draw_controls(results, folder), draw_learning(results, folder)]
+    return plots if not any(seed["positions"] for seed in results["seeds"]) else [*plots, draw_positions(results, folder)]
+
+
+def new_figure(width: float, height: float, columns: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def settings(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The pooled runs of each setting."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for group in pooled(results):
+        groups.setdefault(group["setting"], []).append(group)
+    return groups
+
+
+def draw_controls(results: Results, folder: Path) -> Path:
+    """Exact match of every run, with intervals and the line of chance."""
+    groups = settings(results)
+    longest = max(map(len, groups.values()))
+    figure, panels = new_figure(6 * len(groups), 1 + 0.35 * longest, len(groups))
+    for axes, (setting, runs) in zip(panels, groups.items(), strict=True):
+        for place, group in enumerate(runs):
+            how = "sampled" if "sampled" in group["rows"][0] else "greedy"
+            right, lines = total(group["rows"], how)
+            low, high = interval(right, lines)
+            middle = right / lines
+            color = "tab:blue" if group["run"].startswith("Quiet-STaR") and "another" not in group["run"] else "tab:gray"
+            axes.barh(place, middle, xerr=[[middle - low], [high - middle]], color=color, ecolor="black", capsize=2)
+            axes.plot(
+                [row[how]["right"] / row[how]["lines"] for row in group["rows"]], [place] * len(group["rows"]), "k.", ms=3
+            )
+        axes.axvline(CHANCE, color="tab:red", lw=1, ls="--")
+        axes.set_yticks(range(len(runs)), [group["run"] for group in runs])
+        axes.set(title=f"thinks {setting}", xlabel="held-out exact match; dashed: chance; dots: seeds", xlim=(0, 1))
+        axes.invert_yaxis()
+    return save(figure, folder / "digit_sums_controls.png")
+
+
+def draw_learning(results: Results, folder: Path) -> Path:
+    """Exact match over the steps of every run with thoughts: mean of the seeds, thin lines for each."""
+    groups = settings(results)
+    figure, panels = new_figure(5.5 * len(groups), 4, len(groups))
+    for axes, (setting, runs) in zip(panels, groups.items(), strict=True):
+        curves = {group["run"]: [row["curve"] for row in group["rows"]] for group in runs if "curve" in group["rows"][0]}
+        for number, (run, seeds) in enumerate(curves.items()):
+            steps = [point["step"] for point in seeds[0]]
+            values = [[point["exact_match"] for point in curve] for curve in seeds]
+            for one in values:
+                axes.plot(steps, one, color=f"C{number}", lw=0.5, alpha=0.5)
+            axes.plot(steps, [sum(at) / len(at) for at in zip(*values, strict=True)], color=f"C{number}", label=run)
+        axes.axhline(CHANCE, color="tab:red", lw=1, ls="--")
+        axes.set(title=f"thinks {setting}", xlabel="step", ylabel="held-out exact match, greedy thoughts", ylim=(0, 1))
+        axes.legend(fontsize=7)
+    return save(figure, folder / "digit_sums_learning.png")
+
+
+def draw_positions(results: Results, folder: Path) -> Path:
+    """Mixing weight and gain at each position of a line, mean of the seeds and a dot for each."""
+    measured = [seed["positions"] for seed in results["seeds"] if seed["positions"]]
+    figure, panels = new_figure(9, 3, 2)
+    for axes, key, label in zip(panels, ("w", "gain"), ("mixing weight w", "gain from the thought, nats"), strict=True):
+        columns = list(zip(*(one[key] for one in measured), strict=True))
+        axes.bar(range(len(POSITIONS)), [sum(column) / len(column) for column in columns], color="tab:blue")
+        for place, column in enumerate(columns):
+            axes.plot([place] * len(column), column, "k.", ms=4)
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(range(len(POSITIONS)), POSITIONS)
+        axes.set(ylabel=label, xlabel="position that thinks")
+    return save(figure, folder / "digit_sums_where.png")
+
+
+def save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    return path
+
+
+# The whole
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print the tables; write results.json, plots and page.html into ``folder``."""
+    write_json(results, folder / "results.json")
+    plots = draw(results, folder)
+    (folder / "page.html").write_text(page(results, plots))
+    print("\nHeld-out lines. Exact match has 95 % intervals, chance is 0.100 and a loss of 2.30 nats.")
+    print(as_text(*main_table(results)))
+    if any(seed["positions"] for seed in results["seeds"]):
+        print("\nWhere it learnt to think, everywhere being allowed")
+        print(as_text(*positions_table(results)))
+    print('\nThoughts at "=" on held-out lines')
+    print(as_text(*thoughts_table(results)))
+    print("\nThresholds")
+    print(as_text(*checks_table(results)))
+    print(f"\n{verdict(results)}\n{folder}: results.json, page.html, {', '.join(plot.name for plot in plots)}")
+
+
+def verdict(results: Results) -> str:
+    checks = [check for seed in results["seeds"] for check in seed["checks"]]
+    failed = [check for check in checks if not check["passed"]]
+    if any(check["setting"] == "pretraining" for check in failed):
+        return "FAIL: pretraining did not teach the running sums, so the rest says nothing about Quiet-STaR."
+    return f"{len(failed)} of {len(checks)} thresholds FAIL." if failed else f"All {len(checks)} thresholds pass."
+
+
+def page(results: Results, plots: list[Path]) -> str:
+    images = "".join(
+        f'<p><img src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"></p>' for plot in plots
+    )
+    parts = [
+        "<h1>Digit sums: does thinking help?</h1>",
+        f"<p>{html.escape(verdict(results))}</p>",
+        f"<p>{html.escape(machine(results))}</p>",
+        as_html(*main_table(results)),
+        images,
+        "<h2>Thoughts on held-out lines</h2>",
+        as_html(*thoughts_table(results)),
+        "<h2>Where it learnt to think</h2>",
+        as_html(*positions_table(results)),
+        "<h2>Thresholds</h2>",
+        as_html(*checks_table(results)),
+    ]
+    style = "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    style += "table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
+    return f"<!doctype html><meta charset=utf-8><title>Digit sums</title><style>{style}</style>{''.join(parts)}\n"
+
+
+def machine(results: Results) -> str:
+    seeds = results["seeds"]
+    seconds = sum(seed["seconds"] for seed in seeds) / len(seeds)
+    return (
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {seconds:.0f} s each on {results['threads']} threads of "
+        f"{results['cpu']}; Python {results['python']}, torch {results['torch']}, transformers {results['transformers']}."
+    )

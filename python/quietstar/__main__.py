@@ -1,0 +1,7 @@
+"""``python -m quietstar``: the command line."""
+
+import sys
+
+from quietstar.cli import main
+
+sys.exit(main())

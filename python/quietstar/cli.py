@@ -1,0 +1,278 @@
+"""The command line: ``quietstar train | think | eval | doctor``.
+
+Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
+130 stopped with nothing to save. Errors are one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+from tyro.conf import Positional, arg
+
+from quietstar import snapshots
+from quietstar.checkpoint import SETTINGS
+from quietstar.config import ThoughtConfig, TrainConfig
+from quietstar.data import DataConfig, load_data
+from quietstar.doctor import environment, memory_table, step_memory
+from quietstar.evaluate import evaluate
+from quietstar.model import QuietStar
+from quietstar.options import UsageError, parse, read_config
+from quietstar.train import Interrupted, train
+from quietstar.verify import verify
+
+USAGE, DATA, RUNTIME, SAVED, STOPPED = 2, 3, 4, 75, 130
+CONFIG = "config.json"
+Dtype = Literal["float32", "bfloat16", "float16"]
+Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]
+
+
+class Failure(Exception):
+    """Ends the program with an exit code of its own."""
+
+    def __init__(self, code: int, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass
+class Train:
+    """Train a model to think before every token. Writes metrics, checkpoints and the options to --out."""
+
+    model: Annotated[str, arg(help="hub name or folder of a causal language model, or of one that thinks already")]
+    data: DataConfig
+    thoughts: ThoughtConfig
+    train: TrainConfig
+    dtype: Annotated[Dtype, arg(help="of the weights")] = "float32"
+    gradient_checkpointing: Annotated[bool, arg(help="compute activations again in the backward, for less memory")] = False
+    config: Annotated[str, arg(help=f"json or yaml file of options, such as a run's {CONFIG}; typed ones win")] = ""
+    resume: Annotated[str, arg(help="auto, as is --resume alone: from the newest whole checkpoint of --out; or its path")] = ""
+
+    def run(self) -> None:
+        if snapshots.every(self.train.out) and not self.resume:
+            raise ValueError(f"{self.train.out}: a run is there already; --resume goes on with it, another --out starts anew")
+        tokenizer = load_tokenizer(self.model)
+        data = load_data(self.data, tokenizer, self.thoughts.lookahead)
+        qs = load_model(self.model, self.thoughts, tokenizer, self.dtype)
+        if self.gradient_checkpointing:
+            qs.gradient_checkpointing_enable()
+        evaluation = None
+        if len(data.held_out) >= 2:
+            size = max(1, self.train.batch_size // self.train.accumulation)
+            evaluation = partial(evaluate, examples=data.held_out, batch_size=size)
+        self._check_same_run()
+        try:
+            self._say(f"{len(data.train):,} examples to train on, {len(data.held_out):,} texts held out, to {self.train.out}")
+            self._write_config()
+            metrics = train(qs, data.train, self.train, evaluate=evaluation, resume=self.resume or None)
+        except Interrupted as stop:
+            again = f"quietstar train --config {Path(self.train.out) / CONFIG} --resume"
+            raise Failure(SAVED, f"stopped by a signal and saved {stop.checkpoint}; go on with: {again}") from stop
+        except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            raise Failure(RUNTIME, f"{sentence(error)}; {self._last_whole()}") from error
+        if metrics and "eval_gain" in metrics[-1]:
+            self._say(evaluation_text({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
+        self._say(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+
+    def options(self) -> dict[str, Any]:
+        """Every option by its name, as ``--config`` takes them."""
+        own = {name: getattr(self, name) for name in ("model", "dtype", "gradient_checkpointing")}
+        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.train)
+
+    def _say(self, text: str) -> None:
+        if PartialState().is_main_process:
+            print(text)
+
+    def _write_config(self) -> None:
+        if PartialState().is_main_process and not snapshots.every(self.train.out):
+            Path(self.train.out).mkdir(parents=True, exist_ok=True)
+            (Path(self.train.out) / CONFIG).write_text(json.dumps(self.options(), indent=2) + "\n")
+
+    def _check_same_run(self) -> None:
+        """Model and data as the run began with; ``train`` checks the rest."""
+        run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
+        if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
+            return
+        saved, now = read_config(run / CONFIG), self.options()
+        for name in ("model", "dtype", *asdict(self.data)):
+            if saved.get(name) != now[name]:
+                raise ValueError(f"{run}: the run was made with {name}={saved.get(name)!r}, not {now[name]!r}")
+
+    def _last_whole(self) -> str:
+        for path in reversed(snapshots.every(self.train.out)):
+            try:
+                snapshots.check(path)
+            except ValueError:
+                continue
+            return f"the last whole checkpoint is {path}"
+        return "no checkpoint was written yet"
+
+
+@dataclass
+class Think:
+    """Print what a model thinks at the tokens of a text."""
+
+    model: Checkpoint
+    prompt: Positional[Annotated[str, arg(help="the text")]]
+    at: Annotated[tuple[int, ...], arg(help="tokens to think at, from 0; -1 is the last; default all")] = ()
+    seed: Annotated[int | None, arg(help="sample the thoughts with this seed; default the likeliest token each time")] = None
+
+    def run(self) -> None:
+        qs = load_checkpoint(self.model)
+        ids = text_tokenizer(qs)(self.prompt, return_tensors="pt")["input_ids"].long().to(qs.start_embedding.device)
+        L = ids.shape[1]
+        if not L:
+            raise ValueError("the prompt has no tokens")
+        for place in self.at:
+            if not -L <= place < L:
+                raise ValueError(f"--at must be from {-L} to {L - 1} in a text of {L} tokens, got {place}")
+        places = sorted({place % L for place in self.at}) if self.at else list(range(L))
+        anchors = torch.tensor([places], device=ids.device)
+        thoughts = qs.think(ids, anchors=anchors, seed=self.seed or 0, greedy=self.seed is None).thought_ids[0]
+        decode = text_tokenizer(qs).decode
+        for place, several in zip(places, thoughts.tolist(), strict=True):
+            shown = several[:1] if self.seed is None else several
+            print(f"{place:>5}  {decode(ids[0, place])!r:<16}  {'  |  '.join(repr(decode(one)) for one in shown)}")
+
+
+@dataclass
+class Eval:
+    """Measure on held-out texts what thoughts are worth, with an interval; prints it and writes it as json."""
+
+    model: Checkpoint
+    data: DataConfig
+    all: Annotated[bool, arg(help="take every text of the data, for data that was not trained on")] = False
+    batch_size: Annotated[int, arg(help="texts at once")] = 8
+    out: Annotated[str, arg(help="file for the figures")] = "eval.json"
+
+    def run(self) -> None:
+        qs = load_checkpoint(self.model)
+        config = dataclasses.replace(self.data, pack=False, held_out=0) if self.all else self.data
+        data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
+        figures = evaluate(qs, data.train if self.all else data.held_out, self.batch_size, progress=True)
+        print(evaluation_text(figures))
+        Path(self.out).write_text(json.dumps({"model": self.model, **asdict(self.data), **figures}, indent=2) + "\n")
+
+
+@dataclass
+class Doctor:
+    """Print versions, devices and back ends; with --model, also the memory that a training step needs on one device."""
+
+    thoughts: ThoughtConfig
+    model: Annotated[str, arg(help="hub name or folder; only its config is read")] = ""
+    batch_size: Annotated[int, arg(help="texts at once: the batch by accumulation and processes")] = 1
+    length: Annotated[int, arg(help="L, tokens of a text")] = 256
+    dtype: Annotated[Dtype, arg(help="of the weights")] = "float32"
+    verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forwards")] = False
+
+    def run(self) -> None:
+        print(environment())
+        if not self.model:
+            return
+        config = reach(self.model, "model", lambda: AutoConfig.from_pretrained(find(self.model)))
+        memory = step_memory(config, self.thoughts, self.batch_size, self.length, getattr(torch, self.dtype))
+        rows = self.batch_size * self.length * (1 + self.thoughts.thoughts * self.thoughts.rows)
+        size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
+        print(f"\n{self.model}: a step on {size}, needs about\n{memory_table(memory)}")
+        if self.verify:
+            model = reach(self.model, "model", lambda: AutoModelForCausalLM.from_pretrained(find(self.model), dtype=self.dtype))
+            print(f"thoughts against ordinary forwards: {verify(model)}")
+
+
+def load_tokenizer(name: str) -> Any:
+    return reach(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(find(name)))
+
+
+def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str) -> QuietStar:
+    """Around a plain language model, or one that thinks already, which then goes on with ``thoughts``."""
+    path = find(name)
+    if not (Path(path) / SETTINGS).exists():
+        model = reach(name, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+        return QuietStar(model, thoughts, tokenizer)
+    qs = QuietStar.from_pretrained(path, dtype=dtype)
+    scale = qs.thought_config.embedding_scale
+    if scale != thoughts.embedding_scale:
+        raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
+    qs.thought_config = thoughts
+    return qs
+
+
+def load_checkpoint(name: str) -> QuietStar:
+    qs = QuietStar.from_pretrained(find(name)).eval()
+    return qs.to("cuda") if torch.cuda.is_available() else qs
+
+
+def text_tokenizer(qs: QuietStar) -> Any:
+    if qs.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer")
+    return qs.tokenizer
+
+
+def find(name: str) -> str:
+    """A run's newest checkpoint, where ``name`` is a run's folder."""
+    checkpoints = snapshots.every(name)
+    return str(checkpoints[-1]) if checkpoints else name
+
+
+def reach(name: str, what: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` returns; one sentence for the many ways in which transformers says that it can't."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{name}: no {what} loads from this folder or hub name: {sentence(error)}") from error
+
+
+def evaluation_text(figures: dict[str, float]) -> str:
+    low, high = figures["gain_low"], figures["gain_high"]
+    return (
+        f"held-out loss, nats a token, {figures['tokens']:,} tokens of {figures['texts']} texts\n"
+        f"  language model      {figures['base']:.4f}\n"
+        f"  with thoughts       {figures['mixed']:.4f}\n"
+        f"  gain from thoughts  {figures['gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+    )
+
+
+def sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+COMMANDS = {"train": Train, "think": Think, "eval": Eval, "doctor": Doctor}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
+    logging.disable_progress_bar()
+    try:
+        parse(COMMANDS, list(sys.argv[1:] if arguments is None else arguments)).run()
+        return 0
+    except UsageError as error:
+        code, text = USAGE, str(error)
+    except Failure as error:
+        code, text = error.code, str(error)
+    except ValueError as error:
+        code, text = DATA, sentence(error)
+    except OSError as error:
+        code, text = RUNTIME, sentence(error)
+    except KeyboardInterrupt:
+        code, text = STOPPED, "stopped, and nothing was saved after the last checkpoint"
+    print(f"quietstar: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
