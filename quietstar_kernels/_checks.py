@@ -46,11 +46,11 @@ class Checker:
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {type(value).__name__}")
         keys = letters.split(",") if letters else []
-        expected = [self.sizes.get(key) for key in keys]
+        expected = [int(key) if key.isdigit() else self.sizes.get(key) for key in keys]
         got = list(value.shape)
         if len(got) != len(keys) or any(e is not None and e != g for e, g in zip(expected, got, strict=False)):
             known = ",".join("?" if e is None else str(e) for e in expected)
-            raise self.fail(f"{name} must have shape [{letters}]=[{known}], got {got}".replace(", ", ","))
+            raise self.fail(f"{name} must have shape [{letters}]=[{known}], got {str(got).replace(', ', ',')}")
         for key, size in zip(keys, got, strict=True):
             self.sizes[key] = size
         if dtype is not None and value.dtype not in dtype:

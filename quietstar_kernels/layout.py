@@ -107,8 +107,8 @@ class ThoughtLayout:
         check = Checker(_OP, N=thoughts)
         check.tensor("anchors", anchors, "B,P", INTEGERS)
         if lo is None:
-            if text_length is None:
-                raise ValueError(f"{_OP}: at() needs text_length or lo, got neither")
+            if text_length is None or text_length < 0:
+                raise ValueError(f"{_OP}: at() needs lo or a text_length of 0 or more, got {text_length}")
             lo = torch.zeros((check["B"], text_length), dtype=torch.int32, device=anchors.device)
         elif text_length is not None:
             check.sizes["L"] = text_length
@@ -158,7 +158,8 @@ class ThoughtLayout:
         Checker(_OP).tensor("document_ids", document_ids, "B,L", INTEGERS)
         if validate and document_ids.numel():
             for row, ids in enumerate(document_ids):
-                runs = torch.unique_consecutive(ids[ids >= 0])
+                runs = torch.unique_consecutive(ids)
+                runs = runs[runs >= 0]
                 if runs.numel() != runs.unique().numel():
                     raise ValueError(f"{_OP}: document_ids must keep a document together, row {row} has one in two pieces")
         return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors, validate)

@@ -64,9 +64,10 @@ def thought_attention_backward(
     kf, vf, poisoned = _without_poison(kf, vf, mask)
     raw = scale * qf @ kf.transpose(-1, -2)
     scores = _softcap(raw, softcap).masked_fill(~mask[:, None], -math.inf)
-    safe_lse = torch.where(torch.isinf(lse), 0, lse).to(scores.dtype)
+    # A row that is off, or sees a NaN, has p = 0: it adds nothing to the gradients of the keys that it sees.
+    safe_lse = torch.where(lse.isfinite(), lse, math.inf).to(scores.dtype)
     p = torch.exp(scores - safe_lse[..., None])
-    delta = (dO * wide(out)).sum(-1)
+    delta = (dO * wide(out)).sum(-1).masked_fill(poisoned, 0)
     ds = p * (dO @ vf.transpose(-1, -2) - delta[..., None])
     if softcap is not None:
         ds = ds * (1 - (torch.tanh(raw / softcap)) ** 2)
@@ -225,7 +226,7 @@ def logprob_grad(
 def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit and log(sum of weights) of every block of 128 ids: two tensors [rows,V/128]."""
     rows, V = logits.shape
-    padded = torch.nn.functional.pad(logits, (0, -V % BLOCK), value=-math.inf).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(logits, (0, -V % BLOCK), value=-math.inf).view(rows, -(-V // BLOCK), BLOCK)
     return padded.amax(-1), padded.logsumexp(-1)
 
 
@@ -247,7 +248,7 @@ def race(block_max: Tensor, block_lse: Tensor, logits: Tensor, counters: Tensor,
 def invert(weights: Tensor, fraction: Tensor) -> Tensor:
     """The column of [rows,128] ``weights`` at which their running sum passes ``fraction`` of the total: group, then column."""
     rows = weights.shape[0]
-    grouped = weights.view(rows, GROUPS, -1)
+    grouped = weights.view(rows, GROUPS, BLOCK // GROUPS)
     group_sums = grouped.sum(-1)
     target = fraction * group_sums.sum(-1)
     group = _first_above(group_sums, target)
