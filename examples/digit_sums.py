@@ -114,7 +114,7 @@ def as_text(tokens: Tensor) -> str:
 def new_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     width = 64
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(SYMBOLS),
             hidden_size=width,
@@ -127,6 +127,8 @@ def new_model(seed: int) -> LlamaForCausalLM:
             eos_token_id=None,
         )
     )
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # and with wide embeddings it learns them sooner
+    return model
 
 
 def lm_loss(model: LlamaForCausalLM, lines: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ ALL_RUNS = {
 
 
 def think_with(model: LlamaForCausalLM, setting: Setting, run: Run, seed: int) -> QuietStar:
-    """A copy of the model, wrapped for a run. Start and end begin as the dash, with which the text opens and closes an aside."""
+    """A copy of the model, wrapped for a run. Start and end begin as the dash that opens and closes an aside in the text."""
     config = ThoughtConfig(
         thoughts=setting.thoughts,
         thought_tokens=STEPS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -63,6 +65,7 @@ class Train:
     def run(self) -> None:
         if snapshots.every(self.train.out) and not self.resume:
             raise ValueError(f"{self.train.out}: a run is there already; --resume goes on with it, another --out starts anew")
+        set_seed(self.train.seed)  # for the mixing head, which begins at random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = load_model(self.model, self.thoughts, tokenizer, self.dtype)
@@ -78,7 +81,7 @@ class Train:
             self._write_config()
             metrics = train(qs, data.train, self.train, evaluate=evaluation, resume=self.resume or None)
         except Interrupted as stop:
-            again = f"quietstar train --config {Path(self.train.out) / CONFIG} --resume"
+            again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
             raise Failure(SAVED, f"stopped by a signal and saved {stop.checkpoint}; go on with: {again}") from stop
         except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
             raise Failure(RUNTIME, f"{sentence(error)}; {self._last_whole()}") from error
@@ -125,7 +128,7 @@ class Think:
     """Print what a model thinks at the tokens of a text."""
 
     model: Checkpoint
-    prompt: Positional[Annotated[str, arg(help="the text")]]
+    prompt: Positional[Annotated[str, arg(metavar="TEXT", help="what to think about")]]
     at: Annotated[tuple[int, ...], arg(help="tokens to think at, from 0; -1 is the last; default all")] = ()
     seed: Annotated[int | None, arg(help="sample the thoughts with this seed; default the likeliest token each time")] = None
 
@@ -161,7 +164,7 @@ class Eval:
         qs = load_checkpoint(self.model)
         config = dataclasses.replace(self.data, pack=False, held_out=0) if self.all else self.data
         data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
-        figures = evaluate(qs, data.train if self.all else data.held_out, self.batch_size, progress=True)
+        figures = evaluate(qs, data.train if self.all else data.held_out, self.batch_size, sys.stderr.isatty())
         print(evaluation_text(figures))
         Path(self.out).write_text(json.dumps({"model": self.model, **asdict(self.data), **figures}, indent=2) + "\n")
 

@@ -53,7 +53,7 @@ def save(
     try:
         _write(beside, step, qs, optimizer, config)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         os.replace(beside, target)
     except SafetensorError as error:  # what safetensors calls a full disk
         raise OSError(f"{target}: {error}") from error
@@ -62,7 +62,7 @@ def save(
     paths = every(out)
     newest = paths.index(target) + 1
     for old in paths[: max(0, newest - keep)] + paths[newest:]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
 
 
@@ -80,6 +80,13 @@ def _write(beside: Path, step: int, qs: QuietStar, optimizer: torch.optim.Optimi
     for file in beside.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: killed in the middle, this must not leave half a checkpoint under its name."""
+    rest = path.with_name(f".{path.name}-old")
+    os.replace(path, rest)
+    shutil.rmtree(rest)
 
 
 def _remove_rests(checkpoints: Path) -> None:

@@ -42,13 +42,9 @@ def split(x: Tensor, heads: int, s: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).unflatten(3, (-1, s))
 
 
-def gather(x: Tensor, rows: slice, heads: int, s: int, dtype: torch.dtype) -> Tensor:
-    """``split`` of some rows of x [B,H,rows,...] as a dense copy.
-
-    Flash attention and the own block both read it; and matmuls, which round by stride and alignment, then don't depend on
-    how the caller's tensors lie in memory.
-    """
-    return split(x[:, :, rows], heads, s).to(dtype, copy=True, memory_format=torch.contiguous_format)
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy. Matmuls round by stride and alignment: after it not by those of the caller's tensors."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def by_thought(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def text(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, softcap: f
         return out, lse
     masks = chunk.mask.expand(len(q), -1, -1, -1)
     # One batch row at a time: its scores are a tensor here.
-    served = [plain(*x, scale, softcap) for x in zip(q, k, v, masks, strict=True)]
+    served = [plain(q[b], k[b], v[b], masks[b], scale, softcap) for b in range(len(q))]
     out, lse = (torch.stack(x).unflatten(2, rows) for x in zip(*served, strict=True))
     return out, lse
 
@@ -63,7 +63,7 @@ def text_backward(
         dq, dk, dv = _flash_backward(*wide_ones, lse, 0.0, False, attn_mask=chunk.mask, scale=scale)
         return dq[..., :K].unflatten(2, rows), dk[..., :K], dv[..., :E]
     masks = chunk.mask.expand(len(q), -1, -1, -1)
-    served = [plain_backward(*x, scale, softcap) for x in zip(grad_out, q, k, v, delta, lse, masks, strict=True)]
+    served = [plain_backward(grad_out[b], q[b], k[b], v[b], delta[b], lse[b], masks[b], scale, softcap) for b in range(len(q))]
     dq, dk, dv = (torch.stack(x) for x in zip(*served, strict=True))
     return dq.unflatten(2, rows), dk, dv
 

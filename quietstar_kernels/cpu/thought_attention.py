@@ -2,7 +2,7 @@
 
 The rows of a chunk are seen as [B,G,h,c,s,K]: h query heads share a key head, c thoughts of s rows (text rows: c rows,
 s = 1). The text part takes (h,c,s) as its rows and the own part (h,s) as the rows of each thought: keys are never repeated.
-Everything is fp32 (fp64 for fp64 inputs), since PyTorch's half-precision flash attention is not faster on CPUs.
+Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels.cpu._chunks import Chunk, by_thought, chunks, from_thought, gather, split
+from quietstar_kernels.cpu._chunks import by_thought, chunks, dense, from_thought, split
 from quietstar_kernels.cpu._parts import (
     add_sinks,
     join,
@@ -46,24 +46,25 @@ def thought_attention(
     if q.numel() == 0:
         return out, lse
     k, v, bad = without_poison(k, v)
-    k_text, v_text = (x[:, :, :L].to(lse.dtype, copy=True, memory_format=torch.contiguous_format) for x in (k, v))
+    k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
     heads = q.shape[1] // G
     own_mask = _own_mask(S, window, heads, lse)
     live = layout.live().flatten(1, 2)
     ragged = not live.all()
     for chunk in chunks(layout, window, heads, lse.dtype, query_rows):
-        rows = gather(q, chunk.rows, G, chunk.s, lse.dtype)
+        rows = dense(split(q[:, :, chunk.rows], G, chunk.s), lse.dtype)
         o, l = text(rows, k_text, v_text, chunk, scale, softcap)
         if chunk.thoughts is not None:
-            k_own, v_own = (gather(x, _own(chunk, L), G, S, lse.dtype) for x in (k, v))
-            own = plain(*map(by_thought, (rows, k_own, v_own)), own_mask, scale, softcap)
-            o, l = join(o, l, *(from_thought(x, l.shape) for x in own))
+            own = _own_rows(chunk.thoughts, layout)
+            q3, k3, v3 = (by_thought(x) for x in (rows, _own(k, own, S, l), _own(v, own, S, l)))
+            o3, l3 = plain(q3, k3, v3, own_mask, scale, softcap)
+            o, l = join(o, l, from_thought(o3, l.shape), from_thought(l3, l.shape))
         if sinks is not None:
             o, l = add_sinks(o, l, sinks)
         if bad is not None:
             poisoned = sees_text(bad[:, :, :L], chunk)
             if chunk.thoughts is not None:
-                poisoned = poisoned | _sees_own(bad[:, :, _own(chunk, L)], own_mask, S)
+                poisoned = poisoned | _sees_own(bad[:, :, own], own_mask, S)
             o, l = o.masked_fill(poisoned[..., None], math.nan), l.masked_fill(poisoned, math.nan)
         if ragged and chunk.thoughts is not None:
             off = ~live[:, None, None, chunk.thoughts]
@@ -90,17 +91,17 @@ def thought_attention_backward(
     """As ``reference.thought_attention_backward``; text keys add up chunk after chunk, always in the same order."""
     G, L, S = k.shape[1], layout.L, layout.S
     if q.numel() == 0:
-        dsinks = None if sinks is None else torch.zeros_like(sinks)
-        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsinks
-    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=lse.dtype)
+        none = None if sinks is None else torch.zeros_like(sinks)
+        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
+    dsinks = lse.new_zeros(q.shape[1])
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     k, v, _ = without_poison(k, v)
-    k_text, v_text = (x[:, :, :L].to(lse.dtype, copy=True, memory_format=torch.contiguous_format) for x in (k, v))
+    k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
     dk_text, dv_text = torch.zeros_like(k_text), torch.zeros_like(v_text)
     heads = q.shape[1] // G
     own_mask = _own_mask(S, window, heads, lse)
     for chunk in chunks(layout, window, heads, lse.dtype, query_rows):
-        g, rows = (gather(x, chunk.rows, G, chunk.s, lse.dtype) for x in (grad_out, q))
+        g, rows = (dense(split(x[:, :, chunk.rows], G, chunk.s), lse.dtype) for x in (grad_out, q))
         o, l = (split(wide(x[:, :, chunk.rows]), G, chunk.s) for x in (out, lse))
         delta = (g * o).sum(-1)
         # Rows that are off (lse -inf) or have seen NaN must add nothing to the keys' gradients.
@@ -113,11 +114,11 @@ def thought_attention_backward(
         dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, delta, l, chunk, scale, softcap)
         dk_text[:, :, chunk.keys] += dkc
         dv_text[:, :, chunk.keys] += dvc
-        dq_own = 0
+        dq_own: Tensor | int = 0
         if chunk.thoughts is not None:
-            own = _own(chunk, L)
-            k_own, v_own = (gather(x, own, G, S, lse.dtype) for x in (k, v))
-            g3, q3, k3, v3, delta3, l3 = map(by_thought, (g, rows, k_own, v_own, delta, l))
+            own = _own_rows(chunk.thoughts, layout)
+            k_own, v_own = _own(k, own, S, l), _own(v, own, S, l)
+            g3, q3, k3, v3, delta3, l3 = (by_thought(x) for x in (g, rows, k_own, v_own, delta, l))
             dq3, dk3, dv3 = plain_backward(g3, q3, k3, v3, delta3, l3, own_mask, scale, softcap)
             dq_own = from_thought(dq3, l.shape)
             split(dk[:, :, own], G, S).copy_(from_thought(dk3, k_own.shape))
@@ -132,9 +133,14 @@ def thought_attention_backward(
     return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
 
 
-def _own(chunk: Chunk, L: int) -> slice:
-    """The chunk's own rows among the packed keys."""
-    return slice(L + chunk.thoughts.start * chunk.s, L + chunk.thoughts.stop * chunk.s)
+def _own_rows(thoughts: slice, layout: ThoughtLayout) -> slice:
+    """The rows of these thoughts among the packed rows."""
+    return slice(layout.L + thoughts.start * layout.S, layout.L + thoughts.stop * layout.S)
+
+
+def _own(x: Tensor, own: slice, S: int, like: Tensor) -> Tensor:
+    """These rows of the packed keys or values x [B,G,M,...] as [B,G,1,c,S,...]."""
+    return dense(split(x[:, :, own], x.shape[1], S), like.dtype)
 
 
 def _own_mask(S: int, window: int | None, heads: int, like: Tensor) -> Tensor:

@@ -34,9 +34,10 @@ def thought_decode(
     live = layout.live()[..., now].flatten(1)[:, None, None, :, None]  # [B,1,1,P*N,1]
     for chunk in step_chunks(layout, now, window, q.shape[1] // G, wide(q[:0]).dtype):
         rows = split(wide(q[:, :, chunk.rows]), G, 1)
-        own = (wide(x[:, :, chunk.thoughts, seen]).flatten(0, 2) for x in (k_own, v_own))
-        o_own, l_own = (from_thought(x, rows.shape) for x in plain(by_thought(rows), *own, None, scale, softcap))
-        o, l = join(*text(rows, k_text, v_text, chunk, scale, softcap), o_own, l_own)
+        k3, v3 = (wide(x[:, :, chunk.thoughts, seen]).flatten(0, 2) for x in (k_own, v_own))
+        o3, l3 = plain(by_thought(rows), k3, v3, None, scale, softcap)
+        o, l = text(rows, k_text, v_text, chunk, scale, softcap)
+        o, l = join(o, l, from_thought(o3, l.shape), from_thought(l3, l.shape))
         if sinks is not None:
             o, l = add_sinks(o, l, sinks)
         if bad is not None:

@@ -1,0 +1,89 @@
+"""The memory of a step from the config alone, against real models and what autograd really keeps."""
+
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.doctor import HEAD_CHUNK, StepMemory, environment, human, memory_table, step_memory
+from quietstar_kernels.cpu import _head
+
+THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
+B, L = 2, 16
+ROWS = L * THOUGHTS.thoughts * THOUGHTS.rows
+
+
+def kept_by_autograd(qs):
+    """Bytes that a real training forward keeps for its backward, weights apart."""
+    weights = {x.untyped_storage().data_ptr() for x in [*qs.parameters(), *qs.buffers()]}
+    kept = {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = qs.train()(torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(0)))
+    assert out.loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "phi3"])
+def test_against_a_real_step(tiny, name, dtype):
+    model = tiny(name, attn_pdrop=0.0) if name == "gpt2" else tiny(name)
+    qs = QuietStar(model.to(dtype), THOUGHTS, verify=False)
+    memory = step_memory(model.config, THOUGHTS, B, L, dtype)
+    weights = sum(x.numel() * x.element_size() for x in qs.parameters())
+    assert (memory.weights, memory.gradients, memory.moments) == (weights, weights, 2 * weights)
+    ratio = (memory.text + memory.thoughts + memory.mixing) / kept_by_autograd(qs)
+    assert 1 / 1.3 < ratio < 1.3
+
+
+def test_parts_follow_the_sizes(tiny):
+    config = tiny("llama").config
+    memory = step_memory(config, THOUGHTS, B, L)
+    twice = step_memory(config, THOUGHTS, 2 * B, L)
+    assert twice.weights == memory.weights
+    assert twice.thoughts == pytest.approx(2 * memory.thoughts, rel=0.01)
+    assert memory.thoughts / memory.text == pytest.approx(ROWS / L, rel=0.01)
+    # Two layers, keys and values of two heads of width 16, fp32; T rows of each thought.
+    assert memory.rollout == B * (L + L * 2 * 4) * 2 * 2 * (2 * 16) * 4
+    assert memory.peak(checkpointing=True) < memory.peak()
+
+
+def test_a_large_model_costs_nothing_to_ask_about():
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = AutoConfig.for_model("llama", num_key_value_heads=8, vocab_size=128256, **sizes)
+    began = time.perf_counter()
+    memory = step_memory(config, ThoughtConfig(), 1, 256, torch.bfloat16)
+    assert time.perf_counter() - began < 60
+    assert 130 < memory.weights / 2**30 < 135
+
+
+def test_a_model_that_cannot_think_is_refused():
+    with pytest.raises(ValueError, match="cannot think"):
+        step_memory(AutoConfig.for_model("mamba"), THOUGHTS, B, L)
+
+
+def test_the_chunk_is_that_of_the_kernels():
+    assert HEAD_CHUNK == _head.LOGITS
+
+
+def test_what_is_printed():
+    assert [human(size) for size in (0, 1023, 1024, 3 * 2**20, 5.5 * 2**30, 2**41)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "3.0 MiB",
+        "5.5 GiB",
+        "2.00 TiB",
+    ]
+    table = memory_table(StepMemory(*[2**30] * 9))
+    assert table.count("GiB") == 11 and "together" in table
+    text = environment()
+    assert "thought_decode" in text and "transformers" in text and "cpu (" in text
