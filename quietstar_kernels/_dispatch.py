@@ -8,6 +8,7 @@ import importlib.util
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -55,6 +56,13 @@ def module(op: str, backend: str) -> ModuleType:
     """The module that holds ``op`` and, where it has one, ``op_backward`` for a back end that ``choose`` returned."""
     name = "reference" if backend == "reference" else f"{backend}.{op}"
     return importlib.import_module(f"quietstar_kernels.{name}")
+
+
+def run(function: str, backend: str, *arguments: Any) -> Any:
+    """Call an op's function, such as "thought_attention_backward". Back ends choose their own precision: autocast is off."""
+    serve = getattr(module(function.removesuffix("_backward"), backend), function)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return serve(*arguments)
 
 
 def backends(device: torch.device | str = "cpu") -> list[dict[str, str]]:

@@ -94,8 +94,9 @@ def _forward(
     return_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    serve = _dispatch.module(_OP, backend).linear_logprob
-    logprob, entropy = serve(hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy)
+    logprob, entropy = _dispatch.run(
+        "linear_logprob", backend, hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy
+    )
     return logprob, entropy
 
 
@@ -119,9 +120,19 @@ def _backward(
     banned: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    serve = _dispatch.module(_OP, backend).linear_logprob_backward
-    dhidden, dweight, dbias = serve(
-        grad_logprob, grad_entropy, hidden, weight, targets, bias, scale, softcap, temperature, list(banned)
+    dhidden, dweight, dbias = _dispatch.run(
+        "linear_logprob_backward",
+        backend,
+        grad_logprob,
+        grad_entropy,
+        hidden,
+        weight,
+        targets,
+        bias,
+        scale,
+        softcap,
+        temperature,
+        list(banned),
     )
     return dhidden, dweight, hidden.new_empty(0) if dbias is None else dbias
 

@@ -77,8 +77,9 @@ def _forward(
     banned: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    serve = _dispatch.module(_OP, backend).sample_token
-    return serve(hidden, weight, counters, seed, bias, scale, softcap, temperature, list(banned))
+    return _dispatch.run(
+        "sample_token", backend, hidden, weight, counters, seed, bias, scale, softcap, temperature, list(banned)
+    )
 
 
 @_forward.register_fake

@@ -103,8 +103,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    serve = _dispatch.module(_OP, backend).thought_attention
-    return serve(q, k, v, layout, scale, window, softcap, sinks, query_rows)
+    return _dispatch.run("thought_attention", backend, q, k, v, layout, scale, window, softcap, sinks, query_rows)
 
 
 @_forward.register_fake
@@ -133,8 +132,9 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    serve = _dispatch.module(_OP, backend).thought_attention_backward
-    dq, dk, dv, dsinks = serve(grad_out, q, k, v, out, lse, layout, scale, window, softcap, sinks, query_rows)
+    dq, dk, dv, dsinks = _dispatch.run(
+        "thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, scale, window, softcap, sinks, query_rows
+    )
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

@@ -104,8 +104,9 @@ def _forward(
     backend: str,
 ) -> Tensor:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    serve = _dispatch.module(_OP, backend).thought_decode
-    return serve(q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks)
+    return _dispatch.run(
+        "thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks
+    )
 
 
 @_forward.register_fake

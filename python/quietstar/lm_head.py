@@ -21,35 +21,40 @@ class LMHead:
     scale: float | None = None
     softcap: float | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.linear.weight.dtype
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden [...,D] as rows, weight and bias in one dtype: the weight's, or that of autocast where it is on."""
+        device, dtype = hidden.device.type, self.linear.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
+        return hidden.flatten(0, -2).to(dtype), self.linear.weight.to(dtype), bias
 
     def sample(
         self, hidden: Tensor, counters: Tensor, seed: int, temperature: float, banned: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """hidden [...,D] and counters [...,4] to ids and log-probabilities [...]; ``quietstar_kernels.sample_token``."""
-        shape = hidden.shape[:-1]
+        rows, weight, bias = self.operands(hidden)
         ids, logprob = sample_token(
-            hidden.flatten(0, -2).to(self.dtype),
-            self.linear.weight,
+            rows,
+            weight,
             counters.flatten(0, -2),
             seed,
-            bias=self.linear.bias,
+            bias=bias,
             scale=self.scale,
             softcap=self.softcap,
             temperature=temperature,
             banned=banned,
         )
-        return ids.view(shape), logprob.view(shape)
+        return ids.view(hidden.shape[:-1]), logprob.view(hidden.shape[:-1])
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
         """Log-probability of ``targets`` [...] under hidden [...,D]; fp32, 0 where the target is -100."""
+        rows, weight, bias = self.operands(hidden)
         out = linear_logprob(
-            hidden.flatten(0, -2).to(self.dtype),
-            self.linear.weight,
+            rows,
+            weight,
             targets.flatten(),
-            bias=self.linear.bias,
+            bias=bias,
             scale=self.scale,
             softcap=self.softcap,
             temperature=temperature,

@@ -306,7 +306,8 @@ class QuietStar(nn.Module):
         rows = torch.arange(layout.B, device=text.device)[:, None, None]
         h_base = text[rows, index].float()[:, :, None].expand(-1, -1, layout.N, -1, -1)
         h_thought = thought[:, :, :, config.thought_tokens + 1 :].float()
-        weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
+        with torch.autocast(text.device.type, enabled=False):
+            weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
         predicting = text[:, :-1]
         if config.mixing == "logits":
             # Base and mix share one call: with w = 0 their difference must be exactly nothing, for 1e6 multiplies it.

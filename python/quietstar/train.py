@@ -112,6 +112,7 @@ def train(
                 "policy_loss": "{:.2e}",
                 "reward": "{:.3f}",
                 "weight": "{:.3f}",
+                "tokens_per_second": "{:.0f}",
                 "thoughts_per_second": "{:.0f}",
             }
             bar.set_postfix_str(" ".join(f"{name} {form.format(line[name])}" for name, form in shown.items() if name in line))

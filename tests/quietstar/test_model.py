@@ -124,6 +124,22 @@ def test_bfloat16_model_trains_with_fp32_rewards(tiny):
     assert all(torch.isfinite(parameter.grad).all() for parameter in qs.parameters())
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_keeps_rewards_in_fp32(qs, monkeypatch, backend):
+    monkeypatch.setenv("QUIETSTAR_BACKEND", backend)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    qs.thought_config.policy_weight = 1.0
+    thoughts = qs.think(text(), seed=0).thought_ids
+    plain = qs(text(), thought_ids=thoughts)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = qs(text(), thought_ids=thoughts)
+        qs.think(text(), seed=0)
+    out.loss.backward()
+    assert out.reward.dtype == out.loss.dtype == torch.float32
+    assert 0 < (out.loss_ce - plain.loss_ce).abs() < 0.05
+    assert all(torch.isfinite(parameter.grad).all() for parameter in qs.parameters())
+
+
 BAD_CALLS = {
     "one dimension": (dict(input_ids=text()[0]), r"input_ids must have shape \[B,L\], got \[12\]"),
     "device": (dict(input_ids=text().to("meta")), "input_ids must be on cpu like the model's embeddings, got meta"),
