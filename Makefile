@@ -28,7 +28,8 @@ $(READY): setup.py pyproject.toml constraints.txt Makefile
 	@$(PIP) --no-build-isolation -e '.[train,dev]'
 	@touch $@
 
-demo: $(READY)  ## train on the English that ships with Python and show the thoughts
+demo: $(READY)  ## digit sums, where thinking helps, then the English that ships with Python
+	$(BIN)/python examples/digit_sums.py --quick
 	$(BIN)/python examples/english.py
 
 test: $(READY)  ## the tests, without the slow ones
