@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the model is too small for a GPU to help
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave a busy core to others
 
 import digit_sums_report as report
 import torch
@@ -44,7 +45,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.batches import Batch, Example
 from quietstar.config import TrainConfig
 from quietstar.objective import Counts
-from quietstar.train import train
+from quietstar.train import Interrupted, thought_loss, train
 
 # A token is a character: the digits 0 to 9, then these.
 EQUALS, DASH, NEWLINE, PAUSE = 10, 11, 12, 13
@@ -55,6 +56,7 @@ AT_EQUALS = DIGITS  # the position of "=", whose next token is the answer in a l
 HELPFUL = 0.4  # share of the asides that are running sums
 DIRECT = 0.4  # share of the lines without an aside
 TEST_LINES, CURVE_LINES = 2048, 256
+RIGHT_STEPS, RIGHT_THOUGHTS = 0.85, 0.25  # what pretraining must have taught, for thoughts to be worth training
 
 
 # The text
@@ -188,7 +190,10 @@ def pretrain(strings: Tensor, held_out: Tensor, seed: int, steps: int) -> tuple[
 
 @torch.no_grad()
 def measure_gate(model: LlamaForCausalLM, held_out: Tensor, seed: int) -> dict[str, Any]:
-    """How well the model continues running sums, and how often a thought sampled from it is all of them."""
+    """How well the model continues running sums, and how often a thought sampled from it is all of them.
+
+    The first step does not count: there the text goes on either way.
+    """
     model.eval()
     digits = held_out[:TEST_LINES]
     sums = running_sums(digits)
@@ -196,7 +201,7 @@ def measure_gate(model: LlamaForCausalLM, held_out: Tensor, seed: int) -> dict[s
     probability = model(aside_lines(digits, sums)).logits[:, first : first + STEPS].softmax(-1)
     steps = probability.gather(2, sums[..., None])[..., 0].mean(0).tolist()
     right = right_thoughts(own_thoughts(think_with(model, EQUALS_ONLY, QUIET_STAR, seed), digits, seed=seed), digits)
-    return {"steps_right": steps, "right_thoughts": right, "passed": min(steps[1:]) >= 0.85 and right >= 0.25}
+    return {"steps_right": steps, "right_thoughts": right, "passed": min(steps[1:]) >= RIGHT_STEPS and right >= RIGHT_THOUGHTS}
 
 
 # Training with thoughts
@@ -323,7 +328,6 @@ def train_thoughts(
         qs.mixing_head.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     data = DirectLines(draw(strings, setting.lines * setting.steps, generator), setting, run.thoughts, generator)
-    every = max(1, setting.steps // 10)
     config = TrainConfig(
         out=str(out),
         steps=setting.steps,
@@ -331,7 +335,7 @@ def train_thoughts(
         learning_rate=1e-3,
         warmup=20,
         seed=seed,
-        eval_every=every,
+        eval_every=max(1, setting.steps // 10),
         save_every=setting.steps,
         keep=1,
     )
@@ -341,7 +345,7 @@ def train_thoughts(
         qs,
         data,
         config,
-        **({"loss": with_rehearsal(strings)} if run.rehearsal else {}),
+        loss=with_rehearsal(strings) if run.rehearsal else thought_loss,
         evaluate=lambda qs: curve_point(qs, run, curve_lines, seed),
         progress=sys.stderr.isatty(),
     )
@@ -522,7 +526,7 @@ def run_seed(
                 before = think_with(model, setting, run, seed)
                 add(setting, FORCED, **evaluate(before, run, digits, seed, forced=True))
                 result["thoughts"][setting.name] = some_thoughts(before, qs, held_out[-8:], seed)
-                if setting is EVERYWHERE:
+                if setting.name == EVERYWHERE.name:
                     result["positions"] = measure_positions(qs, digits, seed)
         add(setting, PLAIN, **train_plain(model, setting, strings, digits, seed))
     result["seconds"] = time.perf_counter() - began
@@ -533,10 +537,8 @@ def check(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The claims of docs/digit-sums.md about one seed, each with what was measured and whether it holds."""
     gate = result["pretraining"]
     checks = [
-        bound(
-            "pretraining", "running sums: a right step after right ones, probability", min(gate["steps_right"][1:]), least=0.85
-        ),
-        bound("pretraining", "right thoughts before training", gate["right_thoughts"], least=0.25),
+        bound("pretraining", "probability of a right step after right ones", min(gate["steps_right"][1:]), least=RIGHT_STEPS),
+        bound("pretraining", "right thoughts before training", gate["right_thoughts"], least=RIGHT_THOUGHTS),
     ]
     for setting in dict.fromkeys(row["setting"] for row in result["rows"]):
         checks += check_setting(setting, {row["run"]: row for row in result["rows"] if row["setting"] == setting})
@@ -549,24 +551,22 @@ def check(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def check_setting(setting: str, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     trained = rows[QUIET_STAR.name]
-    best_rival = max(exact_match(rows[run.name]) for run in (FROZEN, NO_REINFORCE_REHEARSED) if run.name in rows)
+    rivals = [exact_match(rows[run.name]) for run in (FROZEN, NO_REINFORCE_REHEARSED) if run.name in rows]
+    greedy = 0.9 if setting == EQUALS_ONLY.name else 0.8
     checks = [
-        bound(setting, "Quiet-STaR, greedy", exact_match(trained, "greedy"), least=0.9 if setting == EQUALS_ONLY.name else 0.8),
-        bound(
-            setting,
-            "Quiet-STaR, above the best use of thoughts without REINFORCE",
-            exact_match(trained) - best_rival,
-            least=0.35,
-        ),
+        bound(setting, "Quiet-STaR, greedy", exact_match(trained, "greedy"), least=greedy),
         bound(setting, SHUFFLED, exact_match(rows[SHUFFLED], "greedy"), most=0.15),
     ]
+    if rivals:
+        lead = exact_match(trained) - max(rivals)
+        checks.append(bound(setting, "Quiet-STaR, above the best use of thoughts without REINFORCE", lead, least=0.35))
     if setting == EQUALS_ONLY.name:
         checks.append(bound(setting, "Quiet-STaR, sampled", exact_match(trained), least=0.85))
-        checks.append(bound(setting, "Quiet-STaR, sampled: loss, nats", trained["sampled"]["nll"], most=0.6))
+        checks.append(bound(setting, "Quiet-STaR, sampled: loss", trained["sampled"]["nll"], most=0.6))
     for name in (PAUSES.name, RANDOM.name, PLAIN):
         if name in rows:
             checks.append(bound(setting, name, exact_match(rows[name]), most=0.15))
-            checks.append(bound(setting, f"{name}: loss, nats", rows[name]["sampled"]["nll"], least=2.2))
+            checks.append(bound(setting, f"{name}: loss", rows[name]["sampled"]["nll"], least=2.2))
     return checks
 
 
@@ -590,6 +590,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="train nothing, show the results.json of an earlier run")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a threshold is missed")
     options = parser.parse_args()
+    if options.docs and options.quick:
+        parser.error("--docs writes a page about all runs: leave out --quick")
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -610,4 +612,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (KeyboardInterrupt, Interrupted):
+        print("\nStopped; seeds that were done are in results.json.")
+        sys.exit(130)

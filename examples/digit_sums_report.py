@@ -232,9 +232,10 @@ def draw_controls(results: Results, folder: Path) -> Path:
             axes.plot(
                 [row[how]["right"] / row[how]["lines"] for row in group["rows"]], [place] * len(group["rows"]), "k.", ms=3
             )
-        axes.axvline(CHANCE, color="tab:red", lw=1, ls="--")
+        axes.axvline(CHANCE, color="tab:red", lw=1, ls="--", label="chance")
+        axes.legend(loc="lower right")
         axes.set_yticks(range(len(runs)), [group["run"] for group in runs])
-        axes.set(title=f"thinks {setting}", xlabel="held-out exact match; dashed: chance; dots: seeds", xlim=(0, 1))
+        axes.set(title=f"thinks {setting}", xlabel="held-out exact match", xlim=(0, 1))
         axes.invert_yaxis()
     return save(figure, folder / "digit_sums_controls.png")
 
@@ -251,8 +252,8 @@ def draw_learning(results: Results, folder: Path) -> Path:
             for one in values:
                 axes.plot(steps, one, color=f"C{number}", lw=0.5, alpha=0.5)
             axes.plot(steps, [sum(at) / len(at) for at in zip(*values, strict=True)], color=f"C{number}", label=run)
-        axes.axhline(CHANCE, color="tab:red", lw=1, ls="--")
-        axes.set(title=f"thinks {setting}", xlabel="step", ylabel="held-out exact match, greedy thoughts", ylim=(0, 1))
+        axes.axhline(CHANCE, color="tab:red", lw=1, ls="--", label="chance")
+        axes.set(title=f"thinks {setting}", xlabel="step", ylabel="held-out exact match, greedy thoughts", ylim=(0, 1.02))
         axes.legend(fontsize=7)
     return save(figure, folder / "digit_sums_learning.png")
 
@@ -334,3 +335,116 @@ def machine(results: Results) -> str:
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {seconds:.0f} s each on {results['threads']} threads of "
         f"{results['cpu']}; Python {results['python']}, torch {results['torch']}, transformers {results['transformers']}."
     )
+
+
+# docs/digit-sums.md
+
+
+def write_docs(results: Results, folder: Path) -> None:
+    """digit-sums.md, its plots and digit_sums.json, from which every number of the page comes."""
+    write_json(results, folder / "digit_sums.json")
+    draw(results, folder)
+    (folder / "digit-sums.md").write_text(docs_page(results))
+
+
+def docs_page(results: Results) -> str:
+    shares = {
+        (group["setting"], group["run"], how): f"{right / lines:.2f}"
+        for group in pooled(results)
+        for how in ("sampled", "greedy")
+        if how in group["rows"][0]
+        for right, lines in [total(group["rows"], how)]
+    }
+    best = shares["at =", "Quiet-STaR", "sampled"]
+    shuffled = shares["at =", "Quiet-STaR with another line's thoughts", "greedy"]
+    frozen = shares["at =", "frozen model, mixing head trained", "sampled"]
+    rehearsed = shares["at =", "no REINFORCE, with rehearsal", "sampled"]
+    plain = shares["at =", "plain language model, 4 times the batch", "sampled"]
+    everywhere = shares["everywhere", "Quiet-STaR", "sampled"]
+    lines = results["seeds"][0]["rows"][0]["sampled"]["lines"]
+    return f"""# Digit sums: does thinking help?
+
+Yes, on text that shows how: a small model that thinks before the answer gets {best} of the held-out sums right, and
+without thinking {plain}, which is chance. The script is [examples/digit_sums.py](../examples/digit_sums.py). It wrote
+this page, and every number here is from [digit_sums.json](digit_sums.json): {machine(results)}
+
+```sh
+python examples/digit_sums.py --seeds {len(results["seeds"])} --docs docs   # this page
+python examples/digit_sums.py --quick             # every position thinks, some controls
+```
+
+## The task
+
+A line is five digits and the last digit of their sum. A Llama of three layers and width 64 is pretrained on lines of
+which some have an aside before the answer. An aside either holds the running sums, which lead to the answer, or repeats
+the first four digits, which is more frequent and of no use:
+
+```
+7 5 8 6 2 = 8
+7 5 8 6 2 = - 2 0 6 8 - 8
+7 5 8 6 2 = - 7 5 8 6 - 8
+```
+
+Quiet-STaR then trains it on lines without an aside. A random tenth of all digit strings is held out from both. The
+answer is out of reach of one pass through a model of this size and training: without thinking it can only guess. A
+thought of four tokens has room for the running sums, and its reward is how much better it makes the prediction.
+
+## What was measured
+
+Exact match: the most likely token after "=" is the answer, on {lines} held-out lines for each seed, with a 95 %
+interval (Wilson's; it covers the lines that were drawn, and not the seeds). The loss is that of the answer, in nats; a
+guess has 2.30. Right thoughts are sampled ones that hold all four running sums; distinct ones are counted over the
+greedy thoughts of one seed.
+
+{as_markdown(*main_table(results))}
+
+![Exact match of every run, with intervals](digit_sums_controls.png)
+
+- **Another line's thoughts**: the trained model with the greedy thoughts of other lines: {shuffled}. What counts is
+  what a thought says, and not the computation it costs.
+- **Pause tokens, random digits**: the same number of tokens with nothing in them, in training too.
+- **Untrained thoughts, w = 1**: the answer from what the pretrained model writes after the dash, before any training.
+- **Frozen model, mixing head trained**: the best use of these same thoughts: {frozen}.
+- **No REINFORCE**: the policy weight is 0. This control is unfair alone: lines without asides make the model forget how
+  to write them. With rehearsal, 64 lines of the pretraining text in every step, it keeps its asides and gets
+  {rehearsed}.
+- **Plain language model**: next-token training on the same lines, four times as many a step.
+- **Start and end stored at 1/100**: as in the published code (`embedding_scale=100`), which multiplies their learning
+  rate by 100. All other runs use 1.
+
+Each seed alone, with sampled thoughts where a run has both kinds:
+
+{as_markdown(*seeds_table(results))}
+
+![Exact match over the steps](digit_sums_learning.png)
+
+## Where it thinks
+
+With a thought at every position, as in the paper, {everywhere} are right, and the mixing weight w shows where the
+thoughts are used: at "=", before the token that needs them.
+
+{as_markdown(*positions_table(results))}
+
+![Mixing weight and gain at each position](digit_sums_where.png)
+
+w alone is no evidence: where base and mixed prediction agree, as with pause tokens, it can take any value.
+
+## Some thoughts
+
+Sampled at "=" on held-out lines by the first seed's model, before and after training.
+
+{as_markdown(*thoughts_table(results))}
+
+## What it does not show
+
+The text shows two kinds of asides. Quiet-STaR finds out, from the reward of the next token alone, which kind helps,
+where to think and how far to trust it. It invents no way of reasoning: where pretraining has not taught the running
+sums, nothing is gained, and that is why each seed must first pass a gate. Nor does this say that thinking improves
+ordinary text at this size, or anything about models of billions of weights.
+
+## Thresholds
+
+Set before these runs, from those of a prototype. {verdict(results)}
+
+{as_markdown(*checks_table(results))}
+"""

@@ -122,11 +122,12 @@ def sample_token(
 ) -> tuple[Tensor, Tensor]:
     """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probability [R]."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature or 1.0, banned)
-    lse = logits.logsumexp(-1)
+    block_max, block_lse = block_state(logits)
     if temperature == 0:
         ids = logits.argmax(-1)
     else:
-        ids = race(*block_state(logits), logits, counters, seed)
+        ids = race(block_max, block_lse, logits, counters, seed)
+    lse = block_lse.logsumexp(-1)
     return ids, (logits.gather(1, ids[:, None])[:, 0] - lse).float()
 
 
@@ -193,7 +194,7 @@ def final_logits(
     """softcap(scale * (hidden weight^T + bias)), banned ids at -inf, divided by the temperature."""
     logits = _softcap(linear(hidden, weight, bias, scale), softcap)
     logits[:, banned] = -math.inf
-    return logits / temperature
+    return logits if temperature == 1 else logits / temperature
 
 
 def logprob_grad(
@@ -226,7 +227,9 @@ def logprob_grad(
 def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit and log(sum of weights) of every block of 128 ids: two tensors [rows,V/128]."""
     rows, V = logits.shape
-    padded = torch.nn.functional.pad(logits, (0, -V % BLOCK), value=-math.inf).view(rows, -(-V // BLOCK), BLOCK)
+    if V % BLOCK:  # pad copies, even where it adds nothing
+        logits = torch.nn.functional.pad(logits, (0, -V % BLOCK), value=-math.inf)
+    padded = logits.view(rows, -(-V // BLOCK), BLOCK)
     return padded.amax(-1), padded.logsumexp(-1)
 
 

@@ -70,7 +70,7 @@ def text_backward(
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """q [...,rows,K] over k [...,keys,K]: out [...,rows,E] and lse [...,rows]; a row that sees nothing gets 0 and -inf."""
-    scores = _scores(q, k, scale, softcap)
+    scores = scores_of(q, k, scale, softcap)
     if mask is not None:
         scores += mask
     top = scores.amax(-1, keepdim=True)
@@ -91,7 +91,7 @@ def plain_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
-    scores = _scores(q, k, scale, softcap)
+    scores = scores_of(q, k, scale, softcap)
     slope = None if softcap is None else 1 - (scores / softcap) ** 2
     if mask is not None:
         scores += mask
@@ -102,10 +102,10 @@ def plain_backward(
     return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad_out
 
 
-def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention over the keys of both parts; overwrites ``out``."""
-    share = torch.sigmoid(other_lse - lse)
-    return out.lerp_(other_out, share[..., None]), torch.logaddexp(lse, other_lse)
+def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """``out`` and ``lse``, finite, become those of the attention over the keys of both parts."""
+    out.lerp_(other_out, torch.sigmoid(other_lse - lse)[..., None])
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def without_poison(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -130,10 +130,11 @@ def sees_text(bad: Tensor, chunk: Chunk) -> Tensor:
     return seen.unflatten(2, (1, -1, chunk.s))
 
 
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """A sink takes its part of the softmax and gives no value. out [B,G,h,c,s,E], sinks [H]."""
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """A sink takes its part of the softmax and gives no value: out [B,G,h,c,s,E] and lse [B,G,h,c,s] become the joint ones."""
     joint = torch.logaddexp(lse, per_head(sinks, lse))
-    return out * torch.exp(lse - joint)[..., None], joint
+    out *= torch.exp(lse - joint)[..., None]
+    lse.copy_(joint)
 
 
 def per_head(sinks: Tensor, like: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ def per_head(sinks: Tensor, like: Tensor) -> Tensor:
     return sinks.to(like.dtype).view(1, *like.shape[1:3], 1, 1)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+def scores_of(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap(scale * q k^T), a new tensor."""
     scores = q @ k.transpose(-1, -2)
     if softcap is None:
         return scores.mul_(scale)

@@ -36,10 +36,10 @@ def thought_decode(
         rows = split(wide(q[:, :, chunk.rows]), G, 1)
         k3, v3 = (wide(x[:, :, chunk.thoughts, seen]).flatten(0, 2) for x in (k_own, v_own))
         o3, l3 = plain(by_thought(rows), k3, v3, None, scale, softcap)
-        o, l = text(rows, k_text, v_text, chunk, scale, softcap)
-        o, l = join(o, l, from_thought(o3, l.shape), from_thought(l3, l.shape))
+        o, l = from_thought(o3, rows.shape), from_thought(l3, rows.shape)
+        join(o, l, *text(rows, k_text, v_text, chunk, scale, softcap))
         if sinks is not None:
-            o, l = add_sinks(o, l, sinks)
+            add_sinks(o, l, sinks)
         if bad is not None:
             o = o.masked_fill(sees_text(bad, chunk)[..., None], torch.nan)
         split(out[:, :, chunk.rows], G, 1).copy_(o.masked_fill(~live[:, :, :, chunk.thoughts, :, None], 0))
