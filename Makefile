@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
+# On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
+demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup demo test test-all lint bench clean
 
 help:  ## this list

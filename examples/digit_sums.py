@@ -143,9 +143,8 @@ def train_lm(
     optimizer: torch.optim.Optimizer,
     rate: Callable[[int], float],
     steps: int,
-) -> list[float]:
-    """Plain next-token training; returns the loss of every step."""
-    losses = []
+) -> None:
+    """Plain next-token training."""
     model.train()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate(step)
@@ -154,15 +153,13 @@ def train_lm(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
-def read_mixed_lines(model: LlamaForCausalLM, strings: Tensor, steps: int, peak: float, seed: int) -> list[float]:
+def read_mixed_lines(model: LlamaForCausalLM, strings: Tensor, steps: int, peak: float, seed: int) -> None:
     """Pretraining: the learning rate falls from ``peak`` to 5 % of it along a cosine."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    return train_lm(
+    train_lm(
         model,
         lambda step: mixed_lines(draw(strings, 256, generator), generator),
         optimizer,
@@ -178,14 +175,14 @@ def pretrain(strings: Tensor, held_out: Tensor, seed: int, steps: int) -> tuple[
     """
     began = time.perf_counter()
     model = new_model(seed)
-    losses = read_mixed_lines(model, strings, steps, 3e-3, seed)
+    read_mixed_lines(model, strings, steps, 3e-3, seed)
     gate = measure_gate(model, held_out, seed)
-    for more in (1, 2):
-        if not gate["passed"]:
-            losses += read_mixed_lines(model, strings, steps // 2, 1e-3, seed + 1000 * more)
-            gate = measure_gate(model, held_out, seed)
-    curve = [sum(losses[i : i + 20]) / len(losses[i : i + 20]) for i in range(0, len(losses), 20)]
-    return model, {**gate, "steps": len(losses), "losses": curve, "seconds": time.perf_counter() - began}
+    total = steps
+    while not gate["passed"] and total < 2 * steps:
+        read_mixed_lines(model, strings, steps // 2, 1e-3, seed + total)
+        gate = measure_gate(model, held_out, seed)
+        total += steps // 2
+    return model, {**gate, "steps": total, "seconds": time.perf_counter() - began}
 
 
 @torch.no_grad()
@@ -350,14 +347,9 @@ def train_thoughts(
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - began
-    curve = [
-        {"step": line["step"], "reward": line["reward"], "w": line["weight"]}
-        | {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-        for line in lines
-        if "eval_exact_match" in line
-    ]
-    qs.eval()
-    return qs, {"seconds": seconds, "curve": curve}
+    names = ("step", "eval_exact_match", "eval_right_thoughts")
+    curve = [{name.removeprefix("eval_"): line[name] for name in names} for line in lines if "eval_exact_match" in line]
+    return qs.eval(), {"seconds": seconds, "curve": curve}
 
 
 def train_plain(model: LlamaForCausalLM, setting: Setting, strings: Tensor, digits: Tensor, seed: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import html
 import json
 import math
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,7 +163,7 @@ def thoughts_table(results: Results) -> tuple[list[str], Rows]:
 
 def positions_table(results: Results) -> tuple[list[str], Rows]:
     body = [
-        [f"seed {seed['seed']}", name, *(f"{value:.2f}" for value in seed["positions"][key])]
+        [f"seed {seed['seed']}", name, *(f"{round(value, 2) + 0.0:.2f}" for value in seed["positions"][key])]
         for seed in results["seeds"]
         if seed["positions"]
         for key, name in (("w", "w"), ("gain", "gain, nats"))
@@ -201,11 +200,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return plots if not any(seed["positions"] for seed in results["seeds"]) else [*plots, draw_positions(results, folder)]
 
 
-def new_figure(width: float, height: float, columns: int) -> tuple[Any, Sequence[Any]]:
+def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its panels [rows][columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def settings(results: Results) -> dict[str, list[dict[str, Any]]]:
@@ -220,8 +220,8 @@ def draw_controls(results: Results, folder: Path) -> Path:
     """Exact match of every run, with intervals and the line of chance."""
     groups = settings(results)
     longest = max(map(len, groups.values()))
-    figure, panels = new_figure(6 * len(groups), 1 + 0.35 * longest, len(groups))
-    for axes, (setting, runs) in zip(panels, groups.items(), strict=True):
+    figure, panels = new_figure(6 * len(groups), 1 + 0.35 * longest, 1, len(groups))
+    for axes, (setting, runs) in zip(panels[0], groups.items(), strict=True):
         for place, group in enumerate(runs):
             how = "sampled" if "sampled" in group["rows"][0] else "greedy"
             right, lines = total(group["rows"], how)
@@ -241,28 +241,36 @@ def draw_controls(results: Results, folder: Path) -> Path:
 
 
 def draw_learning(results: Results, folder: Path) -> Path:
-    """Exact match over the steps of every run with thoughts: mean of the seeds, thin lines for each."""
+    """Exact match and right thoughts over the steps of every run with thoughts: mean of the seeds, thin lines for each."""
     groups = settings(results)
-    figure, panels = new_figure(5.5 * len(groups), 4, len(groups))
-    for axes, (setting, runs) in zip(panels, groups.items(), strict=True):
+    figure, panels = new_figure(5.5 * len(groups), 6, 2, len(groups))
+    for column, (setting, runs) in enumerate(groups.items()):
         curves = {group["run"]: [row["curve"] for row in group["rows"]] for group in runs if "curve" in group["rows"][0]}
-        for number, (run, seeds) in enumerate(curves.items()):
-            steps = [point["step"] for point in seeds[0]]
-            values = [[point["exact_match"] for point in curve] for curve in seeds]
-            for one in values:
-                axes.plot(steps, one, color=f"C{number}", lw=0.5, alpha=0.5)
-            axes.plot(steps, [sum(at) / len(at) for at in zip(*values, strict=True)], color=f"C{number}", label=run)
-        axes.axhline(CHANCE, color="tab:red", lw=1, ls="--", label="chance")
-        axes.set(title=f"thinks {setting}", xlabel="step", ylabel="held-out exact match, greedy thoughts", ylim=(0, 1.02))
-        axes.legend(fontsize=7)
+        for row, (key, label) in enumerate(
+            (("exact_match", "held-out exact match, greedy"), ("right_thoughts", "right thoughts"))
+        ):
+            axes = panels[row][column]
+            for number, (run, seeds) in enumerate(curves.items()):
+                values = [[point[key] for point in curve] for curve in seeds]
+                draw_seeds(axes, [point["step"] for point in seeds[0]], values, f"C{number}", run)
+            axes.set(xlabel="step", ylabel=label, ylim=(-0.02, 1.02))
+        panels[0][column].axhline(CHANCE, color="tab:red", lw=1, ls="--")
+        panels[0][column].set_title(f"thinks {setting}")
+        panels[1][column].legend(fontsize=7, loc="center right")
     return save(figure, folder / "digit_sums_learning.png")
+
+
+def draw_seeds(axes: Any, steps: list[int], seeds: list[list[float]], color: str, label: str) -> None:
+    for values in seeds:
+        axes.plot(steps, values, color=color, lw=0.5, alpha=0.5)
+    axes.plot(steps, [sum(values) / len(values) for values in zip(*seeds, strict=True)], color=color, label=label)
 
 
 def draw_positions(results: Results, folder: Path) -> Path:
     """Mixing weight and gain at each position of a line, mean of the seeds and a dot for each."""
     measured = [seed["positions"] for seed in results["seeds"] if seed["positions"]]
-    figure, panels = new_figure(9, 3, 2)
-    for axes, key, label in zip(panels, ("w", "gain"), ("mixing weight w", "gain from the thought, nats"), strict=True):
+    figure, panels = new_figure(9, 3, 1, 2)
+    for axes, key, label in zip(panels[0], ("w", "gain"), ("mixing weight w", "gain from the thought, nats"), strict=True):
         columns = list(zip(*(one[key] for one in measured), strict=True))
         axes.bar(range(len(POSITIONS)), [sum(column) / len(column) for column in columns], color="tab:blue")
         for place, column in enumerate(columns):
@@ -329,10 +337,10 @@ def page(results: Results, plots: list[Path]) -> str:
 
 
 def machine(results: Results) -> str:
-    seeds = results["seeds"]
+    seeds, threads = results["seeds"], results["threads"]
     seconds = sum(seed["seconds"] for seed in seeds) / len(seeds)
     return (
-        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {seconds:.0f} s each on {results['threads']} threads of "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {seconds:.0f} s each on {threads} thread{'s' * (threads > 1)} of "
         f"{results['cpu']}; Python {results['python']}, torch {results['torch']}, transformers {results['transformers']}."
     )
 
@@ -394,7 +402,7 @@ thought of four tokens has room for the running sums, and its reward is how much
 Exact match: the most likely token after "=" is the answer, on {lines} held-out lines for each seed, with a 95 %
 interval (Wilson's; it covers the lines that were drawn, and not the seeds). The loss is that of the answer, in nats; a
 guess has 2.30. Right thoughts are sampled ones that hold all four running sums; distinct ones are counted over the
-greedy thoughts of one seed.
+greedy thoughts of one seed. Seconds are those of training alone, on a machine that had other work too.
 
 {as_markdown(*main_table(results))}
 

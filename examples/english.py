@@ -33,14 +33,8 @@ from quietstar_kernels import sample_token
 
 LENGTH = 64  # tokens of a text
 NEW, HELD_OUT = 256, 128  # paragraphs kept from the language model: to learn to think on, to measure on
-THOUGHTS = ThoughtConfig(
-    thoughts=2,
-    thought_tokens=6,
-    lookahead=4,
-    # The published 1e6 and 100 go with a learning rate of 1e-6; these go with 3e-4.
-    policy_weight=3,
-    embedding_scale=1,
-)
+# The published policy_weight of 1e6 and embedding_scale of 100 go with a learning rate of 1e-6; these go with 3e-4.
+THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=6, lookahead=4, policy_weight=3, embedding_scale=1)
 
 
 def paragraphs(seed: int) -> tuple[list[str], list[str], list[str]]:
@@ -59,30 +53,24 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    bytes_first = {"special_tokens": ["<pad>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, show_progress=False, **bytes_first))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            initializer_range=width**-0.5,  # the default of 0.02 is made for wide models: a narrow one learns little from it
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=width**-0.5,  # the default of 0.02 is made for wide models: a narrow one learns little from it
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
     )
+    return LlamaForCausalLM(config)
 
 
 class Log:
@@ -168,14 +156,14 @@ def show_losses(before: Tensor, base: Tensor, mixed: Tensor, log: Log) -> None:
     gain = base - mixed
     mean, margin = gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5
     print(f"\nHeld-out loss, nats a token, mean of {len(gain)} texts")
-    losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
-    print(f"  language model               {losses['before']:.4f}")
-    print(f"  the same after Quiet-STaR    {losses['base']:.4f}")
-    print(f"  mixed with its thoughts      {losses['mixed']:.4f}")
+    print(f"  language model               {before.mean():.4f}")
+    print(f"  the same after Quiet-STaR    {base.mean():.4f}")
+    print(f"  mixed with its thoughts      {mixed.mean():.4f}")
     low, high = mean - margin, mean + margin
     verdict = "includes 0: no gain was measured" if low <= 0 <= high else "does not include 0"
     print(f"Gain from thoughts, the last two compared text by text: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f},")
     print(f"which {verdict}.")
+    losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
     log.add(phase="held_out", **losses, gain=mean, gain_low=low, gain_high=high)
 
 
@@ -244,35 +232,32 @@ def main() -> None:
     parser.add_argument("--seconds-thoughts", type=float, default=60, help="time to train it to think")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/english"), help="folder for metrics, plot and checkpoint")
-    run(**vars(parser.parse_args()))
-
-
-def run(seconds_lm: float, seconds_thoughts: float, seed: int, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "metrics.jsonl")
-    torch.manual_seed(seed)
-    training, new, held_out = paragraphs(seed)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out / "metrics.jsonl")
+    torch.manual_seed(args.seed)
+    training, new, held_out = paragraphs(args.seed)
     tokenizer = train_tokenizer(training)
     training, new = (tokenizer("\n".join(part), return_tensors="pt").input_ids[0] for part in (training, new))
     texts = tokenizer(
         ["\n" + text for text in held_out], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     )
     model = new_model(tokenizer)
-    print(f"{model.num_parameters() / 1e6:.1f} million weights, vocabulary {len(tokenizer)}, {len(training):,} training tokens")
+    print(f"{model.num_parameters() / 1e6:.1f} million weights, vocabulary {len(tokenizer)}, {len(training):,} tokens of text")
 
-    train_lm(model, training, seconds_lm, log)
+    train_lm(model, training, args.seconds_lm, log)
     qs = QuietStar(model, THOUGHTS, tokenizer)
     before, _ = text_losses(qs, texts.input_ids, texts.attention_mask)
-    train_thoughts(qs, new, seconds_thoughts, log)
+    train_thoughts(qs, new, args.seconds_thoughts, log)
     show_losses(before, *text_losses(qs, texts.input_ids, texts.attention_mask), log)
 
     logging.disable_progress_bar()
     whole = texts.input_ids[texts.attention_mask.all(1)][0]
-    show_thoughts(qs, whole, seed)
-    show_speed(qs, whole, seed, log)
-    plot(log, out / "losses.png")
-    qs.save_pretrained(out / "checkpoint")
-    print(f"\n{out}: metrics.jsonl, losses.png, checkpoint (QuietStar.from_pretrained loads it)")
+    show_thoughts(qs, whole, args.seed)
+    show_speed(qs, whole, args.seed, log)
+    plot(log, args.out / "losses.png")
+    qs.save_pretrained(args.out / "checkpoint")
+    print(f"\n{args.out}: metrics.jsonl, losses.png, checkpoint (QuietStar.from_pretrained loads it)")
 
 
 if __name__ == "__main__":
