@@ -160,9 +160,11 @@ def show_losses(before: Tensor, base: Tensor, mixed: Tensor, log: Log) -> None:
     print(f"  the same after Quiet-STaR    {base.mean():.4f}")
     print(f"  mixed with its thoughts      {mixed.mean():.4f}")
     low, high = mean - margin, mean + margin
-    verdict = "includes 0: no gain was measured" if low <= 0 <= high else "does not include 0"
-    print(f"Gain from thoughts, the last two compared text by text: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f},")
-    print(f"which {verdict}.")
+    print(f"Gain from thoughts, the last two compared text by text: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}.")
+    if low <= 0 <= high:
+        print("It includes 0: no gain was measured.")
+    else:
+        print(f"It does not include 0: in this run thoughts {'helped' if mean > 0 else 'hurt'} a little.")
     losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
     log.add(phase="held_out", **losses, gain=mean, gain_low=low, gain_high=high)
 
