@@ -577,7 +577,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="repeat everything from seeds 0 to SEEDS-1; default 1")
     parser.add_argument("--quick", action="store_true", help="every position thinks, some controls")
     parser.add_argument("--out", type=Path, default=Path("runs/digit_sums"), help="folder for results, plots and page")
-    parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1, more help little at this size")
     parser.add_argument("--docs", type=Path, help="also write digit-sums.md, its plots and numbers into this folder")
     parser.add_argument("--results", type=Path, help="train nothing, show the results.json of an earlier run")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a threshold is missed")
@@ -585,8 +585,7 @@ def main() -> int:
     if options.docs and options.quick:
         parser.error("--docs writes a page about all runs: leave out --quick")
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.results:
