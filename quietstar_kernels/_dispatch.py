@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -14,40 +15,71 @@ import torch
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+FASTEST_FIRST = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def why_not(op: str, backend: str, device: torch.device) -> str | None:
-    """None where ``backend`` serves ``op`` on ``device``, else the reason in words."""
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None where ``backend`` serves ``op`` on ``device``, for ``dtype`` where one is given, else the reason in words."""
     if backend == "reference":
         return None
     if backend == "cpu":
-        return None if device.type == "cpu" else f"it serves tensors on cpu, these are on {device}"
+        return None if device.type in ("cpu", "meta") else f"it serves tensors on cpu, these are on {device}"
     if importlib.util.find_spec(f"quietstar_kernels.{backend}") is None:
         return "it is not part of this version"
+    if backend == "triton":
+        return _why_not_triton(device, dtype)
     return f"it does not serve {op} on {device}"
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
+def _why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "it does not compute in torch.float64"
+    if device.type == "cuda":
+        return _why_not_gpu(device)
+    if device.type != "cpu":
+        return f"it serves GPUs of NVIDIA and AMD, these tensors are on {device}"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "on"):
+        return "it serves GPUs; on cpu only Triton's interpreter runs it, for tests: set TRITON_INTERPRET=1"
+    return "Triton's interpreter computes torch.bfloat16 wrongly" if dtype == torch.bfloat16 else None
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no {device} here"
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The name of the back end to run. Raises ValueError for one that was named and can't run."""
     if backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
     if backend == "auto":
-        if device.type in ("cpu", "meta"):
-            return "cpu"
-        _warn_dense(op, str(device))
+        candidates = FASTEST_FIRST.get(device.type, ())
+        reasons = [(name, why_not(op, name, device, dtype)) for name in candidates]
+        usable = [name for name, reason in reasons if reason is None]
+        if usable:
+            return usable[0]
+        _warn_dense(op, str(device), "; ".join(f"{name}: {reason}" for name, reason in reasons))
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(op, backend, device)
+    reason = why_not(op, backend, device, dtype)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available: {reason}")
     return backend
 
 
 @functools.cache
-def _warn_dense(op: str, device: str) -> None:
+def _warn_dense(op: str, device: str, reasons: str) -> None:
+    said = f" ({reasons})" if reasons else ""
     warnings.warn(
-        f"{op}: no fast back end for {device} in this version, backend='auto' runs 'reference', which is dense and slow",
+        f"{op}: no fast back end serves this on {device}{said}; backend='auto' runs 'reference', which is dense and slow",
         stacklevel=4,
     )
 
@@ -59,9 +91,14 @@ def module(op: str, backend: str) -> ModuleType:
 
 
 def run(function: str, backend: str, *arguments: Any) -> Any:
-    """Call an op's function, such as "thought_attention_backward". Back ends choose their own precision: autocast is off."""
+    """Call an op's function, such as "thought_attention_backward", on the device of its first argument.
+
+    Back ends choose their own precision: autocast is off.
+    """
     serve = getattr(module(function.removesuffix("_backward"), backend), function)
-    with torch.autocast(arguments[0].device.type, enabled=False):
+    device = arguments[0].device
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with here, torch.autocast(device.type, enabled=False):
         return serve(*arguments)
 
 

@@ -66,7 +66,7 @@ def linear_logprob(
         float(temperature),
         banned,
         return_entropy,
-        _dispatch.choose(_OP, backend, hidden.device),
+        _dispatch.choose(_OP, backend, hidden.device, hidden.dtype),
     )
     return (logprob, entropy) if return_entropy else logprob
 

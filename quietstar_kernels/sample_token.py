@@ -60,7 +60,7 @@ def sample_token(
     if not -(2**63) <= seed < 2**64:
         raise check.fail(f"seed must be a 64-bit integer, got {seed}")
     signed = seed - 2**64 if seed >= 2**63 else seed
-    backend = _dispatch.choose(_OP, backend, hidden.device)
+    backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
     return _forward(hidden, weight, counters, signed, bias, scale, softcap, float(temperature), banned, backend)
 
 

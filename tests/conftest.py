@@ -11,3 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter then; read when quietstar_kernels.triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

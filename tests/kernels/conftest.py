@@ -1,12 +1,36 @@
-"""One suite for all back ends: a test that takes ``backend`` runs once for each."""
+"""One suite for all back ends: a test that takes ``backend`` runs once for each, with its tensors on ``device``."""
+
+import importlib.util
 
 import pytest
 import torch
 
+BACKENDS = ["reference", "cpu", "triton"]
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A back end takes part in the tests of an op's file as soon as it serves that op."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks")
+    metafunc.parametrize("backend", [name for name in BACKENDS if serves(name, op)])
+
+
+def serves(backend: str, op: str) -> bool:
+    return backend in ("reference", "cpu") or importlib.util.find_spec(f"quietstar_kernels.{backend}.{op}") is not None
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the tensors of a test live: on the GPU, where there is one, unless the back end is that of the CPU."""
+    on_cpu = request.getfixturevalue("backend") == "cpu" if "backend" in request.fixturenames else True
+    return torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
+
+
+@pytest.fixture
+def interpreted(backend: str, device: torch.device) -> bool:
+    """True where Triton's interpreter runs the kernels: thousands of times slower, and wrong in bf16."""
+    return backend == "triton" and device.type == "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,23 @@
+"""What a kernel is compiled for, in the names that ``configs.py`` uses."""
+
+from __future__ import annotations
+
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def target() -> str:
+    """ "sm_80", "sm_90", "sm_100" or "gfx942" for the current device; "interpreter" where nothing is compiled.
+
+    A device between or beside these takes the tiles of the one it can hold: sm_86, sm_89 and sm_120 those of sm_80, which
+    fit the 99 KB of shared memory they have.
+    """
+    if INTERPRETED:
+        return "interpreter"
+    current = triton.runtime.driver.active.get_current_target()
+    if current.backend == "hip":
+        return "gfx942"
+    if 100 <= current.arch < 120:
+        return "sm_100"
+    return "sm_90" if current.arch == 90 else "sm_80"

@@ -1,0 +1,114 @@
+"""Compile what the host functions launch, for GPUs that aren't there, and read registers and instructions from the result.
+
+The host function of an op runs on meta tensors; Triton's own launch path compiles its kernels for the architecture that
+``compiled_for`` names and launches nothing. So what is compiled is what would run, and a host function that reads a
+tensor's values, which on a GPU would wait for the device, fails here.
+
+Needs TRITON_INTERPRET=0 from the start of the process: ``compile_op.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class _Device:
+    """The part of a Triton driver that compiling asks."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        """A number for each target: Triton keeps what it compiled by device."""
+        return list(TARGETS.values()).index(self.target)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextlib.contextmanager
+def compiled_for(target: str) -> Iterator[list[Any]]:
+    """Inside, a launch compiles for ``target`` and adds the compiled kernel to the list, one entry a launch."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    device = driver._active
+    driver.set_active(_Device(TARGETS[target]))
+    JITFunction.run = record
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = device
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    matrix: dict[str, int]
+
+
+def resources(kernel: Any, target: str) -> Resources:
+    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there."""
+    read = _amd if target.startswith("gfx") else _nvidia
+    registers, spills, matrix = read(kernel)
+    meta = kernel.metadata
+    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, matrix)
+
+
+def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    ops = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", sass, re.M)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    matrix = {name: ops.count(name) for name in sorted(set(ops)) if "MMA" in name}
+    return registers, ops.count("LDL") + ops.count("STL"), matrix
+
+
+def _amd(kernel: Any) -> tuple[int, int, dict[str, int]]:
+    text = kernel.asm["amdgcn"]
+    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return number("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", text))}

@@ -1,0 +1,54 @@
+"""Every shipped Triton kernel compiles for GPUs that aren't here: no spill, matrix instructions, shared memory that fits."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
+TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB of shared memory a block may have
+
+
+def rules(op):
+    """The module with an op's cases; loading it compiles nothing."""
+    spec = importlib.util.spec_from_file_location(f"compiled_{op}", HERE / "compiled" / f"{op}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile(op, target, capsys):
+    run = subprocess.run(
+        [sys.executable, HERE / "compile_op.py", op, target],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    with capsys.disabled():
+        print(f"\n{op} on {target}")
+        for row in rows:
+            matrix = " ".join(f"{name} {count}" for name, count in row["matrix"].items()) or "no matrix instruction"
+            print(
+                f"  {row['kernel']:<28} {row['label']:<30} {row['registers']:>3} registers, {row['spills']} spills, "
+                f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}"
+            )
+    assert rows
+    without, hgmma = rules(op).NO_MATRIX, rules(op).HGMMA
+    for row in rows:
+        what = f"{row['kernel']} {row['label']}"
+        assert row["spills"] == 0, what
+        assert row["shared"] <= TARGETS[target] * 1024, what
+        if row["kernel"] not in without and "float32" not in row["label"]:
+            assert sum(row["matrix"].values()), what
+            if target == "sm_90" and row["kernel"] in hgmma:
+                assert row["matrix"].get("HGMMA"), what
