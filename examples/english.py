@@ -1,4 +1,4 @@
-"""Quiet-STaR on real English, from nothing to thoughts in about three minutes on two CPU cores.
+"""Quiet-STaR on real English, from nothing to thoughts in about two minutes on two CPU cores.
 
 Trains a tokenizer and a small Llama on the documentation that ships with every Python, wraps the model in
 quietstar.QuietStar, trains it to think before every token, and measures on held-out text what the thoughts are worth.
@@ -230,8 +230,8 @@ def plot(log: Log, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds-lm", type=float, default=60, help="time to train the language model")
-    parser.add_argument("--seconds-thoughts", type=float, default=60, help="time to train it to think")
+    parser.add_argument("--seconds-lm", type=float, default=45, help="time to train the language model")
+    parser.add_argument("--seconds-thoughts", type=float, default=45, help="time to train it to think")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/english"), help="folder for metrics, plot and checkpoint")
     args = parser.parse_args()

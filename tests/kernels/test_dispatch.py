@@ -1,8 +1,10 @@
 """Which back end runs: named ones run or raise with the reason, only "auto" chooses; what the package shows and imports."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,11 @@ def test_backends_has_a_row_for_every_op_and_back_end():
     status = {(row["op"], row["backend"]): row["status"] for row in rows}
     for op in _dispatch.OPS:
         assert status[op, "reference"] == status[op, "cpu"] == "available"
-        assert status[op, "triton"] != "available" and status[op, "cuda"] != "available"
-    on_gpu = {row["backend"]: row["status"] for row in backends(torch.device("cuda", 0))}
-    assert on_gpu["cpu"] == "it serves tensors on cpu, these are on cuda:0" and on_gpu["reference"] == "available"
+        assert status[op, "cuda"] != "available"
+    there = torch.device("cuda", torch.cuda.device_count())
+    on_gpu = {row["backend"]: row["status"] for row in backends(there)}
+    assert on_gpu["reference"] == "available" and on_gpu["cpu"] == f"it serves tensors on cpu, these are on {there}"
+    assert on_gpu["triton"] == f"there is no {there} here"
 
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
@@ -91,9 +95,39 @@ def test_environment_variable_chooses_for_auto_alone(monkeypatch):
         monkeypatch.setenv("QUIETSTAR_BACKEND", name)
         assert _dispatch.choose("sample_token", "auto", device) == name
         assert _dispatch.choose("sample_token", "cpu", device) == "cpu"
-    monkeypatch.setenv("QUIETSTAR_BACKEND", "triton")
-    with pytest.raises(ValueError, match="^sample_token: backend 'triton' is not available: "):
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="^sample_token: backend 'cuda' is not available: "):
         _dispatch.choose("sample_token", "auto", device)
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_what_triton_refuses(op, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _dispatch.why_not(op, "triton", cpu, torch.float16) is None
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=f"^{op}: backend 'triton' is not available: .*{dtype}"):
+            _dispatch.choose(op, "triton", cpu, dtype)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="it serves GPUs; on cpu only Triton's interpreter"):
+        _dispatch.choose(op, "triton", cpu, torch.float32)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else name)
+    assert _dispatch.why_not(op, "triton", cpu) == "Triton is not installed"
+
+
+def test_auto_on_a_gpu_takes_triton_and_says_once_what_it_can_not(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_why_not_gpu", lambda device: None)
+    _dispatch._warn_dense.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _dispatch.choose("thought_attention", "auto", gpu, torch.bfloat16) == "triton"
+    with pytest.warns(UserWarning, match="thought_attention: no fast .* triton: it does not compute in torch.float64"):
+        assert _dispatch.choose("thought_attention", "auto", gpu, torch.float64) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _dispatch.choose("thought_attention", "auto", gpu, torch.float64) == "reference"
 
 
 def test_cpu_back_end_refuses_other_devices():
