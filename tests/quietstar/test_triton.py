@@ -1,0 +1,71 @@
+"""The wrapper end to end on the Triton back end: on a GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+import quietstar
+from quietstar_kernels import sample_token
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0)
+
+
+@pytest.fixture
+def step(tiny, monkeypatch):
+    """``step(backend)``: thoughts and loss and gradients of one training step of a fresh model."""
+    ids = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run(backend, **changes):
+        monkeypatch.setenv("QUIETSTAR_BACKEND", backend)
+        model = tiny("gemma2", **changes).to(DEVICE)
+        qs = quietstar.QuietStar(model, CONFIG, verify=False).train()
+        out = qs(ids, attention_mask=torch.ones_like(ids).index_fill_(1, torch.tensor([0], device=DEVICE), 0), seed=1)
+        out.loss.backward()
+        return out, {name: parameter.grad for name, parameter in qs.named_parameters()}
+
+    return run
+
+
+def test_training_step_equals_that_of_the_reference(step):
+    want, want_grads = step("reference")
+    got, got_grads = step("triton")
+    assert torch.equal(got.thought_ids, want.thought_ids)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.reward, want.reward, rtol=1e-4, atol=1e-5)
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(got_grads[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_thoughts_equal_those_of_the_reference(tiny, monkeypatch):
+    ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    thoughts = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("QUIETSTAR_BACKEND", backend)
+        qs = quietstar.QuietStar(tiny("llama").to(DEVICE), CONFIG, verify=False)
+        thoughts[backend] = qs.think(ids, seed=3)
+    assert torch.equal(thoughts["triton"].thought_ids, thoughts["reference"].thought_ids)
+    torch.testing.assert_close(thoughts["triton"].logprob, thoughts["reference"].logprob, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_training_step_in_bf16_and_compiled(tiny):
+    """`auto` takes Triton on a GPU; mixed precision and a compiled model run end to end."""
+    ids = torch.randint(3, 61, (2, 16), device=DEVICE)
+    qs = quietstar.QuietStar(tiny("llama").to(DEVICE), CONFIG, verify=False).train()
+    qs.model.model = torch.compile(qs.model.model, fullgraph=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = qs(ids, seed=0)
+    out.loss.backward()
+    assert out.loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in qs.parameters())
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_sampling_is_captured_in_a_graph():
+    hidden, weight = torch.randn(8, 64, device=DEVICE), torch.randn(500, 64, device=DEVICE)
+    counters = torch.zeros(8, 4, dtype=torch.int32, device=DEVICE)
+    want = sample_token(hidden, weight, counters, 7, banned=(3,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids, logprob = sample_token(hidden, weight, counters, 7, banned=(3,))
+    graph.replay()
+    assert torch.equal(ids, want[0]) and torch.equal(logprob, want[1])
