@@ -1,128 +1,201 @@
-"""thought_attention on the CPU against what PyTorch offers: SDPA with a dense mask, and compiled FlexAttention.
+"""thought_attention, forward and backward, against FlexAttention, a flash attention of the text joined with the own block, and
+SDPA with the dense mask.
 
-    python benchmarks/bench_thought_attention.py                      # the shape of the README's table
-    python benchmarks/bench_thought_attention.py --length 128 --rows 14
+    python benchmarks/bench_thought_attention.py --help
 
-Every position of the text thinks. All candidates get the same fp32 inputs and must agree before any is timed. "useful
-GFLOP/s" counts only what the layout makes visible; "memory" is what one call adds to the process.
+Every position of the text thinks, rows of text and thoughts are in one call, and every candidate gets the same tensors.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from harness import add_flags, measure, peak_memory, print_table, versions, write_json
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import attention_peers
+from attention_peers import Attention
+from case import BOUNDS, Case, Inputs, Work, Wrong, judge
+from peers import Peer
 from quietstar_kernels import ThoughtLayout, thought_attention
 
-OURS, DENSE, FLEX = "thought_attention", "SDPA, dense mask", "FlexAttention, compiled"
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+CHECKED = 48  # rows of text and of thoughts, each, whose result is compared
 
 
-def main() -> None:
-    args = parse()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    layout = ThoughtLayout.every_position(args.batch, args.length, args.thoughts, args.rows)
-    shape = (args.batch, args.heads, layout.M, args.width)
-    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
-    grad_out = torch.randn(shape)
-    L, S = args.length, args.rows
-    forward_flops = args.batch * 2 * args.width * args.heads * args.thoughts * S * L * (L + S + 2)
-    print(versions())
-    print(layout)
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase(Case):
+    """Every position of B texts thinks N thoughts of S rows."""
 
-    attentions: dict[str, Attention] = {OURS: ours(layout), DENSE: dense(layout)}
-    failures = {}
-    try:
-        attentions[FLEX] = flex(layout)
-        attentions[FLEX](q.detach(), k.detach(), v.detach())
-    except Exception as error:  # whatever the compiler raises, the table says it
-        attentions.pop(FLEX, None)
-        failures[FLEX] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"
+    op: ClassVar[str] = "thought_attention"
+    B: int = 1
+    L: int
+    N: int = 2
+    S: int = 14
+    H: int = 8
+    G: int = 2
+    K: int = 128
 
-    def forward(attention: Attention) -> Tensor:
-        with torch.no_grad():
-            return attention(q.detach(), k.detach(), v.detach())
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {letter: getattr(self, letter) for letter in "BLNSHGK"}
 
-    def forward_backward(attention: Attention) -> tuple[Tensor, ...]:
-        out = attention(q, k, v)
-        return torch.autograd.grad(out, (q, k, v), grad_out)
+    @property
+    def M(self) -> int:
+        return self.L + self.L * self.N * self.S
 
-    rows = []
-    for what, run, flops in (("forward", forward, forward_flops), ("forward+backward", forward_backward, 3.5 * forward_flops)):
-        # FlexAttention has no backward on CPUs.
-        runs = {name: (lambda a=a, run=run: run(a)) for name, a in attentions.items() if run is forward or name != FLEX}
-        check_equal(runs)
-        memory = {name: peak_memory(run) for name, run in runs.items()}
-        timings = measure(runs, args.repeats)
-        for name, timing in timings.items():
-            rows.append(
-                {
-                    "what": what,
-                    "candidate": name,
-                    "ms": timing.median * 1e3,
-                    "from..to": timing.spread,
-                    "times ours": timing.median / timings[OURS].median,
-                    "useful GFLOP/s": flops / timing.median / 1e9,
-                    "memory MB": memory[name],
-                }
-            )
-        if run is forward:
-            rows += [{"what": what, "candidate": name, "from..to": f"failed: {why}"} for name, why in failures.items()]
-        else:
-            rows.append({"what": what, "candidate": FLEX, "from..to": "no backward on CPUs"})
-    print_table(rows)
-    write_json(args.json, layout=repr(layout), heads=args.heads, width=args.width, rows=rows)
+    @property
+    def rows(self) -> int:
+        return self.M
+
+    @property
+    def layout(self) -> ThoughtLayout:
+        return ThoughtLayout.every_position(self.B, self.L, self.N, self.S, self.device)
+
+    def sees(self, row: Tensor, key: Tensor) -> Tensor:
+        L, NS, S = self.L, self.N * self.S, self.S
+        anchor = torch.where(row < L, row, (row - L) // NS)
+        own = (row >= L) & (key >= L) & ((row - L) // S == (key - L) // S) & (key <= row)
+        return ((key < L) & (key <= anchor)) | own
+
+    def work(self) -> Work:
+        """FLOPs of the thought rows; bytes of q, k, v and out, and in backward of these, of grad_out and of three gradients."""
+        flops = self.B * 2 * self.K * self.H * self.N * self.S * self.L * (self.L + self.S + 2)
+        queries, keys = (self.B * heads * self.M * self.K * self.dtype.itemsize for heads in (self.H, self.G))
+        forward = 2 * queries + 2 * keys
+        if self.what == "forward":
+            return Work(flops, forward)
+        return Work(3.5 * flops, forward + 4 * queries + 4 * keys)
+
+    def inputs(self, seed: int) -> Inputs:
+        shapes = {"q": self.H, "k": self.G, "v": self.G, "grad_out": self.H}
+        made = {name: self.randn(4 * seed + i, self.B, h, self.M, self.K) for i, (name, h) in enumerate(shapes.items())}
+        if self.what == "forward+backward":
+            for name in "qkv":
+                made[name].requires_grad_()
+        return made
+
+    def call(self, function: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
+        q, k, v = (inputs[name] for name in "qkv")
+        if self.what == "forward":
+            with torch.no_grad():
+                return (function(q, k, v),)
+        out = function(q, k, v)
+        return (out, *torch.autograd.grad(out, (q, k, v), inputs["grad_out"]))
+
+    def check(self, function: Attention) -> None:
+        """Some rows against exact ones; the gradient of the output is 0 in all others, so that the truth costs little."""
+        inputs = self.inputs(seed=0)
+        rows = self._some_rows()
+        grad_out = torch.zeros_like(inputs["grad_out"])
+        grad_out[:, :, rows] = inputs["grad_out"][:, :, rows]
+        got = self.call(function, inputs | {"grad_out": grad_out})
+        if not all(x.isfinite().all() for x in got):
+            raise Wrong("some results are not finite")
+        exact = self._exact(rows, *(inputs[name].detach() for name in ("q", "k", "v", "grad_out")))
+        some = (got[0][:, :, rows], got[1][:, :, rows], *got[2:]) if len(got) > 1 else (got[0][:, :, rows],)
+        for name, x, truth in zip(("out", "dq", "dk", "dv"), some, exact, strict=False):
+            judge(name, x.detach(), truth, BOUNDS[self.dtype])
+
+    def _some_rows(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randperm(self.L, generator=generator)[:CHECKED]
+        thoughts = torch.randperm(self.M - self.L, generator=generator)[:CHECKED] + self.L
+        return torch.cat([text, thoughts, torch.tensor([self.M - 1])]).unique().to(self.device)
+
+    def _exact(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+        """out and dq of the rows, dk and dv, a head group at a time; fp64 for fp32, else fp32."""
+        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
+        blind = ~self.sees(rows[:, None], torch.arange(self.M, device=self.device))
+        q, grad_out = (x[:, :, rows].unflatten(1, (self.G, -1)) for x in (q, grad_out))
+        out, dq = torch.empty_like(q, dtype=dtype), torch.empty_like(q, dtype=dtype)
+        dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
+        scale = self.K**-0.5
+        for b in range(self.B):
+            for g in range(self.G):
+                qg, kg, vg, grad = (x[b, g].to(dtype) for x in (q, k, v, grad_out))
+                p = (scale * qg @ kg.T).masked_fill_(blind, -torch.inf).softmax(-1)
+                out[b, g] = p @ vg
+                ds = scale * p * (grad @ vg.T - (grad * out[b, g]).sum(-1, keepdim=True))
+                dq[b, g], dk[b, g], dv[b, g] = ds @ kg, (ds.transpose(-1, -2) @ qg).sum(0), (p.transpose(-1, -2) @ grad).sum(0)
+        return out.flatten(1, 2), dq.flatten(1, 2), dk, dv
 
 
-def ours(layout: ThoughtLayout) -> Attention:
-    return lambda q, k, v: thought_attention(q, k, v, layout, backend="cpu")
+def ours(case: AttentionCase) -> Attention:
+    layout = case.layout
+    return lambda q, k, v: thought_attention(q, k, v, layout)
 
 
-def dense(layout: ThoughtLayout) -> Attention:
-    """The mask is additive, as SDPA wants it inside, and one for the whole batch: its best case."""
-    seen = ThoughtLayout.every_position(1, layout.L, layout.N, layout.S).dense_mask()
-    mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
-    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def in_parts(case: AttentionCase, parts: int) -> Attention:
+    """The batch in several calls: what a user does whose batch doesn't fit."""
+    layout = replace(case, B=case.B // parts).layout
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cut = zip(*(x.chunk(parts) for x in (q, k, v)), strict=True)
+        return torch.cat([thought_attention(*x, layout) for x in cut])
+
+    return attend
 
 
-def flex(layout: ThoughtLayout) -> Attention:
-    L, N, S, M = layout.L, layout.N, layout.S, layout.M
+def on_one_thread(case: AttentionCase) -> Attention:
+    """The forward alone: the backward's operations would run with the threads of the thread that called for it."""
+    attend, threads = ours(case), torch.get_num_threads()
 
-    def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        t = torch.where(row < L, row, (row - L) // (N * S))
-        same_thought = (row >= L) & (key >= L) & ((row - L) // S == (key - L) // S)
-        return ((key < L) & (key <= t)) | (same_thought & (key <= row))
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.set_num_threads(1)
+        try:
+            return attend(q, k, v)
+        finally:
+            torch.set_num_threads(threads)
 
-    block_mask = create_block_mask(sees, None, None, M, M, device="cpu")
-    compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-def check_equal(runs: dict[str, Callable]) -> None:
-    """Raises AssertionError where a candidate computes something else than the others."""
-    results = {name: run() for name, run in runs.items()}
-    for name, result in results.items():
-        torch.testing.assert_close(result, results[OURS], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    return alone
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=256, help="L, text positions")
-    parser.add_argument("--thoughts", type=int, default=2, help="N, thoughts per position")
-    parser.add_argument("--rows", type=int, default=12, help="S, rows per thought")
-    parser.add_argument("--heads", type=int, default=8, help="H")
-    parser.add_argument("--width", type=int, default=64, help="K")
-    parser.add_argument("--batch", type=int, default=2, help="B")
-    add_flags(parser)
-    return parser.parse_args()
+OURS = Peer("thought_attention", ours, package="quietstar-kernels")
+SPLITS = [Peer(f"in {n} calls", lambda case, n=n: in_parts(case, n), OURS.package) for n in (2, 4)]
+ONE_THREAD = Peer("one thread", on_one_thread, OURS.package)
+
+
+def candidates(case: AttentionCase) -> list[Peer]:
+    """The peers of a case; the grids "batch" and "threads" compare ours with itself."""
+    return {"batch": SPLITS, "threads": [ONE_THREAD]}.get(case.grid, attention_peers.PEERS)
+
+
+def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
+    """The grid, the most important cases first."""
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    head = AttentionCase(L=256, B=8 if gpu else 1, H=32 if gpu else 8, G=8 if gpu else 2, dtype=dtype, device=device)
+
+    def both(make: Callable[..., AttentionCase]) -> Iterator[AttentionCase]:
+        return (make(what=what) for what in ("forward", "forward+backward"))
+
+    def vary(grid: str, **changes: int) -> Iterator[AttentionCase]:
+        return both(lambda what: replace(head, grid=grid, what=what, **changes))
+
+    yield from vary("headline")
+    lengths = ([512, 1024, 2048, 4096] if full else [512, 2048]) if gpu else [64, 128, 512, *([1024, 2048] if full else [])]
+    for L in lengths:
+        yield from vary("text", L=L, B=max(1, 2048 // L) if gpu else 1)
+    if not gpu:
+        yield from vary("small heads", B=2, S=12, H=8, G=8, K=64)
+    # The other grids start from a shorter text, where the CPU is quick.
+    head = head if gpu else replace(head, L=128)
+    for N in (1, 4, 8) if full else (4,):
+        yield from vary("thoughts", N=N)
+    for S in (8, 32) if full else (32,):
+        yield from vary("rows", S=S)
+    for K in (64, 256) if full else (64,):
+        yield from vary("width", K=K)
+    for G in (head.H, head.H // 8) if full else (head.H,):
+        yield from vary("groups", G=G)
+    if not gpu:
+        yield from vary("batch", B=4)
+        yield replace(head, grid="threads")
 
 
 if __name__ == "__main__":
-    main()
+    from run import main
+
+    main(op=AttentionCase.op)

@@ -1,14 +1,21 @@
-"""The benchmarks' timer: candidates take turns on the same inputs, so that a busy machine slows all of them alike.
+"""The benchmarks' clock, for CPUs and GPUs: candidates take turns, so that a busy machine slows all of them alike.
 
-results = measure({"ours": lambda: f(x), "theirs": lambda: g(x)}, repeats=7)
-results["ours"].median, results["ours"].spread
+    timings = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, torch.device("cpu"))
+    timings["ours"].median, timings["ours"].low, timings["ours"].high    # seconds
+    peak_memory(lambda: f(x), torch.device("cpu"))                       # bytes
+
+A candidate is a list of functions that do the same work on different tensors. They are called one after the other: one set
+of tensors alone would stay in the cache, and the copy from there is not what a training step does.
+
+On a GPU, device events bracket a round; what is shorter than a millisecond is captured in a CUDA graph first and the graph
+is replayed, so that launches don't count twice in short operations.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
+import itertools
+import math
 import os
 import platform
 import statistics
@@ -21,45 +28,146 @@ from typing import Any
 
 import torch
 
+Run = Callable[[], Any]
+
+ROUND = 0.02  # seconds that a round takes at least: shorter runs are repeated in it
+GRAPH_BELOW = 1e-3  # seconds of a run under which a GPU replays a graph
+MOST_CALLS = 1000  # in a round
+
 
 @dataclass
 class Timing:
-    """The seconds of every run of one candidate."""
+    """Seconds of one run of a candidate, a number for every round.
+
+    Attributes:
+        graph: the runs were replays of a CUDA graph.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    graph: bool = False
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> str:
-        return f"{min(self.seconds) * 1e3:.0f}..{max(self.seconds) * 1e3:.0f}"
+    def low(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def high(self) -> float:
+        return max(self.seconds)
 
 
-def measure(candidates: dict[str, Callable[[], Any]], repeats: int, budget: float = 30.0) -> dict[str, Timing]:
-    """Run every candidate once to warm up and then ``repeats`` rounds in turn.
+def measure(
+    candidates: dict[str, Sequence[Run]], device: torch.device, rounds: int = 7, budget: float = 10.0
+) -> dict[str, Timing]:
+    """Warm every candidate up, then run ``rounds`` rounds in turn.
 
-    A candidate that has used ``budget`` seconds sits out the rounds after its third.
+    A candidate that has used ``budget`` seconds sits out the other rounds; every one has at least one.
     """
-    timings = {name: Timing() for name in candidates}
-    for run in candidates.values():
-        run()
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            seconds = timings[name].seconds
-            if len(seconds) >= 3 and sum(seconds) > budget:
-                continue
-            start = time.perf_counter()
+    clocks = {name: (_GPUClock if device.type == "cuda" else _CPUClock)(runs) for name, runs in candidates.items()}
+    for _ in range(rounds):
+        for clock in clocks.values():
+            if not clock.timing.seconds or clock.spent < budget:
+                clock.round()
+    return {name: clock.timing for name, clock in clocks.items()}
+
+
+class _CPUClock:
+    """Warms up with one call, which also says how many calls make a round."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = itertools.cycle(runs)
+        self.timing = Timing()
+        start = time.perf_counter()
+        next(self.runs)()
+        self.spent = time.perf_counter() - start
+        self.calls = _calls(self.spent)
+
+    def round(self) -> None:
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            next(self.runs)()
+        took = time.perf_counter() - start
+        self.spent += took
+        self.timing.seconds.append(took / self.calls)
+
+
+class _GPUClock:
+    """Warms up with three passes over all inputs and captures a graph of one pass where a run is short."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = list(runs)
+        self.timing = Timing()
+        self.spent = 0.0
+        self.work, self.passes = self._one_pass, 1
+        for _ in range(2):
+            self._one_pass()
+        each = self._seconds() / len(self.runs)
+        if each < GRAPH_BELOW:
+            self.work = self._captured() or self._one_pass
+            self.timing.graph = self.work != self._one_pass
+            each = self._seconds() / len(self.runs)
+        self.passes = max(1, _calls(each) // len(self.runs))
+
+    def round(self) -> None:
+        took = self._seconds()
+        self.spent += took
+        self.timing.seconds.append(took / self.passes / len(self.runs))
+
+    def _one_pass(self) -> None:
+        for run in self.runs:
             run()
-            seconds.append(time.perf_counter() - start)
-    return timings
+
+    def _captured(self) -> Run | None:
+        """The replay of one pass; None for a candidate that waits for the device and so can't be captured."""
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._one_pass()
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.graph(graph):
+                self._one_pass()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        return graph.replay
+
+    def _seconds(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(self.passes):
+            self.work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
-def peak_memory(run: Callable[[], Any]) -> float | None:
-    """Megabytes by which ``run`` raises the process's resident memory, sampled every millisecond; None without glibc."""
+def _calls(seconds: float) -> int:
+    return min(MOST_CALLS, max(1, math.ceil(ROUND / max(seconds, 1e-9))))
+
+
+def peak_memory(run: Run, device: torch.device) -> int | None:
+    """Bytes that ``run`` adds while it runs.
+
+    On a GPU by PyTorch's allocator; on a CPU by the process's resident memory, sampled every millisecond, None without glibc.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
     if platform.libc_ver()[0] != "glibc":
         return None
+    return _peak_resident(run)
+
+
+def _peak_resident(run: Run) -> int:
     page = os.sysconf("SC_PAGE_SIZE")
 
     def resident() -> int:
@@ -76,50 +184,31 @@ def peak_memory(run: Callable[[], Any]) -> float | None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return (peak - start) / 2**20
+    try:
+        result = run()  # held: what it returns counts
+        peak = max(peak, resident())
+        del result
+    finally:
+        done.set()
+        watcher.join()
+    return peak - start
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every benchmark has."""
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=2, help="threads PyTorch may use")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated on the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 1 << 62
+    kilobytes = next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(kilobytes) * 1024
 
 
-def versions() -> str:
-    """Everything a number depends on, in one line."""
-    return (
-        f"PyTorch {torch.__version__}, Python {platform.python_version()}, {_cpu_name()}, "
-        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Columns are the keys of the first row."""
-    columns = list(rows[0])
-    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return "-" if value is None else str(value)
-
-
-def write_json(path: Path | None, **content: Any) -> None:
-    """Write the rows and what they hang on, where a path was given."""
-    if path is not None:
-        path.write_text(json.dumps({"versions": versions(), **content}, indent=2, default=str) + "\n")
+def cache_size(device: torch.device) -> int:
+    """Bytes of the last-level cache, which rotating inputs must overflow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)

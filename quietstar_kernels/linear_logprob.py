@@ -56,7 +56,7 @@ def linear_logprob(
     check.positive("temperature", temperature)
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(check, targets, banned)
-    logprob, entropy = _forward(
+    logprob, entropy, _ = _forward(
         hidden,
         weight,
         targets,
@@ -93,17 +93,17 @@ def _forward(
     banned: Sequence[int],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    logprob, entropy = _dispatch.run(
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy and, for the backward, the LSE of the logits."""
+    return _dispatch.run(
         "linear_logprob", backend, hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy
     )
-    return logprob, entropy
 
 
 @_forward.register_fake
 def _(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, backend):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(hidden.shape[:1], dtype=wide), hidden.new_empty(hidden.shape[:1], dtype=wide)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(3))
 
 
 @torch.library.custom_op("quietstar::linear_logprob_backward", mutates_args=())
@@ -114,13 +114,17 @@ def _backward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: Sequence[int],
+    wanted: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = _dispatch.run(
+    """Gradients of hidden, weight and bias; those that aren't ``wanted`` are empty."""
+    grads = _dispatch.run(
         "linear_logprob_backward",
         backend,
         grad_logprob,
@@ -129,32 +133,51 @@ def _backward(
         weight,
         targets,
         bias,
+        entropy,
+        lse,
         scale,
         softcap,
         temperature,
         list(banned),
+        list(wanted),
     )
-    return dhidden, dweight, hidden.new_empty(0) if dbias is None else dbias
+    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return dhidden, dweight, dbias
 
 
 @_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, targets, bias, scale, softcap, temperature, banned, backend):
-    dbias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
+def _(
+    grad_logprob,
+    grad_entropy,
+    hidden,
+    weight,
+    targets,
+    bias,
+    entropy,
+    lse,
+    scale,
+    softcap,
+    temperature,
+    banned,
+    wanted,
+    backend,
+):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, targets, bias, *ctx.rest, ctx.return_entropy, backend = inputs
-    ctx.rest.append(backend)
-    ctx.save_for_backward(hidden, weight, targets, bias)
+    hidden, weight, targets, bias, scale, softcap, temperature, banned, ctx.return_entropy, ctx.backend = inputs
+    ctx.options = (scale, softcap, temperature, banned)
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
 
 
-def _autograd(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple:
-    hidden, weight, targets, bias = ctx.saved_tensors
-    dhidden, dweight, dbias = _backward(
-        grad_logprob, grad_entropy if ctx.return_entropy else None, hidden, weight, targets, bias, *ctx.rest
-    )
-    return dhidden, dweight, None, None if bias is None else dbias, *[None] * 6
+def _autograd(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, grad_lse: Tensor) -> tuple:
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]  # hidden, weight, bias
+    grad_entropy_or_none = grad_entropy if ctx.return_entropy else None
+    grads = _backward(grad_logprob, grad_entropy_or_none, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)
+    dhidden, dweight, dbias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return dhidden, dweight, None, dbias, *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -141,8 +141,8 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of ``targets`` [R], 0 where the target is -100, and the entropy of every row [R] (zeros if not asked)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[R] each: log-probability of ``targets``, 0 where that is -100; entropy, zeros if not asked for; LSE of the logits."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     logp = logits.log_softmax(-1)
     kept = targets != -100
@@ -151,7 +151,7 @@ def linear_logprob(
         entropy = -torch.where(torch.isinf(logp), 0, logp.exp() * logp).sum(-1)
     else:
         entropy = torch.zeros_like(picked)
-    return torch.where(kept, picked, 0), entropy
+    return torch.where(kept, picked, 0), entropy, logits.logsumexp(-1)
 
 
 def linear_logprob_backward(
@@ -161,17 +161,21 @@ def linear_logprob_backward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of hidden, weight and bias."""
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy and lse are the forward's."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     raw = linear(hidden, weight, bias, scale)
-    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, scale, softcap, temperature)
-    dbias = None if bias is None else d.sum(0).to(bias.dtype)
-    return (d @ wide(weight)).to(hidden.dtype), (d.T @ wide(hidden)).to(weight.dtype), dbias
+    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, entropy, lse, scale, softcap, temperature)
+    dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
+    dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
+    return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
@@ -203,12 +207,14 @@ def logprob_grad(
     targets: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
     """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
-    logp = logits.log_softmax(-1)
+    logp = logits - lse[:, None]
     p = logp.exp()
     kept = targets != -100
     g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]
@@ -216,8 +222,7 @@ def logprob_grad(
     d.scatter_add_(1, targets.clamp(min=0)[:, None], g)
     if grad_entropy is not None:
         finite = torch.where(torch.isinf(logp), 0, logp)
-        entropy = -(p * finite).sum(-1, keepdim=True)
-        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + entropy)
+        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + entropy[:, None])
     d = torch.where(torch.isinf(logits), 0, d) / temperature
     if softcap is not None:
         d = d * (1 - torch.tanh(raw / softcap) ** 2)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from quietstar import ThoughtConfig
-from quietstar.attention import REFUSED
 from quietstar_kernels import backends
 
 ROOT = Path(__file__).parents[1]
@@ -163,21 +162,6 @@ def test_preset_table():
     expected = [[f"`{name}`", *(f"`{getattr(preset, name)!r}`" for preset in presets)] for name in names]
     assert [row[:3] for row in rows] == expected
     assert all(row[3] for row in rows)
-
-
-def refused_table():
-    by_reason = {}
-    for model_type, reason in REFUSED.items():
-        by_reason.setdefault(reason, []).append(f"`{model_type}`")
-    rows = [f"| {reason} | {', '.join(types)} |" for reason, types in by_reason.items()]
-    return "\n".join(["| why | model types |", "|---|---|", *rows])
-
-
-def test_table_of_refused_architectures():
-    """On a difference put what ``refused_table`` returns between the two marks."""
-    page = (ROOT / "docs/integrating.md").read_text()
-    shown = page.partition("<!-- refused: begin -->\n")[2].partition("\n<!-- refused: end -->")[0]
-    assert shown == refused_table()
 
 
 def test_errors_named_are_those_of_the_code():

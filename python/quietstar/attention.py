@@ -22,9 +22,9 @@ WRAPPED_NAME = "quietstar_wrapped"
 
 _REASONS = {
     "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches": (
-        "jamba nemotron_h qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 "
-        "lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba "
-        "granitemoehybrid"
+        "jamba nemotron_h qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text "
+        "olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya "
+        "inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba granitemoehybrid"
     ),
     "its attention does not go through transformers' AttentionInterface": (
         "falcon bloom mpt gpt_neo gptj codegen gpt_neox_japanese xglm openai-gpt rembert megatron-bert big_bird mvp trocr git "
@@ -34,13 +34,13 @@ _REASONS = {
         "bart bigbird_pegasus blenderbot blenderbot-small marian mbart pegasus plbart whisper moss_transcribe_diarize"
     ),
     "its attention needs a dense mask tensor": (
-        "doge deepseek_v32 glm_moe_dsa axk2 hy_v4 dots3_note_text deepseek_v4 inkling2_text"
+        "doge deepseek_v32 glm_moe_dsa axk2 hy_v4 dots3_note dots3_note_text deepseek_v4 inkling2_text"
     ),
-    "its decoder layers do not hand keyword arguments to attention": "nemotron stablelm",
     "it looks up embeddings by token id inside its layers, so learned start and end vectors would be wrong": (
-        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"
+        "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text gemma4_assistant gemma4_unified_assistant"
     ),
-    "it cuts attention into chunks or scales it by row index": "llama4 llama4_text minimax_m3_vl_text",
+    "it reads bytes in patches or audio in several codes, not one row of tokens": "blt musicgen musicgen_melody",
+    "it selects blocks of keys by row index": "minimax_m3_vl_text",
     "its output head is more than one linear layer": (
         "bert bert-generation camembert data2vec-text electra ernie roberta roberta-prelayernorm roc_bert xlm-roberta "
         "xlm-roberta-xl xmod modernbert-decoder"
@@ -68,12 +68,23 @@ class MaskArguments:
         self.arguments = arguments
         self._dense: Tensor | None = None
 
-    @property
-    def window(self) -> int | None:
-        """Positions that a row sees, itself included; None on layers without a window."""
+    def window(self, positions: int) -> int | None:
+        """Of how many positions a row sees the last, itself included; None where it sees all of them.
+
+        Args:
+            positions: no row stands at this position or later. Within one chunk, attention in chunks is whole attention.
+
+        Raises:
+            ValueError: a layer that cuts attention into chunks, and positions that may lie in two.
+        """
         local_size = self.arguments.get("local_size")
         if local_size is not None and local_size == getattr(self.arguments["config"], "attention_chunk_size", None):
-            raise ValueError("attention in chunks cannot serve thoughts")
+            if positions > local_size:
+                raise ValueError(
+                    f"text and thoughts may take {positions} positions and attention is cut into chunks of {local_size}: "
+                    "use a shorter text or shorter thoughts"
+                )
+            return None
         return local_size
 
     def dense(self, make: Callable[..., Any]) -> Tensor | None:
@@ -106,8 +117,11 @@ def _thought_forward(
         raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which thoughts do not support")
     if dropout:
         _warn_dropout()
-    window = attention_mask.window if isinstance(attention_mask, MaskArguments) else sliding_window
+    _check_row_count(module, query)
     serve = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+    window = sliding_window
+    if isinstance(attention_mask, MaskArguments):
+        window = attention_mask.window(serve.positions)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -119,7 +133,6 @@ def _plain_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a forward without a layout: sdpa, or the model's own eager code where sdpa lacks a feature."""
-    kwargs.pop("thought_layout", None)
     eager = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
     if isinstance(attention_mask, MaskArguments):
         attention_mask = attention_mask.dense(eager_mask if eager else sdpa_mask)
@@ -132,8 +145,10 @@ def _attention(without_layout: str) -> Callable[..., Any]:
     """The attention function to register, ``without_layout`` "raise" or "sdpa"."""
 
     def forward(module, query, key, value, attention_mask, **kwargs):
-        if kwargs.get("thought_layout") is not None:
-            return _thought_forward(module, query, key, value, attention_mask, **kwargs)
+        layout = kwargs.pop("thought_layout", None)
+        layout = getattr(module, _KEPT, None) if layout is None else layout
+        if layout is not None:
+            return _thought_forward(module, query, key, value, attention_mask, thought_layout=layout, **kwargs)
         if _was_passed():
             raise ValueError(
                 f"{type(module).__name__}: thought_layout was passed to the model but did not arrive at attention; "
@@ -164,6 +179,38 @@ def _was_passed() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _check_row_count(module: nn.Module, query: Tensor) -> None:
+    """Llama 4 warms its attention by the index of a row, in steps of ``floor_scale``, where it means the position."""
+    scale = getattr(module, "floor_scale", None)
+    if scale is not None and getattr(module, "attn_temperature_tuning", False) and query.shape[2] >= scale:
+        raise ValueError(
+            f"{type(module).__name__} scales attention by row index from row {scale - 1:.0f} on, got {query.shape[2]} rows: "
+            "use fewer anchors or thoughts, or set attn_temperature_tuning to False"
+        )
+
+
+# Model types whose decoder layers get the layout and do not hand it to attention.
+_KEEP_KEYWORDS = ("nemotron", "stablelm")
+_KEPT = "_quietstar_layout"
+
+
+def hand_on_layout(model: PreTrainedModel) -> None:
+    """Lets attention find the layout in models whose decoder layers drop keyword arguments; others stay as they are.
+
+    A hook on each layer, so that it also works where gradient checkpointing runs a layer again.
+    """
+    if model.config.model_type not in _KEEP_KEYWORDS:
+        return
+    for layer in model.get_decoder().layers:
+        if not hasattr(layer.self_attn, _KEPT):
+            setattr(layer.self_attn, _KEPT, None)
+            layer.register_forward_pre_hook(_keep_layout, with_kwargs=True)
+
+
+def _keep_layout(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    setattr(layer.self_attn, _KEPT, kwargs.get("thought_layout"))
 
 
 _dropout_warned = False

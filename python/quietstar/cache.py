@@ -6,7 +6,7 @@ index, because a model may call attention more than once in a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,11 @@ from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
 
 class ThoughtPass(Protocol):
     """Serves the attention calls of one forward; ``arrived`` tells afterwards that there was one."""
+
+    @property
+    def positions(self) -> int:
+        """No row stands at this position id or a later one."""
+        ...
 
     @property
     def arrived(self) -> bool: ...
@@ -31,6 +36,7 @@ class PackedPass:
 
     def __init__(self, layout: ThoughtLayout, backend: str = "auto"):
         self.layout = layout
+        self.positions = layout.L + layout.S
         self.backend = backend
         self.arrived = False
 
@@ -66,6 +72,27 @@ class ThoughtStore:
     def decode(self, step: int) -> StepPass:
         return StepPass(self, step)
 
+    def hang(self, length: Tensor, rows: int) -> None:
+        """New thoughts on the last text position, ``length`` [B,1,N] of at most ``rows``; those before are thrown away."""
+        lo = self.layout.lo
+        anchor = torch.full_like(lo[:, :1], lo.shape[1] - 1)
+        self.layout = ThoughtLayout(anchor, lo, length, rows)
+        for entry in self.entries:
+            entry.k_own, entry.v_own = self.own_rows(entry.k_text), self.own_rows(entry.v_text)
+
+    def keep(self) -> None:
+        """Row 0 of the only thought becomes the text's next token, whose rows are those of such a thought."""
+        for entry in self.entries:
+            entry.k_text = torch.cat([entry.k_text, entry.k_own[:, :, 0]], 2)
+            entry.v_text = torch.cat([entry.v_text, entry.v_own[:, :, 0]], 2)
+        lo = self.layout.lo
+        self.layout = replace(self.layout, lo=torch.cat([lo, lo[:, -1:]], 1)).text_only()
+
+    def own_rows(self, text: Tensor) -> Tensor:
+        """Room for the thoughts' rows beside a text's [B,G,L,width]: [B,G,P*N,S,width], nothing written yet."""
+        B, G, _, width = text.shape
+        return text.new_empty((B, G, self.layout.P * self.layout.N, self.layout.S, width))
+
 
 class TextPass:
     """The text alone; its keys and values stay in the store."""
@@ -73,14 +100,12 @@ class TextPass:
     def __init__(self, store: ThoughtStore):
         self.store = store
         self.layout = store.layout.text_only()
+        self.positions = self.layout.L
         self.arrived = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.arrived = True
-        layout = self.store.layout
-        own = (layout.B, k.shape[1], layout.P * layout.N, layout.S)
-        k_own, v_own = (x.new_empty((*own, x.shape[-1])) for x in (k, v))
-        self.store.entries.append(_Entry(k, v, k_own, v_own))
+        self.store.entries.append(_Entry(k, v, self.store.own_rows(k), self.store.own_rows(v)))
         out = thought_attention(q, k, v, self.layout, backend=self.store.backend, **options)
         assert isinstance(out, Tensor)
         return out
@@ -91,6 +116,7 @@ class StepPass:
 
     def __init__(self, store: ThoughtStore, step: int):
         self.store = store
+        self.positions = store.layout.L + store.layout.S
         self.step = step
         self.calls = 0
 

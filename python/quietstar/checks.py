@@ -123,7 +123,24 @@ def pad_id(config: PretrainedConfig) -> int:
 
 
 def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Learned positions end, and some rotary ones change with the longest position in the call: refuse to cross either."""
+    """Refuses a text whose thoughts pass the model's last position."""
+    limits = position_limits(model)
+    if limits:
+        check_room(model, limits, int(layout.position_ids().max()) + 1)
+
+
+def check_room(model: PreTrainedModel, limits: dict[str, int], needed: int) -> None:
+    """``limits`` as ``position_limits`` returns them; ``needed`` counts text and thoughts."""
+    for what, limit in limits.items():
+        if needed > limit:
+            raise ValueError(
+                f"text and thoughts need {needed} positions and {type(model).__name__} has {limit} {what}: "
+                "use a shorter text or shorter thoughts"
+            )
+
+
+def position_limits(model: PreTrainedModel) -> dict[str, int]:
+    """How many positions there are: learned ones end, and some rotary ones change with the longest position in the call."""
     config = model.config.get_text_config()
     learned = [
         module.num_embeddings
@@ -131,16 +148,10 @@ def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
         if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
     ]
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
+    limits = {}
     if learned:
-        limits.append((min(config.max_position_embeddings, *learned), "learned positions"))
+        limits["learned positions"] = min(config.max_position_embeddings, *learned)
     if rope.get("rope_type") in ("dynamic", "longrope"):
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        limits.append((original, f"positions before {rope['rope_type']} rotary embeddings change"))
-    for limit, what in limits:
-        needed = int(layout.position_ids().max()) + 1
-        if needed > limit:
-            raise ValueError(
-                f"text and thoughts need {needed} positions and {type(model).__name__} has {limit} {what}: "
-                "use a shorter text or shorter thoughts"
-            )
+        limits[f"positions before {rope['rope_type']} rotary embeddings change"] = original
+    return limits

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from quietstar.attention import WRAPPED_NAME, check_architecture
+from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.config import ThoughtConfig
 from quietstar.parts import embeddings
 from quietstar.rollout import decode_rows
@@ -89,6 +89,7 @@ def step_memory(
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=faked)
         model.set_attn_implementation(WRAPPED_NAME)
+        hand_on_layout(model)
         own = sum(x.numel() for x in model.parameters()) * dtype.itemsize
         kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
         V, D = model.get_output_embeddings().weight.shape
@@ -130,6 +131,7 @@ class _SizesOnly:
 
     arrived = False
     keys_values = 0
+    positions = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.arrived = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from quietstar import checkpoint, checks, objective, official
-from quietstar.attention import WRAPPED_NAME, check_architecture
+from quietstar import generate as generation
+from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.cache import PackedPass
 from quietstar.config import ThoughtConfig
+from quietstar.explain import Report, explain
 from quietstar.lm_head import find_lm_head
 from quietstar.parts import embeddings
-from quietstar.rollout import Thoughts, decode_rows, sample_thoughts
+from quietstar.rollout import Thoughts, decode_rows, draw_seed, sample_thoughts
 from quietstar.verify import verify_once
 from quietstar_kernels import ThoughtLayout
 
@@ -85,6 +87,7 @@ class QuietStar(nn.Module):
         embed = embeddings(model)
         checks.check_special_ids(self.thought_config, embed.num_embeddings)
         model.set_attn_implementation(WRAPPED_NAME)
+        hand_on_layout(model)
         if verify:
             verify_once(model)
         self.model = model
@@ -189,6 +192,57 @@ class QuietStar(nn.Module):
         greedy = not self.training if greedy is None else greedy
         return self._sample(layout, input_ids, sequence_ids, seed, greedy)
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        think: str | float = "always",
+        thoughts: int = 1,
+        sample_thoughts: bool = False,
+        seed: int | None = None,
+        sequence_ids: Tensor | None = None,
+        on_thoughts: Callable[[Tensor], None] | None = None,
+        **usual: Any,
+    ) -> Any:
+        """Continue texts, with a thought before each new token. What transformers' ``generate`` returns: ids [B,L+new].
+
+        A token costs one row over the kept keys and values of the text, and a thinking one T + 2 more for each thought.
+
+        Args:
+            input_ids: int64 [B,L].
+            attention_mask: [B,L], 1 on text, 0 on padding, on the left.
+            think: "always"; "never", the plain model's own ``generate``; or a number: think where the entropy of the base
+                model's prediction exceeds it, nats.
+            thoughts: N, whose mixed predictions are averaged as probabilities. Greedy ones are all the same: one is made.
+            sample_thoughts: sample them at temperature 1, instead of the likeliest token at each step.
+            seed: 64 bits for sampling thoughts; default drawn from torch's generator, which also samples the text's tokens.
+            sequence_ids: integer [B], names each text for sampling thoughts; default the row index.
+            on_thoughts: called with the thoughts before a token that some text thinks for, int64 [B,N,T]; -1 in texts
+                that don't.
+            usual: what transformers' ``generate`` takes: do_sample, temperature, top_p, eos_token_id, streamer,
+                stopping_criteria, logits_processor, generation_config, ... With thoughts there are no beams, no assistant,
+                and no cache but our own.
+
+        Raises:
+            ValueError: those of ``forward`` on the text; padding on the right; an argument that has no meaning with thoughts.
+        """
+        thinking = generation.Thinking(think, thoughts, sample_thoughts, seed, sequence_ids, on_thoughts)
+        usual |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        return generation.generate(self, input_ids, thinking, usual)
+
+    def explain(self, text: str, seed: int | None = None) -> Report:
+        """What thinking does to each token of a text: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
+
+        Args:
+            text: at least 3 tokens by the tokenizer that was given to QuietStar.
+            seed: sample N thoughts before each token; default one greedy thought.
+
+        Raises:
+            ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.
+        """
+        return explain(self, text, seed)
+
     def count_targets(
         self,
         input_ids: Tensor,
@@ -264,8 +318,6 @@ class QuietStar(nn.Module):
     def _sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
-        if seed is None:
-            seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
         return sample_thoughts(
             self.model,
             self.lm_head,
@@ -273,7 +325,7 @@ class QuietStar(nn.Module):
             input_ids,
             layout,
             checks.check_sequence_ids(sequence_ids, input_ids),
-            seed,
+            draw_seed() if seed is None else seed,
             self.thought_config.thought_tokens,
             temperature=0.0 if greedy else 1.0,
             banned=self.thought_config.banned,
@@ -306,8 +358,7 @@ class QuietStar(nn.Module):
         rows = torch.arange(layout.B, device=text.device)[:, None, None]
         h_base = text[rows, index].float()[:, :, None].expand(-1, -1, layout.N, -1, -1)
         h_thought = thought[:, :, :, config.thought_tokens + 1 :].float()
-        with torch.autocast(text.device.type, enabled=False):
-            weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
+        weight = self._weight(h_base, h_thought)
         predicting = text[:, :-1]
         if config.mixing == "logits":
             # Base and mix share one call: with w = 0 their difference must be exactly nothing, for 1e6 multiplies it.
@@ -316,11 +367,17 @@ class QuietStar(nn.Module):
             logprob = self.lm_head.logprob(hidden, torch.cat([targets.base.flatten(), targets.mix.flatten()]))
             base, mix = (-logprob).split([targets.base.numel(), targets.mix.numel()])
             return base.view_as(targets.base), mix.view_as(targets.mix), weight[..., 0]
-        weight = torch.sigmoid(weight)[..., 0]
+        weight = weight[..., 0]
         base = -self.lm_head.logprob(predicting, targets.base)
         mix_base = -self.lm_head.logprob(h_base, targets.mix)
         mix = (1 - weight) * mix_base - weight * self.lm_head.logprob(h_thought, targets.mix)
         return base, mix, weight
+
+    def _weight(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
+        """Mixing weight on the thought, fp32 [...,1], from two fp32 hidden states [...,D]."""
+        with torch.autocast(h_base.device.type, enabled=False):
+            weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
+        return weight if self.thought_config.mixing == "logits" else torch.sigmoid(weight)
 
 
 @torch.no_grad()

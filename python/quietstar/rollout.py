@@ -69,35 +69,57 @@ def sample_thoughts(
         shape = (-1, -1, layout.N, -1)
         return Thoughts(greedy.thought_ids.expand(shape).contiguous(), greedy.logprob.expand(shape).contiguous())
 
+    length = layout.length.clamp(max=thought_tokens)
+    store = ThoughtStore(ThoughtLayout(layout.anchor, layout.lo, length, thought_tokens))
+    names = sequence_ids.gather(1, layout.anchor.long().clamp(min=0))
+    with dropout_off(model):
+        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), store.prefill())
+        return continue_thoughts(model, head, start, store, names, seed, thought_tokens, temperature, banned)
+
+
+def continue_thoughts(
+    model: PreTrainedModel,
+    head: LMHead,
+    start: Tensor,
+    store: ThoughtStore,
+    sequence_ids: Tensor,
+    seed: int,
+    thought_tokens: int,
+    temperature: float = 1.0,
+    banned: list[int] | None = None,
+) -> Thoughts:
+    """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors."""
+    layout, embed = store.layout, embeddings(model)
     B, P, N = layout.B, layout.P, layout.N
-    embed = embeddings(model)
-    text_positions = layout.text_position_ids()
-    anchor = layout.anchor.long().clamp(min=0)
-    position = text_positions.gather(1, anchor)  # [B,P]
+    position = layout.text_position_ids().gather(1, layout.anchor.long().clamp(min=0))
     counters = torch.stack(
         [
-            sequence_ids.gather(1, anchor).int()[:, :, None].expand(B, P, N),
+            sequence_ids.int()[:, :, None].expand(B, P, N),
             position.int()[:, :, None].expand(B, P, N),
             torch.arange(N, dtype=torch.int32, device=start.device).expand(B, P, N),
             torch.zeros((B, P, N), dtype=torch.int32, device=start.device),
         ],
         -1,
     )
-    # Rows that are off keep position 0: past the text they could leave a table of learned positions.
-    row_position = position[:, :, None].expand(B, P, N).masked_fill(layout.length == 0, -1)
-    length = layout.length.clamp(max=thought_tokens)
-    store = ThoughtStore(ThoughtLayout(layout.anchor, layout.lo, length, thought_tokens))
-
-    with dropout_off(model):
-        decode_rows(model, embed(input_ids), text_positions, store.prefill())
-        tokens, logprobs = [], []
-        embeds = start.expand(B, P * N, -1)
-        for step in range(thought_tokens):
-            position_ids = (row_position + 1 + step).masked_fill(layout.length <= step, 0).flatten(1)
-            hidden = decode_rows(model, embeds, position_ids, store.decode(step))
-            counters[..., 3] = step
-            ids, logprob = head.sample(hidden.view(B, P, N, -1), counters, seed, temperature, banned or [])
-            tokens.append(ids)
-            logprobs.append(logprob)
-            embeds = embed(ids.flatten(1))
+    tokens, logprobs = [], []
+    embeds = start.expand(B, P * N, -1)
+    for step in range(thought_tokens):
+        hidden = decode_step(model, embeds, store, step)
+        counters[..., 3] = step
+        ids, logprob = head.sample(hidden.view(B, P, N, -1), counters, seed, temperature, banned or [])
+        tokens.append(ids)
+        logprobs.append(logprob)
+        embeds = embed(ids.flatten(1))
     return Thoughts(torch.stack(tokens, -1), torch.stack(logprobs, -1))
+
+
+def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
+    """Row ``step`` of all thoughts of the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
+    layout = store.layout
+    positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
+    return decode_rows(model, embeds, positions[:, :, step], store.decode(step))
+
+
+def draw_seed() -> int:
+    """64 bits from torch's generator."""
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention import WRAPPED_NAME, check_architecture
+from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.cache import PackedPass, ThoughtStore
 from quietstar.lm_head import find_lm_head
 from quietstar.parts import backbone, dropout_off, embeddings
@@ -56,6 +56,7 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     check_architecture(model.config)
     before = model.config._attn_implementation
     model.set_attn_implementation(WRAPPED_NAME)
+    hand_on_layout(model)
     try:
         with dropout_off(model):
             find_lm_head(model)

@@ -23,20 +23,21 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.linear_logprob``."""
     weight = wide(weight)
-    logprob, entropy = weight.new_empty(len(hidden)), weight.new_zeros(len(hidden))
+    logprob, entropy, lse = weight.new_empty(len(hidden)), weight.new_zeros(len(hidden)), weight.new_empty(len(hidden))
     for rows in row_chunks(len(hidden), len(weight)):
         if return_entropy:
-            logprob[rows], entropy[rows] = reference.linear_logprob(
+            logprob[rows], entropy[rows], lse[rows] = reference.linear_logprob(
                 hidden[rows], weight, targets[rows], bias, scale, softcap, temperature, banned, return_entropy
             )
             continue
         logits = reference.final_logits(hidden[rows], weight, bias, scale, softcap, temperature, banned)
         picked = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - logits.logsumexp(-1))
-    return logprob, entropy
+        lse[rows] = logits.logsumexp(-1)
+        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - lse[rows])
+    return logprob, entropy, lse
 
 
 def linear_logprob_backward(
@@ -46,33 +47,41 @@ def linear_logprob_backward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_backward``; the weight's gradient adds up chunk after chunk, always in the same order."""
     w = wide(weight)
-    dhidden = hidden.new_empty(hidden.shape)
-    dweight, dbias = torch.zeros_like(w), w.new_zeros(len(w))
+    dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+    dweight = torch.zeros_like(w) if wanted[1] else None
+    dbias = w.new_zeros(len(w)) if wanted[2] else None
     for rows in row_chunks(len(hidden), len(w)):
         h = wide(hidden[rows])
         logits = reference.final_logits(h, w, bias, scale, softcap, temperature, banned)
+        g = grad_logprob[rows]
         if grad_entropy is None and softcap is None:
-            d = _logprob_grad(logits, targets[rows], grad_logprob[rows], (scale or 1.0) / temperature)
+            d = _logprob_grad(logits, targets[rows], g, lse[rows], (1.0 if scale is None else scale) / temperature)
         else:
             raw = reference.linear(h, w, bias, scale)
             g_entropy = None if grad_entropy is None else grad_entropy[rows]
-            g = grad_logprob[rows]
-            d = reference.logprob_grad(logits, raw, targets[rows], g, g_entropy, scale, softcap, temperature)
-        dhidden[rows] = d @ w
-        dweight.addmm_(d.T, h)
-        dbias += d.sum(0)
-    return dhidden, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+            states = (entropy[rows], lse[rows])
+            d = reference.logprob_grad(logits, raw, targets[rows], g, g_entropy, *states, scale, softcap, temperature)
+        if dhidden is not None:
+            dhidden[rows] = d @ w
+        if dweight is not None:
+            dweight.addmm_(d.T, h)
+        if dbias is not None:
+            dbias += d.sum(0)
+    return dhidden, None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
 
 
-def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, factor: float) -> Tensor:
+def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, lse: Tensor, factor: float) -> Tensor:
     """``reference.logprob_grad`` without soft cap and entropy, in few passes: factor * grad * (one-hot - softmax)."""
     g = torch.where(targets == -100, 0, grad * factor)[:, None]
-    d = logits.softmax(-1).mul_(-g)
+    d = logits.sub_(lse[:, None]).exp_().mul_(-g)
     return d.scatter_add_(1, targets.clamp(min=0)[:, None], g)

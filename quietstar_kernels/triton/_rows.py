@@ -1,4 +1,7 @@
-"""What each packed row sees, in the kernels: the predicate of ``ThoughtLayout`` for one batch row."""
+"""What each packed row sees, in the kernels: the predicate of ``ThoughtLayout`` for one batch row, and blocks that cover it.
+
+The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,50 @@ def seen_by(m, inside, anchor, lo, length, L, N, S, window):
     last = tl.where(on, t, -1)
     own_first = tl.where(is_text, m + 1, tl.maximum(m - s, m - window + 1))
     return first, last, own_first, on
+
+
+FAR = tl.constexpr(1 << 30)  # behind every row
+OWN = tl.constexpr(16)  # flat rows in a chunk, keys in a block of own rows
+
+
+@triton.jit
+def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
+    """Where one of ``tiles`` row tiles starts: (its first flat row, its first possible packed row, the packed row behind the last).
+
+    A tile has text rows or thought rows. Those that see most come first: thoughts backwards, then text backwards.
+    """
+    thought_tiles = tl.cdiv(R * HG, BLOCK_M)
+    is_text = tile >= thought_tiles
+    index = tl.where(is_text, tiles, thought_tiles) - 1 - tile
+    return index * BLOCK_M, tl.where(is_text, 0, L), tl.where(is_text, L, L + R)
+
+
+@triton.jit
+def text_blocks(first, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """Blocks that cover the text first..last that the rows of a tile see: (start, before, full, edges).
+
+    From ``start`` there are ``before`` blocks of BLOCK_EDGE that some rows see, then ``full`` blocks of BLOCK_N that all rows
+    that are on see, then ``edges - before`` blocks of BLOCK_EDGE again.
+    """
+    sees = on & (first <= last)
+    start = tl.min(tl.where(sees, first, FAR), 0)
+    all_from = tl.max(tl.where(sees, first, 0), 0)
+    all_to = tl.min(tl.where(sees, last, tl.where(on, -1, FAR)), 0)
+    end = tl.max(tl.where(sees, last, -1), 0)
+    before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
+    full_start = start + before * BLOCK_EDGE
+    full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
+    after = tl.cdiv(tl.maximum(end + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
+    return start, before, full, before + after
+
+
+@triton.jit
+def own_chunks(flat, L, R, S, HG, BLOCK_M: tl.constexpr):
+    """Own rows of each chunk of OWN flat rows in a tile of thought rows: (first, last, blocks), [BLOCK_M / OWN] each but ``blocks``.
+
+    A chunk's own rows run from the start of its first row's thought to its last row. ``blocks`` of OWN keys serve every chunk.
+    """
+    flat += tl.arange(0, BLOCK_M // OWN) * OWN
+    first = flat // HG // S * S
+    last = tl.minimum((flat + OWN - 1) // HG, R - 1)
+    return L + first, L + last, tl.max(tl.cdiv(last + 1 - first, OWN), 0)

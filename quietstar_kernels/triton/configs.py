@@ -37,3 +37,50 @@ def pick(table: Table, itemsize: int, width: int) -> Config:
     if not widths:
         raise KeyError(f"no tiles for {here}, {itemsize} bytes per element, width {width}")
     return table[here, itemsize, widths[0]]
+
+
+# BLOCK_M flat rows (a multiple of 16); BLOCK_N keys in a block without a mask; BLOCK_EDGE in a masked one.
+ATTENTION_FORWARD: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32}, num_warps=8),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32}, num_warps=8),
+}
+
+# Passes over rows and anchors, without matrix products.
+ATTENTION_BACKWARD_ROWS = Config({"BLOCK_M": 64})
+ATTENTION_BACKWARD_RANGES = Config({"BLOCK": 1024})
+
+# As in ATTENTION_FORWARD.
+ATTENTION_BACKWARD_QUERIES: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+}
+
+# BLOCK_N keys stay; BLOCK_M query rows of one head at a time go by.
+ATTENTION_BACKWARD_TEXT_KEYS: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+}
+ATTENTION_BACKWARD_OWN_KEYS: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+}
+
+# BLOCK_R rows times BLOCK_V logits (fp32, whatever the model's dtype) in a loop along the row.
+ONLINE_SOFTMAX: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 16, "BLOCK_V": 128}),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+}
+
+# BLOCK_R rows times BLOCK_V logits (fp32) per program.
+LOGITS_GRADIENT: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 16, "BLOCK_V": 128}),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+}

@@ -1,0 +1,150 @@
+"""Runs the candidates of a case against each other and makes their rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from case import Case, Inputs, Wrong
+from harness import cache_size, free_memory, measure, peak_memory
+from machine import name_of
+from peers import Peer
+
+MOST_INPUT_SETS = 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison may take.
+
+    Attributes:
+        rounds: timed rounds.
+        budget: seconds after which a candidate sits out further rounds.
+        longest: seconds of one run from which on a peer isn't tried.
+    """
+
+    rounds: int = 7
+    budget: float = 4.0
+    longest: float = 6.0
+
+
+QUICK, FULL = Effort(), Effort(rounds=15, budget=20.0, longest=30.0)
+
+
+@dataclass
+class Row:
+    """One candidate of one case. Times in seconds, memory in bytes, rates per second; None where nothing was measured.
+
+    Attributes:
+        times_ours: its seconds over ours, of the same run.
+        flops_rate, bytes_rate: useful work over the median.
+        floor: seconds that the useful work takes at the machine's measured ceilings.
+        of_floor: floor over median, 1 at best.
+        note: why there is no number, or what to know about it.
+    """
+
+    op: str
+    grid: str
+    what: str
+    dtype: str
+    sizes: dict[str, int]
+    candidate: str
+    version: str
+    is_ours: bool = False
+    is_floor: bool = False
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rounds: int = 0
+    times_ours: float | None = None
+    flops_rate: float | None = None
+    bytes_rate: float | None = None
+    floor: float | None = None
+    of_floor: float | None = None
+    peak_bytes: int | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(case: Case, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort = QUICK) -> list[Row]:
+    """Check, then time ``ours`` and ``peers`` in turn; one row for each, whatever became of it.
+
+    Args:
+        rates: of ``machine.ceilings``.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    notes: dict[str, str] = {}
+    for peer in (ours, *peers):
+        reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
+        if reason is None:
+            try:
+                function = peer.prepare(case)
+                case.check(function)
+                functions[peer.name] = function
+            except Wrong as wrong:
+                reason = f"refused, a wrong result: {wrong}"
+            except Exception as error:  # whatever a peer raises, its row says it
+                reason = _said(error)
+        if reason is not None:
+            notes[peer.name] = reason
+    sets = input_sets(case)
+    runs = {name: [lambda f=f, x=x: case.call(f, x) for x in sets] for name, f in functions.items()}
+    memory = {name: peak_memory(run[0], case.device) for name, run in runs.items()}
+    timings = measure(runs, case.device, effort.rounds, effort.budget)
+
+    rows = []
+    for peer in (ours, *peers):
+        row = Row(case.op, case.grid, case.what, name_of(case.dtype), case.sizes, peer.name, peer.version)
+        row.is_ours, row.is_floor, row.note = peer is ours, peer.is_floor, notes.get(peer.name, "")
+        if timing := timings.get(peer.name):
+            fill(row, case, rates, timing.median)
+            row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
+            row.peak_bytes = memory[peer.name]
+            row.times_ours = timing.median / timings[ours.name].median if ours.name in timings else None
+            row.note = "events, not a graph" if case.device.type == "cuda" and _is_short(timing) else ""
+        rows.append(row)
+    return rows
+
+
+def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
+    """The numbers of a row that follow from its time."""
+    work = case.work()
+    row.seconds = seconds
+    row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
+    row.floor = max(work.flops / rates[row.dtype], work.bytes / rates["copy"])
+    row.of_floor = row.floor / seconds
+
+
+def input_sets(case: Case) -> list[Inputs]:
+    """As many sets of inputs as overflow the cache three times."""
+    first = case.inputs(seed=1)
+    size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
+    wanted = min(MOST_INPUT_SETS, math.ceil(3 * cache_size(case.device) / max(size, 1)))
+    return [first, *(case.inputs(seed=i) for i in range(2, wanted + 1))]
+
+
+def _too_much(peer: Peer, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
+    needs, free = peer.needs(case), free_memory(case.device)
+    if needs.bytes > 0.8 * free:
+        return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} are free"
+    seconds = needs.flops / rates[name_of(case.dtype)]
+    if seconds > effort.longest:
+        return f"not tried: a run takes {seconds:.2g} s at best"
+    return None
+
+
+def _is_short(timing: Any) -> bool:
+    return timing.median < 1e-3 and not timing.graph
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:120]}"

@@ -1,0 +1,80 @@
+"""What a number depends on: the device, the versions of what ran, and the two ceilings that were measured first."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import measure
+
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
+
+
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Such as "NVIDIA H200" or "AMD EPYC, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, date and versions, for the results file."""
+    return {
+        "device": device_name(device),
+        "kind": device.type,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
+    """The rates that nothing here exceeds by much: "copy" in bytes/s, read and written, and FLOP/s by dtype.
+
+    Args:
+        size: of the square matrices, and of the copied tensor in units of 64 kB; default what fills the device.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    source = [torch.randn(size * 16384, device=device) for _ in range(2)]
+    target = torch.empty_like(source[0])
+    copy = measure({"copy": [lambda x=x: target.copy_(x) for x in source]}, device)["copy"]
+    rates = {"copy": 2 * target.numel() * target.element_size() / copy.low}
+    del source, target
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        matmul = measure({"matmul": [lambda a=a, b=b, out=out: torch.matmul(a, b, out=out)]}, device)["matmul"]
+        rates[name_of(dtype)] = 2 * size**3 / matmul.low
+    return rates
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32", "bfloat16", ..."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,189 @@
+"""Generation that thinks before a token: transformers runs its own loop and takes the logits from here."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutput
+
+from quietstar import checks
+from quietstar.cache import ThoughtStore
+from quietstar.parts import dropout_off, embeddings
+from quietstar.rollout import continue_thoughts, decode_rows, decode_step, draw_seed
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+
+@dataclass
+class Thinking:
+    """When and how to think; the arguments of ``QuietStar.generate`` of the same names.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    think: str | float
+    thoughts: int
+    sample_thoughts: bool
+    seed: int | None
+    sequence_ids: Tensor | None
+    on_thoughts: Callable[[Tensor], None] | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.think, (int, float)) and not isinstance(self.think, bool):
+            fits = 0 <= self.think < math.inf
+        else:
+            fits = self.think in ("always", "never")
+        if not fits:
+            raise ValueError(f"generate: think must be 'always', 'never' or nats of entropy, 0 or more, got {self.think!r}")
+        if not isinstance(self.thoughts, int) or not 1 <= self.thoughts < 65536:
+            raise ValueError(f"generate: thoughts must be 1 to 65,535, got {self.thoughts!r}")
+
+
+@torch.no_grad()
+def generate(qs: QuietStar, input_ids: Tensor, thinking: Thinking, usual: dict[str, Any]) -> Any:
+    """See ``QuietStar.generate``; ``usual`` holds the arguments that are transformers' own."""
+    checks.check_text(input_ids, usual["attention_mask"], qs.thought_config, embeddings(qs.model))
+    with dropout_off(qs.model):
+        if thinking.think == "never":
+            model: Any = qs.model
+            return model.generate(input_ids, **usual)
+        config = usual.get("generation_config")
+        new_tokens = usual.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
+        return ThinkingModel(qs, thinking, new_tokens).generate(input_ids, **_without_cache(usual, config))
+
+
+def _without_cache(usual: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
+    """The text's keys and values are kept by ``ThinkingModel``; transformers is to make no cache of its own."""
+    for name in ("past_key_values", "cache_implementation"):
+        value = usual.get(name) or getattr(config, name, None)
+        if value is not None:
+            got = value if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"generate: {name} must be None where the model thinks, which keeps a cache of its own, got {got}")
+    if config is None:
+        return usual | {"use_cache": False}
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    return usual | {"generation_config": config}
+
+
+class ThinkingModel(GenerationMixin):
+    """The language model as ``GenerationMixin.generate`` sees it: the same config and tokens, but logits with thoughts.
+
+    Without a cache of its own, ``generate`` hands over the whole text before each token; only rows that are not in the store
+    yet are run.
+
+    Args:
+        new_tokens: how many will come at most, where that is known.
+    """
+
+    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+
+    def __init__(self, qs: QuietStar, thinking: Thinking, new_tokens: int = 1):
+        self.qs = qs
+        self.thinking = thinking
+        self.new_tokens = new_tokens
+        self.limits = checks.position_limits(qs.model)
+        self.store: ThoughtStore | None = None
+        if thinking.sample_thoughts:
+            self.N, self.temperature = thinking.thoughts, 1.0
+            self.seed = draw_seed() if thinking.seed is None else thinking.seed
+        else:
+            self.N, self.temperature, self.seed = 1, 0.0, 0  # greedy thoughts are all the same
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.qs.model, name)
+
+    def __call__(self, **inputs: Any) -> CausalLMOutput:
+        return self.forward(**inputs)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutput:
+        """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
+        if self.store is None:
+            self.store = self._prepare(input_ids, attention_mask)
+            h_base = self._read_prompt(self.store, input_ids)
+        else:
+            h_base = self._read_token(self.store, input_ids[:, -1:])
+        if self.thinking.think == "always":
+            thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
+            logits = self._mix(h_base, self._think(self.store, thinks))
+        else:
+            logits = self._logits(h_base)
+            thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
+            if bool(thinks.any()):
+                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.store, thinks)), logits)
+        logits[:, self.qs.thought_config.banned] = -torch.inf
+        return CausalLMOutput(logits=logits[:, None])
+
+    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStore:
+        """An empty store for these prompts."""
+        layout = checks.make_layout(input_ids, attention_mask, None, None, self.qs.thought_config).text_only()
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(f"generate: attention_mask must pad on the left, row {row} ends in padding")
+        self.sequence_ids = checks.check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
+        self.longest = int(layout.text_position_ids().max()) + 1
+        self._check_room(self.new_tokens - 1)
+        return ThoughtStore(layout)
+
+    def _read_prompt(self, store: ThoughtStore, input_ids: Tensor) -> Tensor:
+        """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
+        model = self.qs.model
+        return decode_rows(model, embeddings(model)(input_ids), store.layout.text_position_ids(), store.prefill())[:, -1]
+
+    def _read_token(self, store: ThoughtStore, token: Tensor) -> Tensor:
+        """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
+        self.longest += 1
+        self._check_room()
+        store.hang(torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
+        hidden = decode_step(self.qs.model, embeddings(self.qs.model)(token), store, 0)
+        store.keep()
+        return hidden[:, 0]
+
+    def _think(self, store: ThoughtStore, thinks: Tensor) -> Tensor:
+        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps; off where a row does not think."""
+        qs, T = self.qs, self.qs.thought_config.thought_tokens
+        store.hang(((T + 2) * thinks.int())[:, None, None].repeat(1, 1, self.N), rows=T + 2)
+        start, end = qs._embedding(qs.start_embedding), qs._embedding(qs.end_embedding)
+        ids = continue_thoughts(
+            qs.model,
+            qs.lm_head,
+            start,
+            store,
+            self.sequence_ids,
+            self.seed,
+            T,
+            self.temperature,
+            qs.thought_config.banned,
+        ).thought_ids[:, 0]
+        if self.thinking.on_thoughts is not None:
+            self.thinking.on_thoughts(ids.masked_fill(~thinks[:, None, None], -1))
+        decode_step(qs.model, embeddings(qs.model)(ids[..., -1]), store, T)
+        return decode_step(qs.model, end.expand(*ids.shape[:2], -1), store, T + 1)
+
+    def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
+        """Logits [B,V] from states of the text [B,D] and of thoughts [B,N,D]; log-probabilities where several are averaged."""
+        base, thought = h_base.float()[:, None].expand_as(h_thought), h_thought.float()
+        weight = self.qs._weight(base, thought)
+        if self.qs.thought_config.mixing == "logits":
+            logits = self._logits((1 - weight) * base + weight * thought)
+        else:
+            logprobs = [self._logits(hidden).log_softmax(-1) for hidden in (base, thought)]
+            logits = ((1 - weight) * logprobs[0] + weight * logprobs[1]).log_softmax(-1)
+        return logits[:, 0] if self.N == 1 else logits.log_softmax(-1).logsumexp(1) - math.log(self.N)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.qs.lm_head
+        return head.logits(hidden.to(head.linear.weight.dtype)).float()
+
+    def _check_room(self, ahead: int = 0) -> None:
+        checks.check_room(self.qs.model, self.limits, self.longest + ahead + self.qs.thought_config.thought_tokens + 2)

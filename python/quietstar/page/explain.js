@@ -1,0 +1,196 @@
+"use strict";
+const { rows, texts } = JSON.parse(document.getElementById("data").textContent);
+const text = document.getElementById("text");
+const panel = document.getElementById("panel");
+const details = document.getElementById("details");
+const close = document.getElementById("close");
+const tokens = Array.from(text.children);
+const place = new Map(tokens.map((token, i) => [token, i]));
+const hint = details.firstElementChild;
+let shown = -1; // the token in the panel
+let pinned = false; // it stays when the mouse goes elsewhere
+let returning = false; // the focus comes back from a closed panel
+
+text.setAttribute("role", "listbox");
+text.setAttribute("aria-label", "The text, token by token");
+text.setAttribute("aria-orientation", "horizontal");
+tokens.forEach((token, i) => {
+  token.setAttribute("role", "option");
+  token.setAttribute("aria-selected", "false");
+  token.tabIndex = i ? -1 : 0;
+});
+
+const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
+const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2).replace(/e.*/, "")) + " %";
+const rare = (p) => (p > 0 && p < 0.0001 ? "< 0.01 %" : percent(p));
+const verdict = (i) => ({ h: "thinking hurt", z: "about the same", p: "thinking helped" })[tokens[i].className[0]];
+
+function make(tag, className, content) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  element.append(...[content ?? []].flat());
+  return element;
+}
+
+// Text whose invisible characters stand between two marks, as nodes.
+function nodes(marked) {
+  return marked.split("\ue000").flatMap((part, i) => {
+    if (!i) return part;
+    const [sign, rest] = part.split("\ue001");
+    return [make("i", "", sign), rest.replace("\n", "")];
+  });
+}
+
+const tokenText = (id) => make("bdi", "token", nodes(texts[id] ?? ""));
+
+function topList(ids, probabilities, right, probability) {
+  const list = make("ol");
+  const line = (id, p, name) => {
+    const item = make("li", id === right ? "right" : "");
+    const share = make("span", "share");
+    share.style.width = 100 * Math.min(1, p) + "%";
+    item.append(share, make("span", "name", [make("bdi", "", name), id === right ? " ◂" : ""]), make("span", "percent", rare(p)));
+    list.append(item);
+  };
+  ids.forEach((id, i) => line(id, probabilities[i], nodes(texts[id] ?? "")));
+  if (!ids.includes(right)) line(right, probability, "this token");
+  return list;
+}
+
+function figures(base, thoughts) {
+  const table = make("table");
+  const row = (tag, cells) => table.append(make("tr", "", cells.map((x, i) => make(i ? tag : "th", "", x))));
+  row("th", ["", "probability", "surprise", "weight"]);
+  row("td", ["without thinking", rare(Math.exp(-base)), base.toFixed(2), ""]);
+  thoughts.forEach(([weight, mixed], n) => {
+    row("td", [thoughts.length > 1 ? `with thought ${n + 1}` : "with the thought", rare(Math.exp(-mixed)), mixed.toFixed(2), weight.toFixed(2)]);
+  });
+  return table;
+}
+
+function describe(i) {
+  const [id, surprise, thoughts, [topIds, topP]] = rows[i];
+  const name = make("bdi", "token", Array.from(tokens[i].cloneNode(true).childNodes).map((x) => (x.nodeType === 3 ? x.data.replace("\n", "").replaceAll(" ", "·") : x)));
+  const parts = [make("h2", "", name), make("p", "hint", `token ${i + 1} of ${tokens.length}, id ${id}`)];
+  if (!surprise.length) return [...parts, make("p", "", "The first token: nothing comes before it, so nothing predicts it.")];
+  const [base, , gain] = surprise;
+  parts.push(make("p", "gain", `${verdict(i)}: gain ${signed(gain)} nats`), figures(base, thoughts));
+  thoughts.forEach(([, own, ids, mixedIds, mixedP], n) => {
+    parts.push(make("h3", "", thoughts.length > 1 ? `Thought ${n + 1} before it` : "The thought before it"));
+    parts.push(make("p", "thought", ids.map(tokenText)));
+    const without = make("div", "", [make("h3", "", "Likeliest without"), topList(topIds, topP, id, Math.exp(-base))]);
+    const withIt = make("div", "", [make("h3", "", "Likeliest with it"), topList(mixedIds, mixedP, id, Math.exp(-own))]);
+    parts.push(make("div", "tops", [without, withIt]));
+  });
+  return parts;
+}
+
+function label(i) {
+  const [, surprise] = rows[i];
+  const name = tokens[i].textContent.trim() || "space";
+  if (!surprise.length) return `${name}, the first token`;
+  const [base, mixed, gain] = surprise;
+  return `${name}, ${verdict(i)}, gain ${signed(gain)} nats, probability ${rare(Math.exp(-base))} to ${rare(Math.exp(-mixed))}`;
+}
+
+function show(i) {
+  if (i === shown) return;
+  if (shown >= 0) tokens[shown].setAttribute("aria-selected", "false");
+  shown = i;
+  tokens[i].setAttribute("aria-selected", "true");
+  tokens[i].setAttribute("aria-label", label(i));
+  details.replaceChildren(...describe(i));
+  panel.scrollTop = 0;
+  document.body.classList.add("open");
+}
+
+function pin(i) {
+  show(i);
+  pinned = true;
+  close.hidden = false;
+}
+
+function release() {
+  pinned = false;
+  close.hidden = true;
+  if (shown >= 0) tokens[shown].setAttribute("aria-selected", "false");
+  shown = -1;
+  details.replaceChildren(hint);
+  document.body.classList.remove("open");
+}
+
+function focus(i) {
+  tokens.forEach((token) => { if (token.tabIndex === 0) token.tabIndex = -1; });
+  tokens[i].tabIndex = 0;
+  tokens[i].focus({ preventScroll: true });
+  reveal(i);
+}
+
+// Scroll until the token stands clear of the panel, which on a phone covers the lower part.
+function reveal(i) {
+  const box = tokens[i].getBoundingClientRect();
+  const sheet = getComputedStyle(panel).position === "fixed" ? panel.getBoundingClientRect().top : innerHeight;
+  if (box.top < 0) scrollBy(0, box.top - 40);
+  else if (box.bottom > sheet - 8) scrollBy(0, box.bottom - sheet + 40);
+}
+
+// The token nearest to this one's middle on the line above (step -1) or below (step 1).
+function onNextLine(i, step) {
+  const from = tokens[i].getClientRects()[0];
+  const middle = (from.left + from.right) / 2;
+  let best = i, least = Infinity, line = null;
+  for (let k = i + step; k >= 0 && k < tokens.length; k += step) {
+    const box = tokens[k].getClientRects()[0];
+    if (!box || Math.abs(box.top - from.top) < from.height / 2) continue;
+    line ??= box.top;
+    if (Math.abs(box.top - line) > box.height / 2) break;
+    const distance = Math.abs((box.left + box.right) / 2 - middle);
+    if (distance < least) [best, least] = [k, distance];
+  }
+  return best;
+}
+
+const tokenOf = (event) => place.get(event.target.closest?.("#text > span")) ?? -1;
+
+text.addEventListener("pointerover", (event) => {
+  const i = tokenOf(event);
+  if (i >= 0 && event.pointerType === "mouse" && !pinned) show(i);
+});
+text.addEventListener("click", (event) => {
+  const i = tokenOf(event);
+  if (i < 0 || !getSelection().isCollapsed) return;
+  pin(i);
+  focus(i);
+});
+text.addEventListener("focusin", (event) => {
+  const i = tokenOf(event);
+  if (i >= 0 && !returning) show(i);
+});
+text.addEventListener("keydown", (event) => {
+  const i = tokenOf(event);
+  if (i < 0 || event.ctrlKey || event.altKey || event.metaKey) return;
+  const last = tokens.length - 1;
+  const moves = {
+    ArrowRight: () => Math.min(last, i + 1), ArrowLeft: () => Math.max(0, i - 1), Home: () => 0, End: () => last,
+    ArrowDown: () => onNextLine(i, 1), ArrowUp: () => onNextLine(i, -1),
+  };
+  if (moves[event.key]) focus(moves[event.key]());
+  else if (event.key === "Enter" || event.key === " ") { pin(i); panel.focus({ preventScroll: true }); }
+  else return;
+  event.preventDefault();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && shown >= 0) back();
+});
+close.addEventListener("click", back);
+
+// Close the panel; the focus, where it was inside, goes back to the token.
+function back() {
+  const i = shown;
+  const inside = panel.contains(document.activeElement);
+  release();
+  if (!inside) return;
+  returning = true;
+  tokens[i].focus({ preventScroll: true });
+  returning = false;
+}

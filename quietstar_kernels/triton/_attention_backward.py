@@ -1,0 +1,43 @@
+"""Backward of thought_attention, without atomics: each gradient is summed by one program, in a fixed order.
+
+Tables of the query rows first (``_attention_backward_rows``), then dq (``_attention_backward_queries``), then dk and dv
+(``_attention_backward_keys``). Scores are computed anew in both: seven matrix products where a pass that adds up dq across
+programs would take five.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.triton._attention_backward_keys import key_gradients
+from quietstar_kernels.triton._attention_backward_queries import query_gradient
+from quietstar_kernels.triton._attention_backward_rows import row_tables
+
+
+def thought_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: ThoughtLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    query_rows: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``reference.thought_attention_backward``."""
+    if q.numel() == 0:
+        none = None if sinks is None else torch.zeros_like(sinks)
+        return torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape), none
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    tables = row_tables(grad_out, out, lse, layout, window, sinks)
+    dq = query_gradient(grad_out, q, k, v, tables, layout, scale, softcap)
+    dk, dv = key_gradients(grad_out, q, k, v, tables, layout, window, scale, softcap)
+    dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks

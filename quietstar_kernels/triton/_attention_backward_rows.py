@@ -1,0 +1,98 @@
+"""First step of thought_attention's backward: per query row rowsum(dO * O), the log of its denominator, and what it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.triton._attention_gradient import LOG2_E, load_tile
+from quietstar_kernels.triton._rows import seen_by
+from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
+
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tables of the query rows, for the kernels that follow.
+
+    Attributes:
+        delta: fp32 [B,H,rows], rowsum(dO * O).
+        lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing: one that is off, or whose result is NaN.
+        first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first`` on.
+        own_first, own_count: int32 [B,rows], the packed rows of its own thought that it sees. Both counts are 0 in a row that
+            is off, and only there.
+        dsinks: fp32 [B,H,blocks], to be summed; None without sinks.
+    """
+
+    delta: Tensor
+    lse: Tensor
+    first: Tensor
+    count: Tensor
+    own_first: Tensor
+    own_count: Tensor
+    dsinks: Tensor | None
+
+
+def row_tables(
+    grad_out: Tensor, out: Tensor, lse: Tensor, layout: ThoughtLayout, window: int | None, sinks: Tensor | None
+) -> Rows:
+    """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M, or the last R."""
+    B, H, rows, E = out.shape
+    config = ATTENTION_BACKWARD_ROWS
+    blocks = triton.cdiv(rows, config.blocks["BLOCK_M"])
+    delta, shift = (torch.empty((B, H, rows), dtype=torch.float32, device=out.device) for _ in range(2))
+    ranges = [torch.empty((B, rows), dtype=torch.int32, device=out.device) for _ in range(4)]
+    dsinks = None if sinks is None else torch.empty((B, H, blocks), dtype=torch.float32, device=out.device)
+    attention_rows[(blocks * B * H,)](
+        grad_out, out, lse.contiguous(), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(),
+        delta, shift, *ranges, dsinks,
+        *grad_out.stride()[:3], *out.stride()[:3],
+        H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, NO_WINDOW if window is None else window,
+        E=E, BLOCK_E=max(16, triton.next_power_of_2(E)), **config.options(),
+    )  # fmt: skip
+    return Rows(delta, shift, *ranges, dsinks)
+
+
+@triton.jit(do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"])
+def attention_rows(
+    grad_out, out, lse, sinks, anchor, lo, length,
+    delta, shift, first_table, count_table, own_first_table, own_count_table, dsinks,
+    stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
+    H, rows, L, M, P, N, S, window,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(rows, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    m = row + (M - rows)
+    first, last, own_first, on = seen_by(m, inside, anchor + b * P, lo + b * L, length + b * P * N, L, N, S, window)
+
+    at = head * rows + row
+    natural = tl.load(lse + at, mask=on, other=float("inf"))
+    grad = load_tile(grad_out + b * stride_gb + h * stride_gh, row.to(tl.int64) * stride_gm, on, E, BLOCK_E)
+    result = load_tile(out + b * stride_ob + h * stride_oh, row.to(tl.int64) * stride_om, on, E, BLOCK_E)
+    result = result.to(tl.float32)
+    poison = tl.sum(result * 0.0, 1)
+    adds = on & (natural + poison < float("inf")) & (natural > -float("inf"))
+    d = tl.where(adds, tl.sum(grad.to(tl.float32) * result, 1), 0.0)
+    log2_sum = tl.where(adds, natural * LOG2_E, float("inf"))
+    tl.store(delta + at, d, mask=inside)
+    tl.store(shift + at, log2_sum, mask=inside)
+    if dsinks is not None:
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
+        tl.store(dsinks + head * blocks + block, -tl.sum(tl.exp2(sink - log2_sum) * d, 0))
+    if h == 0:
+        at = b * rows + row
+        tl.store(first_table + at, first, mask=inside)
+        tl.store(count_table + at, tl.where(on, tl.maximum(last - first + 1, 0), 0), mask=inside)
+        tl.store(own_first_table + at, own_first, mask=inside)
+        tl.store(own_count_table + at, tl.where(on, m - own_first + 1, 0), mask=inside)
