@@ -10,7 +10,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
 demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -47,9 +47,12 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
-bench: $(READY)  ## benchmarks of this machine
-	$(BIN)/python benchmarks/bench_naive.py
-	$(BIN)/python benchmarks/bench_thought_attention.py
+bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
+	$(BIN)/python benchmarks/run.py
+
+# A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
+gpu:  ## tests, sanitizers and benchmarks of a GPU, with a page to paste into an issue; under eight minutes
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:  ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """What serves attention of text and thoughts without ``thought_attention`` and ``thought_decode``.
 
 A peer is a function of packed tensors: of all packed rows in training, q, k, v [B,H or G,M,K]; of one row a thought in
-decoding, where q is [B,H,L*N,K] and k, v [B,G,M,K] hold the text and every thought's rows, the ones that aren't written yet too.
+decoding, where q is [B,H,L*N,K] and k, v [B,G,M,K] hold the text and every thought's rows, those not written yet too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -84,10 +85,11 @@ def no_flex_backward(case: Packed) -> str | None:
     return None
 
 
-def no_flash_kernel(case: Packed) -> str | None:
+def no_flex_flash(case: Packed) -> str | None:
     if case.device.type != "cuda":
         return "this kernel is for GPUs"
-    return not_installed("flash-attn")
+    here = find_spec("flash_attn") and find_spec("flash_attn.cute")
+    return None if here else "flash_attn.cute, which this back end calls, is not installed here"
 
 
 def prefix(case: Packed, flash: Any = None) -> Attention:
@@ -111,9 +113,11 @@ def no_prefix(case: Packed) -> str | None:
 
 
 def no_flash_attn(case: Packed) -> str | None:
+    if case.device.type != "cuda":
+        return "this kernel is for GPUs"
     if case.what == "forward+backward":
         return "flash-attn's public functions give no gradient of parts joined by their LSE"
-    return no_flash_kernel(case) or no_prefix(case)
+    return not_installed("flash-attn") or no_prefix(case)
 
 
 class CPUFlash:
@@ -164,9 +168,7 @@ class _Merged(torch.autograd.Function):
     """``prefix``'s attention. The gradient of each part needs only the joint output and LSE."""
 
     @staticmethod
-    def forward(
-        ctx: Any, flash: Any, B: int, L: int, N: int, q: Tensor, k: Tensor, v: Tensor, S: int, step: int
-    ) -> Tensor:
+    def forward(ctx: Any, flash: Any, B: int, L: int, N: int, q: Tensor, k: Tensor, v: Tensor, S: int, step: int) -> Tensor:
         heads = _Heads(B, L, N, S, q.shape[1], k.shape[1], rows=q.shape[2])
         k_text, v_text = (heads.text_keys(x) for x in (k, v))
         fold = heads.fold(q)
@@ -268,7 +270,7 @@ class _Heads:
 
 PEERS = [
     Peer("FlexAttention, compiled", flex, why_not=no_flex_backward),
-    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), package="flash-attn", why_not=no_flash_kernel),
+    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), package="flash-attn-4", why_not=no_flex_flash),
     Peer("flash prefix + own block (PyTorch)", prefix, why_not=no_prefix),
     Peer("flash prefix + own block (flash-attn)", partial(prefix, flash=FlashAttn), "flash-attn", no_flash_attn),
     Peer("SDPA, dense mask", dense, needs=dense_needs),

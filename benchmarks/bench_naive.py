@@ -1,109 +1,130 @@
 """Thoughts at every position of a text: all at once (``QuietStar.think``) against one position after another.
 
 naive          reads the prefix, then generates N thoughts of T tokens, anew at every position
-careful naive  reads the text once a round; every position goes on from a copy of the cache up to itself
+careful naive  reads the text once; every position goes on from a copy of the cache up to itself
 batched        ``QuietStar.think``
 
-    python benchmarks/bench_naive.py
-    python benchmarks/bench_naive.py --positions 16    # a quick look
+    python benchmarks/bench_naive.py --help
 
 All three run the same random Llama with the same seed and counters, draw with the same sampler and must give the same
-thoughts. The naive ones are the plain transformers model with sdpa attention and a DynamicCache. "memory" is what thinking
-adds to the process; for the naive methods at the last position, where it is highest.
+thoughts. The naive ones are the plain transformers model with sdpa attention and a DynamicCache. Memory is what thinking adds;
+for the naive methods at the last position, where it is highest.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import transformers
-from harness import add_flags, peak_memory, print_table, versions, write_json
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from case import Case, Inputs, Work, Wrong
+from compare import Effort, Row, blank, fill
+from harness import peak_memory
+from peers import Peer
 from quietstar import QuietStar, ThoughtConfig
 from quietstar_kernels import sample_token
 
 NAIVE, CAREFUL, BATCHED = "naive", "careful naive", "batched"
-Methods = dict[str, Callable[[Tensor], Tensor]]  # anchors [P] to thoughts [P,N,T]
+SEED = 0
+Method = Callable[[Tensor], Tensor]  # anchors [P] to thoughts [P,N,T]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-    anchors = evenly_spaced(args.positions or args.length, args.length)
-    print(f"{versions()}, transformers {transformers.__version__}")
-    print(f"L={args.length} N={args.thoughts} T={args.thought_tokens} D={args.width} V={args.vocabulary}, {args.layers} layers")
-    if len(anchors) < args.length:
-        print(f"QUICK LOOK: {len(anchors)} of {args.length} positions think; ratios are lower than with all of them")
+@dataclass(frozen=True, kw_only=True)
+class NaiveCase(Case):
+    """N thoughts of T tokens at P positions, evenly spaced, of one text."""
 
-    methods = make_methods(args)
-    few = evenly_spaced(min(4, len(anchors)), args.length)
-    check(args, few, {name: run(few) for name, run in methods.items()})
-    seconds, thoughts = take_turns(methods, anchors, args.repeats)
-    by_rounding = check(args, anchors, thoughts)
-    last = {NAIVE: anchors[-1:], CAREFUL: anchors[-1:], BATCHED: anchors}
-    rows = [
-        {
-            "method": name,
-            "seconds": seconds[name],
-            "thoughts/s": thoughts[name][..., 0].numel() / seconds[name],
-            "batched is faster by": seconds[name] / seconds[BATCHED],
-            "memory, MB": peak_memory(lambda run=run, name=name: run(last[name])),
-            "thoughts that differ (rounding)": by_rounding[name],
-        }
-        for name, run in methods.items()
-    ]
-    print_table(rows)
-    write_json(args.json, rows=rows, **{name: value for name, value in vars(args).items() if name != "json"})
+    op: ClassVar[str] = "naive"
+    what: str = "thoughts"
+    L: int
+    P: int
+    N: int = 2
+    T: int = 9
+    layers: int = 4
+    D: int = 256
+    V: int = 2048
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("L", "P", "N", "T", "layers", "D", "V")}
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=256, help="L, text tokens")
-    parser.add_argument("--positions", type=int, help="how many of them think, evenly spaced; default all")
-    parser.add_argument("--thoughts", type=int, default=2, help="N, thoughts at every position")
-    parser.add_argument("--thought-tokens", type=int, default=9, help="T, tokens in a thought")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256, help="D")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="V")
-    add_flags(parser)
-    return parser.parse_args(argv)
+    @property
+    def anchors(self) -> Tensor:
+        return torch.linspace(0, self.L - 1, self.P).round().long()
+
+    def work(self) -> Work:
+        """Matmuls of the text's rows and of T rows a thought."""
+        matrices = self.layers * (4 * self.D**2 + 9 * self.D**2)
+        thoughts = self.P * self.N * self.T
+        attention = self.layers * 4 * self.D * (self.L**2 / 2 + thoughts * (self.L + self.T) / 2)
+        return Work(2 * (self.L + thoughts) * matrices + attention + 2 * thoughts * self.D * self.V)
+
+    def inputs(self, seed: int) -> Inputs:
+        return {"anchors": self.anchors}
+
+    def call(self, function: Method, inputs: Inputs) -> Tensor:
+        return function(inputs["anchors"])
+
+    def check(self, function: Method) -> None:
+        raise NotImplementedError("the methods are checked against each other")
 
 
-def evenly_spaced(count: int, length: int) -> Tensor:
-    return torch.linspace(0, length - 1, count).round().long()
+@torch.no_grad()
+def compare(case: NaiveCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+    """The rows of all methods; they are checked on a few positions before they are timed, and on all after.
+
+    Raises:
+        Wrong: thoughts that differ, and not by rounding.
+    """
+    methods = {peer.name: peer.prepare(case) for peer in (ours, *peers)}
+    few = case.anchors[:: max(1, case.P // 3)]
+    check(case, few, {name: run(few) for name, run in methods.items()})
+    seconds, thoughts = take_turns(methods, case.anchors, effort.rounds)
+    by_rounding = check(case, case.anchors, thoughts)
+    rows = []
+    for peer in (ours, *peers):
+        row = blank(case, peer)
+        row.is_ours = peer is ours
+        fill(row, case, rates, seconds[peer.name])
+        row.rounds = 1
+        row.times_ours = seconds[peer.name] / seconds[ours.name]
+        last = case.anchors if peer is ours else case.anchors[-1:]
+        row.peak_bytes = peak_memory(lambda run=methods[peer.name], last=last: run(last), case.device)
+        if differ := by_rounding[peer.name]:
+            row.note = f"{differ} thoughts differ by rounding"
+        rows.append(row)
+    return rows
 
 
-def make_methods(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Methods:
-    """The three methods over the same model and text, at each call the same."""
-    torch.manual_seed(args.seed)
+def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) -> Method:
+    """A method over the model and the text of the case, at each call the same."""
+    torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.width,
-        intermediate_size=3 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.width // 64),
-        initializer_range=args.width**-0.5,
+        vocab_size=case.V,
+        hidden_size=case.D,
+        intermediate_size=3 * case.D,
+        num_hidden_layers=case.layers,
+        num_attention_heads=max(1, case.D // 64),
+        initializer_range=case.D**-0.5,
     )
-    text = torch.randint(args.vocabulary, (1, args.length))
-    plain = LlamaForCausalLM(config).to(dtype).eval()
-    thought_config = ThoughtConfig(thoughts=args.thoughts, thought_tokens=args.thought_tokens, embedding_scale=1)
+    text = torch.randint(case.V, (1, case.L)).to(case.device)
+    plain = LlamaForCausalLM(config).to(case.device, dtype).eval()
+    thought_config = ThoughtConfig(thoughts=case.N, thought_tokens=case.T, embedding_scale=1)
     qs = QuietStar(copy.deepcopy(plain), thought_config)
-    start = qs.start_embedding.to(dtype).expand(args.thoughts, 1, -1)
+    start = qs.start_embedding.to(dtype).expand(case.N, 1, -1)
 
     def go_on(cache: DynamicCache, position: int) -> Tensor:
         """N thoughts [N,T] after the text in ``cache``."""
         embeds, tokens = start, []
-        for s in range(args.thought_tokens):
+        for s in range(case.T):
             hidden = plain.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state[:, 0]
-            counters = torch.tensor([[0, position, n, s] for n in range(args.thoughts)], dtype=torch.int32)
-            tokens.append(sample_token(hidden, plain.lm_head.weight, counters, args.seed)[0])
+            counters = torch.tensor([[0, position, n, s] for n in range(case.N)], dtype=torch.int32, device=case.device)
+            tokens.append(sample_token(hidden, plain.lm_head.weight, counters, SEED)[0])
             embeds = plain.model.embed_tokens(tokens[-1])[:, None]
         return torch.stack(tokens, -1)
 
@@ -112,9 +133,9 @@ def make_methods(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -
         for t in anchors.tolist():
             cache = DynamicCache()
             plain.model(text[:, : t + 1], past_key_values=cache)
-            cache.batch_repeat_interleave(args.thoughts)
+            cache.batch_repeat_interleave(case.N)
             thoughts.append(go_on(cache, t))
-        return torch.stack(thoughts)
+        return torch.stack(thoughts).cpu()
 
     def careful_naive(anchors: Tensor) -> Tensor:
         whole, thoughts = DynamicCache(), []
@@ -122,19 +143,19 @@ def make_methods(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -
         for t in anchors.tolist():
             cache = DynamicCache()
             for i, layer in enumerate(whole.layers):
-                prefix = (x[:, :, : t + 1].expand(args.thoughts, -1, -1, -1) for x in (layer.keys, layer.values))
+                prefix = (x[:, :, : t + 1].expand(case.N, -1, -1, -1) for x in (layer.keys, layer.values))
                 cache.update(*prefix, i)
             thoughts.append(go_on(cache, t))
-        return torch.stack(thoughts)
+        return torch.stack(thoughts).cpu()
 
     def batched(anchors: Tensor) -> Tensor:
-        places = None if len(anchors) == args.length else anchors[None]
-        return qs.think(text, anchors=places, seed=args.seed, greedy=False).thought_ids[0]
+        places = None if len(anchors) == case.L else anchors[None].to(case.device)
+        return qs.think(text, anchors=places, seed=SEED, greedy=False).thought_ids[0].cpu()
 
-    return {NAIVE: naive, CAREFUL: careful_naive, BATCHED: batched}
+    return {NAIVE: naive, CAREFUL: careful_naive, BATCHED: batched}[name]
 
 
-def take_turns(methods: Methods, anchors: Tensor, rounds: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def take_turns(methods: dict[str, Method], anchors: Tensor, rounds: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Seconds and thoughts of all anchors.
 
     A naive method takes a share of the anchors in each round and is done once after the last; the batched one takes all of
@@ -146,24 +167,53 @@ def take_turns(methods: Methods, anchors: Tensor, rounds: int) -> tuple[dict[str
         for name, run in methods.items():
             mine = anchors if name == BATCHED else anchors[i::rounds]
             began = time.perf_counter()
-            shares[name].append(run(mine))
+            shares[name].append(run(mine))  # the ids come to the CPU, so a GPU is waited for
             seconds[name] += time.perf_counter() - began
     seconds[BATCHED] /= rounds
     order = torch.cat([torch.arange(len(anchors))[i::rounds] for i in range(rounds)]).argsort()
     return seconds, {name: done[0] if name == BATCHED else torch.cat(done)[order] for name, done in shares.items()}
 
 
-def check(args: argparse.Namespace, anchors: Tensor, thoughts: dict[str, Tensor]) -> dict[str, int]:
-    """How many thoughts of each method differ from the batched ones; more than rounding explains raises RuntimeError."""
+def check(case: NaiveCase, anchors: Tensor, thoughts: dict[str, Tensor]) -> dict[str, int]:
+    """How many thoughts of each method differ from the batched ones; more than rounding explains raises Wrong."""
     differ = {name: (mine != thoughts[BATCHED]).any(-1) for name, mine in thoughts.items()}
     for name, wrong in differ.items():
+        if not wrong.any():
+            continue
         # What rounding changed in fp32, where a draw fell next to the edge between two tokens, is the same in fp64.
-        exact = make_methods(args, torch.float64) if wrong.any() else {}
         places = anchors[wrong.any(-1)]
-        if exact and not torch.equal(exact[name](places), exact[BATCHED](places)):
-            raise RuntimeError(f"{name}: {int(wrong.sum())} of {wrong.numel()} thoughts differ from the batched ones")
+        exact, batched = (make_method(case, method, torch.float64)(places) for method in (name, BATCHED))
+        if not torch.equal(exact, batched):
+            raise Wrong(f"{name}: {int(wrong.sum())} of {wrong.numel()} thoughts differ from the batched ones")
     return {name: int(wrong.sum()) for name, wrong in differ.items()}
 
 
+def method(name: str, package: str) -> Peer:
+    return Peer(name, lambda case: make_method(case, name), package)
+
+
+OURS = method(BATCHED, "quietstar-kernels")
+PEERS = [method(NAIVE, "transformers"), method(CAREFUL, "transformers")]
+
+
+def candidates(case: NaiveCase) -> list[Peer]:
+    return PEERS
+
+
+def cases(device: torch.device, full: bool) -> Iterator[NaiveCase]:
+    """All positions of a text; longer ones and more thoughts in full."""
+    yield NaiveCase(L=256, P=256, device=device)
+    if full:
+        yield NaiveCase(grid="text", L=64, P=64, device=device)
+        yield NaiveCase(grid="thoughts", L=256, P=256, N=8, device=device)
+
+
+def smoke(device: torch.device) -> list[NaiveCase]:
+    """The smallest case that runs every method."""
+    return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, V=80, device=device)]
+
+
 if __name__ == "__main__":
-    main()
+    from run import main
+
+    main(op=NaiveCase.op)

@@ -78,6 +78,7 @@ def judge(what: str, got: Tensor, truth: Tensor, bound: float) -> None:
     """Raises Wrong where ‖got - truth‖ > bound·‖truth‖, or where got holds a NaN."""
     if got.shape != truth.shape:
         raise Wrong(f"{what} has shape {list(got.shape)}, not {list(truth.shape)}")
+    got, truth = got.detach(), truth.detach()
     error = float((got.to(truth.dtype) - truth).norm() / truth.norm())
     if not error <= bound:
         raise Wrong(f"{what} differs by {error:.1e}, relative in norm")

@@ -28,11 +28,11 @@ class Effort:
     """
 
     rounds: int = 7
-    budget: float = 4.0
+    budget: float = 3.0
     longest: float = 6.0
 
 
-QUICK, FULL = Effort(), Effort(rounds=15, budget=20.0, longest=30.0)
+QUICK, FULL = Effort(), Effort(rounds=15, budget=15.0, longest=20.0)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Row:
     Attributes:
         times_ours: its seconds over ours, of the same run.
         flops_rate, bytes_rate: useful work over the median.
-        floor: seconds that the useful work takes at the machine's measured ceilings.
+        floor: seconds that the useful work takes at the machine's measured ceilings, and bound_by the one that binds.
         of_floor: floor over median, 1 at best.
         note: why there is no number, or what to know about it.
     """
@@ -64,6 +64,7 @@ class Row:
     flops_rate: float | None = None
     bytes_rate: float | None = None
     floor: float | None = None
+    bound_by: str = ""
     of_floor: float | None = None
     peak_bytes: int | None = None
     note: str = ""
@@ -87,21 +88,25 @@ def compare(case: Case, ours: Peer, peers: Sequence[Peer], rates: dict[str, floa
                 function = peer.prepare(case)
                 case.check(function)
                 functions[peer.name] = function
-            except Wrong as wrong:
-                reason = f"refused, a wrong result: {wrong}"
             except Exception as error:  # whatever a peer raises, its row says it
-                reason = _said(error)
+                reason = said(error)
         if reason is not None:
             notes[peer.name] = reason
     sets = input_sets(case)
     runs = {name: [lambda f=f, x=x: case.call(f, x) for x in sets] for name, f in functions.items()}
-    memory = {name: peak_memory(run[0], case.device) for name, run in runs.items()}
+    memory = {}
+    for name, run in list(runs.items()):
+        try:
+            memory[name] = peak_memory(run[0], case.device)
+        except RuntimeError as error:  # the check left room for it, all inputs together don't
+            notes[name] = said(error)
+            del runs[name]
     timings = measure(runs, case.device, effort.rounds, effort.budget)
 
     rows = []
     for peer in (ours, *peers):
-        row = Row(case.op, case.grid, case.what, name_of(case.dtype), case.sizes, peer.name, peer.version)
-        row.is_ours, row.is_floor, row.note = peer is ours, peer.is_floor, notes.get(peer.name, "")
+        row = blank(case, peer, notes.get(peer.name, ""))
+        row.is_ours = peer is ours
         if timing := timings.get(peer.name):
             fill(row, case, rates, timing.median)
             row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
@@ -112,12 +117,19 @@ def compare(case: Case, ours: Peer, peers: Sequence[Peer], rates: dict[str, floa
     return rows
 
 
+def blank(case: Case, peer: Peer, note: str = "") -> Row:
+    """A row without numbers."""
+    sizes, dtype = case.sizes, name_of(case.dtype)
+    return Row(case.op, case.grid, case.what, dtype, sizes, peer.name, peer.version, is_floor=peer.is_floor, note=note)
+
+
 def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
     """The numbers of a row that follow from its time."""
     work = case.work()
     row.seconds = seconds
     row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
-    row.floor = max(work.flops / rates[row.dtype], work.bytes / rates["copy"])
+    arithmetic, traffic = work.flops / rates[row.dtype], work.bytes / rates["copy"]
+    row.floor, row.bound_by = max((arithmetic, "matmul"), (traffic, "copy"))
     row.of_floor = row.floor / seconds
 
 
@@ -143,7 +155,10 @@ def _is_short(timing: Any) -> bool:
     return timing.median < 1e-3 and not timing.graph
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An exception in one line of a table."""
+    if isinstance(error, Wrong):
+        return f"refused, a wrong result: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return "failed: out of memory"
     lines = str(error).strip().splitlines() or [""]

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from harness import measure
+from harness import Run, measure
+from quietstar_kernels import backends
 
-PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel", "cut-cross-entropy")
 
 
 def package_version(package: str) -> str | None:
@@ -50,9 +51,18 @@ def describe(device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
+        "served_by": served_by(device),
         "packages": {name: package_version(name) for name in PACKAGES},
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def served_by(device: torch.device) -> dict[str, str]:
+    """The back end that "auto" runs for each op."""
+    fastest = ("cuda", "triton", "cpu", "reference") if device.type == "cuda" else ("cpu",)
+    available = {(row["op"], row["backend"]) for row in backends(device) if row["status"] == "available"}
+    ops = dict.fromkeys(op for op, _ in sorted(available))
+    return {op: next(backend for backend in fastest if (op, backend) in available) for op in ops}
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
@@ -62,17 +72,26 @@ def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None =
         size: of the square matrices, and of the copied tensor in units of 64 kB; default what fills the device.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
-    source = [torch.randn(size * 16384, device=device) for _ in range(2)]
-    target = torch.empty_like(source[0])
-    copy = measure({"copy": [lambda x=x: target.copy_(x) for x in source]}, device)["copy"]
-    rates = {"copy": 2 * target.numel() * target.element_size() / copy.low}
-    del source, target
+    rates = {"copy": _copy_rate(device, size * 16384)}
     for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        matmul = measure({"matmul": [lambda a=a, b=b, out=out: torch.matmul(a, b, out=out)]}, device)["matmul"]
-        rates[name_of(dtype)] = 2 * size**3 / matmul.low
+        rates[name_of(dtype)] = _matmul_rate(device, dtype, size)
     return rates
+
+
+def _copy_rate(device: torch.device, numbers: int) -> float:
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _fastest(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _fastest(lambda: torch.matmul(a, b, out=out), device)
+
+
+def _fastest(run: Run, device: torch.device) -> float:
+    return measure({"run": [run]}, device)["run"].low
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -56,7 +56,7 @@ def linear_logprob(
     check.positive("temperature", temperature)
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(check, targets, banned)
-    logprob, entropy, _ = _forward(
+    logprob, entropy, *_ = _forward(
         hidden,
         weight,
         targets,
@@ -93,8 +93,8 @@ def _forward(
     banned: Sequence[int],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy and, for the backward, the LSE of the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy and, for the backward, the LSE of the logits in two parts, as ``reference.linear_logprob``."""
     return _dispatch.run(
         "linear_logprob", backend, hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy
     )
@@ -103,7 +103,7 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, backend):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(4))
 
 
 @torch.library.custom_op("quietstar::linear_logprob_backward", mutates_args=())
@@ -115,7 +115,8 @@ def _backward(
     targets: Tensor,
     bias: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
@@ -134,7 +135,8 @@ def _backward(
         targets,
         bias,
         entropy,
-        lse,
+        largest,
+        log_total,
         scale,
         softcap,
         temperature,
@@ -154,7 +156,8 @@ def _(
     targets,
     bias,
     entropy,
-    lse,
+    largest,
+    log_total,
     scale,
     softcap,
     temperature,
@@ -172,7 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
 
 
-def _autograd(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, grad_lse: Tensor) -> tuple:
+def _autograd(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple:
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]  # hidden, weight, bias
     grad_entropy_or_none = grad_entropy if ctx.return_entropy else None
     grads = _backward(grad_logprob, grad_entropy_or_none, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)

@@ -141,17 +141,21 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[R] each: log-probability of ``targets``, 0 where that is -100; entropy, zeros if not asked for; LSE of the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of ``targets``, 0 where that is -100; entropy, zeros if not asked for; for the backward, the LSE of the
+    logits in two parts, since their sum would round: the largest and the log of the sum of exp(logit - largest). Each [R].
+    """
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
-    logp = logits.log_softmax(-1)
+    largest = logits.amax(-1)
+    log_total = (logits - largest[:, None]).logsumexp(-1)
+    logp = logits - largest[:, None] - log_total[:, None]
     kept = targets != -100
     picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     if return_entropy:
         entropy = -torch.where(torch.isinf(logp), 0, logp.exp() * logp).sum(-1)
     else:
         entropy = torch.zeros_like(picked)
-    return torch.where(kept, picked, 0), entropy, logits.logsumexp(-1)
+    return torch.where(kept, picked, 0), entropy, largest, log_total
 
 
 def linear_logprob_backward(
@@ -162,17 +166,19 @@ def linear_logprob_backward(
     targets: Tensor,
     bias: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy and lse are the forward's."""
+    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy and what follows are the forward's."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     raw = linear(hidden, weight, bias, scale)
-    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, entropy, lse, scale, softcap, temperature)
+    states = (entropy, largest, log_total)
+    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, *states, scale, softcap, temperature)
     dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
     dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
@@ -208,13 +214,14 @@ def logprob_grad(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
     """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
-    logp = logits - lse[:, None]
+    logp = logits - largest[:, None] - log_total[:, None]
     p = logp.exp()
     kept = targets != -100
     g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]

@@ -64,8 +64,12 @@ def check_architecture(config: PretrainedConfig) -> None:
 class MaskArguments:
     """What a layer's mask is made of. Stands in for the mask, so that a layer knows its window without a dense tensor."""
 
+    ndim = 4
+
     def __init__(self, **arguments: Any):
-        self.arguments = arguments
+        # For a static cache ``generate`` makes the masks, and the model hands them in once more as a finished mask.
+        finished = arguments["attention_mask"]
+        self.arguments = finished.arguments if isinstance(finished, MaskArguments) else arguments
         self._dense: Tensor | None = None
 
     def window(self, positions: int) -> int | None:
@@ -93,6 +97,9 @@ class MaskArguments:
             self._dense = make(**self.arguments)
         return self._dense
 
+    def contiguous(self) -> MaskArguments:
+        return self
+
 
 def _thought_forward(
     module: nn.Module,
@@ -117,8 +124,8 @@ def _thought_forward(
         raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which thoughts do not support")
     if dropout:
         _warn_dropout()
-    _check_row_count(module, query)
     serve = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+    _check_row_count(module, max(query.shape[2], serve.positions))
     window = sliding_window
     if isinstance(attention_mask, MaskArguments):
         window = attention_mask.window(serve.positions)
@@ -181,12 +188,12 @@ def _was_passed() -> bool:
     return False
 
 
-def _check_row_count(module: nn.Module, query: Tensor) -> None:
+def _check_row_count(module: nn.Module, rows: int) -> None:
     """Llama 4 warms its attention by the index of a row, in steps of ``floor_scale``, where it means the position."""
     scale = getattr(module, "floor_scale", None)
-    if scale is not None and getattr(module, "attn_temperature_tuning", False) and query.shape[2] >= scale:
+    if scale is not None and getattr(module, "attn_temperature_tuning", False) and rows >= scale:
         raise ValueError(
-            f"{type(module).__name__} scales attention by row index from row {scale - 1:.0f} on, got {query.shape[2]} rows: "
+            f"{type(module).__name__} scales attention by row index from row {scale - 1:.0f} on, got {rows} rows: "
             "use fewer anchors or thoughts, or set attn_temperature_tuning to False"
         )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from quietstar import official
 from quietstar.config import ThoughtConfig
+from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, replaced
+from quietstar.parts import embeddings
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStar
@@ -26,15 +26,8 @@ FORMAT = 1
 
 
 def save(qs: QuietStar, directory: str | os.PathLike) -> None:
-    """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole.
-
-    Files of the old folder that are not part of a checkpoint move over.
-    """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        beside.chmod(0o755)
+    """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole."""
+    with replaced(directory) as beside:
         qs.model.save_pretrained(beside)
         if qs.tokenizer is not None:
             qs.tokenizer.save_pretrained(beside)
@@ -48,39 +41,34 @@ def save(qs: QuietStar, directory: str | os.PathLike) -> None:
         }
         (beside / CARD).write_text(_card(qs))
         (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        _put_in_place(beside, directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
-def _put_in_place(beside: Path, directory: Path) -> None:
-    if not directory.exists():
-        os.replace(beside, directory)
-        return
-    old = beside.with_name(beside.name + "-old")
-    os.replace(directory, old)
-    os.replace(beside, directory)
-    for file in old.iterdir():
-        if not (directory / file.name).exists() and file.suffix != ".safetensors":
-            os.replace(file, directory / file.name)
-    shutil.rmtree(old)
+def thinks(path: str | os.PathLike) -> bool:
+    """Whether a folder or hub name holds a model with its thought parts, ours or published."""
+    if find(path, SETTINGS) is not None:
+        return True
+    return any(find(path, name) for name in (WEIGHTS, INDEX)) and official.is_published(path)
 
 
 def load(
     path: str | os.PathLike, **kwargs: Any
 ) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
-    """The base model, the config, the tokenizer if one was saved, and the thought tensors."""
+    """The base model, the config, the tokenizer if one was saved, and the thought tensors; of a published checkpoint too."""
+    if find(path, SETTINGS) is None and official.is_published(path):
+        return official.load(path, **kwargs)
     settings = _read_settings(path)
     tensors = _read_tensors(path)
     if os.path.isdir(path):
         _check_sizes(Path(path), settings.get("files", {}))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs})
+        vocabulary = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        check_vocabulary(path, locate_tensors(path), vocabulary)
+        model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", "use_safetensors": True, **kwargs})
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: the language model does not load: {error}") from error
     if model.config.model_type != settings["model_type"]:
         raise ValueError(f"{path}: {SETTINGS} belongs to a {settings['model_type']}, the model is a {model.config.model_type}")
-    tokenizer = AutoTokenizer.from_pretrained(path) if _file(path, "tokenizer_config.json") else None
+    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
     return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
 
 
@@ -89,6 +77,9 @@ def restore_all(qs: QuietStar, path: str | os.PathLike) -> None:
     model, config, _, tensors = load(path)
     if config != qs.thought_config:
         raise ValueError(f"{path}: it was made with another thought config: {config}")
+    saved, own = embeddings(model).num_embeddings, embeddings(qs.model).num_embeddings
+    if saved != own:
+        raise ValueError(f"{path}: it is of a vocabulary of {saved} tokens, the model's has {own}")
     qs.model.load_state_dict(model.state_dict())
     restore(qs, tensors, path)
 
@@ -130,16 +121,8 @@ def _own_tensors(qs: QuietStar) -> dict[str, Tensor]:
     return {name: x for name, x in qs.named_parameters() if not name.startswith("model.")}
 
 
-def _file(path: str | os.PathLike, name: str) -> str | None:
-    """The local path of one file of a checkpoint, folder or hub name; None where it has none."""
-    try:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ValueError(f"{path}: not a folder or a hub model within reach: {str(error).splitlines()[0]}") from error
-
-
 def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    file = _file(path, SETTINGS)
+    file = find(path, SETTINGS)
     if file is None:
         raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint")
     try:
@@ -153,7 +136,7 @@ def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    file = _file(path, TENSORS)
+    file = find(path, TENSORS)
     if file is None:
         raise ValueError(f"{path}: no {TENSORS} there, so it is not a whole QuietStar checkpoint")
     try:

@@ -142,16 +142,18 @@ def check_room(model: PreTrainedModel, limits: dict[str, int], needed: int) -> N
 def position_limits(model: PreTrainedModel) -> dict[str, int]:
     """How many positions there are: learned ones end, and some rotary ones change with the longest position in the call."""
     config = model.config.get_text_config()
-    learned = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
-    ]
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = {}
-    if learned:
-        limits["learned positions"] = min(config.max_position_embeddings, *learned)
+    limits = learned_positions(model)
     if rope.get("rope_type") in ("dynamic", "longrope"):
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         limits[f"positions before {rope['rope_type']} rotary embeddings change"] = original
     return limits
+
+
+def learned_positions(model: PreTrainedModel) -> dict[str, int]:
+    tables = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
+    ]
+    return {"learned positions": min(model.config.get_text_config().max_position_embeddings, *tables)} if tables else {}

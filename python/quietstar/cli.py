@@ -1,4 +1,4 @@
-"""The command line: ``quietstar train | think | eval | doctor``.
+"""The command line: ``quietstar train | think | generate | explain | eval | doctor``.
 
 Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
 130 stopped with nothing to save. Errors are one sentence on stderr.
@@ -20,18 +20,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 from tyro.conf import Positional, arg
 
-from quietstar import snapshots
-from quietstar.checkpoint import SETTINGS
+from quietstar import checkpoint, snapshots
+from quietstar.checks import pad_id
 from quietstar.config import ThoughtConfig, TrainConfig
-from quietstar.data import DataConfig, load_data
+from quietstar.data import DataConfig, load_data, read_utf8
 from quietstar.doctor import environment, memory_table, step_memory
 from quietstar.evaluate import evaluate
 from quietstar.model import QuietStar
 from quietstar.options import UsageError, parse, read_config
+from quietstar.streams import ThoughtLines
 from quietstar.train import Interrupted, train
 from quietstar.verify import verify
 
@@ -151,6 +152,53 @@ class Think:
 
 
 @dataclass
+class Generate:
+    """Continue a text, with a thought before each token; prints the new text as it comes."""
+
+    model: Checkpoint
+    prompt: Annotated[str, arg(metavar="TEXT", help="what to continue")]
+    think: Annotated[str, arg(help="always, never, or where the model's entropy exceeds this number of nats")] = "always"
+    thoughts: Annotated[int, arg(help="N, thoughts whose predictions are averaged, where they are sampled")] = 1
+    sample_thoughts: Annotated[bool, arg(help="sample thoughts; default the likeliest token each time")] = False
+    show_thoughts: Annotated[bool, arg(help="print a line for each new token, with the thoughts before it")] = False
+    max_new_tokens: Annotated[int, arg(help="how many tokens at most")] = 100
+    temperature: Annotated[float, arg(help="of the text's tokens; 0 takes the likeliest each time")] = 0.0
+    top_p: Annotated[float | None, arg(help="sample from the likeliest tokens of this probability; default the model's")] = None
+    top_k: Annotated[int | None, arg(help="sample from this many of the likeliest tokens; default the model's")] = None
+    seed: Annotated[int | None, arg(help="fixes what is sampled; default another each time")] = None
+
+    def run(self) -> None:
+        think = self.think if self.think in ("always", "never") else _nats(self.think)
+        if self.temperature < 0:
+            raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
+        qs = load_checkpoint(self.model)
+        tokenizer = text_tokenizer(qs)
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(qs.start_embedding.device)
+        if not inputs["input_ids"].numel():
+            raise ValueError("the prompt has no tokens")
+        if self.seed is not None:
+            set_seed(self.seed)
+        options: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if options["do_sample"]:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.show_thoughts:
+            lines = ThoughtLines(tokenizer)
+            options |= {"streamer": lines, "on_thoughts": lines.on_thoughts}
+        else:
+            options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        qs.generate(
+            inputs["input_ids"].long(),
+            inputs["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            think=think,
+            thoughts=self.thoughts,
+            sample_thoughts=self.sample_thoughts,
+            pad_token_id=pad_id(qs.config),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+
+
+@dataclass
 class Eval:
     """Measure on held-out texts what thoughts are worth, with an interval; prints it and writes it as json."""
 
@@ -167,6 +215,25 @@ class Eval:
         figures = evaluate(qs, data.train if self.all else data.held_out, self.batch_size, sys.stderr.isatty())
         print(evaluation_text(figures))
         Path(self.out).write_text(json.dumps({"model": self.model, **asdict(self.data), **figures}, indent=2) + "\n")
+
+
+@dataclass
+class Explain:
+    """Write a page that shows what thinking does to each token of a text: thoughts, weights, probabilities."""
+
+    model: Checkpoint
+    text: Positional[Annotated[str, arg(metavar="TEXT", help="the text; or give --file")]] = ""
+    file: Annotated[str, arg(help="a UTF-8 file with the text")] = ""
+    out: Annotated[tuple[str, ...], arg(help="pages to write; all numbers where the name ends in .json")] = ("explain.html",)
+    seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest token each time")] = None
+
+    def run(self) -> None:
+        if bool(self.text) == bool(self.file):
+            raise ValueError("explain takes a text or --file, one of the two")
+        report = load_checkpoint(self.model).explain(self.text or read_utf8(Path(self.file)), self.seed)
+        for path in self.out:
+            report.save(path)
+        print(f"{explanation_text(report.summary)}\nwrote {' and '.join(self.out)}")
 
 
 @dataclass
@@ -201,7 +268,7 @@ def load_tokenizer(name: str) -> Any:
 def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str) -> QuietStar:
     """Around a plain language model, or one that thinks already, which then goes on with ``thoughts``."""
     path = find(name)
-    if not (Path(path) / SETTINGS).exists():
+    if not reach(name, "model", lambda: checkpoint.thinks(path)):
         model = reach(name, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
         return QuietStar(model, thoughts, tokenizer)
     qs = QuietStar.from_pretrained(path, dtype=dtype)
@@ -221,6 +288,16 @@ def text_tokenizer(qs: QuietStar) -> Any:
     if qs.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer")
     return qs.tokenizer
+
+
+def _nats(think: str) -> float:
+    try:
+        nats = float(think)
+    except ValueError:
+        nats = -1
+    if not 0 <= nats < float("inf"):
+        raise UsageError(f"--think must be always, never or a number of nats, 0 or more, got {think}")
+    return nats
 
 
 def find(name: str) -> str:
@@ -247,6 +324,15 @@ def evaluation_text(figures: dict[str, float]) -> str:
     )
 
 
+def explanation_text(figures: dict[str, float]) -> str:
+    low, high = figures["gain_low"], figures["gain_high"]
+    return (
+        f"loss of {figures['tokens']:,} tokens {figures['base']:.4f} nats without thoughts, {figures['mixed']:.4f} with them: "
+        f"gain {figures['gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; "
+        f"{figures['helped']:.0%} of the tokens helped, {figures['hurt']:.0%} hurt"
+    )
+
+
 def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -254,7 +340,7 @@ def sentence(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-COMMANDS = {"train": Train, "think": Think, "eval": Eval, "doctor": Doctor}
+COMMANDS = {"train": Train, "think": Think, "generate": Generate, "explain": Explain, "eval": Eval, "doctor": Doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,7 +91,7 @@ def read_texts(config: DataConfig) -> list[str]:
     if config.data == "builtin":
         texts = builtin_texts()
     elif path.suffix == ".txt":
-        texts = _decode(path).splitlines() if not config.pack else re.split(r"\n\s*\n", _decode(path))
+        texts = read_utf8(path).splitlines() if not config.pack else re.split(r"\n\s*\n", read_utf8(path))
     elif path.suffix == ".jsonl":
         texts = list(_json_texts(path, config.text_field))
     elif path.exists():
@@ -134,7 +134,8 @@ def alone(ids: list[Tensor], length: int, least: int) -> list[Example]:
     return [{"input_ids": x[:length]} for x in ids if len(x) >= least]
 
 
-def _decode(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """A file's text without a byte order mark; ValueError that names the file and what is wrong."""
     try:
         return path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -145,7 +146,7 @@ def _decode(path: Path) -> str:
 
 
 def _json_texts(path: Path, name: str) -> Iterator[str]:
-    for number, line in enumerate(_decode(path).split("\n"), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

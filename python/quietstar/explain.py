@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quietstar import checks, objective
+from quietstar import objective
 from quietstar.explain_page import SAME, render
 from quietstar.parts import dropout_off
 from quietstar.token_text import text_pieces, token_text
@@ -97,8 +97,8 @@ class Report:
     def summary(self) -> dict[str, float | int]:
         """Means over the predicted tokens, nats.
 
-        Keys: tokens, how many were predicted; base, mixed, gain, their means; gain_low and gain_high, the 95 % interval of gain,
-        as if tokens were independent; helped and hurt, the shares of tokens whose gain is 0.05 or more from 0.
+        Keys: tokens, how many were predicted; base, mixed, gain, their means; gain_low and gain_high, the 95 % interval of the
+        gain, as if tokens were independent; helped and hurt, the shares of tokens whose gain is 0.05 or more from 0.
         """
         predicted = [(x.base, x.mixed, x.gain) for x in self.tokens if x.gain is not None]
         base, mixed, gain = torch.tensor(predicted, dtype=torch.float64).unbind(1)
@@ -167,6 +167,9 @@ def _tokenize(qs: QuietStar, text: str) -> Tensor:
     ids = qs.tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
+    V = qs.lm_head.linear.out_features
+    if max(ids) >= V:
+        raise ValueError(f"the tokenizer is of another model: it gives id {max(ids)}, and the vocabulary has {V} tokens")
     return torch.tensor([ids], dtype=torch.int64, device=qs.start_embedding.device)
 
 
@@ -176,7 +179,7 @@ def _check_length(one: QuietStar, L: int) -> None:
     room = L + one.thought_config.rows - 1  # the thought before the last token begins one place earlier
     if limit and room > limit:
         raise ValueError(
-            f"text must be shorter: its {L} tokens and thoughts need {room} positions and {type(one.model).__name__} has {limit}"
+            f"text is too long: its {L} tokens and thoughts need {room} positions, and {type(one.model).__name__} has {limit}"
         )
 
 

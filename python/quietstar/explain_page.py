@@ -14,6 +14,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def render(report: Report) -> str:
 def describe(report: Report) -> str:
     """The model and the settings in a line."""
     model, settings = report.model, report.settings
-    named = f" ({model['name']})" if model["name"] else ""
+    named = f" ({'/'.join(Path(model['name']).parts[-2:])})" if model["name"] else ""
     one = settings["thoughts"] == 1
     thoughts = "one thought" if one else f"{settings['thoughts']} thoughts"
     how = "the likeliest tokens" if settings["seed"] is None else f"sampled with seed {settings['seed']}"
@@ -78,7 +79,7 @@ def signed(nats: float) -> str:
 
 
 def visible(text: str, spaces: str = "  +|^ $") -> str:
-    """Text with signs for what the eye can't see: line ends, control and bidirectional characters, and the spaces that match."""
+    """Text with signs for what the eye can't see: line ends, control and bidirectional characters, the spaces that match."""
     text = "".join(map(_visible_letter, text))
     return re.sub(spaces, lambda match: f"{MARK}{'·' * len(match[0])}{UNMARK}", text)
 
@@ -123,7 +124,7 @@ def _data(tokens: list[ExplainedToken]) -> dict[str, Any]:
     for token in tokens:
         for thought in token.thoughts:
             strings.update(zip(thought.ids, thought.tokens, strict=True))
-        thoughts = [[_short(x.weight), _short(x.mixed), x.ids, *top(x.top)] for x in token.thoughts]
+        thoughts = [[_short(x.weight), _short(x.mixed), x.ids, top(x.top)] for x in token.thoughts]
         surprise = [_short(x) for x in (token.base, token.mixed, token.gain) if x is not None]
         rows.append([token.id, surprise, thoughts, top(token.top)])
     texts = {token: visible(text, spaces=" +") for token, text in sorted(strings.items())}

@@ -52,20 +52,22 @@ class Thinking:
 @torch.no_grad()
 def generate(qs: QuietStar, input_ids: Tensor, thinking: Thinking, usual: dict[str, Any]) -> Any:
     """See ``QuietStar.generate``; ``usual`` holds the arguments that are transformers' own."""
-    checks.check_text(input_ids, usual["attention_mask"], qs.thought_config, embeddings(qs.model))
-    with dropout_off(qs.model):
-        if thinking.think == "never":
-            model: Any = qs.model
-            return model.generate(input_ids, **usual)
-        config = usual.get("generation_config")
-        new_tokens = usual.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
-        return ThinkingModel(qs, thinking, new_tokens).generate(input_ids, **_without_cache(usual, config))
+    model: Any = qs.model
+    attention_mask, config = usual["attention_mask"], usual.get("generation_config")
+    checks.check_text(input_ids, attention_mask, qs.thought_config, embeddings(model))
+    with dropout_off(model):
+        if thinking.think != "never":
+            new_tokens = usual.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
+            return ThinkingModel(qs, thinking, new_tokens).generate(input_ids, **_without_cache(usual, config))
+        longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
+        checks.check_room(model, checks.learned_positions(model), longest)
+        return model.generate(input_ids, **usual)
 
 
 def _without_cache(usual: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
     """The text's keys and values are kept by ``ThinkingModel``; transformers is to make no cache of its own."""
     for name in ("past_key_values", "cache_implementation"):
-        value = usual.get(name) or getattr(config, name, None)
+        value = usual.get(name, getattr(config, name, None))
         if value is not None:
             got = value if isinstance(value, str) else type(value).__name__
             raise ValueError(f"generate: {name} must be None where the model thinks, which keeps a cache of its own, got {got}")

@@ -266,18 +266,32 @@ class QuietStar(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, verify: bool = True, **kwargs: Any) -> QuietStar:
-        """Load what ``save_pretrained`` wrote, from a folder or a hub name. Nothing is initialised anew.
+        """Load what ``save_pretrained`` wrote, or a published checkpoint, from a folder or a hub name.
+
+        Nothing is initialised anew. A published checkpoint doesn't say how long its thoughts are: ``thought_tokens`` is taken
+        from its ``max_thoughts``, and ``qs.thought_config`` may be replaced.
 
         Args:
             kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
 
         Raises:
-            ValueError: a checkpoint that is damaged, foreign or of another model.
+            ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary.
         """
         model, config, tokenizer, tensors = checkpoint.load(path, **kwargs)
         qs = cls(model, config, tokenizer, verify=verify)
         checkpoint.restore(qs, tensors, path)
         return qs
+
+    def save_official(self, directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint in the published format, which the published code and ``from_pretrained`` load.
+
+        Args:
+            max_shard_size: of a weights file, in bytes or as "5GB"; larger ones are cut into shards with an index.
+
+        Raises:
+            ValueError: not a Mistral, or a model that mixes log-probabilities: the published code knows neither.
+        """
+        official.save(self, directory, max_shard_size)
 
     def load_official_state_dict(self, state: Mapping[str, Tensor], embedding_scale: float = 100.0) -> None:
         """Load a published checkpoint's tensors by their published names, all of them or none.

@@ -38,7 +38,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The vocabulary's own entry, in angle brackets; as bytes in hexadecimal where it stands for bytes."""
     entry = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
-    if not entry:
+    if not isinstance(entry, str) or not entry:
         return f"⟨id {token}⟩"
     if entry.startswith("<0x") and entry.endswith(">"):
         return f"⟨{entry[3:-1]}⟩"
@@ -49,7 +49,7 @@ def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @cache

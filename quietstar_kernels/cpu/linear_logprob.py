@@ -23,21 +23,22 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``reference.linear_logprob``."""
     weight = wide(weight)
-    logprob, entropy, lse = weight.new_empty(len(hidden)), weight.new_zeros(len(hidden)), weight.new_empty(len(hidden))
+    logprob, entropy, largest, log_total = (weight.new_zeros(len(hidden)) for _ in range(4))
     for rows in row_chunks(len(hidden), len(weight)):
         if return_entropy:
-            logprob[rows], entropy[rows], lse[rows] = reference.linear_logprob(
+            logprob[rows], entropy[rows], largest[rows], log_total[rows] = reference.linear_logprob(
                 hidden[rows], weight, targets[rows], bias, scale, softcap, temperature, banned, return_entropy
             )
             continue
         logits = reference.final_logits(hidden[rows], weight, bias, scale, softcap, temperature, banned)
         picked = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-        lse[rows] = logits.logsumexp(-1)
-        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - lse[rows])
-    return logprob, entropy, lse
+        largest[rows] = logits.amax(-1)
+        log_total[rows] = logits.sub_(largest[rows, None]).logsumexp(-1)
+        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - largest[rows] - log_total[rows])
+    return logprob, entropy, largest, log_total
 
 
 def linear_logprob_backward(
@@ -48,7 +49,8 @@ def linear_logprob_backward(
     targets: Tensor,
     bias: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
@@ -65,11 +67,12 @@ def linear_logprob_backward(
         logits = reference.final_logits(h, w, bias, scale, softcap, temperature, banned)
         g = grad_logprob[rows]
         if grad_entropy is None and softcap is None:
-            d = _logprob_grad(logits, targets[rows], g, lse[rows], (1.0 if scale is None else scale) / temperature)
+            factor = (1.0 if scale is None else scale) / temperature
+            d = _logprob_grad(logits, targets[rows], g, largest[rows], log_total[rows], factor)
         else:
             raw = reference.linear(h, w, bias, scale)
             g_entropy = None if grad_entropy is None else grad_entropy[rows]
-            states = (entropy[rows], lse[rows])
+            states = (entropy[rows], largest[rows], log_total[rows])
             d = reference.logprob_grad(logits, raw, targets[rows], g, g_entropy, *states, scale, softcap, temperature)
         if dhidden is not None:
             dhidden[rows] = d @ w
@@ -80,8 +83,8 @@ def linear_logprob_backward(
     return dhidden, None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
 
 
-def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, lse: Tensor, factor: float) -> Tensor:
+def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, largest: Tensor, log_total: Tensor, factor: float) -> Tensor:
     """``reference.logprob_grad`` without soft cap and entropy, in few passes: factor * grad * (one-hot - softmax)."""
     g = torch.where(targets == -100, 0, grad * factor)[:, None]
-    d = logits.sub_(lse[:, None]).exp_().mul_(-g)
+    d = logits.sub_(largest[:, None]).exp_().mul_(-g * (-log_total[:, None]).exp())
     return d.scatter_add_(1, targets.clamp(min=0)[:, None], g)

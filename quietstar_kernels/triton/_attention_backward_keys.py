@@ -14,6 +14,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
 from quietstar_kernels.triton._attention_gradient import in_range, load_tile, store_tile, weights
+from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
@@ -60,7 +61,8 @@ def _launch(
     first, count = (tables.own_first, tables.own_count) if ranges is None else (tables.first, tables.count)
     blocks = triton.cdiv(layout.R if ranges is None else layout.L, config.blocks["BLOCK_N"])
     attention_backward_keys[(blocks * parts * B * G,)](
-        grad_out, q, k, v, tables.delta, tables.lse, first, count, ranges, dk, dv,
+        grad_out, q, k, v, tables.delta, tables.lse, first, count, None if ranges is None else tables.oldest,
+        layout.lo.contiguous(), ranges, dk, dv,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:4], *dv.stride()[:4],
         B, G, H // G, rows, layout.L, layout.M, layout.N, layout.S, parts, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
@@ -70,7 +72,7 @@ def _launch(
 
 @triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"])
 def attention_backward_keys(
-    grad_out, q, k, v, delta, lse, first_table, count_table, ranges, dk, dv,
+    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm, stride_dkp, stride_dkb, stride_dkg, stride_dkm, stride_dvp, stride_dvb, stride_dvg, stride_dvm,
     B, G, HG, rows, L, M, N, S, parts, scale, softcap,
@@ -101,6 +103,7 @@ def attention_backward_keys(
     n = n0 + i
     keys = load_tile(k + b * stride_kb + g * stride_kg + n0.to(tl.int64) * stride_km, i * stride_km, n < end, K, BLOCK_K)
     values = load_tile(v + b * stride_vb + g * stride_vg + n0.to(tl.int64) * stride_vm, i * stride_vm, n < end, E, BLOCK_E)
+    position = n - tl.load(lo + b * L + n, mask=n < L, other=0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_M)
@@ -122,6 +125,9 @@ def attention_backward_keys(
         qk = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p, slope = weights(qk, row_lse[None, :], scale, softcap)
         seen = in_range(n[:, None], first[None, :], tl.where(adds, count, 0)[None, :])
+        if oldest_table is not None:
+            oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
+            seen = seen & (position[:, None] > oldest[None, :])
         p = tl.where(seen, p, 0.0)
         dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
@@ -158,11 +164,11 @@ def attention_ranges(anchor, lo, ranges, L, P, text_rows, window, BLOCK_N: tl.co
     lo += b * L
     start, end = block * BLOCK_N, (block + 1) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    highest_id = tl.max(n - tl.load(lo + n, mask=n < L, other=L), 0)
+    highest_id = tl.max(n - tl.load(lo + n, mask=n < L, other=FAR), 0)
     text_end = start
     for t0 in tl.range(start, L, BLOCK):
         t = t0 + tl.arange(0, BLOCK)
-        first = tl.load(lo + t, mask=t < L, other=L)
+        first = tl.load(lo + t, mask=t < L, other=FAR)
         sees = (first < end) & (t - first - window < highest_id)
         text_end = tl.maximum(text_end, tl.max(tl.where(sees, t + 1, 0), 0))
     before, until = 0, 0

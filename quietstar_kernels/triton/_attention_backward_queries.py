@@ -12,7 +12,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
 from quietstar_kernels.triton._attention_gradient import finite, in_range, load_tile, store_tile, weights
-from quietstar_kernels.triton._rows import OWN, own_chunks, text_blocks, tile_start
+from quietstar_kernels.triton._rows import FAR, tile_start
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
 
@@ -28,21 +28,23 @@ def query_gradient(
     HG, block = H // G, config.blocks["BLOCK_M"]
     tiles = triton.cdiv(layout.R * HG, block) + triton.cdiv((rows - layout.R) * HG, block)
     attention_backward_queries[(tiles * B * G,)](
-        grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count, dq,
+        grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count,
+        tables.sure, tables.oldest, layout.lo.contiguous(), dq,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
-        B, G, HG, rows, layout.L, layout.M, layout.S, scale, softcap,
+        B, G, HG, rows, layout.L, layout.M, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
         PRECISION=dot_precision(), **config.options(),
     )  # fmt: skip
     return dq
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M", "S"])
+@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"])
 def attention_backward_queries(
-    grad_out, q, k, v, delta, lse, first_table, count_table, own_first_table, own_count_table, dq,
+    grad_out, q, k, v, delta, lse, first_table, count_table, own_first_table, own_count_table,
+    sure_table, oldest_table, lo, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm, stride_db, stride_dh, stride_dm,
-    B, G, HG, rows, L, M, S, scale, softcap,
+    B, G, HG, rows, L, M, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +58,7 @@ def attention_backward_queries(
     row = (m - (M - rows)).to(tl.int64)
     k += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg
+    lo += b * L
     at = (b * (G * HG) + h) * rows + row
     row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
@@ -64,63 +67,68 @@ def attention_backward_queries(
     count = tl.load(count_table + at, mask=inside, other=0)
     own_first = tl.load(own_first_table + at, mask=inside, other=0)
     own_count = tl.load(own_count_table + at, mask=inside, other=0)
+    if oldest_table is None:
+        sure = first
+    else:
+        sure = tl.load(sure_table + at, mask=inside, other=0)
+        oldest = tl.load(oldest_table + at, mask=inside, other=0)
     on = count + own_count > 0
     adds = row_lse < float("inf")
     queries = load_tile(q + b * stride_qb, h * stride_qh + row * stride_qm, adds, K, BLOCK_K)
     grads = load_tile(grad_out + b * stride_gb, h * stride_gh + row * stride_gm, adds, E, BLOCK_E)
 
-    # Own rows first, as in the forward: a chunk of rows is a matrix of its own here.
-    CHUNKS: tl.constexpr = BLOCK_M // OWN
-    chunk_first, chunk_last, blocks = own_chunks(flat, L, M - L, S, HG, BLOCK_M)
-    blocks *= tl.max((own_count > 0).to(tl.int32), 0)
-    chunk_queries = tl.reshape(queries, [CHUNKS, OWN, BLOCK_K])
-    chunk_grads = tl.reshape(grads, [CHUNKS, OWN, BLOCK_E])
-    chunk_lse, chunk_delta = tl.reshape(row_lse, [CHUNKS, OWN, 1]), tl.reshape(row_delta, [CHUNKS, OWN, 1])
-    chunk_own_first, chunk_own_count = tl.reshape(own_first, [CHUNKS, OWN, 1]), tl.reshape(own_count, [CHUNKS, OWN, 1])
-    acc = tl.zeros([CHUNKS, OWN, BLOCK_K], tl.float32)
-    for j in tl.range(blocks, num_stages=1):
-        n = chunk_first[:, None] + (j * OWN + tl.arange(0, OWN))
-        there = n <= chunk_last[:, None]
-        keys = finite(load_tile(k, n.to(tl.int64) * stride_km, there, K, BLOCK_K))
-        values = load_tile(v, n.to(tl.int64) * stride_vm, there, E, BLOCK_E)
-        ds = score_gradient(
-            chunk_queries, chunk_grads, tl.permute(keys, [0, 2, 1]), tl.permute(values, [0, 2, 1]),
-            chunk_lse, chunk_delta, scale, softcap, PRECISION,
-        )  # fmt: skip
-        ds = tl.where(in_range(n[:, None, :], chunk_own_first, chunk_own_count), ds, 0.0)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    acc = tl.reshape(acc, [BLOCK_M, BLOCK_K])
+    start, before, full, edges = text_blocks(first, sure, first + count - 1, on, BLOCK_N, BLOCK_EDGE)
+    own_start = tl.min(tl.where(own_count > 0, own_first, FAR), 0)
+    own = tl.cdiv(tl.maximum(tl.max(tl.where(own_count > 0, m, -1), 0) + 1 - own_start, 0), BLOCK_EDGE)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    i = tl.arange(0, BLOCK_EDGE)
+    for j in tl.range(own + edges):
+        is_own = j < own
+        text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
+        n0 = tl.where(is_own, own_start + j * BLOCK_EDGE, text)
+        n = n0 + i
+        there = n < tl.where(is_own, M, L)
+        keys = finite(load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, there, K, BLOCK_K))
+        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, there, E, BLOCK_E)
+        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, PRECISION)
+        seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
+        if oldest_table is not None:
+            position = n - tl.load(lo + n, mask=n < L, other=0)
+            seen = seen & (is_own | (position[None, :] > oldest[:, None]))
+        acc = tl.dot(tl.where(seen, ds, 0.0).to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    start, before, full, edges = text_blocks(first, first + count - 1, on, BLOCK_N, BLOCK_EDGE)
     full_start = start + before * BLOCK_EDGE
     i = tl.arange(0, BLOCK_N)
     for j in tl.range(full):
         n0 = full_start + j * BLOCK_N
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < L, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < L, E, BLOCK_E)
-        ds = score_gradient(
-            queries, grads, tl.trans(keys), tl.trans(values), row_lse[:, None], row_delta[:, None], scale, softcap, PRECISION
-        )
+        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    i = tl.arange(0, BLOCK_EDGE)
-    for j in tl.range(edges):
-        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
-        n = n0 + i
-        keys = finite(load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < L, K, BLOCK_K))
-        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < L, E, BLOCK_E)
-        ds = score_gradient(
-            queries, grads, tl.trans(keys), tl.trans(values), row_lse[:, None], row_delta[:, None], scale, softcap, PRECISION
-        )
-        ds = tl.where(in_range(n[None, :], first[:, None], count[:, None]), ds, 0.0)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-
-    acc = tl.where(adds[:, None], acc * scale, tl.where(on, float("nan"), 0.0)[:, None])
+    acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
     store_tile(dq + b * stride_db, h * stride_dh + row * stride_dm, inside, acc, K, BLOCK_K)
 
 
 @triton.jit
 def score_gradient(queries, grads, keys, values, lse, delta, scale, softcap, PRECISION: tl.constexpr):
-    """d loss / d (scale * q·k) of rows against keys [..,K,columns] and values [..,E,columns]."""
-    p, slope = weights(tl.dot(queries, keys, input_precision=PRECISION), lse, scale, softcap)
-    return p * (tl.dot(grads, values, input_precision=PRECISION) - delta) * slope
+    """d loss / d (scale * q·k), [rows,keys]."""
+    qk = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    p, slope = weights(qk, lse[:, None], scale, softcap)
+    dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+    return p * (dp - delta[:, None]) * slope
+
+
+@triton.jit
+def text_blocks(first, sure, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """As ``_rows.text_blocks``, for text of which only the part from ``sure`` on is certainly seen."""
+    sees = first <= last
+    start = tl.min(tl.where(sees, first, FAR), 0)
+    end = tl.max(tl.where(sees, last, -1), 0)
+    all_from = tl.minimum(tl.max(tl.where(on, sure, 0), 0), end + 1)
+    all_to = tl.min(tl.where(on, last, FAR), 0)
+    before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
+    full_start = start + before * BLOCK_EDGE
+    full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
+    after = tl.cdiv(tl.maximum(end + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
+    return start, before, full, before + after

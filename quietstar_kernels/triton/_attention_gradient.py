@@ -40,9 +40,11 @@ def in_range(n, first, count):
 def weights(qk, lse, scale, softcap):
     """p = exp(score - lse) of raw products q·k, and d score / d (scale * q·k). ``lse`` is in units of log 2."""
     if softcap is None:
-        return tl.exp2(qk * (scale * LOG2_E) - lse), 1.0
-    capped = tanh(qk * (scale / softcap))
-    return tl.exp2(capped * (softcap * LOG2_E) - lse), 1 - capped * capped
+        score, slope = qk * (scale * LOG2_E), 1.0
+    else:
+        capped = tanh(qk * (scale / softcap))
+        score, slope = capped * (softcap * LOG2_E), 1 - capped * capped
+    return tl.exp2(score - lse), slope
 
 
 @triton.jit

@@ -20,9 +20,9 @@ def _decode(
     window, unit, cap_in, cap_out,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    FOLD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BLOCK_OWN: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):
-    BLOCK_M: tl.constexpr = BLOCK_T * FOLD
+    BLOCK_T: tl.constexpr = BLOCK_M // FOLD
     pid = tl.program_id(0)
     split = tl.program_id(1)
     HG = H // G
@@ -79,49 +79,28 @@ def _decode(
     qs = tl.load(q + b * q_b + (head * q_h + thought.to(tl.int64) * q_t)[:, None] + d, mask=on[:, None] & (d < K), other=0)
     k_own += b * ko_b + g * ko_g
     v_own += b * vo_b + g * vo_g
-    if BLOCK_OWN == 1:
-        acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-        k_rows = k_own + thought.to(tl.int64)[:, None] * ko_t + d
-        v_rows = v_own + thought.to(tl.int64)[:, None] * vo_t + e
-        qf = qs.to(tl.float32)
-        for i in range(own_begin, own_end):
-            far = tl.zeros([], tl.int64) + i
-            k = tl.load(k_rows + far * ko_s, mask=on[:, None] & (d < K), other=0).to(tl.float32)
-            v = tl.load(v_rows + far * vo_s, mask=on[:, None] & (e < E), other=0).to(tl.float32)
-            s = cap(tl.sum(qf * k, 1), unit, cap_in, cap_out, CAPPED)
-            top = tl.maximum(m, s)
-            p = tl.exp2(s - top)
-            fade = tl.exp2(m - top)
-            acc = acc * fade[:, None] + p[:, None] * v
-            l = l * fade + p
-            m = top
-    else:
-        q3 = tl.permute(tl.reshape(qs, [BLOCK_T, FOLD, BLOCK_K]), (0, 2, 1))
-        m3 = tl.reshape(m, [BLOCK_T, FOLD])
-        l3 = tl.reshape(l, [BLOCK_T, FOLD])
-        acc3 = tl.zeros([BLOCK_T, BLOCK_E, FOLD], tl.float32)
-        own_thought = (tile * BLOCK_T + tl.arange(0, BLOCK_T))
-        inside_t = own_thought < thoughts
-        on_t = tl.load(anchor + b * anchor_b + own_thought // N, mask=inside_t, other=-1) >= 0
-        on_t &= now < tl.load(length + b * length_b + own_thought, mask=inside_t, other=0)
-        own_thought = own_thought.to(tl.int32)[:, None, None]
-        for j0 in tl.range(own_begin, own_end, BLOCK_OWN, num_stages=1, disable_licm=True):
-            j = (j0 + tl.arange(0, BLOCK_OWN))
-            seen = on_t[:, None] & (j < own_end)[None, :]
-            j = j.to(tl.int32)[None, :, None]
-            k = tl.load(k_own + own_thought * ko_t + j * ko_s + d[None, None, :], mask=seen[:, :, None] & (d < K)[None, None, :], other=0)
-            s = tl.dot(k, q3, input_precision=PRECISION)
-            s = tl.where(seen[:, :, None], cap(s, unit, cap_in, cap_out, CAPPED), -float("inf"))
-            v = tl.load(v_own + own_thought * vo_t + j * vo_s + e[None, None, :], mask=seen[:, :, None] & (e < E)[None, None, :], other=0)
-            top = tl.maximum(m3, tl.max(s, 1))
-            p = tl.exp2(s - top[:, None, :])
-            fade = tl.exp2(m3 - top)
-            acc3 = tl.dot(tl.permute(v, (0, 2, 1)), p.to(v.dtype), acc3 * fade[:, None, :], input_precision=PRECISION)
-            l3 = l3 * fade + tl.sum(p, 1)
-            m3 = top
-        acc = tl.reshape(tl.permute(acc3, (0, 2, 1)), [BLOCK_M, BLOCK_E])
-        m = tl.reshape(m3, [BLOCK_M])
-        l = tl.reshape(l3, [BLOCK_M])
+    GROUPS: tl.constexpr = BLOCK_M // 16
+    q3 = tl.reshape(qs, [GROUPS, 16, BLOCK_K])
+    m3 = tl.reshape(m, [GROUPS, 16])
+    l3 = tl.reshape(l, [GROUPS, 16])
+    acc3 = tl.zeros([GROUPS, 16, BLOCK_E], tl.float32)
+    key = tl.arange(0, 16)
+    same = key[:, None] // FOLD == key[None, :] // FOLD
+    own_thought = tile * BLOCK_T + tl.arange(0, GROUPS)[:, None] * (16 // FOLD) + key[None, :] // FOLD
+    inside_t = own_thought < thoughts
+    on_t = tl.load(anchor + b * anchor_b + own_thought // N, mask=inside_t, other=-1) >= 0
+    on_t &= now < tl.load(length + b * length_b + own_thought, mask=inside_t, other=0)
+    for j0 in tl.range(own_begin, own_end, FOLD, num_stages=OWN_STAGES):
+        jj = j0 + key % FOLD
+        seen = on_t & (jj < own_end)[None, :]
+        k = tl.load(k_own + (own_thought * ko_t + jj * ko_s)[:, :, None] + d[None, None, :], mask=seen[:, :, None] & (d < K)[None, None, :], other=0)
+        s = tl.dot(q3, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
+        s = tl.where((same & (jj < own_end)[None, :])[None, :, :], cap(s, unit, cap_in, cap_out, CAPPED), -float("inf"))
+        v = tl.load(v_own + (own_thought * vo_t + jj * vo_s)[:, :, None] + e[None, None, :], mask=seen[:, :, None] & (e < E)[None, None, :], other=0)
+        acc3, m3, l3 = attend(acc3, m3, l3, s, v, 2, PRECISION)
+    acc = tl.reshape(acc3, [BLOCK_M, BLOCK_E])
+    m = tl.reshape(m3, [BLOCK_M])
+    l = tl.reshape(l3, [BLOCK_M])
 
     k_text += b * kt_b + g * kt_g
     v_text += b * vt_b + g * vt_g
@@ -151,7 +130,7 @@ def _decode(
     l = tl.where(on, l, 1)
     at = (b * H + head) * thoughts + thought
     mask = inside[:, None] & (e < E)
-    if True:
+    if splits == 1:
         tl.store(out + at[:, None] * E + e, (acc / l[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
         at += split.to(tl.int64) * (tl.num_programs(0) // tiles // chunks // G).to(tl.int64) * H * thoughts
@@ -169,7 +148,7 @@ def thought_decode(q, k_text, v_text, k_own, v_own, layout, step, scale, window,
     heads = H // G
     fold = min(triton.next_power_of_2(heads), 16)
     config = CONFIG
-    T = config.blocks["BLOCK_T"]
+    T = config.blocks["BLOCK_M"] // fold
     tiles = triton.cdiv(thoughts, T)
     splits = 1
     part_out = q.new_empty(0, dtype=torch.float32)

@@ -1,9 +1,12 @@
-"""Functions that Triton's language lacks on one of its targets."""
+"""Numbers and functions that Triton's language lacks, on one of its targets at least."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

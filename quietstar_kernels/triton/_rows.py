@@ -50,22 +50,58 @@ def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def text_blocks(first, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
-    """Blocks that cover the text first..last that the rows of a tile see: (start, before, full, edges).
+def text_bounds(first, last, on):
+    """Of rows that see the text first..last, [BLOCK] each: (start, all_from, all_to, end).
 
-    From ``start`` there are ``before`` blocks of BLOCK_EDGE that some rows see, then ``full`` blocks of BLOCK_N that all rows
-    that are on see, then ``edges - before`` blocks of BLOCK_EDGE again.
+    No row that is on sees text outside start..end; all of them see all_from..all_to, which may be empty.
     """
     sees = on & (first <= last)
     start = tl.min(tl.where(sees, first, FAR), 0)
     all_from = tl.max(tl.where(sees, first, 0), 0)
     all_to = tl.min(tl.where(sees, last, tl.where(on, -1, FAR)), 0)
     end = tl.max(tl.where(sees, last, -1), 0)
+    return start, all_from, all_to, end
+
+
+@triton.jit
+def window_bounds(start, all_from, end, oldest, on, lo, BLOCK: tl.constexpr):
+    """``start`` and ``all_from`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
+
+    Position ids n - lo[n] need not ascend, so the text is looked through.
+    """
+    lowest = tl.min(tl.where(on, oldest, FAR), 0)
+    highest = tl.max(tl.where(on, oldest, -FAR), 0)
+    begin = tl.maximum(start, lowest)  # no position has an id above itself
+    start = begin * 0 + FAR
+    all_from = tl.maximum(all_from, begin)
+    for n0 in tl.range(begin, end + 1, BLOCK):
+        n = n0 + tl.arange(0, BLOCK)
+        position = n - tl.load(lo + n, mask=n <= end, other=0)
+        start = tl.minimum(start, tl.min(tl.where((n <= end) & (position >= lowest), n, FAR), 0))
+        all_from = tl.maximum(all_from, tl.max(tl.where((n <= end) & (position < highest), n + 1, 0), 0))
+    return start, all_from
+
+
+@triton.jit
+def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """Blocks of text for bounds as those of ``text_bounds``: (before, full, edges).
+
+    From ``start`` there are ``before`` blocks of BLOCK_EDGE that some rows see, then ``full`` blocks of BLOCK_N that all rows
+    that are on see, then ``edges - before`` blocks of BLOCK_EDGE again.
+    """
     before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
     full_start = start + before * BLOCK_EDGE
     full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
     after = tl.cdiv(tl.maximum(end + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
-    return start, before, full, before + after
+    return before, full, before + after
+
+
+@triton.jit
+def text_blocks(first, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """``start`` of ``text_bounds`` and the blocks of ``cover``: (start, before, full, edges)."""
+    start, all_from, all_to, end = text_bounds(first, last, on)
+    before, full, edges = cover(start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
+    return start, before, full, edges
 
 
 @triton.jit

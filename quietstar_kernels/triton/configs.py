@@ -39,12 +39,11 @@ def pick(table: Table, itemsize: int, width: int) -> Config:
     return table[here, itemsize, widths[0]]
 
 
-# BLOCK_M flat rows (a multiple of 16); BLOCK_N keys in a block without a mask; BLOCK_EDGE in a masked one.
+# BLOCK_M flat rows (a multiple of 16); BLOCK_N keys in a block without a mask; BLOCK_EDGE in a masked one; SLICES of K that
+# warps share (scores in _attention_forward).
 ATTENTION_FORWARD: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32}, num_warps=8),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32}, num_warps=8),
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
 }
 
 # Passes over rows and anchors, without matrix products.
@@ -67,20 +66,43 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
 }
 
-# BLOCK_R rows times BLOCK_V logits (fp32, whatever the model's dtype) in a loop along the row.
+# linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
 ONLINE_SOFTMAX: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 16, "BLOCK_V": 128}),
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
+    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
+}
+
+# The same logits, BLOCK_R x BLOCK_V of them in a program.
+LOGITS_GRADIENT: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
     ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
     ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
     ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
 }
 
-# BLOCK_R rows times BLOCK_V logits (fp32) per program.
-LOGITS_GRADIENT: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 16, "BLOCK_V": 128}),
-    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
+# BLOCK_R rows times BLOCK_V ids, a multiple of 128, with BLOCK_D of the model's width in one step; the width is that of rows.
+SAMPLE_TOKEN: Table = {
+    ("interpreter", 4, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}),
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("interpreter", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("sm_80", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
+    ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=4),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("sm_90", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
+    ("sm_90", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 256, "BLOCK_D": 64}, num_warps=8, num_stages=4),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("sm_100", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
+    ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("gfx942", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
+    ("gfx942", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
+    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
 }
+
+# BLOCK_R rows, BLOCK_P parts of the vocabulary in one step.
+SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})

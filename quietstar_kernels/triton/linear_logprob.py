@@ -1,8 +1,8 @@
 """linear_logprob on GPUs: matrix products by the vendor's library, some vocabulary and some rows at a time, and what lies
 between them in one pass over the logits of a chunk.
 
-The forward needs one product and one reading of fp32 logits, the backward three products and one reading: it takes the LSE
-from the forward, so that a logit turns into its gradient where it stands. Chunks are of the vocabulary first, since a weight
+The forward needs one product and one reading of fp32 logits, the backward three products and one reading: it has the LSE
+from the forward, so that a logit turns into its gradient at sight. Chunks are of the vocabulary first, since a weight
 has more rows than there are hidden states: its gradient then comes out of one product, and what adds up over the chunks, in
 fp32, is the gradient of the hidden states, the smaller of the two.
 """
@@ -22,7 +22,7 @@ from quietstar_kernels.triton._product import add_product, product
 from quietstar_kernels.triton.configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
 
 LOGITS = 2**24  # of a chunk, 64 MB: more gain nothing, and fewer leave multiprocessors idle in its product
-COLUMNS = 4096  # least width of a chunk: every chunk reads and writes the fp32 gradient of all hidden states
+COLUMNS = 8192  # least width of a chunk: each chunk reads and writes the fp32 gradient of all hidden states
 ALIGNED = 64  # ids: chunks start and end at multiples of this, so that all loads are wide
 LOWEST = tl.constexpr(-1e30)
 
@@ -37,7 +37,7 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``reference.linear_logprob``."""
     R, V = len(hidden), len(weight)
     shift, factors = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
@@ -69,7 +69,7 @@ def linear_logprob(
     log_total = total.log()
     logprob = torch.where(targets == -100, 0, picked - largest - log_total)
     entropy = torch.zeros_like(total) if weighted is None else log_total - weighted / total
-    return logprob, entropy, largest + log_total
+    return logprob, entropy, largest, log_total
 
 
 def linear_logprob_backward(
@@ -80,7 +80,8 @@ def linear_logprob_backward(
     targets: Tensor,
     bias: Tensor | None,
     entropy: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
     scale: float | None,
     softcap: float | None,
     temperature: float,
@@ -107,8 +108,9 @@ def linear_logprob_backward(
                 x,
                 shift[ids.start :],
                 targets[rows],
-                lse[rows],
                 entropy[rows],
+                largest[rows],
+                log_total[rows],
                 grad_logprob[rows],
                 None if grad_entropy is None else grad_entropy[rows],
                 d[rows],
@@ -147,7 +149,8 @@ def _factors(scale: float | None, softcap: float | None, temperature: float) -> 
 
 def _chunk(R: int, V: int) -> tuple[int, int]:
     """Rows and ids of a chunk; few rows make it wide."""
-    width = min(max(COLUMNS, LOGITS // max(R, 1) // ALIGNED * ALIGNED), _aligned(V))
+    R = max(R, 1)
+    width = min(max(COLUMNS, LOGITS // R // ALIGNED * ALIGNED), _aligned(V))
     return min(max(LOGITS // width // ALIGNED, 1) * ALIGNED, R), width
 
 
@@ -162,17 +165,17 @@ def _aligned(size: int) -> int:
 
 @triton.jit
 def _final(x, shift, inner, outer):
-    """The final logit, divided by the temperature, of hidden · weight; and its derivative. -inf for an id that doesn't count."""
+    """The final logit, over the temperature, of the product x; and its derivative by x. LOWEST for an id that doesn't count."""
     logit = (x + shift) * inner
     slope = inner
     if outer is not None:
         bend = tanh(logit)
         logit = outer * bend
         slope = outer * inner * (1 - bend * bend)
-    return tl.where(shift == float("-inf"), float("-inf"), logit), slope
+    return tl.where(shift == float("-inf"), LOWEST, logit), slope
 
 
-@triton.jit(do_not_specialize=["first", "rows", "width"])
+@triton.jit(do_not_specialize=["rows"])
 def _online_softmax(
     x,
     shift,
@@ -195,7 +198,6 @@ def _online_softmax(
     largest: of the logits so far; total: sum of exp(logit - largest); weighted: of that times (logit - largest), or None;
     picked: the target's logit, written in the chunk that holds it.
     """
-    width = tl.multiple_of(width, 16)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
     row = x + r.to(tl.int64) * stride_x
@@ -211,7 +213,6 @@ def _online_softmax(
         shift_c = tl.load(shift + c, mask=within, other=float("-inf"))
         x_c = tl.load(row[:, None] + c[None, :], mask=inside[:, None] & within[None, :], other=0.0)
         logit, _ = _final(x_c, shift_c[None, :], inner, outer)
-        logit = tl.where(logit == float("-inf"), LOWEST, logit)
         new = tl.maximum(m, tl.max(logit, 1))
         gap = logit - new[:, None]
         p = tl.exp(gap)
@@ -223,22 +224,22 @@ def _online_softmax(
 
     c = tl.load(targets + r, mask=inside, other=-1) - first
     here = inside & (c >= 0) & (c < width)
-    x_target = tl.load(row + c, mask=here, other=0.0)
-    logit, _ = _final(x_target, tl.load(shift + c, mask=here, other=0.0), inner, outer)
+    logit, _ = _final(tl.load(row + c, mask=here, other=0.0), tl.load(shift + c, mask=here, other=0.0), inner, outer)
     tl.store(largest + r, m, mask=inside)
     tl.store(total + r, s, mask=inside)
     if weighted is not None:
         tl.store(weighted + r, w, mask=inside)
-    tl.store(picked + r, logit, mask=here)
+    tl.store(picked + r, tl.where(logit == LOWEST, float("-inf"), logit), mask=here)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "width"])
+@triton.jit(do_not_specialize=["rows"])
 def _logits_gradient(
     x,
     shift,
     targets,
-    lse,
     entropy,
+    largest,
+    log_total,
     grad_logprob,
     grad_entropy,
     d,
@@ -253,19 +254,19 @@ def _logits_gradient(
     BLOCK_V: tl.constexpr,
 ):
     """d [rows,width]: the loss by hidden · weight, from the products x of ids first..first+width-1."""
-    width = tl.multiple_of(width, 16)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside, within = r < rows, c < width
     both = inside[:, None] & within[None, :]
     target = tl.load(targets + r, mask=inside, other=-1) - first
     g = tl.load(grad_logprob + r, mask=inside, other=0.0)[:, None]
-    lse_r = tl.load(lse + r, mask=inside, other=0.0)[:, None]
+    largest_r = tl.load(largest + r, mask=inside, other=0.0)[:, None]
+    log_total_r = tl.load(log_total + r, mask=inside, other=0.0)[:, None]
     shift_c = tl.load(shift + c, mask=within, other=float("-inf"))[None, :]
     x_rc = tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=both, other=0.0)
 
     logit, slope = _final(x_rc, shift_c, inner, outer)
-    logp = logit - lse_r
+    logp = logit - largest_r - log_total_r
     p = tl.exp(logp)
     grad = tl.where(c[None, :] == target[:, None], g, 0.0) - g * p
     if grad_entropy is not None:

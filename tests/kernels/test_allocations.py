@@ -55,12 +55,13 @@ def test_sample_token(softcap, temperature):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_linear_logprob(softcap, entropy):
     hidden, weight, bias, targets = logprob_inputs(seeded(0), R, 4, V, bias=True, banned=(3,)).values()
-    head = (hidden, weight, targets, bias, None, softcap, 1.0, [3])
+    head, rest = (hidden, weight, targets, bias), (None, softcap, 1.0, [3])
     grads = torch.randn(2, R, generator=seeded(1))
+    functions = backend_functions("linear_logprob")
     with LargestOutput() as forward:
-        backend_functions("linear_logprob").linear_logprob(*head, entropy)
+        _, *saved = functions.linear_logprob(*head, *rest, entropy)
     with LargestOutput() as backward:
-        backend_functions("linear_logprob").linear_logprob_backward(grads[0], grads[1] if entropy else None, *head)
+        functions.linear_logprob_backward(grads[0], grads[1] if entropy else None, *head, *saved, *rest, [True] * 3)
     assert V <= forward.numel <= R * V // SHARE
     assert V <= backward.numel <= R * V // SHARE
 

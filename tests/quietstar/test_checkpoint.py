@@ -128,3 +128,23 @@ def test_another_format_is_refused(saved):
     (saved / "quietstar.json").write_text(json.dumps({**settings, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_weights_of_another_vocabulary_are_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
+    with pytest.raises(ValueError, match="its weights are of a vocabulary of 61 tokens, its config.json says 60"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_a_run_does_not_go_on_with_another_vocabulary(saved, tiny):
+    qs = quietstar.QuietStar(tiny("llama", vocab_size=70), CONFIG)
+    with pytest.raises(ValueError, match="it is of a vocabulary of 61 tokens, the model's has 70"):
+        checkpoint.restore_all(qs, saved)
+
+
+def test_pickled_weights_are_refused(saved):
+    torch.save({}, saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing|pickle files"):
+        quietstar.QuietStar.from_pretrained(saved)

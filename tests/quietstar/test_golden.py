@@ -125,7 +125,7 @@ def test_an_embedding_of_another_scale_is_rescaled():
     [
         (lambda state: state.pop("talk_head.0.2.bias"), "missing talk_head.0.2.bias"),
         (lambda state: state.update(extra=torch.zeros(2)), "unknown extra"),
-        (lambda state: state.update({"lm_head.weight": torch.zeros(3, 32)}), r"lm_head.weight must have shape \[\d+, 32\]"),
+        (lambda state: state.update({"lm_head.weight": torch.zeros(3, 32)}), "lm_head.weight is of a vocabulary of 3 tokens"),
         (lambda state: state.update(start_embedding=torch.zeros(32)), "start_embedding must have shape"),
     ],
 )

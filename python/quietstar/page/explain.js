@@ -7,6 +7,7 @@ const close = document.getElementById("close");
 const tokens = Array.from(text.children);
 const place = new Map(tokens.map((token, i) => [token, i]));
 const hint = details.firstElementChild;
+let tabbable = 0; // the token that Tab reaches
 let shown = -1; // the token in the panel
 let pinned = false; // it stays when the mouse goes elsewhere
 let returning = false; // the focus comes back from a closed panel
@@ -17,13 +18,13 @@ text.setAttribute("aria-orientation", "horizontal");
 tokens.forEach((token, i) => {
   token.setAttribute("role", "option");
   token.setAttribute("aria-selected", "false");
-  token.tabIndex = i ? -1 : 0;
+  token.tabIndex = i === tabbable ? 0 : -1;
 });
 
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2).replace(/e.*/, "")) + " %";
 const rare = (p) => (p > 0 && p < 0.0001 ? "< 0.01 %" : percent(p));
-const verdict = (i) => ({ h: "thinking hurt", z: "about the same", p: "thinking helped" })[tokens[i].className[0]];
+const verdict = (i) => ({ h: "Thinking hurt", z: "About the same", p: "Thinking helped" })[tokens[i].className[0]];
 
 function make(tag, className, content) {
   const element = document.createElement(tag);
@@ -43,46 +44,51 @@ function nodes(marked) {
 
 const tokenText = (id) => make("bdi", "token", nodes(texts[id] ?? ""));
 
-function topList(ids, probabilities, right, probability) {
-  const list = make("ol");
-  const line = (id, p, name) => {
-    const item = make("li", id === right ? "right" : "");
-    const share = make("span", "share");
-    share.style.width = 100 * Math.min(1, p) + "%";
-    item.append(share, make("span", "name", [make("bdi", "", name), id === right ? " ◂" : ""]), make("span", "percent", rare(p)));
-    list.append(item);
-  };
-  ids.forEach((id, i) => line(id, probabilities[i], nodes(texts[id] ?? "")));
-  if (!ids.includes(right)) line(right, probability, "this token");
-  return list;
+// The token's own share of the text, spaces and all.
+function ownText(i) {
+  const parts = Array.from(tokens[i].cloneNode(true).childNodes);
+  return parts.map((part) => (part.nodeType === Node.TEXT_NODE ? part.data.replace("\n", "").replaceAll(" ", "·") : part));
 }
 
-function figures(base, thoughts) {
-  const table = make("table");
-  const row = (tag, cells) => table.append(make("tr", "", cells.map((x, i) => make(i ? tag : "th", "", x))));
-  row("th", ["", "probability", "surprise", "weight"]);
-  row("td", ["without thinking", rare(Math.exp(-base)), base.toFixed(2), ""]);
-  thoughts.forEach(([weight, mixed], n) => {
-    row("td", [thoughts.length > 1 ? `with thought ${n + 1}` : "with the thought", rare(Math.exp(-mixed)), mixed.toFixed(2), weight.toFixed(2)]);
-  });
-  return table;
+function topList(title, i, [ids, probabilities], surprise) {
+  const own = rows[i][0];
+  const line = (id, p, name) => {
+    const share = make("span", "share");
+    share.style.width = 100 * Math.min(1, p) + "%";
+    const right = id === own;
+    return make("li", right ? "right" : "", [share, make("span", "name", [make("bdi", "", name), right ? " ◂" : ""]), make("span", "percent", rare(p))]);
+  };
+  const lines = ids.map((id, k) => line(id, probabilities[k], nodes(texts[id] ?? "")));
+  if (!ids.includes(own)) lines.push(line(own, Math.exp(-surprise), ownText(i)));
+  return make("div", "", [make("h3", "", title), make("ol", "", lines)]);
+}
+
+function figures(base, thoughts, numbered) {
+  const line = (tag, cells) => make("tr", "", cells.map((cell, k) => make(k ? tag : "th", "", cell)));
+  const numbers = (surprise) => [rare(Math.exp(-surprise)), surprise.toFixed(2)];
+  return make("table", "", [
+    line("th", ["", "probability", "surprise", "weight"]),
+    line("td", ["without thought", ...numbers(base), ""]),
+    ...thoughts.map(([weight, mixed], n) => line("td", [`with thought${numbered(n)}`, ...numbers(mixed), weight.toFixed(2)])),
+  ]);
 }
 
 function describe(i) {
-  const [id, surprise, thoughts, [topIds, topP]] = rows[i];
-  const name = make("bdi", "token", Array.from(tokens[i].cloneNode(true).childNodes).map((x) => (x.nodeType === 3 ? x.data.replace("\n", "").replaceAll(" ", "·") : x)));
-  const parts = [make("h2", "", name), make("p", "hint", `token ${i + 1} of ${tokens.length}, id ${id}`)];
-  if (!surprise.length) return [...parts, make("p", "", "The first token: nothing comes before it, so nothing predicts it.")];
+  const [id, surprise, thoughts, top] = rows[i];
+  const head = [make("h2", "", make("bdi", "token", ownText(i))), make("p", "hint", `token ${i + 1} of ${tokens.length}, id ${id}`)];
+  if (!surprise.length) return [...head, make("p", "", "The first token: nothing comes before it, so nothing predicts it.")];
   const [base, , gain] = surprise;
-  parts.push(make("p", "gain", `${verdict(i)}: gain ${signed(gain)} nats`), figures(base, thoughts));
-  thoughts.forEach(([, own, ids, mixedIds, mixedP], n) => {
-    parts.push(make("h3", "", thoughts.length > 1 ? `Thought ${n + 1} before it` : "The thought before it"));
-    parts.push(make("p", "thought", ids.map(tokenText)));
-    const without = make("div", "", [make("h3", "", "Likeliest without"), topList(topIds, topP, id, Math.exp(-base))]);
-    const withIt = make("div", "", [make("h3", "", "Likeliest with it"), topList(mixedIds, mixedP, id, Math.exp(-own))]);
-    parts.push(make("div", "tops", [without, withIt]));
-  });
-  return parts;
+  const numbered = (n) => (thoughts.length > 1 ? ` ${n + 1}` : "");
+  return [
+    ...head,
+    make("p", "gain", `${verdict(i)}: gain ${signed(gain)} nats`),
+    figures(base, thoughts, numbered),
+    ...thoughts.flatMap(([, , ids], n) => [make("h3", "", `Thought${numbered(n)} before it`), make("p", "thought", ids.map(tokenText))]),
+    make("div", "tops", [
+      topList("Likeliest without", i, top, base),
+      ...thoughts.map(([, mixed, , withIt], n) => topList(`With thought${numbered(n)}`, i, withIt, mixed)),
+    ]),
+  ];
 }
 
 function label(i) {
@@ -120,7 +126,8 @@ function release() {
 }
 
 function focus(i) {
-  tokens.forEach((token) => { if (token.tabIndex === 0) token.tabIndex = -1; });
+  tokens[tabbable].tabIndex = -1;
+  tabbable = i;
   tokens[i].tabIndex = 0;
   tokens[i].focus({ preventScroll: true });
   reveal(i);
@@ -164,7 +171,8 @@ text.addEventListener("click", (event) => {
 });
 text.addEventListener("focusin", (event) => {
   const i = tokenOf(event);
-  if (i >= 0 && !returning) show(i);
+  // A tap focuses too, before its click: a panel that opened now could cover the token, and the click would miss it.
+  if (i >= 0 && !returning && event.target.matches(":focus-visible")) show(i);
 });
 text.addEventListener("keydown", (event) => {
   const i = tokenOf(event);

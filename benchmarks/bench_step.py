@@ -1,0 +1,224 @@
+"""A whole training step and a whole rollout of a model, ours against the published code's schedule.
+
+    python benchmarks/bench_step.py --help
+
+A training step samples the thoughts of all positions, runs the packed forward and backward and AdamW. The floor counts the
+matmuls of the packed forward and backward alone, so sampling, the optimizer and everything that is no matmul show as distance
+from it. The grid "passes" has the peak memory of both schedules against the number of sampled tokens T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from case import Case, Inputs, Work, judge
+from model_peers import PublishedSchedule
+from peers import Peer
+from quietstar import QuietStar, ThoughtConfig
+
+SEED = 1
+LORA_RANK = 16
+# Whole models: rounding adds up over the layers, and the policy term has a factor of 1e6.
+STEP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase(Case):
+    """A Llama of random weights, its head untied; feed-forward width I.
+
+    Attributes:
+        lora: the model's weights are frozen, and low-rank updates of q and v are trained instead.
+        checkpointing: gradient checkpointing.
+    """
+
+    op: ClassVar[str] = "step"
+    what: str = "training step"
+    B: int = 1
+    L: int
+    N: int = 2
+    T: int = 9
+    J: int = 4
+    layers: int = 4
+    D: int = 256
+    I: int = 768
+    H: int = 4
+    G: int = 2
+    V: int = 2048
+    lora: bool = False
+    checkpointing: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("B", "L", "N", "T", "J", "layers", "D", "H", "G", "V")}
+
+    @property
+    def K(self) -> int:
+        return self.D // self.H
+
+    def work(self) -> Work:
+        """Matmuls of the packed pass, forward and backward; of the rollout the text's rows and T rows of each thought."""
+        rollout = self.what == "rollout"
+        S = self.T if rollout else self.T + self.J + 1
+        matrices = self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
+        rows = self.L + self.L * self.N * S
+        attention = self.layers * 2 * self.K * self.H * (self.N * S * self.L * (self.L + S + 2) + self.L * (self.L + 1))
+        predicted = self.L * self.N * self.T + (0 if rollout else self.L * (1 + self.N * self.J))
+        forward = self.B * (2 * rows * matrices + attention + 2 * predicted * self.D * self.V)
+        passes = 1 if rollout else 2 if self.lora else 3
+        weights = (matrices + self.D * self.V) * self.dtype.itemsize
+        return Work(passes * forward, (self.T + 1 if rollout else passes) * weights)
+
+    def inputs(self, seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return {"input_ids": torch.randint(self.V, (self.B, self.L), generator=generator).to(self.device)}
+
+    def call(self, function: Callable[[Tensor], Tensor], inputs: Inputs) -> Tensor:
+        return function(inputs["input_ids"])
+
+    def check(self, function: TrainingStep | Rollout) -> None:
+        """Loss, rewards and gradients of a short text and given thoughts; a rollout's log-probabilities."""
+        L = min(self.L, 12)
+        ids = self.inputs(seed=0)["input_ids"][:1, :L]
+        thoughts = torch.randint(self.V, (1, L, self.N, self.T), generator=torch.Generator().manual_seed(0)).to(self.device)
+        truth = QuietStar(function.qs.model, function.qs.thought_config, verify=False)
+        truth.load_state_dict(function.qs.state_dict())
+        bound = STEP_BOUNDS[self.dtype]
+        if self.what == "rollout":
+            mine, exact = (qs.think(ids, seed=SEED, greedy=False) for qs in (function.qs, truth))
+            return judge("log-probabilities", mine.logprob, exact.logprob, bound)
+        mine, exact = (qs(ids, thought_ids=thoughts) for qs in (function.qs, truth))
+        judge("loss_ce", mine.loss_ce, exact.loss_ce, bound)
+        judge("rewards", mine.reward, exact.reward, bound)
+        weights = [p for p in truth.model.parameters() if p.requires_grad]
+        pairs = zip(*(torch.autograd.grad(out.loss_ce, weights) for out in (mine, exact)), strict=True)
+        judge("gradient", *(torch.cat([x.flatten().float() for x in side]) for side in zip(*pairs, strict=True)), bound)
+
+    def model(self) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=self.V,
+            hidden_size=self.D,
+            intermediate_size=self.I,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.H,
+            num_key_value_heads=self.G,
+            initializer_range=self.D**-0.5,
+            tie_word_embeddings=False,
+            dtype=self.dtype,
+        )
+        torch.manual_seed(SEED)
+        with torch.device(self.device):
+            model = LlamaForCausalLM(config).to(self.dtype)
+        if self.lora:
+            model.requires_grad_(False)
+            for layer in model.model.layers:
+                layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+                layer.self_attn.v_proj = LowRank(layer.self_attn.v_proj)
+        return model
+
+    def wrapped(self, schedule: type[QuietStar]) -> QuietStar:
+        config = ThoughtConfig(thoughts=self.N, thought_tokens=self.T, lookahead=self.J, embedding_scale=1)
+        qs = schedule(self.model(), config).train()
+        nn.init.normal_(qs.mixing_head[-1].weight, std=0.1)  # it starts at zero, and all rewards would be rounding
+        if self.checkpointing:
+            qs.gradient_checkpointing_enable()
+        return qs
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer plus the product of two thin matrices that are trained (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, frozen: nn.Linear):
+        super().__init__()
+        self.frozen = frozen
+        like = {"bias": False, "device": frozen.weight.device, "dtype": frozen.weight.dtype}
+        self.down = nn.Linear(frozen.in_features, LORA_RANK, **like)
+        self.up = nn.Linear(LORA_RANK, frozen.out_features, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
+class TrainingStep:
+    """Loss, backward and AdamW of a batch."""
+
+    def __init__(self, qs: QuietStar):
+        self.qs = qs
+        self.optimizer = torch.optim.AdamW([p for p in qs.parameters() if p.requires_grad], lr=1e-6)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.qs(input_ids, seed=SEED).loss
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+class Rollout:
+    """The sampled thoughts of a batch."""
+
+    def __init__(self, qs: QuietStar):
+        self.qs = qs
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return self.qs.think(input_ids, seed=SEED, greedy=False).thought_ids
+
+
+def prepare(schedule: type[QuietStar]) -> Callable[[StepCase], TrainingStep | Rollout]:
+    return lambda case: (Rollout if case.what == "rollout" else TrainingStep)(case.wrapped(schedule))
+
+
+def kept_by_passes(case: StepCase) -> Work:
+    """What all passes keep for the backward: about 17 D numbers a row and layer, and each pass's keys and values anew."""
+    passes = case.T + case.J + 2
+    rows = case.B * case.N * case.L * passes
+    keys = case.B * case.N * case.L * passes * (passes + 1) / 2 * 2 * case.G * case.K
+    factor = 0 if case.what == "rollout" else 1
+    return Work(case.work().flops, factor * case.layers * case.dtype.itemsize * (17 * case.D * rows + keys))
+
+
+def no_checkpointing(case: StepCase) -> str | None:
+    return "its passes need a cache of keys and values, which gradient checkpointing turns off" if case.checkpointing else None
+
+
+OURS = Peer("QuietStar", prepare(QuietStar), package="quietstar-kernels")
+PUBLISHED = Peer("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
+
+
+def candidates(case: StepCase) -> list[Peer]:
+    return [PUBLISHED]
+
+
+def cases(device: torch.device, full: bool) -> Iterator[StepCase]:
+    """The grid, the most important cases first."""
+    gpu = device.type == "cuda"
+    if gpu:
+        small = StepCase(L=256, layers=8, D=1024, I=3072, H=8, G=2, V=32000, dtype=torch.bfloat16, device=device)
+        eight_billion = {"layers": 32, "D": 4096, "I": 14336, "H": 32, "G": 8, "V": 128256, "B": 8}
+        yield replace(small, grid="Llama 8B, LoRA", lora=True, checkpointing=True, **eight_billion)
+    else:
+        small = StepCase(L=128, device=device)
+    for what in ("training step", "rollout"):
+        yield replace(small, what=what)
+    for T in (1, 2, 4, 8, 16) if full else (1, 4, 12):
+        yield replace(small, grid="passes", T=T, L=small.L if gpu else 64)
+    for L in (64, 256, 512) if full else ():
+        yield replace(small, grid="text", L=L)
+
+
+def smoke(device: torch.device) -> list[StepCase]:
+    """The smallest cases that run every candidate."""
+    tiny = StepCase(L=12, T=2, J=2, layers=1, D=32, I=48, V=80, device=device)
+    return [tiny, replace(tiny, what="rollout"), replace(tiny, grid="LoRA", lora=True, checkpointing=True)]
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(op=StepCase.op)

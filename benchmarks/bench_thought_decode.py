@@ -1,0 +1,136 @@
+"""thought_decode, one new row of every thought over stored keys and values, against FlexAttention, flash attention and SDPA.
+
+    python benchmarks/bench_thought_decode.py --help
+
+Keys and values of the text and of all thoughts lie in one tensor, so that no candidate joins them: ours reads views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import attention_peers
+from attention_peers import Attention
+from case import BOUNDS, Case, Inputs, Work, judge
+from peers import Peer
+from quietstar_kernels import ThoughtLayout, thought_decode
+
+CHECKED = 64  # thoughts whose result is compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCase(Case):
+    """Row ``step`` of N thoughts at every position of B texts."""
+
+    op: ClassVar[str] = "thought_decode"
+    B: int = 1
+    L: int
+    N: int = 2
+    S: int = 14
+    H: int = 8
+    G: int = 2
+    K: int = 128
+    step: int = 13
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {letter: getattr(self, letter) for letter in "BLNSHGK"} | {"step": self.step}
+
+    @property
+    def M(self) -> int:
+        return self.L + self.L * self.N * self.S
+
+    @property
+    def rows(self) -> int:
+        return self.L * self.N
+
+    @property
+    def layout(self) -> ThoughtLayout:
+        return ThoughtLayout.every_position(self.B, self.L, self.N, self.S, self.device)
+
+    def sees(self, row: Tensor, key: Tensor) -> Tensor:
+        L, S = self.L, self.S
+        own = (key >= L) & ((key - L) // S == row) & ((key - L) % S <= self.step)
+        return ((key < L) & (key <= row // self.N)) | own
+
+    def work(self) -> Work:
+        """Text up to the anchor and the own rows so far; of each text key and each written row one read."""
+        i = self.step + 1
+        flops = 4 * self.K * self.H * self.N * (self.L * (self.L + 1) / 2 + self.L * i)
+        numbers = 2 * (self.L * self.N * self.H + self.L * self.N * self.G * i + self.L * self.G) * self.K
+        return Work(self.B * flops, self.B * numbers * self.dtype.itemsize)
+
+    def inputs(self, seed: int) -> Inputs:
+        keys = (self.B, self.G, self.M, self.K)
+        q = self.randn(3 * seed, self.B, self.H, self.rows, self.K)
+        return {"q": q, "k": self.randn(3 * seed + 1, *keys), "v": self.randn(3 * seed + 2, *keys)}
+
+    @torch.no_grad()
+    def call(self, function: Attention, inputs: Inputs) -> Tensor:
+        return function(inputs["q"], inputs["k"], inputs["v"])
+
+    def check(self, function: Attention) -> None:
+        """Some thoughts against exact ones."""
+        inputs = self.inputs(seed=0)
+        got = self.call(function, inputs)
+        some = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))[:CHECKED].to(self.device)
+        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
+        q, k, v = (inputs[name].to(dtype) for name in "qkv")
+        blind = ~self.sees(some[:, None], torch.arange(self.M, device=self.device))
+        q = q[:, :, some].unflatten(1, (self.G, -1))
+        scores = (self.K**-0.5 * q @ k[:, :, None].transpose(-1, -2)).masked_fill_(blind, -torch.inf)
+        truth = (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+        judge("out", got[:, :, some], truth, BOUNDS[self.dtype])
+
+
+def ours(case: DecodeCase) -> Attention:
+    layout, L = case.layout, case.L
+    step = torch.tensor(case.step, dtype=torch.int32, device=case.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (k_text, v_text), (k_own, v_own) = ([x[:, :, rows] for x in (k, v)] for rows in (slice(L), slice(L, None)))
+        k_own, v_own = (x.unflatten(2, (L * case.N, case.S)) for x in (k_own, v_own))
+        return thought_decode(q, k_text, v_text, k_own, v_own, layout, step)
+
+    return attend
+
+
+OURS = Peer("thought_decode", ours, package="quietstar-kernels")
+
+
+def candidates(case: DecodeCase) -> list[Peer]:
+    return attention_peers.PEERS
+
+
+def cases(device: torch.device, full: bool) -> Iterator[DecodeCase]:
+    """The grid, the most important cases first."""
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    head = DecodeCase(L=256, B=8 if gpu else 1, H=32 if gpu else 8, G=8 if gpu else 2, dtype=dtype, device=device)
+    yield head
+    for L in [512, 1024, 2048, 4096] if full else [512, 2048] if gpu else [512]:
+        yield replace(head, grid="text", L=L)
+    for step in (0, 6) if full else (0,):
+        yield replace(head, grid="step", step=step)
+    for N in (1, 4, 8) if full else (8,):
+        yield replace(head, grid="thoughts", N=N)
+    if full:
+        yield from (replace(head, grid="rows", S=S, step=S - 1) for S in (8, 32))
+        yield from (replace(head, grid="width", K=K) for K in (64, 256))
+        yield from (replace(head, grid="groups", G=G) for G in (head.H, head.H // 8))
+
+
+def smoke(device: torch.device) -> list[DecodeCase]:
+    """The smallest case that runs every candidate."""
+    return [DecodeCase(L=20, S=5, H=4, K=16, step=3, device=device)]
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(op=DecodeCase.op)

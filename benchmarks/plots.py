@@ -1,0 +1,141 @@
+"""The pictures of a results page: time and memory against the text's length, memory against T, and the share of the floor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+
+import units  # noqa: E402
+
+RowDict = dict[str, Any]
+OURS_COLOR, PEER_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
+
+
+def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Every picture that the rows suffice for."""
+    rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_floor"]]
+    device = results["machine"]["device"]
+    kinds: dict[str, Callable[[list[RowDict], str], Any]] = {"time": time, "memory": memory, "passes": passes, "floor": floor}
+    paths = []
+    for kind, make in kinds.items():
+        figure = make(rows, device)
+        if figure is None:
+            continue
+        path = folder / f"{name}-{kind}.png"
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _against(
+    rows: Iterable[RowDict], x: Callable[[RowDict], int], y: Callable[[RowDict], float | None]
+) -> dict[str, dict[int, float]]:
+    """{candidate: {x: y}}, ours first."""
+    lines: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: not row["is_ours"]):
+        if y(row) is not None:
+            lines[row["candidate"]][x(row)] = y(row)  # type: ignore[assignment]
+    return {candidate: dict(sorted(points.items())) for candidate, points in lines.items()}
+
+
+def _plot(axes: Axes, lines: dict[str, dict[int, float]], unit: Callable[[float], str], xlabel: str, title: str) -> None:
+    ours = next(iter(lines))
+    for (candidate, points), color in zip(lines.items(), [OURS_COLOR, *PEER_COLORS], strict=False):
+        style = {"linewidth": 2.6, "zorder": 3} if candidate == ours else {"linewidth": 1.6}
+        axes.plot(list(points), list(points.values()), marker="o", markersize=5, color=color, label=candidate, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({x for points in lines.values() for x in points})
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: unit(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(xlabel)
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, which="major", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _panels(
+    panels: list[tuple[str, dict[str, dict[int, float]]]], unit: Callable[[float], str], xlabel: str, title: str
+) -> Any:
+    """Panels with at least two points of ours, side by side, under one legend; None where there is none."""
+    panels = [(name, lines) for name, lines in panels if lines and len(next(iter(lines.values()))) > 1]
+    if not panels:
+        return None
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    entries = {}
+    for axes, (name, lines) in zip(all_axes[0], panels, strict=True):
+        _plot(axes, lines, unit, xlabel, name)
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.suptitle(title, fontsize=12, y=1.02)
+    figure.legend(entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _lengths(rows: list[RowDict], y: Callable[[RowDict], float | None]) -> list[tuple[str, dict[str, dict[int, float]]]]:
+    panels = []
+    for op, what in (
+        ("thought_attention", "forward"),
+        ("thought_attention", "forward+backward"),
+        ("thought_decode", "forward"),
+    ):
+        some = [row for row in rows if row["op"] == op and row["what"] == what and row["grid"] in ("headline", "text")]
+        name = "decode step" if op == "thought_decode" else f"attention, {what}"
+        panels.append((name, _against(some, lambda row: row["sizes"]["L"], y)))
+    return panels
+
+
+def _shape(rows: list[RowDict]) -> str:
+    row = next((row for row in rows if row["op"] == "thought_attention" and row["grid"] == "headline"), None)
+    return "" if row is None else " ".join(f"{letter} {row['sizes'][letter]}" for letter in "NSHGK") + f", {row['dtype']}"
+
+
+def time(rows: list[RowDict], device: str) -> Any:
+    """Seconds against L; a GPU's batch shrinks as the text grows, so its times are those of a text."""
+    panels = _lengths(rows, lambda row: row["seconds"] / row["sizes"]["B"])
+    return _panels(panels, units.seconds, "text length L", f"Time of a text on {device}: {_shape(rows)}")
+
+
+def memory(rows: list[RowDict], device: str) -> Any:
+    """What a call adds, against L."""
+    panels = _lengths(rows, lambda row: row["peak_bytes"] and row["peak_bytes"] / row["sizes"]["B"])
+    return _panels(panels, units.memory, "text length L", f"Memory of a text on {device}: {_shape(rows)}")
+
+
+def passes(rows: list[RowDict], device: str) -> Any:
+    """Peak memory and time of a training step against T."""
+    some = [row for row in rows if row["op"] == "step" and row["grid"] == "passes"]
+    lines = _against(some, lambda row: row["sizes"]["T"], lambda row: row["peak_bytes"])
+    return _panels([("peak memory", lines)], units.memory, "sampled tokens T", f"Training step on {device}")
+
+
+def floor(rows: list[RowDict], device: str) -> Any:
+    """Our share of the floor in every headline case."""
+    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline"]
+    if not mine:
+        return None
+    names = [f"{row['op']}\n{row['what']}" for row in mine]
+    figure, axes = plt.subplots(figsize=(7.5, 0.62 * len(mine) + 1.2))
+    bars = axes.barh(names, [100 * row["of_floor"] for row in mine], color=OURS_COLOR, height=0.6)
+    labels = [f"{units.percent(row['of_floor'])}, {units.seconds(row['seconds'])}" for row in mine]
+    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    axes.axvline(100, color="#5f6b73", linestyle="--", linewidth=1)
+    axes.set_xlim(0, max(115.0, *(130 * row["of_floor"] for row in mine)))
+    axes.invert_yaxis()
+    axes.set_xlabel("percent of the floor: the time of the useful work at the measured ceilings")
+    axes.set_title(f"Share of the floor on {device}, headline cases", fontsize=11)
+    axes.tick_params(axis="y", labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

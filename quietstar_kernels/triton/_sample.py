@@ -1,0 +1,260 @@
+"""sample_token on GPUs: the head's product, the race and the normaliser in one pass over the vocabulary, no logits in memory.
+
+A program takes some rows through some tiles of the vocabulary. It keeps per row the best block so far, with the weights of
+the one group of 16 ids that the draw falls in, and the sum of all weights; at its end it writes four numbers per row. A
+second kernel chooses among the programs of a row. What is written grows with the rows alone: there are about ``PROGRAMS``
+programs at most, unless a tile of rows for each is more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
+from quietstar_kernels.triton._target import target
+from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, pick
+
+PROGRAMS = 4096  # dozens for each multiprocessor, so that the last ones leave few idle
+NEIGHBOURS = tl.constexpr(8)  # tiles of rows that pass over the same weights at the same time, so that L2 serves all but one
+BITS = tl.constexpr(math.log2(math.e))  # of one nat
+LOWEST = tl.constexpr(-1e30)
+TINY = tl.constexpr(1e-30)
+BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
+
+
+def sample_token(
+    hidden: Tensor,
+    weight: Tensor,
+    counters: Tensor,
+    seed: int,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.sample_token``."""
+    (R, D), V = hidden.shape, len(weight)
+    ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
+    if R == 0:
+        return ids, logprob
+    if scale is not None and scale <= 0:  # the kernel takes the largest product for the largest logit
+        sign = -1 if scale < 0 else 0
+        hidden, bias, scale = sign * hidden, None if bias is None else sign * bias, abs(scale) or 1.0
+    hidden, shift = hidden.contiguous(), _shift(weight, bias, banned)
+    inner, unit = _factors(scale, softcap, temperature or 1.0)
+
+    config = pick(SAMPLE_TOKEN, hidden.dtype.itemsize, R)
+    row_tiles, tiles = triton.cdiv(R, config.blocks["BLOCK_R"]), triton.cdiv(V, config.blocks["BLOCK_V"])
+    share = triton.cdiv(tiles, max(1, PROGRAMS // row_tiles))
+    parts = triton.cdiv(tiles, share)
+    score, logit, lse = hidden.new_empty(3, parts, R, dtype=torch.float32)
+    token = hidden.new_empty(parts, R, dtype=torch.int32)
+
+    operands = {"BLOCK_R": hidden, "BLOCK_V": weight}
+    described = target() in BY_DESCRIPTOR and all(_describable(x) for x in operands.values())
+    if described:
+        depth = config.blocks["BLOCK_D"]
+        operands = {name: TensorDescriptor.from_tensor(x, [config.blocks[name], depth]) for name, x in operands.items()}
+    _draw[row_tiles * parts,](
+        *operands.values(),
+        shift,
+        counters,
+        score,
+        token,
+        logit,
+        lse,
+        seed,
+        inner,
+        unit,
+        R,
+        V,
+        D,
+        *weight.stride(),
+        *counters.stride(),
+        row_tiles,
+        parts,
+        share,
+        GREEDY=temperature == 0,
+        DESCRIBED=described,
+        **config.options(),
+    )
+    config = SAMPLE_TOKEN_CHOICE
+    _choose[triton.cdiv(R, config.blocks["BLOCK_R"]),](score, token, logit, lse, ids, logprob, R, parts, **config.options())
+    return ids, logprob
+
+
+def _shift(weight: Tensor, bias: Tensor | None, banned: list[int]) -> Tensor | None:
+    """What is added to each product [V]: the bias, -inf for ids that are out. One fill per id: a copy of the list would wait."""
+    if not banned:
+        return None if bias is None else bias.contiguous()
+    shift = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.to(torch.float32, copy=True)
+    for token in banned:
+        shift[token].fill_(-math.inf)
+    return shift
+
+
+def _factors(scale: float | None, softcap: float | None, temperature: float) -> tuple[float | None, float]:
+    """(inner, unit): a final logit in bits is unit * tanh(inner * x), or unit * x where inner is None."""
+    scale = 1.0 if scale is None else float(scale)
+    inner, outer = (None, scale) if softcap is None else (scale / softcap, softcap)
+    return inner, outer / temperature * BITS.value
+
+
+def _describable(x: Tensor) -> bool:
+    """What the hardware asks of a tensor descriptor."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.dtype.itemsize % 16 == 0
+    return x.numel() > 0 and x.stride(1) == 1 and aligned
+
+
+@triton.jit
+def _products(hidden, weight, acc, row, first_id, R, V, D, stride_v, stride_d, DESCRIBED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """acc [rows,ids] plus the products of hidden rows from ``row`` on and ids from ``first_id`` on."""
+    if DESCRIBED:
+        for d in range(0, D, BLOCK_D):
+            acc = tl.dot(hidden.load([row, d]), weight.load([first_id, d]).T, acc, input_precision="ieee")
+    else:
+        r, v, d = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[:, None], tl.arange(0, BLOCK_D)[None, :]
+        x = hidden + tl.cast(row, tl.int64) * D + r * D + d
+        w = weight + tl.cast(first_id, tl.int64) * stride_v + v * stride_v + d * stride_d
+        for start in range(0, D, BLOCK_D):
+            deep = start + d < D
+            x_tile = tl.load(x, mask=(row + r < R) & deep, other=0.0)
+            w_tile = tl.load(w, mask=(first_id + v < V) & deep, other=0.0)
+            acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+            x += BLOCK_D
+            w += BLOCK_D * stride_d
+    return acc
+
+
+@triton.jit(do_not_specialize=["R", "V", "stride_cr", "stride_cw", "row_tiles", "parts", "share"])
+def _draw(
+    hidden,
+    weight,
+    shift,
+    counters,
+    score_out,
+    token_out,
+    logit_out,
+    lse_out,
+    seed: tl.int64,
+    inner,
+    unit,
+    R,
+    V,
+    D,
+    stride_v,
+    stride_d,
+    stride_cr,
+    stride_cw,
+    row_tiles,
+    parts,
+    share,
+    GREEDY: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of each row and part of the vocabulary: the best score, its id, and in bits its logit and the part's LSE, [parts,R]."""
+    program = tl.program_id(0)
+    first_tile = program // (NEIGHBOURS * parts) * NEIGHBOURS
+    neighbours = tl.minimum(row_tiles - first_tile, NEIGHBOURS)
+    row = (first_tile + program % (NEIGHBOURS * parts) % neighbours) * BLOCK_R
+    part = program % (NEIGHBOURS * parts) // neighbours
+    rows = row + tl.arange(0, BLOCK_R)
+    on = rows < R
+    v = tl.arange(0, BLOCK_V)
+    counter = counters + rows.to(tl.int64) * stride_cr
+
+    top = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    token = tl.zeros([BLOCK_R], tl.int32)
+    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    level = tl.zeros([BLOCK_R], tl.float32)
+    inside = tl.zeros([BLOCK_R], tl.float32)
+    group = tl.zeros([BLOCK_R, GROUP], tl.float32)
+
+    for tile in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(V, BLOCK_V))):
+        first_id = tile * BLOCK_V
+        if shift is None:
+            start = tl.where(first_id + v < V, 0.0, float("-inf"))
+        else:
+            start = tl.load(shift + first_id + v, mask=first_id + v < V, other=float("-inf")).to(tl.float32)
+        acc = tl.broadcast_to(start[None, :], [BLOCK_R, BLOCK_V])
+        x = _products(hidden, weight, acc, row, first_id, R, V, D, stride_v, stride_d, DESCRIBED, BLOCK_D)
+        if inner is not None:
+            # tanh with an absolute error of 2^-22, in few registers; the last term is nothing, or -inf where x is.
+            x = 1.0 - 2.0 / (tl.exp2(x * (2 * BITS * inner)) + 1.0) + TINY * x
+
+        peak = tl.maximum(tl.max(x, 1), LOWEST)
+        if GREEDY:
+            first = first_id + tl.min(tl.where(x == peak[:, None], v[None, :], BLOCK_V - 1), 1)
+            token = tl.where(peak > top, first, token)
+        weights = tl.exp2(x * unit - (peak * unit)[:, None])
+        if GREEDY:
+            tile_total = tl.sum(weights, 1)
+        else:
+            sequence = tl.load(counter, mask=on, other=0)
+            position = tl.load(counter + stride_cw, mask=on, other=0)
+            n = tl.load(counter + 2 * stride_cw, mask=on, other=0)
+            thought = (n << 16) + tl.load(counter + 3 * stride_cw, mask=on, other=0)
+            score, first, inside_new, group_new, tile_total = race(
+                weights, peak * unit, seed, sequence, position, thought, tile * (BLOCK_V // BLOCK)
+            )
+            wins = score > best
+            best = tl.where(wins, score, best)
+            token = tl.where(wins, first_id + first, token)
+            level = tl.where(wins, peak * unit, level)
+            inside = tl.where(wins, inside_new, inside)
+            group = tl.where(wins[:, None], group_new, group)
+        new = tl.maximum(top, peak)
+        total = total * tl.exp2((top - new) * unit) + tile_total * tl.exp2((peak - new) * unit)
+        top = new
+
+    if GREEDY:
+        best = top
+        logit = top * unit
+    else:
+        column, drawn = resolve(group, inside)
+        token += column
+        logit = level + tl.log2(tl.maximum(drawn, TINY))
+    at = part.to(tl.int64) * R + rows
+    tl.store(score_out + at, best, mask=on)
+    tl.store(token_out + at, token, mask=on)
+    tl.store(logit_out + at, logit, mask=on)
+    tl.store(lse_out + at, top * unit + tl.log2(tl.maximum(total, TINY)), mask=on)
+
+
+@triton.jit(do_not_specialize=["R", "parts"])
+def _choose(score, token, logit, lse, ids, logprob, R, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The id of the best score of each row, the first of equals, and its log-probability over all parts."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    on = rows < R
+    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    part = tl.zeros([BLOCK_R], tl.int32)
+    top = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = p.to(tl.int64) * R + rows[None, :]
+        known = (p < parts) & on[None, :]
+        score_p = tl.load(score + at, mask=known, other=float("-inf"))
+        lse_p = tl.load(lse + at, mask=known, other=float("-inf"))
+        highest = tl.max(score_p, 0)
+        first = tl.min(tl.where(score_p == highest[None, :], p, start + BLOCK_P), 0)
+        part = tl.where(highest > best, first, part)
+        best = tl.maximum(highest, best)
+        new = tl.maximum(top, tl.max(lse_p, 0))
+        total = total * tl.exp2(top - new) + tl.sum(tl.exp2(lse_p - new[None, :]), 0)
+        top = new
+    at = part.to(tl.int64) * R + rows
+    drawn = tl.load(logit + at, mask=on, other=0.0)
+    tl.store(ids + rows, tl.load(token + at, mask=on, other=0).to(tl.int64), mask=on)
+    tl.store(logprob + rows, (drawn - top - tl.log2(total)) / BITS, mask=on)

@@ -1,0 +1,31 @@
+"""linear_logprob: its kernels lie between matrix products of the vendor's library and hold none themselves."""
+
+import functools
+
+import torch
+
+from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward
+
+HGMMA: set[str] = set()
+NO_MATRIX = {"_online_softmax", "_logits_gradient"}
+
+SHAPES = [(1, 1, 1), (2, 3, 64), (17, 16, 1000), (5000, 4096, 152_064)]  # R, D, V: one compile serves them all
+OPTIONS = {"": (None, None, 1.0, []), "softcap": (0.5, 30.0, 0.7, [3])}  # scale, softcap, temperature, banned
+
+
+def launches(target):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for option, rest in OPTIONS.items():
+            for entropy in (False, True):
+                label = " ".join(filter(None, [str(dtype).removeprefix("torch."), option, "entropy" if entropy else ""]))
+                for R, D, V in SHAPES:
+                    yield label, functools.partial(forward_backward, R, D, V, dtype, rest, entropy)
+
+
+def forward_backward(R, D, V, dtype, rest, entropy):
+    hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
+    targets = torch.empty(R, dtype=torch.int64, device="meta")
+    rest = (*rest[:3], [token for token in rest[3] if token < V])
+    logprob, *saved = linear_logprob(hidden, weight, targets, bias, *rest, entropy)
+    grad_entropy = logprob if entropy else None
+    linear_logprob_backward(logprob, grad_entropy, hidden, weight, targets, bias, *saved, *rest, [True] * 3)

@@ -1,0 +1,34 @@
+"""sample_token: few rows and many, on each path to the weights, with each of its options."""
+
+import functools
+
+import torch
+
+from quietstar_kernels.triton._sample import sample_token
+
+HGMMA = {"_draw"}
+NO_MATRIX = {"_choose"}
+
+OPTIONS = {  # bias, scale, softcap, temperature, banned
+    "": (False, None, None, 1.0, []),
+    "bias, banned": (True, None, None, 0.7, [3]),
+    "softcap": (True, 0.5, 30.0, 1.0, []),
+    "greedy": (False, None, None, 0.0, []),
+    "greedy, softcap": (True, None, 30.0, 0.0, [3]),
+}
+
+
+def launches(target):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows in (1, 64, 5000):
+            for name, options in OPTIONS.items():
+                label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"R={rows}", name]))
+                yield label, functools.partial(draw, dtype, rows, 4096, options)
+    yield "bfloat16 unaligned", functools.partial(draw, torch.bfloat16, 5000, 4092, OPTIONS[""])
+
+
+def draw(dtype, R, D, options, V=128_256, seed=-5):
+    has_bias, *rest = options
+    hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
+    counters = torch.empty(R, 4, dtype=torch.int32, device="meta")
+    return sample_token(hidden, weight, counters, seed, bias if has_bias else None, *rest)
