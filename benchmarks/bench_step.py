@@ -38,6 +38,7 @@ class StepCase(Case):
     """
 
     op: ClassVar[str] = "step"
+    rotates: ClassVar[bool] = False
     what: str = "training step"
     B: int = 1
     L: int

@@ -34,11 +34,13 @@ class Case(ABC):
 
     Attributes:
         op: the op's name.
+        rotates: several sets of inputs take turns, to overflow the cache; a whole model's weights do that alone.
         grid: what the case is one point of: "headline", or the name of the size that varies.
         what: "forward" or "forward+backward", where the op has both.
     """
 
     op: ClassVar[str]
+    rotates: ClassVar[bool] = True
     grid: str = "headline"
     what: str = "forward"
     dtype: torch.dtype = torch.float32

@@ -134,8 +134,10 @@ def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
 
 
 def input_sets(case: Case) -> list[Inputs]:
-    """As many sets of inputs as overflow the cache three times."""
+    """As many sets of inputs as overflow the cache three times, where they rotate."""
     first = case.inputs(seed=1)
+    if not case.rotates:
+        return [first]
     size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
     wanted = min(MOST_INPUT_SETS, math.ceil(3 * cache_size(case.device) / max(size, 1)))
     return [first, *(case.inputs(seed=i) for i in range(2, wanted + 1))]

@@ -37,7 +37,10 @@ from machine import describe  # noqa: E402
 
 BUDGET = 465  # seconds of all stages together
 FIRST_CALL_GOALS = {"forward": 2.0, "forward+backward": 4.0}  # seconds
+# Test files with a process of their own; the others share one. What needs no GPU is left out.
 TESTS = ("thought_attention", "thought_attention_leaks", "thought_decode", "sample_token", "linear_logprob")
+WITHOUT_A_GPU = "ahead_of_time"
+SANITIZERS, UNWATCHED = ("memcheck", "racecheck"), "small cases, no sanitizer"
 # Minutes after which a benchmark starts no new case, and the grids it runs.
 BENCHMARKS = {
     "thought_attention": (1.2, ["headline", "text"]),
@@ -105,14 +108,16 @@ def stages(device: torch.device, scratch: Path, smallest: bool) -> list[Stage]:
     here = Path(__file__).parent
     pytest = [*python, "-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider"]
     tests = {name: [*pytest, f"tests/kernels/test_{name}.py"] for name in TESTS}
+    files = sorted(file for file in (ROOT / "tests/kernels").glob("test_*.py") if WITHOUT_A_GPU not in file.name)
+    others = [str(file.relative_to(ROOT)) for file in files if file.stem.removeprefix("test_") not in TESTS]
+    tests["others"] = [*pytest, *others]
     if smallest:
         tests = {"layout": [*pytest, "tests/kernels/test_layout.py", "-k", "dense_mask"]}
-    sanitizer = shutil.which("compute-sanitizer")
     cases = [*python, str(here / "small_cases.py"), "--device", device.type]
-    watched = {
-        tool: [sanitizer or "", "--tool", tool, "--error-exitcode", "9", *cases] if sanitizer else cases
-        for tool in (("memcheck", "racecheck") if sanitizer else ("without a sanitizer",))
-    }
+    if sanitizer := shutil.which("compute-sanitizer"):
+        watched = {tool: [sanitizer, "--tool", tool, "--error-exitcode", "9", *cases] for tool in SANITIZERS}
+    else:
+        watched = {UNWATCHED: cases}
     benchmarks = [
         Stage(
             f"benchmark {op}",
@@ -129,8 +134,7 @@ def stages(device: torch.device, scratch: Path, smallest: bool) -> list[Stage]:
     ]
     first = {what: [*python, str(here / "first_call.py"), what, "--device", device.type] for what in FIRST_CALL_GOALS}
     return [
-        Stage("tests", tests, 150, judge_tests),
-        Stage("small cases", watched, 60, judge_sanitizer),
+        Stage("tests", tests | watched, 140, judge_correctness),
         *(Stage(f"first call, {what}", {what: command}, 30, judge_first_call) for what, command in first.items()),
         *benchmarks,
     ]
@@ -185,6 +189,10 @@ def run_beside(commands: dict[str, list[str]], limit: float) -> dict[str, Outcom
     return outcomes
 
 
+def judge_correctness(name: str, outcome: Outcome) -> tuple[bool | None, str]:
+    return (judge_sanitizer if name in (*SANITIZERS, UNWATCHED) else judge_tests)(name, outcome)
+
+
 def judge_tests(name: str, outcome: Outcome) -> tuple[bool | None, str]:
     words = ("PASSED", "FAILED", "ERROR")
     counts = {word: len(re.findall(rf"^tests/.* {word}", outcome.output, re.MULTILINE)) for word in words}
@@ -202,7 +210,7 @@ def judge_sanitizer(name: str, outcome: Outcome) -> tuple[bool | None, str]:
     said = "".join(found[-1]) if found else _last_line(outcome)
     if outcome.code is None:
         return None, outcome.end
-    missing = "; compute-sanitizer is not installed here" if name.startswith("without") else ""
+    missing = "; compute-sanitizer is not installed here" if name == UNWATCHED else ""
     return outcome.code == 0, said + missing
 
 

@@ -95,20 +95,21 @@ class _CPUClock:
 
 
 class _GPUClock:
-    """Warms up with three passes over all inputs and captures a graph of one pass where a run is short."""
+    """Warms up with a pass over all inputs, times another, and captures a graph of one where a run is short."""
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = list(runs)
         self.timing = Timing()
-        self.spent = 0.0
         self.work, self.passes = self._one_pass, 1
-        for _ in range(2):
-            self._one_pass()
-        each = self._seconds() / len(self.runs)
-        if each < GRAPH_BELOW:
+        self._one_pass()
+        self.spent = self._seconds()
+        if self.spent / len(self.runs) < GRAPH_BELOW:
             self.work = self._captured() or self._one_pass
             self.timing.graph = self.work != self._one_pass
-            each = self._seconds() / len(self.runs)
+            self.work()
+            self.passes = 10
+            self.spent = self._seconds()
+        each = self.spent / self.passes / len(self.runs)
         self.passes = max(1, _calls(each) // len(self.runs))
 
     def round(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -43,49 +44,56 @@ def _against(
     """{candidate: {x: y}}, ours first."""
     lines: dict[str, dict[int, float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: not row["is_ours"]):
-        if y(row) is not None:
-            lines[row["candidate"]][x(row)] = y(row)  # type: ignore[assignment]
+        value = y(row)
+        if value:
+            lines["ours" if row["is_ours"] else row["candidate"]][x(row)] = value
     return {candidate: dict(sorted(points.items())) for candidate, points in lines.items()}
 
 
-def _plot(axes: Axes, lines: dict[str, dict[int, float]], unit: Callable[[float], str], xlabel: str, title: str) -> None:
-    ours = next(iter(lines))
-    for (candidate, points), color in zip(lines.items(), [OURS_COLOR, *PEER_COLORS], strict=False):
-        style = {"linewidth": 2.6, "zorder": 3} if candidate == ours else {"linewidth": 1.6}
-        axes.plot(list(points), list(points.values()), marker="o", markersize=5, color=color, label=candidate, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+def _plot(axes: Axes, lines: dict[str, dict[int, float]], colors: dict[str, str], log: bool) -> None:
+    for candidate, points in lines.items():
+        style = {"linewidth": 2.6, "zorder": 3} if candidate == "ours" else {"linewidth": 1.6}
+        axes.plot(
+            list(points), list(points.values()), marker="o", markersize=5, color=colors[candidate], label=candidate, **style
+        )
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
     ticks = sorted({x for points in lines.values() for x in points})
     axes.set_xticks(ticks, [str(x) for x in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: unit(y)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(xlabel)
-    axes.set_title(title, fontsize=11)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.grid(True, which="major", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _panels(
-    panels: list[tuple[str, dict[str, dict[int, float]]]], unit: Callable[[float], str], xlabel: str, title: str
-) -> Any:
+def _panels(panels: dict[str, dict[str, dict[int, float]]], xlabel: str, ylabel: str, title: str, log: bool = True) -> Any:
     """Panels with at least two points of ours, side by side, under one legend; None where there is none."""
-    panels = [(name, lines) for name, lines in panels if lines and len(next(iter(lines.values()))) > 1]
+    panels = {name: lines for name, lines in panels.items() if len(lines.get("ours", {})) > 1}
     if not panels:
         return None
+    candidates = list(dict.fromkeys(candidate for lines in panels.values() for candidate in lines))
+    colors = dict(zip(candidates, itertools.chain([OURS_COLOR], itertools.cycle(PEER_COLORS)), strict=False))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
     entries = {}
-    for axes, (name, lines) in zip(all_axes[0], panels, strict=True):
-        _plot(axes, lines, unit, xlabel, name)
+    for axes, (name, lines) in zip(all_axes[0], panels.items(), strict=True):
+        _plot(axes, lines, colors, log)
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel(xlabel)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.suptitle(title, fontsize=12, y=1.02)
-    figure.legend(entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
+    all_axes[0][0].set_ylabel(ylabel)
+    figure.suptitle(title, fontsize=12)
+    columns = min(3, len(panels) + 1)
+    figure.legend(entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False)
     figure.tight_layout()
     return figure
 
 
-def _lengths(rows: list[RowDict], y: Callable[[RowDict], float | None]) -> list[tuple[str, dict[str, dict[int, float]]]]:
-    panels = []
+def _lengths(rows: list[RowDict], y: Callable[[RowDict], float | None]) -> dict[str, dict[str, dict[int, float]]]:
+    panels = {}
     for op, what in (
         ("thought_attention", "forward"),
         ("thought_attention", "forward+backward"),
@@ -93,32 +101,39 @@ def _lengths(rows: list[RowDict], y: Callable[[RowDict], float | None]) -> list[
     ):
         some = [row for row in rows if row["op"] == op and row["what"] == what and row["grid"] in ("headline", "text")]
         name = "decode step" if op == "thought_decode" else f"attention, {what}"
-        panels.append((name, _against(some, lambda row: row["sizes"]["L"], y)))
+        panels[name] = _against(some, lambda row: row["sizes"]["L"], y)
     return panels
 
 
 def _shape(rows: list[RowDict]) -> str:
     row = next((row for row in rows if row["op"] == "thought_attention" and row["grid"] == "headline"), None)
-    return "" if row is None else " ".join(f"{letter} {row['sizes'][letter]}" for letter in "NSHGK") + f", {row['dtype']}"
+    if row is None:
+        return ""
+    return " ".join(f"{letter} {size}" for letter, size in row["sizes"].items() if letter not in "BL") + f", {row['dtype']}"
 
 
 def time(rows: list[RowDict], device: str) -> Any:
     """Seconds against L; a GPU's batch shrinks as the text grows, so its times are those of a text."""
-    panels = _lengths(rows, lambda row: row["seconds"] / row["sizes"]["B"])
-    return _panels(panels, units.seconds, "text length L", f"Time of a text on {device}: {_shape(rows)}")
+    panels = _lengths(rows, lambda row: 1e3 * row["seconds"] / row["sizes"]["B"])
+    return _panels(panels, "text length L", "milliseconds for a text", f"Time on {device}: {_shape(rows)}")
 
 
 def memory(rows: list[RowDict], device: str) -> Any:
     """What a call adds, against L."""
-    panels = _lengths(rows, lambda row: row["peak_bytes"] and row["peak_bytes"] / row["sizes"]["B"])
-    return _panels(panels, units.memory, "text length L", f"Memory of a text on {device}: {_shape(rows)}")
+    panels = _lengths(rows, lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20 / row["sizes"]["B"])
+    return _panels(panels, "text length L", "MiB for a text", f"Memory that a call adds on {device}: {_shape(rows)}")
 
 
 def passes(rows: list[RowDict], device: str) -> Any:
     """Peak memory and time of a training step against T."""
     some = [row for row in rows if row["op"] == "step" and row["grid"] == "passes"]
-    lines = _against(some, lambda row: row["sizes"]["T"], lambda row: row["peak_bytes"])
-    return _panels([("peak memory", lines)], units.memory, "sampled tokens T", f"Training step on {device}")
+    panels = {
+        "peak memory, MiB": _against(
+            some, lambda row: row["sizes"]["T"], lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20
+        ),
+        "time, milliseconds": _against(some, lambda row: row["sizes"]["T"], lambda row: 1e3 * row["seconds"]),
+    }
+    return _panels(panels, "sampled tokens T of a thought", "", f"A training step on {device}", log=False)
 
 
 def floor(rows: list[RowDict], device: str) -> Any:

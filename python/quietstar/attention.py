@@ -69,7 +69,7 @@ class MaskArguments:
     def __init__(self, **arguments: Any):
         # For a static cache ``generate`` makes the masks, and the model hands them in once more as a finished mask.
         finished = arguments["attention_mask"]
-        self.arguments = finished.arguments if isinstance(finished, MaskArguments) else arguments
+        self.arguments: dict[str, Any] = finished.arguments if isinstance(finished, MaskArguments) else arguments
         self._dense: Tensor | None = None
 
     def window(self, positions: int) -> int | None:

@@ -69,6 +69,7 @@ def linear_logprob_backward(
         if grad_entropy is None and softcap is None:
             factor = (1.0 if scale is None else scale) / temperature
             d = _logprob_grad(logits, targets[rows], g, largest[rows], log_total[rows], factor)
+            d[:, banned] = 0
         else:
             raw = reference.linear(h, w, bias, scale)
             g_entropy = None if grad_entropy is None else grad_entropy[rows]

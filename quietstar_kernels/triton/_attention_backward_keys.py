@@ -13,9 +13,10 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_gradient import in_range, load_tile, store_tile, weights
+from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
+from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
@@ -127,7 +128,7 @@ def attention_backward_keys(
         seen = in_range(n[:, None], first[None, :], tl.where(adds, count, 0)[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
-            seen = seen & (position[:, None] > oldest[None, :])
+            seen = seen & (position[:, None] >= oldest[None, :])
         p = tl.where(seen, p, 0.0)
         dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)

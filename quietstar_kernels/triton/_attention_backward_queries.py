@@ -11,9 +11,10 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_gradient import finite, in_range, load_tile, store_tile, weights
-from quietstar_kernels.triton._rows import FAR, tile_start
+from quietstar_kernels.triton._attention_weights import weights
+from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
+from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
 
 
@@ -29,7 +30,7 @@ def query_gradient(
     tiles = triton.cdiv(layout.R * HG, block) + triton.cdiv((rows - layout.R) * HG, block)
     attention_backward_queries[(tiles * B * G,)](
         grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count,
-        tables.sure, tables.oldest, layout.lo.contiguous(), dq,
+        tables.oldest, layout.lo.contiguous(), dq,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
         B, G, HG, rows, layout.L, layout.M, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
@@ -41,7 +42,7 @@ def query_gradient(
 @triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"])
 def attention_backward_queries(
     grad_out, q, k, v, delta, lse, first_table, count_table, own_first_table, own_count_table,
-    sure_table, oldest_table, lo, dq,
+    oldest_table, lo, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm, stride_db, stride_dh, stride_dm,
     B, G, HG, rows, L, M, scale, softcap,
@@ -51,10 +52,10 @@ def attention_backward_queries(
     pair = (tl.program_id(0) % (B * G)).to(tl.int64)
     b, g = pair // G, pair % G
     tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
-    flat, begin, end = tile_start(tile, tiles, L, M - L, HG, BLOCK_M)
+    flat, begin, behind = tile_start(tile, tiles, L, M - L, HG, BLOCK_M)
     f = flat + tl.arange(0, BLOCK_M)
     m, h = begin + f // HG, g * HG + f % HG
-    inside = m < end
+    inside = m < behind
     row = (m - (M - rows)).to(tl.int64)
     k += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg
@@ -67,17 +68,16 @@ def attention_backward_queries(
     count = tl.load(count_table + at, mask=inside, other=0)
     own_first = tl.load(own_first_table + at, mask=inside, other=0)
     own_count = tl.load(own_count_table + at, mask=inside, other=0)
-    if oldest_table is None:
-        sure = first
-    else:
-        sure = tl.load(sure_table + at, mask=inside, other=0)
-        oldest = tl.load(oldest_table + at, mask=inside, other=0)
     on = count + own_count > 0
     adds = row_lse < float("inf")
     queries = load_tile(q + b * stride_qb, h * stride_qh + row * stride_qm, adds, K, BLOCK_K)
     grads = load_tile(grad_out + b * stride_gb, h * stride_gh + row * stride_gm, adds, E, BLOCK_E)
 
-    start, before, full, edges = text_blocks(first, sure, first + count - 1, on, BLOCK_N, BLOCK_EDGE)
+    start, all_from, all_to, end = text_bounds(first, first + count - 1, on)
+    if oldest_table is not None:
+        oldest = tl.load(oldest_table + at, mask=inside, other=0)
+        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
+    before, full, edges = cover(start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
     own_start = tl.min(tl.where(own_count > 0, own_first, FAR), 0)
     own = tl.cdiv(tl.maximum(tl.max(tl.where(own_count > 0, m, -1), 0) + 1 - own_start, 0), BLOCK_EDGE)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -94,7 +94,7 @@ def attention_backward_queries(
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
         if oldest_table is not None:
             position = n - tl.load(lo + n, mask=n < L, other=0)
-            seen = seen & (is_own | (position[None, :] > oldest[:, None]))
+            seen = seen & (is_own | (position[None, :] >= oldest[:, None]))
         acc = tl.dot(tl.where(seen, ds, 0.0).to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     full_start = start + before * BLOCK_EDGE
@@ -120,15 +120,6 @@ def score_gradient(queries, grads, keys, values, lse, delta, scale, softcap, PRE
 
 
 @triton.jit
-def text_blocks(first, sure, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
-    """As ``_rows.text_blocks``, for text of which only the part from ``sure`` on is certainly seen."""
-    sees = first <= last
-    start = tl.min(tl.where(sees, first, FAR), 0)
-    end = tl.max(tl.where(sees, last, -1), 0)
-    all_from = tl.minimum(tl.max(tl.where(on, sure, 0), 0), end + 1)
-    all_to = tl.min(tl.where(on, last, FAR), 0)
-    before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
-    full_start = start + before * BLOCK_EDGE
-    full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
-    after = tl.cdiv(tl.maximum(end + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
-    return start, before, full, before + after
+def finite(keys):
+    """0 in the place of NaN and infinity: the rows that don't see such a key must not meet 0 * NaN."""
+    return tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_gradient import LOG2_E, load_tile
+from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import FAR, seen_by
+from quietstar_kernels.triton._tiles import load_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
@@ -30,8 +31,7 @@ class Rows:
         first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first`` on.
         own_first, own_count: int32 [B,rows], the packed rows of its own thought that it sees. Both counts are 0 in a row that
             is off, and only there.
-        sure, oldest: int32 [B,rows], None without a window. With one, text in front of ``sure`` is seen only where its
-            position id, which may count from anywhere, is above ``oldest``.
+        oldest: int32 [B,rows], the smallest position id that the row sees; None without a window.
         dsinks: fp32 [B,H,blocks], to be summed; None without sinks.
     """
 
@@ -41,7 +41,6 @@ class Rows:
     count: Tensor
     own_first: Tensor
     own_count: Tensor
-    sure: Tensor | None
     oldest: Tensor | None
     dsinks: Tensor | None
 
@@ -55,29 +54,22 @@ def row_tables(
     blocks = triton.cdiv(rows, config.blocks["BLOCK_M"])
     delta, shift = (torch.empty((B, H, rows), dtype=torch.float32, device=out.device) for _ in range(2))
     table = lambda: torch.empty((B, rows), dtype=torch.int32, device=out.device)  # noqa: E731
-    ranges = [table() for _ in range(4)] + [None if window is None else table() for _ in range(2)]
-    bounds = (None, None) if window is None else _lo_bounds(layout.lo)
+    seen = [table() for _ in range(4)] + [None if window is None else table()]
     dsinks = None if sinks is None else torch.empty((B, H, blocks), dtype=torch.float32, device=out.device)
     attention_rows[(blocks * B * H,)](
         grad_out, out, lse.contiguous(), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(),
-        *bounds, delta, shift, *ranges, dsinks,
+        delta, shift, *seen, dsinks,
         *grad_out.stride()[:3], *out.stride()[:3],
         H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window,
         E=E, BLOCK_E=max(16, triton.next_power_of_2(E)), **config.options(),
     )  # fmt: skip
-    return Rows(delta, shift, *ranges, dsinks)
-
-
-def _lo_bounds(lo: Tensor) -> tuple[Tensor, Tensor]:
-    """For each t bounds of lo over the text that t sees, int32 [B,L]; both are lo[b,t] unless lo descends somewhere."""
-    lowest = lo.flip(1).cummin(1).values.flip(1).gather(1, lo.long())
-    return lowest, lo.cummax(1).values
+    return Rows(delta, shift, *seen, dsinks)
 
 
 @triton.jit(do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"])
 def attention_rows(
-    grad_out, out, lse, sinks, anchor, lo, length, lowest, highest,
-    delta, shift, first_table, count_table, own_first_table, own_count_table, sure_table, oldest_table, dsinks,
+    grad_out, out, lse, sinks, anchor, lo, length,
+    delta, shift, first_table, count_table, own_first_table, own_count_table, oldest_table, dsinks,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
     H, rows, L, M, P, N, S, window,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -91,9 +83,8 @@ def attention_rows(
     m = row + (M - rows)
     first, last, own_first, on = seen_by(m, inside, anchor + b * P, lo + b * L, length + b * P * N, L, N, S, FAR)
     if window is not None:
-        oldest = last - first + (m - own_first + 1) - window
-        sure = tl.maximum(first, oldest + 1 + tl.load(highest + b * L + last, mask=on, other=0))
-        first = tl.maximum(first, oldest + 1 + tl.load(lowest + b * L + last, mask=on, other=0))
+        # A text row's own_first is m + 1, a thought row's m - s.
+        oldest = last - first + (m - own_first) + 2 - window
         own_first = tl.maximum(own_first, m - window + 1)
 
     at = head * rows + row
@@ -114,9 +105,8 @@ def attention_rows(
     if h == 0:
         at = b * rows + row
         tl.store(first_table + at, first, mask=inside)
-        tl.store(count_table + at, tl.where(on, tl.maximum(last - first + 1, 0), 0), mask=inside)
+        tl.store(count_table + at, tl.where(on, last - first + 1, 0), mask=inside)
         tl.store(own_first_table + at, own_first, mask=inside)
         tl.store(own_count_table + at, tl.where(on, m - own_first + 1, 0), mask=inside)
         if window is not None:
-            tl.store(sure_table + at, sure, mask=inside)
             tl.store(oldest_table + at, oldest, mask=inside)

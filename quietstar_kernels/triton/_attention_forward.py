@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._math import LN_2, LOG2_E, tanh
-from quietstar_kernels.triton._rows import FAR, OWN, cover, own_chunks, seen_by, text_bounds, tile_start, window_bounds
+from quietstar_kernels.triton._rows import FAR, OWN, cover, own_chunks, seen_by, text_bounds, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_FORWARD, pick
@@ -64,30 +64,26 @@ def attention_forward(
     b, g = pair // G, pair % G
     tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
     flat, begin, end = tile_start(tile, tiles, L, R, HG, BLOCK_M)
-    f = flat + tl.arange(0, BLOCK_M)
-    m, h = begin + f // HG, g * HG + f % HG
-    inside = m < end
-    row = (m - (L + R - rows)).to(tl.int64)
+    m, h, inside = tile_rows(flat, begin, end, HG, BLOCK_M)
     k += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg
     lo += b * L
 
     first, last, own_first, on = seen_by(m, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR)
-    start, all_from, all_to, end = text_bounds(first, last, on)
     if window is not None:
         # A text row's own_first is m + 1, a thought row's m - s.
-        oldest = last - first + (m - own_first) + 2 - window
-        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
+        oldest = last - first + (m - own_first) + 2 - window  # position id
         own_first = tl.maximum(own_first, m - window + 1)
-    before, full, edges = cover(start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
 
-    queries = load_tile(q + b * stride_qb, h * stride_qh + row * stride_qm, on, K, BLOCK_K)
+    skipped = L + R - rows  # packed rows before the first query row
+    q += b * stride_qb + g * HG * stride_qh
+    queries = load_tile(q, h.to(tl.int64) * stride_qh + (m - skipped).to(tl.int64) * stride_qm, on, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
     else:
-        sink = tl.load(sinks + h, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks + g * HG + h, mask=inside, other=0.0).to(tl.float32) * LOG2_E
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
@@ -113,11 +109,16 @@ def attention_forward(
     top, total = tl.reshape(top, [BLOCK_M]), tl.reshape(total, [BLOCK_M])
     acc = tl.reshape(acc, [BLOCK_M, BLOCK_E])
 
+    start, all_from, all_to, text_end = text_bounds(first, last, on)
+    if window is not None:
+        start, all_from = window_bounds(start, all_from, text_end, oldest, on, lo, 1024)
+    before, full, edges = cover(start, all_from, all_to, text_end, BLOCK_N, BLOCK_EDGE)
     i = tl.arange(0, BLOCK_N)
+    all_there = i < BLOCK_N
     for j in tl.range(full):
         n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < L, K, BLOCK_K)
-        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < L, E, BLOCK_E)
+        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, all_there, K, BLOCK_K)
+        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, all_there, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -137,11 +138,16 @@ def attention_forward(
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
+    # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
+    # registers from the beginning to here.
+    m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
+    row = m - skipped
     total = tl.where(on, total, 1.0)
     result = tl.where(on[:, None], acc / total[:, None], 0.0)
-    store_tile(out + b * stride_ob, h * stride_oh + row * stride_om, inside, result, E, BLOCK_E)
+    out += b * stride_ob + g * HG * stride_oh
+    store_tile(out, h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_om, inside, result, E, BLOCK_E)
     natural = tl.where(on, top * LN_2 + tl.log(total), -float("inf"))
-    tl.store(lse + (b * (G * HG) + h) * rows + row, natural, mask=inside)
+    tl.store(lse + (pair * HG + h) * rows + row, natural, mask=inside)
 
 
 @triton.jit

@@ -1,164 +1,177 @@
-import torch, triton
+"""thought_decode: a program takes BLOCK_M query rows of one key head, and the text or a part of it.
+
+The H/G query heads of a key head are folded into the rows: flat row f is thought f // HG under head f % HG. The keys of a
+tile, in this order, all in one softmax:
+
+1. the thoughts' own rows, by 3D products: each chunk of 16 flat rows against 16 own rows of its thoughts at a time;
+2. text that all rows see, in blocks of BLOCK_N without a mask;
+3. text at the edges, which some rows see, in masked blocks of BLOCK_EDGE.
+
+The step is read on the device: it only bounds the loop over own rows.
+"""
+
+from __future__ import annotations
+
+import triton
 import triton.language as tl
 from torch import Tensor
+
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._decode_parts import attend, cap
-from quietstar_kernels.triton._target import target
-from quietstar_kernels.triton.configs import Config
-
-LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1e30)
-
-@triton.jit(
-    do_not_specialize=["anchor_b", "lo_b", "length_b", "thoughts", "N", "L", "H", "G", "tiles", "splits", "window"],
-    do_not_specialize_on_alignment=["anchor", "lo", "length", "step", "sinks"],
-)
-def _decode(
-    q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, out, part_out, part_state,
-    q_b, q_h, q_t, kt_b, kt_g, kt_l, vt_b, vt_g, vt_l, ko_b, ko_g, ko_t, ko_s, vo_b, vo_g, vo_t, vo_s,
-    anchor_b, lo_b, length_b, thoughts, N, L, H, G, tiles, splits,
-    window, unit, cap_in, cap_out,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, OWN_STAGES: tl.constexpr,
-):
-    BLOCK_T: tl.constexpr = BLOCK_M // FOLD
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    HG = H // G
-    chunks = tl.cdiv(HG, FOLD)
-    tile = tiles - 1 - pid % tiles
-    chunk = pid // tiles % chunks
-    g = (pid // tiles // chunks % G).to(tl.int64)
-    b = (pid // tiles // chunks // G).to(tl.int64)
-    now = tl.load(step).to(tl.int32)
-
-    row = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_K)
-    e = tl.arange(0, BLOCK_E)
-    thought = tile * BLOCK_T + row // FOLD
-    in_group = chunk * FOLD + row % FOLD
-    inside = (thought < thoughts) & (in_group < HG)
-    head = g * HG + in_group
-    place = tl.load(anchor + b * anchor_b + thought // N, mask=inside, other=-1)
-    live = tl.load(length + b * length_b + thought, mask=inside, other=0)
-    on = (place >= 0) & (now < live)
-    lo += b * lo_b
-    first = tl.load(lo + place, mask=on, other=0)
-    last = tl.where(on, place, -1)
-
-    begin = tl.min(tl.where(on, first, L))
-    end = tl.max(last) + 1
-    common_begin = tl.max(tl.where(on, first, 0))
-    common_end = tl.min(tl.where(on, place, L)) + 1
-    oldest = place - first + 1 + now - window
-    if WINDOWED:
-        lowest = tl.min(tl.where(on, oldest, L))
-        highest = tl.max(tl.where(on, oldest, -1))
-        cols = tl.arange(0, 1024)
-        any_begin = end
-        for c in range(begin, end, 1024):
-            j = c + cols
-            position = j - tl.load(lo + j, mask=j < end, other=0)
-            any_begin = tl.minimum(any_begin, tl.min(tl.where((j < end) & (position > lowest), j, end)))
-            common_begin = tl.maximum(common_begin, tl.max(tl.where((j < common_end) & (position <= highest), j + 1, 0)))
-        begin = any_begin
-
-    own_begin = tl.maximum(now + 1 - window, 0) if WINDOWED else 0
-    own_end = tl.where((end > 0) & (split == 0), now + 1, 0)
-    per = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
-    begin += split * per
-    end = tl.minimum(end, begin + per)
-
-    m = tl.full([BLOCK_M], NOTHING, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None:
-        if split == 0:
-            m = tl.load(sinks + head, mask=inside, other=0).to(tl.float32) * LOG2E
-            l += 1
-    qs = tl.load(q + b * q_b + (head * q_h + thought.to(tl.int64) * q_t)[:, None] + d, mask=on[:, None] & (d < K), other=0)
-    k_own += b * ko_b + g * ko_g
-    v_own += b * vo_b + g * vo_g
-    GROUPS: tl.constexpr = BLOCK_M // 16
-    q3 = tl.reshape(qs, [GROUPS, 16, BLOCK_K])
-    m3 = tl.reshape(m, [GROUPS, 16])
-    l3 = tl.reshape(l, [GROUPS, 16])
-    acc3 = tl.zeros([GROUPS, 16, BLOCK_E], tl.float32)
-    key = tl.arange(0, 16)
-    same = key[:, None] // FOLD == key[None, :] // FOLD
-    own_thought = tile * BLOCK_T + tl.arange(0, GROUPS)[:, None] * (16 // FOLD) + key[None, :] // FOLD
-    inside_t = own_thought < thoughts
-    on_t = tl.load(anchor + b * anchor_b + own_thought // N, mask=inside_t, other=-1) >= 0
-    on_t &= now < tl.load(length + b * length_b + own_thought, mask=inside_t, other=0)
-    for j0 in tl.range(own_begin, own_end, FOLD, num_stages=OWN_STAGES):
-        jj = j0 + key % FOLD
-        seen = on_t & (jj < own_end)[None, :]
-        k = tl.load(k_own + (own_thought * ko_t + jj * ko_s)[:, :, None] + d[None, None, :], mask=seen[:, :, None] & (d < K)[None, None, :], other=0)
-        s = tl.dot(q3, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
-        s = tl.where((same & (jj < own_end)[None, :])[None, :, :], cap(s, unit, cap_in, cap_out, CAPPED), -float("inf"))
-        v = tl.load(v_own + (own_thought * vo_t + jj * vo_s)[:, :, None] + e[None, None, :], mask=seen[:, :, None] & (e < E)[None, None, :], other=0)
-        acc3, m3, l3 = attend(acc3, m3, l3, s, v, 2, PRECISION)
-    acc = tl.reshape(acc3, [BLOCK_M, BLOCK_E])
-    m = tl.reshape(m3, [BLOCK_M])
-    l = tl.reshape(l3, [BLOCK_M])
-
-    k_text += b * kt_b + g * kt_g
-    v_text += b * vt_b + g * vt_g
-    head_blocks = tl.cdiv(tl.maximum(tl.minimum(common_begin, end) - begin, 0), BLOCK_TAIL)
-    full_begin = begin + head_blocks * BLOCK_TAIL
-    full = tl.maximum(tl.minimum(common_end, end) - full_begin, 0) // BLOCK_N * BLOCK_N
-    tail_blocks = tl.cdiv(tl.maximum(end - full_begin - full, 0), BLOCK_TAIL)
-    for c in range(full_begin, full_begin + full, BLOCK_N):
-        j = (c + tl.arange(0, BLOCK_N))[:, None]
-        k = tl.load(k_text + j * kt_l + d, mask=d < K, other=0)
-        v = tl.load(v_text + j * vt_l + e, mask=e < E, other=0)
-        s = cap(tl.dot(qs, tl.trans(k), input_precision=PRECISION), unit, cap_in, cap_out, CAPPED)
-        acc, m, l = attend(acc, m, l, s, v, 1, PRECISION)
-    for i in range(head_blocks + tail_blocks):
-        j = begin + i * BLOCK_TAIL + tl.where(i >= head_blocks, full, 0) + tl.arange(0, BLOCK_TAIL)
-        seen = (j[None, :] >= first[:, None]) & (j[None, :] <= last[:, None]) & (j < end)[None, :]
-        if WINDOWED:
-            seen &= (j - tl.load(lo + j, mask=j < end, other=0))[None, :] > oldest[:, None]
-        some = tl.max(seen.to(tl.int32), 0) > 0
-        far = j[:, None]
-        k = tl.load(k_text + far * kt_l + d, mask=some[:, None] & (d < K), other=0)
-        v = tl.load(v_text + far * vt_l + e, mask=some[:, None] & (e < E), other=0)
-        s = cap(tl.dot(qs, tl.trans(k), input_precision=PRECISION), unit, cap_in, cap_out, CAPPED)
-        acc, m, l = attend(acc, m, l, tl.where(seen, s, -float("inf")), v, 1, PRECISION)
-
-    acc = tl.where(on[:, None], acc, 0)
-    l = tl.where(on, l, 1)
-    at = (b * H + head) * thoughts + thought
-    mask = inside[:, None] & (e < E)
-    if splits == 1:
-        tl.store(out + at[:, None] * E + e, (acc / l[:, None]).to(out.dtype.element_ty), mask=mask)
-    else:
-        at += split.to(tl.int64) * (tl.num_programs(0) // tiles // chunks // G).to(tl.int64) * H * thoughts
-        tl.store(part_out + at[:, None] * E + e, acc, mask=mask)
-        tl.store(part_state + 2 * at, tl.where(on, m, 0), mask=inside)
-        tl.store(part_state + 2 * at + 1, l, mask=inside)
+from quietstar_kernels.triton._attention_forward import LOWEST, scores, softmax_step, without_poison
+from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
+from quietstar_kernels.triton._math import LOG2_E
+from quietstar_kernels.triton._rows import OWN, cover, text_bounds, window_bounds
+from quietstar_kernels.triton._target import dot_precision
+from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
+from quietstar_kernels.triton.configs import THOUGHT_DECODE, pick
 
 
-CONFIG = None
-
-def thought_decode(q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks):
+def thought_decode(
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """As ``reference.thought_decode``."""
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]
     out = q.new_empty((B, H, thoughts, E))
-    heads = H // G
-    fold = min(triton.next_power_of_2(heads), 16)
-    config = CONFIG
-    T = config.blocks["BLOCK_M"] // fold
-    tiles = triton.cdiv(thoughts, T)
-    splits = 1
-    part_out = q.new_empty(0, dtype=torch.float32)
-    strides = [s for x in (q, k_text, v_text, k_own, v_own) for s in x.stride()[:-1]]
-    cap_in, cap_out = (0.0, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E.value)
-    _decode[(B * G * triton.cdiv(heads, fold) * tiles, splits)](
-        q, k_text, v_text, k_own, v_own, layout.anchor, layout.lo, layout.length, step, sinks, out, part_out, part_out,
-        *strides, layout.anchor.stride(0), layout.lo.stride(0), layout.length.stride(0), thoughts, layout.N, L, H, G, tiles, splits,
-        window or 0, scale * LOG2E.value, cap_in, cap_out,
-        WINDOWED=window is not None, CAPPED=softcap is not None, PRECISION="ieee" if target() in ("gfx942", "interpreter") else "tf32x3",
+    if out.numel() == 0:
+        return out
+    if window is not None and window >= L + layout.S:
+        window = None  # it cuts nothing
+    config = pick(THOUGHT_DECODE, q.element_size(), max(K, E))
+    tiles = B * G * triton.cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
+    splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
+    parts = parts_of(out, splits)
+    _decode[(tiles, splits)](
+        q, k_text, v_text, k_own, v_own, sinks, layout.anchor, layout.lo, layout.length, step, out, *parts,
+        *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4],
+        layout.anchor.stride(0), layout.lo.stride(0), layout.length.stride(0),
+        B, G, H // G, L, thoughts, layout.N, window, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
-        FOLD=fold, **config.options())
+        PRECISION=dot_precision(), **config.options(),
+    )  # fmt: skip
+    if splits > 1:
+        add_parts(*parts, out)
     return out
+
+
+@triton.jit(
+    do_not_specialize=["anchor_stride", "lo_stride", "length_stride", "B", "G", "HG", "L", "thoughts", "N", "window"],
+    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length", "step"],
+)
+def _decode(
+    q, k_text, v_text, k_own, v_own, sinks, anchor, lo, length, step, out, part_acc, part_top, part_total,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
+    stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
+    anchor_stride, lo_stride, length_stride,
+    B, G, HG, L, thoughts, N, window, scale, softcap,
+    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pair = (tl.program_id(0) % (B * G)).to(tl.int64)
+    b, g = pair // G, pair % G
+    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those with most text first
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    flat = tile * BLOCK_M
+    f = flat + tl.arange(0, BLOCK_M)
+    thought, h = f // HG, g * HG + f % HG
+    inside = thought < thoughts
+    now = tl.load(step).to(tl.int32)
+    anchor += b * anchor_stride
+    lo += b * lo_stride
+    length += b * length_stride
+
+    place = tl.load(anchor + thought // N, mask=inside, other=-1)
+    on = (place >= 0) & (now < tl.load(length + thought, mask=inside, other=0))
+    first = tl.load(lo + place, mask=on, other=0)
+    last = tl.where(on, place, -1)
+    start, all_from, all_to, end = text_bounds(first, last, on)
+    own_first = 0
+    if window is not None:
+        oldest = last - first + now + 2 - window  # position id
+        own_first = tl.maximum(now + 1 - window, 0)
+        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
+
+    queries = load_tile(q + b * stride_qb, h * stride_qh + thought.to(tl.int64) * stride_qt, inside, K, BLOCK_K)
+    factor = scale * LOG2_E if softcap is None else LOG2_E
+    if sinks is None:
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        sink = tl.load(sinks + h, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        sink = tl.where(split == 0, sink, -float("inf"))
+        top = tl.where(sink < LOWEST, LOWEST, sink)
+        total = tl.exp2(sink - top)
+
+    # Own rows first: only the queries are live then. The own rows of a chunk's thoughts stand in a row here, [thought,own].
+    CHUNKS: tl.constexpr = BLOCK_M // OWN
+    chunk = flat + tl.arange(0, CHUNKS) * OWN
+    chunk_first, chunk_last = chunk // HG, tl.minimum((chunk + OWN - 1) // HG, thoughts - 1)
+    own = now + 1 - own_first
+    blocks = tl.cdiv(tl.max((chunk_last - chunk_first + 1) * own, 0), OWN)
+    blocks = tl.where((split == 0) & (tl.max(last, 0) >= 0), blocks, 0)
+    k_own += b * stride_kob + g * stride_kog
+    v_own += b * stride_vob + g * stride_vog
+    chunk_queries = tl.reshape(queries, [CHUNKS, OWN, BLOCK_K])
+    chunk_thought = tl.reshape(thought, [CHUNKS, OWN])
+    top, total = tl.reshape(top, [CHUNKS, OWN]), tl.reshape(total, [CHUNKS, OWN])
+    acc = tl.zeros([CHUNKS, OWN, BLOCK_E], tl.float32)
+    for j in tl.range(blocks, num_stages=1):
+        n = j * OWN + tl.arange(0, OWN)
+        of = chunk_first[:, None] + (n // own)[None, :]
+        at, of_far = (own_first + n % own).to(tl.int64)[None, :], of.to(tl.int64)
+        there = of <= chunk_last[:, None]
+        keys = load_tile(k_own, of_far * stride_kot + at * stride_kos, there, K, BLOCK_K)
+        s = scores(chunk_queries, keys, scale, softcap, SLICES, PRECISION)
+        values = load_tile(v_own, of_far * stride_vot + at * stride_vos, there, E, BLOCK_E)
+        values, poison = without_poison(values)
+        s = tl.where(chunk_thought[:, :, None] == of[:, None, :], s + poison[:, None, :], -float("inf"))
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    top, total = tl.reshape(top, [BLOCK_M]), tl.reshape(total, [BLOCK_M])
+    acc = tl.reshape(acc, [BLOCK_M, BLOCK_E])
+
+    part = tl.cdiv(tl.cdiv(tl.maximum(end + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
+    start += split * part
+    end = tl.minimum(end, start + part - 1)
+    last = tl.minimum(last, end)
+    before, full, edges = cover(start, tl.minimum(all_from, end + 1), tl.minimum(all_to, end), end, BLOCK_N, BLOCK_EDGE)
+    k_text += b * stride_kb + g * stride_kg
+    v_text += b * stride_vb + g * stride_vg
+    i = tl.arange(0, BLOCK_N)
+    all_there = i < BLOCK_N
+    for j in tl.range(full):
+        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
+        keys = load_tile(k_text + n0.to(tl.int64) * stride_kl, i * stride_kl, all_there, K, BLOCK_K)
+        values = load_tile(v_text + n0.to(tl.int64) * stride_vl, i * stride_vl, all_there, E, BLOCK_E)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    i = tl.arange(0, BLOCK_EDGE)
+    seen_count = tl.maximum(last - first + 1, 0)
+    for j in tl.range(edges):
+        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+        n = n0 + i
+        keys = load_tile(k_text + n0.to(tl.int64) * stride_kl, i * stride_kl, n <= end, K, BLOCK_K)
+        values = load_tile(v_text + n0.to(tl.int64) * stride_vl, i * stride_vl, n <= end, E, BLOCK_E)
+        values, poison = without_poison(values)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        seen = in_range(n[None, :], first[:, None], seen_count[:, None])
+        if window is not None:
+            seen &= (n - tl.load(lo + n, mask=n <= end, other=0))[None, :] >= oldest[:, None]
+        s = tl.where(seen, s + poison[None, :], -float("inf"))
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    acc = tl.where(on[:, None], acc, 0.0)
+    total = tl.where(on, total, 1.0)
+    row = (b * (G * HG) + h) * thoughts + thought
+    if splits == 1:
+        store_tile(out, row * E, inside, acc / total[:, None], E, BLOCK_E)
+    else:
+        row += split.to(tl.int64) * B * (G * HG) * thoughts
+        store_tile(part_acc, row * E, inside, acc, E, BLOCK_E)
+        tl.store(part_top + row, tl.where(on, top, 0.0), mask=inside)
+        tl.store(part_total + row, total, mask=inside)

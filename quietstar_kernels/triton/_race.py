@@ -67,22 +67,22 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     passed = running <= goal[:, :, None]
     drawn = block * (BLOCK // GROUP) + tl.sum(passed.to(tl.int32), 2)
     drawn = tl.sum(tl.where(winner, drawn, 0), 1)
-    inside = goal - tl.max(tl.where(passed, running, 0.0), 2)
-    inside = tl.sum(tl.where(winner, inside, 0.0), 1)
+    rest = goal - tl.max(tl.where(passed, running, 0.0), 2)
+    rest = tl.sum(tl.where(winner, rest, 0.0), 1)
     here = (group[None, :] == drawn[:, None]).to(tl.float32)
-    return score, drawn * GROUP, inside, tl.sum(grouped * here[:, :, None], 1), tl.sum(total, 1)
+    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(total, 1)
 
 
 @triton.jit
-def resolve(weights, inside):
-    """The column of a group's weights [rows,16] at which their running sum passes ``inside`` [rows], and its weight.
+def resolve(weights, rest):
+    """The column of a group's weights [rows,16] at which their running sum passes ``rest`` [rows], and its weight.
 
     Both are 0 in a row without weights.
     """
     column = tl.arange(0, GROUP)[None, :]
     running = tl.cumsum(weights, 1)
     # Rounding may carry the draw past the end: then it falls on the last column that has a weight.
-    inside = tl.minimum(inside, BELOW_ONE * tl.max(running, 1))
-    drawn = tl.sum((running <= inside[:, None]).to(tl.int32), 1)
+    rest = tl.minimum(rest, BELOW_ONE * tl.max(running, 1))
+    drawn = tl.sum((running <= rest[:, None]).to(tl.int32), 1)
     drawn = tl.where(drawn < GROUP, drawn, 0)
     return drawn, tl.sum(tl.where(column == drawn[:, None], weights, 0.0), 1)

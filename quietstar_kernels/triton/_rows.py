@@ -50,6 +50,14 @@ def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(flat, begin, end, HG, BLOCK_M: tl.constexpr):
+    """Rows of the tile that ``tile_start`` gave: packed row, head in its group, whether there is such a row; [BLOCK_M] each."""
+    f = flat + tl.arange(0, BLOCK_M)
+    m = begin + f // HG
+    return m, f % HG, m < end
+
+
+@triton.jit
 def text_bounds(first, last, on):
     """Of rows that see the text first..last, [BLOCK] each: (start, all_from, all_to, end).
 
@@ -94,14 +102,6 @@ def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.co
     full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
     after = tl.cdiv(tl.maximum(end + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
     return before, full, before + after
-
-
-@triton.jit
-def text_blocks(first, last, on, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
-    """``start`` of ``text_bounds`` and the blocks of ``cover``: (start, before, full, edges)."""
-    start, all_from, all_to, end = text_bounds(first, last, on)
-    before, full, edges = cover(start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
-    return start, before, full, edges
 
 
 @triton.jit

@@ -86,23 +86,30 @@ LOGITS_GRADIENT: Table = {
 
 # BLOCK_R rows times BLOCK_V ids, a multiple of 128, with BLOCK_D of the model's width in one step; the width is that of rows.
 SAMPLE_TOKEN: Table = {
-    ("interpreter", 4, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 256, "BLOCK_D": 16}),
-    ("interpreter", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 256, "BLOCK_D": 16}),
-    ("sm_80", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
-    ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=4),
-    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("interpreter", 4, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 512, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("interpreter", 2, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 512, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("sm_80", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
+    ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=8, num_stages=4),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
     ("sm_90", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
     ("sm_90", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 256, "BLOCK_D": 64}, num_warps=8, num_stages=4),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
     ("sm_100", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
-    ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=4, num_stages=3),
+    ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
     ("gfx942", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
-    ("gfx942", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
+    ("gfx942", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
 }
 
 # BLOCK_R rows, BLOCK_P parts of the vocabulary in one step.
 SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})
+
+# thought_decode: as in ATTENTION_FORWARD; BLOCK_M rows of thoughts.
+THOUGHT_DECODE: Table = {
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+}
+THOUGHT_DECODE_SUM = Config({"BLOCK_R": 8})

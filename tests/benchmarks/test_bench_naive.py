@@ -1,52 +1,49 @@
 """Batched and naive thoughts are the same thoughts, and where they are not, the benchmark fails."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_naive.py"
-TINY = ["--length=13", "--thoughts=3", "--thought-tokens=4", "--vocabulary=300", "--width=64", "--layers=2", "--repeats=3"]
+import bench_naive as bench
+from bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
+from case import Wrong
+from compare import Effort
+
+TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, V=300)
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    spec = importlib.util.spec_from_file_location("bench_naive", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(autouse=True)
+def no_gradients_and_no_seed_left():
     with torch.random.fork_rng(), torch.no_grad():
-        yield module
+        yield
 
 
 @pytest.mark.parametrize("positions", [13, 5])
-def test_all_methods_give_the_same_thoughts(bench, positions: int) -> None:
-    methods = bench.make_methods(bench.parse(TINY))
-    anchors = bench.evenly_spaced(positions, 13)
-    _, taken_in_turns = bench.take_turns(methods, anchors, rounds=3)
-    batched = methods[bench.BATCHED](anchors)
+def test_all_methods_give_the_same_thoughts(positions):
+    case = NaiveCase(**{**TINY.sizes, "P": positions})
+    methods = {name: bench.make_method(case, name) for name in (BATCHED, NAIVE, CAREFUL)}
+    _, taken_in_turns = bench.take_turns(methods, case.anchors, rounds=3)
+    batched = methods[BATCHED](case.anchors)
     assert batched.shape == (positions, 3, 4)
     assert len(batched.unique()) > 20
     for thoughts in taken_in_turns.values():
         assert torch.equal(thoughts, batched)
 
 
-def test_thoughts_that_differ_fail(bench, monkeypatch) -> None:
-    args, anchors = bench.parse(TINY), torch.arange(13)
-    thoughts = {name: torch.zeros(13, 3, 4) for name in (bench.NAIVE, bench.BATCHED)}
-    thoughts[bench.NAIVE][7, 1, 2] = 1
-    assert bench.check(args, anchors, thoughts) == {bench.NAIVE: 1, bench.BATCHED: 0}  # the same in fp64: rounding
-    exact = {name: lambda anchors, n=n: torch.full((len(anchors), 3, 4), n) for n, name in enumerate(thoughts)}
-    monkeypatch.setattr(bench, "make_methods", lambda *_: exact)
-    with pytest.raises(RuntimeError, match="naive: 1 of 39 thoughts differ"):
-        bench.check(args, anchors, thoughts)
+def test_thoughts_that_differ_fail(monkeypatch):
+    anchors = torch.arange(13)
+    thoughts = {name: torch.zeros(13, 3, 4) for name in (NAIVE, BATCHED)}
+    thoughts[NAIVE][7, 1, 2] = 1
+    assert bench.check(TINY, anchors, thoughts) == {NAIVE: 1, BATCHED: 0}  # the same in fp64: rounding
+    number = {NAIVE: 0, BATCHED: 1}
+    monkeypatch.setattr(bench, "make_method", lambda case, name, dtype: lambda anchors: torch.full((1, 3, 4), number[name]))
+    with pytest.raises(Wrong, match="naive: 1 of 39 thoughts differ"):
+        bench.check(TINY, anchors, thoughts)
 
 
-def test_report(bench, tmp_path, capsys) -> None:
-    bench.main([*TINY, "--positions=2", f"--json={tmp_path / 'report.json'}"])
-    assert "QUICK LOOK" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [bench.NAIVE, bench.CAREFUL, bench.BATCHED]
-    assert all(row["seconds"] > 0 for row in rows)
+def test_rows(rates):
+    rows = bench.compare(TINY, bench.OURS, bench.PEERS, rates, Effort(rounds=3))
+    assert [row.candidate for row in rows] == [BATCHED, NAIVE, CAREFUL]
+    assert [row.is_ours for row in rows] == [True, False, False]
+    for row in rows:
+        assert row.seconds > 0 and row.times_ours == pytest.approx(row.seconds / rows[0].seconds)
+        assert row.sizes == TINY.sizes and row.of_floor > 0 and row.note == ""

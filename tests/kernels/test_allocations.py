@@ -1,6 +1,7 @@
-"""The cpu back end makes no tensor of R*V, of (L+R)^2 or of R*L: every operator's output is measured.
+"""No tensor of R*V, of (L+R)^2 or of R*L in the cpu back end, and none of R*V in Triton's linear_logprob.
 
-Its functions are called below the custom ops, since those hide what they do from a dispatch mode.
+The output of every operator is measured. The functions are called below the custom ops, since those hide what they do
+from a dispatch mode.
 """
 
 import pytest
@@ -64,6 +65,27 @@ def test_linear_logprob(softcap, entropy):
         functions.linear_logprob_backward(grads[0], grads[1] if entropy else None, *head, *saved, *rest, [True] * 3)
     assert V <= forward.numel <= R * V // SHARE
     assert V <= backward.numel <= R * V // SHARE
+
+
+def test_linear_logprob_in_triton(monkeypatch):
+    """Its buffers are R times a fixed number of ids, and a fixed number of logits: both made small here.
+
+    The interpreter copies them as bytes, four for each element.
+    """
+    functions = backend_functions("linear_logprob", "triton")
+    monkeypatch.setattr(functions, "LOGITS", 2**12)
+    monkeypatch.setattr(functions, "COLUMNS", 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, vocabulary = 64, 2048
+    inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
+    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, None, 1.0, [3])
+    grads = torch.randn(2, rows, generator=seeded(1)).to(device)
+    with LargestOutput() as forward:
+        _, *saved = functions.linear_logprob(*head, *rest, True)
+    with LargestOutput() as backward:
+        functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+    assert vocabulary <= forward.numel <= rows * vocabulary // SHARE
+    assert vocabulary <= backward.numel <= rows * vocabulary // SHARE
 
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])

@@ -69,3 +69,8 @@ def test_attention_scaled_by_row_index_is_refused_where_it_would_differ():
     qs = quietstar.QuietStar(llama4(floor_scale=40), quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2))
     with pytest.raises(ValueError, match="scales attention by row index from row 39 on, got 60 rows"):
         qs(torch.randint(3, 61, (1, 10)))
+    # Steps of one row count by their positions: the text and the T + 2 rows of its thought.
+    few = quietstar.QuietStar(llama4(floor_scale=12), qs.thought_config, verify=False)
+    assert few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=2, eos_token_id=None).shape == (1, 8)
+    with pytest.raises(ValueError, match="scales attention by row index from row 11 on, got 12 rows"):
+        few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=3, eos_token_id=None)

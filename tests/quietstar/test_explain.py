@@ -1,6 +1,7 @@
 """Explain against the wrapper's own forward, and its likeliest tokens against the model run one row after another."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -104,6 +105,18 @@ def test_likeliest_tokens(qs, monkeypatch):
             assert [x.probability for x in shown] == pytest.approx([float(want[x.id]) for x in shown], rel=1e-3)
         assert token.base == pytest.approx(-float(base[token.id].log()), abs=1e-4)
         assert token.mixed == pytest.approx(-float(mixed[token.id].log()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_probabilities_and_surprise_agree_behind_any_head(tiny, name, monkeypatch):
+    """With soft caps, scales and tied heads a token has the probability of its surprise."""
+    monkeypatch.setattr(explain, "TOP", 257)
+    for token in wrap(tiny(name, vocab_size=257)).explain(TEXT).tokens[1:]:
+        (thought,) = token.thoughts
+        for surprise, top in ((token.base, token.top), (token.mixed, thought.top)):
+            probability = {x.id: x.probability for x in top}
+            assert math.exp(-surprise) == pytest.approx(probability[token.id], rel=1e-4)
+            assert sum(probability.values()) == pytest.approx(1, abs=1e-4)
 
 
 def test_texts_of_tokens(qs):
@@ -256,6 +269,12 @@ def test_command(command, tmp_path):
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == report.html
     assert command("--file=text.txt", "--seed=3")[0] == 0
     assert (tmp_path / "explain.html").read_text(encoding="utf-8") == QuietStar.from_pretrained("model").explain(TEXT, 3).html
+
+
+def test_help_of_the_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["explain", "--help"])
+    assert end.value.code == 0 and "where the name ends in .json" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def test_the_loaded_model_has_the_recorded_loss(record, published):
     qs.thought_config = ThoughtConfig(thoughts=meta["N"], thought_tokens=meta["T"], lookahead=meta["K"], **ids)
     labels = tensors["labels"].masked_fill(tensors["attention_mask"] == 0, -100)
     out = qs(tensors["input_ids"], tensors["attention_mask"], labels, thought_ids=tensors["thought_ids"])
-    assert float(out.loss) == pytest.approx(float(tensors["loss"]), rel=1e-4)
-    assert float(out.loss_ce) == pytest.approx(float(tensors["loss_ce"]), rel=1e-5)
+    assert out.loss.item() == pytest.approx(float(tensors["loss"]), rel=1e-4)
+    assert out.loss_ce.item() == pytest.approx(float(tensors["loss_ce"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
@@ -204,6 +204,7 @@ def test_the_command_line_takes_it(record, published, capsys):
     assert model.thought_config.thought_tokens == 3
     assert checkpoint.thinks(published)
     (published / "model.safetensors").write_bytes((published / "model.safetensors").read_bytes()[:1000])
+    capsys.readouterr()
     assert cli.main(["think", f"--model={published}", "Hello"]) == cli.DATA
     assert len(capsys.readouterr().err.splitlines()) == 1
 

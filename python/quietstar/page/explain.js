@@ -22,8 +22,7 @@ tokens.forEach((token, i) => {
 });
 
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
-const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2).replace(/e.*/, "")) + " %";
-const rare = (p) => (p > 0 && p < 0.0001 ? "< 0.01 %" : percent(p));
+const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : p >= 1e-6 ? (100 * p).toPrecision(2) : "< 0.0001") + " %";
 const verdict = (i) => ({ h: "Thinking hurt", z: "About the same", p: "Thinking helped" })[tokens[i].className[0]];
 
 function make(tag, className, content) {
@@ -56,7 +55,7 @@ function topList(title, i, [ids, probabilities], surprise) {
     const share = make("span", "share");
     share.style.width = 100 * Math.min(1, p) + "%";
     const right = id === own;
-    return make("li", right ? "right" : "", [share, make("span", "name", [make("bdi", "", name), right ? " ◂" : ""]), make("span", "percent", rare(p))]);
+    return make("li", right ? "right" : "", [share, make("span", "name", [make("bdi", "", name), right ? " ◂" : ""]), make("span", "percent", percent(p))]);
   };
   const lines = ids.map((id, k) => line(id, probabilities[k], nodes(texts[id] ?? "")));
   if (!ids.includes(own)) lines.push(line(own, Math.exp(-surprise), ownText(i)));
@@ -65,7 +64,7 @@ function topList(title, i, [ids, probabilities], surprise) {
 
 function figures(base, thoughts, numbered) {
   const line = (tag, cells) => make("tr", "", cells.map((cell, k) => make(k ? tag : "th", "", cell)));
-  const numbers = (surprise) => [rare(Math.exp(-surprise)), surprise.toFixed(2)];
+  const numbers = (surprise) => [percent(Math.exp(-surprise)), surprise.toFixed(2)];
   return make("table", "", [
     line("th", ["", "probability", "surprise", "weight"]),
     line("td", ["without thought", ...numbers(base), ""]),
@@ -96,7 +95,7 @@ function label(i) {
   const name = tokens[i].textContent.trim() || "space";
   if (!surprise.length) return `${name}, the first token`;
   const [base, mixed, gain] = surprise;
-  return `${name}, ${verdict(i)}, gain ${signed(gain)} nats, probability ${rare(Math.exp(-base))} to ${rare(Math.exp(-mixed))}`;
+  return `${name}, ${verdict(i)}, gain ${signed(gain)} nats, probability ${percent(Math.exp(-base))} to ${percent(Math.exp(-mixed))}`;
 }
 
 function show(i) {

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
-from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, pick
+from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick
 
 PROGRAMS = 4096  # dozens for each multiprocessor, so that the last ones leave few idle
 NEIGHBOURS = tl.constexpr(8)  # tiles of rows that pass over the same weights at the same time, so that L2 serves all but one
@@ -40,30 +40,27 @@ def sample_token(
     banned: list[int],
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``."""
-    (R, D), V = hidden.shape, len(weight)
+    R, V = len(hidden), len(weight)
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return ids, logprob
     if scale is not None and scale <= 0:  # the kernel takes the largest product for the largest logit
         sign = -1 if scale < 0 else 0
         hidden, bias, scale = sign * hidden, None if bias is None else sign * bias, abs(scale) or 1.0
-    hidden, shift = hidden.contiguous(), _shift(weight, bias, banned)
+    hidden, weight = _aligned(hidden), _aligned(weight)
     inner, unit = _factors(scale, softcap, temperature or 1.0)
 
     config = pick(SAMPLE_TOKEN, hidden.dtype.itemsize, R)
     row_tiles, tiles = triton.cdiv(R, config.blocks["BLOCK_R"]), triton.cdiv(V, config.blocks["BLOCK_V"])
+    shift = _shift(weight, bias, banned, tiles * config.blocks["BLOCK_V"])
     share = triton.cdiv(tiles, max(1, PROGRAMS // row_tiles))
     parts = triton.cdiv(tiles, share)
-    score, logit, lse = hidden.new_empty(3, parts, R, dtype=torch.float32)
+    score, logit, lse = (hidden.new_empty(parts, R, dtype=torch.float32) for _ in range(3))
     token = hidden.new_empty(parts, R, dtype=torch.int32)
-
-    operands = {"BLOCK_R": hidden, "BLOCK_V": weight}
-    described = target() in BY_DESCRIPTOR and all(_describable(x) for x in operands.values())
-    if described:
-        depth = config.blocks["BLOCK_D"]
-        operands = {name: TensorDescriptor.from_tensor(x, [config.blocks[name], depth]) for name, x in operands.items()}
+    described = target() in BY_DESCRIPTOR
     _draw[row_tiles * parts,](
-        *operands.values(),
+        _tiles(hidden, config, "BLOCK_R") if described else hidden,
+        _tiles(weight, config, "BLOCK_V") if described else weight,
         shift,
         counters,
         score,
@@ -75,8 +72,9 @@ def sample_token(
         unit,
         R,
         V,
-        D,
-        *weight.stride(),
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
         *counters.stride(),
         row_tiles,
         parts,
@@ -90,11 +88,15 @@ def sample_token(
     return ids, logprob
 
 
-def _shift(weight: Tensor, bias: Tensor | None, banned: list[int]) -> Tensor | None:
-    """What is added to each product [V]: the bias, -inf for ids that are out. One fill per id: a copy of the list would wait."""
-    if not banned:
-        return None if bias is None else bias.contiguous()
-    shift = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.to(torch.float32, copy=True)
+def _shift(weight: Tensor, bias: Tensor | None, banned: list[int], size: int) -> Tensor | None:
+    """What is added to each product, fp32 [size]: the bias, -inf for ids that are out and for those behind the last.
+
+    One fill for each banned id, since a copy of the list would wait for the device.
+    """
+    if bias is None and not banned:
+        return None
+    shift = weight.new_full((size,), -math.inf, dtype=torch.float32)
+    shift[: len(weight)] = 0 if bias is None else bias
     for token in banned:
         shift[token].fill_(-math.inf)
     return shift
@@ -107,33 +109,37 @@ def _factors(scale: float | None, softcap: float | None, temperature: float) -> 
     return inner, outer / temperature * BITS.value
 
 
-def _describable(x: Tensor) -> bool:
-    """What the hardware asks of a tensor descriptor."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.dtype.itemsize % 16 == 0
-    return x.numel() > 0 and x.stride(1) == 1 and aligned
+def _aligned(x: Tensor) -> Tensor:
+    """x [rows,D] as the loads want it, D and the step from row to row multiples of 16; else a copy, zeros added."""
+    D = x.shape[1]
+    if D == 0 or D % 16:
+        x = torch.nn.functional.pad(x, (0, 16 - D % 16))
+    as_is = x.stride(1) == 1 and x.stride(0) >= D and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if as_is else x.clone(memory_format=torch.contiguous_format)
+
+
+def _tiles(x: Tensor, config: Config, rows: str) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [config.blocks[rows], config.blocks["BLOCK_D"]])
 
 
 @triton.jit
-def _products(hidden, weight, acc, row, first_id, R, V, D, stride_v, stride_d, DESCRIBED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """acc [rows,ids] plus the products of hidden rows from ``row`` on and ids from ``first_id`` on."""
+def _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, DESCRIBED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """acc [rows,ids] plus the products of hidden rows from ``row`` on and weights from ``first_id`` on."""
     if DESCRIBED:
-        for d in range(0, D, BLOCK_D):
-            acc = tl.dot(hidden.load([row, d]), weight.load([first_id, d]).T, acc, input_precision="ieee")
+        for start in range(0, D, BLOCK_D):
+            acc = tl.dot(hidden.load([row, start]), weight.load([first_id, start]).T, acc, input_precision="ieee")
     else:
         r, v, d = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[:, None], tl.arange(0, BLOCK_D)[None, :]
-        x = hidden + tl.cast(row, tl.int64) * D + r * D + d
-        w = weight + tl.cast(first_id, tl.int64) * stride_v + v * stride_v + d * stride_d
+        h = hidden + tl.cast(row, tl.int64) * stride_h + r * stride_h + d
+        w = weight + tl.cast(first_id, tl.int64) * stride_w + v * stride_w + d
         for start in range(0, D, BLOCK_D):
-            deep = start + d < D
-            x_tile = tl.load(x, mask=(row + r < R) & deep, other=0.0)
-            w_tile = tl.load(w, mask=(first_id + v < V) & deep, other=0.0)
-            acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
-            x += BLOCK_D
-            w += BLOCK_D * stride_d
+            h_tile = tl.load(h + start, mask=(row + r < R) & (start + d < D), other=0.0)
+            w_tile = tl.load(w + start, mask=(first_id + v < V) & (start + d < D), other=0.0)
+            acc = tl.dot(h_tile, w_tile.T, acc, input_precision="ieee")
     return acc
 
 
-@triton.jit(do_not_specialize=["R", "V", "stride_cr", "stride_cw", "row_tiles", "parts", "share"])
+@triton.jit(do_not_specialize=["R", "V", "seed", "stride_cr", "stride_cw", "row_tiles", "parts", "share"])
 def _draw(
     hidden,
     weight,
@@ -149,8 +155,8 @@ def _draw(
     R,
     V,
     D,
-    stride_v,
-    stride_d,
+    stride_h,
+    stride_w,
     stride_cr,
     stride_cw,
     row_tiles,
@@ -176,60 +182,60 @@ def _draw(
     top = tl.full([BLOCK_R], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     token = tl.zeros([BLOCK_R], tl.int32)
-    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    level = tl.zeros([BLOCK_R], tl.float32)
-    inside = tl.zeros([BLOCK_R], tl.float32)
-    group = tl.zeros([BLOCK_R, GROUP], tl.float32)
+    best_score = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    best_rest = tl.zeros([BLOCK_R], tl.float32)
+    best_group = tl.zeros([BLOCK_R, GROUP], tl.float32)
+    best_level = tl.zeros([BLOCK_R], tl.float32)
 
     for tile in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(V, BLOCK_V))):
         first_id = tile * BLOCK_V
         if shift is None:
-            start = tl.where(first_id + v < V, 0.0, float("-inf"))
+            shift_v = tl.where(first_id + v < V, 0.0, float("-inf"))
         else:
-            start = tl.load(shift + first_id + v, mask=first_id + v < V, other=float("-inf")).to(tl.float32)
-        acc = tl.broadcast_to(start[None, :], [BLOCK_R, BLOCK_V])
-        x = _products(hidden, weight, acc, row, first_id, R, V, D, stride_v, stride_d, DESCRIBED, BLOCK_D)
+            shift_v = tl.load(shift + first_id + v)
+        acc = tl.broadcast_to(shift_v[None, :], [BLOCK_R, BLOCK_V])
+        x = _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, DESCRIBED, BLOCK_D)
         if inner is not None:
-            # tanh with an absolute error of 2^-22, in few registers; the last term is nothing, or -inf where x is.
+            # tanh to an absolute error of 2^-22, which needs few registers. The last term adds nothing, or -inf to -inf.
             x = 1.0 - 2.0 / (tl.exp2(x * (2 * BITS * inner)) + 1.0) + TINY * x
 
         peak = tl.maximum(tl.max(x, 1), LOWEST)
         if GREEDY:
-            first = first_id + tl.min(tl.where(x == peak[:, None], v[None, :], BLOCK_V - 1), 1)
-            token = tl.where(peak > top, first, token)
+            argmax = first_id + tl.min(tl.where(x == peak[:, None], v[None, :], BLOCK_V), 1)
+            token = tl.where(peak > top, argmax, token)
         weights = tl.exp2(x * unit - (peak * unit)[:, None])
         if GREEDY:
-            tile_total = tl.sum(weights, 1)
+            weight_sum = tl.sum(weights, 1)
         else:
             sequence = tl.load(counter, mask=on, other=0)
             position = tl.load(counter + stride_cw, mask=on, other=0)
             n = tl.load(counter + 2 * stride_cw, mask=on, other=0)
             thought = (n << 16) + tl.load(counter + 3 * stride_cw, mask=on, other=0)
-            score, first, inside_new, group_new, tile_total = race(
+            score, start, rest, group, weight_sum = race(
                 weights, peak * unit, seed, sequence, position, thought, tile * (BLOCK_V // BLOCK)
             )
-            wins = score > best
-            best = tl.where(wins, score, best)
-            token = tl.where(wins, first_id + first, token)
-            level = tl.where(wins, peak * unit, level)
-            inside = tl.where(wins, inside_new, inside)
-            group = tl.where(wins[:, None], group_new, group)
+            wins = score > best_score
+            best_score = tl.where(wins, score, best_score)
+            token = tl.where(wins, first_id + start, token)
+            best_rest = tl.where(wins, rest, best_rest)
+            best_group = tl.where(wins[:, None], group, best_group)
+            best_level = tl.where(wins, peak * unit, best_level)
         new = tl.maximum(top, peak)
-        total = total * tl.exp2((top - new) * unit) + tile_total * tl.exp2((peak - new) * unit)
+        total = total * tl.exp2((top - new) * unit) + weight_sum * tl.exp2((peak - new) * unit)
         top = new
 
     if GREEDY:
-        best = top
+        best_score = top
         logit = top * unit
     else:
-        column, drawn = resolve(group, inside)
+        column, drawn = resolve(best_group, best_rest)
         token += column
-        logit = level + tl.log2(tl.maximum(drawn, TINY))
+        logit = best_level + tl.log2(tl.maximum(drawn, TINY))
     at = part.to(tl.int64) * R + rows
-    tl.store(score_out + at, best, mask=on)
+    tl.store(score_out + at, best_score, mask=on)
     tl.store(token_out + at, token, mask=on)
     tl.store(logit_out + at, logit, mask=on)
-    tl.store(lse_out + at, top * unit + tl.log2(tl.maximum(total, TINY)), mask=on)
+    tl.store(lse_out + at, top * unit + tl.log2(tl.where(total == 0.0, TINY, total)), mask=on)
 
 
 @triton.jit(do_not_specialize=["R", "parts"])
@@ -257,4 +263,4 @@ def _choose(score, token, logit, lse, ids, logprob, R, parts, BLOCK_R: tl.conste
     at = part.to(tl.int64) * R + rows
     drawn = tl.load(logit + at, mask=on, other=0.0)
     tl.store(ids + rows, tl.load(token + at, mask=on, other=0).to(tl.int64), mask=on)
-    tl.store(logprob + rows, (drawn - top - tl.log2(total)) / BITS, mask=on)
+    tl.store(logprob + rows, (drawn - top - tl.log2(tl.where(total == 0.0, TINY, total))) / BITS, mask=on)

@@ -1,0 +1,111 @@
+"""What the attention benchmarks call the truth is that of the reference, and the peers compute it."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import attention_peers
+import bench_thought_attention
+import bench_thought_decode
+from bench_thought_attention import AttentionCase
+from bench_thought_decode import DecodeCase
+from case import Wrong
+from quietstar_kernels.testing import plain_attention
+
+TINY = AttentionCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8)
+STEP = DecodeCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8, step=2)
+PEERS = {peer.name: peer for peer in attention_peers.PEERS}
+ON_CPU = ["flash prefix + own block (PyTorch)", "SDPA, dense mask"]
+
+
+def test_what_rows_see_is_what_the_layout_says():
+    row, key = torch.arange(TINY.rows), torch.arange(TINY.M)
+    assert torch.equal(TINY.sees(row[:, None], key), TINY.layout.dense_mask()[0])
+    of_step = TINY.layout.dense_mask()[0, TINY.L :][STEP.step :: TINY.S]
+    assert torch.equal(STEP.sees(torch.arange(STEP.rows)[:, None], key), of_step)
+
+
+def test_work_counts_what_the_layout_shows():
+    thoughts = TINY.layout.dense_mask()[:, TINY.L :].sum()
+    assert TINY.work().flops == 4 * TINY.K * TINY.H * thoughts
+    assert replace(TINY, what="forward+backward").work().flops == 3.5 * TINY.work().flops
+    of_step = TINY.layout.dense_mask()[:, TINY.L :][:, STEP.step :: TINY.S].sum()
+    assert STEP.work().flops == 4 * STEP.K * STEP.H * of_step
+    read = STEP.B * STEP.G * STEP.K * (STEP.L + STEP.L * STEP.N * (STEP.step + 1))  # keys, and as many values
+    assert STEP.work().bytes == 4 * (2 * read + 2 * STEP.B * STEP.H * STEP.rows * STEP.K)
+
+
+def test_the_exact_rows_are_those_of_plain_attention():
+    q, k, v, grad_out = (x.detach().double().requires_grad_() for x in TINY.inputs(seed=3).values())
+    rows = torch.tensor([0, 4, TINY.L, TINY.L + 17, TINY.M - 1])
+    grad_out = torch.zeros_like(grad_out).index_copy(2, rows, grad_out.detach()[:, :, rows])
+    out = plain_attention(q, k, v, TINY.layout)[0]
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
+    exact = TINY._exact(rows, q.detach(), k.detach(), v.detach(), grad_out)
+    for got, truth in zip(exact, (out[:, :, rows], dq[:, :, rows], dk, dv), strict=True):
+        torch.testing.assert_close(got, truth.detach())
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+@pytest.mark.parametrize("sizes", [{}, {"G": 4}, {"G": 1, "N": 1}, {"S": 1, "L": 1}, {"B": 1, "L": 40, "K": 24}])
+def test_peers_of_attention_are_right(name, what, sizes):
+    case = replace(TINY, what=what, **sizes)
+    case.check(PEERS[name].prepare(case))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("sizes", [{}, {"G": 4}, {"G": 1, "N": 1}, {"S": 1, "L": 1, "step": 0}, {"step": 0}, {"step": 3}])
+def test_peers_of_decoding_are_right(name, sizes):
+    case = replace(STEP, **sizes)
+    case.check(PEERS[name].prepare(case))
+
+
+def test_flex_attention_is_right():
+    case = replace(TINY, B=1)
+    case.check(PEERS["FlexAttention, compiled"].prepare(case))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_is_right(parts):
+    case = replace(TINY, B=4, what="forward+backward")
+    case.check(bench_thought_attention.in_parts(case, parts))
+
+
+def test_one_thread_gives_the_threads_back():
+    before = torch.get_num_threads()
+    TINY.check(bench_thought_attention.on_one_thread(TINY))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("case", [TINY, STEP])
+def test_a_mask_off_by_one_is_refused(case):
+    class Off(type(case)):
+        def sees(self, row, key):
+            return super().sees(row, key) & (key != row.clamp(max=self.L - 1) // 2)
+
+    off = Off(**{field.name: getattr(case, field.name) for field in fields(case)})
+    with pytest.raises(Wrong, match="out differs by"):
+        case.check(attention_peers.dense(off))
+
+
+def test_gpu_peers_say_why_they_do_not_run_here():
+    for case in (TINY, STEP):
+        assert PEERS["FlexAttention, FLASH"].why_not(case) == "this kernel is for GPUs"
+        assert PEERS["flash prefix + own block (flash-attn)"].why_not(case) == "this kernel is for GPUs"
+    assert "no backward" in PEERS["FlexAttention, compiled"].why_not(replace(TINY, what="forward+backward"))
+    on_gpu = replace(TINY, device=torch.device("cuda"), dtype=torch.float32)
+    assert "fp16 and bf16" in PEERS["flash prefix + own block (PyTorch)"].why_not(on_gpu)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("module", [bench_thought_attention, bench_thought_decode])
+def test_the_grid_varies_what_it_says(kind, module):
+    quick, full = ([*module.cases(torch.device(kind), full)] for full in (False, True))
+    assert {case.grid for case in quick} <= {case.grid for case in full} and len(quick) < len(full)
+    assert quick[0].grid == "headline" and quick[0].L == 256 and quick[0].S == 14 and quick[0].H == 4 * quick[0].G
+    letters = {"text": "L", "thoughts": "N", "rows": "S", "width": "K", "groups": "G"}
+    for grid, letter in letters.items():
+        values = [case.sizes[letter] for case in full if case.grid == grid and case.what == "forward"]
+        assert len(set(values)) == len(values) > 1, grid

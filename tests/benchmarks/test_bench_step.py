@@ -1,0 +1,109 @@
+"""The published schedule gives our losses and gradients, and keeps more the more passes it makes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench_step import OURS, PUBLISHED, StepCase, smoke
+from case import Wrong
+from compare import input_sets
+from model_peers import PublishedSchedule
+from quietstar import QuietStar
+
+TINY = StepCase(L=12, T=3, J=2, layers=2, D=32, I=48, V=90)
+
+
+def kept(qs, case):
+    """Bytes that a training step's forward keeps for its backward."""
+    weights = {x.untyped_storage().data_ptr() for x in qs.parameters()}
+    sizes = {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        held = qs(case.inputs(0)["input_ids"], seed=0)
+    assert held.loss.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("what", ["training step", "rollout"])
+@pytest.mark.parametrize("sizes", [{}, {"B": 2, "N": 1, "J": 1}, {"T": 1, "J": 3}])
+def test_the_published_schedule_is_right(what, sizes):
+    case = replace(TINY, what=what, **sizes)
+    case.check(PUBLISHED.prepare(case))
+
+
+def test_it_samples_the_same_thoughts_and_has_the_same_loss():
+    case = replace(TINY, B=2)
+    ours, published = case.wrapped(QuietStar), case.wrapped(PublishedSchedule)
+    published.load_state_dict(ours.state_dict())
+    text = case.inputs(0)["input_ids"]
+    mine, theirs = ours(text, seed=7), published(text, seed=7)
+    assert torch.equal(mine.thought_ids, theirs.thought_ids) and len(mine.thought_ids.unique()) > 20
+    torch.testing.assert_close(mine.loss_ce, theirs.loss_ce)
+    torch.testing.assert_close(mine.reward, theirs.reward, rtol=1e-3, atol=1e-4)
+    assert mine.reward.abs().max() > 0.01
+
+
+def test_a_schedule_that_forgets_a_diagonal_is_refused(monkeypatch):
+    import model_peers
+
+    right = model_peers._additive
+
+    def without_the_first_thought_row(mask, dtype):
+        L = len(mask)
+        mask = mask.clone()
+        mask[:, L : 2 * L] &= mask.shape[1] == 2 * L  # only the pass that made it sees it
+        return right(mask, dtype)
+
+    monkeypatch.setattr(model_peers, "_additive", without_the_first_thought_row)
+    with pytest.raises(Wrong, match="differs"):
+        TINY.check(PUBLISHED.prepare(TINY))
+
+
+def test_memory_of_the_published_schedule_grows_with_the_square_of_the_passes():
+    few, many = replace(TINY, T=2), replace(TINY, T=14)
+    rows = (few.T + few.J + 2, many.T + many.J + 2)
+    ours, published = ([kept(case.wrapped(kind), case) for case in (few, many)] for kind in (QuietStar, PublishedSchedule))
+    assert ours[1] / ours[0] < 1.15 * rows[1] / rows[0]
+    assert published[1] / published[0] > 1.3 * rows[1] / rows[0]
+    assert published[1] > 1.5 * ours[1]
+
+
+def test_training_steps_train_and_low_rank_ones_leave_the_weights_alone():
+    for case in smoke(torch.device("cpu")):
+        step = OURS.prepare(case)
+        before = {name: x.clone() for name, x in step.qs.model.named_parameters()}
+        step(case.inputs(0)["input_ids"])
+        moved = {name for name, x in step.qs.model.named_parameters() if not torch.equal(x, before[name])}
+        if case.what == "rollout":
+            assert not moved
+        elif case.lora:
+            assert moved and all(".down." in name or ".up." in name for name in moved)
+        else:
+            assert {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= moved
+
+
+def test_whole_models_run_on_one_text():
+    assert len(input_sets(TINY)) == 1
+
+
+def test_work_counts_the_matmuls_of_the_packed_pass():
+    """Against the FLOPs that PyTorch counts in a forward over as many rows without attention to speak of."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = replace(TINY, layers=3)
+    qs = case.wrapped(QuietStar)
+    rows = case.L + case.L * case.N * (case.T + case.J + 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        qs.model.model(torch.zeros(rows, 1, dtype=torch.long))
+    predicted = case.L * case.N * case.T + case.L * (1 + case.N * case.J)
+    S = case.T + case.J + 1
+    attention = case.layers * 2 * case.D * (case.N * S * case.L * (case.L + S + 2) + case.L * (case.L + 1))
+    matmuls = counter.get_total_flops() - case.layers * 4 * case.D * rows  # each row's attention to itself
+    expected = 3 * (matmuls + attention + 2 * predicted * case.D * case.V)
+    assert case.work().flops == pytest.approx(expected, rel=0.01)

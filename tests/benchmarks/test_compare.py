@@ -1,0 +1,117 @@
+"""Every candidate has a row; only one with a right result has a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench_thought_attention import OURS, AttentionCase
+from case import Work
+from compare import Effort, compare, input_sets
+from peers import Peer
+
+TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
+RIGHT = Peer("right", OURS.prepare)
+
+
+def altered(change):
+    """A peer whose output is that of ours after ``change``."""
+
+    def prepare(case):
+        attend = OURS.prepare(case)
+        return lambda q, k, v: change(attend(q, k, v))
+
+    return Peer("altered", prepare)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+def one_wrong_row(out):
+    out = out.clone()
+    out[..., -1, :] *= 1.1
+    return out
+
+
+@pytest.mark.parametrize(
+    "change", [lambda out: 1.001 * out, one_wrong_row, lambda out: out * float("nan"), lambda out: out[:, :, 1:]]
+)
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+def test_a_wrong_peer_is_refused(change, what, rates, effort):
+    ours, wrong, right = compare(replace(TINY, what=what), OURS, [altered(change), RIGHT], rates, effort)
+    assert ours.seconds and right.seconds and ours.note == right.note == ""
+    assert wrong.seconds is wrong.times_ours is wrong.peak_bytes is None
+    assert "wrong result" in wrong.note or "failed" in wrong.note
+
+
+def test_a_wrong_gradient_is_refused(rates, effort):
+    wrong = altered(WrongGradient.apply)
+    assert compare(TINY, OURS, [wrong], rates, effort)[1].seconds
+    row = compare(replace(TINY, what="forward+backward"), OURS, [wrong], rates, effort)[1]
+    assert row.seconds is None
+    assert "refused, a wrong result: dq differs by 1.0e-02" in row.note
+
+
+def test_missing_and_failing_peers_have_rows_that_say_why(rates, effort):
+    def explode(case):
+        raise RuntimeError("no such kernel\nat line 3")
+
+    peers = [
+        Peer("missing", OURS.prepare, why_not=lambda case: "it is not installed here"),
+        Peer("failing", explode),
+        Peer("huge", OURS.prepare, needs=lambda case: Work(bytes=1e18)),
+        Peer("slow", OURS.prepare, needs=lambda case: Work(flops=1e13)),
+    ]
+    rows = compare(TINY, OURS, peers, rates, effort)
+    assert [row.candidate for row in rows] == ["thought_attention", "missing", "failing", "huge", "slow"]
+    notes = [row.note for row in rows]
+    assert notes[1:3] == ["it is not installed here", "failed: RuntimeError: no such kernel"]
+    assert notes[3].startswith("not tried: it needs 9.31e+08 GiB")
+    assert notes[4] == "not tried: a run takes 1e+02 s at best"
+    assert all(row.seconds is None for row in rows[1:])
+
+
+def test_a_wrong_result_of_ours_is_refused_too(rates, effort):
+    mine, peer = compare(TINY, altered(lambda out: -out), [RIGHT], rates, effort)
+    assert mine.is_ours and mine.seconds is None and "wrong result" in mine.note
+    assert peer.seconds and peer.times_ours is None
+
+
+def test_the_numbers_of_a_row(rates, effort):
+    ours, peer = compare(replace(TINY, what="forward+backward"), OURS, [RIGHT], rates, effort)
+    work = replace(TINY, what="forward+backward").work()
+    for row in (ours, peer):
+        assert row.low <= row.seconds <= row.high and row.rounds >= 1
+        assert row.flops_rate == pytest.approx(work.flops / row.seconds)
+        assert row.bytes_rate == pytest.approx(work.bytes / row.seconds)
+        assert row.floor == pytest.approx(max(work.flops / 1e11, work.bytes / 1e10))
+        assert row.of_floor == pytest.approx(row.floor / row.seconds)
+        assert row.bound_by == ("matmul" if work.flops / 1e11 > work.bytes / 1e10 else "copy")
+        assert row.version
+    assert ours.times_ours == 1 and peer.times_ours == pytest.approx(peer.seconds / ours.seconds)
+    assert ours.is_ours and not peer.is_ours
+
+
+def test_inputs_rotate_and_differ():
+    sets = input_sets(TINY)
+    assert len(sets) == 8
+    assert len({float(inputs["q"].sum()) for inputs in sets}) == 8
+
+
+def test_large_inputs_do_not_rotate():
+    case = replace(TINY, L=600, N=4, S=16, H=8, G=8, K=128)
+    assert len(input_sets(case)) <= 2
+
+
+def test_full_effort_is_more_effort():
+    from compare import FULL, QUICK
+
+    assert FULL.rounds > QUICK.rounds and FULL.budget > QUICK.budget and FULL.longest > QUICK.longest
+    assert isinstance(QUICK, Effort)

@@ -1,0 +1,77 @@
+"""Samplers are judged by their log-probabilities and by the mean of many draws, losses by value and gradients."""
+
+import pytest
+import torch
+
+import bench_linear_logprob
+import bench_sample_token
+from bench_linear_logprob import LogprobCase
+from bench_sample_token import SampleCase
+from case import Wrong
+from head_peers import LOSSES, SAMPLERS
+
+SAMPLE = SampleCase(R=256, D=16, V=200)
+LOSS = LogprobCase(R=40, D=16, V=200, what="forward+backward")
+
+
+def drawn(choose):
+    def sample(hidden, weight):
+        logp = (hidden @ weight.T).log_softmax(-1)
+        ids = choose(logp)
+        return ids, logp.gather(1, ids[:, None])[:, 0]
+
+    return sample
+
+
+def flatter(logp):
+    return torch.multinomial((logp / 1.3).softmax(-1), 1)[:, 0]
+
+
+@pytest.mark.parametrize("peer", [bench_sample_token.OURS, *SAMPLERS], ids=lambda peer: peer.name)
+def test_samplers_are_right(peer):
+    SAMPLE.check(peer.prepare(SAMPLE))
+
+
+@pytest.mark.parametrize("choose", [lambda logp: logp.argmax(-1), lambda logp: logp.argmin(-1), flatter])
+def test_a_sampler_of_another_distribution_is_refused(choose):
+    with pytest.raises(Wrong, match="standard errors"):
+        SAMPLE.check(drawn(choose))
+
+
+def test_wrong_log_probabilities_are_refused():
+    def wrong(hidden, weight):
+        ids, logprob = SAMPLERS[0].prepare(SAMPLE)(hidden, weight)
+        return ids, logprob + 0.01
+
+    with pytest.raises(Wrong, match="logprob differs"):
+        SAMPLE.check(wrong)
+    with pytest.raises(Wrong, match="outside the vocabulary"):
+        SAMPLE.check(lambda hidden, weight: (torch.full((256,), 200), torch.zeros(256)))
+    with pytest.raises(Wrong, match="logits differs"):
+        SAMPLE.check(lambda hidden, weight: 1.01 * hidden @ weight.T)
+
+
+@pytest.mark.parametrize("peer", [bench_linear_logprob.OURS, *LOSSES], ids=lambda peer: peer.name)
+def test_losses_are_right(peer):
+    if reason := peer.why_not(LOSS):
+        pytest.skip(reason)
+    LOSS.check(peer.prepare(LOSS))
+
+
+def test_missing_libraries_say_so():
+    for peer in LOSSES[2:]:
+        assert peer.why_not(LOSS) in (f"{peer.package} is not installed here", f"{peer.package} is for GPUs")
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (lambda loss, hidden, weight: 1.01 * loss, "loss differs"),
+        (lambda loss, hidden, weight: loss + 0.1 * (hidden.sum() - hidden.detach().sum()), "dhidden differs"),
+        (lambda loss, hidden, weight: loss + 0.1 * (weight.sum() - weight.detach().sum()), "dweight differs"),
+    ],
+)
+def test_wrong_losses_are_refused(wrong, said):
+    right = bench_linear_logprob.ours(LOSS)
+    with pytest.raises(Wrong, match=said):
+        LOSS.check(lambda hidden, weight, targets: wrong(right(hidden, weight, targets), hidden, weight))
