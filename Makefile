@@ -5,12 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
+LOWEST := .venv-lowest
+PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
+CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
+    $(addprefix tests/quietstar/test_,model.py rollout.py golden.py drop_in.py architectures.py generate.py checkpoint.py cli.py)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
-demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint bench gpu clean
+.PHONY: help setup demo test test-all test-lowest lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -38,8 +42,18 @@ demo: $(READY)  ## digit sums, where thinking helps, then the English that ships
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/pytest -q -m "not slow"
 
-test-all: $(READY)  ## all tests
+test-all: $(READY) test-lowest  ## all tests
 	$(BIN)/pytest -q
+
+test-lowest: $(LOWEST)/.ready  ## core tests with the oldest versions of what the package needs
+	$(LOWEST)/bin/pytest -q -p no:cacheprovider -m "not slow" -k "not triton or golden" $(CORE)
+
+$(LOWEST)/.ready: setup.py pyproject.toml constraints-lowest.txt
+	@echo "Setting up $(LOWEST), the oldest versions: some minutes the first time."
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(PIP_LOWEST) setuptools wheel torch
+	@$(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
+	@touch $@
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check
@@ -54,6 +68,6 @@ bench: $(READY)  ## benchmarks of this machine against what people use without t
 gpu:  ## tests, sanitizers and benchmarks of a GPU, with a page to paste into an issue; under eight minutes
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
-clean:  ## remove build outputs and caches; .venv stays
+clean:  ## remove build outputs and caches; .venv and .venv-lowest stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -147,7 +147,7 @@ def linear_logprob(
     """
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     largest = logits.amax(-1)
-    log_total = (logits - largest[:, None]).logsumexp(-1)
+    log_total = (logits - largest[:, None]).exp().sum(-1).log()
     logp = logits - largest[:, None] - log_total[:, None]
     kept = targets != -100
     picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]

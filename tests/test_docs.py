@@ -14,7 +14,15 @@ from quietstar_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "tests/golden/README.md", *sorted(ROOT.glob("docs/*.md"))]
-WITH_CODE = [ROOT / "README.md", ROOT / "docs/integrating.md", ROOT / "docs/generation.md", ROOT / "docs/explain.md"]
+WITH_CODE = [
+    ROOT / "README.md",
+    ROOT / "docs/integrating.md",
+    ROOT / "docs/generation.md",
+    ROOT / "docs/long-texts.md",
+    ROOT / "docs/explain.md",
+    ROOT / "docs/evaluation.md",
+    ROOT / "docs/objectives.md",
+]
 # What the architectures of the README are called in tests/quietstar/conftest.py.
 TESTED = {
     "Llama": "llama",

@@ -76,7 +76,11 @@ class ThoughtStore:
         """New thoughts on the last text position, ``length`` [B,1,N] of at most ``rows``; those before are thrown away."""
         lo = self.layout.lo
         anchor = torch.full_like(lo[:, :1], lo.shape[1] - 1)
-        self.layout = ThoughtLayout(anchor, lo, length, rows)
+        self.begin(ThoughtLayout(anchor, lo, length, rows))
+
+    def begin(self, layout: ThoughtLayout) -> None:
+        """New thoughts over the same text; those before are thrown away."""
+        self.layout = layout
         for entry in self.entries:
             entry.k_own, entry.v_own = self.own_rows(entry.k_text), self.own_rows(entry.v_text)
 
@@ -107,6 +111,49 @@ class TextPass:
         self.arrived = True
         self.store.entries.append(_Entry(k, v, self.store.own_rows(k), self.store.own_rows(v)))
         out = thought_attention(q, k, v, self.layout, backend=self.store.backend, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class LeafPass:
+    """The text alone, differentiable; ``keys_values`` holds each attention call's keys and values after the forward."""
+
+    def __init__(self, layout: ThoughtLayout):
+        self.layout = layout.text_only()
+        self.positions = self.layout.L
+        self.arrived = False
+        self.done = False
+        self.with_gradients = True
+        self.keys_values: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.arrived = True
+        if not self.done:  # layer checkpoints call again in the backward
+            self.keys_values.append((k, v))
+            self.with_gradients &= torch.is_grad_enabled()
+        out = thought_attention(q, k, v, self.layout, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class ChunkPass:
+    """All rows of some anchors' thoughts, differentiable, over the keys and values of a text that ran before."""
+
+    def __init__(self, layout: ThoughtLayout, keys_values: list[tuple[Tensor, Tensor]]):
+        self.layout = layout
+        self.positions = layout.L + layout.S
+        self.keys_values = keys_values
+        self.calls = 0
+
+    @property
+    def arrived(self) -> bool:
+        return self.calls == len(self.keys_values) > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        k_text, v_text = self.keys_values[self.calls]
+        self.calls += 1
+        k, v = torch.cat([k_text, k], 2), torch.cat([v_text, v], 2)
+        out = thought_attention(q, k, v, self.layout, query_rows="thoughts", **options)
         assert isinstance(out, Tensor)
         return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -93,13 +95,38 @@ def check_labels(labels: Tensor | None, input_ids: Tensor, vocabulary: int) -> T
     return labels.long()
 
 
-def check_thought_ids(thought_ids: Tensor, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int) -> None:
+def with_lengths(layout: ThoughtLayout, thought_lengths: Tensor | None, config: ThoughtConfig) -> ThoughtLayout:
+    """The layout with ``thought_lengths`` [B,P,N] sampled tokens in each thought that is on; unchanged for None."""
+    if thought_lengths is None:
+        return layout
+    check_tensor("thought_lengths", thought_lengths, "B,P,N", (layout.B, layout.P, layout.N), layout.device)
+    if thought_lengths.dtype not in INTEGERS:
+        raise ValueError(f"thought_lengths must be int32 or int64, got {str(thought_lengths.dtype).removeprefix('torch.')}")
+    outside = (thought_lengths < 0) | (thought_lengths > config.thought_tokens)
+    if bool(outside.any()):
+        got = int(thought_lengths[outside][0])
+        raise ValueError(f"thought_lengths must be from 0 to T={config.thought_tokens}, got {got}")
+    length = torch.where(layout.length > 0, thought_lengths + config.lookahead + 1, 0)
+    return replace(layout, length=length.int().contiguous())
+
+
+def check_thought_ids(
+    thought_ids: Tensor, thought_lengths: Tensor | None, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int
+) -> None:
+    """What stands past a thought's end may be anything."""
     shape = (layout.B, layout.P, layout.N, config.thought_tokens)
     check_tensor("thought_ids", thought_ids, "B,P,N,T", shape, layout.device)
+    if thought_lengths is not None:
+        thought_ids = thought_ids[sampled(thought_lengths, config.thought_tokens)]
     check_ids("thought_ids", thought_ids, vocabulary)
     for token in config.banned:
         if bool((thought_ids == token).any()):
             raise ValueError(f"thought_ids must not hold the start- or end-of-thought id {token}")
+
+
+def sampled(thought_lengths: Tensor, thought_tokens: int) -> Tensor:
+    """bool [B,P,N,T], True up to each thought's end."""
+    return torch.arange(thought_tokens, device=thought_lengths.device) < thought_lengths[..., None]
 
 
 def check_sequence_ids(sequence_ids: Tensor | None, input_ids: Tensor) -> Tensor:

@@ -24,14 +24,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 from transformers.utils import logging
 from tyro.conf import Positional, arg
 
-from quietstar import checkpoint, snapshots
+from quietstar import checkpoint, difficulty, snapshots
+from quietstar.accuracy import Asking, ask
 from quietstar.checks import pad_id
 from quietstar.config import ThoughtConfig, TrainConfig
 from quietstar.data import DataConfig, load_data, read_utf8
 from quietstar.doctor import environment, memory_table, step_memory
-from quietstar.evaluate import evaluate
+from quietstar.evaluate import evaluate, summary, token_losses
+from quietstar.files import write_whole
 from quietstar.model import QuietStar
 from quietstar.options import UsageError, parse, read_config
+from quietstar.questions import read_questions
 from quietstar.streams import ThoughtLines
 from quietstar.train import Interrupted, train
 from quietstar.verify import verify
@@ -168,7 +171,7 @@ class Generate:
     seed: Annotated[int | None, arg(help="fixes what is sampled; default another each time")] = None
 
     def run(self) -> None:
-        think = self.think if self.think in ("always", "never") else _nats(self.think)
+        think = _think(self.think)
         if self.temperature < 0:
             raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
         qs = load_checkpoint(self.model)
@@ -200,21 +203,71 @@ class Generate:
 
 @dataclass
 class Eval:
-    """Measure on held-out texts what thoughts are worth, with an interval; prints it and writes it as json."""
+    """Measure what thoughts are worth, with intervals: on held-out texts, or with --questions the share answered right."""
 
     model: Checkpoint
     data: DataConfig
     all: Annotated[bool, arg(help="take every text of the data, for data that was not trained on")] = False
-    batch_size: Annotated[int, arg(help="texts at once")] = 8
-    out: Annotated[str, arg(help="file for the figures")] = "eval.json"
+    questions: Annotated[str, arg(help="a .jsonl file of questions with answers, a hub name, or name:subset on the hub")] = ""
+    questions_split: Annotated[str, arg(help="split of a hub data set of questions")] = "test"
+    limit: Annotated[int | None, arg(help="questions to ask, from the start; default all")] = None
+    think: Annotated[str, arg(help="always, never, or where the model's entropy exceeds this number of nats")] = "always"
+    max_new_tokens: Annotated[int, arg(help="of an answer")] = 256
+    answer_prefix: Annotated[str, arg(help='how an answer begins, such as " Let\'s think step by step."')] = ""
+    votes: Annotated[int, arg(help="answers to sample to each question, for a majority; 0 for none")] = 0
+    temperature: Annotated[float, arg(help="of sampled answers")] = 0.7
+    seed: Annotated[int, arg(help="of sampled answers")] = 0
+    batch_size: Annotated[int, arg(help="texts or questions at once")] = 8
+    out: Annotated[str, arg(help="file for the figures; a page or a plot gets the same name with .md or .png")] = "eval.json"
 
     def run(self) -> None:
+        out = Path(self.out)
+        if not out.parent.is_dir() or out.is_dir() or out.suffix in (".md", ".png"):
+            raise UsageError(f"--out must be a file for json in a folder that is there, got {self.out}")
+        if out.exists() and out.resolve() in (Path(self.questions).resolve(), Path(self.data.data).resolve()):
+            raise UsageError(f"--out must be another file than the questions or texts, got {self.out}")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit must be 1 or more, got {self.limit}")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
+        if self.questions:
+            self._ask()
+        else:
+            self._read()
+
+    def _ask(self) -> None:
+        try:
+            asking = Asking(
+                _think(self.think),
+                self.max_new_tokens,
+                self.answer_prefix,
+                self.votes,
+                self.temperature,
+                self.seed,
+                self.batch_size,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        questions = read_questions(self.questions, self.questions_split, self.limit)
+        qs = load_checkpoint(self.model)
+        text_tokenizer(qs)
+        report = ask(qs, questions, asking, sys.stderr.isatty())
+        written = report.save(self.out)
+        print(f"{len(questions):,} questions\n{report.table}\nwrote {' and '.join(map(str, written))}")
+
+    def _read(self) -> None:
         qs = load_checkpoint(self.model)
         config = dataclasses.replace(self.data, pack=False, held_out=0) if self.all else self.data
         data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
-        figures = evaluate(qs, data.train if self.all else data.held_out, self.batch_size, sys.stderr.isatty())
-        print(evaluation_text(figures))
-        Path(self.out).write_text(json.dumps({"model": self.model, **asdict(self.data), **figures}, indent=2) + "\n")
+        losses = token_losses(qs, data.train if self.all else data.held_out, self.batch_size, sys.stderr.isatty())
+        figures, tenths = summary(losses), difficulty.by_difficulty(losses)
+        print(f"{evaluation_text(figures)}\n{difficulty.text(tenths)}")
+        values = {"model": self.model, **asdict(self.data), **figures, "by_difficulty": tenths}
+        write_whole(self.out, json.dumps(values, indent=2) + "\n")
+        if difficulty.can_draw():
+            difficulty.draw(tenths, Path(self.out).with_suffix(".png"))
+        else:
+            print("no plot: matplotlib is not installed")
 
 
 @dataclass
@@ -275,7 +328,7 @@ def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str) -
     scale = qs.thought_config.embedding_scale
     if scale != thoughts.embedding_scale:
         raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
-    qs.thought_config = thoughts
+    qs.use_config(thoughts)
     return qs
 
 
@@ -290,7 +343,9 @@ def text_tokenizer(qs: QuietStar) -> Any:
     return qs.tokenizer
 
 
-def _nats(think: str) -> float:
+def _think(think: str) -> str | float:
+    if think in ("always", "never"):
+        return think
     try:
         nats = float(think)
     except ValueError:

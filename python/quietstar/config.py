@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {
@@ -23,6 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_temperature": 1.0,
     },
 }
+
+
+def check_anchor_chunk(size: Any) -> None:
+    if size not in (None, "auto") and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f"anchor_chunk must be 1 or more, 'auto' or None, got {size!r}")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -50,8 +55,18 @@ class ThoughtConfig:
     policy_weight: float = _option(1e6, "weight of the REINFORCE term")
     policy_temperature: float = _option(None, "temperature of the thoughts' log-probability in the REINFORCE term")
     advantage: str = _option("relu", "relu, mean, leave_one_out or zscore: reward to advantage, over the N thoughts")
+    ratio_clip: float = _option(0.0, "PPO's clip range, for several updates on the same thoughts; 0 is REINFORCE")
+    kl_weight: float = _option(0.0, "weight of the thoughts' divergence from the reference's own continuation")
+    entropy_weight: float = _option(0.0, "weight of the thoughts' entropy")
+    reference: str = _option("current", "language model that reward and divergence compare with: current, frozen or ema")
+    reference_decay: float = _option(0.999, "share of itself that an ema reference keeps at each step")
+    anchors: str = _option("all", "which positions think in training: all, random, entropy, every or gate")
+    anchor_share: float = _option(0.25, "share of them, for random and entropy; where a gate begins")
+    anchor_stride: int = _option(4, "k, for every k-th position")
+    gate_cost: float = _option(0.0, "what a thinking position must gain for the gate to open, nats")
     start_token_id: int | None = _option(None, "id of a start-of-thought token, where the vocabulary has one")
     end_token_id: int | None = _option(None, "id of an end-of-thought token, where the vocabulary has one")
+    stop_threshold: float | None = _option(None, "a thought ends where end_token_id is likelier than this; None is never")
     embedding_scale: float = _option(100.0, "the start and end vectors are this times their parameters")
     embedding_init: int | str | None = _option(None, "token id or text whose embedding start and end begin with")
 
@@ -63,23 +78,49 @@ class ThoughtConfig:
                 setattr(self, name, value)
         for name in ("thoughts", "thought_tokens", "lookahead"):
             self._check(name, isinstance(getattr(self, name), int) and 1 <= getattr(self, name) < 65536, "1 to 65,535")
-        for name in ("base_weight", "mix_weight", "policy_weight"):
+        for name in ("base_weight", "mix_weight", "policy_weight", "kl_weight", "entropy_weight"):
             self._check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        for name in ("ratio_clip", "reference_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        self._check("anchor_share", 0 < self.anchor_share <= 1, "above 0, 1 at most")
+        self._check("anchor_stride", isinstance(self.anchor_stride, int) and self.anchor_stride >= 1, "1 or more")
+        self._check("gate_cost", float("-inf") < self.gate_cost < float("inf"), "a number")
         for name in ("policy_temperature", "embedding_scale"):
             self._check(name, 0 < getattr(self, name) < float("inf"), "above 0")
+        self._check("stop_threshold", self.stop_threshold is None or 0 <= self.stop_threshold < 1, "None, or 0 to below 1")
+        if self.stop_threshold is not None and self.end_token_id is None:
+            raise ValueError(
+                "ThoughtConfig: end_token_id must be given where a thought stops at the end token's probability "
+                f"(stop_threshold={self.stop_threshold}), got None"
+            )
         self._choice("mixing", ("logits", "logprobs"))
         self._choice("reward", ("gain", "likelihood"))
         self._choice("advantage", ("relu", "mean", "leave_one_out", "zscore"))
+        self._choice("reference", ("current", "frozen", "ema"))
+        self._choice("anchors", ("all", "random", "entropy", "every", "gate"))
         if self.thoughts == 1 and (self.reward == "likelihood" or self.advantage != "relu"):
             raise ValueError(
                 "ThoughtConfig: thoughts must be at least 2 where a reward is compared with the other thoughts' mean "
                 f"(reward={self.reward!r}, advantage={self.advantage!r}), got 1"
             )
+        if (self.kl_weight or self.entropy_weight) and self.policy_temperature != 1:
+            raise ValueError(
+                "ThoughtConfig: policy_temperature must be 1, at which thoughts are sampled, "
+                f"where kl_weight or entropy_weight is not 0, got {self.policy_temperature}"
+            )
+        if self.anchors == "gate" and self.reward != "gain":
+            raise ValueError(f"ThoughtConfig: reward must be gain where a gate weighs it against a cost, got {self.reward!r}")
 
     @property
     def rows(self) -> int:
         """S = T + J + 1: start, T sampled tokens, end and J-1 teacher-forced ones."""
         return self.thought_tokens + self.lookahead + 1
+
+    @property
+    def policy_terms(self) -> dict[str, float]:
+        """Weights of the objective's ``POLICY_TERMS`` that take part."""
+        weights = {"divergence": self.kl_weight, "entropy": self.entropy_weight}
+        return {"clipped" if self.ratio_clip else "reinforce": 1.0} | {name: x for name, x in weights.items() if x}
 
     @property
     def banned(self) -> list[int]:
@@ -116,6 +157,8 @@ class TrainConfig:
     steps: int = _option(100, "optimizer steps")
     batch_size: int = _option(8, "texts per optimizer step, over all processes and accumulation steps")
     accumulation: int = _option(1, "parts that a process cuts its texts of a step into, one after the other")
+    updates: int = _option(1, "optimizer steps on the same texts and thoughts; more than 1 need ratio_clip")
+    anchor_chunk: int | Literal["auto"] | None = _option(None, "anchors at a time, for less memory; auto: by free memory")
     learning_rate: float = _option(1e-6, "peak learning rate of AdamW")
     warmup: int = _option(20, "steps of linear warm-up")
     schedule: str = _option("constant", "constant, linear or cosine, after the warm-up")
@@ -129,8 +172,9 @@ class TrainConfig:
     tracker: str = _option("", "one of Accelerate's trackers: tensorboard, wandb, ...; empty for none")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every", "keep"):
+        for name in ("steps", "batch_size", "accumulation", "updates", "save_every", "keep"):
             self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "1 or more")
+        check_anchor_chunk(self.anchor_chunk)
         for name in ("warmup", "eval_every", "weight_decay", "clip"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("learning_rate", self.learning_rate > 0, "above 0")

@@ -145,33 +145,42 @@ def read_utf8(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
-def _json_texts(path: Path, name: str) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line that is not blank; ValueError that names a line which is not JSON."""
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            yield number, json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+
+
+def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    """The first rows of a hub data set, ``name`` or ``name:subset``; ValueError with the reason where there are none."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source!r} is no file here, and data from the hub needs the datasets package: pip install datasets"
+        ) from error
+    name, _, subset = source.partition(":")
+    try:
+        return list(islice(datasets.load_dataset(name, subset or None, split=split, streaming=True), limit))
+    except Exception as error:  # the library's own, the network's and the file formats' errors, all without a common base
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{source!r} is no file here, and the hub does not give it: {reason}") from error
+
+
+def _json_texts(path: Path, name: str) -> Iterator[str]:
+    for number, value in json_lines(path):
         if not isinstance(value, dict) or not isinstance(value.get(name), str):
             raise ValueError(f"{path}: line {number} has no text in a field {name!r}")
         yield value[name]
 
 
 def _hub_texts(config: DataConfig) -> list[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{config.data!r} is no file here, and data from the hub needs the datasets package: pip install datasets"
-        ) from error
-    name, _, subset = config.data.partition(":")
-    try:
-        rows = datasets.load_dataset(name, subset or None, split=config.split, streaming=True)
-        rows = list(islice(rows, config.hub_texts))
-    except Exception as error:  # the library's own, the network's and the file formats' errors, all without a common base
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{config.data!r} is no file here, and the hub does not give it: {reason}") from error
+    rows = hub_rows(config.data, config.split, config.hub_texts)
     for row in rows:
         if not isinstance(row.get(config.text_field), str):
             raise ValueError(f"{config.data}: no text in a field {config.text_field!r}, it has {', '.join(sorted(row))}")

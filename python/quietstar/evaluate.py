@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from quietstar import checks, objective
 from quietstar.batches import Batch, Example, collate
+from quietstar.intervals import mean_interval
 from quietstar.model import QuietStar
 from quietstar.parts import dropout_off
+from quietstar.scoring import one_thought
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The loss of each predicted token of some texts, one after another.
+
+    Attributes:
+        base, mixed: fp64 [tokens], -log p without a thought and with one greedy thought before the token, nats.
+        text: int64 [tokens], the number of the text that it belongs to.
+    """
+
+    base: Tensor
+    mixed: Tensor
+    text: Tensor
 
 
 def evaluate(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, progress: bool = False) -> dict[str, float]:
@@ -28,42 +44,52 @@ def evaluate(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, pr
     Raises:
         ValueError: fewer than two texts with something to predict, so that there is no interval.
     """
-    sums = []
-    with torch.no_grad(), dropout_off(qs):
-        for start in tqdm(range(0, len(examples), batch_size), desc="held-out texts", leave=False, disable=not progress):
-            places = range(start, min(start + batch_size, len(examples)))
-            (batch,) = collate([examples[i] for i in places], list(places), 1)
-            sums.append(_sums(qs, {name: x.to(qs.start_embedding.device) for name, x in batch.items()}))
-    base, mixed, tokens = torch.cat(sums).double().cpu().unbind(1) if sums else torch.zeros(3, 0)
-    counts = tokens > 0
-    base, mixed = (base / tokens)[counts], (mixed / tokens)[counts]
-    if len(base) < 2:
-        raise ValueError(f"evaluate: an interval needs at least 2 texts with something to predict, got {len(base)}")
-    gain = base - mixed
-    margin = 1.96 * float(gain.std()) / len(gain) ** 0.5
-    mean = float(gain.mean())
+    return summary(token_losses(qs, examples, batch_size, progress))
+
+
+def summary(losses: TokenLosses) -> dict[str, float]:
+    """What ``evaluate`` returns, of losses that ``token_losses`` has found."""
+    tokens = losses.text.bincount()
+    tokens, counts = tokens[tokens > 0], tokens > 0
+    if len(tokens) < 2:
+        raise ValueError(f"evaluate: an interval needs at least 2 texts with something to predict, got {len(tokens)}")
+    base, mixed = (losses.text.bincount(x)[counts] / tokens for x in (losses.base, losses.mixed))
+    gain, low, high = mean_interval((base - mixed).tolist())
+    assert low is not None and high is not None
     return {
         "base": float(base.mean()),
         "mixed": float(mixed.mean()),
-        "gain": mean,
-        "gain_low": mean - margin,
-        "gain_high": mean + margin,
-        "texts": len(gain),
+        "gain": gain,
+        "gain_low": low,
+        "gain_high": high,
+        "texts": len(tokens),
         "tokens": int(tokens.sum()),
     }
 
 
-def _sums(qs: QuietStar, batch: Batch) -> Tensor:
-    """For each text [B,3]: summed base loss, summed mixed loss, and over how many tokens."""
-    one = copy.copy(qs)  # shares every weight; greedy thoughts are all the same, so one is enough
-    one.thought_config = replace(qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu")
+def token_losses(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, progress: bool = False) -> TokenLosses:
+    """The losses that ``evaluate`` sums up; its arguments."""
+    parts = []
+    with torch.no_grad(), dropout_off(qs):
+        for start in tqdm(range(0, len(examples), batch_size), desc="held-out texts", leave=False, disable=not progress):
+            places = range(start, min(start + batch_size, len(examples)))
+            (batch,) = collate([examples[i] for i in places], list(places), 1)
+            batch = {name: x.to(qs.start_embedding.device) for name, x in batch.items()}
+            base, mixed, counts = _losses(one_thought(qs), batch)
+            row, _ = counts.nonzero(as_tuple=True)
+            parts.append((base[counts].double().cpu(), mixed[counts].double().cpu(), start + row.cpu()))
+    if not parts:
+        return TokenLosses(torch.zeros(0).double(), torch.zeros(0).double(), torch.zeros(0).long())
+    return TokenLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens behind each anchor [B,P]: loss without a thought and with one, and whether the token counts."""
     # A seed, for drawing one would move torch's generator and so the dropout of the run that is being evaluated.
     out = one(**batch, seed=0)
-    L = batch["input_ids"].shape[1]
-    anchors = batch.get("anchors", torch.arange(L, device=out.nll_base.device).expand(len(out.nll_base), L)).long()
-    # Both losses are 0 where the target does not count.
-    thinks = (anchors >= 0) & (anchors < L - 1)
-    base = torch.where(thinks, out.nll_base.gather(1, anchors.clamp(0, L - 2)), 0)
-    names = [name for name in ("input_ids", "attention_mask", "labels", "anchors", "document_ids") if name in batch]
-    tokens = [one.count_targets(**{name: batch[name][i : i + 1] for name in names}).mix[0] for i in range(len(base))]
-    return torch.stack([base.sum(1), out.nll_mix.sum((1, 2, 3)), torch.stack(tokens).to(base.dtype)], 1)
+    input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
+    layout = one._layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
+    labels = checks.check_labels(batch.get("labels"), input_ids, one.lm_head.linear.out_features)
+    counts = objective.make_targets(labels, attention_mask, layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
+    base = out.nll_base.gather(1, layout.anchor.long().clamp(0, input_ids.shape[1] - 2))
+    return base, out.nll_mix[:, :, 0, 0], counts

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quietstar import objective
 from quietstar.explain_page import SAME, render
+from quietstar.files import write_whole
 from quietstar.parts import dropout_off
 from quietstar.token_text import text_pieces, token_text
 
@@ -126,14 +127,7 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the page, or ``to_dict()`` where the name ends in .json; beside and renamed, so that no half file is left."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1) + "\n" if path.suffix == ".json" else self.html
-        beside = path.with_name(f".{path.name}-{os.getpid()}")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.html)
 
 
 @torch.no_grad()
@@ -142,7 +136,9 @@ def explain(qs: QuietStar, text: str, seed: int | None = None) -> Report:
     input_ids = _tokenize(qs, text)
     one = copy.copy(qs)  # shares every weight; only the next token is looked at, and greedy thoughts are all the same
     N = 1 if seed is None else qs.thought_config.thoughts
-    one.thought_config = replace(qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu")
+    one.thought_config = replace(
+        qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu", stop_threshold=None
+    )
     _check_length(one, input_ids.shape[1])
 
     chunk = max(1, ROWS // (N * one.thought_config.rows))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, in a folder or on the hub: which holds which tensor, and folders that are written whole."""
+"""The files of a checkpoint, in a folder or on the hub: which holds which tensor; files and folders that are written whole."""
 
 from __future__ import annotations
 
@@ -73,6 +73,17 @@ def check_vocabulary(path: str | os.PathLike, located: Mapping[str, str], vocabu
         tokens = file.get_slice(name).get_shape()[0]
     if tokens != vocabulary:
         raise ValueError(f"{path}: its weights are of a vocabulary of {tokens} tokens, its config.json says {vocabulary}")
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file beside ``path`` and rename it into place, so that no half file is left; text as UTF-8."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

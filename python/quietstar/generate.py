@@ -18,6 +18,7 @@ from quietstar import checks
 from quietstar.cache import ThoughtStore
 from quietstar.parts import dropout_off, embeddings
 from quietstar.rollout import continue_thoughts, decode_rows, decode_step, draw_seed
+from quietstar.scoring import mixed_logits, next_logits
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStar
@@ -119,7 +120,7 @@ class ThinkingModel(GenerationMixin):
             thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
             logits = self._mix(h_base, self._think(self.store, thinks))
         else:
-            logits = self._logits(h_base)
+            logits = next_logits(self.qs, h_base)
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
                 logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.store, thinks)), logits)
@@ -175,17 +176,8 @@ class ThinkingModel(GenerationMixin):
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Logits [B,V] from states of the text [B,D] and of thoughts [B,N,D]; log-probabilities where several are averaged."""
         base, thought = h_base.float()[:, None].expand_as(h_thought), h_thought.float()
-        weight = self.qs._weight(base, thought)
-        if self.qs.thought_config.mixing == "logits":
-            logits = self._logits((1 - weight) * base + weight * thought)
-        else:
-            logprobs = [self._logits(hidden).log_softmax(-1) for hidden in (base, thought)]
-            logits = ((1 - weight) * logprobs[0] + weight * logprobs[1]).log_softmax(-1)
+        logits = mixed_logits(self.qs, base, thought)
         return logits[:, 0] if self.N == 1 else logits.log_softmax(-1).logsumexp(1) - math.log(self.N)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        head = self.qs.lm_head
-        return head.logits(hidden.to(head.linear.weight.dtype)).float()
 
     def _check_room(self, ahead: int = 0) -> None:
         checks.check_room(self.qs.model, self.limits, self.longest + ahead + self.qs.thought_config.thought_tokens + 2)

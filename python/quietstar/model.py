@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from quietstar import checkpoint, checks, objective, official
+from quietstar import anchors as thinking_places
+from quietstar import checkpoint, checks, chunks, objective, official, reference
 from quietstar import generate as generation
 from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.cache import PackedPass
-from quietstar.config import ThoughtConfig
+from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.explain import Report, explain
 from quietstar.lm_head import find_lm_head
 from quietstar.parts import embeddings
-from quietstar.rollout import Thoughts, decode_rows, draw_seed, sample_thoughts
+from quietstar.rollout import Stop, Thoughts, decode_rows, draw_seed, sample_thoughts, split
 from quietstar.verify import verify_once
 from quietstar_kernels import ThoughtLayout
 
@@ -30,15 +31,19 @@ class QuietStarOutput(ModelOutput):
     """What ``QuietStar.forward`` returns. All fp32; positions where something is undefined hold 0.
 
     Attributes:
-        loss: loss_ce + policy_weight * policy_loss.
+        loss: loss_ce + policy_weight * policy_loss, plus the gate's loss where there is a gate in training.
         loss_ce: base_weight * mean base + mix_weight * mean mixed cross entropy, nats.
-        policy_loss: the REINFORCE term before its weight.
+        policy_loss: the policy's terms before their weight.
         nll_base: [B,L-1], -log p_base of text token t+1, nats.
         nll_mix: [B,P,N,J], -log p_mix of text token anchor+j+1, nats.
         weight: [B,P,N,J], mixing weight on the thought.
         reward: [B,P,N], nats, no gradient.
         advantage: [B,P,N], no gradient.
         thought_ids: int64 [B,P,N,T].
+        thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
+        logprob: [B,P,N,T], of the thoughts at the policy temperature, no gradient; ``old_logprob`` of further updates.
+        base_logprob: [B,P,N,T], of the thoughts as the reference's continuation of the text; None where kl_weight is 0.
+        anchors: integer [B,P], the positions that thought; None where all did.
     """
 
     loss: Tensor = None  # type: ignore[assignment]
@@ -50,6 +55,10 @@ class QuietStarOutput(ModelOutput):
     reward: Tensor = None  # type: ignore[assignment]
     advantage: Tensor = None  # type: ignore[assignment]
     thought_ids: Tensor = None  # type: ignore[assignment]
+    thought_lengths: Tensor | None = None
+    logprob: Tensor = None  # type: ignore[assignment]
+    base_logprob: Tensor | None = None
+    anchors: Tensor | None = None
 
 
 class QuietStar(nn.Module):
@@ -68,6 +77,9 @@ class QuietStar(nn.Module):
         model: the language model.
         mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
+        anchor_chunk: how many anchors of each text think at a time, for less memory; None: all, "auto": by free memory.
+        gate: where to think, for ``anchors="gate"``, else None.
+        reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None.
 
     Raises:
         ValueError: a model type that can't think, or one that fails the self-test, with the reason.
@@ -81,7 +93,7 @@ class QuietStar(nn.Module):
         verify: bool = True,
     ):
         super().__init__()
-        self.thought_config = config or ThoughtConfig()
+        self.thought_config = config = config or ThoughtConfig()
         self.tokenizer = tokenizer
         check_architecture(model.config)
         embed = embeddings(model)
@@ -101,6 +113,10 @@ class QuietStar(nn.Module):
         vector = initial_embedding(embed, self.thought_config.embedding_init, tokenizer)
         self.start_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
+        self.anchor_chunk = None
+        self.gate: thinking_places.Gate | None = None
+        self.reference: PreTrainedModel | None = None
+        self.use_config(config)
         # transformers' Trainer writes state_dict() with safetensors, which refuses a tensor under two names.
         self.register_state_dict_post_hook(checkpoint.drop_tied)
         self.register_load_state_dict_pre_hook(checkpoint.add_tied)
@@ -109,6 +125,33 @@ class QuietStar(nn.Module):
     def config(self) -> Any:
         """The language model's own config."""
         return self.model.config
+
+    @property
+    def anchor_chunk(self) -> int | str | None:
+        return self._anchor_chunk
+
+    @anchor_chunk.setter
+    def anchor_chunk(self, size: int | str | None) -> None:
+        check_anchor_chunk(size)
+        self._anchor_chunk = size
+        self.room: chunks.Room | None = None
+
+    def use_config(self, config: ThoughtConfig) -> None:
+        """Go on with another config: makes the gate and the reference that it asks for, drops those that it doesn't."""
+        self.thought_config = config
+        if config.anchors != "gate":
+            self.gate = None
+        elif self.gate is None:
+            self.gate = thinking_places.Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
+        if config.reference == "current":
+            self.reference = None
+        elif self.reference is None:
+            self.reference = reference.copy_model(self.model, averaged=config.reference == "ema")
+
+    def update_reference(self) -> None:
+        """Let an ``ema`` reference follow the weights; after each optimizer step. Others stay as they are."""
+        if self.reference is not None and self.thought_config.reference == "ema":
+            reference.follow(self.reference, self.model, self.thought_config.reference_decay)
 
     def forward(
         self,
@@ -121,6 +164,8 @@ class QuietStar(nn.Module):
         sequence_ids: Tensor | None = None,
         seed: int | None = None,
         counts: objective.Counts | None = None,
+        old_logprob: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
     ) -> QuietStarOutput:
         """Think, predict J tokens after every thought, and return the loss and its parts.
 
@@ -129,38 +174,73 @@ class QuietStar(nn.Module):
             attention_mask: [B,L], 1 on text, 0 on padding, left or right.
             labels: int64 [B,L], -100 where a token is not to be predicted; default input_ids.
             thought_ids: int64 [B,P,N,T]; default sampled here.
-            anchors: integer [B,P], positions that think, ascending, -1 in unused places; default all L.
+            anchors: integer [B,P], positions that think, ascending, -1 in unused places; default all L, and in training those
+                of the config's policy.
             document_ids: integer [B,L], for packed documents: nothing sees or predicts another document.
             sequence_ids: integer [B] or [B,L], names each text for sampling; default the row index.
             seed: 64 bits for sampling; default drawn from torch's generator.
             counts: what the losses are divided by, where this batch is a part of a larger one; see ``count_targets``.
+            old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default now.
+            thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T; the end comes right after the last one.
+                Default T for all.
 
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than
                 the look-ahead, or one whose thoughts pass the last learned position.
         """
         config = self.thought_config
-        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        if anchors is None and self.training and config.anchors != "all":
+            seed = draw_seed() if seed is None else seed
+            anchors = self.choose_anchors(input_ids, attention_mask, document_ids, sequence_ids, seed)
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         checks.check_lookahead(layout, config)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         if thought_ids is None:
-            thought_ids = self._sample(layout, input_ids, sequence_ids, seed, greedy=not self.training).thought_ids
+            thoughts = self._sample(layout, input_ids, sequence_ids, seed, greedy=not self.training).cut(thought_lengths)
+            thought_ids, thought_lengths = thoughts.thought_ids, thoughts.thought_lengths
+            layout = checks.with_lengths(layout, thought_lengths, config)
         else:
-            checks.check_thought_ids(thought_ids, layout, config, self.lm_head.linear.out_features)
-        text, thought = self._hidden_states(layout, input_ids, thought_ids)
+            checks.check_thought_ids(thought_ids, thought_lengths, layout, config, self.lm_head.linear.out_features)
+        if old_logprob is not None:
+            checks.check_tensor("old_logprob", old_logprob, "B,P,N,T", tuple(thought_ids.shape), layout.device)
 
         targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
-        nll_base, nll_mix, weight = self._predict(layout, text, thought, targets)
-        reward = objective.rewards(nll_base, nll_mix, targets, layout, config.reward)
+        size = chunks.chunk_size(self, layout)
+        if size < layout.P:
+            given = chunks.Given(layout, input_ids, thought_ids, thought_lengths, targets)
+            text, nll_base, (nll_reference, nll_mix, weight, logprob) = chunks.see_in_chunks(self, given, size)
+        else:
+            text, thought = self._hidden_states(layout, input_ids, thought_ids)
+            nll_base, nll_mix, weight = self._predict(layout, text, thought, targets, thought_lengths)
+            nll_reference = objective.at_anchors(nll_base, layout, config.lookahead)
+            logprob = self._logprob(thought, thought_ids, thought_lengths)
+        if self.reference is not None and config.reference != "current":
+            nll_reference = reference.text_nll(self.reference, self.lm_head, input_ids, layout, targets)
+            nll_reference = objective.at_anchors(nll_reference, layout, config.lookahead)
+        reward = objective.rewards(nll_reference, nll_mix, targets, config.reward)
         advantage = torch.where(targets.rewarded[:, :, None], objective.ADVANTAGES[config.advantage](reward), 0)
-        logprob = self.lm_head.logprob(
-            thought[:, :, :, : config.thought_tokens], thought_ids, config.policy_temperature, config.banned
-        )
         counts = counts or objective.count(targets)
         loss_ce = objective.cross_entropy(nll_base, nll_mix, counts, config.base_weight, config.mix_weight)
-        policy_loss = objective.policy_loss(logprob, advantage, counts)
+        base_logprob = None
+        if config.kl_weight:
+            base = self.model if self.reference is None else self.reference
+            parts = [
+                reference.thought_logprob(
+                    base, self.lm_head, input_ids, thought_ids[:, places], layout.select(places), config.banned
+                )
+                for places in split(layout.P, size)
+            ]
+            base_logprob = torch.cat(parts, 1)
+        thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
+        on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
+        sampled = objective.Sampled(logprob, advantage, on, old_logprob, base_logprob, config.ratio_clip)
+        policy_loss = objective.policy_loss(sampled, counts, config.policy_terms)
+        loss = loss_ce + config.policy_weight * policy_loss
+        if self.gate is not None and self.training:
+            probability = self.gate(text[torch.arange(layout.B)[:, None], layout.anchor.long().clamp(min=0)])
+            loss = loss + objective.gate_loss(probability, reward, targets, config.gate_cost, counts)
         return QuietStarOutput(
-            loss=loss_ce + config.policy_weight * policy_loss,
+            loss=loss,
             loss_ce=loss_ce,
             policy_loss=policy_loss,
             nll_base=nll_base,
@@ -169,7 +249,29 @@ class QuietStar(nn.Module):
             reward=reward,
             advantage=advantage,
             thought_ids=thought_ids,
+            thought_lengths=thought_lengths,
+            logprob=torch.where(on, logprob.detach(), 0),
+            base_logprob=None if base_logprob is None else torch.where(on, base_logprob, 0),
+            anchors=anchors,
         )
+
+    def choose_anchors(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Where the config's ``anchors`` policy thinks: int64 [B,P], ascending, -1 in unused places.
+
+        Only positions whose next token is text of the same document are chosen; ``all`` means all of these. In training a
+        gate is drawn from, with random numbers fixed by seed, sequence id and position; in evaluation it opens above 0.5.
+        Arguments and errors are those of ``forward``.
+        """
+        layout = self._layout(input_ids, attention_mask, None, document_ids)
+        names = checks.check_sequence_ids(sequence_ids, input_ids)
+        return thinking_places.choose(self, layout, input_ids, names, draw_seed() if seed is None else seed)
 
     def think(
         self,
@@ -180,17 +282,19 @@ class QuietStar(nn.Module):
         greedy: bool | None = None,
         document_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
     ) -> Thoughts:
-        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T] and ``.logprob`` at the sampling temperature 1.
+        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T] and ``.logprob`` at the sampling temperature 1, and
+        ``.thought_lengths`` [B,P,N] where they may be shorter than T.
 
         Args:
             greedy: the most likely token at each step, the same for all N; default in evaluation mode.
 
         Other arguments and errors are those of ``forward``.
         """
-        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         greedy = not self.training if greedy is None else greedy
-        return self._sample(layout, input_ids, sequence_ids, seed, greedy)
+        return self._sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths)
 
     def generate(
         self,
@@ -250,13 +354,14 @@ class QuietStar(nn.Module):
         labels: Tensor | None = None,
         anchors: Tensor | None = None,
         document_ids: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
     ) -> objective.Counts:
         """How many terms each mean of the loss on this batch has, without running the model.
 
         Add up those of all parts of a batch and pass the sum to ``forward`` for each: the parts' losses then add up to the
         loss of the whole batch. Arguments and errors are those of ``forward``.
         """
-        layout = self._layout(input_ids, attention_mask, anchors, document_ids)
+        layout = self._layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         return objective.count(objective.make_targets(labels, attention_mask, layout, self.thought_config.lookahead))
 
@@ -321,17 +426,26 @@ class QuietStar(nn.Module):
         self.model.gradient_checkpointing_disable()
 
     def _layout(
-        self, input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        anchors: Tensor | None,
+        document_ids: Tensor | None,
+        thought_lengths: Tensor | None = None,
     ) -> ThoughtLayout:
         config = self.thought_config
         checks.check_text(input_ids, attention_mask, config, embeddings(self.model))
         layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, config)
         checks.check_positions(self.model, layout)
-        return layout
+        return checks.with_lengths(layout, thought_lengths, config)
 
     def _sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
+        config = self.thought_config
+        stop = None
+        if config.stop_threshold is not None and config.end_token_id is not None:
+            stop = Stop(config.end_token_id, config.stop_threshold)
         return sample_thoughts(
             self.model,
             self.lm_head,
@@ -340,9 +454,11 @@ class QuietStar(nn.Module):
             layout,
             checks.check_sequence_ids(sequence_ids, input_ids),
             draw_seed() if seed is None else seed,
-            self.thought_config.thought_tokens,
+            config.thought_tokens,
             temperature=0.0 if greedy else 1.0,
-            banned=self.thought_config.banned,
+            banned=config.banned,
+            stop=stop,
+            anchor_chunk=chunks.chunk_size(self, layout),
         )
 
     def _embedding(self, parameter: Tensor) -> Tensor:
@@ -351,40 +467,83 @@ class QuietStar(nn.Module):
 
     def _hidden_states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D]."""
-        pad = checks.pad_id(self.model.config)
-        embeds = embeddings(self.model)(layout.token_ids(input_ids, thought_ids, pad, pad, pad))
-        text, thought = embeds.split([layout.L, layout.R], 1)
-        thought = thought.unflatten(1, (layout.P, layout.N, layout.S)).clone()
-        thought[:, :, :, 0] = self._embedding(self.start_embedding)
-        thought[:, :, :, self.thought_config.thought_tokens + 1] = self._embedding(self.end_embedding)
-        embeds = torch.cat([text, thought.flatten(1, 3)], 1)
+        embeds = torch.cat([embeddings(self.model)(input_ids), self._thought_rows(layout, input_ids, thought_ids)], 1)
         hidden = decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
         text, thought = hidden.split([layout.L, layout.R], 1)
         return text, thought.unflatten(1, (layout.P, layout.N, layout.S))
 
+    def _thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:
+        """Embeddings [B,R,D] of start, sampled tokens, end and the text that follows, whatever the lengths."""
+        pad, T = checks.pad_id(self.model.config), self.thought_config.thought_tokens
+        tokens = layout.token_ids(input_ids, thought_ids, pad, pad, pad)[:, layout.L :]
+        tokens = tokens.unflatten(1, (layout.P, layout.N, layout.S))
+        end = (layout.length.long() - self.thought_config.lookahead).clamp(min=1)[..., None]  # [B,P,N,1]
+        s = torch.arange(layout.S, device=tokens.device)
+        # A shorter thought leaves out its last sampled tokens.
+        tokens = tokens.gather(3, torch.where(s < end, s, s + T + 1 - end).clamp(max=layout.S - 1))
+        embeds = torch.where((s == end)[..., None], self._embedding(self.end_embedding), embeddings(self.model)(tokens))
+        return torch.where((s == 0)[:, None], self._embedding(self.start_embedding), embeds).flatten(1, 3)
+
     def _predict(
-        self, layout: ThoughtLayout, text: Tensor, thought: Tensor, targets: objective.Targets
+        self,
+        layout: ThoughtLayout,
+        text: Tensor,
+        thought: Tensor,
+        targets: objective.Targets,
+        thought_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """nll_base [B,L-1], nll_mix [B,P,N,J] and the mixing weight [B,P,N,J]."""
-        config, J = self.thought_config, self.thought_config.lookahead
-        steps = torch.arange(J, device=text.device)
+        h_base = self._base_states(layout, text)
+        return self._mix(text[:, :-1], targets.base, h_base, self._ahead(thought, thought_lengths), targets.mix)
+
+    def _base_states(self, layout: ThoughtLayout, text: Tensor) -> Tensor:
+        """Text states [B,P,J,D] at the positions that predict the targets of each anchor."""
+        steps = torch.arange(self.thought_config.lookahead, device=text.device)
         index = (layout.anchor.long()[:, :, None] + steps).clamp(0, layout.L - 1)  # [B,P,J]
-        rows = torch.arange(layout.B, device=text.device)[:, None, None]
-        h_base = text[rows, index].float()[:, :, None].expand(-1, -1, layout.N, -1, -1)
-        h_thought = thought[:, :, :, config.thought_tokens + 1 :].float()
+        return text[torch.arange(layout.B, device=text.device)[:, None, None], index]
+
+    def _ahead(self, thought: Tensor, thought_lengths: Tensor | None) -> Tensor:
+        """States [B,P,N,J,D] of the end rows and those behind, from all rows [B,P,N,S,D]."""
+        if thought_lengths is None:
+            return thought[:, :, :, self.thought_config.thought_tokens + 1 :]
+        steps = torch.arange(1, self.thought_config.lookahead + 1, device=thought.device)
+        rows = thought_lengths.long()[..., None] + steps
+        return thought.gather(3, rows[..., None].expand(*rows.shape, thought.shape[-1]))
+
+    def _logprob(self, thought: Tensor, thought_ids: Tensor, thought_lengths: Tensor | None) -> Tensor:
+        """Log-probabilities [B,P,N,T] of the sampled tokens at the policy temperature; 0 past the end of a thought."""
+        config = self.thought_config
+        if thought_lengths is not None:
+            on = checks.sampled(thought_lengths, config.thought_tokens)
+            thought_ids = torch.where(on, thought_ids, objective.IGNORED)
+        states = thought[:, :, :, : config.thought_tokens]
+        return self.lm_head.logprob(states, thought_ids, config.policy_temperature, config.banned)
+
+    def _mix(
+        self, predicting: Tensor, base_targets: Tensor, h_base: Tensor, h_thought: Tensor, mix_targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of the base model at ``predicting`` [...,D] and of the mix [B,P,N,J], and the mixing weight [B,P,N,J].
+
+        Args:
+            base_targets: [...], those of ``predicting``.
+            h_base: [B,P,J,D].
+            h_thought: [B,P,N,J,D].
+            mix_targets: [B,P,N,J].
+        """
+        h_thought = h_thought.float()
+        h_base = h_base.float()[:, :, None].expand_as(h_thought)
         weight = self._weight(h_base, h_thought)
-        predicting = text[:, :-1]
-        if config.mixing == "logits":
+        if self.thought_config.mixing == "logits":
             # Base and mix share one call: with w = 0 their difference must be exactly nothing, for 1e6 multiplies it.
             mixed = (1 - weight) * h_base + weight * h_thought
-            hidden = torch.cat([predicting.flatten(0, 1).float(), mixed.flatten(0, 3)])
-            logprob = self.lm_head.logprob(hidden, torch.cat([targets.base.flatten(), targets.mix.flatten()]))
-            base, mix = (-logprob).split([targets.base.numel(), targets.mix.numel()])
-            return base.view_as(targets.base), mix.view_as(targets.mix), weight[..., 0]
+            hidden = torch.cat([predicting.flatten(0, -2).float(), mixed.flatten(0, 3)])
+            logprob = self.lm_head.logprob(hidden, torch.cat([base_targets.flatten(), mix_targets.flatten()]))
+            base, mix = (-logprob).split([base_targets.numel(), mix_targets.numel()])
+            return base.view_as(base_targets), mix.view_as(mix_targets), weight[..., 0]
         weight = weight[..., 0]
-        base = -self.lm_head.logprob(predicting, targets.base)
-        mix_base = -self.lm_head.logprob(h_base, targets.mix)
-        mix = (1 - weight) * mix_base - weight * self.lm_head.logprob(h_thought, targets.mix)
+        base = -self.lm_head.logprob(predicting, base_targets)
+        mix_base = -self.lm_head.logprob(h_base, mix_targets)
+        mix = (1 - weight) * mix_base - weight * self.lm_head.logprob(h_thought, mix_targets)
         return base, mix, weight
 
     def _weight(self, h_base: Tensor, h_thought: Tensor) -> Tensor:

@@ -21,6 +21,19 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 @contextmanager
+def layer_checkpoints_off(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing of single layers is off inside, for what is computed again as a whole."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every submodule has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]

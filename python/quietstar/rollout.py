@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.cache import ThoughtPass, ThoughtStore, check_arrived
+from quietstar.checks import sampled
 from quietstar.lm_head import LMHead
 from quietstar.parts import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
@@ -19,12 +20,55 @@ class Thoughts:
     """Sampled thoughts.
 
     Attributes:
-        thought_ids: int64 [B,P,N,T].
-        logprob: fp32 [B,P,N,T], at the sampling temperature.
+        thought_ids: int64 [B,P,N,T]; 0 past the end of a thought.
+        logprob: fp32 [B,P,N,T], at the sampling temperature; likewise.
+        thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
     """
 
     thought_ids: Tensor
     logprob: Tensor
+    thought_lengths: Tensor | None = None
+
+    def cut(self, thought_lengths: Tensor | None) -> Thoughts:
+        """No thought longer than ``thought_lengths`` [B,P,N]; unchanged for None."""
+        if thought_lengths is None:
+            return self
+        lengths = thought_lengths.long()
+        lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
+        on = sampled(lengths, self.thought_ids.shape[-1])
+        return Thoughts(torch.where(on, self.thought_ids, 0), torch.where(on, self.logprob, 0), lengths)
+
+    def copies(self, N: int) -> Thoughts:
+        """The only thought of each anchor, N times."""
+        lengths = self.thought_lengths
+        return Thoughts(
+            self.thought_ids.expand(-1, -1, N, -1).contiguous(),
+            self.logprob.expand(-1, -1, N, -1).contiguous(),
+            None if lengths is None else lengths.expand(-1, -1, N).contiguous(),
+        )
+
+    @staticmethod
+    def join(parts: list[Thoughts]) -> Thoughts:
+        """Those of all anchors from those of some."""
+        lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
+        return Thoughts(
+            torch.cat([part.thought_ids for part in parts], 1),
+            torch.cat([part.logprob for part in parts], 1),
+            torch.cat(lengths, 1) if lengths else None,
+        )
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A thought ends before the token that it would sample where token ``end`` is likelier than ``threshold``."""
+
+    end: int
+    threshold: float
+
+
+def split(P: int, size: int) -> list[slice]:
+    """Cuts P anchors into runs of ``size``; one empty run where there is none."""
+    return [slice(first, min(first + size, P)) for first in range(0, max(P, 1), size)]
 
 
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
@@ -53,28 +97,39 @@ def sample_thoughts(
     thought_tokens: int,
     temperature: float = 1.0,
     banned: list[int] | None = None,
+    stop: Stop | None = None,
+    anchor_chunk: int | None = None,
 ) -> Thoughts:
     """Sample T tokens for every thought of ``layout``, whose S is at least T; the text runs once.
 
     Args:
         start: [D], the start vector as the decoder sees it.
         input_ids: int64 [B,L].
+        layout: S - T rows of a thought are not sampled ones; shorter thoughts have fewer sampled rows.
         sequence_ids: integer [B,L], the first sampling counter of each position.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
         temperature: 0 takes the most likely token, once for all N thoughts of an anchor.
+        anchor_chunk: anchors that advance together; default all.
     """
-    if temperature == 0 and layout.N > 1:
-        one = ThoughtLayout(layout.anchor, layout.lo, layout.length[:, :, :1].contiguous(), layout.rows)
-        greedy = sample_thoughts(model, head, start, input_ids, one, sequence_ids, seed, thought_tokens, temperature, banned)
-        shape = (-1, -1, layout.N, -1)
-        return Thoughts(greedy.thought_ids.expand(shape).contiguous(), greedy.logprob.expand(shape).contiguous())
-
-    length = layout.length.clamp(max=thought_tokens)
-    store = ThoughtStore(ThoughtLayout(layout.anchor, layout.lo, length, thought_tokens))
+    N = layout.N
+    if temperature == 0:
+        layout = replace(layout, length=layout.length.amax(2, keepdim=True))
+    length = (layout.length - (layout.rows - thought_tokens)).clamp(min=0)
+    layout = ThoughtLayout(layout.anchor, layout.lo, length, thought_tokens)
     names = sequence_ids.gather(1, layout.anchor.long().clamp(min=0))
+    runs = split(layout.P, anchor_chunk or max(layout.P, 1))
+    store = ThoughtStore(layout.select(runs[0]))
     with dropout_off(model):
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), store.prefill())
-        return continue_thoughts(model, head, start, store, names, seed, thought_tokens, temperature, banned)
+        parts: list[Thoughts] = []
+        for places in runs:
+            if parts:
+                store.begin(layout.select(places))
+            parts.append(
+                continue_thoughts(model, head, start, store, names[:, places], seed, thought_tokens, temperature, banned, stop)
+            )
+    thoughts = Thoughts.join(parts)
+    return thoughts.copies(N) if temperature == 0 else thoughts
 
 
 def continue_thoughts(
@@ -87,6 +142,7 @@ def continue_thoughts(
     thought_tokens: int,
     temperature: float = 1.0,
     banned: list[int] | None = None,
+    stop: Stop | None = None,
 ) -> Thoughts:
     """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors."""
     layout, embed = store.layout, embeddings(model)
@@ -101,16 +157,19 @@ def continue_thoughts(
         ],
         -1,
     )
-    tokens, logprobs = [], []
+    tokens, logprobs, ended = [], [], []
     embeds = start.expand(B, P * N, -1)
     for step in range(thought_tokens):
-        hidden = decode_step(model, embeds, store, step)
+        hidden = decode_step(model, embeds, store, step).view(B, P, N, -1)
         counters[..., 3] = step
-        ids, logprob = head.sample(hidden.view(B, P, N, -1), counters, seed, temperature, banned or [])
+        ids, logprob = head.sample(hidden, counters, seed, temperature, banned or [])
         tokens.append(ids)
         logprobs.append(logprob)
+        if stop is not None:
+            ended.append(head.logprob(hidden, torch.full_like(ids, stop.end)).exp() > stop.threshold)
         embeds = embed(ids.flatten(1))
-    return Thoughts(torch.stack(tokens, -1), torch.stack(logprobs, -1))
+    thoughts = Thoughts(torch.stack(tokens, -1), torch.stack(logprobs, -1))
+    return thoughts if stop is None else thoughts.cut(torch.stack(ended, -1).cumsum(-1).eq(0).sum(-1))
 
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:

@@ -76,7 +76,13 @@ def train(
     """
     if not len(data):
         raise ValueError("train: there is no text to train on")
+    if config.updates > 1 and not qs.thought_config.ratio_clip:
+        raise ValueError(f"train: updates must be 1 where ratio_clip is 0, got {config.updates}")
+    policy = qs.thought_config.anchors
+    if policy != "all" and not {"anchors", "thought_ids"}.isdisjoint(data[0]):
+        raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {policy!r}")
     set_seed(config.seed)
+    qs.anchor_chunk = config.anchor_chunk
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=config.tracker or None,
@@ -143,23 +149,33 @@ def _step(
     parts = collate([data[i] for i in chosen], chosen, ranks * config.accumulation)[rank::ranks]
     parts = [{name: x.to(accelerator.device) for name, x in part.items()} for part in parts]
     qs = accelerator.unwrap_model(model)
-    counts = _counts(accelerator, [_count(qs, part) for part in parts])
     seed = mix_seed(config.seed, step)
-
     model.train()
-    optimizer.zero_grad()
+    if qs.thought_config.anchors != "all":
+        with accelerator.autocast():
+            parts = [part | {"anchors": _choose_anchors(qs, part, seed)} for part in parts]
+    if qs.thought_config.stop_threshold is not None:  # how many tokens there are shows when the thoughts are made
+        with accelerator.autocast():
+            parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
+    counts = _counts(accelerator, [_count(qs, part) for part in parts])
+
     sums: dict[str, float] = {}
-    for i, part in enumerate(parts):
-        with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext(), accelerator.autocast():
-            value, out = loss(model, part, counts, seed)
-            # DDP averages over ranks what is already divided by the counts of all.
-            accelerator.backward(value * ranks)
-        for name, x in _figures(value, out, part).items():
-            sums[name] = sums.get(name, 0.0) + x
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = config.rate(step)
-    optimizer.step()
+    for update in range(config.updates):
+        optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext(), accelerator.autocast():
+                value, out = loss(model, part, counts, seed)
+                # DDP averages over ranks what is already divided by the counts of all.
+                accelerator.backward(value * ranks)
+            if update == 0:  # later updates go on with the same thoughts, and their figures would be of old ones
+                parts[i] = part | _thoughts(out)
+                for name, x in _figures(value, out, part).items():
+                    sums[name] = sums.get(name, 0.0) + x
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        optimizer.step()
+        qs.update_reference()
 
     names = sorted(sums)
     totals = accelerator.reduce(torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device))
@@ -167,6 +183,10 @@ def _step(
     sums["weight"] /= max(1, int(counts.mix[0]))
     for name in ("reward", "advantage"):
         sums[name] /= max(1, int(counts.places))
+    if "divergence" in sums:
+        sums["divergence"] /= max(1, int(counts.tokens))
+    if "anchors" in sums:
+        sums["anchor_share"] = sums["anchors"] / sums["tokens"]
     if not math.isfinite(sums["loss"]):
         raise FloatingPointError(f"train: the loss is {sums['loss']} at step {step + 1}")
     return sums | {"grad_norm": float(norm), "learning_rate": config.rate(step)}
@@ -174,7 +194,7 @@ def _step(
 
 def _figures(value: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, float]:
     """Sums over one part, which add up over parts and ranks; the loss parts are already divided by the step's counts."""
-    return {
+    figures = {
         "loss": float(value.detach()),
         "loss_ce": float(out.loss_ce.detach()),
         "policy_loss": float(out.policy_loss.detach()),
@@ -184,10 +204,34 @@ def _figures(value: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, floa
         "tokens": float(part["attention_mask"].sum()),
         "thoughts": float(out.reward.numel()),
     }
+    if out.base_logprob is not None:
+        figures["divergence"] = float((out.logprob - out.base_logprob).sum())
+    if out.anchors is not None:
+        figures["anchors"] = float((out.anchors >= 0).sum())
+        figures["thoughts"] = figures["anchors"] * out.reward.shape[2]
+    return figures
+
+
+def _thoughts(out: QuietStarOutput) -> Batch:
+    """What ``forward`` takes to see the same thoughts again."""
+    kept = {"thought_ids": out.thought_ids, "thought_lengths": out.thought_lengths, "old_logprob": out.logprob}
+    return {name: x for name, x in kept.items() if x is not None}
+
+
+def _choose_anchors(qs: QuietStar, part: Batch, seed: int) -> Tensor:
+    return qs.choose_anchors(part["input_ids"], part["attention_mask"], part.get("document_ids"), part["sequence_ids"], seed)
+
+
+def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
+    names = ("input_ids", "attention_mask", "anchors", "document_ids", "sequence_ids")
+    given: dict[str, Any] = {name: part[name] for name in names if name in part}
+    thoughts = qs.think(**given, seed=seed)
+    assert thoughts.thought_lengths is not None
+    return {"thought_ids": thoughts.thought_ids, "thought_lengths": thoughts.thought_lengths}
 
 
 def _count(qs: QuietStar, part: Batch) -> Counts:
-    names = ("input_ids", "attention_mask", "labels", "anchors", "document_ids")
+    names = ("input_ids", "attention_mask", "labels", "anchors", "document_ids", "thought_lengths")
     return qs.count_targets(**{name: part[name] for name in names if name in part})
 
 
@@ -196,7 +240,7 @@ def _counts(accelerator: Accelerator, parts: list[Counts]) -> Counts:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return Counts(*(accelerator.reduce(x) for x in (total.base, total.mix, total.places)))
+    return Counts(*(accelerator.reduce(x) for x in (total.base, total.mix, total.places, total.tokens)))
 
 
 def _evaluate(qs: QuietStar, evaluate: Callable[[QuietStar], dict[str, float]]) -> dict[str, float]:
@@ -238,7 +282,7 @@ def _resume(
 
 
 # What may differ between a run and its continuation: nothing that the numbers depend on.
-_FREE = {"out", "eval_every", "save_every", "keep", "tracker", "accumulation"}
+_FREE = {"out", "eval_every", "save_every", "keep", "tracker", "accumulation", "anchor_chunk"}
 
 
 def _same_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def linear_logprob(
         logits = reference.final_logits(hidden[rows], weight, bias, scale, softcap, temperature, banned)
         picked = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
         largest[rows] = logits.amax(-1)
-        log_total[rows] = logits.sub_(largest[rows, None]).logsumexp(-1)
+        log_total[rows] = logits.sub_(largest[rows, None]).exp_().sum(-1).log()
         logprob[rows] = torch.where(targets[rows] == -100, 0, picked - largest[rows] - log_total[rows])
     return logprob, entropy, largest, log_total
 

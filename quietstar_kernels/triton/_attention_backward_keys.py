@@ -6,6 +6,8 @@ takes. Rows of all query heads of the group make one flat loop.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_weights import weights
+from quietstar_kernels.triton._attention_scores import scores
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -56,26 +58,35 @@ def _launch(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, ranges: Tensor | None,
     scale: float, softcap: float | None, dk: Tensor, dv: Tensor, config: Config,
 ) -> None:  # fmt: skip
-    """Keys of the text where there are ``ranges``, else of the thought rows; dk and dv have a first dimension of parts."""
+    """Keys of the text where there are ``ranges``, else of the thought rows.
+
+    dk [parts,B,G,L or M,K] and dv [parts,B,G,L or M,E] are contiguous.
+    """
     (B, H, rows, K), G, E = q.shape, k.shape[1], v.shape[-1]
     parts = dk.shape[0]
     first, count = (tables.own_first, tables.own_count) if ranges is None else (tables.first, tables.count)
+    oldest = None if ranges is None else tables.oldest
     blocks = triton.cdiv(layout.R if ranges is None else layout.L, config.blocks["BLOCK_N"])
-    attention_backward_keys[(blocks * parts * B * G,)](
-        grad_out, q, k, v, tables.delta, tables.lse, first, count, None if ranges is None else tables.oldest,
-        layout.lo.contiguous(), ranges, dk, dv,
-        *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:4], *dv.stride()[:4],
-        B, G, H // G, rows, layout.L, layout.M, layout.N, layout.S, parts, scale, softcap,
-        K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
-        PRECISION=dot_precision(), **config.options(),
-    )  # fmt: skip
+    # Of wide heads registers hold one of the two sums.
+    for dk_now, dv_now in [(dk, None), (None, dv)] if max(K, E) * q.element_size() > 256 else [(dk, dv)]:
+        attention_backward_keys[(blocks * parts * B * G,)](
+            grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges, dk_now, dv_now,
+            *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            B, G, H // G, rows, layout.L, layout.M, layout.N, layout.S, parts, scale, softcap,
+            K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+            PRECISION=dot_precision(), **config.options(),
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"])
+def _name(specialization: Any) -> str:
+    return f"attention_backward_{'own' if 'ranges' in specialization.constants else 'text'}_keys"
+
+
+@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"], repr=_name)
 def attention_backward_keys(
     grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
-    stride_vb, stride_vg, stride_vm, stride_dkp, stride_dkb, stride_dkg, stride_dkm, stride_dvp, stride_dvb, stride_dvg, stride_dvm,
+    stride_vb, stride_vg, stride_vm,
     B, G, HG, rows, L, M, N, S, parts, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,43 +113,73 @@ def attention_backward_keys(
 
     i = tl.arange(0, BLOCK_N)
     n = n0 + i
-    keys = load_tile(k + b * stride_kb + g * stride_kg + n0.to(tl.int64) * stride_km, i * stride_km, n < end, K, BLOCK_K)
-    values = load_tile(v + b * stride_vb + g * stride_vg + n0.to(tl.int64) * stride_vm, i * stride_vm, n < end, E, BLOCK_E)
-    position = n - tl.load(lo + b * L + n, mask=n < L, other=0)
+    k += b * stride_kb + g * stride_kg + n0.to(tl.int64) * stride_km
+    v += b * stride_vb + g * stride_vg + n0.to(tl.int64) * stride_vm
+    keys = load_tile(k, i * stride_km, n < end, K, BLOCK_K)
+    values = load_tile(v, i * stride_vm, n < end, E, BLOCK_E)
+    if oldest_table is not None:
+        position = n - tl.load(lo + b * L + n, mask=n < L, other=0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_M)
-    for j in tl.range(part * HG * tiles // parts, (part + 1) * HG * tiles // parts):
-        h = (g * HG + j // tiles).to(tl.int64)
-        tile = j % tiles
-        in_text = tile < text_tiles
-        row0 = tl.where(in_text, n0 + tile * BLOCK_M, thought_start + (tile - text_tiles) * BLOCK_M)
-        row = row0 + i
-        inside = row < tl.where(in_text, text_end, thought_end)
-        row_lse = tl.load(lse + (b * (G * HG) + h) * rows + row, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + (b * (G * HG) + h) * rows + row, mask=inside, other=0.0)
-        first = tl.load(first_table + b * rows + row, mask=inside, other=0)
-        count = tl.load(count_table + b * rows + row, mask=inside, other=0)
+    begin, stop = part * HG * tiles // parts, (part + 1) * HG * tiles // parts
+    # Rows that add nothing are not even loaded: they may hold NaN. The log-sum-exp that tells them is read one tile ahead, so
+    # that the loads of the rows need not wait for it.
+    lse += (b * G + g) * HG * rows
+    delta += (b * G + g) * HG * rows
+    q += b * stride_qb + g * HG * stride_qh
+    grad_out += b * stride_gb + g * HG * stride_gh
+    first_table += b * rows
+    count_table += b * rows
+    h, row0, behind = row_tile(begin, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+    next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
+    for j in tl.range(begin, stop):
+        row_lse = next_lse
         adds = row_lse < float("inf")
-        row0 = row0.to(tl.int64)
-        queries = load_tile(q + b * stride_qb + h * stride_qh + row0 * stride_qm, i * stride_qm, adds, K, BLOCK_K)
-        grads = load_tile(grad_out + b * stride_gb + h * stride_gh + row0 * stride_gm, i * stride_gm, adds, E, BLOCK_E)
+        h, row0, behind = row_tile(j + 1, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+        next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
+        h, row0, behind = row_tile(j, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+        row = row0 + i
+        inside = row < behind
+        row_delta = tl.load(delta + h * rows + row, mask=inside, other=0.0)
+        first = tl.load(first_table + row, mask=inside, other=0)
+        count = tl.load(count_table + row, mask=inside, other=0)
+        count = tl.where(adds, count, 0)
+        queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
+        grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
         qk = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        p, slope = weights(qk, row_lse[None, :], scale, softcap)
-        seen = in_range(n[:, None], first[None, :], tl.where(adds, count, 0)[None, :])
+        score, slope = scores(qk, scale, softcap)
+        seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
             seen = seen & (position[:, None] >= oldest[None, :])
-        p = tl.where(seen, p, 0.0)
-        dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
-        dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
-        dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+        p = tl.where(seen, tl.exp2(score - row_lse[None, :]), 0.0)
+        if dv is not None:
+            dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
+        if dk is not None:
+            dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
+            dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
 
-    dk += part.to(tl.int64) * stride_dkp + b * stride_dkb + g * stride_dkg
-    dv += part.to(tl.int64) * stride_dvp + b * stride_dvb + g * stride_dvg
-    store_tile(dk, n.to(tl.int64) * stride_dkm, n < end, dk_acc * scale, K, BLOCK_K)
-    store_tile(dv, n.to(tl.int64) * stride_dvm, n < end, dv_acc, E, BLOCK_E)
+    n_first = (part * (B * G) + pair) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
+    i = tl.arange(0, BLOCK_N)
+    if dk is not None:
+        store_tile(dk + n_first * K, i * K, n0 + i < end, dk_acc * scale, K, BLOCK_K)
+    if dv is not None:
+        store_tile(dv + n_first * E, i * E, n0 + i < end, dv_acc, E, BLOCK_E)
+
+
+@triton.jit
+def row_tile(j, stop, tiles, text_tiles, text_start, text_end, thought_start, thought_end, BLOCK_M: tl.constexpr):
+    """Of the flat loop's tile j, with ``tiles`` for each head, text rows first: (head, first query row, row behind its last).
+
+    From tile ``stop`` on there are no rows.
+    """
+    tile = j % tl.maximum(tiles, 1)
+    in_text = tile < text_tiles
+    start = tl.where(in_text, text_start + tile * BLOCK_M, thought_start + (tile - text_tiles) * BLOCK_M)
+    behind = tl.where(j < stop, tl.where(in_text, text_end, thought_end), 0)
+    return (j // tl.maximum(tiles, 1)).to(tl.int64), start, behind
 
 
 def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, block: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_weights import weights
+from quietstar_kernels.triton._attention_scores import finite, scores
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -31,7 +31,7 @@ def query_gradient(
     attention_backward_queries[(tiles * B * G,)](
         grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count,
         tables.oldest, layout.lo.contiguous(), dq,
-        *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
+        *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         B, G, HG, rows, layout.L, layout.M, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
         PRECISION=dot_precision(), **config.options(),
@@ -44,7 +44,7 @@ def attention_backward_queries(
     grad_out, q, k, v, delta, lse, first_table, count_table, own_first_table, own_count_table,
     oldest_table, lo, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm, stride_db, stride_dh, stride_dm,
+    stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm,
     B, G, HG, rows, L, M, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -107,19 +107,18 @@ def attention_backward_queries(
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
-    store_tile(dq + b * stride_db, h * stride_dh + row * stride_dm, inside, acc, K, BLOCK_K)
+    # Anew, by another kind of division: the compiler would keep the rows and heads in registers from above until here.
+    f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32)
+    row, h = (f // HG.to(tl.uint32)).to(tl.int64), (f % HG.to(tl.uint32)).to(tl.int64)
+    row += begin - (M - rows)
+    at = ((b * G + g) * HG + h) * rows + row  # in dq [B,H,rows,K], contiguous
+    store_tile(dq, at * K, row < behind - (M - rows), acc, K, BLOCK_K)
 
 
 @triton.jit
 def score_gradient(queries, grads, keys, values, lse, delta, scale, softcap, PRECISION: tl.constexpr):
     """d loss / d (scale * q·k), [rows,keys]."""
     qk = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    p, slope = weights(qk, lse[:, None], scale, softcap)
+    score, slope = scores(qk, scale, softcap)
     dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-    return p * (dp - delta[:, None]) * slope
-
-
-@triton.jit
-def finite(keys):
-    """0 in the place of NaN and infinity: the rows that don't see such a key must not meet 0 * NaN."""
-    return tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)
+    return tl.exp2(score - lse[:, None]) * (dp - delta[:, None]) * slope

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._math import LN_2, LOG2_E, tanh
-from quietstar_kernels.triton._rows import FAR, OWN, cover, own_chunks, seen_by, text_bounds, tile_rows, tile_start, window_bounds
+from quietstar_kernels.triton._rows import (
+    FAR,
+    OWN,
+    cover,
+    own_chunks,
+    seen_by,
+    text_bounds,
+    tile_rows,
+    tile_start,
+    window_bounds,
+)
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_FORWARD, pick

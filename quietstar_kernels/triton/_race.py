@@ -19,9 +19,9 @@ def exponential(word):
     """-log(1 - v) with v = (word + 0.5) / 2^32, to a few ulps for any 32-bit word."""
     v = (word.to(tl.float32) + 0.5) * WORD
     high = v >= 0.5
-    # 1 - v: from the word's complement where v is near 1. Below, it is rounded, and what the logarithm of the rounded number
-    # is too small or too large by, v / (1 - rounded) is too (Goldberg 1991, theorem 4).
-    rest = tl.where(high, ((~word).to(tl.float32) + 0.5) * WORD, 1.0 - v)
+    # 1 - v comes from the word's complement where v is near 1. Elsewhere it is rounded to fp32; log(rest) / (1 - rest) hardly
+    # changes by that, and times v it is log(1 - v) (Goldberg 1991, theorem 4).
+    rest = tl.where(high, ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * WORD, 1.0 - v)
     gap = 1.0 - rest
     correction = tl.where(high, 1.0, v / tl.where(gap == 0.0, 1.0, gap))
     return tl.where(gap == 0.0, v, -tl.log(rest) * correction)

@@ -39,9 +39,9 @@ OWN = tl.constexpr(16)  # flat rows in a chunk, keys in a block of own rows
 
 @triton.jit
 def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
-    """Where one of ``tiles`` row tiles starts: (its first flat row, its first possible packed row, the packed row behind the last).
+    """(first flat row, begin, end) of one of ``tiles`` row tiles: its rows are text, begin 0 to end L, or thoughts, L to L + R.
 
-    A tile has text rows or thought rows. Those that see most come first: thoughts backwards, then text backwards.
+    Flat rows count from ``begin``. Tiles that see most come first: thoughts backwards, then text backwards.
     """
     thought_tiles = tl.cdiv(R * HG, BLOCK_M)
     is_text = tile >= thought_tiles
@@ -106,9 +106,9 @@ def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.co
 
 @triton.jit
 def own_chunks(flat, L, R, S, HG, BLOCK_M: tl.constexpr):
-    """Own rows of each chunk of OWN flat rows in a tile of thought rows: (first, last, blocks), [BLOCK_M / OWN] each but ``blocks``.
+    """Own rows first..last that each chunk of OWN flat rows in a tile of thoughts may see, [BLOCK_M / OWN] each, and blocks.
 
-    A chunk's own rows run from the start of its first row's thought to its last row. ``blocks`` of OWN keys serve every chunk.
+    They start with the thought of the chunk's first row. That many blocks of OWN keys serve every chunk.
     """
     flat += tl.arange(0, BLOCK_M // OWN) * OWN
     first = flat // HG // S * S

@@ -39,31 +39,127 @@ def pick(table: Table, itemsize: int, width: int) -> Config:
     return table[here, itemsize, widths[0]]
 
 
-# BLOCK_M flat rows (a multiple of 16); BLOCK_N keys in a block without a mask; BLOCK_EDGE in a masked one; SLICES of K that
-# warps share (scores in _attention_forward).
+# BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
+# which warps share where fp32 queries would fill the registers of one.
 ATTENTION_FORWARD: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+    ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_90", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_90", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+    ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_100", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_100", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 4}, num_warps=8),
+    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+    ("gfx942", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("gfx942", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 4}),
+    ("gfx942", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
 }
 
 # Passes over rows and anchors, without matrix products.
 ATTENTION_BACKWARD_ROWS = Config({"BLOCK_M": 64})
 ATTENTION_BACKWARD_RANGES = Config({"BLOCK": 1024})
 
-# As in ATTENTION_FORWARD.
+# dq: blocks as in ATTENTION_FORWARD.
 ATTENTION_BACKWARD_QUERIES: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_80", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16}, num_stages=3),
+    ("sm_80", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16}, num_stages=3),
+    ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16}, num_stages=3),
+    ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_80", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}, num_warps=8),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16}, num_warps=8),
+    ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32}, num_warps=8, num_stages=3),
+    ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32}, num_warps=8, num_stages=3),
+    ("sm_100", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16}, num_warps=8),
+    ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_100", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}, num_warps=8),
+    ("gfx942", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 16}),
+    ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16}),
+    ("gfx942", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_EDGE": 16}, num_warps=8),
+    ("gfx942", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("gfx942", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}),
+    ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16}, num_warps=8),
 }
 
-# BLOCK_N keys stay; BLOCK_M query rows of one head at a time go by.
+# dk and dv: BLOCK_N keys stay, BLOCK_M query rows of one head at a time go by. A third stage hides the loads of the rows.
 ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_80", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 32}, num_stages=3),
+    ("sm_80", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 32}, num_warps=8, num_stages=3),
+    ("sm_80", 2, 256): Config({"BLOCK_N": 64, "BLOCK_M": 16}, num_warps=8),
+    ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8),
+    ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8, num_stages=3),
+    ("sm_100", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8, num_stages=3),
+    ("sm_100", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 32}, num_warps=8),
+    ("sm_100", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_100", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_100", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("gfx942", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 16}),
+    ("gfx942", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16}),
+    ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
 }
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_80", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_80", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_80", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32}),
+    ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("sm_90", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_90", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32}),
+    ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_100", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32}, num_stages=3),
+    ("sm_100", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32}),
+    ("sm_100", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("sm_100", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("sm_100", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
+    ("gfx942", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16}),
+    ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16}),
+    ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16}, num_warps=8),
 }
 
 # linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
@@ -84,21 +180,22 @@ LOGITS_GRADIENT: Table = {
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
 }
 
-# BLOCK_R rows times BLOCK_V ids, a multiple of 128, with BLOCK_D of the model's width in one step; the width is that of rows.
+# BLOCK_R rows times BLOCK_V ids (a multiple of 128) in steps of BLOCK_D of the model's width. The key's width is the most rows.
+# maxnreg=255: without it the compiler spills some registers for the sake of occupancy.
 SAMPLE_TOKEN: Table = {
     ("interpreter", 4, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 512, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
     ("interpreter", 2, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 512, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
     ("sm_80", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
-    ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=8, num_stages=4),
-    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
+    ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
+    ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
     ("sm_90", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
     ("sm_90", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 256, "BLOCK_D": 64}, num_warps=8, num_stages=4),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
-    ("sm_100", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
-    ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
+    ("sm_100", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4, maxnreg=255),
+    ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3, maxnreg=255),
+    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
     ("gfx942", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
     ("gfx942", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),

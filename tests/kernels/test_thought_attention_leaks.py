@@ -20,28 +20,30 @@ def run(backend, layout, inputs, grad_out, **options):
 
 def scrambled(x, hidden, generator):
     """x [B,G,M,...] with +-huge numbers where hidden [B,M]."""
-    sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+    sign = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
     return torch.where(hidden[:, None, :, None], (sign * HUGE[x.dtype]).to(x.dtype), x)
 
 
 @pytest.mark.parametrize("dtype", list(HUGE), ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"query_rows": "thoughts"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype):
+def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted):
     """For single rows: everything that row may not see is made huge; its output and gradients stay bitwise the same."""
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
     generator = torch.Generator().manual_seed(7)
-    layout = random_layout(generator, kind, 2, 12, 2, 3)
+    layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     rows = options.get("query_rows", "all")
     inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=rows, dtype=dtype)
     mask = layout.dense_mask(options.get("window"))
     skip = 0 if rows == "all" else layout.L
     rows_on = mask[:, skip:].any(-1).any(0).nonzero()[:, 0].tolist()
-    chosen = torch.randperm(len(rows_on), generator=generator)[:4].tolist()
+    chosen = torch.randperm(len(rows_on), generator=generator)[: 1 if interpreted else 4].tolist()
     assert chosen and not mask.all()
     for row in (rows_on[i] for i in chosen):
         visible = mask[:, skip + row]
-        grad_out = torch.zeros(*inputs["q"].shape[:3], 4, dtype=dtype)
-        grad_out[:, :, row] = torch.randn(layout.B, 2, 4, generator=generator).to(dtype)
+        grad_out = torch.zeros(*inputs["q"].shape[:3], 4, dtype=dtype, device=device)
+        grad_out[:, :, row] = torch.randn(layout.B, 2, 4, generator=generator).to(device, dtype)
         changed = {name: scrambled(inputs[name], ~visible, generator) for name in ("k", "v")}
         out, lse, grads = run(backend, layout, inputs, grad_out, **options)
         out_changed, lse_changed, grads_changed = run(backend, layout, inputs | changed, grad_out, **options)
@@ -70,16 +72,17 @@ def assert_same_where(good, bad, keep, what):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
 @pytest.mark.parametrize("kind", ["anchors", "left", "both", "documents", "ragged"])
-def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap):
+def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
     seen = 0
-    for seed in range(5):
+    for seed in range(2 if interpreted else 5):
         generator = torch.Generator().manual_seed(seed)
-        layout = random_layout(generator, kind, 2, 10, 2, 4)
+        layout = random_layout(generator, kind, 2, 10, 2, 4, device=device)
         inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=query_rows)
-        off = torch.cat([torch.zeros(layout.B, layout.L, dtype=torch.bool), ~layout.live().flatten(1)], 1)
+        text = torch.zeros(layout.B, layout.L, dtype=torch.bool, device=device)
+        off = torch.cat([text, ~layout.live().flatten(1)], 1)
         rows_off = off[:, layout.M - inputs["q"].shape[2] :]
-        grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator)
+        grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
         bad_grad = grad_out.masked_fill(rows_off[:, None, :, None], torch.nan)
         options = {"query_rows": query_rows, "softcap": softcap}
         out, lse, grads = run(backend, layout, inputs, grad_out, **options)
@@ -93,16 +96,16 @@ def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_nan_in_padded_text(backend, side, query_rows, softcap):
+def test_nan_in_padded_text(backend, side, query_rows, softcap, device):
     """k and v hold NaN in padded text: real rows and their gradients stay, with no gradient coming from padded rows."""
     generator = torch.Generator().manual_seed(5)
     text = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
-    text = text if side == "left" else text.flip(1)
+    text = (text if side == "left" else text.flip(1)).to(device)
     layout = ThoughtLayout.from_padding(text, thoughts=2, rows=3)
     real = torch.cat([text, layout.live().flatten(1)], 1)
     inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=query_rows)
     rows_real = real[:, layout.M - inputs["q"].shape[2] :]
-    grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator)
+    grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
     grad_out = grad_out.masked_fill(~rows_real[:, None, :, None], 0)
     options = {"query_rows": query_rows, "softcap": softcap}
     out, lse, grads = run(backend, layout, inputs, grad_out, **options)
@@ -113,3 +116,22 @@ def test_nan_in_padded_text(backend, side, query_rows, softcap):
     assert_same_where(grads["k"], bad_grads["k"], real, "dk")
     assert_same_where(grads["v"], bad_grads["v"], real, "dv")
     assert torch.equal(grads["sinks"], bad_grads["sinks"]), "dsinks"
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("place", ["text", "thought"])
+def test_nan_that_a_row_sees(backend, place, options, device):
+    """One row of k and v holds NaN: the rows that see it are NaN, forward and dq, and no other."""
+    generator = torch.Generator().manual_seed(6)
+    layout = random_layout(generator, "anchors", 1, 40, 2, 3, device=device)
+    inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True)
+    mask = layout.dense_mask(options.get("window"))
+    row = 5 if place == "text" else layout.L + 4
+    bad = torch.arange(layout.M, device=device)[None] == row
+    grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
+    out, lse, grads = run(backend, layout, poisoned(inputs, bad, ("k", "v")), grad_out, **options)
+    sees = mask[:, None, :, row].expand_as(lse)
+    assert sees.any() and not sees.all()
+    assert torch.equal(lse.isnan(), sees)
+    for result in (out, grads["q"]):
+        assert torch.equal(result.isnan(), sees[..., None].expand_as(result))

@@ -23,6 +23,18 @@ DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
 HUGE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}
 
 
+@pytest.fixture
+def case(device, interpreted):
+    """``random_case`` on the device of the test, in the dtypes that the back end computes."""
+    return partial(random_case, device=device, dtypes=DTYPES[:-1] if interpreted else DTYPES)
+
+
+@pytest.fixture
+def few(interpreted):
+    """The first of many seeds, where the interpreter runs the kernels; else all."""
+    return lambda seeds, count: seeds[:count] if interpreted else seeds
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -31,19 +43,19 @@ def pick(generator, choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def random_case(seed, dtype=None, **sizes):
+def random_case(seed, device, dtypes, **sizes):
     """Layout, inputs and options, all drawn from one seed."""
     generator = seeded(seed)
-    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], **sizes)
+    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
     options = {
         "step": int(torch.randint(layout.S, (), generator=generator)),
         "scale": pick(generator, [None, None, 0.3]),
         "window": pick(generator, [None, None, 1, 3, 6]),
         "softcap": pick(generator, [None, None, 5.0, 1.0]),
     }
-    heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3)])
+    heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3), (3, 1), (8, 1)])
     widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
-    dtype = dtype or pick(generator, DTYPES)
+    dtype = pick(generator, dtypes)
     sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
     inputs = decode_inputs(generator, layout, heads, groups, *widths, sinks, strided, dtype)
     return layout, inputs, options
@@ -55,64 +67,64 @@ def check(backend, layout, inputs, what, **options):
 
 
 @pytest.mark.parametrize("group", range(10))
-def test_error_rule_on_random_layouts(backend, group):
-    for seed in range(group * GROUP, (group + 1) * GROUP):
-        layout, inputs, options = random_case(seed)
+def test_error_rule_on_random_layouts(backend, group, case, few):
+    for seed in few(range(group * GROUP, (group + 1) * GROUP), 5):
+        layout, inputs, options = case(seed)
         check(backend, layout, inputs, f"seed {seed} {layout} {options}", **options)
 
 
-@pytest.mark.parametrize("seed", range(1000, 1012))
-def test_error_rule_on_longer_texts(backend, seed):
-    layout, inputs, options = random_case(seed, max_batch=2, max_text=150)
-    check(backend, layout, inputs, f"{layout} {options}", **options)
+def test_error_rule_on_longer_texts(backend, case, few):
+    for seed in few(range(1000, 1012), 6):
+        layout, inputs, options = case(seed, max_batch=2, max_text=150)
+        check(backend, layout, inputs, f"seed {seed} {layout} {options}", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 2.0}, {"scale": 1.0}], ids=str)
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])
-def test_step_by_step_equals_attention(backend, kind, options):
+def test_step_by_step_equals_attention(backend, kind, device, few):
     """By the error rule: attention and decode sum in different orders."""
     generator = seeded(3)
-    layout = random_layout(generator, kind, max_text=20)
+    layout = random_layout(generator, kind, max_text=20, device=device)
     inputs = attention_inputs(generator, layout, sinks=True)
     upcast = {name: x.double() for name, x in inputs.items()}
-    plain, truth = (plain_attention(**x, layout=layout, **options)[0] for x in (inputs, upcast))
     q, k, v, sinks = inputs.values()
     L, thoughts = layout.L, layout.P * layout.N
-    own = {"k_own": torch.full_like(k[:, :, L:], torch.nan), "v_own": torch.full_like(v[:, :, L:], torch.nan)}
-    own = {name: x.unflatten(2, (thoughts, layout.S)) for name, x in own.items()}
-    for step in range(layout.S):
-        rows = slice(L + step, None, layout.S)
-        own["k_own"][:, :, :, step], own["v_own"][:, :, :, step] = k[:, :, rows], v[:, :, rows]
-        text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
-        got = thought_decode(q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options)
-        assert_close_as_plain(got, plain[:, :, rows], truth[:, :, rows], f"step {step}")
+    for options in few([{"window": 4}, {}, {"softcap": 2.0}, {"scale": 1.0}], 2):
+        plain, truth = (plain_attention(**x, layout=layout, **options)[0] for x in (inputs, upcast))
+        own = {"k_own": torch.full_like(k[:, :, L:], torch.nan), "v_own": torch.full_like(v[:, :, L:], torch.nan)}
+        own = {name: x.unflatten(2, (thoughts, layout.S)) for name, x in own.items()}
+        for step in range(layout.S):
+            rows = slice(L + step, None, layout.S)
+            own["k_own"][:, :, :, step], own["v_own"][:, :, :, step] = k[:, :, rows], v[:, :, rows]
+            text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
+            got = thought_decode(q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options)
+            assert_close_as_plain(got, plain[:, :, rows], truth[:, :, rows], f"step {step} {options}")
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_step_as_a_tensor_and_two_runs(backend, seed):
-    layout, inputs, options = random_case(seed)
-    want = thought_decode(**inputs, layout=layout, backend=backend, **options)
-    for dtype in (torch.int32, torch.int64):
-        step = torch.tensor(options["step"], dtype=dtype)
-        again = thought_decode(**inputs, layout=layout, backend=backend, **(options | {"step": step}))
-        assert torch.equal(again, want)
-    on = layout.live().flatten(1)[:, options["step"] :: layout.S]
-    assert (want.transpose(1, 2)[~on] == 0).all()
-    assert not want.requires_grad and want.dtype == inputs["q"].dtype
+def test_step_as_a_tensor_and_two_runs(backend, case, device, few):
+    for seed in few(range(20), 6):
+        layout, inputs, options = case(seed)
+        want = thought_decode(**inputs, layout=layout, backend=backend, **options)
+        for dtype in (torch.int32, torch.int64):
+            step = torch.tensor(options["step"], dtype=dtype, device=device)
+            again = thought_decode(**inputs, layout=layout, backend=backend, **(options | {"step": step}))
+            assert torch.equal(again, want)
+        on = layout.live().flatten(1)[:, options["step"] :: layout.S]
+        assert (want.transpose(1, 2)[~on] == 0).all()
+        assert not want.requires_grad and want.dtype == inputs["q"].dtype
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "both", "documents", "ragged"])
-def test_nan_that_nobody_may_read(backend, kind, softcap):
+def test_nan_that_nobody_may_read(backend, kind, softcap, device, few):
     """NaN in own rows not yet written, in rows that are off, in queries that are off and in padded text."""
     hidden = 0
-    for seed in range(5):
+    for seed in few([3, 5, 0, 1, 2], 2):
         generator = seeded(seed)
-        layout = random_layout(generator, kind, 2, 10, 2, 4)
+        layout = random_layout(generator, kind, 2, 10, 2, 4, device)
         step = int(torch.randint(layout.S, (), generator=generator))
         inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True)
         live = layout.live().flatten(1, 2)  # [B,P*N,S]
-        unread = ~live | (torch.arange(layout.S) > step)
+        unread = ~live | (torch.arange(layout.S, device=device) > step)
         seen_text = layout.dense_mask()[:, layout.L :, : layout.L].any(1)
         poison = {
             "q": ~live[:, None, :, step, None],
@@ -131,24 +143,44 @@ def test_nan_that_nobody_may_read(backend, kind, softcap):
 @pytest.mark.parametrize("dtype", list(HUGE), ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "any_lo", "ragged"])
-def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype):
+def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype, device, interpreted, few):
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
     generator = seeded(7)
-    layout = random_layout(generator, kind, 2, 12, 2, 3)
+    layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     step = layout.S - 1
     inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True, dtype=dtype)
     before = thought_decode(**inputs, layout=layout, step=step, backend=backend, **options)
     mask = layout.dense_mask(options.get("window"))[:, layout.L + step :: layout.S]
     assert before.shape[2] and not mask.all()
-    for thought in range(before.shape[2]):
+    for thought in few(torch.randperm(before.shape[2], generator=generator).tolist(), 1):
         visible = mask[:, thought, None, :, None]
         text, own = visible[:, :, : layout.L], visible[:, :, layout.L :].unflatten(2, (-1, layout.S))
         changed = {}
         for name in ("k_text", "v_text", "k_own", "v_own"):
             x = inputs[name]
             sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-            changed[name] = torch.where(own if "own" in name else text, x, (sign * HUGE[dtype]).to(dtype))
+            changed[name] = torch.where(own if "own" in name else text, x, (sign * HUGE[dtype]).to(device, dtype))
         after = thought_decode(**(inputs | changed), layout=layout, step=step, backend=backend, **options)
         assert torch.equal(before[:, :, thought], after[:, :, thought]), f"thought {thought}"
+
+
+@pytest.mark.parametrize("name", ["k_text", "v_text", "k_own", "v_own"])
+def test_nan_reaches_the_thoughts_that_see_it(backend, name, device):
+    generator = seeded(4)
+    layout = random_layout(generator, "documents", 2, 40, 2, 4, device)
+    step = layout.S - 1
+    inputs = decode_inputs(generator, layout, 2, 1, 8, 4)
+    mask = layout.dense_mask()[:, layout.L + step :: layout.S]
+    bad = torch.rand(mask.shape[0], mask.shape[2], generator=generator).to(device) < 0.1
+    bad[:, layout.L :] &= "own" in name
+    bad[:, : layout.L] &= "text" in name
+    sees = (mask & bad[:, None]).any(-1)
+    assert sees.any() and not sees.all()
+    part = bad[:, : layout.L] if "text" in name else bad[:, layout.L :].unflatten(1, (-1, layout.S))
+    poisoned = inputs | {name: inputs[name].masked_fill(part[:, None, ..., None], torch.nan)}
+    want, got = (thought_decode(**x, layout=layout, step=step, backend=backend).transpose(1, 2) for x in (inputs, poisoned))
+    assert got[sees].isnan().all() and torch.equal(got[~sees], want[~sees])
 
 
 EDGES = {
@@ -162,27 +194,28 @@ EDGES = {
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("name", EDGES)
-def test_edges(backend, name, softcap):
-    layout = EDGES[name]
+def test_edges(backend, name, softcap, device):
+    layout = EDGES[name].to(device)
     check(backend, layout, decode_inputs(seeded(0), layout, sinks=True), name, step=layout.S - 1, softcap=softcap)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_opcheck(backend, seed):
-    layout, inputs, options = random_case(seed, torch.float32)
-    *tensors, sinks = inputs.values()
-    metadata = (layout.anchor, layout.lo, layout.length, torch.tensor(options["step"], dtype=torch.int32))
-    rest = (layout.rows, 0.5, options["window"], options["softcap"], backend)
-    torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
+def test_opcheck(backend, device, few):
+    for seed in few(range(4), 2):
+        layout, inputs, options = random_case(seed, device, [torch.float32])
+        *tensors, sinks = inputs.values()
+        step = torch.tensor(options["step"], dtype=torch.int32, device=device)
+        metadata = (layout.anchor, layout.lo, layout.length, step)
+        rest = (layout.rows, 0.5, options["window"], options["softcap"], backend)
+        torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
 
 
-def test_compiles_without_a_graph_break(backend):
-    layout = random_layout(seeded(1), "ragged")
+def test_compiles_without_a_graph_break(backend, device):
+    layout = random_layout(seeded(1), "ragged", device=device)
     inputs = decode_inputs(seeded(2), layout, sinks=True)
 
     def decode(step, **inputs):
         return 2 * thought_decode(**inputs, layout=layout, step=step, window=4, backend=backend)
 
     compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
-    for step in (0, torch.tensor(layout.S - 1)):
+    for step in (0, torch.tensor(layout.S - 1, device=device)):
         assert torch.equal(compiled(step, **inputs), decode(step, **inputs))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SMALL = {
     "vocab_size": 61,
@@ -58,6 +59,16 @@ def make_model(name, seed=0, **changes):
 def tiny():
     """``tiny(name, seed=0, **config changes)`` makes a model; see ``ARCHITECTURES`` for the names."""
     return make_model
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """A token for each of the 256 bytes, from id 1, and <end>, 0."""
+    letters = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

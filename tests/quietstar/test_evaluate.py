@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluate import evaluate
+from quietstar.evaluate import evaluate, summary, token_losses
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3)
 LENGTHS = (9, 12, 7, 12, 5)
@@ -44,6 +44,27 @@ def test_means_and_interval(qs, batch_size):
     want |= {"gain_low": gain.mean() - margin, "gain_high": gain.mean() + margin}
     assert {name: figures[name] for name in want} == pytest.approx({name: float(x) for name, x in want.items()}, abs=1e-5)
     assert figures["texts"] == 5 and figures["tokens"] == sum(LENGTHS) - 5
+
+
+def test_the_loss_of_every_token(qs):
+    losses = token_losses(qs, texts(), batch_size=2)
+    assert losses.text.tolist() == [i for i, length in enumerate(LENGTHS) for _ in range(length - 1)]
+    with torch.no_grad():
+        outs = [qs.eval()(**{name: x[None] for name, x in example.items()}) for example in texts()]
+    assert torch.allclose(losses.base, torch.cat([out.nll_base[0] for out in outs]).double(), atol=1e-5)
+    assert torch.allclose(losses.mixed, torch.cat([out.nll_mix[0, :-1, 0, 0] for out in outs]).double(), atol=1e-5)
+    assert summary(losses) == pytest.approx(evaluate(qs, texts()), abs=1e-6)
+
+
+def test_texts_with_nothing_to_predict_are_left_out(qs):
+    examples = texts()
+    examples[1]["labels"] = torch.full_like(examples[1]["input_ids"], -100)
+    for i in (0, 2, 3, 4):
+        examples[i]["labels"] = examples[i]["input_ids"]
+    figures = evaluate(qs, examples)
+    base, mixed = by_hand(qs, [example for i, example in enumerate(examples) if i != 1])
+    assert figures["texts"] == 4 and figures["tokens"] == sum(LENGTHS) - 5 - (LENGTHS[1] - 1)
+    assert (figures["base"], figures["mixed"]) == pytest.approx((float(base.mean()), float(mixed.mean())), abs=1e-5)
 
 
 def test_an_untrained_wrapper_gains_nothing(tiny):

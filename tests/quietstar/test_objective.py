@@ -38,9 +38,10 @@ def test_reward_compares_with_the_base_at_the_same_target():
     nll_base = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
     nll_mix = torch.zeros(1, 5, 2, 2)
     nll_mix[0, 0, 1] = torch.tensor([0.5, 0.25])
-    gain = objective.rewards(nll_base, nll_mix, targets, layout, "gain")
+    nll_base = objective.at_anchors(nll_base, layout, lookahead=2)
+    gain = objective.rewards(nll_base, nll_mix, targets, "gain")
     assert gain[0].tolist() == [[3.0, 2.25], [6.0, 6.0], [0, 0], [0, 0], [0, 0]]
-    likelihood = objective.rewards(nll_base, nll_mix, targets, layout, "likelihood")
+    likelihood = objective.rewards(nll_base, nll_mix, targets, "likelihood")
     assert likelihood[0, 0].tolist() == [0.0, -0.75]
 
 
@@ -67,22 +68,38 @@ def test_cross_entropy_means_over_what_counts():
         base=torch.tensor([[1, IGNORED, 1]]),
         mix=torch.tensor([[[[1, 1]], [[1, IGNORED]], [[IGNORED, IGNORED]]]]),
         rewarded=torch.tensor([[True, False, False]]),
+        sampled=torch.tensor([[[3], [4], [4]]]),
     )
     nll_mix = torch.tensor([[[[1.0, 5.0]], [[3.0, 0.0]], [[0.0, 0.0]]]])
     counts = objective.count(targets)
-    assert (counts.base, counts.mix.tolist(), counts.places) == (2, [2, 1], 1)
+    assert (counts.base, counts.mix.tolist(), counts.places, counts.tokens) == (2, [2, 1], 1, 3)
     loss = objective.cross_entropy(torch.tensor([[2.0, 0.0, 4.0]]), nll_mix, counts, 0.5, 0.5)
     assert loss.item() == 0.5 * 3.0 + 0.5 * (2.0 + 5.0) / 2
 
 
 def test_nothing_to_predict_is_zero_not_nan():
-    none = objective.Counts(torch.tensor(0), torch.zeros(2, dtype=torch.long), torch.tensor(0))
+    zero = torch.tensor(0)
+    none = objective.Counts(zero, torch.zeros(2, dtype=torch.long), zero, zero)
     assert objective.cross_entropy(torch.zeros(1, 3), torch.zeros(1, 4, 1, 2), none, 0.5, 0.5) == 0
-    assert objective.policy_loss(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1), none) == 0
+    sampled = objective.Sampled(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 3, dtype=torch.bool))
+    assert objective.policy_loss(sampled, none, {"reinforce": 1.0}) == 0
 
 
 def test_policy_loss_divides_by_rewarded_anchors_thoughts_and_tokens():
     logprob = torch.full((1, 3, 2, 4), -1.0)
     advantage = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
-    counts = objective.Counts(torch.tensor(1), torch.tensor([1]), torch.tensor(2 * 2))
-    assert objective.policy_loss(logprob, advantage, counts).item() == pytest.approx((1 + 3) * 4 / (2 * 2 * 4))
+    counts = objective.Counts(torch.tensor(1), torch.tensor([1]), torch.tensor(2 * 2), torch.tensor(2 * 2 * 4))
+    sampled = objective.Sampled(logprob, advantage, torch.ones(1, 3, 2, 4, dtype=torch.bool))
+    loss = objective.policy_loss(sampled, counts, {"reinforce": 1.0})
+    assert loss.item() == pytest.approx((1 + 3) * 4 / (2 * 2 * 4))
+
+
+def test_a_shorter_thought_predicts_from_its_last_rows_and_counts_fewer_tokens():
+    """Thoughts of 3, 1 and 0 tokens have 6, 4 and 3 rows where J = 2; one that is off counts as T = 3 tokens."""
+    anchors = torch.tensor([[0, 1]])
+    length = torch.tensor([[[6, 4], [3, 0]]])
+    layout = ThoughtLayout.at(anchors, 2, 6, text_length=6, length=length)
+    targets = objective.make_targets(torch.arange(10, 16)[None], None, layout, lookahead=2)
+    assert targets.mix[0].tolist() == [[[11, 12], [11, 12]], [[12, 13], [IGNORED, IGNORED]]]
+    assert targets.sampled[0].tolist() == [[3, 1], [0, 3]]
+    assert objective.count(targets).tokens == 3 + 1 + 0 + 3

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from quietstar import QuietStar, ThoughtConfig, snapshots
 from quietstar.batches import collate
 from quietstar.config import TrainConfig
-from quietstar.train import train
+from quietstar.train import thought_loss, train
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
 TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
@@ -61,6 +62,28 @@ def test_another_cut_into_parts_changes_rounding_only(run):
     whole, cut = run("whole", steps=3), run("cut", steps=3, accumulation=3)
     for a, b in zip(whole, cut, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_anchors_in_chunks_change_rounding_only(run):
+    whole, cut = run("whole", steps=3), run("cut", steps=3, anchor_chunk=4)
+    for a, b in zip(whole, cut, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_thoughts_that_stop_count_the_same_however_the_batch_is_cut(run, monkeypatch):
+    """Their tokens are counted over the whole step before a part is divided by them."""
+    monkeypatch.setitem(run.__globals__, "CONFIG", replace(CONFIG, end_token_id=2, stop_threshold=1 / 61))
+    counted = []
+
+    def loss(model, batch, counts, seed):
+        assert batch["thought_lengths"].unique().tolist() == [0, 1, 2]
+        counted.append((int(counts.tokens), int(counts.places)))
+        return thought_loss(model, batch, counts, seed)
+
+    whole, cut = run("whole", steps=1, loss=loss), run("cut", steps=1, loss=loss, accumulation=3)
+    assert whole[0] == pytest.approx(cut[0], rel=1e-4, abs=1e-5)
+    tokens, places = counted[0]
+    assert counted == [(tokens, places)] * 4 and 0 < tokens < 2 * places
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"], ids=["llama", "gpt2 with dropout"])

@@ -1,13 +1,13 @@
-"""thought_decode: a program takes BLOCK_M query rows of one key head, and the text or a part of it.
+"""thought_decode: a program takes BLOCK_M query rows of one key head, and all their text or a part of it.
 
 The H/G query heads of a key head are folded into the rows: flat row f is thought f // HG under head f % HG. The keys of a
-tile, in this order, all in one softmax:
+tile, in this order:
 
-1. the thoughts' own rows, by 3D products: each chunk of 16 flat rows against 16 own rows of its thoughts at a time;
+1. own rows of the thoughts up to the step, which is read here, on the device;
 2. text that all rows see, in blocks of BLOCK_N without a mask;
 3. text at the edges, which some rows see, in masked blocks of BLOCK_EDGE.
 
-The step is read on the device: it only bounds the loop over own rows.
+Where there are fewer tiles than processors, as in generation, ``_decode_splits`` cuts the text of a tile into parts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_forward import LOWEST, scores, softmax_step, without_poison
+from quietstar_kernels.triton._decode_own import over_own_chunks, over_own_rows
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._math import LOG2_E
-from quietstar_kernels.triton._rows import OWN, cover, text_bounds, window_bounds
+from quietstar_kernels.triton._rows import cover, text_bounds, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE, pick
@@ -43,10 +44,10 @@ def thought_decode(
     splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
     parts = parts_of(out, splits)
     _decode[(tiles, splits)](
-        q, k_text, v_text, k_own, v_own, sinks, layout.anchor, layout.lo, layout.length, step, out, *parts,
+        q, k_text, v_text, k_own, v_own, sinks, layout.anchor.contiguous(), layout.lo.contiguous(),
+        layout.length.contiguous(), step, out, *parts,
         *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4],
-        layout.anchor.stride(0), layout.lo.stride(0), layout.length.stride(0),
-        B, G, H // G, L, thoughts, layout.N, window, scale, softcap,
+        B, G, H // G, L, layout.P, layout.N, window, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
         PRECISION=dot_precision(), **config.options(),
     )  # fmt: skip
@@ -56,89 +57,77 @@ def thought_decode(
 
 
 @triton.jit(
-    do_not_specialize=["anchor_stride", "lo_stride", "length_stride", "B", "G", "HG", "L", "thoughts", "N", "window"],
+    do_not_specialize=["B", "G", "HG", "L", "P", "N", "window"],
     do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length", "step"],
 )
 def _decode(
     q, k_text, v_text, k_own, v_own, sinks, anchor, lo, length, step, out, part_acc, part_top, part_total,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
-    anchor_stride, lo_stride, length_stride,
-    B, G, HG, L, thoughts, N, window, scale, softcap,
+    B, G, HG, L, P, N, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    thoughts = P * N
     pair = (tl.program_id(0) % (B * G)).to(tl.int64)
     b, g = pair // G, pair % G
-    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those with most text first
+    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
     f = flat + tl.arange(0, BLOCK_M)
-    thought, h = f // HG, g * HG + f % HG
+    thought, head = f // HG, f % HG
     inside = thought < thoughts
-    now = tl.load(step).to(tl.int32)
-    anchor += b * anchor_stride
-    lo += b * lo_stride
-    length += b * length_stride
+    lo += b * L
+    q += b * stride_qb + g * HG * stride_qh
+    k_own += b * stride_kob + g * stride_kog
+    v_own += b * stride_vob + g * stride_vog
 
-    place = tl.load(anchor + thought // N, mask=inside, other=-1)
-    on = (place >= 0) & (now < tl.load(length + thought, mask=inside, other=0))
+    now = tl.load(step).to(tl.int32)
+    place = tl.load(anchor + b * P + thought // N, mask=inside, other=-1)
+    live = tl.load(length + b * thoughts + thought, mask=inside, other=0)
+    on = (place >= 0) & (now < live)
     first = tl.load(lo + place, mask=on, other=0)
     last = tl.where(on, place, -1)
     start, all_from, all_to, end = text_bounds(first, last, on)
-    own_first = 0
+    own_first = now * 0
     if window is not None:
-        oldest = last - first + now + 2 - window  # position id
         own_first = tl.maximum(now + 1 - window, 0)
+        oldest = last - first + now + 2 - window  # position id
         start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
 
-    queries = load_tile(q + b * stride_qb, h * stride_qh + thought.to(tl.int64) * stride_qt, inside, K, BLOCK_K)
+    queries = load_tile(q, head.to(tl.int64) * stride_qh + thought.to(tl.int64) * stride_qt, inside, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
     else:
-        sink = tl.load(sinks + h, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks + g * HG + head, mask=inside, other=0.0).to(tl.float32) * LOG2_E
         sink = tl.where(split == 0, sink, -float("inf"))
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
-    # Own rows first: only the queries are live then. The own rows of a chunk's thoughts stand in a row here, [thought,own].
-    CHUNKS: tl.constexpr = BLOCK_M // OWN
-    chunk = flat + tl.arange(0, CHUNKS) * OWN
-    chunk_first, chunk_last = chunk // HG, tl.minimum((chunk + OWN - 1) // HG, thoughts - 1)
-    own = now + 1 - own_first
-    blocks = tl.cdiv(tl.max((chunk_last - chunk_first + 1) * own, 0), OWN)
-    blocks = tl.where((split == 0) & (tl.max(last, 0) >= 0), blocks, 0)
-    k_own += b * stride_kob + g * stride_kog
-    v_own += b * stride_vob + g * stride_vog
-    chunk_queries = tl.reshape(queries, [CHUNKS, OWN, BLOCK_K])
-    chunk_thought = tl.reshape(thought, [CHUNKS, OWN])
-    top, total = tl.reshape(top, [CHUNKS, OWN]), tl.reshape(total, [CHUNKS, OWN])
-    acc = tl.zeros([CHUNKS, OWN, BLOCK_E], tl.float32)
-    for j in tl.range(blocks, num_stages=1):
-        n = j * OWN + tl.arange(0, OWN)
-        of = chunk_first[:, None] + (n // own)[None, :]
-        at, of_far = (own_first + n % own).to(tl.int64)[None, :], of.to(tl.int64)
-        there = of <= chunk_last[:, None]
-        keys = load_tile(k_own, of_far * stride_kot + at * stride_kos, there, K, BLOCK_K)
-        s = scores(chunk_queries, keys, scale, softcap, SLICES, PRECISION)
-        values = load_tile(v_own, of_far * stride_vot + at * stride_vos, there, E, BLOCK_E)
-        values, poison = without_poison(values)
-        s = tl.where(chunk_thought[:, :, None] == of[:, None, :], s + poison[:, None, :], -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    top, total = tl.reshape(top, [BLOCK_M]), tl.reshape(total, [BLOCK_M])
-    acc = tl.reshape(acc, [BLOCK_M, BLOCK_E])
+    # Own rows first: only the queries are live then. They belong to the first part.
+    own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)
+    if q.dtype.element_ty == tl.float32:
+        top, total, acc = over_own_rows(
+            queries, top, total, thought, on, own_first, own,
+            k_own, v_own, stride_kot, stride_kos, stride_vot, stride_vos, scale, softcap, factor, K, E, BLOCK_E,
+        )  # fmt: skip
+    else:
+        top, total, acc = over_own_chunks(
+            queries, top, total, thought, flat, HG, thoughts, own_first, own,
+            k_own, v_own, stride_kot, stride_kos, stride_vot, stride_vos, scale, softcap, factor,
+            K, E, BLOCK_E, SLICES, PRECISION,
+        )  # fmt: skip
 
+    k_text += b * stride_kb + g * stride_kg
+    v_text += b * stride_vb + g * stride_vg
     part = tl.cdiv(tl.cdiv(tl.maximum(end + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     end = tl.minimum(end, start + part - 1)
     last = tl.minimum(last, end)
     before, full, edges = cover(start, tl.minimum(all_from, end + 1), tl.minimum(all_to, end), end, BLOCK_N, BLOCK_EDGE)
-    k_text += b * stride_kb + g * stride_kg
-    v_text += b * stride_vb + g * stride_vg
     i = tl.arange(0, BLOCK_N)
     all_there = i < BLOCK_N
     for j in tl.range(full):
@@ -150,7 +139,7 @@ def _decode(
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
     i = tl.arange(0, BLOCK_EDGE)
-    seen_count = tl.maximum(last - first + 1, 0)
+    count = tl.maximum(last - first + 1, 0)
     for j in tl.range(edges):
         n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
         n = n0 + i
@@ -158,7 +147,7 @@ def _decode(
         values = load_tile(v_text + n0.to(tl.int64) * stride_vl, i * stride_vl, n <= end, E, BLOCK_E)
         values, poison = without_poison(values)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        seen = in_range(n[None, :], first[:, None], seen_count[:, None])
+        seen = in_range(n[None, :], first[:, None], count[:, None])
         if window is not None:
             seen &= (n - tl.load(lo + n, mask=n <= end, other=0))[None, :] >= oldest[:, None]
         s = tl.where(seen, s + poison[None, :], -float("inf"))
@@ -167,11 +156,14 @@ def _decode(
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total, 1.0)
-    row = (b * (G * HG) + h) * thoughts + thought
+    first_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
+    f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32, bitcast=True)
+    heads = HG.to(tl.uint32, bitcast=True)
+    row = ((f % heads) * thoughts.to(tl.uint32, bitcast=True) + f // heads).to(tl.int32, bitcast=True)
+    inside = f < (HG * thoughts).to(tl.uint32, bitcast=True)
     if splits == 1:
-        store_tile(out, row * E, inside, acc / total[:, None], E, BLOCK_E)
+        store_tile(out + first_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
     else:
-        row += split.to(tl.int64) * B * (G * HG) * thoughts
-        store_tile(part_acc, row * E, inside, acc, E, BLOCK_E)
-        tl.store(part_top + row, tl.where(on, top, 0.0), mask=inside)
-        tl.store(part_total + row, total, mask=inside)
+        store_tile(part_acc + first_row * E, row.to(tl.int64) * E, inside, acc, E, BLOCK_E)
+        tl.store(part_top + first_row + row, tl.where(on, top, 0.0), mask=inside)
+        tl.store(part_total + first_row + row, total, mask=inside)

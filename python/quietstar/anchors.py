@@ -1,0 +1,139 @@
+"""Where to think: which positions of a text become anchors when not all of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quietstar.cache import PackedPass
+from quietstar.parts import dropout_off, embeddings
+from quietstar.rollout import decode_rows
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._philox import draw_words
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+# A gate stays this far from 0 and 1, so that it always tries both.
+EXPLORATION = 0.02
+# The n of a choice's counters: thoughts are numbered below it.
+CHOICE = 65535
+LOGITS = 2**22
+
+
+class Gate(nn.Module):
+    """The probability to think at a position, from its text hidden state: g = 0.02 + 0.96 sigmoid(w h + b).
+
+    Args:
+        share: the probability to begin with, everywhere.
+    """
+
+    def __init__(self, width: int, share: float, device: torch.device):
+        super().__init__()
+        self.linear = nn.Linear(width, 1, device=device)
+        nn.init.zeros_(self.linear.weight)
+        inner = min(max((share - EXPLORATION) / (1 - 2 * EXPLORATION), 1e-3), 1 - 1e-3)
+        nn.init.constant_(self.linear.bias, torch.logit(torch.tensor(inner)).item())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """fp32 [...] from hidden [...,D], through which no gradient flows."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            score = self.linear(hidden.detach().to(self.linear.weight.dtype))[..., 0].float()
+        return EXPLORATION + (1 - 2 * EXPLORATION) * torch.sigmoid(score)
+
+
+@dataclass
+class Candidates:
+    """What a policy may look at; hidden states and random numbers are made when it does.
+
+    Attributes:
+        eligible: bool [B,L], text positions whose next token is text of the same document.
+        position: int64 [B,L], counted from the document's first token.
+    """
+
+    qs: QuietStar
+    layout: ThoughtLayout
+    input_ids: Tensor
+    sequence_ids: Tensor
+    seed: int
+
+    @cached_property
+    def eligible(self) -> Tensor:
+        on, lo = self.layout.live()[:, :, 0, 0], self.layout.lo
+        t = torch.arange(self.layout.L - 1, device=lo.device)
+        return nn.functional.pad(on[:, :-1] & on[:, 1:] & (lo[:, 1:] <= t), (0, 1))
+
+    @property
+    def position(self) -> Tensor:
+        return self.layout.text_position_ids()
+
+    @property
+    def uniform(self) -> Tensor:
+        """[B,L] in [0, 1), fixed by seed, sequence id and position."""
+        zeros = torch.zeros_like(self.position)
+        counters = torch.stack([self.sequence_ids, self.position, zeros + CHOICE, zeros], -1).int()
+        words, _ = draw_words(counters.flatten(0, 1), zeros.new_zeros(1), self.seed)
+        return words.view(zeros.shape).double() / 2**32
+
+    @property
+    def hidden(self) -> Tensor:
+        """[B,L,D], last hidden states of the text."""
+        model, text = self.qs.model, self.layout.text_only()
+        with dropout_off(model):
+            return decode_rows(model, embeddings(model)(self.input_ids), text.position_ids(), PackedPass(text))
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B,L], of the base prediction, nats; logits are made for some rows at a time."""
+        head, hidden = self.qs.lm_head, self.hidden
+        rows = hidden.flatten(0, 1).to(head.linear.weight.dtype).split(max(1, LOGITS // head.linear.out_features))
+        values = [torch.special.entr(head.logits(part).float().softmax(-1)).sum(-1) for part in rows]
+        return torch.cat(values).view(hidden.shape[:2])
+
+
+def _top_share(text: Candidates, score: Tensor) -> Tensor:
+    """Of each row the share of its eligible positions with the highest score, rounded up; earlier ones first where equal."""
+    wanted = (text.eligible.sum(1, keepdim=True).double() * text.qs.thought_config.anchor_share).ceil()
+    order = torch.where(text.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < wanted) & text.eligible
+
+
+def _every(text: Candidates) -> Tensor:
+    return text.eligible & ((text.position + 1) % text.qs.thought_config.anchor_stride == 0)
+
+
+def _gate(text: Candidates) -> Tensor:
+    """Drawn in training, likelier than not in evaluation."""
+    gate = text.qs.gate
+    assert gate is not None
+    return text.eligible & ((text.uniform if text.qs.training else 0.5) < gate(text.hidden))
+
+
+# Which positions of a text think, bool [B,L].
+POLICIES: dict[str, Callable[[Candidates], Tensor]] = {
+    "all": lambda text: text.eligible,
+    "random": lambda text: _top_share(text, text.uniform),
+    "entropy": lambda text: _top_share(text, text.entropy),
+    "every": _every,
+    "gate": _gate,
+}
+
+
+@torch.no_grad()
+def choose(qs: QuietStar, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int) -> Tensor:
+    """int64 [B,P], the anchors of the config's policy, ascending, -1 in unused places; P is at least 1.
+
+    Args:
+        layout: of every position.
+        sequence_ids: int64 [B,L].
+    """
+    chosen = POLICIES[qs.thought_config.anchors](Candidates(qs, layout, input_ids, sequence_ids, seed))
+    L = layout.L
+    places = torch.where(chosen, torch.arange(L, device=chosen.device), L).sort(1).values
+    places = places[:, : max(1, int(chosen.sum(1).max()))]
+    return places.masked_fill(places == L, -1)

@@ -1,0 +1,98 @@
+"""The blocks that the kernels of thought_attention's backward go over, computed on the host: for accounts of arithmetic.
+
+As ``_attention_plan`` does for the forward; a test counts the products that really run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.triton._attention_plan import _cdiv, _flat_rows, _text_blocks
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Scores that each kernel computes for one key head, all batch rows together, seen and unseen.
+
+    Attributes:
+        queries: for dq, three products each: of widths K (q·k), E (dO·v), K (dS k).
+        text_keys: for dk and dv of the text, four products each: K, E, E (p dO), K (dS q).
+        own_keys: the same for thought rows.
+    """
+
+    queries: int
+    text_keys: int
+    own_keys: int
+
+    def products(self, K: int, E: int) -> int:
+        """Multiplications; of wide heads dk and dv are computed apart, and q·k once more."""
+        return self.queries * (2 * K + E) + (self.text_keys + self.own_keys) * (2 * K + 2 * E)
+
+
+def backward_plan(
+    layout: ThoughtLayout,
+    group: int,
+    queries: dict[str, int],
+    text_keys: dict[str, int],
+    own_keys: dict[str, int],
+    window: int | None = None,
+    query_rows: str = "all",
+) -> BackwardPlan:
+    """For ``group`` H/G query heads per key head and the tile sizes of ``configs.ATTENTION_BACKWARD_*``."""
+    parts = [_thought_tiles(layout, group, queries, window)]
+    if query_rows == "all":
+        parts.append(_text_tiles(layout, group, queries, window))
+    return BackwardPlan(
+        queries=queries["BLOCK_M"] * sum(int(keys.sum()) for keys in parts),
+        text_keys=group * _text_key_scores(layout, text_keys, window, query_rows),
+        own_keys=group * layout.B * _own_key_scores(layout, own_keys),
+    )
+
+
+def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
+    """Keys [B,tiles] that the rows of each tile are computed against."""
+    _, row, inside = _flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
+    on = layout.live().flatten(1)[:, row] & inside
+    full, edge = _text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
+    s = row % layout.S
+    first = row - (s if window is None else s.clamp(max=window - 1))
+    start, last = torch.where(on, first, layout.R).amin(-1), torch.where(on, row, -1).amax(-1)
+    own = _cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"])
+    return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * (edge + own)
+
+
+def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
+    _, row, inside = _flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
+    t = row.expand(layout.B, *row.shape)
+    full, edge = _text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
+    return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * edge
+
+
+def _text_key_scores(layout: ThoughtLayout, blocks: dict[str, int], window: int | None, query_rows: str) -> int:
+    BLOCK_N, BLOCK_M = blocks["BLOCK_N"], blocks["BLOCK_M"]
+    t = torch.arange(layout.L, device=layout.device)
+    position, anchor = layout.text_position_ids(), layout.anchor.long()
+    used = anchor >= 0
+    tiles = 0
+    for start in range(0, layout.L, BLOCK_N):
+        sees = (t >= start) & (layout.lo < start + BLOCK_N)
+        if window is not None:
+            sees &= position - window < position[:, start : start + BLOCK_N].amax(1, keepdim=True)
+        end = torch.where(sees, t + 1, start).amax(1, keepdim=True)
+        places = (used & (anchor >= start) & (anchor < end)).sum(1)
+        tiles += int(_cdiv(places * layout.N * layout.S, BLOCK_M).sum())
+        if query_rows == "all":
+            tiles += int(_cdiv(end - start, BLOCK_M).sum())
+    return tiles * BLOCK_M * BLOCK_N
+
+
+def _own_key_scores(layout: ThoughtLayout, blocks: dict[str, int]) -> int:
+    """Of one batch row: the rows of a block reach to the end of its last thought."""
+    BLOCK_N, BLOCK_M, S = blocks["BLOCK_N"], blocks["BLOCK_M"], layout.S
+    start = torch.arange(0, layout.R, BLOCK_N, device=layout.device)
+    end = ((start + BLOCK_N - 1) // S * S + S).clamp(max=layout.R)
+    return int(_cdiv(end - start, BLOCK_M).sum()) * BLOCK_M * BLOCK_N

@@ -1,0 +1,55 @@
+"""thought_attention, forward and backward: every table entry, plain and with all options; text, thoughts and head groups of
+several lengths share a label, for one compile serves them.
+"""
+
+import functools
+
+import torch
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.triton.thought_attention import thought_attention, thought_attention_backward
+
+HGMMA = {"attention_forward"}
+NO_MATRIX = {"attention_rows", "attention_ranges"}
+
+SIZES = [(1, 1, 1, 1, 1, 1), (2, 16, 2, 12, 1, 4), (8, 256, 2, 14, 8, 1), (1, 1000, 3, 33, 2, 7)]  # B, L, N, S, G, H/G
+OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}
+WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
+
+
+def launches(target):
+    for name, options in OPTIONS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            for widths in WIDTHS:
+                yield from cases(dtype, widths, name, options)
+    yield from cases(torch.float16, (128, 128), "", OPTIONS[""])
+    yield from cases(torch.bfloat16, (192, 80), "", OPTIONS[""])
+
+
+def cases(dtype, widths, name, options):
+    label = " ".join(filter(None, [str(dtype).removeprefix("torch."), "K={} E={}".format(*widths), name]))
+    for sizes in SIZES:
+        yield label, functools.partial(forward, dtype, widths, options, *sizes)
+        yield label, functools.partial(backward, dtype, widths, options, *sizes)
+
+
+def inputs(dtype, widths, options, B, L, N, S, G, HG):
+    """q, k, v as transposed views of [B,M,heads,width], and the arguments behind them."""
+    layout = ThoughtLayout.every_position(B, L, N, S, "meta")
+    heads = [(G * HG, widths[0]), (G, widths[0]), (G, widths[1])]
+    q, k, v = (torch.empty(B, layout.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
+    window, softcap, has_sinks = options
+    sinks = torch.empty(G * HG, device="meta") if has_sinks else None
+    return (q, k, v), (layout, 0.1, window, softcap, sinks, "all")
+
+
+def forward(*case):
+    tensors, rest = inputs(*case)
+    thought_attention(*tensors, *rest)
+
+
+def backward(*case):
+    (q, k, v), rest = inputs(*case)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device="meta")
+    lse = torch.empty(q.shape[:3], device="meta")
+    thought_attention_backward(out, q, k, v, out, lse, *rest)

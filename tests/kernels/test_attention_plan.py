@@ -1,0 +1,95 @@
+"""The account of thought_attention's arithmetic: how much more than the useful products its tiles compute."""
+
+import functools
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.testing import attention_inputs, random_layout
+
+pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
+
+from quietstar_kernels.triton import configs  # noqa: E402
+from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
+from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
+from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+
+LENGTHS = (256, 512, 1024, 4096)
+THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
+GROUPS = (1, 4, 8)
+HOPPER = configs.ATTENTION_FORWARD["sm_90", 2, 128].blocks
+
+
+def ratio(L, N, S, group):
+    """Scores computed over scores seen, thought rows alone; both cost a product of width K and one of width E."""
+    layout = ThoughtLayout.every_position(1, L, N, S)
+    computed = forward_plan(layout, group, HOPPER, query_rows="thoughts").scores()
+    return computed / (group * N * S * L * (L + S + 2) / 2)
+
+
+def test_waste_of_the_forward(capsys):
+    """At P = L, K 128, with the tiles of sm_90."""
+    table = {(group, L): [ratio(L, N, S, group) for N, S in THOUGHTS] for group in GROUPS for L in LENGTHS}
+    with capsys.disabled():
+        print("\nthought_attention forward: computed / useful FLOPs, tiles of sm_90 at K 128")
+        print("  H/G     L" + "".join(f"{f'N {N} S {S}':>11}" for N, S in THOUGHTS))
+        for (group, L), row in table.items():
+            print(f"  {group:>3} {L:>5}" + "".join(f"{x:>11.3f}" for x in row))
+    for (group, L), row in table.items():
+        assert max(row) <= (1.25 if L >= 512 else 1.45), f"H/G {group}, L {L}"
+        assert min(row) >= 1
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Multiplications of each dot that runs in the interpreter."""
+    counted = []
+    dot = InterpreterBuilder.create_dot
+
+    @functools.wraps(dot)
+    def count(self, a, b, *rest):
+        counted.append(a.data.size * b.data.shape[-1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    return counted
+
+
+RAGGED = ThoughtLayout.at(torch.arange(36)[None], 1, 20, 36, length=torch.arange(36)[None, :, None] % 21)
+LAYOUTS = {
+    "every": (ThoughtLayout.every_position(2, 40, 2, 5), {}),
+    "left padding, window": (ThoughtLayout.from_padding(torch.arange(70) >= torch.tensor([[12], [0]]), 1, 3), {"window": 40}),
+    "documents": (ThoughtLayout.from_documents((torch.arange(80) // 40)[None], 3, 4, torch.arange(80)[None, ::7]), {}),
+    "ragged": (RAGGED, {"query_rows": "thoughts"}),
+    "any lo, window": (random_layout(torch.Generator().manual_seed(6), "any_lo", 2, 60, 2, 5), {"window": 30}),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter runs")
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_plan_is_what_runs(name, group, products):
+    layout, options = LAYOUTS[name]
+    options = {"window": None, "query_rows": "all"} | options
+    inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 2 * group, 2, 24, 40, query_rows=options["query_rows"])
+    thought_attention(layout=layout, scale=1.0, softcap=None, **inputs, **options)
+    blocks = configs.pick(configs.ATTENTION_FORWARD, 4, 40).blocks
+    plan = forward_plan(layout, group, blocks, **options)
+    assert plan.full.sum() and plan.edge.sum() and plan.own.sum()
+    assert sum(products) == 2 * plan.scores() * (32 + 64)  # K 24 and E 40, padded
+
+
+def test_plan_counts_blocks():
+    """By hand: tiles of 32 flat rows, 16 rows of two heads, against 40 positions of text."""
+    layout = ThoughtLayout.every_position(1, 40, 1, 4)
+    plan = forward_plan(layout, 2, {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 8})
+    thoughts, text = slice(0, 10), slice(10, None)  # a tile has the thoughts of four positions; there are 2.5 tiles of text
+    assert plan.own[0, thoughts].tolist() == [1] * 10 and plan.own[0, text].tolist() == [0] * 3
+    smallest = torch.arange(0, 40, 4)  # position of a tile's first thought; the last one is at smallest + 3
+    full = (smallest + 1) // 16
+    assert torch.equal(plan.full[0, thoughts], full)
+    assert torch.equal(plan.edge[0, thoughts], -(-(smallest + 4 - 16 * full) // 8))
+    assert plan.full[0, text].tolist() == [0, 1, 2] and plan.edge[0, text].tolist() == [2, 2, 1]

@@ -1,0 +1,55 @@
+"""thought_attention on Triton: the tiles that GPUs get, not only the small ones of other tests; one compile for all lengths."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, plain_attention
+
+pytest.importorskip("triton")
+
+from quietstar_kernels.triton import _attention_forward, configs  # noqa: E402
+from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+
+
+def forward(q, k, v, layout, sinks):
+    return _attention_forward.thought_attention(q, k, v, layout, q.shape[-1] ** -0.5, None, None, sinks, "all")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")
+@pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_90", 4, 256), 90)], ids=str)
+def test_shipped_tiles(entry, apart, monkeypatch):
+    """Whole and masked blocks of text, tiles of several thoughts, thoughts of more rows than a block of own keys."""
+    monkeypatch.setattr(_attention_forward, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
+    generator = torch.Generator().manual_seed(0)
+    layout = ThoughtLayout.at(torch.arange(3, 300, apart)[None], 2, 19, text_length=300)
+    dtype = {2: torch.float16, 4: torch.float32}[entry[1]]
+    inputs = attention_inputs(generator, layout, 3, 1, entry[2], 40, sinks=True, dtype=dtype)
+    assert_op_close_as_plain(forward, plain_attention, inputs, what=str(entry), layout=layout)
+
+
+@pytest.mark.slow
+def test_one_compile_serves_all_lengths():
+    """Of texts, thoughts, batches and head groups; the cases have 1 among them, multiples of 16 and neither."""
+    here = Path(__file__).parent
+    code = """
+import json, torch
+from ahead_of_time import compiled_for
+from compiled.thought_attention import OPTIONS, SIZES, backward, forward
+with compiled_for("sm_90") as kernels:
+    for options in OPTIONS.values():
+        for sizes in SIZES:
+            forward(torch.bfloat16, (64, 64), options, *sizes)
+print(json.dumps([(kernel.metadata.name, kernel.hash) for kernel in kernels]))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(here)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [tuple(kernel) for kernel in json.loads(run.stdout)]
+    assert len(kernels) == 8 and len(set(kernels[:4])) == len(set(kernels[4:])) == 1

@@ -1,0 +1,247 @@
+"""Where to think: what each policy chooses, that it is reproducible, and how it goes through the loss and a checkpoint."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import quietstar
+from quietstar import ThoughtConfig
+from quietstar.anchors import EXPLORATION
+from quietstar.config import TrainConfig
+from quietstar.train import train
+from quietstar_kernels._philox import draw_words
+
+CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0, embedding_scale=1.0)
+SUBSETS = ["random", "entropy", "every", "gate"]
+
+
+@pytest.fixture
+def thinker(tiny):
+    """``thinker(policy, **fields)`` in training mode, with a mixing head that has opinions."""
+
+    def make(policy, **fields):
+        qs = quietstar.QuietStar(tiny("llama"), replace(CONFIG, anchors=policy, **fields), verify=False).train()
+        generator = torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=generator)
+        if qs.gate is not None:
+            torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.2, generator=generator)
+        return qs
+
+    return make
+
+
+def text(B=3, L=12, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def rows(anchors):
+    return [[t for t in row if t >= 0] for row in anchors.tolist()]
+
+
+def test_every_kth_counts_from_each_documents_start(thinker):
+    qs = thinker("every", anchor_stride=3)
+    assert rows(qs.choose_anchors(text(1))) == [[2, 5, 8]]  # 11 has no next token
+    documents = torch.tensor([[0] * 6 + [1] * 6, [0] * 4 + [1] * 6 + [-1] * 2])
+    assert rows(qs.choose_anchors(text(2), document_ids=documents)) == [[2, 8], [2, 6]]  # 5 and 9 end their documents
+    left = torch.tensor([[0] * 4 + [1] * 8])
+    assert rows(qs.choose_anchors(text(1), left)) == [[6, 9]]
+
+
+def test_random_takes_its_share_evenly(thinker):
+    qs = thinker("random", anchor_share=0.3)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    anchors = qs.choose_anchors(text(), mask, seed=0)
+    assert [len(row) for row in rows(anchors)] == [math.ceil(0.3 * 11), math.ceil(0.3 * 6), math.ceil(0.3 * 11)]
+    assert (anchors[1] == -1).tolist() == [False, False, True, True] and max(rows(anchors)[1]) < 6
+    hits = torch.zeros(11)
+    for seed in range(300):
+        hits[rows(qs.choose_anchors(text(1), seed=seed))[0]] += 1
+    assert (hits / 300 - 4 / 11).abs().max() < 5 * math.sqrt(4 / 11 * 7 / 11 / 300)
+
+
+def test_the_random_numbers_are_those_of_the_counters(thinker):
+    """Sequence id, position from the document's start, an n that no thought has, step 0."""
+    qs, seed = thinker("random", anchor_share=0.2), 5
+    counters = torch.tensor([[7, t, 65535, 0] for t in range(12)], dtype=torch.int32)
+    words = draw_words(counters, torch.zeros(1, dtype=torch.long), seed)[0][:11, 0]
+    (chosen,) = rows(qs.choose_anchors(text(1), sequence_ids=torch.tensor([7]), seed=seed))
+    assert chosen == sorted(words.argsort(descending=True)[:3].tolist())
+
+
+def test_entropy_takes_where_the_model_knows_least(tiny, thinker):
+    qs, ids = thinker("entropy", anchor_share=0.25), text()
+    logp = tiny("llama")(input_ids=ids).logits.double().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)[:, :-1]
+    expected = [sorted(row.topk(3).indices.tolist()) for row in entropy]
+    assert rows(qs.choose_anchors(ids)) == expected
+
+
+def test_the_gate_is_drawn_with_its_probability(tiny, thinker):
+    qs, ids = thinker("gate", anchor_share=0.4), text()
+    hidden = tiny("llama").model(input_ids=ids).last_hidden_state
+    score = hidden @ qs.gate.linear.weight[0] + qs.gate.linear.bias
+    probability = EXPLORATION + (1 - 2 * EXPLORATION) * torch.sigmoid(score)
+    torch.testing.assert_close(qs.gate(hidden), probability)
+    hits = torch.zeros(3, 12)
+    for seed in range(200):
+        for b, row in enumerate(rows(qs.choose_anchors(ids, seed=seed))):
+            hits[b, row] += 1
+    assert not hits[:, 11].any()
+    error = (hits / 200 - probability)[:, :11].abs() / (probability * (1 - probability) / 200).sqrt()[:, :11]
+    assert error.max() < 5
+    assert rows(qs.eval().choose_anchors(ids)) == [row[:11].nonzero()[:, 0].tolist() for row in probability > 0.5]
+
+
+def test_a_new_gate_opens_with_the_share(tiny):
+    qs = quietstar.QuietStar(tiny("llama"), replace(CONFIG, anchors="gate", anchor_share=0.3), verify=False)
+    torch.testing.assert_close(qs.gate(torch.randn(5, 64)), torch.full((5,), 0.3))
+
+
+@pytest.mark.parametrize("policy", SUBSETS)
+def test_a_text_is_chosen_for_alike_in_any_batch(thinker, policy):
+    qs, ids = thinker(policy), text()
+    together = rows(qs.choose_anchors(ids, sequence_ids=torch.tensor([4, 5, 6]), seed=1))
+    alone = [rows(qs.choose_anchors(ids[i : i + 1], sequence_ids=torch.tensor([4 + i]), seed=1))[0] for i in range(3)]
+    assert together == alone and any(together)
+    other = [rows(qs.choose_anchors(ids, seed=seed)) for seed in (1, 2)]
+    assert (other[0] == other[1]) == (policy in ("entropy", "every"))
+
+
+@pytest.mark.parametrize("policy", SUBSETS)
+def test_forward_thinks_where_the_policy_says_in_training_alone(thinker, policy):
+    qs, ids = thinker(policy), text()
+    out = qs(ids, seed=3)
+    anchors = qs.choose_anchors(ids, seed=3)
+    assert torch.equal(out.anchors, anchors)
+    named = qs(ids, anchors=anchors, seed=3)
+    assert torch.equal(named.loss, out.loss) and torch.equal(named.thought_ids, out.thought_ids)
+    elsewhere = qs(ids, anchors=torch.tensor([[1, 4]] * 3), seed=3)
+    assert elsewhere.reward.shape == (3, 2, 2)
+    everywhere = qs.eval()(ids)
+    assert everywhere.anchors is None and everywhere.reward.shape == (3, 12, 2)
+
+
+def test_the_losses_of_parts_add_up_with_a_gate(thinker):
+    qs, ids, names = thinker("gate", gate_cost=0.1), text(4), torch.arange(4)
+    whole = qs(ids, seed=2)
+    parts = [slice(0, 1), slice(1, 4)]
+    chosen = [qs.choose_anchors(ids[part], sequence_ids=names[part], seed=2) for part in parts]
+    counts = [qs.count_targets(ids[part], anchors=anchors) for part, anchors in zip(parts, chosen, strict=True)]
+    losses = [
+        qs(ids[part], anchors=anchors, sequence_ids=names[part], seed=2, counts=counts[0] + counts[1]).loss
+        for part, anchors in zip(parts, chosen, strict=True)
+    ]
+    torch.testing.assert_close(sum(losses), whole.loss)
+
+
+def test_the_gates_loss_is_the_formula(thinker):
+    """-(mean reward - cost) log g, summed over anchors that are rewarded, per text target; its gradient stays in the gate."""
+    qs, ids = thinker("gate", gate_cost=0.2), text()
+    out = qs(ids, seed=1)
+    hidden = qs.model.model(input_ids=ids).last_hidden_state
+    total = 0
+    for b, row in enumerate(rows(out.anchors)):
+        for p, t in enumerate(row):
+            if t <= 12 - 2 - 2:
+                total = total - (out.reward[b, p].mean() - 0.2) * qs.gate(hidden[b, t]).log()
+    rest = out.loss_ce + out.policy_loss
+    torch.testing.assert_close(out.loss - rest, total / (3 * 11), rtol=1e-4, atol=1e-6)
+    (out.loss - rest).backward()
+    assert qs.gate.linear.weight.grad.any()
+    assert not any(x.grad is not None and x.grad.abs().max() > 1e-6 for name, x in qs.named_parameters() if name[:5] != "gate.")
+
+
+@pytest.mark.parametrize("cost", [5.0, -5.0])
+def test_a_gate_closes_where_thinking_costs_more_than_it_earns(thinker, cost):
+    qs, ids = thinker("gate", gate_cost=cost, anchor_share=0.5), text()
+    optimizer = torch.optim.Adam(qs.gate.parameters(), lr=0.3)
+    before = qs.choose_anchors(ids, seed=0)
+    for seed in range(8):
+        optimizer.zero_grad()
+        qs(ids, seed=seed).loss.backward()
+        optimizer.step()
+    after = qs.choose_anchors(ids, seed=0)
+    change = (after >= 0).sum() - (before >= 0).sum()
+    assert change <= -8 if cost > 0 else change >= 8
+
+
+def test_a_text_with_nowhere_to_think(thinker):
+    qs = thinker("every", anchor_stride=50)
+    out = qs(text(), seed=0)
+    assert out.anchors.tolist() == [[-1]] * 3
+    assert out.loss == out.loss_ce and torch.isfinite(out.loss) and not out.reward.any()
+    out.loss.backward()
+
+
+def test_the_gate_is_saved_and_loaded(thinker, tmp_path):
+    qs, ids = thinker("gate"), text()
+    qs.save_pretrained(tmp_path / "model")
+    again = quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False).train()
+    assert torch.equal(again.gate.linear.weight, qs.gate.linear.weight)
+    assert torch.equal(again.choose_anchors(ids, seed=1), qs.choose_anchors(ids, seed=1))
+    again.use_config(replace(qs.thought_config, anchors="all"))
+    assert again.gate is None and not any(name.startswith("gate.") for name in again.state_dict())
+    settings = (tmp_path / "model" / "quietstar.json").read_text()
+    (tmp_path / "model" / "quietstar.json").write_text(settings.replace('"anchors": "gate"', '"anchors": "random"'))
+    with pytest.raises(ValueError, match="must hold .*got .*gate.linear.bias"):
+        quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False)
+
+
+@pytest.fixture
+def run(thinker, tmp_path):
+    data = [{"input_ids": text(1, 8 + i % 3, seed=i)[0]} for i in range(7)]
+
+    def run(out, policy, resume=None, data=data, **changes):
+        fields = {name: changes.pop(name) for name in list(changes) if name in ThoughtConfig.__dataclass_fields__}
+        settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2, **changes}
+        config = TrainConfig(out=str(tmp_path / out), **settings)
+        lines = train(thinker(policy, **fields), data, config, resume=resume, progress=False)
+        return [{name: x for name, x in line.items() if "second" not in name} for line in lines]
+
+    return run
+
+
+def test_a_run_reports_how_many_positions_thought(run):
+    (line,) = run("every", "every", anchor_stride=2, steps=1, batch_size=7)
+    lengths = [8 + i % 3 for i in range(7)]
+    assert line["anchors"] == sum((length - 1) // 2 for length in lengths)
+    assert line["anchor_share"] == pytest.approx(line["anchors"] / sum(lengths))
+    assert "anchors" not in run("all", "all", steps=1)[0]
+
+
+def test_another_cut_into_parts_chooses_the_same(run):
+    whole, cut = run("whole", "gate", steps=2), run("cut", "gate", steps=2, accumulation=3)
+    for a, b in zip(whole, cut, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        assert a["anchors"] == b["anchors"]
+
+
+def test_a_resumed_gate_goes_on_bitwise(run, tmp_path):
+    unbroken = run("a", "gate")
+    assert run("b", "gate", resume=tmp_path / "a" / "checkpoints" / "step-000002") == unbroken[2:]
+
+
+def test_texts_that_name_their_own_anchors(run):
+    data = [{"input_ids": text(1)[0], "anchors": torch.tensor([2, 5])}] * 4
+    with pytest.raises(
+        ValueError, match="anchors must be 'all' where the texts bring their own anchors or thoughts, got 'random'"
+    ):
+        run("named", "random", data=data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"anchors": "some"}, "anchors must be one of all, random, entropy, every, gate, got 'some'"),
+        ({"anchor_share": 0.0}, "anchor_share must be above 0, 1 at most, got 0.0"),
+        ({"anchor_stride": 0}, "anchor_stride must be 1 or more, got 0"),
+        ({"gate_cost": float("nan")}, "gate_cost must be a number, got nan"),
+        ({"anchors": "gate", "reward": "likelihood"}, "reward must be gain where a gate weighs it .* got 'likelihood'"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **fields)

@@ -1,0 +1,293 @@
+"""Anchors in chunks: the numbers of the whole step, in memory that does not grow with anchors and thoughts."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralConfig, MistralForCausalLM
+
+import quietstar
+from quietstar import chunks
+from quietstar.cli import COMMANDS
+from quietstar.options import UsageError, parse
+
+T, J = 3, 2
+PRESETS = {"official": {"preset": "official"}, "paper": {"preset": "paper"}}
+
+
+def wrap(tiny, name="llama", **changes):
+    config = quietstar.ThoughtConfig(**{"thoughts": 2, "thought_tokens": T, "lookahead": J, "policy_weight": 10.0, **changes})
+    qs = quietstar.QuietStar(tiny(name).train(), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        qs.mixing_head[4].weight.normal_(0, 0.3, generator=generator)
+        qs.start_embedding.normal_(0, 0.01, generator=generator)
+        qs.end_embedding.normal_(0, 0.01, generator=generator)
+    return qs
+
+
+def text(B=2, L=12, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def step(qs, chunk, **batch):
+    """The output of a step and every gradient."""
+    qs.anchor_chunk = chunk
+    qs.zero_grad()
+    out = qs(**batch)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in qs.named_parameters() if p.requires_grad}
+
+
+def assert_same(qs, batch, chunk, names=("loss", "loss_ce", "policy_loss", "nll_base", "nll_mix", "weight", "reward")):
+    (whole, want), (cut, got) = step(qs, None, **batch), step(qs, chunk, **batch)
+    assert torch.equal(whole.thought_ids, cut.thought_ids)
+    for name in names:
+        torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=1e-5, atol=1e-5, msg=name)
+    assert cut.reward.any()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def batches():
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[0, :4] = padding[1, 9:] = 0
+    labels = text()
+    labels[0, 6] = -100
+    return {
+        "every position": {},
+        "padding and labels": {"attention_mask": padding, "labels": labels},
+        "documents": {"document_ids": torch.tensor([[0] * 5 + [1] * 7, [0] * 12])},
+        "anchors": {"anchors": torch.tensor([[1, 4, 5, 8], [6, -1, -1, -1]])},
+        "lengths": {"thought_lengths": torch.arange(48).view(2, 12, 2) % (T + 1)},
+    }
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("what", list(batches()))
+def test_chunks_change_nothing(tiny, preset, what):
+    """Grouped key heads and a window (Mistral); 5 and 3 divide no number of anchors here."""
+    qs = wrap(tiny, "mistral", **PRESETS[preset])
+    assert_same(qs, {"input_ids": text(), "seed": 4, **batches()[what]}, 3 if what == "anchors" else 5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gpt_neox"])
+def test_other_architectures(tiny, name):
+    """Soft caps; sinks and experts; learned nothing of the sort, but two norms side by side."""
+    assert_same(wrap(tiny, name), {"input_ids": text(), "seed": 4}, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "policy_temperature": 1.0},
+        {"reference": "frozen", "ratio_clip": 0.2},
+        {"mixing": "logprobs"},
+    ],
+    ids=["divergence and entropy", "frozen reference", "gain of log-probabilities"],
+)
+def test_other_objectives(tiny, changes):
+    assert_same(wrap(tiny, **changes), {"input_ids": text(), "seed": 4}, 5)
+
+
+def test_given_thoughts_and_counts_of_a_larger_batch(tiny):
+    qs = wrap(tiny)
+    ids = text(4)
+    thoughts = qs.think(ids, seed=0).thought_ids
+    counts = qs.count_targets(ids[:1]) + qs.count_targets(ids[1:])
+    whole, want = step(qs, None, input_ids=ids, thought_ids=thoughts)
+    total, got = 0.0, {name: torch.zeros_like(x) for name, x in want.items()}
+    for part in (slice(0, 1), slice(1, 4)):
+        out, grads = step(qs, 5, input_ids=ids[part], thought_ids=thoughts[part], counts=counts)
+        total += out.loss.detach()
+        got = {name: got[name] + grads[name] for name in got}
+    torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-5, atol=0)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def test_a_new_head_rewards_nothing(tiny):
+    """Base and mix come from one call in chunks too, since 1e6 multiplies their difference."""
+    qs = quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(thought_tokens=T, lookahead=J))
+    qs.anchor_chunk = 5
+    assert qs(text(4, 20), seed=0).reward.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_rollout_in_chunks_thinks_the_same(tiny, greedy):
+    qs = wrap(tiny, "mistral")
+    ids = text(3, 11)
+    whole = qs.think(ids, seed=1, greedy=greedy)
+    for chunk in (1, 4, 100):
+        qs.anchor_chunk = chunk
+        cut = qs.think(ids, seed=1, greedy=greedy)
+        assert torch.equal(cut.thought_ids, whole.thought_ids)
+        torch.testing.assert_close(cut.logprob, whole.logprob, rtol=0, atol=1e-5)
+
+
+def test_with_checkpointed_layers(tiny):
+    """The text's layers are computed again in the backward, after every chunk has been."""
+    qs = wrap(tiny)
+    _, want = step(qs, None, input_ids=text(), seed=4)
+    qs.gradient_checkpointing_enable()
+    _, got = step(qs, 5, input_ids=text(), seed=4)
+    assert all(layer.gradient_checkpointing for layer in qs.model.model.layers)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    qs.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        step(qs, 5, input_ids=text(), seed=4)
+
+
+def test_with_autocast_and_a_scaled_loss(tiny):
+    """As a training loop with mixed precision does it: the backward runs outside of autocast."""
+    qs = wrap(tiny)
+    thoughts = qs.think(text(), seed=0).thought_ids
+    gradients = []
+    for qs.anchor_chunk in (None, 5):
+        qs.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = qs(text(), thought_ids=thoughts)
+        (out.loss * 1024).backward()
+        gradients.append(torch.cat([p.grad.flatten() / 1024 for p in qs.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() <= 0.02 * gradients[0].norm()
+
+
+def test_frozen_weights_stay_without_gradient(tiny):
+    qs = wrap(tiny)
+    qs.model.requires_grad_(False)
+    qs.model.model.layers[1].self_attn.v_proj.requires_grad_(True)
+    qs.anchor_chunk = 5
+    qs(text(), seed=4).loss.backward()
+    trained = {name for name, p in qs.named_parameters() if p.grad is not None}
+    assert {name for name in trained if name.startswith("model.")} == {"model.model.layers.1.self_attn.v_proj.weight"}
+    got = qs.model.model.layers[1].self_attn.v_proj.weight.grad.clone()
+    qs.zero_grad()
+    qs.anchor_chunk = None
+    qs(text(), seed=4).loss.backward()
+    torch.testing.assert_close(got, qs.model.model.layers[1].self_attn.v_proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.nbytes() > 4096:
+                    self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def peak(qs, ids, **changes):
+    qs.thought_config = quietstar.ThoughtConfig(**{**qs.thought_config.to_dict(), **changes})
+    qs.zero_grad()
+    with Peak() as measured:
+        qs(ids, seed=0).loss.backward()
+    qs.zero_grad()
+    return measured.peak
+
+
+def test_memory_is_flat_in_anchors(tiny):
+    """8 anchors at a time: three times as many cost next to nothing. All at once they cost more than twice as much."""
+    qs = wrap(tiny)
+    ids = text(1, 48)
+
+    def step(chunk, count):
+        qs.anchor_chunk = chunk
+        anchors = torch.arange(0, 48, 48 // count)[None]
+        qs.zero_grad()
+        with Peak() as measured:
+            qs(ids, seed=0, anchors=anchors).loss.backward()
+        return measured.peak
+
+    few, many = step(8, 16), step(8, 48)
+    assert many < 1.03 * few
+    assert step(None, 48) > 2 * many
+
+
+def test_memory_is_flat_in_thoughts(tiny):
+    """Half the anchors at a time for twice the thoughts."""
+    qs = wrap(tiny)
+    ids = text(1, 32)
+    peaks = []
+    for qs.anchor_chunk, N in ((8, 2), (2, 8)):
+        peaks.append(peak(qs, ids, thoughts=N))
+    assert peaks[1] < 1.1 * peaks[0]
+    qs.anchor_chunk = None
+    assert peak(qs, ids, thoughts=8) > 3 * peaks[1]
+
+
+FREE = (4, 10, 1000)  # MiB
+
+
+def test_auto_takes_what_memory_has_room_for(tiny, monkeypatch):
+    qs = wrap(tiny)
+    ids = text(1, 96)
+    sizes = []
+    held = sum(p.nbytes for p in qs.parameters())
+    layout = qs._layout(ids, None, None, None)
+    for megabytes in FREE:
+        monkeypatch.setattr(chunks, "free_memory", lambda device, size=megabytes: size * 2**20)
+        qs.anchor_chunk = "auto"
+        sizes.append(chunks.chunk_size(qs, layout))
+    assert 1 <= sizes[0] < sizes[1] < sizes[2] == 96
+    qs.anchor_chunk = sizes[1]
+    assert 0.3 * FREE[1] * 2**20 < peak(qs, ids) + 2 * held < FREE[1] * 2**20  # AdamW's moments come later
+    qs.anchor_chunk = "auto"
+    assert chunks.chunk_size(qs, layout) == 96
+    monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
+    assert chunks.chunk_size(qs, layout) == 96  # measured once, before the first chunk
+    qs.anchor_chunk = "auto"
+    assert chunks.chunk_size(qs, layout) == 1
+
+
+def test_free_memory_of_this_machine():
+    assert 2**20 < chunks.free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("size", [0, -3, 1.5, "some"])
+def test_a_bad_size_gets_one_sentence(tiny, size):
+    qs = wrap(tiny)
+    with pytest.raises(ValueError, match="anchor_chunk must be 1 or more, 'auto' or None, got"):
+        qs.anchor_chunk = size
+
+
+@pytest.mark.slow
+def test_a_text_of_32k_tokens_trains():
+    """On a CPU, with a window of 2,048 for the sake of time; 128 thoughts at 64 places, 8 places at a time. The loss falls."""
+    torch.manual_seed(0)
+    L = 32768
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, num_key_value_heads=1, sliding_window=2048, **sizes))
+    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0, embedding_scale=1.0)
+    qs = quietstar.QuietStar(model, config)
+    qs.anchor_chunk = 8
+    ids = torch.arange(L)[None] % 7 + torch.randint(2, (1, L))
+    anchors = torch.arange(511, L, 512)[None]
+    optimizer = torch.optim.Adam(qs.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = qs(ids, anchors=anchors, seed=0)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss_ce.item())
+    assert losses[1] < losses[0] - 0.01
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in qs.parameters())
+
+
+@pytest.mark.parametrize(("typed", "size"), [("12", 12), ("auto", "auto"), ("None", None)])
+def test_the_command_line_takes_a_size(typed, size):
+    command = parse(COMMANDS, ["train", "--model=m", "--data=d", f"--anchor-chunk={typed}"])
+    assert command.train.anchor_chunk == size
+    with pytest.raises(UsageError, match="anchor_chunk must be 1 or more, 'auto' or None, got 0"):
+        parse(COMMANDS, ["train", "--model=m", "--data=d", "--anchor-chunk=0"])

@@ -1,0 +1,382 @@
+"""Every objective on a case so small that all thoughts can be listed: its expected gradient against the one on paper.
+
+Three tokens, one anchor, a softmax over three logits for each step. Expectations run over all joint samples of the N thoughts,
+weighted with their probability, in fp64.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import quietstar
+from quietstar import ThoughtConfig, objective
+from quietstar.config import TrainConfig
+from quietstar.train import train
+
+V = 3
+REWARD = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+LOGITS = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
+OTHER = torch.tensor([-0.7, 0.5, 0.3], dtype=torch.float64)
+COUNTS = objective.Counts(torch.tensor(1), torch.tensor([1]), torch.tensor(1), torch.tensor(1))
+
+
+def p_of(logits):
+    return logits.softmax(-1)
+
+
+def expected_gradient(loss, logits, N, sampler=None):
+    """Gradient at ``logits`` [V] of the mean over all joint samples of N one-token thoughts of ``loss(logp [N], ids [N])``."""
+    logits = logits.clone().requires_grad_()
+    weights = p_of(LOGITS if sampler is None else sampler).detach()
+    total = 0
+    for ids in itertools.product(range(V), repeat=N):
+        ids = torch.tensor(ids)
+        total = total + weights[ids].prod() * loss(logits.log_softmax(-1)[ids], ids)
+    total.backward()
+    return logits.grad
+
+
+def softmax_gradient(value, logits):
+    """Of the sum over k of p_k * value_k, value held fixed: p_k (value_k - mean)."""
+    p = p_of(logits)
+    return p * (value - (p * value).sum())
+
+
+def family(name, advantage=torch.relu, **given):
+    """``loss(logp, ids)`` of one policy term on one anchor's N thoughts of one token, meaned over the thoughts."""
+
+    def loss(logp, ids):
+        sampled = objective.Sampled(
+            logp[None, None, :, None],
+            advantage(REWARD[ids][None, None]),
+            torch.ones(1, 1, len(ids), 1, dtype=torch.bool),
+            **{key: x[ids][None, None, :, None] if isinstance(x, torch.Tensor) else x for key, x in given.items()},
+        )
+        counts = objective.Counts(COUNTS.base, COUNTS.mix, torch.tensor(len(ids)), torch.tensor(len(ids)))
+        return objective.policy_loss(sampled, counts, {name: 1.0})
+
+    return loss
+
+
+def test_leave_one_out_is_the_gradient_of_the_expected_reward():
+    for N in (2, 3):
+        got = expected_gradient(family("reinforce", objective.ADVANTAGES["leave_one_out"]), LOGITS, N)
+        torch.testing.assert_close(got, -softmax_gradient(REWARD, LOGITS))
+
+
+def test_the_mean_with_oneself_in_it_shrinks_that_gradient():
+    for N in (2, 3):
+        got = expected_gradient(family("reinforce", objective.ADVANTAGES["mean"]), LOGITS, N)
+        torch.testing.assert_close(got, -softmax_gradient(REWARD, LOGITS) * (N - 1) / N)
+
+
+def test_relu_of_two_is_half_the_expected_lead():
+    """Against one other thought: a token is worth half of what it leads by, where it leads."""
+    p = p_of(LOGITS)
+    worth = (torch.relu(REWARD[:, None] - REWARD) * p).sum(1) / 2
+    got = expected_gradient(family("reinforce", objective.ADVANTAGES["relu"]), LOGITS, 2)
+    torch.testing.assert_close(got, -softmax_gradient(worth, LOGITS))
+
+
+def test_zscore_of_two_counts_wins_alone():
+    """Of two thoughts a z-score is +-1/sqrt(2), whatever the distance: the chance to win minus the chance to lose."""
+    p = p_of(LOGITS)
+    worth = (torch.sign(REWARD[:, None] - REWARD) * p).sum(1) / 2**0.5
+    got = expected_gradient(family("reinforce", objective.ADVANTAGES["zscore"]), LOGITS, 2)
+    torch.testing.assert_close(got, -softmax_gradient(worth, LOGITS), rtol=1e-5, atol=1e-7)
+
+
+def test_one_thought_against_no_other_is_the_plain_reward_above_zero():
+    got = expected_gradient(family("reinforce", objective.ADVANTAGES["relu"]), LOGITS, 1)
+    torch.testing.assert_close(got, -softmax_gradient(REWARD.relu(), LOGITS))
+
+
+def test_the_ratio_corrects_for_thoughts_of_an_older_policy():
+    """Sampled by other logits, with a clip range that is never reached: the gradient of the expected advantage now."""
+    old = OTHER.log_softmax(-1)
+    loss = family("clipped", lambda reward: reward, old_logprob=old, ratio_clip=100.0)
+    torch.testing.assert_close(expected_gradient(loss, LOGITS, 1, OTHER), -softmax_gradient(REWARD, LOGITS))
+
+
+def test_the_first_update_of_a_clipped_objective_is_reinforce():
+    plain = expected_gradient(family("reinforce", objective.ADVANTAGES["leave_one_out"]), LOGITS, 2)
+    clipped = family("clipped", objective.ADVANTAGES["leave_one_out"], ratio_clip=0.1)
+    torch.testing.assert_close(expected_gradient(clipped, LOGITS, 2), plain)
+
+
+def test_tokens_past_the_clip_range_have_no_gradient():
+    """A token that is already more likely by more than eps is not pushed up, nor a rarer one down; the others are."""
+    eps, ratio = 0.2, p_of(LOGITS) / p_of(OTHER)
+    stopped = (REWARD > 0) & (ratio > 1 + eps) | (REWARD < 0) & (ratio < 1 - eps)
+    assert stopped.tolist() == [True, True, False]
+    loss = family("clipped", lambda reward: reward, old_logprob=OTHER.log_softmax(-1), ratio_clip=eps)
+    expected = torch.autograd.functional.jacobian(p_of, LOGITS).T @ torch.where(stopped, 0, REWARD)
+    torch.testing.assert_close(expected_gradient(loss, LOGITS, 1, OTHER), -expected)
+
+
+def whole_thoughts(T, N, term, **given):
+    """Expected gradient of a term over thoughts of T tokens, each drawn given the one before; parameters [V+1,V]."""
+    table = torch.randn(V + 1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    base = torch.randn(V + 1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    every = torch.tensor(list(itertools.product(range(V), repeat=T)))  # [V^T,T]
+    before = torch.cat([torch.full((len(every), 1), V), every[:, :-1]], 1)
+    logp, logp_base = (x.log_softmax(-1)[before, every] for x in (table, base))
+    divergence = (logp.sum(1).exp() * (logp - logp_base).sum(1)).sum()
+    entropy = -(logp.sum(1).exp() * logp.sum(1)).sum()
+    exact = torch.autograd.grad({"divergence": -divergence, "entropy": entropy}[term], table, retain_graph=True)[0]
+    total = 0
+    for chosen in itertools.product(range(len(every)), repeat=N):
+        chosen = list(chosen)
+        sampled = objective.Sampled(
+            logp[chosen][None, None],
+            torch.zeros(1, 1, N, dtype=torch.float64),
+            torch.ones(1, 1, N, T, dtype=torch.bool),
+            base_logprob=logp_base[chosen][None, None],
+        )
+        counts = objective.Counts(COUNTS.base, COUNTS.mix, torch.tensor(N), torch.tensor(N))
+        total = total + logp[chosen].sum().exp().detach() * objective.policy_loss(sampled, counts, {term: 1.0})
+    return torch.autograd.grad(total, table)[0], exact
+
+
+@pytest.mark.parametrize("term", ["divergence", "entropy"])
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_divergence_and_entropy_of_whole_thoughts(term, T, N):
+    """With T > 1 a token answers for what follows it; with N > 1 the others' mean changes nothing in expectation."""
+    got, exact = whole_thoughts(T, N, term)
+    torch.testing.assert_close(got, -exact)
+
+
+def test_the_weight_of_a_score_has_no_gradient_of_its_own():
+    """Expectations would not show it: k1 alone multiplies the gradient of log pi."""
+    logprob = torch.tensor([[[[-1.0, -2.0]]]], requires_grad=True)
+    sampled = objective.Sampled(logprob, torch.zeros(1, 1, 1), logprob < 0, base_logprob=torch.tensor([[[[-1.5, -3.0]]]]))
+    assert torch.autograd.grad(objective.divergence(sampled).sum(), logprob)[0].tolist() == [[[[-1.5, -1.0]]]]
+    assert torch.autograd.grad(objective.entropy(sampled).sum(), logprob)[0].tolist() == [[[[3.0, 2.0]]]]
+
+
+def test_what_is_off_weighs_nothing():
+    logprob = torch.full((1, 1, 2, 3), -1.0, requires_grad=True)
+    on = torch.tensor([[[[True, True, False], [True, False, False]]]])
+    sampled = objective.Sampled(
+        logprob, torch.ones(1, 1, 2), on, base_logprob=torch.full((1, 1, 2, 3), float("nan")).where(~on, -2.0)
+    )
+    counts = objective.Counts(COUNTS.base, COUNTS.mix, torch.tensor(2), torch.tensor(3))
+    loss = objective.policy_loss(sampled, counts, {"reinforce": 1.0, "divergence": 0.5, "entropy": 0.5})
+    loss.backward()
+    assert torch.isfinite(loss) and not logprob.grad[~on].any() and logprob.grad[on].all()
+
+
+def test_the_gate_follows_what_thinking_earns_above_its_cost():
+    """Expected over thinking or not: the gradient of g * (R - cost), for each position by itself."""
+    score = torch.tensor([0.3, -0.5], dtype=torch.float64, requires_grad=True)
+    gain, cost = torch.tensor([0.7, 0.1], dtype=torch.float64), 0.2
+    g = torch.sigmoid(score)
+    total = 0
+    for thinks in itertools.product((False, True), repeat=2):
+        thinks = torch.tensor(thinks)
+        targets = objective.Targets(*(torch.zeros(0),) * 2, thinks[None], torch.zeros(0))
+        loss = objective.gate_loss(g[None], gain[None, :, None].expand(1, 2, 4), targets, cost, COUNTS)
+        total = total + torch.where(thinks, g, 1 - g).prod().detach() * loss
+    got = torch.autograd.grad(total, score, retain_graph=True)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(-(g * (gain - cost)).sum(), score)[0])
+
+
+SMALL = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, policy_weight=1.0, embedding_scale=1.0, policy_temperature=1.0)
+
+
+@pytest.fixture
+def thinker(tiny):
+    def make(name="llama", **fields):
+        qs = quietstar.QuietStar(tiny(name), replace(SMALL, **fields), verify=False).train()
+        torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+        return qs
+
+    return make
+
+
+def text(B=2, L=10, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_the_base_of_the_divergence_is_the_plain_model_going_on(tiny, thinker, name):
+    """The stock model's log-probability of text up to the anchor and then the thought's tokens, no start vector."""
+    qs, ids = thinker(name, kl_weight=0.1, start_token_id=5), text()
+    anchors = torch.tensor([[3, 6], [0, -1]])
+    ids[ids == 5] = 6
+    out = qs(ids, anchors=anchors, seed=0)
+    plain = tiny(name)
+    for b, p in ((0, 0), (0, 1), (1, 0)):
+        t = int(anchors[b, p])
+        for n in range(2):
+            row = torch.cat([ids[b, : t + 1], out.thought_ids[b, p, n]])
+            logits = plain(input_ids=row[None]).logits[0, t:-1]
+            logits[:, 5] = -1e10  # never sampled
+            expected = logits.log_softmax(-1).gather(1, out.thought_ids[b, p, n, :, None])[:, 0]
+            torch.testing.assert_close(out.base_logprob[b, p, n], expected, rtol=0, atol=1e-4)
+    assert not out.base_logprob[1, 1].any() and not out.logprob[1, 1].any()
+
+
+def test_divergence_and_entropy_reach_the_loss_with_their_weights(thinker):
+    ids = text()
+    plain = thinker(policy_weight=2.0)(ids, seed=0)
+    for field in ("kl_weight", "entropy_weight"):
+        one, two = (thinker(policy_weight=2.0, **{field: weight})(ids, seed=0) for weight in (0.1, 0.2))
+        assert one.policy_loss != plain.policy_loss
+        torch.testing.assert_close(two.policy_loss - plain.policy_loss, 2 * (one.policy_loss - plain.policy_loss))
+        torch.testing.assert_close(one.loss, one.loss_ce + 2 * one.policy_loss)
+
+
+def test_a_second_update_on_the_same_thoughts(thinker):
+    """The first one's ratio is 1 and its gradient REINFORCE's; the second one's is the ratio of the two passes."""
+    ids = text()
+    plain, qs = thinker(advantage="mean"), thinker(advantage="mean", ratio_clip=0.2)
+    for model in (plain, qs):
+        model.thought_config.base_weight = model.thought_config.mix_weight = 0.0
+        model(ids, seed=0).loss.backward()
+    for a, b in zip(plain.parameters(), qs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+    first = qs(ids, seed=0)
+    with torch.no_grad():
+        for parameter in qs.parameters():
+            parameter -= 5 * parameter.grad
+    second = qs(ids, thought_ids=first.thought_ids, old_logprob=first.logprob)
+    ratio = (second.logprob - first.logprob).exp()
+    assert ((ratio - 1).abs() > 0.2).any() and ((ratio - 1).abs() < 0.2).any()
+    A = second.advantage[..., None]
+    rewarded = torch.arange(10) <= 10 - 2 - 2
+    term = torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)[:, rewarded]
+    torch.testing.assert_close(second.policy_loss, -term.mean())
+    with pytest.raises(ValueError, match=r"old_logprob must have shape \[B,P,N,T\]"):
+        qs(ids, thought_ids=first.thought_ids, old_logprob=first.logprob[..., :1])
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema"])
+def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
+    """log p_mix of the thinking model minus log p of the other, which is phi <- 0.9 phi + 0.1 theta after each step."""
+    qs, ids = thinker(reference=kind, reference_decay=0.9), text()
+    twin = tiny("llama")
+    torch.manual_seed(0)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in qs.model.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+            if kind == "ema":
+                for mean, weight in zip(twin.parameters(), qs.model.parameters(), strict=True):
+                    mean.copy_(0.9 * mean + 0.1 * weight)
+        qs.update_reference()
+    out = qs(ids, seed=0)
+    logp = twin(input_ids=ids).logits.log_softmax(-1)
+    nll = -logp[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    for t in range(10 - 2 - 1):
+        expected = nll[:, t : t + 2].sum(1)[:, None] - out.nll_mix[:, t].sum(-1)
+        torch.testing.assert_close(out.reward[:, t], expected, rtol=0, atol=1e-4)
+    assert (out.nll_base - nll).abs().max() > 0.05
+    out.loss.backward()
+    assert all(x.grad is None for name, x in qs.named_parameters() if name.startswith("reference."))
+
+
+def test_a_copy_of_a_half_precision_model_is_averaged_in_fp32(tiny):
+    for kind, dtype in (("ema", torch.float32), ("frozen", torch.bfloat16)):
+        qs = quietstar.QuietStar(tiny("llama").bfloat16(), replace(SMALL, reference=kind), verify=False)
+        assert {x.dtype for x in qs.reference.parameters()} == {dtype}
+        assert torch.isfinite(qs(text(), seed=0).loss)
+
+
+def test_the_reference_is_saved_and_loaded(thinker, tmp_path):
+    qs = thinker(reference="ema", reference_decay=0.5, kl_weight=0.1)
+    with torch.no_grad():
+        for parameter in qs.model.parameters():
+            parameter += 0.1
+    qs.update_reference()
+    qs.save_pretrained(tmp_path / "model")
+    again = quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False).train()
+    for a, b in zip(qs.reference.parameters(), again.reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(again(text(), seed=0).loss, qs(text(), seed=0).loss)
+
+
+DATA = [{"input_ids": text(1, 8 + i % 3, seed=i)[0]} for i in range(7)]
+
+
+@pytest.fixture
+def run(thinker, tmp_path):
+    def run(out, resume=None, fields=None, **changes):
+        settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2, **changes}
+        config = TrainConfig(out=str(tmp_path / out), **settings)
+        lines = train(thinker(**(fields or {})), DATA, config, resume=resume, progress=False)
+        return [{name: x for name, x in line.items() if "second" not in name} for line in lines]
+
+    return run
+
+
+def test_a_run_of_everything_resumes_bitwise(run, tmp_path):
+    fields = {
+        "advantage": "leave_one_out",
+        "ratio_clip": 0.2,
+        "kl_weight": 0.05,
+        "entropy_weight": 0.01,
+        "reference": "ema",
+        "reference_decay": 0.9,
+    }
+    unbroken = run("a", fields=fields, updates=2)
+    resumed = run("b", fields=fields, updates=2, resume=tmp_path / "a" / "checkpoints" / "step-000002")
+    assert resumed == unbroken[2:]
+    assert all("divergence" in line for line in unbroken)
+    for a, b in zip(unbroken[:2], run("cut", fields=fields, updates=2, steps=2, accumulation=2), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_the_reference_follows_every_update_of_a_run(thinker, tmp_path):
+    """With a decay of 0 it is the model, after training as well."""
+    qs = thinker(reference="ema", reference_decay=0.0, ratio_clip=0.2)
+    before = qs.model.lm_head.weight.clone()
+    train(qs, DATA, TrainConfig(out=str(tmp_path), steps=1, updates=2, batch_size=4, learning_rate=1e-2), progress=False)
+    assert not torch.equal(qs.model.lm_head.weight, before)
+    assert all(map(torch.equal, qs.reference.parameters(), qs.model.parameters()))
+
+
+def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_path):
+    seen = []
+
+    def loss(model, batch, counts, seed):
+        seen.append((batch, model(**batch, counts=counts, seed=seed)))
+        return seen[-1][1].loss, seen[-1][1]
+
+    qs = thinker(ratio_clip=0.2, kl_weight=0.1)
+    config = TrainConfig(out=str(tmp_path), steps=1, updates=2, batch_size=4, learning_rate=1e-2)
+    (line,) = train(qs, DATA, config, loss=loss, progress=False)
+    (batch, first), (again, second) = seen
+    assert "thought_ids" not in batch and torch.equal(again["thought_ids"], first.thought_ids)
+    assert torch.equal(again["old_logprob"], first.logprob) and not torch.equal(second.logprob, first.logprob)
+    tokens = qs.count_targets(batch["input_ids"], batch["attention_mask"]).tokens
+    assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / tokens).item())
+
+
+def test_metrics_are_those_of_fresh_thoughts(run):
+    one, two = (run(f"{n}", fields={"ratio_clip": 0.2}, updates=n, steps=2) for n in (1, 2))
+    assert {name: one[0][name] for name in ("loss_ce", "reward")} == {name: two[0][name] for name in ("loss_ce", "reward")}
+    assert one[1]["loss_ce"] != two[1]["loss_ce"]
+    with pytest.raises(ValueError, match="updates must be 1 where ratio_clip is 0, got 2"):
+        run("bad", updates=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio_clip": 1.0}, "ratio_clip must be from 0 to below 1, got 1.0"),
+        ({"kl_weight": -1.0}, "kl_weight must be 0 or more, got -1.0"),
+        ({"entropy_weight": float("inf")}, "entropy_weight must be 0 or more, got inf"),
+        ({"reference": "old"}, "reference must be one of current, frozen, ema, got 'old'"),
+        ({"reference_decay": 1.0}, "reference_decay must be from 0 to below 1, got 1.0"),
+        (
+            {"kl_weight": 0.1, "policy_temperature": 3.0},
+            "policy_temperature must be 1, at which thoughts are sampled, .* got 3.0",
+        ),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **fields)

@@ -1,0 +1,207 @@
+"""Thoughts of different lengths: each equals an ordinary forward of its own, and what stands behind its end changes nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import quietstar
+
+T, J, L = 3, 2, 10
+
+
+def wrap(tiny, name="llama", **changes):
+    config = quietstar.ThoughtConfig(**{"thoughts": 2, "thought_tokens": T, "lookahead": J, "policy_weight": 10.0, **changes})
+    qs = quietstar.QuietStar(tiny(name), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        qs.mixing_head[4].weight.normal_(0, 0.3, generator=generator)
+        qs.start_embedding.normal_(0, 0.01, generator=generator)
+        qs.end_embedding.normal_(0, 0.01, generator=generator)
+    return qs
+
+
+def text(B=2, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def some_lengths(B=2, P=L, seed=1):
+    lengths = torch.randint(0, T + 1, (B, P, 2), generator=torch.Generator().manual_seed(seed))
+    assert set(lengths.flatten().tolist()) == set(range(T + 1))
+    return lengths
+
+
+def slow_step(qs, ids, thought_ids, lengths, anchors):
+    """Both losses, one thought after the other, each an ordinary forward over text, start, its tokens, end, more text."""
+    config, model, embed, head = qs.thought_config, qs.model.model, qs.model.get_input_embeddings(), qs.lm_head.linear.weight
+    start, end = config.embedding_scale * qs.start_embedding, config.embedding_scale * qs.end_embedding
+    base_terms, mix_terms, policy, tokens = [], [[] for _ in range(J)], 0.0, 0
+    for b, row in enumerate(ids):
+        h_text = model(inputs_embeds=embed(row)[None]).last_hidden_state[0]
+        base = (h_text @ head.T).log_softmax(-1)
+        base_terms += [-base[t, row[t + 1]] for t in range(L - 1)]
+        for p, t in enumerate(anchors[b]):
+            rewards, logprobs = [], []
+            for n in range(config.thoughts):
+                size = int(lengths[b, p, n])
+                z = thought_ids[b, p, n, :size]
+                rows = torch.cat([embed(row[: t + 1]), start[None], embed(z), end[None], embed(row[t + 1 : t + J])])
+                h = model(inputs_embeds=rows[None]).last_hidden_state[0][t + 1 :]
+                reward = 0.0
+                for j in range(min(J, L - 1 - t)):
+                    hb, ht, target = h_text[t + j], h[size + 1 + j], row[t + j + 1]
+                    w = qs.mixing_head(torch.cat([hb, ht]))
+                    nll = -(((1 - w) * hb + w * ht) @ head.T).log_softmax(-1)[target]
+                    mix_terms[j].append(nll)
+                    reward += -base[t + j, target].item() - nll.item()
+                rewards.append(reward)
+                logits = h[:size] @ head.T / config.policy_temperature
+                logprobs.append(logits.log_softmax(-1).gather(1, z[:, None]).sum())
+            if t <= L - 2 - J:
+                mean = sum(rewards) / len(rewards)
+                policy = policy - sum(max(r - mean, 0.0) * x for r, x in zip(rewards, logprobs, strict=True))
+                tokens += int(lengths[b, p].sum())
+    loss_ce = config.base_weight * torch.stack(base_terms).mean()
+    loss_ce = loss_ce + config.mix_weight / J * sum(torch.stack(terms).mean() for terms in mix_terms)
+    return loss_ce, policy / tokens
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_each_thought_is_as_if_alone(tiny, chunk):
+    """Loss, policy loss (a mean over live sampled tokens) and every gradient."""
+    qs = wrap(tiny)
+    ids, lengths = text(), some_lengths()
+    thoughts = torch.randint(3, 61, (2, L, 2, T), generator=torch.Generator().manual_seed(2))
+    loss_ce, policy = slow_step(qs, ids, thoughts, lengths, [range(L)] * 2)
+    (loss_ce + qs.thought_config.policy_weight * policy).backward()
+    want = {name: p.grad.clone() for name, p in qs.named_parameters()}
+    qs.zero_grad()
+    qs.anchor_chunk = chunk
+    out = qs(ids, thought_ids=thoughts, thought_lengths=lengths)
+    torch.testing.assert_close(out.loss_ce, loss_ce, rtol=1e-4, atol=0)
+    torch.testing.assert_close(out.policy_loss, policy, rtol=1e-4, atol=1e-7)
+    out.loss.backward()
+    for name, p in qs.named_parameters():
+        assert (p.grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
+
+
+def test_full_lengths_are_the_plain_step_bitwise(tiny):
+    qs = wrap(tiny)
+    mask = torch.ones(2, L, dtype=torch.long)
+    mask[0, :3] = mask[1, 8:] = 0
+    thoughts = qs.think(text(), mask, seed=0).thought_ids
+    results = []
+    for lengths in (None, torch.full((2, L, 2), T)):
+        qs.zero_grad()
+        out = qs(text(), mask, thought_ids=thoughts, thought_lengths=lengths)
+        out.loss.backward()
+        results.append([out.loss, out.nll_mix, out.reward, *(p.grad.clone() for p in qs.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_stands_past_the_end_changes_nothing(tiny):
+    """Not even ids outside the vocabulary."""
+    qs = wrap(tiny)
+    ids, lengths = text(), some_lengths()
+    thoughts = qs.think(ids, seed=0).thought_ids
+    past = torch.arange(T) >= lengths[..., None]
+    results = []
+    for filler in (7, -1, 1000):
+        qs.zero_grad()
+        out = qs(ids, thought_ids=thoughts.masked_fill(past, filler), thought_lengths=lengths)
+        out.loss.backward()
+        assert not out.logprob[past].any() and out.logprob[~past & (out.advantage > 0)[..., None]].all()
+        results.append([out.loss, *(p.grad.clone() for p in qs.parameters())])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_given_lengths_cut_what_would_be_thought(tiny, greedy):
+    qs = wrap(tiny, "mistral")
+    ids, lengths = text(), some_lengths()
+    whole = qs.think(ids, seed=1, greedy=greedy)
+    assert whole.thought_lengths is None
+    cut = qs.think(ids, seed=1, greedy=greedy, thought_lengths=lengths)
+    on = torch.arange(T) < lengths[..., None]
+    assert torch.equal(cut.thought_ids, torch.where(on, whole.thought_ids, 0))
+    torch.testing.assert_close(cut.logprob, torch.where(on, whole.logprob, 0))
+    assert torch.equal(cut.thought_lengths, lengths)
+
+
+END = 60
+
+
+@torch.no_grad()
+def slow_stops(qs, ids, thoughts, threshold):
+    """[B,P,N], the first place before which the end is likelier than the threshold, else T; a forward for each thought."""
+    embed = qs.model.get_input_embeddings()
+    start = qs.thought_config.embedding_scale * qs.start_embedding
+    lengths = torch.full(thoughts.shape[:3], T)
+    for b, t, n in torch.cartesian_prod(*(torch.arange(size) for size in lengths.shape)).tolist():
+        rows = torch.cat([embed(ids[b, : t + 1]), start[None], embed(thoughts[b, t, n, :-1])])
+        p = qs.model(inputs_embeds=rows[None]).logits[0, t + 1 :].softmax(-1)[:, END]
+        if (p > threshold).any():
+            lengths[b, t, n] = int((p > threshold).nonzero()[0])
+    return lengths
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_thoughts_stop_where_the_end_is_likely(tiny, chunk):
+    qs = wrap(tiny, end_token_id=END)
+    threshold = 1 / 61
+    ids = text()
+    whole = qs.think(ids, seed=1, greedy=False).thought_ids
+    want = slow_stops(qs, ids, whole, threshold)
+    assert set(want.flatten().tolist()) == set(range(T + 1))
+    qs.thought_config = dataclasses.replace(qs.thought_config, stop_threshold=threshold)
+    qs.anchor_chunk = chunk
+    thoughts = qs.think(ids, seed=1, greedy=False)
+    assert torch.equal(thoughts.thought_lengths, want)
+    assert torch.equal(thoughts.thought_ids, torch.where(torch.arange(T) < want[..., None], whole, 0))
+    out = qs.train()(ids, seed=1)
+    assert torch.equal(out.thought_lengths, want)
+    again = qs(ids, thought_ids=thoughts.thought_ids, thought_lengths=want)
+    assert torch.equal(out.loss, again.loss)
+    shorter = qs.think(ids, seed=1, greedy=False, thought_lengths=torch.ones_like(want)).thought_lengths
+    assert torch.equal(shorter, want.clamp(max=1))
+    qs.eval()
+    assert torch.equal(qs(ids).thought_lengths, qs.think(ids, greedy=True).thought_lengths)
+
+
+def test_parts_add_up_to_the_whole(tiny):
+    """The mean over tokens is taken once, whatever tokens each part of the batch has."""
+    qs = wrap(tiny)
+    ids, lengths = text(), some_lengths()
+    thoughts = qs.think(ids, seed=0).thought_ids
+    whole = qs(ids, thought_ids=thoughts, thought_lengths=lengths)
+    parts = [slice(0, 1), slice(1, 2)]
+    first, second = (qs.count_targets(ids[part], thought_lengths=lengths[part]) for part in parts)
+    assert first.tokens != second.tokens
+    losses = [
+        qs(ids[part], thought_ids=thoughts[part], thought_lengths=lengths[part], counts=first + second).loss for part in parts
+    ]
+    torch.testing.assert_close(sum(losses), whole.loss)
+
+
+BAD = {
+    "shape": (torch.ones(2, L, 3, dtype=torch.long), r"must have shape \[B,P,N\]=\[2, 10, 2\], got \[2, 10, 3\]"),
+    "float": (torch.ones(2, L, 2), "thought_lengths must be int32 or int64, got float32"),
+    "long": (torch.full((2, L, 2), T + 1), "thought_lengths must be from 0 to T=3, got 4"),
+    "negative": (torch.full((2, L, 2), -1), "thought_lengths must be from 0 to T=3, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_lengths_get_one_sentence(tiny, name):
+    lengths, message = BAD[name]
+    qs = wrap(tiny)
+    for call in (qs, qs.think):
+        with pytest.raises(ValueError, match=message):
+            call(text(), thought_lengths=lengths)
+
+
+def test_a_threshold_needs_an_end_token():
+    with pytest.raises(ValueError, match="end_token_id must be given where a thought stops"):
+        quietstar.ThoughtConfig(stop_threshold=0.5)
+    with pytest.raises(ValueError, match="stop_threshold must be None, or 0 to below 1, got 1.5"):
+        quietstar.ThoughtConfig(stop_threshold=1.5, end_token_id=3)
