@@ -29,8 +29,8 @@ def scrambled(x, hidden, generator):
 @pytest.mark.parametrize("kind", KINDS)
 def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted):
     """For single rows: everything that row may not see is made huge; its output and gradients stay bitwise the same."""
-    if interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bf16 wrongly")
+    if interpreted and (dtype == torch.bfloat16 or dtype == torch.float16 and options):
+        pytest.skip("Triton's interpreter is slow, and computes bf16 wrongly")
     generator = torch.Generator().manual_seed(7)
     layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     rows = options.get("query_rows", "all")
@@ -75,7 +75,7 @@ def assert_same_where(good, bad, keep, what):
 def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
     seen = 0
-    for seed in range(2 if interpreted else 5):
+    for seed in range(1 if interpreted else 5):
         generator = torch.Generator().manual_seed(seed)
         layout = random_layout(generator, kind, 2, 10, 2, 4, device=device)
         inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=query_rows)

@@ -298,6 +298,32 @@ def test_the_reference_is_saved_and_loaded(thinker, tmp_path):
     assert torch.equal(again(text(), seed=0).loss, qs(text(), seed=0).loss)
 
 
+def test_everything_in_chunks_of_anchors_too(thinker):
+    fields = {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "reference": "frozen", "anchors": "gate"}
+    whole, cut = thinker(**fields), thinker(**fields)
+    cut.anchor_chunk = 2
+    a, b = whole(text(), seed=0), cut(text(), seed=0)
+    assert a.anchors.shape[1] > 2
+    for name in ("loss", "base_logprob", "logprob", "reward"):
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5)
+    a.loss.backward()
+    b.loss.backward()
+    for x, y in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_thought_that_ends_early_pays_for_its_own_tokens(thinker):
+    qs, ids = thinker(kl_weight=0.1), text()
+    whole = qs(ids, seed=0)
+    lengths = torch.tensor([0, 1, 2, 3, 1]).repeat(8)[:40].view(2, 10, 2)
+    short = qs(ids, thought_ids=whole.thought_ids, thought_lengths=lengths)
+    on = torch.arange(3) < lengths[..., None]
+    for name in ("logprob", "base_logprob"):
+        torch.testing.assert_close(short[name], torch.where(on, whole[name], 0), rtol=0, atol=1e-5)
+
+
 DATA = [{"input_ids": text(1, 8 + i % 3, seed=i)[0]} for i in range(7)]
 
 
