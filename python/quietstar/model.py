@@ -237,7 +237,9 @@ class QuietStar(nn.Module):
         policy_loss = objective.policy_loss(sampled, counts, config.policy_terms)
         loss = loss_ce + config.policy_weight * policy_loss
         if self.gate is not None and self.training:
-            probability = self.gate(text[torch.arange(layout.B)[:, None], layout.anchor.long().clamp(min=0)])
+            probability = self.gate(
+                text[torch.arange(layout.B, device=text.device)[:, None], layout.anchor.long().clamp(min=0)]
+            )
             loss = loss + objective.gate_loss(probability, reward, targets, config.gate_cost, counts)
         return QuietStarOutput(
             loss=loss,

@@ -157,10 +157,11 @@ def _decode(
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total, 1.0)
     first_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
-    f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32, bitcast=True)
-    heads = HG.to(tl.uint32, bitcast=True)
-    row = ((f % heads) * thoughts.to(tl.uint32, bitcast=True) + f // heads).to(tl.int32, bitcast=True)
-    inside = f < (HG * thoughts).to(tl.uint32, bitcast=True)
+    # Indices by unsigned arithmetic: signed ones would be those from above, which fill registers through all loops.
+    f = f.to(tl.uint32, bitcast=True)
+    unsigned_HG, unsigned_thoughts = HG.to(tl.uint32, bitcast=True), thoughts.to(tl.uint32, bitcast=True)
+    row = (f % unsigned_HG * unsigned_thoughts + f // unsigned_HG).to(tl.int32, bitcast=True)
+    inside = f < unsigned_HG * unsigned_thoughts
     if splits == 1:
         store_tile(out + first_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
     else:

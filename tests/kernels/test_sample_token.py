@@ -238,9 +238,12 @@ def test_edges(backend, device, shape, temperature):
     assert ids.tolist() == [0] * shape[0] and logprob.tolist() == [0.0] * shape[0]
 
 
-def test_strided(backend, device):
-    inputs = make(0, 50, device=device)
-    strided = inputs | {name: inputs[name].T.contiguous().T for name in ("hidden", "weight", "counters")}
+@pytest.mark.parametrize(
+    "stride", [lambda x: x.T.contiguous().T, lambda x: torch.cat([x[:, :1], x], 1)[:, 1:]], ids=["columns", "unaligned"]
+)
+def test_strided(backend, device, stride):
+    inputs = make(0, 50, 16, device=device)
+    strided = inputs | {name: stride(inputs[name]) for name in ("hidden", "weight", "counters")}
     assert not any(strided[name].is_contiguous() for name in ("hidden", "weight", "counters"))
     want, got = (sample_token(**x, seed=0, backend=backend)[0] for x in (inputs, strided))
     assert torch.equal(want, got)

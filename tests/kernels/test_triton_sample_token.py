@@ -97,6 +97,15 @@ def test_programs_of_several_tiles(monkeypatch, temperature):
     assert_same(draw("triton", **case), draw("reference", **case))
 
 
+def test_choice_among_many_parts(monkeypatch):
+    """Six parts, two in a step; of equal logits the first part's."""
+    monkeypatch.setattr(op, "pick", lambda *_: configs.Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}))
+    monkeypatch.setattr(op, "SAMPLE_TOKEN_CHOICE", configs.Config({"BLOCK_R": 8, "BLOCK_P": 2}))
+    assert_same(draw("triton"), draw("reference"))
+    ids, _ = draw("triton", rows=3, bias=False, scale=0.0, temperature=0.0)
+    assert ids.tolist() == [0, 0, 0]
+
+
 def test_not_a_number_stays_in_its_row():
     """And the id that is drawn there is one of the vocabulary."""
     inputs = sample_inputs(torch.Generator().manual_seed(0), 20, 8, 10, device=DEVICE)

@@ -190,6 +190,12 @@ def test_the_gate_is_saved_and_loaded(thinker, tmp_path):
         quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False)
 
 
+def test_a_published_checkpoint_has_no_gate(tiny, tmp_path):
+    qs = quietstar.QuietStar(tiny("mistral"), replace(CONFIG, anchors="gate"), verify=False)
+    with pytest.raises(ValueError, match="save_official: the published code knows no gate"):
+        qs.save_official(tmp_path / "out")
+
+
 @pytest.fixture
 def run(thinker, tmp_path):
     data = [{"input_ids": text(1, 8 + i % 3, seed=i)[0]} for i in range(7)]

@@ -57,6 +57,18 @@ def trained(quietstar):
     return out
 
 
+def test_where_to_think_and_how_to_learn_from_it_are_options(home, quietstar):
+    family = ["--anchors=gate", "--anchor-share=0.5", "--updates=2", "--ratio-clip=0.2", "--reference=ema"]
+    code, _, err = quietstar("train", "--model=model", "--data=text.txt", "--out=first", *SMALL, *family)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (home / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["anchor_share"] < 1 for line in lines)
+    code, _, err = quietstar("train", "--model=first", "--data=text.txt", "--out=second", *SMALL, "--anchors=every")
+    assert code == 0, err
+    second = QuietStar.from_pretrained("second/checkpoints/step-000004")
+    assert second.gate is None and second.reference is None and second.thought_config.anchors == "every"
+
+
 def test_train_think_eval(home, quietstar, trained):
     assert "held out" in trained and "gain from thoughts" in trained and "step-000004" in trained
     metrics = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -299,8 +299,8 @@ def test_the_reference_is_saved_and_loaded(thinker, tmp_path):
 
 
 def test_everything_in_chunks_of_anchors_too(thinker):
-    fields = {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "reference": "frozen", "anchors": "gate"}
-    whole, cut = thinker(**fields), thinker(**fields)
+    fields = {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "reference": "frozen"}
+    whole, cut = (thinker(anchors="gate", anchor_share=0.6, **fields) for _ in range(2))
     cut.anchor_chunk = 2
     a, b = whole(text(), seed=0), cut(text(), seed=0)
     assert a.anchors.shape[1] > 2
