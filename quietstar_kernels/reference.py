@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels._philox import draw_words
 from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.philox import draw_words
 
 BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition
 GROUPS = 8  # a block is searched as 8 groups of 16 columns

@@ -14,7 +14,7 @@ from quietstar.cache import PackedPass
 from quietstar.parts import dropout_off, embeddings
 from quietstar.rollout import decode_rows
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels._philox import draw_words
+from quietstar_kernels.philox import draw_words
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStar

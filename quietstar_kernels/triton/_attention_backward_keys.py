@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_scores import scores
+from quietstar_kernels.triton._attention_forward import scores
+from quietstar_kernels.triton._attention_scores import log2_scores
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -89,7 +90,7 @@ def attention_backward_keys(
     stride_vb, stride_vg, stride_vm,
     B, G, HG, rows, L, M, N, S, parts, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = (tl.program_id(0) % (B * G)).to(tl.int64)
     b, g = pair // G, pair % G
@@ -147,8 +148,7 @@ def attention_backward_keys(
         count = tl.where(adds, count, 0)
         queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
         grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
-        qk = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        score, slope = scores(qk, scale, softcap)
+        score, slope = log2_scores(scores(keys, queries, scale, None, SLICES, PRECISION), scale, softcap)
         seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
@@ -157,7 +157,7 @@ def attention_backward_keys(
         if dv is not None:
             dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
         if dk is not None:
-            dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            dp = scores(values, grads, scale, None, SLICES, PRECISION)
             ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_scores import finite, scores
+from quietstar_kernels.triton._attention_forward import scores
+from quietstar_kernels.triton._attention_scores import log2_scores
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -47,7 +48,8 @@ def attention_backward_queries(
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm,
     B, G, HG, rows, L, M, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = (tl.program_id(0) % (B * G)).to(tl.int64)
     b, g = pair // G, pair % G
@@ -90,7 +92,7 @@ def attention_backward_queries(
         there = n < tl.where(is_own, M, L)
         keys = finite(load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, there, K, BLOCK_K))
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, there, E, BLOCK_E)
-        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, PRECISION)
+        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
         if oldest_table is not None:
             position = n - tl.load(lo + n, mask=n < L, other=0)
@@ -103,7 +105,7 @@ def attention_backward_queries(
         n0 = full_start + j * BLOCK_N
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < L, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < L, E, BLOCK_E)
-        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, PRECISION)
+        ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
@@ -116,9 +118,16 @@ def attention_backward_queries(
 
 
 @triton.jit
-def score_gradient(queries, grads, keys, values, lse, delta, scale, softcap, PRECISION: tl.constexpr):
+def score_gradient(
+    queries, grads, keys, values, lse, delta, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """d loss / d (scale * q·k), [rows,keys]."""
-    qk = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    score, slope = scores(qk, scale, softcap)
-    dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+    score, slope = log2_scores(scores(queries, keys, scale, None, SLICES, PRECISION), scale, softcap)
+    dp = scores(grads, values, scale, None, SLICES, PRECISION)
     return tl.exp2(score - lse[:, None]) * (dp - delta[:, None]) * slope
+
+
+@triton.jit
+def finite(keys):
+    """0 in the place of NaN and infinity: rows that don't see such a key must not meet 0 * NaN."""
+    return tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import triton
-import triton.language as tl
 
 from quietstar_kernels.triton._math import LOG2_E, tanh
 
 
 @triton.jit
-def scores(qk, scale, softcap):
+def log2_scores(qk, scale, softcap):
     """Of products q·k: the scores in units of log 2, and d score / d (scale * q·k)."""
     if softcap is None:
         score, slope = qk * (scale * LOG2_E), 1.0
@@ -17,9 +16,3 @@ def scores(qk, scale, softcap):
         capped = tanh(qk * (scale / softcap))
         score, slope = capped * (softcap * LOG2_E), 1 - capped * capped
     return score, slope
-
-
-@triton.jit
-def finite(x):
-    """0 in the place of NaN and infinity: rows that don't see such a key must not meet 0 * NaN."""
-    return tl.where(x.to(tl.float32) * 0.0 == 0.0, x, 0.0)

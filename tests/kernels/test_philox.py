@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quietstar_kernels._philox import draw_words, philox
+from quietstar_kernels.philox import draw_words, philox
 
 PUBLISHED = [  # Random123's known answers: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quietstar_kernels import _dispatch, sample_token
-from quietstar_kernels._philox import draw_words
+from quietstar_kernels.philox import draw_words
 from quietstar_kernels.sample_token import _forward
 from quietstar_kernels.testing import assert_close_as_plain, plain_log_softmax, sample_inputs
 
@@ -238,9 +238,19 @@ def test_edges(backend, device, shape, temperature):
     assert ids.tolist() == [0] * shape[0] and logprob.tolist() == [0.0] * shape[0]
 
 
-@pytest.mark.parametrize(
-    "stride", [lambda x: x.T.contiguous().T, lambda x: torch.cat([x[:, :1], x], 1)[:, 1:]], ids=["columns", "unaligned"]
-)
+def inside(x, before, after):
+    """x as a part of wider rows."""
+    return torch.nn.functional.pad(x, (before, after))[:, before : before + x.shape[1]]
+
+
+STRIDED = {
+    "columns": lambda x: x.T.contiguous().T,
+    "odd step": lambda x: inside(x, 0, 1),
+    "odd start": lambda x: inside(x, 1, 15),
+}
+
+
+@pytest.mark.parametrize("stride", STRIDED.values(), ids=STRIDED)
 def test_strided(backend, device, stride):
     inputs = make(0, 50, 16, device=device)
     strided = inputs | {name: stride(inputs[name]) for name in ("hidden", "weight", "counters")}

@@ -11,7 +11,7 @@ from quietstar import ThoughtConfig
 from quietstar.anchors import EXPLORATION
 from quietstar.config import TrainConfig
 from quietstar.train import train
-from quietstar_kernels._philox import draw_words
+from quietstar_kernels.philox import draw_words
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0, embedding_scale=1.0)
 SUBSETS = ["random", "entropy", "every", "gate"]
