@@ -48,7 +48,15 @@ def _name_texts(rows: Tensor, documents: Tensor | None) -> Tensor:
     return rows[:, None] * length + torch.where(first, place, 0).cummax(1).values
 
 
-FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100, "anchors": -1, "document_ids": -1, "thought_ids": 0, "thought_lengths": 0}
+FILL = {
+    "input_ids": 0,
+    "attention_mask": 0,
+    "labels": -100,
+    "anchors": -1,
+    "document_ids": -1,
+    "thought_ids": 0,
+    "thought_lengths": 0,
+}
 
 
 def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> list[Batch]:

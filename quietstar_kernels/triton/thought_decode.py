@@ -21,7 +21,7 @@ from quietstar_kernels.triton._attention_forward import LOWEST, scores, softmax_
 from quietstar_kernels.triton._decode_own import over_own_chunks, over_own_rows
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._math import LOG2_E
-from quietstar_kernels.triton._rows import cover, text_bounds, window_bounds
+from quietstar_kernels.triton._rows import cover, text_bounds, tile_rows, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE, pick
@@ -75,9 +75,7 @@ def _decode(
     tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
-    f = flat + tl.arange(0, BLOCK_M)
-    thought, head = f // HG, f % HG
-    inside = thought < thoughts
+    thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
     lo += b * L
     q += b * stride_qb + g * HG * stride_qh
     k_own += b * stride_kob + g * stride_kog
@@ -156,12 +154,11 @@ def _decode(
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total, 1.0)
+    # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
+    # registers from the beginning to here.
+    thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)
+    row = head * thoughts + thought
     first_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
-    # Indices by unsigned arithmetic: signed ones would be those from above, which fill registers through all loops.
-    f = f.to(tl.uint32, bitcast=True)
-    unsigned_HG, unsigned_thoughts = HG.to(tl.uint32, bitcast=True), thoughts.to(tl.uint32, bitcast=True)
-    row = (f % unsigned_HG * unsigned_thoughts + f // unsigned_HG).to(tl.int32, bitcast=True)
-    inside = f < unsigned_HG * unsigned_thoughts
     if splits == 1:
         store_tile(out + first_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
     else:
