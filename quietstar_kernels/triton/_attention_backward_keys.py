@@ -16,7 +16,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
 from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_scores import log2_scores
+from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -148,12 +148,12 @@ def attention_backward_keys(
         count = tl.where(adds, count, 0)
         queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
         grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
-        score, slope = log2_scores(scores(keys, queries, scale, None, SLICES, PRECISION), scale, softcap)
+        p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap)
         seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
             seen = seen & (position[:, None] >= oldest[None, :])
-        p = tl.where(seen, tl.exp2(score - row_lse[None, :]), 0.0)
+        p = tl.where(seen, p, 0.0)
         if dv is not None:
             dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
         if dk is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
 from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_scores import log2_scores
+from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
@@ -122,9 +122,9 @@ def score_gradient(
     queries, grads, keys, values, lse, delta, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """d loss / d (scale * q·k), [rows,keys]."""
-    score, slope = log2_scores(scores(queries, keys, scale, None, SLICES, PRECISION), scale, softcap)
+    p, slope = weights(scores(queries, keys, scale, None, SLICES, PRECISION), lse[:, None], scale, softcap)
     dp = scores(grads, values, scale, None, SLICES, PRECISION)
-    return tl.exp2(score - lse[:, None]) * (dp - delta[:, None]) * slope
+    return p * (dp - delta[:, None]) * slope
 
 
 @triton.jit

@@ -37,8 +37,9 @@ def over_own_chunks(
         there = of <= chunk_last[:, None]
         at = (own_first + n % own).to(tl.int64)[None, :]
         keys = load_tile(k, of.to(tl.int64) * kt + at * ks, there, K, queries.shape[2])
+        values = load_tile(v, of.to(tl.int64) * vt + at * vs, there, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        values, poison = without_poison(load_tile(v, of.to(tl.int64) * vt + at * vs, there, E, BLOCK_E))
+        values, poison = without_poison(values)
         s = tl.where(thought == of[:, None, :], s + poison[:, None, :], -float("inf"))
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)

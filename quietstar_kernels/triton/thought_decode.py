@@ -45,14 +45,14 @@ def thought_decode(
     parts = parts_of(out, splits)
     _decode[(tiles, splits)](
         q, k_text, v_text, k_own, v_own, sinks, layout.anchor.contiguous(), layout.lo.contiguous(),
-        layout.length.contiguous(), step, out, *parts,
+        layout.length.contiguous(), step, out, parts,
         *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4],
         B, G, H // G, L, layout.P, layout.N, window, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
         PRECISION=dot_precision(), **config.options(),
     )  # fmt: skip
     if splits > 1:
-        add_parts(*parts, out)
+        add_parts(parts, splits, out)
     return out
 
 
@@ -61,7 +61,7 @@ def thought_decode(
     do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length", "step"],
 )
 def _decode(
-    q, k_text, v_text, k_own, v_own, sinks, anchor, lo, length, step, out, part_acc, part_top, part_total,
+    q, k_text, v_text, k_own, v_own, sinks, anchor, lo, length, step, out, parts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
     B, G, HG, L, P, N, window, scale, softcap,
@@ -78,8 +78,6 @@ def _decode(
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
     lo += b * L
     q += b * stride_qb + g * HG * stride_qh
-    k_own += b * stride_kob + g * stride_kog
-    v_own += b * stride_vob + g * stride_vog
 
     now = tl.load(step).to(tl.int32)
     place = tl.load(anchor + b * P + thought // N, mask=inside, other=-1)
@@ -107,6 +105,8 @@ def _decode(
 
     # Own rows first: only the queries are live then. They belong to the first part.
     own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)
+    k_own += b * stride_kob + g * stride_kog
+    v_own += b * stride_vob + g * stride_vog
     if q.dtype.element_ty == tl.float32:
         top, total, acc = over_own_rows(
             queries, top, total, thought, on, own_first, own,
@@ -158,10 +158,12 @@ def _decode(
     # registers from the beginning to here.
     thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)
     row = head * thoughts + thought
-    first_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
+    pair_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
     if splits == 1:
-        store_tile(out + first_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
+        store_tile(out + pair_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
     else:
-        store_tile(part_acc + first_row * E, row.to(tl.int64) * E, inside, acc, E, BLOCK_E)
-        tl.store(part_top + first_row + row, tl.where(on, top, 0.0), mask=inside)
-        tl.store(part_total + first_row + row, total, mask=inside)
+        store_tile(parts + pair_row * E, row.to(tl.int64) * E, inside, acc, E, BLOCK_E)
+        rows = splits.to(tl.int64) * B * G * HG * thoughts
+        parts += rows * E + pair_row
+        tl.store(parts + row, tl.where(on, top, 0.0), mask=inside)
+        tl.store(parts + rows + row, total, mask=inside)
