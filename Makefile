@@ -14,6 +14,9 @@ CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
 demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 
+# Most tests keep one core busy: a process for each, but not so many that memory runs out.
+SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal
+
 .PHONY: help setup demo test test-all test-lowest lint bench gpu clean
 
 help:  ## this list
@@ -40,10 +43,10 @@ demo: $(READY)  ## digit sums, where thinking helps, then the English that ships
 	$(BIN)/python examples/english.py
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest $(SPREAD) -m "not slow"
 
 test-all: $(READY) test-lowest  ## all tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest $(SPREAD)
 
 test-lowest: $(LOWEST)/.ready  ## core tests with the oldest versions of what the package needs
 	$(LOWEST)/bin/pytest -q -p no:cacheprovider -m "not slow" -k "not triton or golden" $(CORE)

@@ -14,3 +14,13 @@ torch.set_num_threads(2)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then; read when quietstar_kernels.triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the tables that tests recorded: ``record_property("table", text)``, also from other processes."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    if name == "table":
+                        terminalreporter.write_line(value)

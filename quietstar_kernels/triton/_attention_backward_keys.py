@@ -28,8 +28,9 @@ from quietstar_kernels.triton.configs import (
     pick,
 )
 
-PROGRAMS = 264  # that keep a GPU busy: two for each of 132 multiprocessors
-PARTS = 8  # pieces a text block's rows are cut in, at most
+# A block of text has few programs, and long ones, so its rows are cut in parts whose sums are added in order: as many as make
+# PROGRAMS, two for each of 132 multiprocessors, but at most PARTS and with TILES row tiles each on average.
+PROGRAMS, PARTS, TILES = 264, 8, 16
 
 
 def key_gradients(
@@ -45,8 +46,8 @@ def key_gradients(
     if layout.L:
         config = pick(ATTENTION_BACKWARD_TEXT_KEYS, q.element_size(), max(K, E))
         ranges = row_ranges(layout, window, q.shape[2], config.blocks["BLOCK_N"])
-        # Few long blocks don't fill a GPU: their rows are cut in parts, whose sums are added in order.
-        parts = min(PARTS, triton.cdiv(PROGRAMS, B * G * ranges.shape[1]))
+        tiles = q.shape[1] // G * triton.cdiv(q.shape[2], config.blocks["BLOCK_M"])
+        parts = max(1, min(PARTS, triton.cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
         dk_parts = torch.empty((parts, B, G, layout.L, K), dtype=torch.float32, device=k.device)
         dv_parts = torch.empty((parts, B, G, layout.L, E), dtype=torch.float32, device=k.device)
         _launch(grad_out, q, k, v, tables, layout, ranges, scale, softcap, dk_parts, dv_parts, config)

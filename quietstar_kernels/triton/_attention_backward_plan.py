@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_plan import _cdiv, _flat_rows, _text_blocks
+from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, text_blocks
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ def backward_plan(
 
 def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
     """Keys [B,tiles] that the rows of each tile are computed against."""
-    _, row, inside = _flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
+    _, row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
     on = layout.live().flatten(1)[:, row] & inside
-    full, edge = _text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
+    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
     s = row % layout.S
     first = row - (s if window is None else s.clamp(max=window - 1))
     start, last = torch.where(on, first, layout.R).amin(-1), torch.where(on, row, -1).amax(-1)
-    own = _cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"])
+    own = cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"])
     return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * (edge + own)
 
 
 def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
-    _, row, inside = _flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
+    _, row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
     t = row.expand(layout.B, *row.shape)
-    full, edge = _text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
+    full, edge = text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
     return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * edge
 
 
@@ -84,9 +84,9 @@ def _text_key_scores(layout: ThoughtLayout, blocks: dict[str, int], window: int 
             sees &= position - window < position[:, start : start + BLOCK_N].amax(1, keepdim=True)
         end = torch.where(sees, t + 1, start).amax(1, keepdim=True)
         places = (used & (anchor >= start) & (anchor < end)).sum(1)
-        tiles += int(_cdiv(places * layout.N * layout.S, BLOCK_M).sum())
+        tiles += int(cdiv(places * layout.N * layout.S, BLOCK_M).sum())
         if query_rows == "all":
-            tiles += int(_cdiv(end - start, BLOCK_M).sum())
+            tiles += int(cdiv(end - start, BLOCK_M).sum())
     return tiles * BLOCK_M * BLOCK_N
 
 
@@ -95,4 +95,4 @@ def _own_key_scores(layout: ThoughtLayout, blocks: dict[str, int]) -> int:
     BLOCK_N, BLOCK_M, S = blocks["BLOCK_N"], blocks["BLOCK_M"], layout.S
     start = torch.arange(0, layout.R, BLOCK_N, device=layout.device)
     end = ((start + BLOCK_N - 1) // S * S + S).clamp(max=layout.R)
-    return int(_cdiv(end - start, BLOCK_M).sum()) * BLOCK_M * BLOCK_N
+    return int(cdiv(end - start, BLOCK_M).sum()) * BLOCK_M * BLOCK_N

@@ -54,16 +54,17 @@ def row_tables(
     blocks = triton.cdiv(rows, config.blocks["BLOCK_M"])
     delta, shift = (torch.empty((B, H, rows), dtype=torch.float32, device=out.device) for _ in range(2))
     table = lambda: torch.empty((B, rows), dtype=torch.int32, device=out.device)  # noqa: E731
-    seen = [table() for _ in range(4)] + [None if window is None else table()]
+    first, count, own_first, own_count = (table() for _ in range(4))
+    oldest = None if window is None else table()
     dsinks = None if sinks is None else torch.empty((B, H, blocks), dtype=torch.float32, device=out.device)
     attention_rows[(blocks * B * H,)](
         grad_out, out, lse.contiguous(), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(),
-        delta, shift, *seen, dsinks,
+        delta, shift, first, count, own_first, own_count, oldest, dsinks,
         *grad_out.stride()[:3], *out.stride()[:3],
         H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window,
         E=E, BLOCK_E=max(16, triton.next_power_of_2(E)), **config.options(),
     )  # fmt: skip
-    return Rows(delta, shift, *seen, dsinks)
+    return Rows(delta, shift, first, count, own_first, own_count, oldest, dsinks)
 
 
 @triton.jit(do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"])

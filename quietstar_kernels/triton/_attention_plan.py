@@ -51,32 +51,32 @@ def forward_plan(
 
 def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
     """Blocks of own keys, whole and masked blocks of text: [B,tiles] each."""
-    flat, row, inside = _flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
+    flat, row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
     on = layout.live().flatten(1)[:, row] & inside
-    full, edge = _text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
+    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
     chunk = flat[:, ::KEYS]
     first = chunk // group // layout.S * layout.S
     last = ((chunk + KEYS - 1) // group).clamp(max=layout.R - 1)
-    own = _cdiv(last + 1 - first, KEYS).clamp(min=0).amax(-1)
+    own = cdiv(last + 1 - first, KEYS).clamp(min=0).amax(-1)
     return own * on.any(-1), full, edge
 
 
 def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
-    _, row, inside = _flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
+    _, row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
     t = row.expand(layout.B, *row.shape)
-    full, edge = _text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
+    full, edge = text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
     return torch.zeros_like(full), full, edge
 
 
-def _flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[tiles,BLOCK_M]: flat rows, their rows (the last one where there is none), whether there is one."""
-    tiles = _cdiv(count * group, block)
+    tiles = cdiv(count * group, block)
     flat = torch.arange(tiles * block, device=device).view(tiles, block)
     row = flat // group
     return flat, row.clamp(max=max(count - 1, 0)), row < count
 
 
-def _text_blocks(
+def text_blocks(
     layout: ThoughtLayout, t: Tensor, ahead: Tensor, on: Tensor, blocks: dict[str, int], window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Whole and masked blocks [B,tiles] for rows [B,tiles,BLOCK_M] at position ids pos[t] + ahead that see lo[t]..t."""
@@ -96,13 +96,13 @@ def _text_blocks(
         start = torch.where(there & (position >= lowest[..., None]), n, far).amin(-1)
         too_old = torch.where(there & (position < highest[..., None]), n + 1, 0).amax(-1)
         all_from = torch.maximum(torch.maximum(all_from, begin), too_old)
-    before = _cdiv((all_from - start).clamp(min=0), blocks["BLOCK_EDGE"])
+    before = cdiv((all_from - start).clamp(min=0), blocks["BLOCK_EDGE"])
     full_start = start + before * blocks["BLOCK_EDGE"]
     full = (all_to + 1 - full_start).clamp(min=0) // blocks["BLOCK_N"]
-    after = _cdiv((end + 1 - full_start - full * blocks["BLOCK_N"]).clamp(min=0), blocks["BLOCK_EDGE"])
+    after = cdiv((end + 1 - full_start - full * blocks["BLOCK_N"]).clamp(min=0), blocks["BLOCK_EDGE"])
     return full, before + after
 
 
-def _cdiv(a, b: int):
+def cdiv(a, b: int):
     """a / b rounded up, of integers or tensors of them."""
     return -(-a // b)

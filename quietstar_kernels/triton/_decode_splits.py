@@ -1,4 +1,4 @@
-"""Where thought_decode has fewer tiles than the chip has processors: the text in parts, and the sum of the parts."""
+"""The text of thought_decode in parts, where there are fewer tiles than processors, and the sum of the parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ SMALLEST_PART = 4  # blocks of keys: enough that loads of one hide behind the wo
 
 def splits_of(tiles: int, L: int, block: int, device: torch.device) -> int:
     """Parts of the text for ``tiles`` programs: as many as fill the chip once, none of less than a few blocks of keys."""
-    on_gpu = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 8
-    return max(1, min(processors // tiles, L // (SMALLEST_PART * block)))
+    return max(1, min(processors(device) // tiles, L // (SMALLEST_PART * block)))
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units; some where there is no GPU, so that tests see texts in parts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:

@@ -31,7 +31,7 @@ class Config:
 
 
 def pick(table: Table, itemsize: int, width: int) -> Config:
-    """The config of the current target for elements of ``itemsize`` bytes and a ``width``. Raises KeyError if none serves it."""
+    """The current target's config for elements of ``itemsize`` bytes and a ``width``. Raises KeyError if none serves it."""
     here = target()
     widths = sorted(w for name, size, w in table if name == here and size == itemsize and w >= width)
     if not widths:
@@ -204,9 +204,33 @@ SAMPLE_TOKEN: Table = {
 # BLOCK_R rows, BLOCK_P parts of the vocabulary in one step.
 SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})
 
-# thought_decode: as in ATTENTION_FORWARD; BLOCK_M rows of thoughts.
+# As in ATTENTION_FORWARD. maxnreg: 128 where two programs then share a processor, 255 where the compiler spilled to get there.
 THOUGHT_DECODE: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=128),
+    ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}),
+    ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=128),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_90", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
+    ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=128),
+    ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("sm_100", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}),
+    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
+    ("gfx942", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, num_stages=1),
+    ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("gfx942", 2, 256): Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=1),
+    ("gfx942", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=1),
+    ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_stages=1),
+    ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8, num_stages=1),
 }
 THOUGHT_DECODE_SUM = Config({"BLOCK_R": 8})

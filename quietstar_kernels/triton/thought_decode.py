@@ -70,18 +70,20 @@ def _decode(
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     thoughts = P * N
-    pair = (tl.program_id(0) % (B * G)).to(tl.int64)
+    pair = tl.program_id(0) % (B * G)
     b, g = pair // G, pair % G
     tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
-    lo += b * L
-    q += b * stride_qb + g * HG * stride_qh
+    lo += far(b, L)
+    q += far(b, stride_qb) + far(g * HG, stride_qh)
+    k_own += far(b, stride_kob) + far(g, stride_kog)
+    v_own += far(b, stride_vob) + far(g, stride_vog)
 
     now = tl.load(step).to(tl.int32)
-    place = tl.load(anchor + b * P + thought // N, mask=inside, other=-1)
-    live = tl.load(length + b * thoughts + thought, mask=inside, other=0)
+    place = tl.load(anchor + far(b, P) + thought // N, mask=inside, other=-1)
+    live = tl.load(length + far(b, thoughts) + thought, mask=inside, other=0)
     on = (place >= 0) & (now < live)
     first = tl.load(lo + place, mask=on, other=0)
     last = tl.where(on, place, -1)
@@ -92,7 +94,7 @@ def _decode(
         oldest = last - first + now + 2 - window  # position id
         start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
 
-    queries = load_tile(q, head.to(tl.int64) * stride_qh + thought.to(tl.int64) * stride_qt, inside, K, BLOCK_K)
+    queries = load_tile(q, far(head, stride_qh) + far(thought, stride_qt), inside, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -105,8 +107,6 @@ def _decode(
 
     # Own rows first: only the queries are live then. They belong to the first part.
     own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)
-    k_own += b * stride_kob + g * stride_kog
-    v_own += b * stride_vob + g * stride_vog
     if q.dtype.element_ty == tl.float32:
         top, total, acc = over_own_rows(
             queries, top, total, thought, on, own_first, own,
@@ -119,8 +119,8 @@ def _decode(
             K, E, BLOCK_E, SLICES, PRECISION,
         )  # fmt: skip
 
-    k_text += b * stride_kb + g * stride_kg
-    v_text += b * stride_vb + g * stride_vg
+    k_text += far(b, stride_kb) + far(g, stride_kg)
+    v_text += far(b, stride_vb) + far(g, stride_vg)
     part = tl.cdiv(tl.cdiv(tl.maximum(end + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     end = tl.minimum(end, start + part - 1)
@@ -130,8 +130,8 @@ def _decode(
     all_there = i < BLOCK_N
     for j in tl.range(full):
         n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_tile(k_text + n0.to(tl.int64) * stride_kl, i * stride_kl, all_there, K, BLOCK_K)
-        values = load_tile(v_text + n0.to(tl.int64) * stride_vl, i * stride_vl, all_there, E, BLOCK_E)
+        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, all_there, K, BLOCK_K)
+        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, all_there, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -141,8 +141,8 @@ def _decode(
     for j in tl.range(edges):
         n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
         n = n0 + i
-        keys = load_tile(k_text + n0.to(tl.int64) * stride_kl, i * stride_kl, n <= end, K, BLOCK_K)
-        values = load_tile(v_text + n0.to(tl.int64) * stride_vl, i * stride_vl, n <= end, E, BLOCK_E)
+        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= end, K, BLOCK_K)
+        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= end, E, BLOCK_E)
         values, poison = without_poison(values)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], first[:, None], count[:, None])
@@ -158,12 +158,18 @@ def _decode(
     # registers from the beginning to here.
     thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)
     row = head * thoughts + thought
-    pair_row = (split.to(tl.int64) * B * G + pair) * HG * thoughts
+    pair_row = far(split * B * G + pair, HG * thoughts)
     if splits == 1:
-        store_tile(out + pair_row * E, row.to(tl.int64) * E, inside, acc / total[:, None], E, BLOCK_E)
+        store_tile(out + pair_row * E, far(row, E), inside, acc / total[:, None], E, BLOCK_E)
     else:
-        store_tile(parts + pair_row * E, row.to(tl.int64) * E, inside, acc, E, BLOCK_E)
-        rows = splits.to(tl.int64) * B * G * HG * thoughts
+        store_tile(parts + pair_row * E, far(row, E), inside, acc, E, BLOCK_E)
+        rows = far(splits * B * G, HG * thoughts)
         parts += rows * E + pair_row
         tl.store(parts + row, tl.where(on, top, 0.0), mask=inside)
         tl.store(parts + rows + row, total, mask=inside)
+
+
+@triton.jit
+def far(index, stride):
+    """How far ``index`` is along a dimension, in int64."""
+    return index.to(tl.int64) * stride

@@ -25,7 +25,7 @@ def rules(op):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_compile(op, target, capsys):
+def test_kernels_compile(op, target, record_property):
     run = subprocess.run(
         [sys.executable, HERE / "compile_op.py", op, target],
         env=os.environ | {"TRITON_INTERPRET": "0"},
@@ -34,14 +34,14 @@ def test_kernels_compile(op, target, capsys):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    with capsys.disabled():
-        print(f"\n{op} on {target}")
-        for row in rows:
-            matrix = " ".join(f"{name} {count}" for name, count in row["matrix"].items()) or "no matrix instruction"
-            print(
-                f"  {row['kernel']:<28} {row['label']:<30} {row['registers']:>3} registers, {row['spills']} spills, "
-                f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}"
-            )
+    lines = [f"{op} on {target}"]
+    for row in rows:
+        matrix = " ".join(f"{name} {count}" for name, count in row["matrix"].items()) or "no matrix instruction"
+        lines.append(
+            f"  {row['kernel']:<28} {row['label']:<40} {row['registers']:>3} registers, {row['spills']} spills, "
+            f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}"
+        )
+    record_property("table", "\n".join(lines))  # tests/conftest.py prints it at the end
     assert rows
     without, hgmma = rules(op).NO_MATRIX, rules(op).HGMMA
     for row in rows:

@@ -1,6 +1,7 @@
 """The account of thought_attention's arithmetic: how much more than the useful products its tiles compute."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from quietstar_kernels.triton import configs  # noqa: E402
+from quietstar_kernels.triton._attention_backward_plan import backward_plan  # noqa: E402
 from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
 from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
@@ -20,27 +22,49 @@ from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
 GROUPS = (1, 4, 8)
-HOPPER = configs.ATTENTION_FORWARD["sm_90", 2, 128].blocks
 
 
-def ratio(L, N, S, group):
-    """Scores computed over scores seen, thought rows alone; both cost a product of width K and one of width E."""
-    layout = ThoughtLayout.every_position(1, L, N, S)
-    computed = forward_plan(layout, group, HOPPER, query_rows="thoughts").scores()
-    return computed / (group * N * S * L * (L + S + 2) / 2)
+def hopper(table):
+    """The tiles of sm_90 for bf16 and heads of width 128."""
+    return table["sm_90", 2, 128].blocks
 
 
-def test_waste_of_the_forward(capsys):
-    """At P = L, K 128, with the tiles of sm_90."""
-    table = {(group, L): [ratio(L, N, S, group) for N, S in THOUGHTS] for group in GROUPS for L in LENGTHS}
-    with capsys.disabled():
-        print("\nthought_attention forward: computed / useful FLOPs, tiles of sm_90 at K 128")
-        print("  H/G     L" + "".join(f"{f'N {N} S {S}':>11}" for N, S in THOUGHTS))
-        for (group, L), row in table.items():
-            print(f"  {group:>3} {L:>5}" + "".join(f"{x:>11.3f}" for x in row))
-    for (group, L), row in table.items():
+def forward_waste(layout, group, seen):
+    """Computed over useful products; each score takes two, of widths K and E."""
+    return forward_plan(layout, group, hopper(configs.ATTENTION_FORWARD), query_rows="thoughts").scores() / seen
+
+
+def backward_waste(layout, group, seen):
+    """Computed over useful products, five for each score; two kernels without atomics compute seven at least: 1.4."""
+    tables = (configs.ATTENTION_BACKWARD_QUERIES, configs.ATTENTION_BACKWARD_TEXT_KEYS, configs.ATTENTION_BACKWARD_OWN_KEYS)
+    plan = backward_plan(layout, group, *map(hopper, tables), query_rows="thoughts")
+    return plan.products(128, 128) / (5 * 128 * seen)
+
+
+def account(waste, record_property):
+    """Of thought rows at P = L: {(H/G, L): [one for each of THOUGHTS]}, printed too."""
+    table = {}
+    for group, L in itertools.product(GROUPS, LENGTHS):
+        cases = [(ThoughtLayout.every_position(1, L, N, S), group * N * S * L * (L + S + 2) // 2) for N, S in THOUGHTS]
+        table[group, L] = [waste(layout, group, seen) for layout, seen in cases]
+    lines = [
+        f"{waste.__name__}, tiles of sm_90 at K 128",
+        "  H/G     L" + "".join(f"{f'N {N} S {S}':>11}" for N, S in THOUGHTS),
+    ]
+    lines += [f"  {group:>3} {L:>5}" + "".join(f"{x:>11.3f}" for x in row) for (group, L), row in table.items()]
+    record_property("table", "\n".join(lines))
+    return table
+
+
+def test_waste_of_the_forward(record_property):
+    for (group, L), row in account(forward_waste, record_property).items():
         assert max(row) <= (1.25 if L >= 512 else 1.45), f"H/G {group}, L {L}"
         assert min(row) >= 1
+
+
+def test_waste_of_the_backward(record_property):
+    for (group, L), row in account(backward_waste, record_property).items():
+        assert min(row) >= 1.4, f"H/G {group}, L {L}"
 
 
 @pytest.fixture

@@ -73,30 +73,30 @@ def random_case(seed, device, dtypes, **sizes):
 
 @pytest.mark.parametrize("kind", range(len(LAYOUT_KINDS)), ids=LAYOUT_KINDS)
 def test_error_rule_on_random_layouts(backend, kind, case, few):
-    for seed in few(range(kind, CASES, len(LAYOUT_KINDS)), 5):
+    for seed in few(range(kind, CASES, len(LAYOUT_KINDS)), 3):
         layout, inputs, grad_out, options = case(seed)
         check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_error_rule_on_longer_texts(backend, half, case, few):
-    """Texts of up to 150 positions, so that rows and keys fill several tiles or chunks."""
-    sizes = {"max_batch": 2, "max_text": 150, "max_thoughts": 2, "max_rows": 4}
+def test_error_rule_on_longer_texts(backend, half, case, few, interpreted):
+    """Texts of up to 150 positions, so that rows and keys fill several tiles or chunks; the interpreter's tiles are small."""
+    sizes = {"max_batch": 2, "max_text": 60 if interpreted else 150, "max_thoughts": 2, "max_rows": 4}
     for seed in few(range(1000 + half, 1012, 2), 1):
         layout, inputs, grad_out, options = case(seed, **sizes)
         check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
 
 
 @pytest.mark.parametrize("width", [1, 2, 100, 128, 256])
-def test_error_rule_at_other_widths(backend, width, device):
+def test_error_rule_at_other_widths(backend, width, device, interpreted):
     generator = seeded(width)
-    layout = random_layout(generator, "anchors", max_text=40, device=device)
+    layout = random_layout(generator, "anchors", max_text=15 if interpreted else 40, device=device)
     inputs = attention_inputs(generator, layout, width=width, value_width=257 - width)
     check(backend, layout, inputs, normal(generator, layout.B, 4, layout.M, 257 - width, device=device), f"{layout}")
 
 
-@pytest.mark.parametrize("group", [3, 7, 8])
-def test_error_rule_at_other_head_groups(backend, group, device):
+@pytest.mark.parametrize("group, window", [(3, None), (7, 19), (8, 4)])
+def test_error_rule_at_other_head_groups(backend, group, window, device):
     """H/G query heads share a key head; with thoughts of 20 rows, more than a block of own keys."""
     generator = seeded(group)
     layout = random_layout(generator, "ragged", max_batch=1, max_text=6, max_thoughts=2)
@@ -104,8 +104,7 @@ def test_error_rule_at_other_head_groups(backend, group, device):
     layout = ThoughtLayout.at(layout.anchor, layout.N, 20, lo=layout.lo, length=length).to(device)
     inputs = attention_inputs(generator, layout, 2 * group, 2, sinks=True)
     grad_out = normal(generator, *inputs["q"].shape, device=device)
-    for window in (None, 4, 19):
-        check(backend, layout, inputs, grad_out, f"{layout} window {window}", window=window)
+    check(backend, layout, inputs, grad_out, f"{layout}", window=window)
 
 
 def test_sinks_of_another_dtype(backend, device, interpreted):
@@ -139,16 +138,16 @@ def test_gradcheck(backend, name, options, device):
     assert torch.autograd.gradcheck(op, leaves)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_opcheck(backend, seed, case):
-    layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
-    q, k, v, sinks = inputs.values()
-    metadata = (layout.anchor, layout.lo, layout.length)
-    rest = (layout.rows, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
-    out, lse = _forward(q, k, v, *metadata, sinks, *rest)
-    torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
-    leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
-    torch.library.opcheck(_forward, (*leaves[:3], *metadata, leaves[3], *rest))
+def test_opcheck(backend, case, few):
+    for seed in few(range(4), 1):
+        layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
+        q, k, v, sinks = inputs.values()
+        metadata = (layout.anchor, layout.lo, layout.length)
+        rest = (layout.rows, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
+        out, lse = _forward(q, k, v, *metadata, sinks, *rest)
+        torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
+        leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
+        torch.library.opcheck(_forward, (*leaves[:3], *metadata, leaves[3], *rest))
 
 
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
@@ -192,9 +191,9 @@ def test_rows_that_are_off(backend, group, case, few):
 
 
 @pytest.mark.parametrize("group", range(4))
-def test_two_runs_agree_bitwise(backend, group, case, few):
+def test_two_runs_agree_bitwise(backend, group, case, few, interpreted):
     for seed in few(range(group, 20, 4), 1):
-        layout, inputs, grad_out, options = case(seed, max_text=60)
+        layout, inputs, grad_out, options = case(seed, max_text=15 if interpreted else 60)
         (out, lse), grads = run(backend, layout, inputs, grad_out, **options)
         (again, lse_again), grads_again = run(backend, layout, inputs, grad_out, **options)
         assert torch.equal(out, again) and torch.equal(lse, lse_again)

@@ -96,7 +96,9 @@ def test_step_by_step_equals_attention(backend, kind, device, few):
             rows = slice(L + step, None, layout.S)
             own["k_own"][:, :, :, step], own["v_own"][:, :, :, step] = k[:, :, rows], v[:, :, rows]
             text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
-            got = thought_decode(q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options)
+            got = thought_decode(
+                q[:, :, rows], **text, **own, layout=layout, step=step, sinks=sinks, backend=backend, **options
+            )
             assert_close_as_plain(got, plain[:, :, rows], truth[:, :, rows], f"step {step} {options}")
 
 

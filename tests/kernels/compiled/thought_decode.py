@@ -1,0 +1,52 @@
+"""thought_decode: every width of the tables and some between, with each option, at sizes of training and of generation."""
+
+import functools
+
+import torch
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.triton.thought_decode import thought_decode
+
+HGMMA = {"_decode"}
+NO_MATRIX = {"_add_parts"}
+
+OPTIONS = {  # window, softcap, sinks
+    "": (None, None, False),
+    "window": (64, None, False),
+    "softcap": (None, 30.0, False),
+    "window, softcap, sinks": (64, 30.0, True),
+}
+WIDTHS = {  # K, E of the dtypes, and the options they are compiled with
+    torch.bfloat16: ([(64, 64), (128, 128), (256, 256), (80, 80), (192, 128)], list(OPTIONS)),
+    torch.float16: ([(64, 64), (128, 128), (256, 256)], ["", "window, softcap, sinks"]),
+    torch.float32: ([(64, 64), (128, 128), (256, 256)], ["", "window, softcap, sinks"]),
+}
+
+
+def launches(target):
+    for dtype, (widths, names) in WIDTHS.items():
+        for K, E in widths:
+            for name in names:
+                label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
+                for sizes in ({}, {"P": 1, "N": 1, "L": 4096, "heads": 1}):
+                    yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
+
+
+def decode(dtype, K, E, options, B=1, L=256, P=256, N=2, S=14, groups=2, heads=4, step=torch.int32):
+    """``heads`` H/G; P = 1 has few enough tiles for parts of the text."""
+    window, softcap, sinks = options
+    make = functools.partial(torch.empty, dtype=dtype, device="meta")
+    anchor, lo, length = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, P), (B, L), (B, P, N)])
+    return thought_decode(
+        make(B, groups * heads, P * N, K),
+        make(B, groups, L, K),
+        make(B, groups, L, E),
+        make(B, groups, P * N, S, K),
+        make(B, groups, P * N, S, E),
+        ThoughtLayout(anchor, lo, length, S),
+        torch.empty((), dtype=step, device="meta"),
+        K**-0.5,
+        window,
+        softcap,
+        make(groups * heads) if sinks else None,
+    )
