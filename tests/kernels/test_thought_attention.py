@@ -99,10 +99,9 @@ def test_error_rule_at_other_widths(backend, width, device, interpreted):
 def test_error_rule_at_other_head_groups(backend, group, window, device):
     """H/G query heads share a key head; with thoughts of 20 rows, more than a block of own keys."""
     generator = seeded(group)
-    layout = random_layout(generator, "ragged", max_batch=1, max_text=6, max_thoughts=2)
-    length = torch.randint(0, 21, layout.length.shape, generator=generator)
-    layout = ThoughtLayout.at(layout.anchor, layout.N, 20, lo=layout.lo, length=length).to(device)
-    inputs = attention_inputs(generator, layout, 2 * group, 2, sinks=True)
+    anchors, length = torch.tensor([[0, 2, 4]]), torch.tensor([[[20], [7], [17]]])
+    layout = ThoughtLayout.at(anchors, 1, 20, text_length=5, length=length).to(device)
+    inputs = attention_inputs(generator, layout, group, 1, sinks=True)
     grad_out = normal(generator, *inputs["q"].shape, device=device)
     check(backend, layout, inputs, grad_out, f"{layout}", window=window)
 
@@ -173,9 +172,9 @@ def run(backend, layout, inputs, grad_out, **options):
     )
 
 
-@pytest.mark.parametrize("group", range(4))
-def test_rows_that_are_off(backend, group, case, few):
-    for seed in few(range(group, 20, 4), 2):
+@pytest.mark.parametrize("half", [0, 1])
+def test_rows_that_are_off(backend, half, case, few):
+    for seed in few(range(half, 20, 2), 2):
         layout, inputs, grad_out, options = case(seed)
         (out, lse), grads = run(backend, layout, inputs, grad_out, **options)
         text = torch.ones(layout.B, layout.L, dtype=torch.bool, device=layout.device)
@@ -190,9 +189,9 @@ def test_rows_that_are_off(backend, group, case, few):
         assert lse.dtype == expected and not lse.requires_grad
 
 
-@pytest.mark.parametrize("group", range(4))
-def test_two_runs_agree_bitwise(backend, group, case, few, interpreted):
-    for seed in few(range(group, 20, 4), 1):
+@pytest.mark.parametrize("half", [0, 1])
+def test_two_runs_agree_bitwise(backend, half, case, few, interpreted):
+    for seed in few(range(half, 20, 2), 1):
         layout, inputs, grad_out, options = case(seed, max_text=15 if interpreted else 60)
         (out, lse), grads = run(backend, layout, inputs, grad_out, **options)
         (again, lse_again), grads_again = run(backend, layout, inputs, grad_out, **options)
