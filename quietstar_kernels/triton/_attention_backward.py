@@ -33,7 +33,7 @@ def thought_attention_backward(
     """As ``reference.thought_attention_backward``."""
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
-        return torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape), none
+        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     tables = row_tables(grad_out, out, lse, layout, window, sinks)

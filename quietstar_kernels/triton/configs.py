@@ -206,7 +206,7 @@ SAMPLE_TOKEN: Table = {
 # BLOCK_R rows, BLOCK_P parts of the vocabulary in one step.
 SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})
 
-# As in ATTENTION_FORWARD. maxnreg: 128 where two programs then share a processor, 255 where the compiler spilled to get there.
+# As in ATTENTION_FORWARD. maxnreg: 128 where two programs then share a processor, 255 where the compiler spills to get less.
 THOUGHT_DECODE: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),

@@ -76,7 +76,6 @@ def _decode(
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
-    lo += far(b, L)
     q += far(b, stride_qb) + far(g * HG, stride_qh)
     k_own += far(b, stride_kob) + far(g, stride_kog)
     v_own += far(b, stride_vob) + far(g, stride_vog)
@@ -85,14 +84,8 @@ def _decode(
     place = tl.load(anchor + far(b, P) + thought // N, mask=inside, other=-1)
     live = tl.load(length + far(b, thoughts) + thought, mask=inside, other=0)
     on = (place >= 0) & (now < live)
-    first = tl.load(lo + place, mask=on, other=0)
     last = tl.where(on, place, -1)
-    start, all_from, all_to, end = text_bounds(first, last, on)
-    own_first = now * 0
-    if window is not None:
-        own_first = tl.maximum(now + 1 - window, 0)
-        oldest = last - first + now + 2 - window  # position id
-        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
+    own_first = now * 0 if window is None else tl.maximum(now + 1 - window, 0)
 
     queries = load_tile(q, far(head, stride_qh) + far(thought, stride_qt), inside, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
@@ -121,6 +114,12 @@ def _decode(
 
     k_text += far(b, stride_kb) + far(g, stride_kg)
     v_text += far(b, stride_vb) + far(g, stride_vg)
+    lo += far(b, L)
+    first = tl.load(lo + last, mask=on, other=0)
+    start, all_from, all_to, end = text_bounds(first, last, on)
+    if window is not None:
+        oldest = last - first + now + 2 - window  # position id
+        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
     part = tl.cdiv(tl.cdiv(tl.maximum(end + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     end = tl.minimum(end, start + part - 1)
