@@ -1,8 +1,8 @@
 """Backward of thought_attention, without atomics: each gradient is summed by one program, in a fixed order.
 
 Tables of the query rows first (``_attention_backward_rows``), then dq (``_attention_backward_queries``), then dk and dv
-(``_attention_backward_keys``). Scores are computed anew in both: seven matrix products where a pass that adds up dq across
-programs would take five.
+(``_attention_backward_keys``). Scores are computed anew in both: seven matrix products, where one pass over both, which has to
+add up dq across programs, takes five.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class BackwardPlan:
     own_keys: int
 
     def products(self, K: int, E: int) -> int:
-        """Multiplications; of wide heads dk and dv are computed apart, and q·k once more."""
+        """Multiplications, where dk and dv come from one pass; wide heads take two, with q·k in each."""
         return self.queries * (2 * K + E) + (self.text_keys + self.own_keys) * (2 * K + 2 * E)
 
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout
+from quietstar_kernels import ThoughtLayout, reference
 from quietstar_kernels.testing import attention_inputs, random_layout
 
 pytest.importorskip("triton")
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from quietstar_kernels.triton import configs  # noqa: E402
+from quietstar_kernels.triton._attention_backward import thought_attention_backward  # noqa: E402
 from quietstar_kernels.triton._attention_backward_plan import backward_plan  # noqa: E402
 from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
 from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
@@ -22,6 +23,11 @@ from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
 GROUPS = (1, 4, 8)
+BACKWARD_TABLES = (
+    configs.ATTENTION_BACKWARD_QUERIES,
+    configs.ATTENTION_BACKWARD_TEXT_KEYS,
+    configs.ATTENTION_BACKWARD_OWN_KEYS,
+)
 
 
 def hopper(table):
@@ -36,8 +42,7 @@ def forward_waste(layout, group, seen):
 
 def backward_waste(layout, group, seen):
     """Computed over useful products, five for each score; two kernels without atomics compute seven at least: 1.4."""
-    tables = (configs.ATTENTION_BACKWARD_QUERIES, configs.ATTENTION_BACKWARD_TEXT_KEYS, configs.ATTENTION_BACKWARD_OWN_KEYS)
-    plan = backward_plan(layout, group, *map(hopper, tables), query_rows="thoughts")
+    plan = backward_plan(layout, group, *map(hopper, BACKWARD_TABLES), query_rows="thoughts")
     return plan.products(128, 128) / (5 * 128 * seen)
 
 
@@ -104,6 +109,20 @@ def test_plan_is_what_runs(name, group, products):
     plan = forward_plan(layout, group, blocks, **options)
     assert plan.full.sum() and plan.edge.sum() and plan.own.sum()
     assert sum(products) == 2 * plan.scores() * (32 + 64)  # K 24 and E 40, padded
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter runs")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_backward_plan_is_what_runs(name, products):
+    layout, options = LAYOUTS[name]
+    options = {"window": None, "query_rows": "all"} | options
+    q, k, v, _ = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"]).values()
+    rest = (layout, 1.0, options["window"], None, None, options["query_rows"])
+    out, lse = reference.thought_attention(q, k, v, *rest)
+    thought_attention_backward(out, q, k, v, out, lse, *rest)
+    plan = backward_plan(layout, 3, *(configs.pick(table, 4, 40).blocks for table in BACKWARD_TABLES), **options)
+    assert plan.queries and plan.text_keys and plan.own_keys
+    assert sum(products) == 2 * plan.products(32, 64)  # K 24 and E 40, padded
 
 
 def test_plan_counts_blocks():
