@@ -116,7 +116,8 @@ def test_plan_is_what_runs(name, group, products):
 def test_backward_plan_is_what_runs(name, products):
     layout, options = LAYOUTS[name]
     options = {"window": None, "query_rows": "all"} | options
-    q, k, v, _ = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"]).values()
+    inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"])
+    q, k, v, _ = inputs.values()
     rest = (layout, 1.0, options["window"], None, None, options["query_rows"])
     out, lse = reference.thought_attention(q, k, v, *rest)
     thought_attention_backward(out, q, k, v, out, lse, *rest)
