@@ -86,7 +86,8 @@ class Resources:
 
 
 def resources(kernel: Any, target: str) -> Resources:
-    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there."""
+    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there, words
+    of scratch memory here."""
     read = _amd if target.startswith("gfx") else _nvidia
     registers, spills, matrix = read(kernel)
     meta = kernel.metadata
@@ -110,5 +111,6 @@ def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int]]:
 def _amd(kernel: Any) -> tuple[int, int, dict[str, int]]:
     text = kernel.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill into lanes of vector registers; what goes to memory takes a private segment, bytes a lane.
+    spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size") // 4)
     return number("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", text))}
