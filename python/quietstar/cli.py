@@ -105,7 +105,7 @@ class Train:
     def _write_config(self) -> None:
         if PartialState().is_main_process and not snapshots.every(self.train.out):
             Path(self.train.out).mkdir(parents=True, exist_ok=True)
-            (Path(self.train.out) / CONFIG).write_text(json.dumps(self.options(), indent=2) + "\n")
+            write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
 
     def _check_same_run(self) -> None:
         """Model and data as the run began with; ``train`` checks the rest."""

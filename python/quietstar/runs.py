@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from quietstar.files import write_whole
+
 
 class Metrics:
     """``metrics.jsonl``, one line a step; a resumed run drops the lines behind its checkpoint."""
@@ -24,7 +26,7 @@ class Metrics:
                     self.lines.append(line)
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, float]) -> None:
         self.lines.append(line)
