@@ -15,8 +15,15 @@ def embeddings(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, whose layers hold the adapters where peft put some in."""
+    inner = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if inner is None else inner())
+
+
+def backbone(model: nn.Module) -> nn.Module:
     """The decoder whose ``last_hidden_state`` is the head's input."""
+    model = unwrapped(model)
     return model.base_model if model.base_model is not model else model.model
 
 

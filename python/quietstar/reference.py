@@ -1,7 +1,8 @@
 """The language model that thoughts are compared with: what it predicts without them.
 
 It goes on with the text as if the thought's tokens stood there: no start vector, no mixing head. It is the model itself, a copy
-from before training (``frozen``) or a copy that follows the weights slowly (``ema``, RLP, arXiv 2510.01265, section 3).
+from before training (``frozen``) or a copy that follows the weights slowly (``ema``, RLP, arXiv 2510.01265, section 3). Where
+adapters are trained, ``frozen`` is the model with its adapters off, without a copy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar import adapters
 from quietstar.cache import PackedPass
 from quietstar.lm_head import LMHead
 from quietstar.objective import IGNORED, Targets
@@ -22,16 +24,27 @@ from quietstar_kernels import ThoughtLayout
 
 
 def copy_model(model: PreTrainedModel, averaged: bool) -> PreTrainedModel:
-    """A copy without gradients; one that is averaged is fp32, for bf16 would round a thousandth of a step away."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    return twin.float() if averaged else twin
+    """A copy without gradients; one that is averaged is fp32, for bf16 would round a thousandth of a step away.
+
+    With adapters it has weights of its own for them alone: the base is the model's.
+    """
+    if not adapters.there(model):
+        twin = copy.deepcopy(model).requires_grad_(False)
+        return twin.float() if averaged else twin
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    twin = copy.deepcopy(model, shared)
+    for weight in twin.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float() if averaged else weight.data
+    return twin.requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(twin: nn.Module, model: nn.Module, decay: float) -> None:
     """phi <- decay * phi + (1 - decay) * theta, for every weight."""
     for mean, weight in zip(twin.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight.to(mean.dtype), 1 - decay)
+        if mean is not weight:
+            mean.lerp_(weight.to(mean.dtype), 1 - decay)
 
 
 @torch.no_grad()

@@ -144,7 +144,10 @@ def continue_thoughts(
     banned: list[int] | None = None,
     stop: Stop | None = None,
 ) -> Thoughts:
-    """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors."""
+    """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors.
+
+    Where thoughts stop themselves, it ends with the last of them.
+    """
     layout, embed = store.layout, embeddings(model)
     B, P, N = layout.B, layout.P, layout.N
     position = layout.text_position_ids().gather(1, layout.anchor.long().clamp(min=0))
@@ -157,19 +160,28 @@ def continue_thoughts(
         ],
         -1,
     )
-    tokens, logprobs, ended = [], [], []
+    ids = torch.zeros((B, P, N, thought_tokens), dtype=torch.int64, device=start.device)
+    logprob = torch.zeros((B, P, N, thought_tokens), device=start.device)
+    lengths = layout.length.long().clamp(max=thought_tokens)
     embeds = start.expand(B, P * N, -1)
     for step in range(thought_tokens):
         hidden = decode_step(model, embeds, store, step).view(B, P, N, -1)
-        counters[..., 3] = step
-        ids, logprob = head.sample(hidden, counters, seed, temperature, banned or [])
-        tokens.append(ids)
-        logprobs.append(logprob)
         if stop is not None:
-            ended.append(head.logprob(hidden, torch.full_like(ids, stop.end)).exp() > stop.threshold)
-        embeds = embed(ids.flatten(1))
-    thoughts = Thoughts(torch.stack(tokens, -1), torch.stack(logprobs, -1))
-    return thoughts if stop is None else thoughts.cut(torch.stack(ended, -1).cumsum(-1).eq(0).sum(-1))
+            ends = head.logprob(hidden, torch.full_like(lengths, stop.end)).exp() > stop.threshold
+            lengths = torch.where(ends, lengths.clamp(max=step), lengths)
+            if not _goes_on(lengths > step):
+                break
+        counters[..., 3] = step
+        ids[..., step], logprob[..., step] = head.sample(hidden, counters, seed, temperature, banned or [])
+        embeds = embed(ids[..., step].flatten(1))
+    thoughts = Thoughts(ids, logprob)
+    return thoughts if stop is None else thoughts.cut(lengths)
+
+
+def _goes_on(running: Tensor) -> bool:
+    """Whether any thought runs. Of several processes none ends early, since a sharded model's forwards need them all."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (distributed and torch.distributed.get_world_size() > 1) or bool(running.any())
 
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
