@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
     $(addprefix tests/quietstar/test_,model.py rollout.py golden.py drop_in.py architectures.py generate.py checkpoint.py cli.py)
-CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh)
+CPP := $(wildcard $(foreach folder,csrc tests/emulation,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
 demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,7 +17,7 @@ demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 # Most tests keep one core busy: a process for each, but not so many that memory runs out.
 SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal
 
-.PHONY: help setup demo test test-all test-lowest lint bench gpu clean
+.PHONY: help setup build demo test test-all test-lowest lint bench experiments experiments-full gpu wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -27,7 +27,8 @@ help:  ## this list
 
 setup: $(READY)  ## make .venv with everything; quick when nothing changed
 
-# No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first.
+# No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first. And no CUDA:
+# most machines with nvcc that make a .venv have no GPU, and the tests compile once for themselves.
 $(READY): setup.py pyproject.toml constraints.txt Makefile
 	@echo "Setting up $(VENV): some minutes the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -35,8 +36,11 @@ $(READY): setup.py pyproject.toml constraints.txt Makefile
 	        echo "Python 3.10 or newer is needed, and $(PYTHON) is not: name one with PYTHON=..." >&2; exit 1; }; \
 	    $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) setuptools wheel torch
-	@$(PIP) --no-build-isolation -e '.[train,dev]'
+	@QUIETSTAR_BUILD=python $(PIP) --no-build-isolation -e '.[train,dev]'
 	@touch $@
+
+build: $(READY)  ## the CUDA back end, compiled into this folder; needs nvcc
+	QUIETSTAR_BUILD=cuda $(BIN)/python setup.py -q build_ext --inplace
 
 demo: $(READY)  ## digit sums, where thinking helps, then the English that ships with Python
 	$(BIN)/python examples/digit_sums.py --quick
@@ -55,7 +59,7 @@ $(LOWEST)/.ready: setup.py pyproject.toml constraints-lowest.txt
 	@echo "Setting up $(LOWEST), the oldest versions: some minutes the first time."
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(PIP_LOWEST) setuptools wheel torch
-	@$(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
+	@QUIETSTAR_BUILD=python $(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
 	@touch $@
 
 lint: $(READY)  ## ruff, mypy, clang-format
@@ -67,10 +71,25 @@ lint: $(READY)  ## ruff, mypy, clang-format
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python benchmarks/run.py
 
+experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; under an hour
+	$(BIN)/python experiments/run.py --docs docs
+
+experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
+	$(BIN)/python experiments/run.py --full --docs docs
+
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
 gpu:  ## tests, sanitizers and benchmarks of a GPU, with a page to paste into an issue; under eight minutes
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
+# The wheel is made from what the source distribution holds. libtorch and libc10 stay outside: they are PyTorch's.
+wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and PyTorch, and the source distribution; needs nvcc
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python setup.py -q sdist --dist-dir build/wheel
+	tar -xf build/wheel/*.tar.gz -C build/wheel --strip-components=1
+	QUIETSTAR_BUILD=cuda $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --no-index -w build/wheel build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
 clean:  ## remove build outputs and caches; .venv and .venv-lowest stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quietstar_kernels/cuda/*.so
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

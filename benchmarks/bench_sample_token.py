@@ -16,7 +16,7 @@ from torch import Tensor
 
 from case import BOUNDS, Case, Inputs, Work, Wrong, judge
 from head_peers import SAMPLERS, Sampler
-from peers import Peer
+from peers import PACKAGE, Peer, by_back_end
 from quietstar_kernels import sample_token
 
 DEVIATIONS = 5  # of the draws' mean log-probability from minus the entropy, in standard errors
@@ -74,17 +74,17 @@ class SampleCase(Case):
             raise Wrong(f"the draws' mean log-probability is {deviation:.1f} standard errors from minus the entropy")
 
 
-def ours(case: SampleCase) -> Sampler:
+def ours(case: SampleCase, backend: str = "auto") -> Sampler:
     row = torch.arange(case.R, dtype=torch.int32, device=case.device)
     counters = torch.stack([row * 0, row, row * 0, row * 0], 1)
-    return lambda hidden, weight: sample_token(hidden, weight, counters, SEED)
+    return lambda hidden, weight: sample_token(hidden, weight, counters, SEED, backend=backend)
 
 
-OURS = Peer("sample_token", ours, package="quietstar-kernels")
+OURS = Peer("sample_token", ours, package=PACKAGE)
 
 
 def candidates(case: SampleCase) -> list[Peer]:
-    return SAMPLERS
+    return SAMPLERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
 
 
 def cases(device: torch.device, full: bool) -> Iterator[SampleCase]:

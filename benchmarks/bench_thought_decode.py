@@ -17,7 +17,7 @@ from torch import Tensor
 import attention_peers
 from attention_peers import Attention
 from case import BOUNDS, Case, Inputs, Work, judge
-from peers import Peer
+from peers import PACKAGE, Peer, by_back_end
 from quietstar_kernels import ThoughtLayout, thought_decode
 
 CHECKED = 64  # thoughts whose result is compared
@@ -88,23 +88,23 @@ class DecodeCase(Case):
         judge("out", got[:, :, some], truth, BOUNDS[self.dtype])
 
 
-def ours(case: DecodeCase) -> Attention:
+def ours(case: DecodeCase, backend: str = "auto") -> Attention:
     layout, L = case.layout, case.L
     step = torch.tensor(case.step, dtype=torch.int32, device=case.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (k_text, v_text), (k_own, v_own) = ([x[:, :, rows] for x in (k, v)] for rows in (slice(L), slice(L, None)))
         k_own, v_own = (x.unflatten(2, (L * case.N, case.S)) for x in (k_own, v_own))
-        return thought_decode(q, k_text, v_text, k_own, v_own, layout, step)
+        return thought_decode(q, k_text, v_text, k_own, v_own, layout, step, backend=backend)
 
     return attend
 
 
-OURS = Peer("thought_decode", ours, package="quietstar-kernels")
+OURS = Peer("thought_decode", ours, package=PACKAGE)
 
 
 def candidates(case: DecodeCase) -> list[Peer]:
-    return attention_peers.PEERS
+    return attention_peers.PEERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
 
 
 def cases(device: torch.device, full: bool) -> Iterator[DecodeCase]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import units
+from peers import PACKAGE
 
 RowDict = dict[str, Any]
 ATTENTION, DECODE = "thought_attention", "thought_decode"
@@ -53,6 +54,11 @@ def _at(test: Callable[[int], bool]) -> Callable[[RowDict], bool]:
     return lambda row: row["grid"] in ("headline", "text") and test(row["sizes"]["L"])
 
 
+def is_rival(row: RowDict) -> bool:
+    """Somebody else's way to do all of the work; ours by another back end is none."""
+    return not row["is_ours"] and not row["is_floor"] and not row["version"].startswith(PACKAGE)
+
+
 def over(peer: str, op: str, what: str, keep: Callable[[RowDict], bool] = _any) -> Callable[[list[RowDict]], float | None]:
     """How many times faster ours is than the peer whose name starts so, at worst."""
 
@@ -67,7 +73,7 @@ def over_the_best(op: str, what: str, keep: Callable[[RowDict], bool]) -> Callab
     """How many times faster ours is than the fastest peer, at worst."""
 
     def reached(rows: list[RowDict]) -> float | None:
-        ratios = [row["times_ours"] for row in _matching(rows, op, what, keep) if not row["is_ours"] and not row["is_floor"]]
+        ratios = [row["times_ours"] for row in _matching(rows, op, what, keep) if is_rival(row)]
         return min((ratio for ratio in ratios if ratio is not None), default=None)
 
     return reached

@@ -1,12 +1,12 @@
-"""The acceptance of a GPU, in one command and under eight minutes: tests, sanitizers, compile times, benchmarks, goals.
+"""The acceptance of a GPU, in one command and under eight minutes: build, tests, sanitizers, compile times, benchmarks, goals.
 
     make gpu
 
 Every stage is a process with a time limit of its own. One that fails or is stopped is reported, and the others still run. It
 needs PyTorch, Triton, transformers and pytest, and takes in what else is installed: rich, matplotlib, compute-sanitizer,
-flash-attn, liger-kernel, cut-cross-entropy. It writes benchmarks/results/<gpu>.md, .json and, with matplotlib, .png, and ends
-with a page to paste into an issue. The exit code is 1 where a test fails or an operation gives wrong results; a missed goal is
-reported and is no failure.
+flash-attn, liger-kernel, cut-cross-entropy, and nvcc with ninja, which compile the CUDA back end into this folder for this GPU.
+It writes benchmarks/results/<gpu>.md, .json and, with matplotlib, .png, and ends with a page to paste into an issue. The exit
+code is 1 where the build or a test fails or an operation gives wrong results; a missed goal is reported and is no failure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUDGET = 465  # seconds of all stages together
 FIRST_CALL_GOALS = {"forward": 2.0, "forward+backward": 4.0}  # seconds
 # Test files with a process of their own; the others share one. What needs no GPU is left out.
 TESTS = ("thought_attention", "thought_attention_leaks", "thought_decode", "sample_token", "linear_logprob")
-WITHOUT_A_GPU = "ahead_of_time"
+WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
 SANITIZERS, UNWATCHED = ("memcheck", "racecheck"), "small cases, no sanitizer"
 # Minutes after which a benchmark starts no new case, and the grids it runs.
 BENCHMARKS = {
@@ -49,6 +49,7 @@ BENCHMARKS = {
     "linear_logprob": (0.4, []),
     "step": (0.7, ["Llama 8B, LoRA", "headline"]),
     "naive": (0.3, []),
+    "memory": (0.3, []),
 }
 
 
@@ -108,7 +109,7 @@ def stages(device: torch.device, scratch: Path, smallest: bool) -> list[Stage]:
     here = Path(__file__).parent
     pytest = [*python, "-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider"]
     tests = {name: [*pytest, f"tests/kernels/test_{name}.py"] for name in TESTS}
-    files = sorted(file for file in (ROOT / "tests/kernels").glob("test_*.py") if WITHOUT_A_GPU not in file.name)
+    files = sorted(file for file in (ROOT / "tests/kernels").glob("test_*.py") if not file.stem.endswith(WITHOUT_A_GPU))
     others = [str(file.relative_to(ROOT)) for file in files if file.stem.removeprefix("test_") not in TESTS]
     tests["others"] = [*pytest, *others]
     if smallest:
@@ -134,10 +135,18 @@ def stages(device: torch.device, scratch: Path, smallest: bool) -> list[Stage]:
     ]
     first = {what: [*python, str(here / "first_call.py"), what, "--device", device.type] for what in FIRST_CALL_GOALS}
     return [
+        *([] if smallest else [Stage("build", {"CUDA back end": build_here()}, 40, judge_build)]),
         Stage("tests", tests | watched, 140, judge_correctness),
         *(Stage(f"first call, {what}", {what: command}, 30, judge_first_call) for what, command in first.items()),
         *benchmarks,
     ]
+
+
+def build_here() -> list[str]:
+    """The command that compiles the CUDA back end into this folder, for this GPU."""
+    capability = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
+    variables = ["QUIETSTAR_BUILD=cuda", f"TORCH_CUDA_ARCH_LIST={capability.replace('9.0', '9.0a')}"]
+    return ["env", *variables, sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
 
 
 def run_stages(found: Sequence[Stage], budget: float) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -187,6 +196,14 @@ def run_beside(commands: dict[str, list[str]], limit: float) -> dict[str, Outcom
             outcomes[name] = Outcome(code, log.read(), time.monotonic() - began)
             log.close()
     return outcomes
+
+
+def judge_build(name: str, outcome: Outcome) -> tuple[bool | None, str]:
+    """That nvcc isn't here is no failure; that it doesn't compile is one."""
+    if outcome.code == 0:
+        return True, "compiled for this GPU"
+    last = _last_line(outcome)
+    return (None if last.startswith("QUIETSTAR_BUILD=cuda: ") else False), last if outcome.code == 1 else outcome.end
 
 
 def judge_correctness(name: str, outcome: Outcome) -> tuple[bool | None, str]:

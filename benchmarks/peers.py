@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from case import Case, Work
-from machine import package_version
+from machine import package_version, served_by
+from quietstar_kernels import backends
+
+PACKAGE = "quietstar-kernels"  # ours
 
 
 def _no_reason(case: Case) -> str | None:
@@ -50,3 +54,17 @@ class Peer:
 def not_installed(package: str) -> str | None:
     """The reason that a missing distribution gives."""
     return None if package_version(package) else f"{package} is not installed here"
+
+
+def by_back_end(op: str, ours: Callable[..., Callable[..., Any]]) -> list[Peer]:
+    """Ours again, by each of a GPU's back ends; ``ours`` takes its name beside the case."""
+
+    def why_not(case: Case, name: str) -> str | None:
+        status = {row["backend"]: row["status"] for row in backends(case.device) if row["op"] == op}[name]
+        if status != "available":
+            return status
+        return "the back end that is taken where none is named" if served_by(case.device)[op] == name else None
+
+    return [
+        Peer(f"{op}, {name}", partial(ours, backend=name), PACKAGE, partial(why_not, name=name)) for name in ("cuda", "triton")
+    ]

@@ -25,7 +25,13 @@ def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Every picture that the rows suffice for."""
     rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_floor"]]
     device = results["machine"]["device"]
-    kinds: dict[str, Callable[[list[RowDict], str], Any]] = {"time": time, "memory": memory, "passes": passes, "floor": floor}
+    kinds: dict[str, Callable[[list[RowDict], str], Any]] = {
+        "time": time,
+        "memory": memory,
+        "passes": passes,
+        "chunks": chunks,
+        "floor": floor,
+    }
     paths = []
     for kind, make in kinds.items():
         figure = make(rows, device)
@@ -136,9 +142,27 @@ def passes(rows: list[RowDict], device: str) -> Any:
     return _panels(panels, "sampled tokens T of a thought", "", f"A training step on {device}", log=False)
 
 
+def chunks(rows: list[RowDict], device: str) -> Any:
+    """Peak memory of a training step on a long text, against its length, and against how many anchors think at a time."""
+    some = [row for row in rows if row["op"] == "memory" and row["peak_bytes"]]
+    shortest = min((row["sizes"]["L"] for row in some), default=0)
+    cut = [row for row in some if row["is_ours"] and row["sizes"]["L"] == shortest]
+    panels = {
+        "text length L": _against(
+            [row for row in some if row["grid"] != "chunk"],
+            lambda row: row["sizes"]["L"],
+            lambda row: row["peak_bytes"] / 2**20,
+        ),
+        f"anchors at a time C, L {shortest}": _against(
+            cut, lambda row: row["sizes"]["C"], lambda row: row["peak_bytes"] / 2**20
+        ),
+    }
+    return _panels(panels, "", "peak memory, MiB", f"A training step on a long text on {device}", log=False)
+
+
 def floor(rows: list[RowDict], device: str) -> Any:
     """Our share of the floor in every headline case."""
-    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline"]
+    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] != "memory"]
     if not mine:
         return None
     names = [f"{row['op']}\n{row['what']}" for row in mine]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import goals
 import report
 import units
 
@@ -37,10 +38,11 @@ def device_section(path: Path, results: dict[str, Any]) -> str:
         "",
     ]
     body = []
-    for _, rows in report.by_case(row for row in results["rows"] if row["grid"] == "headline"):
+    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] != "memory")
+    for _, rows in report.by_case(timed):
         mine = next(row for row in rows if row["is_ours"])
         if mine["seconds"] is not None:
-            peers = [row for row in rows if row["times_ours"] is not None and not row["is_ours"] and not row["is_floor"]]
+            peers = [row for row in rows if row["times_ours"] is not None and goals.is_rival(row)]
             faster = "; ".join(f"{row['candidate']} {units.number(row['times_ours'])}" for row in peers)
             case = f"`{mine['op']}` {report.case_of(mine)}"
             body.append([case, units.seconds(mine["seconds"]), units.percent(mine["of_floor"]), faster])

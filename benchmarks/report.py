@@ -21,6 +21,7 @@ TITLES = {
     "linear_logprob": "Log-probabilities",
     "step": "Whole models",
     "naive": "All positions at once against one after another",
+    "memory": "Memory of long texts",
 }
 READING = (
     "A time is the median; candidates took turns on the same inputs and were checked for equal results first. Useful is what "

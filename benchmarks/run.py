@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "python")]  # 
 import torch  # noqa: E402
 
 import bench_linear_logprob  # noqa: E402
+import bench_memory  # noqa: E402
 import bench_naive  # noqa: E402
 import bench_sample_token  # noqa: E402
 import bench_step  # noqa: E402
@@ -46,6 +47,7 @@ MODULES: dict[str, ModuleType] = {
     "linear_logprob": bench_linear_logprob,
     "step": bench_step,
     "naive": bench_naive,
+    "memory": bench_memory,
 }
 MINUTES = 4.5  # of the default grid
 

@@ -1,4 +1,4 @@
-"""Every op once on a few small random inputs, forward and backward: something for a memory checker to watch.
+"""Every op once on a few small random inputs by each fast back end, forward and backward: for a memory checker to watch.
 
 compute-sanitizer --tool memcheck python benchmarks/small_cases.py
 """
@@ -13,7 +13,14 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 
-from quietstar_kernels import linear_logprob, sample_token, thought_attention, thought_decode  # noqa: E402
+from quietstar_kernels import (  # noqa: E402
+    ThoughtLayout,
+    backends,
+    linear_logprob,
+    sample_token,
+    thought_attention,
+    thought_decode,
+)
 from quietstar_kernels.testing import (  # noqa: E402
     attention_inputs,
     decode_inputs,
@@ -24,6 +31,8 @@ from quietstar_kernels.testing import (  # noqa: E402
 )
 
 KINDS = ("every", "ragged", "documents")
+WIDTHS = (64, 128, 256)  # those of which the CUDA back end has a kernel each
+LONG = 600  # text positions that few rows share out among several blocks of threads
 
 
 def main() -> None:
@@ -36,15 +45,36 @@ def main() -> None:
             layout = random_layout(generator, kind, max_text=40, device=device)
             inputs = attention_inputs(generator, layout, width=64, dtype=dtype)
             forward_backward(thought_attention, inputs, [torch.ones_like(inputs["q"])], layout=layout)
-            inputs = decode_inputs(generator, layout, width=64, dtype=dtype)
-            thought_decode(**inputs, layout=layout, step=0)
-            sample_token(**sample_inputs(generator, 5, 32, dtype=dtype, device=device), seed=seed)
+            inputs = sample_inputs(generator, 5, 32, dtype=dtype, device=device)
+            for backend in fast("sample_token", device):
+                sample_token(**inputs, seed=seed, backend=backend)
+            decode(generator, layout, 64, dtype)
             inputs = logprob_inputs(generator, 5, 32, dtype=dtype, device=device)
             grads = [torch.ones(5, device=device)]
             forward_backward(linear_logprob, {"targets": inputs.pop("targets")} | inputs, grads)
+    for width in WIDTHS:
+        generator = torch.Generator().manual_seed(width)
+        decode(generator, random_layout(generator, "ragged", max_text=40, device=device), width, torch.bfloat16)
+        anchors = torch.tensor([[LONG // 2, LONG - 1]], dtype=torch.int32, device=device)
+        decode(generator, ThoughtLayout.at(anchors, thoughts=1, rows=4, text_length=LONG), width, torch.bfloat16)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{len(KINDS)} layouts, all ops, no error raised")
+    served = ", ".join(f"{op} by {' and '.join(fast(op, device))}" for op in ("thought_decode", "sample_token"))
+    print(f"{len(KINDS)} layouts, all ops, {served}: no error raised")
+
+
+def fast(op: str, device: str) -> list[str]:
+    """The back ends made for a device that serve an op there."""
+    made = ("triton", "cuda") if device == "cuda" else ("cpu",)
+    status = {row["backend"]: row["status"] for row in backends(device) if row["op"] == op}
+    return [backend for backend in made if status[backend] == "available"]
+
+
+def decode(generator: torch.Generator, layout: ThoughtLayout, width: int, dtype: torch.dtype) -> None:
+    inputs = decode_inputs(generator, layout, width=width, dtype=dtype)
+    for backend in fast("thought_decode", layout.device.type):
+        if backend != "cuda" or dtype != torch.float32:  # that one computes in 16 bits
+            thought_decode(**inputs, layout=layout, step=0, backend=backend)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 """
 
 from quietstar_kernels._dispatch import backends
+from quietstar_kernels.cuda._library import cuda_library
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.linear_logprob import linear_logprob
 from quietstar_kernels.sample_token import sample_token
@@ -23,4 +24,12 @@ from quietstar_kernels.thought_decode import thought_decode
 
 __version__ = "0.1.0"
 
-__all__ = ["ThoughtLayout", "backends", "linear_logprob", "sample_token", "thought_attention", "thought_decode"]
+__all__ = [
+    "ThoughtLayout",
+    "backends",
+    "cuda_library",
+    "linear_logprob",
+    "sample_token",
+    "thought_attention",
+    "thought_decode",
+]

@@ -6,11 +6,12 @@ import platform
 
 import torch
 
-from quietstar_kernels import __version__, backends
+from quietstar_kernels import __version__, backends, cuda_library
 
 
 def main() -> None:
     print(f"quietstar_kernels {__version__} · torch {torch.__version__} · Python {platform.python_version()}")
+    print(cuda_library())
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"

@@ -8,27 +8,30 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from quietstar_kernels.cuda import _library, sample_token, thought_decode
+
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+Serves = Callable[..., str | None]  # of a dtype and widths: None, or why not
+CUDA_SERVES: dict[str, Serves] = {"thought_decode": thought_decode.serves, "sample_token": sample_token.serves}
 FASTEST_FIRST = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """None where ``backend`` serves ``op`` on ``device``, for ``dtype`` where one is given, else the reason in words."""
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """None where ``backend`` serves ``op`` on ``device``, with ``dtype`` and ``widths`` where given; else why not, in words."""
     if backend == "reference":
         return None
     if backend == "cpu":
         return None if device.type in ("cpu", "meta") else f"it serves tensors on cpu, these are on {device}"
-    if importlib.util.find_spec(f"quietstar_kernels.{backend}") is None:
-        return "it is not part of this version"
     if backend == "triton":
         return _why_not_triton(device, dtype)
-    return f"it does not serve {op} on {device}"
+    return _why_not_cuda(op, device, dtype, widths)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -55,21 +58,42 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The name of the back end to run. Raises ValueError for one that was named and can't run."""
+def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype | None, widths: dict[str, int]) -> str | None:
+    if op not in CUDA_SERVES:
+        return f"it has no kernel for {op}"
+    reason = _why_not_library(device)
+    return reason if reason or dtype is None else CUDA_SERVES[op](dtype, **widths)
+
+
+def _why_not_library(device: torch.device) -> str | None:
+    return _library.why_not(device)
+
+
+# torch.compile is not to trace how the library is found and asked. This is what torch.compiler.assume_constant_result does,
+# but for importing the compiler.
+_why_not_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str:
+    """The name of the back end to run. Raises ValueError for one that was named and can't run.
+
+    Args:
+        widths: by letter, those on which it depends whether a back end serves the op.
+    """
     if backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
     if backend == "auto":
-        candidates = FASTEST_FIRST.get(device.type, ())
-        reasons = [(name, why_not(op, name, device, dtype)) for name in candidates]
-        usable = [name for name, reason in reasons if reason is None]
-        if usable:
-            return usable[0]
-        _warn_dense(op, str(device), "; ".join(f"{name}: {reason}" for name, reason in reasons))
+        reasons = []
+        for name in FASTEST_FIRST.get(device.type, ()):
+            reason = why_not(op, name, device, dtype, **widths)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        _warn_dense(op, str(device), "; ".join(reasons))
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(op, backend, device, dtype)
+    reason = why_not(op, backend, device, dtype, **widths)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available: {reason}")
     return backend

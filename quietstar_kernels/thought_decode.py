@@ -81,7 +81,7 @@ def thought_decode(
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         window,
         None if softcap is None else float(softcap),
-        _dispatch.choose(_OP, backend, q.device, q.dtype),
+        _dispatch.choose(_OP, backend, q.device, q.dtype, K=check["K"], E=check["E"]),
     )
 
 

@@ -80,7 +80,7 @@ def is_allowed(importer: str, module: str, name: str | None) -> bool:
     if layer == "quietstar" and target == "quietstar_kernels":
         return is_public(module, name)
     if is_recipe(importer) and target == "quietstar" and not is_recipe(module):
-        return module == "quietstar" and (name is None or name in exported(module))
+        return is_public(module, name)
     return True
 
 

@@ -16,7 +16,7 @@ from quietstar.batches import mix_seed
 from quietstar.continuations import batches, continue_texts
 from quietstar.generate import Thinking
 from quietstar.model import QuietStar
-from quietstar.parts import dropout_off
+from quietstar.parts import dropout_off, unwrapped
 from quietstar.questions import Question
 from quietstar.scoring import score_tokens
 
@@ -169,4 +169,6 @@ def _write(
 def _describe(qs: QuietStar) -> dict[str, Any]:
     config = qs.thought_config
     names = ("preset", "mixing", "thought_tokens")
-    return {"class": type(qs.model).__name__, "name": qs.config.name_or_path} | {name: getattr(config, name) for name in names}
+    return {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path} | {
+        name: getattr(config, name) for name in names
+    }

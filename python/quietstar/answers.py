@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+__all__ = ["cut", "extract", "number", "vote"]
+
 # Where the next question begins the answer has ended; those of the published code.
 STOP = ("Q:", "\n\n\n")
 # A minus behind a digit or a bracket subtracts.

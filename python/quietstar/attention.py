@@ -71,6 +71,7 @@ class MaskArguments:
         finished = arguments["attention_mask"]
         self.arguments: dict[str, Any] = finished.arguments if isinstance(finished, MaskArguments) else arguments
         self._dense: Tensor | None = None
+        self.layout: ThoughtLayout | ThoughtPass | None = None  # where layers hand on the mask alone
 
     def window(self, positions: int) -> int | None:
         """Of how many positions a row sees the last, itself included; None where it sees all of them.
@@ -153,7 +154,8 @@ def _attention(without_layout: str) -> Callable[..., Any]:
 
     def forward(module, query, key, value, attention_mask, **kwargs):
         layout = kwargs.pop("thought_layout", None)
-        layout = getattr(module, _KEPT, None) if layout is None else layout
+        if layout is None and isinstance(attention_mask, MaskArguments):  # a tensor has a layout of another kind
+            layout = attention_mask.layout
         if layout is not None:
             return _thought_forward(module, query, key, value, attention_mask, thought_layout=layout, **kwargs)
         if _was_passed():
@@ -200,24 +202,26 @@ def _check_row_count(module: nn.Module, rows: int) -> None:
 
 # Model types whose decoder layers get the layout and do not hand it to attention.
 _KEEP_KEYWORDS = ("nemotron", "stablelm")
-_KEPT = "_quietstar_layout"
+_HOOKED = "_quietstar_hooked"
 
 
 def hand_on_layout(model: PreTrainedModel) -> None:
     """Lets attention find the layout in models whose decoder layers drop keyword arguments; others stay as they are.
 
-    A hook on each layer, so that it also works where gradient checkpointing runs a layer again.
+    It goes with the mask, which is made anew for each forward: gradient checkpointing runs a layer again without its hooks, and
+    perhaps after other forwards, but with its mask.
     """
     if model.config.model_type not in _KEEP_KEYWORDS:
         return
     for layer in model.get_decoder().layers:
-        if not hasattr(layer.self_attn, _KEPT):
-            setattr(layer.self_attn, _KEPT, None)
-            layer.register_forward_pre_hook(_keep_layout, with_kwargs=True)
+        if not hasattr(layer, _HOOKED):
+            setattr(layer, _HOOKED, True)
+            layer.register_forward_pre_hook(_put_layout_on_mask, with_kwargs=True)
 
 
-def _keep_layout(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    setattr(layer.self_attn, _KEPT, kwargs.get("thought_layout"))
+def _put_layout_on_mask(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if isinstance(kwargs.get("attention_mask"), MaskArguments):
+        kwargs["attention_mask"].layout = kwargs.get("thought_layout")
 
 
 _dropout_warned = False

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+__all__ = ["Batch", "Example", "collate", "mix_seed", "texts_of_step"]
 
 Example = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -56,6 +60,7 @@ FILL = {
     "document_ids": -1,
     "thought_ids": 0,
     "thought_lengths": 0,
+    "old_logprob": 0,
 }
 
 
@@ -72,3 +77,16 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> lis
     padded["sequence_ids"] = _name_texts(torch.tensor(sequence_ids), padded.get("document_ids"))
     cuts = [len(examples) * i // parts for i in range(parts + 1)]
     return [{name: x[a:b] for name, x in padded.items()} for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+
+
+def batches_of(examples: Sequence[Example], size: int, device: torch.device) -> Iterator[tuple[range, Batch]]:
+    """All examples in order, ``size`` at a time: their numbers, and one batch of them on the device."""
+    for start in range(0, len(examples), size):
+        chosen = range(start, min(start + size, len(examples)))
+        (batch,) = collate([examples[i] for i in chosen], list(chosen), 1)
+        yield chosen, {name: x.to(device) for name, x in batch.items()}
+
+
+def text_of(batch: Batch) -> Batch:
+    """The texts alone, without labels, anchors and thoughts: what ``QuietStar.choose_anchors`` takes."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "document_ids", "sequence_ids") if name in batch}

@@ -174,8 +174,8 @@ class StepPass:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         entry = self.store.entries[self.calls]
         self.calls += 1
-        entry.k_own[:, :, :, self.step] = k
-        entry.v_own[:, :, :, self.step] = v
+        entry.k_own.select(3, self.step).copy_(k)  # torch.compile makes a graph for each step of an assignment
+        entry.v_own.select(3, self.step).copy_(v)
         return thought_decode(
             q,
             entry.k_text,

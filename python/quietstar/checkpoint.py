@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quietstar import official
+from quietstar import adapters, official
 from quietstar.config import ThoughtConfig
 from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, replaced
-from quietstar.parts import embeddings
+from quietstar.parts import embeddings, unwrapped
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStar
@@ -28,7 +28,10 @@ FORMAT = 1
 def save(qs: QuietStar, directory: str | os.PathLike) -> None:
     """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole."""
     with replaced(directory) as beside:
-        qs.model.save_pretrained(beside)
+        if qs.base is None:
+            qs.model.save_pretrained(beside)
+        else:
+            adapters.save(qs.model, beside)
         if qs.tokenizer is not None:
             qs.tokenizer.save_pretrained(beside)
         tensors = {name: x.detach().cpu().contiguous() for name, x in _own_tensors(qs).items()}
@@ -37,6 +40,7 @@ def save(qs: QuietStar, directory: str | os.PathLike) -> None:
             "format": FORMAT,
             "model_type": qs.model.config.model_type,
             "thought_config": qs.thought_config.to_dict(),
+            "base": qs.base,
             "files": {file.name: file.stat().st_size for file in sorted(beside.glob("*.safetensors"))},
         }
         (beside / CARD).write_text(_card(qs))
@@ -51,15 +55,30 @@ def thinks(path: str | os.PathLike) -> bool:
 
 
 def load(
-    path: str | os.PathLike, **kwargs: Any
+    path: str | os.PathLike, base: PreTrainedModel | str | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
-    """The base model, the config, the tokenizer if one was saved, and the thought tensors; of a published checkpoint too."""
-    if find(path, SETTINGS) is None and official.is_published(path):
+    """The language model, the config, the tokenizer if one was saved, and the thought tensors; of a published checkpoint too.
+
+    Args:
+        base: what the checkpoint's adapters belong to, where it has adapters; default what it names.
+    """
+    if base is None and find(path, SETTINGS) is None and official.is_published(path):
         return official.load(path, **kwargs)
     settings = _read_settings(path)
     tensors = _read_tensors(path)
     if os.path.isdir(path):
         _check_sizes(Path(path), settings.get("files", {}))
+    if settings.get("base"):
+        model = adapters.load(path, settings["base"], base, **kwargs)
+    elif base is not None:
+        raise ValueError(f"{path}: base is for a checkpoint of adapters, and this one is a whole model")
+    else:
+        model = _load_model(path, settings, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
+    return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
+
+
+def _load_model(path: str | os.PathLike, settings: dict[str, Any], **kwargs: Any) -> PreTrainedModel:
     try:
         vocabulary = AutoConfig.from_pretrained(path).get_text_config().vocab_size
         check_vocabulary(path, locate_tensors(path), vocabulary)
@@ -68,16 +87,25 @@ def load(
         raise ValueError(f"{path}: the language model does not load: {error}") from error
     if model.config.model_type != settings["model_type"]:
         raise ValueError(f"{path}: {SETTINGS} belongs to a {settings['model_type']}, the model is a {model.config.model_type}")
-    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
-    return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
+    return model
 
 
 def restore_all(qs: QuietStar, path: str | os.PathLike) -> None:
     """Copy a checkpoint of the same model and config into ``qs``."""
-    model, config, _, tensors = load(path)
+    settings = _read_settings(path)
+    config = ThoughtConfig.from_dict(settings["thought_config"])
     if config != qs.thought_config:
         raise ValueError(f"{path}: it was made with another thought config: {config}")
-    saved, own = embeddings(model).num_embeddings, embeddings(qs.model).num_embeddings
+    if bool(settings.get("base")) != (qs.base is not None):
+        kinds = ("a whole model", "adapters alone")
+        kinds = kinds if qs.base is not None else kinds[::-1]
+        raise ValueError(f"{path}: it holds {kinds[0]}, and this run trains {kinds[1]}")
+    if qs.base is not None:
+        adapters.check_base(path, settings["base"], qs.model, qs.base)
+        adapters.restore(qs.model, path)
+        return restore(qs, _read_tensors(path), path)
+    model, _, _, tensors = load(path)
+    saved, own = (len(embeddings(x).weight) for x in (model, qs.model))
     if saved != own:
         raise ValueError(f"{path}: it is of a vocabulary of {saved} tokens, the model's has {own}")
     qs.model.load_state_dict(model.state_dict())
@@ -156,7 +184,12 @@ def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
 
 def _card(qs: QuietStar) -> str:
     config = qs.thought_config
-    name = type(qs.model).__name__
+    name = type(unwrapped(qs.model)).__name__
+    if qs.base is None:
+        what = "`AutoModelForCausalLM.from_pretrained` loads the language model alone"
+    else:
+        base = qs.model.name_or_path or name
+        what = f"These are adapters of peft, without the model that they belong to, {base}"
     return f"""---
 library_name: transformers
 tags: [quiet-star]
@@ -167,7 +200,7 @@ tags: [quiet-star]
 A {name} trained with Quiet-STaR (arXiv 2403.09629) by quietstar-kernels: {config.thoughts} thoughts of
 {config.thought_tokens} tokens at every position, {config.lookahead} tokens predicted after each, preset `{config.preset}`.
 
-`AutoModelForCausalLM.from_pretrained` loads the language model alone; `quietstar.QuietStar.from_pretrained` loads it with its
+{what}; `quietstar.QuietStar.from_pretrained` loads all of it, with the
 mixing head and thought embeddings (`{TENSORS}`, `{SETTINGS}`).
 
 ## Limits

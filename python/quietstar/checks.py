@@ -45,7 +45,7 @@ def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: Thought
         raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
     shape, device = tuple(input_ids.shape), embed.weight.device
     check_tensor("input_ids", input_ids, "B,L", shape, device)
-    check_ids("input_ids", input_ids, embed.num_embeddings)
+    check_ids("input_ids", input_ids, len(embed.weight))
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, "B,L", shape, device)
     for name, token in (("start", config.start_token_id), ("end", config.end_token_id)):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quietstar.cache import ChunkPass, LeafPass
 from quietstar.config import ThoughtConfig
-from quietstar.doctor import step_memory
+from quietstar.doctor import CHUNK_COPIES, step_memory
 from quietstar.objective import Targets
 from quietstar.parts import embeddings, layer_checkpoints_off
 from quietstar.rollout import decode_rows, split
@@ -99,8 +99,6 @@ def _see(qs: QuietStar, given: Given, text: Tensor, keys_values: list[tuple[Tens
 
 # Of the free memory, what "auto" plans with: gradients on the way, fragments and other programs take the rest.
 SHARE = 0.7
-# Keys and values that a text position has beside what its layers keep: a chunk's copy, and the gradients that add up.
-COPIES = 4
 # Positions of the text whose memory is worked out; a step's memory is linear in them.
 SAMPLE = 64
 
@@ -142,7 +140,7 @@ def measure_room(qs: QuietStar) -> Room:
         kept = memory.checkpointed / (SAMPLE * (1 + config.thoughts * config.rows))
     keys_values = memory.rollout / (SAMPLE * (1 + config.thoughts * config.thought_tokens))
     free = SHARE * free_memory(weight.device) - missing - memory.head
-    return Room(config, int(free), kept + COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE)
+    return Room(config, int(free), kept + CHUNK_COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE)
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,24 +17,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 from tyro.conf import Positional, arg
 
-from quietstar import checkpoint, difficulty, snapshots
+from quietstar import checkpoint, difficulty, policies, snapshots
 from quietstar.accuracy import Asking, ask
 from quietstar.checks import pad_id
-from quietstar.config import ThoughtConfig, TrainConfig
+from quietstar.config import AdapterConfig, ThoughtConfig, TrainConfig
 from quietstar.data import DataConfig, load_data, read_utf8
 from quietstar.doctor import environment, memory_table, step_memory
 from quietstar.evaluate import evaluate, summary, token_losses
 from quietstar.files import write_whole
 from quietstar.model import QuietStar
+from quietstar.offline import OfflineThoughts, export_thoughts
 from quietstar.options import UsageError, parse, read_config
 from quietstar.questions import read_questions
+from quietstar.recipes import commands as recipes
+from quietstar.runs import process_state
+from quietstar.scaling import (
+    Processes,
+    chunk_count,
+    count_weights,
+    gathered_dtype,
+    process_memory,
+    step_traffic,
+    traffic_table,
+)
 from quietstar.streams import ThoughtLines
 from quietstar.train import Interrupted, train
 from quietstar.verify import verify
@@ -61,8 +72,11 @@ class Train:
     data: DataConfig
     thoughts: ThoughtConfig
     train: TrainConfig
+    lora: AdapterConfig
     dtype: Annotated[Dtype, arg(help="of the weights")] = "float32"
+    compile: Annotated[bool, arg(help="the decoder with torch.compile, which takes minutes at first")] = False
     gradient_checkpointing: Annotated[bool, arg(help="compute activations again in the backward, for less memory")] = False
+    thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
     config: Annotated[str, arg(help=f"json or yaml file of options, such as a run's {CONFIG}; typed ones win")] = ""
     resume: Annotated[str, arg(help="auto, as is --resume alone: from the newest whole checkpoint of --out; or its path")] = ""
 
@@ -73,8 +87,13 @@ class Train:
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = load_model(self.model, self.thoughts, tokenizer, self.dtype)
+        if self.lora.lora_rank:
+            qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
             qs.gradient_checkpointing_enable()
+        if self.compile:
+            qs.compile()
+        examples = OfflineThoughts(self.thoughts_from, data.train, qs) if self.thoughts_from else data.train
         evaluation = None
         if len(data.held_out) >= 2:
             size = max(1, self.train.batch_size // self.train.accumulation)
@@ -83,8 +102,9 @@ class Train:
         try:
             self._say(f"{len(data.train):,} examples to train on, {len(data.held_out):,} texts held out, to {self.train.out}")
             self._write_config()
-            metrics = train(qs, data.train, self.train, evaluate=evaluation, resume=self.resume or None)
+            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None)
         except Interrupted as stop:
+            process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
             raise Failure(SAVED, f"stopped by a signal and saved {stop.checkpoint}; go on with: {again}") from stop
         except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
@@ -92,29 +112,30 @@ class Train:
         if metrics and "eval_gain" in metrics[-1]:
             self._say(evaluation_text({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
         self._say(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+        process_state().destroy_process_group()
 
     def options(self) -> dict[str, Any]:
         """Every option by its name, as ``--config`` takes them."""
-        own = {name: getattr(self, name) for name in ("model", "dtype", "gradient_checkpointing")}
-        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.train)
+        own = {name: getattr(self, name) for name in ("model", "dtype", "compile", "gradient_checkpointing", "thoughts_from")}
+        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
 
     def _say(self, text: str) -> None:
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             print(text)
 
     def _write_config(self) -> None:
-        if PartialState().is_main_process and not snapshots.every(self.train.out):
+        if process_state().is_main_process and not snapshots.every(self.train.out):
             Path(self.train.out).mkdir(parents=True, exist_ok=True)
             write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
 
     def _check_same_run(self) -> None:
-        """Model and data as the run began with; ``train`` checks the rest."""
+        """Model, data and thoughts as the run began with; ``train`` checks the rest."""
         run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
         if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
             return
-        saved, now = read_config(run / CONFIG), self.options()
-        for name in ("model", "dtype", *asdict(self.data)):
-            if saved.get(name) != now[name]:
+        saved, now = asdict(AdapterConfig()) | read_config(run / CONFIG), self.options()
+        for name in ("model", "dtype", "thoughts_from", *asdict(self.data), *asdict(self.lora)):
+            if saved.get(name, "") != now[name]:
                 raise ValueError(f"{run}: the run was made with {name}={saved.get(name)!r}, not {now[name]!r}")
 
     def _last_whole(self) -> str:
@@ -129,16 +150,39 @@ class Train:
 
 @dataclass
 class Think:
-    """Print what a model thinks at the tokens of a text."""
+    """Print what a model thinks at the tokens of a text, or write its thoughts about the texts of a data set to a file."""
 
     model: Checkpoint
-    prompt: Positional[Annotated[str, arg(metavar="TEXT", help="what to think about")]]
+    data: DataConfig
+    prompt: Positional[Annotated[str | None, arg(metavar="TEXT", help="what to think about; or give --export")]] = None
     at: Annotated[tuple[int, ...], arg(help="tokens to think at, from 0; -1 is the last; default all")] = ()
     seed: Annotated[int | None, arg(help="sample the thoughts with this seed; default the likeliest token each time")] = None
+    export: Annotated[str, arg(help="a .jsonl or .parquet file for sampled thoughts about what --data has to train on")] = ""
+    batch_size: Annotated[int, arg(help="texts at once, with --export")] = 8
 
     def run(self) -> None:
+        if (self.prompt is not None) == bool(self.export):
+            raise UsageError("think takes a text or --export, one of the two")
+        if self.export:
+            self._export()
+        else:
+            self._print(self.prompt or "")
+
+    def _export(self) -> None:
+        if self.at:
+            raise UsageError(f"--at goes with a text, not with --export, got {self.at}")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
+        if Path(self.export).resolve() == Path(self.data.data).resolve():
+            raise UsageError(f"--export must be another file than the texts, got {self.export}")
         qs = load_checkpoint(self.model)
-        ids = text_tokenizer(qs)(self.prompt, return_tensors="pt")["input_ids"].long().to(qs.start_embedding.device)
+        examples = load_data(self.data, text_tokenizer(qs), qs.thought_config.lookahead).train
+        export_thoughts(qs, examples, self.export, self.seed or 0, self.batch_size, sys.stderr.isatty())
+        print(f"wrote thoughts about {len(examples):,} texts to {self.export}")
+
+    def _print(self, prompt: str) -> None:
+        qs = load_checkpoint(self.model)
+        ids = text_tokenizer(qs)(prompt, return_tensors="pt")["input_ids"].long().to(qs.start_embedding.device)
         L = ids.shape[1]
         if not L:
             raise ValueError("the prompt has no tokens")
@@ -259,10 +303,12 @@ class Eval:
         qs = load_checkpoint(self.model)
         config = dataclasses.replace(self.data, pack=False, held_out=0) if self.all else self.data
         data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
-        losses = token_losses(qs, data.train if self.all else data.held_out, self.batch_size, sys.stderr.isatty())
+        examples = data.train if self.all else data.held_out
+        losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
-        print(f"{evaluation_text(figures)}\n{difficulty.text(tenths)}")
-        values = {"model": self.model, **asdict(self.data), **figures, "by_difficulty": tenths}
+        by_policy = policies.by_policy(qs, examples, losses, self.batch_size)
+        print(f"{evaluation_text(figures)}\n{difficulty.text(tenths)}\n{policies.text(by_policy)}")
+        values = {"model": self.model, **asdict(self.data), **figures, "by_difficulty": tenths, "by_policy": by_policy}
         write_whole(self.out, json.dumps(values, indent=2) + "\n")
         if difficulty.can_draw():
             difficulty.draw(tenths, Path(self.out).with_suffix(".png"))
@@ -291,13 +337,20 @@ class Explain:
 
 @dataclass
 class Doctor:
-    """Print versions, devices and back ends; with --model, also the memory that a training step needs on one device."""
+    """Print versions, devices and back ends; with --model, also the memory that a training step needs in a process, and what
+    it sends to the others.
+    """
 
     thoughts: ThoughtConfig
+    lora: AdapterConfig
     model: Annotated[str, arg(help="hub name or folder; only its config is read")] = ""
     batch_size: Annotated[int, arg(help="texts at once: the batch by accumulation and processes")] = 1
     length: Annotated[int, arg(help="L, tokens of a text")] = 256
     dtype: Annotated[Dtype, arg(help="of the weights")] = "float32"
+    precision: Annotated[Literal["no", "bf16", "fp16"], arg(help="mixed precision")] = "no"
+    processes: Annotated[int, arg(help="how many train together")] = 1
+    sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="over the processes")] = "no"
+    anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forwards")] = False
 
     def run(self) -> None:
@@ -305,10 +358,19 @@ class Doctor:
         if not self.model:
             return
         config = reach(self.model, "model", lambda: AutoConfig.from_pretrained(find(self.model)))
-        memory = step_memory(config, self.thoughts, self.batch_size, self.length, getattr(torch, self.dtype))
+        if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
+            raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
+        dtype = getattr(torch, self.dtype)
+        processes = Processes(self.processes, self.sharding, dtype, gathered_dtype(dtype, self.precision))
+        memory = step_memory(config, self.thoughts, self.batch_size, self.length, processes.computed, self.anchor_chunk)
+        weights = count_weights(config, self.lora)
+        memory = process_memory(memory, weights, processes)
         rows = self.batch_size * self.length * (1 + self.thoughts.thoughts * self.thoughts.rows)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
         print(f"\n{self.model}: a step on {size}, needs about\n{memory_table(memory)}")
+        if self.processes > 1:
+            traffic = step_traffic(weights, self.thoughts, processes, chunk_count(self.length, self.anchor_chunk))
+            print(f"\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}")
         if self.verify:
             model = reach(self.model, "model", lambda: AutoModelForCausalLM.from_pretrained(find(self.model), dtype=self.dtype))
             print(f"thoughts against ordinary forwards: {verify(model)}")
@@ -395,7 +457,14 @@ def sentence(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-COMMANDS = {"train": Train, "think": Think, "generate": Generate, "explain": Explain, "eval": Eval, "doctor": Doctor}
+COMMANDS = {
+    "train": Train,
+    "think": Think,
+    "generate": Generate,
+    "explain": Explain,
+    "eval": Eval,
+    "doctor": Doctor,
+} | recipes.COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -410,7 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = error.code, str(error)
     except ValueError as error:
         code, text = DATA, sentence(error)
-    except OSError as error:
+    except Interrupted as stop:
+        code, text = SAVED, f"{stop}; --resume goes on"
+    except (OSError, FloatingPointError) as error:
         code, text = RUNTIME, sentence(error)
     except KeyboardInterrupt:
         code, text = STOPPED, "stopped, and nothing was saved after the last checkpoint"

@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quietstar.optimizers import OPTIMIZERS
+
+__all__ = ["AdapterConfig", "ThoughtConfig", "TrainConfig"]
+
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {
         "mixing": "logits",
@@ -146,6 +150,30 @@ class ThoughtConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """LoRA adapters (arXiv 2106.09685), which are trained instead of the language model's own weights.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    lora_rank: int = _option(0, "rank of LoRA adapters, which are trained while the language model is frozen; 0 is none")
+    lora_targets: str = _option("all-linear", "names of the layers that get adapters, with commas between, as q_proj,v_proj")
+    lora_alpha: float | None = _option(None, "what adapters add is times this by the rank; default twice the rank")
+    lora_dropout: float = _option(0.0, "dropout before the adapters")
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.lora_rank, int) and self.lora_rank >= 0):
+            raise ValueError(f"AdapterConfig: lora_rank must be 0 or more, got {self.lora_rank!r}")
+        if not all(name.strip() for name in self.lora_targets.split(",")):
+            raise ValueError(f"AdapterConfig: lora_targets must be names with commas between, got {self.lora_targets!r}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"AdapterConfig: lora_alpha must be above 0, got {self.lora_alpha!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"AdapterConfig: lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}")
+
+
+@dataclass
 class TrainConfig:
     """One training run: optimizer, schedule, cadence, where its files go.
 
@@ -160,11 +188,15 @@ class TrainConfig:
     updates: int = _option(1, "optimizer steps on the same texts and thoughts; more than 1 need ratio_clip")
     anchor_chunk: int | Literal["auto"] | None = _option(None, "anchors at a time, for less memory; auto: by free memory")
     learning_rate: float = _option(1e-6, "peak learning rate of AdamW")
+    optimizer: str = _option("adamw", "adamw, fused (in one kernel) or 8bit (moments in 8 bits, by bitsandbytes)")
     warmup: int = _option(20, "steps of linear warm-up")
     schedule: str = _option("constant", "constant, linear or cosine, after the warm-up")
     weight_decay: float = _option(1e-3, "weight decay of AdamW")
     clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
     precision: str = _option("no", "mixed precision: no, bf16 or fp16")
+    sharding: str = _option(
+        "no", "of weights, gradients and moments over the processes, by FSDP2: no, full_shard (least memory) or shard_grad_op"
+    )
     seed: int = _option(0, "fixes data order, thoughts and dropout")
     eval_every: int = _option(50, "steps between evaluations on held-out text; 0 never")
     save_every: int = _option(50, "steps between checkpoints; the last step saves too")
@@ -180,6 +212,9 @@ class TrainConfig:
         self._check("learning_rate", self.learning_rate > 0, "above 0")
         self._check("schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine")
         self._check("precision", self.precision in ("no", "bf16", "fp16"), "no, bf16 or fp16")
+        self._check("optimizer", self.optimizer in OPTIMIZERS, "adamw, fused or 8bit")
+        strategies = ("no", "full_shard", "shard_grad_op")
+        self._check("sharding", self.sharding in strategies, "no, full_shard or shard_grad_op")
 
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.batches import Example
 
+__all__ = ["Data", "DataConfig", "load_data"]
+
 FILES = (".txt", ".jsonl")
 
 
@@ -148,12 +150,16 @@ def read_utf8(path: Path) -> str:
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank; ValueError that names a line which is not JSON."""
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+        if line.strip():
+            yield number, json_value(path, number, line)
+
+
+def json_value(path: Path, number: int, line: str | bytes) -> Any:
+    """What the line says; ValueError that names it where it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
 
 
 def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:

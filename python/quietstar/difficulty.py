@@ -36,10 +36,11 @@ def by_difficulty(losses: TokenLosses) -> dict[str, list[Group]]:
 def _tenths(losses: TokenLosses, loss: Tensor) -> list[Group]:
     order = loss.argsort(stable=True)
     parts = order.tensor_split(min(GROUPS, len(order))) if len(order) else ()
-    return [{"easiest": float(loss[part[0]]), "hardest": float(loss[part[-1]])} | _group(losses, part) for part in parts]
+    return [{"easiest": float(loss[part[0]]), "hardest": float(loss[part[-1]])} | gain_of(losses, part) for part in parts]
 
 
-def _group(losses: TokenLosses, tokens: Tensor) -> Group:
+def gain_of(losses: TokenLosses, tokens: Tensor) -> Group:
+    """What ``by_difficulty`` says about each tenth, of these tokens: tokens, base, mixed, gain, gain_low and gain_high."""
     base, mixed = losses.base[tokens], losses.mixed[tokens]
     mean = (base - mixed).mean()
     _, text = losses.text[tokens].unique(return_inverse=True)
@@ -63,12 +64,13 @@ def text(tenths: dict[str, list[Group]]) -> str:
     lines = ["gain from thoughts, nats a token, of tenths of the tokens, with 95 % intervals"]
     lines.append(f"  {'by their loss without a thought':<48}by the mean of both losses")
     for pair in zip(tenths["base"], tenths["mean"], strict=True):
-        cells = [f"{group['easiest']:7.3f} to {group['hardest']:6.3f}  {_gain(group)}" for group in pair]
+        cells = [f"{group['easiest']:7.3f} to {group['hardest']:6.3f}  {said_gain(group)}" for group in pair]
         lines.append(f"{cells[0]:<50}{cells[1]}")
     return "\n".join(lines)
 
 
-def _gain(group: Group) -> str:
+def said_gain(group: Group) -> str:
+    """The gain and, where there is one, its interval."""
     if group["gain_low"] is None:
         return f"{group['gain']:+.3f}"
     return f"{group['gain']:+.3f} ({group['gain_low']:+.3f} to {group['gain_high']:+.3f})"

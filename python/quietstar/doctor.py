@@ -16,9 +16,11 @@ from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.config import ThoughtConfig
 from quietstar.parts import embeddings
 from quietstar.rollout import decode_rows
-from quietstar_kernels import backends
+from quietstar_kernels import backends, cuda_library
 
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
+# Keys and values that a text position has beside what its layers keep: a chunk's copy, and the gradients that add up.
+CHUNK_COPIES = 4
 # Logits at a time of the CPU and GPU heads; the reference keeps all of them. About three such buffers live at once.
 HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
 
@@ -27,6 +29,7 @@ def environment() -> str:
     """Versions, devices, and what serves each operation on each device, or why it doesn't."""
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines.append(cuda_library())
     devices = {"cpu": f"{torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -73,11 +76,19 @@ class StepMemory:
 
 
 def step_memory(
-    config: PretrainedConfig, thoughts: ThoughtConfig, batch_size: int, length: int, dtype: torch.dtype = torch.float32
+    config: PretrainedConfig,
+    thoughts: ThoughtConfig,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    anchor_chunk: int | None = None,
 ) -> StepMemory:
     """Every position of ``batch_size`` texts of ``length`` tokens thinks. No weights are loaded and nothing is allocated.
 
     The decoder runs on tensors without storage, and what autograd would keep is added up.
+
+    Args:
+        anchor_chunk: anchors of each text at a time; their thoughts are computed again as a whole, not layer by layer.
 
     Raises:
         ValueError: a model type that can't think.
@@ -95,21 +106,28 @@ def step_memory(
         V, D = model.get_output_embeddings().weight.shape
     kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
 
-    B, L, P, N, T, J = batch_size, length, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
-    rows, layers, half = L + P * N * thoughts.rows, text.num_hidden_layers, dtype.itemsize < 4
+    B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
+    P = L if anchor_chunk is None else min(anchor_chunk, L)  # of one chunk
+    rows, layers, half = L + L * N * thoughts.rows, text.num_hidden_layers, dtype.itemsize < 4
     weights = own + 4 * (3 * D * D + 5 * D)  # mixing head and both vectors are fp32
     predictions = B * P * N * J
     # Both states beside each other and two hidden layers, fp32; base states; thought states where a cast copies them.
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
     logits = min(HEAD_CHUNK, V * max(B * L + predictions, B * P * N * T))
+    of_text, of_thoughts = kept * L // rows, (kept - kept * L // rows) * P // L
+    inputs = layers * B * D * dtype.itemsize  # of the layers, for a row
+    checkpointed = inputs * rows + kept // layers
+    if anchor_chunk is not None:
+        of_text += CHUNK_COPIES * B * L * keys_values
+        checkpointed = inputs * L + CHUNK_COPIES * B * L * keys_values + of_thoughts
     return StepMemory(
         weights=weights,
         gradients=weights,
         moments=2 * weights,
-        text=kept * L // rows,
-        thoughts=kept - kept * L // rows,
-        checkpointed=layers * B * rows * D * dtype.itemsize + kept // layers,
+        text=of_text,
+        thoughts=of_thoughts,
+        checkpointed=checkpointed,
         mixing=mixing + head_inputs,
         head=4 * (HEAD_BUFFERS * logits + V * D * (1 + half)),
         rollout=B * (L + P * N * T) * keys_values,

@@ -10,11 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quietstar import checks, objective
-from quietstar.batches import Batch, Example, collate
+from quietstar.batches import Batch, Example, batches_of
 from quietstar.intervals import mean_interval
 from quietstar.model import QuietStar
 from quietstar.parts import dropout_off
 from quietstar.scoring import one_thought
+
+__all__ = ["TokenLosses", "evaluate", "summary", "token_losses"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class TokenLosses:
     Attributes:
         base, mixed: fp64 [tokens], -log p without a thought and with one greedy thought before the token, nats.
         text: int64 [tokens], the number of the text that it belongs to.
+        place: int64 [tokens], the position before it, where the thought stands.
     """
 
     base: Tensor
     mixed: Tensor
     text: Tensor
+    place: Tensor
 
 
 def evaluate(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, progress: bool = False) -> dict[str, float]:
@@ -71,25 +75,27 @@ def token_losses(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8
     """The losses that ``evaluate`` sums up; its arguments."""
     parts = []
     with torch.no_grad(), dropout_off(qs):
-        for start in tqdm(range(0, len(examples), batch_size), desc="held-out texts", leave=False, disable=not progress):
-            places = range(start, min(start + batch_size, len(examples)))
-            (batch,) = collate([examples[i] for i in places], list(places), 1)
-            batch = {name: x.to(qs.start_embedding.device) for name, x in batch.items()}
-            base, mixed, counts = _losses(one_thought(qs), batch)
+        batches = batches_of(examples, batch_size, qs.start_embedding.device)
+        total = -(-len(examples) // batch_size)
+        for chosen, batch in tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress):
+            base, mixed, anchor, counts = _losses(one_thought(qs), batch)
             row, _ = counts.nonzero(as_tuple=True)
-            parts.append((base[counts].double().cpu(), mixed[counts].double().cpu(), start + row.cpu()))
+            parts.append(
+                (base[counts].double().cpu(), mixed[counts].double().cpu(), chosen.start + row.cpu(), anchor[counts].cpu())
+            )
     if not parts:
-        return TokenLosses(torch.zeros(0).double(), torch.zeros(0).double(), torch.zeros(0).long())
+        return TokenLosses(*torch.zeros(2, 0).double(), *torch.zeros(2, 0).long())
     return TokenLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens behind each anchor [B,P]: loss without a thought and with one, and whether the token counts."""
+def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the tokens behind each anchor [B,P]: loss without a thought and with one, the anchor, and whether the token counts."""
     # A seed, for drawing one would move torch's generator and so the dropout of the run that is being evaluated.
     out = one(**batch, seed=0)
     input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
     layout = one._layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
     labels = checks.check_labels(batch.get("labels"), input_ids, one.lm_head.linear.out_features)
     counts = objective.make_targets(labels, attention_mask, layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
-    base = out.nll_base.gather(1, layout.anchor.long().clamp(0, input_ids.shape[1] - 2))
-    return base, out.nll_mix[:, :, 0, 0], counts
+    anchor = layout.anchor.long()
+    base = out.nll_base.gather(1, anchor.clamp(0, input_ids.shape[1] - 2))
+    return base, out.nll_mix[:, :, 0, 0], anchor, counts

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quietstar import objective
+from quietstar import checks, objective
 from quietstar.explain_page import SAME, render
 from quietstar.files import write_whole
-from quietstar.parts import dropout_off
+from quietstar.parts import dropout_off, unwrapped
 from quietstar.token_text import text_pieces, token_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class ExplainedThought:
     """A thought and what it did to the prediction of the token behind it.
 
     Attributes:
-        ids, tokens: its T tokens, as ids and as text.
+        ids, tokens: its T tokens, or fewer where it stopped itself, as ids and as text.
         text: the same in one string.
         weight: mixing weight on the thought.
         mixed: -log p of the token with this thought, nats.
@@ -136,9 +136,7 @@ def explain(qs: QuietStar, text: str, seed: int | None = None) -> Report:
     input_ids = _tokenize(qs, text)
     one = copy.copy(qs)  # shares every weight; only the next token is looked at, and greedy thoughts are all the same
     N = 1 if seed is None else qs.thought_config.thoughts
-    one.thought_config = replace(
-        qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu", stop_threshold=None
-    )
+    one.thought_config = replace(qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu")
     _check_length(one, input_ids.shape[1])
 
     chunk = max(1, ROWS // (N * one.thought_config.rows))
@@ -182,12 +180,14 @@ def _check_length(one: QuietStar, L: int) -> None:
 def _predict(one: QuietStar, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
     """Of the tokens behind ``anchors`` [P]: everything that a report says about each, [P,...] of numbers."""
     layout = one._layout(input_ids, None, anchors[None], None)
-    thought_ids = one._sample(layout, input_ids, None, seed or 0, greedy=seed is None).thought_ids
-    text, thought = one._hidden_states(layout, input_ids, thought_ids)
+    thoughts = one._sample(layout, input_ids, None, seed or 0, greedy=seed is None)
+    lengths = thoughts.thought_lengths
+    layout = checks.with_lengths(layout, lengths, one.thought_config)
+    text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
-    nll_base, nll_mix, weight = one._predict(layout, text, thought, targets)
+    nll_base, nll_mix, weight = one._predict(layout, text, thought, targets, lengths)
 
-    h_base, h_thought = text[0, anchors].float(), thought[0, :, :, -1].float()  # [P,D], [P,N,D]
+    h_base, h_thought = text[0, anchors].float(), one._ahead(thought, lengths)[0, :, :, 0].float()  # [P,D], [P,N,D]
     size = max(1, LOGITS // (one.lm_head.linear.out_features * (1 + 2 * layout.N)))
     tops = [_top(one, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
     base_top, base_p, mixed_top, mixed_p = (torch.cat(column) for column in zip(*tops, strict=True))
@@ -195,7 +195,8 @@ def _predict(one: QuietStar, input_ids: Tensor, anchors: Tensor, seed: int | Non
         "base": nll_base[0, anchors],
         "mixed": nll_mix[0, :, :, 0],
         "weight": weight[0, :, :, 0],
-        "thought_ids": thought_ids[0],
+        "thought_ids": thoughts.thought_ids[0],
+        "length": thoughts.lengths[0],
         "base_top": base_top,
         "base_p": base_p,
         "mixed_top": mixed_top,
@@ -231,7 +232,7 @@ def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[Expl
         return [Alternative(x, show(x), p) for x, p in zip(tokens, probabilities, strict=True)]
 
     def thought(place: int, n: int) -> ExplainedThought:
-        own = found["thought_ids"][place][n]
+        own = found["thought_ids"][place][n][: found["length"][place][n]]
         return ExplainedThought(
             ids=own,
             tokens=[show(x) for x in own],
@@ -253,7 +254,7 @@ def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[Expl
 
 def _model(qs: QuietStar) -> dict[str, Any]:
     return {
-        "class": type(qs.model).__name__,
+        "class": type(unwrapped(qs.model)).__name__,
         "model_type": qs.config.model_type,
         "name": qs.config.name_or_path,
         "parameters": qs.model.num_parameters(),

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+__all__ = ["replaced", "write_whole"]
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # The first of these that a checkpoint has tells the size of its vocabulary.
@@ -77,13 +79,20 @@ def check_vocabulary(path: str | os.PathLike, located: Mapping[str, str], vocabu
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file beside ``path`` and rename it into place, so that no half file is left; text as UTF-8."""
+    with beside(path) as file:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def beside(path: str | os.PathLike) -> Iterator[Path]:
+    """A name beside ``path`` for a file to write, which is renamed into place at the end; after an error nothing is left."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    file = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
+        yield file
+        os.replace(file, path)
     finally:
-        beside.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from quietstar import checks
 from quietstar.cache import ThoughtStore
 from quietstar.parts import dropout_off, embeddings
-from quietstar.rollout import continue_thoughts, decode_rows, decode_step, draw_seed
+from quietstar.rollout import Stop, Thoughts, continue_thoughts, decode_rows, decode_step, draw_seed
 from quietstar.scoring import mixed_logits, next_logits
 
 if TYPE_CHECKING:
@@ -153,25 +153,41 @@ class ThinkingModel(GenerationMixin):
         return hidden[:, 0]
 
     def _think(self, store: ThoughtStore, thinks: Tensor) -> Tensor:
-        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps; off where a row does not think."""
+        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think."""
         qs, T = self.qs, self.qs.thought_config.thought_tokens
         store.hang(((T + 2) * thinks.int())[:, None, None].repeat(1, 1, self.N), rows=T + 2)
-        start, end = qs._embedding(qs.start_embedding), qs._embedding(qs.end_embedding)
-        ids = continue_thoughts(
+        thoughts = continue_thoughts(
             qs.model,
             qs.lm_head,
-            start,
+            qs._embedding(qs.start_embedding),
             store,
             self.sequence_ids,
             self.seed,
             T,
             self.temperature,
             qs.thought_config.banned,
-        ).thought_ids[:, 0]
+            Stop.of(qs.thought_config),
+        )
         if self.thinking.on_thoughts is not None:
-            self.thinking.on_thoughts(ids.masked_fill(~thinks[:, None, None], -1))
-        decode_step(qs.model, embeddings(qs.model)(ids[..., -1]), store, T)
-        return decode_step(qs.model, end.expand(*ids.shape[:2], -1), store, T + 1)
+            on = checks.sampled(thoughts.lengths[:, 0], T) & thinks[:, None, None]
+            self.thinking.on_thoughts(thoughts.thought_ids[:, 0].masked_fill(~on, -1))
+        return self._end(store, thoughts, thinks)
+
+    def _end(self, store: ThoughtStore, thoughts: Thoughts, thinks: Tensor) -> Tensor:
+        """Last hidden states [B,N,D] of the end rows, which are at different steps where thoughts stop themselves."""
+        qs, ids, lengths = self.qs, thoughts.thought_ids[:, 0], thoughts.lengths[:, 0]
+        embed, end, T = embeddings(qs.model), qs._embedding(qs.end_embedding), ids.shape[-1]
+        shortest, longest = T, T
+        if thoughts.thought_lengths is not None:
+            shortest, longest = (int(x) for x in lengths[thinks].aminmax())
+        hidden = None
+        # Sampling ran the row of a thought's last token, but for row T. Longer thoughts run theirs again until all have ended.
+        for step in range(min(shortest + 1, T), longest + 2):
+            ends = (lengths + 1 == step)[..., None]
+            last = decode_step(qs.model, torch.where(ends, end, embed(ids[..., min(step, T) - 1])), store, step)
+            hidden = last if hidden is None else torch.where(ends, last, hidden)
+        assert hidden is not None
+        return hidden
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Logits [B,V] from states of the text [B,D] and of thoughts [B,N,D]; log-probabilities where several are averaged."""

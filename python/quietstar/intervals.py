@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+__all__ = ["mean_interval", "paired", "wilson"]
+
 Z = 1.959963984540054  # of the normal distribution, 95 % lie within
 
 

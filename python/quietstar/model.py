@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from quietstar import adapters, checkpoint, checks, chunks, objective, official, reference
 from quietstar import anchors as thinking_places
-from quietstar import checkpoint, checks, chunks, objective, official, reference
 from quietstar import generate as generation
 from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.cache import PackedPass
-from quietstar.config import ThoughtConfig, check_anchor_chunk
+from quietstar.config import AdapterConfig, ThoughtConfig, check_anchor_chunk
 from quietstar.explain import Report, explain
 from quietstar.lm_head import find_lm_head
-from quietstar.parts import embeddings
+from quietstar.parts import backbone, embeddings, unwrapped
 from quietstar.rollout import Stop, Thoughts, decode_rows, draw_seed, sample_thoughts, split
 from quietstar.verify import verify_once
 from quietstar_kernels import ThoughtLayout
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass
@@ -68,7 +73,8 @@ class QuietStar(nn.Module):
     code where it has soft caps or sinks). In training mode thoughts are sampled, in evaluation mode they are greedy.
 
     Args:
-        model: any causal LM whose attention goes through transformers' AttentionInterface.
+        model: any causal LM whose attention goes through transformers' AttentionInterface, also with adapters of
+            ``peft.get_peft_model``: then they are trained, and saved without the model's own weights.
         config: N, T, J and the objective; default ``ThoughtConfig()``.
         tokenizer: only used for ``embedding_init`` and saved beside the model.
         verify: run a small self-test once per architecture: packed rows must equal an ordinary forward.
@@ -79,10 +85,13 @@ class QuietStar(nn.Module):
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
         anchor_chunk: how many anchors of each text think at a time, for less memory; None: all, "auto": by free memory.
         gate: where to think, for ``anchors="gate"``, else None.
-        reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None.
+        reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None. A frozen one of a model
+            with adapters is the model without them, and needs no copy.
+        base: a fingerprint of the weights that the adapters belong to, None where there are no adapters.
 
     Raises:
-        ValueError: a model type that can't think, or one that fails the self-test, with the reason.
+        ValueError: a model type that can't think, or one that fails the self-test, with the reason; adapters that thoughts
+            can't go through.
     """
 
     def __init__(
@@ -96,14 +105,14 @@ class QuietStar(nn.Module):
         self.thought_config = config = config or ThoughtConfig()
         self.tokenizer = tokenizer
         check_architecture(model.config)
+        adapters.check(model)
         embed = embeddings(model)
-        checks.check_special_ids(self.thought_config, embed.num_embeddings)
+        checks.check_special_ids(self.thought_config, len(embed.weight))
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         if verify:
-            verify_once(model)
-        self.model = model
-        self.lm_head = find_lm_head(model)
+            verify_once(unwrapped(model))
+        self._take(model)
         device, D = embed.weight.device, self.lm_head.linear.in_features
         last = nn.Linear(D, 1, bias=False, device=device)
         nn.init.zeros_(last.weight)
@@ -115,11 +124,16 @@ class QuietStar(nn.Module):
         self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.anchor_chunk = None
         self.gate: thinking_places.Gate | None = None
-        self.reference: PreTrainedModel | None = None
         self.use_config(config)
         # transformers' Trainer writes state_dict() with safetensors, which refuses a tensor under two names.
         self.register_state_dict_post_hook(checkpoint.drop_tied)
         self.register_load_state_dict_pre_hook(checkpoint.add_tied)
+
+    def __copy__(self) -> QuietStar:
+        """Another config for the same weights. Of a model that is cut over processes ``copy.copy`` would make a new one."""
+        one = object.__new__(type(self))
+        one.__dict__.update(self.__dict__)
+        return one
 
     @property
     def config(self) -> Any:
@@ -145,8 +159,42 @@ class QuietStar(nn.Module):
             self.gate = thinking_places.Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
         if config.reference == "current":
             self.reference = None
-        elif self.reference is None:
+        elif self.reference is None and not (config.reference == "frozen" and adapters.can_be_off(self.model)):
             self.reference = reference.copy_model(self.model, averaged=config.reference == "ema")
+
+    def add_adapters(self, config: PeftConfig | AdapterConfig) -> None:
+        """Freeze the language model and train adapters in its layers: a ``peft.LoraConfig``, or our short form of one.
+
+        Raises:
+            ValueError: peft is not installed, there are adapters already, no layer fits, or thoughts can't go through them.
+        """
+        self._take(adapters.add(self.model, config))
+        self.use_config(self.thought_config)
+
+    def merge_adapters(self) -> None:
+        """Fold the adapters into the language model's weights: an ordinary model again. A frozen reference is from now on it.
+
+        Raises:
+            ValueError: there are no adapters.
+        """
+        self._take(adapters.merge(self.model))
+        self.use_config(self.thought_config)
+
+    def _take(self, model: PreTrainedModel) -> None:
+        """The language model from now on; a reference copied from another is dropped."""
+        self.model = model
+        self.lm_head = find_lm_head(unwrapped(model))
+        self.base = adapters.fingerprint(model) if adapters.there(model) else None
+        self.reference = None
+
+    @contextmanager
+    def _compared_with(self) -> Iterator[PreTrainedModel]:
+        """The language model that rewards and divergence compare with."""
+        if self.reference is None and self.thought_config.reference == "frozen":
+            with adapters.off(self.model):
+                yield self.model
+        else:
+            yield self.model if self.reference is None else self.reference
 
     def update_reference(self) -> None:
         """Let an ``ema`` reference follow the weights; after each optimizer step. Others stay as they are."""
@@ -214,8 +262,9 @@ class QuietStar(nn.Module):
             nll_base, nll_mix, weight = self._predict(layout, text, thought, targets, thought_lengths)
             nll_reference = objective.at_anchors(nll_base, layout, config.lookahead)
             logprob = self._logprob(thought, thought_ids, thought_lengths)
-        if self.reference is not None and config.reference != "current":
-            nll_reference = reference.text_nll(self.reference, self.lm_head, input_ids, layout, targets)
+        if config.reference != "current":
+            with self._compared_with() as model:
+                nll_reference = reference.text_nll(model, self.lm_head, input_ids, layout, targets)
             nll_reference = objective.at_anchors(nll_reference, layout, config.lookahead)
         reward = objective.rewards(nll_reference, nll_mix, targets, config.reward)
         advantage = torch.where(targets.rewarded[:, :, None], objective.ADVANTAGES[config.advantage](reward), 0)
@@ -223,13 +272,13 @@ class QuietStar(nn.Module):
         loss_ce = objective.cross_entropy(nll_base, nll_mix, counts, config.base_weight, config.mix_weight)
         base_logprob = None
         if config.kl_weight:
-            base = self.model if self.reference is None else self.reference
-            parts = [
-                reference.thought_logprob(
-                    base, self.lm_head, input_ids, thought_ids[:, places], layout.select(places), config.banned
-                )
-                for places in split(layout.P, size)
-            ]
+            with self._compared_with() as model:
+                parts = [
+                    reference.thought_logprob(
+                        model, self.lm_head, input_ids, thought_ids[:, places], layout.select(places), config.banned
+                    )
+                    for places in split(layout.P, size)
+                ]
             base_logprob = torch.cat(parts, 1)
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
@@ -325,7 +374,7 @@ class QuietStar(nn.Module):
             seed: 64 bits for sampling thoughts; default drawn from torch's generator, which also samples the text's tokens.
             sequence_ids: integer [B], names each text for sampling thoughts; default the row index.
             on_thoughts: called with the thoughts before a token that some text thinks for, int64 [B,N,T]; -1 in texts
-                that don't.
+                that don't and past the end of a thought.
             usual: what transformers' ``generate`` takes: do_sample, temperature, top_p, eos_token_id, streamer,
                 stopping_criteria, logits_processor, generation_config, ... With thoughts there are no beams, no assistant,
                 and no cache but our own.
@@ -368,23 +417,32 @@ class QuietStar(nn.Module):
         return objective.count(objective.make_targets(labels, attention_mask, layout, self.thought_config.lookahead))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place."""
+        """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
+
+        Of a model with adapters, those alone are written, as peft does it. Raises ValueError where weights of the base were
+        trained, which would be lost.
+        """
         checkpoint.save(self, directory)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, verify: bool = True, **kwargs: Any) -> QuietStar:
+    def from_pretrained(
+        cls, path: str | os.PathLike, verify: bool = True, base: PreTrainedModel | str | None = None, **kwargs: Any
+    ) -> QuietStar:
         """Load what ``save_pretrained`` wrote, or a published checkpoint, from a folder or a hub name.
 
         Nothing is initialised anew. A published checkpoint doesn't say how long its thoughts are: ``thought_tokens`` is taken
         from its ``max_thoughts``, and ``qs.thought_config`` may be replaced.
 
         Args:
+            base: for a checkpoint of adapters, what they belong to: a model, which gets them, a folder or a hub name; default
+                the one that the checkpoint names.
             kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
 
         Raises:
-            ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary.
+            ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
+                base.
         """
-        model, config, tokenizer, tensors = checkpoint.load(path, **kwargs)
+        model, config, tokenizer, tensors = checkpoint.load(path, base, **kwargs)
         qs = cls(model, config, tokenizer, verify=verify)
         checkpoint.restore(qs, tensors, path)
         return qs
@@ -427,6 +485,17 @@ class QuietStar(nn.Module):
         """Keep activations again."""
         self.model.gradient_checkpointing_disable()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` for the language model's decoder, in place; arguments as there.
+
+        One graph serves all steps of a rollout. What stands around the decoder looks at values and stays as it is:
+        ``torch.compile(qs)`` gives the same numbers with breaks at these places.
+        """
+        # Text, first rows, other rows and both at once; in training, evaluation and generation; at one length and at any.
+        # Older versions of torch have one limit for everything.
+        limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+        backbone(self.model).compile(*args, **{**limit, **kwargs})
+
     def _layout(
         self,
         input_ids: Tensor,
@@ -445,9 +514,6 @@ class QuietStar(nn.Module):
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
         config = self.thought_config
-        stop = None
-        if config.stop_threshold is not None and config.end_token_id is not None:
-            stop = Stop(config.end_token_id, config.stop_threshold)
         return sample_thoughts(
             self.model,
             self.lm_head,
@@ -459,7 +525,7 @@ class QuietStar(nn.Module):
             config.thought_tokens,
             temperature=0.0 if greedy else 1.0,
             banned=config.banned,
-            stop=stop,
+            stop=Stop.of(config),
             anchor_chunk=chunks.chunk_size(self, layout),
         )
 
@@ -551,7 +617,7 @@ class QuietStar(nn.Module):
     def _weight(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Mixing weight on the thought, fp32 [...,1], from two fp32 hidden states [...,D]."""
         with torch.autocast(h_base.device.type, enabled=False):
-            weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(self.start_embedding.dtype)).float()
+            weight = self.mixing_head(torch.cat([h_base, h_thought], -1).to(next(self.mixing_head.parameters()).dtype)).float()
         return weight if self.thought_config.mixing == "logits" else torch.sigmoid(weight)
 
 
@@ -568,10 +634,10 @@ def initial_embedding(embed: nn.Embedding, init: int | str | None, tokenizer: Pr
         if not ids:
             raise ValueError(f"embedding_init: the tokenizer gives no tokens for {init!r}")
     elif init is not None:
-        if not 0 <= init < embed.num_embeddings:
-            raise ValueError(f"embedding_init must be from 0 to V-1={embed.num_embeddings - 1}, got {init}")
+        if not 0 <= init < len(embed.weight):
+            raise ValueError(f"embedding_init must be from 0 to V-1={len(embed.weight) - 1}, got {init}")
         ids = [init]
     else:
-        ids = range(embed.num_embeddings)
+        ids = range(len(embed.weight))
     chunks = torch.as_tensor(list(ids), device=embed.weight.device).split(4096)
     return torch.stack([embed(chunk).float().sum(0) for chunk in chunks]).sum(0) / len(ids)

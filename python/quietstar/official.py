@@ -101,6 +101,8 @@ def save(qs: QuietStar, directory: str | os.PathLike, max_shard_size: int | str)
         raise ValueError(f"save_official: the published code knows Mistral models alone, this is a {qs.config.model_type}")
     if config.mixing != "logits":
         raise ValueError(f"save_official: the published code mixes logits, this model was trained to mix {config.mixing}")
+    if qs.base is not None:
+        raise ValueError("save_official: the published code knows no adapters; qs.merge_adapters() folds them into the weights")
     if qs.gate is not None:
         raise ValueError("save_official: the published code knows no gate; qs.use_config with another anchors drops it")
     ahead = config.thought_tokens + 3

@@ -12,8 +12,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
-from quietstar.config import PRESETS, ThoughtConfig, TrainConfig
-from quietstar.data import DataConfig
+from quietstar.config import PRESETS
 
 
 class UsageError(Exception):
@@ -76,10 +75,14 @@ def _as_typed(values: dict[str, Any]) -> list[str]:
     return typed
 
 
+def _has_help(config: Any) -> bool:
+    return dataclasses.is_dataclass(config) and all("help" in field.metadata for field in dataclasses.fields(config))
+
+
 def _struct_rule(info: Any) -> StructConstructorSpec | None:
     """Options from the fields of our config classes and their help texts."""
     config = info.type
-    if config not in (DataConfig, ThoughtConfig, TrainConfig):
+    if not _has_help(config):
         return None
 
     def make(**values: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def embeddings(model: PreTrainedModel) -> nn.Embedding:
-    """The token embeddings; calling the module applies the model's own scaling."""
+    """The token embeddings; calling the module applies the model's own scaling and adapters, ``weight`` knows of neither."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 

@@ -34,8 +34,8 @@ def copy_model(model: PreTrainedModel, averaged: bool) -> PreTrainedModel:
     shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
     twin = copy.deepcopy(model, shared)
     for weight in twin.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float() if averaged else weight.data
+        if averaged and weight.requires_grad:
+            weight.data = weight.data.float()
     return twin.requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from quietstar.cache import ThoughtPass, ThoughtStore, check_arrived
 from quietstar.checks import sampled
+from quietstar.config import ThoughtConfig
 from quietstar.lm_head import LMHead
 from quietstar.parts import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
@@ -28,6 +29,13 @@ class Thoughts:
     thought_ids: Tensor
     logprob: Tensor
     thought_lengths: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B,P,N], sampled tokens of each thought."""
+        if self.thought_lengths is not None:
+            return self.thought_lengths
+        return torch.full_like(self.thought_ids[..., 0], self.thought_ids.shape[-1])
 
     def cut(self, thought_lengths: Tensor | None) -> Thoughts:
         """No thought longer than ``thought_lengths`` [B,P,N]; unchanged for None."""
@@ -64,6 +72,13 @@ class Stop:
 
     end: int
     threshold: float
+
+    @staticmethod
+    def of(config: ThoughtConfig) -> Stop | None:
+        """What the config says; None where every thought runs to T."""
+        if config.stop_threshold is None or config.end_token_id is None:
+            return None
+        return Stop(config.end_token_id, config.stop_threshold)
 
 
 def split(P: int, size: int) -> list[slice]:

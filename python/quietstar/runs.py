@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+
 from quietstar.files import write_whole
+
+__all__ = ["Metrics", "Signals", "process_state"]
+
+
+def process_state() -> PartialState:
+    """Which of the processes this is. Without accelerators they only find each other where Accelerate is told of the CPU."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return PartialState(cpu=several and not torch.accelerator.is_available())
 
 
 class Metrics:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quietstar import checks
 from quietstar.cache import PackedPass
 from quietstar.parts import dropout_off, embeddings
 from quietstar.rollout import decode_rows
@@ -45,7 +46,6 @@ def one_thought(qs: QuietStar) -> QuietStar:
         advantage="relu",
         reference="current",
         kl_weight=0.0,
-        stop_threshold=None,
     )
     return one
 
@@ -121,8 +121,10 @@ def _score(
         embeds = embeddings(one.model)(input_ids)
         text = decode_rows(one.model, embeds, layout.text_position_ids(), PackedPass(layout))
     else:
-        thought_ids = one._sample(layout, input_ids, None, 0, greedy=True).thought_ids
-        text, thought = one._hidden_states(layout, input_ids, thought_ids)
+        thoughts = one._sample(layout, input_ids, None, 0, greedy=True)
+        layout = checks.with_lengths(layout, thoughts.thought_lengths, one.thought_config)
+        text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
+        h_thought = one._ahead(thought, thoughts.thought_lengths)[:, :, 0, 0].float()
     rows = torch.arange(B, device=anchors.device)[:, None].expand(B, P)
     target = input_ids[rows, (anchors + 1).clamp(max=input_ids.shape[1] - 1)]
     h_base = text[rows, anchors.clamp(min=0)].float()
@@ -134,7 +136,7 @@ def _score(
             base = next_logits(one, h_base[b, part])
             mixed = base
             if think != "never":
-                mixed = mixed_logits(one, h_base[b, part], thought[b, part, 0, -1].float())
+                mixed = mixed_logits(one, h_base[b, part], h_thought[b, part])
             if isinstance(think, (int, float)):
                 entropy = torch.special.entr(base.softmax(-1)).sum(-1, keepdim=True)
                 mixed = torch.where(entropy > think, mixed, base)

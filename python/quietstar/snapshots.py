@@ -1,9 +1,11 @@
 """Checkpoints of a run: folders written beside and renamed, with a manifest that names every damaged file.
 
 <run>/checkpoints/step-000050/   the model as ``save_pretrained`` writes it, plus
-    optimizer.safetensors        AdamW's moments and the random states
+    optimizer.safetensors        AdamW's moments
     run.json                     step, config, the optimizer's other settings
     manifest.json                size and SHA-256 of every file; written last
+
+Weights and moments are whole, however many processes they were cut over: any number of processes goes on from there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from quietstar import checkpoint
 from quietstar.model import QuietStar
+from quietstar.optimizers import from_tensors, to_tensors
+from quietstar.sharding import cut_like, gather, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
 
@@ -42,16 +46,36 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
     keep: int,
+    write: bool = True,
 ) -> Path:
     """Write the checkpoint after ``step`` steps, then drop all but the newest ``keep`` and those of later steps, which
     belong to a run that this one replaces. Raises OSError with no room left.
+
+    Every process calls it, for shards come together here; only the one that is to ``write`` has the whole on its CPU.
     """
     target = folder(out, step)
+    with whole_weights(qs, write):
+        moments = _pack_optimizer(optimizer, write)
+        if write:
+            _write_whole(target, step, qs, moments, config)
+    if write:
+        paths = every(out)
+        newest = paths.index(target) + 1
+        for old in paths[: max(0, newest - keep)] + paths[newest:]:
+            _remove(old)
+    return target
+
+
+# State tensors by "parameter index.name", and the groups' settings.
+Moments = tuple[dict[str, Tensor], list[dict[str, Any]]]
+
+
+def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
     beside = target.with_name(f".{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_rests(target.parent)
     try:
-        _write(beside, step, qs, optimizer, config)
+        _write(beside, step, qs, moments, config)
         if target.exists():
             _remove(target)
         os.replace(beside, target)
@@ -59,19 +83,11 @@ def save(
         raise OSError(f"{target}: {error}") from error
     finally:
         _remove_rests(target.parent)
-    paths = every(out)
-    newest = paths.index(target) + 1
-    for old in paths[: max(0, newest - keep)] + paths[newest:]:
-        _remove(old)
-    return target
 
 
-def _write(beside: Path, step: int, qs: QuietStar, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
     qs.save_pretrained(beside)
-    tensors, settings = _pack_optimizer(optimizer)
-    tensors["random.cpu"] = torch.get_rng_state()
-    for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
-        tensors[f"random.cuda.{i}"] = state
+    tensors, settings = moments
     save_file(tensors, beside / OPTIMIZER)
     run = {"step": step, "config": config, "optimizer": settings}
     (beside / RUN).write_text(json.dumps(run, indent=2) + "\n")
@@ -109,40 +125,36 @@ def check(path: Path) -> None:
             raise ValueError(f"{path}: {name} is damaged: it is not the file that was saved")
 
 
-def load(path: Path, qs: QuietStar, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put model, optimizer and random states back; returns ``run.json``. Raises ValueError for a damaged checkpoint."""
+def load(path: Path, qs: QuietStar) -> int:
+    """Put the model back, before it is cut over processes; returns the steps done.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another model.
+    """
     check(path)
-    run = json.loads((path / RUN).read_text())
     try:
         checkpoint.restore_all(qs, path)
     except RuntimeError as error:
         raise ValueError(f"{path}: it is of another model: {str(error).splitlines()[0]}") from error
-    tensors = load_file(path / OPTIMIZER)
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = [tensors.pop(name) for name in sorted(tensors) if name.startswith("random.cuda.")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
-    _unpack_optimizer(optimizer, tensors, run["optimizer"])
-    return run
+    return int(json.loads((path / RUN).read_text())["step"])
 
 
-def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """State tensors by "parameter index.name", and the groups' settings."""
-    state = optimizer.state_dict()
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer back, whose weights may be cut over processes."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
+        key: cut_like(value, weights[int(key.partition(".")[0])])
+        for key, value in load_file(path / OPTIMIZER).items()
+        if not key.startswith("random.")  # which checkpoints had before dropout followed from (seed, step)
     }
+    groups = json.loads((path / RUN).read_text())["optimizer"]
+    optimizer.load_state_dict({"state": from_tensors(tensors), "param_groups": groups})
+
+
+def _pack_optimizer(optimizer: torch.optim.Optimizer, write: bool) -> Moments:
+    state = optimizer.state_dict()
+    tensors = {name: gather(value, write).contiguous() for name, value in to_tensors(state["state"]).items()}
     return tensors, state["param_groups"]
-
-
-def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _fingerprint(file: Path) -> list:

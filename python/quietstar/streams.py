@@ -21,7 +21,7 @@ class ThoughtLines(BaseStreamer):
         self.in_prompt = True
 
     def on_thoughts(self, thought_ids: Tensor) -> None:
-        self.thoughts = [repr(self.tokenizer.decode(thought)) for thought in thought_ids[0].tolist()]
+        self.thoughts = [repr(self.tokenizer.decode(thought[thought >= 0])) for thought in thought_ids[0]]
 
     def put(self, value: Tensor) -> None:
         if not self.in_prompt:

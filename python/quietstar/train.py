@@ -1,7 +1,8 @@
 """The training loop: one optimizer step after the other on the Quiet-STaR loss.
 
-Everything random follows from (seed, step): the order of the texts, the thoughts' counters and, after a resume, dropout. So a
-run that was stopped and resumed gives the losses of the unbroken one, bitwise where the machine allows.
+Everything random follows from (seed, step): the order of the texts, the thoughts' counters and dropout. So a run that was
+stopped and resumed gives the losses of the unbroken one, bitwise where the machine allows. Several processes share a step's
+texts, and what a loss is divided by is counted over all of them: their number changes rounding, and dropout, alone.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from quietstar import snapshots
@@ -26,7 +30,11 @@ from quietstar.batches import Batch, Example, collate, mix_seed, texts_of_step
 from quietstar.config import TrainConfig
 from quietstar.model import QuietStar, QuietStarOutput
 from quietstar.objective import Counts
-from quietstar.runs import Metrics, Signals
+from quietstar.optimizers import make_optimizer
+from quietstar.runs import Metrics, Signals, process_state
+from quietstar.sharding import find_strategy, shard, whole
+
+__all__ = ["Interrupted", "Loss", "thought_loss", "train"]
 
 # (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it came from.
 Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
@@ -57,7 +65,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train ``qs`` in place.
 
-    Writes ``config.out/metrics.jsonl``, one line a step, and checkpoints. SIGTERM and Ctrl-C finish the step and save.
+    Writes ``config.out/metrics.jsonl``, one line a step, and checkpoints. SIGTERM and Ctrl-C finish the step and save,
+    whichever process they reach. Processes that torchrun or accelerate launch started all call this with the same arguments.
 
     Args:
         data: examples by index: input_ids [L] and, where wanted, labels, anchors, document_ids, thought_ids [P,N,T]; texts of
@@ -71,8 +80,9 @@ def train(
 
     Raises:
         Interrupted: after a signal, once the checkpoint is written.
-        ValueError: no data, or a checkpoint that is damaged or of another config.
-        OSError: a file could not be written; checkpoints that were whole stay whole.
+        ValueError: no data, more processes than texts in a step, or a checkpoint that is damaged or of another config.
+        OSError: a file could not be written; checkpoints that were whole stay whole. ConnectionError, which is one: another
+            process ended; the steps that were done are saved if weights are not cut over the processes.
     """
     if not len(data):
         raise ValueError("train: there is no text to train on")
@@ -83,55 +93,91 @@ def train(
         raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {policy!r}")
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
+    process_state()
     accelerator = Accelerator(
         mixed_precision=config.precision,
         log_with=config.tracker or None,
         project_dir=config.out if config.tracker else None,
     )
-    optimizer = torch.optim.AdamW(
-        [p for p in qs.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    strategy = find_strategy(config)
+    _check_processes(accelerator.num_processes, config, strategy)
     settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
-    done = _resume(qs, optimizer, config, settings, resume)
-    model, optimizer = accelerator.prepare(qs, optimizer)
+    checkpoint = _find_checkpoint(config, settings, resume)
+    done = snapshots.load(checkpoint, qs) if checkpoint else 0
+    _check_same_step(accelerator, done, config)
+    if strategy != "no":
+        shard(qs, strategy, config.precision)
+    weights = [p for p in qs.parameters() if p.requires_grad]
+    optimizer = make_optimizer(config.optimizer, weights, config.learning_rate, config.weight_decay)
+    if checkpoint:
+        snapshots.load_optimizer(checkpoint, optimizer)
+    model: Any = qs
+    if strategy == "no":
+        model, optimizer = accelerator.prepare(qs, optimizer)
+    else:
+        optimizer = accelerator.prepare_optimizer(optimizer)
     if config.tracker:
         accelerator.init_trackers("quietstar", config=settings["train"])
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, write=accelerator.is_main_process)
+    save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 
     with (
         Signals() as signals,
         tqdm(total=config.steps, initial=done, unit="step", disable=not (progress and accelerator.is_main_process)) as bar,
     ):
-        for step in range(done, config.steps):
-            started = time.perf_counter()
-            line = _step(accelerator, model, optimizer, data, config, loss, step)
-            line["seconds"] = time.perf_counter() - started
-            line["tokens_per_second"] = line.pop("tokens") / line["seconds"]
-            line["thoughts_per_second"] = line.pop("thoughts") / line["seconds"]
-            last = step + 1 == config.steps
-            if evaluate is not None and config.eval_every and ((step + 1) % config.eval_every == 0 or last):
-                line |= _evaluate(qs, evaluate)
-            metrics.add({"step": step + 1, **line})
-            accelerator.log(line, step=step + 1)
-            shown = {
-                "loss_ce": "{:.3f}",
-                "policy_loss": "{:.2e}",
-                "reward": "{:.3f}",
-                "weight": "{:.3f}",
-                "tokens_per_second": "{:.0f}",
-                "thoughts_per_second": "{:.0f}",
-            }
-            bar.set_postfix_str(" ".join(f"{name} {form.format(line[name])}" for name, form in shown.items() if name in line))
-            bar.update()
-            if (step + 1) % config.save_every == 0 or last or signals.caught:
-                if accelerator.is_main_process:
-                    saved = snapshots.save(config.out, step + 1, qs, optimizer, settings, config.keep)
-                accelerator.wait_for_everyone()
-            if signals.caught and not last:
-                accelerator.end_training()
-                raise Interrupted(step + 1, saved)
-    accelerator.end_training()
+        finished = done
+        try:
+            with _naming_lost_processes():
+                for step in range(done, config.steps):
+                    started = time.perf_counter()
+                    line = _step(accelerator, model, optimizer, data, config, loss, step)
+                    finished = step + 1
+                    line["seconds"] = time.perf_counter() - started
+                    line["tokens_per_second"] = line.pop("tokens") / line["seconds"]
+                    line["thoughts_per_second"] = line.pop("thoughts") / line["seconds"]
+                    last = step + 1 == config.steps
+                    if evaluate is not None and config.eval_every and ((step + 1) % config.eval_every == 0 or last):
+                        with accelerator.autocast():
+                            line |= _evaluate(qs, evaluate)
+                    metrics.add({"step": step + 1, **line})
+                    accelerator.log(line, step=step + 1)
+                    _show(bar, line)
+                    stop = _any(accelerator, signals.caught)
+                    if (step + 1) % config.save_every == 0 or last or stop:
+                        saved = save(step + 1, write=accelerator.is_main_process)
+                        accelerator.wait_for_everyone()
+                    if stop and not last:
+                        _end_trackers(accelerator)
+                        raise Interrupted(step + 1, saved)
+        except ConnectionError:
+            whole = strategy == "no" and config.updates == 1  # or else weights may be between two steps
+            unsaved = finished > done and not snapshots.folder(config.out, finished).exists()
+            if whole and unsaved and accelerator.is_main_process:
+                save(finished)
+            raise
+    _end_trackers(accelerator)
     return metrics.lines
+
+
+SHOWN = {
+    "loss_ce": "{:.3f}",
+    "policy_loss": "{:.2e}",
+    "reward": "{:.3f}",
+    "weight": "{:.3f}",
+    "tokens_per_second": "{:.0f}",
+    "thoughts_per_second": "{:.0f}",
+}
+
+
+def _show(bar: tqdm, line: dict[str, float]) -> None:
+    bar.set_postfix_str(" ".join(f"{name} {form.format(line[name])}" for name, form in SHOWN.items() if name in line))
+    bar.update()
+
+
+def _end_trackers(accelerator: Accelerator) -> None:
+    """Accelerate's own way of ending also takes the processes apart, and another run may follow."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _step(
@@ -146,14 +192,17 @@ def _step(
     """One optimizer step over this process's parts of the step's texts; returns summed or averaged figures."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     chosen = texts_of_step(len(data), config.batch_size, config.seed, step)
-    parts = collate([data[i] for i in chosen], chosen, ranks * config.accumulation)[rank::ranks]
+    # As many for each process, and none is empty: where weights are gathered all must run the model as often.
+    each = min(config.accumulation, len(chosen) // ranks)
+    parts = collate([data[i] for i in chosen], chosen, ranks * each)[rank::ranks]
     parts = [{name: x.to(accelerator.device) for name, x in part.items()} for part in parts]
     qs = accelerator.unwrap_model(model)
     seed = mix_seed(config.seed, step)
+    torch.manual_seed(mix_seed(seed, rank))  # for dropout
     model.train()
     if qs.thought_config.anchors != "all":
         with accelerator.autocast():
-            parts = [part | {"anchors": _choose_anchors(qs, part, seed)} for part in parts]
+            parts = _same_width(accelerator, [part | {"anchors": _choose_anchors(qs, part, seed)} for part in parts])
     if qs.thought_config.stop_threshold is not None:  # how many tokens there are shows when the thoughts are made
         with accelerator.autocast():
             parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
@@ -163,23 +212,28 @@ def _step(
     for update in range(config.updates):
         optimizer.zero_grad()
         for i, part in enumerate(parts):
-            with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext(), accelerator.autocast():
+            # Gradients of weights that are cut are summed at once: until then each process has all of them.
+            waits = model is not qs and i + 1 < len(parts)
+            with accelerator.no_sync(model) if waits else nullcontext(), accelerator.autocast():
                 value, out = loss(model, part, counts, seed)
-                # DDP averages over ranks what is already divided by the counts of all.
+                # DDP and FSDP average over ranks what is already divided by the counts of all.
                 accelerator.backward(value * ranks)
             if update == 0:  # later updates go on with the same thoughts, and their figures would be of old ones
-                parts[i] = part | _thoughts(out)
+                parts[i] = _thoughts(out) | part  # thoughts that came with their old_logprob keep it
                 for name, x in _figures(value, out, part).items():
                     sums[name] = sums.get(name, 0.0) + x
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        if update == 0:  # before the weights change, so that they are whole steps where another process is lost
+            names = sorted(sums)
+            values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
+            sums = dict(zip(names, accelerator.reduce(values).tolist(), strict=True))
+            if not math.isfinite(sums["loss"]):
+                raise FloatingPointError(f"train: the loss is {sums['loss']} at step {step + 1}")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()
         qs.update_reference()
 
-    names = sorted(sums)
-    totals = accelerator.reduce(torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device))
-    sums = dict(zip(names, totals.tolist(), strict=True))
     sums["weight"] /= max(1, int(counts.mix[0]))
     for name in ("reward", "advantage"):
         sums[name] /= max(1, int(counts.places))
@@ -187,9 +241,7 @@ def _step(
         sums["divergence"] /= max(1, int(counts.tokens))
     if "anchors" in sums:
         sums["anchor_share"] = sums["anchors"] / sums["tokens"]
-    if not math.isfinite(sums["loss"]):
-        raise FloatingPointError(f"train: the loss is {sums['loss']} at step {step + 1}")
-    return sums | {"grad_norm": float(norm), "learning_rate": config.rate(step)}
+    return sums | {"grad_norm": float(whole(norm)), "learning_rate": config.rate(step)}
 
 
 def _figures(value: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, float]:
@@ -222,6 +274,13 @@ def _choose_anchors(qs: QuietStar, part: Batch, seed: int) -> Tensor:
     return qs.choose_anchors(part["input_ids"], part["attention_mask"], part.get("document_ids"), part["sequence_ids"], seed)
 
 
+def _same_width(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
+    """As many places for anchors in each part of each process, so that all make as many chunks of them."""
+    width = torch.tensor(max(part["anchors"].shape[1] for part in parts), device=accelerator.device)
+    width = accelerator.gather(width).max()
+    return [part | {"anchors": pad(part["anchors"], (0, int(width) - part["anchors"].shape[1]), value=-1)} for part in parts]
+
+
 def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
     names = ("input_ids", "attention_mask", "anchors", "document_ids", "sequence_ids")
     given: dict[str, Any] = {name: part[name] for name in names if name in part}
@@ -250,16 +309,41 @@ def _evaluate(qs: QuietStar, evaluate: Callable[[QuietStar], dict[str, float]]) 
     return {f"eval_{name}": value for name, value in figures.items()}
 
 
-def _resume(
-    qs: QuietStar,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    settings: dict[str, Any],
-    resume: str | os.PathLike | None,
-) -> int:
-    """Steps that are done. "auto" passes over damaged checkpoints, aloud; one that is named must be whole."""
+def _check_processes(processes: int, config: TrainConfig, strategy: str) -> None:
+    if processes > config.batch_size:
+        raise ValueError(f"train: batch_size must be at least the number of processes, {processes}, got {config.batch_size}")
+    if strategy != "no" and not distributed.is_initialized():
+        raise ValueError(f"train: sharding must be 'no' where neither torchrun nor accelerate launch started, got {strategy!r}")
+    if strategy != "no" and config.anchor_chunk == "auto":
+        raise ValueError("train: anchor_chunk must be a number where weights are sharded, the same in each process, got 'auto'")
+
+
+def _check_same_step(accelerator: Accelerator, done: int, config: TrainConfig) -> None:
+    steps = accelerator.gather(torch.tensor([done], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"train: all processes must see one folder out={config.out}, got checkpoints of steps {steps} there")
+
+
+def _any(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether it holds in any process."""
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+
+
+@contextmanager
+def _naming_lost_processes() -> Iterator[None]:
+    """What is left of a run ends when one of its processes does, as ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError("train: another process ended, without which this one can't go on") from error
+
+
+def _find_checkpoint(config: TrainConfig, settings: dict[str, Any], resume: str | os.PathLike | None) -> Path | None:
+    """What to go on from. "auto" passes over damaged checkpoints, aloud; one that is named must be whole."""
     if resume is None:
-        return 0
+        return None
     if resume != "auto":
         candidates = [Path(resume)]
         if not candidates[0].is_dir():
@@ -275,17 +359,18 @@ def _resume(
             tqdm.write(f"{error}; trying the one before")
             continue
         _same_settings(path, json.loads((path / snapshots.RUN).read_text())["config"], settings)
-        return int(snapshots.load(path, qs, optimizer)["step"])
+        return path
     if candidates:
         raise ValueError(f"train: every checkpoint of {config.out} is damaged")
-    return 0
+    return None
 
 
 # What may differ between a run and its continuation: nothing that the numbers depend on.
-_FREE = {"out", "eval_every", "save_every", "keep", "tracker", "accumulation", "anchor_chunk"}
+_FREE = {"out", "eval_every", "save_every", "keep", "tracker", "accumulation", "anchor_chunk", "sharding"}
 
 
 def _same_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    saved = saved | {"train": asdict(TrainConfig()) | saved["train"]}  # older checkpoints lack newer fields
     for group in ("train", "thoughts"):
         for name, value in now[group].items():
             if name not in _FREE and saved[group].get(name) != value:

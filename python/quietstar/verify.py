@@ -78,7 +78,7 @@ def verify_once(model: PreTrainedModel) -> None:
 
 def _compare(model: PreTrainedModel) -> VerifyReport:
     embed = embeddings(model)
-    device, V = embed.weight.device, embed.num_embeddings
+    device, V = embed.weight.device, len(embed.weight)
     generator = torch.Generator().manual_seed(0)
     text_ids = torch.randint(V, (1, _TEXT), generator=generator).to(device)
     anchors = torch.tensor([[0, _TEXT // 2, _TEXT - 1]], device=device)

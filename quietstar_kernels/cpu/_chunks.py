@@ -121,11 +121,15 @@ def _chunks(
         at = last[..., 0].clamp(min=0)
         first = lo.gather(1, at).masked_fill(last[..., 0] < 0, stop)[..., None]
         start = int(first.min())
+        if window is not None:
+            oldest = pos.gather(1, at)[..., None] + ahead - window
+            # The mask of all text before the window would make the time quadratic in L.
+            within = (pos[:, start:stop] > oldest.amin((1, 2))[:, None]).any(0).nonzero()
+            start = start + int(within[0]) if within.numel() else stop - 1
         j = torch.arange(start, stop, device=t.device)
         see = ((j >= first) & (j <= last))[:, None, :, None, None]  # [B,1,P,copies,ahead,keys]
         blind = None
         if window is not None:
-            oldest = pos.gather(1, at)[..., None] + ahead - window
             see = see & (pos[:, None, None, start:stop] > oldest[..., None])[:, None, :, None]
             used = see.flatten(0, -2).any(0).nonzero()
             if not used.numel():

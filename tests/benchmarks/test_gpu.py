@@ -27,7 +27,7 @@ def test_a_dry_run_never_writes_among_the_results(capsys):
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
     """Tests, small cases, first calls and two benchmarks; the others are the same command with another op."""
-    for op in ("thought_attention", "thought_decode", "linear_logprob", "step"):
+    for op in ("thought_attention", "thought_decode", "linear_logprob", "step", "memory"):
         monkeypatch.delitem(gpu.BENCHMARKS, op)
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--dry-run", "--results", str(tmp_path)])
@@ -55,6 +55,10 @@ def test_the_real_stages_name_files_and_grids_that_exist(tmp_path):
     tests = next(stage for stage in found if stage.name == "tests")
     for name in gpu.TESTS:
         assert (gpu.ROOT / tests.commands[name][-1]).exists()
+    others = [Path(word).stem for word in tests.commands["others"] if word.endswith(".py")]
+    assert "test_cuda_library" in others and not {"test_ahead_of_time", "test_cuda_wheel"} & {*others}
+    build = next(stage for stage in found if stage.name == "build").commands["CUDA back end"]
+    assert "QUIETSTAR_BUILD=cuda" in build and (gpu.ROOT / build[build.index(sys.executable) + 1]).exists()
     for op, (_, grids) in gpu.BENCHMARKS.items():
         assert set(grids) <= {case.grid for case in run.MODULES[op].cases(torch.device("cuda"), full=False)}
     assert {stage.name.removeprefix("benchmark ") for stage in found if stage.name.startswith("benchmark")} == set(run.MODULES)
@@ -107,6 +111,10 @@ PYTEST = "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b[x] FAILED [100%]\
 @pytest.mark.parametrize(
     "judge, name, outcome, passed, said",
     [
+        (gpu.judge_build, "a", Outcome(0, "", 1), True, "compiled"),
+        (gpu.judge_build, "a", Outcome(1, "QUIETSTAR_BUILD=cuda: there is no nvcc on PATH.", 1), None, "no nvcc on PATH"),
+        (gpu.judge_build, "a", Outcome(1, "error\nThe CUDA back end does not compile", 1), False, "does not compile"),
+        (gpu.judge_build, "a", Outcome(None, "", 1), False, "stopped"),
         (gpu.judge_tests, "a", Outcome(0, "tests/a.py::test_a PASSED [100%]\n== 1 passed ==", 1), True, "1 passed"),
         (gpu.judge_tests, "a", Outcome(1, PYTEST, 1), False, "1 passed, 1 failed: test_b[x]"),
         (

@@ -157,3 +157,12 @@ def test_goals_of_a_gpu():
 )
 def test_units(show, value, text):
     assert show(value) == text
+
+
+def test_ours_by_another_back_end_is_no_rival():
+    goal = next(goal for goal in goals.GPU if goal.what.startswith("decode step over the best"))
+    decode = {"op": "thought_decode", "times_ours": 2.5}
+    rows = [row(**decode, candidate="thought_decode"), row(**decode, candidate="flash prefix + own block (PyTorch)")]
+    other = row(**decode | {"times_ours": 1.1}, candidate="thought_decode, triton", version="quietstar-kernels 0.1.0")
+    assert goal.verdict([*rows, other])[1:] == ("2.50x", "pass")
+    assert goal.verdict([*rows, other | {"version": "x 1"}])[1:] == ("1.10x", "miss")

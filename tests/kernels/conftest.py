@@ -1,11 +1,18 @@
 """One suite for all back ends: a test that takes ``backend`` runs once for each, with its tensors on ``device``."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-BACKENDS = ["reference", "cpu", "triton"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
+import emulated
+
+from quietstar_kernels.cuda import _library
+
+BACKENDS = ["reference", "cpu", "triton", "cuda"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,8 +36,34 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def interpreted(backend: str, device: torch.device) -> bool:
-    """True where Triton's interpreter runs the kernels: thousands of times slower, and wrong in bf16."""
-    return backend == "triton" and device.type == "cpu"
+    """True where the CPU runs kernels for GPUs, thousands of times slower: Triton's interpreter, which is wrong in bf16, or
+    the emulation of CUDA."""
+    return backend in ("triton", "cuda") and device.type == "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels():
+    if reason := emulated.missing():
+        pytest.skip(f"the CUDA kernels can't be built for the CPU: {reason}")
+    return emulated.load(emulated.build())
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest):
+    """Where the back end "cuda" runs in the test: on a GPU, or where there is none on the CPU, by the emulation."""
+    if not torch.cuda.is_available():
+        with emulated.serving(request.getfixturevalue("emulated_kernels")):
+            yield torch.device("cpu")
+    elif reason := _library.why_not(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    else:
+        yield torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def emulation(request: pytest.FixtureRequest) -> None:
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda":
+        request.getfixturevalue("cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout, thought_decode
+from quietstar_kernels import ThoughtLayout, _dispatch, thought_decode
 from quietstar_kernels.testing import (
     LAYOUT_KINDS,
     assert_close_as_plain,
@@ -20,13 +20,28 @@ from quietstar_kernels.thought_decode import _forward
 
 GROUP = 50  # random layouts in one test
 DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
+WIDTHS = [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)]
+CUDA_WIDTHS = [(64, 64), (64, 64), (128, 128), (256, 256)]
 HUGE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}
 
 
+def serves(backend, device, dtype, K=64, E=64):
+    return _dispatch.why_not("thought_decode", backend, device, dtype, K=K, E=E) is None
+
+
 @pytest.fixture
-def case(device, interpreted):
-    """``random_case`` on the device of the test, in the dtypes that the back end computes."""
-    return partial(random_case, device=device, dtypes=DTYPES[:-1] if interpreted else DTYPES)
+def case(backend, device):
+    """``random_case`` on the device of the test, in the dtypes and widths that the back end computes."""
+    dtypes = [dtype for dtype in DTYPES if serves(backend, device, dtype)]
+    return partial(random_case, device=device, dtypes=dtypes, widths=CUDA_WIDTHS if backend == "cuda" else WIDTHS)
+
+
+@pytest.fixture
+def shape(backend):
+    """Of inputs that any back end computes: narrow ones in fp32, or the narrowest that the CUDA kernels serve."""
+    if backend == "cuda":
+        return {"width": 64, "value_width": 64, "dtype": torch.bfloat16}
+    return {"width": 8, "value_width": 4, "dtype": torch.float32}
 
 
 @pytest.fixture
@@ -43,7 +58,7 @@ def pick(generator, choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def random_case(seed, device, dtypes, **sizes):
+def random_case(seed, device, dtypes, widths, **sizes):
     """Layout, inputs and options, all drawn from one seed."""
     generator = seeded(seed)
     layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
@@ -54,8 +69,7 @@ def random_case(seed, device, dtypes, **sizes):
         "softcap": pick(generator, [None, None, 5.0, 1.0]),
     }
     heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3), (3, 1), (8, 1)])
-    widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
-    dtype = pick(generator, dtypes)
+    widths, dtype = pick(generator, widths), pick(generator, dtypes)
     sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
     inputs = decode_inputs(generator, layout, heads, groups, *widths, sinks, strided, dtype)
     return layout, inputs, options
@@ -80,11 +94,11 @@ def test_error_rule_on_longer_texts(backend, case, few):
 
 
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])
-def test_step_by_step_equals_attention(backend, kind, device, few):
+def test_step_by_step_equals_attention(backend, kind, device, few, shape):
     """By the error rule: attention and decode sum in different orders."""
     generator = seeded(3)
     layout = random_layout(generator, kind, max_text=20, device=device)
-    inputs = attention_inputs(generator, layout, sinks=True)
+    inputs = attention_inputs(generator, layout, sinks=True, **shape)
     upcast = {name: x.double() for name, x in inputs.items()}
     q, k, v, sinks = inputs.values()
     L, thoughts = layout.L, layout.P * layout.N
@@ -117,14 +131,16 @@ def test_step_as_a_tensor_and_two_runs(backend, case, device, few):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "both", "documents", "ragged"])
-def test_nan_that_nobody_may_read(backend, kind, softcap, device, few):
+def test_nan_that_nobody_may_read(backend, kind, softcap, device, few, shape):
     """NaN in own rows not yet written, in rows that are off, in queries that are off and in padded text."""
-    hidden, dtype = 0, torch.float32 if softcap is None else torch.float16
+    hidden = 0
+    if softcap is not None:
+        shape["dtype"] = torch.float16
     for seed in few([5, 3, 0, 1, 2], 1):
         generator = seeded(seed)
         layout = random_layout(generator, kind, 2, 10, 2, 4, device)
         step = int(torch.randint(layout.S, (), generator=generator))
-        inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True, dtype=dtype)
+        inputs = decode_inputs(generator, layout, 2, 1, sinks=True, **shape)
         live = layout.live().flatten(1, 2)  # [B,P*N,S]
         unread = ~live | (torch.arange(layout.S, device=device) > step)
         seen_text = layout.dense_mask()[:, layout.L :, : layout.L].any(1)
@@ -145,13 +161,13 @@ def test_nan_that_nobody_may_read(backend, kind, softcap, device, few):
 @pytest.mark.parametrize("dtype", list(HUGE), ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "any_lo", "ragged"])
-def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype, device, interpreted, few):
-    if interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bf16 wrongly")
+def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype, device, few, shape):
+    if not serves(backend, device, dtype):
+        pytest.skip(f"{backend} does not compute in {dtype} here")
     generator = seeded(7)
     layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     step = layout.S - 1
-    inputs = decode_inputs(generator, layout, 2, 1, 8, 4, sinks=True, dtype=dtype)
+    inputs = decode_inputs(generator, layout, 2, 1, sinks=True, **(shape | {"dtype": dtype}))
     before = thought_decode(**inputs, layout=layout, step=step, backend=backend, **options)
     mask = layout.dense_mask(options.get("window"))[:, layout.L + step :: layout.S]
     assert before.shape[2] and not mask.all()
@@ -169,13 +185,15 @@ def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["k_text", "v_text", "k_own", "v_own"])
-def test_nan_reaches_the_thoughts_that_see_it(backend, name, dtype, device):
+def test_nan_reaches_the_thoughts_that_see_it(backend, name, dtype, device, shape):
+    if not serves(backend, device, dtype):
+        pytest.skip(f"{backend} does not compute in {dtype} here")
     generator = seeded(4)
     layout = random_layout(generator, "documents", 2, 40, 2, 4, device)
     step = layout.S - 1
-    inputs = decode_inputs(generator, layout, 2, 1, 8, 4, dtype=dtype)
     mask = layout.dense_mask()[:, layout.L + step :: layout.S]
     bad = torch.rand(mask.shape[0], mask.shape[2], generator=generator).to(device) < 0.1
+    inputs = decode_inputs(generator, layout, 2, 1, **(shape | {"dtype": dtype}))
     bad[:, layout.L :] &= "own" in name
     bad[:, : layout.L] &= "text" in name
     sees = (mask & bad[:, None]).any(-1)
@@ -197,14 +215,14 @@ EDGES = {
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("name", EDGES)
-def test_edges(backend, name, softcap, device):
+def test_edges(backend, name, softcap, device, shape):
     layout = EDGES[name].to(device)
-    check(backend, layout, decode_inputs(seeded(0), layout, sinks=True), name, step=layout.S - 1, softcap=softcap)
+    check(backend, layout, decode_inputs(seeded(0), layout, sinks=True, **shape), name, step=layout.S - 1, softcap=softcap)
 
 
-def test_opcheck(backend, device, few):
+def test_opcheck(backend, case, device, few, shape):
     for seed in few(range(4), 2):
-        layout, inputs, options = random_case(seed, device, [torch.float32])
+        layout, inputs, options = case(seed, dtypes=[shape["dtype"]])
         *tensors, sinks = inputs.values()
         step = torch.tensor(options["step"], dtype=torch.int32, device=device)
         metadata = (layout.anchor, layout.lo, layout.length, step)
@@ -212,9 +230,9 @@ def test_opcheck(backend, device, few):
         torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
 
 
-def test_compiles_without_a_graph_break(backend, device):
+def test_compiles_without_a_graph_break(backend, device, shape):
     layout = random_layout(seeded(1), "ragged", device=device)
-    inputs = decode_inputs(seeded(2), layout, sinks=True)
+    inputs = decode_inputs(seeded(2), layout, sinks=True, **shape)
 
     def decode(step, **inputs):
         return 2 * thought_decode(**inputs, layout=layout, step=step, window=4, backend=backend)

@@ -55,7 +55,7 @@ def make_model(name, seed=0, **changes):
     return model.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """``tiny(name, seed=0, **config changes)`` makes a model; see ``ARCHITECTURES`` for the names."""
     return make_model

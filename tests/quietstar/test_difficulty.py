@@ -13,6 +13,7 @@ LOSSES = TokenLosses(
     base=torch.tensor([3.0, 0.1, 2.0, 0.2, 5.0, 0.3, 1.0, 4.0], dtype=torch.float64),
     mixed=torch.tensor([2.0, 0.2, 2.5, 0.1, 1.0, 0.3, 1.0, 4.0], dtype=torch.float64),
     text=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]),
+    place=torch.tensor([0, 1, 2, 3, 0, 1, 0, 1]),
 )
 
 
@@ -37,7 +38,7 @@ def test_two_equally_good_predictions_gain_nothing_by_the_mean():
     generator = torch.Generator().manual_seed(3)
     difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
     base, mixed = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(2))
-    tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200))
+    tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200, torch.arange(4000) // 200))
     assert tenths["base"][0]["gain_high"] < -0.5 and tenths["base"][-1]["gain_low"] > 0.5
     assert sum(group["gain_low"] < 0 < group["gain_high"] for group in tenths["mean"]) >= 8
 
@@ -46,7 +47,7 @@ def test_tenths_share_all_tokens():
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(1003, generator=generator, dtype=torch.float64)
     mixed = base + torch.randn(1003, generator=generator, dtype=torch.float64)
-    for groups in difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(1003) % 7)).values():
+    for groups in difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(1003) % 7, torch.arange(1003) // 7)).values():
         assert [group["tokens"] for group in groups] == [101] * 3 + [100] * 7
         assert all(a["hardest"] <= b["easiest"] for a, b in zip(groups, groups[1:], strict=False))
         assert sum(group["gain"] * group["tokens"] for group in groups) == pytest.approx(float((base - mixed).sum()))
@@ -56,17 +57,17 @@ def test_few_tokens():
     groups = difficulty.by_difficulty(LOSSES)["base"]
     assert [group["tokens"] for group in groups] == [1] * 8
     assert {group["gain_low"] for group in groups} == {None}, "one text has no interval"
-    none = TokenLosses(torch.zeros(0).double(), torch.zeros(0).double(), torch.zeros(0).long())
+    none = TokenLosses(*torch.zeros(2, 0).double(), *torch.zeros(2, 0).long())
     assert difficulty.by_difficulty(none) == {"base": [], "mean": []}
 
 
 def test_interval_covers_the_gain_when_texts_differ():
     """The tokens of a text share a gain of their own: an interval over tokens would hold the mean, 0.2, far too rarely."""
     generator, hits = torch.Generator().manual_seed(1), 0
-    text = torch.arange(40).repeat_interleave(25)
+    text, place = torch.arange(40).repeat_interleave(25), torch.arange(25).repeat(40)
     for _ in range(200):
         gain = 0.2 + torch.randn(40, generator=generator).double()[text]
-        group = difficulty._group(TokenLosses(gain, torch.zeros(1000).double(), text), torch.arange(1000))
+        group = difficulty.gain_of(TokenLosses(gain, torch.zeros(1000).double(), text, place), torch.arange(1000))
         hits += group["gain_low"] <= 0.2 <= group["gain_high"]
     assert 178 <= hits <= 199
 

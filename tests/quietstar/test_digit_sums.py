@@ -1,12 +1,21 @@
-"""examples/digit_sums.py: its lines, its scores, every run for three steps, and one seed in full."""
+"""examples/digit_sums.py: its lines, its scores, every run for three steps, one seed in full, and what larger models need."""
 
+import importlib.util
 import json
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from transformers import LlamaForCausalLM
+
+from quietstar import QuietStar, snapshots
+from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.files import replaced
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -170,10 +179,93 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def pretrained(digit_sums, strings, one_thread, tmp_path_factory):
+    """The language model that all runs begin with, and its gate: made once, by the first process of pytest that needs it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digit-sums"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            model, gate = digit_sums.pretrain(*strings, seed=0, steps=600)
+            with replaced(folder) as written:
+                model.save_pretrained(written)
+                (written / "gate.json").write_text(json.dumps(gate))
+    return folder
+
+
+def load(folder):
+    return LlamaForCausalLM.from_pretrained(folder), json.loads((folder / "gate.json").read_text())
+
+
+def train_briefly(digit_sums, monkeypatch, model, setting, out, **changes):
+    """A run with other fields of its TrainConfig."""
+    monkeypatch.setattr(digit_sums, "TrainConfig", lambda **given: TrainConfig(**given | changes))
+    qs, _ = digit_sums.train_thoughts(model, setting, digit_sums.QUIET_STAR, *digit_sums.split_strings(0), 0, out)
+    return qs
+
+
+def assert_it_thinks(digit_sums, qs, greedy=0.9, lines=512):
+    """The thresholds of a whole run, on held-out lines; without its own thoughts it answers at chance."""
+    _, held_out = digit_sums.split_strings(0)
+    row = digit_sums.evaluate(qs, digit_sums.QUIET_STAR, held_out[:lines], seed=0)
+    assert digit_sums.exact_match(row, "greedy") >= greedy and digit_sums.exact_match(row) >= 0.85
+    assert row["sampled"]["nll"] <= 0.6
+    others = digit_sums.own_thoughts(qs, held_out[:lines]).roll(1, 0)
+    shuffled = digit_sums.score(digit_sums.predict(qs, held_out[:lines], others).mixed, held_out[:lines])
+    assert shuffled["right"] / lines <= 0.15
+
+
 @pytest.mark.slow
-def test_thinking_at_equals_helps(digit_sums, one_thread, tmp_path) -> None:
+def test_thinking_at_equals_helps(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
     """One whole seed meets every threshold; about two minutes."""
+    monkeypatch.setattr(digit_sums, "pretrain", lambda *arguments: load(pretrained))
     runs = {digit_sums.EQUALS_ONLY: (digit_sums.QUIET_STAR, digit_sums.FROZEN, digit_sums.PAUSES)}
     seed = digit_sums.run_seed(0, runs, tmp_path)
     assert len(seed["checks"]) == 11
     assert [check for check in seed["checks"] if not check["passed"]] == []
+
+
+@pytest.mark.slow
+def test_thinking_helps_with_adapters(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
+    """Only LoRA, the mixing head and the two vectors learn; on the base as it was, the checkpoint thinks."""
+    pytest.importorskip("peft")
+    model, gate = load(pretrained)
+    assert gate["passed"]
+
+    def with_adapters(*arguments):
+        qs = think_with(*arguments)
+        qs.add_adapters(AdapterConfig(lora_rank=8))
+        return qs
+
+    think_with = digit_sums.think_with
+    monkeypatch.setattr(digit_sums, "think_with", with_adapters)
+    setting = replace(digit_sums.EQUALS_ONLY, steps=50)
+    train_briefly(digit_sums, monkeypatch, model, setting, tmp_path, learning_rate=5e-3)
+    qs = QuietStar.from_pretrained(snapshots.folder(tmp_path, 50), base=load(pretrained)[0])
+    assert_it_thinks(digit_sums, qs.eval())
+
+
+@pytest.mark.slow
+def test_thinking_helps_in_chunks(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
+    """Every position thinks, four at a time."""
+    setting = replace(digit_sums.EVERYWHERE, steps=50)
+    qs = train_briefly(digit_sums, monkeypatch, load(pretrained)[0], setting, tmp_path, anchor_chunk=4)
+    assert qs.anchor_chunk == 4
+    assert_it_thinks(digit_sums, qs, greedy=0.8)
+
+
+@pytest.mark.slow
+def test_thinking_helps_on_two_processes(digit_sums, pretrained, tmp_path) -> None:
+    """Each takes half the lines of a step."""
+    spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+    processes = sys.modules["processes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(processes)
+    script = str(Path(__file__).with_name("digit_sums_process.py"))
+    running = processes.start([script, str(pretrained), str(tmp_path), "60"], 2)
+    try:
+        said = [process.communicate(timeout=600)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    assert_it_thinks(digit_sums, QuietStar.from_pretrained(snapshots.folder(tmp_path, 60)).eval())

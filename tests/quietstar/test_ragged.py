@@ -6,6 +6,10 @@ import pytest
 import torch
 
 import quietstar
+from quietstar import rollout
+from quietstar.evaluate import token_losses
+from quietstar.rollout import decode_step
+from quietstar.scoring import one_thought, score_tokens
 
 T, J, L = 3, 2, 10
 
@@ -166,6 +170,63 @@ def test_thoughts_stop_where_the_end_is_likely(tiny, chunk):
     assert torch.equal(shorter, want.clamp(max=1))
     qs.eval()
     assert torch.equal(qs(ids).thought_lengths, qs.think(ids, greedy=True).thought_lengths)
+
+
+def test_a_rollout_ends_with_the_last_thought(tiny, monkeypatch):
+    """Where all have stopped it takes no further step, and thinks what it would have thought."""
+    qs = wrap(tiny, end_token_id=END)
+    ids = text()
+    whole = qs.think(ids, seed=1, greedy=False).thought_ids
+    steps = []
+    monkeypatch.setattr(rollout, "decode_step", lambda *args: (steps.append(args[3]), decode_step(*args))[1])
+    for threshold, rows in ((0.0, 1), (1 / 61, T)):
+        qs.thought_config = dataclasses.replace(qs.thought_config, stop_threshold=threshold)
+        steps.clear()
+        thoughts = qs.think(ids, seed=1, greedy=False)
+        assert steps == list(range(rows))
+        want = slow_stops(qs, ids, whole, threshold)
+        assert torch.equal(thoughts.thought_lengths, want) and (threshold or not want.any())
+        assert torch.equal(thoughts.thought_ids, torch.where(torch.arange(T) < want[..., None], whole, 0))
+    padded = torch.tensor([[1] * L, [1] * 4 + [0] * (L - 4)])
+    lengths = qs.think(ids, padded, seed=1, greedy=False).thought_lengths
+    assert torch.equal(lengths[0], want[0]) and not lengths[1, 4:].any()
+
+
+def test_what_reads_a_checkpoint_lets_thoughts_stop(tiny, byte_tokenizer):
+    """Evaluation, scores and reports predict what the differentiable pass does after the same greedy thoughts."""
+    qs = wrap(lambda name: tiny(name, vocab_size=257), end_token_id=END, stop_threshold=1 / 400).eval()
+    qs.tokenizer = byte_tokenizer
+    words = "many a model stops and thinks, now and then"
+    ids = byte_tokenizer(words, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = one_thought(qs)(ids)
+    want, lengths = out.nll_mix[0, :-1, 0, 0], out.thought_lengths[0, :-1, 0].tolist()
+    assert set(lengths) == set(range(T + 1))
+    tokens = qs.explain(words).tokens[1:]
+    assert [len(token.thoughts[0].ids) for token in tokens] == lengths
+    _, scores = score_tokens(qs, [ids[0].tolist()], [range(1, ids.shape[1])])[0]
+    losses = token_losses(qs, [{"input_ids": ids[0]}])
+    for mixed in (torch.tensor([token.mixed for token in tokens]), -scores.logprob, losses.mixed.float()):
+        torch.testing.assert_close(mixed, want, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_lets_thoughts_stop(tiny):
+    """Two sampled thoughts in each of two texts, which end at different steps: the mean of the differentiable pass's."""
+    qs = wrap(tiny, "mistral", end_token_id=END, stop_threshold=1 / 61)
+    ids, seen, spread = text(), [], set()
+    options = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0, "on_thoughts": seen.append}
+    for place in range(2, L - J - 1):
+        anchors = torch.tensor([[place], [place]])
+        thoughts = qs.think(ids, anchors=anchors, seed=5, greedy=False)
+        with torch.no_grad():
+            out = qs(ids, anchors=anchors, thought_ids=thoughts.thought_ids, thought_lengths=thoughts.thought_lengths)
+        logits = qs.generate(ids[:, : place + 1], max_new_tokens=1, thoughts=2, sample_thoughts=True, seed=5, **options).logits
+        got = logits[0].gather(1, ids[:, place + 1 : place + 2])[:, 0]
+        torch.testing.assert_close(got.exp(), (-out.nll_mix[:, 0, :, 0]).exp().mean(1), rtol=1e-4, atol=1e-6)
+        on = torch.arange(T) < thoughts.thought_lengths[:, 0, :, None]
+        assert torch.equal(seen[-1], torch.where(on, thoughts.thought_ids[:, 0], -1))
+        spread |= {tuple(thoughts.thought_lengths.flatten().tolist())}
+    assert any(len(set(lengths)) > 1 for lengths in spread)
 
 
 def test_parts_add_up_to_the_whole(tiny):

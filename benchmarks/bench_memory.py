@@ -1,0 +1,153 @@
+"""Memory of a training step on a long text: anchors in chunks against all at once.
+
+    python benchmarks/bench_memory.py --help
+
+Forward, backward and rollout of a text where every 16th position thinks, by a small Mistral whose window makes 32k tokens
+possible on a CPU. All ways must give the same loss and gradients. Each runs once, and its time is that of this run: memory is
+what the case is about. The grid "chunk" cuts one text at other places.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from case import BOUNDS, Case, Inputs, Work, judge
+from compare import Effort, Row, blank, fill
+from harness import peak_memory
+from peers import PACKAGE, Peer
+from quietstar import QuietStar, ThoughtConfig
+
+SEED = 0
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # a text [B,L] to its loss and every gradient in one vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase(Case):
+    """One text of L tokens; C anchors at a time. Attention looks ``window`` positions back."""
+
+    op: ClassVar[str] = "memory"
+    rotates: ClassVar[bool] = False
+    what: str = "training step"
+    L: int
+    C: int = 64
+    every: int = 16
+    N: int = 4
+    T: int = 4
+    J: int = 2
+    layers: int = 1
+    D: int = 32
+    K: int = 16
+    V: int = 256
+    window: int = 512
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"L": self.L, "P": self.L // self.every} | {
+            name: getattr(self, name) for name in ("C", "N", "T", "J", "layers", "D", "K", "V")
+        }
+
+    def work(self) -> Work:
+        """Matmuls of the packed forward and backward; what chunks compute again does not count."""
+        thoughts = self.L // self.every * self.N
+        rows = self.L + thoughts * (self.T + self.J + 1)
+        matrices = self.layers * (4 * self.D * self.K + 9 * self.D**2)
+        attention = self.layers * 4 * self.K * rows * min(self.window, self.L / 2)
+        predicted = self.L + thoughts * (self.T + self.J)
+        return Work(3 * (2 * rows * matrices + attention + 2 * predicted * self.D * self.V))
+
+    def inputs(self, seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return {"input_ids": torch.randint(self.V, (1, self.L), generator=generator).to(self.device)}
+
+    def call(self, function: Step, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return function(inputs["input_ids"])
+
+    def check(self, function: Step) -> None:
+        raise NotImplementedError("the ways are checked against each other")
+
+
+def make_step(case: MemoryCase, chunk: int | None) -> Step:
+    torch.manual_seed(SEED)
+    config = MistralConfig(
+        vocab_size=case.V,
+        hidden_size=case.D,
+        intermediate_size=3 * case.D,
+        num_hidden_layers=case.layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=case.K,
+        initializer_range=case.D**-0.5,
+        sliding_window=case.window,
+    )
+    thoughts = ThoughtConfig(thoughts=case.N, thought_tokens=case.T, lookahead=case.J, policy_weight=1.0, embedding_scale=1.0)
+    qs = QuietStar(MistralForCausalLM(config).to(case.device), thoughts).train()
+    torch.nn.init.normal_(qs.mixing_head[-1].weight, std=0.1)
+    qs.anchor_chunk = chunk
+    anchors = torch.arange(case.every - 1, case.L, case.every, device=case.device)[None]
+
+    def step(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        loss = qs(input_ids, anchors=anchors, seed=SEED).loss
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in qs.parameters()])
+        qs.zero_grad()
+        return loss.detach(), gradients
+
+    return step
+
+
+def compare(case: MemoryCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+    """A row for each way, after one run.
+
+    Raises:
+        Wrong: another loss or other gradients.
+    """
+    inputs, rows, found = case.inputs(seed=1), [], []
+    for peer in (ours, *peers):
+        step = peer.prepare(case)
+        row = blank(case, peer)
+        began = time.perf_counter()
+        row.peak_bytes = peak_memory(lambda step=step: found.append(case.call(step, inputs)), case.device)
+        fill(row, case, rates, time.perf_counter() - began)
+        row.is_ours, row.rounds = peer is ours, 1
+        row.times_ours = row.seconds / (rows[0].seconds if rows else row.seconds)
+        for what, got, truth in zip(("loss", "gradient"), found[-1], found[0], strict=True):
+            judge(f"{peer.name}: {what}", got, truth, BOUNDS[case.dtype])
+        rows.append(row)
+    return rows
+
+
+OURS = Peer("anchors in chunks of C", lambda case: make_step(case, case.C), package=PACKAGE)
+WHOLE = Peer("all anchors at once", partial(make_step, chunk=None), package=PACKAGE)
+
+
+def candidates(case: MemoryCase) -> list[Peer]:
+    return [] if case.grid == "chunk" else [WHOLE]
+
+
+def cases(device: torch.device, full: bool) -> Iterator[MemoryCase]:
+    """The grid, the most important cases first."""
+    long = MemoryCase(L=32768, device=device)
+    yield long
+    for L in (8192, 16384):
+        yield replace(long, grid="text", L=L)
+    for C in (16, 256, 1024) if full else (16, 256):
+        yield replace(long, grid="chunk", L=8192, C=C)
+
+
+def smoke(device: torch.device) -> list[MemoryCase]:
+    """The smallest case that runs every way."""
+    return [MemoryCase(L=48, C=2, N=2, T=2, V=80, window=16, device=device)]
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(op=MemoryCase.op)

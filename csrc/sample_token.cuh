@@ -1,0 +1,29 @@
+// sample_token: a chunk of the vocabulary joins the race of each row, and the sum for its log-probability.
+#pragma once
+
+#include <cstdint>
+
+namespace quietstar {
+
+// Letters as in the Python package.
+struct SampleTokenArguments {
+    const void* logits;    // fp32 [R,columns], as the head's product gives them; -inf is a banned id
+    const void* bias;      // fp32 [columns], or null
+    const void* counters;  // int32 [R,4]
+    void* state;           // fp32 [R,4], what the chunks before have found
+    void* ids;             // int64 [R], written after each chunk: right after the last
+    void* logprob;         // fp32 [R], the same
+    int64_t logits_stride,
+        counters_stride[2];  // in elements; logits_stride is a multiple of 4, logits and bias of 16 bytes
+    int R, columns;
+    int first;  // the id of the first column, a multiple of 128; 0 starts the race
+    int64_t seed;
+    float scale;
+    float softcap;      // 0: none
+    float temperature;  // 0: the lowest-index argmax
+};
+
+// Throws std::runtime_error where CUDA can't launch.
+void sample_token(const SampleTokenArguments& arguments, void* stream);
+
+}  // namespace quietstar

@@ -1,0 +1,42 @@
+// thought_decode: one new row of every thought against the text and the thought's own rows up to it.
+#pragma once
+
+#include <cstdint>
+
+namespace quietstar {
+
+// Letters as in the Python package. Rows of 16-bit numbers have a last stride of 1; they start at multiples
+// of 16 bytes.
+struct ThoughtDecodeArguments {
+    const void* q;       // [B,H,P*N,K]
+    const void* k_text;  // [B,G,L,K]
+    const void* v_text;
+    const void* k_own;  // [B,G,P*N,S,K]
+    const void* v_own;
+    const void* anchor;  // int32 [B,P]; the three of the layout are contiguous
+    const void* lo;      // int32 [B,L]
+    const void* length;  // int32 [B,P*N]
+    const void* step;    // int32, one
+    const void* sinks;   // fp32 [H], or null
+    void* out;           // [B,H,P*N,K], contiguous
+    void* parts;         // fp32, splits * B*H*P*N * (K + 1) numbers; not used where splits is 1
+    int64_t q_stride[3], k_text_stride[3], v_text_stride[3], k_own_stride[4], v_own_stride[4];  // in elements
+    int B, H, G, L, P, N, S, K;
+    float scale;
+    int window;     // 0: none
+    float softcap;  // 0: none
+    int tile_rows;  // query rows of a block of threads: 32, 64 or 128
+    int splits;     // blocks of threads that share the text of a tile
+};
+
+enum class Float16 : int { BF16 = 0, HALF = 1 };
+
+// Throws std::runtime_error for a head width or tile that no kernel here serves, and where CUDA can't launch.
+void thought_decode(const ThoughtDecodeArguments& arguments, Float16 dtype, void* stream);
+
+// Writes `out`, or `parts` where there are several. Each head width has a file,
+// thought_decode_<K>.cu, so that they compile side by side.
+template <class T, int K>
+void launch_decode(const ThoughtDecodeArguments& arguments, void* stream);
+
+}  // namespace quietstar

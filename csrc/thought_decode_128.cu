@@ -1,0 +1,8 @@
+#include "thought_decode_kernel.cuh"
+
+namespace quietstar {
+
+template void launch_decode<bf16, 128>(const ThoughtDecodeArguments&, void*);
+template void launch_decode<half, 128>(const ThoughtDecodeArguments&, void*);
+
+}  // namespace quietstar

@@ -1,0 +1,190 @@
+// The kernel of thought_decode: a block of threads takes ROWS query rows of one key head, and all their text
+// or a part of it.
+//
+// The H/G query heads of a key head are folded into the rows: flat row f is thought f / HG under head f % HG,
+// and a warp has 16 of them. Blocks of keys come through one pipeline of cp.async: first own rows, where each
+// warp fills 16 rows of a stage for itself, then text, which all warps share. The layout is read here, on the
+// device: a launch can be captured in a CUDA graph.
+#pragma once
+
+#include <stdexcept>
+
+#include "thought_decode_softmax.cuh"
+
+namespace quietstar {
+
+// Each of up to four values becomes the smallest in the block of threads.
+template <class Tile, int COUNT>
+__device__ __forceinline__ void block_min(int (&values)[COUNT], typename Tile::Notes& notes) {
+    block_sync();  // what was reduced before has been read
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) values[i] = min(values[i], shuffle_xor(values[i], lanes));
+        if (threadIdx.x % WARP == 0) notes.reduced[threadIdx.x / WARP][i] = values[i];
+    }
+    block_sync();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+#pragma unroll
+        for (int warp = 0; warp < Tile::WARPS; ++warp) values[i] = min(values[i], notes.reduced[warp][i]);
+    }
+}
+
+// The first text position in start .. end whose position id is at least `oldest`; end + 1 if there is none.
+// Ids need not ascend, so the text is looked through.
+template <class Tile>
+__device__ __forceinline__ int first_in_window(int start, int end, int oldest, const int* lo,
+                                               typename Tile::Notes& notes) {
+    int first = end + 1;
+    for (int t = start + static_cast<int>(threadIdx.x); t < first; t += Tile::THREADS) {
+        if (t - lo[t] >= oldest) first = t;
+    }
+    int values[] = {first};
+    block_min<Tile>(values, notes);
+    return values[0];
+}
+
+// Zeros for the NaN and infinities in a row of values, which 0 * NaN would carry into rows that don't see the
+// key. Returns what makes those that see it NaN.
+template <class Tile>
+__device__ __forceinline__ float without_poison(unsigned char* row) {
+    uint16_t* values = reinterpret_cast<uint16_t*>(row);
+    float poison = 0;
+#pragma unroll 1
+    for (int i = 0; i < Tile::K; ++i) {
+        const float zero = 0 * to_float<typename Tile::T>(values[i]);
+        if (zero != 0) values[i] = 0;
+        poison += zero;
+    }
+    return poison;
+}
+
+// Notes the blocks of keys.
+template <class Tile>
+__device__ __forceinline__ void note_blocks(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
+                                            const Place& place, int split) {
+    const int warp = threadIdx.x / WARP;
+    const Interval text_seen = notes.warp_text[warp];
+    int least[] = {text_seen.first, text_seen.count > 0 ? -text_seen.last() : 1,
+                   notes.oldest[16 * warp + threadIdx.x % 16], -notes.warp_own[warp].keys()};
+    block_min<Tile>(least, notes);
+    KeyBlocks blocks;
+    blocks.start = least[0];
+    blocks.end = -least[1];
+    if (a.window && blocks.end >= 0) {
+        const int* lo = at<int>(a.lo, static_cast<int64_t>(place.b) * a.L);
+        blocks.start = first_in_window<Tile>(blocks.start, blocks.end, least[2], lo, notes);
+    }
+    const int text = max(blocks.end + Tile::KEYS - blocks.start, 0) / Tile::KEYS;
+    const int part = (text + a.splits - 1) / a.splits;
+    blocks.own = split > 0 ? 0 : (OWN_KEYS - 1 - least[3]) / OWN_KEYS;
+    blocks.all = blocks.own + max(min(part, text - split * part), 0);
+    blocks.start += split * part * Tile::KEYS;
+    if (threadIdx.x == 0) notes.blocks = blocks;
+    block_sync();
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDecodeArguments a) {
+    unsigned char* memory = dynamic_shared();
+    auto& notes = *reinterpret_cast<typename Tile::Notes*>(memory + Tile::NOTES);
+    const int warp = threadIdx.x / WARP;
+    const int pair = blockIdx.x % (a.B * a.G), split = blockIdx.y;
+    const int tile = (gridDim.x - 1 - blockIdx.x) / (a.B * a.G);  // those that see most text come first
+
+    const int now = *static_cast<const int*>(a.step);
+    const Place& place = notes.place[warp];
+    if (threadIdx.x % WARP == 0) {
+        notes.place[warp] = {pair / a.G, pair % a.G, a.H / a.G, tile * Tile::ROWS + 16 * warp};
+    }
+    warp_sync();
+    note_rows<Tile>(notes, a, place, now);
+
+    const Shared queries = shared_address(memory + Tile::QUERIES) + 16 * warp * Tile::ROW_BYTES;
+    uint32_t q[Tile::K / 16][4];
+    if constexpr (Tile::QUERIES_SHARED) {
+        load_queries<Tile>(queries, notes, a, place);
+    } else {
+        read_queries<Tile>(q, notes, a, place);
+    }
+
+    note_blocks<Tile>(notes, a, place, split);
+    const KeyBlocks& blocks = notes.blocks;
+    const auto load = [&](int block) {
+        const Shared stage = shared_address(memory + block % Tile::STAGES * Tile::STAGE_BYTES);
+        if (block < blocks.own) {
+            load_own<Tile>(stage, notes, a, place, block * OWN_KEYS);
+        } else if (block < blocks.all) {
+            load_text<Tile>(stage, a, place, blocks.start + (block - blocks.own) * Tile::KEYS, blocks.end);
+        }
+        cp_async_commit();
+    };
+
+    // Where a result is not finite, all is done again, without what 0 * NaN has carried to rows that don't
+    // see the NaN.
+    Softmax<Tile::K> softmax;
+    for (bool again = false;; again = true) {
+        softmax.begin(a.sinks == nullptr || split > 0 ? nullptr : at<float>(a.sinks, place.g * place.HG),
+                      place);
+        for (int block = 0; block < Tile::STAGES - 1; ++block) load(block);
+        for (int block = 0; block < blocks.all; ++block) {
+            cp_async_wait<Tile::STAGES - 2>();
+            block_sync();
+            load(block + Tile::STAGES - 1);
+            const int where = block % Tile::STAGES * Tile::STAGE_BYTES;
+            if (again) {
+                for (int key = threadIdx.x; key < Tile::KEYS; key += Tile::THREADS) {
+                    notes.poison[key] =
+                        without_poison<Tile>(memory + where + Tile::VALUES + key * Tile::ROW_BYTES);
+                }
+                block_sync();
+            }
+            const Shared stage = shared_address(memory + where);
+            if (block < blocks.own) {
+                if (block * OWN_KEYS >= notes.warp_own[warp].keys()) continue;
+                softmax_step<Tile, OWN_KEYS>(softmax, q, queries, stage, 16 * warp, block * OWN_KEYS,
+                                             notes.own, notes, a, nullptr, again);
+                continue;
+            }
+            const int first = blocks.start + (block - blocks.own) * Tile::KEYS;
+            const int* lo = a.window ? at<int>(a.lo, static_cast<int64_t>(place.b) * a.L) : nullptr;
+            const Interval seen = notes.warp_text[warp];
+#pragma unroll 1
+            for (int key = 0; key < Tile::KEYS; key += Tile::STEP) {
+                if (!seen.meets(first + key, Tile::STEP)) continue;
+                softmax_step<Tile, Tile::STEP>(softmax, q, queries, stage, key, first + key, notes.text,
+                                               notes, a, lo, again);
+            }
+        }
+        int finite[] = {softmax.finite()};
+        block_min<Tile>(finite, notes);
+        if (again || finite[0]) break;
+    }
+    cp_async_wait<0>();
+    store<Tile>(softmax, a, notes, (place.b * a.G + place.g) * place.HG, split);
+}
+
+template <class Tile>
+void launch_tile(const ThoughtDecodeArguments& a, void* stream) {
+    const int rows = a.P * a.N * (a.H / a.G);
+    const dim3 grid((rows + Tile::ROWS - 1) / Tile::ROWS * a.B * a.G, a.splits);
+    launch(decode<Tile>, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, a);
+}
+
+// The tiles that ship. 128 rows of K 128 and 64 of K 256 take more shared memory than the 99 KB of sm_120.
+template <class T, int K>
+void launch_decode(const ThoughtDecodeArguments& a, void* stream) {
+    if constexpr (K == 256) {
+        if (a.tile_rows == 64) return launch_tile<Tile<T, K, 4, 64, 2, 16, 1>>(a, stream);
+        if (a.tile_rows == 32) return launch_tile<Tile<T, K, 2, 32, 2, 16, 2>>(a, stream);
+    } else {
+        constexpr int WIDE = K / 64;  // twice the registers and the memory: half the blocks
+        if (a.tile_rows == 128) return launch_tile<Tile<T, K, 8, 128, 2, 32, 2 / WIDE>>(a, stream);
+        if (a.tile_rows == 64) return launch_tile<Tile<T, K, 4, 64, 3, 32, 4 / WIDE>>(a, stream);
+        if (a.tile_rows == 32) return launch_tile<Tile<T, K, 2, 64, 3, 32, 4 / WIDE>>(a, stream);
+    }
+    throw std::runtime_error("thought_decode: no tile of that many rows");
+}
+
+}  // namespace quietstar

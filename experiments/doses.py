@@ -1,0 +1,63 @@
+"""How much of everything Quiet-STaR needs on digit sums: tokens of a thought, thoughts, weight of the reward, and the share of
+the text's asides that are helpful.
+
+Thoughts at "=" alone; 4 thoughts of 4 tokens, weight 3 and 40 % helpful asides where nothing else is said. A guess is right in
+a tenth of the lines, and the running sums have four steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from digit_thoughts import measure, pretrained
+from experiments_checks import figure, least, most
+
+TITLE = "Quiet-STaR: doses"
+DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # the field of ThoughtConfig, and its values
+    "tokens": ("thought_tokens", {"tiny": (2,), "quick": (2, 3, 4, 6), "full": (1, 2, 3, 4, 6, 8, 12)}),
+    "thoughts": ("thoughts", {"tiny": (2,), "quick": (2, 8), "full": (1, 2, 4, 8, 16)}),
+    "weight": (
+        "policy_weight",
+        {"tiny": (3.0,), "quick": (0.1, 1.0, 30.0), "full": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)},
+    ),
+}
+HELPFUL = {"tiny": (0.4,), "quick": (0.1, 0.2), "full": (0.0, 0.1, 0.15, 0.2, 0.3, 0.6)}  # beside 0.4
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    model, right = pretrained(seed, size)
+    rows: list[dict[str, Any]] = []
+    for name, (field, values) in DOSES.items():
+        for value in values[size]:
+            measured = measure(model, seed, size, out / f"{name}-{value}", **{field: value})
+            rows.append({"run": f"{name}: {value:g}", "dose": value, "right_before": right, **measured})
+    for share in HELPFUL[size]:
+        model, right = pretrained(seed, size, share)
+        measured = measure(model, seed, size, out / f"helpful-{share}")
+        rows.append({"run": f"helpful asides: {share:g}", "dose": share, "right_before": right, **measured})
+    return {"rows": rows}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def accuracy(run: str) -> list[float | None]:
+        return [figure(result, run) if any(row["run"] == run for row in result["rows"]) else None for result in results]
+
+    return [
+        most("two tokens, too few for the sums", accuracy("tokens: 2"), 0.20),
+        least("four tokens", accuracy("tokens: 4"), 0.90),
+        least("two thoughts", accuracy("thoughts: 2"), 0.85),
+        most("a tenth of the asides helpful", accuracy("helpful asides: 0.1"), 0.20),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    from experiments_plot import grid
+
+    names = [*DOSES, "helpful asides"]
+    panels = {
+        name: [[(row["dose"], row["accuracy"]) for row in x["rows"] if row["run"].startswith(f"{name}:")] for x in results]
+        for name in names
+    }
+    grid(path, panels, "accuracy")
+    return "Accuracy on held-out lines against each dose, a line for each seed"

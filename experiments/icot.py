@@ -1,0 +1,91 @@
+"""A model that multiplies 2 x 2 digits with a chain of 8 tokens loses the chain token by token. Its controls have as many
+updates: one never had a chain, one loses all of it at once.
+
+Quick: 4,500 updates of 64 rows, 1,500 with the chain, 250 after each token that goes, the rest without. Accuracy is exact match
+of greedy answers to test problems, by the best model of the last stage.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from experiments_checks import figure, least, most
+
+from quietstar.recipes.icot import Config, internalize
+from quietstar.recipes.models import small_model
+from quietstar.tasks import Multiplication
+
+TITLE = "Stepwise internalisation"
+KEPT, CONTIGUOUS, DIRECT, ABRUPT = "positions kept", "stepwise", "no chain ever", "all at once"
+RUNS: dict[str, dict[str, Any]] = {
+    KEPT: {"keep_position": True},
+    CONTIGUOUS: {},
+    DIRECT: {"remove_all_beyond": 0},
+    ABRUPT: {"remove_all_beyond": 1},
+}
+# What the paper takes away, one at a time. Positions are kept but where the right side goes first, which can't keep them.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no smoothing": {"keep_position": True, "smoothing": math.inf},
+    "no reset": {"keep_position": True, "reset_optimizer": False},
+    "four times as fast": {"keep_position": True, "faster": 4},
+    "right side first": {"side": "right"},
+}
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"explicit_steps": 0, "steps_per_token": 1, "final_steps": 2, "held_out": 10, "rows": 100},
+    "quick": {"explicit_steps": 1500, "steps_per_token": 250, "final_steps": 1250, "held_out": 400},
+    "full": {"explicit_steps": 2000, "steps_per_token": 500, "final_steps": 2500, "held_out": 800},
+}
+TOKENS = 8  # of a chain
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    task = Multiplication(2)
+    runs = RUNS if size == "quick" else RUNS | ABLATIONS
+    result: dict[str, Any] = {"rows": [], "stages": {}}
+    for name, options in runs.items():
+        config = Config(out=str(out / name.replace(" ", "-")), seed=seed, **schedule(options, SIZES[size]))
+        _, report = internalize(small_model(task, seed=seed), task, config, resume=True)
+        columns = ("accuracy", "tokens", "problems_per_second", "tokens_per_second")
+        if not result["rows"]:
+            result["rows"].append({"run": "the whole chain", **{key: report["full chain"][key] for key in columns}})
+        result["rows"].append({"run": name, **{key: report["internalized"][key] for key in columns}})
+        if len(report["stages"]) == TOKENS + 1:
+            result["stages"][name] = [stage["accuracy"] for stage in report["stages"]]
+    return result
+
+
+def schedule(options: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
+    """As many updates for each run: what isn't spent on stages is spent on the last one."""
+    options = dict(options)
+    updates = size["explicit_steps"] + (TOKENS - 1) * size["steps_per_token"] + size["final_steps"]
+    explicit = 0 if options.get("remove_all_beyond") == 0 else size["explicit_steps"]
+    per_token = max(1, size["steps_per_token"] // options.pop("faster", 1))
+    stages = 0 if "remove_all_beyond" in options else TOKENS - 1
+    steps = {"explicit_steps": explicit, "steps_per_token": per_token, "final_steps": updates - explicit - stages * per_token}
+    return {**size, **steps, **options}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def accuracy(run: str) -> list[float]:
+        return [figure(result, run) for result in results]
+
+    better = [max(pair) for pair in zip(accuracy(KEPT), accuracy(CONTIGUOUS), strict=True)]
+    return [
+        least("positions kept", accuracy(KEPT), 0.75),
+        least("stepwise", accuracy(CONTIGUOUS), 0.55),
+        most("no chain ever", accuracy(DIRECT), 0.45),
+        most("all at once", accuracy(ABRUPT), 0.20),
+        least(
+            "the better stepwise run, above no chain ever", [x - y for x, y in zip(better, accuracy(DIRECT), strict=True)], 0.30
+        ),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    from experiments_plot import lines
+
+    curves = {name: [result["stages"][name] for result in results] for name in results[0]["stages"]}
+    lines(path, range(TOKENS + 1), curves, "tokens of the chain that are gone", "accuracy on held-out problems", TITLE)
+    return "Accuracy on held-out problems at the end of each stage, every seed thin and their mean thick"

@@ -1,0 +1,64 @@
+"""The chain as states instead of words (ICoT-KD), the baseline of stepwise internalisation. A student that is shown a teacher's
+states answers from the prompt; then an emulator has to guess these states from the prompt alone. This baseline may fail.
+
+2 x 2-digit multiplication with 4 layers, which is as much depth as the states of a chain have.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments_checks import figure, least
+
+from quietstar.recipes import icot, icot_kd
+from quietstar.recipes.models import small_model
+from quietstar.tasks import Multiplication
+
+TITLE = "Distilled chain of thought"
+DIRECT, EARLY = "no chain ever, as many updates", "no chain ever, as many as the student"
+SIZES: dict[str, tuple[int, int, int, int]] = {  # updates of teacher and of each of the three phases, rows, problems
+    "tiny": (2, 2, 50, 10),
+    "quick": (1000, 600, 20_000, 400),
+    "full": (1500, 2000, 20_000, 800),
+}
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    task = Multiplication(2)
+    teacher, phase, rows, problems = SIZES[size]
+    shared: dict[str, Any] = {"rows": rows, "held_out": problems, "seed": seed, "eval_every": phase}
+    config = icot.Config(out=str(out / "kd"), explicit_steps=teacher, **shared)
+    _, report = icot_kd.distill(small_model(task, layers=4, seed=seed), task, config, icot_kd.Config(*[phase] * 3), resume=True)
+    columns = ("accuracy", "tokens", "problems_per_second")
+    names = ("full chain", "shown states", "emulated states", "internalized")
+    result = [{"run": name, **{key: report[name][key] for key in columns}} for name in names]
+
+    direct = icot.Config(
+        out=str(out / "direct"), explicit_steps=0, remove_all_beyond=0, final_steps=teacher + 3 * phase, **shared
+    )
+    _, alone = icot.internalize(small_model(task, layers=4, seed=seed), task, direct, resume=True)
+    result.append({"run": DIRECT, **{key: alone["internalized"][key] for key in columns}})
+    lines = map(json.loads, (out / "direct" / "metrics.jsonl").read_text().splitlines())
+    result.append({"run": EARLY, "accuracy": next(line["accuracy"] for line in lines if line["step"] == phase)})
+    return {"rows": result, "emulation": report["emulation"]}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def above(run: str, other: str) -> list[float]:
+        return [figure(result, run) - figure(result, other) for result in results]
+
+    return [
+        least("the teacher, with its chain", [figure(result, "full chain") for result in results], 0.95),
+        least("shown the states, above no chain in as many updates", above("shown states", EARLY), 0.30),
+        least("internalized, above no chain in as many updates", above("internalized", DIRECT), 0.0),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    from experiments_plot import lines
+
+    errors = [result["emulation"] for result in results]
+    lines(path, range(len(errors[0])), {"emulator": errors}, "layer", "squared error of a normalised state", TITLE)
+    return "How far the emulator's states are from the teacher's, layer by layer; 1 is the error of predicting nothing"

@@ -1,0 +1,48 @@
+"""The objective's variants side by side on digit sums: how a reward becomes an advantage, what it is compared with, and what
+keeps the thoughts near the text.
+
+Thoughts at "=" alone, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The policy term has the
+weight 3 throughout, which suits the published one; another variant might want another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from digit_thoughts import measure, pretrained
+from experiments_checks import figure, least
+
+TITLE = "Quiet-STaR: objectives"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "paper": {"preset": "paper"},
+    "temperature 1": {"policy_temperature": 1.0},
+    "mean": {"advantage": "mean"},
+    "leave one out": {"advantage": "leave_one_out"},
+    "z-score": {"advantage": "zscore"},
+    "frozen reference": {"reference": "frozen"},
+    "averaged reference": {"reference": "ema"},
+    "clipped, two updates": {"ratio_clip": 0.2, "updates": 2},
+    "divergence 0.01": {"kl_weight": 0.01, "policy_temperature": 1.0},
+    "entropy 0.01": {"entropy_weight": 0.01, "policy_temperature": 1.0},
+    "no reward": {"policy_weight": 0.0},
+}
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    model, _ = pretrained(seed, size)
+    rows = [
+        {"run": name, **measure(model, seed, size, out / str(number), **fields)}
+        for number, (name, fields) in enumerate(VARIANTS.items())
+    ]
+    return {"rows": rows}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lead = [figure(result, "published") - figure(result, "no reward") for result in results]
+    return [
+        least("published", [figure(result, "published") for result in results], 0.90),
+        least("published, above no reward", lead, 0.50),
+        least("z-score", [figure(result, "z-score") for result in results], 0.85),
+    ]

@@ -1,0 +1,110 @@
+"""Runs the acceptance experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
+
+    python experiments/run.py                three seeds of each, under 60 minutes on two cores
+    python experiments/run.py star --seeds 1 one seed of one of them, without touching docs/
+    python experiments/run.py --full         the curves: longer training, more seeds
+
+Every seed of every experiment is a process with one thread. What is done is kept in runs/experiments: a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SIZES = ("tiny", "quick", "full")
+SEEDS = {"tiny": 1, "quick": 3, "full": 5}
+
+
+def names() -> list[str]:
+    """Of all experiments: the files here with a title."""
+    return sorted(path.stem for path in HERE.glob("*.py") if "\nTITLE = " in path.read_text())
+
+
+def result_file(out: Path, name: str, size: str, seed: int) -> Path:
+    return out / size / name / f"seed-{seed}.json"
+
+
+def run_one(name: str, seed: int, size: str, out: Path) -> None:
+    """One seed of one experiment, in this process."""
+    import torch
+    from transformers.utils import logging
+
+    from quietstar.files import write_whole
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    began = time.perf_counter()
+    file = result_file(out, name, size, seed)
+    folder = file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    result = importlib.import_module(name).run(seed, size, folder)
+    result = {"seed": seed, **result, "seconds": time.perf_counter() - began}
+    write_whole(file, json.dumps(result, indent=1) + "\n")
+
+
+def start(name: str, seed: int, size: str, out: Path) -> int:
+    """The same in a process of its own; returns its exit code."""
+    command = [sys.executable, __file__, name, "--seed", str(seed), "--size", size, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
+    log = result_file(out, name, size, seed).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with open(log, "w") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    end = "done" if code == 0 else f"failed, see {log}"
+    print(f"{name}, seed {seed}: {end}, {time.perf_counter() - began:.0f} s", flush=True)
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(names())}; default all")
+    parser.add_argument("--full", action="store_true", help="longer training and five seeds")
+    parser.add_argument("--size", choices=SIZES, help="tiny only shows that everything runs; default quick")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3, or 5 with --full")
+    parser.add_argument("--seed", type=int, help="this seed alone, in this process")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
+    parser.add_argument("--docs", type=Path, help="write experiments.md and its plots into this folder")
+    options = parser.parse_args()
+    size = options.size or ("full" if options.full else "quick")
+    unknown = sorted(set(options.names) - set(names()))
+    if unknown:
+        parser.error(f"there is no experiment {', '.join(unknown)}; there are {', '.join(names())}")
+    chosen = options.names or names()
+    if options.seed is not None:
+        for name in chosen:
+            run_one(name, options.seed, size, options.out)
+        return 0
+    seeds = range(options.seeds or SEEDS[size])
+    jobs = [(name, seed) for seed in seeds for name in chosen if not result_file(options.out, name, size, seed).exists()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda job: start(*job, size, options.out), jobs))
+
+    import experiments_report
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in chosen:
+        files = [result_file(options.out, name, size, seed) for seed in seeds]
+        results[name] = [json.loads(file.read_text()) for file in files if file.exists()]
+    measured = {name: several for name, several in results.items() if several}
+    if not measured:
+        return 1
+    page, held = experiments_report.write(measured, size, options.docs or options.out / size)
+    print(f"wrote {page}")
+    return 1 if any(codes) or not held else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The model that experiments begin with: 2 x 2-digit multiplication, learnt from chains until about half is right."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from quietstar.batches import mix_seed
+from quietstar.recipes.models import small_model
+from quietstar.recipes.sft import SFTConfig, sft
+from quietstar.tasks import Multiplication, Task
+
+STEPS = {"tiny": 5, "quick": 600, "full": 600}
+HINTED = 0.3  # share of the rows that show the answer, so that rationalisation has something to hold on to
+
+
+def base(seed: int, size: str) -> tuple[PreTrainedModel, Task]:
+    """A model of 0.5 million weights that solves about half of the problems, and the task."""
+    task = Multiplication(2)
+    model = small_model(task, seed=seed)
+    generator = torch.Generator().manual_seed(mix_seed(seed, 1000))
+    rows = task.sample(200 if size == "tiny" else 4000, "train", generator)
+    hinted = (torch.rand(len(rows), generator=generator) < HINTED).tolist()
+    examples = [
+        (row.hinted_ids if hint else row.prompt_ids, task.completion_ids(row)) for row, hint in zip(rows, hinted, strict=True)
+    ]
+    return sft(model, examples, STEPS[size], SFTConfig(learning_rate=1e-3, weight_decay=0.01), seed), task

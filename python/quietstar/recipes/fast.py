@@ -1,0 +1,161 @@
+"""Fast Quiet-STaR: shorter and shorter thoughts, then none (arXiv 2505.17746).
+
+A curriculum: the model learns with long thoughts, and each stage goes on from the best checkpoint of the one before with
+shorter ones. Then a plain language model, which never thinks, is trained against the loss that the thinking one has at each
+token (``plain``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.batches import Example, mix_seed
+from quietstar.config import TrainConfig
+from quietstar.evaluate import evaluate
+from quietstar.files import write_whole
+from quietstar.recipes import plain
+from quietstar.recipes.models import option
+from quietstar.recipes.rounds import Rounds
+from quietstar.train import train
+
+MODEL, BEST, CHOSEN, REPORT = plain.MODEL, "best", "chosen.json", "fast.json"  # what a run writes
+
+
+@dataclass
+class Config(plain.Config):
+    """The curriculum, and then the plain model; the published code's numbers.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    curriculum: str = option("16-8,12-4,8-4", "tokens of a thought and of its look-ahead in each stage")
+    steps: int = option(150, "optimizer steps of a stage")
+    learning_rate: float = option(2e-6, "peak learning rate of the first stage")
+    later_rate: float = option(0.5, "that of later stages is this times as high")
+    warmup: int = option(20, "steps of linear warm-up in each stage")
+    weight_decay: float = option(1e-3, "of AdamW, in the stages")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages(self.curriculum)
+        self._check("steps", self.steps >= 1, "1 or more")
+        for name in ("warmup", "weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "later_rate"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+
+
+def stages(curriculum: str) -> list[tuple[int, int]]:
+    """(T, J) of each stage, from "16-8,12-4"; ValueError where that can't be read or thoughts grow."""
+    try:
+        pairs = [tuple(int(x) for x in stage.split("-")) for stage in curriculum.replace(" ", "").split(",")]
+        found = [(T, J) for T, J in pairs]
+    except ValueError:
+        found = []
+    if not found or min(min(stage) for stage in found) < 1:
+        raise ValueError(f"fast: curriculum must be stages like 16-8,12-4,8-4, got {curriculum!r}")
+    if any(later[0] > earlier[0] for earlier, later in zip(found, found[1:], strict=False)):
+        raise ValueError(f"fast: curriculum must have thoughts that become shorter, got {curriculum!r}")
+    return found
+
+
+def fast(
+    model: PreTrainedModel,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    thoughts: ThoughtConfig | None = None,
+    config: Config | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    score: Callable[[QuietStar], float] | None = None,
+    name: str = "",
+    resume: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
+
+    Writes stage-1-16-8, ... with its best checkpoint (best), the plain model as an ordinary checkpoint (model) and the report
+    (fast.json) into ``config.out``. SIGTERM and Ctrl-C finish the step and save.
+
+    Args:
+        data: examples as ``quietstar.train.train`` takes them.
+        held_out: at least two texts, for the losses of the report.
+        thoughts: what is not the curriculum's: N, objective, embeddings.
+        score: of a thinking model, by which a stage's checkpoint is chosen, the higher the better; such as a task's accuracy.
+            Default minus the held-out loss with thoughts.
+        name: of the model, which a run that goes on must have begun with.
+        resume: go on with the run in ``config.out``, if there is one.
+
+    Returns:
+        The plain model and the report: "base" and "plain", held-out losses of the model that came in and of the plain one;
+        "stages", what was chosen in each. All in nats a token.
+
+    Raises:
+        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that is another one or that ``resume``
+            doesn't ask for.
+        Interrupted: after a signal, once all is saved.
+    """
+    config, thoughts = config or Config(), thoughts or ThoughtConfig()
+    if len(held_out) < 2:
+        raise ValueError(f"fast: at least 2 texts must be held out, to choose a checkpoint by, got {len(held_out)}")
+    free = ("out", "save_every")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    Rounds(config.out, {"recipe": "fast", "model": name, "texts": len(data), **thoughts.to_dict(), **settings}, resume)
+    report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
+    qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
+    for number, (T, J) in enumerate(stages(config.curriculum)):
+        qs.use_config(replace(thoughts, thought_tokens=T, lookahead=J))
+        folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
+        report["stages"].append(think_shorter(qs, data, held_out, config, folder, number, score))
+        qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
+    student, report["plain"] = plain.train(copy.deepcopy(model), qs, data, held_out, config)
+    write_whole(Path(config.out) / REPORT, json.dumps(report, indent=2) + "\n")
+    return student, report
+
+
+def think_shorter(
+    qs: QuietStar,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    config: Config,
+    folder: Path,
+    number: int,
+    score: Callable[[QuietStar], float] | None,
+) -> dict[str, Any]:
+    """One stage, of which the best checkpoint is kept in ``folder``/best; returns that one's figures."""
+    chosen = json.loads((folder / CHOSEN).read_text()) if (folder / CHOSEN).exists() else None
+
+    def choose(qs: QuietStar) -> dict[str, float]:
+        nonlocal chosen
+        figures = evaluate(qs, held_out, config.batch_size)
+        figures["score"] = score(qs) if score else -figures["mixed"]
+        if chosen is None or figures["score"] > chosen["score"]:
+            size = {"thought_tokens": qs.thought_config.thought_tokens, "lookahead": qs.thought_config.lookahead}
+            chosen = {**size, **figures}
+            qs.save_pretrained(folder / BEST)
+            write_whole(folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
+        return figures
+
+    rate = config.learning_rate * (config.later_rate if number else 1)
+    settings = TrainConfig(
+        out=str(folder),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        seed=mix_seed(config.seed, number) % 2**32,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        keep=1,
+    )
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=False)
+    assert chosen is not None  # the last step evaluates
+    return chosen

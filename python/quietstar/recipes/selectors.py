@@ -1,0 +1,128 @@
+"""Choosing one of several solutions to a problem, and how often that is right."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ORDERS = 16  # random orders of a problem's samples, where all choices of k are too many
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A solution of one problem.
+
+    Attributes:
+        answer: None where it has none that can be read.
+        right: whether that is the answer.
+        tokens: how many were generated.
+        logprob: of all its tokens, under the model that wrote it.
+        score: of a verifier; higher is better. None without a verifier.
+    """
+
+    answer: str | None
+    right: bool
+    tokens: int
+    logprob: float
+    score: float | None = None
+
+
+Selector = Callable[[Sequence[Sample]], Sample]
+
+
+def majority(samples: Sequence[Sample]) -> Sample:
+    """One with the most frequent answer; of equally frequent ones that with the larger sum of log-probabilities."""
+    groups = by_answer(samples)
+    return max(groups, key=lambda group: (len(group), sum(x.logprob for x in group)))[0] if groups else samples[0]
+
+
+def likeliest(samples: Sequence[Sample]) -> Sample:
+    """Best by the model that wrote them."""
+    return max(samples, key=lambda x: x.logprob)
+
+
+def best(samples: Sequence[Sample]) -> Sample:
+    """Best by the verifier."""
+    return max(samples, key=score)
+
+
+def weighted(samples: Sequence[Sample]) -> Sample:
+    """One with the answer to which the verifier gives most; its scores are log-probabilities, added up over equal answers."""
+    groups = by_answer(samples)
+    return max(groups, key=lambda group: log_sum([score(x) for x in group]))[0] if groups else samples[0]
+
+
+def by_answer(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Those with an answer, the equal ones together."""
+    groups: defaultdict[str, list[Sample]] = defaultdict(list)
+    for x in samples:
+        if x.answer is not None:
+            groups[x.answer].append(x)
+    return list(groups.values())
+
+
+def score(sample: Sample) -> float:
+    if sample.score is None:
+        raise ValueError("a selector by verifier needs samples with a score")
+    return sample.score
+
+
+def log_sum(values: Sequence[float]) -> float:
+    """The logarithm of the sum of what these are the logarithms of."""
+    most = max(values)
+    return most + math.log(sum(math.exp(x - most) for x in values))
+
+
+def best_of(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
+    """How often the best-scored of k of the N samples is right, over all choices of k (V-STaR, arXiv 2402.06457, section 3).
+
+    With the samples sorted by score, the i-th from 0 is the best of a choice in C(N-i-1, k-1) of the C(N, k).
+
+    Raises:
+        ValueError: k that is not from 1 to N.
+    """
+    N = len(scores)
+    if not 1 <= k <= N:
+        raise ValueError(f"best_of: k must be from 1 to N={N}, got {k}")
+    order = sorted(range(N), key=lambda i: -scores[i])
+    return sum(math.comb(N - i - 1, k - 1) * right[order[i]] for i in range(N - k + 1)) / math.comb(N, k)
+
+
+def pass_at(k: int, right: Sequence[bool]) -> float:
+    """How often at least one of k of the N samples is right, over all choices of k (arXiv 2107.03374).
+
+    Raises:
+        ValueError: k that is not from 1 to N.
+    """
+    N, c = len(right), sum(right)
+    if not 1 <= k <= N:
+        raise ValueError(f"pass_at: k must be from 1 to N={N}, got {k}")
+    return 1 - math.comb(N - c, k) / math.comb(N, k)
+
+
+def choice_of(k: int, samples: Sequence[Sample], pick: Selector) -> float:
+    """How often what is picked from k of the N samples is right, over random choices of k; exactly for k = N."""
+    several = orders(samples, ORDERS) if k < len(samples) else [samples]
+    return sum(pick(x[:k]).right for x in several) / len(several)
+
+
+def orders(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
+    """The samples in their own order, and in random ones, the same each time."""
+    shuffle = random.Random(0)
+    return [samples, *(shuffle.sample(list(samples), len(samples)) for _ in range(count - 1))]
+
+
+def auc(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> float | None:
+    """How often a right solution has a higher score than a wrong one of the same problem; equal ones count half.
+
+    None where no problem has both.
+    """
+    wins, pairs = 0.0, 0
+    for several, truth in zip(scores, right, strict=True):
+        of = {flag: [x for x, y in zip(several, truth, strict=True) if y == flag] for flag in (True, False)}
+        wins += sum((x > y) + 0.5 * (x == y) for x in of[True] for y in of[False])
+        pairs += len(of[True]) * len(of[False])
+    return wins / pairs if pairs else None

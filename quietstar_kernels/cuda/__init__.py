@@ -1,0 +1,1 @@
+"""CUDA kernels for NVIDIA GPUs from sm_80 on, compiled from csrc/ when the package is built."""

@@ -1,0 +1,82 @@
+"""thought_decode in CUDA, csrc/thought_decode_kernel.cuh: the tile, the parts of the text, and room for what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels._checks import names
+from quietstar_kernels.cuda import _library
+from quietstar_kernels.layout import ThoughtLayout
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTHS = (64, 128, 256)
+PROCESSORS = 132  # to fill, whatever the device: how sums are cut, and so their last bits, are then the same on all
+SMALLEST_PART = 256  # text positions
+
+
+def serves(dtype: torch.dtype, K: int, E: int) -> str | None:
+    """None where this back end computes heads of K wide keys and E wide values, else the reason in words."""
+    if dtype not in DTYPES:
+        return f"it computes in {names(DTYPES)}, not in {names([dtype])}"
+    if K != E or K not in WIDTHS:
+        return f"it serves heads of {', '.join(map(str, WIDTHS))}, keys as wide as values, not K={K}, E={E}"
+    return None
+
+
+def thought_decode(
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
+    B, H, thoughts, K = q.shape
+    G, L = k_text.shape[1:3]
+    out = q.new_empty((B, H, thoughts, K))
+    if out.numel() == 0:
+        return out
+    if window is None or window >= L + layout.S:
+        window = 0  # it cuts nothing
+    rows = thoughts * (H // G)
+    tile_rows = rows_of_tile(rows, B * G, K, shared_memory(q.device))
+    splits = splits_of(-(-rows // tile_rows) * B * G, L)
+    parts = q.new_empty(splits * B * H * thoughts * (K + 1), dtype=torch.float32) if splits > 1 else None
+    _library.ops()._thought_decode_cuda(
+        *map(in_chunks, (q, k_text, v_text, k_own, v_own)), layout.anchor.contiguous(), layout.lo.contiguous(),
+        layout.length.contiguous(), step.int(), None if sinks is None else sinks.float(), out, parts,
+        scale, window, softcap or 0.0, tile_rows, splits,
+    )  # fmt: skip
+    return out
+
+
+def rows_of_tile(rows: int, pairs: int, K: int, shared: int) -> int:
+    """Query rows of a tile, 32, 64 or 128, for ``rows`` rows of each of ``pairs`` key heads, in ``shared`` bytes a block."""
+    largest = (16384 if shared > 160 * 1024 else 8192) // K
+    if rows <= 32:
+        wanted = 32
+    elif rows * pairs < 128 * PROCESSORS:
+        wanted = 64
+    else:
+        wanted = 128
+    return min(wanted, largest, 128)
+
+
+def splits_of(tiles: int, L: int) -> int:
+    """Parts of the text where ``tiles`` don't fill the chip: with them they do, twice, or a part has its smallest size."""
+    if tiles >= PROCESSORS:
+        return 1
+    return max(1, min(-(-2 * PROCESSORS // tiles), -(-L // SMALLEST_PART)))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stub of them lacks this one
+    return properties.shared_memory_per_block_optin
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """``x``, copied where its rows don't start at multiples of 16 bytes."""
+    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

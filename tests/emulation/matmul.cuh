@@ -1,0 +1,16 @@
+// c [M,N] = a [M,K] b [K,N], contiguous, M any number, N a multiple of 8 and K one of 16: what the emulation
+// is tested with.
+#pragma once
+
+namespace quietstar {
+
+struct MatmulArguments {
+    const void *a, *b;
+    void* c;  // fp32
+    int M, N, K;
+    bool is_bf16;
+};
+
+void matmul(const MatmulArguments& arguments, void* stream);
+
+}  // namespace quietstar

@@ -1,0 +1,102 @@
+"""QUIETSTAR_BUILD: what is built where there is no nvcc, and the sentence that says why not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+sys.path.append(str(Path(__file__).parent))
+from cuda_wheel import copy_sources
+
+pytestmark = pytest.mark.slow
+NO_NVCC = "there is no nvcc on PATH"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    copy_sources(folder)
+    return folder
+
+
+def build(sources, to, python=(sys.executable,), **environment):
+    """Make a wheel without an nvcc on PATH; its exit code, what it said, and the wheel's name."""
+    tools = to / "bin"
+    tools.mkdir(parents=True)
+    for tool in ("cat", "cc", "c++", "ninja"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "TORCH", "QUIETSTAR"))}
+    done = subprocess.run(
+        [*python, "setup.py", "-q", "egg_info", "--egg-base", to, "build", "--build-base", to, "bdist_wheel"]
+        + ["--bdist-dir", to / "bdist", "--dist-dir", to],
+        cwd=sources,
+        env=clean | {"PATH": str(tools)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr, [path.name for path in to.glob("*.whl")]
+
+
+@pytest.mark.parametrize("switch, said", [("auto", NO_NVCC), ("python", "")])
+def test_pure_python(switch, said, sources, tmp_path):
+    code, output, (wheel,) = build(sources, tmp_path / "out", QUIETSTAR_BUILD=switch)
+    assert code == 0 and wheel.endswith("-py3-none-any.whl")
+    told = [line for line in output.splitlines() if "CUDA" in line]
+    assert told == ([f"quietstar-kernels is installed without its CUDA back end: {said}."] if said else [])
+
+
+def test_pure_python_in_an_environment_of_pips_own(sources, tmp_path):
+    """It has setuptools, and not PyTorch."""
+    site = Path(setuptools.__file__).parents[1]
+    for path in (*site.glob("setuptools*"), site / "_distutils_hack"):
+        (tmp_path / path.name).symlink_to(path)
+    chosen = {"CUDA_HOME": str(failing_toolkit(tmp_path)), "PYTHONPATH": str(tmp_path)}
+    code, output, wheels = build(sources, tmp_path / "out", (sys.executable, "-S"), **chosen)
+    assert code == 0 and wheels[0].endswith("-py3-none-any.whl"), output
+    assert "PyTorch can't be imported; where it is installed, --no-build-isolation lets pip see it." in output
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"QUIETSTAR_BUILD": "cuda"}, f"QUIETSTAR_BUILD=cuda: {NO_NVCC}."),
+        ({"QUIETSTAR_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "QUIETSTAR_BUILD=cuda: there is no nvcc in /nowhere/bin."),
+        ({"QUIETSTAR_BUILD": "all"}, "QUIETSTAR_BUILD must be auto, cuda or python, got 'all'."),
+    ],
+)
+def test_one_sentence_where_it_can_not(environment, said, sources, tmp_path):
+    code, output, wheels = build(sources, tmp_path / "out", **environment)
+    assert code == 1 and output.strip() == said and not wheels
+
+
+def failing_toolkit(folder):
+    nvcc = folder / "toolkit/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'csrc/x.cu(7): error' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    return nvcc.parents[1]
+
+
+@pytest.mark.parametrize(
+    "listed, said",
+    [
+        ("Hopper", "TORCH_CUDA_ARCH_LIST takes numbers such as '8.0+PTX;9.0a;10.0;12.0', got 'Hopper'."),
+        ("7.0 7.5+PTX", "TORCH_CUDA_ARCH_LIST='7.0 7.5+PTX' has nothing from 8.0 on, which the kernels need."),
+    ],
+)
+def test_architectures_that_can_not_be(listed, said, sources, tmp_path):
+    chosen = {"CUDA_HOME": str(failing_toolkit(tmp_path)), "TORCH_CUDA_ARCH_LIST": listed}
+    code, output, wheels = build(sources, tmp_path / "out", **chosen)
+    assert code == 1 and output.strip().splitlines()[-1] == said and not wheels
+
+
+def test_a_source_that_does_not_compile(sources, tmp_path):
+    """It is no reason to install something else than what was asked for."""
+    code, output, wheels = build(sources, tmp_path / "out", CUDA_HOME=str(failing_toolkit(tmp_path)))
+    assert code == 1 and not wheels and "csrc/x.cu(7): error" in output
+    assert output.strip().splitlines()[-1].endswith("QUIETSTAR_BUILD=python installs without it.")

@@ -1,0 +1,92 @@
+"""thought_decode in CUDA: every tile that ships, texts in parts, tensors whose rows don't start at multiples of 16 bytes."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from quietstar_kernels import ThoughtLayout, thought_decode
+from quietstar_kernels.cuda import thought_decode as op
+from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, plain_decode, random_layout
+
+on_cuda = partial(thought_decode, backend="cuda")
+
+
+@pytest.fixture(autouse=True)
+def device(cuda):
+    return cuda
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def check(layout, inputs, what, **options):
+    assert_op_close_as_plain(on_cuda, plain_decode, inputs, (), what, layout=layout, **options)
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("K, rows", [(64, 128), (64, 64), (64, 32), (128, 128), (128, 64), (128, 32), (256, 64), (256, 32)])
+def test_shipped_tiles(monkeypatch, K, rows, dtype, device):
+    """Thoughts at every second position, cut by a tile's end; text of several blocks, two documents."""
+    monkeypatch.setattr(op, "rows_of_tile", lambda *_: rows)
+    lo = torch.zeros(1, 150, dtype=torch.int32)
+    lo[:, 40:] = 40
+    layout = ThoughtLayout.at(torch.arange(0, 150, 2)[None], 1, 3, lo=lo).to(device)
+    inputs = decode_inputs(seeded(0), layout, 3, 1, K, sinks=True, dtype=dtype)
+    for splits, options in ((1, {"window": 100}), (2, {"softcap": 3.0})):
+        monkeypatch.setattr(op, "splits_of", lambda *_, splits=splits: splits)
+        check(layout, inputs, f"{K} {rows} {options}", step=2, **options)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 40])
+def test_heads_of_a_group(heads, device):
+    """A warp's 16 rows are 16 thoughts, some of 4 thoughts, a part of one."""
+    layout = random_layout(seeded(1), "ragged", 2, 9, 3, 4, device)
+    inputs = decode_inputs(seeded(2), layout, heads, 1, 64, dtype=torch.float16)
+    for step in range(layout.S):
+        check(layout, inputs, f"{heads} heads, step {step}", step=step)
+
+
+@pytest.mark.parametrize("kind", ["every", "anchors", "documents", "any_lo", "ragged"])
+def test_parts_of_the_text_add_up(monkeypatch, kind, device):
+    """More parts than blocks of keys too, and parts that some thoughts see nothing of; twice the same bits."""
+    layout = random_layout(seeded(1), kind, 1, 150, 1, 4, device)
+    inputs = decode_inputs(seeded(2), layout, 2, 1, 64, sinks=True, dtype=torch.bfloat16)
+    for splits, options in ((2, {}), (3, {"window": 30}), (7, {"softcap": 2.0})):
+        monkeypatch.setattr(op, "splits_of", lambda *_, splits=splits: splits)
+        options["step"] = layout.S - 1
+        check(layout, inputs, f"{splits} parts {options}", **options)
+    assert torch.equal(*(on_cuda(**inputs, layout=layout, **options) for _ in range(2)))
+
+
+def test_rows_that_start_anywhere(device):
+    """Views from the second element on, and with strides that are no multiples of 8."""
+    layout = ThoughtLayout.every_position(1, 6, 2, 2, device)
+    inputs = decode_inputs(seeded(0), layout, 2, 1, 64, dtype=torch.bfloat16)
+    want = on_cuda(**inputs, layout=layout, step=1)
+    shifted = {name: torch.nn.functional.pad(x, (1, 2))[..., 1:-2] for name, x in inputs.items() if x is not None}
+    assert all(x.data_ptr() % 16 and x.stride(-2) == 67 for x in shifted.values())
+    assert torch.equal(on_cuda(**shifted, layout=layout, step=1), want)
+
+
+def test_rows_of_a_tile():
+    """Wide tiles where there is enough to do, and no more rows than fit into a block's shared memory."""
+    large, small = 227 * 1024, 99 * 1024
+    assert [op.rows_of_tile(8, 8, K, large) for K in op.WIDTHS] == [32, 32, 32]
+    assert [op.rows_of_tile(512, 8, K, large) for K in op.WIDTHS] == [64, 64, 64]
+    assert [op.rows_of_tile(4096, 64, K, large) for K in op.WIDTHS] == [128, 128, 64]
+    assert [op.rows_of_tile(4096, 64, K, small) for K in op.WIDTHS] == [128, 64, 32]
+
+
+def test_number_of_parts():
+    """Two waves of blocks where there is less than one; a part has 256 positions or more."""
+    assert [op.splits_of(tiles, 4096) for tiles in (1, 8, 40, 66, 131, 132, 5000)] == [16, 16, 7, 4, 3, 1, 1]
+    assert [op.splits_of(8, L) for L in (0, 255, 256, 257, 1024)] == [1, 1, 1, 2, 4]
+
+
+def test_what_it_does_not_serve():
+    assert op.serves(torch.float16, 128, 128) is None
+    assert "not in float32" in op.serves(torch.float32, 128, 128)
+    assert "K=128, E=64" in op.serves(torch.bfloat16, 128, 64)
+    assert "K=96" in op.serves(torch.bfloat16, 96, 96)

@@ -1,0 +1,227 @@
+"""Fast Quiet-STaR: what a stage begins and ends with, what the plain model is trained on, and that it is an ordinary one."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quietstar import QuietStar, ThoughtConfig, cli
+from quietstar.evaluate import evaluate
+from quietstar.recipes import fast as recipe
+from quietstar.recipes import plain
+from quietstar.recipes.fast import Config, fast, stages
+from quietstar.train import Interrupted
+
+THOUGHTS = ThoughtConfig(policy_weight=3.0, embedding_scale=1.0)
+QUICK = {"curriculum": "3-2,2-1", "steps": 4, "eval_every": 2, "save_every": 2, "batch_size": 4, "learning_rate": 1e-3}
+PLAIN = {"plain_steps": 4, "plain_rate": 1e-3, "plain_weight": 1.0}
+
+
+def texts(count, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, 61, (length + i % 2,), generator=generator)} for i in range(count)]
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    def start(out="run", resume=False, data=None, held_out=None, score=None, **changes):
+        model = tiny("llama")
+        before = [p.detach().clone() for p in model.parameters()]
+        config = Config(out=str(tmp_path / out), **{**QUICK, **PLAIN, **changes})
+        held_out = texts(4, seed=1) if held_out is None else held_out
+        student, report = fast(model, data or texts(10), held_out, THOUGHTS, config, score=score, resume=resume)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        return student, report
+
+    return start
+
+
+def test_the_curriculum_in_words():
+    assert stages(Config().curriculum) == [(16, 8), (12, 4), (8, 4)]
+    assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("curriculum", ["", "8", "8-4-2", "8-x", "0-4", "8-4,,4-2", "8-4,12-4"])
+def test_curricula_that_are_none(curriculum):
+    with pytest.raises(ValueError, match="curriculum must"):
+        Config(curriculum=curriculum)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"plain_steps": 0}, "plain_steps must be 1 or more, got 0"),
+        ({"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
+        ({"warmup": -1}, "warmup must be 0 or more, got -1"),
+    ],
+)
+def test_bad_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+# The plain model
+
+
+def test_the_published_loss_reinforces_a_sampled_token():
+    torch.manual_seed(0)
+    logits = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    targets, teacher = torch.randint(7, (50,)), torch.rand(50, dtype=torch.float64) * 4
+    config = Config(plain_weight=10.0, plain_temperature=3.0)
+    torch.manual_seed(5)
+    value, reward = plain.objective(logits.log_softmax(-1), targets, teacher, config)
+    torch.manual_seed(5)
+    actions = logits.detach().softmax(-1).multinomial(1)[:, 0].tolist()
+    expected = 0.0
+    for t in range(50):
+        gain = max(0.0, float(teacher[t] + logits[t].detach().log_softmax(-1)[targets[t]]))
+        assert float(reward[t]) == pytest.approx(gain)
+        expected -= 10 * gain * (logits[t] / 3).log_softmax(-1)[actions[t]] / 50
+    assert any(a != b for a, b in zip(actions, targets.tolist(), strict=True)) and 0 < int((reward > 0).sum()) < 50
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (value, expected)))
+
+
+def test_other_objectives():
+    logprob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64).log().requires_grad_()
+    targets, teacher = torch.tensor([0, 1]), torch.tensor([2.0, 1.0], dtype=torch.float64)
+    observed, reward = plain.objective(logprob, targets, teacher, Config(objective="observed", plain_weight=1.0))
+    gain = 2 - torch.tensor(2.0).log().double()  # the second token is the teacher's: nothing is earned there
+    torch.testing.assert_close(reward, torch.stack([gain, gain * 0]))
+    torch.testing.assert_close(observed, -(gain * (logprob[0] / 3).log_softmax(-1)[0]) / 2)
+    likelihood, _ = plain.objective(logprob, targets, teacher, Config(objective="likelihood"))
+    torch.testing.assert_close(likelihood, -(logprob[0, 0] + logprob[1, 1]) / 2)
+
+
+def test_no_reward_no_gradient():
+    logits = torch.randn(5, 7, requires_grad=True)
+    value, _ = plain.objective(logits.log_softmax(-1), torch.zeros(5).long(), torch.zeros(5), Config())
+    value.backward()
+    assert logits.grad.abs().max() == 0
+
+
+def test_packed_texts_are_cut_where_their_documents_end():
+    ids, documents = torch.arange(10), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
+    found = plain.documents([{"input_ids": ids, "document_ids": documents}, {"input_ids": torch.arange(20, 24)}])
+    assert [x["input_ids"].tolist() for x in found] == [[0, 1, 2, 3], [6, 7, 8, 9], [20, 21, 22, 23]]
+
+
+def test_the_teachers_losses_are_those_of_its_greedy_thoughts(tiny):
+    qs = QuietStar(tiny("llama"), ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2), verify=False).eval()
+    torch.nn.init.normal_(qs.mixing_head[4].weight)
+    data = texts(5)
+    data[2]["anchors"] = torch.tensor([1, 4, 6, -1])
+    found = plain.teacher_losses(qs, data[:2], 2) + plain.teacher_losses(qs, data[2:3], 2)
+    for text, losses in zip(data, found, strict=False):
+        out = qs(text["input_ids"][None], anchors=text.get("anchors", torch.arange(len(text["input_ids"])))[None])
+        places = plain.predicted(text)
+        anchors = text.get("anchors", torch.arange(len(places)))
+        torch.testing.assert_close(losses, out.nll_mix[0, : len(anchors[anchors >= 0]), 0, 0].detach())
+        assert int(places.sum()) == len(losses)
+
+
+def test_what_counts():
+    text = {"input_ids": torch.arange(6), "attention_mask": torch.tensor([1, 1, 1, 1, 1, 0])}
+    assert plain.predicted(text).tolist() == [True, True, True, True, False]
+    labels = torch.tensor([-100, -100, 2, 3, -100, 5])
+    assert plain.predicted({**text, "labels": labels}).tolist() == [False, True, True, False, False]
+    assert plain.predicted({**text, "anchors": torch.tensor([1, 3, 4, -1])}).tolist() == [False, True, False, True, False]
+
+
+def test_the_plain_loss_is_measured_as_that_with_thoughts(tiny):
+    model = tiny("llama")
+    found = plain.loss(model, texts(5), 2)
+    qs = QuietStar(model, ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1), verify=False).eval()
+    assert found == pytest.approx(evaluate(qs, texts(5), 2)["base"], rel=1e-5)
+
+
+# The run
+
+
+def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path):
+    student, report = run()
+    assert [(x["thought_tokens"], x["lookahead"]) for x in report["stages"]] == [(3, 2), (2, 1)]
+    for name, T, J in (("stage-1-3-2", 3, 2), ("stage-2-2-1", 2, 1)):
+        config = QuietStar.from_pretrained(tmp_path / "run" / name / "best", verify=False).thought_config
+        assert (config.thought_tokens, config.lookahead, config.policy_weight) == (T, J, 3.0)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "stage-2-2-1" / "metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(x)["learning_rate"] for x in (tmp_path / "run" / "stage-1-3-2" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([rate / 2 for rate in rates])
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert type(exported).__name__ == "LlamaForCausalLM"
+    assert {p.name for p in (tmp_path / "run" / "model").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), student.parameters(), strict=True))
+    assert plain.loss(exported, texts(4, seed=1), 4) == pytest.approx(report["plain"])
+    assert json.loads((tmp_path / "run" / "fast.json").read_text()) == report
+
+
+def test_a_stage_goes_on_from_the_best_checkpoint(run, monkeypatch):
+    """The scores make the first of two evaluations the better one."""
+    began, judged, original = [], [], recipe.train
+
+    def train(qs, *args, **kwargs):
+        began.append([p.detach().clone() for p in qs.parameters()])
+        return original(qs, *args, **kwargs)
+
+    def score(qs):
+        judged.append([p.detach().clone() for p in qs.parameters()])
+        return {1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0}[len(judged)]
+
+    monkeypatch.setattr(recipe, "train", train)
+    _, report = run(score=score)
+    assert [stage["score"] for stage in report["stages"]] == [5.0, 2.0]
+    assert all(torch.equal(a, b) for a, b in zip(began[1], judged[0], strict=True))
+
+
+@pytest.mark.parametrize("update", [1, 6, 9])
+def test_a_stopped_run_goes_on_with_the_same_numbers(run, monkeypatch, update):
+    """Stopped in the first stage, in the second and in the plain model's training."""
+    whole, report = run("whole")
+    original, updates = torch.optim.AdamW.step, []
+
+    def step(*args, **kwargs):
+        updates.append(0)
+        if len(updates) == update + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run("stopped")
+    student, again = run("stopped", resume=True)
+    assert again == report
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), whole.parameters(), strict=True))
+
+
+def test_bad_input(run, tmp_path):
+    with pytest.raises(ValueError, match="at least 2 texts must be held out, to choose a checkpoint by, got 1"):
+        run(held_out=texts(1))
+    assert not (tmp_path / "run").exists()
+    run()
+    with pytest.raises(ValueError, match="a run is there already"):
+        run()
+    with pytest.raises(ValueError, match="the run there has later_rate=0.5, not 1.0"):
+        run(resume=True, later_rate=1.0)
+
+
+def test_command(tiny, byte_tokenizer, tmp_path, capsys):
+    tiny("llama", vocab_size=257).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(40)))
+    options = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}", "--length=16"]
+    options += ["--held-out=4", "--curriculum=3-2,2-1", "--steps=2", "--eval-every=2", "--plain-steps=2", "--batch-size=2"]
+    assert cli.main(["fast", *options]) == 0
+    assert "held-out loss without thoughts" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "tokenizer_config.json").exists()
+    assert cli.main(["fast", *options]) == 3
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,183 @@
+"""V-STaR: which pairs the verifier learns from, what DPO does to it, and what it chooses."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from quietstar import cli
+from quietstar.recipes import vstar as recipe
+from quietstar.recipes.models import small_model
+from quietstar.recipes.rounds import fingerprint, save_model
+from quietstar.recipes.sampling import likelihoods, rollout
+from quietstar.recipes.verifier import DPO, as_text, load_verifier, make_pairs, measure_pairs, train_verifier
+from quietstar.recipes.vstar import Config, vstar
+from quietstar.tasks import Addition, Multiplication, WordProblems
+
+SMALL = {"rounds": 2, "problems": 40, "samples": 4, "steps": 3, "test_problems": 20, "test_samples": 4, "max_new": 10}
+SMALL |= {"batch_size": 80, "batch_tokens": 300, "pair_batch": 8, "updates": 4}
+
+
+def solution(prompt, ids, right, split="train"):
+    return {"prompt": prompt, "ids": ids, "right": right, "split": split}
+
+
+def test_pairs_are_the_product_of_right_and_wrong_solutions_of_a_problem():
+    solutions = [solution([1], [i], i < 2) for i in (0, 1, 1, 2, 3, 4)]  # two right ones, one of them twice, and three wrong
+    solutions += [solution([2], [9], True), solution([3], [9], False)]  # no pair: only right, only wrong
+    solutions += [solution([4], [5], True, "valid"), solution([4], [6], False, "valid")]
+    pairs = make_pairs(solutions, "train", 16, 0)
+    assert sorted(pairs) == [([1], [x], [y]) for x, y in itertools.product((0, 1), (2, 3, 4))]
+    assert make_pairs(solutions, "valid", 16, 0) == [([4], [5], [6])]
+    few = make_pairs(solutions, "train", 4, 0)
+    assert len(few) == 4 and all(pair in pairs for pair in few)
+
+
+def test_right_solutions_are_trained_on_once():
+    solutions = [solution([1], [2], True)] * 3 + [solution([1], [3], False), solution([1], [4], True, "valid")]
+    assert recipe.right_ones(solutions) == [([1], [2])]
+
+
+@pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
+def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
+    task = Multiplication(2, byte_tokenizer) if task == "bytes" else task
+    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
+    for row, other in zip(rows, rows[1:], strict=False):
+        pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))
+        text = as_text(task, pair)
+        assert task.tokenizer(text["prompt"])["input_ids"] == pair[0]
+        assert task.tokenizer(text["prompt"] + text["chosen"])["input_ids"] == pair[0] + pair[1]
+        assert task.tokenizer(text["prompt"] + text["rejected"])["input_ids"] == pair[0] + pair[2]
+
+
+@pytest.fixture(scope="module")
+def pairs(solver):
+    """Of the solver's own solutions, to train on and of other problems."""
+    model, task = solver
+    found = {}
+    for split, count in (("train", 80), ("valid", 40)):
+        rows = task.sample(count, split, torch.Generator().manual_seed(7))
+        written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
+        solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
+        graded = [solution(row.prompt_ids, ids, task.check(row, ids)) for row, ids in solved]
+        found[split] = make_pairs(graded, "train", 8, 0)
+    return found
+
+
+def test_dpo_starts_at_its_reference_and_learns_to_tell_right_from_wrong(solver, pairs):
+    model, task = solver
+    before = fingerprint(model)
+    verifier, losses = train_verifier(model, task, pairs["train"] * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3), 0)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the verifier is its reference there
+    assert fingerprint(model) == before != fingerprint(verifier)
+    start = measure_pairs(model, model, pairs["train"], 0.1, 64)
+    after = measure_pairs(verifier, model, pairs["train"], 0.1, 64)
+    assert start["held_out_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert after["held_out_loss"] < start["held_out_loss"] - 0.03 and after["held_out_order"] > start["held_out_order"]
+
+
+def test_dpo_loss_is_that_of_the_paper(solver, pairs):
+    """On one update with a batch of all pairs, the next logged loss is the formula on the weights after it."""
+    model, task = solver
+    some = pairs["train"][:8]
+    one, _ = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=1, verifier_rate=1e-3, beta=0.3), 0)
+    two, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=2, verifier_rate=1e-3, beta=0.3), 0)
+    assert len(losses) == 2 and not torch.equal(one.lm_head.weight, two.lm_head.weight)
+    prompts, right, wrong = map(list, zip(*some, strict=True))
+    margin = torch.tensor([likelihoods(x, prompts, ids) for x in (two, model) for ids in (right, wrong)])
+    expected = -torch.nn.functional.logsigmoid(0.3 * ((margin[0] - margin[1]) - (margin[2] - margin[3]))).mean()
+    assert measure_pairs(two, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_updates_never_pass_over_the_pairs_twice(solver, pairs):
+    model, task = solver
+    _, losses = train_verifier(model, task, pairs["train"][:17], DPO(pair_batch=8, updates=100), 0)
+    assert len(losses) == 2
+
+
+def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
+    model, task = solver
+    config = Config(out=str(tmp_path / "run"), **SMALL)
+    trained = []
+    sft = recipe.sft
+    monkeypatch.setattr(recipe, "sft", lambda model, *rest: trained.append(fingerprint(model)) or sft(model, *rest))
+    generator, verifier, report = vstar(model, task, config)
+    base = fingerprint(model)
+    assert trained == [base, base]  # a fresh copy each round
+    files = [tmp_path / f"run/round-0{number}/solutions.jsonl" for number in (1, 2)]
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [len(x) for x in rows] == [(40 + 4) * 4] * 2
+    assert report["rounds"][2]["drawn_right"] == sum(x["right"] for x in rows[1])
+    distinct = {(*x["prompt"], *x["ids"]) for several in rows for x in several if x["right"] and x["split"] == "train"}
+    assert report["rounds"][2]["distinct"] == len(distinct)  # those of round 1 too
+    assert report["verifier"]["pairs"] == len(make_pairs(rows[0] + rows[1], "train", 16, 0)) > 20
+    assert set(report["curves"]) >= {"verifier", "verifier, ratio", "majority", "generator", "oracle", "one sample"}
+    for name, values in report["curves"].items():
+        assert len(values) == len(report["k"]) == 3, name
+        assert values[-1] <= report["curves"]["oracle"][-1], name  # of all samples; fewer are random choices for votes
+        if name not in ("majority", "weighted vote"):
+            assert values[0] == pytest.approx(report["curves"]["one sample"][0]), name
+
+    assert json.loads((tmp_path / "run/vstar.json").read_text())["curves"] == report["curves"]
+    assert (tmp_path / "run/vstar.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="a run is there already"):
+        vstar(model, task, config)
+    other = small_model(task, width=64, heads=2, positions=128, seed=5)
+    with pytest.raises(ValueError, match="the run there began with another model"):
+        vstar(other, task, config, resume=True)
+    monkeypatch.setattr(recipe, "sft", None)
+    monkeypatch.setattr(recipe, "train_verifier", None)  # all of it is there
+    again_generator, again_verifier, again = vstar(model, task, config, resume=True)
+    assert fingerprint(again_generator) == fingerprint(generator) and fingerprint(again_verifier) == fingerprint(verifier)
+    assert again["curves"] == report["curves"]
+
+
+def test_a_grader_that_never_matches(solver, tmp_path, monkeypatch):
+    model, task = solver
+    monkeypatch.setattr(Addition, "check", lambda *_: False)
+    with pytest.raises(ValueError, match="vstar: none of the first 40 problems is solved"):
+        vstar(model, task, Config(out=str(tmp_path / "run"), **SMALL))
+
+
+def test_solutions_that_are_all_right_make_no_pair(solver, tmp_path, monkeypatch):
+    model, task = solver
+    monkeypatch.setattr(Addition, "check", lambda *_: True)
+    with pytest.raises(ValueError, match="no problem has both right and wrong solutions"):
+        vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1}))
+    assert (tmp_path / "run/round-01/model.safetensors").exists()
+
+
+def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
+    model, task = solver
+    save_model(tmp_path / "verifier", copy.deepcopy(model), task, {"base": "one"})
+    save_model(tmp_path / "same", copy.deepcopy(model), task, {"base": "one"})
+    save_model(tmp_path / "other", copy.deepcopy(model), task, {"base": "two"})
+    verifier = load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, task)
+    assert fingerprint(verifier) == fingerprint(model)
+    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other began with two"):
+        load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
+    with pytest.raises(ValueError, match="the verifier is of another base model, and reads other tokens"):
+        load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
+    with pytest.raises(ValueError, match="no model loads from there"):
+        load_verifier(str(tmp_path / "nothing"), "", model, task)
+
+
+def test_commands(solver, tmp_path, capsys):
+    model, task = solver
+    save_model(tmp_path / "model", model, task, {})
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "rounds": 1}.items()]
+    chosen = ["--task=addition", "--digits=1"]
+    assert cli.main(["vstar", *chosen, f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'run'}", *options]) == 0
+    said = capsys.readouterr().out
+    assert "best of k by" in said and f"saved {tmp_path / 'run/round-01'}" in said
+    solve = [f"--model={tmp_path / 'run/round-01'}", f"--verifier={tmp_path / 'run/verifier'}", f"--out={tmp_path / 'solve'}"]
+    solve += ["--problems=10", "--samples=4", "--attempts=2", "--max-new=10"]
+    assert cli.main(["solve", *chosen, *solve]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
+    assert (tmp_path / "solve/test_time.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["vstar", *chosen, "--temperature=0"]) == 2
+    assert "temperature must be above 0, or all samples are one" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""torch.compile: forward and backward as without, and few graphs however many steps a rollout has."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import quietstar
+from quietstar.config import AdapterConfig
+
+IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def pair(tiny):
+    """``pair(thought_tokens, ...)``: a model of one layer and the same again, to be compiled."""
+
+    def make(thought_tokens, **changes):
+        made = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            config = quietstar.ThoughtConfig(thought_tokens=thought_tokens, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
+            qs = quietstar.QuietStar(tiny("llama", num_hidden_layers=1, **changes).train(), config)
+            torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
+            made.append(qs)
+        return made
+
+    return make
+
+
+def step(model, qs, **options):
+    qs.zero_grad()
+    out = model(IDS, seed=4, **options)
+    out.loss.backward()
+    return out, {name: weight.grad.clone() for name, weight in qs.named_parameters() if weight.grad is not None}
+
+
+def assert_same(got, want, bound=1e-5):
+    for name in ("loss", "nll_base", "nll_mix", "weight", "reward", "logprob"):
+        torch.testing.assert_close(got[0][name], want[0][name], rtol=bound, atol=bound)
+    assert torch.equal(got[0].thought_ids, want[0].thought_ids) and want[0].reward.abs().max() > 0.01
+    assert got[1].keys() == want[1].keys()
+    for name in want[1]:
+        assert (got[1][name] - want[1][name]).norm() <= bound * want[1][name].norm(), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor compiles C++")
+def test_forward_and_backward_through_inductor(pair):
+    """One graph, whole, for text and thoughts; it is used again at the second step."""
+    plain, compiled = pair(2)
+    thoughts = plain.think(IDS, seed=0).thought_ids
+    compiled.compile(fullgraph=True)
+    for _ in range(2):
+        assert_same(step(compiled, compiled, thought_ids=thoughts), step(plain, plain, thought_ids=thoughts))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_a_rollout_takes_three_graphs_for_any_number_of_steps(pair):
+    """The text, the first row and any other; with the differentiable pass, four. With adapters, and as inductor gets them."""
+    plain, compiled = pair(12)
+    for qs in (plain, compiled):
+        torch.manual_seed(0)
+        qs.add_adapters(AdapterConfig(lora_rank=2, lora_targets="q_proj,down_proj"))
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    assert_same(step(compiled, compiled), step(plain, plain))
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+
+def test_chunks_and_layers_computed_again(pair):
+    plain, compiled = pair(2)
+    thoughts = plain.think(IDS, seed=0).thought_ids
+    compiled.compile(backend="eager")
+    compiled.gradient_checkpointing_enable()
+    compiled.anchor_chunk = 4
+    assert_same(step(compiled, compiled, thought_ids=thoughts), step(plain, plain, thought_ids=thoughts))
+
+
+def test_the_whole_wrapper_compiles_around_its_checks(pair):
+    """``torch.compile(qs)`` breaks the graph where values are looked at, and gives the same numbers."""
+    plain, compiled = pair(2)
+    assert_same(step(torch.compile(compiled, backend="eager"), compiled), step(plain, plain))
+    assert counters["graph_break"]
+
+
+def test_a_compiled_model_saves_and_copies_as_before(pair, tmp_path):
+    plain, compiled = pair(2)
+    compiled.compile(backend="eager")
+    compiled.save_pretrained(tmp_path)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    again = quietstar.QuietStar.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS, seed=4).loss, plain(IDS, seed=4).loss)
