@@ -126,6 +126,17 @@ def test_without_layout_may_be_plain_attention(config, plain):
         assert model(**inputs, thought_layout=layout).logits.isfinite().all(), "thoughts still work beside plain calls"
 
 
+def test_without_layout_a_mask_of_ones_own_is_passed_on():
+    quietstar.register_attention(without_layout="sdpa")
+    model, truth = make_model(LLAMA), make_model(LLAMA, "sdpa")
+    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril().triu(-3)
+    with torch.no_grad():
+        got, want, causal = (x.logits for x in (model(ids, attention_mask=mask), truth(ids, attention_mask=mask), truth(ids)))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(want, causal)
+
+
 @pytest.mark.parametrize("without_layout", ["raise", "sdpa"])
 @pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig], ids=["stablelm", "nemotron"])
 def test_a_layout_lost_on_the_way_raises(config, without_layout):

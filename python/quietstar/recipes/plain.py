@@ -77,18 +77,25 @@ def train(
     if progress.begun:
         progress.load(student, optimizer)
     state = progress.state
+
+    def keep_the_better() -> float:
+        value = loss(student, held_out, config.batch_size)
+        if state["best"] is None or value < state["best"]:
+            state["best"] = value
+            with replaced(folder) as beside:
+                student.save_pretrained(beside)
+                if teacher.tokenizer is not None:
+                    teacher.tokenizer.save_pretrained(beside)
+        return value
+
     with Signals() as signals:
+        if state["best"] is None:
+            keep_the_better()  # the start, since training may only make it worse
         while state["step"] < config.plain_steps:
             line = update(student, optimizer, texts, losses, config, state["step"])
             state["step"] += 1
             if state["step"] % config.eval_every == 0 or state["step"] == config.plain_steps:
-                line["held_out"] = loss(student, held_out, config.batch_size)
-                if state["best"] is None or line["held_out"] < state["best"]:
-                    state["best"] = line["held_out"]
-                    with replaced(folder) as beside:
-                        student.save_pretrained(beside)
-                        if teacher.tokenizer is not None:
-                            teacher.tokenizer.save_pretrained(beside)
+                line["held_out"] = keep_the_better()
             progress.metrics.add(line)
             progress.save_if(signals, config.save_every, student, optimizer)
     progress.save(student, optimizer)

@@ -165,6 +165,12 @@ def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path)
     assert json.loads((tmp_path / "run" / "fast.json").read_text()) == report
 
 
+def test_the_plain_model_is_not_worse_than_its_start(run):
+    """At this rate every update harms."""
+    _, report = run(plain_rate=0.5, objective="likelihood")
+    assert report["plain"] == report["base"]
+
+
 def test_a_stage_goes_on_from_the_best_checkpoint(run, monkeypatch):
     """The scores make the first of two evaluations the better one."""
     began, judged, original = [], [], recipe.train
