@@ -72,10 +72,10 @@ bench: $(READY)  ## benchmarks of this machine against what people use without t
 	$(BIN)/python benchmarks/run.py
 
 experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; under an hour
-	$(BIN)/python experiments/run.py --docs docs
+	$(BIN)/python experiments/run_experiments.py --docs docs
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
-	$(BIN)/python experiments/run.py --full --docs docs
+	$(BIN)/python experiments/run_experiments.py --full --docs docs
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
 gpu:  ## tests, sanitizers and benchmarks of a GPU, with a page to paste into an issue; under eight minutes

@@ -27,7 +27,7 @@ def experiments():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", experiments())
 def test_it_runs_and_is_reported(scripts, tmp_path, name):
-    run = scripts("run")
+    run = scripts("run_experiments")
     run.run_one(name, 0, "tiny", tmp_path / "results")
     result = json.loads((tmp_path / "results/tiny" / name / "seed-0.json").read_text())
     page, _ = scripts("experiments_report").write({name: [result, {**result, "seed": 1}]}, "tiny", tmp_path / "page")
@@ -48,7 +48,7 @@ def test_thresholds_hold_for_the_mean(scripts):
 
 
 def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
-    run = scripts("run")
+    run = scripts("run_experiments")
     asked = []
 
     def start(name, seed, size, out):
@@ -62,13 +62,13 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "start", start)
     monkeypatch.setattr(scripts("star"), "check", lambda results: [])
     monkeypatch.delattr(scripts("star"), "plot")
-    monkeypatch.setattr(sys, "argv", ["run.py", "star", "--out", str(tmp_path), "--seeds", "2"])
+    monkeypatch.setattr(sys, "argv", ["run_experiments.py", "star", "--out", str(tmp_path), "--seeds", "2"])
     assert run.main() == 0 and sorted(asked) == [("star", 0), ("star", 1)]
     run.result_file(tmp_path, "star", "quick", 1).unlink()
     assert run.main() == 0 and asked[2:] == [("star", 1)]
     text = (tmp_path / "quick/experiments.md").read_text()
     assert "| base | 0.500 ± 0.000 |" in text and "2 seeds, 1.0 minutes each" in text
-    monkeypatch.setattr(sys, "argv", ["run.py", "nothing"])
+    monkeypatch.setattr(sys, "argv", ["run_experiments.py", "nothing"])
     with pytest.raises(SystemExit):
         run.main()
     assert "there is no experiment nothing" in capsys.readouterr().err

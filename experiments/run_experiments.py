@@ -1,8 +1,8 @@
 """Runs the acceptance experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
 
-    python experiments/run.py                three seeds of each, under 60 minutes on two cores
-    python experiments/run.py star --seeds 1 one seed of one of them, without touching docs/
-    python experiments/run.py --full         the curves: longer training, more seeds
+    python experiments/run_experiments.py                three seeds of each, under 60 minutes on two cores
+    python experiments/run_experiments.py star --seeds 1 one seed of one of them, without touching docs/
+    python experiments/run_experiments.py --full         the curves: longer training, more seeds
 
 Every seed of every experiment is a process with one thread. What is done is kept in runs/experiments: a stopped run goes on.
 """
