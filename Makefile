@@ -43,7 +43,7 @@ build: $(READY)  ## the CUDA back end, compiled into this folder; needs nvcc
 	QUIETSTAR_BUILD=cuda $(BIN)/python setup.py -q build_ext --inplace
 
 demo: $(READY)  ## digit sums, where thinking helps, then the English that ships with Python
-	$(BIN)/python examples/digit_sums.py --quick
+	$(BIN)/python examples/digit_sums.py --quick --threads 2
 	$(BIN)/python examples/english.py
 
 test: $(READY)  ## the tests, without the slow ones
@@ -71,7 +71,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python benchmarks/run.py
 
-experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; under an hour
+experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; an hour or two
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours

@@ -11,8 +11,8 @@ Then Quiet-STaR trains it on lines without any aside. Its thoughts may be asides
 reward is a better prediction of the next token. Every control starts from the same model: no thoughts, pause tokens or random
 digits as thoughts, another line's thoughts, thoughts without REINFORCE, a language model that stays as it was.
 
-    python examples/digit_sums.py --quick     one seed, every position thinks, some controls: two minutes on two CPU cores
-    python examples/digit_sums.py --seeds 5   every run and control of docs/digit-sums.md
+    python examples/digit_sums.py --quick --threads 2   one seed, every position thinks, some controls: about two minutes
+    python examples/digit_sums.py --seeds 5             every run and control of docs/digit-sums.md: ten minutes a seed
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ AT_EQUALS = DIGITS  # the position of "=", whose next token is the answer in a l
 
 HELPFUL = 0.4  # share of the asides that are running sums
 DIRECT = 0.4  # share of the lines without an aside
-TEST_LINES, CURVE_LINES = 2048, 256
+TEST_LINES, QUICK_LINES, CURVE_LINES = 2048, 1024, 256
 RIGHT_STEPS, RIGHT_THOUGHTS = 0.85, 0.25  # what pretraining must have taught, for thoughts to be worth training
 
 
@@ -93,10 +93,11 @@ def aside_lines(digits: Tensor, aside: Tensor) -> Tensor:
     return torch.cat([direct[:, : AT_EQUALS + 1], dash, aside, dash, direct[:, AT_EQUALS + 1 :]], 1)
 
 
-def mixed_lines(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """The text to pretrain on, [lines,14]; lines without an aside are filled up with pause tokens, which no loss looks at."""
-    kind, helpful = torch.rand(2, len(digits), 1, generator=generator)
-    aside = torch.where(helpful < HELPFUL, running_sums(digits), digits[:, :STEPS])
+def mixed_lines(digits: Tensor, generator: torch.Generator, helpful: float = HELPFUL) -> Tensor:
+    """The text to pretrain on, [lines,14], with this share of its asides helpful. Lines without an aside are filled up with
+    pause tokens, which no loss looks at."""
+    kind, luck = torch.rand(2, len(digits), 1, generator=generator)
+    aside = torch.where(luck < helpful, running_sums(digits), digits[:, :STEPS])
     with_aside, direct = aside_lines(digits, aside), direct_lines(digits)
     fill = column(digits, PAUSE).expand(-1, with_aside.shape[1] - direct.shape[1])
     return torch.where(kind < DIRECT, torch.cat([direct, fill], 1), with_aside)
@@ -155,31 +156,35 @@ def train_lm(
         optimizer.zero_grad()
 
 
-def read_mixed_lines(model: LlamaForCausalLM, strings: Tensor, steps: int, peak: float, seed: int) -> None:
+def read_mixed_lines(
+    model: LlamaForCausalLM, strings: Tensor, steps: int, peak: float, seed: int, helpful: float = HELPFUL
+) -> None:
     """Pretraining: the learning rate falls from ``peak`` to 5 % of it along a cosine."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     train_lm(
         model,
-        lambda step: mixed_lines(draw(strings, 256, generator), generator),
+        lambda step: mixed_lines(draw(strings, 256, generator), generator, helpful),
         optimizer,
         lambda step: peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))),
         steps,
     )
 
 
-def pretrain(strings: Tensor, held_out: Tensor, seed: int, steps: int) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+def pretrain(
+    strings: Tensor, held_out: Tensor, seed: int, steps: int, helpful: float = HELPFUL
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """A model that has learnt to write running sums, with longer training where it hasn't, and what the gate measured.
 
     Without this gate a run that gains nothing would say nothing about Quiet-STaR.
     """
     began = time.perf_counter()
     model = new_model(seed)
-    read_mixed_lines(model, strings, steps, 3e-3, seed)
+    read_mixed_lines(model, strings, steps, 3e-3, seed, helpful)
     gate = measure_gate(model, held_out, seed)
     total = steps
     while not gate["passed"] and total < 2 * steps:
-        read_mixed_lines(model, strings, steps // 2, 1e-3, seed + total)
+        read_mixed_lines(model, strings, steps // 2, 1e-3, seed + total, helpful)
         gate = measure_gate(model, held_out, seed)
         total += steps // 2
     return model, {**gate, "steps": total, "seconds": time.perf_counter() - began}
@@ -254,7 +259,7 @@ REHEARSED = Run("Quiet-STaR with rehearsal", rehearsal=True)
 NO_REINFORCE_REHEARSED = Run("no REINFORCE, with rehearsal", reinforce=False, rehearsal=True)
 OFFICIAL_SCALE = Run("Quiet-STaR, start and end stored at 1/100", embedding_scale=100.0)
 
-QUICK_RUNS = {EVERYWHERE: (QUIET_STAR, FROZEN, PAUSES)}
+QUICK_RUNS = {replace(EVERYWHERE, steps=100): (QUIET_STAR, FROZEN)}
 ALL_RUNS = {
     EQUALS_ONLY: (QUIET_STAR, FROZEN, NO_REINFORCE, NO_REINFORCE_REHEARSED, REHEARSED, PAUSES, RANDOM, OFFICIAL_SCALE),
     EVERYWHERE: (QUIET_STAR, FROZEN, NO_REINFORCE, PAUSES),
@@ -572,12 +577,28 @@ def bound(setting: str, what: str, value: float, least: float | None = None, mos
     return {"setting": setting, "what": what, "value": value, "wanted": wanted, "passed": passed}
 
 
+def earlier_seeds(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The seeds in the results of an interrupted run, none where there is no file.
+
+    Raises:
+        ValueError: the run was another one than ``now``, or was made elsewhere.
+    """
+    if not path.exists():
+        return []
+    saved = json.loads(path.read_text())
+    for name in now:
+        if name != "seeds" and saved.get(name) != now[name]:
+            raise ValueError(f"{path} was made with {name}={saved.get(name)!r}, not {now[name]!r}: take another --out")
+    return saved["seeds"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="repeat everything from seeds 0 to SEEDS-1; default 1")
-    parser.add_argument("--quick", action="store_true", help="every position thinks, some controls")
+    parser.add_argument("--quick", action="store_true", help="every position thinks, fewer steps and lines, some controls")
     parser.add_argument("--out", type=Path, default=Path("runs/digit_sums"), help="folder for results, plots and page")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1, more help little at this size")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that are in the results.json of --out")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1: more help pretraining alone")
     parser.add_argument("--docs", type=Path, help="also write digit-sums.md, its plots and numbers into this folder")
     parser.add_argument("--results", type=Path, help="train nothing, show the results.json of an earlier run")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a threshold is missed")
@@ -591,10 +612,18 @@ def main() -> int:
     if options.results:
         results = json.loads(options.results.read_text())
     else:
-        results = report.describe_machine()
+        results = {"quick": options.quick, **report.describe_machine()}
+        if options.resume:
+            try:
+                results["seeds"] = earlier_seeds(options.out / "results.json", results)
+            except ValueError as error:
+                parser.error(str(error))
+        done = {seed["seed"] for seed in results["seeds"]}
+        runs, lines = (QUICK_RUNS, QUICK_LINES) if options.quick else (ALL_RUNS, TEST_LINES)
         for seed in range(options.seeds):
-            results["seeds"].append(run_seed(seed, QUICK_RUNS if options.quick else ALL_RUNS, options.out))
-            report.write_json(results, options.out / "results.json")
+            if seed not in done:
+                results["seeds"].append(run_seed(seed, runs, options.out, test_lines=lines))
+                report.write_json(results, options.out / "results.json")
     report.show(results, options.out)
     if options.docs:
         report.write_docs(results, options.docs)
@@ -606,5 +635,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (KeyboardInterrupt, Interrupted):
-        print("\nStopped; seeds that were done are in results.json.")
+        print("\nStopped; seeds that were done are in results.json, and --resume goes on behind them.")
         sys.exit(130)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from quietstar.files import write_whole
+
 Results = dict[str, Any]
 Rows = list[list[str]]
 CHANCE = 0.1
@@ -42,7 +44,7 @@ def cpu_name() -> str:
 
 
 def write_json(results: Results, path: Path) -> None:
-    path.write_text(json.dumps(rounded(results), indent=1) + "\n")
+    write_whole(path, json.dumps(rounded(results), indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:

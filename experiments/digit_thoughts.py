@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.batches import Example
 from quietstar.config import TrainConfig
-from quietstar.train import train
+from quietstar.train import Loss, thought_loss, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digit_sums  # noqa: E402, of examples
@@ -21,40 +23,50 @@ import digit_sums  # noqa: E402, of examples
 SETTING = digit_sums.EQUALS_ONLY
 SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining and of the thoughts, lines to measure on
     "tiny": {"pretraining": 2, "steps": 2, "lines": 20},
-    "quick": {"pretraining": 600, "steps": 150, "lines": 1024},
+    "quick": {"pretraining": 600, "steps": 100, "lines": 1024},
     "full": {"pretraining": 600, "steps": 300, "lines": 2048},
 }
 
 
 def pretrained(seed: int, size: str, helpful: float = digit_sums.HELPFUL) -> tuple[LlamaForCausalLM, float]:
     """A model of lines whose asides are helpful in this share, and how often it writes a right thought."""
-    before = digit_sums.HELPFUL
-    digit_sums.HELPFUL = helpful
-    try:
-        model, gate = digit_sums.pretrain(*digit_sums.split_strings(seed), seed, SIZES[size]["pretraining"])
-    finally:
-        digit_sums.HELPFUL = before
+    model, gate = digit_sums.pretrain(*digit_sums.split_strings(seed), seed, SIZES[size]["pretraining"], helpful)
     return model, gate["right_thoughts"]
+
+
+def trained(
+    model: LlamaForCausalLM,
+    lines: Sequence[Example],
+    seed: int,
+    out: Path,
+    loss: Loss = thought_loss,
+    updates: int = 1,
+    **fields: Any,
+) -> QuietStar:
+    """A copy of the model that has learnt to think on these lines, 64 a step; ``fields`` are those of ThoughtConfig."""
+    usual = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
+    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(usual | fields))
+    torch.manual_seed(seed)  # of the mixing head
+    qs = QuietStar(copy.deepcopy(model), config)
+    steps = len(lines) // SETTING.lines
+    options = {"steps": steps, "batch_size": SETTING.lines, "learning_rate": 1e-3, "warmup": 20, "updates": updates}
+    train(qs, lines, TrainConfig(out=str(out), seed=seed, save_every=steps, keep=1, **options), loss=loss, progress=False)
+    # One thought is enough to measure, and then there are no others to compare a reward with.
+    qs.thought_config = replace(qs.thought_config, advantage="relu", reward="gain")
+    return qs.eval()
 
 
 def measure(model: LlamaForCausalLM, seed: int, size: str, out: Path, updates: int = 1, **fields: Any) -> dict[str, float]:
     """Train a copy with thoughts; on held-out lines with greedy thoughts, accuracy, loss in nats and the mixing weight."""
     numbers = SIZES[size]
     strings, held_out = digit_sums.split_strings(seed)
-    usual = {"thoughts": 4, "thought_tokens": 4, "policy_weight": 3.0}
-    config = ThoughtConfig(lookahead=1, embedding_scale=1.0, embedding_init=digit_sums.DASH, **(usual | fields))
-    torch.manual_seed(seed)  # of the mixing head
-    qs = QuietStar(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(seed)
     lines = digit_sums.DirectLines(
         digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator), SETTING, "own", generator
     )
-    options = {"steps": numbers["steps"], "batch_size": SETTING.lines, "learning_rate": 1e-3, "warmup": 20, "updates": updates}
-    train(qs, lines, TrainConfig(out=str(out), seed=seed, save_every=numbers["steps"], keep=1, **options), progress=False)
-    # One thought is enough to measure, and then there are no others to compare a reward with.
-    qs.thought_config = replace(qs.thought_config, advantage="relu", reward="gain")
+    qs = trained(model, lines, seed, out, updates=updates, **fields)
     digits = held_out[: numbers["lines"]]
-    thoughts = digit_sums.own_thoughts(qs.eval(), digits)
+    thoughts = digit_sums.own_thoughts(qs, digits)
     found = digit_sums.predict(qs, digits, thoughts)
     score = digit_sums.score(found.mixed, digits)
     return {"accuracy": score["right"] / score["lines"], "loss": score["nll"], "mixing_weight": float(found.weight.mean())}

@@ -13,6 +13,8 @@ from typing import Any
 from digit_thoughts import measure, pretrained
 from experiments_checks import figure, least, most
 
+from quietstar.recipes.plots import Panel, panels
+
 TITLE = "Quiet-STaR: doses"
 DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # the field of ThoughtConfig, and its values
     "tokens": ("thought_tokens", {"tiny": (2,), "quick": (2, 3, 4, 6), "full": (1, 2, 3, 4, 6, 8, 12)}),
@@ -22,6 +24,8 @@ DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # the field of T
         {"tiny": (3.0,), "quick": (0.1, 1.0, 30.0), "full": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)},
     ),
 }
+USUAL = {"tokens": 4, "thoughts": 4, "weight": 3, "helpful asides": 0.4}
+LOG = ("thoughts", "weight")
 HELPFUL = {"tiny": (0.4,), "quick": (0.1, 0.2), "full": (0.0, 0.1, 0.15, 0.2, 0.3, 0.6)}  # beside 0.4
 
 
@@ -31,11 +35,11 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     for name, (field, values) in DOSES.items():
         for value in values[size]:
             measured = measure(model, seed, size, out / f"{name}-{value}", **{field: value})
-            rows.append({"run": f"{name}: {value:g}", "dose": value, "right_before": right, **measured})
+            rows.append({"run": f"{name}: {value:g}", "right_before": right, **measured})
     for share in HELPFUL[size]:
         model, right = pretrained(seed, size, share)
         measured = measure(model, seed, size, out / f"helpful-{share}")
-        rows.append({"run": f"helpful asides: {share:g}", "dose": share, "right_before": right, **measured})
+        rows.append({"run": f"helpful asides: {share:g}", "right_before": right, **measured})
     return {"rows": rows}
 
 
@@ -52,12 +56,15 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    from experiments_plot import grid
+    def points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+        of = {row["run"]: row["accuracy"] for row in rows}
+        found = [(float(run.split()[-1]), accuracy) for run, accuracy in of.items() if run.startswith(f"{name}:")]
+        usual = [(USUAL[name], of[run]) for run in of if run == "tokens: 4" and name != "tokens"]
+        return sorted(found + usual)
 
-    names = [*DOSES, "helpful asides"]
-    panels = {
-        name: [[(row["dose"], row["accuracy"]) for row in x["rows"] if row["run"].startswith(f"{name}:")] for x in results]
-        for name in names
-    }
-    grid(path, panels, "accuracy")
-    return "Accuracy on held-out lines against each dose, a line for each seed"
+    several = [
+        Panel(name, "accuracy", {"greedy thoughts": [points(result["rows"], name) for result in results]}, log=name in LOG)
+        for name in USUAL
+    ]
+    panels(path, TITLE, several)
+    return "Accuracy on held-out lines against each dose, every seed thin and their mean thick"

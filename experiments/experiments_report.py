@@ -20,27 +20,37 @@ Result = dict[str, Any]
 def write(results: dict[str, list[Result]], size: str, folder: Path) -> tuple[Path, bool]:
     """The page, and whether every threshold held."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts, held, seconds = [], True, 0.0
+    parts, summary, held, seconds = [], [], True, 0.0
     for name, seeds in results.items():
         experiment = importlib.import_module(name)
         checks = experiment.check(seeds)
-        held &= all(check["passed"] for check in checks)
+        missed = [check["what"] for check in checks if not check["passed"]]
+        held &= not missed
         seconds += sum(result["seconds"] for result in seeds)
+        link = f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})"
+        summary.append([link, f"{len(checks) - len(missed)} of {len(checks)}", "; ".join(missed)])
         parts.append(section(experiment, name, seeds, checks, folder))
     page = folder / "experiments.md"
-    write_whole(page, "\n\n".join([introduction(results, size, seconds), *parts]) + "\n")
+    write_whole(page, "\n\n".join([introduction(size, seconds, summary), *parts]) + "\n")
     return page, held
 
 
-def introduction(results: dict[str, list[Result]], size: str, seconds: float) -> str:
+def introduction(size: str, seconds: float, summary: list[list[str]]) -> str:
     command = "make experiments-full" if size == "full" else "make experiments"
     return f"""# Experiments
 
 Each recipe against its controls, on problems that a small model from scratch can learn, written by `{command}`.
 Figures are means over the seeds, with a 95 % interval over the seeds; a threshold holds, or doesn't, for the mean. What did
-not work is here too.
+not work is here too. Speeds are rough: two experiments ran at once, beside other work.
+
+{markdown(["experiment", "thresholds that hold", "and that don't"], summary)}
 
 {seconds / 60:.0f} minutes of one core in all, with torch {torch.__version__} on {platform.machine()}, a thread a process."""
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list[Result], folder: Path) -> str:
@@ -51,7 +61,7 @@ def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list
         about,
         rows_table(seeds),
         checks_table(checks),
-        f"{len(seeds)} seeds, {minutes:.1f} minutes each.",
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each.",
     ]
     if hasattr(experiment, "plot"):
         picture = folder / f"experiments_{name}.png"
@@ -62,13 +72,13 @@ def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list
 
 def rows_table(seeds: list[Result]) -> str:
     """A line for each method or control: every figure's mean over the seeds and its interval."""
-    runs = list(dict.fromkeys(row["run"] for result in seeds for row in result["rows"]))
-    columns = list(dict.fromkeys(key for result in seeds for row in result["rows"] for key in row if key != "run"))
+    rows = [row for result in seeds for row in result["rows"]]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "run"]
     lines = []
-    for run in runs:
-        rows = [row for result in seeds for row in result["rows"] if row["run"] == run]
-        lines.append([run, *(_mean([row.get(column) for row in rows]) for column in columns)])
-    return markdown(["run", *(column.replace("_", " ") for column in columns)], lines)
+    for run in dict.fromkeys(row["run"] for row in rows):
+        several = [row for row in rows if row["run"] == run]
+        lines.append([run, *(_mean([row.get(key) for row in several], _counts(rows, key)) for key in columns)])
+    return markdown(["run", *(key.replace("_", " ") for key in columns)], lines)
 
 
 def checks_table(checks: list[Result]) -> str:
@@ -84,11 +94,17 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _mean(values: list[Any]) -> str:
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
+def _counts(rows: list[Result], key: str) -> bool:
+    """Whether a column holds numbers of things rather than shares or nats."""
+    numbers = [row[key] for row in rows if row.get(key) is not None]
+    return all(isinstance(x, int) for x in numbers) and max(numbers, default=0) > 1
+
+
+def _mean(values: list[Any], counts: bool) -> str:
+    numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return ""
     mean, low, high = mean_interval(numbers)
-    if all(x == int(x) for x in numbers) and max(map(abs, numbers)) > 1:
+    if counts:
         return f"{mean:,.0f}"
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ± {(high - low) / 2:.3f}"

@@ -15,9 +15,11 @@ from experiments_checks import figure, least, most
 
 from quietstar.recipes.icot import Config, internalize
 from quietstar.recipes.models import small_model
+from quietstar.recipes.plots import Panel, panels
 from quietstar.tasks import Multiplication
 
 TITLE = "Stepwise internalisation"
+WHOLE = "the whole chain"
 KEPT, CONTIGUOUS, DIRECT, ABRUPT = "positions kept", "stepwise", "no chain ever", "all at once"
 RUNS: dict[str, dict[str, Any]] = {
     KEPT: {"keep_position": True},
@@ -43,17 +45,23 @@ TOKENS = 8  # of a chain
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     task = Multiplication(2)
     runs = RUNS if size == "quick" else RUNS | ABLATIONS
-    result: dict[str, Any] = {"rows": [], "stages": {}}
+    result: dict[str, Any] = {"rows": [], "stages": {}, "digits": {}}
     for name, options in runs.items():
         config = Config(out=str(out / name.replace(" ", "-")), seed=seed, **schedule(options, SIZES[size]))
         _, report = internalize(small_model(task, seed=seed), task, config, resume=True)
-        columns = ("accuracy", "tokens", "problems_per_second", "tokens_per_second")
         if not result["rows"]:
-            result["rows"].append({"run": "the whole chain", **{key: report["full chain"][key] for key in columns}})
-        result["rows"].append({"run": name, **{key: report["internalized"][key] for key in columns}})
+            result |= {"rows": [line(WHOLE, report["full chain"])], "training": report["training"]}
+            result["digits"][WHOLE] = report["full chain"]["digits"]
+        result["rows"].append(line(name, report["internalized"]))
+        result["digits"][name] = report["internalized"]["digits"]
         if len(report["stages"]) == TOKENS + 1:
-            result["stages"][name] = [stage["accuracy"] for stage in report["stages"]]
+            columns = ("removed", "accuracy", "problems_per_second")
+            result["stages"][name] = [{key: stage[key] for key in columns} for stage in report["stages"]]
     return result
+
+
+def line(run: str, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"run": run} | {key: figures[key] for key in ("accuracy", "tokens", "problems_per_second", "tokens_per_second")}
 
 
 def schedule(options: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
@@ -84,8 +92,34 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    from experiments_plot import lines
+    def stages(across: str) -> dict[str, Any]:
+        """Of each run whose chain goes token by token, a curve of each seed."""
+        return {
+            name: [[(stage[across], stage["accuracy"]) for stage in result["stages"][name]] for result in results]
+            for name in results[0]["stages"]
+        }
 
-    curves = {name: [result["stages"][name] for result in results] for name in results[0]["stages"]}
-    lines(path, range(TOKENS + 1), curves, "tokens of the chain that are gone", "accuracy on held-out problems", TITLE)
-    return "Accuracy on held-out problems at the end of each stage, every seed thin and their mean thick"
+    training = [result["training"] for result in results]
+    marks = [a["step"] for a, b in zip(training[0], training[0][1:], strict=False) if a["removed"] != b["removed"]]
+    losses = {
+        name.replace("_", " "): [[(part["step"], part[name]) for part in seed] for seed in training]
+        for name in ("first_token_loss", "loss")
+    }
+    digits = {name: [list(enumerate(result["digits"][name], 1)) for result in results] for name in results[0]["digits"]}
+    bars = {row["run"]: [figure(result, row["run"]) for result in results] for row in results[0]["rows"]}
+    panels(
+        path,
+        TITLE,
+        [
+            Panel("tokens of the chain that are gone", "accuracy on held-out problems", stages("removed")),
+            Panel("problems a second", "accuracy on held-out problems", stages("problems_per_second")),
+            Panel(f"update, {KEPT}", "training loss, nats", losses, marks=marks),
+            Panel("digit of the answer, units first", "accuracy on test problems", digits),
+            Panel("accuracy on test problems", "", bars=bars),
+        ],
+    )
+    return (
+        "Accuracy at the end of each stage, against the tokens that are gone and against the speed; the training loss, a line "
+        "where a token goes; accuracy of each digit of the answer, and of whole answers. Every seed thin or a dot, their mean "
+        "thick or a bar"
+    )

@@ -14,6 +14,7 @@ from experiments_checks import figure, least
 
 from quietstar.recipes import icot, icot_kd
 from quietstar.recipes.models import small_model
+from quietstar.recipes.plots import Panel, panels
 from quietstar.tasks import Multiplication
 
 TITLE = "Distilled chain of thought"
@@ -57,8 +58,21 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    from experiments_plot import lines
+    def bars(column: str) -> dict[str, list[float]]:
+        runs = [row["run"] for row in results[0]["rows"] if column in row]
+        return {run: [figure(result, run, column) for result in results] for run in runs}
 
-    errors = [result["emulation"] for result in results]
-    lines(path, range(len(errors[0])), {"emulator": errors}, "layer", "squared error of a normalised state", TITLE)
-    return "How far the emulator's states are from the teacher's, layer by layer; 1 is the error of predicting nothing"
+    errors = {"emulator": [list(enumerate(result["emulation"])) for result in results]}
+    panels(
+        path,
+        TITLE,
+        [
+            Panel("layer", "squared error of a normalised state", errors),
+            Panel("accuracy on test problems", "", bars=bars("accuracy")),
+            Panel("problems a second", "", bars=bars("problems_per_second")),
+        ],
+    )
+    return (
+        "How far the emulator's states are from the teacher's, 1 being the error of predicting nothing; accuracy after each "
+        "phase and of the controls; and speed. Every seed thin or a dot"
+    )

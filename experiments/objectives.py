@@ -1,5 +1,6 @@
-"""The objective's variants side by side on digit sums: how a reward becomes an advantage, what it is compared with, and what
-keeps the thoughts near the text.
+"""The objective's variants side by side on digit sums: how a reward becomes an advantage, how often it is used, and what keeps
+the thoughts near the text. What a reward is compared with (`reference`) makes no difference by itself, since every advantage is
+a difference between the thoughts of one position; it matters for a divergence.
 
 Thoughts at "=" alone, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The policy term has the
 weight 3 throughout, which suits the published one; another variant might want another.
@@ -21,10 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean": {"advantage": "mean"},
     "leave one out": {"advantage": "leave_one_out"},
     "z-score": {"advantage": "zscore"},
-    "frozen reference": {"reference": "frozen"},
-    "averaged reference": {"reference": "ema"},
     "clipped, two updates": {"ratio_clip": 0.2, "updates": 2},
     "divergence 0.01": {"kl_weight": 0.01, "policy_temperature": 1.0},
+    "divergence 0.01 from the first model": {"kl_weight": 0.01, "policy_temperature": 1.0, "reference": "frozen"},
     "entropy 0.01": {"entropy_weight": 0.01, "policy_temperature": 1.0},
     "no reward": {"policy_weight": 0.0},
 }

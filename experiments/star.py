@@ -1,8 +1,8 @@
 """A model that solves about half of the 2 x 2-digit multiplications learns from its own greedy chains: from those with the
 right answer, from all of them, and from those that it wrote with the answer as a hint, all or only checked ones.
 
-The base is trained on the generator's own chains for 600 updates, a third of the rows with the answer shown. Rationalised
-chains may copy the hint behind wrong steps, which the share of right chains shows.
+The base is trained on the generator's own chains until it solves nearly half, a third of the rows with the answer shown.
+Rationalised chains may copy the hint behind wrong steps, which the share of right chains shows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from experiments_checks import figure, least
 from small_base import base
 
+from quietstar.recipes.plots import Panel, panels
 from quietstar.recipes.star import Config, star
 
 TITLE = "STaR"
@@ -66,9 +67,6 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    from experiments_plot import lines
-
-    rounds = range(len(results[0]["accuracy"]["filter, restart"]))
-    curves = {name: [result["accuracy"][name] for result in results] for name in RUNS}
-    lines(path, rounds, curves, "round", "accuracy on test problems", TITLE)
+    curves = {name: [list(enumerate(result["accuracy"][name])) for result in results] for name in RUNS}
+    panels(path, TITLE, [Panel("round", "accuracy on test problems", curves)])
     return "Accuracy on test problems after each round, every seed thin and their mean thick"

@@ -67,7 +67,18 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     run.result_file(tmp_path, "star", "quick", 1).unlink()
     assert run.main() == 0 and asked[2:] == [("star", 1)]
     text = (tmp_path / "quick/experiments.md").read_text()
-    assert "| base | 0.500 ± 0.000 |" in text and "2 seeds, 1.0 minutes each" in text
+    assert "| base | 0.500 ± 0.000 |" in text and "2 seeds, 1.0 minutes of a core each" in text
+    assert set(run.CURVES) <= set(run.names())
+    run.result_file(tmp_path, "star", "quick", 0).unlink()
+    docs = tmp_path / "docs"
+    monkeypatch.setattr(
+        sys, "argv", ["run_experiments.py", "icot", "--seeds", "1", "--out", str(tmp_path), "--docs", str(docs)]
+    )
+    monkeypatch.setattr(scripts("icot"), "check", lambda results: [])
+    monkeypatch.delattr(scripts("icot"), "plot")
+    assert run.main() == 0 and asked[3:] == [("icot", 0)]
+    text = (docs / "experiments.md").read_text()
+    assert "## STaR" in text and "1 seed, 1.0" in text and "[Stepwise internalisation](#stepwise-internalisation)" in text
     monkeypatch.setattr(sys, "argv", ["run_experiments.py", "nothing"])
     with pytest.raises(SystemExit):
         run.main()

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.config import AdapterConfig
-from quietstar.files import find
+from quietstar.files import find, read_file
 from quietstar.parts import unwrapped
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def load(path: str | os.PathLike, saved: dict[str, str], base: PreTrainedModel |
     Raises:
         ValueError: the base isn't there, is another one, or the adapters are damaged.
     """
-    config, tensors = _read_config(path), _read_tensors(path)
+    config, tensors = _read_config(path), read_file(path, TENSORS)
     if isinstance(base, PreTrainedModel):
         model = base
     else:
@@ -203,7 +202,7 @@ def restore(model: Any, path: str | os.PathLike) -> None:
     for name in sorted(saved.keys() | own.keys()):
         if saved.get(name) != own.get(name):
             raise ValueError(f"{path}: its adapters were made with {name}={saved.get(name)!r}, not {own.get(name)!r}")
-    _put(model, _read_tensors(path), path)
+    _put(model, read_file(path, TENSORS), path)
 
 
 def _put(model: Any, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -270,13 +269,3 @@ def _read_config(path: str | os.PathLike) -> Any:
         return _peft().PeftConfig.from_pretrained(os.path.dirname(file))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {CONFIG} is damaged: {str(error).splitlines()[0]}") from error
-
-
-def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    file = find(path, TENSORS)
-    if file is None:
-        raise ValueError(f"{path}: {TENSORS} is missing")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {TENSORS} is damaged: {error}") from error

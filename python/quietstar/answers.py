@@ -25,9 +25,9 @@ def cut(text: str, stop: Iterable[str] = STOP) -> str:
 def extract(text: str, choices: Mapping[str, str]) -> str | None:
     """The answer that a generated text gives: a label of ``choices``, or a number where there are none. None: it gives none.
 
-    A number: behind the last ``####``, else the last one that "answer is" or "answer:" tells, else the last of all. Calculator
-    marks (``<<2*3=6>>``) don't count. A label: the last that "answer is" or "answer:" tells, else one that the text begins
-    with, else the only one that stands in brackets, else that of the choice that the first line repeats.
+    What stands behind the last ``####``, else the last that "answer is" or "answer:" tells. Else, of numbers, the last of all;
+    calculator marks (``<<2*3=6>>``) don't count. Else, of labels, one that the text begins with, else the only one in brackets,
+    else that of the choice that the first line repeats.
     """
     return _extract_label(text, choices) if choices else _extract_number(text)
 
@@ -62,9 +62,9 @@ def _plain(written: str) -> str:
 def _extract_label(text: str, choices: Mapping[str, str]) -> str | None:
     label = "|".join(re.escape(x) for x in sorted(choices, key=len, reverse=True))
     bare = rf"(?:\(({label})\)|({label})(?![\w'’-]))"
-    told = re.findall(rf"(?i:\banswer(?:\s+is|\s*[:=]))[:\s]*{bare}", text)
-    if told:
-        return "".join(told[-1])
+    for sign in (r"####\s*", r"(?i:\banswer(?:\s+is|\s*[:=]))[:\s]*"):
+        if told := re.findall(sign + bare, text):
+            return "".join(told[-1])
     first = re.match(rf"\s*{bare}(?!\s+[a-z])", text)
     if first:
         return first[1] or first[2]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import adapters, official
 from quietstar.config import ThoughtConfig
-from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, replaced
+from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file, replaced
 from quietstar.parts import embeddings, unwrapped
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load(
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
         return official.load(path, **kwargs)
     settings = _read_settings(path)
-    tensors = _read_tensors(path)
+    tensors = read_file(path, TENSORS)
     if os.path.isdir(path):
         _check_sizes(Path(path), settings.get("files", {}))
     if settings.get("base"):
@@ -103,7 +103,7 @@ def restore_all(qs: QuietStar, path: str | os.PathLike) -> None:
     if qs.base is not None:
         adapters.check_base(path, settings["base"], qs.model, qs.base)
         adapters.restore(qs.model, path)
-        return restore(qs, _read_tensors(path), path)
+        return restore(qs, read_file(path, TENSORS), path)
     model, _, _, tensors = load(path)
     saved, own = (len(embeddings(x).weight) for x in (model, qs.model))
     if saved != own:
@@ -161,16 +161,6 @@ def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{path}: {SETTINGS} has format {settings['format']}, this version reads {FORMAT}")
     return settings
-
-
-def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    file = find(path, TENSORS)
-    if file is None:
-        raise ValueError(f"{path}: no {TENSORS} there, so it is not a whole QuietStar checkpoint")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {TENSORS} is damaged: {error}") from error
 
 
 def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:

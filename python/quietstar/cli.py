@@ -1,4 +1,4 @@
-"""The command line: ``quietstar train | think | generate | explain | eval | doctor``.
+"""The command line: ``quietstar train | think | generate | explain | eval | doctor``, and a command for each recipe.
 
 Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
 130 stopped with nothing to save. Errors are one sentence on stderr.
@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg
 from quietstar import checkpoint, difficulty, policies, snapshots
 from quietstar.accuracy import Asking, ask
 from quietstar.checks import pad_id
-from quietstar.config import AdapterConfig, ThoughtConfig, TrainConfig
+from quietstar.config import AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data import DataConfig, load_data, read_utf8
 from quietstar.doctor import environment, memory_table, step_memory
 from quietstar.evaluate import evaluate, summary, token_losses
@@ -36,7 +36,7 @@ from quietstar.offline import OfflineThoughts, export_thoughts
 from quietstar.options import UsageError, parse, read_config
 from quietstar.questions import read_questions
 from quietstar.recipes import commands as recipes
-from quietstar.runs import process_state
+from quietstar.runs import check_kind, process_state
 from quietstar.scaling import (
     Processes,
     chunk_count,
@@ -52,7 +52,6 @@ from quietstar.verify import verify
 
 USAGE, DATA, RUNTIME, SAVED, STOPPED = 2, 3, 4, 75, 130
 CONFIG = "config.json"
-Dtype = Literal["float32", "bfloat16", "float16"]
 Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]
 
 
@@ -81,6 +80,7 @@ class Train:
     resume: Annotated[str, arg(help="auto, as is --resume alone: from the newest whole checkpoint of --out; or its path")] = ""
 
     def run(self) -> None:
+        check_kind(self.train.out, "checkpoints")
         if snapshots.every(self.train.out) and not self.resume:
             raise ValueError(f"{self.train.out}: a run is there already; --resume goes on with it, another --out starts anew")
         set_seed(self.train.seed)  # for the mixing head, which begins at random
@@ -329,6 +329,8 @@ class Explain:
     def run(self) -> None:
         if bool(self.text) == bool(self.file):
             raise ValueError("explain takes a text or --file, one of the two")
+        if self.file and Path(self.file).resolve() in (Path(path).resolve() for path in self.out):
+            raise ValueError(f"--out must be another file than the text, got {self.file}")
         report = load_checkpoint(self.model).explain(self.text or read_utf8(Path(self.file)), self.seed)
         for path in self.out:
             report.save(path)
@@ -484,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         code, text = RUNTIME, sentence(error)
     except KeyboardInterrupt:
-        code, text = STOPPED, "stopped, and nothing was saved after the last checkpoint"
+        code, text = STOPPED, "stopped, and nothing was saved after the last checkpoint or round"
     print(f"quietstar: {text}", file=sys.stderr)
     return code
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from quietstar.optimizers import OPTIMIZERS
 
-__all__ = ["AdapterConfig", "ThoughtConfig", "TrainConfig"]
+__all__ = ["AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]  # of a model's weights
 
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {

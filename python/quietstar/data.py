@@ -1,4 +1,7 @@
-"""Texts from the hub, a file or Python's own documentation, tokenized, split and cut: what ``train`` and ``evaluate`` take."""
+"""Texts from the hub, a file or Python's own documentation, tokenized, split and cut: what ``train`` and ``evaluate`` take.
+
+Problems with chains of thought, made up or from files, are in ``quietstar.tasks``; questions in ``quietstar.questions``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.batches import Example
 
-__all__ = ["Data", "DataConfig", "load_data"]
+__all__ = ["Data", "DataConfig", "json_lines", "load_data"]
 
 FILES = (".txt", ".jsonl")
 

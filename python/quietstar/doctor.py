@@ -30,7 +30,8 @@ def environment() -> str:
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in PACKAGES]
     lines.append(cuda_library())
-    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, {human(free)} of {human(total)} free"

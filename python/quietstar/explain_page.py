@@ -50,13 +50,15 @@ def render(report: Report) -> str:
 def describe(report: Report) -> str:
     """The model and the settings in a line."""
     model, settings = report.model, report.settings
+    T = settings["thought_tokens"]
     named = f" ({'/'.join(Path(model['name']).parts[-2:])})" if model["name"] else ""
     one = settings["thoughts"] == 1
     thoughts = "one thought" if one else f"{settings['thoughts']} thoughts"
+    stopped = any(len(thought.ids) < T for token in report.tokens for thought in token.thoughts)
     how = "the likeliest tokens" if settings["seed"] is None else f"sampled with seed {settings['seed']}"
     return (
         f"{model['class']}{named}, {_count(model['parameters'])} weights, {model['dtype']}. Before every token {thoughts} of "
-        f"{settings['thought_tokens']} tokens{'' if one else ' each'}, {how}. Preset {settings['preset']}, mixing "
+        f"{'up to ' if stopped else ''}{T} tokens{'' if one else ' each'}, {how}. Preset {settings['preset']}, mixing "
         f"{settings['mixing']}."
     )
 

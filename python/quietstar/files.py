@@ -57,6 +57,16 @@ def locate_tensors(path: str | os.PathLike) -> dict[str, str]:
     return {tensor: str(shards[name]) for tensor, name in shard_of.items()}
 
 
+def read_file(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
+    """All tensors of one file of a checkpoint. Raises ValueError where it is missing or damaged."""
+    file = find(path, name)
+    if file is None:
+        raise ValueError(f"{path}: {name} is missing")
+    with _opened(path, file) as opened:
+        tensors = opened.keys()
+        return {tensor: opened.get_tensor(tensor) for tensor in tensors}
+
+
 def read_tensors(path: str | os.PathLike, located: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:
     """These tensors alone, each from its file."""
     tensors = {}

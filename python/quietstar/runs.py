@@ -13,13 +13,23 @@ from accelerate import PartialState
 
 from quietstar.files import write_whole
 
-__all__ = ["Metrics", "Signals", "process_state"]
+__all__ = ["Metrics", "Signals", "check_kind", "process_state"]
+
+# What marks a run's folder: of ``quietstar train``, of a recipe that saves between updates, of one that saves between rounds.
+MARKS = ("checkpoints", "progress", "recipe.json")
 
 
 def process_state() -> PartialState:
     """Which of the processes this is. Without accelerators they only find each other where Accelerate is told of the CPU."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return PartialState(cpu=several and not torch.accelerator.is_available())
+
+
+def check_kind(out: str | Path, own: str) -> None:
+    """Raises ValueError where another kind of run than that of the mark ``own`` is in ``out``, whose metrics would be lost."""
+    for mark in MARKS:
+        if mark != own and (Path(out) / mark).exists():
+            raise ValueError(f"{out}: a run of another command is there, with {mark}: take another out")
 
 
 class Metrics:

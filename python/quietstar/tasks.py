@@ -122,10 +122,11 @@ class Task(ABC):
         problems = self.problems(n, split, generator)
         if n and not problems:
             raise ValueError(f"{type(self).__name__}: the split {split!r} has no problem")
-        # Special tokens, such as one that begins a text, belong before the prompt alone.
-        prompts, hinted = (self._encode(texts, True) for texts in zip(*((x.prompt, x.hinted) for x in problems), strict=True))
-        chains, answers = (self._encode(texts) for texts in zip(*((x.chain, x.answer) for x in problems), strict=True))
-        return [Row(*parts) for parts in zip(prompts, chains, answers, hinted, problems, strict=True)]
+        return self._rows(problems)
+
+    def solved(self, n: int, generator: torch.Generator) -> list[Row]:
+        """``n`` training problems that come with a chain; fewer where a file has fewer."""
+        return self._rows(self.problems(n, "train", generator))
 
     def completion_ids(self, row: Row) -> list[int]:
         """What should follow the row's prompt, from the chain to the end-of-text token; the answer alone without a chain."""
@@ -164,6 +165,14 @@ class Task(ABC):
     def check_chain(self, row: Row, ids: Sequence[int]) -> bool | None:
         """Whether the chain is that of the problem, word for word; None where the task has not one chain alone."""
         return self.text(ids).partition(MARK)[0].split() == row.problem.chain.split()
+
+    def _rows(self, problems: Sequence[Problem]) -> list[Row]:
+        if not problems:  # tokenizers take no empty list
+            return []
+        # Special tokens, such as one that begins a text, belong before the prompt alone.
+        prompts, hinted = (self._encode([getattr(x, part) for x in problems], True) for part in ("prompt", "hinted"))
+        chains, answers = (self._encode([getattr(x, part) for x in problems]) for part in ("chain", "answer"))
+        return [Row(*parts) for parts in zip(prompts, chains, answers, hinted, problems, strict=True)]
 
     def _encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
@@ -304,6 +313,10 @@ def apart(value: int) -> str:
     return " ".join(str(value))
 
 
+def shuffled(problems: Sequence[Problem], generator: torch.Generator) -> list[Problem]:
+    return [problems[i] for i in torch.randperm(len(problems), generator=generator).tolist()]
+
+
 class FromFile(Task):
     """Problems of a .jsonl file, or of a folder's train.jsonl and test.jsonl.
 
@@ -332,8 +345,10 @@ class FromFile(Task):
         return f"{type(self).__name__} {self.path}"
 
     def problems(self, n: int, split: str, generator: torch.Generator) -> list[Problem]:
-        rows = self.of[split]
-        return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:n].tolist()]
+        return shuffled(self.of[split], generator)[:n]
+
+    def solved(self, n: int, generator: torch.Generator) -> list[Row]:
+        return self._rows(shuffled([x for x in self.of["train"] if x.chain], generator)[:n])
 
     def answer(self, row: Row, ids: Sequence[int]) -> str | None:
         return extract(self.text(ids), row.problem.choices)

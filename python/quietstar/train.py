@@ -144,11 +144,11 @@ def train(
                     _show(bar, line)
                     stop = _any(accelerator, signals.caught)
                     if (step + 1) % config.save_every == 0 or last or stop:
-                        saved = save(step + 1, write=accelerator.is_main_process)
+                        save(step + 1, write=accelerator.is_main_process)
                         accelerator.wait_for_everyone()
-                    if stop and not last:
-                        _end_trackers(accelerator)
-                        raise Interrupted(step + 1, saved)
+                    if stop:
+                        break
+                stop = _any(accelerator, signals.caught)  # perhaps only while the last step was saved
         except ConnectionError:
             whole = strategy == "no" and config.updates == 1  # or else weights may be between two steps
             unsaved = finished > done and not snapshots.folder(config.out, finished).exists()
@@ -156,6 +156,8 @@ def train(
                 save(finished)
             raise
     _end_trackers(accelerator)
+    if stop:  # behind the last step too: what called this may have more to do
+        raise Interrupted(finished, snapshots.folder(config.out, finished))
     return metrics.lines
 
 

@@ -269,7 +269,7 @@ def test_a_damaged_or_missing_file_is_named(saved, file):
     with pytest.raises(ValueError, match=f"{saved}: {file} is damaged"):
         quietstar.QuietStar.from_pretrained(saved)
     (saved / file).unlink()
-    with pytest.raises(ValueError, match=f"{saved}: ({file} is missing|no {file} there)"):
+    with pytest.raises(ValueError, match=f"{saved}: {file} is missing"):
         quietstar.QuietStar.from_pretrained(saved)
 
 

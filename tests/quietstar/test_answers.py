@@ -49,6 +49,8 @@ LABELS = {
     "A big dog went to (B) and stayed": "B",
     "It must be (B), since (B) has books": "B",
     "It is (A) or (B)": None,
+    "(A) has no books, and the answer is not (C).\n#### (B)": "B",
+    "#### B\n#### D": "D",
     "the library.": "B",
     "\nNew York\n": "C",
     "Because of it": None,

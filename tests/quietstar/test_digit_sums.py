@@ -179,6 +179,34 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def test_resume_keeps_the_seeds_that_are_done(digit_sums, one_thread, monkeypatch, tmp_path, capsys) -> None:
+    ran = []
+
+    def run_seed(seed, runs, out, test_lines):
+        ran.append(seed)
+        if ran == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return {"seed": seed, "checks": [], "time": len(ran)}
+
+    def main(*options):
+        monkeypatch.setattr("sys.argv", ["digit_sums.py", f"--out={tmp_path}", *options])
+        assert digit_sums.main() == 0
+        return json.loads((tmp_path / "results.json").read_text())["seeds"]
+
+    monkeypatch.setattr(digit_sums, "run_seed", run_seed)
+    monkeypatch.setattr(digit_sums.report, "show", lambda *arguments: None)
+    with pytest.raises(KeyboardInterrupt):
+        main("--seeds=4")
+    resumed = main("--seeds=4", "--resume")
+    assert [(x["seed"], x["time"]) for x in resumed] == [(0, 1), (1, 2), (2, 4), (3, 5)]
+    assert main("--seeds=4", "--resume") == resumed and len(ran) == 5
+    for option, said in (("--quick", "quick=False, not True"), ("--threads=2", "threads=1, not 2")):
+        with pytest.raises(SystemExit):
+            main("--resume", option)
+        assert f"results.json was made with {said}: take another --out" in capsys.readouterr().err
+    assert [x["time"] for x in main()] == [6]  # without --resume it starts anew
+
+
 @pytest.fixture
 def pretrained(digit_sums, strings, one_thread, tmp_path_factory):
     """The language model that all runs begin with, and its gate: made once, by the first process of pytest that needs it."""

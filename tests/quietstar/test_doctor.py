@@ -62,9 +62,9 @@ def test_parts_follow_the_sizes(tiny):
 def test_a_large_model_costs_nothing_to_ask_about():
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     config = AutoConfig.for_model("llama", num_key_value_heads=8, vocab_size=128256, **sizes)
-    began = time.perf_counter()
+    began = time.process_time()
     memory = step_memory(config, ThoughtConfig(), 1, 256, torch.bfloat16)
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
     assert 130 < memory.weights / 2**30 < 135
 
 

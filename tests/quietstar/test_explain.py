@@ -252,6 +252,7 @@ def command(tiny, tmp_path, monkeypatch, capsys):
     wrap(tiny("llama", vocab_size=257)).save_pretrained("model")
     (tmp_path / "text.txt").write_text("\ufeff" + TEXT, encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    capsys.readouterr()  # the progress bar of saving
 
     def run(*arguments):
         code = cli.main(["explain", "--model=model", *arguments])
@@ -283,6 +284,7 @@ def test_help_of_the_command(capsys):
         ([], "a text or --file, one of the two"),
         ([TEXT, "--file=text.txt"], "a text or --file, one of the two"),
         (["--file=no.txt"], "no.txt: No such file"),
+        (["--file=text.txt", "--out", "page.html", "./text.txt"], "--out must be another file than the text, got text.txt"),
         (["--file=latin.txt"], "latin.txt: byte 3, in line 1, is not UTF-8"),
         (["a" * 200], "200 tokens and thoughts need 204 positions"),
     ],

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from quietstar.explain import Alternative, ExplainedThought, ExplainedToken, Report
-from quietstar.explain_page import CLASSES, EDGES, colour, render, visible
+from quietstar.explain_page import CLASSES, EDGES, colour, describe, render, visible
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"class": "LlamaForCausalLM", "model_type": "llama", "name": "/home/me/runs/tiny", "parameters": 1_380_000}
@@ -129,6 +130,15 @@ def test_several_thoughts(open_page):
     assert [page.locator("#panel th").nth(i).inner_text() for i in range(5, 8)] == [f"with thought {n}" for n in (1, 2, 3)]
     assert page.locator(".thought").count() == 3 and page.locator(".tops ol").count() == 4
     assert "3 thoughts of 2 tokens each, sampled with seed 7" in page.locator(".model").inner_text()
+
+
+@pytest.mark.parametrize("thoughts, said", [(1, "one thought of {}2 tokens, "), (3, "3 thoughts of {}2 tokens each, ")])
+def test_thoughts_that_stop_themselves_are_of_up_to_t_tokens(thoughts, said):
+    shown = report(WORDS, thoughts=thoughts)
+    assert said.format("") in describe(shown)
+    several = shown.tokens[5].thoughts
+    several[-1] = replace(several[-1], ids=several[-1].ids[:1], tokens=several[-1].tokens[:1])
+    assert said.format("up to ") in describe(shown)
 
 
 def test_the_mouse_shows_and_a_click_keeps(open_page):

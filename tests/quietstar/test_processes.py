@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -129,10 +130,13 @@ def test_two_processes_compute_what_one_does(home, alone, together, cut):
     for name in files:
         a, b = load_file(theirs / name), load_file(ours / name)
         assert a.keys() == b.keys()
-        for key in a:
-            # A bias of keys has no gradient but rounding, and Adam makes steps of 1e-3 of that.
-            bound = 4e-3 if key.endswith("c_attn.bias") else 1e-3 * b[key].norm() + 1e-6
-            assert a[key].shape == b[key].shape and (a[key] - b[key]).norm() <= bound, key
+        for key, wanted in b.items():
+            got = a[key]
+            assert got.shape == wanted.shape, key
+            if key.endswith("c_attn.bias"):
+                # Softmax doesn't see a bias of keys, so its gradient is rounding alone, which AdamW makes whole steps of.
+                got, wanted = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (got, wanted))
+            assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, key
 
 
 @pytest.mark.parametrize("sharding", ["no", "full_shard"])

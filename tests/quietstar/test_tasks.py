@@ -159,6 +159,20 @@ def test_commonsense_choices_and_hint(tmp_path, byte_tokenizer):
     assert sum(bool(row.cot_ids) for row in found) == 1
 
 
+def test_solved_problems_are_found_among_many_without_chains(tmp_path, byte_tokenizer):
+    rows = [{**CHOICES, "question": {**CHOICES["question"], "stem": f"{i}?"}} for i in range(500)]
+    for row in rows[::100]:
+        row["rationale"] = "Fish swim in (B), not in (A)."
+    path = write_lines(tmp_path / "some.jsonl", rows)
+    task = CommonsenseQA(path, byte_tokenizer)
+    there = sum(split_of(f"Q: {i}?\n(A) a tree\n(B) water\nA:") == "train" for i in range(0, 500, 100))
+    found = task.solved(10, generator())
+    assert len(found) == there >= 2 and all(row.cot_ids for row in found)
+    assert all(task.check(row, task.completion_ids(row)) for row in found)  # also where the chain names both
+    assert task.solved(2, generator()) == found[:2]
+    assert CommonsenseQA(write_lines(path, rows[1:100]), byte_tokenizer).solved(10, generator()) == []
+
+
 @pytest.mark.parametrize(
     "rows, complaint",
     [

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from quietstar import QuietStar, ThoughtConfig, snapshots
 from quietstar.batches import collate
 from quietstar.config import TrainConfig
-from quietstar.train import thought_loss, train
+from quietstar.train import Interrupted, thought_loss, train
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
 TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
@@ -163,6 +164,23 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch
     assert [path.name for path in folder.iterdir()] == ["step-000002"]
     snapshots.check(folder / "step-000002")
     assert run(resume="auto") == unbroken
+
+
+@pytest.mark.parametrize("during", ["the step", "its checkpoint"])
+def test_a_signal_in_the_last_step_is_not_lost(run, monkeypatch, during):
+    """What called ``train`` may have more to do."""
+    unbroken = run("unbroken", steps=1)
+    original = {"the step": thought_loss, "its checkpoint": snapshots.save_file}[during]
+
+    def terminated(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 1; resume from .*step-000001"):
+        if during == "its checkpoint":
+            patch.setattr(snapshots, "save_file", terminated)
+        run("stopped", steps=1, loss=terminated if during == "the step" else None)
+    assert run("stopped", steps=1, resume="auto") == unbroken
 
 
 def test_a_checkpoint_truncated_anywhere_is_named_and_the_one_before_loads(run, tmp_path, capsys):

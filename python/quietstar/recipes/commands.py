@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from quietstar import ThoughtConfig
+from quietstar.config import Dtype
 from quietstar.data import DataConfig, load_data
 from quietstar.recipes import fast, icot, icot_kd, score, star, test_time, vstar
 from quietstar.recipes.models import TaskConfig, load, read
 from quietstar.recipes.verifier import load_verifier
 
 Model = Annotated[str, arg(help="hub name or folder of a causal language model; default a small one from scratch")]
+Weights = Annotated[Dtype, arg(help="of the weights; half precision is for adapters, and where nothing is trained")]
 Resume = Annotated[str, arg(help="auto, as is --resume alone: go on with the run in --out, where it stopped")]
 
 
@@ -26,15 +28,15 @@ class Star:
     task: TaskConfig
     recipe: star.Config
     model: Model = ""
+    dtype: Weights = "float32"
     resume: Resume = ""
 
     def run(self) -> None:
-        if not (self.model or self.recipe.sft_steps):
-            raise ValueError("a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model")
-        model, task = load(self.model, self.task)
+        check_start(self.model, self.recipe.sft_steps)
+        model, task = load(self.model, self.task, self.dtype)
         _, reports = star.star(model, task, self.recipe, self.model, bool(self.resume))
         columns = ("round", "tried", "kept", "rationalised", "failed", "steps", "accuracy", "low", "high", "tokens", "seconds")
-        print(f"{task.name}: {len(reports) - 1} rounds\n{table(reports, columns)}")
+        print(f"{task.name}\n{table(reports, columns)}")
         print(f"saved {Path(self.recipe.out) / f'round-{len(reports) - 1:02d}'}")
 
 
@@ -45,13 +47,15 @@ class VStar:
     task: TaskConfig
     recipe: vstar.Config
     model: Model = ""
+    dtype: Weights = "float32"
     resume: Resume = ""
 
     def run(self) -> None:
-        model, task = load(self.model, self.task)
+        check_start(self.model, self.recipe.sft_steps)
+        model, task = load(self.model, self.task, self.dtype)
         _, _, report = vstar.vstar(model, task, self.recipe, self.model, bool(self.resume))
         columns = ("round", "drawn", "drawn_right", "distinct", "steps", "accuracy", "low", "high", "tokens", "seconds")
-        print(f"{task.name}: {len(report['rounds']) - 1} rounds\n{table(report['rounds'], columns)}")
+        print(f"{task.name}\n{table(report['rounds'], columns)}")
         learnt = report["verifier"]
         print(f"verifier: {learnt['pairs']} pairs, {learnt['updates']} updates; AUC on test problems {_cell(report['auc'])}")
         points = [dict(zip(map(str, report["k"]), values, strict=True)) for values in report["curves"].values()]
@@ -68,9 +72,10 @@ class Solve:
     recipe: test_time.Config
     model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
     verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
+    dtype: Weights = "float32"
 
     def run(self) -> None:
-        model, task = load(self.model, self.task)
+        model, task = load(self.model, self.task, self.dtype)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
         scorer = test_time.likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
         report = test_time.solve(model, task, self.recipe, scorer)
@@ -78,6 +83,9 @@ class Solve:
         rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]
         print(f"{task.name}, {report['problems']} test problems; budget and tokens are of a problem")
         print(table(rows, ("method", "budget", "tokens", "accuracy", "low", "high")))
+        if splits := [{**row, **row["accuracy"]} for row in report.get("splits", [])]:
+            print("accuracy at the largest budget, by attempts in a chain")
+            print(table(splits, ("bins", "difficulty", "problems", "chosen", *splits[0]["accuracy"])))
         print(f"wrote {Path(self.recipe.out) / 'test_time.json'}")
 
 
@@ -92,10 +100,11 @@ class Internalize:
         "stepwise"
     )
     model: Model = ""
+    dtype: Weights = "float32"
     resume: Resume = ""
 
     def run(self) -> None:
-        model, task = load(self.model, self.task)
+        model, task = load(self.model, self.task, self.dtype)
         columns = ("accuracy", "low", "high", "tokens", "tokens_per_second", "problems_per_second")
         if self.method == "kd":
             _, report = icot_kd.distill(model, task, self.recipe, self.distillation, self.model, bool(self.resume))
@@ -116,10 +125,11 @@ class Score:
     task: TaskConfig
     recipe: score.Config
     model: Annotated[str, arg(help="hub name or folder of a causal language model that solves some of the problems")]
+    dtype: Weights = "float32"
     resume: Resume = ""
 
     def run(self) -> None:
-        model, task = load(self.model, self.task)
+        model, task = load(self.model, self.task, self.dtype)
         _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
         columns = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "edited")
         rows = [{"test problems": name, **figures} for name, figures in report.items()]
@@ -135,10 +145,11 @@ class Fast:
     thoughts: ThoughtConfig
     recipe: fast.Config
     model: Annotated[str, arg(help="hub name or folder of a causal language model")]
+    dtype: Weights = "float32"
     resume: Resume = ""
 
     def run(self) -> None:
-        model, tokenizer = read(self.model)
+        model, tokenizer = read(self.model, self.dtype)
         data = load_data(self.data, tokenizer, max(J for _, J in fast.stages(self.recipe.curriculum)))
         _, report = fast.fast(
             model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
@@ -146,6 +157,11 @@ class Fast:
         print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
         print(f"held-out loss without thoughts, nats a token: {report['base']:.4f} before, {report['plain']:.4f} after")
         print(f"saved {Path(self.recipe.out) / fast.MODEL}")
+
+
+def check_start(model: str, sft_steps: int) -> None:
+    if not (model or sft_steps):
+        raise ValueError("a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

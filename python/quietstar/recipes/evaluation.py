@@ -14,16 +14,22 @@ from quietstar.tasks import Row, Task
 
 
 def evaluate(
-    model: PreTrainedModel, task: Task, rows: Sequence[Row], max_new: int = 64, prompts: Sequence[list[int]] | None = None
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[Row],
+    max_new: int = 64,
+    prompts: Sequence[list[int]] | None = None,
+    batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Greedy answers to the rows' prompts, or to ``prompts``.
+    """Greedy answers to the rows' prompts, or to ``prompts``; ``batch_size`` at once.
 
     Returns:
         What ``grade`` returns, and tokens, the mean number generated a problem, and problems_per_second.
     """
     began = time.perf_counter()
     prompts = [row.prompt_ids for row in rows] if prompts is None else prompts
-    written = [several[0] for several in rollout(model, task, prompts, temperature=0, max_new=max_new)]
+    options = {"temperature": 0, "max_new": max_new, "batch_size": batch_size}
+    written = [several[0] for several in rollout(model, task, prompts, **options)]
     seconds = time.perf_counter() - began
     tokens = sum(len(x.ids) for x in written) / len(rows)
     return {**grade(task, rows, written), "tokens": tokens, "problems_per_second": len(rows) / seconds}

@@ -21,12 +21,12 @@ from quietstar.batches import Example, mix_seed
 from quietstar.config import TrainConfig
 from quietstar.evaluate import evaluate
 from quietstar.files import write_whole
-from quietstar.recipes import plain
+from quietstar.recipes import fast_report, plain
 from quietstar.recipes.models import option
 from quietstar.recipes.rounds import Rounds
 from quietstar.train import train
 
-MODEL, BEST, CHOSEN, REPORT = plain.MODEL, "best", "chosen.json", "fast.json"  # what a run writes
+MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; .json and .png
 
 
 @dataclass
@@ -82,7 +82,7 @@ def fast(
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
     Writes stage-1-16-8, ... with its best checkpoint (best), the plain model as an ordinary checkpoint (model) and the report
-    (fast.json) into ``config.out``. SIGTERM and Ctrl-C finish the step and save.
+    (fast.json, and fast.png where matplotlib is installed) into ``config.out``. SIGTERM and Ctrl-C finish the step and save.
 
     Args:
         data: examples as ``quietstar.train.train`` takes them.
@@ -95,7 +95,8 @@ def fast(
 
     Returns:
         The plain model and the report: "base" and "plain", held-out losses of the model that came in and of the plain one;
-        "stages", what was chosen in each. All in nats a token.
+        "stages", what was chosen in each; "positions", where thoughts help and what is rewarded. All in nats a token. And
+        "speeds", what thoughts of each length cost.
 
     Raises:
         ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that is another one or that ``resume``
@@ -116,7 +117,10 @@ def fast(
         report["stages"].append(think_shorter(qs, data, held_out, config, folder, number, score))
         qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
     student, report["plain"] = plain.train(copy.deepcopy(model), qs, data, held_out, config)
-    write_whole(Path(config.out) / REPORT, json.dumps(report, indent=2) + "\n")
+    report["positions"] = fast_report.positions(model, student, qs, held_out, config.batch_size)
+    report["speeds"] = fast_report.speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
+    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    fast_report.draw(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
     return student, report
 
 

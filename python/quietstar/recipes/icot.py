@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 
 from quietstar.batches import mix_seed, texts_of_step
 from quietstar.files import write_whole
-from quietstar.recipes.evaluation import grade
+from quietstar.recipes import icot_report
 from quietstar.recipes.models import option
 from quietstar.recipes.progress import Progress
 from quietstar.recipes.rounds import load_model, save_model
-from quietstar.recipes.sampling import Completion, check_room, logprob, rollout
+from quietstar.recipes.sampling import check_room, logprob, rollout
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
-MODEL, STAGES, DIRECT, REPORT = "model", "stages", "direct", "internalize.json"  # what a run writes
+MODEL, STAGES, DIRECT, NAME = "model", "stages", "direct", "internalize"  # what a run writes; .json and .png
 ROOM = 8  # tokens that an answer may be longer than it should
 
 
@@ -109,21 +109,12 @@ def shortened(task: Task, row: Row, removed: int, side: str = "left") -> list[in
 
 
 def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: int, config: Config) -> dict[str, Any]:
-    """Greedy answers where ``removed`` tokens are gone: what ``grade`` finds, tokens a problem, both a second."""
+    """Greedy answers where ``removed`` tokens are gone: what ``grade`` and ``icot_report.digits`` find, and the speed."""
     most = max(len(shortened(task, row, removed, config.side)) for row in rows) + ROOM
     shift = min(removed, max(len(row.cot_ids) for row in rows)) if config.keep_position else 0
     began = time.perf_counter()
     found = rollout(model, task, [row.prompt_ids for row in rows], temperature=0.0, max_new=most, shift=shift)
-    return figures(task, rows, [several[0] for several in found], time.perf_counter() - began)
-
-
-def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seconds: float) -> dict[str, Any]:
-    """Accuracy and speed. A chain of which only the end is written can't be told right or wrong, so that is left out."""
-    graded = grade(task, rows, written)
-    del graded["chain_right"]
-    tokens = sum(len(one.ids) for one in written)
-    speeds = {"problems_per_second": len(rows) / seconds, "tokens_per_second": tokens / seconds}
-    return {**graded, "tokens": tokens / len(rows), **speeds}
+    return icot_report.figures(task, rows, [several[0] for several in found], time.perf_counter() - began)
 
 
 def internalize(
@@ -132,7 +123,8 @@ def internalize(
     """Run all stages, or those that a stopped run lacks; ``model`` is changed.
 
     Writes the model after each stage (stages/removed-NNN), the best of the last one (model), metrics.jsonl with a line an
-    update, and the report (internalize.json) into ``config.out``. SIGTERM and Ctrl-C finish the update and save.
+    update, and the report (internalize.json, and internalize.png where matplotlib is installed) into ``config.out``. SIGTERM
+    and Ctrl-C finish the update and save.
 
     Args:
         name: of the model, which a run that goes on must have begun with.
@@ -141,6 +133,7 @@ def internalize(
     Returns:
         The best model of the last stage, and the report. "stages": removed, steps and what ``evaluate`` finds on the split
         "valid", for each. "full chain", "internalized" and, with ``config.compare``, "no chain": what it finds on "test".
+        "training": the training loss along the run.
 
     Raises:
         ValueError: rows without chains, or of other lengths where ``keep_position`` is on; a task that calls its own answers
@@ -156,20 +149,21 @@ def internalize(
     )
     longest = check_rows(model, task, [*training, *valid, *test], config)
     fresh = copy.deepcopy(model) if config.compare else None
-    lines = Training(model, task, config, stages(config, longest), training, valid, name, resume).run()
+    run = Training(model, task, config, stages(config, longest), training, valid, name, resume)
+    report: dict[str, Any] = {"stages": run.run(), "training": icot_report.losses(run.progress.metrics.lines)}
 
     out = Path(config.out)
-    report: dict[str, Any] = {"stages": lines}
     folders = {"full chain": (out / STAGES / "removed-000", 0), "internalized": (out / MODEL, longest)}
     if fresh is not None:
-        steps = sum(line["steps"] for line in lines)
+        steps = sum(stage["steps"] for stage in report["stages"])
         direct = replace(config, out=str(out / DIRECT), remove_all_beyond=0, final_steps=steps, compare=False)
         Training(fresh, task, direct, stages(direct, longest), training, valid, name, resume).run()
         folders["no chain"] = (out / DIRECT / MODEL, longest)
     for row, (folder, removed) in folders.items():
         if folder.is_dir():  # where there never is a chain, there is no such model
             report[row] = evaluate(load_model(folder, model), task, test, removed, config)
-    write_whole(out / REPORT, json.dumps(report, indent=2) + "\n")
+    write_whole(out / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    icot_report.draw(out / f"{NAME}.png", report, task.name)
     return load_model(out / MODEL, model), report
 
 
@@ -233,7 +227,8 @@ class Training:
 
     def _stage(self, stage: Stage, signals: Signals) -> dict[str, Any]:
         config, state, last = self.config, self.progress.state, stage is self.plan[-1]
-        if config.reset_optimizer and state["done"] == 0:
+        # As in the published code not behind a batch without chains: in a tail of long ones little goes with a token.
+        if config.reset_optimizer and state["done"] == 0 and not state.get("chainless"):
             self.optimizer = self._new_optimizer()
         gated = config.gate > 0 and not last
         most = stage.steps * (config.gate_rounds if gated else 1)
@@ -257,7 +252,8 @@ class Training:
         torch.manual_seed(seed)  # of dropout
         rows = [self.training[i] for i in texts_of_step(len(self.training), config.batch_size, config.seed, step)]
         removed = removals(len(rows), stage.removed, config.smoothing, torch.Generator().manual_seed(seed))
-        removed = torch.minimum(removed, torch.tensor([len(row.cot_ids) for row in rows]))
+        lengths = torch.tensor([len(row.cot_ids) for row in rows])
+        removed, state["chainless"] = torch.minimum(removed, lengths), bool((removed >= lengths).all())
         completions = [shortened(self.task, *pair, config.side) for pair in zip(rows, removed.tolist(), strict=True)]
         self.model.train()
         values, mask = logprob(

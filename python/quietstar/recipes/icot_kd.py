@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.batches import mix_seed, texts_of_step
 from quietstar.files import replaced, write_whole
-from quietstar.recipes import icot
+from quietstar.recipes import icot, icot_report
 from quietstar.recipes.icot_states import Emulator, Student, diagonal, emulation_loss
 from quietstar.recipes.models import option
 from quietstar.recipes.progress import Progress
@@ -31,7 +31,7 @@ from quietstar.recipes.sampling import Completion, evaluating, logprob, padded, 
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
-MODEL, PAIR, STATES, REPORT = "model", "pair", "states.safetensors", "kd.json"  # what a run writes
+MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; .json and .png
 BATCH = 256  # problems at once in an evaluation
 Loss = Callable[[Sequence[Row]], Tensor]
 
@@ -111,7 +111,8 @@ def distill(
 ) -> tuple[Pair, dict[str, Any]]:
     """Train teacher, student, emulator and both together, or what a stopped run lacks; ``model`` stays as it is.
 
-    Writes the teacher, the pair (pair), a folder for each phase, and the report (kd.json) into ``config.out``.
+    Writes the teacher, the pair (pair), a folder for each phase, and the report (kd.json, and kd.png where matplotlib is
+    installed) into ``config.out``.
 
     Args:
         model: what all three begin as.
@@ -169,7 +170,8 @@ def distill(
     train(3, "coupled", pair, kd.coupled_steps, lambda rows: answer_loss(rows, emulate(rows)))
     report["internalized"] = evaluate(pair, task, test)
     pair.save_pretrained(Path(config.out) / PAIR, task)
-    write_whole(Path(config.out) / REPORT, json.dumps(report, indent=2) + "\n")
+    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    icot_report.draw_distilled(Path(config.out) / f"{NAME}.png", report, task.name)
     return pair, report
 
 
@@ -228,4 +230,4 @@ def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None 
     most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.ROOM
     began = time.perf_counter()
     written = pair.answer(task, [row.prompt_ids for row in rows], most, states)
-    return icot.figures(task, rows, written, time.perf_counter() - began)
+    return icot_report.figures(task, rows, written, time.perf_counter() - began)

@@ -71,12 +71,12 @@ def train(
     """
     folder = Path(config.out) / MODEL
     texts = documents(data)
-    losses = teacher_losses(teacher.eval(), texts, config.batch_size)
     progress = Progress(Path(config.out) / PLAIN, asdict(config), {"step": 0, "best": None}, resume=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.plain_rate, weight_decay=0.0)
     if progress.begun:
         progress.load(student, optimizer)
     state = progress.state
+    losses = teacher_losses(teacher.eval(), texts, config.batch_size) if state["step"] < config.plain_steps else []
 
     def keep_the_better() -> float:
         value = loss(student, held_out, config.batch_size)
@@ -174,11 +174,16 @@ def documents(data: Sequence[Example]) -> list[Example]:
     """Packed examples cut into their documents, without those that are too short to predict anything in."""
     texts: list[Example] = []
     for example in data:
-        lengths = example["document_ids"].unique_consecutive(return_counts=True)[1] if "document_ids" in example else None
-        cut = {name: x for name, x in example.items() if name not in ("document_ids", "thought_ids")}
-        pieces = {name: x.split(lengths.tolist()) if lengths is not None else [x] for name, x in cut.items()}
-        texts += [dict(zip(pieces, piece, strict=True)) for piece in zip(*pieces.values(), strict=True)]
-    return [text for text in texts if len(text["input_ids"]) >= 3]
+        of_all = example.get("document_ids", torch.zeros_like(example["input_ids"]))
+        begin, lengths = 0, of_all.unique_consecutive(return_counts=True)[1]
+        for end in lengths.cumsum(0).tolist():
+            text = {name: x[begin:end] for name, x in example.items() if name not in ("document_ids", "thought_ids", "anchors")}
+            if "anchors" in example:
+                anchors = example["anchors"]
+                text["anchors"] = anchors[(anchors >= begin) & (anchors < end)] - begin
+            texts.append(text)
+            begin = end
+    return [text for text in texts if len(text["input_ids"]) >= 3 and bool(predicted(text).any())]
 
 
 def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int) -> list[Tensor]:
@@ -187,18 +192,25 @@ def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int
     return list(found.mixed.float().split(found.text.bincount(minlength=len(texts)).tolist()))
 
 
-@torch.no_grad()
 def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> float:
     """Loss of a model without thoughts, nats: the mean over texts of a text's mean, as the one with thoughts is taken."""
-    means = []
+    nll, text = token_nll(model, texts, batch_size)
+    counts = text.bincount()
+    return float((text.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
+    """fp64 [tokens], the loss of each predicted token without thoughts, and the number of its text; as ``token_losses``."""
+    parts = []
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
             chosen = range(start, min(start + batch_size, len(texts)))
             logits, targets, row = predictions(model, [texts[i] for i in chosen])
-            nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
-            counts = row.bincount()
-            means += (row.bincount(nll)[counts > 0] / counts[counts > 0]).tolist()
-    return sum(means) / len(means)
+            nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            parts.append((nll.double().cpu(), start + row.cpu()))
+    nll, text = (torch.cat(column) for column in zip(*parts, strict=True))
+    return nll, text
 
 
 def _mask(text: Example) -> Example:

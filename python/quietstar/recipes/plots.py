@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from quietstar.files import write_whole
 
 Points = Sequence[tuple[float, float]]
 
 
-def draw(path: Path, curves: Mapping[str, Points], across: str, title: str, greedy: tuple[float, float] | None = None) -> None:
-    """A .png of accuracy, a line through (x, accuracy) for each name, x in powers of 2; nothing without matplotlib.
+@dataclass(frozen=True)
+class Panel:
+    """One of the plots in a picture.
 
-    Args:
-        greedy: a point of its own.
+    Attributes:
+        across, up: what its axes show.
+        curves: a line for each name; of several seeds each is thin, and their mean thick.
+        bars: a bar for each name, the mean of its values, which are dots.
+        marks: places across where something changes.
+        log: across in powers of 2.
     """
+
+    across: str
+    up: str
+    curves: Mapping[str, Sequence[Points]] = field(default_factory=dict)
+    bars: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    marks: Sequence[float] = ()
+    log: bool = False
+
+
+def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
+    """A .png with these plots, up to three in a row; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curves.items():
-        style = ":" if name == "oracle" else "--" if name.startswith("sequential") else "-"
-        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
-    if greedy:
-        axes.plot(*greedy, "k*", markersize=9, label="greedy", zorder=5)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(across)
-    axes.set_ylabel("accuracy")
-    axes.set_title(title)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    rows = math.ceil(len(several) / 3)
+    columns = math.ceil(len(several) / rows)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if len(several) > 1 else (7.5, 4.6), layout="constrained")
+    figure.suptitle(title)
+    for number, panel in enumerate(several, 1):
+        axes: Any = figure.add_subplot(rows, columns, number)
+        for place in panel.marks:
+            axes.axvline(place, color="#bbbbbb", linewidth=0.6)
+        for i, (name, seeds) in enumerate(panel.curves.items()):
+            for points in seeds if len(seeds) > 1 else ():
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.6, alpha=0.5)
+            mean = [[fmean(values) for values in zip(*place, strict=True)] for place in zip(*seeds, strict=True)]
+            axes.plot(*zip(*mean, strict=True), "o-" if len(mean) < 50 else "-", color=f"C{i}", markersize=3, label=name)
+        for i, (name, values) in enumerate(panel.bars.items()):
+            axes.barh(name, fmean(values), color=f"C{i}", alpha=0.5)
+            axes.plot(values, [name] * len(values), "o", color=f"C{i}", markersize=3)
+        if panel.bars:
+            axes.invert_yaxis()
+        if panel.log:
+            axes.set_xscale("log", base=2)
+        elif panel.curves and all(x == int(x) for seeds in panel.curves.values() for points in seeds for x, _ in points):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(panel.across)
+        axes.set_ylabel(panel.up)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if panel.curves:
+            axes.legend(frameon=False, fontsize=8)
     picture = BytesIO()
     figure.savefig(picture, dpi=130, format="png")
     write_whole(path, picture.getvalue())

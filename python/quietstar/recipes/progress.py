@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from quietstar.files import replaced
-from quietstar.runs import Metrics, Signals
+from quietstar.runs import Metrics, Signals, check_kind
 from quietstar.train import Interrupted
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -36,10 +36,12 @@ class Progress:
         begun: whether a run is there, which ``load`` then loads.
 
     Raises:
-        ValueError: a run is there and ``resume`` is False, or it has other settings, or its state is damaged.
+        ValueError: a run is there and ``resume`` is False, or it has other settings or is of another command, or its state is
+            damaged.
     """
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any], state: dict[str, Any], resume: bool):
+        check_kind(out, "progress")
         self.folder, self.state = Path(out) / "progress", state
         self.settings = json.loads(json.dumps(settings))
         self.begun = self.folder.is_dir()

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quietstar.data import json_lines
 from quietstar.files import replaced, write_whole
-from quietstar.runs import Metrics
+from quietstar.runs import Metrics, check_kind
 from quietstar.tasks import Task
 
 SETTINGS, REPORT = "recipe.json", "report.json"
@@ -27,21 +28,21 @@ class Rounds:
 
     Args:
         settings: what the run's numbers depend on.
-
         resume: go on with a run that is there.
 
     Raises:
-        ValueError: a run is there and ``resume`` is False, or it has other settings.
+        ValueError: a run is there and ``resume`` is False, or it has other settings or is of another command.
     """
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any], resume: bool):
         self.out = Path(out)
+        check_kind(out, SETTINGS)
         path = self.out / SETTINGS
         now = json.loads(json.dumps(settings))
-        if path.exists():
+        if path.exists() and len(list(self.out.iterdir())) > 1:  # the settings alone are of a run that failed at once
             if not resume:
                 raise ValueError(f"{self.out}: a run is there already; resume goes on with it, another out starts anew")
-            saved = json.loads(path.read_text())
+            saved = read_json(path)
             for name in {**saved, **now}:
                 if saved.get(name) != now.get(name):
                     raise ValueError(f"{self.out}: the run there has {name}={saved.get(name)!r}, not {now.get(name)!r}")
@@ -57,14 +58,14 @@ class Rounds:
         return self.out / f"round-{number:02d}"
 
     def report(self, number: int) -> dict[str, Any]:
-        return json.loads((self.folder(number) / REPORT).read_text())
+        return read_json(self.folder(number) / REPORT)
 
     def reports(self) -> list[dict[str, Any]]:
         """Of the start and all rounds."""
         return [self.report(number) for number in range(self.done + 1)]
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder(number) / f"{name}.jsonl").read_text().splitlines()]
+        return [row for _, row in json_lines(self.folder(number) / f"{name}.jsonl")]
 
     def model(self, number: int, like: PreTrainedModel) -> PreTrainedModel:
         """The model of a round, where and in the type that ``like`` is."""
@@ -78,6 +79,14 @@ class Rounds:
 
     def save(self, number: int, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
         save_model(self.folder(number), model, task, report, **rows)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run holds. Raises ValueError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged: {error}") from error
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:

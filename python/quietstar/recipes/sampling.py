@@ -121,7 +121,7 @@ def rollout(
         temperature: 0 takes the likeliest token each time.
         seed: with the batch size it fixes the samples; the random states of torch stay as they were.
         batch_size: rows at once, a prompt being ``k`` rows; prompts of like length go together.
-        shift: added to the positions of a prompt's last token and of what follows; not with vLLM.
+        shift: added to the positions of what follows a prompt; not with vLLM.
 
     Raises:
         ValueError: a prompt that with ``max_new`` tokens passes the model's positions.
@@ -137,7 +137,7 @@ def rollout(
         options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
     found: list[list[Completion]] = [[] for _ in prompts]
     cuda = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(cuda):
+    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda):
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
             torch.manual_seed(mix_seed(seed, start))
@@ -146,7 +146,7 @@ def rollout(
             out = cast(Any, model).generate(
                 ids,
                 attention_mask=mask.long(),
-                position_ids=positions(mask, len(ids[0]), shift),
+                position_ids=positions(mask, len(ids[0])),
                 max_new_tokens=max_new,
                 eos_token_id=task.end_id,
                 pad_token_id=task.end_id,
@@ -191,7 +191,7 @@ def logprob(
     """Log-probabilities of the completions' tokens in one forward, with a gradient.
 
     Args:
-        shift: integer [R] or one for all, added to the positions of a prompt's last token and of what follows.
+        shift: integer [R] or one for all, added to the completions' positions.
 
     Returns:
         logprob: [R,T] fp32, from each completion's first token on, 0 behind its last.
@@ -240,10 +240,27 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> 
 
 
 def positions(mask: Tensor, prompt: int, shift: Tensor | int = 0) -> Tensor:
-    """int64 [R,L], counted from each row's first token; those of the last of ``prompt`` columns and on by ``shift`` more."""
+    """int64 [R,L], counted from each row's first token; those behind ``prompt`` columns are ``shift`` larger."""
     counted = (mask.long().cumsum(1) - 1).clamp(min=0)
-    counted[:, prompt - 1 :] += shift[:, None].to(mask.device) if isinstance(shift, Tensor) else shift
+    counted[:, prompt:] += shift[:, None].to(mask.device) if isinstance(shift, Tensor) else shift
     return counted
+
+
+@contextmanager
+def shifted(model: PreTrainedModel, shift: int) -> Iterator[None]:
+    """Inside, positions of what ``generate`` decodes behind a prompt are ``shift`` larger."""
+
+    def later(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        behind = cache is not None and cache.get_seq_length() > 0
+        return args, kwargs | ({"position_ids": kwargs["position_ids"] + shift} if behind else {})
+
+    handle = model.register_forward_pre_hook(later, with_kwargs=True) if shift else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def check_room(model: PreTrainedModel, length: int) -> None:

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +21,16 @@ from transformers import PreTrainedModel
 
 from quietstar.batches import mix_seed
 from quietstar.files import write_whole
-from quietstar.intervals import paired
 from quietstar.recipes.models import option
 from quietstar.recipes.progress import Progress
 from quietstar.recipes.rounds import save_model
-from quietstar.recipes.sampling import evaluating, padded, rollout
+from quietstar.recipes.sampling import evaluating, padded
+from quietstar.recipes.score_attempts import Attempts, attempt, draw, votes
 from quietstar.recipes.star import never
-from quietstar.recipes.test_time import revision_prompt
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
-FIRST, MODEL, REPORT = "first-stage", "model", "score.json"  # what a run writes
+FIRST, MODEL, REPORT, PLOT = "first-stage", "model", "score.json", "score.png"  # what a run writes
 
 
 @dataclass
@@ -52,88 +50,44 @@ class Config:
     kl: float = option(0.01, "beta 1, weight of both attempts' divergence from the base model in stage II")
     first_kl: float = option(0.1, "beta 2, weight of the first attempt's divergence from the base model in stage I")
     credit: Literal["turn", "joint"] = option("turn", "turn: the first attempt earns its own reward; joint: the second's too")
-    temperature: float = option(1.0, "of the attempts in training")
+    standardise: bool = option(False, "divide each attempt's advantages by their standard deviation over the batch")
+    from_base: float = option(0.0, "share of training's first attempts that the base model writes, for more kinds of mistakes")
+    temperature: float = option(1.0, "of the attempts in training, and of those that vote")
     max_new: int = option(64, "tokens of an attempt at most")
     learning_rate: float = option(1e-4, "of AdamW, constant")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest gradient norm")
     held_out: int = option(400, "test problems for the accuracy of both attempts")
+    chains: int = option(4, "pairs of attempts at each of them, which vote against as many tokens in parallel; 0 for none")
     batch_size: int = option(256, "attempts at once, in sampling and in training, for less memory")
     save_every: int = option(50, "updates between checkpoints")
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
-        for name in ("first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay"):
+        for name in ("first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("problems", "samples", "max_new", "held_out", "batch_size", "save_every"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("temperature", "learning_rate", "clip"):
             self._check(name, getattr(self, name) > 0, "above 0")
+        self._check("from_base", 0 <= self.from_base < 1, "from 0 to below 1")
         self._check("problems", self.problems * self.samples > 1, "2 or more where samples is 1, for there is one baseline")
 
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"score: {name} must be {wanted}, got {getattr(self, name)!r}")
 
-
-@dataclass(frozen=True)
-class Attempts:
-    """Two attempts at each of some problems.
-
-    Attributes:
-        prompts, first: ids of the problem and of the first attempt.
-        requests, second: ids of all that stands before the second attempt, and of it.
-        rewards: [2,R], 1 where an attempt is right.
-    """
-
-    rows: Sequence[Row]
-    prompts: list[list[int]]
-    first: list[list[int]]
-    requests: list[list[int]]
-    second: list[list[int]]
-    rewards: Tensor
-
-    def part(self, part: slice) -> Attempts:
-        """Some of the problems."""
-        prompts, first, requests, second = (x[part] for x in (self.prompts, self.first, self.requests, self.second))
-        return Attempts(self.rows[part], prompts, first, requests, second, self.rewards[:, part])
-
-    def figures(self) -> dict[str, float]:
-        """accuracy_first, accuracy_second, delta = their difference with its 95 % interval, low and high, and over all problems
-        the shares fixed (wrong, then right), broken (right, then wrong) and edited, and change, how much two attempts differ.
-        """
-        first, second = (x.bool().tolist() for x in self.rewards)
-        compared = paired(second, first)
-        n = len(first)
-        pairs = zip(self.first, self.second, strict=True)
-        changes = [1 - SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
-        return {
-            "problems": n,
-            "accuracy_first": sum(first) / n,
-            "accuracy_second": sum(second) / n,
-            "delta": compared["difference"],
-            "low": compared["low"],
-            "high": compared["high"],
-            "fixed": compared["first"] / n,
-            "broken": compared["second"] / n,
-            "edited": sum(change > 0 for change in changes) / n,
-            "change": sum(changes) / n,
-        }
-
-
-def attempt(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, temperature: float, seed: int) -> Attempts:
-    """Two attempts at each row, the second one of which sees the first."""
-    sampling: dict[str, Any] = {"temperature": temperature, "max_new": config.max_new, "batch_size": config.batch_size}
-    prompts = [row.prompt_ids for row in rows]
-    first = [several[0].ids for several in rollout(model, task, prompts, **sampling, seed=mix_seed(seed, 0))]
-    requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
-    second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
-    right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
-    return Attempts(rows, prompts, first, requests, second, torch.tensor(right, dtype=torch.float32))
+    def sampling(self, temperature: float) -> dict[str, Any]:
+        """What ``rollout`` takes, but the seed."""
+        return {"temperature": temperature, "max_new": self.max_new, "batch_size": self.batch_size}
 
 
 def returns(rewards: Tensor, stage: int, config: Config) -> Tensor:
-    """What attempts earn, [2,R], given which of them are right: nothing for the first in stage I, with a bonus in stage II."""
+    """What attempts earn, [2,R], given which of them are right: nothing for the first in stage I, with a bonus in stage II.
+
+    What the bonus takes off for a right first attempt is the same for every second one that answers to it. So with credit by
+    turn it changes no expected gradient: that of the second attempt's own reward is 1 + bonus times as large, and no more.
+    """
     first, second = rewards
     if stage == 1:
         first = torch.zeros_like(first)
@@ -142,11 +96,17 @@ def returns(rewards: Tensor, stage: int, config: Config) -> Tensor:
     return torch.stack([first + second if config.credit == "joint" else first, second])
 
 
-def advantages(returns: Tensor, samples: int) -> Tensor:
-    """Returns [2,R] less the mean of the other samples of a problem, or of the other problems where there is one sample."""
+def advantages(returns: Tensor, samples: int, standardise: bool = False) -> Tensor:
+    """Returns [2,R] less the mean of the other samples of a problem, or of the other problems where there is one sample.
+
+    With ``standardise`` those of each attempt have variance 1, unless all are 0, as the first's in stage I. A bonus then
+    decides which second attempts are the better ones, and no longer how much more they count than the first.
+    """
     groups = returns.unflatten(1, (-1, samples)) if samples > 1 else returns[:, None]
     n = groups.shape[2]
-    return ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
+    found = ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
+    deviation = found.std(1, correction=0, keepdim=True)  # around a mean of 0
+    return found / deviation.where(deviation > 1e-6, 1) if standardise else found
 
 
 def read(
@@ -173,8 +133,12 @@ def read(
 def loss(
     model: PreTrainedModel, reference: PreTrainedModel, attempts: Attempts, advantage: Tensor, stage: int, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each problem [R], and the divergence of both attempts [2,R], without a gradient."""
-    advantage = advantage.to(model.device)
+    """The loss of each problem [R], and the divergence of both attempts [2,R], without a gradient.
+
+    A first attempt that the base wrote is not reinforced: REINFORCE's gradient is an expectation over the model's own samples.
+    It is what the second attempt answers to, and one more place where the model is held to the base.
+    """
+    advantage = (advantage * torch.stack([attempts.own, torch.ones_like(attempts.own)])).to(model.device)
     logprob, divergence = read(model, reference, attempts.prompts, attempts.first)
     logprob_second, divergence_second = read(model, reference, attempts.requests, attempts.second)
     policy = -advantage[0] * logprob - advantage[1] * logprob_second
@@ -183,20 +147,26 @@ def loss(
 
 
 def score(
-    model: PreTrainedModel, task: Task, config: Config | None = None, name: str = "", resume: bool = False
+    model: PreTrainedModel,
+    task: Task,
+    config: Config | None = None,
+    name: str = "",
+    resume: bool = False,
+    base: PreTrainedModel | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Run both stages, or what a stopped run lacks; ``model`` is changed.
 
-    Writes the model after stage I (first-stage) and at the end (model), metrics.jsonl, a line an update, and the report
-    (score.json) into ``config.out``. SIGTERM and Ctrl-C finish the update and save.
+    Writes the model after stage I (first-stage) and at the end (model), metrics.jsonl, a line an update, and the report with
+    its plots (score.json, score.png) into ``config.out``. SIGTERM and Ctrl-C finish the update and save.
 
     Args:
-        model: writes an answer, and after a request a second one; it is also the base that the divergence is from.
+        model: writes an answer, and after a request a second one.
         name: of the model, which a run that goes on must have begun with.
         resume: go on with the run in ``config.out``, if there is one.
+        base: what the divergence is from, where that isn't ``model`` as it is: for stage II alone, what stage I began with.
 
     Returns:
-        The model and the report: ``Attempts.figures`` of greedy attempts on test problems, for "base", "stage I", "stage II".
+        The model and the report, ``examine`` of "base", "stage I", "stage II".
 
     Raises:
         ValueError: no right answer in the first batch, prompts that pass the model's positions, or a run in ``config.out`` that
@@ -204,7 +174,7 @@ def score(
         Interrupted: after a signal, once all is saved.
     """
     config = config or Config()
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference = copy.deepcopy(base or model).eval().requires_grad_(False)
     settings = {"recipe": "score", "model": name, "task": task.name, **asdict(config)}
     progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume)
     state, optimizer = progress.state, new_optimizer(model, config)
@@ -217,7 +187,7 @@ def score(
         while True:
             for end, step in ends.items():
                 if step == state["step"] and end not in state["report"]:
-                    state["report"][end] = attempt(model, task, test, config, 0.0, config.seed).figures()
+                    state["report"][end] = examine(model, reference, task, test, config)
             if state["step"] == ends["stage I"]:
                 optimizer = new_optimizer(model, config)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
@@ -229,7 +199,29 @@ def score(
     save_model(Path(config.out) / MODEL, model, task, state["report"])
     progress.save(model, optimizer)
     write_whole(Path(config.out) / REPORT, json.dumps(state["report"], indent=2) + "\n")
+    draw(Path(config.out) / PLOT, state["report"], progress.metrics.lines, f"SCoRe, {task.name}")
     return model, state["report"]
+
+
+def examine(
+    model: PreTrainedModel, reference: PreTrainedModel, task: Task, test: Sequence[Row], config: Config
+) -> dict[str, Any]:
+    """Greedy attempts at test problems: ``Attempts.figures``, changes, which is ``Attempts.histogram``, divergence_first and
+    divergence_second, nats a token; and ``votes`` of attempts at ``config.temperature``.
+    """
+    greedy = attempt(model, task, test, config.sampling(0.0), config.seed)
+    nats = torch.zeros(2)
+    with torch.no_grad():
+        for part in greedy.parts(config.batch_size):
+            nats += loss(model, reference, part, torch.zeros_like(part.rewards), 2, config)[1].sum(1).cpu()
+    first, second = (nats / greedy.tokens()).tolist()
+    return {
+        **greedy.figures(),
+        "changes": greedy.histogram(),
+        "divergence_first": first,
+        "divergence_second": second,
+        "votes": votes(model, task, test, config.chains, config.sampling(config.temperature), config.seed),
+    }
 
 
 def update(
@@ -245,16 +237,15 @@ def update(
     stage = 1 if step < config.first_steps else 2
     problems = task.sample(config.problems, "train", torch.Generator().manual_seed(seed))
     rows = [row for row in problems for _ in range(config.samples)]
-    attempts = attempt(model, task, rows, config, config.temperature, seed)
+    attempts = attempt(model, task, rows, config.sampling(config.temperature), seed, reference, config.from_base)
     if step == 0 and not attempts.rewards.any():
         raise ValueError(f"score: {never(task, rows, attempts.first)}")
     earned = returns(attempts.rewards, stage, config)
-    advantage = advantages(earned, config.samples)
+    advantage = advantages(earned, config.samples, config.standardise)
     optimizer.zero_grad()
     losses, divergences = [], []
-    for start in range(0, len(rows), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        value, divergence = loss(model, reference, attempts.part(part), advantage[:, part], stage, config)
+    for part, several in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
+        value, divergence = loss(model, reference, part, several, stage, config)
         (value.sum() / len(rows)).backward()
         losses.append(value.detach())
         divergences.append(divergence)
@@ -262,19 +253,19 @@ def update(
     if not bool(norm.isfinite()):
         raise FloatingPointError(f"score: the gradient is {float(norm)} at update {step + 1}")
     optimizer.step()
-    tokens = [sum(map(len, several)) for several in (attempts.first, attempts.second)]
-    nats = torch.cat(divergences, 1).sum(1).tolist()
+    tokens, own = attempts.tokens(), attempts.own.nonzero()[:, 0].tolist()
+    first, second = (torch.cat(divergences, 1).sum(1).cpu() / tokens).tolist()
     return {
         "step": step + 1,
         "stage": stage,
         "loss": float(torch.cat(losses).mean()),
         "return_first": float(earned[0].mean()),
         "return_second": float(earned[1].mean()),
-        "divergence_first": nats[0] / tokens[0],  # nats a token
-        "divergence_second": nats[1] / tokens[1],
-        **{name: x for name, x in attempts.figures().items() if name not in ("problems", "low", "high")},
+        "divergence_first": first,  # nats a token
+        "divergence_second": second,
+        **{name: x for name, x in attempts.part(own).figures().items() if name not in ("problems", "low", "high")},
         "grad_norm": float(norm),
-        "tokens": sum(tokens),
+        "tokens": int(tokens.sum()),
         "seconds": time.perf_counter() - began,
     }
 

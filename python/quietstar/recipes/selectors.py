@@ -7,7 +7,9 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 ORDERS = 16  # random orders of a problem's samples, where all choices of k are too many
 
 
@@ -109,10 +111,10 @@ def choice_of(k: int, samples: Sequence[Sample], pick: Selector) -> float:
     return sum(pick(x[:k]).right for x in several) / len(several)
 
 
-def orders(samples: Sequence[Sample], count: int) -> list[Sequence[Sample]]:
-    """The samples in their own order, and in random ones, the same each time."""
+def orders(several: Sequence[T], count: int) -> list[Sequence[T]]:
+    """In their own order, and in random ones, the same each time."""
     shuffle = random.Random(0)
-    return [samples, *(shuffle.sample(list(samples), len(samples)) for _ in range(count - 1))]
+    return [several, *(shuffle.sample(list(several), len(several)) for _ in range(count - 1))]
 
 
 def auc(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> float | None:

@@ -111,7 +111,7 @@ def star(
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
         prompts = [shots(task, shown) + row.prompt_ids for row in test]
-        figures = evaluate(model, task, test, config.max_new, prompts)
+        figures = evaluate(model, task, test, config.max_new, prompts, config.batch_size)
         run.save(0, model, task, {"round": 0, **figures, "seconds": time.perf_counter() - began})
     current = run.model(run.done, model)
     for number in range(run.done + 1, config.rounds + 1):
@@ -120,7 +120,7 @@ def star(
         current = run.model(0, model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
         sft(current, [x.example for x in kept], steps, config, mix_seed(config.seed, number), run.log("star", number))
-        figures = evaluate(current, task, test, config.max_new)
+        figures = evaluate(current, task, test, config.max_new, batch_size=config.batch_size)
         report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
@@ -129,7 +129,7 @@ def star(
 
 def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
     """A start for models that don't follow examples: supervised training on the data's chains, some with the hint."""
-    rows = [row for row in task.sample(config.problems, "train", generator) if row.cot_ids]
+    rows = task.solved(config.problems, generator)
     if not rows:
         raise ValueError("star: sft_steps needs problems with chains, and the data have none")
     hinted = torch.rand(len(rows), generator=generator) < config.hint_share
@@ -142,9 +142,7 @@ def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generato
 
 def example_rows(task: Task, count: int, generator: torch.Generator) -> list[Row]:
     """Training rows with chains, to stand before a prompt."""
-    if not count:
-        return []
-    rows = [row for row in task.sample(max(100, 10 * count), "train", generator) if row.cot_ids][:count]
+    rows = task.solved(count, generator) if count else []
     if len(rows) < count:
         raise ValueError(f"star: shots={count} needs as many problems with chains, and the data have {len(rows)}")
     return rows

@@ -1,6 +1,6 @@
 """What more tokens at test time buy: votes, choice by a verifier, and attempts that revise each other, at equal budgets.
 
-Parallel: N solutions of each problem, of which a selector takes one. Sequential: a chain of attempts, each of which sees up to
+Parallel: N solutions of each problem, of which a selector takes one. Sequential: chains of attempts, each of which sees up to
 four before it. A budget is a number of generated tokens a problem, and every method gets as many whole solutions as fit.
 """
 
@@ -10,7 +10,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from transformers import PreTrainedModel
 
 from quietstar.batches import mix_seed
 from quietstar.files import write_whole
-from quietstar.intervals import mean_interval
 from quietstar.recipes import plots
+from quietstar.recipes.budgets import Chain, Spent, curve, lengths, oracle, powers, split, summary
+from quietstar.recipes.compute_optimal import BINS, MEASURED, Drawn, compute_optimal
 from quietstar.recipes.models import option
 from quietstar.recipes.sampling import Completion, Sampling, likelihoods, rollout
-from quietstar.recipes.selectors import ORDERS, Sample, Selector, best, likeliest, majority, orders, pass_at, weighted
+from quietstar.recipes.selectors import Sample, Selector, best, likeliest, majority, weighted
 from quietstar.recipes.sft import Example, SFTConfig, sft
 from quietstar.tasks import Row, Task
 
 SEEN = 4  # attempts that the next one sees, at most; of arXiv 2408.03314
+Chains = Sequence[Sequence[Chain]]  # of each problem
 Scorer = Callable[[Sequence[Row], Sequence[list[int]]], list[float]]  # rows and solutions to a verifier's scores
 
 
@@ -43,9 +45,10 @@ class Config(SFTConfig, Sampling):
     out: str = option("runs/solve", "folder for samples, figures and the plot")
     problems: int = option(400, "test problems")
     samples: int = option(16, "N, solutions of each problem")
-    attempts: int = option(8, "length of a chain of revisions; 0 for none")
+    attempts: int = option(8, "length of a chain of revisions, or the power of 2 below it; 0 for none")
     revise_steps: int = option(0, "training steps on revisions of the model's own wrong attempts, before it revises")
     revise_problems: int = option(2000, "training problems for those steps")
+    valid_problems: int = option(0, "validation problems, to choose the length of chains by difficulty; 0 to leave that out")
 
     def __post_init__(self) -> None:
         for part in (SFTConfig, Sampling):
@@ -53,7 +56,7 @@ class Config(SFTConfig, Sampling):
         for name in ("problems", "samples", "revise_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"solve: {name} must be 1 or more, got {getattr(self, name)!r}")
-        for name in ("attempts", "revise_steps"):
+        for name in ("attempts", "revise_steps", "valid_problems"):
             if getattr(self, name) < 0:
                 raise ValueError(f"solve: {name} must be 0 or more, got {getattr(self, name)!r}")
         if not self.temperature > 0:
@@ -63,43 +66,76 @@ class Config(SFTConfig, Sampling):
 def solve(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None = None) -> dict[str, Any]:
     """Measure all methods on the same test problems.
 
-    Writes samples.jsonl, test_time.json and, with matplotlib, test_time.png into ``config.out``.
+    Writes samples.jsonl, chains.jsonl, test_time.json and, with matplotlib, test_time.png into ``config.out``.
 
     Args:
         scorer: of a verifier; without one, its methods are left out.
 
     Returns:
         task, problems, greedy (accuracy, low, high, tokens) and curves: for each method its points, with budget, accuracy, low
-        and high, and tokens, the mean of what was used.
+        and high, and tokens, the mean of what was used. With validation problems also splits, as ``compute_optimal`` has them.
 
     Raises:
-        ValueError: no solution has an answer that can be read.
+        ValueError: no solution has an answer that can be read, or too few validation problems.
     """
     rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
+    valid_rows = validation(task, config)
     parallel = draw(model, task, rows, config, scorer)
     if not any(x.answer is not None for several in parallel for x in several):
         raise ValueError(f"solve: no solution of {len(rows)} problems has an answer that can be read")
-    greedy = measure(task, rows, rollout(model, task, [row.prompt_ids for row in rows], temperature=0, max_new=config.max_new))
-    right = [float(several[0].right) for several in greedy]
-    accuracy, low, high = mean_interval(right)
+    out = Path(config.out)
+    save(out / "samples.jsonl", [[asdict(x) for x in several] for several in parallel])
+    likeliest_tokens = {**config.sampling, "temperature": 0}
+    answers = measure(task, rows, rollout(model, task, [row.prompt_ids for row in rows], **likeliest_tokens))
     unit = sum(x.tokens for several in parallel for x in several) / (len(rows) * config.samples)
-    budgets = [2**i * unit for i in range(config.samples.bit_length())]
-    curves = {name: curve(parallel, pick, budgets) for name, pick in selectors(scorer is not None).items()}
+    budgets = [k * unit for k in powers(config.samples)]
+    alone = [[[x] for x in several] for several in parallel]
+    curves = {name: curve(alone, pick, budgets) for name, pick in selectors(scorer is not None).items()}
     curves["oracle"] = oracle(parallel, unit)
+    report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
+    report |= {"greedy": summary([Spent(x.right, x.tokens) for [x] in answers]), "curves": curves}
+    chains: Chains = []
     if config.attempts:
-        reviser = model
-        if config.revise_steps:
-            reviser = train_reviser(model, task, config)
+        reviser = train_reviser(model, task, config) if config.revise_steps else model
         chains = revise(reviser, task, rows, config, scorer)
-        curves["sequential, majority"] = curve(chains, majority, budgets, 1)
-        curves["sequential, last"] = curve(chains, lambda several: several[-1], budgets, 1)
-        if scorer:
-            curves["sequential, verifier"] = curve(chains, best, budgets, 1)
-    tokens = sum(several[0].tokens for several in greedy) / len(rows)
-    report = {"task": task.name, "problems": len(rows), "config": asdict(config)}
-    report |= {"greedy": {"accuracy": accuracy, "low": low, "high": high, "tokens": tokens}, "curves": curves}
-    save(report, parallel, Path(config.out))
+        save(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in several] for several in chains])
+        curves |= sequential(chains, budgets, scorer is not None)
+    if valid_rows:
+        elsewhere = replace(config, seed=mix_seed(config.seed, -3))
+        drawn = draw(model, task, valid_rows, elsewhere, scorer)
+        valid = Drawn(drawn, revise(reviser, task, valid_rows, elsewhere, scorer))
+        pick = best if scorer else majority
+        curves["parallel, by the reviser"] = curve([split(several, 1) for several in chains], pick, budgets)
+        chosen, report["splits"] = compute_optimal(valid, Drawn(parallel, chains), pick, budgets)
+        curves |= chosen
+    write_whole(out / "test_time.json", json.dumps(report, indent=2) + "\n")
+    plot(report, out / "test_time.png")
     return report
+
+
+def validation(task: Task, config: Config) -> list[Row]:
+    """Validation problems, where chains are to be split by difficulty; else none.
+
+    Raises:
+        ValueError: fewer than there are difficulties.
+    """
+    if not (config.valid_problems and config.attempts):
+        return []
+    drawn, again = (torch.Generator().manual_seed(mix_seed(config.seed, -4)) for _ in range(2))
+    found = len(task.problems(config.valid_problems, "valid", drawn))
+    if found < BINS:
+        raise ValueError(
+            f"solve: valid_problems={config.valid_problems} must be {BINS} or more, and so many there: got {found}"
+        )
+    return task.sample(config.valid_problems, "valid", again)
+
+
+def sequential(chains: Chains, budgets: Sequence[float], verified: bool) -> dict[str, list[dict[str, Any]]]:
+    """The longest chains, one after the other."""
+    longest = [split(several, len(several[0])) for several in chains]
+    picks: dict[str, Selector] = {"majority": majority, "last": lambda several: several[-1]}
+    picks |= {"verifier": best} if verified else {}
+    return {f"sequential, {name}": curve(longest, pick, budgets) for name, pick in picks.items()}
 
 
 def selectors(verified: bool) -> dict[str, Selector]:
@@ -135,19 +171,20 @@ def likelihood_scorer(verifier: PreTrainedModel, batch_size: int = 256) -> Score
     return lambda rows, solutions: likelihoods(verifier, [row.prompt_ids for row in rows], solutions, batch_size)
 
 
-def revise(
-    model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, scorer: Scorer | None = None
-) -> list[list[Sample]]:
-    """A chain of attempts at each row."""
-    written: list[list[Completion]] = [[] for _ in rows]
-    for number in range(config.attempts):
-        prompts = [
-            revision_prompt(task, row, [task.trimmed(x.ids) for x in before]) for row, before in zip(rows, written, strict=True)
-        ]
+def revise(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, scorer: Scorer | None = None) -> Chains:
+    """Chains of attempts at each row: those of full length alone or, with validation problems, those of all splits."""
+    most, longest = (powers(x)[-1] for x in (config.samples, min(config.samples, config.attempts)))
+    until = lengths(most, longest) if config.valid_problems else [longest] * (most // longest)
+    owners = [row for row in rows for _ in until]
+    chains: list[list[Completion]] = [[] for _ in owners]
+    for number in range(longest):
+        going = [i for i in range(len(owners)) if number < until[i % len(until)]]
+        prompts = [revision_prompt(task, owners[i], [task.trimmed(x.ids) for x in chains[i]]) for i in going]
         seed = mix_seed(config.seed, 2 + number)
-        for before, several in zip(written, rollout(model, task, prompts, seed=seed, **config.sampling), strict=True):
-            before += several
-    return measure(task, rows, written, scorer)
+        for i, several in zip(going, rollout(model, task, prompts, seed=seed, **config.sampling), strict=True):
+            chains[i] += several
+    found = measure(task, owners, chains, scorer)
+    return [found[start : start + len(until)] for start in range(0, len(found), len(until))]
 
 
 def revision_prompt(task: Task, row: Row, attempts: Sequence[list[int]]) -> list[int]:
@@ -185,49 +222,26 @@ def revisions(task: Task, row: Row, written: Sequence[Completion], choose: rando
     return [(revision_prompt(task, row, shown), target)]
 
 
-def curve(
-    samples: Sequence[Sequence[Sample]], pick: Selector, budgets: Sequence[float], shuffles: int = ORDERS
-) -> list[dict[str, Any]]:
-    """Accuracy at each budget, with an interval over problems.
-
-    A problem's samples are taken, one at least, in their own order, and with more ``shuffles`` in random ones too.
-    """
-    several = [orders(x, shuffles) for x in samples]
-    points = []
-    for budget in budgets:
-        taken = [[affordable(x, budget) for x in ordered] for ordered in several]
-        right = [sum(pick(x).right for x in chosen) / len(chosen) for chosen in taken]
-        tokens = [sum(y.tokens for x in chosen for y in x) / len(chosen) for chosen in taken]
-        accuracy, low, high = mean_interval(right)
-        points.append({"budget": budget, "accuracy": accuracy, "low": low, "high": high, "tokens": sum(tokens) / len(tokens)})
-    return points
+def save(path: Path, rows: Sequence[Any]) -> None:
+    """A line for each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def affordable(samples: Sequence[Sample], budget: float) -> Sequence[Sample]:
-    """The first ones that fit into a budget of tokens, but one at least."""
-    spent = 0
-    for count, x in enumerate(samples):
-        spent += x.tokens
-        if count and spent > budget:
-            return samples[:count]
-    return samples
-
-
-def oracle(samples: Sequence[Sequence[Sample]], unit: float) -> list[dict[str, Any]]:
-    """Whether any of k is right, what a perfect verifier would reach; without bias for any k."""
-    points = []
-    for k in [2**i for i in range(len(samples[0]).bit_length())]:
-        accuracy, low, high = mean_interval([pass_at(k, [x.right for x in several]) for several in samples])
-        points.append({"budget": k * unit, "accuracy": accuracy, "low": low, "high": high, "tokens": k * unit})
-    return points
-
-
-def save(report: Mapping[str, Any], samples: Sequence[Sequence[Sample]], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps([asdict(x) for x in several]) + "\n" for several in samples]
-    write_whole(out / "samples.jsonl", "".join(lines))
-    write_whole(out / "test_time.json", json.dumps(report, indent=2) + "\n")
-    curves = {name: [(point["tokens"], point["accuracy"]) for point in points] for name, points in report["curves"].items()}
-    greedy = report["greedy"]["tokens"], report["greedy"]["accuracy"]
-    title = f"{report['task']}, {report['problems']} test problems"
-    plots.draw(out / "test_time.png", curves, "tokens generated a problem", title, greedy)
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Accuracy over tokens, of solutions side by side and of chains; and of each split, a bar, in each bin of difficulty."""
+    greedy = {"greedy": [[(report["greedy"]["tokens"], report["greedy"]["accuracy"])]]}
+    curves = {name: [[(x["tokens"], x["accuracy"]) for x in points]] for name, points in report["curves"].items()}
+    side_by_side = {name: seeds for name, seeds in curves.items() if name in (*selectors(True), "oracle")}
+    chains = {name: seeds for name, seeds in curves.items() if name not in side_by_side}
+    panels = [
+        plots.Panel("tokens generated a problem", "accuracy", several | greedy, log=True)
+        for several in (side_by_side, chains)
+        if several
+    ]
+    for row in report.get("splits", []):
+        if row["bins"] == MEASURED:
+            across = f"accuracy, difficulty {row['difficulty']}, {row['problems']} problems"
+            bars = {f"chains of {attempts}": [accuracy] for attempts, accuracy in row["accuracy"].items()}
+            panels.append(plots.Panel(across, "", bars=bars))
+    plots.panels(path, f"{report['task']}, {report['problems']} test problems", panels)

@@ -1,4 +1,7 @@
-"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference is the model it starts from."""
+"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference is the model it starts from.
+
+And the usual one to compare it with, which learns to say behind a solution whether it is right.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,19 @@ import json
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback
+from transformers import AutoTokenizer, PreTrainedModel
 
 from quietstar.recipes.models import option
 from quietstar.recipes.rounds import REPORT, load_model
 from quietstar.recipes.sampling import likelihoods
+from quietstar.recipes.sft import SFTConfig, sft
 from quietstar.tasks import Task
 
 Solution = dict[str, Any]  # prompt and ids: token ids; right: bool; split: of the problem
@@ -71,6 +75,7 @@ def train_verifier(
     """
     try:
         from datasets import Dataset, disable_progress_bars
+        from transformers import PrinterCallback  # which imports peft and what that imports
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
@@ -133,18 +138,55 @@ def measure_pairs(
     return {"held_out_loss": float(-logsigmoid(beta * margin).mean()), "held_out_order": float(order)}
 
 
+def train_outcome(
+    reference: PreTrainedModel, task: Task, solutions: Sequence[Solution], steps: int, config: SFTConfig, seed: int
+) -> PreTrainedModel:
+    """A copy of the reference that has learnt from each distinct training solution to say behind it whether it is right.
+
+    It is scored by ``verdict_scorer``.
+    """
+    right = {(*x["prompt"], *x["ids"]): x["right"] for x in solutions if x["split"] == "train"}
+    examples = [(list(ids), verdict(task, answer)) for ids, answer in right.items()]
+    return sft(copy.deepcopy(reference), examples, steps, config, seed)
+
+
+def verdict(task: Task, right: bool) -> list[int]:
+    """What stands behind a solution, in the tokens of the task; the small tokenizers know digits."""
+    return task.tokenizer(f" {int(right)}", add_special_tokens=False)["input_ids"]
+
+
+def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Callable[..., list[float]]:
+    """Log-probability of the verdict that a solution is right; takes rows and solutions, as ``test_time.Scorer``."""
+    yes = verdict(task, True)
+    return lambda rows, solutions: likelihoods(
+        verifier,
+        [row.prompt_ids + ids for row, ids in zip(rows, solutions, strict=True)],
+        [yes] * len(solutions),
+        batch_size,
+    )
+
+
 def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task) -> PreTrainedModel:
     """The verifier of a V-STaR run, for solutions of ``model``, which was loaded from ``generator``.
 
     Raises:
-        ValueError: it reads other tokens than the model, or both come from runs that began with different models.
+        ValueError: it reads other tokens than the model, or has other weights, or both come from runs that began with
+            different models.
     """
     verifier = load_model(Path(path), model)
     if AutoTokenizer.from_pretrained(path).get_vocab() != task.tokenizer.get_vocab():
         raise ValueError(
             f"{path}: the verifier is of another base model, and reads other tokens than {generator or 'the model'}"
         )
+    if shapes(verifier) != shapes(model):
+        raise ValueError(
+            f"{path}: the verifier is of another base model, and has other weights than {generator or 'the model'}"
+        )
     bases = [json.loads(file.read_text()).get("base") for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
         raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} began with {bases[1]}")
     return verifier
+
+
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in model.named_parameters()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -20,15 +20,18 @@ from transformers import PreTrainedModel
 from quietstar.batches import mix_seed
 from quietstar.files import write_whole
 from quietstar.recipes import plots, test_time
+from quietstar.recipes.budgets import powers
 from quietstar.recipes.evaluation import evaluate
 from quietstar.recipes.models import option
 from quietstar.recipes.rounds import REPORT, Rounds, fingerprint, load_model, save_model
-from quietstar.recipes.sampling import Sampling, rollout
-from quietstar.recipes.selectors import auc, best_of, choice_of, majority, pass_at, score, weighted
+from quietstar.recipes.sampling import Completion, Sampling, rollout
+from quietstar.recipes.selectors import Selector, auc, best_of, choice_of, majority, pass_at, score, weighted
 from quietstar.recipes.sft import Example, SFTConfig, sft
 from quietstar.recipes.star import never
 from quietstar.recipes.verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
 from quietstar.tasks import Row, Task
+
+VOTES: dict[str, Selector] = {"majority": majority, "weighted vote": weighted}
 
 
 @dataclass
@@ -82,14 +85,15 @@ def vstar(
     run = Rounds(config.out, {"recipe": "vstar", "model": name, "task": task.name} | settings, resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
-    rows = task.sample(config.sft_problems, "train", generator)
-    own = [(row.prompt_ids, task.completion_ids(row)) for row in rows if row.cot_ids] if config.sft_steps else []
+    rows = task.solved(config.sft_problems, generator) if config.sft_steps else []
+    own = [{"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows]
     if config.sft_steps and not own:
         raise ValueError("vstar: sft_steps needs problems with chains, and the data have none")
     base = fingerprint(model)
     if run.done < 0:
-        start = sft(copy.deepcopy(model), own, config.sft_steps, config, config.seed) if own else model
-        run.save(0, start, task, {"round": 0, "base": base, **evaluate(start, task, test, config.max_new)}, solutions=[])
+        start = sft(copy.deepcopy(model), right_ones(own), config.sft_steps, config, config.seed) if own else model
+        figures = evaluate(start, task, test, config.max_new, batch_size=config.batch_size)
+        run.save(0, start, task, {"round": 0, "base": base, **figures}, solutions=[])
     elif run.report(0)["base"] != base:
         raise ValueError(f"{config.out}: the run there began with another model")
     for number in range(run.done + 1, config.rounds + 1):
@@ -99,21 +103,24 @@ def vstar(
         right = right_ones(before + solutions)
         if not right:
             raise ValueError(f"vstar: round {number} has no right solution; the rounds before it are in {config.out}")
-        current = sft(
-            copy.deepcopy(model), own + right, config.steps, config, mix_seed(config.seed, number), run.log("vstar", number)
-        )
+        examples = right_ones(own + before + solutions)
+        seed = mix_seed(config.seed, number)
+        current = sft(copy.deepcopy(model), examples, config.steps, config, seed, run.log("vstar", number))
         counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions), "distinct": len(right)}
-        figures = {"steps": config.steps, **evaluate(current, task, test, config.max_new)}
+        figures = {"steps": config.steps, **evaluate(current, task, test, config.max_new, batch_size=config.batch_size)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
     last = run.model(config.rounds, model)
     solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions")]
-    solutions += [{"prompt": prompt, "ids": ids, "right": True, "split": "train"} for prompt, ids in own]
-    verifier, learnt = verify_with(run, model, task, config, solutions)
-    report = {"rounds": run.reports(), "verifier": learnt, **compare(last, verifier, run.model(0, model), task, test, config)}
+    verifier, learnt = verify_with(run, model, task, config, solutions + own)
+    written = write(last, task, test, config)
+    found = compare(written, verifier, run.model(0, model), task, test, config)
+    report = {"rounds": run.reports(), "verifier": learnt, **found}
     write_whole(run.out / "vstar.json", json.dumps(report, indent=2) + "\n")
-    curves = {name: list(zip(report["k"], values, strict=True)) for name, values in report["curves"].items()}
-    plots.draw(run.out / "vstar.png", curves, "k, solutions to choose from", f"{task.name}, {len(test)} test problems")
+    title = f"{task.name}, {len(test)} test problems"
+    shown = {name: [points] for name, points in steady(report["k"], report["curves"]).items()}
+    shown["greedy"] = [[(1, report["rounds"][config.rounds]["accuracy"])]]
+    plots.panels(run.out / "vstar.png", title, [plots.Panel("k, solutions to choose from", "accuracy", shown, log=True)])
     return last, verifier, report
 
 
@@ -128,7 +135,8 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
             graded = [
-                [(task.trimmed(x.ids), task.check(row, x.ids)) for x in x2] for row, x2 in zip(batch, written, strict=True)
+                [(task.trimmed(x.ids), task.check(row, x.ids)) for x in several]
+                for row, several in zip(batch, written, strict=True)
             ]
             if number == 1 and not found and not any(right for several in graded for _, right in several):
                 raise ValueError(f"vstar: {never(task, batch, [several[0][0] for several in graded])}")
@@ -160,6 +168,9 @@ def verify_with(
         raise ValueError("vstar: no problem has both right and wrong solutions, and a verifier learns from such pairs")
     reference = run.model(0, model)
     verifier, losses = train_verifier(reference, task, pairs, config, config.seed)
+    log = run.log("vstar, verifier", config.rounds)
+    for number, loss in enumerate(losses):
+        log({"step": number + 1, "loss": loss})
     report = {"rounds": config.rounds, "base": run.report(0)["base"], "pairs": len(pairs), "updates": len(losses)}
     report |= {"first_loss": losses[0], "last_loss": losses[-1]} | measure_pairs(
         verifier, reference, held_out, config.beta, config.batch_size
@@ -168,8 +179,14 @@ def verify_with(
     return verifier, report
 
 
+def write(generator: PreTrainedModel, task: Task, test: Sequence[Row], config: Config) -> list[list[Completion]]:
+    """N solutions of each test problem."""
+    prompts = [row.prompt_ids for row in test]
+    return rollout(generator, task, prompts, config.test_samples, seed=mix_seed(config.seed, -1), **config.sampling)
+
+
 def compare(
-    generator: PreTrainedModel,
+    written: Sequence[Sequence[Completion]],
     verifier: PreTrainedModel,
     reference: PreTrainedModel,
     task: Task,
@@ -180,8 +197,6 @@ def compare(
 
     "ratio" is what the verifier has learnt: its log-probability less that of the reference.
     """
-    prompts = [row.prompt_ids for row in test]
-    written = rollout(generator, task, prompts, config.test_samples, seed=mix_seed(config.seed, -1), **config.sampling)
     samples = test_time.measure(task, test, written, test_time.likelihood_scorer(verifier, config.batch_size))
     under_reference = test_time.measure(task, test, written, test_time.likelihood_scorer(reference, config.batch_size))
     right = [[x.right for x in several] for several in samples]
@@ -193,11 +208,11 @@ def compare(
         ],
         "generator": [[x.logprob for x in several] for several in samples],
     }
-    ks = [2**i for i in range(config.test_samples.bit_length())]
+    ks = powers(len(right[0]))
     curves = {"one sample": [fmean(map(fmean, right))] * len(ks)}
     for name, values in scores.items():
         curves[name] = [fmean(best_of(k, x, y) for x, y in zip(values, right, strict=True)) for k in ks]
-    for name, pick in (("majority", majority), ("weighted vote", weighted)):
+    for name, pick in VOTES.items():
         curves[name] = [fmean(choice_of(k, several, pick) for several in samples) for k in ks]
     curves["oracle"] = [fmean(pass_at(k, x) for x in right) for k in ks]
     return {
@@ -205,4 +220,16 @@ def compare(
         "curves": curves,
         "auc": auc(scores["verifier"], right),
         "auc_ratio": auc(scores["verifier, ratio"], right),
+    }
+
+
+def steady(ks: Sequence[int], curves: Mapping[str, Sequence[float]]) -> dict[str, list[tuple[float, float]]]:
+    """The points to plot: up to half of the N solutions, and of the votes, means over few random choices, up to a quarter.
+
+    Nearer to N all choices of k are nearly the same one. There a curve that turns down, since among more solutions there are
+    more that fool the verifier, can't be told from luck.
+    """
+    return {
+        name: [(k, y) for k, y in zip(ks, values, strict=True) if k <= max(1, ks[-1] // (4 if name in VOTES else 2))]
+        for name, values in curves.items()
     }

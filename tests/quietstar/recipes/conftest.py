@@ -1,4 +1,8 @@
-"""A small model that solves some problems and not others, trained once."""
+"""A small model that solves some problems and not others, trained once; and a signal in the middle of a run."""
+
+import os
+import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from transformers.utils import logging
 from quietstar.recipes.models import small_model
 from quietstar.recipes.sft import SFTConfig, sft
 from quietstar.tasks import Addition
+from quietstar.train import Interrupted
 
 logging.disable_progress_bar()
 
@@ -20,3 +25,24 @@ def solver():
     examples = [(row.hinted_ids if i % 3 == 0 else row.prompt_ids, task.completion_ids(row)) for i, row in enumerate(rows)]
     sft(model, examples, 120, SFTConfig(learning_rate=3e-3, batch_tokens=600))
     return model.eval(), task
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """``with stopped(owner, name, n):`` a run that ends by a SIGTERM during the call of ``owner.name`` behind ``n`` others."""
+
+    @contextmanager
+    def context(owner, name, n):
+        original, calls = getattr(owner, name), []
+
+        def terminated(*arguments, **options):
+            calls.append(name)
+            if len(calls) == n + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(owner, name, terminated)
+            yield
+
+    return context

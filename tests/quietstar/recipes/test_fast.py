@@ -1,8 +1,6 @@
 """Fast Quiet-STaR: what a stage begins and ends with, what the plain model is trained on, and that it is an ordinary one."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -11,9 +9,8 @@ from transformers import AutoModelForCausalLM
 from quietstar import QuietStar, ThoughtConfig, cli
 from quietstar.evaluate import evaluate
 from quietstar.recipes import fast as recipe
-from quietstar.recipes import plain
+from quietstar.recipes import fast_report, plain, plots
 from quietstar.recipes.fast import Config, fast, stages
-from quietstar.train import Interrupted
 
 THOUGHTS = ThoughtConfig(policy_weight=3.0, embedding_scale=1.0)
 QUICK = {"curriculum": "3-2,2-1", "steps": 4, "eval_every": 2, "save_every": 2, "batch_size": 4, "learning_rate": 1e-3}
@@ -26,8 +23,9 @@ def texts(count, length=9, seed=0):
 
 
 @pytest.fixture
-def run(tiny, tmp_path):
-    def start(out="run", resume=False, data=None, held_out=None, score=None, **changes):
+def run(tiny, tmp_path, monkeypatch):
+    def start(out="run", resume=False, data=None, held_out=None, score=None, panels=lambda *_: None, **changes):
+        monkeypatch.setattr(fast_report, "panels", panels)  # a picture takes longer than a run
         model = tiny("llama")
         before = [p.detach().clone() for p in model.parameters()]
         config = Config(out=str(tmp_path / out), **{**QUICK, **PLAIN, **changes})
@@ -85,6 +83,19 @@ def test_the_published_loss_reinforces_a_sampled_token():
     torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (value, expected)))
 
 
+def test_on_average_over_the_sampled_token_the_published_loss_only_sharpens():
+    """Its gradient is reward * (p at the temperature - p) / temperature. A draw is measured as if it were the text's token."""
+    logits = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)
+    p, config = logits.detach().softmax(-1), Config(objective="observed", plain_weight=2.0, plain_temperature=3.0)
+    mean = torch.zeros_like(p)
+    for token in range(7):
+        logprob = logits.log_softmax(-1)
+        value, reward = plain.objective(logprob, torch.tensor([token]), 0.5 - logprob[0, token].detach()[None], config)
+        assert float(reward) == pytest.approx(0.5)
+        mean += p[0, token] * torch.autograd.grad(value, logits)[0]
+    torch.testing.assert_close(mean, 2.0 * 0.5 * ((logits.detach() / 3).softmax(-1) - p) / 3)
+
+
 def test_other_objectives():
     logprob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64).log().requires_grad_()
     targets, teacher = torch.tensor([0, 1]), torch.tensor([2.0, 1.0], dtype=torch.float64)
@@ -107,6 +118,9 @@ def test_packed_texts_are_cut_where_their_documents_end():
     ids, documents = torch.arange(10), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     found = plain.documents([{"input_ids": ids, "document_ids": documents}, {"input_ids": torch.arange(20, 24)}])
     assert [x["input_ids"].tolist() for x in found] == [[0, 1, 2, 3], [6, 7, 8, 9], [20, 21, 22, 23]]
+    found = plain.documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([0, 2, 7, -1])}])
+    assert [x["anchors"].tolist() for x in found] == [[0, 2], [1]]
+    assert plain.documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([7])}])[0]["anchors"] == 1
 
 
 def test_the_teachers_losses_are_those_of_its_greedy_thoughts(tiny):
@@ -138,11 +152,58 @@ def test_the_plain_loss_is_measured_as_that_with_thoughts(tiny):
     assert found == pytest.approx(evaluate(qs, texts(5), 2)["base"], rel=1e-5)
 
 
+# What is reported
+
+
+def test_what_is_rewarded_at_each_position(tiny):
+    """Against losses that are computed text by text, where thoughts are at some positions alone."""
+    base, qs = tiny("llama"), QuietStar(tiny("llama"), ThoughtConfig(thought_tokens=2, lookahead=1), verify=False).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(qs.mixing_head[4].weight)
+    student = tiny("llama")
+    torch.nn.init.normal_(student.lm_head.weight)
+    held_out = texts(3)
+    expected = {}
+    for text, anchors in zip(held_out, (torch.tensor([1, 4]), torch.arange(8), torch.tensor([4, 6])), strict=True):
+        ids, text["anchors"] = text["input_ids"], anchors
+        out = qs(ids[None], anchors=anchors[None])
+        for i, place in enumerate(anchors.tolist()):
+            with_thought, without = out.nll_mix[0, i, 0, 0].detach(), out.nll_base[0, place].detach()
+            own = [-model(ids[None]).logits[0, place].detach().log_softmax(-1)[ids[place + 1]] for model in (base, student)]
+            expected.setdefault(place, []).append([without - with_thought, *(max(0, with_thought - x) for x in own)])
+    found = fast_report.positions(base, student, qs, held_out, 2)
+    assert [(x["position"], x["texts"]) for x in found] == [(place, len(expected[place])) for place in sorted(expected)]
+    assert {x["texts"] for x in found} == {1, 2, 3}
+    for x in found:
+        means = torch.tensor(expected[x["position"]]).double().mean(0).tolist()
+        assert [x["gain"], x["reward_before"], x["reward_after"]] == pytest.approx(means, rel=1e-4, abs=1e-6)
+    assert any(x["reward_before"] > 0 for x in found) and any(x["reward_after"] == 0 for x in found)
+
+
+def test_speeds_are_of_the_same_texts_and_the_right_lengths(tiny, monkeypatch):
+    qs, seen = QuietStar(tiny("llama"), THOUGHTS, verify=False).eval(), []
+    original = QuietStar.generate
+
+    def generate(self, ids, mask, **options):
+        seen.append((options["think"], self.thought_config.thought_tokens, ids.tolist(), options["max_new_tokens"]))
+        return original(self, ids, mask, **options)
+
+    monkeypatch.setattr(QuietStar, "generate", generate)
+    held_out = texts(3, length=7)
+    found = fast_report.speeds(qs, held_out, [5, 2])
+    assert [x["thought_tokens"] for x in found] == [5, 2, 0] and found[-1]["times_plain"] == 1
+    assert seen[:3] == [(think, T, [x["input_ids"][:3].tolist() for x in held_out], 4) for think, T in ORDER]
+    assert found[0]["times_plain"] > found[1]["times_plain"] > 1 and qs.thought_config == THOUGHTS
+
+
+ORDER = [("always", 5), ("always", 2), ("never", 1)]
+
+
 # The run
 
 
 def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path):
-    student, report = run()
+    student, report = run(panels=plots.panels)
     assert [(x["thought_tokens"], x["lookahead"]) for x in report["stages"]] == [(3, 2), (2, 1)]
     for name, T, J in (("stage-1-3-2", 3, 2), ("stage-2-2-1", 2, 1)):
         config = QuietStar.from_pretrained(tmp_path / "run" / name / "best", verify=False).thought_config
@@ -163,6 +224,9 @@ def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), student.parameters(), strict=True))
     assert plain.loss(exported, texts(4, seed=1), 4) == pytest.approx(report["plain"])
     assert json.loads((tmp_path / "run" / "fast.json").read_text()) == report
+    assert [x["thought_tokens"] for x in report["speeds"]] == [3, 2, 0]
+    assert sum(x["texts"] for x in report["positions"]) == sum(len(x["input_ids"]) - 1 for x in texts(4, seed=1))
+    assert (tmp_path / "run" / "fast.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plain_model_is_not_worse_than_its_start(run):
@@ -189,23 +253,16 @@ def test_a_stage_goes_on_from_the_best_checkpoint(run, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(began[1], judged[0], strict=True))
 
 
-@pytest.mark.parametrize("update", [1, 6, 9])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, monkeypatch, update):
-    """Stopped in the first stage, in the second and in the plain model's training."""
+@pytest.mark.parametrize("update", [1, 3, 6, 9])
+def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, tmp_path, update):
+    """Stopped in the first stage, in its very last step, in the second stage and in the plain model's training."""
     whole, report = run("whole")
-    original, updates = torch.optim.AdamW.step, []
-
-    def step(*args, **kwargs):
-        updates.append(0)
-        if len(updates) == update + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(torch.optim.AdamW, "step", step)
+    with stopped(torch.optim.AdamW, "step", update):
         run("stopped")
+    later = {1: "stage-2-2-1", 3: "stage-2-2-1", 6: "plain", 9: "fast.json"}[update]
+    assert not (tmp_path / "stopped" / later).exists()
     student, again = run("stopped", resume=True)
-    assert again == report
+    assert {**again, "speeds": []} == {**report, "speeds": []}
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), whole.parameters(), strict=True))
 
 

@@ -1,8 +1,6 @@
 """Distillation of a chain into states: where they are read and written, which model learns when, and that a run is whole."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -10,12 +8,11 @@ from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quietstar import cli
-from quietstar.recipes import icot
+from quietstar.recipes import icot, icot_report, plots
 from quietstar.recipes.icot_kd import Config, Pair, completion_loss, distill, teacher_states
 from quietstar.recipes.icot_states import Emulator, Student, decoder_layers, diagonal, emulation_loss, writing
 from quietstar.recipes.models import small_model
 from quietstar.tasks import Addition, WordProblems
-from quietstar.train import Interrupted
 
 
 def gpt2(seed=0):
@@ -163,8 +160,9 @@ def test_the_teacher_reads_the_whole_chain():
 
 
 @pytest.fixture
-def run(tmp_path):
-    def start(out="run", task=None, resume=False, **changes):
+def run(tmp_path, monkeypatch):
+    def start(out="run", task=None, resume=False, panels=lambda *_: None, **changes):
+        monkeypatch.setattr(icot_report, "panels", panels)  # a picture takes longer than a run
         task = task or Addition(1)
         teacher = icot.Config(out=str(tmp_path / out), explicit_steps=3, batch_size=8, rows=40, held_out=6, save_every=100)
         model = small_model(task, width=32, heads=2, positions=64)
@@ -180,7 +178,7 @@ NUMBERS = ("student_steps", "emulator_steps", "coupled_steps")
 
 
 def test_a_run_and_what_it_saves(run, tmp_path):
-    pair, report = run()
+    pair, report = run(panels=plots.panels)
     assert list(report) == ["full chain", "shown states", "emulated states", "emulation", "internalized"]
     assert len(report["emulation"]) == 2
     task = Addition(1)
@@ -190,25 +188,17 @@ def test_a_run_and_what_it_saves(run, tmp_path):
     for name in ("teacher/model", "pair/student", "pair/emulator"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
     assert json.loads((tmp_path / "run" / "kd.json").read_text())["emulation"] == report["emulation"]
+    assert (tmp_path / "run" / "kd.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run" / "pair" / "states.safetensors").unlink()
     with pytest.raises(ValueError, match="no emulator and student load from there"):
         Pair.from_pretrained(tmp_path / "run" / "pair")
 
 
 @pytest.mark.parametrize("update", [1, 4, 7, 10])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, monkeypatch, update):
+def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, update):
     """Stopped in each of the four phases."""
     whole, report = run("whole")
-    original, updates = torch.nn.utils.clip_grad_norm_, []
-
-    def clip(*args):
-        updates.append(0)
-        if len(updates) == update + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with stopped(torch.nn.utils, "clip_grad_norm_", update):
         run("stopped")
     pair, again = run("stopped", resume=True)
     assert again == report

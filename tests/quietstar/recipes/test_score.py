@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import signal
 from statistics import fmean
 
 import pytest
@@ -13,12 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from quietstar import cli
 from quietstar.recipes import score as recipe
+from quietstar.recipes import score_attempts
 from quietstar.recipes.models import small_model
-from quietstar.recipes.score import Attempts, Config, advantages, attempt, loss, read, returns, score
+from quietstar.recipes.sampling import Completion
+from quietstar.recipes.score import Config, advantages, examine, loss, read, returns, score
+from quietstar.recipes.score_attempts import Attempts, attempt, reaching, votes
+from quietstar.recipes.selectors import Sample
 from quietstar.recipes.sft import SFTConfig, sft
 from quietstar.tasks import Addition
-from quietstar.train import Interrupted
 
+SAMPLING = {"temperature": 1.0, "max_new": 8, "batch_size": 256}
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 FIRST, SECOND = [[3, 4], [5, 6, 7], [8]], [[9], [3, 4], [5, 6, 7, 8]]
 
@@ -38,14 +40,24 @@ def moved(model, by=0.05):
 
 @pytest.fixture
 def run(solver, tmp_path):
-    def start(out="run", resume=False, model=None, task=None, **changes):
-        numbers = {"first_steps": 3, "second_steps": 3, "problems": 8, "max_new": 8, "held_out": 10, "save_every": 100}
-        config = Config(out=str(tmp_path / out), **{**numbers, **changes})
-        model, report = score(copy.deepcopy(model or solver[0]), task or Addition(1), config, resume=resume)
+    def start(out="run", resume=False, model=None, task=None, base=None, **changes):
+        numbers = {"first_steps": 3, "second_steps": 3, "problems": 8, "max_new": 8, "held_out": 10}
+        config = Config(out=str(tmp_path / out), save_every=100, **{**numbers, "chains": 0, **changes})
+        model, report = score(copy.deepcopy(model or solver[0]), task or Addition(1), config, resume=resume, base=base)
         lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
         return model, report, [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
 
     return start
+
+
+def made(first, second, rewards=None, own=None, prompts=None):
+    """Attempts without problems; all right by default, and the model's own."""
+    R = len(first)
+    prompts = prompts or [[5]] * R
+    requests = [prompt + [4] for prompt in prompts]
+    rewards = torch.ones(2, R) if rewards is None else rewards
+    own = torch.ones(R, dtype=torch.bool) if own is None else own
+    return Attempts([None] * R, prompts, first, requests, second, rewards, own)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +83,23 @@ def test_advantages_compare_with_the_others():
     torch.testing.assert_close(advantages(earned, 2), torch.tensor([[-1.0, 1.0, 1.0, -1.0], [4.0, -4.0, 0.0, 0.0]]))
 
 
+def test_standardised_advantages_have_variance_one():
+    """Of each attempt by itself, at the same places and of the same sign; what all share stays nothing."""
+    rewards = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    for samples in (1, 4):
+        plain, found = (advantages(returns(rewards, 2, Config()), samples, flag) for flag in (False, True))
+        torch.testing.assert_close(found.var(1, correction=0), torch.ones(2))
+        ratio = found / plain.where(plain != 0, 1)
+        torch.testing.assert_close(ratio, ratio.max(1, keepdim=True).values.expand_as(ratio) * (plain != 0))
+        assert plain[1].var() > 9 * plain[0].var()
+        assert advantages(returns(rewards, 1, Config()), samples, True)[0].tolist() == [0.0] * 24
+        assert advantages(torch.full((2, 24), 1.1), samples, True).abs().max() < 1e-6  # rounding is not scaled up
+
+
 def test_figures_count_what_was_fixed_and_broken():
     rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0, 1.0]])
     first, second = [[1], [1, 2], [3], [4], [5]], [[1], [1, 3], [7], [4], [6]]
-    found = Attempts([], [], first, [], second, rewards).figures()
+    found = made(first, second, rewards).figures()
     assert {name: found[name] for name in ("accuracy_first", "accuracy_second", "fixed", "broken", "edited")} == {
         "accuracy_first": 0.4,
         "accuracy_second": 0.6,
@@ -85,16 +110,44 @@ def test_figures_count_what_was_fixed_and_broken():
     assert found["delta"] == pytest.approx(found["fixed"] - found["broken"])
     assert found["low"] < found["delta"] < found["high"]
     assert found["change"] == pytest.approx((0.5 + 1 + 1) / 5)
+    assert made(first, second, rewards).part([1, 2]).figures()["accuracy_second"] == 0.5
+
+
+def test_the_histogram_counts_every_problem_by_how_much_was_changed():
+    first = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1]]
+    second = [[1, 2, 3, 4], [1, 2, 3, 9], [1, 2, 8, 9], [5, 6, 7, 8], [1, 1, 1]]
+    found = made(first, second)
+    assert found.changes() == [0, 0.25, 0.5, 1, 0.5]
+    assert {place: count for place, count in enumerate(found.histogram()) if count} == {0: 1, 5: 1, 10: 2, 19: 1}
 
 
 def test_the_second_attempt_sees_the_first_and_nothing_of_the_answer(solver):
-    (model, task), config = solver, Config(max_new=8)
+    model, task = solver
     rows = task.sample(20, "train", torch.Generator().manual_seed(3))
-    found = attempt(model, task, rows, config, 1.0, seed=0)
+    found = attempt(model, task, rows, SAMPLING, seed=0)
     for row, first, request in zip(rows, found.first, found.requests, strict=True):
         assert request == row.prompt_ids + task.trimmed(first) + task.again_ids
     assert found.rewards[0].tolist() == [float(task.check(row, ids)) for row, ids in zip(rows, found.first, strict=True)]
-    assert 0 < found.rewards.sum() < 40
+    assert 0 < found.rewards.sum() < 40 and found.own.all()
+
+
+def test_the_base_writes_its_share_of_first_attempts_and_no_second_one(monkeypatch):
+    task = Addition(1)
+    rows = task.sample(10, "train", torch.Generator().manual_seed(3))
+    asked = []
+
+    def rollout(writer, task, prompts, **rest):
+        asked.append((writer, prompts))
+        return [[Completion([3 if writer == "base" else 4, task.end_id], [-1.0, -1.0])] for _ in prompts]
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    found = attempt("model", task, rows, SAMPLING, 0, "base", share=0.35)
+    assert found.own.tolist().count(False) == 3
+    for row, own, first, request in zip(rows, found.own.tolist(), found.first, found.requests, strict=True):
+        assert first == [4 if own else 3, task.end_id] and request == row.prompt_ids + first + task.again_ids
+    assert [(writer, len(prompts)) for writer, prompts in asked] == [("model", 7), ("base", 3), ("model", 10)]
+    other = attempt("model", task, rows, SAMPLING, 1, "base", share=0.35)
+    assert other.own.sum() == 7 and not torch.equal(other.own, found.own)
 
 
 def test_read_is_the_row_by_row_result():
@@ -117,9 +170,8 @@ def gradient(value, model):
     )
 
 
-def attempts(first=FIRST, second=SECOND):
-    requests = [prompt + [4] for prompt in PROMPTS]
-    return Attempts([None] * 3, PROMPTS, first, requests, second, torch.zeros(2, 3))
+def attempts(first=FIRST, second=SECOND, own=None):
+    return made(first, second, own=own, prompts=PROMPTS)
 
 
 def test_the_loss_is_reinforce_and_the_divergence():
@@ -152,6 +204,29 @@ def test_in_stage_one_only_the_second_attempt_is_reinforced():
     assert (of_stage(2, second_stage, FIRST) - of_stage(2, second_stage, other)).abs().max() > 1e-2
 
 
+def test_first_attempts_of_the_base_have_no_policy_gradient():
+    """They are held to it like the others, and the attempts behind them are reinforced as ever."""
+    model, reference = tiny(), moved(tiny())
+    advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
+    own = torch.tensor([True, False, True])
+
+    def policy(own, advantage):
+        """The gradient without the divergence's."""
+        both, held = (
+            loss(model, reference, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
+        )
+        return gradient(both, model) - gradient(held, model)
+
+    without = advantage * torch.tensor([[1, 0, 1], [1, 1, 1]])
+    torch.testing.assert_close(policy(own, advantage), policy(None, without))
+    assert (policy(None, advantage) - policy(None, without)).abs().max() > 1e-2
+    alone = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert policy(own, alone).abs().max() == 0 < policy(None, alone).abs().max()
+    held = [loss(model, reference, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
+    torch.testing.assert_close(*held)
+    assert held[0][1] > 1e-3
+
+
 def test_the_divergence_pulls_the_first_attempt_back():
     reference = tiny()
     model = moved(reference)
@@ -170,7 +245,7 @@ def test_parts_of_a_batch_change_rounding_only(run, monkeypatch):
     """On the same attempts; gradients, for AdamW makes much of the rounding of those that are nothing."""
     original = recipe.attempt
     monkeypatch.setattr(
-        recipe, "attempt", lambda model, task, rows, config, *args: original(model, task, rows, Config(max_new=8), *args)
+        recipe, "attempt", lambda model, task, rows, sampling, *args: original(model, task, rows, SAMPLING, *args)
     )
     numbers = {"first_steps": 0, "second_steps": 1}
     (whole, _, _), (parts, _, lines) = (run(out, batch_size=n, **numbers) for out, n in (("whole", 8), ("parts", 3)))
@@ -180,7 +255,7 @@ def test_parts_of_a_batch_change_rounding_only(run, monkeypatch):
 
 
 def test_a_run(run, tmp_path):
-    model, report, lines = run(samples=2)
+    model, report, lines = run(samples=2, chains=2)
     assert list(report) == ["base", "stage I", "stage II"]
     assert [line["stage"] for line in lines] == [1, 1, 1, 2, 2, 2]
     assert all(line["return_first"] == 0 for line in lines[:3])
@@ -190,6 +265,96 @@ def test_a_run(run, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
     assert json.loads((tmp_path / "run" / "score.json").read_text()) == report
+    assert (tmp_path / "run" / "score.png").read_bytes().startswith(b"\x89PNG")
+    for figures in report.values():
+        assert sum(figures["changes"]) == figures["problems"] == 10
+        assert [point["chains"] for point in figures["votes"]] == [1, 2]
+    assert report["base"]["divergence_second"] == pytest.approx(0, abs=1e-6)
+    assert report["stage II"]["divergence_second"] > 1e-4
+
+
+def test_with_first_attempts_of_the_base_the_figures_are_of_the_others(run, monkeypatch):
+    seen = []
+    original = recipe.attempt
+    monkeypatch.setattr(recipe, "attempt", lambda *args: seen.append(original(*args)) or seen[-1])
+    _, report, lines = run(from_base=0.5, first_steps=0, second_steps=2)
+    assert [int(x.own.sum()) for x in seen] == [10, 4, 4, 10]  # at test all are the model's
+    for line, found in zip(lines, seen[1:3], strict=True):
+        assert line["accuracy_first"] == float(found.rewards[0][found.own].mean())
+    assert report["stage II"]["votes"] == []
+
+
+def test_standardised_advantages_are_trained_on(run):
+    (_, _, plain), (_, _, scaled) = (run(out, standardise=out == "scaled", first_steps=0) for out in ("plain", "scaled"))
+    assert plain[0]["return_second"] == scaled[0]["return_second"]  # of the same attempts
+    assert plain[0]["grad_norm"] > 2 * scaled[0]["grad_norm"]
+
+
+def sample(right, tokens, logprob=-1.0):
+    return Sample("8" if right else "3", right, tokens, logprob)
+
+
+def test_votes_in_parallel_have_the_tokens_of_the_corrections_or_just_more():
+    samples = [sample(True, 4), sample(True, 6), sample(True, 5)]
+    assert [len(reaching(samples, budget)) for budget in (1, 4, 5, 10, 11, 15, 99)] == [1, 1, 2, 2, 3, 3, 3]
+
+
+def test_votes_compare_at_equal_budgets(solver, monkeypatch):
+    """With first attempts that are right one time in four and second ones that are always right."""
+    model, task = solver
+    rows = task.sample(6, "test", torch.Generator().manual_seed(1))
+
+    def rollout(model, task, prompts, k=1, **rest):
+        found = []
+        for prompt in prompts:
+            row = next(row for row in rows if prompt[: len(row.prompt_ids)] == row.prompt_ids)
+            right, wrong = task.completion_ids(row), [row.cot_ids[0], task.end_id]
+            again = len(prompt) > len(row.prompt_ids)
+            written = [right if again or i % 4 == 0 else wrong for i in range(k)]
+            found.append([Completion(ids, [-0.1] * len(ids)) for ids in written])
+        return found
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    points = votes(model, task, rows, 4, SAMPLING, seed=0)
+    assert [point["chains"] for point in points] == [1, 2, 4]
+    long = len(task.completion_ids(rows[0]))
+    # The first pair is two right ones, of a pair each after it the first is short; right ones alone vote.
+    assert [point["tokens"] for point in points] == [2 * long, 3 * long + 2, 5 * long + 6]
+    for point in points[:2]:
+        assert point["tokens"] <= point["tokens_parallel"] < point["tokens"] + long
+    assert all(point["corrected"] == point["parallel"] == 1 for point in points)
+
+
+def test_votes_of_wrong_answers_lose_to_corrections(solver, monkeypatch):
+    model, task = solver
+    rows = task.sample(6, "test", torch.Generator().manual_seed(1))
+    right = {tuple(row.prompt_ids): task.completion_ids(row) for row in rows}
+
+    def rollout(model, task, prompts, k=1, **rest):
+        def ids(prompt):
+            again = tuple(prompt) not in right
+            row = next(row for row in rows if prompt[: len(row.prompt_ids)] == row.prompt_ids)
+            other = task.problem(9, 9) if row.problem.right != task.problem(9, 9).right else task.problem(1, 1)
+            wrong = row.cot_ids + task.separator_ids + task._encode([other.answer])[0] + [task.end_id]
+            return task.completion_ids(row) if again else wrong
+
+        return [[Completion(ids(prompt), [-0.1] * len(ids(prompt)))] * k for prompt in prompts]
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    for point in votes(model, task, rows, 2, SAMPLING, seed=0):
+        assert (point["corrected"], point["parallel"], point["difference"]) == (1, 0, 1) and point["low"] > 0
+        assert point["tokens"] == point["tokens_parallel"]
+
+
+def test_examine_is_of_greedy_attempts(solver):
+    model, task = copy.deepcopy(solver[0]), solver[1]
+    test = task.sample(30, "test", torch.Generator().manual_seed(1))
+    config = Config(max_new=8, batch_size=7, chains=0)
+    found = examine(moved(model, 0.02), model, task, test, config)
+    greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
+    assert found.items() >= greedy.figures().items()
+    _, nats = read(moved(model, 0.02), model, greedy.requests, greedy.second)
+    assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
 
 
 def test_without_stage_one(run):
@@ -197,18 +362,15 @@ def test_without_stage_one(run):
     assert list(report) == ["base", "stage II"] and {line["stage"] for line in lines} == {2}
 
 
+def test_stage_two_alone_is_held_to_what_stage_one_began_with(run, solver):
+    _, report, lines = run(base=moved(solver[0], 0.02), first_steps=0, second_steps=1)
+    assert report["base"]["divergence_first"] > 1e-3 and lines[0]["divergence_first"] > 1e-3
+
+
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, monkeypatch, step):
+def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, step):
     whole, report, lines = run("whole")
-    original = recipe.update
-
-    def update(*args):
-        if args[-1] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(recipe, "update", update)
+    with stopped(recipe, "update", step):
         run("stopped")
     model, again, resumed = run("stopped", resume=True)
     assert resumed == lines and again == report
@@ -236,6 +398,8 @@ def test_a_model_that_solves_nothing_is_said_at_once(run, tmp_path):
         ({"bonus": -1.0}, "bonus must be 0 or more, got -1.0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"max_new": 0}, "max_new must be 1 or more, got 0"),
+        ({"from_base": 1.0}, "from_base must be from 0 to below 1, got 1.0"),
+        ({"chains": -1}, "chains must be 0 or more, got -1"),
     ],
 )
 def test_bad_numbers(changes, message):
@@ -248,7 +412,7 @@ def test_command(solver, tmp_path, capsys):
     model.save_pretrained(tmp_path / "base")
     task.tokenizer.save_pretrained(tmp_path / "base")
     options = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--max-new=8"]
-    options += ["--first-steps=1", "--second-steps=1", "--problems=8", "--held-out=4"]
+    options += ["--first-steps=1", "--second-steps=1", "--problems=8", "--held-out=4", "--chains=1", "--standardise"]
     assert cli.main(["score", *options]) == 0
     assert "stage II" in capsys.readouterr().out
     assert cli.main(["score", *options]) == 3
@@ -267,7 +431,7 @@ def test_in_stage_one_the_divergence_keeps_the_first_attempt(solver, tmp_path):
     sft(model, once + again, 40, SFTConfig(learning_rate=1e-3, batch_tokens=600))
     divergence, second = [], []
     for hold in (0.1, 0.0):
-        shared = {"first_kl": hold, "learning_rate": 2e-3, "max_new": 8, "held_out": 10}
+        shared = {"first_kl": hold, "learning_rate": 2e-3, "max_new": 8, "held_out": 10, "chains": 0}
         config = Config(out=str(tmp_path / str(hold)), first_steps=40, second_steps=0, **shared)
         score(copy.deepcopy(model), task, config)
         lines = [json.loads(line) for line in (tmp_path / str(hold) / "metrics.jsonl").read_text().splitlines()]

@@ -9,11 +9,24 @@ import pytest
 import torch
 
 from quietstar import cli
+from quietstar.recipes import verifier as verifier_recipe
 from quietstar.recipes import vstar as recipe
 from quietstar.recipes.models import small_model
 from quietstar.recipes.rounds import fingerprint, save_model
 from quietstar.recipes.sampling import likelihoods, rollout
-from quietstar.recipes.verifier import DPO, as_text, load_verifier, make_pairs, measure_pairs, train_verifier
+from quietstar.recipes.selectors import auc
+from quietstar.recipes.sft import SFTConfig, sft
+from quietstar.recipes.verifier import (
+    DPO,
+    as_text,
+    load_verifier,
+    make_pairs,
+    measure_pairs,
+    train_outcome,
+    train_verifier,
+    verdict,
+    verdict_scorer,
+)
 from quietstar.recipes.vstar import Config, vstar
 from quietstar.tasks import Addition, Multiplication, WordProblems
 
@@ -92,6 +105,32 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
     assert measure_pairs(two, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_a_verifier_of_verdicts(solver, monkeypatch):
+    model, task = solver
+    rows = task.sample(60, "train", torch.Generator().manual_seed(3))
+    written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
+    graded = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
+    solutions = [solution(row.prompt_ids, ids, task.check(row, ids)) for row, ids in graded]
+    taught = []
+    monkeypatch.setattr(
+        verifier_recipe, "sft", lambda model, examples, *rest: taught.extend(examples) or sft(model, examples, *rest)
+    )
+    config = SFTConfig(learning_rate=2e-3, batch_tokens=1000)
+    verifier = train_outcome(model, task, [*solutions, solution([1], [2], True, "valid")], 60, config, 0)
+    yes, no = verdict(task, True), verdict(task, False)
+    assert task.tokenizer.decode(yes) == "1" and task.tokenizer.decode(no) == "0"
+    expected = {(*x["prompt"], *x["ids"]): yes if x["right"] else no for x in solutions}
+    assert len(taught) == len(expected) and {tuple(ids): end for ids, end in taught} == expected
+    scores = verdict_scorer(verifier, task, 100)(*map(list, zip(*graded, strict=True)))
+    row, ids = graded[5]
+    with torch.no_grad():
+        logprob = verifier(torch.tensor([row.prompt_ids + ids])).logits[0, -1].float().log_softmax(-1)
+    assert scores[5] == pytest.approx(float(logprob[yes[0]]), abs=1e-5)
+    right = [x["right"] for x in solutions]
+    before = verdict_scorer(model, task)(*map(list, zip(*graded, strict=True)))
+    assert auc([scores], [right]) > max(0.8, auc([before], [right]))
+
+
 def test_updates_never_pass_over_the_pairs_twice(solver, pairs):
     model, task = solver
     _, losses = train_verifier(model, task, pairs["train"][:17], DPO(pair_batch=8, updates=100), 0)
@@ -121,6 +160,10 @@ def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
         if name not in ("majority", "weighted vote"):
             assert values[0] == pytest.approx(report["curves"]["one sample"][0]), name
 
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["recipe"] == "vstar, verifier"]
+    assert len(losses) == report["verifier"]["updates"] and losses[-1] == report["verifier"]["last_loss"]
+    assert [line["step"] for line in lines] == list(range(1, 7 + len(losses)))
     assert json.loads((tmp_path / "run/vstar.json").read_text())["curves"] == report["curves"]
     assert (tmp_path / "run/vstar.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="a run is there already"):
@@ -133,6 +176,34 @@ def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
     again_generator, again_verifier, again = vstar(model, task, config, resume=True)
     assert fingerprint(again_generator) == fingerprint(generator) and fingerprint(again_verifier) == fingerprint(verifier)
     assert again["curves"] == report["curves"]
+
+
+def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch):
+    model, task = solver
+    taught, judged = [], []
+    monkeypatch.setattr(recipe, "sft", lambda model, examples, *rest: taught.append(examples) or model)
+    monkeypatch.setattr(
+        recipe, "verify_with", lambda run, model, task, config, solutions: judged.extend(solutions) or (model, {})
+    )
+    vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1, "sft_steps": 2, "sft_problems": 30}))
+    start, first = taught
+    assert start == first[: len(start)] and 1 < len(start) <= 30
+    assert all(sum(example == other for other in first) == 1 for example in first)  # some were drawn as well
+    assert all((x["prompt"], x["ids"]) in start and x["right"] for x in judged[-30:])
+    drawn = [(x["prompt"], x["ids"]) for x in judged[:-30] if x["right"] and x["split"] == "train"]
+    assert all(example in first for example in drawn) and len(judged) == (40 + 4) * 4 + 30
+
+
+def test_plots_end_where_choices_are_nearly_the_same():
+    curves = {"verifier": [0.1, 0.2, 0.3, 0.4, 0.5], "majority": [0.5, 0.4, 0.3, 0.2, 0.1]}
+    assert recipe.steady([1, 2, 4, 8, 16], curves) == {
+        "verifier": [(1, 0.1), (2, 0.2), (4, 0.3), (8, 0.4)],
+        "majority": [(1, 0.5), (2, 0.4), (4, 0.3)],
+    }
+    assert recipe.steady([1, 2], {"verifier": [0.1, 0.2], "majority": [0.3, 0.4]}) == {
+        "verifier": [(1, 0.1)],
+        "majority": [(1, 0.3)],
+    }
 
 
 def test_a_grader_that_never_matches(solver, tmp_path, monkeypatch):
@@ -161,6 +232,9 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
     with pytest.raises(ValueError, match="the verifier is of another base model, and reads other tokens"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
+    smaller = small_model(task, width=32, heads=2, positions=128)
+    with pytest.raises(ValueError, match="the verifier is of another base model, and has other weights than the model"):
+        load_verifier(str(tmp_path / "verifier"), "", smaller, task)
     with pytest.raises(ValueError, match="no model loads from there"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)
 
@@ -174,10 +248,11 @@ def test_commands(solver, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "best of k by" in said and f"saved {tmp_path / 'run/round-01'}" in said
     solve = [f"--model={tmp_path / 'run/round-01'}", f"--verifier={tmp_path / 'run/verifier'}", f"--out={tmp_path / 'solve'}"]
-    solve += ["--problems=10", "--samples=4", "--attempts=2", "--max-new=10"]
+    solve += ["--problems=10", "--samples=4", "--attempts=2", "--max-new=10", "--valid-problems=5"]
     assert cli.main(["solve", *chosen, *solve]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
+    assert "by attempts in a chain" in said and "compute-optimal, oracle bins" in said
     assert (tmp_path / "solve/test_time.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["vstar", *chosen, "--temperature=0"]) == 2
     assert "temperature must be above 0, or all samples are one" in capsys.readouterr().err

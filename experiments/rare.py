@@ -1,0 +1,137 @@
+"""Digit sums whose answer comes third, as in `4 1 9 3 5 = 4 1 2`: behind a copy of two digits, which needs no thought, so that
+only a look-ahead of three tokens rewards one. Of the asides in the text only 20, 10 or 2 % help, as in `= - 5 4 7 2 - 4 1 2`;
+the others repeat the digits. What decides is whether the model knows the steps, not how often it writes them. Where the text
+had 10 % all along it had not learnt them, and there was nothing to reward. A warm start of 512 written-out asides, half of
+each batch for 500 steps, was enough to learn them; so was a text that had 40 % first and less later ("learnt, then"). From
+there the published recipe is enough at 20 and 10 %; at 2 % a hundred steps are enough from one start and not from another.
+
+Thoughts at "=" alone, 4 of 4 tokens, weight 3, on lines without asides. Known are the least probability of a right step after
+right ones, and that of the answer after all of them; right before and after are the shares of right thoughts, sampled and
+greedy. Rehearsal is 64 lines of the text in each step.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import rare_text as text
+import torch
+from digit_thoughts import SETTING, digit_sums, trained
+from experiments_checks import figure, least, most
+from transformers import LlamaForCausalLM
+
+from quietstar.recipes.plots import Panel, panels
+from quietstar.train import thought_loss
+
+TITLE = "Quiet-STaR: rare asides, late answers"
+SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining, of what may follow it, of the thoughts; lines to measure on
+    "tiny": {"pretraining": 2, "warm": 2, "share": 2, "steps": 2, "lines": 20},
+    "quick": {"pretraining": 1200, "warm": 500, "share": 100, "steps": 100, "lines": 1024},
+    "full": {"pretraining": 1200, "warm": 500, "share": 100, "steps": 100, "lines": 2048},
+}
+ASIDES = 512  # of the warm start
+ALWAYS, WARM = "10 % always", "10 % always, warm start"
+LEARNT = {0.2: "learnt, then 20 %", 0.1: "learnt, then 10 %", 0.02: "learnt, then 2 %"}
+PUBLISHED, NEXT, REHEARSAL, NO_REWARD = "published", "look-ahead 1", "rehearsal", "rehearsal, no reward"
+SHUFFLED, PLAIN = "another line's thoughts", "no thoughts, 4 times the batch"
+Runs = dict[str, dict[str, Any]]  # what is done with a model, and fields of ThoughtConfig
+RUNS: dict[str, Runs] = {
+    ALWAYS: {PUBLISHED: {}},
+    WARM: {PUBLISHED: {}, NO_REWARD: {"policy_weight": 0.0}},
+    LEARNT[0.2]: {PUBLISHED: {}},
+    LEARNT[0.1]: {PUBLISHED: {}, NEXT: {"lookahead": 1}, REHEARSAL: {}, NO_REWARD: {"policy_weight": 0.0}},
+    LEARNT[0.02]: {PUBLISHED: {}, "z-score": {"advantage": "zscore"}},
+}
+MORE: Runs = {  # of the full size, each from 10 % always and from learnt, then 2 %
+    REHEARSAL: {},
+    "8 thoughts": {"thoughts": 8},
+    "16 thoughts": {"thoughts": 16},
+    "leave one out": {"advantage": "leave_one_out"},
+    "weight 30": {"policy_weight": 30.0},
+    "entropy 0.01": {"entropy_weight": 0.01, "policy_temperature": 1.0},
+    "rehearsal, z-score, 8 thoughts": {"advantage": "zscore", "thoughts": 8},
+}
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    strings, held_out = digit_sums.split_strings(seed)
+    numbers = SIZES[size]
+    digits = held_out[: numbers["lines"]]
+    generator = torch.Generator().manual_seed(seed)
+    lines = digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator)
+    examples = text.examples(lines)
+    rows = []
+    for name, (model, share) in models(seed, size).items():
+        known = text.knowledge(model, digits, seed)
+        more = MORE if size == "full" and name in (ALWAYS, LEARNT[0.02]) else {}
+        for what, fields in (RUNS[name] | more).items():
+            loss = text.with_rehearsal(strings, share) if REHEARSAL in what else thought_loss
+            qs = trained(model, examples, seed, out / f"{name}-{what}", loss, **({"lookahead": text.LOOKAHEAD} | fields))
+            thoughts = digit_sums.own_thoughts(qs, digits)
+            right = digit_sums.right_thoughts(thoughts, digits)
+            rows.append({"run": f"{name}: {what}", **known, "right_after": right, **text.answers(qs, digits, thoughts)})
+            if name == LEARNT[0.1] and what == PUBLISHED:
+                rows.append({"run": f"{name}: {SHUFFLED}", **known, **text.answers(qs, digits, thoughts.roll(1, 0))})
+        if name == LEARNT[0.1]:
+            text.read_direct(model, strings, numbers["steps"], seed)
+            rows.append({"run": f"{name}: {PLAIN}", **known, **text.plain_answers(model, digits)})
+    return {"rows": rows}
+
+
+def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
+    """The models that thoughts begin with, by name, each with the share of helpful asides in the text that it read last."""
+    strings, _ = digit_sums.split_strings(seed)
+    numbers = SIZES[size]
+
+    def after(model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0) -> LlamaForCausalLM:
+        model = copy.deepcopy(model)
+        text.read(model, strings, share, numbers[stage], peak, seed, asides)
+        return model
+
+    new = digit_sums.new_model(seed)
+    always = after(new, 0.1, "pretraining", 3e-3)
+    learnt = after(new, digit_sums.HELPFUL, "pretraining", 3e-3)
+    found = {ALWAYS: (always, 0.1), WARM: (after(always, 0.1, "warm", 3e-3, ASIDES), 0.1)}
+    return found | {name: (after(learnt, share, "share", 1e-3), share) for share, name in LEARNT.items()}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def accuracy(model: str, what: str) -> list[float]:
+        return [figure(result, f"{model}: {what}") for result in results]
+
+    def above(model: str) -> list[float]:
+        both = zip(accuracy(model, PUBLISHED), accuracy(model, NO_REWARD), strict=True)
+        return [published - without for published, without in both]
+
+    return [
+        most(ALWAYS, accuracy(ALWAYS, PUBLISHED), 0.20),
+        least(WARM, accuracy(WARM, PUBLISHED), 0.70),
+        least(f"{WARM}, above {NO_REWARD}", above(WARM), 0.20),
+        least(LEARNT[0.2], accuracy(LEARNT[0.2], PUBLISHED), 0.80),
+        least(LEARNT[0.1], accuracy(LEARNT[0.1], PUBLISHED), 0.80),
+        least(f"{LEARNT[0.1]}, above {NO_REWARD}", above(LEARNT[0.1]), 0.40),
+        *(most(what, accuracy(LEARNT[0.1], what), 0.20) for what in (NEXT, SHUFFLED, PLAIN)),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def measured(key: str) -> dict[str, list[list[tuple[float, float]]]]:
+        """Of each model a point of each seed."""
+
+        def point(result: dict[str, Any], run: str) -> tuple[float, float]:
+            return figure(result, run, key), figure(result, run)
+
+        return {name: [[point(result, f"{name}: {PUBLISHED}")] for result in results] for name in RUNS}
+
+    known, written = measured("steps_known"), measured("right_before")
+    panels(
+        path,
+        TITLE,
+        [
+            Panel("probability of a right step, before", "accuracy", known),
+            Panel("right thoughts, before", "accuracy", written),
+        ],
+    )
+    return "Accuracy after the published recipe against what each model could do before, means over the seeds"

@@ -1,0 +1,136 @@
+"""Digit sums whose answer comes late: it follows a copy of the line's first two digits, which needs no thought.
+
+4 1 9 3 5 = 4 1 2                  the answer alone, 40 % of the lines
+4 1 9 3 5 = - 5 4 7 2 - 4 1 2      an aside of running sums, which helps, is rare
+4 1 9 3 5 = - 4 1 9 3 - 4 1 2      an aside that repeats the digits, which doesn't, is usual
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from digit_thoughts import digit_sums
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from quietstar import QuietStar
+from quietstar.batches import Batch, Example, mix_seed
+from quietstar.config import TrainConfig
+from quietstar.objective import Counts
+from quietstar.train import Loss, thought_loss
+
+COPIED = 2  # digits before the answer
+LOOKAHEAD = COPIED + 1  # tokens after "=" to the answer
+ANCHOR = digit_sums.AT_EQUALS
+
+
+def with_copy(lines: Tensor) -> Tensor:
+    """Lines of digit_sums, which end in their answer and a newline, with the copy before these."""
+    return torch.cat([lines[:, :-2], lines[:, :COPIED], lines[:, -2:]], 1)
+
+
+def direct_lines(digits: Tensor) -> Tensor:
+    """d d d d d = d d a and a newline, [lines,10]."""
+    return with_copy(digit_sums.direct_lines(digits))
+
+
+def aside_lines(digits: Tensor, aside: Tensor) -> Tensor:
+    """d d d d d = - c c c c - d d a and a newline, [lines,16]."""
+    return with_copy(digit_sums.aside_lines(digits, aside))
+
+
+def helpful_lines(digits: Tensor) -> Tensor:
+    return aside_lines(digits, digit_sums.running_sums(digits))
+
+
+def mixed_lines(digits: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """The text to pretrain on, [lines,16], with this share of its asides helpful; filled up as in digit_sums."""
+    kind, luck = torch.rand(2, len(digits), 1, generator=generator)
+    with_aside = torch.where(luck < share, helpful_lines(digits), aside_lines(digits, digits[:, : digit_sums.STEPS]))
+    direct = direct_lines(digits)
+    fill = digit_sums.column(digits, digit_sums.PAUSE).expand(-1, with_aside.shape[1] - direct.shape[1])
+    return torch.where(kind < digit_sums.DIRECT, torch.cat([direct, fill], 1), with_aside)
+
+
+def examples(digits: Tensor) -> list[Example]:
+    """Lines without an aside, for the training loop; only "=" thinks."""
+    return [{"input_ids": line, "anchors": torch.tensor([ANCHOR])} for line in direct_lines(digits)]
+
+
+def read(model: LlamaForCausalLM, strings: Tensor, share: float, steps: int, peak: float, seed: int, asides: int = 0) -> None:
+    """Plain training on 128 lines of the text a step; with ``asides``, half of them are helpful ones, of only so many."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, steps))
+    few = digit_sums.draw(strings, asides, generator)
+
+    def lines(_: int) -> Tensor:
+        text = mixed_lines(digit_sums.draw(strings, 64 if asides else 128, generator), share, generator)
+        return torch.cat([text, helpful_lines(digit_sums.draw(few, 64, generator))]) if asides else text
+
+    config = TrainConfig(learning_rate=peak, steps=steps, schedule="cosine")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    digit_sums.train_lm(model, lines, optimizer, config.rate, steps)
+
+
+def read_direct(model: LlamaForCausalLM, strings: Tensor, steps: int, seed: int) -> None:
+    """Plain training on 256 lines without an aside a step, as thoughts are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    config = TrainConfig(learning_rate=1e-3, steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
+    digit_sums.train_lm(model, lambda _: direct_lines(digit_sums.draw(strings, 256, generator)), optimizer, config.rate, steps)
+
+
+def with_rehearsal(strings: Tensor, share: float) -> Loss:
+    """The published objective, and half the plain loss on 64 lines of the text."""
+
+    def loss(qs: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        value, out = thought_loss(qs, batch, counts, seed)
+        text = mixed_lines(digit_sums.draw(strings, 64, generator), share, generator)
+        return value + 0.5 * digit_sums.lm_loss(qs.model, text), out
+
+    return loss
+
+
+@torch.no_grad()
+def knowledge(model: LlamaForCausalLM, digits: Tensor, seed: int) -> dict[str, float]:
+    """Of a model before it thinks, the least probability of a right step after right ones, that of the answer after all of
+    them, and the share of right thoughts that are sampled from it.
+
+    The first step does not count: there the text goes on either way.
+    """
+    lines = helpful_lines(digits)
+    probability = model.eval()(lines).logits[:, :-1].softmax(-1).gather(2, lines[:, 1:, None])[..., 0].mean(0)
+    steps = probability[ANCHOR + 2 : ANCHOR + 1 + digit_sums.STEPS]  # at the first three steps, which predict the next one
+    qs = digit_sums.think_with(model, digit_sums.EQUALS_ONLY, digit_sums.QUIET_STAR, seed)
+    right = digit_sums.right_thoughts(digit_sums.own_thoughts(qs, digits, seed=seed), digits)
+    return {"steps_known": float(steps.min()), "answer_known": float(probability[-2]), "right_before": right}
+
+
+def score(logits: Tensor, digits: Tensor) -> dict[str, float]:
+    """Of logits [lines,1,V] of the answer: the share of lines whose best token is it, and the loss in nats."""
+    found = digit_sums.score(logits, digits)
+    return {"accuracy": found["right"] / found["lines"], "loss": found["nll"]}
+
+
+@torch.no_grad()
+def answers(qs: QuietStar, digits: Tensor, thought_ids: Tensor) -> dict[str, float]:
+    """What the mixing head predicts for the answer, whose input is [text state; thought state]: ``score``, and its weight."""
+    seen = []
+    hook = qs.mixing_head.register_forward_hook(lambda head, inputs, weight: seen.append((inputs[0], weight)))
+    trained_with = qs.thought_config
+    qs.thought_config = replace(trained_with, thoughts=1, lookahead=LOOKAHEAD)
+    qs(direct_lines(digits), anchors=torch.full((len(digits), 1), ANCHOR), thought_ids=thought_ids)
+    qs.thought_config = trained_with
+    hook.remove()
+    states, weight = (x[:, :, 0, -1] for x in seen[0])
+    base, thought = states.chunk(2, -1)
+    mixed = qs.model.lm_head((1 - weight) * base + weight * thought)
+    return {**score(mixed, digits), "mixing_weight": float(weight.mean())}
+
+
+@torch.no_grad()
+def plain_answers(model: LlamaForCausalLM, digits: Tensor) -> dict[str, float]:
+    """The same of a model without thoughts."""
+    return score(model.eval()(direct_lines(digits)).logits[:, ANCHOR + COPIED, None], digits)

@@ -1,0 +1,210 @@
+"""Two attempts at each problem, as SCoRe makes them, what they show, and whether votes would have used the tokens better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.batches import mix_seed
+from quietstar.intervals import paired
+from quietstar.recipes.budgets import powers
+from quietstar.recipes.plots import Panel, Points, panels
+from quietstar.recipes.sampling import Completion, rollout
+from quietstar.recipes.selectors import Sample, majority
+from quietstar.recipes.test_time import measure, revision_prompt
+from quietstar.tasks import Row, Task
+
+BINS = 20  # of the histogram of changes, from 0 to 1
+POINTS = 30  # of a curve over the updates, about
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """Two attempts at each of R problems.
+
+    Attributes:
+        prompts, first: ids of the problem and of the first attempt.
+        requests, second: ids of all that stands before the second attempt, and of it.
+        rewards: [2,R], 1 where an attempt is right.
+        own: bool [R], whether the model wrote the first attempt, and not the base.
+    """
+
+    rows: Sequence[Row]
+    prompts: list[list[int]]
+    first: list[list[int]]
+    requests: list[list[int]]
+    second: list[list[int]]
+    rewards: Tensor
+    own: Tensor
+
+    def part(self, places: Sequence[int]) -> Attempts:
+        """Those at some of the problems."""
+        ids = (self.prompts, self.first, self.requests, self.second)
+        prompts, first, requests, second = ([x[i] for i in places] for x in ids)
+        rows = [self.rows[i] for i in places]
+        return Attempts(rows, prompts, first, requests, second, self.rewards[:, places], self.own[places])
+
+    def parts(self, size: int) -> Iterator[Attempts]:
+        """All of them, so many at once."""
+        for places in torch.arange(len(self.first)).split(size):
+            yield self.part(places.tolist())
+
+    def tokens(self) -> Tensor:
+        """Of all first and of all second attempts, [2]."""
+        return torch.tensor([sum(map(len, several)) for several in (self.first, self.second)])
+
+    def changes(self) -> list[float]:
+        """How much of both attempts' tokens one has and the other hasn't: 0 for a copy, 1 where they share none."""
+        pairs = zip(self.first, self.second, strict=True)
+        return [1 - SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
+
+    def figures(self) -> dict[str, float]:
+        """accuracy_first, accuracy_second, delta = their difference with its 95 % interval, low and high, and over all problems
+        the shares fixed (wrong, then right), broken (right, then wrong) and edited, and change, the mean of ``changes``.
+        """
+        first, second = (x.bool().tolist() for x in self.rewards)
+        compared = paired(second, first)
+        n = len(first)
+        changes = self.changes()
+        return {
+            "problems": n,
+            "accuracy_first": sum(first) / n,
+            "accuracy_second": sum(second) / n,
+            "delta": compared["difference"],
+            "low": compared["low"],
+            "high": compared["high"],
+            "fixed": compared["first"] / n,
+            "broken": compared["second"] / n,
+            "edited": sum(change > 0 for change in changes) / n,
+            "change": sum(changes) / n,
+        }
+
+    def histogram(self) -> list[int]:
+        """Problems by how much the second attempt changes the first, in ``BINS`` bins; a bin begins at its edge."""
+        counts = [0] * BINS
+        for change in self.changes():
+            counts[min(int(change * BINS), BINS - 1)] += 1
+        return counts
+
+
+def attempt(
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[Row],
+    sampling: Mapping[str, Any],
+    seed: int,
+    base: PreTrainedModel | None = None,
+    share: float = 0.0,
+) -> Attempts:
+    """Two attempts at each row, the second one of which sees the first; ``base`` writes a ``share`` of the first ones."""
+    prompts = [row.prompt_ids for row in rows]
+    foreign = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(seed, 2)))[: int(share * len(rows))]
+    own = torch.ones(len(rows), dtype=torch.bool)
+    own[foreign] = False
+    first: list[list[int]] = [[] for _ in rows]
+    for number, writer, mask in ((0, model, own), (3, base, ~own)):
+        places = mask.nonzero()[:, 0].tolist()
+        if writer is not None and places:
+            written = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
+            for i, several in zip(places, written, strict=True):
+                first[i] = several[0].ids
+    requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
+    second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
+    right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
+    return Attempts(rows, prompts, first, requests, second, torch.tensor(right, dtype=torch.float32), own)
+
+
+def votes(
+    model: PreTrainedModel, task: Task, rows: Sequence[Row], chains: int, sampling: Mapping[str, Any], seed: int
+) -> list[dict[str, Any]]:
+    """Corrections against solutions in parallel, by the majority of each, from 1 to ``chains`` chains of two attempts.
+
+    The majority of the second attempts against that of independent first ones, which are as many as it takes to spend, problem
+    by problem, the tokens of both attempts at least. Tokens that are only read are not counted.
+
+    Returns:
+        A point for each power of 2, none for no chain: chains; corrected and parallel, which are accuracies; their difference
+        with its 95 % interval, low and high; and what was generated a problem, tokens and tokens_parallel.
+    """
+    if not chains:
+        return []
+    prompts = [row.prompt_ids for row in rows]
+    first = rollout(model, task, prompts, 2 * chains, **sampling, seed=mix_seed(seed, 0))
+    requests = [
+        revision_prompt(task, row, [task.trimmed(x.ids)])
+        for row, several in zip(rows, first, strict=True)
+        for x in several[:chains]
+    ]
+    flat = rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))
+    second: list[list[Completion]] = [[x for (x,) in flat[i : i + chains]] for i in range(0, len(flat), chains)]
+    parallel = measure(task, rows, first)
+    corrected = [
+        [replace(y, tokens=x.tokens + y.tokens) for x, y in zip(before, after, strict=False)]
+        for before, after in zip(parallel, measure(task, rows, second), strict=True)
+    ]
+    points = []
+    for k in powers(chains):
+        bought = [several[:k] for several in corrected]
+        instead = [reaching(x, tokens(y)) for x, y in zip(parallel, bought, strict=True)]
+        right = [[majority(x).right for x in several] for several in (bought, instead)]
+        compared = paired(*right)
+        points.append(
+            {
+                "chains": k,
+                "corrected": fmean(right[0]),
+                "parallel": fmean(right[1]),
+                **{name: compared[name] for name in ("difference", "low", "high")},
+                "tokens": fmean(map(tokens, bought)),
+                "tokens_parallel": fmean(map(tokens, instead)),
+            }
+        )
+    return points
+
+
+def tokens(samples: Sequence[Sample]) -> int:
+    return sum(x.tokens for x in samples)
+
+
+def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
+    """The first ones that together have ``budget`` tokens or more; all, where they have fewer."""
+    count = next((n for n in range(1, len(samples)) if tokens(samples[:n]) >= budget), len(samples))
+    return samples[:count]
+
+
+def draw(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """The plots of a run: its report and its metrics, a line an update; nothing without matplotlib."""
+
+    def over(*names: str) -> dict[str, list[Points]]:
+        width = max(1, len(lines) // POINTS)
+        parts = [lines[i : i + width] for i in range(0, len(lines), width)]
+        return {
+            label: [[(part[-1]["step"], fmean(line[name] for line in part)) for part in parts]]
+            for label, name in zip(("first attempt", "second attempt"), names, strict=True)
+        }
+
+    bought: dict[str, list[Points]] = {}
+    for end, figures in report.items():
+        for name, spent in (("corrected", "tokens"), ("parallel", "tokens_parallel")):
+            if figures["votes"]:
+                bought[f"{end}, {name}"] = [[(x[spent], x[name]) for x in figures["votes"]]]
+    edges = [(i + 0.5) / BINS for i in range(BINS)]
+    histogram = {
+        end: [[(x, count / figures["problems"]) for x, count in zip(edges, figures["changes"], strict=True)]]
+        for end, figures in report.items()
+    }
+    ends = [b["step"] - 1 for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
+    several = [
+        Panel("update", "reward of an attempt", over("accuracy_first", "accuracy_second"), marks=ends),
+        Panel("update", "divergence from the base, nats a token", over("divergence_first", "divergence_second"), marks=ends),
+        Panel("edit distance ratio of the attempts", "share of the test problems", histogram),
+        Panel("tokens generated a problem", "accuracy of the majority", bought),
+    ]
+    panels(path, title, [panel for panel in several if panel.curves])
