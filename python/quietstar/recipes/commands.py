@@ -131,7 +131,7 @@ class Score:
     def run(self) -> None:
         model, task = load(self.model, self.task, self.dtype)
         _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
-        columns = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "edited")
+        columns = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised", "edited")
         rows = [{"test problems": name, **figures} for name, figures in report.items()]
         print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, ('test problems', *columns))}")
         print(f"saved {Path(self.recipe.out) / score.MODEL}")

@@ -35,6 +35,7 @@ class Attempts:
         requests, second: ids of all that stands before the second attempt, and of it.
         rewards: [2,R], 1 where an attempt is right.
         own: bool [R], whether the model wrote the first attempt, and not the base.
+        revised: bool [R], whether the second attempt's answer is another one.
     """
 
     rows: Sequence[Row]
@@ -44,13 +45,14 @@ class Attempts:
     second: list[list[int]]
     rewards: Tensor
     own: Tensor
+    revised: Tensor
 
     def part(self, places: Sequence[int]) -> Attempts:
         """Those at some of the problems."""
         ids = (self.prompts, self.first, self.requests, self.second)
         prompts, first, requests, second = ([x[i] for i in places] for x in ids)
         rows = [self.rows[i] for i in places]
-        return Attempts(rows, prompts, first, requests, second, self.rewards[:, places], self.own[places])
+        return Attempts(rows, prompts, first, requests, second, *(x[..., places] for x in (self.rewards, self.own, self.revised)))
 
     def parts(self, size: int) -> Iterator[Attempts]:
         """All of them, so many at once."""
@@ -68,7 +70,8 @@ class Attempts:
 
     def figures(self) -> dict[str, float]:
         """accuracy_first, accuracy_second, delta = their difference with its 95 % interval, low and high, and over all problems
-        the shares fixed (wrong, then right), broken (right, then wrong) and edited, and change, the mean of ``changes``.
+        the shares fixed (wrong, then right), broken (right, then wrong), revised, which may also go from wrong to wrong, and
+        edited, which may leave the answer as it is, and change, the mean of ``changes``.
         """
         first, second = (x.bool().tolist() for x in self.rewards)
         compared = paired(second, first)
@@ -83,6 +86,7 @@ class Attempts:
             "high": compared["high"],
             "fixed": compared["first"] / n,
             "broken": compared["second"] / n,
+            "revised": int(self.revised.sum()) / n,
             "edited": sum(change > 0 for change in changes) / n,
             "change": sum(changes) / n,
         }
@@ -119,7 +123,8 @@ def attempt(
     requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
     second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
     right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
-    return Attempts(rows, prompts, first, requests, second, torch.tensor(right, dtype=torch.float32), own)
+    revised = [task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)]
+    return Attempts(rows, prompts, first, requests, second, torch.tensor(right, dtype=torch.float32), own, torch.tensor(revised))
 
 
 def votes(

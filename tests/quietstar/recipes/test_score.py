@@ -57,7 +57,8 @@ def made(first, second, rewards=None, own=None, prompts=None):
     requests = [prompt + [4] for prompt in prompts]
     rewards = torch.ones(2, R) if rewards is None else rewards
     own = torch.ones(R, dtype=torch.bool) if own is None else own
-    return Attempts([None] * R, prompts, first, requests, second, rewards, own)
+    revised = torch.tensor([x != y for x, y in zip(first, second, strict=True)], dtype=torch.bool)
+    return Attempts([None] * R, prompts, first, requests, second, rewards, own, revised)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +101,12 @@ def test_figures_count_what_was_fixed_and_broken():
     rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0, 1.0]])
     first, second = [[1], [1, 2], [3], [4], [5]], [[1], [1, 3], [7], [4], [6]]
     found = made(first, second, rewards).figures()
-    assert {name: found[name] for name in ("accuracy_first", "accuracy_second", "fixed", "broken", "edited")} == {
+    assert {name: found[name] for name in ("accuracy_first", "accuracy_second", "fixed", "broken", "revised", "edited")} == {
         "accuracy_first": 0.4,
         "accuracy_second": 0.6,
         "fixed": 0.4,
         "broken": 0.2,
+        "revised": 0.6,
         "edited": 0.6,
     }
     assert found["delta"] == pytest.approx(found["fixed"] - found["broken"])
@@ -148,6 +150,19 @@ def test_the_base_writes_its_share_of_first_attempts_and_no_second_one(monkeypat
     assert [(writer, len(prompts)) for writer, prompts in asked] == [("model", 7), ("base", 3), ("model", 10)]
     other = attempt("model", task, rows, SAMPLING, 1, "base", share=0.35)
     assert other.own.sum() == 7 and not torch.equal(other.own, found.own)
+
+
+def test_another_chain_with_the_same_answer_is_an_edit_and_no_revision(monkeypatch):
+    task = Addition(1)
+    rows = task.sample(3, "train", torch.Generator().manual_seed(3))
+    right = [task.completion_ids(row) for row in rows]
+    digit = next(ids[0] for ids in right if ids[0] != right[0][0])
+    chain, answer = [digit, *right[0][1:]], [*right[0][:-2], digit if right[0][-2] != digit else digit + 1, task.end_id]
+    turns = iter([[right[0]] * 3, [right[0], chain, answer]])
+    monkeypatch.setattr(score_attempts, "rollout", lambda *a, **k: [[Completion(x, [-1.0] * len(x))] for x in next(turns)])
+    found = attempt("model", task, [rows[0]] * 3, SAMPLING, 0)
+    assert found.revised.tolist() == [False, False, True]
+    assert found.figures()["edited"] == pytest.approx(2 / 3) and found.figures()["revised"] == pytest.approx(1 / 3)
 
 
 def test_read_is_the_row_by_row_result():
