@@ -52,7 +52,8 @@ class Attempts:
         ids = (self.prompts, self.first, self.requests, self.second)
         prompts, first, requests, second = ([x[i] for i in places] for x in ids)
         rows = [self.rows[i] for i in places]
-        return Attempts(rows, prompts, first, requests, second, *(x[..., places] for x in (self.rewards, self.own, self.revised)))
+        marks = (x[..., places] for x in (self.rewards, self.own, self.revised))
+        return Attempts(rows, prompts, first, requests, second, *marks)
 
     def parts(self, size: int) -> Iterator[Attempts]:
         """All of them, so many at once."""
@@ -123,8 +124,9 @@ def attempt(
     requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
     second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
     right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
-    revised = [task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)]
-    return Attempts(rows, prompts, first, requests, second, torch.tensor(right, dtype=torch.float32), own, torch.tensor(revised))
+    rewards = torch.tensor(right, dtype=torch.float32)
+    revised = torch.tensor([task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)])
+    return Attempts(rows, prompts, first, requests, second, rewards, own, revised)
 
 
 def votes(
