@@ -1,7 +1,6 @@
 """The chain as states instead of words (ICoT-KD), the baseline of stepwise internalisation. A student that is shown a teacher's
-states answers from the prompt; then an emulator has to guess these states from the prompt alone. This baseline may fail.
-
-2 x 2-digit multiplication with 4 layers, which is as much depth as the states of a chain have.
+states answers from the prompt; then an emulator has to guess these states from the prompt alone. This baseline may fail. The
+task is 2 x 2-digit multiplication, with ten narrow layers: there is a state a layer, and so one for each token of the chain.
 """
 
 from __future__ import annotations
@@ -19,30 +18,31 @@ from quietstar.tasks import Multiplication
 
 TITLE = "Distilled chain of thought"
 DIRECT, EARLY = "no chain ever, as many updates", "no chain ever, as many as the student"
-SIZES: dict[str, tuple[int, int, int, int]] = {  # updates of teacher and of each of the three phases, rows, problems
-    "tiny": (2, 2, 50, 10),
-    "quick": (1000, 600, 20_000, 400),
-    "full": (1500, 2000, 20_000, 800),
+LAYERS, WIDTH = 10, 64
+SIZES: dict[str, tuple[tuple[int, int, int, int], int, int]] = {  # updates of teacher, student, emulator, both; rows, problems
+    "tiny": ((2, 2, 2, 2), 50, 10),
+    "quick": ((1200, 1600, 400, 400), 20_000, 400),
+    "full": ((1500, 3000, 2000, 3000), 20_000, 800),
 }
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     task = Multiplication(2)
-    teacher, phase, rows, problems = SIZES[size]
-    shared: dict[str, Any] = {"rows": rows, "held_out": problems, "seed": seed, "eval_every": phase}
+    (teacher, student, *both), rows, problems = SIZES[size]
+    shared: dict[str, Any] = {"rows": rows, "held_out": problems, "seed": seed, "eval_every": student}
+    model = small_model(task, LAYERS, WIDTH, seed=seed)
     config = icot.Config(out=str(out / "kd"), explicit_steps=teacher, **shared)
-    _, report = icot_kd.distill(small_model(task, layers=4, seed=seed), task, config, icot_kd.Config(*[phase] * 3), resume=True)
+    _, report = icot_kd.distill(model, task, config, icot_kd.Config(student, *both), resume=True)
     columns = ("accuracy", "tokens", "problems_per_second")
     names = ("full chain", "shown states", "emulated states", "internalized")
     result = [{"run": name, **{key: report[name][key] for key in columns}} for name in names]
 
-    direct = icot.Config(
-        out=str(out / "direct"), explicit_steps=0, remove_all_beyond=0, final_steps=teacher + 3 * phase, **shared
-    )
-    _, alone = icot.internalize(small_model(task, layers=4, seed=seed), task, direct, resume=True)
+    steps = teacher + student + sum(both)
+    direct = icot.Config(out=str(out / "direct"), explicit_steps=0, remove_all_beyond=0, final_steps=steps, **shared)
+    _, alone = icot.internalize(model, task, direct, resume=True)
     result.append({"run": DIRECT, **{key: alone["internalized"][key] for key in columns}})
     lines = map(json.loads, (out / "direct" / "metrics.jsonl").read_text().splitlines())
-    result.append({"run": EARLY, "accuracy": next(line["accuracy"] for line in lines if line["step"] == phase)})
+    result.append({"run": EARLY, "accuracy": next(line["accuracy"] for line in lines if line["step"] == student)})
     return {"rows": result, "emulation": report["emulation"]}
 
 
