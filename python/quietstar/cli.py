@@ -36,6 +36,7 @@ from quietstar.offline import OfflineThoughts, export_thoughts
 from quietstar.options import UsageError, parse, read_config
 from quietstar.questions import read_questions
 from quietstar.recipes import commands as recipes
+from quietstar.recipes.telling import on_terminal
 from quietstar.runs import check_kind, process_state
 from quietstar.scaling import (
     Processes,
@@ -473,7 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
     logging.disable_progress_bar()
     try:
-        parse(COMMANDS, list(sys.argv[1:] if arguments is None else arguments)).run()
+        with on_terminal():
+            parse(COMMANDS, list(sys.argv[1:] if arguments is None else arguments)).run()
         return 0
     except UsageError as error:
         code, text = USAGE, str(error)

@@ -24,6 +24,7 @@ from quietstar.files import write_whole
 from quietstar.recipes import fast_report, plain
 from quietstar.recipes.models import option
 from quietstar.recipes.rounds import Rounds
+from quietstar.recipes.telling import told
 from quietstar.train import train
 
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; .json and .png
@@ -160,6 +161,6 @@ def think_shorter(
         save_every=config.save_every,
         keep=1,
     )
-    train(qs, data, settings, evaluate=choose, resume="auto", progress=False)
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=told())
     assert chosen is not None  # the last step evaluates
     return chosen

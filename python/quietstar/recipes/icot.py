@@ -25,6 +25,7 @@ from quietstar.recipes.models import option
 from quietstar.recipes.progress import Progress
 from quietstar.recipes.rounds import load_model, save_model
 from quietstar.recipes.sampling import check_room, logprob, rollout
+from quietstar.recipes.telling import tell
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
@@ -217,6 +218,7 @@ class Training:
                 state |= {"stage": state["stage"] + 1, "done": 0}
                 folder = Path(self.config.out) / STAGES / f"removed-{stage.removed:03d}"
                 save_model(folder, self.model, self.task, state["lines"][-1])
+                tell(self.config.out, state["lines"][-1])
                 self.progress.save_if(signals, 1, self.model, self.optimizer)
                 if stage.removed == 0 < stage.steps and figures["accuracy"] == 0:
                     raise ValueError(

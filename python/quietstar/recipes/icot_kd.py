@@ -28,6 +28,7 @@ from quietstar.recipes.models import option
 from quietstar.recipes.progress import Progress
 from quietstar.recipes.rounds import save_model
 from quietstar.recipes.sampling import Completion, evaluating, logprob, padded, rollout
+from quietstar.recipes.telling import tell
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
@@ -158,17 +159,22 @@ def distill(
         return pair.emulator([row.prompt_ids for row in rows])
 
     report: dict[str, Any] = {}
+
+    def found(row: str, figures: dict[str, Any]) -> None:
+        report[row] = figures
+        tell(f"{config.out}, {row}", figures)
+
     train(0, "teacher", teacher, config.explicit_steps, chain_loss)
     save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
-    report["full chain"] = icot.evaluate(teacher, task, test, 0, config)
+    found("full chain", icot.evaluate(teacher, task, test, 0, config))
     train(1, "student", pair.student, kd.student_steps, lambda rows: answer_loss(rows, shown(rows)))
-    report["shown states"] = evaluate(pair, task, test, shown(test))
+    found("shown states", evaluate(pair, task, test, shown(test)))
     train(2, "emulator", pair.emulator, kd.emulator_steps, lambda rows: emulation_loss(emulate(rows), shown(rows)))
-    report["emulated states"] = evaluate(pair, task, test)
+    found("emulated states", evaluate(pair, task, test))
     with torch.no_grad():
         report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
     train(3, "coupled", pair, kd.coupled_steps, lambda rows: answer_loss(rows, emulate(rows)))
-    report["internalized"] = evaluate(pair, task, test)
+    found("internalized", evaluate(pair, task, test))
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
     icot_report.draw_distilled(Path(config.out) / f"{NAME}.png", report, task.name)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from quietstar.files import replaced
-from quietstar.runs import Metrics, Signals, check_kind
+from quietstar.recipes.telling import ToldMetrics
+from quietstar.runs import Signals, check_kind
 from quietstar.train import Interrupted
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -49,7 +50,7 @@ class Progress:
             raise ValueError(f"{out}: a run is there already; resume goes on with it, another out starts anew")
         if self.begun:
             self.state = self._read()
-        self.metrics = Metrics(Path(out) / "metrics.jsonl", self.state["step"], write=True)
+        self.metrics = ToldMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the saved weights, and the optimizer's moments where one was saved, into these.

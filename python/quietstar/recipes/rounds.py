@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.data import json_lines
 from quietstar.files import replaced, write_whole
-from quietstar.runs import Metrics, check_kind
+from quietstar.recipes.telling import ToldMetrics, tell
+from quietstar.runs import check_kind
 from quietstar.tasks import Task
 
 SETTINGS, REPORT = "recipe.json", "report.json"
@@ -74,11 +75,12 @@ class Rounds:
     def log(self, recipe: str, number: int) -> Callable[[dict[str, Any]], None]:
         """Takes the figures of a round's training steps; metrics.jsonl counts steps over all rounds."""
         done = sum(report.get("steps", 0) for report in self.reports())
-        metrics: Any = Metrics(self.out / "metrics.jsonl", done, write=True)
+        metrics = ToldMetrics(self.out / "metrics.jsonl", done)
         return lambda line: metrics.add({"recipe": recipe, "round": number, **line, "step": done + line["step"]})
 
     def save(self, number: int, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
         save_model(self.folder(number), model, task, report, **rows)
+        tell(self.out, report)
 
 
 def read_json(path: Path) -> Any:

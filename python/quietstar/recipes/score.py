@@ -27,6 +27,7 @@ from quietstar.recipes.rounds import save_model
 from quietstar.recipes.sampling import evaluating, padded
 from quietstar.recipes.score_attempts import Attempts, attempt, draw, votes
 from quietstar.recipes.star import never
+from quietstar.recipes.telling import tell
 from quietstar.runs import Signals
 from quietstar.tasks import Row, Task
 
@@ -188,6 +189,7 @@ def score(
             for end, step in ends.items():
                 if step == state["step"] and end not in state["report"]:
                     state["report"][end] = examine(model, reference, task, test, config)
+                    tell(f"{config.out}, {end}", state["report"][end])
             if state["step"] == ends["stage I"]:
                 optimizer = new_optimizer(model, config)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])

@@ -22,6 +22,7 @@ from quietstar.recipes.models import option
 from quietstar.recipes.rounds import Rounds
 from quietstar.recipes.sampling import VLLM, Sampling, likelihoods, rollout
 from quietstar.recipes.sft import Example, SFTConfig, sft
+from quietstar.recipes.telling import Pace, tell
 from quietstar.tasks import Row, Task
 
 
@@ -164,7 +165,10 @@ def collect(
     rows = task.sample(config.problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, number)))
     writer = VLLM(str(folder)) if config.engine == "vllm" else model
     kept: list[Kept] = []
+    pace = Pace()
     for start in range(0, len(rows), config.batch_size):
+        if pace.due():
+            tell(config.out, {"round": number, "tried": start, "kept": len(kept)})
         batch = rows[start : start + config.batch_size]
         seed = mix_seed(mix_seed(config.seed, number), start)
         written = write(writer, task, config, batch, shown, False, seed)

@@ -28,6 +28,7 @@ from quietstar.recipes.sampling import Completion, Sampling, rollout
 from quietstar.recipes.selectors import Selector, auc, best_of, choice_of, majority, pass_at, score, weighted
 from quietstar.recipes.sft import Example, SFTConfig, sft
 from quietstar.recipes.star import never
+from quietstar.recipes.telling import Pace, tell
 from quietstar.recipes.verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
 from quietstar.tasks import Row, Task
 
@@ -128,9 +129,12 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
     """A round's solutions: of training problems, and of a tenth as many that the verifier is only measured on."""
     generator = torch.Generator().manual_seed(mix_seed(config.seed, number))
     found: list[Solution] = []
+    pace = Pace()
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
         rows = task.sample(count, split, generator)
         for start in range(0, len(rows), config.batch_size):
+            if pace.due():
+                tell(config.out, {"round": number, "tried": start, "kept": sum(x["right"] for x in found)})
             batch = rows[start : start + config.batch_size]
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
