@@ -63,7 +63,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         return sorted(found + usual)
 
     several = [
-        Panel(name, "accuracy", {"greedy thoughts": [points(result["rows"], name) for result in results]}, log=name in LOG)
+        Panel(
+            name,
+            "accuracy",
+            {"greedy thoughts": [points(result["rows"], name) for result in results]},
+            log=name in LOG,
+            share=True,
+        )
         for name in USUAL
     ]
     panels(path, TITLE, several)

@@ -14,6 +14,8 @@ from typing import Any
 from digit_thoughts import measure, pretrained
 from experiments_checks import figure, least
 
+from quietstar.recipes.plots import Panel, panels
+
 TITLE = "Quiet-STaR: objectives"
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -46,3 +48,15 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         least("published, above no reward", lead, 0.50),
         least("z-score", [figure(result, "z-score") for result in results], 0.85),
     ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def bars(column: str) -> dict[str, list[float]]:
+        return {name: [figure(result, name, column) for result in results] for name in VARIANTS}
+
+    panels(
+        path,
+        TITLE,
+        [Panel("accuracy on held-out lines", "", bars=bars("accuracy")), Panel("loss, nats", "", bars=bars("loss"))],
+    )
+    return "Accuracy and loss of the answer on held-out lines by objective, every seed a dot"

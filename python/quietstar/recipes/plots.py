@@ -25,6 +25,7 @@ class Panel:
         bars: a bar for each name, the mean of its values, which are dots.
         marks: places across where something changes.
         log: across in powers of 2.
+        share: up is from 0 to 1.
     """
 
     across: str
@@ -33,6 +34,7 @@ class Panel:
     bars: Mapping[str, Sequence[float]] = field(default_factory=dict)
     marks: Sequence[float] = ()
     log: bool = False
+    share: bool = False
 
 
 def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
@@ -63,6 +65,8 @@ def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
             axes.set_xscale("log", base=2)
         elif panel.curves and all(x == int(x) for seeds in panel.curves.values() for points in seeds for x, _ in points):
             axes.xaxis.get_major_locator().set_params(integer=True)
+        if panel.share:
+            axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel(panel.across)
         axes.set_ylabel(panel.up)
         axes.grid(color="#dddddd", linewidth=0.6)
