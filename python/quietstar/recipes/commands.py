@@ -155,6 +155,8 @@ class Fast:
             model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
         )
         print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
+        print("times as long for a generated token, 0 being without thoughts")
+        print(table(report["speeds"], ("thought_tokens", "times_plain")))
         print(f"held-out loss without thoughts, nats a token: {report['base']:.4f} before, {report['plain']:.4f} after")
         print(f"saved {Path(self.recipe.out) / fast.MODEL}")
 

@@ -284,7 +284,8 @@ def test_command(tiny, byte_tokenizer, tmp_path, capsys):
     options = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}", "--length=16"]
     options += ["--held-out=4", "--curriculum=3-2,2-1", "--steps=2", "--eval-every=2", "--plain-steps=2", "--batch-size=2"]
     assert cli.main(["fast", *options]) == 0
-    assert "held-out loss without thoughts" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "held-out loss without thoughts" in shown and "times_plain" in shown
     assert (tmp_path / "run" / "model" / "tokenizer_config.json").exists()
     assert cli.main(["fast", *options]) == 3
     assert capsys.readouterr().err.count("\n") == 1
