@@ -45,7 +45,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.batches import Batch, Example
 from quietstar.config import TrainConfig
 from quietstar.objective import Counts
-from quietstar.train import Interrupted, thought_loss, train
+from quietstar.train import Interrupted, Loss, thought_loss, train
 
 # A token is a character: the digits 0 to 9, then these.
 EQUALS, DASH, NEWLINE, PAUSE = 10, 11, 12, 13
@@ -309,13 +309,13 @@ def given_thoughts(kind: str, shape: tuple[int, ...], generator: torch.Generator
     return torch.randint(10, shape, generator=generator)
 
 
-def with_rehearsal(strings: Tensor) -> Callable[..., tuple[Tensor, Any]]:
-    """A loss for the training loop: the Quiet-STaR objective, and half the plain loss on lines with asides."""
+def with_rehearsal(strings: Tensor, text: Callable[[Tensor, torch.Generator], Tensor]) -> Loss:
+    """The Quiet-STaR objective, and half the plain loss on 64 lines of the text that the model was pretrained on."""
 
-    def loss(qs: QuietStar, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
+    def loss(qs: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
         generator = torch.Generator().manual_seed(seed)
-        out = qs(**batch, counts=counts, seed=seed)
-        return out.loss + 0.5 * lm_loss(qs.model, mixed_lines(draw(strings, 64, generator), generator)), out
+        value, out = thought_loss(qs, batch, counts, seed)
+        return value + 0.5 * lm_loss(qs.model, text(draw(strings, 64, generator), generator)), out
 
     return loss
 
@@ -347,7 +347,7 @@ def train_thoughts(
         qs,
         data,
         config,
-        loss=with_rehearsal(strings) if run.rehearsal else thought_loss,
+        loss=with_rehearsal(strings, mixed_lines) if run.rehearsal else thought_loss,
         evaluate=lambda qs: curve_point(qs, run, curve_lines, seed),
         progress=sys.stderr.isatty(),
     )

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from digit_thoughts import digit_sums
@@ -16,10 +15,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar
-from quietstar.batches import Batch, Example, mix_seed
+from quietstar.batches import Example, mix_seed
 from quietstar.config import TrainConfig
-from quietstar.objective import Counts
-from quietstar.train import Loss, thought_loss
+from quietstar.train import Loss
 
 COPIED = 2  # digits before the answer
 LOOKAHEAD = COPIED + 1  # tokens after "=" to the answer
@@ -82,15 +80,7 @@ def read_direct(model: LlamaForCausalLM, strings: Tensor, steps: int, seed: int)
 
 
 def with_rehearsal(strings: Tensor, share: float) -> Loss:
-    """The published objective, and half the plain loss on 64 lines of the text."""
-
-    def loss(qs: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        value, out = thought_loss(qs, batch, counts, seed)
-        text = mixed_lines(digit_sums.draw(strings, 64, generator), share, generator)
-        return value + 0.5 * digit_sums.lm_loss(qs.model, text), out
-
-    return loss
+    return digit_sums.with_rehearsal(strings, lambda digits, generator: mixed_lines(digits, share, generator))
 
 
 @torch.no_grad()
