@@ -352,6 +352,7 @@ def machine(results: Results) -> str:
 
 def write_docs(results: Results, folder: Path) -> None:
     """digit-sums.md, its plots and digit_sums.json, from which every number of the page comes."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(results, folder / "digit_sums.json")
     draw(results, folder)
     (folder / "digit-sums.md").write_text(docs_page(results))
