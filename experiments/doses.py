@@ -1,5 +1,6 @@
 """How much of everything Quiet-STaR needs on digit sums: tokens of a thought, thoughts, weight of the reward, and the share of
-the text's asides that are helpful.
+the text's asides that are helpful. Where these are a tenth it depends on the seed: some models have learnt the steps from
+them, as the share of right thoughts before tells, and others not.
 
 Thoughts at "=" alone; 4 thoughts of 4 tokens, weight 3 and 40 % helpful asides where nothing else is said. A guess is right in
 a tenth of the lines, and the running sums have four steps.
@@ -51,7 +52,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         most("two tokens, too few for the sums", accuracy("tokens: 2"), 0.20),
         least("four tokens", accuracy("tokens: 4"), 0.90),
         least("two thoughts", accuracy("thoughts: 2"), 0.85),
-        most("a tenth of the asides helpful", accuracy("helpful asides: 0.1"), 0.20),
+        least("a fifth of the asides helpful", accuracy("helpful asides: 0.2"), 0.85),
     ]
 
 

@@ -27,11 +27,12 @@ from quietstar.train import thought_loss
 
 TITLE = "Quiet-STaR: rare asides, late answers"
 SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining, of what may follow it, of the thoughts; lines to measure on
-    "tiny": {"pretraining": 2, "warm": 2, "share": 2, "steps": 2, "lines": 20},
-    "quick": {"pretraining": 1200, "warm": 500, "share": 100, "steps": 100, "lines": 1024},
-    "full": {"pretraining": 1200, "warm": 500, "share": 100, "steps": 100, "lines": 2048},
+    "tiny": {"pretraining": 2, "longer": 2, "warm": 2, "share": 2, "steps": 2, "lines": 20},
+    "quick": {"pretraining": 1200, "longer": 300, "warm": 500, "share": 100, "steps": 100, "lines": 1024},
+    "full": {"pretraining": 1200, "longer": 300, "warm": 500, "share": 100, "steps": 100, "lines": 2048},
 }
 ASIDES = 512  # of the warm start
+LONGER = 4  # how often to go on where a model has not learnt the steps
 ALWAYS, WARM = "10 % always", "10 % always, warm start"
 LEARNT = {0.2: "learnt, then 20 %", 0.1: "learnt, then 10 %", 0.02: "learnt, then 2 %"}
 PUBLISHED, NEXT, REHEARSAL, NO_REWARD = "published", "look-ahead 1", "rehearsal", "rehearsal, no reward"
@@ -82,17 +83,24 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
 
 def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
     """The models that thoughts begin with, by name, each with the share of helpful asides in the text that it read last."""
-    strings, _ = digit_sums.split_strings(seed)
+    strings, held_out = digit_sums.split_strings(seed)
     numbers = SIZES[size]
+    digits = held_out[: numbers["lines"]]
 
-    def after(model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0) -> LlamaForCausalLM:
+    def after(
+        model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0, shift: int = 0
+    ) -> LlamaForCausalLM:
         model = copy.deepcopy(model)
-        text.read(model, strings, share, numbers[stage], peak, seed, asides)
+        text.read(model, strings, share, numbers[stage], peak, seed + shift, asides)
         return model
 
     new = digit_sums.new_model(seed)
     always = after(new, 0.1, "pretraining", 3e-3)
     learnt = after(new, digit_sums.HELPFUL, "pretraining", 3e-3)
+    for shift in range(1, LONGER + 1):
+        if text.knowledge(learnt, digits, seed)["steps_known"] >= digit_sums.RIGHT_STEPS:
+            break
+        learnt = after(learnt, digit_sums.HELPFUL, "longer", 1e-3, shift=shift)
     found = {ALWAYS: (always, 0.1), WARM: (after(always, 0.1, "warm", 3e-3, ASIDES), 0.1)}
     return found | {name: (after(learnt, share, "share", 1e-3), share) for share, name in LEARNT.items()}
 
