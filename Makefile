@@ -71,7 +71,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python benchmarks/run.py
 
-experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; an hour or two
+experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; about an hour
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours

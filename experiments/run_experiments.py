@@ -1,6 +1,6 @@
 """Runs the acceptance experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
 
-    python experiments/run_experiments.py                three seeds of each recipe, an hour or two on two cores
+    python experiments/run_experiments.py                three seeds of each recipe, about an hour on two cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
     python experiments/run_experiments.py doses          how a gain depends on everything, which the first line leaves out
     python experiments/run_experiments.py --full         all of them, with longer training and five seeds
