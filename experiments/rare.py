@@ -3,7 +3,7 @@ only a look-ahead of three tokens rewards one. Of the asides in the text only 20
 the others repeat the digits. What decides is whether the model knows the steps, not how often it writes them. Where the text
 had 10 % all along it had not learnt them, and there was nothing to reward. A warm start of 512 written-out asides, half of
 each batch for 500 steps, was enough to learn them; so was a text that had 40 % first and less later ("learnt, then"). From
-there the published recipe is enough at 20 and 10 %; at 2 % a hundred steps are enough from one start and not from another.
+there the published recipe is enough at 20 and 10 %; at 2 % a hundred steps are enough from two starts of three.
 
 Thoughts at "=" alone, 4 of 4 tokens, weight 3, on lines without asides. Known are the least probability of a right step after
 right ones, and that of the answer after all of them; right before and after are the shares of right thoughts, sampled and
