@@ -36,10 +36,12 @@ def write(results: dict[str, list[Result]], size: str, folder: Path) -> tuple[Pa
 
 
 def introduction(size: str, seconds: float, summary: list[list[str]]) -> str:
-    command = "make experiments-full" if size == "full" else "make experiments"
+    more = "python experiments/run_experiments.py doses objectives --docs docs"
+    command = "`make experiments-full`" if size == "full" else f"`make experiments`, and Quiet-STaR's curves by `{more}`"
     return f"""# Experiments
 
-Each recipe against its controls, on problems that a small model from scratch can learn, written by `{command}`.
+Each recipe against its controls, on problems that a small model from scratch can learn, written by
+{command}.
 Figures are means over the seeds, with a 95 % interval over the seeds; a threshold holds, or doesn't, for the mean. What did
 not work is here too. Speeds are rough: two experiments ran at once, beside other work.
 

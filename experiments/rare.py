@@ -142,4 +142,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
             Panel("right thoughts, before", "accuracy", written),
         ],
     )
-    return "Accuracy after the published recipe against what each model could do before, means over the seeds"
+    return "Accuracy after the published recipe against what each model could do before, every seed a pale dot"

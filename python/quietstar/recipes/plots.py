@@ -21,7 +21,7 @@ class Panel:
 
     Attributes:
         across, up: what its axes show.
-        curves: a line for each name; of several seeds each is thin, and their mean thick.
+        curves: a line for each name, or a dot; of several seeds each is thin, and their mean thick.
         bars: a bar for each name, the mean of its values, which are dots.
         marks: places across where something changes.
         log: across in powers of 2.
@@ -53,7 +53,8 @@ def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
             axes.axvline(place, color="#bbbbbb", linewidth=0.6)
         for i, (name, seeds) in enumerate(panel.curves.items()):
             for points in seeds if len(seeds) > 1 else ():
-                axes.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=0.6, alpha=0.5)
+                thin = "-" if len(points) > 1 else "."
+                axes.plot(*zip(*points, strict=True), thin, color=f"C{i}", linewidth=0.6, markersize=3, alpha=0.5)
             mean = [[fmean(values) for values in zip(*place, strict=True)] for place in zip(*seeds, strict=True)]
             axes.plot(*zip(*mean, strict=True), "o-" if len(mean) < 50 else "-", color=f"C{i}", markersize=3, label=name)
         for i, (name, values) in enumerate(panel.bars.items()):

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from quietstar.batches import mix_seed
 from quietstar.recipes.models import option
+from quietstar.recipes.telling import LOG, Pace
 from quietstar.tasks import Task
 
 
@@ -137,8 +138,11 @@ def rollout(
         options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
     found: list[list[Completion]] = [[] for _ in prompts]
     cuda = [model.device] if model.device.type == "cuda" else []
+    pace = Pace()
     with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda):
         for start in range(0, len(rows), batch_size):
+            if pace.due():
+                LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")
             chosen = rows[start : start + batch_size]
             torch.manual_seed(mix_seed(seed, start))
             ids, mask = (x.to(model.device) for x in padded([prompts[i] for i in chosen], left=True, fill=task.end_id))

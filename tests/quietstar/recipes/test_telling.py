@@ -6,6 +6,7 @@ import pytest
 
 from quietstar.recipes import telling
 from quietstar.recipes.rounds import Rounds
+from quietstar.recipes.sampling import rollout
 from quietstar.recipes.telling import SECONDS, Pace, ToldMetrics, on_terminal, tell
 
 
@@ -48,3 +49,11 @@ def test_a_round_is_told_when_it_is_whole(tmp_path, solver, capsys):
     with on_terminal():
         Rounds(tmp_path / "run", {}, False).save(1, model, task, {"round": 1, "accuracy": 0.5})
     assert f"{tmp_path / 'run'}: round 1, accuracy 0.500\n" in capsys.readouterr().err
+
+
+def test_long_sampling_is_told(solver, capsys, monkeypatch):
+    model, task = solver
+    monkeypatch.setattr(telling, "SECONDS", 0)
+    with on_terminal():
+        rollout(model, task, [[1, 2, 3]] * 5, max_new=2, batch_size=2)
+    assert capsys.readouterr().err.splitlines() == [f"sampling: {n} of 5 completions" for n in (0, 2, 4)]
