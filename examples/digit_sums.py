@@ -12,7 +12,7 @@ reward is a better prediction of the next token. Every control starts from the s
 digits as thoughts, another line's thoughts, thoughts without REINFORCE, a language model that stays as it was.
 
     python examples/digit_sums.py --quick --threads 2   one seed, every position thinks, some controls: about two minutes
-    python examples/digit_sums.py --seeds 5             every run and control of docs/digit-sums.md: ten minutes a seed
+    python examples/digit_sums.py --seeds 5             every run and control of docs/digit-sums.md: twelve minutes a seed
 """
 
 from __future__ import annotations
