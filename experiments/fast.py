@@ -3,10 +3,10 @@ with two from the start. Then what the last stage knows is to go into a plain mo
 on as many updates. The text is the digit sums of examples/digit_sums.py, which need a thought: the loss is that of the answer
 on held-out lines, where a guess has 2.30 nats, and two tokens are too few for the running sums that the text shows. Down to
 three tokens nothing is lost. At two the curriculum is no better than two from the start: one seed of three finds a way of its
-own to think in two tokens, and sooner when it begins with two. Of the last step the result is negative: the published loss rewards a
-token only where the plain model predicts it better than the thinking one, so it teaches nothing that thoughts are good for.
-That the sum is out of a plain model's reach is not the reason: where the answer is the sum of the first two digits alone, plain
-training learns it and the published loss doesn't.
+own to think in two tokens, and sooner when it begins with two. Of the last step the result is negative: the published loss
+rewards a token only where the plain model predicts it better than the thinking one, so it teaches nothing that thoughts are
+good for. That the sum is out of a plain model's reach is not the reason: where the answer is the sum of the first two digits
+alone, plain training learns it and the published loss doesn't.
 """
 
 from __future__ import annotations
