@@ -79,10 +79,12 @@ def attention_rows(
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // H, head % H
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M + i
     inside = row < rows
     m = row + (M - rows)
-    first, last, own_first, on = seen_by(m, inside, anchor + b * P, lo + b * L, length + b * P * N, L, N, S, FAR)
+    first_row = block * BLOCK_M + (M - rows)
+    first, last, own_first, on = seen_by(first_row, i, inside, anchor + b * P, lo + b * L, length + b * P * N, L, N, S, FAR)
     if window is not None:
         # A text row's own_first is m + 1, a thought row's m - s.
         oldest = last - first + (m - own_first) + 2 - window

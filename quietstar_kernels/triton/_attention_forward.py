@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._math import LN_2, LOG2_E, tanh
@@ -29,8 +30,8 @@ from quietstar_kernels.triton._rows import (
     window_bounds,
 )
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
-from quietstar_kernels.triton.configs import ATTENTION_FORWARD, pick
+from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, store_tile
+from quietstar_kernels.triton.configs import ATTENTION_FORWARD, Config, pick
 
 LOWEST = tl.constexpr(-1e38)  # a row's top before it has seen a key: finite, so that nothing is inf - inf
 
@@ -50,7 +51,7 @@ def thought_attention(
     HG, BLOCK_M = H // G, config.blocks["BLOCK_M"]
     tiles = triton.cdiv(layout.R * HG, BLOCK_M) + triton.cdiv((rows - layout.R) * HG, BLOCK_M)
     attention_forward[(tiles * B * G,)](
-        q, k, v, sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), out, lse,
+        q, k, v, *key_tiles(k, v, config), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         B, G, HG, rows, layout.L, layout.P, layout.N, layout.S, window, scale, softcap,
         K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
@@ -59,9 +60,23 @@ def thought_attention(
     return out, lse
 
 
+def key_tiles(k: Tensor, v: Tensor, config: Config) -> tuple[TensorDescriptor | None, ...]:
+    """Of k and v, whole tiles of BLOCK_N keys and of BLOCK_EDGE; None for all four where one can't be copied whole."""
+    rows = config.blocks["BLOCK_N"], config.blocks["BLOCK_EDGE"]
+    tiles = tuple(described(x, size) for size in rows for x in (k, v))
+    return (None,) * 4 if None in tiles else tiles
+
+
+@triton.jit
+def own_blocks(m, own_first, on, BLOCK: tl.constexpr):
+    sees = on & (own_first <= m)
+    start = tl.min(tl.where(sees, own_first, FAR), 0)
+    return start, tl.cdiv(tl.maximum(tl.max(tl.where(sees, m, -1), 0) + 1 - start, 0), BLOCK)
+
+
 @triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "P", "N", "S", "window"])
 def attention_forward(
-    q, k, v, sinks, anchor, lo, length, out, lse,
+    q, k, v, k_full, v_full, k_edge, v_edge, sinks, anchor, lo, length, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm, stride_ob, stride_oh, stride_om,
     B, G, HG, rows, L, P, N, S, window, scale, softcap,
@@ -79,7 +94,11 @@ def attention_forward(
     v += b * stride_vb + g * stride_vg
     lo += b * L
 
-    first, last, own_first, on = seen_by(m, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR)
+    first_row = begin + flat // HG
+    first, last, own_first, on = seen_by(
+        first_row, m - first_row, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR
+    )
+    oldest = own_first
     if window is not None:
         # A text row's own_first is m + 1, a thought row's m - s.
         oldest = last - first + (m - own_first) + 2 - window  # position id
@@ -87,7 +106,7 @@ def attention_forward(
 
     skipped = L + R - rows  # packed rows before the first query row
     q += b * stride_qb + g * HG * stride_qh
-    queries = load_tile(q, h.to(tl.int64) * stride_qh + (m - skipped).to(tl.int64) * stride_qm, on, K, BLOCK_K)
+    queries = load_tile(q, h.to(tl.int64) * stride_qh + (m - skipped).to(tl.int64) * stride_qm, inside, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -97,67 +116,75 @@ def attention_forward(
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
-    # Own rows first: only the queries are live then. A chunk of rows is a matrix of its own here.
-    CHUNKS: tl.constexpr = BLOCK_M // OWN
-    chunk_first, chunk_last, blocks = own_chunks(flat, L, R, S, HG, BLOCK_M)
-    blocks *= tl.max((on & (own_first <= m)).to(tl.int32), 0)
-    chunk_queries = tl.reshape(queries, [CHUNKS, OWN, BLOCK_K])
-    chunk_own_first = tl.reshape(own_first, [CHUNKS, OWN, 1])
-    chunk_own_count = tl.reshape(m - own_first + 1, [CHUNKS, OWN, 1])
-    top, total = tl.reshape(top, [CHUNKS, OWN]), tl.reshape(total, [CHUNKS, OWN])
-    acc = tl.zeros([CHUNKS, OWN, BLOCK_E], tl.float32)
-    for j in tl.range(blocks, num_stages=1):
-        n = chunk_first[:, None] + (j * OWN + tl.arange(0, OWN))
-        there = n <= chunk_last[:, None]
-        keys = load_tile(k, n.to(tl.int64) * stride_km, there, K, BLOCK_K)
-        values, poison = without_poison(load_tile(v, n.to(tl.int64) * stride_vm, there, E, BLOCK_E))
-        s = scores(chunk_queries, keys, scale, softcap, SLICES, PRECISION)
-        seen = in_range(n[:, None, :], chunk_own_first, chunk_own_count)
-        s = tl.where(seen, s + poison[:, None, :], -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    top, total = tl.reshape(top, [BLOCK_M]), tl.reshape(total, [BLOCK_M])
-    acc = tl.reshape(acc, [BLOCK_M, BLOCK_E])
-
     start, all_from, all_to, text_end = text_bounds(first, last, on)
     if window is not None:
         start, all_from = window_bounds(start, all_from, text_end, oldest, on, lo, 1024)
     before, full, edges = cover(start, all_from, all_to, text_end, BLOCK_N, BLOCK_EDGE)
-    i = tl.arange(0, BLOCK_N)
-    all_there = i < BLOCK_N
-    for j in tl.range(full):
-        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, all_there, K, BLOCK_K)
-        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, all_there, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-
-    i = tl.arange(0, BLOCK_EDGE)
-    for j in tl.range(edges):
-        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
-        n = n0 + i
-        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < L, K, BLOCK_K)
-        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < L, E, BLOCK_E)
-        values, poison = without_poison(values)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        seen = in_range(n[None, :], first[:, None], (last - first + 1)[:, None])
-        if window is not None:
-            seen &= (n - tl.load(lo + n, mask=n < L, other=0))[None, :] >= oldest[:, None]
-        s = tl.where(seen, s + poison[None, :], -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    own_start, own = own_blocks(m, own_first, on, BLOCK_EDGE)
+    end_top, end_total, acc = over_keys(
+        queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+        stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
+        K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=False,
+    )  # fmt: skip
+    # 0 * NaN: a value that some row doesn't see may have spoilt it.
+    if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
+        end_top, end_total, acc = over_keys(
+            queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+            stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
+            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=True,
+        )  # fmt: skip
 
     # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
     # registers from the beginning to here.
     m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
     row = m - skipped
-    total = tl.where(on, total, 1.0)
+    total = tl.where(on, end_total, 1.0)
     result = tl.where(on[:, None], acc / total[:, None], 0.0)
     out += b * stride_ob + g * HG * stride_oh
     store_tile(out, h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_om, inside, result, E, BLOCK_E)
-    natural = tl.where(on, top * LN_2 + tl.log(total), -float("inf"))
+    natural = tl.where(on, end_top * LN_2 + tl.log(total), -float("inf"))
     tl.store(lse + (pair * HG + h) * rows + row, natural, mask=inside)
+
+
+@triton.jit
+def over_keys(
+    queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+    stride_km, stride_vm, start, before, full, edges, own_start, own, L, M, window, scale, softcap, factor,
+    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """``top``, ``total`` and acc after all keys of the tile."""
+    acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
+    i = tl.arange(0, BLOCK_EDGE)
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    for j in tl.range(own + edges, num_stages=STAGES):
+        is_own = j < own
+        text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
+        n0 = tl.where(is_own, own_start + j * BLOCK_EDGE, text)
+        n = n0 + i
+        keys = load_rows(k_edge, k, b, g, n0, stride_km, M, BLOCK_EDGE, K, BLOCK_K)
+        values = load_rows(v_edge, v, b, g, n0, stride_vm, M, BLOCK_EDGE, E, BLOCK_E)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        seen_first = tl.where(is_own, own_first, first)
+        seen = in_range(n[None, :], seen_first[:, None], (tl.where(is_own, m, last) - seen_first + 1)[:, None])
+        if window is not None:
+            position = n - tl.load(lo + n, mask=n < L, other=0)
+            seen &= is_own | (position[None, :] >= oldest[:, None])
+        if CAREFUL:
+            values, poison = without_poison(values)
+            s += poison[None, :]
+        s = tl.where(seen, s, -float("inf"))
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    for j in tl.range(full, num_stages=STAGES):
+        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
+        keys = load_rows(k_full, k, b, g, n0, stride_km, M, BLOCK_N, K, BLOCK_K)
+        values = load_rows(v_full, v, b, g, n0, stride_vm, M, BLOCK_N, E, BLOCK_E)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    return top, total, acc
 
 
 @triton.jit
@@ -204,9 +231,13 @@ def softmax_step(s, factor, top, total, acc):
 
 @triton.jit
 def without_poison(values):
-    """Values [..,keys,E] with 0 for NaN and infinity, and [..,keys], NaN for a key that has such a value, else 0.
+    """Values [..,keys,E] with 0 in keys that have NaN or infinity, and [..,keys], NaN for such a key, else 0.
 
     Added to a key's scores it makes the rows that see the key NaN; the others must not meet 0 * NaN.
     """
-    zero = values.to(tl.float32) * 0.0
-    return tl.where(zero == 0.0, values, 0.0), tl.sum(zero, axis=-1)
+    if values.dtype == tl.float32:
+        bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000
+    else:
+        bits, EXPONENT = values.to(tl.int16, bitcast=True), 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
+    poisoned = tl.max(bits & EXPONENT, axis=-1) == EXPONENT
+    return tl.where(tl.expand_dims(poisoned, -1), 0.0, values), tl.where(poisoned, float("nan"), 0.0)

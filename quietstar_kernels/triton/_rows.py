@@ -9,32 +9,46 @@ import triton
 import triton.language as tl
 
 
+FAR = tl.constexpr(1 << 30)  # behind every row
+OWN = tl.constexpr(16)  # flat rows in a chunk, keys in a block of own rows
+
+
 @triton.jit
-def seen_by(m, inside, anchor, lo, length, L, N, S, window):
-    """Packed rows ``m``, int32 [BLOCK], where ``inside``: (first, last, own_first, on).
+def divide(first, i, by):
+    """Quotient and remainder of ``first + i`` by ``by``: first >= 0 and by > 0 are scalars, 0 <= i < 2^22.
+
+    The rows of a tile differ from its first by little. So one division of integers, which takes dozens of instructions, serves
+    them all, and one of floating point, which may be off by one.
+    """
+    i += first % by
+    quotient = (i.to(tl.float32) * (1.0 / by)).to(tl.int32)
+    quotient -= (quotient * by > i).to(tl.int32)
+    quotient += (i - quotient * by >= by).to(tl.int32)
+    return first // by + quotient, i - quotient * by
+
+
+@triton.jit
+def seen_by(begin, i, inside, anchor, lo, length, L, N, S, window):
+    """Packed rows m = ``begin + i``, int32 [BLOCK], where ``inside``: (first, last, own_first, on).
 
     A row that is on sees text positions first..last and the packed rows own_first..m of its own thought; either range may
     be empty. anchor [P], lo [L] and length [P*N] point into one batch row; ``window`` is W, or 2^30 for none.
     """
+    m = begin + i
     is_text = m < L
-    r = tl.maximum(m - L, 0)
-    s = r % S
-    thought = r // S
+    start = tl.maximum(begin - L, 0)
+    thought, s = divide(start, tl.maximum(m - L, 0) - start, S)
+    place, _ = divide(start // S, thought - start // S, N)
     in_thought = inside & (m >= L)
-    place = tl.load(anchor + thought // N, mask=in_thought, other=-1)
+    t = tl.load(anchor + place, mask=in_thought, other=-1)
     live = tl.load(length + thought, mask=in_thought, other=0)
-    on = inside & (is_text | ((place >= 0) & (s < live)))
-    t = tl.where(is_text, m, place)
-    first = tl.load(lo + t, mask=on, other=0)
-    stands_at = tl.where(is_text, m, place + 1 + s)
-    first = tl.maximum(first, stands_at - window + 1)
+    on = inside & (is_text | ((t >= 0) & (s < live)))
+    stands_at = tl.where(is_text, m, t + 1 + s)
+    t = tl.where(is_text, m, t)
+    first = tl.maximum(tl.load(lo + t, mask=on, other=0), stands_at - window + 1)
     last = tl.where(on, t, -1)
     own_first = tl.where(is_text, m + 1, tl.maximum(m - s, m - window + 1))
     return first, last, own_first, on
-
-
-FAR = tl.constexpr(1 << 30)  # behind every row
-OWN = tl.constexpr(16)  # flat rows in a chunk, keys in a block of own rows
 
 
 @triton.jit
@@ -52,9 +66,8 @@ def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
 @triton.jit
 def tile_rows(flat, begin, end, HG, BLOCK_M: tl.constexpr):
     """Rows of the tile that ``tile_start`` gave: packed row, head in its group, whether there is such a row; [BLOCK_M] each."""
-    f = flat + tl.arange(0, BLOCK_M)
-    m = begin + f // HG
-    return m, f % HG, m < end
+    row, head = divide(flat, tl.arange(0, BLOCK_M), HG)
+    return begin + row, head, begin + row < end
 
 
 @triton.jit

@@ -4,6 +4,41 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from quietstar_kernels.triton._target import target
+
+BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
+
+
+def described(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """x [B,heads,M,width], to be read in tiles of ``rows``; None where tiles can't be copied whole: see ``load_rows``."""
+    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    if target() not in BY_DESCRIPTOR or x.itemsize == 4 or x.data_ptr() % 16:
+        return None
+    if any(stride == 0 or stride * x.itemsize % 16 for stride in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
+
+
+def padded(width: int) -> int:
+    """Columns of a tile: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS,BLOCK]: rows from ``row`` on of batch row ``b`` and ``head``, by ``tiles`` where they are described.
+
+    Else by pointer: x points to the first row of that head, and rows from ``end`` on are 0. Described ones are what memory
+    holds there, and 0 behind the last.
+    """
+    if tiles is None:
+        i = tl.arange(0, ROWS)
+        return load_tile(x + row.to(tl.int64) * stride, i * stride, row + i < end, WIDTH, BLOCK)
+    else:
+        return tiles.load([b.to(tl.int32), head.to(tl.int32), row, 0]).reshape(ROWS, BLOCK)
 
 
 @triton.jit
