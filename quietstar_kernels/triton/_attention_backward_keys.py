@@ -93,8 +93,8 @@ def attention_backward_keys(
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = (tl.program_id(0) % (B * G)).to(tl.int64)
-    b, g = pair // G, pair % G
+    pair = tl.program_id(0) % (B * G)
+    b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     part = (tl.program_id(0) // (B * G)) % parts
     block = tl.program_id(0) // (B * G) // parts
     thoughts = rows - (M - L)  # the first thought row, among the query rows
@@ -162,7 +162,7 @@ def attention_backward_keys(
             ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
 
-    n_first = (part * (B * G) + pair) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
+    n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
     i = tl.arange(0, BLOCK_N)
     if dk is not None:
         store_tile(dk + n_first * K, i * K, n0 + i < end, dk_acc * scale, K, BLOCK_K)

@@ -51,8 +51,8 @@ def attention_backward_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = (tl.program_id(0) % (B * G)).to(tl.int64)
-    b, g = pair // G, pair % G
+    pair = tl.program_id(0) % (B * G)
+    b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
     flat, begin, behind = tile_start(tile, tiles, L, M - L, HG, BLOCK_M)
     f = flat + tl.arange(0, BLOCK_M)

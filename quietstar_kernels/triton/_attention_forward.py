@@ -85,8 +85,8 @@ def attention_forward(
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     R = P * N * S
-    pair = (tl.program_id(0) % (B * G)).to(tl.int64)
-    b, g = pair // G, pair % G
+    pair = tl.program_id(0) % (B * G)
+    b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
     flat, begin, end = tile_start(tile, tiles, L, R, HG, BLOCK_M)
     m, h, inside = tile_rows(flat, begin, end, HG, BLOCK_M)
@@ -139,11 +139,11 @@ def attention_forward(
     m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
     row = m - skipped
     total = tl.where(on, end_total, 1.0)
-    result = tl.where(on[:, None], acc / total[:, None], 0.0)
+    result = tl.where(on[:, None], acc * (1.0 / total)[:, None], 0.0)
     out += b * stride_ob + g * HG * stride_oh
     store_tile(out, h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_om, inside, result, E, BLOCK_E)
     natural = tl.where(on, end_top * LN_2 + tl.log(total), -float("inf"))
-    tl.store(lse + (pair * HG + h) * rows + row, natural, mask=inside)
+    tl.store(lse + (pair.to(tl.int64) * HG + h) * rows + row, natural, mask=inside)
 
 
 @triton.jit
