@@ -133,14 +133,17 @@ def attention_backward_keys(
     grad_out += b * stride_gb + g * HG * stride_gh
     first_table += b * rows
     count_table += b * rows
-    h, row0, behind = row_tile(begin, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
-    next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
+    tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
+    row0, behind = row_tile(tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+    next_lse = tl.load(lse + h * rows + row0 + i, mask=(row0 + i < behind) & (begin < stop), other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
-        h, row0, behind = row_tile(j + 1, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
-        next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
-        h, row0, behind = row_tile(j, stop, tiles, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+        next_tile = tl.where(tile + 1 < tiles, tile + 1, 0)
+        next_h = tl.where(tile + 1 < tiles, h, h + 1)
+        next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+        there = (next_row0 + i < next_behind) & (j + 1 < stop)
+        next_lse = tl.load(lse + next_h * rows + next_row0 + i, mask=there, other=float("inf"))
         row = row0 + i
         inside = row < behind
         row_delta = tl.load(delta + h * rows + row, mask=inside, other=0.0)
@@ -161,6 +164,7 @@ def attention_backward_keys(
             dp = scores(values, grads, scale, None, SLICES, PRECISION)
             ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+        tile, h, row0, behind = next_tile, next_h, next_row0, next_behind
 
     n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
     i = tl.arange(0, BLOCK_N)
@@ -171,16 +175,11 @@ def attention_backward_keys(
 
 
 @triton.jit
-def row_tile(j, stop, tiles, text_tiles, text_start, text_end, thought_start, thought_end, BLOCK_M: tl.constexpr):
-    """Of the flat loop's tile j, with ``tiles`` for each head, text rows first: (head, first query row, row behind its last).
-
-    From tile ``stop`` on there are no rows.
-    """
-    tile = j % tl.maximum(tiles, 1)
+def row_tile(tile, text_tiles, text_start, text_end, thought_start, thought_end, BLOCK_M: tl.constexpr):
+    """(first query row, row behind the last) of a head's tile: text tiles come first."""
     in_text = tile < text_tiles
     start = tl.where(in_text, text_start + tile * BLOCK_M, thought_start + (tile - text_tiles) * BLOCK_M)
-    behind = tl.where(j < stop, tl.where(in_text, text_end, thought_end), 0)
-    return (j // tl.maximum(tiles, 1)).to(tl.int64), start, behind
+    return start, tl.where(in_text, text_end, thought_end)
 
 
 def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, block: int) -> Tensor:

@@ -44,11 +44,17 @@ def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl
 @triton.jit
 def load_tile(first, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """[.., rows, BLOCK]: the rows ``offsets`` elements behind ``first``; 0 where not ``inside`` and from column WIDTH on."""
+    return load_at(first + offsets, inside, WIDTH, BLOCK)
+
+
+@triton.jit
+def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 where not ``inside`` and from column WIDTH on."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:
         mask = mask & (column < WIDTH)
-    return tl.load(first + tl.expand_dims(offsets, -1) + column, mask=mask, other=0.0)
+    return tl.load(tl.expand_dims(rows, -1) + column, mask=mask, other=0.0)
 
 
 @triton.jit
