@@ -100,7 +100,6 @@ def _decode(
     lo += far(b, L)
     first = tl.load(lo + last, mask=on, other=0)
     start, all_from, all_to, end = text_bounds(first, last, on)
-    oldest = last
     if window is not None:
         oldest = last - first + now + 2 - window  # position id
         start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
@@ -112,20 +111,48 @@ def _decode(
     own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)  # of each thought, in the first part
     k_text += far(b, stride_kb) + far(g, stride_kg)
     v_text += far(b, stride_vb) + far(g, stride_vg)
-    first_top, first_total = top, total
-    top, total, acc = over_keys(
-        queries, first_top, first_total, flat // HG, thought, thoughts, on, first, last, oldest, own_first, own,
-        k_own, v_own, stride_kot, stride_kos, stride_vot, stride_vos, k_text, v_text, k_full, v_full, k_edge, v_edge, stride_kl, stride_vl,
-        lo, b, g, start, before, full, edges, end, window, scale, softcap, factor,
-        K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=False,
-    )  # fmt: skip
-    if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
-        top, total, acc = over_keys(
-            queries, first_top, first_total, flat // HG, thought, thoughts, on, first, last, oldest, own_first, own,
-            k_own, v_own, stride_kot, stride_kos, stride_vot, stride_vos, k_text, v_text, k_full, v_full, k_edge, v_edge, stride_kl,
-            stride_vl, lo, b, g, start, before, full, edges, end, window, scale, softcap, factor,
-            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=True,
-        )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    i = tl.arange(0, BLOCK_EDGE)
+    # The own rows of the tile's thoughts make one sequence of keys, thought after thought.
+    first_thought = flat // HG
+    own_keys = tl.maximum(tl.max(tl.where(on, thought, -1), 0) + 1 - first_thought, 0) * own
+    for j in tl.range(tl.cdiv(own_keys, BLOCK_EDGE)):
+        n = j * BLOCK_EDGE + i
+        of, at = divide(j * BLOCK_EDGE, i, tl.maximum(own, 1))
+        of, at = (first_thought + of).to(tl.int64), (own_first + at).to(tl.int64)
+        keys = load_tile(k_own, of * stride_kot + at * stride_kos, n < own_keys, K, BLOCK_K)
+        values = load_tile(v_own, of * stride_vot + at * stride_vos, n < own_keys, E, BLOCK_E)
+        values, poison = without_poison(values)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        seen = in_range(n[None, :], ((thought - first_thought) * own)[:, None], own)
+        s = tl.where(seen, s + poison[None, :], -float("inf"))
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    # Without this step ptxas makes each product of some variants wait for the one before (C7515).
+    acc = tl.where(on[:, None], acc, 0.0)
+    count = tl.maximum(last - first + 1, 0)
+    for j in tl.range(edges):
+        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+        n = n0 + i
+        keys = load_rows(k_edge, k_text, b, g, n0, stride_kl, end + 1, BLOCK_EDGE, K, BLOCK_K)
+        values = load_rows(v_edge, v_text, b, g, n0, stride_vl, end + 1, BLOCK_EDGE, E, BLOCK_E)
+        values, poison = without_poison(values)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        seen = in_range(n[None, :], first[:, None], count[:, None])
+        if window is not None:
+            seen &= (n - tl.load(lo + n, mask=n <= end, other=0))[None, :] >= oldest[:, None]
+        s = tl.where(seen, s + poison[None, :], -float("inf"))
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    for j in tl.range(full):
+        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
+        keys = load_rows(k_full, k_text, b, g, n0, stride_kl, end + 1, BLOCK_N, K, BLOCK_K)
+        values = load_rows(v_full, v_text, b, g, n0, stride_vl, end + 1, BLOCK_N, E, BLOCK_E)
+        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        p, top, total, acc = softmax_step(s, factor, top, total, acc)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total, 1.0)
@@ -142,65 +169,6 @@ def _decode(
         parts += rows * E + pair_row
         tl.store(parts + row, tl.where(on, top, 0.0), mask=inside)
         tl.store(parts + rows + row, total, mask=inside)
-
-
-@triton.jit
-def over_keys(
-    queries, top, total, first_thought, thought, thoughts, on, first, last, oldest, own_first, own,
-    k_own, v_own, stride_kot, stride_kos, stride_vot, stride_vos, k_text, v_text, k_full, v_full, k_edge, v_edge, stride_kl, stride_vl,
-    lo, b, g, start, before, full, edges, end, window, scale, softcap, factor,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """``top``, ``total`` and acc after all keys of the tile.
-
-    The rows own_first .. own_first + own - 1 of the tile's thoughts make one sequence of keys, thought after thought.
-    """
-    STAGES: tl.constexpr = 1 if CAREFUL else None
-    acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
-    i = tl.arange(0, BLOCK_EDGE)
-    tile_thoughts = tl.max(tl.where(on, thought, -1), 0) + 1 - first_thought
-    own_keys = tl.maximum(tile_thoughts, 0) * own
-    own_blocks = tl.cdiv(own_keys, BLOCK_EDGE)
-    for j in tl.range(own_blocks, num_stages=STAGES):
-        n = j * BLOCK_EDGE + i
-        of, at = divide(j * BLOCK_EDGE, i, tl.maximum(own, 1))
-        of, at = (first_thought + of).to(tl.int64), (own_first + at).to(tl.int64)
-        keys = load_tile(k_own, of * stride_kot + at * stride_kos, n < own_keys, K, BLOCK_K)
-        values = load_tile(v_own, of * stride_vot + at * stride_vos, n < own_keys, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        if CAREFUL:
-            values, poison = without_poison(values)
-            s += poison[None, :]
-        s = tl.where(in_range(n[None, :], ((thought - first_thought) * own)[:, None], own), s, -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-
-    count = tl.maximum(last - first + 1, 0)
-    for j in tl.range(edges, num_stages=STAGES):
-        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
-        n = n0 + i
-        keys = load_rows(k_edge, k_text, b, g, n0, stride_kl, end + 1, BLOCK_EDGE, K, BLOCK_K)
-        values = load_rows(v_edge, v_text, b, g, n0, stride_vl, end + 1, BLOCK_EDGE, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        seen = in_range(n[None, :], first[:, None], count[:, None])
-        if window is not None:
-            seen &= (n - tl.load(lo + n, mask=n <= end, other=0))[None, :] >= oldest[:, None]
-        if CAREFUL:
-            values, poison = without_poison(values)
-            s += poison[None, :]
-        s = tl.where(seen, s, -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-
-    for j in tl.range(full, num_stages=STAGES):
-        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_rows(k_full, k_text, b, g, n0, stride_kl, end + 1, BLOCK_N, K, BLOCK_K)
-        values = load_rows(v_full, v_text, b, g, n0, stride_vl, end + 1, BLOCK_N, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    return top, total, acc
 
 
 @triton.jit
