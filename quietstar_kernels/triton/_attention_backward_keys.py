@@ -19,7 +19,7 @@ from quietstar_kernels.triton._attention_forward import scores
 from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_tile, store_tile
+from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
@@ -75,7 +75,7 @@ def _launch(
             grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges, dk_now, dv_now,
             *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             B, G, H // G, rows, layout.L, layout.M, layout.N, layout.S, parts, scale, softcap,
-            K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+            K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
             PRECISION=dot_precision(), **config.options(),
         )  # fmt: skip
 
@@ -135,15 +135,16 @@ def attention_backward_keys(
     count_table += b * rows
     tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
     row0, behind = row_tile(tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
-    next_lse = tl.load(lse + h * rows + row0 + i, mask=(row0 + i < behind) & (begin < stop), other=float("inf"))
+    behind = tl.where(begin < stop, behind, 0)
+    next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
         next_tile = tl.where(tile + 1 < tiles, tile + 1, 0)
         next_h = tl.where(tile + 1 < tiles, h, h + 1)
         next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
-        there = (next_row0 + i < next_behind) & (j + 1 < stop)
-        next_lse = tl.load(lse + next_h * rows + next_row0 + i, mask=there, other=float("inf"))
+        next_behind = tl.where(j + 1 < stop, next_behind, 0)
+        next_lse = tl.load(lse + next_h * rows + next_row0 + i, mask=next_row0 + i < next_behind, other=float("inf"))
         row = row0 + i
         inside = row < behind
         row_delta = tl.load(delta + h * rows + row, mask=inside, other=0.0)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, text_blocks
+from quietstar_kernels.triton._attention_plan import cdiv, forward_plan
 
 
 @dataclass(frozen=True)
@@ -43,33 +42,11 @@ def backward_plan(
     query_rows: str = "all",
 ) -> BackwardPlan:
     """For ``group`` H/G query heads per key head and the tile sizes of ``configs.ATTENTION_BACKWARD_*``."""
-    parts = [_thought_tiles(layout, group, queries, window)]
-    if query_rows == "all":
-        parts.append(_text_tiles(layout, group, queries, window))
     return BackwardPlan(
-        queries=queries["BLOCK_M"] * sum(int(keys.sum()) for keys in parts),
+        queries=forward_plan(layout, group, queries, window, query_rows).scores(),  # the same tiles, of other sizes
         text_keys=group * _text_key_scores(layout, text_keys, window, query_rows),
         own_keys=group * layout.B * _own_key_scores(layout, own_keys),
     )
-
-
-def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
-    """Keys [B,tiles] that the rows of each tile are computed against."""
-    _, row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
-    on = layout.live().flatten(1)[:, row] & inside
-    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
-    s = row % layout.S
-    first = row - (s if window is None else s.clamp(max=window - 1))
-    start, last = torch.where(on, first, layout.R).amin(-1), torch.where(on, row, -1).amax(-1)
-    own = cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"])
-    return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * (edge + own)
-
-
-def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> Tensor:
-    _, row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
-    t = row.expand(layout.B, *row.shape)
-    full, edge = text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
-    return blocks["BLOCK_N"] * full + blocks["BLOCK_EDGE"] * edge
 
 
 def _text_key_scores(layout: ThoughtLayout, blocks: dict[str, int], window: int | None, query_rows: str) -> int:

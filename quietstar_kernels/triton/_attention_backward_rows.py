@@ -12,7 +12,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import FAR, seen_by
-from quietstar_kernels.triton._tiles import load_tile
+from quietstar_kernels.triton._tiles import load_tile, padded
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
@@ -62,7 +62,7 @@ def row_tables(
         delta, shift, first, count, own_first, own_count, oldest, dsinks,
         *grad_out.stride()[:3], *out.stride()[:3],
         H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window,
-        E=E, BLOCK_E=max(16, triton.next_power_of_2(E)), **config.options(),
+        E=E, BLOCK_E=padded(E), **config.options(),
     )  # fmt: skip
     return Rows(delta, shift, first, count, own_first, own_count, oldest, dsinks)
 

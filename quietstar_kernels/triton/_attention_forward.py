@@ -3,9 +3,12 @@
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. Text rows and
 thought rows have tiles of their own. The keys of a tile, in this order:
 
-1. own rows, by 3D products: each chunk of 16 flat rows against blocks of 16 keys from the start of its first thought on;
-2. text that all rows see, in blocks of BLOCK_N without a mask;
-3. text at the edges, which some rows see, in masked blocks of BLOCK_EDGE.
+1. in masked blocks of BLOCK_EDGE, own rows, from the first that a row of the tile sees to the last;
+2. likewise text at the edges, which some rows see;
+3. text that all rows see, in blocks of BLOCK_N without a mask.
+
+A row's own keys are few among those of its tile. Wide products of all with all cost less than small ones of each with its own:
+the matrix unit is idle meanwhile, instructions are what counts (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,9 +23,8 @@ from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._math import LN_2, LOG2_E, tanh
 from quietstar_kernels.triton._rows import (
     FAR,
-    OWN,
     cover,
-    own_chunks,
+    own_blocks,
     seen_by,
     text_bounds,
     tile_rows,
@@ -30,8 +32,15 @@ from quietstar_kernels.triton._rows import (
     window_bounds,
 )
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, store_tile
-from quietstar_kernels.triton.configs import ATTENTION_FORWARD, Config, pick
+from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton.configs import (
+    ATTENTION_FORWARD,
+    ATTENTION_FORWARD_OPTIONS,
+    ATTENTION_FORWARD_SHORT,
+    SHORT,
+    Config,
+    pick,
+)
 
 LOWEST = tl.constexpr(-1e38)  # a row's top before it has seen a key: finite, so that nothing is inf - inf
 
@@ -47,14 +56,17 @@ def thought_attention(
     lse = q.new_empty((B, H, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    config = pick(ATTENTION_FORWARD, q.element_size(), max(K, E))
+    plain = window is None and softcap is None and sinks is None
+    special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if layout.L <= SHORT else []
+    config = pick([*special, ATTENTION_FORWARD], q.element_size(), max(K, E))
     HG, BLOCK_M = H // G, config.blocks["BLOCK_M"]
     tiles = triton.cdiv(layout.R * HG, BLOCK_M) + triton.cdiv((rows - layout.R) * HG, BLOCK_M)
     attention_forward[(tiles * B * G,)](
-        q, k, v, *key_tiles(k, v, config), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), out, lse,
+        q, k, v, *key_tiles(k, v, config), sinks,
+        layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         B, G, HG, rows, layout.L, layout.P, layout.N, layout.S, window, scale, softcap,
-        K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+        K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
         PRECISION=dot_precision(), **config.options(),
     )  # fmt: skip
     return out, lse
@@ -65,13 +77,6 @@ def key_tiles(k: Tensor, v: Tensor, config: Config) -> tuple[TensorDescriptor | 
     rows = config.blocks["BLOCK_N"], config.blocks["BLOCK_EDGE"]
     tiles = tuple(described(x, size) for size in rows for x in (k, v))
     return (None,) * 4 if None in tiles else tiles
-
-
-@triton.jit
-def own_blocks(m, own_first, on, BLOCK: tl.constexpr):
-    sees = on & (own_first <= m)
-    start = tl.min(tl.where(sees, own_first, FAR), 0)
-    return start, tl.cdiv(tl.maximum(tl.max(tl.where(sees, m, -1), 0) + 1 - start, 0), BLOCK)
 
 
 @triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "P", "N", "S", "window"])
@@ -95,9 +100,7 @@ def attention_forward(
     lo += b * L
 
     first_row = begin + flat // HG
-    first, last, own_first, on = seen_by(
-        first_row, m - first_row, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR
-    )
+    first, last, own_first, on = seen_by(first_row, m - first_row, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR)
     oldest = own_first
     if window is not None:
         # A text row's own_first is m + 1, a thought row's m - s.
@@ -120,13 +123,13 @@ def attention_forward(
     if window is not None:
         start, all_from = window_bounds(start, all_from, text_end, oldest, on, lo, 1024)
     before, full, edges = cover(start, all_from, all_to, text_end, BLOCK_N, BLOCK_EDGE)
-    own_start, own = own_blocks(m, own_first, on, BLOCK_EDGE)
+    own_start, own = own_blocks(own_first, m, on, BLOCK_EDGE)
     end_top, end_total, acc = over_keys(
         queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
         stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=False,
     )  # fmt: skip
-    # 0 * NaN: a value that some row doesn't see may have spoilt it.
+    # 0 * NaN: a value that is not finite spoils rows that don't see it, too. Then all again, with a look at each value.
     if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
         end_top, end_total, acc = over_keys(
             queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
@@ -153,7 +156,7 @@ def over_keys(
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """``top``, ``total`` and acc after all keys of the tile."""
+    """``top``, ``total`` and acc after all keys of the tile; where CAREFUL, values that a row doesn't see can't spoil it."""
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
     STAGES: tl.constexpr = 1 if CAREFUL else None
@@ -189,32 +192,24 @@ def over_keys(
 
 @triton.jit
 def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr):
-    """queries [..,rows,K] times keys [..,columns,K]: [..,rows,columns]; with a soft cap scaled and capped, else not yet scaled.
+    """queries [rows,K] times keys [columns,K]: [rows,columns]; with a soft cap scaled and capped, else not yet scaled.
 
     SLICES cuts K, at most into sixteens: warps then share the columns of the factors, which for fp32 fill too many registers.
     """
     WIDTH: tl.constexpr = max(16, queries.shape[-1] // SLICES)
     COUNT: tl.constexpr = queries.shape[-1] // WIDTH
     if COUNT > 1:
-        products = tl.dot(slices(queries, COUNT), tl.permute(slices(keys, COUNT), [0, 2, 1]), input_precision=PRECISION)
-        s = tl.sum(tl.reshape(products, [products.shape[0] // COUNT, COUNT, products.shape[1], products.shape[2]]), 1)
-        if len(queries.shape) == 2:
-            s = tl.reshape(s, [queries.shape[0], keys.shape[0]])
-    elif len(queries.shape) == 2:
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        keys = tl.permute(slices(keys, COUNT), [0, 2, 1])
+        s = tl.sum(tl.dot(slices(queries, COUNT), keys, input_precision=PRECISION), 0)
     else:
-        s = tl.dot(queries, tl.permute(keys, [0, 2, 1]), input_precision=PRECISION)
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     return s if softcap is None else softcap * tanh(s * (scale / softcap))
 
 
 @triton.jit
 def slices(x, COUNT: tl.constexpr):
-    """[rows,K] or [chunks,rows,K] to [chunks * COUNT, rows, K / COUNT]."""
-    rows: tl.constexpr = x.shape[-2]
-    width: tl.constexpr = x.shape[-1] // COUNT
-    chunks: tl.constexpr = x.numel // (rows * COUNT * width)
-    x = tl.permute(tl.reshape(x, [chunks, rows, COUNT, width]), [0, 2, 1, 3])
-    return tl.reshape(x, [chunks * COUNT, rows, width])
+    """[rows,K] to [COUNT,rows,K/COUNT]."""
+    return tl.permute(tl.reshape(x, [x.shape[0], COUNT, x.shape[1] // COUNT]), [1, 0, 2])
 
 
 @triton.jit
@@ -223,15 +218,15 @@ def softmax_step(s, factor, top, total, acc):
 
     A row's sum of weights so far is ``total`` times 2^top, its weighted sum of values ``acc`` times 2^top.
     """
-    new_top = tl.maximum(top, tl.max(s, axis=-1) * factor)
-    p = tl.exp2(s * factor - tl.expand_dims(new_top, -1))
+    new_top = tl.maximum(top, tl.max(s, 1) * factor)
+    p = tl.exp2(s * factor - new_top[:, None])
     decay = tl.exp2(top - new_top)
-    return p, new_top, total * decay + tl.sum(p, axis=-1), acc * tl.expand_dims(decay, -1)
+    return p, new_top, total * decay + tl.sum(p, 1), acc * decay[:, None]
 
 
 @triton.jit
 def without_poison(values):
-    """Values [..,keys,E] with 0 in keys that have NaN or infinity, and [..,keys], NaN for such a key, else 0.
+    """Values [keys,E] with 0 in keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
 
     Added to a key's scores it makes the rows that see the key NaN; the others must not meet 0 * NaN.
     """
@@ -239,5 +234,5 @@ def without_poison(values):
         bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000
     else:
         bits, EXPONENT = values.to(tl.int16, bitcast=True), 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
-    poisoned = tl.max(bits & EXPONENT, axis=-1) == EXPONENT
-    return tl.where(tl.expand_dims(poisoned, -1), 0.0, values), tl.where(poisoned, float("nan"), 0.0)
+    poisoned = tl.max(bits & EXPONENT, axis=1) == EXPONENT
+    return tl.where(poisoned[:, None], 0.0, values), tl.where(poisoned, float("nan"), 0.0)

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._rows import FAR, OWN
-
-KEYS = OWN.value  # own keys in a block, flat rows in a chunk
+from quietstar_kernels.triton._rows import FAR
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class ForwardPlan:
 
     Attributes:
         blocks: the tile sizes, as in ``configs.ATTENTION_FORWARD``.
-        own: blocks of own keys.
+        own: masked blocks of BLOCK_EDGE own keys.
         full: blocks of BLOCK_N text keys.
         edge: masked blocks of BLOCK_EDGE text keys.
     """
@@ -34,8 +32,11 @@ class ForwardPlan:
 
     def scores(self) -> int:
         """Scores that are computed for one key head, all batch rows together, seen and unseen."""
-        keys = KEYS * self.own + self.blocks["BLOCK_N"] * self.full + self.blocks["BLOCK_EDGE"] * self.edge
-        return self.blocks["BLOCK_M"] * int(keys.sum())
+        return self.blocks["BLOCK_M"] * int(self.keys().sum())
+
+    def keys(self) -> Tensor:
+        """Keys [B,tiles] that the rows of each tile are computed against."""
+        return self.blocks["BLOCK_N"] * self.full + self.blocks["BLOCK_EDGE"] * (self.own + self.edge)
 
 
 def forward_plan(
@@ -51,29 +52,26 @@ def forward_plan(
 
 def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
     """Blocks of own keys, whole and masked blocks of text: [B,tiles] each."""
-    flat, row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
+    row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
     on = layout.live().flatten(1)[:, row] & inside
-    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + row % layout.S, on, blocks, window)
-    chunk = flat[:, ::KEYS]
-    first = chunk // group // layout.S * layout.S
-    last = ((chunk + KEYS - 1) // group).clamp(max=layout.R - 1)
-    own = cdiv(last + 1 - first, KEYS).clamp(min=0).amax(-1)
-    return own * on.any(-1), full, edge
+    s = row % layout.S
+    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + s, on, blocks, window)
+    first = row - (s if window is None else s.clamp(max=window - 1))
+    start, last = torch.where(on, first, layout.R).amin(-1), torch.where(on, row, -1).amax(-1)
+    return cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"]), full, edge
 
 
 def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
-    _, row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
+    row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
     t = row.expand(layout.B, *row.shape)
     full, edge = text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
     return torch.zeros_like(full), full, edge
 
 
-def flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """[tiles,BLOCK_M]: flat rows, their rows (the last one where there is none), whether there is one."""
-    tiles = cdiv(count * group, block)
-    flat = torch.arange(tiles * block, device=device).view(tiles, block)
-    row = flat // group
-    return flat, row.clamp(max=max(count - 1, 0)), row < count
+def flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[tiles,BLOCK_M]: rows of the flat rows (the last one where there is none), whether there is one."""
+    row = torch.arange(cdiv(count * group, block) * block, device=device).view(-1, block) // group
+    return row.clamp(max=max(count - 1, 0)), row < count
 
 
 def text_blocks(

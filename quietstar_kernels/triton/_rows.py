@@ -8,9 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 FAR = tl.constexpr(1 << 30)  # behind every row
-OWN = tl.constexpr(16)  # flat rows in a chunk, keys in a block of own rows
 
 
 @triton.jit
@@ -118,12 +116,8 @@ def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.co
 
 
 @triton.jit
-def own_chunks(flat, L, R, S, HG, BLOCK_M: tl.constexpr):
-    """Own rows first..last that each chunk of OWN flat rows in a tile of thoughts may see, [BLOCK_M / OWN] each, and blocks.
-
-    They start with the thought of the chunk's first row. That many blocks of OWN keys serve every chunk.
-    """
-    flat += tl.arange(0, BLOCK_M // OWN) * OWN
-    first = flat // HG // S * S
-    last = tl.minimum((flat + OWN - 1) // HG, R - 1)
-    return L + first, L + last, tl.max(tl.cdiv(last + 1 - first, OWN), 0)
+def own_blocks(own_first, m, on, BLOCK: tl.constexpr):
+    """First of the own rows that packed rows ``m`` [rows] see, own_first..m each, and how many blocks hold them all."""
+    sees = on & (own_first <= m)
+    start = tl.min(tl.where(sees, own_first, FAR), 0)
+    return start, tl.cdiv(tl.maximum(tl.max(tl.where(sees, m, -1), 0) + 1 - start, 0), BLOCK)

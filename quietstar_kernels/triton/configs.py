@@ -30,13 +30,17 @@ class Config:
         return self.blocks | chosen | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
 
 
-def pick(table: Table, itemsize: int, width: int) -> Config:
-    """The current target's config for elements of ``itemsize`` bytes and a ``width``. Raises KeyError if none serves it."""
+def pick(tables: Table | list[Table], itemsize: int, width: int) -> Config:
+    """The current target's config for elements of ``itemsize`` bytes and a ``width``, of the first table that has one.
+
+    Raises KeyError where none serves it.
+    """
     here = target()
-    widths = sorted(w for name, size, w in table if name == here and size == itemsize and w >= width)
-    if not widths:
-        raise KeyError(f"no tiles for {here}, {itemsize} bytes per element, width {width}")
-    return table[here, itemsize, widths[0]]
+    for table in [tables] if isinstance(tables, dict) else tables:
+        widths = [w for name, size, w in table if name == here and size == itemsize and w >= width]
+        if widths:
+            return table[here, itemsize, min(widths)]
+    raise KeyError(f"no tiles for {here}, {itemsize} bytes per element, width {width}")
 
 
 # BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
@@ -70,6 +74,20 @@ ATTENTION_FORWARD: Table = {
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
 }
 
+# Of texts up to SHORT tokens, without options: small tiles leave fewer keys to mask, and two of them share a multiprocessor.
+SHORT = 512
+ATTENTION_FORWARD_SHORT: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+}
+
+# With a window, a soft cap or sinks, which take registers.
+ATTENTION_FORWARD_OPTIONS: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
+}
+
 # Passes over rows and anchors, without matrix products.
 ATTENTION_BACKWARD_ROWS = Config({"BLOCK_M": 32})
 ATTENTION_BACKWARD_RANGES = Config({"BLOCK": 1024})
@@ -86,8 +104,8 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
-    ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
@@ -117,8 +135,7 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
-    ("sm_90", 2, 192): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8),
+    ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),

@@ -22,7 +22,7 @@ from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, store_tile
+from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE, pick
 
 
@@ -43,11 +43,11 @@ def thought_decode(
     splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
     parts = parts_of(out, splits)
     _decode[(tiles, splits)](
-        q, k_text, v_text, *key_tiles(k_text, v_text, config), k_own, v_own, sinks, layout.anchor.contiguous(), layout.lo.contiguous(),
-        layout.length.contiguous(), step, out, parts,
+        q, k_text, v_text, *key_tiles(k_text, v_text, config), k_own, v_own, sinks,
+        layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), step, out, parts,
         *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4],
         B, G, H // G, L, layout.P, layout.N, window, scale, softcap,
-        K=K, E=E, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_E=max(16, triton.next_power_of_2(E)),
+        K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
         PRECISION=dot_precision(), **config.options(),
     )  # fmt: skip
     if splits > 1:
