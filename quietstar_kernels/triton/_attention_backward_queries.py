@@ -11,11 +11,11 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_forward import key_tiles, scores
+from quietstar_kernels.triton._attention_forward import scores, without_poison
 from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
 
 
@@ -30,9 +30,8 @@ def query_gradient(
     HG, block = H // G, config.blocks["BLOCK_M"]
     tiles = triton.cdiv(layout.R * HG, block) + triton.cdiv((rows - layout.R) * HG, block)
     attention_backward_queries[(tiles * B * G,)](
-        grad_out, q, k, v, *key_tiles(k, v, config),
-        tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count, tables.oldest,
-        layout.lo.contiguous(), dq,
+        grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count,
+        tables.oldest, layout.lo.contiguous(), dq,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         B, G, HG, rows, layout.L, layout.M, scale, softcap,
         K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
@@ -43,7 +42,7 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"])
 def attention_backward_queries(
-    grad_out, q, k, v, k_full, v_full, k_edge, v_edge,
+    grad_out, q, k, v,
     delta, lse, first_table, count_table, own_first_table, own_count_table, oldest_table, lo, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm,
@@ -89,8 +88,10 @@ def attention_backward_queries(
         text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
         n0 = tl.where(is_own, own_start + j * BLOCK_EDGE, text)
         n = n0 + i
-        keys = finite(load_rows(k_edge, k, b, g, n0, stride_km, M, BLOCK_EDGE, K, BLOCK_K))
-        values = load_rows(v_edge, v, b, g, n0, stride_vm, M, BLOCK_EDGE, E, BLOCK_E)
+        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < M, K, BLOCK_K)
+        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < M, E, BLOCK_E)
+        # Rows that don't see a NaN must not meet 0 * NaN; those that do have no finite log-sum-exp and are set below.
+        keys, _ = without_poison(keys)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
         if oldest_table is not None:
@@ -98,10 +99,11 @@ def attention_backward_queries(
             seen = seen & (is_own | (position[None, :] >= oldest[:, None]))
         acc = tl.dot(tl.where(seen, ds, 0.0).to(keys.dtype), keys, acc, input_precision=PRECISION)
 
+    i = tl.arange(0, BLOCK_N)
     for j in tl.range(full):
         n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_rows(k_full, k, b, g, n0, stride_km, M, BLOCK_N, K, BLOCK_K)
-        values = load_rows(v_full, v, b, g, n0, stride_vm, M, BLOCK_N, E, BLOCK_E)
+        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < L, K, BLOCK_K)
+        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < L, E, BLOCK_E)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -122,9 +124,3 @@ def score_gradient(
     p, slope = weights(scores(queries, keys, scale, None, SLICES, PRECISION), lse[:, None], scale, softcap)
     dp = scores(grads, values, scale, None, SLICES, PRECISION)
     return p * (dp - delta[:, None]) * slope
-
-
-@triton.jit
-def finite(keys):
-    """0 in the place of NaN and infinity: rows that don't see such a key must not meet 0 * NaN."""
-    return tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)

@@ -87,7 +87,7 @@ def attention_forward(
     B, G, HG, rows, L, P, N, S, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr = False,
 ):  # fmt: skip
     R = P * N * S
     pair = tl.program_id(0) % (B * G)
@@ -127,15 +127,16 @@ def attention_forward(
     end_top, end_total, acc = over_keys(
         queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
         stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
-        K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=False,
+        K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
     # 0 * NaN: a value that is not finite spoils rows that don't see it, too. Then all again, with a look at each value.
-    if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
-        end_top, end_total, acc = over_keys(
-            queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-            stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
-            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL=True,
-        )  # fmt: skip
+    if not CAREFUL:
+        if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
+            end_top, end_total, acc = over_keys(
+                queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+                stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
+                K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
+            )  # fmt: skip
 
     # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
     # registers from the beginning to here.
@@ -154,12 +155,11 @@ def over_keys(
     queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
     stride_km, stride_vm, start, before, full, edges, own_start, own, L, M, window, scale, softcap, factor,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``top``, ``total`` and acc after all keys of the tile; where CAREFUL, values that a row doesn't see can't spoil it."""
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
-    STAGES: tl.constexpr = 1 if CAREFUL else None
     for j in tl.range(own + edges, num_stages=STAGES):
         is_own = j < own
         text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
