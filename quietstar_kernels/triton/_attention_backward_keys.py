@@ -153,7 +153,7 @@ def attention_backward_keys(
         count = tl.where(adds, count, 0)
         queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
         grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
-        p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap)
+        p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap, keys.dtype)
         seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)

@@ -121,6 +121,6 @@ def score_gradient(
     queries, grads, keys, values, lse, delta, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """d loss / d (scale * q·k), [rows,keys]."""
-    p, slope = weights(scores(queries, keys, scale, None, SLICES, PRECISION), lse[:, None], scale, softcap)
+    p, slope = weights(scores(queries, keys, scale, None, SLICES, PRECISION), lse[:, None], scale, softcap, keys.dtype)
     dp = scores(grads, values, scale, None, SLICES, PRECISION)
     return p * (dp - delta[:, None]) * slope

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._math import LN_2, LOG2_E, tanh
+from quietstar_kernels.triton._math import LN_2, LOG2_E, bend
 from quietstar_kernels.triton._rows import (
     FAR,
     cover,
@@ -203,7 +203,7 @@ def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.co
         s = tl.sum(tl.dot(slices(queries, COUNT), keys, input_precision=PRECISION), 0)
     else:
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    return s if softcap is None else softcap * tanh(s * (scale / softcap))
+    return s if softcap is None else softcap * bend(s * (scale / softcap), queries.dtype)
 
 
 @triton.jit

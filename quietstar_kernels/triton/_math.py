@@ -24,3 +24,12 @@ def tanh(x):
     below = 2.26843463243900e-03 + y * below
     below = 4.89352518554385e-03 + y * below
     return x * above / below
+
+
+@triton.jit
+def bend(x, dtype: tl.constexpr):
+    """tanh of fp32 ``x`` for a soft cap: accurate for fp32 tensors, to an absolute error of 2^-22 for those of 16 bits."""
+    if dtype == tl.float32:
+        return tanh(x)
+    else:  # a third of the instructions, on 16 bits' scores far below their rounding
+        return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
