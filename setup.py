@@ -26,6 +26,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # the PTX is for what comes after
+ERROR = re.compile(r"\b(error|fatal)\s*[:#]|undefined reference|cannot find", re.IGNORECASE)  # of compilers and linkers
 OLDEST = 8  # compute capability of the first GPUs with the instructions that the kernels use
 COMPILE = [
     "-std=c++17 -O3 --threads 2 -Xptxas=-v -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
@@ -125,8 +126,21 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(ext.sources, library))
-        if subprocess.run([ninja(), "-C", folder, *(["--quiet"] if self.verbose < 1 else [])]).returncode:
-            sys.exit("The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=python installs without it.")
+        compile_all([ninja(), "-C", str(folder)], aloud=self.verbose > 0)
+
+
+def compile_all(command: list[str], aloud: bool) -> None:
+    """Run ninja; where it fails, stop with what the compiler said and, in the last line, its first error."""
+    said = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as running:
+        for line in running.stdout:
+            said.append(line)
+            if aloud:
+                print(line, end="", flush=True)
+    if running.returncode:
+        unheard = [] if aloud else [line for line in said if not re.match(r"\[\d+/\d+\] ", line)]
+        first = next((line.strip() for line in said if ERROR.search(line)), "the lines above say why")
+        sys.exit(f"{''.join(unheard)}The CUDA back end does not compile: {first}; QUIETSTAR_BUILD=python installs without it.")
 
 
 class BuildPy(build_py):

@@ -35,7 +35,7 @@ struct Torch {
         if (aoti_torch_get_current_cuda_stream == nullptr)
             throw std::runtime_error("this PyTorch has no CUDA");
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
         return stream;
     }
 };

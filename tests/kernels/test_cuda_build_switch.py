@@ -14,6 +14,12 @@ from cuda_wheel import copy_sources
 
 pytestmark = pytest.mark.slow
 NO_NVCC = "there is no nvcc on PATH"
+COMPILER_SAYS = """csrc/x.cu(5): warning #177-D: variable "error" was declared but never referenced
+
+csrc/x.cu(7): error: identifier "y" is undefined
+      y = 1;
+      ^
+1 error detected in the compilation of "csrc/x.cu"."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,7 @@ def sources(tmp_path_factory):
     return folder
 
 
-def build(sources, to, python=(sys.executable,), **environment):
+def build(sources, to, python=(sys.executable,), quiet=True, **environment):
     """Make a wheel without an nvcc on PATH; its exit code, what it said, and the wheel's name."""
     tools = to / "bin"
     tools.mkdir(parents=True)
@@ -32,7 +38,7 @@ def build(sources, to, python=(sys.executable,), **environment):
             (tools / tool).symlink_to(found)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "TORCH", "QUIETSTAR"))}
     done = subprocess.run(
-        [*python, "setup.py", "-q", "egg_info", "--egg-base", to, "build", "--build-base", to, "bdist_wheel"]
+        [*python, "setup.py", *["-q"] * quiet, "egg_info", "--egg-base", to, "build", "--build-base", to, "bdist_wheel"]
         + ["--bdist-dir", to / "bdist", "--dist-dir", to],
         cwd=sources,
         env=clean | {"PATH": str(tools)} | environment,
@@ -77,7 +83,7 @@ def test_one_sentence_where_it_can_not(environment, said, sources, tmp_path):
 def failing_toolkit(folder):
     nvcc = folder / "toolkit/bin/nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho 'csrc/x.cu(7): error' >&2\nexit 1\n")
+    nvcc.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{COMPILER_SAYS}\nEND\nexit 1\n")
     nvcc.chmod(0o755)
     return nvcc.parents[1]
 
@@ -95,8 +101,25 @@ def test_architectures_that_can_not_be(listed, said, sources, tmp_path):
     assert code == 1 and output.strip().splitlines()[-1] == said and not wheels
 
 
-def test_a_source_that_does_not_compile(sources, tmp_path):
-    """It is no reason to install something else than what was asked for."""
-    code, output, wheels = build(sources, tmp_path / "out", CUDA_HOME=str(failing_toolkit(tmp_path)))
-    assert code == 1 and not wheels and "csrc/x.cu(7): error" in output
-    assert output.strip().splitlines()[-1].endswith("QUIETSTAR_BUILD=python installs without it.")
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_source_that_does_not_compile(quiet, sources, tmp_path):
+    """It is no reason to install something else than what was asked for, and all that the compiler said is shown, once."""
+    code, output, wheels = build(sources, tmp_path / "out", quiet=quiet, CUDA_HOME=str(failing_toolkit(tmp_path)))
+    lines = output.strip().splitlines()
+    failed = sum(line.startswith("FAILED: ") for line in lines)
+    assert code == 1 and not wheels and failed and output.count(COMPILER_SAYS) == failed
+    assert lines[-1] == (
+        'The CUDA back end does not compile: csrc/x.cu(7): error: identifier "y" is undefined; '
+        "QUIETSTAR_BUILD=python installs without it."
+    )
+
+
+def test_an_old_ninja_compiles(sources, tmp_path):
+    """Those before 1.11 know no --quiet."""
+    ninja = tmp_path / "old/ninja"
+    ninja.parent.mkdir()
+    ninja.write_text(f'#!/bin/sh\ncase "$*" in *--quiet*) exit 1 ;; esac\nexec {shutil.which("ninja")} -n "$@"\n')
+    ninja.chmod(0o755)
+    path = f"{ninja.parent}:{os.environ['PATH']}"
+    code, output, wheels = build(sources, tmp_path / "out", CUDA_HOME=str(failing_toolkit(tmp_path)), PATH=path)
+    assert "does not compile" not in output

@@ -1,0 +1,69 @@
+"""csrc/ compiles against every PyTorch it is for, and asks no more of the newest than the oldest has."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from cuda_wheel import ROOT, copy_sources, locked, run
+
+pytestmark = pytest.mark.slow
+VERSIONS = ["2.10.0", "2.11.0", "2.12.0", "2.13.0"]
+# What includes headers of PyTorch; they are the same in all wheels, and those for this system are the smallest.
+KNOWS_TORCH, SMALLEST = "bindings.cpp", ["--platform=macosx_14_0_arm64", "--python-version=3.11", "--only-binary=:all:"]
+
+
+@functools.cache
+def torch_headers(version):
+    """A folder with torch/include/, kept in build/. Skips the test where pip can't download the wheel it is in."""
+    folder = ROOT / "build" / "torch-headers" / version
+    with locked(folder.with_suffix(".lock")):
+        if not (folder / "torch/__init__.py").exists():
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", *SMALLEST, f"--dest={folder}"]
+            done = subprocess.run([*pip, f"torch=={version}"], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"pip has no wheel of PyTorch {version} here: {done.stderr.strip().splitlines()[-1]}")
+            (wheel,) = folder.glob("*.whl")
+            with zipfile.ZipFile(wheel) as files:
+                files.extractall(folder, [name for name in files.namelist() if name.startswith("torch/include/torch/")])
+            wheel.unlink()
+            (folder / "torch/__init__.py").touch()  # a package, for setup.py
+    return folder
+
+
+def undefined(version, folder):
+    """Compile ``KNOWS_TORCH`` by setup.py against a version of PyTorch; the names it needs of other libraries."""
+    if shutil.which("nvcc") is None or shutil.which("ninja") is None:
+        pytest.skip("there is no nvcc or no ninja on PATH")
+    headers = torch_headers(version)
+    copy_sources(folder)
+    one_object = folder / "bin/ninja"
+    one_object.parent.mkdir()
+    one_object.write_text(f'#!/bin/sh\nexec {shutil.which("ninja")} "$@" {KNOWS_TORCH}.o\n')
+    one_object.chmod(0o755)
+    build = [sys.executable, "setup.py", "-q", "build_ext", f"--build-temp={folder}", f"--build-lib={folder}"]
+    path = f"{one_object.parent}{os.pathsep}{os.environ['PATH']}"
+    run(build, folder, PATH=path, PYTHONPATH=str(headers), QUIETSTAR_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a")
+    assert f"{headers}/torch/include/" in run(["ninja", "-t", "deps", f"{KNOWS_TORCH}.o"], folder)  # not the installed ones
+    return set(run(["nm", "--undefined-only", "--format=just-symbols", f"{KNOWS_TORCH}.o"], folder).split())
+
+
+def test_one_source_knows_torch():
+    assert [path.name for path in (ROOT / "csrc").glob("*.c*") if "<torch/" in path.read_text()] == [KNOWS_TORCH]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles(version, tmp_path):
+    assert "aoti_torch_get_current_cuda_stream" in undefined(version, tmp_path)
+
+
+def test_the_newest_needs_no_name_that_the_oldest_lacks(tmp_path):
+    oldest, newest = (undefined(version, tmp_path / version) for version in (VERSIONS[0], VERSIONS[-1]))
+    asked = {name for name in newest if "torch" in name}
+    assert asked and asked <= oldest
