@@ -1,24 +1,78 @@
-"""``python -m quietstar_kernels``: versions, and which back end serves which op on this machine."""
+"""``python -m quietstar_kernels``: versions, and which back end serves which op on this machine; ``check``: are they right?"""
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
-from quietstar_kernels import __version__, backends, cuda_library
+from quietstar_kernels import __version__, _dispatch, backends, check, cuda_library
 
 
-def main() -> None:
-    print(f"quietstar_kernels {__version__} · torch {torch.__version__} · Python {platform.python_version()}")
-    print(cuda_library())
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m quietstar_kernels", description="Without a command: versions, and which back end serves which op here."
+    )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="check")
+    checking = commands.add_parser(
+        "check",
+        help="compare every back end with plain PyTorch in fp64; exit code 1 where one is wrong",
+        description="Compare every op, forward and backward, by every back end of a device, with plain PyTorch in fp64: "
+        "a row of a table for each dtype, with the worst error over what is allowed. Exit code 1 where one is wrong.",
+    )
+    checking.add_argument("--device", help="such as cuda:1 or cpu; default the GPU where there is one")
+    checking.add_argument(
+        "--backend", choices=_dispatch.BACKENDS, help="this one alone; default the reference and what serves the device"
+    )
+    checking.add_argument("--op", choices=_dispatch.OPS, help="this one alone")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        show_backends()
+        return 0
+    return run_check(checking, args)
+
+
+def show_backends() -> None:
+    show_versions()
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
-        print(f"\n{device} ({name})")
+        print(f"\n{device} ({device_name(device)})")
         for row in backends(device):
             print(f"  {row['op']:<18} {row['backend']:<10} {row['status']}")
 
 
+def show_versions() -> None:
+    print(f"quietstar_kernels {__version__} · torch {torch.__version__} · Python {platform.python_version()}")
+    print(cuda_library())
+
+
+def device_name(device: str) -> str:
+    return f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """The exit code."""
+    there = torch.cuda.is_available()
+    name = args.device or ("cuda" if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device must be such as cpu, cuda or cuda:1, got {name!r}")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        parser.error(f"--device: PyTorch finds no {name} here")
+    wanted = [args.backend] if args.backend else check.served(device)
+    ops = [args.op] if args.op else _dispatch.OPS
+    if args.backend and all(reasons := [_dispatch.why_not(op, args.backend, device) for op in ops]):
+        parser.error(f"--backend: {args.backend!r} is not available: {reasons[0]}")
+    show_versions()
+    if not there:
+        print("PyTorch finds no GPU here: this checks what runs on the CPU.")
+    print(f"\n{name} ({device_name(name)})")
+    return 0 if check.check(device, wanted, ops) else 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

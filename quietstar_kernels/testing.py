@@ -43,7 +43,7 @@ FLOOR_ULPS = 8
 LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", "no_anchors", "one")
 
 
-def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0) -> None:
+def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0) -> float:
     """``got`` errs at most twice as much as the same maths in plain PyTorch at the same dtype does.
 
     Both errors are largest absolute differences from ``truth``. A plain result may be exact by luck: a few ulps (of got's
@@ -56,13 +56,16 @@ def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str =
         what: names the result in the message.
         magnitude: of the terms the result is a sum of, where they may cancel; the ulps are then at least those of it.
 
+    Returns:
+        The largest error over what is allowed, from 0 to 1.
+
     Raises:
         AssertionError: the excess, the place and the numbers; or a wrong shape, or a NaN.
     """
     if not got.shape == plain.shape == truth.shape:
         raise AssertionError(f"{what}: got shape {list(got.shape)}, plain {list(plain.shape)}, truth {list(truth.shape)}")
     if truth.numel() == 0:
-        return
+        return 0.0
     truth = truth.detach().double()
     error, plain_error = _error(got, truth), float(_error(plain, truth).max())
     if truth.isnan().any() or not math.isfinite(plain_error):
@@ -76,6 +79,7 @@ def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str =
             f"{what}: error {worst:.3g} at {place} of shape {list(got.shape)} exceeds {bound:.3g} by {worst - bound:.3g}: "
             f"got {got[tuple(place)].item()}, truth {truth[tuple(place)].item()}; plain errs {plain_error:.3g} at most"
         )
+    return worst / bound if bound else 0.0
 
 
 def _error(value: Tensor, truth: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def assert_op_close_as_plain(
     what: str = "",
     magnitudes: dict[str, float] | None = None,
     **options: Any,
-) -> None:
+) -> float:
     """``assert_close_as_plain`` for every output and every gradient of an op.
 
     Args:
@@ -132,6 +136,9 @@ def assert_op_close_as_plain(
         magnitudes: of the terms of a gradient that may cancel, by input name.
         options: further arguments of both.
 
+    Returns:
+        The largest error over what is allowed, from 0 to 1.
+
     Raises:
         AssertionError: as ``assert_close_as_plain``, naming the output or the gradient; or a gradient's wrong dtype.
     """
@@ -139,13 +146,16 @@ def assert_op_close_as_plain(
     outputs, grads = forward_backward(op, inputs, grad_outputs, **options)
     plain_outputs, plain_grads = forward_backward(plain, inputs, grad_outputs, **options)
     true_outputs, true_grads = forward_backward(plain, upcast, [grad.double() for grad in grad_outputs], **options)
+    worst = 0.0
     for i, three in enumerate(zip(outputs, plain_outputs, true_outputs, strict=True)):
-        assert_close_as_plain(*three, what=f"{what} output {i}")
+        worst = max(worst, assert_close_as_plain(*three, what=f"{what} output {i}".lstrip()))
     for name, grad in grads.items():
         if grad.dtype != inputs[name].dtype:
-            raise AssertionError(f"{what} gradient of {name}: got {grad.dtype}, want {inputs[name].dtype}")
+            raise AssertionError(f"{what} gradient of {name}: got {grad.dtype}, want {inputs[name].dtype}".lstrip())
         magnitude = (magnitudes or {}).get(name, 0.0)
-        assert_close_as_plain(grad, plain_grads[name], true_grads[name], f"{what} gradient of {name}", magnitude)
+        three = (grad, plain_grads[name], true_grads[name])
+        worst = max(worst, assert_close_as_plain(*three, f"{what} gradient of {name}".lstrip(), magnitude))
+    return worst
 
 
 def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:

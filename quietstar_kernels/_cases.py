@@ -1,0 +1,151 @@
+"""One small case of an op, by a back end on its device, judged on the CPU: by how much of what the rule allows does it err?
+
+A case returns that, at most 1, and raises AssertionError, with the numbers, where the result is wrong. Plain PyTorch and the truth in
+fp64 are computed on the CPU, so that no GPU judges itself. Random numbers come from a generator of the case's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import testing
+from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.linear_logprob import linear_logprob
+from quietstar_kernels.sample_token import sample_token
+from quietstar_kernels.thought_attention import thought_attention
+from quietstar_kernels.thought_decode import thought_decode
+
+SEED = 5  # with it no draw of ``sampling`` is near another one, so that every back end must draw the same
+
+
+def attention(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: ThoughtLayout,
+    heads: int = 4,
+    groups: int = 2,
+    K: int = 64,
+    E: int | None = None,
+    sinks: bool = False,
+    backward: bool = True,
+    **options: Any,
+) -> float:
+    """``thought_attention``: out and lse, and where ``backward`` the gradients of q, k, v and sinks."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.attention_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
+    grad_out = _normal(generator, *inputs["q"].shape[:3], E or K).to(dtype)
+    op = _on(device, partial(thought_attention, return_lse=True, backend=backend), (dtype, torch.float32))
+    return testing.assert_op_close_as_plain(
+        op,
+        testing.plain_attention,
+        inputs,
+        [grad_out] if backward else [],
+        magnitudes=testing.attention_magnitudes(inputs, grad_out),
+        layout=layout,
+        **options,
+    )
+
+
+def decode(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: ThoughtLayout,
+    heads: int = 4,
+    groups: int = 2,
+    K: int = 64,
+    E: int | None = None,
+    sinks: bool = False,
+    **options: Any,
+) -> float:
+    """``thought_decode`` at the first, a middle and the last row of the thoughts."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.decode_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
+    op = _on(device, partial(thought_decode, backend=backend), (dtype,))
+    judge = partial(testing.assert_op_close_as_plain, op, testing.plain_decode, inputs, layout=layout, **options)
+    return max(judge(step=step, what=f"step {step}") for step in sorted({0, layout.S // 2, layout.S - 1}))
+
+
+def sampling(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 64,
+    width: int = 64,
+    vocabulary: int = 1000,
+    temperature: float = 1.0,
+    **options: Any,
+) -> float:
+    """``sample_token``: the ids that the reference draws in fp64, and their log-probabilities.
+
+    Logits are multiples of 1/8 that no dtype rounds, many of them equal.
+    """
+    inputs = testing.sample_inputs(torch.Generator().manual_seed(SEED), rows, width, vocabulary, bias=True)
+    inputs |= {"hidden": inputs["hidden"].round().clamp(-1, 1)}
+    inputs |= {name: (8 * inputs[name]).round() / 8 for name in ("weight", "bias")}
+    cast = {d: {name: x.to(d) if x.is_floating_point() else x for name, x in inputs.items()} for d in (dtype, torch.float64)}
+    op = partial(sample_token, seed=SEED, temperature=temperature, **options)
+    got, logprob = _on(device, partial(op, backend=backend), (torch.int64, torch.float32))(**cast[dtype])
+    ids, _ = op(**cast[torch.float64], backend="reference")
+    if differ := int((got != ids).sum()):
+        row = int((got != ids).nonzero()[0])
+        raise AssertionError(f"{differ} of {rows} ids are not the reference's, row {row}: got {got[row]}, want {ids[row]}")
+
+    def plain(d: torch.dtype) -> Tensor:
+        head = [cast[d][name] for name in ("hidden", "weight", "bias")]
+        return testing.plain_log_softmax(*head, temperature=temperature or 1.0, **options).gather(1, ids[:, None])[:, 0]
+
+    return testing.assert_close_as_plain(logprob, plain(dtype), plain(torch.float64), "logprob")
+
+
+def logprob(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 64,
+    width: int = 64,
+    vocabulary: int = 1000,
+    backward: bool = True,
+    banned: Sequence[int] = (),
+    **options: Any,
+) -> float:
+    """``linear_logprob`` with entropy, and where ``backward`` the gradients of hidden, weight and bias."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.logprob_inputs(generator, rows, width, vocabulary, bias=True, banned=banned, dtype=dtype)
+    grads = list(_normal(generator, 2, rows)) if backward else []
+    op = _on(device, partial(linear_logprob, return_entropy=True, backend=backend), (torch.float32, torch.float32))
+    return testing.assert_op_close_as_plain(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
+
+
+# By op. Each takes a back end, a device, a dtype, and by name its sizes and the op's options.
+JUDGES: dict[str, Callable[..., float]] = {
+    "thought_attention": attention,
+    "thought_decode": decode,
+    "sample_token": sampling,
+    "linear_logprob": logprob,
+}
+
+
+def _on(device: torch.device, op: Callable[..., Any], dtypes: Sequence[torch.dtype]) -> Callable[..., tuple[Tensor, ...]]:
+    """``op`` for arguments on the CPU, run on ``device``; its outputs, which must have ``dtypes``, are brought back."""
+
+    def run(**arguments: Any) -> tuple[Tensor, ...]:
+        there = {name: x.to(device) if isinstance(x, Tensor | ThoughtLayout) else x for name, x in arguments.items()}
+        outputs = op(**there)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for i, (output, dtype) in enumerate(zip(outputs, dtypes, strict=True)):
+            if output.dtype != dtype:
+                raise AssertionError(f"output {i}: got {output.dtype}, want {dtype}")
+        return tuple(output.cpu() for output in outputs)
+
+    return run
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
