@@ -31,7 +31,7 @@ class Case:
 
 def cases(interpreted: bool) -> list[Case]:
     """Two kernels of a Triton op differ by dtype, widths and which options there are: few of those, in many layouts each."""
-    short, long, vocabulary = (16, 40, 300) if interpreted else (48, 600, 5003)
+    short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
     every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
