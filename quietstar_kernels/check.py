@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from quietstar_kernels.layout import ThoughtLayout
 __all__ = ["check", "served"]
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
+WORKERS = {"cuda": 4}  # rows at a time: on a GPU nearly all the time goes into compiling
 ROW = "{:<18} {:<10} {:<9} {:>5} {:>6} {:>8}  {}"
 
 
@@ -30,7 +32,11 @@ class Case:
 
 
 def cases(interpreted: bool) -> list[Case]:
-    """Two kernels of a Triton op differ by dtype, widths and which options there are: few of those, in many layouts each."""
+    """A kernel is compiled for a dtype, widths, and which options are given: few of those, in several layouts each.
+
+    Args:
+        interpreted: smaller ones, for Triton's interpreter.
+    """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
     every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
@@ -72,47 +78,40 @@ def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> 
     print(
         ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result, worst error over what is allowed before it")
     )
-    failed = 0
     began = time.monotonic()
-    for op in ops:
-        for backend in backends:
-            reason = _dispatch.why_not(op, backend, device)
-            if reason is not None:
-                print(ROW.format(op, backend, "", "", "", "", f"not available: {reason}"))
-                continue
-            interpreted = backend == "triton" and device.type == "cpu"
-            for dtype in ALL:
-                todo = [case.arguments for case in cases(interpreted) if case.op == op and dtype in case.dtypes]
-                failed += check_row(op, backend, device, dtype, todo)
+    rows = [(device, op, backend, dtype) for op in ops for backend in backends for dtype in ALL]
+    failed = 0
+    with nan_in_new_tensors(), ThreadPoolExecutor(WORKERS.get(device.type, 1)) as pool:
+        for lines, failures in pool.map(lambda row: check_row(*row), rows):
+            print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
+            failed += failures
     print(f"{f'{failed} cases FAILED' if failed else 'All is well'}, {time.monotonic() - began:.0f} s.")
     return not failed
 
 
-def check_row(op: str, backend: str, device: torch.device, dtype: torch.dtype, todo: Sequence[dict[str, Any]]) -> int:
-    """Run the cases that the back end serves and print their row, with a line for each that fails; how many do."""
+def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -> tuple[list[str], int]:
+    """Run the cases that the back end serves. The lines of their row, and how many failed: each of those has a line."""
+    reason = _dispatch.why_not(op, backend, device)
+    if reason is not None:
+        return [ROW.format(op, backend, "", "", "", "", f"not available: {reason}")] if dtype == ALL[0] else [], 0
     began = time.monotonic()
     worst, count, reasons = 0.0, 0, []
-    for arguments in todo:
-        K = arguments.get("K", 64)
-        if _dispatch.why_not(op, backend, device, dtype, K=K, E=arguments.get("E", K)) is not None:
+    for case in cases(interpreted=backend == "triton" and device.type == "cpu"):
+        K = case.arguments.get("K", 64)
+        served = _dispatch.why_not(op, backend, device, dtype, K=K, E=case.arguments.get("E", K)) is None
+        if case.op != op or dtype not in case.dtypes or not served:
             continue
         count += 1
         try:
-            with nan_in_new_tensors():
-                worst = max(worst, _cases.JUDGES[op](backend, device, dtype, **arguments))
+            worst = max(worst, _cases.JUDGES[op](backend, device, dtype, **case.arguments))
         except Exception as error:  # whatever goes wrong in a back end is what is looked for
             said = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            reasons.append(f"  {', '.join(f'{name}={value}' for name, value in arguments.items())}: {said}")
-    if count:
-        name, result = str(dtype).removeprefix("torch."), f"FAILED, {len(reasons)} of {count}:" if reasons else "ok"
-        shown = ">1" if reasons else f"{worst:.2f}"
-        print(
-            ROW.format(op, backend, name, count, shown, f"{time.monotonic() - began:.1f}", result),
-            *reasons,
-            sep="\n",
-            flush=True,
-        )
-    return len(reasons)
+            reasons.append(f"  {', '.join(f'{name}={value}' for name, value in case.arguments.items())}: {said}")
+    if count == 0:
+        return [], 0
+    result = f"FAILED, {len(reasons)} of {count}:" if reasons else "ok"
+    shown = (str(dtype).removeprefix("torch."), count, ">1" if reasons else f"{worst:.2f}", f"{time.monotonic() - began:.1f}")
+    return [ROW.format(op, backend, *shown, result), *reasons], len(reasons)
 
 
 @contextmanager
