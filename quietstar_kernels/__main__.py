@@ -66,7 +66,7 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     wanted = [args.backend] if args.backend else check.served(device)
     ops = [args.op] if args.op else _dispatch.OPS
     if args.backend and all(reasons := [_dispatch.why_not(op, args.backend, device) for op in ops]):
-        parser.error(f"--backend: {args.backend!r} is not available: {reasons[0]}")
+        parser.error(f"--backend: {args.backend!r} is not available: {'; '.join(map(str, dict.fromkeys(reasons)))}")
     show_versions()
     if not there:
         print("PyTorch finds no GPU here: this checks what runs on the CPU.")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from quietstar_kernels import _first_use
 from quietstar_kernels.cuda import _library, sample_token, thought_decode
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
@@ -78,7 +79,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     """The name of the back end to run. Raises ValueError for one that was named and can't run.
 
     Args:
-        widths: by letter, those on which it depends whether a back end serves the op.
+        widths: by letter, those on which it depends whether a back end serves the op, and which of its kernels does.
     """
     if backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
@@ -86,6 +87,9 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
         reasons = []
         for name in FASTEST_FIRST.get(device.type, ()):
             reason = why_not(op, name, device, dtype, **widths)
+            if reason is None:
+                backward, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+                reason = _first_use.why_not(op, name, device, dtype, tuple(widths.items()), backward, compiling)
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")

@@ -38,7 +38,7 @@ def cases(interpreted: bool) -> list[Case]:
         interpreted: smaller ones, for Triton's interpreter.
     """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
-    every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
+    every, anchors, ragged = layouts = every_position(short), _cases.chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
@@ -54,12 +54,6 @@ def cases(interpreted: bool) -> list[Case]:
 
 def every_position(text: int) -> ThoughtLayout:
     return ThoughtLayout.every_position(1, text, thoughts=2, rows=3)
-
-
-def chosen_anchors(text: int) -> ThoughtLayout:
-    """Three and four anchors, the second text padded on the left."""
-    anchors = torch.tensor([[1, text // 2, text - 1, -1], [text // 4 + 1, text // 3, text // 2, text - 1]])
-    return ThoughtLayout.from_padding(torch.arange(text) >= torch.tensor([[0], [text // 4]]), 2, 5, anchors)
 
 
 def ragged_thoughts(text: int) -> ThoughtLayout:

@@ -12,7 +12,7 @@ Everything random comes from a ``torch.Generator`` on CPU, so a seed gives the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,20 +142,32 @@ def assert_op_close_as_plain(
     Raises:
         AssertionError: as ``assert_close_as_plain``, naming the output or the gradient; or a gradient's wrong dtype.
     """
+    found = _results(op, plain, inputs, grad_outputs, what, magnitudes, **options)
+    return max(assert_close_as_plain(**result) for result in found)
+
+
+def _results(
+    op: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: dict[str, Any],
+    grad_outputs: Sequence[Tensor] = (),
+    what: str = "",
+    magnitudes: dict[str, float] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """For every output and gradient the arguments of ``assert_close_as_plain``; takes those of ``assert_op_close_as_plain``."""
     upcast = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
     outputs, grads = forward_backward(op, inputs, grad_outputs, **options)
     plain_outputs, plain_grads = forward_backward(plain, inputs, grad_outputs, **options)
     true_outputs, true_grads = forward_backward(plain, upcast, [grad.double() for grad in grad_outputs], **options)
-    worst = 0.0
-    for i, three in enumerate(zip(outputs, plain_outputs, true_outputs, strict=True)):
-        worst = max(worst, assert_close_as_plain(*three, what=f"{what} output {i}".lstrip()))
+    for i, (got, like, truth) in enumerate(zip(outputs, plain_outputs, true_outputs, strict=True)):
+        yield {"got": got, "plain": like, "truth": truth, "what": f"{what} output {i}".strip()}
     for name, grad in grads.items():
+        title = f"{what} gradient of {name}".strip()
         if grad.dtype != inputs[name].dtype:
-            raise AssertionError(f"{what} gradient of {name}: got {grad.dtype}, want {inputs[name].dtype}".lstrip())
+            raise AssertionError(f"{title}: got {grad.dtype}, want {inputs[name].dtype}")
         magnitude = (magnitudes or {}).get(name, 0.0)
-        three = (grad, plain_grads[name], true_grads[name])
-        worst = max(worst, assert_close_as_plain(*three, f"{what} gradient of {name}".lstrip(), magnitude))
-    return worst
+        yield {"got": grad, "plain": plain_grads[name], "truth": true_grads[name], "what": title, "magnitude": magnitude}
 
 
 def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:

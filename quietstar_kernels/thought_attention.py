@@ -81,7 +81,7 @@ def thought_attention(
         window,
         None if softcap is None else float(softcap),
         query_rows,
-        _dispatch.choose(_OP, backend, q.device, q.dtype),
+        _dispatch.choose(_OP, backend, q.device, q.dtype, K=check["K"], E=check["E"]),
     )
     return (out, lse.detach()) if return_lse else out
 

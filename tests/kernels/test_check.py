@@ -1,0 +1,166 @@
+"""``python -m quietstar_kernels check``: a right back end passes, any wrong one fails, with exit codes to match."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+from test_sample_token import defined_draws
+
+from quietstar_kernels import _cases, _dispatch, check
+from quietstar_kernels.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *arguments):
+    """Exit code, and what was printed."""
+    code = main(["check", "--device", "cpu", *arguments])
+    return code, capsys.readouterr().out
+
+
+def rows(printed):
+    """(op, back end, dtype): (cases, worst, result)."""
+    found = re.findall(r"^(\w+) +(\w+) +(float\d+|bfloat16) +(\d+) +(\S+) +\S+  (.*)", printed, re.MULTILINE)
+    return {row[:3]: row[3:] for row in found}
+
+
+@pytest.mark.parametrize("arguments", [["--op", "thought_decode"], pytest.param([], marks=pytest.mark.slow)], ids=str)
+def test_a_normal_run(arguments):
+    command = [sys.executable, "-m", "quietstar_kernels", "check", "--device", "cpu", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert ("PyTorch finds no GPU here" in done.stdout) == (not torch.cuda.is_available())
+    ops = arguments[1:] or _dispatch.OPS
+    dtypes = ("float32", "float16", "bfloat16")
+    assert {*rows(done.stdout)} == {(op, backend, dtype) for op in ops for backend in ("reference", "cpu") for dtype in dtypes}
+    assert all(result == "ok" and 0 <= float(worst) <= 1 for _, worst, result in rows(done.stdout).values())
+    assert re.search(r"^All is well, \d+ s\.$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled here")
+@pytest.mark.parametrize(
+    "op",
+    [
+        "sample_token",
+        "linear_logprob",
+        *(pytest.param(f"thought_{x}", marks=pytest.mark.slow) for x in ("attention", "decode")),
+    ],
+)
+def test_triton_in_its_interpreter(op, capsys):
+    code, printed = run(capsys, "--backend", "triton", "--op", op)
+    assert code == 0 and {*rows(printed)} == {(op, "triton", "float32"), (op, "triton", "float16")}
+
+
+def scaled(result):
+    return 1.02 * result
+
+
+def with_a_nan(result):
+    result[..., -1] = torch.nan
+    return result
+
+
+def in_fp64(result):
+    return result.double()
+
+
+def one_row_short(result):
+    return result[..., :-1]
+
+
+def never_written(result):
+    return torch.empty_like(result)
+
+
+def raising(result):
+    raise RuntimeError("an illegal memory access")
+
+
+SAYS = {
+    scaled: "error .* exceeds",
+    with_a_nan: "error inf at",
+    in_fp64: "output 0: got torch.float64, want torch",
+    one_row_short: "got shape",
+    never_written: "error inf at",
+    raising: "RuntimeError: an illegal memory access",
+}
+
+
+@pytest.mark.parametrize("wrong", SAYS, ids=lambda f: f.__name__)
+def test_a_wrong_back_end_fails(wrong, monkeypatch, capsys):
+    module = _dispatch.module("thought_decode", "cpu")
+    right = module.thought_decode
+    monkeypatch.setattr(module, "thought_decode", lambda *arguments: wrong(right(*arguments)))
+    code, printed = run(capsys, "--op", "thought_decode")
+    assert code == 1 and re.search(r"\d+ cases FAILED, \d+ s\.$", printed.strip())
+    for (_, backend, _), (cases, worst, result) in rows(printed).items():
+        assert (backend, worst, result) == ("cpu", ">1", f"FAILED, {cases} of {cases}:") or (backend, result) == (
+            "reference",
+            "ok",
+        )
+    assert re.search(rf"^  layout=ThoughtLayout.*: .*{SAYS[wrong]}", printed, re.MULTILINE)
+
+
+def change_output(i, change):
+    return lambda outputs: [change(x) if i == j else x for j, x in enumerate(outputs)]
+
+
+@pytest.mark.parametrize(
+    "op, function, wrong, says",
+    [
+        ("thought_attention", "thought_attention", change_output(1, scaled), "output 1: error"),
+        ("thought_attention", "thought_attention_backward", change_output(0, scaled), "gradient of q: error"),
+        ("thought_attention", "thought_attention_backward", change_output(2, with_a_nan), "gradient of v: error inf"),
+        ("linear_logprob", "linear_logprob", change_output(1, scaled), "output 1: error"),
+        ("linear_logprob", "linear_logprob_backward", change_output(1, scaled), "gradient of weight: error"),
+        ("sample_token", "sample_token", change_output(0, lambda ids: ids.roll(1)), "ids are not the reference's, row"),
+        ("sample_token", "sample_token", change_output(1, scaled), "logprob: error"),
+    ],
+)
+def test_a_wrong_output_or_gradient_fails(op, function, wrong, says, monkeypatch, capsys):
+    module = _dispatch.module(op, "cpu")
+    right = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *arguments: tuple(wrong(right(*arguments))))
+    code, printed = run(capsys, "--backend", "cpu", "--op", op)
+    assert code == 1 and "ok" not in printed.split() and says in printed
+
+
+def test_rows_side_by_side_as_on_a_gpu(monkeypatch, capsys):
+    _, want = run(capsys, "--op", "linear_logprob")
+    monkeypatch.setitem(check.WORKERS, "cpu", 4)
+    code, got = run(capsys, "--op", "linear_logprob")
+    assert code == 0 and list(rows(got).items()) == list(rows(want).items())
+
+
+OPTIONS = {"temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
+
+
+@pytest.mark.parametrize("vocabulary, options", [(300, {}), (300, OPTIONS), (1000, {}), (5003, {}), (5003, OPTIONS)])
+def test_no_draw_of_its_cases_is_near_another(vocabulary, options):
+    """So one that differs from the reference's is wrong, in any dtype."""
+    sampled = [case.arguments for small in (True, False) for case in check.cases(small) if case.op == "sample_token"]
+    assert vocabulary == 1000 or {"vocabulary": vocabulary, **options} in sampled
+    _, margins = defined_draws(_cases.exact_inputs(64, 64, vocabulary), _cases.SEED, **options)
+    assert margins.min() > 4e-5
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--device", "fpga:1"], "--device"),
+        (["--device", "cuda:99"], "--device: PyTorch finds no cuda:99 here"),
+        (["--device", "cpu", "--backend", "cuda"], "--backend: 'cuda' is not available: "),
+        (["--backend", "fast"], "invalid choice: 'fast'"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_checked(arguments, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["check", *arguments])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and says in said.strip().splitlines()[-1]
