@@ -3,8 +3,8 @@
 A case returns that, at most 1, and raises AssertionError, with the numbers, where the result is wrong. Plain PyTorch and the
 truth in fp64 are computed on the CPU, so that no GPU judges itself. Random numbers come from a generator of the case's own.
 
-The rule of ``testing`` bounds the largest error, and that by what 16 bits do to every step. These inputs are always the same, so
-the mean error can have a bound too: it shows a result that is 2 % off everywhere.
+The rule of ``testing`` bounds the largest error, and that by what 16 bits do to every step. These inputs are always the same,
+so that the mean error has one too, which shows a result that is 2 % off everywhere.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def sampling(
     """``sample_token``: the ids that the reference draws in fp64, and their log-probabilities."""
     inputs = exact_inputs(rows, width, vocabulary)
     cast = {d: {name: x.to(d) if x.is_floating_point() else x for name, x in inputs.items()} for d in (dtype, torch.float64)}
-    op = partial(sample_token, seed=SEED, temperature=temperature, **options)
+    op: Callable[..., Any] = partial(sample_token, seed=SEED, temperature=temperature, **options)
     got, logprob = _on(device, partial(op, backend=backend), (torch.int64, torch.float32))(**cast[dtype])
     ids, _ = op(**cast[torch.float64], backend="reference")
     if differ := int((got != ids).sum()):

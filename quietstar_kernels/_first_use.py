@@ -61,8 +61,8 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.co
 
 def _is_busy() -> bool:
     """In a CUDA graph's capture, in a backward, or in a mode that changes what operations do, as that of fake tensors."""
-    modes = torch._C._len_torch_dispatch_stack()
-    return torch.cuda.is_current_stream_capturing() or torch._C._current_graph_task_id() != -1 or modes > 0
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return capturing or torch._C._current_graph_task_id() != -1 or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _try_or_remember(
