@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
 
+from quietstar_kernels import _dispatch, _first_use
 from quietstar_kernels.cuda import _library
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
@@ -73,3 +74,19 @@ def nan_in_new_tensors():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tries(monkeypatch, tmp_path):
+    """The CPU is a GPU of an unknown kind with the back ends "cpu" and "reference"; holds (op, back end) of each try."""
+    tried = []
+    right = _first_use._try
+    monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
+    monkeypatch.setattr(_first_use, "TEXT", 12)
+    monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
+    monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
+    monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
+    monkeypatch.setattr(_first_use, "_found", {})
+    return tried

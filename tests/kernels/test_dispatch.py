@@ -10,24 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent))
+from small_calls import call
+
 import quietstar_kernels
-from quietstar_kernels import _dispatch, backends, linear_logprob, sample_token, testing, thought_attention, thought_decode
-from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, random_layout, sample_inputs
+from quietstar_kernels import _dispatch, _first_use, backends, testing
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(op, backend):
-    """One small call of an op."""
-    generator = torch.Generator().manual_seed(0)
-    layout = random_layout(generator, "every")
-    if op == "thought_attention":
-        return thought_attention(**attention_inputs(generator, layout), layout=layout, backend=backend)
-    if op == "thought_decode":
-        return thought_decode(**decode_inputs(generator, layout), layout=layout, step=0, backend=backend)
-    if op == "sample_token":
-        return sample_token(**sample_inputs(generator, 3), seed=0, backend=backend)[0]
-    return linear_logprob(**logprob_inputs(generator, 3), backend=backend)
 
 
 def python(*arguments, **environment):
@@ -120,6 +109,7 @@ def test_auto_on_a_gpu_takes_triton_and_says_once_what_it_can_not(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "_why_not_gpu", lambda device: None)
+    monkeypatch.setattr(_first_use, "TYPES", ())
     _dispatch._warn_dense.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

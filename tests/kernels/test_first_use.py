@@ -1,57 +1,28 @@
 """What ``auto`` tries before it takes a back end on an unknown GPU, for which the CPU stands in here."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quietstar_kernels import _dispatch, _first_use, linear_logprob, sample_token, thought_attention, thought_decode
-from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, random_layout, sample_inputs
+sys.path.append(str(Path(__file__).parent))
+from small_calls import call
+
+from quietstar_kernels import _dispatch, _first_use, linear_logprob, thought_decode
+from quietstar_kernels.testing import decode_inputs, logprob_inputs, random_layout
 
 ROOT = Path(__file__).parents[2]
 WRONG = r"is wrong on Test GPU in torch.float32, so backend='auto' takes the next one\. "
 
 
-@pytest.fixture(autouse=True)
-def tries(monkeypatch, tmp_path):
-    """The CPU is a GPU of an unknown kind with the back ends "cpu" and "reference"; holds (op, back end) of each try."""
-    tried = []
-    right = _first_use._try
-    monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(_first_use, "TEXT", 12)
-    monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
-    monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
-    monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
-    new_process(monkeypatch)
-    return tried
-
-
 def new_process(monkeypatch):
     monkeypatch.setattr(_first_use, "_found", {})
-
-
-def call(op, backend="auto", dtype=torch.float32):
-    """One small call of an op."""
-    generator = torch.Generator().manual_seed(0)
-    layout = random_layout(generator, "every")
-    if op == "thought_attention":
-        return thought_attention(**attention_inputs(generator, layout, dtype=dtype), layout=layout, backend=backend)
-    if op == "thought_decode":
-        return thought_decode(**decode_inputs(generator, layout, dtype=dtype), layout=layout, step=0, backend=backend)
-    if op == "sample_token":
-        return sample_token(**sample_inputs(generator, 3, dtype=dtype), seed=0, backend=backend)[1]
-    return linear_logprob(**logprob_inputs(generator, 3, dtype=dtype), backend=backend)
 
 
 def plant(monkeypatch, op, change, function=None):
@@ -59,26 +30,6 @@ def plant(monkeypatch, op, change, function=None):
     module = _dispatch.module(op, "cpu")
     right = getattr(module, function or op)
     monkeypatch.setattr(module, function or op, lambda *arguments: change(right(*arguments)))
-
-
-def files(tmp_path):
-    return list((tmp_path / "cache/quietstar_kernels").glob("*"))
-
-
-@pytest.mark.parametrize("op", _dispatch.OPS)
-def test_a_right_back_end_is_tried_once(op, tries, monkeypatch, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        results = [call(op) for _ in range(3)]
-    assert tries == [(op, "cpu")] and all(torch.equal(result, call(op, "cpu")) for result in results)
-    (file,) = files(tmp_path)
-    written = json.loads(file.read_text())
-    assert (written["kind"], written["op"], written["backend"]) == ("Test GPU", op, "cpu") and written[
-        "torch"
-    ] == torch.__version__
-    new_process(monkeypatch)
-    call(op)
-    assert len(tries) == 1
 
 
 def raising(result):
@@ -104,7 +55,8 @@ def test_a_wrong_back_end_is_left_with_one_warning(change, says, tries, monkeypa
         assert len(told) == 1 and told[0].filename == __file__
         assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(told[0].message))
     assert tries[0] == ("thought_decode", "cpu") and [name for _, name in tries].count("cpu") == 2
-    assert [json.loads(file.read_text())["backend"] for file in files(tmp_path)] == ["reference"]
+    written = (tmp_path / "cache/quietstar_kernels").iterdir()
+    assert [json.loads(file.read_text())["backend"] for file in written] == ["reference"]
 
 
 def test_the_last_back_end_that_is_wrong_leaves_the_reference(tries, monkeypatch):
@@ -156,58 +108,6 @@ def test_devices_with_results_and_cpus_are_not_tried(tries, monkeypatch):
 def test_measured_are_the_gpus_with_results():
     machines = [json.loads(file.read_text())["machine"] for file in (ROOT / "benchmarks/results").glob("*.json")]
     assert machines and {machine["device"] for machine in machines if machine["kind"] == "cuda"} == _first_use.MEASURED
-
-
-def test_another_version_is_tried_again(tries, monkeypatch):
-    took_part = _first_use._took_part()
-    for name in ("package", "torch", "triton"):
-        for value in ("another", took_part[name]):
-            new_process(monkeypatch)
-            monkeypatch.setattr(_first_use, "_took_part", lambda changed={name: value}: took_part | changed)
-            call("thought_decode")
-    assert len(tries) == 4  # the usual one, and each of three others
-
-
-def test_a_digest_tells_that_the_package_changed(monkeypatch, tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
-    digests = set()
-    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.so", "2"), ("c.txt", "3")):
-        (package / name).write_text(text)
-        monkeypatch.setattr(_first_use, "__file__", str(package / "_first_use.py"))
-        digests.add(_first_use._took_part.__wrapped__()["package"])
-    assert len(digests) == 3  # texts are no code
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"kind": "Test GPU"}', None], ids=str)
-def test_a_file_that_says_something_else_is_ignored(content, tries, monkeypatch, tmp_path):
-    call("thought_decode")
-    (file,) = files(tmp_path)
-    whole = file.read_bytes()
-    if content is None:
-        file.unlink()
-        file.mkdir()
-    else:
-        file.write_bytes(content)
-    for _ in range(2):
-        new_process(monkeypatch)
-        call("thought_decode")
-    if content is not None:
-        assert len(tries) == 2 and file.read_bytes() == whole and files(tmp_path) == [file]
-
-
-def no_home():
-    raise RuntimeError("Could not determine home directory.")
-
-
-@pytest.mark.parametrize("where", ["a file", "no home"])
-def test_a_folder_that_can_not_be_written(where, tries, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if where == "a file" else "")
-    monkeypatch.setattr(Path, "home", no_home)
-    call("thought_decode")
-    call("thought_decode")
-    assert len(tries) == 1 and not files(tmp_path)
 
 
 def test_no_memory_says_nothing_about_a_back_end(tries, monkeypatch):
@@ -316,21 +216,3 @@ def test_triton_in_its_interpreter(op, tries, monkeypatch):
     with pytest.warns(UserWarning, match=f"{op}: backend 'triton' {WRONG}"):
         assert torch.equal(call(op), call(op, "cpu"))
     assert tries == [(op, "triton"), (op, "triton"), (op, "cpu")]
-
-
-PROCESS = """
-import torch
-from quietstar_kernels import _dispatch, _first_use, sample_token
-from quietstar_kernels.testing import sample_inputs
-tried, right = [], _first_use._try
-_first_use.TYPES, _first_use._kind = ("cpu",), lambda device: "Test GPU"
-_first_use._try = lambda *arguments: tried.append(1) or right(*arguments)
-sample_token(**sample_inputs(torch.Generator(), 3), seed=0)
-print(len(tried))
-"""
-
-
-def test_processes_share_what_they_found(tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "shared")}
-    run = partial(subprocess.run, [sys.executable, "-c", PROCESS], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert [run(check=True).stdout.strip() for _ in range(2)] == ["1", "0"]

@@ -1,0 +1,19 @@
+"""One small call of each op, for tests of what runs it."""
+
+import torch
+
+from quietstar_kernels import linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, random_layout, sample_inputs
+
+
+def call(op, backend="auto", dtype=torch.float32):
+    """Always of the same inputs; one output."""
+    generator = torch.Generator().manual_seed(0)
+    layout = random_layout(generator, "every")
+    if op == "thought_attention":
+        return thought_attention(**attention_inputs(generator, layout, dtype=dtype), layout=layout, backend=backend)
+    if op == "thought_decode":
+        return thought_decode(**decode_inputs(generator, layout, dtype=dtype), layout=layout, step=0, backend=backend)
+    if op == "sample_token":
+        return sample_token(**sample_inputs(generator, 3, dtype=dtype), seed=0, backend=backend)[1]
+    return linear_logprob(**logprob_inputs(generator, 3, dtype=dtype), backend=backend)
