@@ -52,7 +52,7 @@ def test_a_wrong_back_end_is_left_with_one_warning(change, says, tries, monkeypa
         with pytest.warns(UserWarning) as told:
             results = [call("thought_decode") for _ in range(3)]
         assert all(torch.equal(result, call("thought_decode", "reference")) for result in results)
-        assert len(told) == 1 and told[0].filename == __file__
+        assert len(told) == 1 and told[0].filename.endswith("small_calls.py")
         assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(told[0].message))
     assert tries[0] == ("thought_decode", "cpu") and [name for _, name in tries].count("cpu") == 2
     written = (tmp_path / "cache/quietstar_kernels").iterdir()
