@@ -92,8 +92,8 @@ def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -
     worst, count, reasons = 0.0, 0, []
     for case in cases(interpreted=backend == "triton" and device.type == "cpu"):
         K = case.arguments.get("K", 64)
-        served = _dispatch.why_not(op, backend, device, dtype, K=K, E=case.arguments.get("E", K)) is None
-        if case.op != op or dtype not in case.dtypes or not served:
+        refused = _dispatch.why_not(op, backend, device, dtype, K=K, E=case.arguments.get("E", K))
+        if case.op != op or dtype not in case.dtypes or refused:
             continue
         count += 1
         try:

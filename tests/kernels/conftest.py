@@ -82,7 +82,7 @@ def tries(monkeypatch, tmp_path):
     tried = []
     right = _first_use._try
     monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(_first_use, "TEXT", 12)
+    monkeypatch.setattr(_first_use, "TEXT", 24)
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))
