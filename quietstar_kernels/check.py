@@ -18,7 +18,7 @@ from quietstar_kernels.layout import ThoughtLayout
 __all__ = ["check", "served"]
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
-WORKERS = {"cuda": 4}  # rows at a time: on a GPU nearly all the time goes into compiling
+WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time goes into compiling
 ROW = "{:<18} {:<10} {:<9} {:>5} {:>6} {:>8}  {}"
 
 

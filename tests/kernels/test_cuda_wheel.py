@@ -166,3 +166,8 @@ def test_it_tells_which_library_it_loaded(command, tmp_path):
     assert any(re.match(r"CUDA library .*, built with CUDA .* for sm_80, ", line) for line in lines)
     assert "  thought_decode     cuda       no CUDA device: these tensors are on cpu" in lines
     assert "  linear_logprob     cuda       it has no kernel for linear_logprob" in lines
+
+
+def test_the_check_needs_the_wheel_alone(tmp_path):
+    said = bare_python("-m", "quietstar_kernels", "check", "--device", "cpu", "--op", "sample_token", folder=tmp_path)
+    assert said.splitlines()[-1].startswith("All is well, ")
