@@ -123,7 +123,7 @@ def run(function: str, backend: str, *arguments: Any) -> Any:
 
     Back ends choose their own precision: autocast is off.
     """
-    serve = getattr(module(function.removesuffix("_backward"), backend), function)
+    serve = getattr(module(function.removesuffix("_backward").removesuffix("_joined"), backend), function)
     device = arguments[0].device
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here, torch.autocast(device.type, enabled=False):

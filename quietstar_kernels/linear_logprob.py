@@ -13,6 +13,8 @@ from quietstar_kernels._checks import Checker, check_head
 
 _OP = "linear_logprob"
 IGNORED = -100
+KEEP_BYTES = 2**28
+TOLERANCE = 1e-4
 
 
 def linear_logprob(
@@ -26,10 +28,18 @@ def linear_logprob(
     banned: Sequence[int] = (),
     return_entropy: bool = False,
     backend: str = "auto",
+    *,
+    grad_scale: Tensor | None = None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], without keeping the logits.
+    """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
 
     Differentiable in hidden, weight and bias, also through the entropy. Banned ids leave the softmax.
+
+    Forward and backward take three matrix products where the forward may keep its logits until the backward: where they fit
+    ``keep_bytes``. Beyond that the backward computes them again, a fourth product. They take three and keep no logits
+    where ``grad_scale`` says in the forward what gradient will come back: the forward computes the gradients of hidden,
+    weight and bias, and the backward multiplies them by one number.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -42,6 +52,13 @@ def linear_logprob(
         banned: ids that leave the softmax.
         return_entropy: also return each row's entropy, in nats.
         backend: "auto" or the name of one; a named one runs or raises.
+        grad_scale: fp32 (fp64 for fp64 inputs), the loss by each row's log-probability [R], and with ``return_entropy`` by
+            log-probability and entropy [2,R], up to one factor for all: minus one over the number of rows for a mean loss.
+            Gradients are rounded to hidden's dtype at this scale: put a loss scale in. If the backward brings anything
+            else, it raises a ValueError on CPU, and all gradients are NaN on a GPU.
+        keep_bytes: of logits that a forward may keep until its backward, 256 MiB by default; 0 keeps none. A logit takes as
+            many bytes as an element of hidden, on CPU 4 at least. With ``grad_scale`` a GPU holds so many, or those of D
+            rows, during the forward.
 
     Returns:
         logprob [R], and with ``return_entropy`` entropy [R]; fp32 (fp64 for fp64 inputs).
@@ -54,21 +71,27 @@ def linear_logprob(
     banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device)
     check.positive("temperature", temperature)
+    if grad_scale is not None:
+        check.tensor("grad_scale", grad_scale, "2,R" if return_entropy else "R", (_wide(hidden),), hidden.device)
+    if not isinstance(keep_bytes, int) or keep_bytes < 0:
+        raise check.fail(f"keep_bytes must be an integer of at least 0, got {keep_bytes!r}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(check, targets, banned)
-    logprob, entropy, *_ = _forward(
-        hidden,
-        weight,
-        targets,
-        bias,
-        scale,
-        softcap,
-        float(temperature),
-        banned,
-        return_entropy,
-        _dispatch.choose(_OP, backend, hidden.device, hidden.dtype),
-    )
+    backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
+    head = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if grad_scale is not None and any(wanted):
+        promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
+        logprob, entropy, *_ = _joined(promised, *head, wanted, keep_bytes, backend)
+    else:
+        itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
+        keep = any(wanted) and backend != "reference" and check["R"] * check["V"] * itemsize <= keep_bytes
+        logprob, entropy, *_ = _forward(*head, return_entropy, keep, backend)
     return (logprob, entropy) if return_entropy else logprob
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
@@ -92,18 +115,20 @@ def _forward(
     temperature: float,
     banned: Sequence[int],
     return_entropy: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy and, for the backward, the LSE of the logits in two parts, as ``reference.linear_logprob``."""
-    return _dispatch.run(
-        "linear_logprob", backend, hidden, weight, targets, bias, scale, softcap, temperature, list(banned), return_entropy
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy and, for the backward, what ``reference.linear_logprob`` says; empty where nothing is kept."""
+    options = (scale, softcap, temperature, list(banned))
+    *states, kept, rows = _dispatch.run(_OP, backend, hidden, weight, targets, bias, *options, return_entropy, keep)
+    return *states, *((kept, rows) if keep else _nothing(hidden, 2))
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, backend):
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(4))
+def _(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, keep, backend):
+    states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(4))
+    kept = _dispatch.module(_OP, backend).empty_kept(hidden, weight) if keep else _nothing(hidden, 2)
+    return *states, *kept
 
 
 @torch.library.custom_op("quietstar::linear_logprob_backward", mutates_args=())
@@ -117,6 +142,8 @@ def _backward(
     entropy: Tensor,
     largest: Tensor,
     log_total: Tensor,
+    kept: Tensor | None,
+    kept_rows: Tensor | None,
     scale: float | None,
     softcap: float | None,
     temperature: float,
@@ -125,62 +152,121 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those that aren't ``wanted`` are empty."""
-    grads = _dispatch.run(
-        "linear_logprob_backward",
-        backend,
-        grad_logprob,
-        grad_entropy,
-        hidden,
-        weight,
-        targets,
-        bias,
-        entropy,
-        largest,
-        log_total,
-        scale,
-        softcap,
-        temperature,
-        list(banned),
-        list(wanted),
+    head, saved = (hidden, weight, targets, bias), (entropy, largest, log_total, kept, kept_rows)
+    options = (scale, softcap, temperature, list(banned))
+    return _present(
+        hidden, _dispatch.run(f"{_OP}_backward", backend, grad_logprob, grad_entropy, *head, *saved, *options, list(wanted))
     )
+
+
+@_backward.register_fake
+def _(grad_logprob, grad_entropy, hidden, weight, *arguments):
+    return _fake_gradients(hidden, weight, arguments[-2])
+
+
+@torch.library.custom_op("quietstar::linear_logprob_joined", mutates_args=())
+def _joined(
+    promised: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: Sequence[int],
+    wanted: Sequence[bool],
+    keep_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, and the gradients if ``promised`` [1 or 2,R] is what comes back; those not ``wanted`` are empty."""
+    grad_logprob, grad_entropy = promised[0].contiguous(), promised[1].contiguous() if len(promised) == 2 else None
+    head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, list(banned))
+    logprob, entropy, *grads = _dispatch.run(
+        f"{_OP}_joined", backend, grad_logprob, grad_entropy, *head, *options, list(wanted), keep_bytes
+    )
+    return logprob, entropy, *_present(hidden, grads)
+
+
+@_joined.register_fake
+def _(promised, hidden, weight, targets, bias, scale, softcap, temperature, banned, wanted, keep_bytes, backend):
+    states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(2))
+    return *states, *_fake_gradients(hidden, weight, wanted)
+
+
+@torch.library.custom_op("quietstar::linear_logprob_rescale", mutates_args=())
+def _rescale(
+    promised: Tensor, came: Tensor, targets: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients times the factor between what was ``promised`` and what ``came`` [1 or 2,R]; NaN if there is none.
+
+    The factor is that of the largest promise. Log-probabilities of rows whose target is -100 don't count.
+    """
+    counts = torch.ones_like(promised, dtype=torch.bool)
+    counts[0] = targets != IGNORED
+    promised, came = (torch.where(counts, x, 0).flatten() for x in (promised, came))
+    if promised.numel() == 0:
+        return dhidden.clone(), dweight.clone(), dbias.clone()
+    largest = promised.abs().argmax(0, keepdim=True)
+    factor = torch.where(promised[largest] == 0, 0, came[largest] / promised[largest])
+    kept_promise = ((came - factor * promised).abs() <= TOLERANCE * (factor * promised).abs()).all()
+    if promised.device.type == "cpu" and not kept_promise:
+        raise ValueError(f"{_OP}: grad_scale must be the gradient that comes back, up to one factor for all rows; it isn't")
+    factor = torch.where(kept_promise, factor, torch.nan)
+    dhidden, dweight, dbias = (grad * factor[0] for grad in (dhidden, dweight, dbias))
+    return dhidden, dweight, dbias
+
+
+@_rescale.register_fake
+def _(promised, came, targets, dhidden, dweight, dbias):
+    return torch.empty_like(dhidden), torch.empty_like(dweight), torch.empty_like(dbias)
+
+
+def _nothing(hidden: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(0) for _ in range(count))
+
+
+def _present(hidden: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return dhidden, dweight, dbias
 
 
-@_backward.register_fake
-def _(
-    grad_logprob,
-    grad_entropy,
-    hidden,
-    weight,
-    targets,
-    bias,
-    entropy,
-    largest,
-    log_total,
-    scale,
-    softcap,
-    temperature,
-    banned,
-    wanted,
-    backend,
-):
+def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, targets, bias, scale, softcap, temperature, banned, ctx.return_entropy, ctx.backend = inputs
-    ctx.options = (scale, softcap, temperature, banned)
-    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:])
+    hidden, weight, targets, bias, *ctx.options, ctx.return_entropy, ctx.keep, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # else zeros for what is kept
+    ctx.save_for_backward(hidden, weight, targets, bias, *output[1:4], *(output[4:] if ctx.keep else (None, None)))
 
 
-def _autograd(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple:
+def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Tensor) -> tuple:
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]  # hidden, weight, bias
-    grad_entropy_or_none = grad_entropy if ctx.return_entropy else None
-    grads = _backward(grad_logprob, grad_entropy_or_none, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(ctx.saved_tensors[4])
+    grads = _backward(
+        grad_logprob, grad_entropy if ctx.return_entropy else None, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend
+    )
     dhidden, dweight, dbias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 6
+    return dhidden, dweight, None, dbias, *[None] * 7
+
+
+def _setup_joined(ctx: Any, inputs: tuple, output: tuple) -> None:
+    promised, _, _, targets, *_ = inputs
+    ctx.set_materialize_grads(False)  # else zeros for the gradients
+    ctx.save_for_backward(promised, targets, *output[2:])
+
+
+def _autograd_joined(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Tensor) -> tuple:
+    promised, targets, *grads = ctx.saved_tensors
+    came = [torch.zeros_like(promised[0]) if x is None else x for x in (grad_logprob, grad_entropy)]
+    grads = _rescale(promised, torch.stack(came[: len(promised)]), targets, *grads)
+    wanted = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
+    dhidden, dweight, dbias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return None, dhidden, dweight, None, dbias, *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_joined.register_autograd(_autograd_joined, setup_context=_setup_joined)

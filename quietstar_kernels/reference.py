@@ -141,9 +141,12 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
     """Log-probability of ``targets``, 0 where that is -100; entropy, zeros if not asked for; for the backward, the LSE of the
     logits in two parts, since their sum would round: the largest and the log of the sum of exp(logit - largest). Each [R].
+
+    Last what a back end that is told to ``keep`` its logits keeps of them, in a form of its own; this one never does.
     """
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     largest = logits.amax(-1)
@@ -155,7 +158,7 @@ def linear_logprob(
         entropy = -torch.where(torch.isinf(logp), 0, logp.exp() * logp).sum(-1)
     else:
         entropy = torch.zeros_like(picked)
-    return torch.where(kept, picked, 0), entropy, largest, log_total
+    return torch.where(kept, picked, 0), entropy, largest, log_total, None, None
 
 
 def linear_logprob_backward(
@@ -168,13 +171,15 @@ def linear_logprob_backward(
     entropy: Tensor,
     largest: Tensor,
     log_total: Tensor,
+    kept: None,
+    kept_rows: None,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy and what follows are the forward's."""
+    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy to kept_rows are the forward's."""
     logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
     raw = linear(hidden, weight, bias, scale)
     states = (entropy, largest, log_total)
@@ -182,6 +187,29 @@ def linear_logprob_backward(
     dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
     dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
+
+
+def linear_logprob_joined(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+    wanted: list[bool],
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Forward and backward at once: log-probability, entropy (zeros without its gradient), and the gradients.
+
+    ``keep_bytes``: of logits that may exist at a time, for a back end that can choose.
+    """
+    head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, banned)
+    logprob, *saved = linear_logprob(*head, *options, grad_entropy is not None)
+    return logprob, saved[0], *linear_logprob_backward(grad_logprob, grad_entropy, *head, *saved, *options, wanted)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:

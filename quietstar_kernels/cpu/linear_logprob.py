@@ -1,6 +1,9 @@
-"""linear_logprob on CPUs: the reference, a bounded number of rows at a time, its logits computed again in the backward.
+"""linear_logprob on CPUs: a bounded number of rows at a time.
 
-Logits are fp32 for half-precision inputs too (fp64 for fp64): the weight is cast once per call, the hidden states per chunk.
+Logits turn into weights, exp(logit - largest), and weights into the loss by the logits, in place. Between forward and backward
+the weights are kept, or the backward computes them again; where the gradient is known in the forward it needs neither.
+
+All is fp32 for half-precision inputs too (fp64 for fp64): the weight is cast once per call, the hidden states per chunk.
 """
 
 from __future__ import annotations
@@ -8,9 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels import reference
-from quietstar_kernels.cpu._head import row_chunks
+from quietstar_kernels.cpu._head import chunk_rows, row_chunks
 from quietstar_kernels.reference import wide
+
+LEAST = -1000.0  # for the log of a probability that underflowed: any finite number, since it is multiplied by 0
+
+
+def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For what a forward keeps: the weights [R,V], and of each row the log-probability of its target [R,1]."""
+    like = hidden.new_empty(0, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return like.new_empty(len(hidden), len(weight)), like.new_empty(len(hidden), 1)
 
 
 def linear_logprob(
@@ -23,22 +33,20 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
-    weight = wide(weight)
-    logprob, entropy, largest, log_total = (weight.new_zeros(len(hidden)) for _ in range(4))
-    for rows in row_chunks(len(hidden), len(weight)):
-        if return_entropy:
-            logprob[rows], entropy[rows], largest[rows], log_total[rows] = reference.linear_logprob(
-                hidden[rows], weight, targets[rows], bias, scale, softcap, temperature, banned, return_entropy
-            )
-            continue
-        logits = reference.final_logits(hidden[rows], weight, bias, scale, softcap, temperature, banned)
-        picked = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-        largest[rows] = logits.amax(-1)
-        log_total[rows] = logits.sub_(largest[rows, None]).exp_().sum(-1).log()
-        logprob[rows] = torch.where(targets[rows] == -100, 0, picked - largest[rows] - log_total[rows])
-    return logprob, entropy, largest, log_total
+    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    R, V = len(hidden), len(weight)
+    states = head.weight.new_empty(4, R)
+    buffer = head.weight.new_empty(R if keep else chunk_rows(R, V), V)
+    gaps = head.weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
+    for rows in row_chunks(R, V):
+        out = buffer[rows] if keep else buffer[: rows.stop - rows.start]
+        head.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
+    picked, entropy, largest, log_total = (state.clone() for state in states)
+    logprob = torch.where(targets == -100, 0, picked)
+    return logprob, entropy, largest, log_total, *((buffer, picked[:, None]) if keep else (None, None))
 
 
 def linear_logprob_backward(
@@ -51,41 +59,150 @@ def linear_logprob_backward(
     entropy: Tensor,
     largest: Tensor,
     log_total: Tensor,
+    kept: Tensor | None,
+    kept_rows: Tensor | None,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_backward``; the weight's gradient adds up chunk after chunk, always in the same order."""
-    w = wide(weight)
-    dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
-    dweight = torch.zeros_like(w) if wanted[1] else None
-    dbias = w.new_zeros(len(w)) if wanted[2] else None
-    for rows in row_chunks(len(hidden), len(w)):
-        h = wide(hidden[rows])
-        logits = reference.final_logits(h, w, bias, scale, softcap, temperature, banned)
-        g = grad_logprob[rows]
-        if grad_entropy is None and softcap is None:
-            factor = (1.0 if scale is None else scale) / temperature
-            d = _logprob_grad(logits, targets[rows], g, largest[rows], log_total[rows], factor)
-            d[:, banned] = 0
+    """As ``reference.linear_logprob_backward``."""
+    options = (scale, softcap, temperature, banned)
+    if kept is None or kept_rows is None:
+        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, weight, targets, bias, *options, wanted, 0)[2:]
+    head = _Head(weight, bias, *options)
+    R, V = len(hidden), len(weight)
+    states = torch.stack([kept_rows[:, 0], entropy, largest, log_total])
+    gradients = _Gradients(hidden, head.weight, wanted)
+    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    for rows in row_chunks(R, V):
+        d = buffer[: rows.stop - rows.start]
+        head.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        gradients.add(rows, d)
+    return gradients.result()
+
+
+def linear_logprob_joined(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+    wanted: list[bool],
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As ``reference.linear_logprob_joined``; the buffer is that of a forward that keeps nothing."""
+    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    R, V = len(hidden), len(weight)
+    states = head.weight.new_empty(4, R)
+    gradients = _Gradients(hidden, head.weight, wanted)
+    buffer, gaps = (head.weight.new_empty(chunk_rows(R, V), V) if on else None for on in (True, grad_entropy is not None))
+    for rows in row_chunks(R, V):
+        d = buffer[: rows.stop - rows.start]
+        head.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
+        head.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        gradients.add(rows, d)
+    return torch.where(targets == -100, 0, states[0]), states[1].clone(), *gradients.result()
+
+
+def _of(grad: Tensor | None, rows: slice) -> Tensor | None:
+    return None if grad is None else grad[rows]
+
+
+class _Head:
+    """Between hidden states and weights, and weights and gradients of hidden · weight, some rows at a time.
+
+    ``states`` [4,rows]: the log-probability of the target (of id 0 where that is -100), entropy, the LSE in two parts.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float | None,
+        softcap: float | None,
+        temperature: float,
+        banned: list[int],
+    ):
+        self.weight, self.bias, self.banned = wide(weight), bias, banned
+        scale = 1.0 if scale is None else scale
+        self.inner = scale / temperature if softcap is None else scale / softcap
+        self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
+
+    def weights(self, hidden: Tensor, targets: Tensor, out: Tensor, gaps: Tensor | None, states: Tensor) -> None:
+        """Fills out [rows,V] and states; the entropy where there is a buffer for the differences to the largest logit."""
+        x = out if gaps is None else gaps[: len(out)]
+        torch.mm(wide(hidden), self.weight.T, out=x)
+        if self.bias is not None:
+            x += self.bias
+        if self.inner != 1:
+            x *= self.inner
+        if self.outer is not None:
+            x.tanh_().mul_(self.outer)
+        x[:, self.banned] = -torch.inf
+        picked, entropy, largest, log_total = states
+        picked.copy_(x.gather(1, targets.clamp(min=0)[:, None])[:, 0])
+        largest.copy_(x.amax(-1))
+        torch.exp(x.sub_(largest[:, None]), out=out)
+        total = out.sum(-1)
+        log_total.copy_(total.log())
+        picked.sub_(largest).sub_(log_total)
+        entropy.copy_(log_total - x.clamp_(min=LEAST).mul_(out).sum(-1) / total) if gaps is not None else entropy.zero_()
+
+    def gradient(
+        self,
+        weights: Tensor,
+        targets: Tensor,
+        states: Tensor,
+        grad_logprob: Tensor,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """The loss by hidden · weight, into out, which may be the weights."""
+        picked, entropy, largest, log_total = (state[:, None] for state in states)
+        ids = targets.clamp(min=0)[:, None]
+        g = torch.where(targets == -100, 0, grad_logprob)[:, None]
+        if grad_entropy is None and self.outer is None:
+            g = g * self.inner
+            torch.mul(weights, -g * (-log_total).exp(), out=out).scatter_add_(1, ids, g)
         else:
-            raw = reference.linear(h, w, bias, scale)
-            g_entropy = None if grad_entropy is None else grad_entropy[rows]
-            states = (entropy[rows], largest[rows], log_total[rows])
-            d = reference.logprob_grad(logits, raw, targets[rows], g, g_entropy, *states, scale, softcap, temperature)
-        if dhidden is not None:
-            dhidden[rows] = d @ w
-        if dweight is not None:
-            dweight.addmm_(d.T, h)
-        if dbias is not None:
-            dbias += d.sum(0)
-    return dhidden, None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
+            p = weights * (-log_total).exp()
+            logp = p.log().clamp_(min=LEAST).scatter_(1, ids, picked)
+            coefficient = g if grad_entropy is None else g + grad_entropy[:, None] * (logp + entropy)
+            torch.mul(p, -coefficient, out=out).scatter_add_(1, ids, g)
+            if self.outer is None:
+                out.mul_(self.inner)
+            else:
+                bend = logp.add_(largest + log_total).div_(self.outer)
+                out.mul_(bend.square_().neg_().add_(1)).mul_(self.inner * self.outer)
+        out[:, self.banned] = 0
 
 
-def _logprob_grad(logits: Tensor, targets: Tensor, grad: Tensor, largest: Tensor, log_total: Tensor, factor: float) -> Tensor:
-    """``reference.logprob_grad`` without soft cap and entropy, in few passes: factor * grad * (one-hot - softmax)."""
-    g = torch.where(targets == -100, 0, grad * factor)[:, None]
-    d = logits.sub_(largest[:, None]).exp_().mul_(-g * (-log_total[:, None]).exp())
-    return d.scatter_add_(1, targets.clamp(min=0)[:, None], g)
+class _Gradients:
+    """Of hidden, weight and bias, where they are wanted; what comes in is the loss by hidden · weight of some rows."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]):
+        self.hidden, self.weight = hidden, weight
+        self.dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        self.dweight = torch.zeros_like(weight) if wanted[1] else None
+        self.dbias = weight.new_zeros(len(weight)) if wanted[2] else None
+
+    def add(self, rows: slice, d: Tensor) -> None:
+        """The weight's gradient adds up chunk after chunk, always in the same order."""
+        if self.dhidden is not None:
+            self.dhidden[rows] = d @ self.weight
+        if self.dweight is not None:
+            self.dweight.addmm_(d.T, wide(self.hidden[rows]))
+        if self.dbias is not None:
+            self.dbias += d.sum(0)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dtype = self.hidden.dtype
+        dweight, dbias = (None if grad is None else grad.to(dtype) for grad in (self.dweight, self.dbias))
+        return self.dhidden, dweight, dbias

@@ -5,9 +5,15 @@ that a logit turns into its gradient at sight. With D = 4096 a logit costs 4 * 2
 of memory besides, about a tenth of the time; a product of our own that keeps logits in registers would have to come closer
 to the vendor's than that.
 
+A forward that keeps its logits until the backward saves one of the four products. It keeps exp(logit - top), top the largest
+logit so far in its row, in the model's dtype: that makes a probability off by one rounding, as its gradient is anyway. A
+rounded logit would make it off by the rounding of a number of the logit's size. The log-probability of the target stays fp32,
+since the gradient of a row that is all but certain is what is left of 1.
+
 Logits exist for some ids and some rows at a time. Ids first, since a weight mostly has more rows than there are hidden
 states: its gradient then comes out of one product per chunk, and what adds up in fp32 is the gradient of the hidden states.
-Memory besides the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits.
+Memory besides the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits. Where the gradient is known in
+the forward, forward and backward take turns over some rows that keep their logits, and the weight's gradient adds up in fp32.
 """
 
 from __future__ import annotations
@@ -28,6 +34,18 @@ LOGITS = 2**24  # of a chunk: 64 MB, or 512 output tiles of 128 x 256, some for 
 COLUMNS = 8192  # least width of a chunk: each chunk reads and writes the fp32 gradient of all hidden states
 ALIGNED = 64  # ids: chunks start and end at multiples of this, so that all loads are wide
 LOWEST = tl.constexpr(-1e30)
+TINY = tl.constexpr(1e-38)
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For what a forward keeps: exp(logit - top) [R,V and padding], and fp32 [R,1+spans] the log-probability of the target
+    and, for each span of ids, the factor that makes them probabilities.
+    """
+    R, V = len(hidden), len(weight)
+    spans = triton.cdiv(V, _span(V))
+    return hidden.new_empty(R, _aligned(V)), hidden.new_empty(R, 1 + spans, dtype=torch.float32)
 
 
 def linear_logprob(
@@ -40,7 +58,8 @@ def linear_logprob(
     temperature: float,
     banned: list[int],
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
     R, V = len(hidden), len(weight)
     shift, factors = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
@@ -48,6 +67,8 @@ def linear_logprob(
     largest = shift.new_full((R,), LOWEST.value)
     total, picked = shift.new_zeros(R), shift.new_full((R,), math.nan)
     weighted = shift.new_zeros(R) if return_entropy else None
+    kept, kept_rows = empty_kept(hidden, weight) if keep else (None, None)
+    tops = None if kept_rows is None else kept_rows[:, 1:]
     config = pick(ONLINE_SOFTMAX, 4, V)
     height, width = _chunk(R, V)
     logits = shift.new_empty(height, width)
@@ -62,17 +83,25 @@ def linear_logprob(
                 total[rows],
                 None if weighted is None else weighted[rows],
                 picked[rows],
+                None if kept is None else kept[rows, ids.start :],
+                None if tops is None else tops[rows, ids.start // _span(V) :],
                 ids.start,
                 len(x),
                 _aligned(x.shape[1]),
                 x.stride(0),
+                0 if kept is None else kept.stride(0),
+                0 if tops is None else tops.stride(0),
                 *factors,
                 **config.options(),
             )
     log_total = total.log()
-    logprob = torch.where(targets == -100, 0, picked - largest - log_total)
+    picked.sub_(largest).sub_(log_total)
+    if kept_rows is not None and tops is not None:
+        kept_rows[:, 0] = picked
+        tops.sub_(largest[:, None]).sub_(log_total[:, None]).exp_()
+    logprob = torch.where(targets == -100, 0, picked)
     entropy = torch.zeros_like(total) if weighted is None else log_total - weighted / total
-    return logprob, entropy, largest, log_total
+    return logprob, entropy, largest, log_total, kept, kept_rows
 
 
 def linear_logprob_backward(
@@ -85,27 +114,101 @@ def linear_logprob_backward(
     entropy: Tensor,
     largest: Tensor,
     log_total: Tensor,
+    kept: Tensor | None,
+    kept_rows: Tensor | None,
     scale: float | None,
     softcap: float | None,
     temperature: float,
     banned: list[int],
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
+    grads = _empty_gradients(hidden, weight, wanted, weight.dtype)
+    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    saved = (entropy, largest, log_total, kept, kept_rows)
+    _backward(grad_logprob, grad_entropy, hidden, weight, targets, *saved, *options, grads, add=False)
+    return _rounded(hidden, grads)
+
+
+def linear_logprob_joined(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    banned: list[int],
+    wanted: list[bool],
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As ``reference.linear_logprob_joined``, some rows at a time: those whose logits fit ``keep_bytes``, but at least D.
+
+    With D rows the products take over ten times as long as it takes to read and write the weight's gradient once more.
+    """
+    (R, D), V = hidden.shape, len(weight)
+    step = max(D, keep_bytes // (_aligned(V) * hidden.element_size()))
+    logprob, entropy = (hidden.new_empty(R, dtype=torch.float32) for _ in range(2))
+    dhidden, dweight, dbias = grads = _empty_gradients(hidden, weight, wanted, torch.float32 if step < R else weight.dtype)
+    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    for rows in _slices(max(R, 1), step):  # no rows: gradients of zero
+        part, of_part = (hidden[rows], weight, targets[rows]), (None if dhidden is None else dhidden[rows], dweight, dbias)
+        logprob[rows], *saved = linear_logprob(
+            *part, bias, scale, softcap, temperature, banned, return_entropy=grad_entropy is not None, keep=True
+        )
+        entropy[rows] = saved[0]
+        come = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
+        _backward(*come, *part, *saved, *options, of_part, add=rows.start > 0)
+        del saved  # before the next rows keep theirs
+    return logprob, entropy, *_rounded(hidden, grads)
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype) -> Gradients:
+    """For ``_backward``: that of hidden zero, those of weight, in ``dtype``, and bias to be written first."""
+    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
+    dweight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else None
+    return dhidden, dweight, weight.new_empty(len(weight), dtype=torch.float32) if wanted[2] else None
+
+
+def _rounded(hidden: Tensor, grads: Gradients) -> Gradients:
+    dhidden, dweight, dbias = (None if grad is None else grad.to(hidden.dtype) for grad in grads)
+    return dhidden, dweight, dbias
+
+
+def _backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
+    kept: Tensor | None,
+    kept_rows: Tensor | None,
+    shift: Tensor,
+    factors: tuple[float, float | None],
+    grads: Gradients,
+    add: bool,
+) -> None:
+    """Adds to the gradient of hidden; writes those of weight and bias or, with ``add``, adds to them, both fp32 then."""
     R, V = len(hidden), len(weight)
-    shift, factors = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    dhidden, dweight, dbias = grads
     targets, grad_logprob = targets.contiguous(), torch.where(targets == -100, 0, grad_logprob)
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    dhidden = shift.new_zeros(hidden.shape) if wanted[0] else None
-    dweight = weight.new_empty(weight.shape) if wanted[1] else None
-    dbias = weight.new_empty(V) if wanted[2] else None
     config = pick(LOGITS_GRADIENT, 4, V)
     height, width = _chunk(R, V)
-    logits, dlogits = shift.new_empty(height, width), hidden.new_empty(R, width)
+    logits = shift.new_empty(height, width) if kept is None else None
+    dlogits = hidden.new_empty(R, width)
     for ids in _slices(V, width):
         d = dlogits[:, : ids.stop - ids.start]
         for rows in _slices(R, height):
-            x = product(hidden[rows], weight[ids].T, logits[: rows.stop - rows.start, : ids.stop - ids.start])
+            if logits is not None:
+                x = product(hidden[rows], weight[ids].T, logits[: rows.stop - rows.start, : ids.stop - ids.start])
+            elif kept is not None:
+                x = kept[rows, ids]
             padded = _aligned(x.shape[1])
             _logits_gradient[triton.cdiv(len(x), config.blocks["BLOCK_R"]), triton.cdiv(padded, config.blocks["BLOCK_V"])](
                 x,
@@ -114,6 +217,7 @@ def linear_logprob_backward(
                 entropy[rows],
                 largest[rows],
                 log_total[rows],
+                None if kept_rows is None else kept_rows[rows],
                 grad_logprob[rows],
                 None if grad_entropy is None else grad_entropy[rows],
                 d[rows],
@@ -121,17 +225,20 @@ def linear_logprob_backward(
                 len(x),
                 padded,
                 x.stride(0),
+                0 if kept_rows is None else kept_rows.stride(0),
                 d.stride(0),
                 *factors,
+                SPAN=_span(V),
                 **config.options(),
             )
         if dhidden is not None:
             add_product(dhidden, d, weight[ids])
-        if dweight is not None:
+        if dweight is not None and add:
+            add_product(dweight[ids], d.T, hidden)
+        elif dweight is not None:
             product(d.T, hidden, dweight[ids])
         if dbias is not None:
-            dbias[ids] = d.sum(0, dtype=torch.float32)
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
+            dbias[ids] = d.sum(0, dtype=torch.float32) + (dbias[ids] if add else 0)
 
 
 def _shift(weight: Tensor, bias: Tensor | None, banned: list[int]) -> Tensor:
@@ -151,10 +258,15 @@ def _factors(scale: float | None, softcap: float | None, temperature: float) -> 
 
 
 def _chunk(R: int, V: int) -> tuple[int, int]:
-    """Rows and ids of a chunk; few rows make it wide."""
-    R = max(R, 1)
-    width = min(max(COLUMNS, LOGITS // R // ALIGNED * ALIGNED), _aligned(V))
+    """Rows and ids of a chunk, of whole spans; few rows make it wide."""
+    R, span = max(R, 1), _span(V)
+    width = min(max(triton.cdiv(COLUMNS, span), LOGITS // R // span) * span, _aligned(V))
     return min(max(LOGITS // width // ALIGNED, 1) * ALIGNED, R), width
+
+
+def _span(V: int) -> int:
+    """Ids that ``_online_softmax`` takes in at a time, which have one top."""
+    return pick(ONLINE_SOFTMAX, 4, V).blocks["BLOCK_V"]
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -187,10 +299,14 @@ def _online_softmax(
     total,
     weighted,
     picked,
+    kept,
+    tops,
     first,
     rows,
     width,
     stride_x,
+    stride_kept,
+    stride_tops,
     inner,
     outer,
     BLOCK_R: tl.constexpr,
@@ -199,7 +315,8 @@ def _online_softmax(
     """Takes ids first..first+width-1, logits x [rows,width], into the states of the rows.
 
     largest: of the logits so far; total: sum of exp(logit - largest); weighted: of that times (logit - largest), or None;
-    picked: the target's logit, written in the chunk that holds it.
+    picked: the target's logit, written in the chunk that holds it. With kept, exp(logit - top) go there, and the tops, each of
+    BLOCK_V ids, into tops.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
@@ -224,6 +341,10 @@ def _online_softmax(
             w = decay * (w + s * (m - new)) + tl.sum(p * gap, 1)
         s = decay * s + tl.sum(p, 1)
         m = new
+        if kept is not None:
+            to = kept + r.to(tl.int64)[:, None] * stride_kept + c[None, :]
+            tl.store(to, p.to(kept.dtype.element_ty), mask=inside[:, None] & within[None, :])
+            tl.store(tops + r * stride_tops + start // BLOCK_V, new, mask=inside)
 
     c = tl.load(targets + r, mask=inside, other=-1) - first
     here = inside & (c >= 0) & (c < width)
@@ -243,6 +364,7 @@ def _logits_gradient(
     entropy,
     largest,
     log_total,
+    kept_rows,
     grad_logprob,
     grad_entropy,
     d,
@@ -250,28 +372,44 @@ def _logits_gradient(
     rows,
     width,
     stride_x,
+    stride_rows,
     stride_d,
     inner,
     outer,
+    SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """d [rows,width]: the loss by hidden · weight, from the products x of ids first..first+width-1."""
+    """d [rows,width]: the loss by hidden · weight, of ids first..first+width-1. x are their products or, with kept_rows, what
+    the forward kept of them.
+    """
+    tl.static_assert(SPAN % BLOCK_V == 0)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside, within = r < rows, c < width
     both = inside[:, None] & within[None, :]
-    target = tl.load(targets + r, mask=inside, other=-1) - first
+    target = c[None, :] == (tl.load(targets + r, mask=inside, other=-1) - first)[:, None]
     g = tl.load(grad_logprob + r, mask=inside, other=0.0)[:, None]
     largest_r = tl.load(largest + r, mask=inside, other=0.0)[:, None]
     log_total_r = tl.load(log_total + r, mask=inside, other=0.0)[:, None]
     shift_c = tl.load(shift + c, mask=within, other=float("-inf"))[None, :]
     x_rc = tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=both, other=0.0)
 
-    logit, slope = _final(x_rc, shift_c, inner, outer)
-    logp = logit - largest_r - log_total_r
-    p = tl.exp(logp)
-    grad = tl.where(c[None, :] == target[:, None], g, 0.0) - g * p
+    if kept_rows is None:
+        logit, slope = _final(x_rc, shift_c, inner, outer)
+        logp = logit - largest_r - log_total_r
+        p = tl.exp(logp)
+    else:
+        row = kept_rows + r * stride_rows
+        picked = tl.load(row, mask=inside, other=0.0)[:, None]
+        share = tl.load(row + 1 + (first + tl.program_id(1) * BLOCK_V) // SPAN, mask=inside, other=0.0)[:, None]
+        p = tl.where(target, tl.exp(picked), x_rc.to(tl.float32) * share)
+        logp = tl.where(target, picked, tl.log(tl.maximum(p, TINY)))  # dropped by the compiler where nothing needs it
+        slope = inner
+        if outer is not None:
+            bend = (logp + largest_r + log_total_r) * (1 / outer)
+            slope = outer * inner * (1 - bend * bend)
+    grad = tl.where(target, g, 0.0) - g * p
     if grad_entropy is not None:
         entropy_r = tl.load(entropy + r, mask=inside, other=0.0)[:, None]
         grad -= tl.load(grad_entropy + r, mask=inside, other=0.0)[:, None] * p * (logp + entropy_r)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quietstar_kernels import _dispatch, linear_logprob
-from quietstar_kernels.linear_logprob import _backward, _forward
+from quietstar_kernels.linear_logprob import _backward, _forward, _joined, _rescale
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
 OPTIONS = [
@@ -29,6 +29,16 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+WAYS = ["kept", "again", "known"]  # logits kept for the backward, computed again; or the gradient is known in the forward
+
+
+def in_way(way, backend, grads=None, **options):
+    """The op with what makes it go that way; ``grads``, those that will come back."""
+    if way == "known":
+        options |= {"grad_scale": -2 * (grads[0] if len(grads) == 1 else torch.stack(grads))}
+    return partial(linear_logprob, backend=backend, keep_bytes=2**28 if way == "kept" else 0, **options)
+
+
 def make(seed, shape, device, dtype=torch.float32, bias=True, **options):
     banned = options.get("banned", ())
     inputs = logprob_inputs(seeded(seed), *shape, bias=bias, banned=banned, dtype=dtype, device=device)
@@ -37,35 +47,41 @@ def make(seed, shape, device, dtype=torch.float32, bias=True, **options):
 
 
 def small_chunks(monkeypatch, backend):
-    """Chunks of 2^12 logits; those of Triton are 128 ids wide at least."""
+    """Chunks of 2^12 logits; those of Triton are 256 ids wide at least."""
     monkeypatch.setattr("quietstar_kernels.cpu._head.LOGITS", 2**12)
     if backend == "triton":
         module = _dispatch.module("linear_logprob", backend)
         monkeypatch.setattr(module, "LOGITS", 2**12)
-        monkeypatch.setattr(module, "COLUMNS", 128)
+        monkeypatch.setattr(module, "COLUMNS", 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("way, shape", [("kept", shape) for shape in SHAPES] + [(way, SHAPES[3]) for way in WAYS[1:]], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_error_rule(backend, device, interpreted, options, shape, dtype):
+def test_error_rule(backend, device, interpreted, way, options, shape, dtype):
     if interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly")
+    if backend == "reference" and way == "again":
+        pytest.skip("it never keeps anything")
     for seed in range(1 if interpreted and shape[0] > 50 else 2):
         inputs, grads = make(seed, shape, device, dtype, bias=seed % 2 == 0, **options)
-        op = partial(linear_logprob, return_entropy=True, backend=backend)
+        op = in_way(way, backend, grads, return_entropy=True)
         assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"seed {seed}", **options)
         alone = lambda **x: plain_logprob(**x)[0]  # noqa: E731
-        op = partial(linear_logprob, backend=backend)
+        op = in_way(way, backend, grads[:1])
         assert_op_close_as_plain(op, alone, inputs, grads[:1], f"seed {seed} without entropy", **options)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # from the interpreter: -inf of the padding times a scale of 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [30.0, -30.0, 0.0])
-def test_large_and_equal_logits(backend, device, scale):
+@pytest.mark.parametrize("way", WAYS)
+def test_large_and_equal_logits(backend, device, interpreted, way, scale, dtype):
     """Rows that are all but certain, of either sign, and rows in which every id is as likely."""
-    inputs, grads = make(0, (40, 8, 333), device)
-    op = partial(linear_logprob, return_entropy=True, backend=backend)
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
+    inputs, grads = make(0, (40, 8, 333), device, dtype)
+    op = in_way(way, backend, grads, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"scale {scale}", scale=scale)
 
 
@@ -80,25 +96,32 @@ def test_a_large_vocabulary(backend, device, interpreted):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[-1:], ids=str)
-def test_many_chunks(backend, device, monkeypatch, options, dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_many_chunks(backend, device, monkeypatch, way, options, dtype):
     """Chunks of rows and of the vocabulary, the last of each narrower."""
     small_chunks(monkeypatch, backend)
     inputs, grads = make(0, (100, 4, 700), device, dtype, **options)
-    op = partial(linear_logprob, return_entropy=True, backend=backend)
+    op = in_way(way, backend, grads, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, "many chunks", **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("entropy", [True, False])
-def test_gradcheck(backend, device, options, entropy):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradcheck(backend, device, way, options, entropy):
     if backend == "triton":
         pytest.skip("it does not compute in fp64")
-    inputs, _ = make(0, (4, 3, 15), device, torch.float64, **options)
-    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
-    op = lambda hidden, weight, bias: linear_logprob(  # noqa: E731
-        hidden, weight, inputs["targets"], bias, return_entropy=entropy, backend=backend, **options
-    )
-    assert torch.autograd.gradcheck(op, leaves)
+    inputs, grads = make(0, (4, 3, 15), device, torch.float64, **options)
+    grads = [grad.double() for grad in grads[: 1 + entropy]]
+    op = in_way(way, backend, grads, return_entropy=entropy, **options)
+
+    def results(hidden, weight, bias):
+        result = op(hidden, weight, inputs["targets"], bias)
+        if way != "known":
+            return result
+        return sum((grad * x).sum() for grad, x in zip(grads, result if entropy else [result], strict=True))
+
+    assert torch.autograd.gradcheck(results, [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")])
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -106,23 +129,36 @@ def test_gradcheck(backend, device, options, entropy):
 def test_opcheck(backend, device, entropy, options):
     inputs, grads = make(0, (5, 3, 20), device, bias=bool(options), **options)
     hidden, weight, bias, targets = inputs.values()
-    rest = options.get("scale"), options.get("softcap"), options.get("temperature", 1.0), list(options.get("banned", ()))
-    _, *saved = _forward(hidden, weight, targets, bias, *rest, True, backend)
-    head = (hidden, weight, targets, bias, *saved, *rest)
-    for wanted in ([True, True, bias is not None], [True, False, False]):
-        torch.library.opcheck(_backward, (grads[0], grads[1] if entropy else None, *head, wanted, backend))
     leaves = [x if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias)]
-    torch.library.opcheck(_forward, (*leaves[:2], targets, leaves[2], *rest, entropy, backend))
+    head, leaves = (hidden, weight, targets, bias), (*leaves[:2], targets, leaves[2])
+    rest = options.get("scale"), options.get("softcap"), options.get("temperature", 1.0), list(options.get("banned", ()))
+    ways = ([True, True, bias is not None], [True, False, False])
+    for keep in (False,) if backend == "reference" else (False, True):
+        _, *saved = _forward(*head, *rest, True, keep, backend)
+        saved = (*head, *saved[:3], *(saved[3:] if keep else (None, None)), *rest)
+        for wanted in ways:
+            torch.library.opcheck(_backward, (grads[0], grads[1] if entropy else None, *saved, wanted, backend))
+        torch.library.opcheck(_forward, (*leaves, *rest, entropy, keep, backend))
+    promised = torch.stack(grads[: 1 + entropy])
+    for wanted in ways:
+        _, _, *gradients = _joined(promised, *head, *rest, wanted, 0, backend)
+        torch.library.opcheck(_rescale, (promised, 3 * promised, targets, *gradients))
+    # Its gradient is right only for what was promised, and opcheck brings ones.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_joined, (promised, *leaves, *rest, ways[0], 0, backend), test_utils=utils)
+    promised = torch.ones_like(promised)
+    torch.library.opcheck(_joined, (promised, *head, *rest, ways[0], 0, backend))
 
 
 @pytest.mark.parametrize("entropy", [True, False])
-def test_compiles_without_a_graph_break(backend, device, entropy):
+@pytest.mark.parametrize("way", WAYS)
+def test_compiles_without_a_graph_break(backend, device, way, entropy):
     inputs, grads = make(0, (5, 3, 20), device, banned=(3,))
+    factors = torch.tensor([[2.0], [1.0]], device=device)[: 1 + entropy]
+    op = in_way(way, backend, tuple(factors * grads[0]), softcap=5.0, banned=(3,), return_entropy=entropy)
 
     def loss(hidden, weight, bias, targets):
-        result = linear_logprob(
-            hidden, weight, targets, bias, softcap=5.0, banned=(3,), return_entropy=entropy, backend=backend
-        )
+        result = op(hidden, weight, targets, bias)
         return 2 * result[0] + result[1] if entropy else 2 * result
 
     eager = forward_backward(loss, inputs, grads[:1])
@@ -156,49 +192,61 @@ def test_a_banned_target(backend, device):
     hidden, weight, bias, _ = inputs.values()
     targets = torch.full((5,), 3, device=device)
     head, rest = (hidden, weight, targets, bias), (None, None, 0.7, [3])
-    logprob, *saved = _forward(*head, *rest, True, backend)
+    logprob, *saved = _forward(*head, *rest, True, False, backend)
     assert (logprob == -torch.inf).all() and all(x.isfinite().all() for x in saved)
-    got = _backward(grads[0], None, *head, *saved, *rest, [True] * 3, backend)
+    got = [_backward(grads[0], None, *head, *saved[:3], None, None, *rest, [True] * 3, backend)]
+    got += [_joined(grads[0][None], *head, *rest, [True] * 3, 0, backend)[2:]]
+    if backend != "reference":
+        _, *saved = _forward(*head, *rest, True, True, backend)
+        got += [_backward(grads[0], None, *head, *saved, *rest, [True] * 3, backend)]
     allowed = [3 != i for i in range(20)]
     p = torch.softmax(((hidden @ weight.T + bias) / 0.7)[:, allowed].double(), -1)
     d = torch.zeros(5, 20, dtype=torch.float64, device=device)
     d[:, allowed] = -grads[0][:, None].double() * p / 0.7
-    for grad, want in zip(got, (d @ weight.double(), d.T @ hidden.double(), d.sum(0)), strict=True):
-        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)
+    want = (d @ weight.double(), d.T @ hidden.double(), d.sum(0))
+    for gradients in got:
+        for grad, truth in zip(gradients, want, strict=True):
+            torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_optional(backend, device):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_optional(backend, device, way):
     """A frozen weight, and hidden states without a gradient: what isn't wanted isn't computed either."""
     inputs, grads = make(0, (5, 3, 20), device)
-    _, want = forward_backward(partial(linear_logprob, backend=backend), inputs, grads[:1])
-    hidden, weight, bias, targets = inputs.values()
+    op = in_way(way, backend, grads[:1])
+    _, want = forward_backward(op, inputs, grads[:1])
+    head = [inputs[name] for name in ("hidden", "weight", "targets", "bias")]
     rest = (None, None, 1.0, [])
     functions = _dispatch.module("linear_logprob", backend)
-    _, *saved = functions.linear_logprob(hidden, weight, targets, bias, *rest, False)
+    _, *saved = functions.linear_logprob(*head, *rest, False, way == "kept")
     for i, name in enumerate(("hidden", "weight", "bias")):
         leaf = inputs[name].detach().requires_grad_()
-        logprob = linear_logprob(**(inputs | {name: leaf}), backend=backend)
-        logprob.backward(grads[0])
+        op(**(inputs | {name: leaf})).backward(grads[0])
         assert torch.equal(leaf.grad, want[name]), name
         wanted = [i == j for j in range(3)]
-        got = functions.linear_logprob_backward(grads[0], None, hidden, weight, targets, bias, *saved, *rest, wanted)
+        if way == "known":
+            got = functions.linear_logprob_joined(grads[0], None, *head, *rest, wanted, 0)[2:]
+        else:
+            got = functions.linear_logprob_backward(grads[0], None, *head, *saved, *rest, wanted)
         assert [x is not None for x in got] == wanted
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 20), (1, 1, 1)], ids=str)
-def test_edges(backend, device, shape):
+@pytest.mark.parametrize("way", WAYS)
+def test_edges(backend, device, way, shape):
     inputs, grads = make(0, shape, device)
-    op = partial(linear_logprob, return_entropy=True, backend=backend)
+    op = in_way(way, backend, grads, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, str(shape))
 
 
-def test_strided(backend, device):
+@pytest.mark.parametrize("way", WAYS)
+def test_strided(backend, device, way):
     inputs, grads = make(0, (40, 8, 333), device)
     wide = {name: torch.cat([inputs[name]] * 2, 1)[:, 8:] for name in ("hidden", "weight")}
     inputs |= {"hidden": wide["hidden"].T.contiguous().T, "weight": wide["weight"]}
     inputs |= {name: inputs[name].repeat_interleave(2)[::2] for name in ("targets", "bias")}
     assert not any(x.is_contiguous() for x in inputs.values())
-    op = partial(linear_logprob, return_entropy=True, backend=backend)
+    op = in_way(way, backend, grads, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, "strided")
 
 
