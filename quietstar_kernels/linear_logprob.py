@@ -238,6 +238,7 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> t
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, targets, bias, *ctx.options, ctx.return_entropy, ctx.keep, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2 if ctx.return_entropy else 1 :])
     ctx.set_materialize_grads(False)  # else zeros for what is kept
     ctx.save_for_backward(hidden, weight, targets, bias, *output[1:4], *(output[4:] if ctx.keep else (None, None)))
 
@@ -255,6 +256,7 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 
 def _setup_joined(ctx: Any, inputs: tuple, output: tuple) -> None:
     promised, _, _, targets, *_ = inputs
+    ctx.mark_non_differentiable(*output[len(promised) :])
     ctx.set_materialize_grads(False)  # else zeros for the gradients
     ctx.save_for_backward(promised, targets, *output[2:])
 

@@ -96,10 +96,10 @@ def linear_logprob(
             )
     log_total = total.log()
     picked.sub_(largest).sub_(log_total)
-    if kept_rows is not None and tops is not None:
-        kept_rows[:, 0] = picked
-        tops.sub_(largest[:, None]).sub_(log_total[:, None]).exp_()
     logprob = torch.where(targets == -100, 0, picked)
+    if kept_rows is not None and tops is not None:
+        kept_rows[:, 0] = logprob
+        tops.sub_(largest[:, None]).sub_(log_total[:, None]).exp_()
     entropy = torch.zeros_like(total) if weighted is None else log_total - weighted / total
     return logprob, entropy, largest, log_total, kept, kept_rows
 
@@ -149,7 +149,7 @@ def linear_logprob_joined(
     With D rows the products take over ten times as long as it takes to read and write the weight's gradient once more.
     """
     (R, D), V = hidden.shape, len(weight)
-    step = max(D, keep_bytes // (_aligned(V) * hidden.element_size()))
+    step = _aligned(max(D, keep_bytes // (_aligned(V) * hidden.element_size())))
     logprob, entropy = (hidden.new_empty(R, dtype=torch.float32) for _ in range(2))
     dhidden, dweight, dbias = grads = _empty_gradients(hidden, weight, wanted, torch.float32 if step < R else weight.dtype)
     options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
@@ -290,7 +290,7 @@ def _final(x, shift, inner, outer):
     return tl.where(shift == float("-inf"), LOWEST, logit), slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride_tops"], do_not_specialize_on_alignment=["tops"])
 def _online_softmax(
     x,
     shift,
@@ -356,7 +356,7 @@ def _online_softmax(
     tl.store(picked + r, tl.where(logit == LOWEST, float("-inf"), logit), mask=here)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride_rows"])
 def _logits_gradient(
     x,
     shift,

@@ -1,4 +1,5 @@
-"""No tensor of R*V, of (L+R)^2 or of R*L in the cpu back end, and none of R*V in Triton's linear_logprob.
+"""No tensor of R*V, of (L+R)^2 or of R*L in the cpu back end, and none of R*V in Triton's linear_logprob, unless it keeps its
+logits on purpose.
 
 The output of every operator is measured. The functions are called below the custom ops, since those hide what they do
 from a dispatch mode.
@@ -52,40 +53,50 @@ def test_sample_token(softcap, temperature):
     assert V <= largest.numel <= R * V // SHARE
 
 
+def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, keep, device="cpu"):
+    """Of the forward, of the backward, and of both at once."""
+    inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
+    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, softcap, 1.0, [3])
+    grads = torch.randn(2, rows, generator=seeded(1)).to(device).unbind()
+    grads = (grads[0], grads[1] if entropy else None)
+    with LargestOutput() as forward:
+        _, *saved = functions.linear_logprob(*head, *rest, entropy, keep)
+    with LargestOutput() as backward:
+        functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+    with LargestOutput() as joined:
+        functions.linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+    return forward.numel, backward.numel, joined.numel
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_linear_logprob(softcap, entropy):
-    hidden, weight, bias, targets = logprob_inputs(seeded(0), R, 4, V, bias=True, banned=(3,)).values()
-    head, rest = (hidden, weight, targets, bias), (None, softcap, 1.0, [3])
-    grads = torch.randn(2, R, generator=seeded(1))
-    functions = backend_functions("linear_logprob")
-    with LargestOutput() as forward:
-        _, *saved = functions.linear_logprob(*head, *rest, entropy)
-    with LargestOutput() as backward:
-        functions.linear_logprob_backward(grads[0], grads[1] if entropy else None, *head, *saved, *rest, [True] * 3)
-    assert V <= forward.numel <= R * V // SHARE
-    assert V <= backward.numel <= R * V // SHARE
+    found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, softcap, entropy, keep=False)
+    assert all(V <= numel <= R * V // SHARE for numel in found)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_linear_logprob_that_keeps(entropy):
+    """The forward makes what it keeps, the backward makes nothing like it."""
+    found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, None, entropy, keep=True)
+    assert found[0] == R * V and found[1] <= R * V // SHARE
 
 
 def test_linear_logprob_in_triton(monkeypatch):
-    """Its buffers are R times a fixed number of ids, and a fixed number of logits: both made small here.
+    """Its buffers are R times a fixed number of ids, and a fixed number of logits: both made small here. Where the gradient
+    is known, rows take turns and D rows, here 4 rounded up to 64, keep their logits.
 
     The interpreter copies them as bytes, four for each element.
     """
     functions = backend_functions("linear_logprob", "triton")
     monkeypatch.setattr(functions, "LOGITS", 2**12)
-    monkeypatch.setattr(functions, "COLUMNS", 64)
+    monkeypatch.setattr(functions, "COLUMNS", 256)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, vocabulary = 64, 2048
-    inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
-    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, None, 1.0, [3])
-    grads = torch.randn(2, rows, generator=seeded(1)).to(device)
-    with LargestOutput() as forward:
-        _, *saved = functions.linear_logprob(*head, *rest, True)
-    with LargestOutput() as backward:
-        functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
-    assert vocabulary <= forward.numel <= rows * vocabulary // SHARE
-    assert vocabulary <= backward.numel <= rows * vocabulary // SHARE
+    rows, vocabulary = 64, 8192
+    *found, _ = largest_of_linear_logprob(functions, rows, vocabulary, None, True, False, device)
+    assert all(vocabulary <= numel <= rows * vocabulary // SHARE for numel in found)
+    *_, joined = largest_of_linear_logprob(functions, 640, 1024, None, True, False, device)
+    assert joined <= 4 * 640 * 1024 // SHARE
 
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])

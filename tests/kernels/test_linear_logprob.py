@@ -153,6 +153,7 @@ def test_opcheck(backend, device, entropy, options):
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_compiles_without_a_graph_break(backend, device, way, entropy):
+    torch.compiler.reset()  # one function is compiled for all back ends
     inputs, grads = make(0, (5, 3, 20), device, banned=(3,))
     factors = torch.tensor([[2.0], [1.0]], device=device)[: 1 + entropy]
     op = in_way(way, backend, tuple(factors * grads[0]), softcap=5.0, banned=(3,), return_entropy=entropy)

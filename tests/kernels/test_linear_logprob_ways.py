@@ -4,12 +4,11 @@ Products and tensors are counted in the back ends' functions, below the custom o
 dispatch mode.
 """
 
-import gc
-import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -77,10 +76,9 @@ def test_what_is_kept(backend, inputs, monkeypatch):
     kept, not_kept = op(keep_bytes=4 * R * V), op(keep_bytes=4 * R * V - 1)
     assert saved_bytes(kept) >= 4 * R * V and saved_bytes(not_kept) <= few
     assert torch.equal(kept, not_kept)
-    big = weakref.ref(max(kept.grad_fn.saved_tensors, key=lambda x: x.numel()))
+    storages = [StorageWeakRef(x.untyped_storage()) for x in kept.grad_fn.saved_tensors if x is not None and x.numel() >= R * V]
     kept.sum().backward()
-    gc.collect()
-    assert big() is None
+    assert len(storages) == 1 and storages[0].expired()
     with pytest.raises(RuntimeError, match="freed"):
         kept.grad_fn.saved_tensors  # noqa: B018
     promised = torch.ones(R, device=targets.device)
@@ -112,10 +110,10 @@ def test_turns(backend, device):
     inputs = logprob_inputs(torch.Generator().manual_seed(0), 50, 4, 333, bias=True, device=device)
     grads = torch.randn(2, 50, generator=torch.Generator().manual_seed(1)).to(device)
     op = partial(linear_logprob, return_entropy=True, backend=backend)
-    results, want = forward_backward(op, inputs, grads)
+    results, want = forward_backward(op, inputs, tuple(grads))
     for keep_bytes in (0, 9 * 384 * 4, 2**28):
         known = partial(op, grad_scale=grads, keep_bytes=keep_bytes)
-        got, gradients = forward_backward(known, inputs, grads)
+        got, gradients = forward_backward(known, inputs, tuple(grads))
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, results, strict=True))
         assert all(torch.allclose(gradients[name], want[name], atol=1e-5) for name in want), keep_bytes
 
@@ -163,7 +161,7 @@ def test_a_broken_promise_is_loud(backend, inputs, place):
     [
         ({"grad_scale": torch.ones(3)}, "grad_scale must have shape"),
         ({"grad_scale": torch.ones(R), "return_entropy": True}, "grad_scale must have shape"),
-        ({"grad_scale": torch.ones(R).half()}, "grad_scale must have dtype torch.float32"),
+        ({"grad_scale": torch.ones(R).half()}, "grad_scale must have dtype float32"),
         ({"keep_bytes": -1}, "keep_bytes must be an integer of at least 0, got -1"),
         ({"keep_bytes": 1e9}, "keep_bytes must be an integer of at least 0, got 1000000000.0"),
     ],

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward
+from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward, linear_logprob_joined
 
 HGMMA: set[str] = set()
 NO_MATRIX = {"_online_softmax", "_logits_gradient"}
@@ -17,15 +17,19 @@ def launches(target):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for option, rest in OPTIONS.items():
             for entropy in (False, True):
-                label = " ".join(filter(None, [str(dtype).removeprefix("torch."), option, "entropy" if entropy else ""]))
-                for R, D, V in SHAPES:
-                    yield label, functools.partial(forward_backward, R, D, V, dtype, rest, entropy)
+                for keep in (False, True):
+                    words = (str(dtype).removeprefix("torch."), option, "entropy" if entropy else "", "kept" if keep else "")
+                    for R, D, V in SHAPES:
+                        yield " ".join(filter(None, words)), functools.partial(run, R, D, V, dtype, rest, entropy, keep)
 
 
-def forward_backward(R, D, V, dtype, rest, entropy):
+def run(R, D, V, dtype, rest, entropy, keep):
+    """Forward and backward; where logits are kept they are joined once too, which compiles nothing else."""
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     targets = torch.empty(R, dtype=torch.int64, device="meta")
-    rest = (*rest[:3], [token for token in rest[3] if token < V])
-    logprob, *saved = linear_logprob(hidden, weight, targets, bias, *rest, entropy)
-    grad_entropy = logprob if entropy else None
-    linear_logprob_backward(logprob, grad_entropy, hidden, weight, targets, bias, *saved, *rest, [True] * 3)
+    head, rest = (hidden, weight, targets, bias), (*rest[:3], [token for token in rest[3] if token < V])
+    logprob, *saved = linear_logprob(*head, *rest, entropy, keep)
+    grads = logprob, logprob if entropy else None
+    linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+    if keep:
+        linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
