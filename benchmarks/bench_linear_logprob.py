@@ -2,22 +2,25 @@
 
     python benchmarks/bench_linear_logprob.py --help
 
-All candidates give the sum of the targets' negative log-probabilities, a loss, since some of the peers give nothing else.
+All candidates give the sum of the targets' negative log-probabilities, a loss, since some of the peers give nothing else. On a
+GPU the headline case is the row of huggingface/trl#7244: 8192 tokens, 4096 wide, 151,936 ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from case import BOUNDS, Case, Inputs, Work, judge
 from head_peers import LOSSES, Loss
-from peers import Peer
+from peers import PACKAGE, Peer
 from quietstar_kernels import linear_logprob
+from quietstar_kernels.linear_logprob import KEEP_BYTES
 
 CHUNK = 1024  # rows of exact logits at a time
 
@@ -80,15 +83,45 @@ class LogprobCase(Case):
         return loss, dhidden, dweight
 
 
-def ours(case: LogprobCase) -> Loss:
-    return lambda hidden, weight, targets: -linear_logprob(hidden, weight, targets).sum()
+def ours(case: LogprobCase, **options: Any) -> Loss:
+    """With what it keeps where nothing is said, or with ``options``."""
+    return lambda hidden, weight, targets: -linear_logprob(hidden, weight, targets, **options).sum()
 
 
-OURS = Peer("linear_logprob", ours, package="quietstar-kernels")
+def _ours_known(case: LogprobCase) -> Loss:
+    """The gradient of the loss by every log-probability is -1."""
+    promised = torch.full((case.R,), -1.0, device=case.device)
+    return ours(case, grad_scale=promised)
+
+
+def _kept(case: LogprobCase) -> int:
+    """Bytes of logits that the forward may keep."""
+    return case.R * case.V * (4 if case.device.type == "cpu" else case.dtype.itemsize)
+
+
+def _not_default(case: LogprobCase, keeps: bool | None = None) -> str | None:
+    """Why ours with options is no candidate of its own; ``keeps``: whether it keeps its logits."""
+    if case.what == "forward":
+        return "a forward alone goes one way"
+    return "what is done where nothing is said" if keeps is (_kept(case) <= KEEP_BYTES) else None
+
+
+OURS = Peer("linear_logprob", ours, package=PACKAGE)
+OURS_OTHERWISE = [
+    Peer(
+        "linear_logprob, logits kept",
+        lambda case: ours(case, keep_bytes=_kept(case)),
+        PACKAGE,
+        partial(_not_default, keeps=True),
+        lambda case: Work(case.work().flops, _kept(case)),
+    ),
+    Peer("linear_logprob, no logits kept", partial(ours, keep_bytes=0), PACKAGE, partial(_not_default, keeps=False)),
+    Peer("linear_logprob, gradient known in the forward", _ours_known, PACKAGE, _not_default),
+]
 
 
 def candidates(case: LogprobCase) -> list[Peer]:
-    return LOSSES
+    return [*OURS_OTHERWISE, *LOSSES]
 
 
 def cases(device: torch.device, full: bool) -> Iterator[LogprobCase]:

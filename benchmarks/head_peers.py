@@ -6,6 +6,7 @@ functions of hidden, weight and targets that return the sum of the targets' nega
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from case import Work
+from machine import package_version
 from peers import Peer, not_installed
 
 Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -71,6 +73,23 @@ def _no_pytorch(case: Any) -> str | None:
     return f"PyTorch {torch.__version__} has no chunked linear_cross_entropy"
 
 
+def _trl(case: Any) -> Loss:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ())[0].sum()
+
+    return loss
+
+
+def _no_trl(case: Any) -> str | None:
+    """TRL's trainers call it with these arguments through ``trl.trainer.utils.add_fused_lm_head``."""
+    if (reason := not_installed("trl")) or importlib.util.find_spec("trl.kernels"):
+        return reason
+    return f"trl {package_version('trl')} has no chunked log-probabilities"
+
+
 def _for_gpu(package: str) -> Callable[[Any], str | None]:
     def why_not(case: Any) -> str | None:
         return not_installed(package) or (None if case.device.type == "cuda" else f"{package} is for GPUs")
@@ -86,6 +105,7 @@ SAMPLERS = [
 LOSSES = [
     Peer("matmul, cross_entropy", lambda case: _plain_loss, needs=_logits(4)),
     Peer("PyTorch linear_cross_entropy, chunked", _pytorch, why_not=_no_pytorch),
+    Peer("TRL chunked log-probabilities", _trl, "trl", _no_trl),
     Peer("Liger fused linear cross entropy", _liger, "liger-kernel", _for_gpu("liger-kernel")),
     Peer("cut-cross-entropy", _cut_cross_entropy, "cut-cross-entropy", _for_gpu("cut-cross-entropy")),
 ]
