@@ -23,6 +23,8 @@ PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate"
 CHUNK_COPIES = 4
 # Logits at a time of the CPU and GPU heads; the reference keeps all of them. About three such buffers live at once.
 HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
+# Bytes of logits that one call of the head may keep until its backward, all of them or none.
+HEAD_KEPT = 2**28
 
 
 def environment() -> str:
@@ -115,7 +117,8 @@ def step_memory(
     # Both states beside each other and two hidden layers, fp32; base states; thought states where a cast copies them.
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
-    logits = min(HEAD_CHUNK, V * max(B * L + predictions, B * P * N * T))
+    calls = [V * (B * L + predictions), V * B * P * N * T]  # logits of each
+    head_kept = sum(size for size in (dtype.itemsize * call for call in calls) if size <= HEAD_KEPT)
     of_text, of_thoughts = kept * L // rows, (kept - kept * L // rows) * P // L
     inputs = layers * B * D * dtype.itemsize  # of the layers, for a row
     checkpointed = inputs * rows + kept // layers
@@ -130,7 +133,7 @@ def step_memory(
         thoughts=of_thoughts,
         checkpointed=checkpointed,
         mixing=mixing + head_inputs,
-        head=4 * (HEAD_BUFFERS * logits + V * D * (1 + half)),
+        head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(calls)) + V * D * (1 + half)) + head_kept,
         rollout=B * (L + P * N * T) * keys_values,
     )
 

@@ -1,5 +1,6 @@
 """The memory of a step from the config alone, against real models and what autograd really keeps."""
 
+import inspect
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from transformers import AutoConfig
 
 from quietstar import QuietStar, ThoughtConfig, cli
 from quietstar.config import AdapterConfig
-from quietstar.doctor import CHUNK_COPIES, HEAD_CHUNK, StepMemory, environment, human, memory_table, step_memory
+from quietstar.doctor import CHUNK_COPIES, HEAD_CHUNK, HEAD_KEPT, StepMemory, environment, human, memory_table, step_memory
 from quietstar.scaling import Processes, StepTraffic, chunk_count, count_weights, process_memory, step_traffic
+from quietstar_kernels import linear_logprob
 from quietstar_kernels.cpu import _head
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
@@ -73,8 +75,9 @@ def test_a_model_that_cannot_think_is_refused():
         step_memory(AutoConfig.for_model("mamba"), THOUGHTS, B, L)
 
 
-def test_the_chunk_is_that_of_the_kernels():
+def test_the_head_is_that_of_the_kernels():
     assert HEAD_CHUNK == _head.LOGITS
+    assert HEAD_KEPT == inspect.signature(linear_logprob).parameters["keep_bytes"].default
 
 
 def test_what_is_printed():
