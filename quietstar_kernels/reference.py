@@ -208,8 +208,9 @@ def linear_logprob_joined(
     ``keep_bytes``: of logits that may exist at a time, for a back end that can choose.
     """
     head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, banned)
-    logprob, *saved = linear_logprob(*head, *options, grad_entropy is not None)
-    return logprob, saved[0], *linear_logprob_backward(grad_logprob, grad_entropy, *head, *saved, *options, wanted)
+    logprob, entropy, largest, log_total, *_ = linear_logprob(*head, *options, grad_entropy is not None)
+    saved = (*head, entropy, largest, log_total, None, None)
+    return logprob, entropy, *linear_logprob_backward(grad_logprob, grad_entropy, *saved, *options, wanted)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:

@@ -102,7 +102,8 @@ def linear_logprob_joined(
     R, V = len(hidden), len(weight)
     states = head.weight.new_empty(4, R)
     gradients = _Gradients(hidden, head.weight, wanted)
-    buffer, gaps = (head.weight.new_empty(chunk_rows(R, V), V) if on else None for on in (True, grad_entropy is not None))
+    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    gaps = None if grad_entropy is None else torch.empty_like(buffer)
     for rows in row_chunks(R, V):
         d = buffer[: rows.stop - rows.start]
         head.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])

@@ -155,13 +155,13 @@ def linear_logprob_joined(
     options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
     for rows in _slices(max(R, 1), step):  # no rows: gradients of zero
         part, of_part = (hidden[rows], weight, targets[rows]), (None if dhidden is None else dhidden[rows], dweight, dbias)
-        logprob[rows], *saved = linear_logprob(
+        logprob[rows], entropy[rows], largest, log_total, kept, kept_rows = linear_logprob(
             *part, bias, scale, softcap, temperature, banned, return_entropy=grad_entropy is not None, keep=True
         )
-        entropy[rows] = saved[0]
-        come = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
-        _backward(*come, *part, *saved, *options, of_part, add=rows.start > 0)
-        del saved  # before the next rows keep theirs
+        saved = (*part, entropy[rows], largest, log_total, kept, kept_rows)
+        come = None if grad_entropy is None else grad_entropy[rows]
+        _backward(grad_logprob[rows], come, *saved, *options, of_part, add=rows.start > 0)
+        del saved, kept, kept_rows  # before the next rows keep theirs
     return logprob, entropy, *_rounded(hidden, grads)
 
 
