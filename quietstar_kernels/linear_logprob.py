@@ -84,10 +84,20 @@ def linear_logprob(
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
         logprob, entropy, *_ = _joined(promised, *head, wanted, keep_bytes, backend)
     else:
-        itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
-        keep = any(wanted) and backend != "reference" and check["R"] * check["V"] * itemsize <= keep_bytes
+        keep = any(wanted) and backend != "reference" and _fits(hidden, check["V"], keep_bytes, backend)
         logprob, entropy, *_ = _forward(*head, return_entropy, keep, backend)
     return (logprob, entropy) if return_entropy else logprob
+
+
+def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> bool:
+    """Whether the logits may be kept; False for a number of rows that torch.compile doesn't know."""
+    itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
+    fits = hidden.shape[0] * vocabulary * itemsize <= keep_bytes
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+
+        return guard_or_false(fits)
+    return fits
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ LEAST = -1000.0  # for the log of a probability that underflowed: any finite num
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """For what a forward keeps: the weights [R,V], and of each row the log-probability of its target [R,1]."""
     like = hidden.new_empty(0, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return like.new_empty(len(hidden), len(weight)), like.new_empty(len(hidden), 1)
+    return like.new_empty(hidden.shape[0], len(weight)), like.new_empty(hidden.shape[0], 1)  # len would fix a symbolic size
 
 
 def linear_logprob(

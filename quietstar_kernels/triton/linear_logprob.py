@@ -43,7 +43,7 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """For what a forward keeps: exp(logit - top) [R,V and padding], and fp32 [R,1+spans] the log-probability of the target
     and, for each span of ids, the factor that makes them probabilities.
     """
-    R, V = len(hidden), len(weight)
+    R, V = hidden.shape[0], len(weight)  # len would fix a symbolic R
     spans = triton.cdiv(V, _span(V))
     return hidden.new_empty(R, _aligned(V)), hidden.new_empty(R, 1 + spans, dtype=torch.float32)
 

@@ -118,6 +118,27 @@ def test_turns(backend, device):
         assert all(torch.allclose(gradients[name], want[name], atol=1e-5) for name in want), keep_bytes
 
 
+@pytest.mark.parametrize("keep_bytes", [4 * R * V, 4 * R * V - 1])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
+    """A mask chooses them: logits are kept where all rows' would be."""
+    def loss(hidden, weight, targets):
+        chosen = targets != -100
+        return linear_logprob(hidden[chosen], weight, targets[chosen], keep_bytes=keep_bytes, backend=backend).sum()
+
+    torch.compiler.reset()
+    want, got = (
+        forward_backward(
+            f,
+            {name: inputs[name] for name in ("hidden", "weight", "targets")},
+            (torch.ones((), device=inputs["targets"].device),),
+        )
+        for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    )
+    assert torch.allclose(want[0][0], got[0][0])
+    assert all(torch.allclose(want[1][name], got[1][name], atol=1e-6) for name in want[1])
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 def test_a_common_factor_is_allowed(backend, inputs, entropy):
     """Of any size and sign, none at all, and whatever comes for rows whose target is -100."""
