@@ -122,6 +122,7 @@ def test_turns(backend, device):
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
     """A mask chooses them: logits are kept where all rows' would be."""
+
     def loss(hidden, weight, targets):
         chosen = targets != -100
         return linear_logprob(hidden[chosen], weight, targets[chosen], keep_bytes=keep_bytes, backend=backend).sum()
