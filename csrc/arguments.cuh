@@ -58,8 +58,8 @@ void call_thought_decode(const Tensor& q, const Tensor& k_text, const Tensor& v_
 
 template <class From, class Tensor = typename From::Tensor, class MaybeTensor = typename From::MaybeTensor>
 void call_sample_token(const Tensor& logits, const MaybeTensor& bias, const Tensor& counters,
-                       const Tensor& state, const Tensor& ids, const Tensor& logprob, int64_t first,
-                       int64_t seed, double scale, double softcap, double temperature) {
+                       const Tensor& state, const Tensor& ids, const Tensor& logprob, const Tensor& seed,
+                       int64_t first, double scale, double softcap, double temperature) {
     SampleTokenArguments arguments{};
     arguments.logits = From::read(logits);
     arguments.bias = From::read(bias);
@@ -72,7 +72,7 @@ void call_sample_token(const Tensor& logits, const MaybeTensor& bias, const Tens
     arguments.R = logits.size(0);
     arguments.columns = logits.size(1);
     arguments.first = first;
-    arguments.seed = seed;
+    arguments.seed = From::read(seed);
     arguments.scale = scale;
     arguments.softcap = softcap;
     arguments.temperature = temperature;

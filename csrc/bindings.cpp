@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(quietstar_kernels, library) {
         "Tensor(b!)? parts, float scale, int window, float softcap, int tile_rows, int splits) -> ()");
     library.def(
         "_sample_token_cuda(Tensor logits, Tensor? bias, Tensor counters, Tensor(a!) state, Tensor(b!) ids, "
-        "Tensor(c!) logprob, int first, int seed, float scale, float softcap, float temperature) -> ()");
+        "Tensor(c!) logprob, Tensor seed, int first, float scale, float softcap, float temperature) -> ()");
 }
 
 // For every device, so that a call without a GPU comes as far as the stream and is refused there in words:

@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
     const int32_t* counter = static_cast<const int32_t*>(x.counters) + r * x.counters_stride[0];
     const auto word = [&](int i) { return static_cast<uint32_t>(counter[i * x.counters_stride[1]]); };
     const uint32_t sequence = word(0), position = word(1), thought = (word(2) << 16) + word(3);
-    const uint32_t key0 = static_cast<uint32_t>(x.seed), key1 = static_cast<uint32_t>(x.seed >> 32);
+    const uint64_t seed = *static_cast<const uint64_t*>(x.seed);
+    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     const Logits logits(x);
 
     Standing mine;

@@ -17,7 +17,7 @@ struct SampleTokenArguments {
         counters_stride[2];  // in elements; logits_stride is a multiple of 4, logits and bias of 16 bytes
     int R, columns;
     int first;  // the id of the first column, a multiple of 128; 0 starts the race
-    int64_t seed;
+    const void* seed;  // int64
     float scale;
     float softcap;      // 0: none
     float temperature;  // 0: the lowest-index argmax

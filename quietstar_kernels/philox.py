@@ -12,7 +12,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
     """Ten rounds over four counter words (int64 tensors holding 32-bit values, broadcastable); returns four words."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -25,7 +25,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def draw_words(counters: Tensor, blocks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def draw_words(counters: Tensor, blocks: Tensor, seed: int | Tensor) -> tuple[Tensor, Tensor]:
     """The two random words of each row and vocabulary block, int64 [R,blocks] in [0, 2^32).
 
     ``counters`` int32 [R,4] = (sequence id, position, n, s). The 128-bit Philox counter is, lowest word first,

@@ -113,7 +113,7 @@ def sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: Tensor,
     bias: Tensor | None,
     scale: float | None,
     softcap: float | None,
@@ -274,7 +274,7 @@ def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
     return padded.amax(-1), padded.logsumexp(-1)
 
 
-def race(block_max: Tensor, block_lse: Tensor, logits: Tensor, counters: Tensor, seed: int) -> Tensor:
+def race(block_max: Tensor, block_lse: Tensor, logits: Tensor, counters: Tensor, seed: Tensor) -> Tensor:
     """The id each row draws, int64 [R]; the definition is in ``quietstar_kernels.sample_token``."""
     rows, V = logits.shape
     blocks = torch.arange(block_lse.shape[1], device=logits.device)

@@ -17,7 +17,7 @@ def sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: int | Tensor,
     bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -39,7 +39,7 @@ def sample_token(
         hidden: [R,D], fp32, fp16, bf16 or fp64.
         weight: [V,D], same dtype.
         counters: int32 [R,4]: (sequence id, position counted from lo, thought n, row s); n and s below 65,536.
-        seed: 64-bit integer.
+        seed: 64-bit integer; or one as a 0-d int64 tensor on the same device (one CUDA graph then serves all seeds).
         bias: [V].
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
@@ -57,11 +57,14 @@ def sample_token(
     banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device)
     check.positive("temperature", temperature, zero=True)
-    if not -(2**63) <= seed < 2**64:
+    if isinstance(seed, Tensor):
+        check.tensor("seed", seed, "", (torch.int64,), hidden.device)
+    elif not -(2**63) <= seed < 2**64:
         raise check.fail(f"seed must be a 64-bit integer, got {seed}")
-    signed = seed - 2**64 if seed >= 2**63 else seed
+    else:
+        seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=hidden.device)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    return _forward(hidden, weight, counters, signed, bias, scale, softcap, float(temperature), banned, backend)
+    return _forward(hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
 
 
 @torch.library.custom_op("quietstar::sample_token", mutates_args=())
@@ -69,7 +72,7 @@ def _forward(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: Tensor,
     bias: Tensor | None,
     scale: float | None,
     softcap: float | None,

@@ -13,7 +13,7 @@ def sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: Tensor,
     bias: Tensor | None,
     scale: float | None,
     softcap: float | None,

@@ -29,7 +29,7 @@ def sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: Tensor,
     bias: Tensor | None,
     scale: float | None,
     softcap: float | None,
@@ -45,7 +45,7 @@ def sample_token(
         bias = torch.empty_like(bias, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(bias)
     state = hidden.new_empty(R, 4, dtype=torch.float32)
     room = hidden.new_empty(min(LOGITS, R * padded(V)), dtype=torch.float32)
-    options = (seed, 1.0 if scale is None else scale, softcap or 0.0, temperature)
+    options = (1.0 if scale is None else scale, softcap or 0.0, temperature)
     reduce = _library.ops()._sample_token_cuda
     for rows in map(slice, range(0, R, ROWS), range(ROWS, R + ROWS, ROWS)):
         part = hidden[rows]
@@ -59,7 +59,7 @@ def sample_token(
             for token in banned:
                 if first <= token < last:
                     logits[:, token - first].fill_(-math.inf)
-            reduce(logits, None if bias is None else bias[first:last], *carried, first, *options)
+            reduce(logits, None if bias is None else bias[first:last], *carried, seed, first, *options)
     return ids, logprob
 
 

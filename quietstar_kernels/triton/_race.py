@@ -34,7 +34,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     Args:
         weights: [rows,ids] over 2^level, from the first id of block ``first_block`` on.
         level: [rows].
-        seed: int64.
+        seed: int64, the key.
         sequence: int32 [rows], the first word of the counter.
         position: int32 [rows], the second.
         thought: int32 [rows], the third.

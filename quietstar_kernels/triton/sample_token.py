@@ -32,7 +32,7 @@ def sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
-    seed: int,
+    seed: Tensor,
     bias: Tensor | None,
     scale: float | None,
     softcap: float | None,
@@ -139,7 +139,10 @@ def _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, D
     return acc
 
 
-@triton.jit(do_not_specialize=["R", "V", "seed", "stride_cr", "stride_cw", "row_tiles", "parts", "share"])
+@triton.jit(
+    do_not_specialize=["R", "V", "stride_cr", "stride_cw", "row_tiles", "parts", "share"],
+    do_not_specialize_on_alignment=["seed"],
+)
 def _draw(
     hidden,
     weight,
@@ -149,7 +152,7 @@ def _draw(
     token_out,
     logit_out,
     lse_out,
-    seed: tl.int64,
+    seed,
     inner,
     unit,
     R,
@@ -178,6 +181,7 @@ def _draw(
     on = rows < R
     v = tl.arange(0, BLOCK_V)
     counter = counters + rows.to(tl.int64) * stride_cr
+    key = tl.load(seed)
 
     top = tl.full([BLOCK_R], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -212,7 +216,7 @@ def _draw(
             n = tl.load(counter + 2 * stride_cw, mask=on, other=0)
             thought = (n << 16) + tl.load(counter + 3 * stride_cw, mask=on, other=0)
             score, start, rest, group, weight_sum = race(
-                weights, peak * unit, seed, sequence, position, thought, tile * (BLOCK_V // BLOCK)
+                weights, peak * unit, key, sequence, position, thought, tile * (BLOCK_V // BLOCK)
             )
             wins = score > best_score
             best_score = tl.where(wins, score, best_score)

@@ -126,6 +126,9 @@ SAMPLE = [
     ({"counters": zeros(5, 4, dtype=torch.int32, device="meta")}, "counters must be on cpu, got meta"),
     ({"seed": 2**64}, "seed must be a 64-bit integer, got 18446744073709551616"),
     ({"seed": -(2**63) - 1}, "seed must be a 64-bit integer, got -9223372036854775809"),
+    ({"seed": zeros(1, dtype=torch.int64)}, "seed must have shape []=[], got [1]"),
+    ({"seed": zeros(dtype=torch.int32)}, "seed must have dtype int64, got int32"),
+    ({"seed": zeros(dtype=torch.int64, device="meta")}, "seed must be on cpu, got meta"),
     ({"temperature": float("inf")}, "temperature must be zero or a positive finite number, got inf"),
 ]
 

@@ -231,6 +231,15 @@ def test_seed_and_every_counter_matter(backend, device):
     assert torch.equal(draws[-1], sample_token(**varied, seed=-1, backend=backend)[0])
 
 
+@pytest.mark.parametrize("seed", [0, -5, 2**40 + 3, -(2**63)])
+def test_a_seed_on_the_device(backend, device, seed):
+    """The numbers are those of the same seed in Python."""
+    inputs = make(0, 50, device=device)
+    want = sample_token(**inputs, seed=seed, backend=backend)
+    got = sample_token(**inputs, seed=torch.tensor([7, seed], device=device)[1], backend=backend)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(0, 3, 20), (1, 1, 1)], ids=str)
 def test_edges(backend, device, shape, temperature):
@@ -265,7 +274,7 @@ def test_opcheck(backend, device, options):
     hidden, weight, bias, counters = make(0, 5, 3, 20, bias=bool(options), device=device).values()
     temperature, banned = options.get("temperature", 1.0), list(options.get("banned", ()))
     rest = (options.get("scale"), options.get("softcap"), temperature, banned, backend)
-    torch.library.opcheck(_forward, (hidden, weight, counters, -5, bias, *rest))
+    torch.library.opcheck(_forward, (hidden, weight, counters, torch.tensor(-5, device=device), bias, *rest))
 
 
 def test_compiles_without_a_graph_break(backend, device):

@@ -30,4 +30,5 @@ def draw(dtype, R, D, options, V=128_256, seed=-5):
     has_bias, *rest = options
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     counters = torch.empty(R, 4, dtype=torch.int32, device="meta")
+    seed = torch.full((), seed, dtype=torch.int64, device=hidden.device)
     return sample_token(hidden, weight, counters, seed, bias if has_bias else None, *rest)
