@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
+from quietstar_kernels._operator import operator
 
 _OP = "sample_token"
 
@@ -67,8 +68,7 @@ def sample_token(
     return _forward(hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
 
 
-@torch.library.custom_op("quietstar::sample_token", mutates_args=())
-def _forward(
+def _sample_token(
     hidden: Tensor,
     weight: Tensor,
     counters: Tensor,
@@ -85,7 +85,9 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):
+def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):
     rows = hidden.shape[:1]
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
+
+
+_forward = operator(_sample_token, _fake)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, Checker
+from quietstar_kernels._operator import operator
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -86,8 +87,7 @@ def thought_attention(
     return (out, lse.detach()) if return_lse else out
 
 
-@torch.library.custom_op("quietstar::thought_attention", mutates_args=())
-def _forward(
+def _thought_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,14 +106,12 @@ def _forward(
     return _dispatch.run("thought_attention", backend, q, k, v, layout, scale, window, softcap, sinks, query_rows)
 
 
-@_forward.register_fake
-def _(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+def _fake(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("quietstar::thought_attention_backward", mutates_args=())
-def _backward(
+def _thought_attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -138,8 +136,7 @@ def _backward(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@_backward.register_fake
-def _(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+def _fake_backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
@@ -155,4 +152,5 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
     return dq, dk, dv, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward = operator(_thought_attention_backward, _fake_backward)
+_forward = operator(_thought_attention, _fake, _setup_context, _autograd)

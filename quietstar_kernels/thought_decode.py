@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
+from quietstar_kernels._operator import operator
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -85,8 +86,7 @@ def thought_decode(
     )
 
 
-@torch.library.custom_op("quietstar::thought_decode", mutates_args=())
-def _forward(
+def _thought_decode(
     q: Tensor,
     k_text: Tensor,
     v_text: Tensor,
@@ -109,6 +109,8 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):
+def _fake(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
+
+
+_forward = operator(_thought_decode, _fake)
