@@ -151,6 +151,19 @@ def _eight_billion(row: RowDict) -> bool:
 _HEAD_SECONDS = ours("seconds", "linear_logprob", BOTH, _headline, max)
 _STEP_SHARE = ours("of_floor", "step", "training step", _eight_billion)
 
+
+def host_time(what: str) -> Callable[[list[RowDict]], float | None]:
+    """Seconds that a call takes the host."""
+    return ours("seconds", "host", what, worst=max)
+
+
+HOST = [
+    Goal(
+        "host time, attention forward + backward", 150e-6, host_time("attention forward+backward"), units.seconds, at_most=True
+    ),
+    Goal("host time, decode", 30e-6, host_time("decode"), units.seconds, at_most=True),
+    Goal("host time, sample_token", 30e-6, host_time("sample_token"), units.seconds, at_most=True),
+]
 GPU = [
     Goal("decode step over the best composition of existing parts", 2, over_the_best(DECODE, FORWARD, _headline)),
     Goal("decode step, share of the floor", 0.7, ours("of_floor", DECODE, FORWARD, _headline), units.percent),
@@ -176,4 +189,4 @@ CPU = [
 
 def of(kind: str) -> list[Goal]:
     """The goals for "cuda" or "cpu"."""
-    return GPU if kind == "cuda" else CPU
+    return [*(GPU if kind == "cuda" else CPU), *HOST]

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
 import units  # noqa: E402
+from report import WITHOUT_A_FLOOR  # noqa: E402
 
 RowDict = dict[str, Any]
 OURS_COLOR, PEER_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
@@ -162,7 +163,7 @@ def chunks(rows: list[RowDict], device: str) -> Any:
 
 def floor(rows: list[RowDict], device: str) -> Any:
     """Our share of the floor in every headline case."""
-    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] != "memory"]
+    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] not in WITHOUT_A_FLOOR]
     if not mine:
         return None
     names = [f"{row['op']}\n{row['what']}" for row in mine]

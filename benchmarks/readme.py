@@ -38,7 +38,7 @@ def device_section(path: Path, results: dict[str, Any]) -> str:
         "",
     ]
     body = []
-    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] != "memory")
+    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] not in report.WITHOUT_A_FLOOR)
     for _, rows in report.by_case(timed):
         mine = next(row for row in rows if row["is_ours"])
         if mine["seconds"] is not None:

@@ -22,7 +22,9 @@ TITLES = {
     "step": "Whole models",
     "naive": "All positions at once against one after another",
     "memory": "Memory of long texts",
+    "host": "Time of the host",
 }
+WITHOUT_A_FLOOR = ("memory", "host")  # what they measure is no time of a device
 READING = (
     "A time is the median; candidates took turns on the same inputs and were checked for equal results first. Useful is what "
     "the layout makes visible, in FLOP/s, or in bytes/s where memory binds. The floor is the time that this work takes at the "
@@ -51,17 +53,23 @@ def cells(row: RowDict) -> list[str]:
         units.seconds(row["seconds"]),
         spread,
         ratio,
-        units.flops(row["flops_rate"]) if row["bound_by"] == "matmul" else units.bandwidth(row["bytes_rate"]),
-        units.percent(row["of_floor"]),
+        _useful(row),
+        "" if row["of_floor"] is None else units.percent(row["of_floor"]),
         "" if row["peak_bytes"] is None else units.memory(row["peak_bytes"]),
         row["note"],
     ]
 
 
+def _useful(row: RowDict) -> str:
+    if row["bytes_rate"] is None:
+        return ""
+    return units.flops(row["flops_rate"]) if row["bound_by"] == "matmul" else units.bandwidth(row["bytes_rate"])
+
+
 def case_of(row: RowDict) -> str:
     """Such as "forward, B 1 L 256 N 2 S 14, float32"."""
     sizes = " ".join(f"{letter} {size}" for letter, size in row["sizes"].items())
-    return f"{row['what']}, {sizes}, {row['dtype']}"
+    return ", ".join(filter(None, [row["what"], sizes, row["dtype"]]))
 
 
 def by_case(rows: Iterable[RowDict]) -> Iterable[tuple[str, list[RowDict]]]:

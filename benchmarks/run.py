@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "python")]  # 
 
 import torch  # noqa: E402
 
+import bench_host  # noqa: E402
 import bench_linear_logprob  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_naive  # noqa: E402
@@ -48,6 +49,7 @@ MODULES: dict[str, ModuleType] = {
     "step": bench_step,
     "naive": bench_naive,
     "memory": bench_memory,
+    "host": bench_host,
 }
 MINUTES = 4.5  # of the default grid
 

@@ -45,22 +45,25 @@ class Checker:
         """``letters`` names the dimensions, comma-separated, as in ``"B,G,M,K"``; raises ValueError."""
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {type(value).__name__}")
-        keys = letters.split(",") if letters else []
-        expected = [int(key) if key.isdigit() else self.sizes.get(key) for key in keys]
-        got = list(value.shape)
-        if len(got) != len(keys) or any(e is not None and e != g for e, g in zip(expected, got, strict=False)):
-            known = ",".join("?" if e is None else str(e) for e in expected)
-            raise self.fail(f"{name} must have shape [{letters}]=[{known}], got {str(got).replace(', ', ',')}")
-        for key, size in zip(keys, got, strict=True):
-            self.sizes[key] = size
+        keys, sizes, got = letters.split(",") if letters else [], self.sizes, value.shape
+        before, fits = len(sizes), len(got) == len(keys)
+        for key, size in zip(keys, got, strict=False):
+            if sizes.setdefault(key, size) != size:
+                fits = False
+        if not fits:
+            while len(sizes) > before:
+                sizes.popitem()
+            known = ",".join(str(sizes.get(key, "?")) for key in keys)
+            raise self.fail(f"{name} must have shape [{letters}]=[{known}], got {str(list(got)).replace(', ', ',')}")
         if dtype is not None and value.dtype not in dtype:
             raise self.fail(f"{name} must have dtype {names(dtype)}, got {names([value.dtype])}")
         if device is not None and value.device != device:
             raise self.fail(f"{name} must be on {device}, got {value.device}")
 
-    def last_stride_one(self, name: str, value: Tensor) -> None:
-        if value.shape[-1] > 1 and value.numel() and value.stride(-1) != 1:
-            raise self.fail(f"{name} must have a last stride of 1, got strides {list(value.stride())}")
+    def last_strides_one(self, **tensors: Tensor) -> None:
+        for name, value in tensors.items():
+            if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
+                raise self.fail(f"{name} must have a last stride of 1, got strides {list(value.stride())}")
 
     def width(self, letter: str) -> None:
         if not 1 <= self.sizes[letter] <= 256:

@@ -112,6 +112,7 @@ def _warn_dense(op: str, device: str, reasons: str) -> None:
     )
 
 
+@functools.cache
 def module(op: str, backend: str) -> ModuleType:
     """The module that holds ``op`` and, where it has one, ``op_backward`` for a back end that ``choose`` returned."""
     name = "reference" if backend == "reference" else f"{backend}.{op}"
@@ -125,7 +126,10 @@ def run(function: str, backend: str, *arguments: Any) -> Any:
     """
     serve = getattr(module(function.removesuffix("_backward").removesuffix("_joined"), backend), function)
     device = arguments[0].device
-    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(device.type):
+        return serve(*arguments)
+    here = torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
     with here, torch.autocast(device.type, enabled=False):
         return serve(*arguments)
 

@@ -18,7 +18,10 @@ Backward = Callable[..., tuple]
 
 
 def operator(
-    function: Callable[..., Any], fake: Callable[..., Any], setup_context: SetupContext | None = None, backward: Backward | None = None
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: SetupContext | None = None,
+    backward: Backward | None = None,
 ) -> OpOverload:
     """``quietstar::<name>``, named after the function, whose annotations give the schema; it changes no argument.
 
@@ -56,3 +59,11 @@ def operator(
 
     LIBRARY.impl(name, autograd, "Autograd")
     return op
+
+
+def call(op: OpOverload, *inputs: Any) -> Any:
+    """``op(*inputs)``, past the layer of autograd where no gradient is wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)

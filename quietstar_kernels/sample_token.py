@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
-from quietstar_kernels._operator import operator
+from quietstar_kernels._operator import call, operator
 
 _OP = "sample_token"
 
@@ -54,7 +54,7 @@ def sample_token(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
-    check = Checker(_OP)
+    check = Checker(_OP, **{"4": 4})
     banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device)
     check.positive("temperature", temperature, zero=True)
@@ -65,7 +65,7 @@ def sample_token(
     else:
         seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=hidden.device)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    return _forward(hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
+    return call(_forward, hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
 
 
 def _sample_token(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, Checker
-from quietstar_kernels._operator import operator
+from quietstar_kernels._operator import call, operator
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -53,23 +53,25 @@ def thought_attention(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
-    check = Checker(_OP, B=layout.B, M=layout.M, R=layout.R)
+    R = layout.R
+    check = Checker(_OP, B=layout.B, M=layout.L + R, R=R)
     if query_rows not in ("all", "thoughts"):
         raise check.fail(f"query_rows must be 'all' or 'thoughts', got {query_rows!r}")
-    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, layout.device)
-    check.tensor("k", k, "B,G,M,K", (q.dtype,), layout.device)
-    check.tensor("v", v, "B,G,M,E", (q.dtype,), layout.device)
+    device = layout.device
+    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device)
+    check.tensor("k", k, "B,G,M,K", (q.dtype,), device)
+    check.tensor("v", v, "B,G,M,E", (q.dtype,), device)
     check.head_groups()
     check.width("K")
     check.width("E")
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        check.last_stride_one(name, value)
+    check.last_strides_one(q=q, k=k, v=v)
     if sinks is not None:
-        check.tensor("sinks", sinks, "H", FLOATS, layout.device)
+        check.tensor("sinks", sinks, "H", FLOATS, device)
     check.window(window)
     check.positive("scale", scale)
     check.positive("softcap", softcap)
-    out, lse = _forward(
+    out, lse = call(
+        _forward,
         q,
         k,
         v,
@@ -82,9 +84,9 @@ def thought_attention(
         window,
         None if softcap is None else float(softcap),
         query_rows,
-        _dispatch.choose(_OP, backend, q.device, q.dtype, K=check["K"], E=check["E"]),
+        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def _thought_attention(
@@ -143,12 +145,16 @@ def _fake_backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows,
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, anchor, lo, length, sinks, *ctx.rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros would be made for the lse
     ctx.save_for_backward(q, k, v, *output, anchor, lo, length, sinks)
 
 
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
+    if grad_out is None:
+        return (None,) * (7 + len(ctx.rest))
     q, k, v, out, lse, anchor, lo, length, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = _backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, *ctx.rest)
+    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, anchor, lo, length, sinks, *ctx.rest)
     return dq, dk, dv, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
-from quietstar_kernels._operator import operator
+from quietstar_kernels._operator import call, operator
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -45,29 +45,30 @@ def thought_decode(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
-    check = Checker(_OP, B=layout.B, L=layout.L, S=layout.S, **{"P*N": layout.P * layout.N})
-    check.tensor("q", q, "B,H,P*N,K", FLOATS, layout.device)
-    check.tensor("k_text", k_text, "B,G,L,K", (q.dtype,), layout.device)
-    check.tensor("v_text", v_text, "B,G,L,E", (q.dtype,), layout.device)
-    check.tensor("k_own", k_own, "B,G,P*N,S,K", (q.dtype,), layout.device)
-    check.tensor("v_own", v_own, "B,G,P*N,S,E", (q.dtype,), layout.device)
+    device, S = layout.device, layout.S
+    check = Checker(_OP, B=layout.B, L=layout.L, S=S, **{"P*N": layout.P * layout.N})
+    check.tensor("q", q, "B,H,P*N,K", FLOATS, device)
+    check.tensor("k_text", k_text, "B,G,L,K", (q.dtype,), device)
+    check.tensor("v_text", v_text, "B,G,L,E", (q.dtype,), device)
+    check.tensor("k_own", k_own, "B,G,P*N,S,K", (q.dtype,), device)
+    check.tensor("v_own", v_own, "B,G,P*N,S,E", (q.dtype,), device)
     check.head_groups()
     check.width("K")
     check.width("E")
-    for name, value in (("q", q), ("k_text", k_text), ("v_text", v_text), ("k_own", k_own), ("v_own", v_own)):
-        check.last_stride_one(name, value)
+    check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
     if sinks is not None:
-        check.tensor("sinks", sinks, "H", FLOATS, layout.device)
+        check.tensor("sinks", sinks, "H", FLOATS, device)
     if isinstance(step, Tensor):
-        check.tensor("step", step, "", INTEGERS, layout.device)
-    elif not 0 <= step < layout.S:
-        raise check.fail(f"step must be from 0 to S-1={layout.S - 1}, got {step}")
+        check.tensor("step", step, "", INTEGERS, device)
+    elif not 0 <= step < S:
+        raise check.fail(f"step must be from 0 to S-1={S - 1}, got {step}")
     else:
-        step = torch.full((), step, dtype=torch.int32, device=layout.device)
+        step = torch.full((), step, dtype=torch.int32, device=device)
     check.window(window)
     check.positive("scale", scale)
     check.positive("softcap", softcap)
-    return _forward(
+    return call(
+        _forward,
         q,
         k_text,
         v_text,
@@ -78,11 +79,11 @@ def thought_decode(
         layout.length,
         step,
         sinks,
-        layout.rows,
+        S,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         window,
         None if softcap is None else float(softcap),
-        _dispatch.choose(_OP, backend, q.device, q.dtype, K=check["K"], E=check["E"]),
+        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
 
 

@@ -14,6 +14,7 @@ from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_keys import key_gradients
 from quietstar_kernels.triton._attention_backward_queries import query_gradient
 from quietstar_kernels.triton._attention_backward_rows import row_tables
+from quietstar_kernels.triton._launch import plan
 
 
 def thought_attention_backward(
@@ -36,8 +37,10 @@ def thought_attention_backward(
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    tables = row_tables(grad_out, out, lse, layout, window, sinks)
-    dq = query_gradient(grad_out, q, k, v, tables, layout, scale, softcap)
-    dk, dv = key_gradients(grad_out, q, k, v, tables, layout, window, scale, softcap)
+    given = grad_out, q, k, v, out, sinks, layout.anchor, layout.lo, layout.length
+    known = plan("thought_attention_backward", given, layout.S, scale, window, softcap)
+    tables = row_tables(grad_out, out, lse, layout, window, sinks, known)
+    dq = query_gradient(grad_out, q, k, v, tables, layout, scale, softcap, known)
+    dk, dv = key_gradients(grad_out, q, k, v, tables, layout, window, scale, softcap, known)
     dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
+from quietstar_kernels.triton._attention_backward_sum import add_parts
 from quietstar_kernels.triton._attention_forward import scores
 from quietstar_kernels.triton._attention_weights import weights
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
@@ -35,56 +37,64 @@ PROGRAMS, PARTS, TILES = 264, 8, 16
 
 def key_gradients(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, window: int | None,
-    scale: float, softcap: float | None,
+    scale: float, softcap: float | None, known: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, in the shapes and dtypes of k and v; 0 in rows that are off and text that no query row sees."""
-    B, G, K, E = *k.shape[:2], k.shape[-1], v.shape[-1]
+    (B, G, _, K), E, L = k.shape, v.shape[-1], layout.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if layout.R:
         config = pick(ATTENTION_BACKWARD_OWN_KEYS, q.element_size(), max(K, E))
-        _launch(grad_out, q, k, v, tables, layout, None, scale, softcap, dk[None], dv[None], config)
-    if layout.L:
+        _launch(grad_out, q, k, v, tables, layout, None, scale, softcap, dk, dv, 1, config, known)
+    if L:
         config = pick(ATTENTION_BACKWARD_TEXT_KEYS, q.element_size(), max(K, E))
-        ranges = row_ranges(layout, window, q.shape[2], config.blocks["BLOCK_N"])
-        tiles = q.shape[1] // G * triton.cdiv(q.shape[2], config.blocks["BLOCK_M"])
-        parts = max(1, min(PARTS, triton.cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
-        dk_parts = torch.empty((parts, B, G, layout.L, K), dtype=torch.float32, device=k.device)
-        dv_parts = torch.empty((parts, B, G, layout.L, E), dtype=torch.float32, device=k.device)
-        _launch(grad_out, q, k, v, tables, layout, ranges, scale, softcap, dk_parts, dv_parts, config)
-        dk[:, :, : layout.L] = dk_parts.sum(0)
-        dv[:, :, : layout.L] = dv_parts.sum(0)
+        ranges = row_ranges(layout, window, q.shape[2], config.blocks["BLOCK_N"], known)
+        tiles = q.shape[1] // G * cdiv(q.shape[2], config.blocks["BLOCK_M"])
+        parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
+        dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
+        dv_parts = k.new_empty((parts, B, G, L, E), dtype=torch.float32)
+        _launch(grad_out, q, k, v, tables, layout, ranges, scale, softcap, dk_parts, dv_parts, parts, config, known)
+        add_parts(dk_parts, dv_parts, dk, dv, known)
     return dk, dv
 
 
 def _launch(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, ranges: Tensor | None,
-    scale: float, softcap: float | None, dk: Tensor, dv: Tensor, config: Config,
+    scale: float, softcap: float | None, dk: Tensor, dv: Tensor, parts: int, config: Config, known: Plan,
 ) -> None:  # fmt: skip
     """Keys of the text where there are ``ranges``, else of the thought rows.
 
-    dk [parts,B,G,L or M,K] and dv [parts,B,G,L or M,E] are contiguous.
+    dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
-    (B, H, rows, K), G, E = q.shape, k.shape[1], v.shape[-1]
-    parts = dk.shape[0]
-    first, count = (tables.own_first, tables.own_count) if ranges is None else (tables.first, tables.count)
-    oldest = None if ranges is None else tables.oldest
-    blocks = triton.cdiv(layout.R if ranges is None else layout.L, config.blocks["BLOCK_N"])
-    # Of wide heads registers hold one of the two sums.
-    for dk_now, dv_now in [(dk, None), (None, dv)] if max(K, E) * q.element_size() > 256 else [(dk, dv)]:
-        attention_backward_keys[(blocks * parts * B * G,)](
-            grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges, dk_now, dv_now,
-            *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            B, G, H // G, rows, layout.L, layout.M, layout.N, layout.S, parts, scale, softcap,
-            K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
-            PRECISION=dot_precision(), **config.options(),
-        )  # fmt: skip
+    K, E = k.shape[3], v.shape[3]
+    kind, first, count, oldest = "own keys", tables.own_first, tables.own_count, None
+    if ranges is not None:
+        kind, first, count, oldest = "text keys", tables.first, tables.count, tables.oldest
+
+    def prepare() -> Launch:
+        (B, H, rows, _), G, L, M = q.shape, k.shape[1], layout.L, layout.M
+        blocks = cdiv(M - L if ranges is None else L, config.blocks["BLOCK_N"])
+        strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        numbers = *strides, B, G, H // G, rows, L, M, layout.N, layout.S, parts, scale, softcap
+        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
+        return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
+
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges
+    if max(K, E) * q.element_size() > 256:  # of wide heads registers hold one of the two sums
+        known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
+        known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
+    else:
+        known.launch(kind, config, (*tensors, dk, dv), prepare)
 
 
 def _name(specialization: Any) -> str:
     return f"attention_backward_{'own' if 'ranges' in specialization.constants else 'text'}_keys"
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"], repr=_name)
+@triton.jit(
+    do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"],
+    do_not_specialize_on_alignment=["lo"],
+    repr=_name,
+)
 def attention_backward_keys(
     grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
@@ -183,22 +193,24 @@ def row_tile(tile, text_tiles, text_start, text_end, thought_start, thought_end,
     return start, tl.where(in_text, text_end, thought_end)
 
 
-def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, block: int) -> Tensor:
-    """int32 [B,L/block,3]: for a block of text, the end of the text rows that may see it (0 where ``rows`` are thoughts
+def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:
+    """int32 [B,L/keys,3]: for a block of text, the end of the text rows that may see it (0 where ``rows`` are thoughts
     alone), and the first and the end of the places whose thoughts may. None outside sees it; some inside may not.
     """
     config = ATTENTION_BACKWARD_RANGES
-    blocks = triton.cdiv(layout.L, block)
-    ranges = torch.empty((layout.B, blocks, 3), dtype=torch.int32, device=layout.device)
-    attention_ranges[(layout.B * blocks,)](
-        layout.anchor.contiguous(), layout.lo.contiguous(), ranges,
-        layout.L, layout.P, int(rows > layout.R), layout.L if window is None else window,
-        BLOCK_N=block, **config.options(),
-    )  # fmt: skip
+    B, L = layout.lo.shape
+    blocks = cdiv(L, keys)
+    ranges = torch.empty((B, blocks, 3), dtype=torch.int32, device=layout.device)
+
+    def prepare() -> Launch:
+        numbers = L, layout.P, int(rows > layout.R), L if window is None else window
+        return Launch(attention_ranges, (B * blocks,), numbers, {"BLOCK_N": keys})
+
+    known.launch("ranges", config, (layout.anchor.contiguous(), layout.lo.contiguous(), ranges), prepare)
     return ranges
 
 
-@triton.jit(do_not_specialize=["L", "P", "text_rows", "window"])
+@triton.jit(do_not_specialize=["L", "P", "text_rows", "window"], do_not_specialize_on_alignment=["anchor", "lo"])
 def attention_ranges(anchor, lo, ranges, L, P, text_rows, window, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(L, BLOCK_N)
     block = tl.program_id(0) % blocks

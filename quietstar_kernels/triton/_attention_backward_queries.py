@@ -13,6 +13,7 @@ from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
 from quietstar_kernels.triton._attention_forward import scores, without_poison
 from quietstar_kernels.triton._attention_weights import weights
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
@@ -20,27 +21,30 @@ from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
 
 
 def query_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, scale: float, softcap: float | None
-) -> Tensor:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, scale: float, softcap: float | None,
+    known: Plan,
+) -> Tensor:  # fmt: skip
     """dq, in the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
     config = pick(ATTENTION_BACKWARD_QUERIES, q.element_size(), max(K, E))
-    HG, block = H // G, config.blocks["BLOCK_M"]
-    tiles = triton.cdiv(layout.R * HG, block) + triton.cdiv((rows - layout.R) * HG, block)
-    attention_backward_queries[(tiles * B * G,)](
-        grad_out, q, k, v, tables.delta, tables.lse, tables.first, tables.count, tables.own_first, tables.own_count,
-        tables.oldest, layout.lo.contiguous(), dq,
-        *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        B, G, HG, rows, layout.L, layout.M, scale, softcap,
-        K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
-        PRECISION=dot_precision(), **config.options(),
-    )  # fmt: skip
+
+    def prepare() -> Launch:
+        HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], layout.L, layout.M
+        tiles = cdiv((M - L) * HG, BLOCK_M) + cdiv((rows - (M - L)) * HG, BLOCK_M)
+        strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        numbers = *strides, B, G, HG, rows, L, M, scale, softcap
+        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
+        return Launch(attention_backward_queries, (tiles * B * G,), numbers, constants)
+
+    seen = tables.first, tables.count, tables.own_first, tables.own_count, tables.oldest
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, *seen, layout.lo.contiguous(), dq
+    known.launch("queries", config, tensors, prepare)
     return dq
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"])
+@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"], do_not_specialize_on_alignment=["lo"])
 def attention_backward_queries(
     grad_out, q, k, v,
     delta, lse, first_table, count_table, own_first_table, own_count_table, oldest_table, lo, dq,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import FAR, seen_by
 from quietstar_kernels.triton._tiles import load_tile, padded
@@ -20,7 +21,7 @@ from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 SATURATED = tl.constexpr(1 << 28)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """Tables of the query rows, for the kernels that follow.
 
@@ -46,28 +47,33 @@ class Rows:
 
 
 def row_tables(
-    grad_out: Tensor, out: Tensor, lse: Tensor, layout: ThoughtLayout, window: int | None, sinks: Tensor | None
+    grad_out: Tensor, out: Tensor, lse: Tensor, layout: ThoughtLayout, window: int | None, sinks: Tensor | None, known: Plan
 ) -> Rows:
     """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M, or the last R."""
     B, H, rows, E = out.shape
     config = ATTENTION_BACKWARD_ROWS
-    blocks = triton.cdiv(rows, config.blocks["BLOCK_M"])
-    delta, shift = (torch.empty((B, H, rows), dtype=torch.float32, device=out.device) for _ in range(2))
-    table = lambda: torch.empty((B, rows), dtype=torch.int32, device=out.device)  # noqa: E731
+    blocks = cdiv(rows, config.blocks["BLOCK_M"])
+    delta, shift = (out.new_empty((B, H, rows), dtype=torch.float32) for _ in range(2))
+    table = lambda: out.new_empty((B, rows), dtype=torch.int32)  # noqa: E731
     first, count, own_first, own_count = (table() for _ in range(4))
     oldest = None if window is None else table()
-    dsinks = None if sinks is None else torch.empty((B, H, blocks), dtype=torch.float32, device=out.device)
-    attention_rows[(blocks * B * H,)](
-        grad_out, out, lse.contiguous(), sinks, layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(),
-        delta, shift, first, count, own_first, own_count, oldest, dsinks,
-        *grad_out.stride()[:3], *out.stride()[:3],
-        H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window,
-        E=E, BLOCK_E=padded(E), **config.options(),
-    )  # fmt: skip
-    return Rows(delta, shift, first, count, own_first, own_count, oldest, dsinks)
+    dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
+    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+
+    def prepare() -> Launch:
+        sizes = H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window
+        numbers = *grad_out.stride()[:3], *out.stride()[:3], *sizes
+        return Launch(attention_rows, (blocks * B * H,), numbers, {"E": E, "BLOCK_E": padded(E)})
+
+    tables = delta, shift, first, count, own_first, own_count, oldest, dsinks
+    known.launch("rows", config, (grad_out, out, lse.contiguous(), sinks, *own, *tables), prepare)
+    return Rows(*tables)
 
 
-@triton.jit(do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"])
+@triton.jit(
+    do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"],
+    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length"],
+)
 def attention_rows(
     grad_out, out, lse, sinks, anchor, lo, length,
     delta, shift, first_table, count_table, own_first_table, own_count_table, oldest_table, dsinks,

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, plan
 from quietstar_kernels.triton._math import LN_2, LOG2_E, bend
 from quietstar_kernels.triton._rows import (
     FAR,
@@ -32,7 +33,7 @@ from quietstar_kernels.triton._rows import (
     window_bounds,
 )
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, same_tiles, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
@@ -59,27 +60,39 @@ def thought_attention(
     plain = window is None and softcap is None and sinks is None
     special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if layout.L <= SHORT else []
     config = pick([*special, ATTENTION_FORWARD], q.element_size(), max(K, E))
-    HG, BLOCK_M = H // G, config.blocks["BLOCK_M"]
-    tiles = triton.cdiv(layout.R * HG, BLOCK_M) + triton.cdiv((rows - layout.R) * HG, BLOCK_M)
-    attention_forward[(tiles * B * G,)](
-        q, k, v, *key_tiles(k, v, config), sinks,
-        layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        B, G, HG, rows, layout.L, layout.P, layout.N, layout.S, window, scale, softcap,
-        K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
-        PRECISION=dot_precision(), **config.options(),
-    )  # fmt: skip
+    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    known = plan("thought_attention", (q, k, v, sinks, *own), layout.S, scale, window, softcap)
+
+    def prepare() -> Launch:
+        HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], layout.R
+        tiles = cdiv(R * HG, BLOCK_M) + cdiv((rows - R) * HG, BLOCK_M)
+        numbers = (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            B, G, HG, rows, layout.L, layout.P, layout.N, layout.S, window, scale, softcap,
+        )  # fmt: skip
+        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision(), "CAREFUL": 0}
+        return Launch(attention_forward, (tiles * B * G,), numbers, constants)
+
+    known.launch("forward", config, (q, k, v, *key_tiles(k, v, config, known), sinks, *own, out, lse), prepare)
     return out, lse
 
 
-def key_tiles(k: Tensor, v: Tensor, config: Config) -> tuple[TensorDescriptor | None, ...]:
+def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan) -> tuple[TensorDescriptor | None, ...]:
     """Of k and v, whole tiles of BLOCK_N keys and of BLOCK_EDGE; None for all four where one can't be copied whole."""
-    rows = config.blocks["BLOCK_N"], config.blocks["BLOCK_EDGE"]
-    tiles = tuple(described(x, size) for size in rows for x in (k, v))
-    return (None,) * 4 if None in tiles else tiles
+    tiles = known.tiles.get(config)
+    if tiles is None:
+        rows = config.blocks["BLOCK_N"], config.blocks["BLOCK_EDGE"]
+        (k_full, k_edge), (v_full, v_edge) = described(k, *rows), described(v, *rows)
+        tiles = (None,) * 4 if k_full is None or v_full is None else (k_full, v_full, k_edge, v_edge)
+        known.tiles[config] = tuple(tile and same_tiles(tile, None) for tile in tiles)  # it keeps no tensor alive
+        return tiles
+    return tiles if tiles[0] is None else tuple(map(same_tiles, tiles, (k, v, k, v)))
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "P", "N", "S", "window"])
+@triton.jit(
+    do_not_specialize=["B", "G", "HG", "rows", "L", "P", "N", "S", "window"],
+    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length"],
+)
 def attention_forward(
     q, k, v, k_full, v_full, k_edge, v_edge, sinks, anchor, lo, length, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
@@ -87,7 +100,7 @@ def attention_forward(
     B, G, HG, rows, L, P, N, S, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr = False,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     R = P * N * S
     pair = tl.program_id(0) % (B * G)
@@ -130,7 +143,7 @@ def attention_forward(
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
     # 0 * NaN: a value that is not finite spoils rows that don't see it, too. Then all again, with a look at each value.
-    if not CAREFUL:
+    if not CAREFUL:  # noqa: SIM102, a condition of the compiler and one of the program
         if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
                 queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
@@ -155,9 +168,13 @@ def over_keys(
     queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
     stride_km, stride_vm, start, before, full, edges, own_start, own, L, M, window, scale, softcap, factor,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``top``, ``total`` and acc after all keys of the tile; where CAREFUL, values that a row doesn't see can't spoil it."""
+    """``top``, ``total`` and acc after all keys of the tile, whose copies run in STAGES.
+
+    Where CAREFUL, values that a row doesn't see can't spoil it.
+    """
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
     for j in tl.range(own + edges, num_stages=STAGES):

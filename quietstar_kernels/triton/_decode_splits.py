@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.triton._attention_forward import LOWEST
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._tiles import load_tile, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE_SUM
 
@@ -33,13 +34,16 @@ def parts_of(out: Tensor, splits: int) -> Tensor:
     return out.new_empty(splits * rows * (E + 2) if splits > 1 else 0, dtype=torch.float32)
 
 
-def add_parts(parts: Tensor, splits: int, out: Tensor) -> None:
+def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
     """``out`` from its parts, which are added in their order."""
     rows, E = out[..., 0].numel(), out.shape[-1]
     config = THOUGHT_DECODE_SUM
-    _add_parts[(triton.cdiv(rows, config.blocks["BLOCK_R"]),)](
-        parts, out, rows, splits, E=E, BLOCK_E=triton.next_power_of_2(E), **config.options()
-    )
+
+    def prepare() -> Launch:
+        programs = cdiv(rows, config.blocks["BLOCK_R"])
+        return Launch(_add_parts, (programs,), (rows, splits), {"E": E, "BLOCK_E": 1 << (E - 1).bit_length()})
+
+    known.launch("parts", config, (parts, out), prepare)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import triton
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -15,7 +18,14 @@ def target() -> str:
     """
     if INTERPRETED:
         return "interpreter"
-    current = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+@functools.cache
+def _target(driver: Any, device: int) -> str:
+    """Of ``driver``'s current device, ``device``."""
+    current = driver.get_current_target()
     if current.backend == "hip":
         return "gfx942"
     if 100 <= current.arch < 120:

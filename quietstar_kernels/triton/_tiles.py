@@ -12,19 +12,29 @@ from quietstar_kernels.triton._target import target
 BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
 
 
-def described(x: Tensor, rows: int) -> TensorDescriptor | None:
-    """x [B,heads,M,width], to be read in tiles of ``rows``; None where tiles can't be copied whole: see ``load_rows``."""
-    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    if target() not in BY_DESCRIPTOR or x.itemsize == 4 or x.data_ptr() % 16:
-        return None
-    if any(stride == 0 or stride * x.itemsize % 16 for stride in strides):
-        return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
+def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
+    """x [B,heads,M,width], to be read in tiles of each of ``rows``; None where none can be copied whole: see ``load_rows``."""
+    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16:
+        return [None] * len(rows)
+    shape = list(x.shape)
+    strides = [stride if size > 1 else 16 for size, stride in zip(shape, x.stride(), strict=True)]
+    steps = strides[:3]
+    if 0 in steps or (steps[0] | steps[1] | steps[2]) * x.itemsize % 16:
+        return [None] * len(rows)
+    strides[3], width = 1, padded(shape[3])
+    return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
+
+
+def same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
+    """The tiles of another tensor of the same dtype, shape, strides and alignment, without looking at them again."""
+    copy = object.__new__(TensorDescriptor)
+    copy.__dict__.update(tiles.__dict__, base=x)
+    return copy
 
 
 def padded(width: int) -> int:
     """Columns of a tile: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 @triton.jit

@@ -15,7 +15,7 @@ Table = dict[tuple[str, int, int], "Config"]
 ANY_WIDTH = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
     """Block sizes by the name of the kernel's constexpr, and what the compiler is told."""
 
@@ -37,10 +37,16 @@ def pick(tables: Table | list[Table], itemsize: int, width: int) -> Config:
     """
     here = target()
     for table in [tables] if isinstance(tables, dict) else tables:
-        widths = [w for name, size, w in table if name == here and size == itemsize and w >= width]
-        if widths:
-            return table[here, itemsize, min(widths)]
+        wanted = id(table), here, itemsize, width
+        if wanted not in _picked:
+            widths = [w for name, size, w in table if name == here and size == itemsize and w >= width]
+            _picked[wanted] = (here, itemsize, min(widths)) if widths else None
+        if entry := _picked[wanted]:
+            return table[entry]
     raise KeyError(f"no tiles for {here}, {itemsize} bytes per element, width {width}")
+
+
+_picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # tables are never freed
 
 
 # BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
@@ -92,6 +98,7 @@ ATTENTION_FORWARD_OPTIONS: Table = {
 # Passes over rows and anchors, without matrix products.
 ATTENTION_BACKWARD_ROWS = Config({"BLOCK_M": 32})
 ATTENTION_BACKWARD_RANGES = Config({"BLOCK": 1024})
+ATTENTION_BACKWARD_SUM = Config({"BLOCK_R": 4})
 
 # dq: blocks as in ATTENTION_FORWARD.
 ATTENTION_BACKWARD_QUERIES: Table = {

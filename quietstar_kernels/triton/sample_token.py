@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
 from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick
@@ -51,40 +52,28 @@ def sample_token(
     inner, unit = _factors(scale, softcap, temperature or 1.0)
 
     config = pick(SAMPLE_TOKEN, hidden.dtype.itemsize, R)
-    row_tiles, tiles = triton.cdiv(R, config.blocks["BLOCK_R"]), triton.cdiv(V, config.blocks["BLOCK_V"])
+    row_tiles, tiles = cdiv(R, config.blocks["BLOCK_R"]), cdiv(V, config.blocks["BLOCK_V"])
     shift = _shift(weight, bias, banned, tiles * config.blocks["BLOCK_V"])
-    share = triton.cdiv(tiles, max(1, PROGRAMS // row_tiles))
-    parts = triton.cdiv(tiles, share)
+    share = cdiv(tiles, max(1, PROGRAMS // row_tiles))
+    parts = cdiv(tiles, share)
     score, logit, lse = (hidden.new_empty(parts, R, dtype=torch.float32) for _ in range(3))
     token = hidden.new_empty(parts, R, dtype=torch.int32)
     described = target() in BY_DESCRIPTOR
-    _draw[row_tiles * parts,](
-        _tiles(hidden, config, "BLOCK_R") if described else hidden,
-        _tiles(weight, config, "BLOCK_V") if described else weight,
-        shift,
-        counters,
-        score,
-        token,
-        logit,
-        lse,
-        seed,
-        inner,
-        unit,
-        R,
-        V,
-        hidden.shape[1],
-        hidden.stride(0),
-        weight.stride(0),
-        *counters.stride(),
-        row_tiles,
-        parts,
-        share,
-        GREEDY=temperature == 0,
-        DESCRIBED=described,
-        **config.options(),
-    )
-    config = SAMPLE_TOKEN_CHOICE
-    _choose[triton.cdiv(R, config.blocks["BLOCK_R"]),](score, token, logit, lse, ids, logprob, R, parts, **config.options())
+    known = plan("sample_token", (hidden, weight, shift, counters, seed), inner, unit, temperature == 0, parts)
+
+    def prepare() -> Launch:
+        strides = hidden.stride(0), weight.stride(0), *counters.stride()
+        numbers = inner, unit, R, V, hidden.shape[1], *strides, row_tiles, parts, share
+        return Launch(_draw, (row_tiles * parts,), numbers, {"GREEDY": temperature == 0, "DESCRIBED": described})
+
+    rows = _tiles(hidden, config, "BLOCK_R") if described else hidden
+    vocabulary = _tiles(weight, config, "BLOCK_V") if described else weight
+    known.launch("draw", config, (rows, vocabulary, shift, counters, score, token, logit, lse, seed), prepare)
+
+    def prepare_choice() -> Launch:
+        return Launch(_choose, (cdiv(R, SAMPLE_TOKEN_CHOICE.blocks["BLOCK_R"]),), (R, parts), {})
+
+    known.launch("choose", SAMPLE_TOKEN_CHOICE, (score, token, logit, lse, ids, logprob), prepare_choice)
     return ids, logprob
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_forward import LOWEST, key_tiles, scores, softmax_step, without_poison
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
+from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
 from quietstar_kernels.triton._target import dot_precision
@@ -39,19 +40,22 @@ def thought_decode(
     if window is not None and window >= L + layout.S:
         window = None  # it cuts nothing
     config = pick(THOUGHT_DECODE, q.element_size(), max(K, E))
-    tiles = B * G * triton.cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
+    tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
     splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
     parts = parts_of(out, splits)
-    _decode[(tiles, splits)](
-        q, k_text, v_text, *key_tiles(k_text, v_text, config), k_own, v_own, sinks,
-        layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous(), step, out, parts,
-        *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4],
-        B, G, H // G, L, layout.P, layout.N, window, scale, softcap,
-        K=K, E=E, BLOCK_K=padded(K), BLOCK_E=padded(E),
-        PRECISION=dot_precision(), **config.options(),
-    )  # fmt: skip
+    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    known = plan("thought_decode", (q, k_text, v_text, k_own, v_own, sinks, *own, step), scale, window, softcap, splits)
+
+    def prepare() -> Launch:
+        strides = *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4]
+        numbers = *strides, B, G, H // G, L, layout.P, layout.N, window, scale, softcap
+        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
+        return Launch(_decode, (tiles, splits), numbers, constants)
+
+    tensors = q, k_text, v_text, *key_tiles(k_text, v_text, config, known), k_own, v_own, sinks, *own, step, out, parts
+    known.launch("decode", config, tensors, prepare)
     if splits > 1:
-        add_parts(parts, splits, out)
+        add_parts(parts, splits, out, known)
     return out
 
 

@@ -41,6 +41,9 @@ def test_every_candidate_of_every_op_has_a_complete_row(results):
     rows = results["rows"]
     assert {row["op"] for row in rows} == set(run.MODULES)
     for row in rows:
+        if row["op"] == "host":  # it has neither sizes nor work
+            assert row["candidate"] and row["seconds"] is not None
+            continue
         assert row["version"] and row["sizes"] and row["dtype"] and row["candidate"]
         if row["seconds"] is None:
             assert row["note"] and not row["is_ours"], row

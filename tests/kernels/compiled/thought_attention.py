@@ -11,7 +11,7 @@ from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.triton.thought_attention import thought_attention, thought_attention_backward
 
 HGMMA = {"attention_forward", "attention_backward_queries", "attention_backward_text_keys"}
-NO_MATRIX = {"attention_rows", "attention_ranges"}
+NO_MATRIX = {"attention_rows", "attention_ranges", "attention_backward_sum"}
 
 SIZES = [(1, 1, 1, 1, 1, 1), (2, 16, 2, 12, 1, 4), (8, 256, 2, 14, 8, 1), (1, 1000, 3, 33, 2, 7)]  # B, L, N, S, G, H/G
 OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}

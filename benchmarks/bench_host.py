@@ -1,0 +1,106 @@
+"""What a call of an op costs the host, and where it goes: with empty kernels, or on a GPU with real ones on tiny sizes.
+
+    python benchmarks/bench_host.py --help
+
+Where a step has many small calls, as in generation without a CUDA graph, the device waits for the host. ``host_time.py``
+measures, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from case import Case, Inputs, Work
+from compare import Effort, Row, blank
+from peers import PACKAGE, Peer
+
+SCRIPT = Path(__file__).parent / "host_time.py"
+OPS = ("attention forward+backward", "attention forward", "decode", "sample_token")
+PARTS = {"launches": "of it: launches", "preparation": "of it: preparing them", "rest": "of it: checks, operator, autograd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCase(Case):
+    """Calls of one op on sizes that don't matter.
+
+    Attributes:
+        rounds: of which the fastest counts.
+    """
+
+    op: ClassVar[str] = "host"
+    rotates: ClassVar[bool] = False
+    rounds: int = 400
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def work(self) -> Work:
+        return Work()
+
+    def inputs(self, seed: int) -> Inputs:
+        return {}
+
+    def call(self, function: Callable[[], dict[str, float]], inputs: Inputs) -> dict[str, float]:
+        return function()
+
+    def check(self, function: Callable[..., Any]) -> None:
+        raise NotImplementedError("empty kernels have no result; tests check the ops")
+
+
+def measured(case: HostCase) -> Callable[[], dict[str, float]]:
+    """A function that measures in a process of its own: seconds by part."""
+    command = [sys.executable, str(SCRIPT), case.what, "--device", str(case.device), "--rounds", str(case.rounds)]
+
+    def run() -> dict[str, float]:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+        return json.loads(done.stdout)[case.what]
+
+    return run
+
+
+def compare(case: HostCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+    """A row for the call and one for each part of it."""
+    seconds = case.call(ours.prepare(case), {})
+    whole = blank(case, ours)
+    whole.is_ours, whole.rounds, whole.seconds, whole.times_ours = True, case.rounds, seconds["call"], 1.0
+    rows = [whole]
+    for part, name in PARTS.items():
+        row = blank(case, ours)
+        row.candidate, row.is_floor, row.rounds, row.seconds = name, True, case.rounds, seconds[part]
+        rows.append(row)
+    return rows
+
+
+OURS = Peer("a call", measured, package=PACKAGE)
+
+
+def candidates(case: HostCase) -> list[Peer]:
+    return []
+
+
+def cases(device: torch.device, full: bool) -> Iterator[HostCase]:
+    """The goals' ops, attention first."""
+    for i, what in enumerate(OPS):
+        yield HostCase(what=what, grid="headline" if i == 0 else "ops", device=device, rounds=2000 if full else 400)
+
+
+def smoke(device: torch.device) -> list[HostCase]:
+    return [HostCase(what="decode", device=device, rounds=2)]
+
+
+if __name__ == "__main__":
+    from run import main
+
+    main(op=HostCase.op)

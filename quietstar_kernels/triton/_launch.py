@@ -1,0 +1,111 @@
+"""Launches from the host. Triton binds and classes the arguments of every launch anew, 10 µs of 30; here a plan remembers.
+
+A host function makes a plan of all that its launches depend on. From the second call with equal facts on they are started
+directly: grid, numbers and the compiled kernel are those of the first, only the tensors are others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton.runtime._async_compile import AsyncCompileMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from quietstar_kernels.triton._target import INTERPRETED
+from quietstar_kernels.triton.configs import Config
+
+THREADS = 8  # the compiler leaves Python's lock while it works
+MOST = 4096  # plans remembered; then all are forgotten
+_plans: dict[tuple, Plan] = {}
+_only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
+
+
+class Launch(NamedTuple):
+    """``kernel[grid](*tensors, *numbers, **constants, **config.options())``, in the order of the kernel's parameters."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[int | float | None, ...]
+    constants: dict[str, Any]
+
+
+class Plan:
+    """The launches of a host function by name; ``plan`` makes it."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.known: dict[tuple[str, Config], tuple] = {}
+        self.tiles: dict[Config, tuple[TensorDescriptor | None, ...]] = {}
+
+    def launch(
+        self, name: str, config: Config, tensors: tuple[Tensor | TensorDescriptor | None, ...], prepare: Callable[[], Launch]
+    ) -> None:
+        """Start what ``prepare`` returns, which hangs on the plan's facts alone, as dtypes and alignment of ``tensors`` do."""
+        known = self.known.get((name, config))
+        if known is None:
+            self._first(name, config, tensors, prepare())
+            return
+        compiled, run, function, metadata, grid, rest = known
+        stream = triton.runtime.driver.active.get_current_stream(self.device)
+        hooks = triton.knobs.runtime
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if enter.calls or leave.calls:
+            about = compiled.launch_metadata(grid, stream, *tensors, *rest)
+        else:
+            enter = leave = about = None
+        run(*grid, stream, function, metadata, about, enter, leave, *tensors, *rest)
+
+    def _first(self, name: str, config: Config, tensors: tuple[Any, ...], launch: Launch) -> None:
+        """By Triton, which compiles where it has to."""
+        kernel, grid, numbers, constants = launch
+        options = constants | config.options()
+        if _only_compile.get():
+            kernel.warmup(*tensors, *numbers, grid=grid, **options)
+            return
+        compiled = kernel[grid](*tensors, *numbers, **options)
+        if getattr(compiled, "module", None) is not None:  # it was loaded and launched: neither interpreted nor compiled alone
+            rest = *numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+            whole_grid = (*grid, 1, 1)[:3]
+            self.known[name, config] = compiled, compiled.run, compiled.function, compiled.packed_metadata, whole_grid, rest
+
+
+def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan:
+    """The plan of a host function, for the current device: that of an earlier call with equal facts, or a new one.
+
+    Args:
+        tensors: whose dtypes, shapes, strides and alignment count.
+        facts: what else the launches depend on.
+    """
+    if INTERPRETED or _only_compile.get():
+        return Plan(device=0)
+    device = triton.runtime.driver.active.get_current_device()
+    about = [x if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() & 15) for x in tensors]
+    key = (function, device, *about, *facts)
+    known = _plans.get(key)
+    if known is None:
+        if len(_plans) >= MOST:
+            _plans.clear()
+        known = _plans[key] = Plan(device)
+    return known
+
+
+@contextlib.contextmanager
+def compiling_at_once() -> Iterator[None]:
+    """Inside, launches start nothing, but what is not compiled yet is, in threads; behind it all of it is."""
+    with ThreadPoolExecutor(THREADS) as threads, AsyncCompileMode(threads):
+        token = _only_compile.set(True)
+        try:
+            yield
+        finally:
+            _only_compile.reset(token)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; ``triton.cdiv`` takes 2 µs."""
+    return -(-a // b)

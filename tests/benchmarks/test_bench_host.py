@@ -1,0 +1,63 @@
+"""The benchmark of the host's time, and what empty kernels show of launches. No test looks at a time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import bench_host as bench
+
+KERNELS = [
+    "attention_backward_keys",
+    "attention_backward_keys",
+    "attention_backward_queries",
+    "attention_backward_sum",
+    "attention_forward",
+    "attention_ranges",
+    "attention_rows",
+]
+
+
+@pytest.mark.parametrize("what", ["attention forward+backward", "sample_token"])
+def test_a_row_for_the_call_and_for_its_parts(device, rates, effort, what):
+    (case,) = bench.smoke(device)
+    rows = bench.compare(replace(case, what=what), bench.OURS, [], rates, effort)
+    assert [row.candidate for row in rows] == ["a call", *bench.PARTS.values()]
+    whole, *parts = (row.seconds for row in rows)
+    assert whole > 0 and sum(parts) == pytest.approx(whole)
+    assert [row.is_ours for row in rows] == [True, False, False, False]
+
+
+def test_a_process_that_fails_says_why(device):
+    with pytest.raises(RuntimeError, match="no such op"):
+        bench.measured(bench.HostCase(what="no such op", device=device))()
+
+
+@pytest.fixture(scope="module")
+def launches():
+    script = Path(__file__).parent / "launches.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_forward_that_a_backward_follows_compiles_all_kernels(launches):
+    assert launches["names"] == KERNELS
+    assert launches["forward"][0] == len(KERNELS) and launches["forward"][2] == 1
+    assert launches["backward"] == [0, len(KERNELS) - 1, len(KERNELS)]
+
+
+def test_slices_of_a_layout_compile_nothing_anew(launches):
+    assert len(set(launches["unaligned"])) > 1
+    assert [compiled for compiled, _, _ in launches["chunks"]] == [0] * len(launches["chunks"])
+
+
+def test_triton_binds_the_arguments_of_known_launches_no_more(launches):
+    assert launches["again"] == [[0, 0, len(KERNELS)]] * len(launches["again"])
+
+
+def test_another_dtype_is_another_plan(launches):
+    assert launches["another dtype"][0] == len(KERNELS)
