@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -148,4 +147,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil  # comes with accelerate; a GPU does without
+
     return psutil.virtual_memory().available

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ from quietstar_kernels import _dispatch, _first_use
 from quietstar_kernels.cuda import _library
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="such as 2/16: the third of 16 shares of the tests, for as many processes side by side")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("--shard", None):
+        mine, shares = map(int, shard.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % shares != mine])
+        items[:] = items[mine::shares]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,6 +52,25 @@ def interpreted(backend: str, device: torch.device) -> bool:
     """True where the CPU runs kernels for GPUs, thousands of times slower: Triton's interpreter, which is wrong in bf16, or
     the emulation of CUDA."""
     return backend in ("triton", "cuda") and device.type == "cpu"
+
+
+@pytest.fixture
+def compiled() -> bool:
+    """True where Triton's kernels are compiled, seconds for each new width, option, dtype and alignment: there tests draw more
+    inputs of fewer kinds. Widths are multiples of 16 then, so that strides are too."""
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def few(interpreted: bool, compiled: bool) -> Callable[[Sequence[int], int], Sequence[int]]:
+    """The first of many seeds where the interpreter runs the kernels, four times as many where they are compiled; else all."""
+    return lambda seeds, count: seeds[:count] if interpreted else seeds[: 4 * count] if compiled else seeds
+
+
+@pytest.fixture
+def narrow(compiled: bool) -> tuple[int, int]:
+    """K and E of small inputs."""
+    return (16, 32) if compiled else (8, 4)
 
 
 @pytest.fixture(scope="session")

@@ -20,18 +20,17 @@ from quietstar_kernels.thought_attention import _backward, _forward
 
 CASES = 500  # random layouts, all kinds together
 DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
+WIDTHS = [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)]
 
 
 @pytest.fixture
-def case(device, interpreted):
+def case(device, interpreted, compiled):
     """``random_case`` on the device of the test, in the dtypes that the back end computes."""
-    return partial(random_case, device=device, dtypes=DTYPES[:-1] if interpreted else DTYPES)
-
-
-@pytest.fixture
-def few(interpreted):
-    """The first of many seeds, where the interpreter runs the kernels; else all."""
-    return lambda seeds, count: seeds[:count] if interpreted else seeds
+    if compiled:
+        return partial(
+            random_case, device=device, dtypes=[torch.float32, torch.bfloat16], widths=[(64, 64), (128, 128)], alike=True
+        )
+    return partial(random_case, device=device, dtypes=DTYPES[:-1] if interpreted else DTYPES, widths=WIDTHS)
 
 
 def seeded(seed):
@@ -52,8 +51,8 @@ def check(backend, layout, inputs, grad_out, what, **options):
     assert_op_close_as_plain(op, plain_attention, inputs, (grad_out,), what, magnitudes=magnitudes, layout=layout, **options)
 
 
-def random_case(seed, device, dtypes, **sizes):
-    """Layout, inputs, gradient of the output and options, all drawn from one seed."""
+def random_case(seed, device, dtypes, widths, alike=False, **sizes):
+    """Layout, inputs, gradient of the output and options, all drawn from one seed; ``alike``: all options or none."""
     generator = seeded(seed)
     layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
     options = {
@@ -63,9 +62,11 @@ def random_case(seed, device, dtypes, **sizes):
         "query_rows": pick(generator, ["all", "all", "thoughts"]),
     }
     heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3)])
-    widths = pick(generator, [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)])
-    dtype = pick(generator, dtypes)
+    widths, dtype = pick(generator, widths), pick(generator, dtypes)
     sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
+    if alike:
+        strided = False
+        options |= {"window": 3, "softcap": 5.0} if sinks else {"window": None, "softcap": None}
     inputs = attention_inputs(generator, layout, heads, groups, *widths, sinks, options["query_rows"], strided, dtype)
     grad_out = normal(generator, *inputs["q"].shape[:3], widths[1], dtype=dtype, device=device)
     return layout, inputs, grad_out, options

@@ -27,14 +27,14 @@ def scrambled(x, hidden, generator):
 @pytest.mark.parametrize("dtype", list(HUGE), ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"query_rows": "thoughts"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted):
+def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted, narrow):
     """For single rows: everything that row may not see is made huge; its output and gradients stay bitwise the same."""
     if interpreted and (dtype == torch.bfloat16 or dtype == torch.float16 and options):
         pytest.skip("Triton's interpreter is slow, and computes bf16 wrongly")
     generator = torch.Generator().manual_seed(7)
     layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     rows = options.get("query_rows", "all")
-    inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=rows, dtype=dtype)
+    inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True, query_rows=rows, dtype=dtype)
     mask = layout.dense_mask(options.get("window"))
     skip = 0 if rows == "all" else layout.L
     rows_on = mask[:, skip:].any(-1).any(0).nonzero()[:, 0].tolist()
@@ -42,8 +42,8 @@ def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, dev
     assert chosen and not mask.all()
     for row in (rows_on[i] for i in chosen):
         visible = mask[:, skip + row]
-        grad_out = torch.zeros(*inputs["q"].shape[:3], 4, dtype=dtype, device=device)
-        grad_out[:, :, row] = torch.randn(layout.B, 2, 4, generator=generator).to(device, dtype)
+        grad_out = torch.zeros(*inputs["q"].shape[:3], narrow[1], dtype=dtype, device=device)
+        grad_out[:, :, row] = torch.randn(layout.B, 2, narrow[1], generator=generator).to(device, dtype)
         changed = {name: scrambled(inputs[name], ~visible, generator) for name in ("k", "v")}
         out, lse, grads = run(backend, layout, inputs, grad_out, **options)
         out_changed, lse_changed, grads_changed = run(backend, layout, inputs | changed, grad_out, **options)
@@ -72,17 +72,17 @@ def assert_same_where(good, bad, keep, what):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
 @pytest.mark.parametrize("kind", ["anchors", "left", "both", "documents", "ragged"])
-def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted):
+def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted, narrow):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
     seen = 0
     for seed in range(1 if interpreted else 5):
         generator = torch.Generator().manual_seed(seed)
         layout = random_layout(generator, kind, 2, 10, 2, 4, device=device)
-        inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=query_rows)
+        inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True, query_rows=query_rows)
         text = torch.zeros(layout.B, layout.L, dtype=torch.bool, device=device)
         off = torch.cat([text, ~layout.live().flatten(1)], 1)
         rows_off = off[:, layout.M - inputs["q"].shape[2] :]
-        grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
+        grad_out = torch.randn(*inputs["q"].shape[:3], narrow[1], generator=generator).to(device)
         bad_grad = grad_out.masked_fill(rows_off[:, None, :, None], torch.nan)
         options = {"query_rows": query_rows, "softcap": softcap}
         out, lse, grads = run(backend, layout, inputs, grad_out, **options)
@@ -96,16 +96,16 @@ def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, in
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_nan_in_padded_text(backend, side, query_rows, softcap, device):
+def test_nan_in_padded_text(backend, side, query_rows, softcap, device, narrow):
     """k and v hold NaN in padded text: real rows and their gradients stay, with no gradient coming from padded rows."""
     generator = torch.Generator().manual_seed(5)
     text = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
     text = (text if side == "left" else text.flip(1)).to(device)
     layout = ThoughtLayout.from_padding(text, thoughts=2, rows=3)
     real = torch.cat([text, layout.live().flatten(1)], 1)
-    inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True, query_rows=query_rows)
+    inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True, query_rows=query_rows)
     rows_real = real[:, layout.M - inputs["q"].shape[2] :]
-    grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
+    grad_out = torch.randn(*inputs["q"].shape[:3], narrow[1], generator=generator).to(device)
     grad_out = grad_out.masked_fill(~rows_real[:, None, :, None], 0)
     options = {"query_rows": query_rows, "softcap": softcap}
     out, lse, grads = run(backend, layout, inputs, grad_out, **options)
@@ -120,15 +120,15 @@ def test_nan_in_padded_text(backend, side, query_rows, softcap, device):
 
 @pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("place", ["text", "thought"])
-def test_nan_that_a_row_sees(backend, place, options, device):
+def test_nan_that_a_row_sees(backend, place, options, device, narrow):
     """One row of k and v holds NaN: the rows that see it are NaN, forward and dq, and no other."""
     generator = torch.Generator().manual_seed(6)
     layout = random_layout(generator, "anchors", 1, 40, 2, 3, device=device)
-    inputs = attention_inputs(generator, layout, 2, 1, 8, 4, sinks=True)
+    inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True)
     mask = layout.dense_mask(options.get("window"))
     row = 5 if place == "text" else layout.L + 4
     bad = torch.arange(layout.M, device=device)[None] == row
-    grad_out = torch.randn(*inputs["q"].shape[:3], 4, generator=generator).to(device)
+    grad_out = torch.randn(*inputs["q"].shape[:3], narrow[1], generator=generator).to(device)
     out, lse, grads = run(backend, layout, poisoned(inputs, bad, ("k", "v")), grad_out, **options)
     sees = mask[:, None, :, row].expand_as(lse)
     assert sees.any() and not sees.all()

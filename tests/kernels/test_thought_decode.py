@@ -30,10 +30,16 @@ def serves(backend, device, dtype, K=64, E=64):
 
 
 @pytest.fixture
-def case(backend, device):
+def case(backend, device, compiled):
     """``random_case`` on the device of the test, in the dtypes and widths that the back end computes."""
     dtypes = [dtype for dtype in DTYPES if serves(backend, device, dtype)]
-    return partial(random_case, device=device, dtypes=dtypes, widths=CUDA_WIDTHS if backend == "cuda" else WIDTHS)
+    if backend == "cuda":
+        return partial(random_case, device=device, dtypes=dtypes, widths=CUDA_WIDTHS)
+    if compiled:
+        return partial(
+            random_case, device=device, dtypes=[torch.float32, torch.bfloat16], widths=[(64, 64), (128, 128)], alike=True
+        )
+    return partial(random_case, device=device, dtypes=dtypes, widths=WIDTHS)
 
 
 @pytest.fixture
@@ -44,12 +50,6 @@ def shape(backend):
     return {"width": 8, "value_width": 4, "dtype": torch.float32}
 
 
-@pytest.fixture
-def few(interpreted):
-    """The first of many seeds, where the interpreter runs the kernels; else all."""
-    return lambda seeds, count: seeds[:count] if interpreted else seeds
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -58,8 +58,8 @@ def pick(generator, choices):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def random_case(seed, device, dtypes, widths, **sizes):
-    """Layout, inputs and options, all drawn from one seed."""
+def random_case(seed, device, dtypes, widths, alike=False, **sizes):
+    """Layout, inputs and options, all drawn from one seed; ``alike``: all options or none."""
     generator = seeded(seed)
     layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
     options = {
@@ -71,6 +71,9 @@ def random_case(seed, device, dtypes, widths, **sizes):
     heads, groups = pick(generator, [(1, 1), (2, 1), (4, 2), (3, 3), (3, 1), (8, 1)])
     widths, dtype = pick(generator, widths), pick(generator, dtypes)
     sinks, strided = pick(generator, [True, False]), pick(generator, [True, False])
+    if alike:
+        strided = False
+        options |= {"window": 3, "softcap": 5.0} if sinks else {"window": None, "softcap": None}
     inputs = decode_inputs(generator, layout, heads, groups, *widths, sinks, strided, dtype)
     return layout, inputs, options
 
