@@ -269,8 +269,8 @@ class _Heads:
 
 
 PEERS = [
-    Peer("FlexAttention, compiled", flex, why_not=no_flex_backward),
-    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), package="flash-attn-4", why_not=no_flex_flash),
+    Peer("FlexAttention, compiled", flex, why_not=no_flex_backward, compiles=True),
+    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True),
     Peer("flash prefix + own block (PyTorch)", prefix, why_not=no_prefix),
     Peer("flash prefix + own block (flash-attn)", partial(prefix, flash=FlashAttn), "flash-attn", no_flash_attn),
     Peer("SDPA, dense mask", dense, needs=dense_needs),

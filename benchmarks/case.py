@@ -67,6 +67,10 @@ class Case(ABC):
     def check(self, function: Callable[..., Any]) -> None:
         """Raises Wrong where a candidate computes something else."""
 
+    def to_compile(self) -> Case:
+        """A case as small as may be of which a call compiles what one of this case does."""
+        return self
+
     def randn(self, seed: int, *shape: int, deviation: float = 1.0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).mul_(deviation).to(self.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from case import Case, Inputs, Wrong
-from harness import cache_size, free_memory, measure, peak_memory
+from harness import Run, Timing, cache_size, free_memory, measure, peak_memory
 from machine import name_of
 from peers import Peer
 
@@ -33,6 +33,7 @@ class Effort:
 
 
 QUICK, FULL = Effort(), Effort(rounds=15, budget=15.0, longest=20.0)
+SMOKE = Effort(rounds=1, budget=0.0)
 
 
 @dataclass
@@ -69,52 +70,90 @@ class Row:
     peak_bytes: int | None = None
     note: str = ""
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Of its case and its candidate."""
+        return self.op, self.grid, self.what, self.dtype, str(self.sizes), self.candidate
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def compare(case: Case, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort = QUICK) -> list[Row]:
-    """Check, then time ``ours`` and ``peers`` in turn; one row for each, whatever became of it.
+def compare(
+    case: Case,
+    ours: Peer,
+    peers: Sequence[Peer],
+    rates: dict[str, float],
+    effort: Effort = QUICK,
+    write: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Check ``ours``, then check each peer and time it and ours in turn; one row for each, whatever became of it.
 
     Args:
         rates: of ``machine.ceilings``.
+        write: takes the rows so far, after each peer.
     """
-    functions: dict[str, Callable[..., Any]] = {}
-    notes: dict[str, str] = {}
-    for peer in (ours, *peers):
-        reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
-        if reason is None:
-            try:
-                function = peer.prepare(case)
-                case.check(function)
-                functions[peer.name] = function
-            except Exception as error:  # whatever a peer raises, its row says it
-                reason = said(error)
-        if reason is not None:
-            notes[peer.name] = reason
+    mine = blank(case, ours)
+    mine.is_ours = True
+    rows, rounds = [mine], Timing()
+    my_function = _checked(case, ours, mine, rates, effort)
     sets = input_sets(case)
-    runs = {name: [lambda f=f, x=x: case.call(f, x) for x in sets] for name, f in functions.items()}
-    memory = {}
-    for name, run in list(runs.items()):
-        try:
-            memory[name] = peak_memory(run[0], case.device)
-        except RuntimeError as error:  # the check left room for it, all inputs together don't
-            notes[name] = said(error)
-            del runs[name]
-    timings = measure(runs, case.device, effort.rounds, effort.budget)
-
-    rows = []
-    for peer in (ours, *peers):
-        row = blank(case, peer, notes.get(peer.name, ""))
-        row.is_ours = peer is ours
-        if timing := timings.get(peer.name):
-            fill(row, case, rates, timing.median)
-            row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
-            row.peak_bytes = memory[peer.name]
-            row.times_ours = timing.median / timings[ours.name].median if ours.name in timings else None
-            row.note = "events, not a graph" if case.device.type == "cuda" and _is_short(timing) else ""
+    my_runs = _runs(case, my_function, sets, mine)
+    for peer in peers:
+        row = blank(case, peer)
         rows.append(row)
+        runs = _runs(case, _checked(case, peer, row, rates, effort), sets, row)
+        if not runs:
+            continue
+        try:
+            timings = measure({"its": runs} | ({"ours": my_runs} if my_runs else {}), case.device, effort.rounds, effort.budget)
+        except Exception as error:
+            row.note = said(error)
+            continue
+        _fill(row, case, rates, timings["its"])
+        if beside := timings.get("ours"):
+            row.times_ours = timings["its"].median / beside.median
+            rounds = Timing(rounds.seconds + beside.seconds, beside.graph)
+            _fill(mine, case, rates, rounds)
+        write(rows)
+    if my_runs and not rounds.seconds:
+        _fill(mine, case, rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
+    if mine.seconds:
+        mine.times_ours = 1.0
     return rows
+
+
+def _checked(case: Case, peer: Peer, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
+    """What the peer prepared, or None with the reason in its row."""
+    reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
+    if reason is None:
+        try:
+            function = peer.prepare(case)
+            case.check(function)
+            return function
+        except Exception as error:  # whatever a peer raises, its row says it
+            reason = said(error)
+    row.note = reason
+    return None
+
+
+def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
+    """A run for every set of inputs; its memory is in the row then. None where there is no function, or no room."""
+    if function is None:
+        return []
+    runs = [lambda x=x: case.call(function, x) for x in sets]
+    try:
+        row.peak_bytes = peak_memory(runs[0], case.device)
+    except RuntimeError as error:  # the check left room for it, all inputs together don't
+        row.note = said(error)
+        return []
+    return runs
+
+
+def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None:
+    fill(row, case, rates, timing.median)
+    row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
+    row.note = "events, not a graph" if case.device.type == "cuda" and _is_short(timing) else ""
 
 
 def blank(case: Case, peer: Peer, note: str = "") -> Row:
@@ -153,7 +192,7 @@ def _too_much(peer: Peer, case: Case, rates: dict[str, float], effort: Effort) -
     return None
 
 
-def _is_short(timing: Any) -> bool:
+def _is_short(timing: Timing) -> bool:
     return timing.median < 1e-3 and not timing.graph
 
 

@@ -36,6 +36,7 @@ class Peer:
         package: the distribution whose version its rows carry.
         why_not: None, or why it can't serve a case here.
         needs: FLOPs and bytes it will take, where they outgrow the useful ones; too much of either is not tried.
+        compiles: its first call of a case takes seconds, and leaves what it compiled in a cache on disk.
         is_floor: it does only a part of the op's work, a bound and no rival; it isn't among the peers that ours is compared to.
     """
 
@@ -45,6 +46,7 @@ class Peer:
     why_not: Callable[[Any], str | None] = _no_reason
     needs: Callable[[Any], Work] = _no_needs
     is_floor: bool = False
+    compiles: bool = False
 
     @property
     def version(self) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import goals
+import results_file
 import units
 from machine import slug
+from missing import missing
+from results_file import load
 
 RESULTS = Path(__file__).parent / "results"
 RowDict = dict[str, Any]
@@ -30,12 +32,8 @@ READING = (
     "the layout makes visible, in FLOP/s, or in bytes/s where memory binds. The floor is the time that this work takes at the "
     "measured ceilings. Memory is what a call adds."
 )
+VERDICTS = {True: "ok", False: "FAILED", None: ""}
 HEADER = ["", "time", "lowest to highest", "ours is faster by", "useful", "of the floor", "memory", ""]
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A results file: {"machine", "ceilings", "command", "rows"}."""
-    return json.loads(path.read_text())
 
 
 def all_results(folder: Path = RESULTS) -> list[Path]:
@@ -122,8 +120,7 @@ def markdown_table(header: list[str], body: list[list[str]]) -> list[str]:
 
 def stage_table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and body of what the processes of ``make gpu`` found."""
-    words = {True: "ok", False: "FAILED", None: ""}
-    body = [[line["stage"], words[line["passed"]], line["said"], f"{line['seconds']:.0f} s"] for line in lines]
+    body = [[line["stage"], VERDICTS[line["passed"]], line["said"], f"{line['seconds']:.0f} s"] for line in lines]
     return ["stage", "", "found", "took"], body
 
 
@@ -157,6 +154,7 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
     ]
     if "stages" in results:
         lines += ["## Stages", "", *markdown_table(*stage_table(results["stages"])), ""]
+        lines += ["## Missing", "", *(f"- {said}" for said in missing(results) or ["Nothing."]), ""]
     for plot in plots:
         lines += [f"![{plot.stem}]({plot.name})", ""]
     for op, title in TITLES.items():
@@ -169,19 +167,23 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
 
 
 def write(results: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """The JSON file, its plots where matplotlib is, the page, and the list of pages. Returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = slug(results["machine"]["device"])
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    """``write_page`` and the list of pages. Returns the page's path."""
+    path = write_page(results, folder)
+    results_file.write(index(folder), folder / "README.md")
+    return path
+
+
+def write_page(results: dict[str, Any], folder: Path) -> Path:
+    """The JSON file, its plots where matplotlib is, and the page. Returns the page's path."""
+    path = folder / f"{slug(results['machine']['device'])}.md"
+    results_file.save(results, path.with_suffix(".json"))
     try:
         from plots import draw
     except ImportError:
         drawn: list[Path] = []
     else:
-        drawn = draw(results, folder, name)
-    path = folder / f"{name}.md"
-    path.write_text(page(results, drawn))
-    (folder / "README.md").write_text(index(folder))
+        drawn = draw(results, folder, path.stem)
+    results_file.write(page(results, drawn), path)
     return path
 
 

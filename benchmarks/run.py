@@ -5,7 +5,7 @@
     python benchmarks/run.py --op thought_attention          one op
     python benchmarks/run.py --grid headline text            the headline cases and those that vary the text's length
     python benchmarks/run.py --list                          cases, peers, and why a peer can't run here
-    python benchmarks/run.py --op sample_token --json a.json the rows into a file
+    python benchmarks/run.py --op sample_token --json a.json the rows into a file, beside those of other cases there
 
 It measures the machine's ceilings first, a copy and a matmul, so that every row can say how far from the floor it is. A run of
 all ops and grids writes benchmarks/results/<device>.md, .json and, with matplotlib, .png; a narrower one what --json names.
@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,8 +36,9 @@ import bench_step  # noqa: E402
 import bench_thought_attention  # noqa: E402
 import bench_thought_decode  # noqa: E402
 import report  # noqa: E402
+import results_file  # noqa: E402
 from case import Case  # noqa: E402
-from compare import FULL, QUICK, Effort, Row, blank, compare, said  # noqa: E402
+from compare import FULL, QUICK, SMOKE, Effort, Row, blank, compare, said  # noqa: E402
 from machine import ceilings, describe, device_name  # noqa: E402
 
 MODULES: dict[str, ModuleType] = {
@@ -64,27 +64,44 @@ def main(argv: Sequence[str] | None = None, op: str | None = None) -> None:
         return show(found)
     began = time.monotonic()
     print(f"{device_name(args.device)}: {len(found)} cases", flush=True)
-    dtypes = list(dict.fromkeys(case.dtype for _, case in found))
-    results: dict[str, Any] = {
-        "machine": describe(args.device),
-        "ceilings": ceilings(args.device, dtypes, args.ceiling_size),
-        "command": " ".join(["python benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
-        "rows": [],
-    }
+    results = begin(args, found, " ".join(["python benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]))
     print(report.device_lines(results)[2], flush=True)
-    for rows in run(found, results["ceilings"], FULL if args.full else QUICK, began + 60 * args.minutes):
-        rows = [row.as_dict() for row in rows]
-        results["rows"] = in_order([*results["rows"], *rows])
-        report.print_case(rows)
+    measured, failed = set(), {}
+
+    def write(some: Sequence[Row]) -> None:
+        """What this run has measured stays where the same fails later: a peer may have taken the device down with it."""
+        new = [row.as_dict() for row in some if row.seconds is not None or row.key not in measured]
+        measured.update(row.key for row in some if row.seconds is not None)
+        results["rows"] = results_file.merged(results["rows"], new, list(MODULES))
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            results_file.save(results, args.json)
+
+    write([blank(case, module.OURS, results_file.NOT_REACHED) for module, case in found])
+    effort = SMOKE if args.smoke else FULL if args.full else QUICK
+    for alone in (True, False) if args.ours_first else (False,):
+        for of_case in run(found, results["ceilings"], effort, began + 60 * args.minutes, write, alone):
+            write(of_case)
+            report.print_case([row.as_dict() for row in of_case])
+            failed |= {row.key: row for row in of_case if row.is_ours and row.seconds is None}
     report.print_goals(args.device.type, results["rows"])
     if args.results or not (args.op or args.grid or args.smoke):
         print(f"\nWritten: {report.write(results, args.results or report.RESULTS)}")
-    failed = [row for row in results["rows"] if row["is_ours"] and row["seconds"] is None]
     print(f"{len(found)} cases in {(time.monotonic() - began) / 60:.1f} minutes")
     if failed:
-        sys.exit("\n".join(f"{report.case_of(row)}: {row['candidate']}: {row['note']}" for row in failed))
+        sys.exit("\n".join(f"{report.case_of(row.as_dict())}: {row.candidate}: {row.note}" for row in failed.values()))
+
+
+def begin(args: argparse.Namespace, found: Sequence[tuple[ModuleType, Case]], command: str) -> dict[str, Any]:
+    """Results without new rows: what --json holds already of this device, and its fastest ceilings."""
+    dtypes = list(dict.fromkeys(case.dtype for _, case in found))
+    machine, rates = describe(args.device), ceilings(args.device, dtypes, args.ceiling_size)
+    results: dict[str, Any] = {"machine": machine, "ceilings": rates, "command": command, "rows": []}
+    if args.json and args.json.exists():
+        before = results_file.load(args.json)
+        if before["machine"]["device"] == machine["device"]:
+            fastest = {name: max(rate, rates.get(name, 0.0)) for name, rate in before["ceilings"].items()}
+            results = before | results | {"ceilings": rates | fastest, "rows": before["rows"]}
+    return results
 
 
 def parse(argv: Sequence[str] | None, op: str | None = None) -> argparse.Namespace:
@@ -102,7 +119,8 @@ def parse(argv: Sequence[str] | None, op: str | None = None) -> argparse.Namespa
     parser.add_argument("--full", action="store_true", help="the whole grid, more rounds, no time limit")
     parser.add_argument("--smoke", action="store_true", help="the smallest cases: does everything run? times mean nothing")
     parser.add_argument("--list", action="store_true", help="what would run, and which peers can't")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, after each case")
+    parser.add_argument("--ours-first", action="store_true", help="all cases without peers first, then again with them")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, after each case; others stay in it")
     parser.add_argument("--minutes", type=float, help=f"start no case after these; default {MINUTES}, with --full no limit")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if gpu else "cpu"), help="cuda or cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads PyTorch may use on a CPU, default 2")
@@ -129,24 +147,33 @@ def select(args: argparse.Namespace) -> list[tuple[ModuleType, Case]]:
 
 
 def run(
-    found: Sequence[tuple[ModuleType, Case]], rates: dict[str, float], effort: Effort, deadline: float
+    found: Sequence[tuple[ModuleType, Case]],
+    rates: dict[str, float],
+    effort: Effort,
+    deadline: float,
+    write: Callable[[list[Row]], None] = lambda rows: None,
+    alone: bool = False,
 ) -> Iterator[list[Row]]:
-    """The rows of each case; a case that fails as a whole, or comes after the deadline, has one row that says so."""
+    """The rows of each case; a case that fails as a whole, or comes after the deadline, has one row that says so.
+
+    Args:
+        write: takes the rows of a case so far.
+        alone: without the peers.
+    """
     for module, case in found:
         if time.monotonic() >= deadline:
-            yield [blank(case, module.OURS, "not run: out of time")]
+            yield [blank(case, module.OURS, results_file.OUT_OF_TIME)]
             continue
+        peers = [] if alone else module.candidates(case)
         try:
-            yield getattr(module, "compare", compare)(case, module.OURS, module.candidates(case), rates, effort)
+            if hasattr(module, "compare"):
+                yield module.compare(case, module.OURS, peers, rates, effort)
+            else:
+                yield compare(case, module.OURS, peers, rates, effort, write)
         except Exception as error:
             row = blank(case, module.OURS, said(error))
             row.is_ours = True
             yield [row]
-
-
-def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By op, cases in the order in which they ran."""
-    return sorted(rows, key=lambda row: list(MODULES).index(row["op"]))
 
 
 def show(found: Sequence[tuple[ModuleType, Case]]) -> None:

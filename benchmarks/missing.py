@@ -1,0 +1,40 @@
+"""What a run of ``make gpu`` has not found out, in sentences: a page that says only what was measured hides it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import goals
+from results_file import is_open
+
+# In the order in which they are worth their time.
+STAGES = ("check", "build", "tests", "attention", "decode", "head", "step", "naive", "others", "sanitize")
+UNFINISHED = "begun, not finished"
+
+
+def missing(results: dict[str, Any]) -> list[str]:
+    """Stages, goals, cases and candidates without a result."""
+    lines, rows = results["stages"], results["rows"]
+    names = [line["stage"].partition(",")[0] for line in lines]
+    cut = [line["stage"] for line in lines if line["passed"] is None and _was_cut(line["said"])]
+    open_cases: dict[str, int] = defaultdict(int)
+    without: dict[tuple[str, str, str], int] = defaultdict(int)
+    for row in rows:
+        if is_open(row):
+            open_cases[row["op"]] += 1
+        elif row["seconds"] is None:
+            without[row["op"], row["candidate"], row["note"]] += 1
+    kind = results["machine"]["kind"]
+    found = {
+        "Stages not run": [name for name in STAGES if name not in names],
+        "Stopped": cut,
+        "Goals not measured": [goal.what for goal in goals.of(kind) if goal.verdict(rows)[2] == "not measured"],
+        "Cases not reached": [f"{op} {count}" for op, count in open_cases.items()],
+        "Without a time": [f"{op}, {name}, {count} cases: {note}" for (op, name, note), count in without.items()],
+    }
+    return [f"{what}: {'; '.join(said)}." for what, said in found.items() if said]
+
+
+def _was_cut(said: str) -> bool:
+    return said == UNFINISHED or "stopped at" in said
