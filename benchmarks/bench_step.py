@@ -3,8 +3,8 @@
     python benchmarks/bench_step.py --help
 
 A training step samples the thoughts of all positions, runs the packed forward and backward and AdamW. The floor counts the
-matmuls of the packed forward and backward alone, so sampling, the optimizer and everything that is no matmul show as distance
-from it. The grid "passes" has the peak memory of both schedules against the number of sampled tokens T.
+matmuls of all three passes, and where layers are checkpointed their second forward; so the optimizer and everything that is no
+matmul show as distance from it. The grid "passes" has the peak memory of both schedules against the number of sampled tokens T.
 """
 
 from __future__ import annotations
@@ -63,17 +63,30 @@ class StepCase(Case):
         return self.D // self.H
 
     def work(self) -> Work:
-        """Matmuls of the packed pass, forward and backward; of the rollout the text's rows and T rows of each thought."""
-        rollout = self.what == "rollout"
-        S = self.T if rollout else self.T + self.J + 1
-        matrices = self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
-        rows = self.L + self.L * self.N * S
+        """Matmuls of the rollout, and in a training step of the packed forward, the backward, and the layers' second forward
+        where they are checkpointed."""
+        rows, predicted = self.L * (1 + self.N * self.T), self.L * self.N * self.T
+        layers, head = self._forward(rows, self.T, predicted)
+        if self.what == "rollout":
+            return Work(layers + head, (self.T + 1) * self._weights())
+        S = self.T + self.J + 1
+        packed_layers, packed_head = self._forward(self.L * (1 + self.N * S), S, predicted + self.L * (1 + self.N * self.J))
+        passes = 2 if self.lora else 3  # frozen weights have no gradient
+        again = 1 if self.checkpointing else 0
+        flops = layers + head + (passes + again) * packed_layers + passes * packed_head
+        return Work(flops, (self.T + 1 + passes + again) * self._weights())
+
+    def _forward(self, rows: int, S: int, predicted: int) -> tuple[float, float]:
+        """FLOPs of the layers, over rows with thoughts of S, and of the head."""
         attention = self.layers * 2 * self.K * self.H * (self.N * S * self.L * (self.L + S + 2) + self.L * (self.L + 1))
-        predicted = self.L * self.N * self.T + (0 if rollout else self.L * (1 + self.N * self.J))
-        forward = self.B * (2 * rows * matrices + attention + 2 * predicted * self.D * self.V)
-        passes = 1 if rollout else 2 if self.lora else 3
-        weights = (matrices + self.D * self.V) * self.dtype.itemsize
-        return Work(passes * forward, (self.T + 1 if rollout else passes) * weights)
+        return self.B * (2 * rows * self._matrices() + attention), self.B * 2 * predicted * self.D * self.V
+
+    def _matrices(self) -> int:
+        return self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
+
+    def _weights(self) -> int:
+        """Bytes."""
+        return (self._matrices() + self.D * self.V) * self.dtype.itemsize
 
     def to_compile(self) -> StepCase:
         return replace(self, layers=1, B=min(self.B, 2))

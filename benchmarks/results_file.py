@@ -36,7 +36,7 @@ def is_open(row: RowDict) -> bool:
 
 
 def merged(old: Iterable[RowDict], new: Iterable[RowDict], ops: Sequence[str]) -> list[RowDict]:
-    """``old`` with the row of ``new`` for a case's candidate in place of its own, unless it wasn't tried; ordered by ``ops``."""
+    """``old`` with the row of ``new`` for a case's candidate in place of its own, unless it wasn't tried; ordered by op."""
     cases: dict[str, dict[str, RowDict]] = {}
     for row in (*old, *new):
         candidates = cases.setdefault(str([row[name] for name in CASE]), {})

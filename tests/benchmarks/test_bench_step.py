@@ -92,18 +92,27 @@ def test_whole_models_run_on_one_text():
     assert len(input_sets(TINY)) == 1
 
 
-def test_work_counts_the_matmuls_of_the_packed_pass():
-    """Against the FLOPs that PyTorch counts in a forward over as many rows without attention to speak of."""
+def test_work_counts_the_matmuls_of_the_rollout_and_of_every_packed_pass():
+    """Against the FLOPs that PyTorch counts in forwards over as many rows without attention to speak of."""
     from torch.utils.flop_counter import FlopCounterMode
 
     case = replace(TINY, layers=3)
     qs = case.wrapped(QuietStar)
-    rows = case.L + case.L * case.N * (case.T + case.J + 1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        qs.model.model(torch.zeros(rows, 1, dtype=torch.long))
-    predicted = case.L * case.N * case.T + case.L * (1 + case.N * case.J)
-    S = case.T + case.J + 1
-    attention = case.layers * 2 * case.D * (case.N * S * case.L * (case.L + S + 2) + case.L * (case.L + 1))
-    matmuls = counter.get_total_flops() - case.layers * 4 * case.D * rows  # each row's attention to itself
-    expected = 3 * (matmuls + attention + 2 * predicted * case.D * case.V)
-    assert case.work().flops == pytest.approx(expected, rel=0.01)
+
+    def layers(S):
+        rows = case.L * (1 + case.N * S)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            qs.model.model(torch.zeros(rows, 1, dtype=torch.long))
+        attention = case.layers * 2 * case.D * (case.N * S * case.L * (case.L + S + 2) + case.L * (case.L + 1))
+        return counter.get_total_flops() - case.layers * 4 * case.D * rows + attention  # not each row's attention to itself
+
+    sampled = case.L * case.N * case.T
+    rollout = layers(case.T) + 2 * sampled * case.D * case.V
+    packed = layers(case.T + case.J + 1)
+    head = 2 * (sampled + case.L * (1 + case.N * case.J)) * case.D * case.V
+    assert replace(case, what="rollout").work().flops == pytest.approx(rollout, rel=0.01)
+    assert case.work().flops == pytest.approx(rollout + 3 * (packed + head), rel=0.01)
+    assert replace(case, lora=True).work().flops == pytest.approx(rollout + 2 * (packed + head), rel=0.01)
+    checkpointed = replace(case, lora=True, checkpointing=True)
+    assert checkpointed.work().flops == pytest.approx(rollout + 3 * packed + 2 * head, rel=0.01)
+    assert checkpointed.work().bytes > replace(case, lora=True).work().bytes
