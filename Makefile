@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
 LOWEST := .venv-lowest
+REHEARSAL := .venv-rehearsal
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
     $(addprefix tests/quietstar/test_,model.py rollout.py golden.py drop_in.py architectures.py generate.py checkpoint.py cli.py)
@@ -17,7 +18,7 @@ demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 # Most tests keep one core busy: a process for each, but not so many that memory runs out.
 SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal
 
-.PHONY: help setup build demo test test-all test-lowest lint bench experiments experiments-full gpu wheel clean
+.PHONY: help setup build demo test test-all test-lowest lint bench experiments experiments-full gpu gpu-rehearsal wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -78,8 +79,19 @@ experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
 	$(BIN)/python experiments/run_experiments.py --full --docs docs
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
-gpu:  ## tests, sanitizers and benchmarks of a GPU, with a page to paste into an issue; under eight minutes
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
+gpu:  ## tests and benchmarks of a GPU, with a page of results: docs/gpu.md; STAGE="tests attention" RESULTS=folder
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(STAGE),--stage $(STAGE)) $(if $(RESULTS),--results $(RESULTS))
+
+gpu-rehearsal: $(REHEARSAL)/.ready  ## the same without a GPU, every stage but the timing, with nothing installed but what it needs
+	OMP_WAIT_POLICY=PASSIVE $(REHEARSAL)/bin/python benchmarks/gpu.py --rehearse --results $(or $(RESULTS),build/rehearsal) $(if $(STAGE),--stage $(STAGE))
+
+# Triton's interpreter of 3.6 can't do with NumPy 2.4.
+$(REHEARSAL)/.ready: constraints-lowest.txt Makefile
+	@echo "Setting up $(REHEARSAL), what make gpu needs and no more: a minute the first time."
+	@$(PYTHON) -m venv --clear $(REHEARSAL)
+	@$(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input install -qq $(PIP_ARGS) \
+	    $(shell grep -E '^(torch|triton|transformers)==' constraints-lowest.txt) pytest 'numpy<2.4'
+	@touch $@
 
 # The wheel is made from what the source distribution holds. libtorch and libc10 stay outside: they are PyTorch's.
 wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and PyTorch, and the source distribution; needs nvcc
@@ -90,6 +102,6 @@ wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
-clean:  ## remove build outputs and caches; .venv and .venv-lowest stay
+clean:  ## remove build outputs and caches; what .venv* hold stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quietstar_kernels/cuda/*.so
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -231,7 +231,7 @@ def cases(device: torch.device, full: bool) -> Iterator[StepCase]:
 
 def smoke(device: torch.device) -> list[StepCase]:
     """The smallest cases that run every candidate."""
-    tiny = StepCase(L=12, T=2, J=2, layers=1, D=32, I=48, V=80, device=device)
+    tiny = StepCase(L=6, N=1, T=2, J=2, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
     return [tiny, replace(tiny, what="rollout"), replace(tiny, grid="LoRA", lora=True, checkpointing=True)]
 
 

@@ -96,4 +96,5 @@ def benchmark(name: str, outcome: Outcome) -> Verdict:
 
 def warm(name: str, outcome: Outcome) -> Verdict:
     """What fails here fails again where it is timed."""
-    return None, outcome.last_line if outcome.code == 0 else f"{outcome.end}: {outcome.last_line}"
+    found = re.findall(r"^\d+ called once, .*", outcome.output, re.MULTILINE)
+    return None, found[-1] if found else f"{outcome.end}: {outcome.last_line}"

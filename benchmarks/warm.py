@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     began, failed, done = time.monotonic(), 0, 0
     tasks = [(op, i, peer.name) for op in args.op for i, case in enumerate(cases(op, args)) for peer in compiling(op, case)]
-    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
-        calls = [pool.submit(call, *task, args) for task in tasks]
-        for finished in as_completed(calls):
-            what, error, seconds = finished.result()
-            done, failed = done + 1, failed + bool(error)
-            print(f"{what}: {error or 'called'}, {seconds:.1f} s", flush=True)
-    print(f"{done} called once, {failed} of them failed, in {time.monotonic() - began:.0f} s")
+    pool = ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn"))
+    for finished in as_completed([pool.submit(call, *task, args) for task in tasks]):
+        what, error, seconds = finished.result()
+        done, failed = done + 1, failed + bool(error)
+        print(f"{what}: {error or 'called'}, {seconds:.1f} s", flush=True)
+    print(f"{done} called once, {failed} of them failed, in {time.monotonic() - began:.0f} s", flush=True)
+    for process in active_children():
+        process.kill()  # one that has compiled may wait at its end for compilers it keeps
 
 
 def cases(op: str, args: argparse.Namespace) -> list:

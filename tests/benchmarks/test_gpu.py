@@ -1,5 +1,8 @@
-"""``make gpu`` without a GPU: its stages at their smallest on the CPU, what it makes of failures, and what it says here."""
+"""``make gpu`` without a GPU: stages alone and together, what a kill leaves, what several runs in one folder make."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,8 +11,25 @@ import pytest
 import torch
 
 import gpu
+import judges
 import report
-from gpu import Outcome, Stage
+import results_file
+import run
+from gpu_stages import LIMIT, Plan, Stage, Step
+from missing import STAGES, UNFINISHED, missing
+
+CPU = torch.device("cpu")
+RUN = [sys.executable, str(gpu.ROOT / "benchmarks/run.py"), "--smoke", "--device", "cpu", "--ceiling-size", "64"]
+
+
+@pytest.fixture
+def results(tmp_path):
+    return gpu.Results(tmp_path / "device.json", CPU)
+
+
+def benchmark(results, *ops):
+    command = [*RUN, "--ours-first", "--op", *ops, "--json", str(results.path)]
+    return Step({"benchmark": command}, 120, judges.each(judges.benchmark))
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch):
@@ -19,134 +39,136 @@ def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch):
     assert stop.value.code == "make gpu: PyTorch finds no GPU here, so there is nothing to measure."
 
 
-def test_a_dry_run_never_writes_among_the_results(capsys):
+def test_a_rehearsal_never_writes_among_the_results(capsys):
     with pytest.raises(SystemExit):
-        gpu.main(["--dry-run"])
-    assert "--dry-run needs --results" in capsys.readouterr().err
+        gpu.main(["--rehearse"])
+    assert "--rehearse needs --results" in capsys.readouterr().err
 
 
-def test_dry_run(tmp_path, capsys, monkeypatch):
-    """Tests, small cases, first calls and two benchmarks; the others are the same command with another op."""
-    for op in ("thought_attention", "thought_decode", "linear_logprob", "step", "memory"):
-        monkeypatch.delitem(gpu.BENCHMARKS, op)
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--dry-run", "--results", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert not stop.value.code, said
+def test_stages_called_alone_add_up(tmp_path, capsys, monkeypatch):
+    """By the kernels for CPUs, which are quicker than Triton's interpreter."""
+    monkeypatch.setattr(gpu, "REHEARSAL", {})
+    for stages in (["naive"], ["sanitize", "build"]):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(["--rehearse", "--results", str(tmp_path), "--stage", *stages])
+        said = capsys.readouterr().out
+        assert not stop.value.code, said
     (path,) = report.all_results(tmp_path)
-    results = report.load(path)
-    assert {row["op"] for row in results["rows"]} == {"sample_token", "naive"}
-    assert [line["stage"] for line in results["stages"]][-2:] == ["benchmark sample_token", "benchmark naive"]
-    assert all(line["passed"] is not False for line in results["stages"])
-    tests = results["stages"][0]
-    assert tests["passed"] and int(tests["said"].split()[0]) > 0
-    assert "first call, forward+backward" in said and "goal < 4 s" in said
+    found = report.load(path)
+    assert {row["op"] for row in found["rows"]} == {"naive"} and all(row["seconds"] for row in found["rows"])
+    titles = [line["stage"] for line in found["stages"]]
+    assert titles == ["build", "naive, compile ahead", "naive, benchmark", "sanitize, small cases"]
     page = said[said.index("\n## ") :]
-    assert len(page.splitlines()) < 60 and page.count("not measured") >= 10 and "| sample_token, forward, R 256" in page
-    assert "## Stages" in path.with_suffix(".md").read_text()
+    assert len(page.splitlines()) < 60 and page.count("not measured") >= 10 and "| naive, thoughts, L 8" in page
+    assert "Stages not run: check; tests; attention; decode; head; step; others." in page
+    assert "## Missing" in path.with_suffix(".md").read_text()
+    log = path.with_suffix(".log").read_text()
+    assert "naive, benchmark | naive, headline" in log and "build,  | QUIETSTAR_BUILD=cuda: there is no nvcc" in log
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".log", ".png"} and len([*tmp_path.iterdir()]) <= 8
 
 
-def test_the_real_stages_name_files_and_grids_that_exist(tmp_path):
-    import run
-
-    found = gpu.stages(torch.device("cuda"), tmp_path, smallest=False)
-    tests_and_compiles = sum(stage.limit for stage in found if not stage.name.startswith("benchmark"))
-    assert tests_and_compiles + 60 * sum(minutes for minutes, _ in gpu.BENCHMARKS.values()) < gpu.BUDGET < 8 * 60
-    tests = next(stage for stage in found if stage.name == "tests")
-    for name in gpu.TESTS:
-        assert (gpu.ROOT / tests.commands[name][-1]).exists()
-    others = [Path(word).stem for word in tests.commands["others"] if word.endswith(".py")]
-    assert "test_cuda_library" in others and not {"test_ahead_of_time", "test_cuda_wheel"} & {*others}
-    build = next(stage for stage in found if stage.name == "build").commands["CUDA back end"]
-    assert "QUIETSTAR_BUILD=cuda" in build and (gpu.ROOT / build[build.index(sys.executable) + 1]).exists()
-    for op, (_, grids) in gpu.BENCHMARKS.items():
-        assert set(grids) <= {case.grid for case in run.MODULES[op].cases(torch.device("cuda"), full=False)}
-    assert {stage.name.removeprefix("benchmark ") for stage in found if stage.name.startswith("benchmark")} == set(run.MODULES)
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{benchmarks!r}, {tests!r}]
+import gpu, test_gpu
+results = gpu.Results(Path({path!r}), test_gpu.CPU)
+gpu.run_stage(gpu.Stage("step", [test_gpu.benchmark(results, "sample_token", "linear_logprob", "step")]), results, {{}})
+"""
 
 
-def test_a_stage_that_hangs_or_fails_does_not_stop_the_others(tmp_path):
-    python = [sys.executable, "-c"]
-    child = tmp_path / "child"
-    hang = (
-        "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '60']);"
-        f"pathlib.Path({str(child)!r}).write_text(str(p.pid)); time.sleep(60)"
-    )
-    judge = gpu.judge_benchmark
-    found = [
-        Stage("hangs", {"a": [*python, hang]}, 3, judge),
-        Stage("fails", {"b": [*python, "raise SystemExit('boom')"]}, 20, judge),
-        Stage("works", {"c": [*python, "print(1)"]}, 20, judge),
-    ]
-    began = time.monotonic()
-    lines, _ = gpu.run_stages(found, budget=60)
-    assert time.monotonic() - began < 30
-    assert [(line["stage"], line["passed"], line["said"]) for line in lines] == [
-        ("hangs", None, "stopped at its time limit"),
-        ("fails", False, "exit code 1: boom"),
-        ("works", True, ""),
-    ]
-    assert stopped(int(child.read_text()))  # and so is what it had started
+def test_a_kill_loses_the_case_in_progress_and_no_other(results):
+    """SIGKILL of the command's process group while a benchmark runs; then another stage goes on in the same folder."""
+    code = DRIVER.format(benchmarks=str(gpu.ROOT / "benchmarks"), tests=str(Path(__file__).parent), path=str(results.path))
+    command = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+
+    def measured():
+        return [row for row in results.load()["rows"] if row["seconds"]]
+
+    wait(measured)
+    children = [int(x) for x in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()]
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    found = results.load()
+    rows = measured()
+    assert 0 < len(rows) < len(found["rows"]) and any(row["note"] == results_file.NOT_REACHED for row in found["rows"])
+    assert [(line["stage"], line["said"]) for line in found["stages"]] == [("step", UNFINISHED)]
+    assert "step, benchmark | " in results.path.with_suffix(".log").read_text()
+    assert results.path.with_suffix(".md").read_text().startswith("# ")
+    assert children and wait(lambda: all(map(stopped, children)))
+
+    assert gpu.run_stage(Stage("naive", [benchmark(results, "naive")]), results, {})
+    after = results.load()
+    assert [row for row in after["rows"] if row["op"] == rows[0]["op"]][0] == rows[0]
+    assert {row["op"] for row in after["rows"] if row["seconds"]} == {row["op"] for row in rows} | {"naive"}
+    assert "Stopped: step." in missing(after) and any(said.startswith("Cases not reached: ") for said in missing(after))
+
+
+def wait(condition):
+    for _ in range(600):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("not within a minute")
 
 
 def stopped(process):
-    """Within five seconds; a zombie that waits for its parent's look is stopped too."""
-    for _ in range(50):
-        status = Path(f"/proc/{process}/stat")
-        if not status.exists() or status.read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
+    """A zombie that waits for its parent's look is stopped too."""
+    status = Path(f"/proc/{process}/stat")
+    return not status.exists() or status.read_text().split()[2] == "Z"
 
 
-def test_the_budget_of_all_stages_holds():
-    sleep = Stage("sleeps", {"a": [sys.executable, "-c", "import time; time.sleep(30)"]}, 30, gpu.judge_benchmark)
-    lines, _ = gpu.run_stages([sleep, sleep], budget=6)
-    assert [line["said"] for line in lines] == ["stopped at its time limit", "not run: out of time"]
+def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_stop_the_next(results):
+    def stage(name, first):
+        python = [sys.executable, "-c"]
+        steps = [("a", first), ("b", "print('fine')")]
+        return Stage(name, [Step({key: [*python, code]}, 60, judges.each(judges.small_cases)) for key, code in steps])
+
+    assert gpu.run_stage(stage("sanitize", "print(1)"), results, {})
+    assert not gpu.run_stage(stage("decode", "raise SystemExit('boom')"), results, {})
+
+    def lines():
+        return [(line["stage"], line["passed"], line["said"]) for line in results.load()["stages"]]
+
+    others = [("sanitize, a", True, "1"), ("sanitize, b", True, "fine")]
+    assert lines() == [("decode, a", False, "boom"), ("decode, b", True, "fine"), *others]
+    assert gpu.run_stage(stage("decode", "print(2)"), results, {})
+    assert lines() == [("decode, a", True, "2"), ("decode, b", True, "fine"), *others]
 
 
-FIRST_CALL = '{"first call": %s, "another length": 0.01}'
-PYTEST = "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b[x] FAILED [100%]\nFAILED tests/a.py::test_b[x] - assert 1\n"
+def test_a_stage_ends_at_its_limit(results, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT", 3)
+    sleep = Step({"a": [sys.executable, "-c", "import time; time.sleep(60)"]}, 60, judges.each(judges.small_cases))
+    began = time.monotonic()
+    assert gpu.run_stage(Stage("head", [sleep, sleep]), results, {})
+    assert time.monotonic() - began < 20
+    assert [line["said"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
 
 
-@pytest.mark.parametrize(
-    "judge, name, outcome, passed, said",
-    [
-        (gpu.judge_build, "a", Outcome(0, "", 1), True, "compiled"),
-        (gpu.judge_build, "a", Outcome(1, "QUIETSTAR_BUILD=cuda: there is no nvcc on PATH.", 1), None, "no nvcc on PATH"),
-        (gpu.judge_build, "a", Outcome(1, "error\nThe CUDA back end does not compile", 1), False, "does not compile"),
-        (gpu.judge_build, "a", Outcome(None, "", 1), False, "stopped"),
-        (gpu.judge_tests, "a", Outcome(0, "tests/a.py::test_a PASSED [100%]\n== 1 passed ==", 1), True, "1 passed"),
-        (gpu.judge_tests, "a", Outcome(1, PYTEST, 1), False, "1 passed, 1 failed: test_b[x]"),
-        (
-            gpu.judge_tests,
-            "a",
-            Outcome(None, PYTEST.splitlines()[0], 1),
-            None,
-            "1 passed before it was stopped at its time limit",
-        ),
-        (gpu.judge_tests, "a", Outcome(None, PYTEST, 1), False, "1 failed: test_b[x] before it was stopped"),
-        (gpu.judge_tests, "a", Outcome(4, "ERROR: file not found", 1), False, "exit code 4: ERROR: file not found"),
-        (gpu.judge_sanitizer, "memcheck", Outcome(0, "fine\n== ERROR SUMMARY: 0 errors", 1), True, "0 errors"),
-        (gpu.judge_sanitizer, "memcheck", Outcome(9, "== ERROR SUMMARY: 3 errors", 1), False, "3 errors"),
-        (gpu.judge_sanitizer, "racecheck", Outcome(None, "", 1), None, "stopped"),
-        (gpu.judge_sanitizer, gpu.UNWATCHED, Outcome(0, "all ops", 1), True, "not installed here"),
-        (
-            gpu.judge_first_call,
-            "forward",
-            Outcome(0, FIRST_CALL % 1.5, 1),
-            None,
-            "goal < 2 s: pass",
-        ),
-        (
-            gpu.judge_first_call,
-            "forward",
-            Outcome(0, FIRST_CALL % 2.5, 1),
-            None,
-            "goal < 2 s: miss",
-        ),
-        (gpu.judge_first_call, "forward", Outcome(1, "Traceback\nBoom", 1), False, "exit code 1: Boom"),
-    ],
-)
-def test_what_is_made_of_an_outcome(judge, name, outcome, passed, said):
-    got = judge(name, outcome)
-    assert got[0] is passed and said in got[1]
+def test_the_real_stages(tmp_path):
+    """In the order in which they are worth their time, each under four minutes, of files and options that exist."""
+    plan = Plan(tmp_path / "a.json")
+    found = {stage.name: stage.steps for stage in plan.stages()}
+    assert list(found) == list(STAGES) and [stage.name for stage in plan.stages(["head", "check"])] == ["check", "head"]
+    order = ("check", "tests", "attention", "decode", "head", "step", "naive", "sanitize")
+    assert [name for name in found if name in order] == [*order]
+    assert LIMIT < 240
+    for name, steps in found.items():
+        assert sum(step.limit for step in steps) <= LIMIT, name
+    timed = [step.commands["benchmark"] for steps in found.values() for step in steps if "benchmark" in step.commands]
+    parsed = [run.parse([x if x != "cuda" else "cpu" for x in command[2:]]) for command in timed]
+    assert sorted(op for args in parsed for op in args.op) == sorted(run.MODULES)
+    assert all(args.ours_first and args.json == plan.results and args.minutes <= 1.7 for args in parsed)
+    (tests,) = found["tests"]
+    assert len(tests.commands) == min(16, os.cpu_count())
+    ignored = [word.partition("=")[2] for word in tests.commands[f"1 of {len(tests.commands)}"] if word.startswith("--ignore=")]
+    assert {"tests/kernels/test_ahead_of_time.py", "tests/kernels/test_cuda_wheel.py"} <= {*ignored}
+    (build,) = found["build"]
+    assert "QUIETSTAR_BUILD=cuda" in build.commands[""] and (gpu.ROOT / "setup.py").exists()
+
+
+def test_the_first_case_is_a_long_text_without_peers():
+    found = run.select(run.parse(["--op", "thought_attention", "--device", "cpu"]))
+    module = found[0][0]
+    first, second, third = (case for case, _ in zip(module.cases(torch.device("cuda"), False), range(3), strict=False))
+    assert (first.L, first.K, first.what, second.what) == (2048, 128, "forward", "forward+backward") and third.L == 256
