@@ -1,4 +1,4 @@
-"""Writes the README's performance section from the committed results.
+"""Writes the README's performance section and the list of pages from the committed results.
 
 python benchmarks/readme.py
 """
@@ -60,3 +60,4 @@ def updated(text: str, folder: Path = report.RESULTS) -> str:
 
 if __name__ == "__main__":
     README.write_text(updated(README.read_text()))
+    (report.RESULTS / "README.md").write_text(report.index())
