@@ -73,7 +73,7 @@ from pathlib import Path
 sys.path[:0] = [{benchmarks!r}, {tests!r}]
 import gpu, test_gpu
 results = gpu.Results(Path({path!r}), test_gpu.CPU)
-gpu.run_stage(gpu.Stage("step", [test_gpu.benchmark(results, "sample_token", "linear_logprob", "step")]), results, {{}})
+gpu.run_stage(gpu.Stage("step", [test_gpu.benchmark(results, "sample_token", "linear_logprob", "step")]), results)
 """
 
 
@@ -97,7 +97,7 @@ def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     assert results.path.with_suffix(".md").read_text().startswith("# ")
     assert children and wait(lambda: all(map(stopped, children)))
 
-    assert gpu.run_stage(Stage("naive", [benchmark(results, "naive")]), results, {})
+    assert gpu.run_stage(Stage("naive", [benchmark(results, "naive")]), results)
     after = results.load()
     assert [row for row in after["rows"] if row["op"] == rows[0]["op"]][0] == rows[0]
     assert {row["op"] for row in after["rows"] if row["seconds"]} == {row["op"] for row in rows} | {"naive"}
@@ -124,15 +124,15 @@ def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_s
         steps = [("a", first), ("b", "print('fine')")]
         return Stage(name, [Step({key: [*python, code]}, 60, judges.each(judges.small_cases)) for key, code in steps])
 
-    assert gpu.run_stage(stage("sanitize", "print(1)"), results, {})
-    assert not gpu.run_stage(stage("decode", "raise SystemExit('boom')"), results, {})
+    assert gpu.run_stage(stage("sanitize", "print(1)"), results)
+    assert not gpu.run_stage(stage("decode", "raise SystemExit('boom')"), results)
 
     def lines():
         return [(line["stage"], line["passed"], line["said"]) for line in results.load()["stages"]]
 
     others = [("sanitize, a", True, "1"), ("sanitize, b", True, "fine")]
     assert lines() == [("decode, a", False, "boom"), ("decode, b", True, "fine"), *others]
-    assert gpu.run_stage(stage("decode", "print(2)"), results, {})
+    assert gpu.run_stage(stage("decode", "print(2)"), results)
     assert lines() == [("decode, a", True, "2"), ("decode, b", True, "fine"), *others]
 
 
@@ -140,7 +140,7 @@ def test_a_stage_ends_at_its_limit(results, monkeypatch):
     monkeypatch.setattr(gpu, "LIMIT", 3)
     sleep = Step({"a": [sys.executable, "-c", "import time; time.sleep(60)"]}, 60, judges.each(judges.small_cases))
     began = time.monotonic()
-    assert gpu.run_stage(Stage("head", [sleep, sleep]), results, {})
+    assert gpu.run_stage(Stage("head", [sleep, sleep]), results)
     assert time.monotonic() - began < 20
     assert [line["said"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
 
