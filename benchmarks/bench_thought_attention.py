@@ -199,7 +199,7 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
 
 def smoke(device: torch.device) -> list[AttentionCase]:
     """The smallest cases that run every candidate."""
-    return [AttentionCase(L=20, S=5, H=4, K=16, what=what, device=device) for what in ("forward", "forward+backward")]
+    return [AttentionCase(L=12, S=3, H=2, G=1, K=16, what=what, device=device) for what in ("forward", "forward+backward")]
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=pyt
 @pytest.mark.parametrize(
     "judge, name, outcome, passed, said",
     [
-        (judges.check, "", Outcome(0, "checked: 40 right", 1), True, "40 right"),
-        (judges.check, "", Outcome(1, "check\n2 wrong", 1), False, "2 wrong"),
+        (judges.check, "", Outcome(0, "sample_token  cpu  float32  3  ok\nAll is well, 9 s.", 1), True, "All is well"),
+        (judges.check, "", Outcome(1, "sample_token  cpu  float32  3  wrong\n2 wrong", 1), False, "2 wrong"),
         (judges.check, "", Outcome(0, "thought_attention  triton  available", 1), None, "no such command"),
         (judges.check, "", Outcome(None, "", 1), None, "stopped"),
         (judges.build, "", Outcome(0, "", 1), True, "compiled"),
