@@ -115,3 +115,27 @@ def test_full_effort_is_more_effort():
 
     assert FULL.rounds > QUICK.rounds and FULL.budget > QUICK.budget and FULL.longest > QUICK.longest
     assert isinstance(QUICK, Effort)
+
+
+def test_rows_are_written_after_each_peer_and_a_peer_that_dies_takes_none_with_it(rates, effort):
+    def dies(case):
+        calls = iter(range(100))
+        attend = OURS.prepare(case)
+
+        def attend_for_a_while(q, k, v):
+            if next(calls) > 1:  # the check and the look at its memory went well
+                raise RuntimeError("an illegal access")
+            return attend(q, k, v)
+
+        return attend_for_a_while
+
+    written = []
+    rows = compare(TINY, OURS, [RIGHT, Peer("dies", dies), RIGHT], rates, effort, lambda so_far: written.append(len(so_far)))
+    assert written == [2, 4]
+    assert [row.note for row in rows] == ["", "", "failed: RuntimeError: an illegal access", ""]
+    assert rows[0].seconds and rows[0].rounds == 2 * effort.rounds and rows[3].times_ours
+
+
+def test_ours_alone(rates, effort):
+    (mine,) = compare(TINY, OURS, [], rates, effort)
+    assert mine.is_ours and mine.seconds and mine.times_ours == 1 and mine.rounds == effort.rounds

@@ -128,3 +128,30 @@ def test_the_least_important_cases_come_last():
     found = run.select(run.parse(["--device", "cpu"]))
     assert [case.op for _, case in found[: len(run.MODULES)]] == list(run.MODULES)
     assert all(case.grid == "headline" for _, case in found[: len(run.MODULES)])
+
+
+def test_ours_comes_first_and_stays_where_it_fails_beside_its_peers(tmp_path, monkeypatch):
+    """A peer may take the device down with it: what this run has measured before stays, and the run fails."""
+    import bench_sample_token
+
+    seen = []
+
+    def broken(case, ours, peers, rates, effort):
+        seen.append(len(peers))
+        if peers:
+            raise RuntimeError("the device is gone")
+        return run.compare(case, ours, peers, rates, effort)
+
+    monkeypatch.setattr(bench_sample_token, "compare", broken, raising=False)
+    file = tmp_path / "rows.json"
+    with pytest.raises(SystemExit, match="the device is gone"):
+        run.main(["--op", "sample_token", "--smoke", *TINY, "--ours-first", "--json", str(file)])
+    (row,) = report.load(file)["rows"]
+    assert seen == [0, 3] and row["seconds"] and row["note"] == ""
+
+
+def test_runs_into_one_file_add_up(tmp_path):
+    file = tmp_path / "rows.json"
+    for op in ("sample_token", "naive"):
+        run.main(["--op", op, "--smoke", *TINY, "--json", str(file)])
+    assert list(dict.fromkeys(row["op"] for row in report.load(file)["rows"])) == ["sample_token", "naive"]
