@@ -49,18 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         sys.exit("make gpu: PyTorch finds no GPU here, so there is nothing to measure.")
-    if args.rehearse and args.results == report.RESULTS:
+    args.results = args.results.resolve()
+    if args.rehearse and args.results == report.RESULTS.resolve():
         parser.error("--rehearse needs --results with another folder: what it measures is not worth keeping")
     if args.rehearse:
         torch.set_num_threads(2)  # as in run.py: the device's name has them
     device = torch.device("cpu" if args.rehearse else "cuda")
-    results = Results(args.results.resolve() / f"{slug(device_name(device))}.json", device)
+    results = Results(args.results / f"{slug(device_name(device))}.json", device)
     plan = Plan(results.path, args.rehearse)
     how = {"variables": REHEARSAL, "patience": PATIENCE} if args.rehearse else {}
     passed = [run_stage(stage, results, **how) for stage in plan.stages(args.stage)]
     found = results.load()
     page = report.write_page(found, args.results)
-    if args.results == report.RESULTS:
+    if args.results == report.RESULTS.resolve():
         results_file.write(report.index(), report.RESULTS / "README.md")
     print(summary(found))
     print(f"\nWritten: {page}, .json and .log")

@@ -107,11 +107,10 @@ def run_beside(
 
     Args:
         commands: by name; in the log a line begins with the stage and that name.
-        variables: of the environment, beside this process's.
+        variables: of the environment, beside this process's and a PYTHONPATH that begins with this checkout.
     """
-    environment = (
-        os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "PYTHONUNBUFFERED": "1"} | (variables or {})
-    )
+    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"} | (variables or {})
     deadline = time.monotonic() + limit
     running: dict[str, _Running] = {}
     try:

@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "python")]  # where nothing is installed
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes are as many as the cores
+
 import torch  # noqa: E402
 
 import run  # noqa: E402

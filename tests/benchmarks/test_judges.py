@@ -73,18 +73,20 @@ def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, said):
     assert got is passed and said in words
 
 
-def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log(tmp_path):
+def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log(tmp_path, monkeypatch):
     child = tmp_path / "child"
     hang = (
         "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '60']);"
         f"pathlib.Path({str(child)!r}).write_text(str(p.pid)); print('begun', flush=True); time.sleep(60)"
     )
-    commands = {"hangs": [sys.executable, "-c", hang], "works": [sys.executable, "-c", "import os; print(os.environ['A'])"]}
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    works = "import os; print(os.environ['A'], os.environ['PYTHONPATH'].endswith(':/mine'))"
+    commands = {"hangs": [sys.executable, "-c", hang], "works": [sys.executable, "-c", works]}
     log = tmp_path / "log"
     log.write_text("before\n")
     outcomes = run_beside("stage", commands, 4, Log(log), {"A": "set"})
     assert outcomes["hangs"].code is None and outcomes["hangs"].output == "begun\n"
-    assert (outcomes["works"].code, outcomes["works"].last_line) == (0, "set") and outcomes["works"].seconds < 4
+    assert (outcomes["works"].code, outcomes["works"].last_line) == (0, "set True") and outcomes["works"].seconds < 4
     text = log.read_text()
     assert text.startswith("before\n") and "stage, hangs | begun\n" in text and "stage, works = exit code 0" in text
     status = Path(f"/proc/{child.read_text()}/stat")
