@@ -115,6 +115,22 @@ def off(model: nn.Module) -> Iterator[None]:
         keep()
 
 
+def switches(model: nn.Module) -> tuple:
+    """What decides, beside weights, how a forward goes through adapters: which are on, merged already, and how strong."""
+    if not there(model):
+        return ()
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    return tuple(
+        (
+            layer._disable_adapters,
+            *layer.active_adapters,
+            *getattr(layer, "merged_adapters", ()),
+            *getattr(layer, "scaling", {}).values(),
+        )
+        for layer in layers
+    )
+
+
 def merge(model: nn.Module) -> PreTrainedModel:
     """The base with the adapters folded into its weights, which may be trained again."""
     if not there(model):

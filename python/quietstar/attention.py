@@ -200,6 +200,14 @@ def _check_row_count(module: nn.Module, rows: int) -> None:
         )
 
 
+def most_rows(model: PreTrainedModel) -> int:
+    """How many rows text and thoughts may have where layers cut attention into chunks or scale it by a row's index."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "attention_chunk_size", None)]
+    limits += [getattr(module, "floor_scale", None) for module in model.modules()]
+    return int(min((limit for limit in limits if limit), default=sys.maxsize))
+
+
 # Model types whose decoder layers get the layout and do not hand it to attention.
 _KEEP_KEYWORDS = ("nemotron", "stablelm")
 _HOOKED = "_quietstar_hooked"

@@ -58,44 +58,84 @@ class _Entry:
 
 
 class ThoughtStore:
-    """Keys and values of the text, kept, and of every thought's rows so far, for each attention call of a forward."""
+    """Keys and values of the text, kept, and of every thought's rows so far, for each attention call of a forward.
 
-    def __init__(self, layout: ThoughtLayout, backend: str = "auto"):
-        self.layout = layout
+    Args:
+        layout: the text, and thoughts over it.
+        room: text positions that there is room for, L or more: the text can grow, and no tensor moves. Its layouts then have
+            so many text positions, and no row sees those that hold no token yet. None: this text and no other.
+    """
+
+    def __init__(self, layout: ThoughtLayout, backend: str = "auto", room: int | None = None):
         self.backend = backend
+        self.room = room
+        self.text = layout.text_only()
         self.entries: list[_Entry] = []
+        self._set(layout if room is None else replace(layout, lo=_longer(layout.lo, room)))
 
     def prefill(self) -> TextPass:
-        self.entries.clear()
         return TextPass(self)
 
     def decode(self, step: int) -> StepPass:
         return StepPass(self, step)
 
-    def hang(self, length: Tensor, rows: int) -> None:
-        """New thoughts on the last text position, ``length`` [B,1,N] of at most ``rows``; those before are thrown away."""
-        lo = self.layout.lo
-        anchor = torch.full_like(lo[:, :1], lo.shape[1] - 1)
-        self.begin(ThoughtLayout(anchor, lo, length, rows))
+    def restart(self, layout: ThoughtLayout) -> None:
+        """Another text, in the room of the one before."""
+        self.text = layout.text_only()
+        self.layout.lo.copy_(_longer(layout.lo, self.layout.L))
+
+    def grow(self, room: int) -> None:
+        """Room for more text: all tensors are new ones."""
+        self.room = room
+        for entry in self.entries:
+            entry.k_text, entry.v_text = _with_room(entry.k_text, room), _with_room(entry.v_text, room)
+        self._set(replace(self.layout.text_only(), lo=_longer(self.layout.lo, room)))
+
+    def hang(self, anchor: Tensor, length: Tensor, rows: int) -> None:
+        """New thoughts on one text position, ``anchor`` [1], ``length`` [B,1,N] of at most ``rows``; those before are gone."""
+        self.begin(ThoughtLayout(anchor.int().expand(self.layout.B, 1), self.layout.lo, length, rows))
 
     def begin(self, layout: ThoughtLayout) -> None:
         """New thoughts over the same text; those before are thrown away."""
+        self._set(layout)
+        for entry in self.entries:
+            entry.k_own, entry.v_own = self._own_rows(entry.k_text), self._own_rows(entry.v_text)
+
+    def keep(self, place: Tensor) -> None:
+        """Row 0 of the only thought becomes text, at position ``place`` int64 [1]."""
+        for entry in self.entries:
+            entry.k_text.index_copy_(2, place, entry.k_own[:, :, 0])
+            entry.v_text.index_copy_(2, place, entry.v_own[:, :, 0])
+
+    def take_text(self, call: int, k: Tensor, v: Tensor) -> None:
+        """The text's keys and values [B,G,L,width] at an attention call."""
+        if call == len(self.entries):
+            k_text, v_text = (x if self.room is None else _with_room(x, self.room) for x in (k, v))
+            self.entries.append(_Entry(k_text, v_text, self._own_rows(k), self._own_rows(v)))
+        else:
+            self.entries[call].k_text[:, :, : self.text.L].copy_(k)
+            self.entries[call].v_text[:, :, : self.text.L].copy_(v)
+
+    def _set(self, layout: ThoughtLayout) -> None:
         self.layout = layout
-        for entry in self.entries:
-            entry.k_own, entry.v_own = self.own_rows(entry.k_text), self.own_rows(entry.v_text)
+        self.positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
 
-    def keep(self) -> None:
-        """Row 0 of the only thought becomes the text's next token, whose rows are those of such a thought."""
-        for entry in self.entries:
-            entry.k_text = torch.cat([entry.k_text, entry.k_own[:, :, 0]], 2)
-            entry.v_text = torch.cat([entry.v_text, entry.v_own[:, :, 0]], 2)
-        lo = self.layout.lo
-        self.layout = replace(self.layout, lo=torch.cat([lo, lo[:, -1:]], 1)).text_only()
-
-    def own_rows(self, text: Tensor) -> Tensor:
+    def _own_rows(self, text: Tensor) -> Tensor:
         """Room for the thoughts' rows beside a text's [B,G,L,width]: [B,G,P*N,S,width], nothing written yet."""
         B, G, _, width = text.shape
         return text.new_empty((B, G, self.layout.P * self.layout.N, self.layout.S, width))
+
+
+def _longer(lo: Tensor, room: int) -> Tensor:
+    """A copy of lo [B,L] for ``room`` positions: what is still to come belongs to the last one's document."""
+    return torch.cat([lo, lo[:, -1:].expand(-1, room - lo.shape[1])], 1)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy of a text's [B,G,L,width] with ``room`` positions; zeros where no token stands."""
+    wide = x.new_zeros((*x.shape[:2], room, x.shape[3]))
+    wide[:, :, : x.shape[2]] = x
+    return wide
 
 
 class TextPass:
@@ -103,13 +143,17 @@ class TextPass:
 
     def __init__(self, store: ThoughtStore):
         self.store = store
-        self.layout = store.layout.text_only()
+        self.layout = store.text
         self.positions = self.layout.L
-        self.arrived = False
+        self.calls = 0
+
+    @property
+    def arrived(self) -> bool:
+        return self.calls > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.arrived = True
-        self.store.entries.append(_Entry(k, v, self.store.own_rows(k), self.store.own_rows(v)))
+        self.store.take_text(self.calls, k, v)
+        self.calls += 1
         out = thought_attention(q, k, v, self.layout, backend=self.store.backend, **options)
         assert isinstance(out, Tensor)
         return out
@@ -165,6 +209,7 @@ class StepPass:
         self.store = store
         self.positions = store.layout.L + store.layout.S
         self.step = step
+        self.now = torch.full((), step, dtype=torch.int32, device=store.layout.device)  # once, for all calls
         self.calls = 0
 
     @property
@@ -183,7 +228,7 @@ class StepPass:
             entry.k_own,
             entry.v_own,
             self.store.layout,
-            self.step,
+            self.now,
             backend=self.store.backend,
             **options,
         )

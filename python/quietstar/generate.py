@@ -15,13 +15,19 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
+from quietstar.attention import most_rows
 from quietstar.cache import ThoughtStore
+from quietstar.graphs import Graphs, Runner
 from quietstar.parts import dropout_off, embeddings
-from quietstar.rollout import Stop, Thoughts, continue_thoughts, decode_rows, decode_step, draw_seed
+from quietstar.rollout import Sampling, continue_thoughts, decode_rows, decode_step, draw_seed, on_device
 from quietstar.scoring import mixed_logits, next_logits
+from quietstar_kernels import ThoughtLayout
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStar
+
+# Room is made for a multiple of so many text positions.
+ROOM = 128
 
 
 @dataclass
@@ -59,7 +65,11 @@ def generate(qs: QuietStar, input_ids: Tensor, thinking: Thinking, usual: dict[s
     with dropout_off(model):
         if thinking.think != "never":
             new_tokens = usual.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
-            return ThinkingModel(qs, thinking, new_tokens).generate(input_ids, **_without_cache(usual, config))
+            thinker = ThinkingModel(qs, thinking, new_tokens)
+            out = thinker.generate(input_ids, **_without_cache(usual, config))
+            if thinker.desk is not None:
+                thinker.desk.leave(qs)
+            return out
         longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
         checks.check_room(model, checks.learned_positions(model), longest)
         return model.generate(input_ids, **usual)
@@ -79,6 +89,54 @@ def _without_cache(usual: dict[str, Any], config: GenerationConfig | None) -> di
     return usual | {"generation_config": config}
 
 
+@dataclass
+class Desk:
+    """What generation works on: the text's keys and values, with room for more, and the graphs over them.
+
+    Attributes:
+        run: runs bodies over the store.
+        graphs: those that ``run`` makes, None where it makes none.
+        state: what they hang on, beside the model's weights.
+        written: how many text positions hold a token.
+    """
+
+    store: ThoughtStore
+    run: Runner
+    graphs: Graphs | None
+    state: tuple
+    written: int
+
+    @staticmethod
+    def take(qs: QuietStar, layout: ThoughtLayout, room: int) -> Desk:
+        """For new texts: the one that the last generation left, where that fits, since its graphs go on."""
+        run = qs._runner()
+        if run.graphs is None:
+            return Desk(ThoughtStore(layout, room=room), run, None, (), layout.L)
+        state = (*run.state, layout.B, room)
+        desk, run.graphs.spare = run.graphs.spare, None
+        if desk is None or desk.state != state:
+            desk = Desk(ThoughtStore(layout, room=room), run, Graphs(run.graphs.capture), state, layout.L)
+        else:
+            desk.store.restart(layout)
+        desk.run, desk.written = desk.graphs.runner(qs.model, layout.device), layout.L
+        return desk
+
+    def leave(self, qs: QuietStar) -> None:
+        """For the next generation."""
+        if self.graphs is not None and qs._graphs is not None:
+            qs._graphs.spare = self
+
+    def grow(self, room: int) -> None:
+        self.store.grow(room)
+        self.state = (*self.state[:-1], room)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def place(self) -> Tensor:
+        """int64 [1], where the next token will stand."""
+        return torch.full((1,), self.written, device=self.store.layout.device)
+
+
 class ThinkingModel(GenerationMixin):
     """The language model as ``GenerationMixin.generate`` sees it: the same config and tokens, but logits with thoughts.
 
@@ -96,12 +154,13 @@ class ThinkingModel(GenerationMixin):
         self.thinking = thinking
         self.new_tokens = new_tokens
         self.limits = checks.position_limits(qs.model)
-        self.store: ThoughtStore | None = None
+        self.desk: Desk | None = None
         if thinking.sample_thoughts:
-            self.N, self.temperature = thinking.thoughts, 1.0
+            self.N, temperature = thinking.thoughts, 1.0
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
         else:
-            self.N, self.temperature, self.seed = 1, 0.0, 0  # greedy thoughts are all the same
+            self.N, temperature, self.seed = 1, 0.0, 0  # greedy thoughts are all the same
+        self.sampling = Sampling.of(qs.thought_config, temperature)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.qs.model, name)
@@ -111,24 +170,24 @@ class ThinkingModel(GenerationMixin):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutput:
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
-        if self.store is None:
-            self.store = self._prepare(input_ids, attention_mask)
-            h_base = self._read_prompt(self.store, input_ids)
+        if self.desk is None:
+            self.desk = self._prepare(input_ids, attention_mask)
+            h_base = self._read_prompt(self.desk, input_ids)
         else:
-            h_base = self._read_token(self.store, input_ids[:, -1:])
+            h_base = self._read_token(self.desk, input_ids[:, -1:])
         if self.thinking.think == "always":
             thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
-            logits = self._mix(h_base, self._think(self.store, thinks))
+            logits = self._mix(h_base, self._think(self.desk, thinks))
         else:
             logits = next_logits(self.qs, h_base)
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
-                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.store, thinks)), logits)
+                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.desk, thinks)), logits)
         logits[:, self.qs.thought_config.banned] = -torch.inf
         return CausalLMOutput(logits=logits[:, None])
 
-    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStore:
-        """An empty store for these prompts."""
+    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> Desk:
+        """For these prompts, which are still to be read."""
         layout = checks.make_layout(input_ids, attention_mask, None, None, self.qs.thought_config).text_only()
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
@@ -136,64 +195,68 @@ class ThinkingModel(GenerationMixin):
         self.sequence_ids = checks.check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
-        return ThoughtStore(layout)
+        return Desk.take(self.qs, layout, self._room(layout.L + self.new_tokens - 1))
 
-    def _read_prompt(self, store: ThoughtStore, input_ids: Tensor) -> Tensor:
+    def _read_prompt(self, desk: Desk, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
-        model = self.qs.model
-        return decode_rows(model, embeddings(model)(input_ids), store.layout.text_position_ids(), store.prefill())[:, -1]
+        model, store = self.qs.model, desk.store
+        return decode_rows(model, embeddings(model)(input_ids), store.text.text_position_ids(), store.prefill())[:, -1]
 
-    def _read_token(self, store: ThoughtStore, token: Tensor) -> Tensor:
+    def _read_token(self, desk: Desk, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
         self.longest += 1
         self._check_room()
-        store.hang(torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
-        hidden = decode_step(self.qs.model, embeddings(self.qs.model)(token), store, 0)
-        store.keep()
-        return hidden[:, 0]
+        if desk.written == desk.store.layout.L:
+            desk.grow(self._room(2 * desk.written))
+        model, store = self.qs.model, desk.store
 
-    def _think(self, store: ThoughtStore, thinks: Tensor) -> Tensor:
-        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think."""
-        qs, T = self.qs, self.qs.thought_config.thought_tokens
-        store.hang(((T + 2) * thinks.int())[:, None, None].repeat(1, 1, self.N), rows=T + 2)
-        thoughts = continue_thoughts(
-            qs.model,
-            qs.lm_head,
-            qs._embedding(qs.start_embedding),
-            store,
-            self.sequence_ids,
-            self.seed,
-            T,
-            self.temperature,
-            qs.thought_config.banned,
-            Stop.of(qs.thought_config),
-        )
-        if self.thinking.on_thoughts is not None:
-            on = checks.sampled(thoughts.lengths[:, 0], T) & thinks[:, None, None]
-            self.thinking.on_thoughts(thoughts.thought_ids[:, 0].masked_fill(~on, -1))
-        return self._end(store, thoughts, thinks)
+        def read(token: Tensor, place: Tensor, whole: bool) -> tuple[Tensor]:
+            store.hang(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
+            hidden = decode_step(model, embeddings(model)(token), store, 0)
+            store.keep(place)
+            return (hidden[:, 0],)
 
-    def _end(self, store: ThoughtStore, thoughts: Thoughts, thinks: Tensor) -> Tensor:
-        """Last hidden states [B,N,D] of the end rows, which are at different steps where thoughts stop themselves."""
-        qs, ids, lengths = self.qs, thoughts.thought_ids[:, 0], thoughts.lengths[:, 0]
-        embed, end, T = embeddings(qs.model), qs._embedding(qs.end_embedding), ids.shape[-1]
-        shortest, longest = T, T
-        if thoughts.thought_lengths is not None:
-            shortest, longest = (int(x) for x in lengths[thinks].aminmax())
-        hidden = None
-        # Sampling ran the row of a thought's last token, but for row T. Longer thoughts run theirs again until all have ended.
-        for step in range(min(shortest + 1, T), longest + 2):
-            ends = (lengths + 1 == step)[..., None]
-            last = decode_step(qs.model, torch.where(ends, end, embed(ids[..., min(step, T) - 1])), store, step)
-            hidden = last if hidden is None else torch.where(ends, last, hidden)
-        assert hidden is not None
+        (hidden,) = desk.run("read", read, {"token": token, "place": desk.place()})
+        desk.written += 1
         return hidden
+
+    def _think(self, desk: Desk, thinks: Tensor) -> Tensor:
+        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think."""
+        qs, store, sampling, T = self.qs, desk.store, self.sampling, self.sampling.thought_tokens
+
+        def think(
+            place: Tensor, length: Tensor, names: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
+        ) -> tuple[Tensor, ...]:
+            store.hang(place - 1, length, rows=T + 2)
+            thoughts, ends = continue_thoughts(
+                qs.model, qs.lm_head, start, store, names, seed, sampling, end=end, whole=whole
+            )
+            return thoughts.thought_ids[:, 0], thoughts.lengths[:, 0], ends[:, 0]
+
+        inputs = {
+            "place": desk.place(),
+            "length": ((T + 2) * thinks.int())[:, None, None].repeat(1, 1, self.N),
+            "names": self.sequence_ids,
+            "seed": on_device(self.seed, thinks.device),
+            "start": qs._embedding(qs.start_embedding),
+            "end": qs._embedding(qs.end_embedding),
+        }
+        ids, lengths, ends = desk.run(("think", sampling), think, inputs)
+        if self.thinking.on_thoughts is not None:
+            on = checks.sampled(lengths, T) & thinks[:, None, None]
+            self.thinking.on_thoughts(ids.masked_fill(~on, -1))
+        return ends
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Logits [B,V] from states of the text [B,D] and of thoughts [B,N,D]; log-probabilities where several are averaged."""
         base, thought = h_base.float()[:, None].expand_as(h_thought), h_thought.float()
         logits = mixed_logits(self.qs, base, thought)
         return logits[:, 0] if self.N == 1 else logits.log_softmax(-1).logsumexp(1) - math.log(self.N)
+
+    def _room(self, text: int) -> int:
+        """Text positions to make room for, where ``text`` are to come: texts of about the same length share their graphs."""
+        most = most_rows(self.qs.model) - (self.sampling.thought_tokens + 2)
+        return max(text, min(-(-text // ROOM) * ROOM, most))
 
     def _check_room(self, ahead: int = 0) -> None:
         checks.check_room(self.qs.model, self.limits, self.longest + ahead + self.qs.thought_config.thought_tokens + 2)

@@ -30,7 +30,7 @@ class LMHead:
         return hidden.flatten(0, -2).to(dtype), self.linear.weight.to(dtype), bias
 
     def sample(
-        self, hidden: Tensor, counters: Tensor, seed: int, temperature: float, banned: Sequence[int]
+        self, hidden: Tensor, counters: Tensor, seed: int | Tensor, temperature: float, banned: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """hidden [...,D] and counters [...,4] to ids and log-probabilities [...]; ``quietstar_kernels.sample_token``."""
         rows, weight, bias = self.operands(hidden)

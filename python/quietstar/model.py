@@ -21,9 +21,10 @@ from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.cache import PackedPass
 from quietstar.config import AdapterConfig, ThoughtConfig, check_anchor_chunk
 from quietstar.explain import Report, explain
+from quietstar.graphs import EAGER, Graphs, Runner
 from quietstar.lm_head import find_lm_head
 from quietstar.parts import backbone, embeddings, unwrapped
-from quietstar.rollout import Stop, Thoughts, decode_rows, draw_seed, sample_thoughts, split
+from quietstar.rollout import Sampling, Thoughts, decode_rows, draw_seed, sample_thoughts, split
 from quietstar.verify import verify_once
 from quietstar_kernels import ThoughtLayout
 
@@ -84,6 +85,7 @@ class QuietStar(nn.Module):
         mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
         anchor_chunk: how many anchors of each text think at a time, for less memory; None: all, "auto": by free memory.
+        graphs: "auto" lets a GPU replay rollouts as CUDA graphs, where they can be captured; False does not, and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
         reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None. A frozen one of a model
             with adapters is the model without them, and needs no copy.
@@ -123,6 +125,7 @@ class QuietStar(nn.Module):
         self.start_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.end_embedding = nn.Parameter(vector / self.thought_config.embedding_scale)
         self.anchor_chunk = None
+        self.graphs = "auto"
         self.gate: thinking_places.Gate | None = None
         self.use_config(config)
         # transformers' Trainer writes state_dict() with safetensors, which refuses a tensor under two names.
@@ -149,6 +152,16 @@ class QuietStar(nn.Module):
         check_anchor_chunk(size)
         self._anchor_chunk = size
         self.room: chunks.Room | None = None
+
+    @property
+    def graphs(self) -> str | bool:
+        return False if self._graphs is None else "auto"
+
+    @graphs.setter
+    def graphs(self, use: str | bool) -> None:
+        if use is not False and use != "auto":
+            raise ValueError(f"graphs must be 'auto' or False, got {use!r}")
+        self._graphs = Graphs() if use else None
 
     def use_config(self, config: ThoughtConfig) -> None:
         """Go on with another config: makes the gate and the reference that it asks for, drops those that it doesn't."""
@@ -513,7 +526,7 @@ class QuietStar(nn.Module):
     def _sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
-        config = self.thought_config
+        config, size = self.thought_config, chunks.chunk_size(self, layout)
         return sample_thoughts(
             self.model,
             self.lm_head,
@@ -522,12 +535,14 @@ class QuietStar(nn.Module):
             layout,
             checks.check_sequence_ids(sequence_ids, input_ids),
             draw_seed() if seed is None else seed,
-            config.thought_tokens,
-            temperature=0.0 if greedy else 1.0,
-            banned=config.banned,
-            stop=Stop.of(config),
-            anchor_chunk=chunks.chunk_size(self, layout),
+            Sampling.of(config, temperature=0.0 if greedy else 1.0),
+            anchor_chunk=size,
+            run=self._runner() if size >= layout.P else EAGER,
         )
+
+    def _runner(self) -> Runner:
+        """Runs what may be a graph."""
+        return EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device)
 
     def _embedding(self, parameter: Tensor) -> Tensor:
         """The vector that the decoder sees, in its dtype."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from quietstar.cache import ThoughtPass, ThoughtStore, check_arrived
 from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
+from quietstar.graphs import EAGER, Runner
 from quietstar.lm_head import LMHead
 from quietstar.parts import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
@@ -100,6 +101,27 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     return hidden
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How thoughts are sampled.
+
+    Attributes:
+        thought_tokens: T.
+        temperature: 0 takes the most likely token.
+        banned: ids that are never drawn.
+        stop: where thoughts end by themselves; None: all have T tokens.
+    """
+
+    thought_tokens: int
+    temperature: float = 1.0
+    banned: tuple[int, ...] = ()
+    stop: Stop | None = None
+
+    @staticmethod
+    def of(config: ThoughtConfig, temperature: float) -> Sampling:
+        return Sampling(config.thought_tokens, temperature, tuple(config.banned), Stop.of(config))
+
+
 @torch.no_grad()
 def sample_thoughts(
     model: PreTrainedModel,
@@ -109,11 +131,9 @@ def sample_thoughts(
     layout: ThoughtLayout,
     sequence_ids: Tensor,
     seed: int,
-    thought_tokens: int,
-    temperature: float = 1.0,
-    banned: list[int] | None = None,
-    stop: Stop | None = None,
+    sampling: Sampling,
     anchor_chunk: int | None = None,
+    run: Runner = EAGER,
 ) -> Thoughts:
     """Sample T tokens for every thought of ``layout``, whose S is at least T; the text runs once.
 
@@ -123,28 +143,42 @@ def sample_thoughts(
         layout: S - T rows of a thought are not sampled ones; shorter thoughts have fewer sampled rows.
         sequence_ids: integer [B,L], the first sampling counter of each position.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
-        temperature: 0 takes the most likely token, once for all N thoughts of an anchor.
+        sampling: at temperature 0, once for all N thoughts of an anchor.
         anchor_chunk: anchors that advance together; default all.
+        run: runs the whole of it.
     """
-    N = layout.N
-    if temperature == 0:
+    N, T = layout.N, sampling.thought_tokens
+    if sampling.temperature == 0:
         layout = replace(layout, length=layout.length.amax(2, keepdim=True))
-    length = (layout.length - (layout.rows - thought_tokens)).clamp(min=0)
-    layout = ThoughtLayout(layout.anchor, layout.lo, length, thought_tokens)
-    names = sequence_ids.gather(1, layout.anchor.long().clamp(min=0))
-    runs = split(layout.P, anchor_chunk or max(layout.P, 1))
-    store = ThoughtStore(layout.select(runs[0]))
-    with dropout_off(model):
+
+    def rollout(
+        start: Tensor, input_ids: Tensor, anchor: Tensor, lo: Tensor, length: Tensor, names: Tensor, seed: Tensor, whole: bool
+    ) -> tuple[Tensor, ...]:
+        layout = ThoughtLayout(anchor, lo, length, T)
+        runs = split(layout.P, anchor_chunk or max(layout.P, 1))
+        store = ThoughtStore(layout.select(runs[0]))
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), store.prefill())
         parts: list[Thoughts] = []
         for places in runs:
             if parts:
                 store.begin(layout.select(places))
-            parts.append(
-                continue_thoughts(model, head, start, store, names[:, places], seed, thought_tokens, temperature, banned, stop)
-            )
-    thoughts = Thoughts.join(parts)
-    return thoughts.copies(N) if temperature == 0 else thoughts
+            parts.append(continue_thoughts(model, head, start, store, names[:, places], seed, sampling, whole=whole)[0])
+        thoughts = Thoughts.join(parts)
+        tensors = (thoughts.thought_ids, thoughts.logprob, thoughts.thought_lengths)
+        return tuple(x for x in tensors if x is not None)
+
+    inputs = {
+        "start": start,
+        "input_ids": input_ids,
+        "anchor": layout.anchor,
+        "lo": layout.lo,
+        "length": (layout.length - (layout.rows - T)).clamp(min=0),
+        "names": sequence_ids.gather(1, layout.anchor.long().clamp(min=0)),
+        "seed": on_device(seed, start.device),
+    }
+    with dropout_off(model):
+        thoughts = Thoughts(*run(("rollout", sampling), rollout, inputs))
+    return thoughts.copies(N) if sampling.temperature == 0 else thoughts
 
 
 def continue_thoughts(
@@ -153,17 +187,22 @@ def continue_thoughts(
     start: Tensor,
     store: ThoughtStore,
     sequence_ids: Tensor,
-    seed: int,
-    thought_tokens: int,
-    temperature: float = 1.0,
-    banned: list[int] | None = None,
-    stop: Stop | None = None,
-) -> Thoughts:
+    seed: Tensor,
+    sampling: Sampling,
+    end: Tensor | None = None,
+    whole: bool = False,
+) -> tuple[Thoughts, Tensor | None]:
     """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors.
 
-    Where thoughts stop themselves, it ends with the last of them.
+    No step decides anything on the host, but for one thing: where thoughts stop themselves, it ends with the last of them.
+
+    Args:
+        seed: int64 [].
+        end: [D], the end vector, for two more steps at most: then the second result is the last hidden states [B,P,N,D] of
+            the thoughts' end rows.
+        whole: take all steps, even where every thought has stopped; the result is the same.
     """
-    layout, embed = store.layout, embeddings(model)
+    layout, embed, T = store.layout, embeddings(model), sampling.thought_tokens
     B, P, N = layout.B, layout.P, layout.N
     position = layout.text_position_ids().gather(1, layout.anchor.long().clamp(min=0))
     counters = torch.stack(
@@ -175,22 +214,28 @@ def continue_thoughts(
         ],
         -1,
     )
-    ids = torch.zeros((B, P, N, thought_tokens), dtype=torch.int64, device=start.device)
-    logprob = torch.zeros((B, P, N, thought_tokens), device=start.device)
-    lengths = layout.length.long().clamp(max=thought_tokens)
+    ids = torch.zeros((B, P, N, T), dtype=torch.int64, device=start.device)
+    logprob = torch.zeros((B, P, N, T), device=start.device)
+    lengths = layout.length.long().clamp(max=T)
     embeds = start.expand(B, P * N, -1)
-    for step in range(thought_tokens):
+    ends = None
+    for step in range(T if end is None else T + 2):
         hidden = decode_step(model, embeds, store, step).view(B, P, N, -1)
-        if stop is not None:
-            ends = head.logprob(hidden, torch.full_like(lengths, stop.end)).exp() > stop.threshold
-            lengths = torch.where(ends, lengths.clamp(max=step), lengths)
-            if not _goes_on(lengths > step):
+        ends = hidden if ends is None else torch.where((lengths + 1 == step)[..., None], hidden, ends)
+        if sampling.stop is not None:
+            if step < T:
+                likely = head.logprob(hidden, torch.full_like(lengths, sampling.stop.end)).exp() > sampling.stop.threshold
+                lengths = torch.where(likely, lengths.clamp(max=step), lengths)
+            if not whole and not _goes_on(lengths > step if end is None else lengths >= step):
                 break
-        counters[..., 3] = step
-        ids[..., step], logprob[..., step] = head.sample(hidden, counters, seed, temperature, banned or [])
-        embeds = embed(ids[..., step].flatten(1))
+        if step < T:
+            counters[..., 3].fill_(step)
+            ids[..., step], logprob[..., step] = head.sample(hidden, counters, seed, sampling.temperature, sampling.banned)
+            embeds = embed(ids[..., step].flatten(1))
+        if end is not None:
+            embeds = torch.where((lengths == step).flatten(1)[..., None], end, embeds)
     thoughts = Thoughts(ids, logprob)
-    return thoughts if stop is None else thoughts.cut(lengths)
+    return (thoughts if sampling.stop is None else thoughts.cut(lengths)), ends
 
 
 def _goes_on(running: Tensor) -> bool:
@@ -201,9 +246,12 @@ def _goes_on(running: Tensor) -> bool:
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
     """Row ``step`` of all thoughts of the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
-    layout = store.layout
-    positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
-    return decode_rows(model, embeds, positions[:, :, step], store.decode(step))
+    return decode_rows(model, embeds, store.positions[:, :, step], store.decode(step))
+
+
+def on_device(seed: int, device: torch.device) -> Tensor:
+    """64 bits as int64 [], without a copy from the host."""
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def draw_seed() -> int:
