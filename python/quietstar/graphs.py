@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import quietstar_kernels
 from quietstar import adapters
 
 # Called with its inputs by name and ``whole``: True in a graph, where no step can be left out by a look at values.
@@ -31,6 +32,7 @@ Body = Callable[..., tuple[Tensor, ...]]
 MOST = 16
 # Of the device's memory, what a graph may keep.
 SHARE = 1 / 8
+TORCH, KERNELS = Path(torch.__file__).parent, Path(quietstar_kernels.__file__).parent
 # Whose hooks do not mind that a replay calls none.
 _STATELESS_HOOKS = {"quietstar", "transformers", "peft"}
 
@@ -132,9 +134,11 @@ class Graphs:
         """What runs bodies until the model's weights move or its adapters change."""
         if torch.compiler.is_compiling():
             return EAGER
-        reason = self.capture.why_not(device) or why_not(model)
-        if reason is not None:
-            self._say(reason, logging.INFO if device.type == "cpu" else logging.WARNING)
+        if reason := self.capture.why_not(device):
+            self._say(reason, logging.INFO)  # as was to be expected
+            return EAGER
+        if reason := why_not(model):
+            self._say(reason)
             return EAGER
         self.why = None
         weights = tuple(x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers()))
@@ -214,7 +218,7 @@ def why_not(model: nn.Module) -> str | None:
 class HostWork(TorchDispatchMode):
     """Notes what a graph can't hold: values and shapes that go to the host, copies to or from it, and random numbers.
 
-    Custom operations, those of ``quietstar_kernels`` among them, are not looked into.
+    Custom operations are not looked into, nor is what ``quietstar_kernels`` does around its own.
 
     Args:
         device: where the body runs.
@@ -231,7 +235,9 @@ class HostWork(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.found is None and _is_host_work(func, args, out, self.device):
-            self.found = f"{func} {_line_of_code()}"
+            file, line = _line_of_code()
+            if KERNELS not in file.parents:  # which look at values on CPUs alone
+                self.found = f"{func} in {file.name}, line {line}"
         return out
 
 
@@ -252,10 +258,7 @@ def _is_host_work(func: Any, args: tuple, out: Any, device: torch.device) -> boo
     return not _VALUES_OR_SHAPES.isdisjoint(func.tags)
 
 
-def _line_of_code() -> str:
-    """The innermost one outside PyTorch."""
-    torch_folder, this = str(Path(torch.__file__).parent), __file__
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename != this and not frame.filename.startswith(torch_folder):
-            return f"in {Path(frame.filename).name}, line {frame.lineno}"
-    return ""
+def _line_of_code() -> tuple[Path, int | None]:
+    """The innermost one outside PyTorch and this file."""
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
+    return next((file, line) for file, line in reversed(frames) if file != Path(__file__) and TORCH not in file.parents)

@@ -1,0 +1,337 @@
+"""Rollouts as graphs: no look at a value, no number of Python's that changes, and what the eager rollout gives, bitwise."""
+
+import copy
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quietstar
+from quietstar import graphs
+from quietstar.config import AdapterConfig
+from quietstar.graphs import Graphs, HostWork
+
+sys.path.append(str(Path(__file__).parent))
+from recorded_graph import RecordedGraphs, storages
+
+B, L, N, T = 2, 12, 2, 4
+END = 60
+
+
+@pytest.fixture
+def wrap(tiny):
+    """``wrap(name, **config changes)``: a model whose graphs are recorded ones."""
+
+    def make(name="llama", **changes):
+        config = quietstar.ThoughtConfig(**{"thoughts": N, "thought_tokens": T, "lookahead": 2, **changes})
+        qs = quietstar.QuietStar(tiny(name), config, verify=False).train()
+        with torch.no_grad():
+            qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+        qs._graphs = Graphs(RecordedGraphs())
+        return qs
+
+    return make
+
+
+def rollout(seed):
+    """A text with anchors, padding, names and seed of its own, all of one shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 59, (B, L), generator=generator)
+    mask = torch.ones(B, L, dtype=torch.long)
+    mask[1, : seed % 4] = 0
+    anchors = torch.stack([torch.randperm(L - 4, generator=generator)[:5].sort().values + 4 for _ in range(B)])
+    anchors[0, 5 - seed % 3 :] = -1
+    lengths = torch.randint(0, T + 1, (B, 5, N), generator=generator)
+    names = torch.randint(0, 99, (B,), generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "anchors": anchors,
+        "seed": seed * 2**61,
+        "sequence_ids": names,
+        "thought_lengths": lengths,
+    }
+
+
+def assert_same(got, want):
+    assert torch.equal(got.thought_ids, want.thought_ids)
+    assert torch.equal(got.logprob, want.logprob)
+    assert torch.equal(got.lengths, want.lengths)
+
+
+def eager(qs):
+    twin = copy.copy(qs)
+    twin.graphs = False
+    return twin
+
+
+def test_replays_are_eager_rollouts(wrap, architecture):
+    """Of other texts, places, lengths, names and seeds, and after the weights were trained."""
+    qs = wrap(architecture)
+    capture = qs._graphs.capture
+    for seed in range(4):
+        given = rollout(seed)
+        assert_same(qs.think(**given), eager(qs).think(**given))
+    assert qs._graphs.why is None
+    assert (len(capture.recordings), capture.replays) == (1, 2)
+    (recording,) = capture.recordings
+    (graph,) = (x for x in qs._graphs._met.values() if x is not None)
+    kept = storages((list(qs.model.parameters()), list(qs.model.buffers()), list(graph.inputs.values())))
+    assert recording.outside <= kept, "the graph works on memory that may be gone"
+    with torch.no_grad():
+        qs.start_embedding.normal_()
+        for weight in qs.model.parameters():
+            weight.mul_(1.1)
+    before, given = qs.think(**rollout(5)), rollout(5)
+    assert_same(before, eager(qs).think(**given))
+    assert (len(capture.recordings), capture.replays) == (1, 3)
+
+
+@pytest.mark.parametrize("changes", [{"end_token_id": END, "stop_threshold": 1 / 61}, {"end_token_id": END, "start_token_id": 59}])
+def test_thoughts_that_stop_and_ids_that_are_banned(wrap, changes):
+    qs = wrap(**changes)
+    lengths = set()
+    for greedy in (False, True):
+        for seed in range(4):
+            given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
+            thoughts = qs.think(**given)
+            assert_same(thoughts, eager(qs).think(**given))
+            lengths |= set(thoughts.lengths.flatten().tolist())
+    assert qs._graphs.capture.replays == 4
+    assert len(lengths) > 2 or "start_token_id" in changes
+
+
+def test_autocast_casts_the_weights_again(wrap):
+    qs = wrap()
+    for seed in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+        with torch.no_grad():
+            for weight in qs.model.parameters():
+                weight.mul_(1.1)
+    assert qs._graphs.capture.replays == 2
+    assert_same(qs.think(**rollout(0)), eager(qs).think(**rollout(0)))  # without: another graph
+    assert qs._graphs.capture.replays == 2
+
+
+def prompt(number, longest=9):
+    return torch.randint(3, 59, (2, longest), generator=torch.Generator().manual_seed(number))
+
+
+def generated(qs, number, lengths=(9, 6), **options):
+    ids = prompt(number, max(lengths))
+    mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
+    seen = []
+    options = {"eos_token_id": None, "pad_token_id": 0, "on_thoughts": seen.append, **options}
+    out = qs.generate(ids, mask, max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits, 1), *seen
+
+
+HOW = {
+    "greedy": {},
+    "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5},
+    "at times": {"think": None},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+def test_generation_replays_what_it_would_compute(wrap, name, how):
+    qs, options = wrap(name), HOW[how]
+    if "think" in options:
+        with torch.no_grad():
+            options = {"think": float(torch.special.entr(qs.model(prompt(0)).logits.softmax(-1)).sum(-1).median())}
+    capture = qs._graphs.capture
+    for number, lengths in enumerate([(9, 6), (4, 11), (7, 7)]):
+        got, want = (generated(x, number, lengths, **options) for x in (qs, eager(qs)))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(capture.recordings) == 2, "one for reading a token and one for thinking serve all texts"
+    assert capture.replays >= 20 - 8 * (how == "at times")
+
+
+def test_generation_with_thoughts_that_stop(wrap):
+    qs = wrap(end_token_id=END, stop_threshold=1 / 61)
+    for seed in range(2):
+        got, want = (generated(x, 0, thoughts=3, sample_thoughts=True, seed=seed) for x in (qs, eager(qs)))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len({int((row >= 0).sum()) for row in got[2].flatten(0, 1)}) > 1
+    assert qs._graphs.capture.replays > 10
+
+
+def test_a_text_that_outgrows_its_room(wrap, monkeypatch):
+    """Where nobody says how long it gets; its graphs are made anew."""
+    monkeypatch.setattr(quietstar.generate, "ROOM", 4)
+    qs = wrap()
+    ids = torch.randint(3, 59, (1, 7), generator=torch.Generator().manual_seed(0))
+    options = {"max_length": 30, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(qs.generate(ids, **options), eager(qs).generate(ids, **options))
+    assert len(qs._graphs.capture.recordings) == 5
+
+
+def test_what_stands_in_unused_room_changes_nothing(wrap):
+    qs = wrap("mistral")
+    want = generated(qs, 0)
+    store = qs._graphs.spare.store
+    for entry in store.entries:
+        entry.k_text.fill_(torch.nan), entry.v_text.fill_(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(generated(qs, 0), want, strict=True))
+    assert qs._graphs.spare.store is store and store.entries[0].k_text[:, :, 20:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "work, name",
+    [
+        (lambda x: x * x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x if x.any() else -x, "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.index_put((x > 0,), x[0]), "index_put"),
+        (lambda x: x.masked_select(x > 0), "masked_select"),
+        (lambda x: x.unique(), "_unique2"),
+        (lambda x: x if torch.equal(x, x) else -x, "equal"),
+        (lambda x: x.repeat_interleave(x.long()), "repeat_interleave"),
+        (lambda x: x + torch.tensor([1.0]), "lift_fresh"),
+        (lambda x: x.to("meta"), "_to_copy"),
+        (lambda x: x + torch.rand(4), "rand"),
+        (lambda x: torch.nn.functional.dropout(x), "bernoulli"),
+        (lambda x: x[x.long()] + x.cumsum(0).masked_fill(x > 0, 0) + torch.ones(4) + torch.where(x > 1, x, 2.0), None),
+    ],
+)
+def test_work_for_the_host_is_seen(work, name):
+    with HostWork(torch.device("cpu")) as host:
+        work(torch.arange(4.0))
+    assert host.found is None if name is None else f"aten.{name}" in host.found and "test_graphs.py" in host.found
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "quietstar.graphs"]
+
+
+def test_a_model_that_looks_at_values_says_so_once_and_runs_eagerly(wrap, caplog):
+    qs = wrap("mixtral")
+    qs.model.config._experts_implementation = "eager"
+    for seed in range(4):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    (message,) = said(caplog)
+    assert message.startswith("thoughts run without CUDA graphs: aten.") and "in modeling_mixtral.py, line" in message
+    assert not qs._graphs.capture.recordings
+
+
+def hooked(qs):
+    qs.model.model.layers[0].register_forward_hook(lambda module, args, out: None)
+
+
+def offloaded(qs):
+    qs.model._hf_hook = None
+
+
+REASONS = {
+    "a hook": (hooked, "model.layers.0 has a hook, which a replay would not call"),
+    "compiled": (lambda qs: qs.compile(backend="eager"), "model is compiled"),
+    "offloaded": (offloaded, "accelerate moves the weights of LlamaForCausalLM"),
+    "two devices": (lambda qs: qs.model.lm_head.to("meta"), "the model is on 2 devices"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons(wrap, caplog, case):
+    change, reason = REASONS[case]
+    qs = wrap()
+    change(qs)
+    for _ in range(2):
+        assert qs._runner().graphs is None
+    assert qs._graphs.why == reason
+    assert said(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
+
+
+def test_on_a_cpu_it_is_no_warning(tiny, caplog):
+    caplog.set_level(logging.INFO)
+    qs = quietstar.QuietStar(tiny("llama"), verify=False)
+    for _ in range(2):
+        qs.think(torch.randint(3, 61, (1, 6)))
+    assert [record.levelname for record in caplog.records if record.name == "quietstar.graphs"] == ["INFO"]
+    assert said(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
+
+
+def test_a_capture_that_fails(wrap, caplog):
+    qs = wrap()
+
+    class Fails(RecordedGraphs):
+        def __call__(self, body):
+            body()
+            raise torch.OutOfMemoryError("no memory\nand more")
+
+    qs._graphs = Graphs(Fails())
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert said(caplog) == ["thoughts run without CUDA graphs: the capture failed: no memory"]
+
+
+def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
+    qs = wrap()
+    qs.anchor_chunk = 2
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert not qs._graphs._met
+
+
+def test_weights_that_move_drop_their_graphs(wrap):
+    qs = wrap()
+    capture = qs._graphs.capture
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    qs.model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(96, 64))
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert (len(capture.recordings), capture.replays) == (2, 2)
+
+
+def test_adapters_that_are_switched_off_have_graphs_of_their_own(wrap):
+    pytest.importorskip("peft")
+    qs = wrap()
+    qs.add_adapters(AdapterConfig(lora_rank=2, lora_targets="q_proj,down_proj"))
+    with torch.no_grad():
+        for name, weight in qs.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    capture = qs._graphs.capture
+    for seed in range(3):
+        on = qs.think(**rollout(seed))
+        assert_same(on, eager(qs).think(**rollout(seed)))
+        with qs.model.disable_adapter():
+            off = qs.think(**rollout(seed))
+            assert_same(off, eager(qs).think(**rollout(seed)))
+        assert not torch.equal(on.logprob, off.logprob)
+    assert (len(capture.recordings), capture.replays) == (2, 2)
+
+
+def test_only_so_many_are_kept(wrap, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    qs = wrap(thought_tokens=1)
+    for length in (6, 7, 8, 6, 7, 8):  # none comes again among two
+        qs.think(torch.randint(3, 61, (1, length)), seed=0)
+    assert len(qs._graphs._met) == 2 and not qs._graphs.capture.recordings
+
+
+def test_other_options_are_another_graph(wrap):
+    """Those of a config that is replaced, or of a copy for scoring."""
+    qs = wrap()
+    for greedy, T in ((False, 4), (True, 4), (True, 2)):
+        qs.thought_config = dataclasses.replace(qs.thought_config, thought_tokens=T)
+        for seed in range(3):
+            given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
+            assert_same(qs.think(**given), eager(qs).think(**given))
+    assert len(qs._graphs.capture.recordings) == 3
+
+
+def test_the_switch(wrap):
+    qs = wrap()
+    assert qs.graphs == "auto"
+    qs.graphs = False
+    assert qs.graphs is False and qs._runner().graphs is None
+    with pytest.raises(ValueError, match="graphs must be 'auto' or False, got True"):
+        qs.graphs = True
+    assert isinstance(copy.deepcopy(wrap())._graphs, Graphs)
