@@ -204,12 +204,20 @@ def no_checkpointing(case: StepCase) -> str | None:
     return "its passes need a cache of keys and values, which gradient checkpointing turns off" if case.checkpointing else None
 
 
+def without_graphs(case: StepCase) -> TrainingStep | Rollout:
+    function = prepare(QuietStar)(case)
+    function.qs.graphs = False
+    return function
+
+
 OURS = Peer("QuietStar", prepare(QuietStar), package="quietstar-kernels")
+LAUNCHED = Peer("QuietStar without a graph", without_graphs, "quietstar-kernels")
 PUBLISHED = Peer("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
 def candidates(case: StepCase) -> list[Peer]:
-    return [PUBLISHED]
+    """On a GPU our rollouts are CUDA graphs; there also ours without."""
+    return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 
 
 def cases(device: torch.device, full: bool) -> Iterator[StepCase]:

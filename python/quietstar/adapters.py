@@ -119,7 +119,7 @@ def switches(model: nn.Module) -> tuple:
     """What decides, beside weights, how a forward goes through adapters: which are on, merged already, and how strong."""
     if not there(model):
         return ()
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     return tuple(
         (
             layer._disable_adapters,

@@ -228,9 +228,8 @@ class ThinkingModel(GenerationMixin):
             place: Tensor, length: Tensor, names: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
         ) -> tuple[Tensor, ...]:
             store.hang(place - 1, length, rows=T + 2)
-            thoughts, ends = continue_thoughts(
-                qs.model, qs.lm_head, start, store, names, seed, sampling, end=end, whole=whole
-            )
+            thoughts, ends = continue_thoughts(qs.model, qs.lm_head, start, store, names, seed, sampling, end=end, whole=whole)
+            assert ends is not None
             return thoughts.thought_ids[:, 0], thoughts.lengths[:, 0], ends[:, 0]
 
         inputs = {

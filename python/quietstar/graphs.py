@@ -1,9 +1,9 @@
 """CUDA graphs: a rollout's many small launches, captured once per shape and then replayed by the device as one.
 
-A body is a function of tensors that decides nothing on the host, such as all steps of a rollout. The first call with some shapes
-runs it eagerly, the second watches it and captures it, and later ones copy their tensors into the graph's, replay, and copy the
-results out. Weights are read where they are, so training goes on under a graph. Where there can be no graph, a sentence in the
-log says why, once, and the body runs eagerly: with the same operations, so with the same numbers.
+A body is a function of tensors that decides nothing on the host, such as all steps of a rollout. The first call with some
+shapes runs it eagerly, the second watches it and captures it, and later ones copy their tensors into the graph's, replay, and
+copy the results out. Weights are read where they are, so training goes on under a graph. Where there can be no graph, a
+sentence in the log says why, once, and the body runs eagerly: the same operations give the same numbers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from quietstar import adapters
 
 # Called with its inputs by name and ``whole``: True in a graph, where no step can be left out by a look at values.
 Body = Callable[..., tuple[Tensor, ...]]
+Call = Callable[[], tuple[Tensor, ...]]  # of a body
 
 # Shapes that are remembered: one that comes again among so many is worth a graph.
 MOST = 16
@@ -68,7 +69,7 @@ class Capture(Protocol):
         """None where it works on a device, else the reason in words."""
         ...
 
-    def __call__(self, body: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         """The tensors that hold the body's results after each replay, and the replay. Raises RuntimeError."""
         ...
 
@@ -78,6 +79,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.stream: Any = None
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -85,16 +87,16 @@ class CudaCapture:
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
         return f"QUIETSTAR_BACKEND is {backend}" if backend in ("reference", "cpu") else None
 
-    def __call__(self, body: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as those of a process group, may go on with calls that a capture forbids.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved()
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(device)
             outputs = body()
-        kept = torch.cuda.memory_reserved() - before
-        if kept > SHARE * torch.cuda.get_device_properties().total_memory:
+        kept = torch.cuda.memory_reserved(device) - before
+        if kept > SHARE * torch.cuda.get_device_properties(device).total_memory:
             raise RuntimeError(f"it would keep {kept / 2**30:.1f} GiB")
         return outputs, graph.replay
 
@@ -130,11 +132,15 @@ class Graphs:
         self._weights: tuple[int, ...] = ()
         self.spare: Any = None
 
-    def runner(self, model: nn.Module, device: torch.device) -> Runner:
-        """What runs bodies until the model's weights move or its adapters change."""
+    def runner(self, model: nn.Module, device: torch.device, but: str | None = None) -> Runner:
+        """What runs bodies until the model's weights move or its adapters change.
+
+        Args:
+            but: why these bodies are to have no graph.
+        """
         if torch.compiler.is_compiling():
             return EAGER
-        if reason := self.capture.why_not(device):
+        if reason := self.capture.why_not(device) or but:
             self._say(reason, logging.INFO)  # as was to be expected
             return EAGER
         if reason := why_not(model):
@@ -172,7 +178,8 @@ class Graphs:
     def _make(self, body: Body, inputs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], _Graph | str]:
         """The body's results, from a run that is watched and compiles every kernel; and a graph, or why there is none."""
         own = {name: x.clone() for name, x in inputs.items()}
-        with HostWork(next(iter(own.values())).device) as host:
+        device = next(iter(own.values())).device
+        with HostWork(device) as host:
             outputs = body(**own, whole=True)
         if host.found is not None:
             self._say(host.found)
@@ -180,7 +187,7 @@ class Graphs:
         # What autocast has cast is kept: the graph is to cast the weights itself, and nobody else is to use its copies.
         torch.clear_autocast_cache()
         try:
-            results, replay = self.capture(lambda: body(**own, whole=True))
+            results, replay = self.capture(lambda: body(**own, whole=True), device)
         except RuntimeError as error:
             reason = f"the capture failed: {str(error).splitlines()[0]}"
             self._say(reason)

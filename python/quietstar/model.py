@@ -537,12 +537,12 @@ class QuietStar(nn.Module):
             draw_seed() if seed is None else seed,
             Sampling.of(config, temperature=0.0 if greedy else 1.0),
             anchor_chunk=size,
-            run=self._runner() if size >= layout.P else EAGER,
+            run=self._runner("anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None),
         )
 
-    def _runner(self) -> Runner:
-        """Runs what may be a graph."""
-        return EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device)
+    def _runner(self, but: str | None = None) -> Runner:
+        """Runs what may be a graph, unless there is a reason ``but``."""
+        return EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, but)
 
     def _embedding(self, parameter: Tensor) -> Tensor:
         """The vector that the decoder sees, in its dtype."""

@@ -210,7 +210,8 @@ def _step(
             parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
     counts = _counts(accelerator, [_count(qs, part) for part in parts])
 
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
+    figures: dict[str, float] = {}
     for update in range(config.updates):
         optimizer.zero_grad()
         for i, part in enumerate(parts):
@@ -223,47 +224,60 @@ def _step(
             if update == 0:  # later updates go on with the same thoughts, and their figures would be of old ones
                 parts[i] = _thoughts(out) | part  # thoughts that came with their old_logprob keep it
                 for name, x in _figures(value, out, part).items():
-                    sums[name] = sums.get(name, 0.0) + x
+                    sums[name] = sums.get(name, 0) + x.double()
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         if update == 0:  # before the weights change, so that they are whole steps where another process is lost
-            names = sorted(sums)
-            values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
-            sums = dict(zip(names, accelerator.reduce(values).tolist(), strict=True))
-            if not math.isfinite(sums["loss"]):
-                raise FloatingPointError(f"train: the loss is {sums['loss']} at step {step + 1}")
+            figures = _read(accelerator, sums, counts, whole(norm))
+            if not math.isfinite(figures["loss"]):
+                raise FloatingPointError(f"train: the loss is {figures['loss']} at step {step + 1}")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()
         qs.update_reference()
 
-    sums["weight"] /= max(1, int(counts.mix[0]))
-    for name in ("reward", "advantage"):
-        sums[name] /= max(1, int(counts.places))
-    if "divergence" in sums:
-        sums["divergence"] /= max(1, int(counts.tokens))
-    if "anchors" in sums:
-        sums["anchor_share"] = sums["anchors"] / sums["tokens"]
-    return sums | {"grad_norm": float(whole(norm)), "learning_rate": config.rate(step)}
+    if config.updates > 1:
+        figures["grad_norm"] = float(whole(norm))
+    return figures | {"learning_rate": config.rate(step)}
 
 
-def _figures(value: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, float]:
-    """Sums over one part, which add up over parts and ranks; the loss parts are already divided by the step's counts."""
+def _figures(value: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, Tensor]:
+    """Sums over one part, which add up over parts and ranks; the loss parts are already divided by the step's counts.
+
+    They stay on the device: each that the host read would wait for it.
+    """
     figures = {
-        "loss": float(value.detach()),
-        "loss_ce": float(out.loss_ce.detach()),
-        "policy_loss": float(out.policy_loss.detach()),
-        "reward": float(out.reward.sum()),
-        "advantage": float(out.advantage.sum()),
-        "weight": float(out.weight.detach()[..., 0].where(out.nll_mix[..., 0] != 0, 0).sum()),
-        "tokens": float(part["attention_mask"].sum()),
-        "thoughts": float(out.reward.numel()),
+        "loss": value.detach(),
+        "loss_ce": out.loss_ce.detach(),
+        "policy_loss": out.policy_loss.detach(),
+        "reward": out.reward.sum(),
+        "advantage": out.advantage.sum(),
+        "weight": out.weight.detach()[..., 0].where(out.nll_mix[..., 0] != 0, 0).sum(),
+        "tokens": part["attention_mask"].sum(),
+        "thoughts": torch.full_like(value.detach(), out.reward.numel(), dtype=torch.float64),
     }
     if out.base_logprob is not None:
-        figures["divergence"] = float((out.logprob - out.base_logprob).sum())
+        figures["divergence"] = (out.logprob - out.base_logprob).sum()
     if out.anchors is not None:
-        figures["anchors"] = float((out.anchors >= 0).sum())
+        figures["anchors"] = (out.anchors >= 0).sum()
         figures["thoughts"] = figures["anchors"] * out.reward.shape[2]
     return figures
+
+
+def _read(accelerator: Accelerator, sums: dict[str, Tensor], counts: Counts, norm: Tensor) -> dict[str, float]:
+    """The figures of all ranks from the sums of this one, in one copy from the device."""
+    names = sorted(sums)
+    values = accelerator.reduce(torch.stack([sums[name] for name in names]))
+    others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
+    *numbers, mix, places, tokens, grad_norm = torch.cat([values, torch.stack(others)]).tolist()
+    figures = dict(zip(names, numbers, strict=True))
+    figures["weight"] /= max(1, mix)
+    for name in ("reward", "advantage"):
+        figures[name] /= max(1, places)
+    if "divergence" in figures:
+        figures["divergence"] /= max(1, tokens)
+    if "anchors" in figures:
+        figures["anchor_share"] = figures["anchors"] / figures["tokens"]
+    return figures | {"grad_norm": grad_norm}
 
 
 def _thoughts(out: QuietStarOutput) -> Batch:
@@ -279,8 +293,8 @@ def _choose_anchors(qs: QuietStar, part: Batch, seed: int) -> Tensor:
 def _same_width(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
     """As many places for anchors in each part of each process, so that all make as many chunks of them."""
     width = torch.tensor(max(part["anchors"].shape[1] for part in parts), device=accelerator.device)
-    width = accelerator.gather(width).max()
-    return [part | {"anchors": pad(part["anchors"], (0, int(width) - part["anchors"].shape[1]), value=-1)} for part in parts]
+    most = int(accelerator.gather(width).max())
+    return [part | {"anchors": pad(part["anchors"], (0, most - part["anchors"].shape[1]), value=-1)} for part in parts]
 
 
 def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
@@ -328,6 +342,8 @@ def _check_same_step(accelerator: Accelerator, done: int, config: TrainConfig) -
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:
     """Whether it holds in any process."""
+    if accelerator.num_processes == 1:
+        return flag
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
 
 

@@ -57,7 +57,7 @@ class RecordedGraphs:
     def why_not(self, device):
         return None
 
-    def __call__(self, body):
+    def __call__(self, body, device):
         recording = Recording()
         with NoReads(), recording:
             outputs = body()

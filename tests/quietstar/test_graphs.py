@@ -12,7 +12,7 @@ import torch
 import quietstar
 from quietstar import graphs
 from quietstar.config import AdapterConfig
-from quietstar.graphs import Graphs, HostWork
+from quietstar.graphs import Graphs
 
 sys.path.append(str(Path(__file__).parent))
 from recorded_graph import RecordedGraphs, storages
@@ -90,9 +90,9 @@ def test_replays_are_eager_rollouts(wrap, architecture):
     assert (len(capture.recordings), capture.replays) == (1, 3)
 
 
-@pytest.mark.parametrize("changes", [{"end_token_id": END, "stop_threshold": 1 / 61}, {"end_token_id": END, "start_token_id": 59}])
+@pytest.mark.parametrize("changes", [{"stop_threshold": 1 / 61}, {"start_token_id": 59}], ids=["stop", "banned"])
 def test_thoughts_that_stop_and_ids_that_are_banned(wrap, changes):
-    qs = wrap(**changes)
+    qs = wrap(end_token_id=END, **changes)
     lengths = set()
     for greedy in (False, True):
         for seed in range(4):
@@ -181,31 +181,6 @@ def test_what_stands_in_unused_room_changes_nothing(wrap):
     assert qs._graphs.spare.store is store and store.entries[0].k_text[:, :, 20:].isnan().all()
 
 
-@pytest.mark.parametrize(
-    "work, name",
-    [
-        (lambda x: x * x.sum().item(), "_local_scalar_dense"),
-        (lambda x: x if x.any() else -x, "_local_scalar_dense"),
-        (lambda x: x.nonzero(), "nonzero"),
-        (lambda x: x[x > 0], "index"),
-        (lambda x: x.index_put((x > 0,), x[0]), "index_put"),
-        (lambda x: x.masked_select(x > 0), "masked_select"),
-        (lambda x: x.unique(), "_unique2"),
-        (lambda x: x if torch.equal(x, x) else -x, "equal"),
-        (lambda x: x.repeat_interleave(x.long()), "repeat_interleave"),
-        (lambda x: x + torch.tensor([1.0]), "lift_fresh"),
-        (lambda x: x.to("meta"), "_to_copy"),
-        (lambda x: x + torch.rand(4), "rand"),
-        (lambda x: torch.nn.functional.dropout(x), "bernoulli"),
-        (lambda x: x[x.long()] + x.cumsum(0).masked_fill(x > 0, 0) + torch.ones(4) + torch.where(x > 1, x, 2.0), None),
-    ],
-)
-def test_work_for_the_host_is_seen(work, name):
-    with HostWork(torch.device("cpu")) as host:
-        work(torch.arange(4.0))
-    assert host.found is None if name is None else f"aten.{name}" in host.found and "test_graphs.py" in host.found
-
-
 def said(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "quietstar.graphs"]
 
@@ -260,7 +235,7 @@ def test_a_capture_that_fails(wrap, caplog):
     qs = wrap()
 
     class Fails(RecordedGraphs):
-        def __call__(self, body):
+        def __call__(self, body, device):
             body()
             raise torch.OutOfMemoryError("no memory\nand more")
 
@@ -275,7 +250,7 @@ def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
     qs.anchor_chunk = 2
     for seed in range(3):
         qs.think(**rollout(seed))
-    assert not qs._graphs._met
+    assert not qs._graphs._met and qs._graphs.why == "anchor_chunk asks for less memory than a graph keeps"
 
 
 def test_weights_that_move_drop_their_graphs(wrap):

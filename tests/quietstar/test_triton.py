@@ -60,6 +60,27 @@ def test_training_step_in_bf16_and_compiled(tiny):
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+def test_rollouts_and_generation_are_replayed(tiny, name):
+    """The first call runs eagerly, the second captures, later ones replay: all give what launches one by one give."""
+    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2)
+    qs, plain = (quietstar.QuietStar(tiny(name).to(DEVICE), config, verify=False) for _ in range(2))
+    plain.graphs = False
+    for seed in range(4):
+        ids = torch.randint(3, 61, (2, 12), device=DEVICE)
+        got, want = (x.think(ids, seed=seed, greedy=False) for x in (qs, plain))
+        assert torch.equal(got.thought_ids, want.thought_ids) and torch.equal(got.logprob, want.logprob)
+        options = {"max_new_tokens": 8, "eos_token_id": None, "sample_thoughts": True, "thoughts": 2, "seed": seed}
+        assert torch.equal(qs.generate(ids, **options), plain.generate(ids, **options))
+        with torch.no_grad():
+            for x in (qs, plain):
+                x.model.get_input_embeddings().weight.mul_(1.1)
+    assert qs._graphs.why is None and qs._graphs.spare.graphs.why is None
+    kinds = [type(known).__name__ for known in (*qs._graphs._met.values(), *qs._graphs.spare.graphs._met.values())]
+    assert kinds == ["_Graph"] * 3
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 def test_sampling_is_captured_in_a_graph():
     hidden, weight = torch.randn(8, 64, device=DEVICE), torch.randn(500, 64, device=DEVICE)
     counters = torch.zeros(8, 4, dtype=torch.int32, device=DEVICE)
