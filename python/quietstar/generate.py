@@ -26,8 +26,10 @@ from quietstar_kernels import ThoughtLayout
 if TYPE_CHECKING:
     from quietstar.model import QuietStar
 
-# Room is made for a multiple of so many text positions.
+# Room is made for a multiple of so many text positions: texts of about the same length share their graphs.
 ROOM = 128
+# New tokens that room is made for before the first, at most; where more come, it is doubled.
+AHEAD = 512
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Desk:
         state = (*run.state, layout.B, room)
         desk, run.graphs.spare = run.graphs.spare, None
         if desk is None or desk.state != state:
-            desk = Desk(ThoughtStore(layout, room=room), run, Graphs(run.graphs.capture), state, layout.L)
+            desk = Desk(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
         else:
             desk.store.restart(layout)
         desk.run, desk.written = desk.graphs.runner(qs.model, layout.device), layout.L
@@ -183,7 +185,8 @@ class ThinkingModel(GenerationMixin):
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
                 logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.desk, thinks)), logits)
-        logits[:, self.qs.thought_config.banned] = -torch.inf
+        for token in self.qs.thought_config.banned:  # one by one: a list would be copied to the device
+            logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])
 
     def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> Desk:
@@ -195,7 +198,8 @@ class ThinkingModel(GenerationMixin):
         self.sequence_ids = checks.check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
-        return Desk.take(self.qs, layout, self._room(layout.L + self.new_tokens - 1))
+        ahead = min(self.new_tokens - 1, AHEAD)
+        return Desk.take(self.qs, layout, self._room(layout.L + ahead, layout.L + ahead))
 
     def _read_prompt(self, desk: Desk, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
@@ -207,7 +211,7 @@ class ThinkingModel(GenerationMixin):
         self.longest += 1
         self._check_room()
         if desk.written == desk.store.layout.L:
-            desk.grow(self._room(2 * desk.written))
+            desk.grow(self._room(desk.written + 1, 2 * desk.written))
         model, store = self.qs.model, desk.store
 
         def read(token: Tensor, place: Tensor, whole: bool) -> tuple[Tensor]:
@@ -252,10 +256,10 @@ class ThinkingModel(GenerationMixin):
         logits = mixed_logits(self.qs, base, thought)
         return logits[:, 0] if self.N == 1 else logits.log_softmax(-1).logsumexp(1) - math.log(self.N)
 
-    def _room(self, text: int) -> int:
-        """Text positions to make room for, where ``text`` are to come: texts of about the same length share their graphs."""
+    def _room(self, needed: int, wanted: int) -> int:
+        """How many text positions to make room for."""
         most = most_rows(self.qs.model) - (self.sampling.thought_tokens + 2)
-        return max(text, min(-(-text // ROOM) * ROOM, most))
+        return max(needed, min(-(-wanted // ROOM) * ROOM, most))
 
     def _check_room(self, ahead: int = 0) -> None:
         checks.check_room(self.qs.model, self.limits, self.longest + ahead + self.qs.thought_config.thought_tokens + 2)

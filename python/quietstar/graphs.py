@@ -126,6 +126,12 @@ class Graphs:
     def __reduce__(self) -> tuple:
         return Graphs, ()  # a copy has graphs of its own
 
+    def apart(self) -> Graphs:
+        """Others, for bodies that work on tensors which may go before these do."""
+        others = Graphs(self.capture)
+        others._said = self._said
+        return others
+
     def clear(self) -> None:
         # By key: a graph, or None for a shape that was met once, or the reason why there can be none.
         self._met: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
