@@ -8,6 +8,7 @@ sentence in the log says why, once, and the body runs eagerly: the same operatio
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import os
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import quietstar_kernels
 from quietstar import adapters
+from quietstar_kernels import ThoughtLayout
 
 # Called with its inputs by name and ``whole``: True in a graph, where no step can be left out by a look at values.
 Body = Callable[..., tuple[Tensor, ...]]
@@ -33,7 +34,7 @@ Call = Callable[[], tuple[Tensor, ...]]  # of a body
 MOST = 16
 # Of the device's memory, what a graph may keep.
 SHARE = 1 / 8
-TORCH, KERNELS = Path(torch.__file__).parent, Path(quietstar_kernels.__file__).parent
+TORCH, KERNELS = Path(torch.__file__).parent, Path(inspect.getfile(ThoughtLayout)).parent
 # Whose hooks do not mind that a replay calls none.
 _STATELESS_HOOKS = {"quietstar", "transformers", "peft"}
 
