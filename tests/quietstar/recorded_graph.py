@@ -65,11 +65,12 @@ class RecordedGraphs:
 
         def replay():
             self.replays += 1
-            for func, args, kwargs, out in recording.steps:
-                again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                    if isinstance(old, Tensor) and not storages(old) & storages(new):  # else a view, or done in place
-                        old.copy_(new)
+            with torch.autocast("cpu", enabled=False):  # casts are among the steps
+                for func, args, kwargs, out in recording.steps:
+                    again = func(*args, **kwargs)
+                    for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                        if isinstance(old, Tensor) and not storages(old) & storages(new):  # else a view, or done in place
+                            old.copy_(new)
 
         with torch.no_grad():  # what the capture computed is not to be taken for a replay's
             for x in outputs:
