@@ -217,7 +217,7 @@ def continue_thoughts(
     ids = torch.zeros((B, P, N, T), dtype=torch.int64, device=start.device)
     logprob = torch.zeros((B, P, N, T), device=start.device)
     lengths = layout.length.long().clamp(max=T)
-    embeds = start.expand(B, P * N, -1)
+    embeds = start.repeat(B, P * N, 1)
     ends = None
     for step in range(T if end is None else T + 2):
         hidden = decode_step(model, embeds, store, step).view(B, P, N, -1)

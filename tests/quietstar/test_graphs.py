@@ -204,7 +204,12 @@ def offloaded(qs):
     qs.model._hf_hook = None
 
 
+def sharded(qs):
+    qs.model.lm_head.weight.device_mesh = None
+
+
 REASONS = {
+    "sharded": (sharded, "the model's weights are cut over processes"),
     "a hook": (hooked, "model.layers.0 has a hook, which a replay would not call"),
     "compiled": (lambda qs: qs.compile(backend="eager"), "model is compiled"),
     "offloaded": (offloaded, "accelerate moves the weights of LlamaForCausalLM"),

@@ -123,3 +123,15 @@ def test_dropout_is_off_in_the_rollout_and_modes_come_back(tiny):
     ids = text()
     assert torch.equal(qs.think(ids, seed=1).thought_ids, qs.think(ids, seed=1).thought_ids)
     assert model.training and not model.transformer.h[0].training and model.transformer.h[1].training
+
+
+def test_a_decoder_may_change_its_rows_in_place(tiny):
+    """As CTRL's does, which scales them."""
+    qs = quietstar.QuietStar(tiny("llama"), CONFIG)
+    want = qs.think(text(), seed=1).thought_ids
+
+    def scale(module, args, kwargs):
+        kwargs["inputs_embeds"].mul_(1.0)
+
+    qs.model.model.register_forward_pre_hook(scale, with_kwargs=True)
+    assert torch.equal(qs.think(text(), seed=1).thought_ids, want)
