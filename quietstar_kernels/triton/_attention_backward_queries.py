@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_forward import scores, without_poison
+from quietstar_kernels.triton._attention_forward import scores
 from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
@@ -95,7 +95,7 @@ def attention_backward_queries(
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < M, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < M, E, BLOCK_E)
         # Rows that don't see a NaN must not meet 0 * NaN; those that do have no finite log-sum-exp and are set below.
-        keys, _ = without_poison(keys)
+        keys = tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
         if oldest_table is not None:
