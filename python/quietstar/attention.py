@@ -202,9 +202,8 @@ def _check_row_count(module: nn.Module, rows: int) -> None:
 
 def most_rows(model: PreTrainedModel) -> int:
     """How many rows text and thoughts may have where layers cut attention into chunks or scale it by a row's index."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "attention_chunk_size", None)]
-    limits += [getattr(module, "floor_scale", None) for module in model.modules()]
+    scales = [getattr(module, "floor_scale", None) for module in model.modules()]
+    limits = [getattr(model.config.get_text_config(), "attention_chunk_size", None), *(scale and scale - 1 for scale in scales)]
     return int(min((limit for limit in limits if limit), default=sys.maxsize))
 
 

@@ -148,7 +148,7 @@ class Graphs:
         if torch.compiler.is_compiling():
             return EAGER
         if reason := self.capture.why_not(device) or but:
-            self._say(reason, logging.INFO)  # as was to be expected
+            self._say(reason, logging.DEBUG if device.type == "cpu" else logging.INFO)  # as was to be expected
             return EAGER
         if reason := why_not(model):
             self._say(reason)
