@@ -50,13 +50,14 @@ _picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # ta
 
 
 # BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
-# which warps share where fp32 queries would fill the registers of one.
+# which warps share where fp32 queries would fill the registers of one. CAREFUL looks for values that are not finite block by block;
+# else a tile that they spoilt is computed again, by code that takes registers, too.
 ATTENTION_FORWARD: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
-    ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
-    ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
+    ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
+    ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
@@ -66,9 +67,9 @@ ATTENTION_FORWARD: Table = {
     ("sm_90", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
-    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
-    ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
-    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
+    ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
+    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_100", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 4}, num_warps=8),
     ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
@@ -87,8 +88,7 @@ ATTENTION_FORWARD_SHORT: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
 }
 
-# With a window, a soft cap or sinks, which take registers. CAREFUL looks for values that are not finite block by block; else a
-# tile that they spoilt is computed again, by code that takes registers, too.
+# With a window, a soft cap or sinks, which take registers.
 ATTENTION_FORWARD_OPTIONS: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
@@ -117,7 +117,7 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
-    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
@@ -249,9 +249,9 @@ THOUGHT_DECODE: Table = {
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
-    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
+    ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=255),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_100", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}),
+    ("sm_100", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
     ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, num_stages=1),
     ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
