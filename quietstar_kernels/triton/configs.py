@@ -50,8 +50,8 @@ _picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # ta
 
 
 # BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
-# which warps share where fp32 queries would fill the registers of one. CAREFUL looks for values that are not finite block by block;
-# else a tile that they spoilt is computed again, by code that takes registers, too.
+# which warps share where fp32 queries would fill the registers of one. CAREFUL looks for values that are not finite
+# block by block; else a tile that they spoilt is computed again, by code that takes registers, too.
 ATTENTION_FORWARD: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),

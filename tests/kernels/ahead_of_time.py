@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -74,7 +75,7 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic."""
+    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic, ``loops`` are those of sm_90."""
 
     kernel: str
     target: str
@@ -83,18 +84,19 @@ class Resources:
     shared: int
     warps: int
     matrix: dict[str, int]
+    loops: list[machine_code.Loop]
 
 
 def resources(kernel: Any, target: str) -> Resources:
     """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there, words
     of scratch memory here."""
     read = _amd if target.startswith("gfx") else _nvidia
-    registers, spills, matrix = read(kernel)
+    registers, spills, matrix, loops = read(kernel)
     meta = kernel.metadata
-    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, matrix)
+    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, matrix, loops)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int]]:
+def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int], list[machine_code.Loop]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -102,15 +104,16 @@ def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int]]:
             subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "-sass")
         )
-    ops = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", sass, re.M)
+    code = machine_code.instructions(sass)
+    ops = [x.mnemonic for x in code]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     matrix = {name: ops.count(name) for name in sorted(set(ops)) if "MMA" in name}
-    return registers, ops.count("LDL") + ops.count("STL"), matrix
+    return registers, ops.count("LDL") + ops.count("STL"), matrix, machine_code.loops(code)
 
 
-def _amd(kernel: Any) -> tuple[int, int, dict[str, int]]:
+def _amd(kernel: Any) -> tuple[int, int, dict[str, int], list[machine_code.Loop]]:
     text = kernel.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
     # Scalar registers spill into lanes of vector registers; what goes to memory takes a private segment, bytes a lane.
     spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size") // 4)
-    return number("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", text))}
+    return number("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", text))}, []

@@ -1,8 +1,8 @@
 """What a forward tile of thought_attention takes on an H100 or H200, by count: clocks of the matrix unit and issue slots.
 
-A multiprocessor starts four warp instructions a clock and does 4096 bf16 operations; whichever a kernel has more of bounds it, if
-the rest is hidden. The counts are those of ``test_ahead_of_time.py`` for heads of 128, sm_90, Triton 3.6.0: they are a model
-of what a change is worth, to be judged by a GPU, and no measurement.
+A multiprocessor starts four warp instructions a clock and does 4096 bf16 operations. Whichever a kernel has more of bounds it,
+if the rest is hidden. The counts are read from machine code by ``test_ahead_of_time.py`` for heads of 128, sm_90, Triton 3.6.0:
+a model of what a change is worth, to be judged by a GPU, and no measurement.
 """
 
 from __future__ import annotations

@@ -26,8 +26,22 @@ def rules(op):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile(op, target, record_property):
+    judge(op, target, sys.executable, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_with_the_oldest_triton(op, record_property):
+    """GPU machines often have it."""
+    python = HERE.parents[1] / ".venv-lowest/bin/python"
+    if not python.exists():
+        pytest.skip("make test-lowest makes the environment with the oldest versions")
+    judge(op, "sm_90", str(python), record_property)
+
+
+def judge(op, target, python, record_property):
     run = subprocess.run(
-        [sys.executable, HERE / "compile_op.py", op, target],
+        [python, HERE / "compile_op.py", op, target],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -39,7 +53,7 @@ def test_kernels_compile(op, target, record_property):
         matrix = " ".join(f"{name} {count}" for name, count in row["matrix"].items()) or "no matrix instruction"
         lines.append(
             f"  {row['kernel']:<28} {row['label']:<40} {row['registers']:>3} registers, {row['spills']} spills, "
-            f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}"
+            f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}{''.join(map(told, row['loops']))}"
         )
     record_property("table", "\n".join(lines))  # tests/conftest.py prints it at the end
     assert rows
@@ -51,4 +65,12 @@ def test_kernels_compile(op, target, record_property):
         if row["kernel"] not in without and "float32" not in row["label"]:
             assert sum(row["matrix"].values()), what
             if target == "sm_90" and row["kernel"] in hgmma:
-                assert row["matrix"].get("HGMMA"), what
+                main = row["loops"][: hgmma[row["kernel"]]]
+                assert len(main) == hgmma[row["kernel"]], what
+                assert not any(loop["serialised"] for loop in row["loops"]), f"{what}: products wait for the one before"
+                assert all(loop["in_flight"] for loop in main), f"{what}: a loop waits for a copy that it has just started"
+
+
+def told(loop):
+    """Of one loop, for the table: instructions, products, those that wait, copies in flight."""
+    return f"; {loop['instructions']} for {loop['hgmma']}" + f" SERIALISED {loop['serialised']}" * (loop["serialised"] > 0)

@@ -6,7 +6,7 @@ import torch
 
 from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward, linear_logprob_joined
 
-HGMMA: set[str] = set()
+HGMMA: dict[str, int] = {}
 NO_MATRIX = {"_online_softmax", "_logits_gradient"}
 
 SHAPES = [(1, 1, 1), (2, 3, 64), (17, 16, 1000), (5000, 4096, 152_064)]  # R, D, V: one compile serves them all

@@ -6,7 +6,7 @@ import torch
 
 from quietstar_kernels.triton.sample_token import sample_token
 
-HGMMA = {"_draw"}
+HGMMA = {"_draw": 1}  # see thought_attention.py
 NO_MATRIX = {"_choose"}
 
 OPTIONS = {  # bias, scale, softcap, temperature, banned

@@ -7,7 +7,7 @@ import torch
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.triton.thought_decode import thought_decode
 
-HGMMA = {"_decode"}
+HGMMA = {"_decode": 3}  # see thought_attention.py
 NO_MATRIX = {"_add_parts"}
 
 OPTIONS = {  # window, softcap, sinks

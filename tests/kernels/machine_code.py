@@ -1,0 +1,85 @@
+"""What a disassembly for NVIDIA tells of a kernel's loops: length, matrix products, and what waits for what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9][A-Z0-9_.]*)([^;]*);", re.M)
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str  # with its modifiers
+    operands: str
+
+    @property
+    def mnemonic(self) -> str:
+        return self.name.split(".")[0]
+
+
+@dataclass
+class Loop:
+    """An innermost loop with products of warp groups.
+
+    Attributes:
+        instructions: of one iteration, for a warp.
+        hgmma: products among them.
+        serialised: products that wait for the one before, though both add to the same registers.
+        in_flight: copies of later iterations that are still on their way when the first product starts; None without copies.
+    """
+
+    instructions: int
+    hgmma: int
+    serialised: int
+    in_flight: int | None
+
+
+def instructions(sass: str) -> list[Instruction]:
+    return [Instruction(int(address, 16), name, operands) for address, name, operands in INSTRUCTION.findall(sass)]
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """In the order of their addresses."""
+    index = {x.address: i for i, x in enumerate(code)}
+    spans = set()
+    for i, x in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", x.operands) if x.mnemonic == "BRA" else None
+        if target and index.get(int(target[1], 16), i) < i:
+            spans.add((index[int(target[1], 16)], i))
+    found, end = [], 0
+    for first, last in sorted(spans):
+        inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
+        body = code[first : last + 1]
+        if not inner and any(x.mnemonic == "HGMMA" for x in body):
+            found.append(_loop(body, code[end:first]))
+            end = last + 1
+    return found
+
+
+def _loop(body: list[Instruction], before: list[Instruction]) -> Loop:
+    serialised, sums, waited = 0, None, False
+    for x in body:
+        if x.name.startswith("WARPGROUP.DEPBAR"):
+            waited = x.operands.rstrip().endswith("0x0")
+        elif x.mnemonic == "HGMMA":
+            into, *rest = (operand.strip() for operand in x.operands.split(","))
+            serialised += waited and into == sums and into in rest  # else it starts a new sum
+            sums, waited = into, False
+    count = lambda code, name: sum(x.mnemonic == name for x in code)  # noqa: E731
+    return Loop(len(body), count(body, "HGMMA"), serialised, _in_flight(body, before, count))
+
+
+def _in_flight(body: list[Instruction], before: list[Instruction], count) -> int | None:
+    """By what waits for copies leave open, or for whole tiles by how many iterations' copies were started before the loop."""
+    if tiles := count(body, "UTMALDG"):
+        return count(before, "UTMALDG") // tiles - 1
+    if not count(body, "LDGSTS"):
+        return None
+    for x in body:
+        if x.mnemonic == "DEPBAR" and (open_ := re.search(r"0x(\w+)\s*$", x.operands)):
+            return int(open_[1], 16)
+        if x.mnemonic == "HGMMA":
+            break
+    return 0
