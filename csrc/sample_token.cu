@@ -164,8 +164,6 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
     const int32_t* counter = static_cast<const int32_t*>(x.counters) + r * x.counters_stride[0];
     const auto word = [&](int i) { return static_cast<uint32_t>(counter[i * x.counters_stride[1]]); };
     const uint32_t sequence = word(0), position = word(1), thought = (word(2) << 16) + word(3);
-    const uint64_t seed = *static_cast<const uint64_t*>(x.seed);
-    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     const Logits logits(x);
 
     Standing mine;
@@ -205,6 +203,9 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
             }
         } else {
             const uint32_t block = static_cast<uint32_t>(x.first + first) / BLOCK;
+            // Volatile: read here each time, where sm_80 has registers for it.
+            const uint64_t seed = *static_cast<const volatile uint64_t*>(x.seed);
+            const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
             const uint2 words = philox({sequence, position, thought, block}, key0, key1);
             const float score =
                 sum > 0 ? level + fast_log2(sum * fast_reciprocal(exponential(words.x))) : -INFINITY;

@@ -26,6 +26,7 @@ from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
     ATTENTION_BACKWARD_TEXT_KEYS,
+    ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS,
     Config,
     pick,
 )
@@ -46,7 +47,8 @@ def key_gradients(
         config = pick(ATTENTION_BACKWARD_OWN_KEYS, q.element_size(), max(K, E))
         _launch(grad_out, q, k, v, tables, layout, None, scale, softcap, dk, dv, 1, config, known)
     if L:
-        config = pick(ATTENTION_BACKWARD_TEXT_KEYS, q.element_size(), max(K, E))
+        special = [] if window is None and softcap is None else [ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS]
+        config = pick([*special, ATTENTION_BACKWARD_TEXT_KEYS], q.element_size(), max(K, E))
         ranges = row_ranges(layout, window, q.shape[2], config.blocks["BLOCK_N"], known)
         tiles = q.shape[1] // G * cdiv(q.shape[2], config.blocks["BLOCK_M"])
         parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))

@@ -145,7 +145,7 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
-    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
+    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
@@ -160,6 +160,11 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8, num_stages=1),
 }
+# With a window or a soft cap.
+ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
+}
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
@@ -173,7 +178,7 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
+    ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_100", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
