@@ -16,7 +16,7 @@ struct SampleTokenArguments {
     int64_t logits_stride,
         counters_stride[2];  // in elements; logits_stride is a multiple of 4, logits and bias of 16 bytes
     int R, columns;
-    int first;  // the id of the first column, a multiple of 128; 0 starts the race
+    int first;         // the id of the first column, a multiple of 128; 0 starts the race
     const void* seed;  // int64
     float scale;
     float softcap;      // 0: none
