@@ -198,7 +198,7 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
 ONLINE_SOFTMAX: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
     ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
+    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}, maxnreg=128),
     ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
 }
