@@ -3,9 +3,9 @@
 The H/G query heads of a key head are folded into the rows: flat row f is thought f // HG under head f % HG. The keys of a
 tile, in this order:
 
-1. own rows of the thoughts up to the step, which is read here, on the device;
-2. text that all rows see, in blocks of BLOCK_N without a mask;
-3. text at the edges, which some rows see, in masked blocks of BLOCK_EDGE.
+1. own rows of all thoughts of the tile up to the step, which is read here, on the device, in masked blocks of BLOCK_EDGE;
+2. likewise text at the edges, which some rows see;
+3. text that all rows see, in blocks of BLOCK_N without a mask.
 
 Where there are fewer tiles than processors, as in generation, ``_decode_splits`` cuts the text of a tile into parts.
 """
