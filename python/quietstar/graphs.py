@@ -76,11 +76,11 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """``torch.cuda.graph``. All graphs take their memory from one pool: only one runs at a time."""
+    """``torch.cuda.graph``. All graphs of a device take their memory from one pool: only one runs at a time."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
-        self.stream: Any = None
+        # By device: a pool and a stream. On a stream of another device a capture would record nothing.
+        self._places: dict[torch.device, tuple[Any, Any]] = {}
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -89,11 +89,12 @@ class CudaCapture:
         return f"QUIETSTAR_BACKEND is {backend}" if backend in ("reference", "cpu") else None
 
     def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        if device not in self._places:
+            self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        pool, stream = self._places[device]
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as those of a process group, may go on with calls that a capture forbids.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             before = torch.cuda.memory_reserved(device)
             outputs = body()
         kept = torch.cuda.memory_reserved(device) - before
