@@ -3,11 +3,16 @@
 As on a GPU, a replay knows nothing of Python: numbers are those of the capture, and tensors are where they were.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import quietstar
+from quietstar.graphs import Graphs
 
 # Reads of a tensor that never reach PyTorch's dispatcher where the tensor is on the CPU.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.data_ptr, Tensor.untyped_storage}
@@ -76,3 +81,19 @@ class RecordedGraphs:
             for x in outputs:
                 x.fill_(-7)
         return outputs, replay
+
+
+def with_recorded_graphs(model, **changes):
+    """A QuietStar around a model, with changes of its config."""
+    qs = quietstar.QuietStar(model, quietstar.ThoughtConfig(**{"lookahead": 2, **changes}), verify=False).train()
+    with torch.no_grad():
+        qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+    qs._graphs = Graphs(RecordedGraphs())
+    return qs
+
+
+def eager(qs):
+    """The same weights, without graphs."""
+    twin = copy.copy(qs)
+    twin.graphs = False
+    return twin

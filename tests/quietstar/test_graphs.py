@@ -15,7 +15,7 @@ from quietstar.config import AdapterConfig
 from quietstar.graphs import Graphs
 
 sys.path.append(str(Path(__file__).parent))
-from recorded_graph import RecordedGraphs, storages
+from recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
 
 B, L, N, T = 2, 12, 2, 4
 END = 60
@@ -24,16 +24,7 @@ END = 60
 @pytest.fixture
 def wrap(tiny):
     """``wrap(name, **config changes)``: a model whose graphs are recorded ones."""
-
-    def make(name="llama", **changes):
-        config = quietstar.ThoughtConfig(**{"thoughts": N, "thought_tokens": T, "lookahead": 2, **changes})
-        qs = quietstar.QuietStar(tiny(name), config, verify=False).train()
-        with torch.no_grad():
-            qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
-        qs._graphs = Graphs(RecordedGraphs())
-        return qs
-
-    return make
+    return lambda name="llama", **changes: with_recorded_graphs(tiny(name), **{"thoughts": N, "thought_tokens": T, **changes})
 
 
 def rollout(seed):
@@ -60,12 +51,6 @@ def assert_same(got, want):
     assert torch.equal(got.thought_ids, want.thought_ids)
     assert torch.equal(got.logprob, want.logprob)
     assert torch.equal(got.lengths, want.lengths)
-
-
-def eager(qs):
-    twin = copy.copy(qs)
-    twin.graphs = False
-    return twin
 
 
 def test_replays_are_eager_rollouts(wrap, architecture):
@@ -115,71 +100,6 @@ def test_autocast_casts_the_weights_again(wrap):
     assert qs._graphs.capture.replays == 2
     assert_same(qs.think(**rollout(0)), eager(qs).think(**rollout(0)))  # without: another graph
     assert qs._graphs.capture.replays == 2
-
-
-def prompt(number, longest=9):
-    return torch.randint(3, 59, (2, longest), generator=torch.Generator().manual_seed(number))
-
-
-def generated(qs, number, lengths=(9, 6), **options):
-    ids = prompt(number, max(lengths))
-    mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
-    seen = []
-    options = {"eos_token_id": None, "pad_token_id": 0, "on_thoughts": seen.append, **options}
-    out = qs.generate(ids, mask, max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **options)
-    return out.sequences, torch.stack(out.logits, 1), *seen
-
-
-HOW = {
-    "greedy": {},
-    "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5},
-    "at times": {"think": None},
-}
-
-
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
-def test_generation_replays_what_it_would_compute(wrap, name, how):
-    qs, options = wrap(name), HOW[how]
-    if "think" in options:
-        with torch.no_grad():
-            options = {"think": float(torch.special.entr(qs.model(prompt(0)).logits.softmax(-1)).sum(-1).median())}
-    capture = qs._graphs.capture
-    for number, lengths in enumerate([(9, 6), (4, 11), (7, 7)]):
-        got, want = (generated(x, number, lengths, **options) for x in (qs, eager(qs)))
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert len(capture.recordings) == 2, "one for reading a token and one for thinking serve all texts"
-    assert capture.replays >= 20 - 8 * (how == "at times")
-
-
-def test_generation_with_thoughts_that_stop(wrap):
-    qs = wrap(end_token_id=END, stop_threshold=1 / 61)
-    for seed in range(2):
-        got, want = (generated(x, 0, thoughts=3, sample_thoughts=True, seed=seed) for x in (qs, eager(qs)))
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert len({int((row >= 0).sum()) for row in got[2].flatten(0, 1)}) > 1
-    assert qs._graphs.capture.replays > 10
-
-
-def test_a_text_that_outgrows_its_room(wrap, monkeypatch):
-    """Its graphs are made anew."""
-    monkeypatch.setattr(quietstar.generate, "ROOM", 4)
-    monkeypatch.setattr(quietstar.generate, "AHEAD", 0)
-    qs = wrap()
-    ids = torch.randint(3, 59, (1, 7), generator=torch.Generator().manual_seed(0))
-    options = {"max_new_tokens": 23, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(qs.generate(ids, **options), eager(qs).generate(ids, **options))
-    assert len(qs._graphs.capture.recordings) == 5
-
-
-def test_what_stands_in_unused_room_changes_nothing(wrap):
-    qs = wrap("mistral")
-    want = generated(qs, 0)
-    store = qs._graphs.spare.store
-    for entry in store.entries:
-        entry.k_text.fill_(torch.nan), entry.v_text.fill_(torch.nan)
-    assert all(torch.equal(a, b) for a, b in zip(generated(qs, 0), want, strict=True))
-    assert qs._graphs.spare.store is store and store.entries[0].k_text[:, :, 20:].isnan().all()
 
 
 def said(caplog):
