@@ -115,7 +115,7 @@ class Desk:
         if run.graphs is None:
             return Desk(ThoughtStore(layout, room=room), run, None, (), layout.L)
         state = (*run.state, layout.B, room)
-        desk, run.graphs.spare = run.graphs.spare, None
+        desk = run.graphs.take_spare()
         if desk is None or desk.state != state:
             desk = Desk(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
         else:

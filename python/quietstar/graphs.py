@@ -12,6 +12,7 @@ import inspect
 import itertools
 import logging
 import os
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -112,7 +113,7 @@ class _Graph:
 
 
 class Graphs:
-    """Graphs of bodies that run one model, at most ``MOST``; from one thread and on one stream at a time.
+    """Graphs of bodies that run one model, at most ``MOST``. Threads take turns; all must use the same stream.
 
     Attributes:
         why: the reason why the last body ran without a graph, None where it did not have to.
@@ -123,6 +124,7 @@ class Graphs:
         self.capture = capture or CudaCapture()
         self.why: str | None = None
         self._said: set[str] = set()
+        self._turn = threading.RLock()  # a replay's inputs, and the pool, are those of one call at a time
         self.clear()
 
     def __reduce__(self) -> tuple:
@@ -131,7 +133,7 @@ class Graphs:
     def apart(self) -> Graphs:
         """Others, for bodies that work on tensors which may go before these do."""
         others = Graphs(self.capture)
-        others._said = self._said
+        others._said, others._turn = self._said, self._turn
         return others
 
     def clear(self) -> None:
@@ -139,6 +141,12 @@ class Graphs:
         self._met: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
         self._weights: tuple[int, ...] = ()
         self.spare: Any = None
+
+    def take_spare(self) -> Any:
+        """``spare``, for the caller alone."""
+        with self._turn:
+            spare, self.spare = self.spare, None
+        return spare
 
     def runner(self, model: nn.Module, device: torch.device, but: str | None = None) -> Runner:
         """What runs bodies until the model's weights move or its adapters change.
@@ -156,15 +164,20 @@ class Graphs:
             return EAGER
         self.why = None
         weights = tuple(x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers()))
-        if weights != self._weights:
-            self.clear()
-            self._weights = weights
+        with self._turn:
+            if weights != self._weights:
+                self.clear()
+                self._weights = weights
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         state = (device, autocast, torch.is_inference_mode_enabled(), adapters.switches(model))
         return Runner(self, state)
 
     def run(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """See ``Runner``."""
+        with self._turn:
+            return self._run(key, body, inputs)
+
+    def _run(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if key not in self._met:
             self._met[key] = None
             if len(self._met) > MOST:
@@ -197,7 +210,7 @@ class Graphs:
         try:
             results, replay = self.capture(lambda: body(**own, whole=True), device)
         except RuntimeError as error:
-            reason = f"the capture failed: {str(error).splitlines()[0]}"
+            reason = f"the capture failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
             self._say(reason)
             return outputs, reason
         finally:

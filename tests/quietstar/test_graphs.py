@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import logging
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,18 +159,40 @@ def test_on_a_cpu_it_is_no_news(tiny, caplog):
     assert said(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
 
 
-def test_a_capture_that_fails(wrap, caplog):
+@pytest.mark.parametrize(
+    "error, what", [(torch.OutOfMemoryError("no memory\nand more"), "no memory"), (RuntimeError(), "RuntimeError")], ids=str
+)
+def test_a_capture_that_fails(wrap, caplog, error, what):
     qs = wrap()
 
     class Fails(RecordedGraphs):
         def __call__(self, body, device):
             body()
-            raise torch.OutOfMemoryError("no memory\nand more")
+            raise error
 
     qs._graphs = Graphs(Fails())
     for seed in range(3):
         assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
-    assert said(caplog) == ["thoughts run without CUDA graphs: the capture failed: no memory"]
+    assert said(caplog) == [f"thoughts run without CUDA graphs: the capture failed: {what}"]
+
+
+def test_threads_take_turns(wrap):
+    """Between a replay's inputs and its results no other call puts inputs of its own there."""
+
+    class Slow(RecordedGraphs):
+        def __call__(self, body, device):
+            outputs, replay = super().__call__(body, device)
+            return outputs, lambda: (time.sleep(0.1), replay())
+
+    qs = wrap().eval()
+    qs._graphs = Graphs(Slow())
+    for seed in range(2):
+        qs.think(**rollout(seed))
+    with ThreadPoolExecutor(4) as pool:
+        thoughts = list(pool.map(lambda seed: qs.think(**rollout(seed)), range(2, 6)))
+    for seed, got in zip(range(2, 6), thoughts, strict=True):
+        assert_same(got, eager(qs).think(**rollout(seed)))
+    assert qs._graphs.capture.replays == 4
 
 
 def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
