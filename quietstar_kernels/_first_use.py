@@ -147,6 +147,10 @@ def _remember(what: dict[str, Any]) -> None:
         file = _file(what)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as new:
-            json.dump(what, new, indent=1)
-        os.replace(path, file)
+        try:
+            with os.fdopen(handle, "w") as new:
+                json.dump(what, new, indent=1)
+            os.replace(path, file)
+        except OSError:
+            os.unlink(path)
+            raise

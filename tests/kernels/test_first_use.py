@@ -100,9 +100,10 @@ def test_devices_with_results_and_cpus_are_not_tried(tries, monkeypatch):
     monkeypatch.setattr(_first_use, "MEASURED", frozenset({"Test GPU"}))
     call("thought_decode")
     new_process(monkeypatch)
+    assert not tries
     monkeypatch.undo()
     call("thought_decode")
-    assert not tries and not _first_use._found
+    assert not any(device.type == "cpu" for _, _, device, *_ in _first_use._found)
 
 
 def test_measured_are_the_gpus_with_results():
