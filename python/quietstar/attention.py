@@ -192,8 +192,8 @@ def _was_passed() -> bool:
 
 def _check_row_count(module: nn.Module, rows: int) -> None:
     """Llama 4 warms its attention by the index of a row, in steps of ``floor_scale``, where it means the position."""
-    scale = getattr(module, "floor_scale", None)
-    if scale is not None and getattr(module, "attn_temperature_tuning", False) and rows >= scale:
+    scale = _row_scale(module)
+    if scale is not None and rows >= scale:
         raise ValueError(
             f"{type(module).__name__} scales attention by row index from row {scale - 1:.0f} on, got {rows} rows: "
             "use fewer anchors or thoughts, or set attn_temperature_tuning to False"
@@ -202,9 +202,14 @@ def _check_row_count(module: nn.Module, rows: int) -> None:
 
 def most_rows(model: PreTrainedModel) -> int:
     """How many rows text and thoughts may have where layers cut attention into chunks or scale it by a row's index."""
-    scales = [getattr(module, "floor_scale", None) for module in model.modules()]
+    scales = [_row_scale(module) for module in model.modules()]
     limits = [getattr(model.config.get_text_config(), "attention_chunk_size", None), *(scale and scale - 1 for scale in scales)]
     return int(min((limit for limit in limits if limit), default=sys.maxsize))
+
+
+def _row_scale(module: nn.Module) -> float | None:
+    """The row from which on a layer scales its attention, None where it does not."""
+    return getattr(module, "floor_scale", None) if getattr(module, "attn_temperature_tuning", False) else None
 
 
 # Model types whose decoder layers get the layout and do not hand it to attention.

@@ -199,7 +199,7 @@ class ThinkingModel(GenerationMixin):
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
         ahead = min(self.new_tokens - 1, AHEAD)
-        return Desk.take(self.qs, layout, self._room(layout.L + ahead, layout.L + ahead))
+        return Desk.take(self.qs, layout, self._room(layout.L, layout.L + ahead))
 
     def _read_prompt(self, desk: Desk, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.attention import REFUSED, check_architecture
+from quietstar.attention import REFUSED, check_architecture, most_rows
 
 spec = importlib.util.spec_from_file_location("all_architectures", Path(__file__).with_name("all_architectures.py"))
 everything = sys.modules["all_architectures"] = importlib.util.module_from_spec(spec)
@@ -92,3 +92,15 @@ def test_attention_scaled_by_row_index_is_refused_where_it_would_differ():
     assert few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=2, eos_token_id=None).shape == (1, 8)
     with pytest.raises(ValueError, match="scales attention by row index from row 11 on, got 12 rows"):
         few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=3, eos_token_id=None)
+
+
+@pytest.mark.parametrize("limit", [{"attention_chunk_size": 20}, {"floor_scale": 21}], ids=str)
+def test_room_for_a_long_answer_is_no_reason_to_refuse_a_short_one(limit):
+    config = quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
+    qs = quietstar.QuietStar(llama4(**limit), config, verify=False)
+    ids, ends = torch.randint(3, 61, (1, 8)), list(range(61))
+    assert qs.generate(ids, max_new_tokens=60, eos_token_id=ends, pad_token_id=0).shape == (1, 9)
+    assert most_rows(qs.model) == 20
+    for module in qs.model.modules():
+        module.attn_temperature_tuning = False
+    assert most_rows(qs.model) == (20 if "attention_chunk_size" in limit else qs.model.config.attention_chunk_size)
