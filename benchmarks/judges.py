@@ -26,7 +26,7 @@ def check(name: str, outcome: Outcome) -> Verdict:
     if outcome.code is None:
         return None, outcome.end
     if outcome.code == 0 and not re.search(r"\bok$", outcome.output, re.MULTILINE):
-        return None, "there is no such command here"
+        return None, "nothing was checked"
     return outcome.code == 0, outcome.last_line if outcome.code in (0, 1) else f"{outcome.end}: {outcome.last_line}"
 
 

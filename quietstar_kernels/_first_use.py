@@ -1,7 +1,7 @@
 """Before ``auto`` takes a back end on a kind of GPU that we have no results of, one small case of the op must come out right.
 
-What was right is remembered in the user's cache folder: a file for each kind of GPU, op, back end, dtype and widths, and all
-that took part. What was wrong is left, with a warning, until the process ends; the next process tries it again.
+A success is remembered in the user's cache folder: a file for each kind of GPU, op, back end, dtype and widths, and the
+versions. A back end that fails is skipped, with a warning, until the process ends; the next process tries it again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-# As torch.cuda.get_device_name says. A results file of that GPU, benchmarks/results/*.json, puts its name in.
+# Names that torch.cuda.get_device_name gives: of each GPU with a results file, benchmarks/results/*.json.
 MEASURED: frozenset[str] = frozenset()
 TYPES = ("cuda",)  # of devices where back ends are tried
 HAVE_BACKWARD = ("thought_attention", "linear_logprob")
@@ -36,7 +36,7 @@ _lock = threading.Lock()
 def why_not(
     op: str, backend: str, device: torch.device, dtype: torch.dtype | None, widths: Widths, backward: bool, compiling: bool
 ) -> str | None:
-    """None where ``backend`` came out right, or can't be tried now; else what is wrong, in words.
+    """None if ``backend`` gave the right result or can't be tried now; else what is wrong, in words.
 
     Args:
         widths: such as (("K", 64), ("E", 64)).
@@ -142,7 +142,7 @@ def _was_right(what: dict[str, Any]) -> bool:
 
 
 def _remember(what: dict[str, Any]) -> None:
-    """In a file that is there as a whole or not at all; or nowhere, where the folder can't be written."""
+    """In a file that is there as a whole or not at all. A folder that can't be written is no error."""
     with suppress(OSError, RuntimeError):
         file = _file(what)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,10 +36,10 @@ def linear_logprob(
 
     Differentiable in hidden, weight and bias, also through the entropy. Banned ids leave the softmax.
 
-    Forward and backward take three matrix products where the forward may keep its logits until the backward: where they fit
-    ``keep_bytes``. Beyond that the backward computes them again, a fourth product. They take three and keep no logits
-    where ``grad_scale`` says in the forward what gradient will come back: the forward computes the gradients of hidden,
-    weight and bias, and the backward multiplies them by one number.
+    Forward and backward take three matrix products where the forward keeps its logits, which it does if they fit
+    ``keep_bytes``. Otherwise the backward computes them again, a fourth product. With ``grad_scale`` there are three products
+    and no logits are kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by
+    one number.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -52,13 +52,13 @@ def linear_logprob(
         banned: ids that leave the softmax.
         return_entropy: also return each row's entropy, in nats.
         backend: "auto" or the name of one; a named one runs or raises.
-        grad_scale: fp32 (fp64 for fp64 inputs), the loss by each row's log-probability [R], and with ``return_entropy`` by
-            log-probability and entropy [2,R], up to one factor for all: minus one over the number of rows for a mean loss.
-            Gradients are rounded to hidden's dtype at this scale: put a loss scale in. If the backward brings anything
-            else, it raises a ValueError on CPU, and all gradients are NaN on a GPU.
-        keep_bytes: of logits that a forward may keep until its backward, 256 MiB by default; 0 keeps none. A logit takes as
-            many bytes as an element of hidden, on CPU 4 at least. With ``grad_scale`` a GPU holds so many, or those of D
-            rows, during the forward.
+        grad_scale: the gradient of the loss with respect to the log-probabilities [R], or with ``return_entropy`` to
+            log-probabilities and entropies [2,R], up to one factor for all rows: such as -1/R for a mean loss. fp32 (fp64
+            for fp64 inputs). Gradients are rounded to hidden's dtype at this scale, so include a loss scale. If another
+            gradient comes back, the backward raises a ValueError on CPU, and makes all gradients NaN on a GPU.
+        keep_bytes: how many bytes of logits a forward may keep until its backward, 256 MiB by default; 0 keeps none. A logit
+            takes as many bytes as an element of hidden, on CPU at least 4. With ``grad_scale`` a GPU holds as many during
+            the forward, or the logits of D rows if those are more.
 
     Returns:
         logprob [R], and with ``return_entropy`` entropy [R]; fp32 (fp64 for fp64 inputs).
@@ -90,7 +90,7 @@ def linear_logprob(
 
 
 def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> bool:
-    """Whether the logits may be kept; False for a number of rows that torch.compile doesn't know."""
+    """Whether the logits may be kept; False if torch.compile doesn't know the number of rows."""
     itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
     fits = hidden.shape[0] * vocabulary * itemsize <= keep_bytes
     if torch.compiler.is_compiling():
@@ -208,9 +208,9 @@ def _(promised, hidden, weight, targets, bias, scale, softcap, temperature, bann
 def _rescale(
     promised: Tensor, came: Tensor, targets: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times the factor between what was ``promised`` and what ``came`` [1 or 2,R]; NaN if there is none.
+    """The gradients times the factor from the gradient ``promised`` to the one that ``came``, [1 or 2,R]; NaN without one.
 
-    The factor is that of the largest promise. Log-probabilities of rows whose target is -100 don't count.
+    The factor is read where ``promised`` is largest. Log-probabilities of rows whose target is -100 don't count.
     """
     counts = torch.ones_like(promised, dtype=torch.bool)
     counts[0] = targets != IGNORED

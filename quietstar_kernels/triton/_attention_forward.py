@@ -7,8 +7,8 @@ thought rows have tiles of their own. The keys of a tile, in this order:
 2. likewise text at the edges, which some rows see;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
-A row's own keys are few among those of its tile. Wide products of all with all cost less than small ones of each with its own:
-the matrix unit is idle meanwhile, instructions are what counts (docs/log.md).
+A row's own keys are few among those of its tile. Still all rows are multiplied with all of them: by count, wide products take
+fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare (docs/log.md).
 """
 
 from __future__ import annotations

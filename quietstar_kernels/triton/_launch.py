@@ -1,7 +1,7 @@
-"""Launches from the host. Triton binds and classes the arguments of every launch anew, 10 µs of 30; here a plan remembers.
+"""Kernel launches. Triton binds and specialises the arguments of every launch again, 10 of its 30 µs; plans remember them.
 
-A host function makes a plan of all that its launches depend on. From the second call with equal facts on they are started
-directly: grid, numbers and the compiled kernel are those of the first, only the tensors are others.
+A host function looks up a plan by everything that its launches depend on. From the second call with equal facts on, kernels
+are launched directly: with the grid, the numbers and the compiled kernel of the first call, and other tensors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from quietstar_kernels.triton._target import INTERPRETED
 from quietstar_kernels.triton.configs import Config
 
-THREADS = 8  # the compiler leaves Python's lock while it works
-MOST = 4096  # plans remembered; then all are forgotten
+THREADS = 8  # the compiler releases the GIL
+MOST = 4096  # plans that are remembered; then all are forgotten
 _plans: dict[tuple, Plan] = {}
 _only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
 
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """The launches of a host function by name; ``plan`` makes it."""
+    """A host function's launches by name; made by ``plan``."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Plan:
     def launch(
         self, name: str, config: Config, tensors: tuple[Tensor | TensorDescriptor | None, ...], prepare: Callable[[], Launch]
     ) -> None:
-        """Start what ``prepare`` returns, which hangs on the plan's facts alone, as dtypes and alignment of ``tensors`` do."""
+        """Launch what ``prepare`` returns. It depends on the plan's facts alone, as do dtypes and alignment of ``tensors``."""
         known = self.known.get((name, config))
         if known is None:
             self._first(name, config, tensors, prepare())
@@ -62,24 +62,24 @@ class Plan:
         run(*grid, stream, function, metadata, about, enter, leave, *tensors, *rest)
 
     def _first(self, name: str, config: Config, tensors: tuple[Any, ...], launch: Launch) -> None:
-        """By Triton, which compiles where it has to."""
+        """Let Triton launch it, which compiles if it has to."""
         kernel, grid, numbers, constants = launch
         options = constants | config.options()
         if _only_compile.get():
             kernel.warmup(*tensors, *numbers, grid=grid, **options)
             return
         compiled = kernel[grid](*tensors, *numbers, **options)
-        if getattr(compiled, "module", None) is not None:  # it was loaded and launched: neither interpreted nor compiled alone
+        if getattr(compiled, "module", None) is not None:  # loaded, so it was launched: neither interpreted nor only compiled
             rest = *numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
             whole_grid = (*grid, 1, 1)[:3]
             self.known[name, config] = compiled, compiled.run, compiled.function, compiled.packed_metadata, whole_grid, rest
 
 
 def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan:
-    """The plan of a host function, for the current device: that of an earlier call with equal facts, or a new one.
+    """A host function's plan for the current device: that of an earlier call with equal facts, or a new one.
 
     Args:
-        tensors: whose dtypes, shapes, strides and alignment count.
+        tensors: facts are their dtypes, shapes, strides and alignment.
         facts: what else the launches depend on.
     """
     if INTERPRETED or _only_compile.get():
@@ -97,7 +97,7 @@ def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan
 
 @contextlib.contextmanager
 def compiling_at_once() -> Iterator[None]:
-    """Inside, launches start nothing, but what is not compiled yet is, in threads; behind it all of it is."""
+    """Launches inside start nothing: their kernels are compiled, in threads, which the end of the block waits for."""
     with ThreadPoolExecutor(THREADS) as threads, AsyncCompileMode(threads):
         token = _only_compile.set(True)
         try:

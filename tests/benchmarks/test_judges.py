@@ -26,7 +26,7 @@ The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=pyt
     [
         (judges.check, "", Outcome(0, "sample_token  cpu  float32  3  ok\nAll is well, 9 s.", 1), True, "All is well"),
         (judges.check, "", Outcome(1, "sample_token  cpu  float32  3  wrong\n2 wrong", 1), False, "2 wrong"),
-        (judges.check, "", Outcome(0, "thought_attention  triton  available", 1), None, "no such command"),
+        (judges.check, "", Outcome(0, "All is well, 0 s.", 1), None, "nothing was checked"),
         (judges.check, "", Outcome(None, "", 1), None, "stopped"),
         (judges.build, "", Outcome(0, "", 1), True, "compiled"),
         (judges.build, "", Outcome(1, "QUIETSTAR_BUILD=cuda: there is no nvcc on PATH.", 1), None, "no nvcc on PATH"),
