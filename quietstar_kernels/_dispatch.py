@@ -87,9 +87,11 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
         reasons = []
         for name in FASTEST_FIRST.get(device.type, ()):
             reason = why_not(op, name, device, dtype, **widths)
-            if reason is None:
-                backward, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-                reason = _first_use.why_not(op, name, device, dtype, tuple(widths.items()), backward, compiling)
+            if reason is None and device.type in _first_use.TYPES:
+                if torch.compiler.is_compiling():
+                    reason = _first_use.found(op, name, device, dtype)
+                else:
+                    reason = _first_use.why_not(op, name, device, dtype, tuple(widths.items()), torch.is_grad_enabled())
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")

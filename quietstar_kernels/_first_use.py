@@ -34,21 +34,21 @@ _lock = threading.Lock()
 
 
 def why_not(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype | None, widths: Widths, backward: bool, compiling: bool
+    op: str, backend: str, device: torch.device, dtype: torch.dtype | None, widths: Widths, backward: bool
 ) -> str | None:
     """None if ``backend`` gave the right result or can't be tried now; else what is wrong, in words.
 
     Args:
+        device: of one of ``TYPES``.
         widths: such as (("K", 64), ("E", 64)).
         backward: try the op's backward too.
-        compiling: torch.compile is tracing the caller, so nothing is tried.
     """
-    if device.type not in TYPES or dtype is None:
+    if dtype is None:
         return None
     key = (op, backend, device, dtype, widths, backward and op in HAVE_BACKWARD)
     if key in _found:
         return _found[key]
-    if compiling or _is_busy():
+    if _is_busy():
         return None
     with _lock:
         if key not in _found:
@@ -56,7 +56,13 @@ def why_not(
     return _found[key]
 
 
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, as _dispatch._why_not_library
+def found(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """For torch.compile, which tries nothing and whose widths may be symbols: what was wrong before, in any width."""
+    wrong = (said for key, said in _found.items() if said is not None and key[:4] == (op, backend, device, dtype))
+    return next(wrong, None)
+
+
+found._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, as _dispatch._why_not_library
 
 
 def _is_busy() -> bool:

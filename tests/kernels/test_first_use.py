@@ -172,6 +172,21 @@ def test_nothing_is_tried_by_torch_compile(tries, monkeypatch):
     assert torch.equal(torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")(**inputs), want)
 
 
+def test_torch_compile_may_not_know_the_widths(tries, monkeypatch):
+    layout = random_layout(torch.Generator().manual_seed(0), "every")
+    inputs = [decode_inputs(torch.Generator().manual_seed(0), layout, width=width) for width in (8, 16, 24)]
+    decode = lambda inputs: thought_decode(**inputs, layout=layout, step=0)  # noqa: E731
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x in inputs:
+        torch.testing.assert_close(compiled(x), thought_decode(**x, layout=layout, step=0, backend="reference"))
+    assert not tries
+    plant(monkeypatch, "thought_decode", lambda out: 2 * out)
+    with pytest.warns(UserWarning, match=WRONG):
+        want = decode(inputs[0])
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")(inputs[0]), want)
+
+
 def test_the_callers_state_is_neither_seen_nor_changed(tries):
     """Hooks on saved tensors, as those of checkpointing, would count ours too."""
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +213,7 @@ def test_threads_try_once(tries):
 def test_another_device_of_the_kind_is_known(tries):
     call("thought_decode")
     other = torch.device("cpu", 7)
-    assert _first_use.why_not("thought_decode", "cpu", other, torch.float32, (("K", 8), ("E", 8)), True, False) is None
+    assert _first_use.why_not("thought_decode", "cpu", other, torch.float32, (("K", 8), ("E", 8)), True) is None
     assert len(tries) == 1 and {key[2] for key in _first_use._found} == {torch.device("cpu"), other}
 
 
