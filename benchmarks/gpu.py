@@ -1,9 +1,9 @@
 """The acceptance of a GPU: correctness, build, tests, benchmarks against their peers and goals, sanitizers.
 
-    make gpu                                      all stages, in the order in which they are worth their time
+    make gpu                                      all stages, the most useful first
     make gpu STAGE="tests attention" RESULTS=out  these, their results beside what out holds already
 
-It needs PyTorch, Triton, transformers and pytest, and takes in what else is installed (docs/gpu.md). Every stage takes less
+It needs PyTorch, Triton, transformers and pytest, and uses what else is installed (docs/gpu.md). Every stage takes less
 than four minutes: what runs longer is stopped and reported, and the others still run. RESULTS gets <device>.json, written after
 every case, <device>.md, <device>.log with every line that a process wrote, and with matplotlib pictures. Whatever ends this
 command, what was measured until then stays, and a stage that runs again replaces what it measured before.

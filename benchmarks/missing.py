@@ -8,7 +8,7 @@ from typing import Any
 import goals
 from results_file import is_open
 
-# In the order in which they are worth their time.
+# The most useful first.
 STAGES = ("check", "build", "tests", "attention", "decode", "head", "step", "naive", "others", "sanitize")
 UNFINISHED = "begun, not finished"
 

@@ -122,4 +122,4 @@ def test_an_old_ninja_compiles(sources, tmp_path):
     ninja.chmod(0o755)
     path = f"{ninja.parent}:{os.environ['PATH']}"
     code, output, wheels = build(sources, tmp_path / "out", CUDA_HOME=str(failing_toolkit(tmp_path)), PATH=path)
-    assert "does not compile" not in output
+    assert code == 0 and wheels and "does not compile" not in output
