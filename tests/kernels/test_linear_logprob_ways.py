@@ -178,6 +178,15 @@ def test_a_broken_promise_is_loud(backend, inputs, place):
             assert got["hidden"].isnan().all() and got["weight"].isnan().all()
 
 
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+def test_a_gradient_that_overflows_is_no_broken_promise(backend, inputs, overflow):
+    """It makes all gradients NaN, so that a loss scaler skips the step."""
+    promised = torch.ones(R, device=inputs["targets"].device)
+    op = partial(linear_logprob, grad_scale=promised, backend=backend)
+    _, got = forward_backward(op, inputs, (overflow * promised,))
+    assert got["hidden"].isnan().all() and got["weight"].isnan().all()
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
