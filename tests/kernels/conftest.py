@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A back end takes part in the tests of an op's file as soon as it serves that op."""
     if "backend" not in metafunc.fixturenames:
         return
-    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks")
+    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
     metafunc.parametrize("backend", [name for name in BACKENDS if serves(name, op)])
 
 

@@ -4,6 +4,7 @@ Products and tensors are counted in the back ends' functions, below the custom o
 dispatch mode.
 """
 
+import gc
 from functools import partial
 
 import pytest
@@ -78,6 +79,8 @@ def test_what_is_kept(backend, inputs, monkeypatch):
     assert torch.equal(kept, not_kept)
     storages = [StorageWeakRef(x.untyped_storage()) for x in kept.grad_fn.saved_tensors if x is not None and x.numel() >= R * V]
     kept.sum().backward()
+    if backend == "triton":
+        gc.collect()  # its interpreter leaves cycles
     assert len(storages) == 1 and storages[0].expired()
     with pytest.raises(RuntimeError, match="freed"):
         kept.grad_fn.saved_tensors  # noqa: B018
