@@ -69,9 +69,7 @@ def served(device: torch.device) -> tuple[str, ...]:
 
 def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> bool:
     """Print a table with a row for each op, back end and dtype; True where nothing is wrong."""
-    print(
-        ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result, worst error over what is allowed before it")
-    )
+    print(ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result (worst: error over what is allowed)"))
     began = time.monotonic()
     rows = [(device, op, backend, dtype) for op in ops for backend in backends for dtype in ALL]
     failed = 0

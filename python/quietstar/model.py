@@ -85,7 +85,7 @@ class QuietStar(nn.Module):
         mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
         anchor_chunk: how many anchors of each text think at a time, for less memory; None: all, "auto": by free memory.
-        graphs: "auto" lets a GPU replay rollouts as CUDA graphs, where they can be captured; False does not, and frees them.
+        graphs: "auto" replays rollouts as CUDA graphs on a GPU, where they can be captured; False turns it off and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
         reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None. A frozen one of a model
             with adapters is the model without them, and needs no copy.
