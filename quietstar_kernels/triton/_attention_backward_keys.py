@@ -138,7 +138,8 @@ def attention_backward_keys(
     i = tl.arange(0, BLOCK_M)
     begin, stop = part * HG * tiles // parts, (part + 1) * HG * tiles // parts
     # Rows that add nothing are not even loaded: they may hold NaN. The log-sum-exp that tells them is read one tile ahead, so
-    # that the loads of the rows need not wait for it.
+    # that the loads of the rows need not wait for it. The other tables are read behind the rows, too: a mask would be a tenth
+    # of the loop.
     lse += (b * G + g) * HG * rows
     delta += (b * G + g) * HG * rows
     q += b * stride_qb + g * HG * stride_qh
@@ -148,7 +149,7 @@ def attention_backward_keys(
     tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
     row0, behind = row_tile(tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
     behind = tl.where(begin < stop, behind, 0)
-    next_lse = tl.load(lse + h * rows + row0 + i, mask=row0 + i < behind, other=float("inf"))
+    next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < behind - row0, other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
@@ -156,26 +157,25 @@ def attention_backward_keys(
         next_h = tl.where(tile + 1 < tiles, h, h + 1)
         next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
         next_behind = tl.where(j + 1 < stop, next_behind, 0)
-        next_lse = tl.load(lse + next_h * rows + next_row0 + i, mask=next_row0 + i < next_behind, other=float("inf"))
-        row = row0 + i
-        inside = row < behind
-        row_delta = tl.load(delta + h * rows + row, mask=inside, other=0.0)
-        first = tl.load(first_table + row, mask=inside, other=0)
-        count = tl.load(count_table + row, mask=inside, other=0)
+        next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_behind - next_row0, other=float("inf"))
+        row_delta = tl.load(delta + (h * rows + row0) + i)
+        first = tl.load(first_table + row0 + i)
+        count = tl.load(count_table + row0 + i)
         count = tl.where(adds, count, 0)
         queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
         grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
         p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap, keys.dtype)
         seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
-            oldest = tl.load(oldest_table + b * rows + row, mask=inside, other=0)
+            oldest = tl.load(oldest_table + (b * rows + row0) + i)
             seen = seen & (position[:, None] >= oldest[None, :])
         p = tl.where(seen, p, 0.0)
         if dv is not None:
             dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
         if dk is not None:
             dp = scores(values, grads, scale, None, SLICES, PRECISION)
-            ds = tl.where(seen, p * (dp - row_delta[None, :]) * slope, 0.0)
+            # Where p is not 0 the row sees the key, and dp is finite. As a mask ``seen`` would have to be kept across products.
+            ds = tl.where(p > 0.0, p * (dp - row_delta[None, :]) * slope, 0.0)
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
         tile, h, row0, behind = next_tile, next_h, next_row0, next_behind
 

@@ -19,11 +19,12 @@ from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
 # key, and its scores no gradient.
 SATURATED = tl.constexpr(1 << 28)
+TAIL = 64  # rows of the largest tile that goes over the tables
 
 
 @dataclass
 class Rows:
-    """Tables of the query rows, for the kernels that follow.
+    """Tables of the query rows, for the kernels that follow; flat, with TAIL numbers behind each that may be read but say nothing.
 
     Attributes:
         delta: fp32 [B,H,rows], rowsum(dO * O).
@@ -53,8 +54,8 @@ def row_tables(
     B, H, rows, E = out.shape
     config = ATTENTION_BACKWARD_ROWS
     blocks = cdiv(rows, config.blocks["BLOCK_M"])
-    delta, shift = (out.new_empty((B, H, rows), dtype=torch.float32) for _ in range(2))
-    table = lambda: out.new_empty((B, rows), dtype=torch.int32)  # noqa: E731
+    delta, shift = (out.new_empty(B * H * rows + TAIL, dtype=torch.float32) for _ in range(2))
+    table = lambda: out.new_empty(B * rows + TAIL, dtype=torch.int32)  # noqa: E731
     first, count, own_first, own_count = (table() for _ in range(4))
     oldest = None if window is None else table()
     dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
