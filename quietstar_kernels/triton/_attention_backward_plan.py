@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._attention_plan import cdiv, forward_plan
@@ -44,32 +45,37 @@ def backward_plan(
     """For ``group`` H/G query heads per key head and the tile sizes of ``configs.ATTENTION_BACKWARD_*``."""
     return BackwardPlan(
         queries=forward_plan(layout, group, queries, window, query_rows).scores(),  # the same tiles, of other sizes
-        text_keys=group * _text_key_scores(layout, text_keys, window, query_rows),
-        own_keys=group * layout.B * _own_key_scores(layout, own_keys),
+        text_keys=group * _scores(text_key_tiles(layout, text_keys, window, query_rows), text_keys),
+        own_keys=group * layout.B * _scores(own_key_tiles(layout, own_keys), own_keys),
     )
 
 
-def _text_key_scores(layout: ThoughtLayout, blocks: dict[str, int], window: int | None, query_rows: str) -> int:
+def _scores(tiles: Tensor, blocks: dict[str, int]) -> int:
+    return int(tiles.sum()) * blocks["BLOCK_M"] * blocks["BLOCK_N"]
+
+
+def text_key_tiles(layout: ThoughtLayout, blocks: dict[str, int], window: int | None, query_rows: str) -> Tensor:
+    """Row tiles [B,blocks] of each query head that each block of text keys meets."""
     BLOCK_N, BLOCK_M = blocks["BLOCK_N"], blocks["BLOCK_M"]
     t = torch.arange(layout.L, device=layout.device)
     position, anchor = layout.text_position_ids(), layout.anchor.long()
     used = anchor >= 0
-    tiles = 0
+    tiles = []
     for start in range(0, layout.L, BLOCK_N):
         sees = (t >= start) & (layout.lo < start + BLOCK_N)
         if window is not None:
             sees &= position - window < position[:, start : start + BLOCK_N].amax(1, keepdim=True)
         end = torch.where(sees, t + 1, start).amax(1, keepdim=True)
         places = (used & (anchor >= start) & (anchor < end)).sum(1)
-        tiles += int(cdiv(places * layout.N * layout.S, BLOCK_M).sum())
+        tiles.append(cdiv(places * layout.N * layout.S, BLOCK_M))
         if query_rows == "all":
-            tiles += int(cdiv(end - start, BLOCK_M).sum())
-    return tiles * BLOCK_M * BLOCK_N
+            tiles[-1] += cdiv(end[:, 0] - start, BLOCK_M)
+    return torch.stack(tiles, 1)
 
 
-def _own_key_scores(layout: ThoughtLayout, blocks: dict[str, int]) -> int:
-    """Of one batch row: the rows of a block reach to the end of its last thought."""
+def own_key_tiles(layout: ThoughtLayout, blocks: dict[str, int]) -> Tensor:
+    """The same [blocks] for own keys of one batch row: the rows of a block reach to the end of its last thought."""
     BLOCK_N, BLOCK_M, S = blocks["BLOCK_N"], blocks["BLOCK_M"], layout.S
     start = torch.arange(0, layout.R, BLOCK_N, device=layout.device)
     end = ((start + BLOCK_N - 1) // S * S + S).clamp(max=layout.R)
-    return int(cdiv(end - start, BLOCK_M).sum()) * BLOCK_M * BLOCK_N
+    return cdiv(end - start, BLOCK_M)

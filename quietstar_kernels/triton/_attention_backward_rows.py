@@ -24,7 +24,7 @@ TAIL = 64  # rows of the largest tile that goes over the tables
 
 @dataclass
 class Rows:
-    """Tables of the query rows, for the kernels that follow; flat, with TAIL numbers behind each that may be read but say nothing.
+    """Tables of the query rows, for the kernels that follow; flat, with TAIL numbers behind each that may be read.
 
     Attributes:
         delta: fp32 [B,H,rows], rowsum(dO * O).

@@ -265,4 +265,10 @@ THOUGHT_DECODE: Table = {
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_stages=1),
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8, num_stages=1),
 }
+# Of texts up to DECODE_SHORT tokens: a tile's own rows are a smaller part of its keys, and two tiles share a multiprocessor.
+DECODE_SHORT = 2048
+THOUGHT_DECODE_SHORT: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+}
 THOUGHT_DECODE_SUM = Config({"BLOCK_R": 8})

@@ -24,7 +24,7 @@ from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
-from quietstar_kernels.triton.configs import THOUGHT_DECODE, pick
+from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, pick
 
 
 def thought_decode(
@@ -39,7 +39,8 @@ def thought_decode(
         return out
     if window is not None and window >= L + layout.S:
         window = None  # it cuts nothing
-    config = pick(THOUGHT_DECODE, q.element_size(), max(K, E))
+    tables = [THOUGHT_DECODE_SHORT, THOUGHT_DECODE] if L <= DECODE_SHORT else THOUGHT_DECODE
+    config = pick(tables, q.element_size(), max(K, E))
     tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
     splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
     parts = parts_of(out, splits)

@@ -75,7 +75,7 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic, ``loops`` are those of sm_90."""
+    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic, ``loops`` are those for NVIDIA."""
 
     kernel: str
     target: str
@@ -83,6 +83,7 @@ class Resources:
     spills: int
     shared: int
     warps: int
+    instructions: int
     matrix: dict[str, int]
     loops: list[machine_code.Loop]
 
@@ -91,12 +92,12 @@ def resources(kernel: Any, target: str) -> Resources:
     """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there, words
     of scratch memory here."""
     read = _amd if target.startswith("gfx") else _nvidia
-    registers, spills, matrix, loops = read(kernel)
+    registers, spills, *code = read(kernel)
     meta = kernel.metadata
-    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, matrix, loops)
+    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, *code)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int], list[machine_code.Loop]]:
+def _nvidia(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_code.Loop]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -108,12 +109,14 @@ def _nvidia(kernel: Any) -> tuple[int, int, dict[str, int], list[machine_code.Lo
     ops = [x.mnemonic for x in code]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     matrix = {name: ops.count(name) for name in sorted(set(ops)) if "MMA" in name}
-    return registers, ops.count("LDL") + ops.count("STL"), matrix, machine_code.loops(code)
+    loops = machine_code.loops(code, kernel.metadata.num_warps)
+    return registers, ops.count("LDL") + ops.count("STL"), len(code) - ops.count("NOP"), matrix, loops
 
 
-def _amd(kernel: Any) -> tuple[int, int, dict[str, int], list[machine_code.Loop]]:
+def _amd(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_code.Loop]]:
     text = kernel.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
     # Scalar registers spill into lanes of vector registers; what goes to memory takes a private segment, bytes a lane.
     spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size") // 4)
-    return number("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", text))}, []
+    code = re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds|scratch)_\w+", text, re.M)
+    return number("vgpr_count"), spills, len(code), {"MFMA": len(re.findall(r"\bv_mfma", text))}, []

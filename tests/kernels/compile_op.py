@@ -1,15 +1,21 @@
 """``python tests/kernels/compile_op.py thought_decode sm_90``: what every shipped kernel of an op takes there, as JSON lines.
 
-``compiled/<op>.py`` yields the launches: the host functions of the op on meta tensors.
+``compiled/<op>.py`` yields the launches: the host functions of the op on meta tensors. "advice" are the codes of what ptxas
+said of a kernel: C7515 and its like that products wait for each other.
 """
 
+import contextlib
+import io
 import json
 import os
+import re
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # on stdout, of what is not in the cache
 sys.path.insert(0, str(Path(__file__).parent))
 
 import importlib  # noqa: E402
@@ -21,13 +27,16 @@ def main(op: str, target: str) -> None:
     cases = importlib.import_module(f"compiled.{op}")
     seen = set()
     for label, launch in cases.launches(target):
-        with compiled_for(target) as kernels:
+        with compiled_for(target) as kernels, contextlib.redirect_stdout(io.StringIO()) as log:
             launch()
+        advice = re.findall(r"\((C\d+)\).* in the function '(\w+)'", log.getvalue())
         for kernel in kernels:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                print(json.dumps({"label": label} | asdict(resources(kernel, target))), flush=True)
+                told = {"label": label, "advice": sorted({code for code, name in advice if name == kernel.metadata.name})}
+                print(json.dumps(told | asdict(resources(kernel, target))), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as os.environ["TRITON_CACHE_DIR"]:
+        main(*sys.argv[1:])

@@ -1,61 +1,131 @@
-"""What a forward tile of thought_attention takes on an H100 or H200, by count: clocks of the matrix unit and issue slots.
+"""What the kernels of thought_attention and thought_decode take on an H100 or H200, by count: a model to judge a change by
+before a GPU does, and no measurement.
 
-A multiprocessor starts four warp instructions a clock and does 4096 bf16 operations. Whichever a kernel has more of bounds it,
-if the rest is hidden. The counts are read from machine code by ``test_ahead_of_time.py`` for heads of 128, sm_90, Triton 3.6.0:
-a model of what a change is worth, to be judged by a GPU, and no measurement.
+A program's clocks are those of three units of a multiprocessor: instructions that its warps issue, four a clock; matrix
+products; what goes through shared memory. The unit with the most bounds the kernel, if all else is hidden behind it. The counts
+are read from machine code (``machine_code.py``) for bf16 heads of 128 on sm_90, Triton 3.6.0, and ``test_ahead_of_time.py``
+compares them with what is compiled. How often a loop runs is counted from a layout.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, forward_plan
+from quietstar_kernels.triton._attention_backward_plan import own_key_tiles, text_key_tiles
+from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, forward_plan, text_blocks
 
+WIDTH = 128  # of keys and values
 MATRIX = 4096  # operations a clock
-SLOTS = 4  # warp instructions a clock
+MEMORY = 4.8e12 / 1.755e9 / 132  # bytes a clock for each multiprocessor of an H200
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Instructions of one warp: of a tile but for its loops, and of one iteration of each loop."""
+class Loop(NamedTuple):
+    """Of one iteration: instructions of a warp, clocks of the matrix unit and of shared memory for all warps."""
 
+    instructions: int
+    matrix: int
+    shared: int
+
+
+class Code(NamedTuple):
+    """A kernel; ``fixed`` are the instructions of a warp outside of its loops."""
+
+    blocks: dict[str, int]
     warps: int
     fixed: int
-    own: int
-    edge: int
-    full: int
+    loops: tuple[Loop, ...]
 
 
-# Own rows in 3D products of 16 x 16, as it was until 2026-11-21.
-BEFORE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32}, Counts(8, 2678, 986, 478, 554)
-LONG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 64}, Counts(8, 2360, 534, 534, 487)
-SHORT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32}, Counts(4, 2371, 337, 337, 335)
-SLOW = 0.62  # of the matrix unit, for the products of 16 x 16
+class Clocks(NamedTuple):
+    """Of all programs of a launch together."""
+
+    issue: float
+    matrix: float
+    shared: float
 
 
-def clocks(layout: ThoughtLayout, group: int, tiles: tuple[dict[str, int], Counts], width: int = 128) -> tuple[float, float]:
-    """(issue, matrix) clocks of the thought rows of one key head."""
-    blocks, counts = tiles
-    plan = forward_plan(layout, group, blocks, query_rows="thoughts")
-    own, own_keys = plan.own, blocks["BLOCK_EDGE"] * plan.own
-    if tiles is BEFORE:
-        row, _ = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
-        chunks = row.unflatten(1, (-1, 16))
-        own = cdiv(chunks[..., -1] + 1 - chunks[..., 0] // layout.S * layout.S, 16).amax(-1).expand_as(plan.own)
-        own_keys = own * 16 / SLOW
-    keys = own_keys + blocks["BLOCK_N"] * plan.full + blocks["BLOCK_EDGE"] * plan.edge
-    instructions = counts.fixed + counts.own * own + counts.edge * plan.edge + counts.full * plan.full
-    return (
-        float(instructions.sum() * counts.warps / SLOTS),
-        float(torch.as_tensor(keys).sum() * 4 * blocks["BLOCK_M"] * width / MATRIX),
-    )
+def rows(m: int, n: int, edge: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_EDGE": edge}
 
 
-def share_of_peak(layout: ThoughtLayout, group: int, tiles: tuple[dict[str, int], Counts]) -> float:
-    """Useful operations over those that the matrix unit could do in the modelled time, if all else is hidden."""
-    L, rows = layout.L, layout.N * layout.S
-    useful = group * rows * L * (L + layout.S + 2) * 2 * 128
-    return useful / MATRIX / max(clocks(layout, group, tiles))
+FORWARD = Code(rows(128, 128, 64), 8, 2411, (Loop(535, 1024, 1024), Loop(487, 2048, 1792)))
+FORWARD_SHORT = Code(rows(64, 64, 32), 4, 2403, (Loop(337, 256, 384), Loop(335, 512, 640)))
+QUERIES = Code(rows(128, 64, 32), 8, 1809, (Loop(397, 768, 1240), Loop(326, 1536, 1560)))
+TEXT_KEYS = Code({"BLOCK_N": 128, "BLOCK_M": 32}, 8, 1342, (Loop(477, 1024, 1560),))
+OWN_KEYS = Code({"BLOCK_N": 32, "BLOCK_M": 32}, 4, 1005, (Loop(410, 413, 1032),))
+DECODE_SHORT = Code(rows(64, 64, 32), 4, 2866, (Loop(694, 256, 584), Loop(508, 256, 576), Loop(336, 512, 640)))
+DECODE = Code(rows(128, 64, 32), 8, 2704, (Loop(525, 512, 880), Loop(431, 512, 880), Loop(333, 1024, 1024)))
+
+SHIPPED = {  # by kernel and warps
+    ("attention_forward", 8): FORWARD,
+    ("attention_forward", 4): FORWARD_SHORT,
+    ("attention_backward_queries", 8): QUERIES,
+    ("attention_backward_text_keys", 8): TEXT_KEYS,
+    ("attention_backward_own_keys", 4): OWN_KEYS,
+    ("_decode", 8): DECODE,
+    ("_decode", 4): DECODE_SHORT,
+}
+
+# As it was until 2026-11-21: own rows in products of 16 x 16, text at the edges in a loop of its own. Products waited for each
+# other and loops for their copies, which the model doesn't know.
+OLD_FORWARD = Code(rows(128, 128, 32), 8, 2651, (Loop(986, 413, 1184), Loop(478, 512, 888), Loop(554, 2048, 1808)))
+OLD_QUERIES = Code(rows(128, 64, 32), 8, 1785, (Loop(396, 768, 1240), Loop(324, 1536, 1560)))
+OLD_TEXT_KEYS = Code({"BLOCK_N": 128, "BLOCK_M": 32}, 8, 1522, (Loop(651, 1024, 1560),))
+OLD_OWN_KEYS = Code({"BLOCK_N": 32, "BLOCK_M": 32}, 4, 958, (Loop(488, 413, 1032),))
+OLD_DECODE = Code(rows(128, 64, 32), 8, 2387, (Loop(1334, 413, 1184), Loop(478, 512, 880), Loop(375, 1024, 1032)))
+
+
+def clocks(code: Code, *runs: Tensor) -> Clocks:
+    """Where loop i of each program runs runs[i] times."""
+    times = [float(x.sum()) for x in runs]
+    issue, matrix, shared = (sum(n * loop[unit] for n, loop in zip(times, code.loops, strict=True)) for unit in range(3))
+    return Clocks((code.fixed * runs[0].numel() + issue) * code.warps / 4, matrix, shared)
+
+
+def query_rows(layout: ThoughtLayout, group: int, code: Code) -> Clocks:
+    """The forward or dq, of the thought rows of one key head."""
+    plan = forward_plan(layout, group, code.blocks, query_rows="thoughts")
+    if len(code.loops) == 2:
+        return clocks(code, plan.own + plan.edge, plan.full)
+    row, _ = flat_rows(layout.R, group, code.blocks["BLOCK_M"], layout.device)
+    chunks = row.unflatten(1, (-1, 16))
+    own = cdiv(chunks[..., -1] + 1 - chunks[..., 0] // layout.S * layout.S, 16).amax(-1)
+    return clocks(code, own.expand_as(plan.own), plan.edge, plan.full)
+
+
+def backward(layout: ThoughtLayout, group: int, queries: Code, text_keys: Code, own_keys: Code) -> list[Clocks]:
+    """Its three kernels with products, one after the other, where thought rows alone have gradients."""
+    return [
+        query_rows(layout, group, queries),
+        clocks(text_keys, group * text_key_tiles(layout, text_keys.blocks, None, "thoughts")),
+        clocks(own_keys, group * own_key_tiles(layout, own_keys.blocks)),
+    ]
+
+
+def decode(layout: ThoughtLayout, group: int, step: int, code: Code) -> Clocks:
+    """One step of all thoughts, whose anchors are all in use."""
+    thought, inside = flat_rows(layout.P * layout.N, group, code.blocks["BLOCK_M"], layout.device)
+    t = layout.anchor.long()[:, thought // layout.N]
+    full, edge = text_blocks(layout, t, torch.full_like(thought, step), inside.expand_as(t), code.blocks, None)
+    if code is OLD_DECODE:
+        chunks = thought.unflatten(1, (-1, 16))
+        own = cdiv((chunks[..., -1] + 1 - chunks[..., 0]) * (step + 1), 16).amax(-1)
+    else:
+        own = cdiv((thought[:, -1] + 1 - thought[:, 0]) * (step + 1), code.blocks["BLOCK_EDGE"])
+    return clocks(code, own.expand_as(full), edge, full)
+
+
+def useful(layout: ThoughtLayout, group: int) -> float:
+    """Clocks of the matrix unit for two products of each score that a thought row takes where every position thinks."""
+    L = layout.L
+    return 2 * 2 * WIDTH * group * layout.N * layout.S * L * (L + layout.S + 2) / 2 / MATRIX
+
+
+def reading(layout: ThoughtLayout, group: int, step: int) -> float:
+    """Clocks of a multiprocessor's part of memory for what a step of decoding must read and write."""
+    thoughts = layout.P * layout.N
+    return 2 * 2 * WIDTH * (layout.L + thoughts * (step + 1) + thoughts * group) / MEMORY

@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +19,6 @@ from quietstar_kernels.triton._attention_backward_plan import backward_plan  # n
 from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
 from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
-
-sys.path.append(str(Path(__file__).parent))
-
-import issue_slots  # noqa: E402
 
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
@@ -65,24 +59,6 @@ def account(waste, record_property):
     lines += [f"  {group:>3} {L:>5}" + "".join(f"{x:>11.3f}" for x in row) for (group, L), row in table.items()]
     record_property("table", "\n".join(lines))
     return table
-
-
-def test_clocks_of_the_forward(record_property):
-    """By the model of ``issue_slots``: short texts, whose instructions count, take fewer than before; long ones hardly more."""
-    lines = ["forward, clocks over those before, tiles of sm_90 at K 128, a model", "  H/G     L   ratio   share of peak"]
-    for group, L in itertools.product(GROUPS, LENGTHS):
-        layout = ThoughtLayout.every_position(1, L, 2, 14)
-        tiles = issue_slots.SHORT if L <= configs.SHORT else issue_slots.LONG
-        assert tiles[0].items() <= table_of(L)["sm_90", 2, 128].blocks.items()
-        ratio = max(issue_slots.clocks(layout, group, tiles)) / max(issue_slots.clocks(layout, group, issue_slots.BEFORE))
-        shares = [issue_slots.share_of_peak(layout, group, x) for x in (issue_slots.BEFORE, tiles)]
-        lines.append(f"  {group:>3} {L:>5}   {ratio:.3f}   {shares[0]:.2f} -> {shares[1]:.2f}")
-        assert ratio <= (0.85 if L <= 1024 else 1.1), f"H/G {group}, L {L}"
-    record_property("table", "\n".join(lines))
-
-
-def table_of(L):
-    return configs.ATTENTION_FORWARD_SHORT if L <= configs.SHORT else configs.ATTENTION_FORWARD
 
 
 def test_waste_of_the_forward(record_property):
