@@ -17,6 +17,7 @@ from judges import Judge
 from missing import STAGES
 
 HERE, TESTS = Path(__file__).parent, "tests/kernels"
+WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, with graphs that are really replayed
 PYTHON = [sys.executable]
 LIMIT = 235  # seconds of a stage at most: each is under four minutes
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch", "bindings")
@@ -99,9 +100,14 @@ class Plan:
         pytest = [*PYTHON, "-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
         if self.rehearsal:
             pytest += [f"{TESTS}/test_thought_attention.py", f"{TESTS}/test_thought_decode.py", f"{TESTS}/test_sample_token.py"]
-            pytest += [f"{TESTS}/test_linear_logprob.py", "-k", "triton and (edges or strided or large_and_equal)"]
+            pytest += [
+                f"{TESTS}/test_linear_logprob.py",
+                WRAPPER,
+                "-k",
+                "triton and (edges or strided or large_and_equal or captured)",
+            ]
         else:
-            pytest += [TESTS, *(f"--ignore={file}" for file in _files_without_a_gpu())]
+            pytest += [TESTS, WRAPPER, *(f"--ignore={file}" for file in _files_without_a_gpu())]
         commands = {f"{share + 1} of {shares}": [*pytest, "--shard", f"{share}/{shares}"] for share in range(shares)}
         return [Step(commands, 200, judges.tests)]
 

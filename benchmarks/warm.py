@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     began, failed, done = time.monotonic(), 0, 0
     tasks = [(op, i, peer.name) for op in args.op for i, case in enumerate(cases(op, args)) for peer in compiling(op, case)]
-    pool = ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), get_context("spawn"))
+    pool = ProcessPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), get_context("spawn"))
     for finished in as_completed([pool.submit(call, *task, args) for task in tasks]):
         what, error, seconds = finished.result()
         done, failed = done + 1, failed + bool(error)

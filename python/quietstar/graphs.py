@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar import adapters
@@ -113,7 +114,7 @@ class _Graph:
 
 
 class Graphs:
-    """Graphs of bodies that run one model, at most ``MOST``. Threads take turns; all must use the same stream.
+    """Graphs of bodies that run one model, at most ``MOST``. Threads take turns, and a stream waits for the one before it.
 
     Attributes:
         why: the reason why the last body ran without a graph, None where it did not have to.
@@ -125,6 +126,7 @@ class Graphs:
         self.why: str | None = None
         self._said: set[str] = set()
         self._turn = threading.RLock()  # a replay's inputs, and the pool, are those of one call at a time
+        self._stream: torch.cuda.Stream | None = None  # of the last call
         self.clear()
 
     def __reduce__(self) -> tuple:
@@ -169,12 +171,18 @@ class Graphs:
                 self.clear()
                 self._weights = weights
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        state = (device, autocast, torch.is_inference_mode_enabled(), adapters.switches(model))
+        state = (device, autocast, torch.is_inference_mode_enabled(), adapters.switches(model), _settings(model))
         return Runner(self, state)
 
     def run(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """See ``Runner``."""
         with self._turn:
+            device = next(iter(inputs.values())).device
+            if device.type == "cuda":
+                stream = torch.cuda.current_stream(device)
+                if self._stream not in (None, stream):
+                    stream.wait_stream(self._stream)
+                self._stream = stream
             return self._run(key, body, inputs)
 
     def _run(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -231,6 +239,8 @@ def why_not(model: nn.Module) -> str | None:
         return f"the model is on {len(devices)} devices"
     if any(hasattr(x, "device_mesh") for x in model.parameters()):
         return "the model's weights are cut over processes"
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "there are global module hooks, which a replay would not call"
     for name, module in model.named_modules():
         where = f"{name or type(module).__name__}"
         if getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules:
@@ -241,6 +251,18 @@ def why_not(model: nn.Module) -> str | None:
             if (getattr(hook, "__module__", None) or "").split(".")[0] not in _STATELESS_HOOKS:
                 return f"{where} has a hook, which a replay would not call"
     return None
+
+
+def _settings(model: nn.Module) -> tuple:
+    """What chooses the kernels of a body when it runs, so that a graph holds what was chosen."""
+    config = getattr(model, "config", None)
+    return (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        os.environ.get("QUIETSTAR_BACKEND"),
+        *(getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")),
+    )
 
 
 class HostWork(TorchDispatchMode):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import quietstar
 from quietstar import graphs
@@ -104,6 +105,16 @@ def test_autocast_casts_the_weights_again(wrap):
     assert qs._graphs.capture.replays == 2
 
 
+def test_another_back_end_is_another_graph(wrap, monkeypatch):
+    qs = wrap()
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert qs._graphs.capture.replays == 1
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "reference")
+    assert_same(qs.think(**rollout(3)), eager(qs).think(**rollout(3)))
+    assert qs._graphs.capture.replays == 1
+
+
 def said(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "quietstar.graphs"]
 
@@ -120,6 +131,17 @@ def test_a_model_that_looks_at_values_says_so_once_and_runs_eagerly(wrap, caplog
 
 def hooked(qs):
     qs.model.model.layers[0].register_forward_hook(lambda module, args, out: None)
+
+
+def test_a_hook_of_all_modules(wrap):
+    qs = wrap()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert qs._runner().graphs is None
+        assert qs._graphs.why == "there are global module hooks, which a replay would not call"
+    finally:
+        handle.remove()
+    assert qs._runner().graphs is not None
 
 
 def offloaded(qs):
