@@ -26,7 +26,7 @@ class Checker:
 
     def __init__(self, op: str, **sizes: int):
         self.op = op
-        self.sizes = dict(sizes)
+        self.sizes = sizes
 
     def __getitem__(self, letter: str) -> int:
         return self.sizes[letter]
@@ -46,11 +46,8 @@ class Checker:
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {type(value).__name__}")
         keys, sizes, got = letters.split(",") if letters else [], self.sizes, value.shape
-        before, fits = len(sizes), len(got) == len(keys)
-        for key, size in zip(keys, got, strict=False):
-            if sizes.setdefault(key, size) != size:
-                fits = False
-        if not fits:
+        before = len(sizes)
+        if len(got) != len(keys) or tuple(map(sizes.setdefault, keys, got)) != got:
             while len(sizes) > before:
                 sizes.popitem()
             known = ",".join(str(sizes.get(key, "?")) for key in keys)
