@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, plan
+from quietstar_kernels.triton._launch import Launch, Plan, Tiles, cdiv, plan
 from quietstar_kernels.triton._math import LN_2, LOG2_E, bend
 from quietstar_kernels.triton._rows import (
     FAR,
@@ -33,7 +32,7 @@ from quietstar_kernels.triton._rows import (
     window_bounds,
 )
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, same_tiles, store_tile
+from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
@@ -73,20 +72,20 @@ def thought_attention(
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision(), "CAREFUL": 0}
         return Launch(attention_forward, (tiles * B * G,), numbers, constants)
 
-    known.launch("forward", config, (q, k, v, *key_tiles(k, v, config, known), sinks, *own, out, lse), prepare)
+    tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
+    known.launch("forward", config, (q, k, v, *tiles, sinks, *own, out, lse), prepare)
     return out, lse
 
 
-def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan) -> tuple[TensorDescriptor | None, ...]:
-    """Of k and v, whole tiles of BLOCK_N keys and of BLOCK_EDGE; None for all four where one can't be copied whole."""
-    tiles = known.tiles.get(config)
-    if tiles is None:
-        rows = config.blocks["BLOCK_N"], config.blocks["BLOCK_EDGE"]
-        (k_full, k_edge), (v_full, v_edge) = described(k, *rows), described(v, *rows)
-        tiles = (None,) * 4 if k_full is None or v_full is None else (k_full, v_full, k_edge, v_edge)
-        known.tiles[config] = tuple(tile and same_tiles(tile, None) for tile in tiles)  # it keeps no tensor alive
-        return tiles
-    return tiles if tiles[0] is None else tuple(map(same_tiles, tiles, (k, v, k, v)))
+def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
+    """Of k and v, whole tiles of each of ``blocks``, k's first; None for all where one can't be copied whole."""
+
+    def describe() -> Tiles:
+        rows = [config.blocks[block] for block in blocks]
+        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
+        return [None] * len(tiles) if None in tiles else tiles
+
+    return known.tiles(config, (k, v) * len(blocks), describe)
 
 
 @triton.jit(

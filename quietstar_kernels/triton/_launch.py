@@ -22,6 +22,7 @@ from quietstar_kernels.triton.configs import Config
 
 THREADS = 8  # the compiler releases the GIL
 MOST = 4096  # plans that are remembered; then all are forgotten
+Tiles = list[TensorDescriptor | None]
 _plans: dict[tuple, Plan] = {}
 _only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
 
@@ -41,7 +42,16 @@ class Plan:
     def __init__(self, device: int) -> None:
         self.device = device
         self.known: dict[tuple[str, Config], tuple] = {}
-        self.tiles: dict[Config, tuple[TensorDescriptor | None, ...]] = {}
+        self.described: dict[Config, Tiles] = {}
+
+    def tiles(self, config: Config, tensors: tuple[Tensor, ...], describe: Callable[[], Tiles]) -> Tiles:
+        """What ``describe`` returns of ``tensors``, in their order; later calls put others in, without looking at them."""
+        known = self.described.get(config)
+        if known is None:
+            tiles = describe()
+            self.described[config] = [tile and _same_tiles(tile, None) for tile in tiles]  # it keeps no tensor alive
+            return tiles
+        return [tile and _same_tiles(tile, x) for tile, x in zip(known, tensors, strict=True)]
 
     def launch(
         self, name: str, config: Config, tensors: tuple[Tensor | TensorDescriptor | None, ...], prepare: Callable[[], Launch]
@@ -73,6 +83,13 @@ class Plan:
             rest = *numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
             whole_grid = (*grid, 1, 1)[:3]
             self.known[name, config] = compiled, compiled.run, compiled.function, compiled.packed_metadata, whole_grid, rest
+
+
+def _same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
+    """The tiles of another tensor of the same dtype, shape, strides and alignment."""
+    copy = object.__new__(TensorDescriptor)
+    copy.__dict__.update(tiles.__dict__, base=x)
+    return copy
 
 
 def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan:

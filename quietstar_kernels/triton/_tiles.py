@@ -25,13 +25,6 @@ def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
 
 
-def same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
-    """The tiles of another tensor of the same dtype, shape, strides and alignment, without looking at them again."""
-    copy = object.__new__(TensorDescriptor)
-    copy.__dict__.update(tiles.__dict__, base=x)
-    return copy
-
-
 def padded(width: int) -> int:
     """Columns of a tile: a power of two, 16 at least."""
     return max(16, 1 << (width - 1).bit_length())

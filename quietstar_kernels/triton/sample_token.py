@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quietstar_kernels.triton._launch import Launch, cdiv, plan
+from quietstar_kernels.triton._launch import Launch, Tiles, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
 from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick
@@ -41,7 +41,7 @@ def sample_token(
     banned: list[int],
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``."""
-    R, V = len(hidden), len(weight)
+    R, V = hidden.shape[0], weight.shape[0]
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return ids, logprob
@@ -56,8 +56,7 @@ def sample_token(
     shift = _shift(weight, bias, banned, tiles * config.blocks["BLOCK_V"])
     share = cdiv(tiles, max(1, PROGRAMS // row_tiles))
     parts = cdiv(tiles, share)
-    score, logit, lse = (hidden.new_empty(parts, R, dtype=torch.float32) for _ in range(3))
-    token = hidden.new_empty(parts, R, dtype=torch.int32)
+    found = hidden.new_empty(4, parts, R, dtype=torch.float32)
     described = target() in BY_DESCRIPTOR
     known = plan("sample_token", (hidden, weight, shift, counters, seed), inner, unit, temperature == 0, parts)
 
@@ -66,14 +65,16 @@ def sample_token(
         numbers = inner, unit, R, V, hidden.shape[1], *strides, row_tiles, parts, share
         return Launch(_draw, (row_tiles * parts,), numbers, {"GREEDY": temperature == 0, "DESCRIBED": described})
 
-    rows = _tiles(hidden, config, "BLOCK_R") if described else hidden
-    vocabulary = _tiles(weight, config, "BLOCK_V") if described else weight
-    known.launch("draw", config, (rows, vocabulary, shift, counters, score, token, logit, lse, seed), prepare)
+    def describe() -> Tiles:
+        return [_tiles(hidden, config, "BLOCK_R"), _tiles(weight, config, "BLOCK_V")]
+
+    inputs = known.tiles(config, (hidden, weight), describe) if described else (hidden, weight)
+    known.launch("draw", config, (*inputs, shift, counters, found, seed), prepare)
 
     def prepare_choice() -> Launch:
         return Launch(_choose, (cdiv(R, SAMPLE_TOKEN_CHOICE.blocks["BLOCK_R"]),), (R, parts), {})
 
-    known.launch("choose", SAMPLE_TOKEN_CHOICE, (score, token, logit, lse, ids, logprob), prepare_choice)
+    known.launch("choose", SAMPLE_TOKEN_CHOICE, (found, ids, logprob), prepare_choice)
     return ids, logprob
 
 
@@ -137,10 +138,7 @@ def _draw(
     weight,
     shift,
     counters,
-    score_out,
-    token_out,
-    logit_out,
-    lse_out,
+    found,
     seed,
     inner,
     unit,
@@ -160,7 +158,9 @@ def _draw(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of each row and part of the vocabulary: the best score, its id, and in bits its logit and the part's LSE, [parts,R]."""
+    """Into ``found`` [4,parts,R], for each part of the vocabulary and row: the best score, its id (an int32, stored as it is),
+    and to base 2 its logit and the part's LSE.
+    """
     program = tl.program_id(0)
     first_tile = program // (NEIGHBOURS * parts) * NEIGHBOURS
     neighbours = tl.minimum(row_tiles - first_tile, NEIGHBOURS)
@@ -224,16 +224,17 @@ def _draw(
         column, drawn = resolve(best_group, best_rest)
         token += column
         logit = best_level + tl.log2(tl.maximum(drawn, TINY))
-    at = part.to(tl.int64) * R + rows
-    tl.store(score_out + at, best_score, mask=on)
-    tl.store(token_out + at, token, mask=on)
-    tl.store(logit_out + at, logit, mask=on)
-    tl.store(lse_out + at, top * unit + tl.log2(tl.where(total == 0.0, TINY, total)), mask=on)
+    at, size = found + part.to(tl.int64) * R + rows, parts.to(tl.int64) * R
+    tl.store(at, best_score, mask=on)
+    tl.store(at + size, token.to(tl.float32, bitcast=True), mask=on)
+    tl.store(at + 2 * size, logit, mask=on)
+    tl.store(at + 3 * size, top * unit + tl.log2(tl.where(total == 0.0, TINY, total)), mask=on)
 
 
 @triton.jit(do_not_specialize=["R", "parts"])
-def _choose(score, token, logit, lse, ids, logprob, R, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+def _choose(found, ids, logprob, R, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
     """The id of the best score of each row, the first of equals, and its log-probability over all parts."""
+    size = parts.to(tl.int64) * R
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     on = rows < R
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -242,10 +243,10 @@ def _choose(score, token, logit, lse, ids, logprob, R, parts, BLOCK_R: tl.conste
     total = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, parts, BLOCK_P):
         p = (start + tl.arange(0, BLOCK_P))[:, None]
-        at = p.to(tl.int64) * R + rows[None, :]
+        at = found + p.to(tl.int64) * R + rows[None, :]
         known = (p < parts) & on[None, :]
-        score_p = tl.load(score + at, mask=known, other=float("-inf"))
-        lse_p = tl.load(lse + at, mask=known, other=float("-inf"))
+        score_p = tl.load(at, mask=known, other=float("-inf"))
+        lse_p = tl.load(at + 3 * size, mask=known, other=float("-inf"))
         highest = tl.max(score_p, 0)
         first = tl.min(tl.where(score_p == highest[None, :], p, start + BLOCK_P), 0)
         part = tl.where(highest > best, first, part)
@@ -253,7 +254,8 @@ def _choose(score, token, logit, lse, ids, logprob, R, parts, BLOCK_R: tl.conste
         new = tl.maximum(top, tl.max(lse_p, 0))
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(lse_p - new[None, :]), 0)
         top = new
-    at = part.to(tl.int64) * R + rows
-    drawn = tl.load(logit + at, mask=on, other=0.0)
-    tl.store(ids + rows, tl.load(token + at, mask=on, other=0).to(tl.int64), mask=on)
+    at = found + part.to(tl.int64) * R + rows
+    token = tl.load(at + size, mask=on, other=0.0).to(tl.int32, bitcast=True)
+    drawn = tl.load(at + 2 * size, mask=on, other=0.0)
+    tl.store(ids + rows, token.to(tl.int64), mask=on)
     tl.store(logprob + rows, (drawn - top - tl.log2(tl.where(total == 0.0, TINY, total))) / BITS, mask=on)

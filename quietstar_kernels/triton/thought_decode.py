@@ -53,7 +53,19 @@ def thought_decode(
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(_decode, (tiles, splits), numbers, constants)
 
-    tensors = q, k_text, v_text, *key_tiles(k_text, v_text, config, known), k_own, v_own, sinks, *own, step, out, parts
+    tensors = (
+        q,
+        k_text,
+        v_text,
+        *key_tiles(k_text, v_text, config, known, "BLOCK_N", "BLOCK_EDGE"),
+        k_own,
+        v_own,
+        sinks,
+        *own,
+        step,
+        out,
+        parts,
+    )
     known.launch("decode", config, tensors, prepare)
     if splits > 1:
         add_parts(parts, splits, out, known)
