@@ -30,8 +30,10 @@ def parts_of(out: Tensor, splits: int) -> Tensor:
 
     They stand behind one another in one tensor, which is empty where there is one part.
     """
-    rows, E = out[..., 0].numel(), out.shape[-1]
-    return out.new_empty(splits * rows * (E + 2) if splits > 1 else 0, dtype=torch.float32)
+    if splits == 1:
+        return out.new_empty(0, dtype=torch.float32)
+    rows = out.numel() // out.shape[-1]
+    return out.new_empty(splits * (out.numel() + 2 * rows), dtype=torch.float32)
 
 
 def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 from torch import Tensor
@@ -23,6 +23,7 @@ from quietstar_kernels.triton.configs import Config
 THREADS = 8  # the compiler releases the GIL
 MOST = 4096  # plans that are remembered; then all are forgotten
 Tiles = list[TensorDescriptor | None]
+Choice = TypeVar("Choice")
 _plans: dict[tuple, Plan] = {}
 _only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
 
@@ -43,6 +44,14 @@ class Plan:
         self.device = device
         self.known: dict[tuple[str, Config], tuple] = {}
         self.described: dict[Config, Tiles] = {}
+        self.choice: Any = None
+
+    def once(self, choose: Callable[[], Choice]) -> Choice:
+        """What ``choose`` returned the first time, which hangs on the plan's facts alone."""
+        if self.choice is None:
+            self.choice = choose()
+        choice: Choice = self.choice
+        return choice
 
     def tiles(self, config: Config, tensors: tuple[Tensor, ...], describe: Callable[[], Tiles]) -> Tiles:
         """What ``describe`` returns of ``tensors``, in their order; later calls put others in, without looking at them."""

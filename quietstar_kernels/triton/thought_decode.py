@@ -24,7 +24,7 @@ from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
-from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, pick
+from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, Config, pick
 
 
 def thought_decode(
@@ -34,18 +34,24 @@ def thought_decode(
     """As ``reference.thought_decode``."""
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]
-    out = q.new_empty((B, H, thoughts, E))
+    out = q.new_empty(B, H, thoughts, E)
     if out.numel() == 0:
         return out
     if window is not None and window >= L + layout.S:
         window = None  # it cuts nothing
-    tables = [THOUGHT_DECODE_SHORT, THOUGHT_DECODE] if L <= DECODE_SHORT else THOUGHT_DECODE
-    config = pick(tables, q.element_size(), max(K, E))
-    tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
-    splits = splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
-    parts = parts_of(out, splits)
     own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
-    known = plan("thought_decode", (q, k_text, v_text, k_own, v_own, sinks, *own, step), scale, window, softcap, splits)
+    dtypes = [None if x is None else x.dtype for x in (*own, step, sinks)]  # all else of them follows from the sizes
+    known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), layout.N, *dtypes, scale, window, softcap)
+
+    def choose() -> tuple[Config, int, int]:
+        tables = [THOUGHT_DECODE_SHORT, THOUGHT_DECODE] if L <= DECODE_SHORT else THOUGHT_DECODE
+        config = pick(tables, q.element_size(), max(K, E))
+        tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
+        return config, tiles, splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
+
+    config, tiles, splits = known.once(choose)
+    parts = parts_of(out, splits)
+    k_full, v_full = key_tiles(k_text, v_text, config, known, "BLOCK_N")
 
     def prepare() -> Launch:
         strides = *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4]
@@ -53,19 +59,7 @@ def thought_decode(
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(_decode, (tiles, splits), numbers, constants)
 
-    tensors = (
-        q,
-        k_text,
-        v_text,
-        *key_tiles(k_text, v_text, config, known, "BLOCK_N", "BLOCK_EDGE"),
-        k_own,
-        v_own,
-        sinks,
-        *own,
-        step,
-        out,
-        parts,
-    )
+    tensors = q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, *own, step, out, parts
     known.launch("decode", config, tensors, prepare)
     if splits > 1:
         add_parts(parts, splits, out, known)
@@ -77,7 +71,7 @@ def thought_decode(
     do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length", "step"],
 )
 def _decode(
-    q, k_text, v_text, k_full, v_full, k_edge, v_edge, k_own, v_own, sinks, anchor, lo, length, step, out, parts,
+    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, anchor, lo, length, step, out, parts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
     B, G, HG, L, P, N, window, scale, softcap,
@@ -152,8 +146,9 @@ def _decode(
     for j in tl.range(edges):
         n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
         n = n0 + i
-        keys = load_rows(k_edge, k_text, b, g, n0, stride_kl, end + 1, BLOCK_EDGE, K, BLOCK_K)
-        values = load_rows(v_edge, v_text, b, g, n0, stride_vl, end + 1, BLOCK_EDGE, E, BLOCK_E)
+        # By pointer: there are few of these blocks, and a descriptor takes a microsecond of the host.
+        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= end, K, BLOCK_K)
+        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= end, E, BLOCK_E)
         values, poison = without_poison(values)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], first[:, None], count[:, None])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from quietstar_kernels import ThoughtLayout, thought_decode  # noqa: E402
 from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, plain_decode, random_layout  # noqa: E402
-from quietstar_kernels.triton import _decode_splits, configs  # noqa: E402
+from quietstar_kernels.triton import _decode_splits, _launch, configs  # noqa: E402
 from quietstar_kernels.triton import thought_decode as op  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
 
@@ -48,6 +48,7 @@ def test_parts_of_the_text_add_up(monkeypatch, kind):
     """More parts than blocks of keys too, and parts that some thoughts see nothing of; twice the same bits."""
     layout = random_layout(seeded(1), kind, 1, 90, 1, 4, device=DEVICE)
     inputs = decode_inputs(seeded(2), layout, 2, 1, sinks=True)
+    monkeypatch.setattr(_launch, "_plans", {})  # the number of parts is remembered there
     for splits, options in ((2, {}), (3, {"window": 30}), (7, {"softcap": 2.0})):
         monkeypatch.setattr(op, "splits_of", lambda *_, splits=splits: splits)
         options["step"] = layout.S - 1
