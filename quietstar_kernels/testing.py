@@ -367,13 +367,14 @@ def attention_inputs(
         width: K.
         value_width: E, default K.
         sinks: make sinks, else None.
-        strided: transposed views of [B,M,H,K] that start inside a wider storage, so rows are neither contiguous nor aligned.
+        strided: transposed views of [B,M,H,K] that start inside a wider storage, so rows are neither contiguous nor aligned;
+            of sinks every second number of a storage.
     """
     rows = layout.M if query_rows == "all" else layout.R
     sizes = {"q": (heads, rows, width), "k": (groups, layout.M, width)}
     sizes["v"] = (groups, layout.M, value_width or width)
     inputs = {name: _heads(generator, layout, *size, strided, dtype) for name, size in sizes.items()}
-    return inputs | {"sinks": _normal(generator, (heads,), dtype, layout.device) if sinks else None}
+    return inputs | {"sinks": _sinks(generator, layout, heads, strided, dtype) if sinks else None}
 
 
 def decode_inputs(
@@ -394,7 +395,7 @@ def decode_inputs(
     sizes |= {"k_own": (groups, thoughts * S, width), "v_own": (groups, thoughts * S, value_width)}
     inputs = {name: _heads(generator, layout, *size, strided, dtype) for name, size in sizes.items()}
     inputs = {name: x.unflatten(2, (thoughts, S)) if "own" in name else x for name, x in inputs.items()}
-    return inputs | {"sinks": _normal(generator, (heads,), dtype, layout.device) if sinks else None}
+    return inputs | {"sinks": _sinks(generator, layout, heads, strided, dtype) if sinks else None}
 
 
 def sample_inputs(
@@ -454,6 +455,11 @@ def _normal(
     deviation: float = 1.0,
 ) -> Tensor:
     return (deviation * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+
+def _sinks(generator: torch.Generator, layout: ThoughtLayout, heads: int, strided: bool, dtype: torch.dtype) -> Tensor:
+    sinks = _normal(generator, (heads,), dtype, layout.device)
+    return sinks.repeat_interleave(2)[::2] if strided else sinks
 
 
 def _heads(

@@ -44,7 +44,7 @@ def thought_decode(
     parts = q.new_empty(splits * B * H * thoughts * (K + 1), dtype=torch.float32) if splits > 1 else None
     _library.ops()._thought_decode_cuda(
         *map(in_chunks, (q, k_text, v_text, k_own, v_own)), layout.anchor.contiguous(), layout.lo.contiguous(),
-        layout.length.contiguous(), step.int(), None if sinks is None else sinks.float(), out, parts,
+        layout.length.contiguous(), step.int(), None if sinks is None else sinks.float().contiguous(), out, parts,
         scale, window, softcap or 0.0, tile_rows, splits,
     )  # fmt: skip
     return out

@@ -37,6 +37,7 @@ def thought_attention_backward(
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     given = grad_out, q, k, v, out, sinks, layout.anchor, layout.lo, layout.length
     known = plan("thought_attention_backward", given, layout.S, scale, window, softcap)
     tables = row_tables(grad_out, out, lse, layout, window, sinks, known)

@@ -60,6 +60,7 @@ def thought_attention(
     special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if layout.L <= SHORT else []
     config = pick([*special, ATTENTION_FORWARD], q.element_size(), max(K, E))
     own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     known = plan("thought_attention", (q, k, v, sinks, *own), layout.S, scale, window, softcap)
 
     def prepare() -> Launch:

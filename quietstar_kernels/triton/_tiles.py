@@ -14,7 +14,7 @@ BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole ti
 
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     """x [B,heads,M,width], to be read in tiles of each of ``rows``; None where none can be copied whole: see ``load_rows``."""
-    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16:
+    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:
         return [None] * len(rows)
     shape = list(x.shape)
     strides = [stride if size > 1 else 16 for size, stride in zip(shape, x.stride(), strict=True)]

@@ -40,6 +40,7 @@ def thought_decode(
     if window is not None and window >= L + layout.S:
         window = None  # it cuts nothing
     own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     dtypes = [None if x is None else x.dtype for x in (*own, step, sinks)]  # all else of them follows from the sizes
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), layout.N, *dtypes, scale, window, softcap)
 

@@ -57,8 +57,8 @@ FORWARD_SHORT = Code(rows(64, 64, 32), 4, 2403, (Loop(337, 256, 384), Loop(335, 
 QUERIES = Code(rows(128, 64, 32), 8, 1809, (Loop(397, 768, 1240), Loop(326, 1536, 1560)))
 TEXT_KEYS = Code({"BLOCK_N": 128, "BLOCK_M": 32}, 8, 1342, (Loop(477, 1024, 1560),))
 OWN_KEYS = Code({"BLOCK_N": 32, "BLOCK_M": 32}, 4, 1005, (Loop(410, 413, 1032),))
-DECODE_SHORT = Code(rows(64, 64, 32), 4, 2866, (Loop(694, 256, 584), Loop(508, 256, 576), Loop(336, 512, 640)))
-DECODE = Code(rows(128, 64, 32), 8, 2704, (Loop(525, 512, 880), Loop(431, 512, 880), Loop(333, 1024, 1024)))
+DECODE_SHORT = Code(rows(64, 64, 32), 4, 2824, (Loop(690, 256, 588), Loop(516, 256, 588), Loop(336, 512, 640)))
+DECODE = Code(rows(128, 64, 32), 8, 2609, (Loop(526, 512, 888), Loop(438, 512, 888), Loop(336, 1024, 1024)))
 
 SHIPPED = {  # by kernel and warps
     ("attention_forward", 8): FORWARD,

@@ -213,13 +213,17 @@ EDGES = {
     "P=0": ThoughtLayout.every_position(2, 3, 2, 2).text_only(),
     "one": ThoughtLayout.every_position(1, 1, 1, 1),
     "all off": ThoughtLayout.at(torch.full((2, 3), -1), 2, 2, text_length=4),
+    "all off, L=0": ThoughtLayout.at(torch.full((2, 3), -1), 2, 2, text_length=0),
 }
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("name", EDGES)
-def test_edges(backend, name, softcap, device, shape):
+def test_edges(backend, name, bits, softcap, device, shape):
     layout = EDGES[name].to(device)
+    if bits == 16 and backend != "cuda":
+        shape |= {"dtype": torch.float16}
     check(backend, layout, decode_inputs(seeded(0), layout, sinks=True, **shape), name, step=layout.S - 1, softcap=softcap)
 
 

@@ -66,7 +66,8 @@ def test_number_of_parts(monkeypatch):
 
 @pytest.mark.slow
 def test_one_compile_serves_all_sizes():
-    """Of batch, text, anchors, thoughts, rows, heads, parts of the text and steps; a window of any length is a second one."""
+    """Of batch, text, anchors, thoughts, rows, heads, parts of the text and steps; long texts have tiles of their own, and a
+    window of any length is another kernel."""
     code = """
 import json, torch
 from ahead_of_time import compiled_for
@@ -85,5 +86,6 @@ print(json.dumps([[kernel.metadata.name, kernel.hash] for kernel in kernels]))
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = json.loads(run.stdout)
     decodes = [hash for name, hash in kernels if name == "_decode"]
-    assert len(decodes) == 13 and len(set(decodes[:-3])) == 1 and len(set(decodes)) == 2
+    short, (long,), window = [decodes[0], *decodes[2:-3]], decodes[1:2], decodes[-3:]
+    assert len(decodes) == 13 and len(set(short)) == len(set(window)) == 1 and len({*short, long, *window}) == 3
     assert len({hash for name, hash in kernels if name == "_add_parts"}) == 1
