@@ -51,6 +51,7 @@ MODULES: dict[str, ModuleType] = {
     "memory": bench_memory,
     "host": bench_host,
 }
+AND = "` and `"  # between the commands of a file that several filled; a page has them as code
 MINUTES = 4.5  # of the default grid
 
 
@@ -100,7 +101,8 @@ def begin(args: argparse.Namespace, found: Sequence[tuple[ModuleType, Case]], co
         before = results_file.load(args.json)
         if before["machine"]["device"] == machine["device"]:
             fastest = {name: max(rate, rates.get(name, 0.0)) for name, rate in before["ceilings"].items()}
-            results = before | results | {"ceilings": rates | fastest, "rows": before["rows"]}
+            commands = dict.fromkeys([*before["command"].split(AND), command])
+            results = before | results | {"ceilings": rates | fastest, "rows": before["rows"], "command": AND.join(commands)}
     return results
 
 

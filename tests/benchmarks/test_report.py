@@ -50,7 +50,7 @@ def test_readme_says_what_the_committed_results_say():
 def test_committed_pages_are_those_of_their_results():
     assert (report.RESULTS / "README.md").read_text() == report.index()
     for path in report.all_results():
-        plots = [path.with_name(f"{path.stem}-{kind}.png") for kind in ("time", "memory", "passes", "floor")]
+        plots = [path.with_name(f"{path.stem}-{kind}.png") for kind in ("time", "memory", "passes", "chunks", "floor")]
         plots = [plot for plot in plots if plot.exists()]
         assert path.with_suffix(".md").read_text() == report.page(report.load(path), plots), path
 
