@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from quietstar_kernels.triton._launch import Launch, Tiles, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
+from quietstar_kernels.triton._tiles import BY_DESCRIPTOR
 from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick
 
 PROGRAMS = 4096  # dozens for each multiprocessor, so that the last ones leave few idle
@@ -26,7 +27,6 @@ NEIGHBOURS = tl.constexpr(8)  # tiles of rows that pass over the same weights at
 BITS = tl.constexpr(math.log2(math.e))  # of one nat
 LOWEST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
-BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
 
 
 def sample_token(
