@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quietstar import QuietStar
-from quietstar.parts import backbone, embeddings
+from quietstar.hf.modules import backbone, embeddings
 from quietstar.rollout import Thoughts
 from quietstar_kernels import ThoughtLayout
 

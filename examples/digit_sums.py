@@ -42,10 +42,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.batches import Batch, Example
 from quietstar.config import TrainConfig
 from quietstar.objective import Counts
-from quietstar.train import Interrupted, Loss, thought_loss, train
+from quietstar.run.batches import Batch, Example
+from quietstar.run.signals import Interrupted
+from quietstar.train import Loss, thought_loss, train
 
 # A token is a character: the digits 0 to 9, then these.
 EQUALS, DASH, NEWLINE, PAUSE = 10, 11, 12, 13

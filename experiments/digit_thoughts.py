@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.batches import Example
 from quietstar.config import TrainConfig
+from quietstar.run.batches import Example
 from quietstar.train import Loss, thought_loss, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from quietstar.evaluation.intervals import mean_interval
 from quietstar.files import write_whole
-from quietstar.intervals import mean_interval
 
 Result = dict[str, Any]
 

@@ -24,10 +24,10 @@ import torch
 from experiments_checks import figure, least, most
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.batches import Example
-from quietstar.recipes import plain
+from quietstar.recipes import fast_plain as plain
+from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.fast import BEST, Config, fast, stages
-from quietstar.recipes.plots import Panel, panels
+from quietstar.run.batches import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digit_sums  # noqa: E402, of examples

@@ -13,10 +13,10 @@ from typing import Any
 
 from experiments_checks import figure, least, most
 
-from quietstar.recipes.icot import Config, internalize
-from quietstar.recipes.models import small_model
-from quietstar.recipes.plots import Panel, panels
-from quietstar.tasks import Multiplication
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.internalize import Config, internalize
+from quietstar.recipes.tasks import Multiplication
 
 TITLE = "Stepwise internalisation"
 WHOLE = "the whole chain"

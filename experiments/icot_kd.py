@@ -11,10 +11,11 @@ from typing import Any
 
 from experiments_checks import figure, least
 
-from quietstar.recipes import icot, icot_kd
-from quietstar.recipes.models import small_model
-from quietstar.recipes.plots import Panel, panels
-from quietstar.tasks import Multiplication
+from quietstar.recipes import internalize as icot
+from quietstar.recipes import internalize_kd as icot_kd
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.tasks import Multiplication
 
 TITLE = "Distilled chain of thought"
 DIRECT, EARLY = "no chain ever, as many updates", "no chain ever, as many as the student"

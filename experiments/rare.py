@@ -22,7 +22,7 @@ from digit_thoughts import SETTING, digit_sums, trained
 from experiments_checks import figure, least, most
 from transformers import LlamaForCausalLM
 
-from quietstar.recipes.plots import Panel, panels
+from quietstar.recipes.common.plots import Panel, panels
 from quietstar.train import thought_loss
 
 TITLE = "Quiet-STaR: rare asides, late answers"

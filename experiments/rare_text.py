@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar
-from quietstar.batches import Example, mix_seed
 from quietstar.config import TrainConfig
+from quietstar.run.batches import Example, mix_seed
 from quietstar.train import Loss
 
 COPIED = 2  # digits before the answer

@@ -18,13 +18,13 @@ import torch
 from experiments_checks import figure, least, most
 from small_base import base
 
-from quietstar.batches import mix_seed
-from quietstar.recipes.plots import Panel, panels
-from quietstar.recipes.rounds import load_model
-from quietstar.recipes.sampling import rollout
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.common.rounds import load_model
+from quietstar.recipes.common.sampling import rollout
+from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.score import FIRST, Config, score
-from quietstar.recipes.sft import SFTConfig, sft
-from quietstar.recipes.test_time import revision_prompt
+from quietstar.recipes.solve import revision_prompt
+from quietstar.run.batches import mix_seed
 
 TITLE = "Self-correction"
 SCORE, NO_BONUS, NO_FIRST = "SCoRe", "no bonus", "no stage I"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.batches import mix_seed
-from quietstar.recipes.evaluation import evaluate
-from quietstar.recipes.models import small_model
-from quietstar.recipes.sft import SFTConfig, sft
-from quietstar.tasks import Multiplication, Task
+from quietstar.recipes.common.evaluation import evaluate
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.tasks import Multiplication, Task
+from quietstar.run.batches import mix_seed
 
 STEPS = {"tiny": 5, "quick": 200, "full": 200}
 MORE, PIECE = 24, 25  # pieces of training at most, and updates of one

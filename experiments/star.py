@@ -14,7 +14,7 @@ from typing import Any
 from experiments_checks import figure, least
 from small_base import base
 
-from quietstar.recipes.plots import Panel, panels
+from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.star import Config, star
 
 TITLE = "STaR"

@@ -18,13 +18,14 @@ import torch
 from experiments_checks import figure, least, most
 from small_base import base
 
-from quietstar.batches import mix_seed
-from quietstar.recipes import compute_optimal, test_time
-from quietstar.recipes.plots import Panel, panels
-from quietstar.recipes.selectors import auc, best_of, score
-from quietstar.recipes.sft import SFTConfig
-from quietstar.recipes.verifier import make_pairs, measure_pairs, train_outcome, train_verifier, verdict_scorer
+from quietstar.recipes import solve as test_time
+from quietstar.recipes import solve_compute_optimal as compute_optimal
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.common.selectors import auc, best_of, score
+from quietstar.recipes.common.sft import SFTConfig
 from quietstar.recipes.vstar import Config, compare, draw, steady, write
+from quietstar.recipes.vstar_verifier import make_pairs, measure_pairs, train_outcome, train_verifier, verdict_scorer
+from quietstar.run.batches import mix_seed
 
 TITLE = "V-STaR and test-time compute"
 K = 16  # solutions to choose from

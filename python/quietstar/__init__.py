@@ -3,12 +3,12 @@
 The dimension key of shapes in docstrings and errors is in ``quietstar_kernels``.
 """
 
-from quietstar.attention import register_attention
 from quietstar.config import ThoughtConfig
-from quietstar.explain import Report
+from quietstar.explain.report import Report
+from quietstar.hf.attention import register_attention
+from quietstar.hf.verify import VerifyReport, verify
 from quietstar.model import QuietStar, QuietStarOutput
 from quietstar.rollout import Thoughts
-from quietstar.verify import VerifyReport, verify
 
 __all__ = [
     "QuietStar",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quietstar.cache import PackedPass
-from quietstar.parts import dropout_off, embeddings
-from quietstar.rollout import decode_rows
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.modules import dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 

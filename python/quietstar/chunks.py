@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.cache import ChunkPass, LeafPass
 from quietstar.config import ThoughtConfig
-from quietstar.doctor import CHUNK_COPIES, step_memory
+from quietstar.hf.cache import ChunkPass, LeafPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.modules import embeddings, layer_checkpoints_off
+from quietstar.memory.step import CHUNK_COPIES, step_memory
 from quietstar.objective import Targets
-from quietstar.parts import embeddings, layer_checkpoints_off
-from quietstar.rollout import decode_rows, split
+from quietstar.rollout import split
 from quietstar_kernels import ThoughtLayout
 
 if TYPE_CHECKING:

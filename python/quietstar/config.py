@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quietstar.optimizers import OPTIMIZERS
+from quietstar.run.optimizers import OPTIMIZERS
 
 __all__ = ["AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig"]
 

@@ -15,12 +15,13 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
-from quietstar.attention import most_rows
-from quietstar.cache import ThoughtStore
-from quietstar.graphs import Graphs, Runner
-from quietstar.parts import dropout_off, embeddings
-from quietstar.rollout import Sampling, continue_thoughts, decode_rows, decode_step, draw_seed, on_device
-from quietstar.scoring import mixed_logits, next_logits
+from quietstar.evaluation.scoring import mixed_logits, next_logits
+from quietstar.hf.attention import most_rows
+from quietstar.hf.cache import ThoughtStore
+from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.graphs import Graphs, Runner
+from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
 
 if TYPE_CHECKING:

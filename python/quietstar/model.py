@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from quietstar import adapters, checkpoint, checks, chunks, objective, official, reference
 from quietstar import anchors as thinking_places
+from quietstar import base_model as reference
+from quietstar import checks, chunks, objective
 from quietstar import generate as generation
-from quietstar.attention import WRAPPED_NAME, check_architecture, hand_on_layout
-from quietstar.cache import PackedPass
+from quietstar.checkpoints import native as checkpoint
+from quietstar.checkpoints import official
 from quietstar.config import AdapterConfig, ThoughtConfig, check_anchor_chunk
-from quietstar.explain import Report, explain
-from quietstar.graphs import EAGER, Graphs, Runner
-from quietstar.lm_head import find_lm_head
-from quietstar.parts import backbone, embeddings, unwrapped
-from quietstar.rollout import Sampling, Thoughts, decode_rows, draw_seed, sample_thoughts, split
-from quietstar.verify import verify_once
+from quietstar.explain.report import Report, explain
+from quietstar.hf import adapters
+from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.graphs import EAGER, Graphs, Runner
+from quietstar.hf.lm_head import find_lm_head
+from quietstar.hf.modules import backbone, embeddings, unwrapped
+from quietstar.hf.verify import verify_once
+from quietstar.rollout import Sampling, Thoughts, draw_seed, sample_thoughts, split
 from quietstar_kernels import ThoughtLayout
 
 if TYPE_CHECKING:

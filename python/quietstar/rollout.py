@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.cache import ThoughtPass, ThoughtStore, check_arrived
 from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
-from quietstar.graphs import EAGER, Runner
-from quietstar.lm_head import LMHead
-from quietstar.parts import backbone, dropout_off, embeddings
+from quietstar.hf.cache import ThoughtStore
+from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.graphs import EAGER, Runner
+from quietstar.hf.lm_head import LMHead
+from quietstar.hf.modules import dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
 
 
@@ -85,20 +86,6 @@ class Stop:
 def split(P: int, size: int) -> list[slice]:
     """Cuts P anchors into runs of ``size``; one empty run where there is none."""
     return [slice(first, min(first + size, P)) for first in range(0, max(P, 1), size)]
-
-
-def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
-    """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]."""
-    ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    hidden = backbone(model)(
-        inputs_embeds=embeds,
-        attention_mask=ones,
-        position_ids=position_ids,
-        use_cache=False,
-        thought_layout=thought_pass,
-    ).last_hidden_state
-    check_arrived(thought_pass, model)
-    return hidden
 
 
 @dataclass(frozen=True)
@@ -242,11 +229,6 @@ def _goes_on(running: Tensor) -> bool:
     """Whether any thought runs. Of several processes none ends early, since a sharded model's forwards need them all."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (distributed and torch.distributed.get_world_size() > 1) or bool(running.any())
-
-
-def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
-    """Row ``step`` of all thoughts of the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
-    return decode_rows(model, embeds, store.positions[:, :, step], store.decode(step))
 
 
 def on_device(seed: int, device: torch.device) -> Tensor:

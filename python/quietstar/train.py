@@ -25,27 +25,20 @@ from torch import Tensor, distributed
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from quietstar import snapshots
-from quietstar.batches import Batch, Example, collate, mix_seed, texts_of_step
 from quietstar.config import TrainConfig
 from quietstar.model import QuietStar, QuietStarOutput
 from quietstar.objective import Counts
-from quietstar.optimizers import make_optimizer
-from quietstar.runs import Metrics, Signals, process_state
-from quietstar.sharding import find_strategy, shard, whole
+from quietstar.run import snapshots
+from quietstar.run.batches import Batch, Example, collate, mix_seed, texts_of_step
+from quietstar.run.metrics import Metrics, process_state
+from quietstar.run.optimizers import make_optimizer
+from quietstar.run.sharding import find_strategy, shard, whole
+from quietstar.run.signals import Interrupted, Signals
 
 __all__ = ["Interrupted", "Loss", "thought_loss", "train"]
 
 # (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it came from.
 Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
-
-
-class Interrupted(Exception):
-    """A signal ended the run; its last step is saved in ``checkpoint``."""
-
-    def __init__(self, step: int, checkpoint: Path):
-        super().__init__(f"stopped by a signal after step {step}; resume from {checkpoint}")
-        self.checkpoint = checkpoint
 
 
 def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:

@@ -8,8 +8,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import quietstar
 from quietstar import chunks
-from quietstar.cli import COMMANDS
-from quietstar.options import UsageError, parse
+from quietstar.cli.main import COMMANDS
+from quietstar.cli.options import UsageError, parse
 
 T, J = 3, 2
 PRESETS = {"official": {"preset": "official"}, "paper": {"preset": "paper"}}

@@ -15,9 +15,9 @@ from transformers.generation import (
 )
 
 import quietstar
-from quietstar.cache import PackedPass
 from quietstar.generate import Thinking, ThinkingModel
-from quietstar.rollout import decode_rows
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
 from quietstar_kernels import ThoughtLayout, sample_token
 
 T, NEW, LENGTHS = 3, 5, (9, 6)

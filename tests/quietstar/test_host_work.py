@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import quietstar
 from quietstar.config import TrainConfig
-from quietstar.graphs import HostWork
+from quietstar.hf.graphs import HostWork
 from quietstar.train import train
 
 

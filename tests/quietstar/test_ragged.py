@@ -7,9 +7,9 @@ import torch
 
 import quietstar
 from quietstar import rollout
-from quietstar.evaluate import token_losses
-from quietstar.rollout import decode_step
-from quietstar.scoring import one_thought, score_tokens
+from quietstar.evaluation.losses import token_losses
+from quietstar.evaluation.scoring import one_thought, score_tokens
+from quietstar.hf.decoder import decode_step
 
 T, J, L = 3, 2, 10
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from quietstar import QuietStar, ThoughtConfig, snapshots
-from quietstar.batches import collate
+from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
-from quietstar.train import Interrupted, thought_loss, train
+from quietstar.run import snapshots
+from quietstar.run.batches import collate
+from quietstar.run.signals import Interrupted
+from quietstar.train import thought_loss, train
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
 TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}

@@ -17,14 +17,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.batches import Example, mix_seed
 from quietstar.config import TrainConfig
-from quietstar.evaluate import evaluate
+from quietstar.evaluation.losses import evaluate
 from quietstar.files import write_whole
-from quietstar.recipes import fast_report, plain
-from quietstar.recipes.models import option
-from quietstar.recipes.rounds import Rounds
-from quietstar.recipes.telling import told
+from quietstar.recipes import fast_plain as plain
+from quietstar.recipes import fast_report
+from quietstar.recipes.common.log import told
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.rounds import Rounds
+from quietstar.run.batches import Example, mix_seed
 from quietstar.train import train
 
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; .json and .png

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import QuietStar
-from quietstar.batches import Example
-from quietstar.evaluate import token_losses
-from quietstar.recipes import plain
-from quietstar.recipes.plots import Panel, panels
+from quietstar.evaluation.losses import token_losses
+from quietstar.recipes import fast_plain as plain
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.run.batches import Example
 
 TEXTS, NEW, TURNS = 4, 16, 3  # of the speed: texts to continue at once, tokens of each at most, how often
 

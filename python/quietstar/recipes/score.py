@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.batches import mix_seed
 from quietstar.files import write_whole
-from quietstar.recipes.models import option
-from quietstar.recipes.progress import Progress
-from quietstar.recipes.rounds import save_model
-from quietstar.recipes.sampling import evaluating, padded
+from quietstar.recipes.common.log import tell
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.rounds import save_model
+from quietstar.recipes.common.sampling import evaluating, padded
 from quietstar.recipes.score_attempts import Attempts, attempt, draw, votes
 from quietstar.recipes.star import never
-from quietstar.recipes.telling import tell
-from quietstar.runs import Signals
-from quietstar.tasks import Row, Task
+from quietstar.recipes.tasks import Row, Task
+from quietstar.run.batches import mix_seed
+from quietstar.run.signals import Signals
 
 FIRST, MODEL, REPORT, PLOT = "first-stage", "model", "score.json", "score.png"  # what a run writes
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.batches import mix_seed
-from quietstar.intervals import paired
-from quietstar.recipes.budgets import powers
-from quietstar.recipes.plots import Panel, Points, panels
-from quietstar.recipes.sampling import Completion, rollout
-from quietstar.recipes.selectors import Sample, majority
-from quietstar.recipes.test_time import measure, revision_prompt
-from quietstar.tasks import Row, Task
+from quietstar.evaluation.intervals import paired
+from quietstar.recipes.common.budgets import powers
+from quietstar.recipes.common.plots import Panel, Points, panels
+from quietstar.recipes.common.sampling import Completion, rollout
+from quietstar.recipes.common.selectors import Sample, majority
+from quietstar.recipes.solve import measure, revision_prompt
+from quietstar.recipes.tasks import Row, Task
+from quietstar.run.batches import mix_seed
 
 BINS = 20  # of the histogram of changes, from 0 to 1
 POINTS = 30  # of a curve over the updates, about

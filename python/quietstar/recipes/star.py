@@ -16,14 +16,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.batches import mix_seed
-from quietstar.recipes.evaluation import chains_right, evaluate
-from quietstar.recipes.models import option
-from quietstar.recipes.rounds import Rounds
-from quietstar.recipes.sampling import VLLM, Sampling, likelihoods, rollout
-from quietstar.recipes.sft import Example, SFTConfig, sft
-from quietstar.recipes.telling import Pace, tell
-from quietstar.tasks import Row, Task
+from quietstar.recipes.common.evaluation import chains_right, evaluate
+from quietstar.recipes.common.log import Pace, tell
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.rounds import Rounds
+from quietstar.recipes.common.sampling import VLLM, Sampling, likelihoods, rollout
+from quietstar.recipes.common.sft import Example, SFTConfig, sft
+from quietstar.recipes.tasks import Row, Task
+from quietstar.run.batches import mix_seed
 
 
 @dataclass

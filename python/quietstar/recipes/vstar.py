@@ -17,20 +17,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.batches import mix_seed
 from quietstar.files import write_whole
-from quietstar.recipes import plots, test_time
-from quietstar.recipes.budgets import powers
-from quietstar.recipes.evaluation import evaluate
-from quietstar.recipes.models import option
-from quietstar.recipes.rounds import REPORT, Rounds, fingerprint, load_model, save_model
-from quietstar.recipes.sampling import Completion, Sampling, rollout
-from quietstar.recipes.selectors import Selector, auc, best_of, choice_of, majority, pass_at, score, weighted
-from quietstar.recipes.sft import Example, SFTConfig, sft
+from quietstar.recipes import solve as test_time
+from quietstar.recipes.common import plots
+from quietstar.recipes.common.budgets import powers
+from quietstar.recipes.common.evaluation import evaluate
+from quietstar.recipes.common.log import Pace, tell
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, save_model
+from quietstar.recipes.common.sampling import Completion, Sampling, rollout
+from quietstar.recipes.common.selectors import Selector, auc, best_of, choice_of, majority, pass_at, score, weighted
+from quietstar.recipes.common.sft import Example, SFTConfig, sft
 from quietstar.recipes.star import never
-from quietstar.recipes.telling import Pace, tell
-from quietstar.recipes.verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
-from quietstar.tasks import Row, Task
+from quietstar.recipes.tasks import Row, Task
+from quietstar.recipes.vstar_verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
+from quietstar.run.batches import mix_seed
 
 VOTES: dict[str, Selector] = {"majority": majority, "weighted vote": weighted}
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from quietstar.recipes.models import small_model
-from quietstar.recipes.sft import SFTConfig, sft
-from quietstar.tasks import Addition
-from quietstar.train import Interrupted
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.tasks import Addition
+from quietstar.run.signals import Interrupted
 
 logging.disable_progress_bar()
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quietstar import QuietStar, ThoughtConfig, cli
-from quietstar.evaluate import evaluate
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.cli import main as cli
+from quietstar.evaluation.losses import evaluate
 from quietstar.recipes import fast as recipe
-from quietstar.recipes import fast_report, plain, plots
+from quietstar.recipes import fast_plain as plain
+from quietstar.recipes import fast_report
+from quietstar.recipes.common import plots
 from quietstar.recipes.fast import Config, fast, stages
 
 THOUGHTS = ThoughtConfig(policy_weight=3.0, embedding_scale=1.0)

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quietstar import cli
+from quietstar.cli import main as cli
 from quietstar.recipes import score as recipe
 from quietstar.recipes import score_attempts
-from quietstar.recipes.models import small_model
-from quietstar.recipes.sampling import Completion
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.sampling import Completion
+from quietstar.recipes.common.selectors import Sample
+from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.score import Config, advantages, examine, loss, read, returns, score
 from quietstar.recipes.score_attempts import Attempts, attempt, reaching, votes
-from quietstar.recipes.selectors import Sample
-from quietstar.recipes.sft import SFTConfig, sft
-from quietstar.tasks import Addition
+from quietstar.recipes.tasks import Addition
 
 SAMPLING = {"temperature": 1.0, "max_new": 8, "batch_size": 256}
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from quietstar import cli
-from quietstar.recipes import evaluation
+from quietstar.cli import main as cli
 from quietstar.recipes import star as recipe
-from quietstar.recipes.rounds import Rounds, load_model
-from quietstar.recipes.sampling import Completion
+from quietstar.recipes.common import evaluation
+from quietstar.recipes.common.rounds import Rounds, load_model
+from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.star import Config, star
-from quietstar.tasks import GSM8K, Addition
+from quietstar.recipes.tasks import GSM8K, Addition
 
 SMALL = {"rounds": 2, "problems": 40, "steps": 3, "test_problems": 20, "max_new": 10, "batch_size": 20, "batch_tokens": 300}
 

@@ -8,15 +8,17 @@ import math
 import pytest
 import torch
 
-from quietstar import cli
-from quietstar.recipes import verifier as verifier_recipe
+from quietstar.cli import main as cli
 from quietstar.recipes import vstar as recipe
-from quietstar.recipes.models import small_model
-from quietstar.recipes.rounds import fingerprint, save_model
-from quietstar.recipes.sampling import likelihoods, rollout
-from quietstar.recipes.selectors import auc
-from quietstar.recipes.sft import SFTConfig, sft
-from quietstar.recipes.verifier import (
+from quietstar.recipes import vstar_verifier as verifier_recipe
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.rounds import fingerprint, save_model
+from quietstar.recipes.common.sampling import likelihoods, rollout
+from quietstar.recipes.common.selectors import auc
+from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.tasks import Addition, Multiplication, WordProblems
+from quietstar.recipes.vstar import Config, vstar
+from quietstar.recipes.vstar_verifier import (
     DPO,
     as_text,
     load_verifier,
@@ -27,8 +29,6 @@ from quietstar.recipes.verifier import (
     verdict,
     verdict_scorer,
 )
-from quietstar.recipes.vstar import Config, vstar
-from quietstar.tasks import Addition, Multiplication, WordProblems
 
 SMALL = {"rounds": 2, "problems": 40, "samples": 4, "steps": 3, "test_problems": 20, "test_samples": 4, "max_new": 10}
 SMALL |= {"batch_size": 80, "batch_tokens": 300, "pair_batch": 8, "updates": 4}

@@ -1,0 +1,85 @@
+"""The language model that thoughts are compared with: what it predicts without them.
+
+It goes on with the text as if the thought's tokens stood there: no start vector, no mixing head. It is the model itself, a copy
+from before training (``frozen``) or a copy that follows the weights slowly (``ema``, RLP, arXiv 2510.01265, section 3). Where
+adapters are trained, ``frozen`` is the model with its adapters off, without a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar.hf import adapters
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.lm_head import LMHead
+from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.objective import IGNORED, Targets
+from quietstar_kernels import ThoughtLayout
+
+
+def copy_model(model: PreTrainedModel, averaged: bool) -> PreTrainedModel:
+    """A copy without gradients; one that is averaged is fp32, for bf16 would round a thousandth of a step away.
+
+    With adapters it has weights of its own for them alone: the base is the model's.
+    """
+    if not adapters.there(model):
+        twin = copy.deepcopy(model).requires_grad_(False)
+        return twin.float() if averaged else twin
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    twin = copy.deepcopy(model, shared)
+    for weight in twin.parameters():
+        if averaged and weight.requires_grad:
+            weight.data = weight.data.float()
+    return twin.requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(twin: nn.Module, model: nn.Module, decay: float) -> None:
+    """phi <- decay * phi + (1 - decay) * theta, for every weight."""
+    for mean, weight in zip(twin.parameters(), model.parameters(), strict=True):
+        if mean is not weight:
+            mean.lerp_(weight.to(mean.dtype), 1 - decay)
+
+
+@torch.no_grad()
+def text_nll(model: PreTrainedModel, head: LMHead, input_ids: Tensor, layout: ThoughtLayout, targets: Targets) -> Tensor:
+    """[B,L-1], -log p of text token t+1, nats; 0 where the target does not count."""
+    text, _ = _hidden_states(model, input_ids, layout.text_only())
+    return -_head_of(model, head).logprob(text[:, :-1], targets.base)
+
+
+@torch.no_grad()
+def thought_logprob(
+    model: PreTrainedModel, head: LMHead, input_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout, banned: list[int]
+) -> Tensor:
+    """[B,P,N,T], log p of a thought's tokens as the text's continuation after the anchor, at temperature 1.
+
+    The first token is predicted by the anchor's text row, token s + 1 by the row of token s.
+    """
+    T = thought_ids.shape[-1]
+    length = (layout.length - 1).clamp(0, T)  # a thought's rows begin with the start vector's
+    packed = ThoughtLayout(layout.anchor, layout.lo, length, T)
+    text, own = _hidden_states(model, torch.cat([input_ids, thought_ids.flatten(1)], 1), packed)
+    rows = torch.arange(layout.B, device=text.device)[:, None]
+    first = text[rows, layout.anchor.long().clamp(min=0)][:, :, None, None].expand(-1, -1, layout.N, 1, -1)
+    own = own.unflatten(1, (layout.P, layout.N, T))
+    sampled = torch.arange(T, device=text.device) < (layout.length - (layout.S - T))[..., None]
+    targets = torch.where(sampled, thought_ids, IGNORED)
+    return _head_of(model, head).logprob(torch.cat([first, own[:, :, :, :-1]], 3), targets, banned=banned)
+
+
+def _hidden_states(model: PreTrainedModel, token_ids: Tensor, layout: ThoughtLayout) -> tuple[Tensor, Tensor]:
+    with dropout_off(model):
+        hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), PackedPass(layout))
+    text, thoughts = hidden.split([layout.L, layout.R], 1)
+    return text, thoughts
+
+
+def _head_of(model: PreTrainedModel, head: LMHead) -> LMHead:
+    return replace(head, linear=model.get_output_embeddings())

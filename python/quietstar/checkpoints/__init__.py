@@ -1,0 +1,1 @@
+"""Checkpoints: the project's own and the published ones."""

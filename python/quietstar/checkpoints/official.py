@@ -1,0 +1,174 @@
+"""Published checkpoints: an ordinary Mistral checkpoint whose weights hold the thought parts too, under their published names.
+
+Nothing is loaded by halves. The published code is ezelikman/quiet-star; its numbers are the defaults here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from quietstar.config import ThoughtConfig
+from quietstar.files import check_vocabulary, find, locate_tensors, read_tensors, replaced
+from quietstar.hf.modules import embeddings
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+# Published name to the wrapper's; every other name belongs to the base model.
+_HEAD = {f"talk_head.0.{name}": f"mixing_head.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")}
+_EMBEDDINGS = ("start_embedding", "end_embedding")
+NAMES = (*_HEAD, *_EMBEDDINGS)
+EMBEDDING_SCALE = 100.0  # from the stored to the effective vector, a constant of the published code
+START, END = "<|startthought|>", "<|endthought|>"
+LOOKAHEAD = 4  # n_ahead_talk of the published training, where the checkpoint does not say
+# What the published code must find in config.json to build the one kind of head that it trained.
+_HEAD_KIND = {
+    "merged_talk_heads": True,
+    "merged_lm_and_talk_heads": False,
+    "merged_lm_and_think_heads": True,
+    "use_concat_talk_head": True,
+    "use_shallow_think": True,
+    "use_shallow_talk": False,
+    "use_complex_think_head": False,
+    "use_complex_talk_head": True,
+    "use_weighted_talk_head": True,
+}
+
+
+def is_published(path: str | os.PathLike) -> bool:
+    """Whether a folder or hub name holds a model's weights and among them a published mixing head."""
+    return any(name in NAMES for name in locate_tensors(path))
+
+
+def load(
+    path: str | os.PathLike, **kwargs: Any
+) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
+    """What ``checkpoint.load`` returns, of a published checkpoint: model, config, tokenizer, the wrapper's own tensors.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of another shape, another vocabulary, or a damaged file.
+    """
+    located = locate_tensors(path)
+    absent = [name for name in NAMES if name not in located]
+    if absent:
+        raise ValueError(f"{path}: not a whole published checkpoint: missing {', '.join(absent)}")
+    tensors = _own_names(read_tensors(path, located, NAMES), EMBEDDING_SCALE, EMBEDDING_SCALE)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of unexpected tensors would list the thought parts
+    try:
+        config = AutoConfig.from_pretrained(path)
+        check_vocabulary(path, located, config.get_text_config().vocab_size)
+        options = {"dtype": "auto", "use_safetensors": True, **kwargs}
+        model, info = cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: the language model does not load: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    _check_names(f"{path}: the weights do", model, info["missing_keys"], set(info["unexpected_keys"]) - set(NAMES))
+    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
+    return model, _thought_config(config, tokenizer), tokenizer, tensors
+
+
+def _thought_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> ThoughtConfig:
+    """The published n_ahead counts start, end and the text token too, and max_thoughts is n_ahead + n_ahead_talk + 1."""
+    lookahead = getattr(config, "n_ahead_talk", LOOKAHEAD)
+    ahead = getattr(config, "max_thoughts", 12 + lookahead + 1) - lookahead - 1
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return ThoughtConfig(
+        thoughts=getattr(config, "n_passes", 2),
+        thought_tokens=max(1, ahead - 3),
+        lookahead=lookahead,
+        start_token_id=vocabulary.get(START),
+        end_token_id=vocabulary.get(END),
+        embedding_scale=EMBEDDING_SCALE,
+    )
+
+
+def save(qs: QuietStar, directory: str | os.PathLike, max_shard_size: int | str) -> None:
+    """See ``QuietStar.save_official``."""
+    config = qs.thought_config
+    if qs.config.model_type != "mistral":
+        raise ValueError(f"save_official: the published code knows Mistral models alone, this is a {qs.config.model_type}")
+    if config.mixing != "logits":
+        raise ValueError(f"save_official: the published code mixes logits, this model was trained to mix {config.mixing}")
+    if qs.base is not None:
+        raise ValueError("save_official: the published code knows no adapters; qs.merge_adapters() folds them into the weights")
+    if qs.gate is not None:
+        raise ValueError("save_official: the published code knows no gate; qs.use_config with another anchors drops it")
+    ahead = config.thought_tokens + 3
+    published = {
+        **_HEAD_KIND,
+        "max_thoughts": ahead + config.lookahead + 1,
+        "n_ahead": ahead,
+        "n_ahead_talk": config.lookahead,
+        "n_passes": config.thoughts,
+        # Names of the transformers version that the published code is a part of.
+        "rope_theta": qs.config.rope_parameters["rope_theta"],
+        "torch_dtype": str(qs.model.dtype).removeprefix("torch."),
+    }
+    with replaced(directory, stale=("quietstar.json",)) as beside:
+        qs.model.save_pretrained(beside, state_dict=state_dict(qs), max_shard_size=max_shard_size)
+        if qs.tokenizer is not None:
+            qs.tokenizer.save_pretrained(beside)
+        file = Path(beside) / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **published}, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def state_dict(qs: QuietStar) -> dict[str, Tensor]:
+    """Every tensor under its published name. Row 1 of the embeddings, which the published code doesn't use, is 0."""
+    own = dict(qs.named_parameters())
+    state = dict(qs.model.state_dict()) | {published: own[ours].detach() for published, ours in _HEAD.items()}
+    for name in _EMBEDDINGS:
+        stored = own[name] * (qs.thought_config.embedding_scale / EMBEDDING_SCALE)
+        state[name] = torch.stack([stored, torch.zeros_like(stored)])
+    return state
+
+
+def load_state_dict(qs: QuietStar, state: Mapping[str, Tensor], embedding_scale: float) -> None:
+    """See ``QuietStar.load_official_state_dict``."""
+    parameters = dict(qs.named_parameters())
+    targets = dict(qs.model.state_dict()) | {name: parameters[name] for name in (*_HEAD.values(), *_EMBEDDINGS)}
+    D = parameters["start_embedding"].shape[0]
+    for name in _EMBEDDINGS:
+        if name in state and (state[name].ndim != 2 or state[name].shape[1] != D):
+            raise ValueError(f"official checkpoint: {name} must have shape [2,D]=[2, {D}], got {list(state[name].shape)}")
+    source = _own_names(state, embedding_scale, qs.thought_config.embedding_scale)
+    published = {ours: name for name, ours in _HEAD.items()}
+    tied = set(getattr(qs.model, "all_tied_weights_keys", {}) or {})
+    missing = {published.get(name, name) for name in set(targets) - set(source) - tied}
+    _check_names("official checkpoint does", qs.model, missing, set(source) - set(targets))
+
+    embedding = list(embeddings(qs.model).weight.shape)
+    for name, tensor in source.items():
+        want, got = list(targets[name].shape), list(tensor.shape)
+        if want != got and want == embedding and want[1:] == got[1:]:
+            raise ValueError(f"official checkpoint: {name} is of a vocabulary of {got[0]} tokens, the model's has {want[0]}")
+        if want != got:
+            raise ValueError(f"official checkpoint: {published.get(name, name)} must have shape {want}, got {got}")
+    with torch.no_grad():
+        for name, tensor in source.items():
+            targets[name].copy_(tensor)
+
+
+def _own_names(state: Mapping[str, Tensor], scale: float, own_scale: float) -> dict[str, Tensor]:
+    """Published tensors under the wrapper's names: fp32 thought parts, row 0 of the embeddings in the wrapper's scale."""
+    own = {name: x for name, x in state.items() if name not in NAMES}
+    own |= {ours: state[name].float() for name, ours in _HEAD.items() if name in state}
+    return own | {name: state[name][0].float() * (scale / own_scale) for name in _EMBEDDINGS if name in state}
+
+
+def _check_names(what: str, model: PreTrainedModel, missing: set[str], unknown: set[str]) -> None:
+    parts = [f"{word} {', '.join(sorted(names)[:5])}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
+    if parts:
+        raise ValueError(f"{what} not fit {type(model).__name__}: {'; '.join(parts)}")

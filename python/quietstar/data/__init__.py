@@ -1,0 +1,1 @@
+"""Texts and thoughts to train on."""

@@ -1,0 +1,150 @@
+"""Records in files too large for memory, read one at a time in any order: .jsonl by line, .parquet by row group."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from quietstar.data.texts import json_value
+from quietstar.files import beside
+
+Record = dict[str, Any]
+Write = Callable[[Sequence[Record]], None]
+SUFFIXES = (".jsonl", ".parquet")
+
+
+class Records(Protocol):
+    """Records by number, from 1.
+
+    Attributes:
+        unit: what the numbers count.
+    """
+
+    unit: str
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Number and value of each, in order."""
+        ...
+
+    def read(self, number: int) -> Any: ...
+
+
+class JsonLines:
+    """A record a line; lines that are blank hold none. In memory there is a number for each line."""
+
+    unit = "line"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open(path, "rb")  # noqa: SIM115, records are read as long as this object lives
+        self.starts = array("q", accumulate(map(len, self.file), initial=0))
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False), 1):
+            self.file.seek(start)
+            line = self.file.read(end - start)
+            if line.strip():
+                yield number, json_value(self.path, number, line)
+
+    def read(self, number: int) -> Any:
+        self.file.seek(self.starts[number - 1])
+        return json_value(self.path, number, self.file.readline())
+
+
+class ParquetRows:
+    """A record a row. A row group is in memory at a time, whole: small ones suit."""
+
+    unit = "row"
+
+    def __init__(self, path: Path):
+        parquet = _parquet(path)
+        self.path = path
+        try:
+            self.file = parquet.ParquetFile(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a parquet file: {error}") from error
+        sizes = (self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups))
+        self.starts = list(accumulate(sizes, initial=0))
+        self.group = lru_cache(maxsize=1)(self._read_group)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return ((number, self.read(number)) for number in range(1, self.starts[-1] + 1))
+
+    def read(self, number: int) -> Any:
+        group = bisect_right(self.starts, number - 1) - 1
+        return self.group(group).slice(number - 1 - self.starts[group], 1).to_pylist()[0]
+
+    def _read_group(self, group: int) -> Any:
+        try:
+            return self.file.read_row_group(group)
+        except (OSError, ValueError) as error:
+            first, last = self.starts[group] + 1, self.starts[group + 1]
+            raise ValueError(f"{self.path}: rows {first} to {last} are damaged: {error}") from error
+
+
+def open_records(path: str | os.PathLike) -> Records:
+    """The records of a file.
+
+    Raises:
+        ValueError: a file of another kind, one that is not there or damaged, or parquet without pyarrow.
+    """
+    path = _checked(path)
+    try:
+        return JsonLines(path) if path.suffix == ".jsonl" else ParquetRows(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def write_records(path: str | os.PathLike, columns: dict[str, tuple[str, int]]) -> Iterator[Write]:
+    """A function that writes some records, in parquet a row group; the file is renamed into place at the end.
+
+    Args:
+        columns: the name and, for parquet, type of each field: what a value is and how many lists are around it.
+
+    Raises:
+        ValueError: a file of another kind, or parquet without pyarrow.
+    """
+    path = _checked(path)
+    with beside(path) as file, _writer(path.suffix, file, columns) as write:
+        yield write
+
+
+@contextmanager
+def _writer(suffix: str, file: Path, columns: dict[str, tuple[str, int]]) -> Iterator[Write]:
+    if suffix == ".jsonl":
+        with open(file, "w") as lines:
+            yield lambda records: lines.writelines(json.dumps(record) + "\n" for record in records)
+        return
+    parquet = _parquet(file)
+    import pyarrow
+
+    def kind(value: str, lists: int) -> Any:
+        return pyarrow.list_(kind(value, lists - 1)) if lists else getattr(pyarrow, value)()
+
+    schema = pyarrow.schema([(name, kind(*column)) for name, column in columns.items()])
+    with parquet.ParquetWriter(file, schema) as rows:
+        yield lambda records: rows.write_table(pyarrow.Table.from_pylist(list(records), schema))
+
+
+def _checked(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: thoughts are in a file ending in {' or '.join(SUFFIXES)}")
+    return path
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: parquet files need pyarrow (pip install pyarrow); .jsonl needs nothing") from error
+    return pyarrow.parquet

@@ -1,0 +1,1 @@
+"""What thoughts are worth: losses, questions, intervals."""

@@ -1,0 +1,1 @@
+"""Questions with answers: reading them, asking them, scoring them."""

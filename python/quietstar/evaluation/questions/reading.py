@@ -1,0 +1,114 @@
+"""Questions with their right answers, from a .jsonl file or the hub: a number to work out, or choices to pick from."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from quietstar.data.texts import hub_rows, json_lines
+from quietstar.evaluation.questions.answers import number
+
+MARK = "####"  # what stands before the value in an answer of GSM8K
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its right answer.
+
+    Attributes:
+        text: the question, without the choices.
+        choices: text of each choice by its label; empty where the answer is a number.
+        answer: the right answer: a label, or a number as ``answers.number`` writes it.
+        written: the answer as the data write it, such as "1,000".
+    """
+
+    text: str
+    choices: Mapping[str, str]
+    answer: str
+    written: str
+
+
+def read_questions(source: str, split: str = "test", limit: int | None = None) -> list[Question]:
+    """The questions of a .jsonl file, or of a hub data set, ``name`` or ``name:subset``, in their order.
+
+    A row is one of
+        {"question": "...", "answer": "... #### 18"}, as in GSM8K; the value alone will do
+        {"question": {"stem": "...", "choices": [{"label": "A", "text": "..."}, ...]}, "answerKey": "A"}, as in CommonsenseQA
+        {"question": "...", "choices": {"label": [...], "text": [...]}, "answerKey": "A"}, as the hub has it, and ARC
+        {"question": "...", "choices": ["...", ...], "answer": 0}, as in MMLU: the place of the right one, its label or its text
+
+    Args:
+        split: of a hub data set.
+        limit: how many to take, from the start; default all.
+
+    Raises:
+        ValueError: no such file or data set, no question in it, a broken line, a question without an answer; by its line.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        rows: Iterable[tuple[str, Any]] = ((f"{path}: line {i}", row) for i, row in json_lines(path))
+    elif path.exists():
+        raise ValueError(f"{path}: questions come from a file ending in .jsonl")
+    else:
+        rows = ((f"{source}: row {i}", row) for i, row in enumerate(hub_rows(source, split, limit), 1))
+    questions = [parse(row, where) for where, row in islice(rows, limit)]
+    if not questions:
+        raise ValueError(f"{source}: there is no question in it")
+    return questions
+
+
+def parse(row: Any, where: str) -> Question:
+    """A row of the data; ``where`` is what a complaint begins with."""
+    fields: dict[str, Any] = row if isinstance(row, dict) else {}
+    asked = fields.get("question")
+    stem: dict[str, Any] = asked if isinstance(asked, dict) else {"stem": asked, "choices": fields.get("choices")}
+    asked, choices = stem.get("stem"), stem.get("choices")
+    if not isinstance(asked, str) or not asked.strip():
+        raise ValueError(f"{where} has no text in a field 'question'")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not whole Unicode: half of a pair, {error.object[error.start]!r}") from error
+    answer = fields.get("answerKey", fields.get("answer"))
+    if answer is None or answer == "":
+        raise ValueError(f"{where} has no answer in a field 'answer' or 'answerKey'")
+    if choices is None:
+        written = str(answer).split(MARK)[-1].strip()
+        value = number(written)
+        if value is None:
+            raise ValueError(f"{where} has no choices, so its answer must be a number, got {written[:40]!r}")
+        return Question(asked.strip(), {}, value, written)
+    labelled = _labelled(choices, where)
+    label = _label(answer, labelled, where)
+    return Question(asked.strip(), labelled, label, label)
+
+
+def _labelled(choices: Any, where: str) -> dict[str, str]:
+    if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+        pairs = list(zip(choices["label"], choices["text"], strict=False))
+    elif isinstance(choices, list) and all(isinstance(x, dict) and {"label", "text"} <= x.keys() for x in choices):
+        pairs = [(x["label"], x["text"]) for x in choices]
+    elif isinstance(choices, list) and len(choices) <= 26 and all(isinstance(x, str) for x in choices):
+        pairs = list(zip(string.ascii_uppercase, choices, strict=False))
+    else:
+        raise ValueError(f"{where} has choices that are neither texts nor labels with texts")
+    labelled = {str(label): str(text).strip() for label, text in pairs}
+    if len(labelled) < 2 or len(labelled) < len(pairs):
+        raise ValueError(f"{where} must have two choices or more with labels of their own, got {len(labelled)}")
+    return labelled
+
+
+def _label(answer: Any, choices: Mapping[str, str], where: str) -> str:
+    if str(answer) in choices:
+        return str(answer)
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return list(choices)[answer]
+    labels = [label for label, text in choices.items() if text == str(answer).strip()]
+    if len(labels) != 1:
+        raise ValueError(f"{where} has the answer {answer!r}, and its choices are {', '.join(choices)}")
+    return labels[0]

@@ -1,0 +1,196 @@
+"""What ``accuracy.ask`` found: every question with its answers, the figures over all of them, as JSON and to read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quietstar.evaluation.intervals import mean_interval, paired, wilson
+from quietstar.evaluation.questions.reading import Question
+from quietstar.files import write_whole
+
+if TYPE_CHECKING:
+    from quietstar.evaluation.questions.asking import Asking
+
+FORMAT = 1
+SHOWN, WIDTH = 20, 90  # differing questions in the page, letters of each
+TITLES = {"thinking": "with thoughts", "base": "without"}
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """What a model answers to a question.
+
+    Attributes:
+        text: the greedy answer.
+        extracted: the answer it gives; None where none was found, which counts as wrong.
+        probability: of the right answer, see ``answer_tokens.scored_answers``.
+        votes: what each sampled answer gives.
+        vote: their most frequent; None where none was found.
+    """
+
+    text: str
+    extracted: str | None
+    probability: float
+    votes: list[str | None]
+    vote: str | None
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question, and its answers under "thinking" and "base"."""
+
+    question: Question
+    answers: dict[str, GivenAnswer]
+
+
+@dataclass(frozen=True)
+class AccuracyReport:
+    """What ``accuracy.ask`` returns.
+
+    Attributes:
+        model: class, name (where it was loaded from, may be empty), preset, mixing, thought_tokens.
+        asking: the settings.
+        asked: the questions in their order.
+    """
+
+    model: dict[str, Any]
+    asking: Asking
+    asked: list[AskedQuestion]
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Over all questions, for each measure: ``exact``, ``vote`` where answers were sampled, and ``probability``.
+
+        Under "thinking" and "base": of exact and vote, right, questions, unanswered (no answer was found), accuracy and its
+        Wilson interval low to high; of probability, mean, low, high. Under "paired": of exact and vote what
+        ``intervals.paired`` returns, first being with thoughts; of probability, the mean of the differences, low, high.
+        """
+        given: dict[str, Callable[[GivenAnswer], str | None]] = {"exact": lambda x: x.extracted}
+        if self.asking.votes:
+            given["vote"] = lambda x: x.vote
+        return {name: self._accuracies(get) for name, get in given.items()} | {"probability": self._probabilities()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, model, asking, figures and questions, each with its answers, as plain dicts, lists, numbers and strings."""
+        questions = [
+            {"question": x.question.text, "choices": dict(x.question.choices), "answer": x.question.answer}
+            | {name: asdict(answer) for name, answer in x.answers.items()}
+            for x in self.asked
+        ]
+        own = {"format": FORMAT, "model": self.model, "asking": asdict(self.asking)}
+        return own | {"figures": self.figures, "questions": questions}
+
+    @property
+    def markdown(self) -> str:
+        """A page to read: the figures, and questions that only one of the two answered."""
+        return "\n\n".join(x for x in (self._heading(), self.table, self._notes(), self._differing()) if x) + "\n"
+
+    @property
+    def table(self) -> str:
+        """The figures as a Markdown table."""
+        titles = [title for name, title in TITLES.items() if name in self.asked[0].answers]
+        titles += ["difference"] * (len(titles) == 2)
+        measures = {"exact": "exact match", "vote": f"majority of {self.asking.votes}", "probability": "probability"}
+        rows = [["", *titles]]
+        for measure, modes in self.figures.items():
+            cells = [_accuracy_cell(figures) for mode, figures in modes.items() if mode != "paired"]
+            rows.append([measures[measure], *cells, *([_difference_cell(modes["paired"])] if "paired" in modes else [])])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * width for width in widths])
+        lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(f"| {line} |" for line in lines)
+
+    def save(self, path: str | os.PathLike) -> list[Path]:
+        """Write the numbers to ``path``, a .json, and the page beside it, a .md, each whole or not at all; returns both."""
+        page = Path(path).with_suffix(".md")
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_whole(page, self.markdown)
+        return [Path(path), page]
+
+    def _accuracies(self, get: Callable[[GivenAnswer], str | None]) -> dict[str, Any]:
+        modes = {name: [get(x.answers[name]) for x in self.asked] for name in self.asked[0].answers}
+        right = {
+            name: [answer == x.question.answer for answer, x in zip(answers, self.asked, strict=True)]
+            for name, answers in modes.items()
+        }
+        figures: dict[str, Any] = {}
+        for name, answers in modes.items():
+            low, high = wilson(sum(right[name]), len(answers))
+            counts = {"right": sum(right[name]), "questions": len(answers), "unanswered": answers.count(None)}
+            figures[name] = counts | {"accuracy": sum(right[name]) / len(answers), "low": low, "high": high}
+        if len(right) == 2:
+            figures["paired"] = paired(right["thinking"], right["base"])
+        return figures
+
+    def _probabilities(self) -> dict[str, Any]:
+        values = {name: [x.answers[name].probability for x in self.asked] for name in self.asked[0].answers}
+        if len(values) == 2:
+            values["paired"] = [x - y for x, y in zip(values["thinking"], values["base"], strict=True)]
+        figures = {name: dict(zip(("mean", "low", "high"), mean_interval(x), strict=True)) for name, x in values.items()}
+        for name in self.asked[0].answers:  # few and unlike values give an interval that leaves 0 to 1
+            own = figures[name]
+            own |= {end: None if x is None else min(max(x, 0.0), 1.0) for end, x in own.items()}
+        return figures
+
+    def _heading(self) -> str:
+        asking = self.asking
+        think = asking.think if isinstance(asking.think, str) else f"where the entropy exceeds {asking.think:g} nats"
+        name = f" `{self.model['name']}`" if self.model["name"] else ""
+        return (
+            f"# {len(self.asked):,} questions\n\n{self.model['class']}{name}, thoughts of "
+            f"{self.model['thought_tokens']} tokens: {think}. Zero-shot, answers of up to {asking.max_new_tokens} tokens."
+        )
+
+    def _notes(self) -> str:
+        exact = self.figures["exact"]
+        missing = " and ".join(f"{exact[name]['unanswered']:,} {TITLES[name]}" for name in self.asked[0].answers)
+        notes = [
+            "Intervals are 95 % ones: Wilson's for accuracies, over questions for the probability.",
+            f"Greedy answers in which no answer was found, which count as wrong: {missing}, of {len(self.asked):,}.",
+            "The probability is that of the right answer among the tokens of possible answers, a mean over questions.",
+        ]
+        if "paired" in exact:
+            pair = exact["paired"]
+            notes.append(
+                f"Questions right by exact match only with thoughts: {pair['first']:,}; only without: {pair['second']:,} "
+                f"(McNemar's exact test: p = {pair['p']:.2g})."
+            )
+        return "\n".join(f"- {note}" for note in notes)
+
+    def _differing(self) -> str:
+        if len(self.asked[0].answers) < 2:
+            return ""
+        rows = []
+        for x in self.asked:
+            thinking, base = x.answers["thinking"].extracted, x.answers["base"].extracted
+            if (thinking == x.question.answer) != (base == x.question.answer):
+                rows.append(f"| {_cell(x.question.text)} | {x.question.answer} | {thinking or '-'} | {base or '-'} |")
+        if not rows:
+            return ""
+        more = f"\n\nAnd {len(rows) - SHOWN:,} more." if len(rows) > SHOWN else ""
+        head = "| right with one of them only | answer | with thoughts | without |\n|---|---|---|---|\n"
+        return head + "\n".join(rows[:SHOWN]) + more
+
+
+def _accuracy_cell(figures: dict[str, Any]) -> str:
+    share = figures["accuracy" if "accuracy" in figures else "mean"]
+    interval = "" if figures["low"] is None else f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
+    return f"{100 * share:.1f} %{interval}"
+
+
+def _difference_cell(figures: dict[str, Any]) -> str:
+    share = figures["difference" if "difference" in figures else "mean"]
+    interval = "" if figures["low"] is None else f" ({100 * figures['low']:+.1f} to {100 * figures['high']:+.1f})"
+    return f"{100 * share:+.1f}{interval}"
+
+
+def _cell(text: str) -> str:
+    """A text of any kind in one cell of a Markdown table, without markup of its own."""
+    line = " ".join(text.split())
+    line = line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return "".join(f"&#{ord(letter)};" if letter in "|<>&`*_[]\\$" else letter for letter in line)

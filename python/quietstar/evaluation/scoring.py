@@ -1,0 +1,151 @@
+"""How likely the tokens of given texts are, without thoughts and with one greedy thought before each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quietstar import checks
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.modules import dropout_off, embeddings
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+# At a time: thought rows of the packed forward, and logits.
+ROWS, LOGITS = 2**13, 2**24
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the tokens at some places, fp32 and bool [P], of one text.
+
+    Attributes:
+        logprob: log p of the token, nats.
+        likeliest: no other token has a higher p.
+    """
+
+    logprob: Tensor
+    likeliest: Tensor
+
+
+def one_thought(qs: QuietStar) -> QuietStar:
+    """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
+    one = copy.copy(qs)
+    one.thought_config = replace(
+        qs.thought_config,
+        thoughts=1,
+        lookahead=1,
+        reward="gain",
+        advantage="relu",
+        reference="current",
+        kl_weight=0.0,
+    )
+    return one
+
+
+def mixed_logits(qs: QuietStar, h_base: Tensor, h_thought: Tensor) -> Tensor:
+    """Logits [...,V] from fp32 states of the text and of a thought's end row [...,D]; log-probabilities where those mix."""
+    weight = qs._weight(h_base, h_thought)
+    if qs.thought_config.mixing == "logits":
+        return next_logits(qs, (1 - weight) * h_base + weight * h_thought)
+    base, thought = (next_logits(qs, hidden).log_softmax(-1) for hidden in (h_base, h_thought))
+    return ((1 - weight) * base + weight * thought).log_softmax(-1)
+
+
+def next_logits(qs: QuietStar, hidden: Tensor) -> Tensor:
+    """fp32 logits [...,V] of states [...,D]."""
+    return qs.lm_head.logits(hidden.to(qs.lm_head.linear.weight.dtype)).float()
+
+
+@torch.no_grad()
+def score_tokens(
+    qs: QuietStar,
+    texts: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    think: str | float = "always",
+    allowed: Sequence[Tensor] | None = None,
+) -> list[tuple[Scores, Scores]]:
+    """Of each text: scores of the tokens at its ``places``, without thoughts, and as ``think`` says (the same where "never").
+
+    A thought stands at the position before the token. Where log-probabilities mix they are normalised, as in generation.
+
+    Args:
+        texts: token ids of B texts.
+        places: of each text, ascending, from 1: what stands first nothing predicts.
+        think: "always", "never", or a number: where the entropy of the base model's prediction exceeds it, nats.
+        allowed: of each text the token ids, int64 [...], among which probabilities are taken; default all V.
+
+    Raises:
+        ValueError: those of ``QuietStar.forward``.
+    """
+    one = one_thought(qs)
+    device = qs.start_embedding.device
+    input_ids, attention_mask = _pad(texts, 0, device), _pad([[1] * len(text) for text in texts], 0, device)
+    anchors = _pad([[place - 1 for place in row] for row in places], -1, device)
+    chunk = max(1, ROWS // (len(texts) * one.thought_config.rows))
+    with dropout_off(qs):
+        parts = [_score(one, input_ids, attention_mask, part, think, allowed) for part in anchors.split(chunk, 1)]
+    base, mixed, base_first, mixed_first = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    return [
+        (Scores(base[b, :n], base_first[b, :n]), Scores(mixed[b, :n], mixed_first[b, :n]))
+        for b, n in enumerate(map(len, places))
+    ]
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
+    """int64 [B, the longest], filled on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
+
+
+def _score(
+    one: QuietStar,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    anchors: Tensor,
+    think: str | float,
+    allowed: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob [B,P] without thoughts and with, then whether the token is the likeliest; anything where the anchor is -1."""
+    B, P = anchors.shape
+    layout = one._layout(input_ids, attention_mask, anchors, None)
+    if think == "never":
+        layout = layout.text_only()
+        embeds = embeddings(one.model)(input_ids)
+        text = decode_rows(one.model, embeds, layout.text_position_ids(), PackedPass(layout))
+    else:
+        thoughts = one._sample(layout, input_ids, None, 0, greedy=True)
+        layout = checks.with_lengths(layout, thoughts.thought_lengths, one.thought_config)
+        text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
+        h_thought = one._ahead(thought, thoughts.thought_lengths)[:, :, 0, 0].float()
+    rows = torch.arange(B, device=anchors.device)[:, None].expand(B, P)
+    target = input_ids[rows, (anchors + 1).clamp(max=input_ids.shape[1] - 1)]
+    h_base = text[rows, anchors.clamp(min=0)].float()
+
+    found = [torch.empty(B, P, device=anchors.device, dtype=kind) for kind in (torch.float32,) * 2 + (torch.bool,) * 2]
+    size = max(1, LOGITS // (3 * one.lm_head.linear.out_features))
+    for b in range(B):
+        for part in torch.arange(P, device=anchors.device).split(size):
+            base = next_logits(one, h_base[b, part])
+            mixed = base
+            if think != "never":
+                mixed = mixed_logits(one, h_base[b, part], h_thought[b, part])
+            if isinstance(think, (int, float)):
+                entropy = torch.special.entr(base.softmax(-1)).sum(-1, keepdim=True)
+                mixed = torch.where(entropy > think, mixed, base)
+            for i, logits in enumerate((base, mixed)):
+                if allowed is not None:
+                    kept = logits[:, allowed[b]]
+                    logits = torch.full_like(logits, -torch.inf).index_copy(1, allowed[b], kept)
+                logits = logits.log_softmax(-1)
+                own = logits.gather(1, target[b, part, None])
+                found[i][b, part] = own[:, 0]
+                found[2 + i][b, part] = (logits <= own).all(-1)
+    return found[0], found[1], found[2], found[3]

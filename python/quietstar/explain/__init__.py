@@ -1,0 +1,1 @@
+"""What thinking does to each token of a text, as a page."""

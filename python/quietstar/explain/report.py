@@ -1,0 +1,268 @@
+"""What thinking did to each token of a text: surprise without and with thoughts, the thoughts, the likeliest tokens."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quietstar import checks, objective
+from quietstar.explain.page import SAME, render
+from quietstar.explain.token_text import text_pieces, token_text
+from quietstar.files import write_whole
+from quietstar.hf.modules import dropout_off, unwrapped
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStar
+
+FORMAT = 1
+TOP = 5  # likeliest tokens shown
+# At a time: thought rows of the packed forward, and logits of the likeliest tokens.
+ROWS, LOGITS = 2**13, 2**24
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the likeliest tokens at a place, and its probability."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class ExplainedThought:
+    """A thought and what it did to the prediction of the token behind it.
+
+    Attributes:
+        ids, tokens: its T tokens, or fewer where it stopped itself, as ids and as text.
+        text: the same in one string.
+        weight: mixing weight on the thought.
+        mixed: -log p of the token with this thought, nats.
+        top: the likeliest tokens with this thought, the likeliest first.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    text: str
+    weight: float
+    mixed: float
+    top: list[Alternative]
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """A token of the text, and the thoughts that the model had before it.
+
+    Attributes:
+        text: what the token adds to the text. The first parts of a character of several tokens show their bytes, as ⟨E2⟩.
+        base, mixed: -log p of the token without thoughts and with one, nats; mixed is the mean over the thoughts. None for the
+            first token, which nothing predicts.
+        gain: base - mixed.
+        thoughts: one, or several sampled ones.
+        top: the likeliest tokens without a thought, the likeliest first.
+    """
+
+    id: int
+    text: str
+    base: float | None
+    mixed: float | None
+    gain: float | None
+    thoughts: list[ExplainedThought]
+    top: list[Alternative]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``QuietStar.explain`` returns.
+
+    Attributes:
+        model: class, model_type, name (where it was loaded from, may be empty), parameters, dtype.
+        settings: preset, mixing, thoughts (of each token), thought_tokens, seed (None: greedy thoughts).
+        tokens: every token of the text.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    tokens: list[ExplainedToken]
+
+    @property
+    def summary(self) -> dict[str, float | int]:
+        """Means over the predicted tokens, nats.
+
+        Keys: tokens, how many were predicted; base, mixed, gain, their means; gain_low and gain_high, the 95 % interval of the
+        gain, as if tokens were independent; helped and hurt, the shares of tokens whose gain is 0.05 or more from 0.
+        """
+        predicted = [(x.base, x.mixed, x.gain) for x in self.tokens if x.gain is not None]
+        base, mixed, gain = torch.tensor(predicted, dtype=torch.float64).unbind(1)
+        mean, margin = float(gain.mean()), 1.96 * float(gain.std()) / len(gain) ** 0.5
+        return {
+            "tokens": len(gain),
+            "base": float(base.mean()),
+            "mixed": float(mixed.mean()),
+            "gain": mean,
+            "gain_low": mean - margin,
+            "gain_high": mean + margin,
+            "helped": float((gain >= SAME).double().mean()),
+            "hurt": float((gain < -SAME).double().mean()),
+        }
+
+    @property
+    def html(self) -> str:
+        """One page that needs nothing else: no network, no other file."""
+        return render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, model, settings, summary and tokens as plain lists, dicts, numbers and strings, under the names above."""
+        own = asdict(self)
+        return {"format": FORMAT, "model": own["model"], "settings": own["settings"], "summary": self.summary} | own
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the page, or ``to_dict()`` where the name ends in .json; beside and renamed, so that no half file is left."""
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.html)
+
+
+@torch.no_grad()
+def explain(qs: QuietStar, text: str, seed: int | None = None) -> Report:
+    """See ``QuietStar.explain``."""
+    input_ids = _tokenize(qs, text)
+    one = copy.copy(qs)  # shares every weight; only the next token is looked at, and greedy thoughts are all the same
+    N = 1 if seed is None else qs.thought_config.thoughts
+    one.thought_config = replace(qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu")
+    _check_length(one, input_ids.shape[1])
+
+    chunk = max(1, ROWS // (N * one.thought_config.rows))
+    places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
+    with dropout_off(qs):
+        parts = [_predict(one, input_ids, anchors, seed) for anchors in places.split(chunk)]
+    found = {name: [row for part in parts for row in part[name].tolist()] for name in parts[0]}
+    if not torch.tensor([found["base"], [max(x) for x in found["mixed"]]]).isfinite().all():
+        raise ValueError(f"{type(qs.model).__name__}: its losses on this text are not finite")
+    return Report(_model(qs), _settings(one, seed), _tokens(qs.tokenizer, input_ids[0].tolist(), found))
+
+
+def _tokenize(qs: QuietStar, text: str) -> Tensor:
+    """int64 [1,L]."""
+    if qs.tokenizer is None:
+        raise ValueError("explain needs a tokenizer: pass one to QuietStar")
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a str, got {type(text).__name__}")
+    broken = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    if broken is not None:
+        raise ValueError(f"text must be whole Unicode, character {broken} is half of a pair: {text[broken]!r}")
+    ids = qs.tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 3:
+        raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
+    V = qs.lm_head.linear.out_features
+    if max(ids) >= V:
+        raise ValueError(f"the tokenizer is of another model: it gives id {max(ids)}, and the vocabulary has {V} tokens")
+    return torch.tensor([ids], dtype=torch.int64, device=qs.start_embedding.device)
+
+
+def _check_length(one: QuietStar, L: int) -> None:
+    """Rotary positions have no end, but past the longest of the model's training its predictions say nothing."""
+    limit = getattr(one.config.get_text_config(), "max_position_embeddings", None)
+    room = L + one.thought_config.rows - 1  # the thought before the last token begins one place earlier
+    if limit and room > limit:
+        raise ValueError(
+            f"text is too long: its {L} tokens and thoughts need {room} positions, and {type(one.model).__name__} has {limit}"
+        )
+
+
+def _predict(one: QuietStar, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
+    """Of the tokens behind ``anchors`` [P]: everything that a report says about each, [P,...] of numbers."""
+    layout = one._layout(input_ids, None, anchors[None], None)
+    thoughts = one._sample(layout, input_ids, None, seed or 0, greedy=seed is None)
+    lengths = thoughts.thought_lengths
+    layout = checks.with_lengths(layout, lengths, one.thought_config)
+    text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
+    targets = objective.make_targets(input_ids, None, layout, lookahead=1)
+    nll_base, nll_mix, weight = one._predict(layout, text, thought, targets, lengths)
+
+    h_base, h_thought = text[0, anchors].float(), one._ahead(thought, lengths)[0, :, :, 0].float()  # [P,D], [P,N,D]
+    size = max(1, LOGITS // (one.lm_head.linear.out_features * (1 + 2 * layout.N)))
+    tops = [_top(one, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
+    base_top, base_p, mixed_top, mixed_p = (torch.cat(column) for column in zip(*tops, strict=True))
+    return {
+        "base": nll_base[0, anchors],
+        "mixed": nll_mix[0, :, :, 0],
+        "weight": weight[0, :, :, 0],
+        "thought_ids": thoughts.thought_ids[0],
+        "length": thoughts.lengths[0],
+        "base_top": base_top,
+        "base_p": base_p,
+        "mixed_top": mixed_top,
+        "mixed_p": mixed_p,
+    }
+
+
+def _top(one: QuietStar, h_base: Tensor, h_thought: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Likeliest ids and probabilities of base states [P,D], both [P,5], and of their mixes with thoughts [P,N,D], [P,N,5].
+
+    Where log-probabilities mix, the mixed ones are those of the loss, which don't add up to 1.
+    """
+
+    def logprobs(hidden: Tensor) -> Tensor:
+        return torch.log_softmax(one.lm_head.logits(hidden.to(one.lm_head.linear.weight.dtype)).float(), -1)
+
+    wide = h_base[:, None].expand_as(h_thought)
+    weight = one._weight(wide, h_thought)
+    base = logprobs(h_base)
+    if one.thought_config.mixing == "logits":
+        mixed = logprobs((1 - weight) * wide + weight * h_thought)
+    else:
+        mixed = (1 - weight) * base[:, None] + weight * logprobs(h_thought)
+    count = min(TOP, base.shape[-1])
+    (base_p, base_top), (mixed_p, mixed_top) = base.topk(count), mixed.topk(count)
+    return base_top, base_p.exp(), mixed_top, mixed_p.exp()
+
+
+def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[ExplainedToken]:
+    show = cache(lambda token: token_text(tokenizer, token))
+
+    def top(tokens: Sequence[int], probabilities: Sequence[float]) -> list[Alternative]:
+        return [Alternative(x, show(x), p) for x, p in zip(tokens, probabilities, strict=True)]
+
+    def thought(place: int, n: int) -> ExplainedThought:
+        own = found["thought_ids"][place][n][: found["length"][place][n]]
+        return ExplainedThought(
+            ids=own,
+            tokens=[show(x) for x in own],
+            text=tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            weight=found["weight"][place][n],
+            mixed=found["mixed"][place][n],
+            top=top(found["mixed_top"][place][n], found["mixed_p"][place][n]),
+        )
+
+    pieces = text_pieces(tokenizer, ids)
+    tokens = [ExplainedToken(ids[0], pieces[0], None, None, None, [], [])]
+    for place, base in enumerate(found["base"]):
+        thoughts = [thought(place, n) for n in range(len(found["mixed"][place]))]
+        mixed = sum(x.mixed for x in thoughts) / len(thoughts)
+        likeliest = top(found["base_top"][place], found["base_p"][place])
+        tokens.append(ExplainedToken(ids[place + 1], pieces[place + 1], base, mixed, base - mixed, thoughts, likeliest))
+    return tokens
+
+
+def _model(qs: QuietStar) -> dict[str, Any]:
+    return {
+        "class": type(unwrapped(qs.model)).__name__,
+        "model_type": qs.config.model_type,
+        "name": qs.config.name_or_path,
+        "parameters": qs.model.num_parameters(),
+        "dtype": str(qs.model.dtype).removeprefix("torch."),
+    }
+
+
+def _settings(one: QuietStar, seed: int | None) -> dict[str, Any]:
+    config = one.thought_config
+    names = ("preset", "mixing", "thoughts", "thought_tokens")
+    return {name: getattr(config, name) for name in names} | {"seed": seed}

@@ -1,0 +1,1 @@
+"""What the wrapper knows about transformers: architectures, attention, caches, adapters."""

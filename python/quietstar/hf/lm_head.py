@@ -1,0 +1,98 @@
+"""The final norm's output to logits: which linear map, factor and soft cap a model applies, found once and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar.hf.modules import backbone, dropout_off
+from quietstar_kernels import linear_logprob, sample_token
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = softcap(scale * (hidden · weightᵀ + bias)), over the parameters of the model's own output layer."""
+
+    linear: nn.Linear
+    scale: float | None = None
+    softcap: float | None = None
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden [...,D] as rows, weight and bias in one dtype: the weight's, or that of autocast where it is on."""
+        device, dtype = hidden.device.type, self.linear.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
+        return hidden.flatten(0, -2).to(dtype), self.linear.weight.to(dtype), bias
+
+    def sample(
+        self, hidden: Tensor, counters: Tensor, seed: int | Tensor, temperature: float, banned: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [...,D] and counters [...,4] to ids and log-probabilities [...]; ``quietstar_kernels.sample_token``."""
+        rows, weight, bias = self.operands(hidden)
+        ids, logprob = sample_token(
+            rows,
+            weight,
+            counters.flatten(0, -2),
+            seed,
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            temperature=temperature,
+            banned=banned,
+        )
+        return ids.view(hidden.shape[:-1]), logprob.view(hidden.shape[:-1])
+
+    def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
+        """Log-probability of ``targets`` [...] under hidden [...,D]; fp32, 0 where the target is -100."""
+        rows, weight, bias = self.operands(hidden)
+        out = linear_logprob(
+            rows,
+            weight,
+            targets.flatten(),
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            temperature=temperature,
+            banned=banned,
+        )
+        assert isinstance(out, Tensor)
+        return out.view(targets.shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [...,D] to logits [...,V]."""
+        logits = self.linear(hidden)
+        logits = logits if self.scale is None else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_lm_head(model: PreTrainedModel) -> LMHead:
+    """Read factor and soft cap from the config and check them against the model's own logits on four tokens.
+
+    Raises:
+        ValueError: the logits are not those of any known head.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{type(model).__name__} cannot think: its output head is not one linear layer")
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    factor = getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    scales = [factor, 1 / scaling if scaling else None, scaling, None]
+    candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
+
+    ids = torch.arange(4, device=linear.weight.device)[None] % linear.weight.shape[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad(), dropout_off(model):
+        hidden = backbone(model)(**inputs).last_hidden_state
+        truth = model(**inputs).logits.float()
+        tolerance = 1e-2 if linear.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for head in candidates:
+            if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():
+                return head
+    raise ValueError(f"{type(model).__name__} cannot think: its logits are not a linear map of its last hidden state")

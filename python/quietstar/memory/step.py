@@ -1,0 +1,208 @@
+"""What this machine has, and the memory that a training step needs, part by part, from a model's config alone."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from quietstar.config import ThoughtConfig
+from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.modules import embeddings
+from quietstar_kernels import backends, cuda_library
+
+PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
+# Keys and values that a text position has beside what its layers keep: a chunk's copy, and the gradients that add up.
+CHUNK_COPIES = 4
+# Logits at a time of the CPU and GPU heads; the reference keeps all of them. About three such buffers live at once.
+HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
+# Bytes of logits that one call of the head may keep until its backward, all of them or none.
+HEAD_KEPT = 2**28
+
+
+def environment() -> str:
+    """Versions, devices, and what serves each operation on each device, or why it doesn't."""
+    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines.append(cuda_library())
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, {human(free)} of {human(total)} free"
+    for device, what in devices.items():
+        lines += ["", f"{device} ({what})"]
+        lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one training step on one device, of which the last four do not live at the same time as the rollout's.
+
+    Attributes:
+        moments: AdamW's two averages.
+        text, thoughts: what the decoder keeps of text and thought rows for the backward.
+        checkpointed: text and thoughts together, with gradient checkpointing: each layer's input, and one layer in full.
+        mixing: mixing head, mixed states and the inputs of the LM head.
+        head: a chunk of logits, and the LM head's gradient while it is summed up.
+        rollout: keys and values of the text and of T rows of each thought.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    text: int
+    thoughts: int
+    checkpointed: int
+    mixing: int
+    head: int
+    rollout: int
+
+    def peak(self, checkpointing: bool = False) -> int:
+        kept = self.checkpointed if checkpointing else self.text + self.thoughts
+        return self.weights + self.gradients + self.moments + max(self.rollout, kept + self.mixing + self.head)
+
+
+def step_memory(
+    config: PretrainedConfig,
+    thoughts: ThoughtConfig,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    anchor_chunk: int | None = None,
+) -> StepMemory:
+    """Every position of ``batch_size`` texts of ``length`` tokens thinks. No weights are loaded and nothing is allocated.
+
+    The decoder runs on tensors without storage, and what autograd would keep is added up.
+
+    Args:
+        anchor_chunk: anchors of each text at a time; their thoughts are computed again as a whole, not layer by layer.
+
+    Raises:
+        ValueError: a model type that can't think.
+    """
+    check_architecture(config)
+    text = config.get_text_config()
+    # Experts have shapes without storage in bf16 alone.
+    faked = torch.bfloat16 if getattr(text, "num_experts_per_tok", None) else dtype
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=faked)
+        model.set_attn_implementation(WRAPPED_NAME)
+        hand_on_layout(model)
+        own = sum(x.numel() for x in model.parameters()) * dtype.itemsize
+        kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
+        V, D = model.get_output_embeddings().weight.shape
+    kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
+
+    B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
+    P = L if anchor_chunk is None else min(anchor_chunk, L)  # of one chunk
+    rows, layers, half = L + L * N * thoughts.rows, text.num_hidden_layers, dtype.itemsize < 4
+    weights = own + 4 * (3 * D * D + 5 * D)  # mixing head and both vectors are fp32
+    predictions = B * P * N * J
+    # Both states beside each other and two hidden layers, fp32; base states; thought states where a cast copies them.
+    mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
+    head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
+    calls = [V * (B * L + predictions), V * B * P * N * T]  # logits of each
+    head_kept = sum(size for size in (dtype.itemsize * call for call in calls) if size <= HEAD_KEPT)
+    of_text, of_thoughts = kept * L // rows, (kept - kept * L // rows) * P // L
+    inputs = layers * B * D * dtype.itemsize  # of the layers, for a row
+    checkpointed = inputs * rows + kept // layers
+    if anchor_chunk is not None:
+        of_text += CHUNK_COPIES * B * L * keys_values
+        checkpointed = inputs * L + CHUNK_COPIES * B * L * keys_values + of_thoughts
+    return StepMemory(
+        weights=weights,
+        gradients=weights,
+        moments=2 * weights,
+        text=of_text,
+        thoughts=of_thoughts,
+        checkpointed=checkpointed,
+        mixing=mixing + head_inputs,
+        head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(calls)) + V * D * (1 + half)) + head_kept,
+        rollout=B * (L + P * N * T) * keys_values,
+    )
+
+
+class _KeepNothing(torch.autograd.Function):
+    """An attention call without storage: keeps what the real one keeps, queries, keys, values, output and row sums."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+class _SizesOnly:
+    """A thought pass that counts: bytes of a row's keys and values over all attention calls."""
+
+    arrived = False
+    keys_values = 0
+    positions = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.arrived = True
+        self.keys_values += sum(x[0, :, 0].numel() * x.element_size() for x in (k, v))
+        return _KeepNothing.apply(q, k, v)
+
+
+def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward over [batch_size, rows], and bytes of a row's keys and values."""
+    weights = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that its number is not given to another
+        return x
+
+    sizes = _SizesOnly()
+    ids = torch.zeros(batch_size, rows, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        decode_rows(model.train(), embeddings(model)(ids), ids, sizes)
+    return sum(storage.nbytes() for storage in kept.values()), sizes.keys_values
+
+
+NAMES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "moments": "optimizer moments",
+    "text": "activations of the text",
+    "thoughts": "activations of the thoughts",
+    "checkpointed": "  both with --gradient-checkpointing",
+    "mixing": "mixing head",
+    "head": "LM head, a chunk at a time",
+    "rollout": "keys and values of the rollout (before)",
+}
+
+
+def memory_table(memory: StepMemory) -> str:
+    lines = [f"  {NAMES[field.name]:<42}{human(getattr(memory, field.name)):>10}" for field in fields(memory)]
+    lines.append(f"  {'together':<42}{human(memory.peak()):>10}")
+    lines.append(f"  {'together with --gradient-checkpointing':<42}{human(memory.peak(checkpointing=True)):>10}")
+    return "\n".join(lines)
+
+
+def human(size: float) -> str:
+    """Bytes in a unit that leaves at most four digits before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

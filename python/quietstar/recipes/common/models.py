@@ -1,0 +1,111 @@
+"""The task and the model that a recipe begins with: from the hub, a folder, or a small one from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from quietstar.config import Dtype
+from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
+
+GENERATED = ("multiplication", "addition", "stories")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TaskConfig:
+    """Which problems.
+
+    Raises:
+        ValueError: a value outside its range, by name, or a task from a file without the file.
+    """
+
+    task: Literal["multiplication", "addition", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
+    digits: int = option(2, "of each operand of a multiplication or an addition")
+    data: str = option("", "of gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 18:
+            raise ValueError(f"TaskConfig: digits must be from 1 to 18, got {self.digits}")
+        if bool(self.data) == (self.task in GENERATED):
+            raise ValueError(f"TaskConfig: data must be {'empty' if self.data else 'a file'} where task is {self.task!r}")
+
+
+def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
+    """The task in the tokens of ``tokenizer``; default a small one, which only generated problems have.
+
+    Raises:
+        ValueError: a task from a file without a tokenizer, or a file that can't be used.
+    """
+    if config.task == "multiplication":
+        return Multiplication(config.digits, tokenizer)
+    if config.task == "addition":
+        return Addition(config.digits, tokenizer)
+    if config.task == "stories":
+        return WordProblems(tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"the task {config.task} needs a model with a tokenizer, not a small one from scratch")
+    return (GSM8K if config.task == "gsm8k" else CommonsenseQA)(config.data, tokenizer)
+
+
+def small_model(
+    task: Task, layers: int = 2, width: int = 128, heads: int = 4, positions: int = 512, seed: int = 0
+) -> GPT2LMHeadModel:
+    """A GPT-2 from scratch for the task's tokens, 0.4 million weights as it stands."""
+    config = GPT2Config(
+        vocab_size=len(task.tokenizer),
+        n_positions=positions,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one operation instead of eight
+        initializer_range=(3 * width) ** -0.5,  # that of PyTorch's own layers; with 0.02, or twice this, it learns much later
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=task.end_id,
+        eos_token_id=task.end_id,
+        pad_token_id=task.tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Task]:
+    """Model and task; an empty name is a small model from scratch.
+
+    Raises:
+        ValueError: no model, no tokenizer or no task from what was named, in one sentence.
+    """
+    if not name:
+        task = make_task(config)
+        return small_model(task).to(getattr(torch, dtype)), task
+    model, tokenizer = read(name, dtype)
+    return model, make_task(config, tokenizer)
+
+
+def read(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer, on the GPU if there is one.
+
+    Args:
+        dtype: of the weights, however they were saved: in half precision small updates of all weights are rounded away.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: no model with a tokenizer loads from this folder or hub name: {reason}") from error
+    return (cast(Any, model).to("cuda") if torch.cuda.is_available() else model), tokenizer

@@ -1,0 +1,126 @@
+"""Supervised training on completions: the loss is on what follows the prompt, and batches are filled by number of tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quietstar.config import AdapterConfig
+from quietstar.hf.adapters import add, merge
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.sampling import logprob
+from quietstar.run.batches import mix_seed
+
+Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
+
+
+@dataclass
+class SFTConfig(AdapterConfig):
+    """Optimizer, batches and adapters, which are merged in the end; the number of steps is the recipe's.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW")
+    warmup: int = option(20, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    clip: float = option(1.0, "largest gradient norm")
+    batch_tokens: int = option(1600, "tokens of a batch at most, padding included; an example that is longer goes alone")
+
+    def __post_init__(self) -> None:
+        AdapterConfig.__post_init__(self)
+        for name in ("learning_rate", "clip", "batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"SFTConfig: {name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"SFTConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+
+
+def sft(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    steps: int,
+    config: SFTConfig | None = None,
+    seed: int = 0,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> PreTrainedModel:
+    """Train ``model`` in place for ``steps`` updates; epoch after epoch, each in an order of its own that ``seed`` fixes.
+
+    With ``config.lora_rank`` the update of each of its layers has that rank at most, and takes less memory to find.
+
+    The loss is the mean over the completions' tokens of a batch, nats.
+
+    Args:
+        log: called with step, loss, grad_norm, learning_rate, tokens and seconds of every update.
+
+    Raises:
+        ValueError: no example, or adapters without peft.
+        FloatingPointError: a loss that is not finite.
+    """
+    config = config or SFTConfig()
+    if not examples:
+        raise ValueError("sft: there is no example to train on")
+    training = model.training
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # for new adapters and for dropout
+        torch.manual_seed(mix_seed(seed, -1))
+        trained = add(model, config) if config.lora_rank else model
+        _train(trained, examples, steps, config, seed, log)
+    return (merge(trained) if config.lora_rank else model).train(training)
+
+
+def _train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    steps: int,
+    config: SFTConfig,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    batches = token_batches([len(prompt) + len(completion) for prompt, completion in examples], config.batch_tokens, seed)
+    model.train()
+    for step in range(steps):
+        began = time.perf_counter()
+        batch = [examples[i] for i in next(batches)]
+        values, mask = logprob(model, [prompt for prompt, _ in batch], [completion for _, completion in batch])
+        loss = -values.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"sft: the loss is {value} at step {step + 1}")
+        figures = {"grad_norm": float(norm), "learning_rate": config.rate(step), "tokens": int(mask.sum())}
+        log({"step": step + 1, "loss": value, **figures, "seconds": time.perf_counter() - began})
+
+
+def token_batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
+    """Places of examples, for ever; a batch's number times its longest is at most ``tokens``, unless it is one alone."""
+    batch: list[int] = []
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+        for i in torch.randperm(len(lengths), generator=generator).tolist():
+            if batch and (len(batch) + 1) * max(lengths[i], *(lengths[j] for j in batch)) > tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        epoch += 1

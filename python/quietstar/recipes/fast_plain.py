@@ -1,0 +1,217 @@
+"""Internalisation of Fast Quiet-STaR: a language model that never thinks, trained against the losses of one that does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar import QuietStar
+from quietstar.evaluation.losses import token_losses
+from quietstar.files import replaced
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.rounds import load_model
+from quietstar.recipes.common.sampling import evaluating, positions
+from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
+from quietstar.run.signals import Signals
+
+MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and what it takes to go on
+
+
+@dataclass
+class Config:
+    """How the plain model is trained; the published code's numbers.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    out: str = option("runs/fast", "folder of the run")
+    batch_size: int = option(8, "texts of an optimizer step")
+    eval_every: int = option(10, "steps between evaluations, of which the best checkpoint is kept")
+    save_every: int = option(50, "steps between checkpoints to go on from")
+    seed: int = option(0, "fixes the texts' order, thoughts and sampled tokens")
+    plain_steps: int = option(300, "optimizer steps of the plain model")
+    plain_rate: float = option(1e-6, "its learning rate, constant")
+    plain_weight: float = option(1e6, "its loss is this times as large; not where the objective is likelihood")
+    plain_temperature: float = option(3.0, "of its probabilities in the loss; likewise")
+    objective: Literal["sampled", "observed", "likelihood"] = option(
+        "sampled", "reinforce a token sampled from the plain model, or the text's; likelihood: plain training, a control"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_every", "save_every", "plain_steps"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("plain_rate", "plain_weight", "plain_temperature"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"fast: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: QuietStar,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    config: Config,
+) -> tuple[PreTrainedModel, float]:
+    """Train ``student`` in place, without thoughts, against the teacher's loss at each token; the best by held-out loss.
+
+    Returns:
+        The best model and its held-out loss.
+    """
+    folder = Path(config.out) / MODEL
+    texts = documents(data)
+    progress = Progress(Path(config.out) / PLAIN, asdict(config), {"step": 0, "best": None}, resume=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.plain_rate, weight_decay=0.0)
+    if progress.begun:
+        progress.load(student, optimizer)
+    state = progress.state
+    losses = teacher_losses(teacher.eval(), texts, config.batch_size) if state["step"] < config.plain_steps else []
+
+    def keep_the_better() -> float:
+        value = loss(student, held_out, config.batch_size)
+        if state["best"] is None or value < state["best"]:
+            state["best"] = value
+            with replaced(folder) as beside:
+                student.save_pretrained(beside)
+                if teacher.tokenizer is not None:
+                    teacher.tokenizer.save_pretrained(beside)
+        return value
+
+    with Signals() as signals:
+        if state["best"] is None:
+            keep_the_better()  # the start, since training may only make it worse
+        while state["step"] < config.plain_steps:
+            line = update(student, optimizer, texts, losses, config, state["step"])
+            state["step"] += 1
+            if state["step"] % config.eval_every == 0 or state["step"] == config.plain_steps:
+                line["held_out"] = keep_the_better()
+            progress.metrics.add(line)
+            progress.save_if(signals, config.save_every, student, optimizer)
+    progress.save(student, optimizer)
+    return load_model(folder, student), state["best"]
+
+
+def update(
+    student: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    texts: Sequence[Example],
+    losses: Sequence[Tensor],
+    config: Config,
+    step: int,
+) -> dict[str, Any]:
+    """One update of the plain model; returns its figures."""
+    began = time.perf_counter()
+    chosen = texts_of_step(len(texts), config.batch_size, config.seed, step)
+    torch.manual_seed(mix_seed(config.seed, step))
+    with evaluating(student):  # no dropout: tokens are scored by the policy that they were sampled from
+        logits, targets, _ = predictions(student, [texts[i] for i in chosen])
+    logprob = logits.log_softmax(-1)
+    value, reward = objective(logprob, targets, torch.cat([losses[i] for i in chosen]).to(logprob.device), config)
+    optimizer.zero_grad()
+    value.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    if not bool(norm.isfinite()):
+        raise FloatingPointError(f"fast: the gradient of the plain model is {float(norm)} at step {step + 1}")
+    optimizer.step()
+    figures = {"loss": float(value.detach()), "reward": float(reward.mean()), "rewarded": float((reward > 0).float().mean())}
+    return {"step": step + 1, **figures, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+
+
+def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """What the plain model is trained on, and its reward [tokens] for predicting a token better than the thinking model did.
+
+    The published loss: minus the mean of reward times the log-probability, at a temperature, of a token that is sampled from
+    the model, so not always the text's.
+
+    Args:
+        logprob: [tokens,V], with a gradient.
+        targets: int64 [tokens], the text's tokens.
+        teacher: [tokens], the thinking model's loss, nats.
+    """
+    nll = -logprob.gather(1, targets[:, None])[:, 0]
+    reward = torch.relu(teacher - nll.detach())
+    if config.objective == "likelihood":
+        return nll.mean(), reward
+    action = targets if config.objective == "observed" else logprob.detach().exp().multinomial(1)[:, 0]
+    policy = (logprob / config.plain_temperature).log_softmax(-1).gather(1, action[:, None])[:, 0]
+    return -config.plain_weight * (reward * policy).mean(), reward
+
+
+def predictions(model: PreTrainedModel, texts: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits fp32 [tokens,V], targets [tokens] and the number of the text [tokens], one text after another."""
+    (batch,) = collate([{"input_ids": x["input_ids"], **_mask(x)} for x in texts], list(range(len(texts))), 1)
+    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    on = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=ids.device)
+    for row, text in enumerate(texts):
+        on[row, : len(text["input_ids"]) - 1] = predicted(text).to(on.device)
+    logits = model(ids, attention_mask=mask, position_ids=positions(mask, 1), use_cache=False).logits[:, :-1]
+    return logits[on].float(), ids[:, 1:][on], on.nonzero()[:, 0]
+
+
+def predicted(text: Example) -> Tensor:
+    """bool [L-1], the places whose next token counts, as it does where the text is trained on with thoughts."""
+    ids = text["input_ids"]
+    on = (text.get("labels", ids)[1:] != -100) & (text.get("attention_mask", torch.ones_like(ids))[1:] != 0)
+    if "anchors" in text:
+        thinks = torch.zeros(len(ids), dtype=torch.bool)
+        thinks[text["anchors"][text["anchors"] >= 0].long()] = True
+        on &= thinks[:-1]
+    return on
+
+
+def documents(data: Sequence[Example]) -> list[Example]:
+    """Packed examples cut into their documents, without those that are too short to predict anything in."""
+    texts: list[Example] = []
+    for example in data:
+        of_all = example.get("document_ids", torch.zeros_like(example["input_ids"]))
+        begin, lengths = 0, of_all.unique_consecutive(return_counts=True)[1]
+        for end in lengths.cumsum(0).tolist():
+            text = {name: x[begin:end] for name, x in example.items() if name not in ("document_ids", "thought_ids", "anchors")}
+            if "anchors" in example:
+                anchors = example["anchors"]
+                text["anchors"] = anchors[(anchors >= begin) & (anchors < end)] - begin
+            texts.append(text)
+            begin = end
+    return [text for text in texts if len(text["input_ids"]) >= 3 and bool(predicted(text).any())]
+
+
+def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int) -> list[Tensor]:
+    """fp32, the loss with a greedy thought of each token that is predicted, text by text; only these of its logits are kept."""
+    found = token_losses(teacher, texts, batch_size)
+    return list(found.mixed.float().split(found.text.bincount(minlength=len(texts)).tolist()))
+
+
+def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> float:
+    """Loss of a model without thoughts, nats: the mean over texts of a text's mean, as the one with thoughts is taken."""
+    nll, text = token_nll(model, texts, batch_size)
+    counts = text.bincount()
+    return float((text.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
+    """fp64 [tokens], the loss of each predicted token without thoughts, and the number of its text; as ``token_losses``."""
+    parts = []
+    with evaluating(model):
+        for start in range(0, len(texts), batch_size):
+            chosen = range(start, min(start + batch_size, len(texts)))
+            logits, targets, row = predictions(model, [texts[i] for i in chosen])
+            nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            parts.append((nll.double().cpu(), start + row.cpu()))
+    nll, text = (torch.cat(column) for column in zip(*parts, strict=True))
+    return nll, text
+
+
+def _mask(text: Example) -> Example:
+    return {"attention_mask": text.get("attention_mask", torch.ones_like(text["input_ids"]))}

@@ -1,0 +1,240 @@
+"""Implicit chain of thought by distillation (ICoT-KD, arXiv 2311.01460), the baseline of stepwise internalisation.
+
+Three models of one shape. A teacher writes chains; its states along the diagonal, from the chain's begin in the first layer to
+its end in the last one, stand for what the chain says. (a) A student that is shown these states answers from the prompt. (b) An
+emulator predicts them from the prompt alone. (c) Emulator and student are trained together on the answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quietstar.files import replaced, write_whole
+from quietstar.recipes import internalize as icot
+from quietstar.recipes import internalize_report as icot_report
+from quietstar.recipes.common.log import tell
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.rounds import save_model
+from quietstar.recipes.common.sampling import Completion, evaluating, logprob, padded, rollout
+from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
+from quietstar.recipes.tasks import Row, Task
+from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.signals import Signals
+
+MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; .json and .png
+BATCH = 256  # problems at once in an evaluation
+Loss = Callable[[Sequence[Row]], Tensor]
+
+
+@dataclass
+class Config:
+    """Updates of (a), (b) and (c); those of the teacher and all else are ``icot.Config``'s.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    student_steps: int = option(1000, "updates of a student that is shown the teacher's states")
+    emulator_steps: int = option(1000, "updates of what predicts these states from the prompt")
+    coupled_steps: int = option(1000, "updates of both together, on the answer")
+    components: int = option(1, "M, of the emulator's mixture; more than 1 where a problem has several chains")
+
+    def __post_init__(self) -> None:
+        for name in ("student_steps", "emulator_steps", "coupled_steps", "components"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"internalize: {name} must be 1 or more, got {getattr(self, name)!r}")
+
+
+class Pair(nn.Module):
+    """Emulator and student: answers from the prompt alone."""
+
+    def __init__(self, emulator: Emulator, student: Student):
+        super().__init__()
+        self.emulator, self.student = emulator, student
+
+    @torch.no_grad()
+    def answer(self, task: Task, prompts: Sequence[list[int]], max_new: int, states: Tensor | None = None) -> list[Completion]:
+        """Greedy answers, with the emulator's states or with given ones [B,layers,D]."""
+        found: dict[int, Completion] = {}
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # as rollout orders them
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            batch = [prompts[i] for i in chosen]
+            read = self.emulator(batch) if states is None else states[chosen]
+            with self.student.reading(read, len(batch[0]) - 1):
+                written = rollout(self.student.model, task, batch, temperature=0.0, max_new=max_new, batch_size=BATCH)
+            found |= {i: several[0] for i, several in zip(chosen, written, strict=True)}
+        return [found[i] for i in range(len(prompts))]
+
+    def save_pretrained(self, folder: str | Path, task: Task) -> None:
+        """Two ordinary checkpoints, emulator and student, and beside them what hands the states over."""
+        with replaced(folder) as beside:
+            for name, part in (("emulator", self.emulator), ("student", self.student)):
+                part.model.save_pretrained(beside / name)
+                task.tokenizer.save_pretrained(beside / name)
+            own = {key: x.contiguous() for key, x in self.state_dict().items() if ".model." not in key}
+            save_file(own, beside / STATES, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Pair:
+        """What ``save_pretrained`` wrote. Raises ValueError where it is not there or not whole."""
+        folder = Path(folder)
+        try:
+            own = load_file(folder / STATES)
+            emulator, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("emulator", "student"))
+            pair = cls(Emulator(emulator, len(own["emulator.mixture.weight"])), Student(student))
+            missing = [key for key in pair.load_state_dict(own, strict=False).missing_keys if ".model." not in key]
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{folder}: no emulator and student load from there: {str(error).splitlines()[0]}") from error
+        if missing:
+            raise ValueError(f"{folder}: {STATES} lacks {missing[0]}")
+        return pair.eval()
+
+
+def distill(
+    model: PreTrainedModel,
+    task: Task,
+    config: icot.Config | None = None,
+    kd: Config | None = None,
+    name: str = "",
+    resume: bool = False,
+) -> tuple[Pair, dict[str, Any]]:
+    """Train teacher, student, emulator and both together, or what a stopped run lacks; ``model`` stays as it is.
+
+    Writes the teacher, the pair (pair), a folder for each phase, and the report (kd.json, and kd.png where matplotlib is
+    installed) into ``config.out``.
+
+    Args:
+        model: what all three begin as.
+        config: the teacher has ``explicit_steps`` updates; what is about taking tokens away has no effect here.
+        name: of the model, which a run that goes on must have begun with.
+        resume: go on with the run in ``config.out``, if there is one.
+
+    Returns:
+        The pair and the report, what ``icot.evaluate`` finds on test problems: "full chain" of the teacher, "shown states" of
+        the student with the teacher's states, "emulated states" before and "internalized" after both are trained together; and
+        "emulation", the emulator's mean squared error in each layer, of normalised states, so that 1 is that of no prediction.
+
+    Raises:
+        ValueError: as ``icot.internalize``; a model whose layers can't be found.
+        Interrupted: after a signal, once all is saved.
+    """
+    config, kd = config or icot.Config(), kd or Config()
+    generator = torch.Generator().manual_seed(config.seed)
+    training, test = (task.sample(n, split, generator) for n, split in ((config.rows, "train"), (config.held_out, "test")))
+    icot.check_rows(model, task, [*training, *test], config)
+    settings = {"recipe": "internalize kd", "model": name, "task": task.name, **asdict(config), **asdict(kd)}
+    teacher = copy.deepcopy(model)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)  # of what hands the states over
+        pair = Pair(Emulator(copy.deepcopy(model), kd.components), Student(copy.deepcopy(model)))
+
+    def train(number: int, phase: str, module: nn.Module, steps: int, loss: Loss) -> None:
+        progress = Progress(Path(config.out) / phase, settings, {"step": 0}, resume)
+        train_phase(progress, module, steps, loss, training, config, mix_seed(config.seed, number))
+
+    def shown(rows: Sequence[Row]) -> Tensor:
+        return teacher_states(teacher, task, rows)
+
+    def answer_loss(rows: Sequence[Row], states: Tensor) -> Tensor:
+        prompts = [row.prompt_ids for row in rows]
+        with pair.student.reading(states, max(map(len, prompts)) - 1):
+            return completion_loss(pair.student.model, prompts, [icot.shortened(task, row, len(row.cot_ids)) for row in rows])
+
+    def chain_loss(rows: Sequence[Row]) -> Tensor:
+        return completion_loss(teacher, [row.prompt_ids for row in rows], [task.completion_ids(row) for row in rows])
+
+    def emulate(rows: Sequence[Row]) -> Tensor:
+        return pair.emulator([row.prompt_ids for row in rows])
+
+    report: dict[str, Any] = {}
+
+    def found(row: str, figures: dict[str, Any]) -> None:
+        report[row] = figures
+        tell(f"{config.out}, {row}", figures)
+
+    train(0, "teacher", teacher, config.explicit_steps, chain_loss)
+    save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
+    found("full chain", icot.evaluate(teacher, task, test, 0, config))
+    train(1, "student", pair.student, kd.student_steps, lambda rows: answer_loss(rows, shown(rows)))
+    found("shown states", evaluate(pair, task, test, shown(test)))
+    train(2, "emulator", pair.emulator, kd.emulator_steps, lambda rows: emulation_loss(emulate(rows), shown(rows)))
+    found("emulated states", evaluate(pair, task, test))
+    with torch.no_grad():
+        report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
+    train(3, "coupled", pair, kd.coupled_steps, lambda rows: answer_loss(rows, emulate(rows)))
+    found("internalized", evaluate(pair, task, test))
+    pair.save_pretrained(Path(config.out) / PAIR, task)
+    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    icot_report.draw_distilled(Path(config.out) / f"{NAME}.png", report, task.name)
+    return pair, report
+
+
+def train_phase(
+    progress: Progress,
+    module: nn.Module,
+    steps: int,
+    loss: Loss,
+    training: Sequence[Row],
+    config: icot.Config,
+    seed: int,
+) -> None:
+    """Train one of the models, or the pair, in place; without dropout, as the published code does."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if progress.begun:
+        progress.load(module, optimizer)
+    state = progress.state
+    module.eval()
+    with Signals() as signals:
+        while state["step"] < steps:
+            began = time.perf_counter()
+            rows = [training[i] for i in texts_of_step(len(training), config.batch_size, seed, state["step"])]
+            value = loss(rows)
+            optimizer.zero_grad()
+            value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+            if not bool(norm.isfinite()):
+                raise FloatingPointError(f"internalize: the gradient is {float(norm)} at update {state['step'] + 1}")
+            optimizer.step()
+            state["step"] += 1
+            figures = {"loss": float(value.detach()), "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+            progress.metrics.add({"step": state["step"], **figures})
+            progress.save_if(signals, config.save_every, module, optimizer)
+    progress.save(module, optimizer)
+
+
+def completion_loss(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+    values, mask = logprob(model, prompts, completions)
+    return -values.sum() / mask.sum()
+
+
+@torch.no_grad()
+def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) -> Tensor:
+    """[B,layers,D], along the diagonal from the prompt's last token to the separator behind the chain."""
+    ids, mask = (x.to(teacher.device) for x in padded([row.prompt_ids + task.completion_ids(row) for row in rows]))
+    first = torch.tensor([len(row.prompt_ids) - 1 for row in rows], device=ids.device)
+    chain = torch.tensor([len(row.cot_ids) + len(task.separator_ids) for row in rows], device=ids.device)
+    with evaluating(teacher):
+        out = teacher(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+    return diagonal(out.hidden_states, first, first + chain)
+
+
+def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None = None) -> dict[str, Any]:
+    """As ``icot.evaluate``: answers from the prompt and the emulator's states, or given ones [B,layers,D]."""
+    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.ROOM
+    began = time.perf_counter()
+    written = pair.answer(task, [row.prompt_ids for row in rows], most, states)
+    return icot_report.figures(task, rows, written, time.perf_counter() - began)

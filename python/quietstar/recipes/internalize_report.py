@@ -1,0 +1,91 @@
+"""What a run that internalises chains shows: accuracy, that of each digit, speed, and the plots of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from quietstar.recipes.common.evaluation import grade
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.common.sampling import Completion
+from quietstar.recipes.tasks import Row, Task
+
+POINTS = 200  # of the curve of the training loss, about
+
+
+def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seconds: float) -> dict[str, Any]:
+    """Accuracy and speed. A chain of which only the end is written can't be told right or wrong, so that is left out."""
+    graded = grade(task, rows, written)
+    del graded["chain_right"]
+    tokens = sum(len(one.ids) for one in written)
+    speeds = {"problems_per_second": len(rows) / seconds, "tokens_per_second": tokens / seconds}
+    return {**graded, "digits": digits(task, rows, written), "tokens": tokens / len(rows), **speeds}
+
+
+def digits(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> list[float]:
+    """Of each place of an answer, first written first, the share of the problems with such a place that have it right."""
+    right: list[list[bool]] = []
+    for row, one in zip(rows, written, strict=True):
+        answer = task.answer(row, one.ids) or ""
+        for place, digit in enumerate(row.problem.right):
+            if place == len(right):
+                right.append([])
+            right[place].append(answer[place : place + 1] == digit)
+    return [fmean(found) for found in right]
+
+
+def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The training losses of a run's metrics as means over some updates each, none over two stages; "step" is the last."""
+    width = max(1, math.ceil(len(lines) / POINTS))
+    parts = [list(some) for _, some in groupby(lines, lambda line: (line["removed"], (line["step"] - 1) // width))]
+    return [
+        {name: some[-1][name] for name in ("step", "removed")}
+        | {name: fmean(line[name] for line in some) for name in ("loss", "first_token_loss")}
+        for some in parts
+    ]
+
+
+def draw(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """The plots of a report of ``icot.internalize``; nothing without matplotlib."""
+    stages, training = report["stages"], report["training"]
+    last = {name: report[name] for name in ("full chain", "internalized", "no chain") if name in report}
+    speed = {"each stage": [[(x["problems_per_second"], x["accuracy"]) for x in stages]]}
+    speed |= {f"{name}, test": [[(x["problems_per_second"], x["accuracy"])]] for name, x in last.items()}
+    removals = [a["step"] for a, b in zip(training, training[1:], strict=False) if a["removed"] != b["removed"]]
+    panels(
+        path,
+        title,
+        [
+            Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
+            Panel("problems a second", "accuracy", speed),
+            Panel(
+                "update; a line where a token goes",
+                "training loss, nats",
+                {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")},
+                marks=removals,
+            ),
+            Panel(
+                "digit of the answer, as written",
+                "accuracy on test problems",
+                {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()},
+            ),
+        ],
+    )
+
+
+def draw_distilled(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """The plots of a report of ``icot_kd.distill``; nothing without matplotlib."""
+    measured = {name: x for name, x in report.items() if name != "emulation"}
+    panels(
+        path,
+        title,
+        [
+            Panel("layer", "squared error of a normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
+            Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
+            Panel("problems a second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
+        ],
+    )

@@ -1,0 +1,192 @@
+"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference is the model it starts from.
+
+And the usual one to compare it with, which learns to say behind a solution whether it is right.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoTokenizer, PreTrainedModel
+
+from quietstar.recipes.common.models import option
+from quietstar.recipes.common.rounds import REPORT, load_model
+from quietstar.recipes.common.sampling import likelihoods
+from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.tasks import Task
+
+Solution = dict[str, Any]  # prompt and ids: token ids; right: bool; split: of the problem
+Pair = tuple[list[int], list[int], list[int]]  # ids of a prompt, a right and a wrong solution
+
+
+@dataclass
+class DPO:
+    """How the verifier is trained.
+
+    Raises:
+        ValueError: a value outside its range, by name.
+    """
+
+    pairs: int = option(16, "pairs of a right and a wrong solution of one problem, at most")
+    beta: float = option(0.1, "of DPO: how dear it is to leave the reference")
+    verifier_rate: float = option(3e-4, "learning rate of the verifier; 1e-5 with a large model")
+    pair_batch: int = option(32, "pairs of an update")
+    updates: int = option(1000, "of the verifier at most; one pass over the pairs is the most there is")
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "beta", "verifier_rate", "pair_batch", "updates"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"vstar: {name} must be above 0, got {getattr(self, name)!r}")
+
+
+def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) -> list[Pair]:
+    """Right and wrong solutions of one problem, each pair once, at most so many of a problem; in random order."""
+    of: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
+    for x in solutions:
+        if x["split"] == split:
+            of[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
+    choose = random.Random(seed)
+    pairs: list[Pair] = []
+    for prompt, (right, wrong) in of.items():
+        several = list(itertools.product(sorted(right), sorted(wrong)))
+        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(several, min(most, len(several)))]
+    choose.shuffle(pairs)
+    return pairs
+
+
+def train_verifier(
+    reference: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: DPO, seed: int
+) -> tuple[PreTrainedModel, list[float]]:
+    """A copy of the reference after at most one pass of TRL's DPO over the pairs, and the losses.
+
+    Raises:
+        ValueError: TRL is not installed.
+    """
+    try:
+        from datasets import Dataset, disable_progress_bars
+        from transformers import PrinterCallback  # which imports peft and what that imports
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
+    disable_progress_bars()
+    steps = min(config.updates, max(1, len(pairs) // config.pair_batch))
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.pair_batch,
+            learning_rate=config.verifier_rate,
+            warmup_steps=min(20, steps // 2),
+            lr_scheduler_type="constant_with_warmup",
+            beta=config.beta,
+            max_length=None,
+            seed=seed,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=reference.device.type == "cpu",
+        )
+        # TRL changes the models it is given, so it gets copies.
+        trainer = DPOTrainer(
+            copy.deepcopy(reference),
+            copy.deepcopy(reference),
+            options,
+            train_dataset=Dataset.from_list([as_text(task, pair) for pair in pairs[: steps * config.pair_batch]]),
+            processing_class=task.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    verifier = copy.deepcopy(reference)
+    verifier.load_state_dict(cast(PreTrainedModel, trainer.model).state_dict())
+    return verifier.eval(), [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def as_text(task: Task, pair: Pair) -> dict[str, str]:
+    """As TRL wants it: it tokenizes the prompt with each solution behind it."""
+    prompt, *both = (task.tokenizer.decode(ids) for ids in (pair[0], pair[0] + pair[1], pair[0] + pair[2]))
+    chosen, rejected = (text[len(prompt) :] for text in both)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def measure_pairs(
+    verifier: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], beta: float, batch_size: int
+) -> dict[str, float | None]:
+    """On pairs of problems it did not see: the loss, and the share whose right solution the verifier ranks higher."""
+    if not pairs:
+        return {"held_out_loss": None, "held_out_order": None}
+    prompts, right, wrong = map(list, zip(*pairs, strict=True))
+    scores = [
+        torch.tensor([likelihoods(judge, prompts, ids, batch_size) for ids in (right, wrong)])
+        for judge in (verifier, reference)
+    ]
+    margin = (scores[0] - scores[1]).diff(dim=0).neg()[0]
+    order = (scores[0][0] > scores[0][1]).float().mean()
+    return {"held_out_loss": float(-logsigmoid(beta * margin).mean()), "held_out_order": float(order)}
+
+
+def train_outcome(
+    reference: PreTrainedModel, task: Task, solutions: Sequence[Solution], steps: int, config: SFTConfig, seed: int
+) -> PreTrainedModel:
+    """A copy of the reference that has learnt from each distinct training solution to say behind it whether it is right.
+
+    It is scored by ``verdict_scorer``.
+    """
+    right = {(*x["prompt"], *x["ids"]): x["right"] for x in solutions if x["split"] == "train"}
+    examples = [(list(ids), verdict(task, answer)) for ids, answer in right.items()]
+    return sft(copy.deepcopy(reference), examples, steps, config, seed)
+
+
+def verdict(task: Task, right: bool) -> list[int]:
+    """What stands behind a solution, in the tokens of the task; the small tokenizers know digits."""
+    return task.tokenizer(f" {int(right)}", add_special_tokens=False)["input_ids"]
+
+
+def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Callable[..., list[float]]:
+    """Log-probability of the verdict that a solution is right; takes rows and solutions, as ``test_time.Scorer``."""
+    yes = verdict(task, True)
+    return lambda rows, solutions: likelihoods(
+        verifier,
+        [row.prompt_ids + ids for row, ids in zip(rows, solutions, strict=True)],
+        [yes] * len(solutions),
+        batch_size,
+    )
+
+
+def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task) -> PreTrainedModel:
+    """The verifier of a V-STaR run, for solutions of ``model``, which was loaded from ``generator``.
+
+    Raises:
+        ValueError: it reads other tokens than the model, or has other weights, or both come from runs that began with
+            different models.
+    """
+    verifier = load_model(Path(path), model)
+    if AutoTokenizer.from_pretrained(path).get_vocab() != task.tokenizer.get_vocab():
+        raise ValueError(
+            f"{path}: the verifier is of another base model, and reads other tokens than {generator or 'the model'}"
+        )
+    if shapes(verifier) != shapes(model):
+        raise ValueError(
+            f"{path}: the verifier is of another base model, and has other weights than {generator or 'the model'}"
+        )
+    bases = [json.loads(file.read_text()).get("base") for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
+    if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
+        raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} began with {bases[1]}")
+    return verifier
+
+
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in model.named_parameters()}

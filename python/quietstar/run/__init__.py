@@ -1,0 +1,1 @@
+"""A training run: batches, optimizer, metrics, checkpoints, resuming."""

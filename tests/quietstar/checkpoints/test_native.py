@@ -1,0 +1,150 @@
+"""Save and load: bitwise the same loss, and nothing damaged or foreign gets in."""
+
+import json
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import quietstar
+from quietstar.checkpoints import native as checkpoint
+
+CONFIG = quietstar.ThoughtConfig(thought_tokens=3, lookahead=2, policy_weight=5.0)
+
+
+@pytest.fixture
+def qs(tiny):
+    qs = quietstar.QuietStar(tiny("llama"), CONFIG)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+@pytest.fixture
+def saved(qs, tmp_path):
+    qs.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+IDS = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_reloaded_model_gives_bitwise_the_same_loss(tiny, tmp_path, name, dtype):
+    tiny(name).save_pretrained(tmp_path / "base")
+    qs = quietstar.QuietStar(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), CONFIG)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
+    qs.save_pretrained(tmp_path / "thinking")
+    again = quietstar.QuietStar.from_pretrained(tmp_path / "thinking")
+    assert again.thought_config == CONFIG
+    first, second = qs(IDS, seed=4), again(IDS, seed=4)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    first.loss.backward()
+    second.loss.backward()
+    for (name, a), b in zip(qs.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a.grad, b.grad), name
+
+
+def test_the_base_model_loads_alone(saved, tiny):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(model(input_ids=IDS).logits, tiny("llama")(input_ids=IDS).logits)
+    assert "limits" in (saved / "README.md").read_text().lower()
+
+
+def test_a_tokenizer_is_saved_beside_the_model(tiny, tmp_path):
+    vocabulary = {"-": 0, "[UNK]": 1}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
+    quietstar.QuietStar(tiny("llama"), CONFIG, tokenizer).save_pretrained(tmp_path)
+    assert quietstar.QuietStar.from_pretrained(tmp_path).tokenizer.get_vocab() == vocabulary
+
+
+def test_saving_twice_replaces_and_leaves_nothing_behind(qs, saved):
+    before = sorted(os.listdir(saved))
+    with torch.no_grad():
+        qs.start_embedding.add_(1)
+    qs.save_pretrained(saved)
+    assert sorted(os.listdir(saved)) == before
+    assert os.listdir(saved.parent) == ["model"]
+    assert torch.equal(quietstar.QuietStar.from_pretrained(saved).start_embedding, qs.start_embedding)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(qs, saved, monkeypatch):
+    want = quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss
+
+    def fails(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with torch.no_grad():
+        qs.model.lm_head.weight.zero_()
+    with pytest.raises(OSError, match="No space"):
+        qs.save_pretrained(saved)
+    assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, want)
+    assert os.listdir(saved.parent) == ["model"]
+
+
+@pytest.mark.parametrize("file", ["quietstar.safetensors", "model.safetensors", "quietstar.json", "config.json"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused(saved, file, keep):
+    whole = (saved / file).read_bytes()
+    (saved / file).write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ValueError, match=str(saved)):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("file", ["quietstar.safetensors", "model.safetensors", "quietstar.json"])
+def test_a_missing_file_is_refused(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(ValueError, match=file):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_a_plain_checkpoint_is_not_taken_for_ours(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a QuietStar checkpoint"):
+        quietstar.QuietStar.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        quietstar.QuietStar.from_pretrained(tmp_path / "nowhere")
+
+
+def test_parts_of_another_model_are_refused(saved, tiny, tmp_path):
+    quietstar.QuietStar(tiny("llama", hidden_size=32), CONFIG).save_pretrained(tmp_path / "other")
+    other = (tmp_path / "other" / "quietstar.safetensors").read_bytes()
+    (saved / "quietstar.safetensors").write_bytes(other)
+    settings = json.loads((saved / "quietstar.json").read_text())
+    settings["files"]["quietstar.safetensors"] = len(other)
+    (saved / "quietstar.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"must have shape \[64\], got \[32\]|must have shape"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_another_format_is_refused(saved):
+    settings = json.loads((saved / "quietstar.json").read_text())
+    (saved / "quietstar.json").write_text(json.dumps({**settings, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_weights_of_another_vocabulary_are_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
+    with pytest.raises(ValueError, match="its weights are of a vocabulary of 61 tokens, its config.json says 60"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_a_run_does_not_go_on_with_another_vocabulary(saved, tiny):
+    qs = quietstar.QuietStar(tiny("llama", vocab_size=70), CONFIG)
+    with pytest.raises(ValueError, match="it is of a vocabulary of 61 tokens, the model's has 70"):
+        checkpoint.restore_all(qs, saved)
+
+
+def test_pickled_weights_are_refused(saved):
+    torch.save({}, saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing|pickle files"):
+        quietstar.QuietStar.from_pretrained(saved)

@@ -1,0 +1,164 @@
+"""Texts in, examples out: what is read, how it is split and cut, and one sentence for each kind of bad input."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from quietstar.data.texts import DataConfig, builtin_texts, load_data, read_texts
+
+END = 0
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+@pytest.fixture
+def letters():
+    """One token a letter, 0 at the end of a text, 1 for what is no letter."""
+    vocabulary = {"<end>": END, "<unknown>": 1, **{letter: i for i, letter in enumerate(LETTERS, 2)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>")
+
+
+def ids(text):
+    return [LETTERS.index(letter) + 2 for letter in text] + [END]
+
+
+def numbered(tmp_path, count):
+    """A file of texts that differ, in letters."""
+    texts = ["text " + "".join(LETTERS[int(digit)] for digit in str(i)) for i in range(count)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    return texts, DataConfig(data=str(tmp_path / "texts.txt"), length=16)
+
+
+def test_the_built_in_texts_are_english_and_each_there_once():
+    texts = builtin_texts()
+    assert len(texts) > 500 and len(set(texts)) == len(texts)
+    assert all(len(text) >= 100 and "\n" not in text for text in texts)
+
+
+def test_a_packed_row_holds_text_after_text(letters, tmp_path):
+    texts, config = numbered(tmp_path, 30)
+    data = load_data(config, letters, lookahead=2)
+    assert len(data.held_out) == 3
+    assert {len(example["input_ids"]) for example in data.train[:-1]} == {16}
+    tokens = torch.cat([example["input_ids"] for example in data.train])
+    documents = torch.cat([example["document_ids"] for example in data.train])
+    pieces = [tokens[documents == document].tolist() for document in documents.unique()]
+    held = [example["input_ids"].tolist() for example in data.held_out]
+    # A rest of fewer than J + 2 tokens may be missing from the last text.
+    whole = [ids(text) for text in texts]
+    assert all(piece in whole for piece in pieces[:-1] + held)
+    assert len(pieces) + len(held) == len(texts)
+
+
+def test_alone_each_text_is_an_example_and_short_ones_are_left_out(letters, tmp_path):
+    (tmp_path / "lines.txt").write_text("abcdefghij\n\nab\n  cd ef\n")
+    config = DataConfig(data=str(tmp_path / "lines.txt"), pack=False, length=8)
+    data = load_data(config, letters, lookahead=2)
+    assert sorted(len(example["input_ids"]) for example in data.train) == [8, 8]
+    assert {tuple(example["input_ids"].tolist()) for example in data.train} == {
+        tuple(ids("abcdefghij")[:8]),
+        tuple(ids("  cd ef")),
+    }
+
+
+def test_what_is_held_out_is_a_random_table_that_only_its_seed_changes(letters, tmp_path):
+    _, config = numbered(tmp_path, 200)
+
+    def held(**changes):
+        data = load_data(DataConfig(**{**config.__dict__, **changes}), letters, lookahead=2)
+        return [example["input_ids"].tolist() for example in data.held_out]
+
+    assert len(held()) == 20  # a tenth of all, where 64 were asked for
+    assert held() == held(pack=True, length=12) and held() != held(held_out_seed=1)
+    assert held(held_out=5) == held()[:5] and held(held_out=0) == []
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["paragraphs", "lines"])
+def test_a_text_file(tmp_path, pack):
+    (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n \n\nthree\n")
+    texts = read_texts(DataConfig(data=str(tmp_path / "a.txt"), pack=pack))
+    assert texts == (["one\ntwo", "three"] if pack else ["one", "two", "three"])
+
+
+def test_a_json_file(tmp_path):
+    lines = [{"body": "one\n"}, {"body": "two", "text": "not this"}, {"body": " "}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    assert read_texts(DataConfig(data=str(tmp_path / "a.jsonl"), text_field="body")) == ["one", "two"]
+
+
+BAD = {
+    "missing": ("no.txt", None, "No such file"),
+    "missing json": ("no.jsonl", None, "No such file"),
+    "folder": ("", None, "ending in .txt or .jsonl"),
+    "other kind": ("a.csv", b"a,b", "ending in .txt or .jsonl"),
+    "empty": ("a.txt", b"", "no text in it"),
+    "blank": ("a.txt", b" \n\n \n", "no text in it"),
+    "undecodable": ("a.txt", b"one\ntw\xffo", "byte 6, in line 2, is not UTF-8"),
+    "undecodable json": ("a.jsonl", b'{"text": "\xe9"}', "byte 10, in line 1, is not UTF-8"),
+    "broken json": ("a.jsonl", b'{"text": "a"}\n{"text', "line 2 is not JSON"),
+    "no field": ("a.jsonl", b'{"text": "a"}\n\n{"texts": "b"}', "line 3 has no text in a field 'text'"),
+    "not text": ("a.jsonl", b'{"text": 3}', "line 1 has no text in a field 'text'"),
+    "not an object": ("a.jsonl", b"[1]", "line 1 has no text in a field 'text'"),
+    "too short": ("a.txt", b"abc", "4 tokens, and 6 are the least to look 4 ahead"),
+    "hub": ("nobody/nothing", None, "pip install datasets"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "alone"])
+def test_bad_input_is_one_sentence(letters, tmp_path, monkeypatch, case, pack):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    name, content, message = BAD[case]
+    path = tmp_path / name if case != "hub" else name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_data(DataConfig(data=str(path), pack=pack), letters, lookahead=4)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_length_that_cannot_look_ahead(letters):
+    with pytest.raises(ValueError, match=r"at least J\+2=6 .* got L=5"):
+        load_data(DataConfig(length=5), letters, lookahead=4)
+
+
+@pytest.mark.parametrize("changes", [{"length": 2}, {"held_out": -1}, {"hub_texts": 0}])
+def test_a_value_outside_its_range(changes):
+    with pytest.raises(ValueError, match=f"DataConfig: {next(iter(changes))} must be"):
+        DataConfig(**changes)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for ``datasets``: records what is asked for."""
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        if names[0] == "out/of-reach":
+            raise ConnectionError("Couldn't reach 'out/of-reach' on the Hub\nand more")
+        return iter([{"text": f"text {i}"} for i in range(1000)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_a_hub_data_set_is_read_from_its_start(hub):
+    assert read_texts(DataConfig(data="allenai/c4:en", split="validation", hub_texts=3)) == ["text 0", "text 1", "text 2"]
+    assert hub == [("allenai/c4", "en", {"split": "validation", "streaming": True})]
+
+
+def test_a_hub_data_set_out_of_reach(hub):
+    with pytest.raises(ValueError, match=r"the hub does not give it: Couldn't reach 'out/of-reach' on the Hub$"):
+        read_texts(DataConfig(data="out/of-reach"))
+
+
+def test_a_hub_data_set_without_the_field(hub):
+    with pytest.raises(ValueError, match="no text in a field 'body', it has text"):
+        read_texts(DataConfig(data="some/data", text_field="body"))

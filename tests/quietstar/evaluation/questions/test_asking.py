@@ -1,0 +1,308 @@
+"""Questions asked end to end: probabilities against the published rule, counts of crafted answers, the files written."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.cli import main as cli
+from quietstar.evaluation.questions import asking as accuracy
+from quietstar.evaluation.questions.answer_tokens import scored_answers
+from quietstar.evaluation.questions.asking import Asking, ask, prompt
+from quietstar.evaluation.questions.reading import Question
+
+LETTERS = {"A": "bank", "B": "library", "C": "store"}
+WHERE = Question("Where?", LETTERS, "B", "B")
+MANY = Question("How many?", {}, "1004", "1,004")
+FEW = Question("How few are left?", {}, "3", "3")
+QUESTIONS = [MANY, WHERE, FEW]
+SHORT = Asking(max_new_tokens=5)
+
+
+def wrap(model, tokenizer, **changes):
+    qs = QuietStar(model, ThoughtConfig(**{"thought_tokens": 3, "lookahead": 2} | changes), tokenizer, verify=False).eval()
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+@pytest.fixture
+def qs(tiny, byte_tokenizer):
+    return wrap(tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48), byte_tokenizer)
+
+
+def drawn_from(qs, ids, think):
+    """Probabilities [V] of the next token, as generation has them."""
+    text = torch.tensor([ids])
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
+    out = qs.generate(text, torch.ones_like(text), max_new_tokens=1, think=think, pad_token_id=0, **options)
+    return out.logits[0][0].softmax(-1)
+
+
+def published(qs, text, think, kept, first):
+    """The product that compute_metrics of the published code takes over a text's answer, whose tokens begin at ``first``."""
+    ids, product = qs.tokenizer(text)["input_ids"], 1.0
+    for j in range(first - 1, len(ids) - 1):
+        if ids[j + 1] in kept:
+            p = drawn_from(qs, ids[: j + 1], think)
+            product *= float(p[ids[j + 1]] / p[kept].sum())
+    return product
+
+
+def test_prompts():
+    assert prompt(MANY) == "Q: How many?\nA:"
+    assert prompt(WHERE) == "Q: Where?\n(A) bank\n(B) library\n(C) store\nA:"
+
+
+def test_probability_of_bytes(qs):
+    report = ask(qs, QUESTIONS, SHORT)
+    letters = [qs.tokenizer.convert_tokens_to_ids(x) for x in "ABC"] + [qs.tokenizer("\n")["input_ids"][0]]
+    digits = [qs.tokenizer.convert_tokens_to_ids(x) for x in "0123456789"] + letters[-1:]
+    for asked, kept in zip(report.asked, (digits, letters, digits), strict=True):
+        head = prompt(asked.question)
+        for name, think in (("thinking", "always"), ("base", "never")):
+            want = published(qs, f"{head} {asked.question.written}\n", think, kept, len(head))
+            assert asked.answers[name].probability == pytest.approx(want, rel=1e-3)
+    for name in ("thinking", "base"):
+        p = [asked.answers[name].probability for asked in report.asked]
+        assert report.figures["probability"][name]["mean"] == pytest.approx(sum(p) / 3)
+    pair = report.figures["probability"]["paired"]
+    assert pair["mean"] == pytest.approx(
+        sum(x.answers["thinking"].probability - x.answers["base"].probability for x in report.asked) / 3
+    )
+
+
+def sentence_pieces():
+    """As Mistral's: a text begins with a space, digits stand alone, A to C take their space, bytes are the last resort."""
+    letters = "▁ABCQow:many?()bkilrystneh0123456789,-"
+    entries = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(letters), "▁A", "▁B", "▁C"]
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={x: i for i, x in enumerate(entries)},
+            merges=[("▁", x) for x in "ABC"],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+def test_the_published_sets_of_tokens(tiny):
+    """valid_letter_tokens and valid_number_tokens of the published code are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
+    qs = wrap(tiny("llama", vocab_size=320), sentence_pieces())
+    where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
+    name = qs.tokenizer.convert_ids_to_tokens
+    assert set(name(where.allowed.tolist())) == {"▁A", "▁B", "▁C", "<0x0A>"}
+    assert set(name(many.allowed.tolist())) == {*"0123456789", "<0x0A>"} == set(name(minus.allowed.tolist()))
+    assert [name(where.ids[i]) for i in where.places] == ["▁B", "<0x0A>"]
+    assert [name(many.ids[i]) for i in many.places] == ["1", "0", "0", "4", "<0x0A>"]
+    assert [name(minus.ids[i]) for i in minus.places] == ["3", "<0x0A>"]
+    assert where.ids[0] == qs.tokenizer.bos_token_id and where.places[-1] == len(where.ids) - 1
+
+
+def test_greedy_answers_are_those_of_generate(qs):
+    report = ask(qs, QUESTIONS, Asking(max_new_tokens=5, batch_size=3))
+    for question, asked in zip(QUESTIONS, report.asked, strict=True):
+        ids = qs.tokenizer(prompt(question), return_tensors="pt")["input_ids"]
+        for name, generate in (("thinking", qs.generate), ("base", qs.model.generate)):
+            out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+            text = qs.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            assert asked.answers[name].text == text.split("Q:")[0].split("\n\n\n")[0]
+
+
+WRITTEN = {  # in turn: greedy with thoughts, without; sampled 0 to 2 with thoughts, without
+    prompt(MANY): ["#### 1,004", "The answer is 1003", "1", "1004", "1004", "no", "no", "no"],
+    prompt(WHERE): ["(B)", "C", "A", "C", "B", "C", "C", "B"],
+    prompt(FEW): ["dunno", "The answer is 3.", "3", "4", "no", "4", "3", "4"],
+}
+
+
+@pytest.fixture
+def crafted(qs, monkeypatch):
+    """A model that writes what WRITTEN says, and how often it was asked."""
+    calls = []
+
+    def write(qs, prompts, max_new_tokens, stop, think, do_sample, **options):
+        calls.append((think, do_sample))
+        turn = sum(call == (think, do_sample) for call in calls) - 1
+        column = (2 + turn + (0 if think == "always" else 3)) if do_sample else (0 if think == "always" else 1)
+        return [WRITTEN[qs.tokenizer.decode(ids)][column] for ids in prompts]
+
+    monkeypatch.setattr(accuracy, "continue_texts", write)
+    return qs
+
+
+def test_counts_by_hand(crafted, tmp_path):
+    report = ask(crafted, QUESTIONS, Asking(votes=3, max_new_tokens=5))
+    exact, vote = report.figures["exact"], report.figures["vote"]
+    assert [x.answers["thinking"].extracted for x in report.asked] == ["1004", "B", None]
+    assert [x.answers["base"].extracted for x in report.asked] == ["1003", "C", "3"]
+    assert [(exact[name]["right"], exact[name]["questions"], exact[name]["unanswered"]) for name in ("thinking", "base")] == [
+        (2, 3, 1),
+        (1, 3, 0),
+    ]
+    assert [exact["paired"][name] for name in ("both", "first", "second", "neither")] == [0, 2, 1, 0]
+    assert (exact["base"]["low"], exact["base"]["high"]) == pytest.approx((0.0615, 0.7923), abs=5e-5)
+    assert [x.answers["thinking"].votes for x in report.asked] == [["1", "1004", "1004"], ["A", "C", "B"], ["3", "4", None]]
+    assert [x.answers["thinking"].vote for x in report.asked] == ["1004", "A", "3"], "the first of equally frequent ones"
+    assert [x.answers["base"].vote for x in report.asked] == [None, "C", "4"]
+    assert (vote["thinking"]["right"], vote["base"]["right"], vote["base"]["unanswered"]) == (2, 0, 1)
+    assert "only with thoughts: 2; only without: 1" in report.markdown
+
+    written = report.save(tmp_path / "out.json")
+    assert sorted(tmp_path.iterdir()) == written and [path.name for path in written] == ["out.json", "out.md"]
+    saved = json.loads(written[0].read_text())
+    assert saved["figures"] == json.loads(json.dumps(report.figures)) and len(saved["questions"]) == 3
+    assert saved["questions"][2]["thinking"]["text"] == "dunno" and saved["questions"][1]["choices"] == LETTERS
+    page = written[1].read_text()
+    assert "| exact match   | 66.7 % (20.8 to 93.9) | 33.3 % (6.1 to 79.2) | +33.3" in page
+    assert "majority of 3" in page and "1 with thoughts and 0 without, of 3" in page
+    assert (
+        "| How many? | 1004 | 1004 | 1003 |" in page
+        and "| How few are left? | 3 | - | 3 |" in page
+        and "| Where? | B | B | C |" in page
+    )
+
+
+def test_markup_in_a_question_stays_text(crafted, monkeypatch):
+    odd = Question("a | b <b>\n_c_", {}, "1004", "1,004")
+    monkeypatch.setitem(WRITTEN, prompt(odd), ["1004", "3"])
+    page = ask(crafted, [odd], SHORT).markdown
+    assert "| a &#124; b &#60;b&#62; &#95;c&#95; | 1004 | 1004 | 3 |" in page
+
+
+def test_the_base_model_alone(crafted):
+    report = ask(crafted, QUESTIONS, Asking(think="never", max_new_tokens=5))
+    assert [set(figures) for figures in report.figures.values()] == [{"base"}] * 2
+    assert report.figures["exact"]["base"]["right"] == 1 and "difference" not in report.markdown
+
+
+def test_votes_are_fixed_by_the_seed(qs):
+    texts = lambda seed: [  # noqa: E731
+        [
+            accuracy._write(qs, [[40, 41], [50, 51]], "never", Asking(max_new_tokens=6, seed=seed), k, lambda n: None)
+            for k in (0, 1)
+        ]
+    ]
+    state = torch.get_rng_state()
+    first = texts(0)
+    assert texts(0) == first and texts(1) != first and first[0][0] != first[0][1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_prefix_is_for_generation_only(qs, monkeypatch):
+    seen = []
+    write = lambda qs, prompts, *rest, **options: seen.append(qs.tokenizer.decode(prompts[0])) or ["" for _ in prompts]  # noqa: E731
+    monkeypatch.setattr(accuracy, "continue_texts", write)
+    plain, prefixed = (ask(qs, [FEW], Asking(answer_prefix=x, max_new_tokens=3)) for x in ("", " Let's think step by step."))
+    assert seen[0] == prompt(FEW) and seen[-1] == prompt(FEW) + " Let's think step by step."
+    assert plain.figures["probability"] == prefixed.figures["probability"]
+
+
+def other_tokenizer():
+    words = Tokenizer(models.WordLevel({"Q": 0, "[U]": 300}, unk_token="[U]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[U]")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("no tokenizer", "the checkpoint has no tokenizer"),
+        ("no question", "there is no question"),
+        ("another", "the tokenizer is of another model: it gives id 300, and the vocabulary has 257 tokens"),
+        ("long", "1 of 2 questions are too long: with 5 new tokens and a thought they need up to 212 positions, and Llama"),
+        ("many", "2 of 2 questions are too long: with 120 new tokens"),
+    ],
+)
+def test_bad_input_is_told_before_the_first_question(qs, monkeypatch, change, message):
+    questions, asking = [FEW, WHERE], SHORT
+    if change == "no tokenizer":
+        qs.tokenizer = None
+    elif change == "another":
+        qs.tokenizer = other_tokenizer()
+    elif change == "no question":
+        questions = []
+    elif change == "long":
+        questions = [FEW, Question("x" * 197, {}, "3", "3")]
+    else:
+        asking = Asking(max_new_tokens=120)
+    for name in ("score_tokens", "continue_texts"):
+        monkeypatch.setattr(accuracy, name, None)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        ask(qs, questions, asking)
+    assert "\n" not in str(error.value)
+
+
+def test_the_longest_question_that_fits(qs):
+    # 6 letters around it, 4 new tokens and behind them the T + 2 rows of a thought; the model has 128 positions.
+    fits = Question("x" * (128 - 6 - 4 - 5), {}, "3", "3")
+    assert len(ask(qs, [fits], SHORT).asked) == 1
+    with pytest.raises(ValueError, match="need up to 129 positions"):
+        ask(qs, [Question(fits.text + "x", {}, "3", "3")], SHORT)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"think": "often"},
+        {"max_new_tokens": 0},
+        {"votes": -1},
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"batch_size": 0},
+    ],
+)
+def test_settings_outside_their_range(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
+        Asking(**changes)
+
+
+@pytest.fixture
+def home(qs, tmp_path, monkeypatch):
+    """An empty folder with a checkpoint and questions in it."""
+    monkeypatch.chdir(tmp_path)
+    qs.save_pretrained("model")
+    rows = [{"question": f"{i} and {i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(4)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_command(home, capsys):
+    arguments = ["eval", "--model=model", "--questions=sums.jsonl", "--limit=3", "--max-new-tokens=6", "--votes=2"]
+    assert cli.main([*arguments, "--think=3.5", "--out=sums.json"]) == 0
+    out = capsys.readouterr().out
+    assert "3 questions" in out and "majority of 2" in out and "wrote sums.json and sums.md" in out
+    saved = json.loads((home / "sums.json").read_text())
+    assert [x["answer"] for x in saved["questions"]] == ["0", "2", "4"] and saved["asking"]["think"] == 3.5
+    assert {x.name for x in home.iterdir()} == {"model", "sums.jsonl", "sums.json", "sums.md"}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--questions=no.jsonl"], 3, "no.jsonl: No such file or directory"),
+        (["--batch-size=0"], 2, "--batch-size must be 1 or more, got 0"),
+        (["--questions=sums.jsonl", "--limit=0"], 2, "--limit must be 1 or more, got 0"),
+        (["--questions=sums.jsonl", "--think=often"], 2, "--think must be always, never or a number of nats"),
+        (["--questions=sums.jsonl", "--votes=-1"], 2, "votes must be 0 or more, got -1"),
+        (["--questions=sums.jsonl", "--out=no/folder.json"], 2, "--out must be a file for json in a folder that is there"),
+        (["--questions=sums.jsonl", "--max-new-tokens=500"], 3, "4 of 4 questions are too long"),
+        (["--questions=sums.jsonl", "--out=sums.jsonl"], 2, "--out must be another file than the questions or texts"),
+    ],
+)
+def test_the_command_with_bad_input(home, capsys, arguments, code, message):
+    before = (home / "sums.jsonl").read_text()
+    assert cli.main(["eval", "--model=model", *arguments]) == code
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in err and {x.name for x in home.iterdir()} == {"model", "sums.jsonl"}
+    assert (home / "sums.jsonl").read_text() == before

@@ -1,0 +1,120 @@
+"""Question files of every form, and what is wrong with bad ones."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from quietstar.evaluation.questions.reading import Question, read_questions
+
+LETTERS = {"A": "bank", "B": "library", "C": "store"}
+FORMS = {
+    "GSM8K": ({"question": "How many? ", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}, Question("How many?", {}, "1004", "1,004")),
+    "a value": ({"question": "How many?", "answer": "-3.50"}, Question("How many?", {}, "-3.5", "-3.50")),
+    "a JSON number": ({"question": "How many?", "answer": 12}, Question("How many?", {}, "12", "12")),
+    "CommonsenseQA": (
+        {
+            "answerKey": "B",
+            "id": "x",
+            "question": {"stem": "Where?", "choices": [{"label": x, "text": LETTERS[x]} for x in LETTERS]},
+        },
+        Question("Where?", LETTERS, "B", "B"),
+    ),
+    "the hub's": (
+        {"question": "Where?", "choices": {"label": list(LETTERS), "text": list(LETTERS.values())}, "answerKey": "C"},
+        Question("Where?", LETTERS, "C", "C"),
+    ),
+    "a place": ({"question": "Where?", "choices": list(LETTERS.values()), "answer": 0}, Question("Where?", LETTERS, "A", "A")),
+    "a label": (
+        {"question": "Where?", "choices": list(LETTERS.values()), "answer": "B"},
+        Question("Where?", LETTERS, "B", "B"),
+    ),
+    "a text": (
+        {"question": "Where?", "choices": list(LETTERS.values()), "answer": "store"},
+        Question("Where?", LETTERS, "C", "C"),
+    ),
+    "numbered": (
+        {"question": "Where?", "choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answerKey": 2},
+        Question("Where?", {"1": "x", "2": "y"}, "2", "2"),
+    ),
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(tmp_path, form):
+    row, question = FORMS[form]
+    assert read_questions(write(tmp_path / "q.jsonl", [row])) == [question]
+
+
+def test_order_and_limit(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"question": f"q{i}", "answer": i} for i in range(5)] + [{"broken": 1}])
+    assert [x.text for x in read_questions(path, limit=3)] == ["q0", "q1", "q2"]
+
+
+CHOICE = {"question": "Where?", "choices": ["x", "y"]}
+BAD = {
+    "no file": (None, "no.jsonl: No such file"),
+    "empty": ("", "there is no question in it"),
+    "blank": ("\n \n", "there is no question in it"),
+    "not JSON": ('{"question": "a", "answer": 1}\n{"quest', "line 2 is not JSON"),
+    "not an object": ("[1]", "line 1 has no text in a field 'question'"),
+    "no question": ('{"answer": 1}', "line 1 has no text in a field 'question'"),
+    "an empty one": ('{"question": " ", "answer": 1}', "line 1 has no text in a field 'question'"),
+    "no answer": (
+        '{"question": "a", "answer": 1}\n\n{"question": "b"}',
+        "line 3 has no answer in a field 'answer' or 'answerKey'",
+    ),
+    "withheld": (json.dumps(CHOICE | {"answerKey": ""}), "line 1 has no answer"),
+    "no number": ('{"question": "a", "answer": "#### x"}', "line 1 has no choices, so its answer must be a number, got 'x'"),
+    "one choice": (json.dumps(CHOICE | {"choices": ["x"], "answer": 0}), "must have two choices or more"),
+    "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "choices that are neither"),
+    "a label twice": (
+        json.dumps(CHOICE | {"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answer": "A"}),
+        "labels of their own",
+    ),
+    "no such choice": (json.dumps(CHOICE | {"answer": "z"}), "line 1 has the answer 'z', and its choices are A, B"),
+    "no such place": (json.dumps(CHOICE | {"answer": 2}), "line 1 has the answer 2, and its choices are A, B"),
+    "half a pair": ('{"question": "a\\ud800", "answer": 1}', "line 1 is not whole Unicode"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files(tmp_path, case):
+    content, message = BAD[case]
+    path = tmp_path / "no.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_questions(str(path))
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "q.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"questions come from a file ending in \.jsonl"):
+        read_questions(str(tmp_path / "q.csv"))
+
+
+def test_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        return iter([{"question": f"q{i}", "answer": f"#### {i}"} for i in range(9)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert [x.answer for x in read_questions("openai/gsm8k:main", "test", 2)] == ["0", "1"]
+    assert asked == [("openai/gsm8k", "main", {"split": "test", "streaming": True})]
+
+
+def test_a_bad_row_of_the_hub(monkeypatch):
+    fake = types.SimpleNamespace(load_dataset=lambda *names, **options: iter([{"text": "x"}]))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(ValueError, match="some/data: row 1 has no text in a field 'question'"):
+        read_questions("some/data")

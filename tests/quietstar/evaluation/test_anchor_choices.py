@@ -1,0 +1,83 @@
+"""What each policy's thoughts gain, against sums over each text alone."""
+
+import math
+
+import pytest
+import torch
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.evaluation.anchor_choices import by_policy, text
+from quietstar.evaluation.losses import summary, token_losses
+
+LENGTHS = (9, 14, 7, 14, 5)
+
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
+
+
+def wrap(tiny, **changes):
+    config = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, anchor_share=0.3, anchor_stride=3, **changes)
+    qs = QuietStar(tiny("llama"), config, verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.4, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+@torch.no_grad()
+def chosen(qs, policy):
+    """Places of each text, by hand."""
+    found = []
+    for ids in (x["input_ids"] for x in texts()):
+        places = torch.arange(len(ids) - 1)
+        if policy == "every":
+            places = places[2::3]
+        elif policy == "entropy":
+            p = qs.model(ids[None]).logits[0, :-1].softmax(-1)
+            order = (-p * p.log()).sum(-1).argsort(descending=True)
+            places = order[: math.ceil(0.3 * len(places))].sort().values
+        elif policy == "gate":
+            hidden = qs.model.model(ids[None]).last_hidden_state[0, :-1]
+            places = places[qs.gate(hidden) > 0.5]
+        found.append(places)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_counts_and_gains(tiny, batch_size):
+    qs = wrap(tiny, anchors="gate").eval()
+    torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.5, generator=torch.Generator().manual_seed(2))
+    losses = token_losses(qs, texts(), batch_size)
+    rows = {row["policy"]: row for row in by_policy(qs, texts(), losses, batch_size)}
+    assert list(rows) == ["all", "random", "entropy", "every", "gate"]
+    total = sum(LENGTHS) - len(LENGTHS)
+    for policy in ("all", "entropy", "every", "gate"):
+        gains = []
+        for i, places in enumerate(chosen(qs, policy)):
+            with torch.no_grad():
+                out = qs(texts()[i]["input_ids"][None])
+            gains.append((out.nll_base[0, places] - out.nll_mix[0, places, 0, 0]).double())
+        gains = torch.cat(gains)
+        assert 0 < len(gains) and (policy == "all") == (len(gains) == total)
+        row = rows[policy]
+        assert (row["tokens"], row["share"]) == (len(gains), len(gains) / total)
+        assert row["gain"] == pytest.approx(float(gains.mean()), abs=1e-5)
+        assert row["gain_of_all"] == pytest.approx(float(gains.sum()) / total, abs=1e-5)
+        assert row["gain_low"] < row["gain"] < row["gain_high"]
+    assert rows["random"]["tokens"] == sum(math.ceil(0.3 * (length - 1)) for length in LENGTHS)
+    assert rows["all"]["tokens"] == summary(losses)["tokens"]
+
+
+def test_a_gate_that_is_shut_and_one_that_is_not_there(tiny):
+    qs = wrap(tiny, anchors="gate").eval()
+    torch.nn.init.constant_(qs.gate.linear.bias, -5)
+    losses = token_losses(qs, texts())
+    rows = by_policy(qs, texts(), losses)
+    assert rows[-1] == {"policy": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
+        ("base", "mixed", "gain", "gain_low", "gain_high")
+    )
+    lines = text(rows).splitlines()
+    assert len(lines) == 7 and lines[-1].split() == ["gate", "0", "0%", "+0.0000"]
+    assert lines[2].split()[:4] == ["all", "44", "100%", f"{rows[0]['gain']:+.4f}"]
+    without = wrap(tiny).eval()
+    assert [row["policy"] for row in by_policy(without, texts(), losses)] == ["all", "random", "entropy", "every"]

@@ -1,0 +1,88 @@
+"""Gains by the base model's surprise, against sums by hand."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from quietstar.evaluation import difficulty
+from quietstar.evaluation.losses import TokenLosses
+
+LOSSES = TokenLosses(
+    base=torch.tensor([3.0, 0.1, 2.0, 0.2, 5.0, 0.3, 1.0, 4.0], dtype=torch.float64),
+    mixed=torch.tensor([2.0, 0.2, 2.5, 0.1, 1.0, 0.3, 1.0, 4.0], dtype=torch.float64),
+    text=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]),
+    place=torch.tensor([0, 1, 2, 3, 0, 1, 0, 1]),
+)
+
+
+def test_groups_by_hand(monkeypatch):
+    monkeypatch.setattr(difficulty, "GROUPS", 2)
+    easy, hard = difficulty.by_difficulty(LOSSES)["base"]
+    assert (easy["tokens"], easy["easiest"], easy["hardest"]) == (4, 0.1, 1.0)
+    assert (hard["tokens"], hard["easiest"], hard["hardest"]) == (4, 2.0, 5.0)
+    assert (hard["base"], hard["mixed"], hard["gain"]) == pytest.approx((3.5, 2.375, 1.125))
+    # Gains 1 and -0.5 of text 0, 4 of text 1, 0 of text 2: sums of what is left behind the mean, 1.125 a token.
+    off = (0.5 - 2 * 1.125, 4 - 1.125, 0 - 1.125)
+    margin = 1.959964 * math.sqrt(sum(x * x for x in off) * 3 / 2) / 4
+    assert (hard["gain_low"], hard["gain_high"]) == pytest.approx((1.125 - margin, 1.125 + margin))
+    # By the mean of both losses the token of 2 and 2.5 comes before that of 3 and 1.
+    easy, hard = difficulty.by_difficulty(LOSSES)["mean"]
+    assert (easy["tokens"], easy["easiest"], easy["hardest"]) == pytest.approx((4, 0.15, 1.0))
+    assert (hard["easiest"], hard["hardest"], hard["gain"]) == pytest.approx((2.25, 4.0, 1.125))
+
+
+def test_two_equally_good_predictions_gain_nothing_by_the_mean():
+    """Sorted by one of them, the other seems to help hard tokens and to hurt easy ones."""
+    generator = torch.Generator().manual_seed(3)
+    difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
+    base, mixed = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(2))
+    tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200, torch.arange(4000) // 200))
+    assert tenths["base"][0]["gain_high"] < -0.5 and tenths["base"][-1]["gain_low"] > 0.5
+    assert sum(group["gain_low"] < 0 < group["gain_high"] for group in tenths["mean"]) >= 8
+
+
+def test_tenths_share_all_tokens():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1003, generator=generator, dtype=torch.float64)
+    mixed = base + torch.randn(1003, generator=generator, dtype=torch.float64)
+    for groups in difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(1003) % 7, torch.arange(1003) // 7)).values():
+        assert [group["tokens"] for group in groups] == [101] * 3 + [100] * 7
+        assert all(a["hardest"] <= b["easiest"] for a, b in zip(groups, groups[1:], strict=False))
+        assert sum(group["gain"] * group["tokens"] for group in groups) == pytest.approx(float((base - mixed).sum()))
+
+
+def test_few_tokens():
+    groups = difficulty.by_difficulty(LOSSES)["base"]
+    assert [group["tokens"] for group in groups] == [1] * 8
+    assert {group["gain_low"] for group in groups} == {None}, "one text has no interval"
+    none = TokenLosses(*torch.zeros(2, 0).double(), *torch.zeros(2, 0).long())
+    assert difficulty.by_difficulty(none) == {"base": [], "mean": []}
+
+
+def test_interval_covers_the_gain_when_texts_differ():
+    """The tokens of a text share a gain of their own: an interval over tokens would hold the mean, 0.2, far too rarely."""
+    generator, hits = torch.Generator().manual_seed(1), 0
+    text, place = torch.arange(40).repeat_interleave(25), torch.arange(25).repeat(40)
+    for _ in range(200):
+        gain = 0.2 + torch.randn(40, generator=generator).double()[text]
+        group = difficulty.gain_of(TokenLosses(gain, torch.zeros(1000).double(), text, place), torch.arange(1000))
+        hits += group["gain_low"] <= 0.2 <= group["gain_high"]
+    assert 178 <= hits <= 199
+
+
+def test_text_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(difficulty, "GROUPS", 3)
+    groups = difficulty.by_difficulty(LOSSES)
+    lines = difficulty.text(groups).splitlines()
+    assert len(lines) == 5 and lines[-1].split()[:5] == ["4.000", "to", "5.000", "+2.000", "(-1.920"]
+    difficulty.draw(groups, tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_matplotlib_may_be_missing(monkeypatch):
+    assert difficulty.can_draw()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(difficulty, "find_spec", lambda name: None)
+    assert not difficulty.can_draw()

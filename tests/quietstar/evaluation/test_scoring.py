@@ -1,0 +1,76 @@
+"""Scores of given tokens against the wrapper's forward, and against what generation draws from."""
+
+import pytest
+import torch
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.evaluation import scoring
+from quietstar.evaluation.scoring import score_tokens
+
+TEXTS = [[5, 9, 33, 4, 17, 60, 8], [40, 3, 3, 22]]
+PLACES = [[1, 3, 4, 6], [2, 3]]
+
+
+@pytest.fixture(params=["official", "paper"])
+def qs(tiny, request):
+    config = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, preset=request.param)
+    qs = QuietStar(tiny("llama"), config, verify=False).eval()
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+def drawn_from(qs, text, think):
+    """Log-probabilities [V] of the token behind the text, as generation has them."""
+    ids = torch.tensor([text])
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
+    out = qs.generate(ids, torch.ones_like(ids), max_new_tokens=1, think=think, pad_token_id=0, **options)
+    return out.logits[0][0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("think", ["always", "never", 3.5])
+def test_scores_are_what_generation_draws_from(qs, think):
+    thought = []
+    for text, places, (base, scored) in zip(TEXTS, PLACES, score_tokens(qs, TEXTS, PLACES, think), strict=True):
+        for i, place in enumerate(places):
+            plain, mixed = drawn_from(qs, text[:place], "never"), drawn_from(qs, text[:place], think)
+            assert float(base.logprob[i]) == pytest.approx(float(plain[text[place]]), abs=2e-5)
+            assert float(scored.logprob[i]) == pytest.approx(float(mixed[text[place]]), abs=2e-5)
+            assert bool(scored.likeliest[i]) == (int(mixed.argmax()) == text[place])
+            thought.append(not torch.allclose(plain, mixed, atol=1e-3))
+    assert any(thought) == (think != "never") and all(thought) == (think == "always"), "the threshold divides the places"
+
+
+def test_the_base_score_is_the_loss(qs):
+    with torch.no_grad():
+        out = qs(torch.tensor(TEXTS[:1]))
+    base, mixed = score_tokens(qs, TEXTS[:1], [range(1, 7)])[0]
+    assert torch.allclose(-base.logprob, out.nll_base[0], atol=2e-5)
+    if qs.thought_config.mixing == "logits":
+        assert torch.allclose(-mixed.logprob, out.nll_mix[0, :6, 0, 0], atol=2e-5)
+
+
+def test_probabilities_add_up(qs):
+    texts = [[7, 8, 9, token] for token in range(61)]
+    scores = score_tokens(qs, texts, [[3]] * 61)
+    for kind in zip(*scores, strict=True):
+        assert float(torch.cat([score.logprob for score in kind]).exp().sum()) == pytest.approx(1, abs=1e-5)
+        assert sum(bool(score.likeliest) for score in kind) == 1
+
+
+def test_among_some_tokens(qs):
+    allowed = torch.tensor([4, 8, 33])
+    whole = score_tokens(qs, [[5, 9, token] for token in (4, 8, 33)], [[2]] * 3)
+    among = score_tokens(qs, [[5, 9, token] for token in (4, 8, 33)], [[2]] * 3, allowed=[allowed] * 3)
+    for kind in (0, 1):
+        p = torch.cat([scores[kind].logprob for scores in whole]).exp()
+        assert torch.allclose(torch.cat([scores[kind].logprob for scores in among]).exp(), p / p.sum(), atol=1e-5)
+        assert [bool(scores[kind].likeliest) for scores in among] == (p == p.max()).tolist()
+
+
+@pytest.mark.parametrize("name, size", [("ROWS", 20), ("LOGITS", 400)])
+def test_in_parts(qs, monkeypatch, name, size):
+    whole = score_tokens(qs, TEXTS, PLACES)
+    monkeypatch.setattr(scoring, name, size)
+    for before, now in zip(whole, score_tokens(qs, TEXTS, PLACES), strict=True):
+        for x, y in zip(before, now, strict=True):
+            assert torch.allclose(x.logprob, y.logprob, atol=2e-5) and torch.equal(x.likeliest, y.likeliest)

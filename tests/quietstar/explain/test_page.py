@@ -1,0 +1,384 @@
+"""The page in a browser: what it shows, by mouse, finger and keyboard; and that model text stays text."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from quietstar.explain.page import CLASSES, EDGES, colour, describe, render, visible
+from quietstar.explain.report import Alternative, ExplainedThought, ExplainedToken, Report
+
+ROOT = Path(__file__).parents[3]
+MODEL = {"class": "LlamaForCausalLM", "model_type": "llama", "name": "/home/me/runs/tiny", "parameters": 1_380_000}
+MODEL["dtype"] = "float32"
+SETTINGS = {"preset": "official", "mixing": "logits", "thoughts": 1, "thought_tokens": 2, "seed": None}
+WORDS = ["The", " sum", " of", " 12", " and", " 30", " is", " 42", ",", "\n", " which", " nobody", " doubts", "."]
+GAINS = [None, -1.5, -0.5, -0.1, 0.0, 0.1, 0.5, 1.5]
+ATTACKS = [
+    "</script><script>attacked = 1</script>",
+    '"><img src=x onerror="attacked = 1">',
+    "<!--<script>",
+    "{{data}} & 'quoted' `${1}` \\u003c",
+    "\x00\x1b\x7f\r\t|",
+    "\u202eabc\u2066",
+    "\u2028\u2029\ufeff\ue000\ue001",
+    "W" * 400,
+    "é 中 🙂 ⟨C3⟩",
+]
+
+
+def report(texts, gains=GAINS, thoughts=1):
+    """A report with these texts as tokens, and each other's as thoughts and likeliest tokens."""
+
+    def alternatives(i, share):
+        return [Alternative((i + k) % len(texts), texts[(i + k) % len(texts)], share / (k + 1)) for k in range(5)]
+
+    def thought(i, n, mixed):
+        ids = [(i + n) % len(texts), (i + 3) % len(texts)]
+        own = [texts[x] for x in ids]
+        return ExplainedThought(ids, own, "".join(own), 0.25 + n, mixed, alternatives(i + 1, 0.3))
+
+    tokens = [ExplainedToken(0, texts[0], None, None, None, [], [])]
+    for i in range(1, len(texts)):
+        gain = gains[1 + (i - 1) % (len(gains) - 1)]
+        base, mixed = 3.0, 3.0 - gain
+        own = [thought(i, n, mixed) for n in range(thoughts)]
+        tokens.append(ExplainedToken(i, texts[i], base, mixed, gain, own, alternatives(i, 0.2)))
+    return Report(MODEL, {**SETTINGS, "thoughts": thoughts, "seed": 7 if thoughts > 1 else None}, tokens)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None and os.environ.get("CI"):
+        pytest.fail("no chromium here, and these tests must run in CI: apt-get install chromium")
+    if path is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """``open_page(report, **context options)``; at the end nothing may have gone to the console or the network."""
+    contexts, seen = [], []
+
+    def open_it(shown, width=1280, height=800, **options):
+        file = tmp_path / f"{len(contexts)}.html"
+        shown.save(file)
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: seen.append(request.url) if request.url != file.as_uri() else None)
+        page.goto(file.as_uri())
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert seen == []
+
+
+def phone(dark=False):
+    return {"width": 360, "height": 740, "has_touch": True, "is_mobile": True, "color_scheme": "dark" if dark else "light"}
+
+
+def token(page, i):
+    return page.locator("#text > span").nth(i)
+
+
+def panel(page):
+    return page.locator("#panel").inner_text()
+
+
+def test_click_shows_what_the_report_has(open_page):
+    shown = report(WORDS)
+    page = open_page(shown)
+    assert page.locator("#text > span").all_inner_texts()[7] == " 42"
+    token(page, 7).click()
+    cells = page.locator("#panel td").all_inner_texts()
+    base, mixed = shown.tokens[7].base, shown.tokens[7].mixed
+    percent = [f"{100 * math.exp(-x):#.2g} %".replace(". ", " ") for x in (base, mixed)]
+    assert cells == [percent[0], f"{base:.2f}", "", percent[1], f"{mixed:.2f}", "0.25"]
+    text = panel(page)
+    assert "·42" in text and "token 8 of 14, id 7" in text and "Thinking helped: gain +1.50 nats" in text
+    assert page.locator(".thought .token").all_inner_texts() == ["·42", "·which"]
+    without, with_it = (page.locator(".tops ol").nth(i).inner_text().split() for i in (0, 1))
+    assert without[:4] == ["·42", "◂", "20", "%"] and "◂" in with_it and with_it[:3] == [",", "30", "%"]
+    token(page, 1).click()
+    assert "Thinking hurt: gain −1.50 nats" in panel(page)
+    token(page, 0).click()
+    assert "nothing predicts it" in panel(page)
+
+
+def test_several_thoughts(open_page):
+    page = open_page(report(WORDS, thoughts=3))
+    token(page, 2).click()
+    assert [page.locator("#panel th").nth(i).inner_text() for i in range(5, 8)] == [f"with thought {n}" for n in (1, 2, 3)]
+    assert page.locator(".thought").count() == 3 and page.locator(".tops ol").count() == 4
+    assert "3 thoughts of 2 tokens each, sampled with seed 7" in page.locator(".model").inner_text()
+
+
+@pytest.mark.parametrize("thoughts, said", [(1, "one thought of {}2 tokens, "), (3, "3 thoughts of {}2 tokens each, ")])
+def test_thoughts_that_stop_themselves_are_of_up_to_t_tokens(thoughts, said):
+    shown = report(WORDS, thoughts=thoughts)
+    assert said.format("") in describe(shown)
+    several = shown.tokens[5].thoughts
+    several[-1] = replace(several[-1], ids=several[-1].ids[:1], tokens=several[-1].tokens[:1])
+    assert said.format("up to ") in describe(shown)
+
+
+def test_the_mouse_shows_and_a_click_keeps(open_page):
+    page = open_page(report(WORDS))
+    assert "Point at a token" in panel(page)
+    token(page, 3).hover()
+    assert "·12" in panel(page) and not page.locator("#close").is_visible()
+    token(page, 3).click()
+    token(page, 5).hover()
+    assert "token 4 of" in panel(page)
+    page.locator("#close").click()
+    assert "Point at a token" in panel(page) and page.locator("[aria-selected=true]").count() == 0
+
+
+def test_keyboard(open_page):
+    page = open_page(report(WORDS * 30))
+    place = "Array.from(document.getElementById('text').children).indexOf(document.activeElement)"
+    box = "(({left, right, top}) => [(left + right) / 2, top])(document.activeElement.getBoundingClientRect())"
+    keys = page.keyboard
+    keys.press("Tab")
+    assert page.evaluate(place) == 0 and "nothing predicts it" in panel(page)
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    keys.press("ArrowRight")
+    assert page.evaluate(place) == 1 and "token 2 of" in panel(page)
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert label == "sum, Thinking hurt, gain −1.50 nats, probability 5.0 % to 1.1 %"
+    keys.press("ArrowLeft")
+    keys.press("ArrowLeft")
+    assert page.evaluate(place) == 0
+    for _ in range(5):
+        keys.press("ArrowRight")
+    middle, top = page.evaluate(box)
+    keys.press("ArrowDown")
+    below, lower = page.evaluate(box)
+    assert lower > top + 10 and abs(below - middle) < 80
+    keys.press("ArrowUp")
+    again, upper = page.evaluate(box)
+    assert upper == top and abs(again - below) < 80
+    keys.press("End")
+    assert page.evaluate(place) == len(WORDS) * 30 - 1
+    inside = page.evaluate("document.activeElement.getBoundingClientRect().bottom < innerHeight")
+    assert inside and page.evaluate("scrollY") > 0
+    keys.press("Home")
+    keys.press("ArrowRight")
+    keys.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "panel" and page.locator("#close").is_visible()
+    keys.press("Escape")
+    assert page.evaluate(place) == 1 and "Point at a token" in panel(page)
+    keys.press("Tab")  # one stop in the text, however many tokens
+    keys.press("Shift+Tab")
+    assert page.evaluate(place) == 1
+
+
+def test_roles(open_page):
+    page = open_page(report(WORDS))
+    assert page.get_by_role("listbox", name="The text, token by token").count() == 1
+    assert page.get_by_role("option").count() == len(WORDS)
+    token(page, 4).click()
+    assert page.get_by_role("option", selected=True).count() == 1
+    assert page.get_by_role("complementary", name="The chosen token").count() == 1
+    assert page.get_by_role("button", name="Close").count() == 1
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_phone(open_page, tmp_path, dark):
+    page = open_page(report((WORDS + ATTACKS) * 4), **phone(dark))
+    fits = "document.documentElement.scrollWidth <= 360"
+    assert page.evaluate(fits)
+    for i in (30, 50, 1):
+        token(page, i).tap()
+        assert f"token {i + 1} of" in panel(page) and page.evaluate(fits)
+        sheet = page.locator("#panel").bounding_box()
+        chosen = page.evaluate("document.querySelector('[aria-selected=true]').getClientRects()[0].bottom")
+        assert 0 < chosen <= sheet["y"] and sheet["y"] + sheet["height"] <= 740 and sheet["width"] == 360
+    button = page.locator("#close").bounding_box()
+    assert min(button["width"], button["height"]) >= 44
+    assert len(page.screenshot(path=tmp_path / "phone.png")) > 10_000
+    page.locator("#close").tap()
+    assert "tap it" in panel(page)
+
+
+CONTRAST = """
+() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const linear = (x) => ((x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const page = channels(getComputedStyle(document.documentElement).backgroundColor);
+  const ratio = (a, b) => ((x, y) => (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05))(light(a), light(b));
+  const result = { page: light(page) };
+  for (const element of document.querySelectorAll("#text > span, .cells span, .note, .model, .hint, i")) {
+    const style = getComputedStyle(element), solid = element.closest("[class]");
+    const behind = channels(getComputedStyle(solid).backgroundColor);
+    const back = behind.length === 4 && behind[3] === 0 ? page : behind;
+    const ink = channels(style.color).slice(0, 3).map((x, i) => x * style.opacity + back[i] * (1 - style.opacity));
+    const name = element.className || "sign on " + solid.className;
+    result[name] = Math.min(result[name] ?? 99, ratio(ink, back));
+    if (/^[hp]/.test(element.className)) result["line of " + name] = ratio(channels(style.borderBottomColor), page);
+  }
+  return result;
+}
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_contrast(open_page, dark):
+    page = open_page(report([*WORDS, *["\n"] * 7]), color_scheme="dark" if dark else "light")
+    ratios = page.evaluate(CONTRAST)
+    assert (ratios.pop("page") < 0.05) is dark
+    assert set(CLASSES) <= set(ratios)
+    assert {name: ratio for name, ratio in ratios.items() if ratio < (3 if "line" in name else 4.5)} == {}
+
+
+def test_signs_without_colour(open_page):
+    page = open_page(report(WORDS))
+    lines = page.locator("#text > span").evaluate_all(
+        "(all) => all.map((x) => [x.className, getComputedStyle(x).borderBottomStyle])"
+    )
+    styles = {"h": "dotted", "z": "none", "p": "solid", "f": "none"}
+    assert {name for name, _ in lines} == {"first", *CLASSES}
+    assert all(style == styles[name[0]] for name, style in lines)
+
+
+def test_legend_and_summary(open_page):
+    shown = report(WORDS)
+    page = open_page(shown)
+    counts = [sum(colour(x.gain) == name for x in shown.tokens[1:]) for name in CLASSES]
+    assert page.locator(".cells span").all_inner_texts() == [str(count) for count in counts] and sum(counts) == len(WORDS) - 1
+    assert page.locator(".edges span").all_inner_texts() == [f"{edge:+g}".replace("-", "−") for edge in EDGES]
+    cells = page.locator(".cells span").evaluate_all("(all) => all.map((x) => x.getBoundingClientRect().right)")
+    edges = page.locator(".edges span").evaluate_all(
+        "(all) => all.map((x) => ((b) => (b.left + b.right) / 2)(x.getBoundingClientRect()))"
+    )
+    assert max(abs(cell - edge) for cell, edge in zip(cells, edges, strict=False)) < 4
+    head = page.locator("header").inner_text()
+    summary = shown.summary
+    for part in ("runs/tiny", "1.38 million weights", "one thought of 2 tokens", f"{100 * summary['helped']:.0f} %"):
+        assert part in head
+    assert f"{summary['gain']:+.3f}".replace("-", "−") in head and f"{summary['gain_low']:+.3f}".replace("-", "−") in head
+    assert "/home/me" not in shown.html
+
+
+def test_model_text_is_data(open_page):
+    page = open_page(report([*ATTACKS, *WORDS]), java_script_enabled=True)
+    for i in range(len(ATTACKS)):
+        token(page, i).click()
+        panel(page)
+    assert page.evaluate("typeof attacked") == "undefined" and page.locator("img").count() == 0
+    shown = page.locator("#text > span").all_inner_texts()
+    assert shown[0] == ATTACKS[0] and shown[1] == ATTACKS[1] and shown[3] == ATTACKS[3]
+    assert shown[4] == "⟨U+0000⟩⟨U+001B⟩⟨U+007F⟩␍⇥\t|"
+    assert shown[5] == "⟨U+202E⟩abc⟨U+2066⟩"
+    assert shown[6] == "⟨U+2028⟩⟨U+2029⟩⟨U+FEFF⟩⟨U+E000⟩⟨U+E001⟩"
+    assert shown[8] == ATTACKS[8]
+    assert page.locator("script").count() == 2
+
+
+def test_the_policy_blocks_what_is_not_the_pages_own(browser, tmp_path):
+    report(WORDS).save(tmp_path / "page.html")
+    page = browser.new_page()
+    blocked = []
+    page.on("console", lambda message: blocked.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    page.evaluate(
+        """() => {
+          document.body.append(Object.assign(document.createElement("script"), { textContent: "attacked = 1" }));
+          document.body.append(Object.assign(document.createElement("img"), { src: "https://example.org/x.png" }));
+        }"""
+    )
+    page.wait_for_timeout(100)
+    assert page.evaluate("typeof attacked") == "undefined"
+    assert len(blocked) == 2 and all("Content Security Policy" in text for text in blocked)
+    page.close()
+
+
+def test_the_file_holds_ascii_data_alone():
+    page = render(report([*ATTACKS, *WORDS]))
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    assert data.isascii() and not set("<>&") & set(data) and not any(ord(letter) < 32 for letter in data)
+    assert json.loads(data)["texts"]["7"] == ATTACKS[7]
+    assert not set(page) & set("\x00\x1b\x7f\r\u202e\u2066\u2028\u2029\ufeff\ue000\ue001")
+    outside = re.findall(r"(?:src|href|url|import)\b\s*[=(:]\s*\S+", page.replace(data, ""))
+    assert [x for x in outside if "img src=x" not in x and "data:" not in x and "'none'" not in x and "src=x" not in x] == []
+
+
+def test_without_javascript(open_page):
+    page = open_page(report(WORDS), java_script_enabled=False)
+    assert page.locator("#text").inner_text().startswith("The sum of 12 and 30 is 42,↵\n which")
+    assert "thoughts and probabilities do" in page.locator("noscript").inner_text()
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (" a b", " a b"),
+        (" ", "[·]"),
+        ("a  b", "a[··]b"),
+        ("\n\n", "[↵]\n[↵]\n"),
+        ("\t", "[⇥]\t"),
+        ("\xa0\u200b\u00ad", "[⟨U+00A0⟩][⟨U+200B⟩][⟨U+00AD⟩]"),
+        ("👩\u200d🔬", "👩\u200d🔬"),
+        ("\ud800", "[⟨U+D800⟩]"),
+    ],
+)
+def test_invisible_characters(text, shown):
+    assert visible(text).replace("\ue000", "[").replace("\ue001", "]") == shown
+
+
+@pytest.mark.parametrize("gain, name", [(-1.0, "h2"), (-1.01, "h3"), (-0.051, "h1"), (0.0, "z"), (0.05, "p1"), (1.0, "p3")])
+def test_colours(gain, name):
+    assert colour(gain) == name
+
+
+def test_thousands_of_tokens(open_page):
+    words = [f" word{i}" for i in range(5000)]
+    shown = report(words)
+    assert len(shown.html.encode()) < 400 * len(words)
+    page = open_page(shown)
+    assert page.evaluate("performance.timing.domInteractive - performance.timing.navigationStart") < 10_000
+    token(page, 0).click()
+    milliseconds = page.evaluate(
+        """() => {
+          const began = performance.now();
+          for (const key of [...Array(30).fill("ArrowRight"), ...Array(10).fill("ArrowDown"), "End", "Home"])
+            document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+          return (performance.now() - began) / 42;
+        }"""
+    )
+    assert milliseconds < 300, milliseconds
+    assert "token 1 of 5000" in panel(page)
+
+
+def test_the_wheel_holds_the_page(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("python", "quietstar_kernels", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    build = [sys.executable, "-c", "import setuptools.build_meta as b; b.build_wheel('.')"]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, env={**os.environ, "QUIETSTAR_BUILD": "python"})
+    (wheel,) = source.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"quietstar/page/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)

@@ -1,0 +1,130 @@
+"""Tiny random models of every type in transformers' causal-LM mapping, and the table of which can think.
+
+python tests/quietstar/all_architectures.py    # writes the table into docs/integrating.md
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import quietstar
+from quietstar.hf.attention import REFUSED
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+PAGE = Path(__file__).parents[3] / "docs/integrating.md"
+
+# Every name that configs give these sizes; a config takes those it has.
+_SIZES = {
+    64: "hidden_size d_model n_embd dim embedding_size word_embed_proj_dim",
+    96: "intermediate_size ffn_dim n_inner d_ff dff ffn_hidden_size mlp_hidden_size intermediate_size_mlp",
+    61: "vocab_size vocab_size_per_layer_input",
+    32: "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size",
+    128: "max_position_embeddings n_positions max_seq_len",
+    2: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads "
+    "num_global_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k zero_expert_num eos_token_id "
+    "type_vocab_size",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
+    "num_local_experts n_routed_experts moe_num_experts",
+    16: "head_dim global_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim",
+    24: "qk_head_dim",
+    12: "v_head_dim",
+    8: "qk_rope_head_dim hidden_size_per_layer_input",
+    1: "n_group topk_group first_k_dense_replace bos_token_id",
+    7: "sliding_window attention_window",  # crossed by the self-test, inside the text and inside thoughts
+    0: "pad_token_id",
+}
+SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+OF_THE_CONSTRUCTOR: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "gemma3": {"vision_config": _VISION},
+    "got_ocr2": {"vision_config": _VISION | {"output_channels": 16, "mlp_dim": 32}},
+    "phi4_multimodal": {
+        "vision_config": _VISION | {"crop_size": 28, "image_size": 28},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "nemo_conv_channels": 32,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+    },
+}
+_LATENT = {"head_dim": 8, "num_key_value_heads": 4}  # MLA: head_dim is the rotary part, and keys have all heads
+SET_AFTERWARDS: dict[str, dict[str, Any]] = {
+    name: _LATENT for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"]
+} | {"dots1": {"n_shared_experts": 1}}
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The type's default config with every size made small."""
+    special = OF_THE_CONSTRUCTOR.get(model_type, {})
+    config = AutoConfig.for_model(model_type, **special)
+    text = config.get_text_config()
+    small = {name: size for name, size in SIZES.items() if name in text.to_dict() or name in text.attribute_map}
+    if text is config:
+        config = text = AutoConfig.for_model(model_type, **(small | special))
+    for name, value in ({} if text is config and not special else small).items():
+        setattr(text, name, value)
+    for name, value in SET_AFTERWARDS.get(model_type, {}).items():
+        setattr(text, name, value)
+    if model_type == "dbrx":
+        config.attn_config.rope_theta = 10000.0
+    return config
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """Weights are drawn wide, so that a wrong mask or position shows."""
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    assert weights < 1_000_000, f"{model_type} is not tiny: {weights} weights"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+def can_think(model_type: str) -> bool:
+    """Tried, not looked up: packed and stepwise thoughts equal ordinary forwards. Raises ValueError where a part differs."""
+    report = quietstar.verify(tiny_model(model_type))
+    if not report.ok:
+        raise ValueError(f"{model_type}: {report}")
+    return True
+
+
+def tables() -> dict[str, str]:
+    """What stands between the marks of docs/integrating.md: the types that work, and those refused, by reason."""
+    works = [f"`{name}`" for name in TYPES if name not in REFUSED]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    rows = [f"| {reason} | {', '.join(names)} |" for reason, names in by_reason.items()]
+    return {"works": ", ".join(works), "refused": "\n".join(["| why | model types |", "|---|---|", *rows])}
+
+
+def write() -> None:
+    page = PAGE.read_text()
+    for mark, text in tables().items():
+        page = re.sub(rf"(?<=<!-- {mark}: begin -->\n).*?(?=\n<!-- {mark}: end -->)", text, page, flags=re.DOTALL)
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    write()

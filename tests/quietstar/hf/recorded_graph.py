@@ -1,0 +1,99 @@
+"""A CUDA graph's stand-in on CPUs: the operations of a body are recorded once and done again on the same memory.
+
+As on a GPU, a replay knows nothing of Python: numbers are those of the capture, and tensors are where they were.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import quietstar
+from quietstar.hf.graphs import Graphs
+
+# Reads of a tensor that never reach PyTorch's dispatcher where the tensor is on the CPU.
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.data_ptr, Tensor.untyped_storage}
+
+
+def storages(tensors):
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(tensors) if isinstance(x, Tensor)}
+
+
+class NoReads(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in READS, f"{func} in a graph"
+        return func(*args, **(kwargs or {}))
+
+
+class Recording(TorchDispatchMode):
+    """
+    Attributes:
+        steps: each operation's function, arguments and result.
+        outside: memory that the operations read or write and did not make.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.outside, self._made = [], set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        used = storages((args, kwargs))
+        self.outside |= used - self._made
+        self._made |= storages(out) - used
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+
+class RecordedGraphs:
+    """For ``quietstar.graphs.Graphs(capture)``.
+
+    Attributes:
+        recordings: one for each capture.
+        replays: how many there were.
+    """
+
+    def __init__(self):
+        self.recordings, self.replays = [], 0
+
+    def why_not(self, device):
+        return None
+
+    def __call__(self, body, device):
+        recording = Recording()
+        with NoReads(), recording:
+            outputs = body()
+        self.recordings.append(recording)
+
+        def replay():
+            self.replays += 1
+            with torch.autocast("cpu", enabled=False):  # casts are among the steps
+                for func, args, kwargs, out in recording.steps:
+                    again = func(*args, **kwargs)
+                    for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                        if isinstance(old, Tensor) and not storages(old) & storages(new):  # else a view, or done in place
+                            old.copy_(new)
+
+        with torch.no_grad():  # what the capture computed is not to be taken for a replay's
+            for x in outputs:
+                x.fill_(-7)
+        return outputs, replay
+
+
+def with_recorded_graphs(model, **changes):
+    """A QuietStar around a model, with changes of its config."""
+    qs = quietstar.QuietStar(model, quietstar.ThoughtConfig(**{"lookahead": 2, **changes}), verify=False).train()
+    with torch.no_grad():
+        qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+    qs._graphs = Graphs(RecordedGraphs())
+    return qs
+
+
+def eager(qs):
+    """The same weights, without graphs."""
+    twin = copy.copy(qs)
+    twin.graphs = False
+    return twin

@@ -1,0 +1,106 @@
+"""Every type in transformers' causal-LM mapping thinks like its ordinary forward, or is refused with a reason."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import quietstar
+from quietstar.hf.attention import REFUSED, check_architecture, most_rows
+
+spec = importlib.util.spec_from_file_location("all_architectures", Path(__file__).with_name("all_architectures.py"))
+everything = sys.modules["all_architectures"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(everything)
+
+
+@pytest.mark.parametrize("model_type", everything.TYPES)
+def test_it_thinks_or_is_refused(model_type):
+    if model_type in REFUSED:
+        with pytest.raises(ValueError, match=f"model type '{model_type}' cannot think: "):
+            check_architecture(SimpleNamespace(model_type=model_type))
+    else:
+        assert everything.can_think(model_type)
+
+
+@pytest.mark.parametrize("mark", ["works", "refused"])
+def test_tables_of_the_docs(mark):
+    """On a difference run ``python tests/quietstar/all_architectures.py``."""
+    shown = everything.PAGE.read_text().partition(f"<!-- {mark}: begin -->\n")[2].partition(f"\n<!-- {mark}: end -->")[0]
+    assert shown == everything.tables()[mark]
+
+
+@pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
+def test_a_layout_that_layers_drop_arrives_again_under_gradient_checkpointing(model_type):
+    ids = torch.randint(3, 61, (1, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        qs = quietstar.QuietStar(everything.tiny_model(model_type), quietstar.ThoughtConfig(thought_tokens=2, lookahead=2))
+        qs.train()
+        if checkpointing:
+            qs.gradient_checkpointing_enable()
+        qs(ids, seed=1).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in qs.named_parameters() if parameter.grad is not None})
+        plain = qs.model(input_ids=ids).logits
+        qs.model.set_attn_implementation("eager")
+        torch.testing.assert_close(plain, qs.model(input_ids=ids).logits)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
+def test_it_also_arrives_in_chunks_of_anchors(model_type):
+    """The text's layers run again after every chunk's have, and must not find the last chunk's layout."""
+    ids = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
+    config = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
+    torch.manual_seed(0)
+    qs = quietstar.QuietStar(everything.tiny_model(model_type), config).train()
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
+    gradients = []
+    for qs.anchor_chunk in (None, 3):
+        qs.zero_grad()
+        qs(ids, seed=1).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in qs.named_parameters() if p.grad is not None})
+        qs.gradient_checkpointing_enable()
+    for name, want in gradients[0].items():
+        assert (gradients[1][name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def llama4(**changes):
+    config = everything.tiny_config("llama4_text")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return everything.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_attention_in_chunks_is_served_inside_one_chunk_and_refused_across():
+    thoughts = quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
+    qs = quietstar.QuietStar(llama4(attention_chunk_size=20), thoughts)
+    assert qs(torch.randint(3, 61, (1, 15))).loss.isfinite()
+    with pytest.raises(ValueError, match="may take 2. positions and attention is cut into chunks of 20"):
+        qs(torch.randint(3, 61, (1, 20)))
+
+
+def test_attention_scaled_by_row_index_is_refused_where_it_would_differ():
+    qs = quietstar.QuietStar(llama4(floor_scale=40), quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2))
+    with pytest.raises(ValueError, match="scales attention by row index from row 39 on, got 60 rows"):
+        qs(torch.randint(3, 61, (1, 10)))
+    # Steps of one row count by their positions: the text and the T + 2 rows of its thought.
+    few = quietstar.QuietStar(llama4(floor_scale=12), qs.thought_config, verify=False)
+    assert few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=2, eos_token_id=None).shape == (1, 8)
+    with pytest.raises(ValueError, match="scales attention by row index from row 11 on, got 12 rows"):
+        few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=3, eos_token_id=None)
+
+
+@pytest.mark.parametrize("limit", [{"attention_chunk_size": 20}, {"floor_scale": 21}], ids=str)
+def test_room_for_a_long_answer_is_no_reason_to_refuse_a_short_one(limit):
+    config = quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
+    qs = quietstar.QuietStar(llama4(**limit), config, verify=False)
+    ids, ends = torch.randint(3, 61, (1, 8)), list(range(61))
+    assert qs.generate(ids, max_new_tokens=60, eos_token_id=ends, pad_token_id=0).shape == (1, 9)
+    assert most_rows(qs.model) == 20
+    for module in qs.model.modules():
+        module.attn_temperature_tuning = False
+    assert most_rows(qs.model) == (20 if "attention_chunk_size" in limit else qs.model.config.attention_chunk_size)

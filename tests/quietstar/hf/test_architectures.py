@@ -1,0 +1,166 @@
+"""Every listed architecture: thought rows equal an ordinary forward over text prefix + thought."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import quietstar
+from quietstar.hf.attention import REFUSED
+from quietstar.hf.cache import PackedPass, ThoughtStore
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.lm_head import find_lm_head
+from quietstar_kernels import ThoughtLayout
+
+TEXT, THOUGHTS, ROWS = 16, 2, 5
+BOUND = 1e-4  # the largest difference of logits in fp32 that the project accepts
+
+
+def packed_logits(qs, ids, thought_ids, layout):
+    embeds = qs.model.get_input_embeddings()(torch.cat([ids, thought_ids.flatten(1)], 1))
+    hidden = decode_rows(qs.model, embeds, layout.position_ids(), PackedPass(layout))
+    logits = qs.lm_head.logits(hidden)
+    return logits[:, :TEXT], logits[:, TEXT:].unflatten(1, thought_ids.shape[1:])
+
+
+def stepwise_logits(qs, ids, thought_ids, layout):
+    embed, store = qs.model.get_input_embeddings(), ThoughtStore(layout)
+    decode_rows(qs.model, embed(ids), layout.text_position_ids(), store.prefill())
+    positions = layout.position_ids()[:, TEXT:].unflatten(1, (-1, ROWS))
+    rows = thought_ids.flatten(1, 2)
+    steps = [
+        decode_rows(qs.model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s)).unflatten(1, (layout.P, layout.N))
+        for s in range(ROWS)
+    ]
+    return qs.lm_head.logits(torch.stack(steps, 3))
+
+
+def sequential_logits(model, ids, thought_ids, anchors):
+    """An ordinary forward of the unwrapped model for each text, anchor and thought."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack(
+                        [
+                            model(input_ids=torch.cat([text[: anchor + 1], thought])[None]).logits[0, anchor + 1 :]
+                            for thought in thought_ids[b, p]
+                        ]
+                    )
+                    for p, anchor in enumerate(anchors)
+                ]
+            )
+            for b, text in enumerate(ids)
+        ]
+    )
+
+
+def case(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    anchors = [0, 3, 8, 9, 15]
+    ids = torch.randint(3, 61, (2, TEXT), generator=generator)
+    thought_ids = torch.randint(3, 61, (2, len(anchors), THOUGHTS, ROWS), generator=generator)
+    layout = ThoughtLayout.at(torch.tensor([anchors] * 2), THOUGHTS, ROWS, text_length=TEXT)
+    return ids, thought_ids, anchors, layout
+
+
+def plain(tiny, name):
+    """The same weights in a model that was never wrapped, with its own eager attention."""
+    model = tiny(name)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def test_packed_and_stepwise_rows_equal_sequential_decoding(tiny, architecture):
+    ids, thought_ids, anchors, layout = case()
+    qs = quietstar.QuietStar(tiny(architecture))
+    unwrapped = plain(tiny, architecture)
+    truth = sequential_logits(unwrapped, ids, thought_ids, anchors)
+    text, thoughts = packed_logits(qs, ids, thought_ids, layout)
+    assert truth.std() > 0.05
+    assert (text - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
+    assert (thoughts - truth).abs().max() <= BOUND
+    assert (stepwise_logits(qs, ids, thought_ids, layout) - truth).abs().max() <= BOUND
+    assert (qs.model(input_ids=ids).logits - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
+
+
+@torch.no_grad()
+def test_a_wrong_layout_or_wrong_positions_would_show(tiny, architecture):
+    ids, thought_ids, anchors, layout = case()
+    qs = quietstar.QuietStar(tiny(architecture))
+    _, right = packed_logits(qs, ids, thought_ids, layout)
+    embeds = qs.model.get_input_embeddings()(torch.cat([ids, thought_ids.flatten(1)], 1))
+    row_index = torch.arange(layout.M).expand(2, -1)
+    wrong_positions = qs.lm_head.logits(decode_rows(qs.model, embeds, row_index, PackedPass(layout)))
+    causal = ThoughtLayout.every_position(2, layout.M, 1, 1).text_only()
+    wrong_mask = qs.lm_head.logits(decode_rows(qs.model, embeds, layout.position_ids(), PackedPass(causal)))
+    for wrong in (wrong_positions, wrong_mask):
+        assert (wrong[:, TEXT:].view_as(right) - right).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3"])
+def test_gradients_equal_sequential_decoding(tiny, name):
+    ids, thought_ids, anchors, layout = case(1)
+    mixing = torch.randn(2, len(anchors), THOUGHTS, ROWS, 61, generator=torch.Generator().manual_seed(2))
+    qs = quietstar.QuietStar(tiny(name))
+    (packed_logits(qs, ids, thought_ids, layout)[1] * mixing).sum().backward()
+    unwrapped = plain(tiny, name)
+    (sequential_logits(unwrapped, ids, thought_ids, anchors) * mixing).sum().backward()
+    for (parameter, got), truth in zip(qs.model.named_parameters(), unwrapped.parameters(), strict=True):
+        assert (got.grad - truth.grad).norm() <= 1e-4 * truth.grad.norm(), parameter
+
+
+def test_verify_passes_and_says_what_it_compared(tiny, architecture):
+    report = quietstar.verify(tiny(architecture))
+    assert report.ok
+    assert "thoughts" in str(report)
+
+
+def test_verify_sees_a_model_whose_thoughts_are_wrong(tiny):
+    model = tiny("llama")
+    layer = model.model.layers[0]
+    plain_forward = layer.forward
+
+    def leaks_backwards(hidden_states, **kwargs):
+        return plain_forward(hidden_states, **kwargs) + 0.1 * hidden_states.roll(1, 1)
+
+    layer.forward = leaks_backwards
+    report = quietstar.verify(model)
+    assert not report.ok
+    assert report.thoughts > report.bound
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "jamba", "bart", "doge", "falcon", "gptj"])
+def test_a_model_type_that_cannot_think_is_refused_with_its_reason(name):
+    config = AutoConfig.for_model(name)
+    with pytest.raises(ValueError, match=f"model type '{name}' cannot think: {REFUSED[name][:20]}"):
+        quietstar.attention.check_architecture(config)
+
+
+def test_wrapping_a_refused_model_raises():
+    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=1, vocab_size=20, state_size=4)
+    with pytest.raises(ValueError, match="mamba"):
+        quietstar.QuietStar(AutoModelForCausalLM.from_config(config))
+
+
+def test_heads_are_found_with_scale_and_soft_cap(tiny):
+    assert (find_lm_head(tiny("llama")).scale, find_lm_head(tiny("llama")).softcap) == (None, None)
+    assert find_lm_head(tiny("gemma2")).softcap == 3.0
+    assert find_lm_head(tiny("cohere")).scale == 0.25
+    assert find_lm_head(tiny("granite")).scale == 0.25
+
+
+def test_a_text_past_the_learned_positions_is_refused(tiny):
+    qs = quietstar.QuietStar(tiny("gpt2", n_positions=24, max_position_embeddings=24), verify=False)
+    ids = torch.randint(3, 61, (1, 16))
+    with pytest.raises(ValueError, match="need 30 positions and GPT2LMHeadModel has 24 learned positions"):
+        qs(ids)
+    padded = torch.cat([ids[:, :10], torch.zeros(1, 6, dtype=torch.long)], 1)
+    assert torch.isfinite(qs(padded, attention_mask=(padded != 0).long(), seed=0).loss)
+
+
+def test_a_text_that_crosses_the_rotary_change_is_refused(tiny):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    qs = quietstar.QuietStar(tiny("llama", rope_parameters=rope, max_position_embeddings=20), verify=False)
+    with pytest.raises(ValueError, match="dynamic"):
+        qs(torch.randint(3, 61, (1, 16)))

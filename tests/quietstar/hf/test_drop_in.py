@@ -1,0 +1,249 @@
+"""Drop-in attention: in plain PyTorch, in transformers through attn_implementation="quietstar", and under a stock Trainer."""
+
+import copy
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    NemotronConfig,
+    StableLmConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+import quietstar
+from quietstar_kernels import ThoughtLayout
+
+ROOT = Path(__file__).parents[3]
+V = 96
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+LLAMA = LlamaConfig(**SIZES)
+GEMMA2 = Gemma2Config(
+    **SIZES, head_dim=8, sliding_window=6, attn_logit_softcapping=5.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+)
+
+
+@pytest.fixture(autouse=True)
+def default_registration():
+    """The registration is the process's: each test begins and ends with the default one."""
+    quietstar.register_attention()
+    yield
+    quietstar.register_attention()
+
+
+def make_model(config, attention="quietstar"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+
+
+def packed_inputs(batch=2, text=10, thoughts=2, rows=3, anchors=(0, 4, 9)):
+    layout = ThoughtLayout.at(torch.tensor([anchors] * batch), thoughts, rows, text_length=text)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (batch, layout.M), generator=generator)
+    return layout, {"input_ids": ids, "position_ids": layout.position_ids(), "use_cache": False}
+
+
+def sequential_logits(model, layout, ids):
+    """[B,M,V]: the text alone, and every thought behind its text prefix, each an ordinary forward."""
+    text, thoughts = ids[:, : layout.L], ids[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
+    logits = [model(text, use_cache=False).logits]
+    for p, anchor in enumerate(layout.anchor[0].tolist()):
+        for n in range(layout.N):
+            prefix = torch.cat([text[:, : anchor + 1], thoughts[:, p, n]], 1)
+            logits.append(model(prefix, use_cache=False).logits[:, anchor + 1 :])
+    return torch.cat(logits, 1)
+
+
+def test_example_runs():
+    done = subprocess.run([sys.executable, ROOT / "examples" / "drop_in_attention.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rounding alone" in done.stdout
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA2], ids=["llama", "gemma2"])
+@pytest.mark.parametrize("without_layout", ["raise", "sdpa"])
+def test_packed_equals_sequential(config, without_layout):
+    quietstar.register_attention(without_layout)
+    layout, inputs = packed_inputs()
+    with torch.no_grad():
+        got = make_model(config)(**inputs, thought_layout=layout).logits
+        truth = sequential_logits(make_model(config, "eager"), layout, inputs["input_ids"])
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
+    plain = make_model(config, "eager")(**inputs).logits
+    assert (plain - truth).abs().max() > 0.01, "a causal forward over the packed rows must show in this model"
+
+
+def test_without_layout_raises_and_names_both_remedies():
+    with pytest.raises(ValueError) as error:
+        make_model(LLAMA)(torch.ones(1, 4, dtype=torch.long))
+    assert "pass thought_layout=" in str(error.value)
+    assert "register_attention(without_layout='sdpa')" in str(error.value)
+
+
+def test_unknown_without_layout_is_refused():
+    with pytest.raises(ValueError, match="without_layout must be 'raise' or 'sdpa', got 'eager'"):
+        quietstar.register_attention("eager")
+
+
+@pytest.mark.parametrize("config, plain", [(LLAMA, "sdpa"), (GEMMA2, "eager")], ids=["llama", "gemma2"])
+def test_without_layout_may_be_plain_attention(config, plain):
+    quietstar.register_attention(without_layout="sdpa")
+    model, truth = make_model(config), make_model(config, plain)
+    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    live = mask.bool()
+    with torch.no_grad():
+        for arguments in ({}, {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}):
+            got, want = (x(ids, **arguments).logits[live] for x in (model, truth))
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        # Left padding, a cache that grows past Gemma's window, and both batched.
+        options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(ids, **options), truth.generate(ids, **options))
+    layout, inputs = packed_inputs()
+    with torch.no_grad():
+        assert model(**inputs, thought_layout=layout).logits.isfinite().all(), "thoughts still work beside plain calls"
+
+
+def test_without_layout_a_mask_of_ones_own_is_passed_on():
+    quietstar.register_attention(without_layout="sdpa")
+    model, truth = make_model(LLAMA), make_model(LLAMA, "sdpa")
+    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril().triu(-3)
+    with torch.no_grad():
+        got, want, causal = (x.logits for x in (model(ids, attention_mask=mask), truth(ids, attention_mask=mask), truth(ids)))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(want, causal)
+
+
+@pytest.mark.parametrize("without_layout", ["raise", "sdpa"])
+@pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig], ids=["stablelm", "nemotron"])
+def test_a_layout_lost_on_the_way_raises(config, without_layout):
+    quietstar.register_attention(without_layout)
+    layout, inputs = packed_inputs()
+    model = make_model(config(**SIZES))
+    with pytest.raises(ValueError, match="thought_layout was passed to the model but did not arrive at attention"):
+        model(**inputs, thought_layout=layout)
+
+
+def test_a_layout_in_the_callers_hands_is_not_lost():
+    quietstar.register_attention(without_layout="sdpa")
+    layout, inputs = packed_inputs()
+    model = make_model(LLAMA)
+
+    class Both(torch.nn.Module):
+        def forward(self, **kwargs):
+            return model(inputs["input_ids"][:, : layout.L]).logits, model(**inputs, **kwargs).logits
+
+    text, packed = Both()(thought_layout=layout)
+    torch.testing.assert_close(packed[:, : layout.L], text, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_dropout_warns_once(monkeypatch):
+    monkeypatch.setattr("quietstar.hf.attention._dropout_warned", False)
+    layout, inputs = packed_inputs()
+    model = make_model(LlamaConfig(**SIZES, attention_dropout=0.5)).train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = model(**inputs, thought_layout=layout).logits
+        second = model(**inputs, thought_layout=layout).logits
+    assert sum("attention dropout" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(first, second)
+
+
+def test_prepared_mask_with_a_layout_raises():
+    layout, inputs = packed_inputs()
+    mask = torch.zeros(2, 1, layout.M, layout.M)
+    with pytest.raises(ValueError, match=r"attention_mask must be None or \[B,M\], got a prepared mask tensor"):
+        make_model(LLAMA)(**inputs, attention_mask=mask, thought_layout=layout)
+
+
+def test_attention_mask_of_ones_changes_nothing():
+    layout, inputs = packed_inputs()
+    model = make_model(GEMMA2)
+    with torch.no_grad():
+        got = model(**inputs, attention_mask=torch.ones(2, layout.M, dtype=torch.long), thought_layout=layout).logits
+        assert torch.equal(got, model(**inputs, thought_layout=layout).logits)
+
+
+def test_compiled_equals_eager():
+    layout, inputs = packed_inputs()
+    results = []
+    for compiled in (False, True):
+        model = make_model(LLAMA)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        logits = run(**inputs, thought_layout=layout).logits
+        logits.log_softmax(-1)[..., 0].mean().backward()
+        results.append([logits.detach()] + [p.grad for p in model.parameters()])
+    for eager, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-5)
+    other, inputs = packed_inputs(anchors=(1, 2, 8))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(**inputs, thought_layout=other)
+
+
+def assert_same_parameters(got, want):
+    for (name, p), (_, q) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_stock_trainer(tmp_path, tied):
+    torch.manual_seed(0)
+    model = make_model(LlamaConfig(**SIZES, tie_word_embeddings=tied), "sdpa")
+    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0)
+    qs = quietstar.QuietStar(model, config, verify=False)
+    before = {name: p.detach().clone() for name, p in qs.named_parameters()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (6, 10))]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(qs, arguments, train_dataset=rows, eval_dataset=rows[:4])
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(logged) == 3 and all(map(math.isfinite, logged))
+    assert len(evaluated) == 1 and math.isfinite(evaluated[0])
+    # All of them: the mixing head's first layers follow once its last one, which starts at zero, has moved.
+    assert all(not torch.equal(p, before[name]) for name, p in qs.named_parameters())
+
+    resumed = quietstar.QuietStar(make_model(model.config, "sdpa"), config, verify=False)
+    resumed.load_state_dict(load_file(tmp_path / "checkpoint-3" / "model.safetensors"))
+    assert_same_parameters(resumed, qs)
+
+    qs.save_pretrained(tmp_path / "whole")
+    assert_same_parameters(quietstar.QuietStar.from_pretrained(tmp_path / "whole", verify=False), qs)

@@ -1,0 +1,284 @@
+"""Rollouts as graphs: no look at a value, no number of Python's that changes, and what the eager rollout gives, bitwise."""
+
+import copy
+import dataclasses
+import logging
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import quietstar
+from quietstar.config import AdapterConfig
+from quietstar.hf import graphs
+from quietstar.hf.graphs import Graphs
+
+sys.path.append(str(Path(__file__).parent))
+from recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
+
+B, L, N, T = 2, 12, 2, 4
+END = 60
+
+
+@pytest.fixture
+def wrap(tiny):
+    """``wrap(name, **config changes)``: a model whose graphs are recorded ones."""
+    return lambda name="llama", **changes: with_recorded_graphs(tiny(name), **{"thoughts": N, "thought_tokens": T, **changes})
+
+
+def rollout(seed):
+    """A text with anchors, padding, names and seed of its own, all of one shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 59, (B, L), generator=generator)
+    mask = torch.ones(B, L, dtype=torch.long)
+    mask[1, : seed % 4] = 0
+    anchors = torch.stack([torch.randperm(L - 4, generator=generator)[:5].sort().values + 4 for _ in range(B)])
+    anchors[0, 5 - seed % 3 :] = -1
+    lengths = torch.randint(0, T + 1, (B, 5, N), generator=generator)
+    names = torch.randint(0, 99, (B,), generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "anchors": anchors,
+        "seed": seed * 2**61,
+        "sequence_ids": names,
+        "thought_lengths": lengths,
+    }
+
+
+def assert_same(got, want):
+    assert torch.equal(got.thought_ids, want.thought_ids)
+    assert torch.equal(got.logprob, want.logprob)
+    assert torch.equal(got.lengths, want.lengths)
+
+
+def test_replays_are_eager_rollouts(wrap, architecture):
+    """Of other texts, places, lengths, names and seeds, and after the weights were trained."""
+    qs = wrap(architecture)
+    capture = qs._graphs.capture
+    for seed in range(4):
+        given = rollout(seed)
+        assert_same(qs.think(**given), eager(qs).think(**given))
+    assert qs._graphs.why is None
+    assert (len(capture.recordings), capture.replays) == (1, 2)
+    (recording,) = capture.recordings
+    (graph,) = (x for x in qs._graphs._met.values() if x is not None)
+    kept = storages((list(qs.model.parameters()), list(qs.model.buffers()), list(graph.inputs.values())))
+    assert recording.outside <= kept, "the graph works on memory that may be gone"
+    with torch.no_grad():
+        qs.start_embedding.normal_()
+        for weight in qs.model.parameters():
+            weight.mul_(1.1)
+    before, given = qs.think(**rollout(5)), rollout(5)
+    assert_same(before, eager(qs).think(**given))
+    assert (len(capture.recordings), capture.replays) == (1, 3)
+
+
+@pytest.mark.parametrize("changes", [{"stop_threshold": 1 / 61}, {"start_token_id": 59}], ids=["stop", "banned"])
+def test_thoughts_that_stop_and_ids_that_are_banned(wrap, changes):
+    qs = wrap(end_token_id=END, **changes)
+    lengths = set()
+    for greedy in (False, True):
+        for seed in range(4):
+            given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
+            thoughts = qs.think(**given)
+            assert_same(thoughts, eager(qs).think(**given))
+            lengths |= set(thoughts.lengths.flatten().tolist())
+    assert qs._graphs.capture.replays == 4
+    assert len(lengths) > 2 or "start_token_id" in changes
+
+
+def test_autocast_casts_the_weights_again(wrap):
+    qs = wrap()
+    for seed in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+        with torch.no_grad():
+            for weight in qs.model.parameters():
+                weight.mul_(1.1)
+    assert qs._graphs.capture.replays == 2
+    assert_same(qs.think(**rollout(0)), eager(qs).think(**rollout(0)))  # without: another graph
+    assert qs._graphs.capture.replays == 2
+
+
+def test_another_back_end_is_another_graph(wrap, monkeypatch):
+    qs = wrap()
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert qs._graphs.capture.replays == 1
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "reference")
+    assert_same(qs.think(**rollout(3)), eager(qs).think(**rollout(3)))
+    assert qs._graphs.capture.replays == 1
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "quietstar.hf.graphs"]
+
+
+def test_a_model_that_looks_at_values_says_so_once_and_runs_eagerly(wrap, caplog):
+    qs = wrap("mixtral")
+    qs.model.config._experts_implementation = "eager"
+    for seed in range(4):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    (message,) = said(caplog)
+    assert message.startswith("thoughts run without CUDA graphs: aten.") and "in modeling_mixtral.py, line" in message
+    assert not qs._graphs.capture.recordings
+
+
+def hooked(qs):
+    qs.model.model.layers[0].register_forward_hook(lambda module, args, out: None)
+
+
+def test_a_hook_of_all_modules(wrap):
+    qs = wrap()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert qs._runner().graphs is None
+        assert qs._graphs.why == "there are global module hooks, which a replay would not call"
+    finally:
+        handle.remove()
+    assert qs._runner().graphs is not None
+
+
+def offloaded(qs):
+    qs.model._hf_hook = None
+
+
+def sharded(qs):
+    qs.model.lm_head.weight.device_mesh = None
+
+
+REASONS = {
+    "sharded": (sharded, "the model's weights are cut over processes"),
+    "a hook": (hooked, "model.layers.0 has a hook, which a replay would not call"),
+    "compiled": (lambda qs: qs.compile(backend="eager"), "model is compiled"),
+    "offloaded": (offloaded, "accelerate moves the weights of LlamaForCausalLM"),
+    "two devices": (lambda qs: qs.model.lm_head.to("meta"), "the model is on 2 devices"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons(wrap, caplog, case):
+    change, reason = REASONS[case]
+    qs = wrap()
+    change(qs)
+    for _ in range(2):
+        assert qs._runner().graphs is None
+    assert qs._graphs.why == reason
+    assert said(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
+
+
+def test_on_a_cpu_it_is_no_news(tiny, caplog):
+    caplog.set_level(logging.DEBUG)
+    qs = quietstar.QuietStar(tiny("llama"), verify=False)
+    for _ in range(2):
+        qs.think(torch.randint(3, 61, (1, 6)))
+    assert [record.levelname for record in caplog.records if record.name == "quietstar.hf.graphs"] == ["DEBUG"]
+    assert said(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
+
+
+@pytest.mark.parametrize(
+    "error, what", [(torch.OutOfMemoryError("no memory\nand more"), "no memory"), (RuntimeError(), "RuntimeError")], ids=str
+)
+def test_a_capture_that_fails(wrap, caplog, error, what):
+    qs = wrap()
+
+    class Fails(RecordedGraphs):
+        def __call__(self, body, device):
+            body()
+            raise error
+
+    qs._graphs = Graphs(Fails())
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert said(caplog) == [f"thoughts run without CUDA graphs: the capture failed: {what}"]
+
+
+def test_threads_take_turns(wrap):
+    """Between a replay's inputs and its results no other call puts inputs of its own there."""
+
+    class Slow(RecordedGraphs):
+        def __call__(self, body, device):
+            outputs, replay = super().__call__(body, device)
+            return outputs, lambda: (time.sleep(0.1), replay())
+
+    qs = wrap().eval()
+    qs._graphs = Graphs(Slow())
+    for seed in range(2):
+        qs.think(**rollout(seed))
+    with ThreadPoolExecutor(4) as pool:
+        thoughts = list(pool.map(lambda seed: qs.think(**rollout(seed)), range(2, 6)))
+    for seed, got in zip(range(2, 6), thoughts, strict=True):
+        assert_same(got, eager(qs).think(**rollout(seed)))
+    assert qs._graphs.capture.replays == 4
+
+
+def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
+    qs = wrap()
+    qs.anchor_chunk = 2
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert not qs._graphs._met and qs._graphs.why == "anchor_chunk asks for less memory than a graph keeps"
+
+
+def test_weights_that_move_drop_their_graphs(wrap):
+    qs = wrap()
+    capture = qs._graphs.capture
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    qs.model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(96, 64))
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert (len(capture.recordings), capture.replays) == (2, 2)
+
+
+def test_adapters_that_are_switched_off_have_graphs_of_their_own(wrap):
+    pytest.importorskip("peft")
+    qs = wrap()
+    qs.add_adapters(AdapterConfig(lora_rank=2, lora_targets="q_proj,down_proj"))
+    with torch.no_grad():
+        for name, weight in qs.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    capture = qs._graphs.capture
+    for seed in range(3):
+        on = qs.think(**rollout(seed))
+        assert_same(on, eager(qs).think(**rollout(seed)))
+        with qs.model.disable_adapter():
+            off = qs.think(**rollout(seed))
+            assert_same(off, eager(qs).think(**rollout(seed)))
+        assert not torch.equal(on.logprob, off.logprob)
+    assert (len(capture.recordings), capture.replays) == (2, 2)
+
+
+def test_only_so_many_are_kept(wrap, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    qs = wrap(thought_tokens=1)
+    for length in (6, 7, 8, 6, 7, 8):  # none comes again among two
+        qs.think(torch.randint(3, 61, (1, length)), seed=0)
+    assert len(qs._graphs._met) == 2 and not qs._graphs.capture.recordings
+
+
+def test_other_options_are_another_graph(wrap):
+    """Those of a config that is replaced, or of a copy for scoring."""
+    qs = wrap()
+    for greedy, T in ((False, 4), (True, 4), (True, 2)):
+        qs.thought_config = dataclasses.replace(qs.thought_config, thought_tokens=T)
+        for seed in range(3):
+            given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
+            assert_same(qs.think(**given), eager(qs).think(**given))
+    assert len(qs._graphs.capture.recordings) == 3
+
+
+def test_the_switch(wrap):
+    qs = wrap()
+    assert qs.graphs == "auto"
+    qs.graphs = False
+    assert qs.graphs is False and qs._runner().graphs is None
+    with pytest.raises(ValueError, match="graphs must be 'auto' or False, got True"):
+        qs.graphs = True
+    assert isinstance(copy.deepcopy(wrap())._graphs, Graphs)

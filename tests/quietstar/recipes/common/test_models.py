@@ -1,0 +1,74 @@
+"""What a recipe's command begins with: a model in the type that was asked for, in a folder that no other run is in."""
+
+import itertools
+
+import pytest
+import torch
+
+from quietstar.cli import main as cli
+from quietstar.recipes.common.models import TaskConfig, load
+from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.rounds import Rounds
+
+ADDITION = TaskConfig(task="addition", digits=1)
+
+
+def test_weights_are_loaded_in_single_precision_unless_asked_otherwise(solver, tmp_path):
+    _, task = solver
+    halved, path = load("", ADDITION)[0].bfloat16(), tmp_path / "model"
+    halved.save_pretrained(path)
+    task.tokenizer.save_pretrained(path)
+    assert load(str(path), ADDITION)[0].dtype == torch.float32
+    assert load(str(path), ADDITION, "bfloat16")[0].dtype == load("", ADDITION, "bfloat16")[0].dtype == torch.bfloat16
+
+
+KINDS = {
+    "checkpoints": lambda out: cli.main(["train", "--model=none", f"--out={out}"]),
+    "progress": lambda out: Progress(out, {}, {"step": 0}, resume=True),
+    "recipe.json": lambda out: Rounds(out, {}, resume=True),
+}
+
+
+@pytest.mark.parametrize("mark, other", list(itertools.permutations(KINDS, 2)))
+def test_a_run_of_another_command_is_left_alone(tmp_path, capsys, mark, other):
+    (tmp_path / other).mkdir()
+    (tmp_path / "metrics.jsonl").write_text("what was measured\n")
+    sentence = f"{tmp_path}: a run of another command is there, with {other}: take another out"
+    if mark == "checkpoints":
+        assert KINDS[mark](tmp_path) == cli.DATA and capsys.readouterr().err == f"quietstar: {sentence}\n"
+    else:
+        with pytest.raises(ValueError) as error:
+            KINDS[mark](tmp_path)
+        assert str(error.value) == sentence
+    assert (tmp_path / "metrics.jsonl").read_text() == "what was measured\n"
+
+
+def test_a_run_that_failed_before_its_first_round_begins_anew(tmp_path):
+    Rounds(tmp_path, {"recipe": "star", "shots": 2}, resume=False)
+    Rounds(tmp_path, {"recipe": "star", "shots": 1}, resume=False)
+    (tmp_path / "round-00").mkdir()
+    with pytest.raises(ValueError, match="a run is there already"):
+        Rounds(tmp_path, {"recipe": "star", "shots": 1}, resume=False)
+    with pytest.raises(ValueError, match="the run there has shots=1, not 3"):
+        Rounds(tmp_path, {"recipe": "star", "shots": 3}, resume=True)
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path):
+    run = Rounds(tmp_path, {"recipe": "star"}, resume=False)
+    run.folder(0).mkdir()
+    (run.folder(0) / "report.json").write_text('{"round": ')
+    (run.folder(0) / "kept.jsonl").write_text('{"a": 1}\n{"a"')
+    with pytest.raises(ValueError, match="round-00/report.json: missing or damaged"):
+        run.report(0)
+    with pytest.raises(ValueError, match="round-00/kept.jsonl: line 2 is not JSON"):
+        run.rows(0, "kept")
+    (tmp_path / "recipe.json").write_text("")
+    with pytest.raises(ValueError, match="recipe.json: missing or damaged"):
+        Rounds(tmp_path, {"recipe": "star"}, resume=True)
+
+
+@pytest.mark.parametrize("command", ["star", "vstar"])
+def test_a_model_from_scratch_needs_a_start(command, tmp_path, capsys):
+    assert cli.main([command, "--task=addition", f"--out={tmp_path / 'run'}"]) == cli.DATA
+    assert "a model from scratch solves nothing: --sft-steps teaches it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

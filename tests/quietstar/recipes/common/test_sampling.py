@@ -1,0 +1,190 @@
+"""Completions and their log-probabilities, and supervised training on them."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from quietstar.recipes.common.models import TaskConfig, make_task, small_model
+from quietstar.recipes.common.sampling import VLLM, Sampling, likelihoods, logprob, rollout
+from quietstar.recipes.common.sft import SFTConfig, sft, token_batches
+from quietstar.recipes.tasks import Addition, Multiplication, WordProblems
+
+
+@pytest.fixture
+def stories():
+    """Prompts of unlike lengths, and a model that ends some completions early."""
+    task = WordProblems()
+    model = small_model(task, width=32, heads=2, positions=64).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.normal_(0, 0.15)
+    rows = task.sample(6, "train", torch.Generator().manual_seed(0))
+    assert len({len(row.prompt_ids) for row in rows}) > 2
+    return task, model, [row.prompt_ids for row in rows]
+
+
+def one_by_one(model, prompt, completion):
+    """Log-probabilities from a forward over this text alone."""
+    with torch.no_grad():
+        predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_log_probabilities_are_those_of_an_ordinary_forward(stories, temperature, top_p):
+    task, model, prompts = stories
+    written = rollout(model, task, prompts, 3, temperature=temperature, top_p=top_p, max_new=12, batch_size=7)
+    assert [len(several) for several in written] == [3] * len(prompts)
+    flat = [(prompt, x) for prompt, several in zip(prompts, written, strict=True) for x in several]
+    for prompt, x in flat:
+        assert 1 <= len(x.ids) <= 12 and task.end_id not in x.ids[:-1]
+        assert len(x.ids) == 12 or x.ids[-1] == task.end_id
+        torch.testing.assert_close(x.logprob, one_by_one(model, prompt, x.ids), atol=1e-5, rtol=0)
+    assert temperature == 0 or len({len(x.ids) for _, x in flat}) > 1
+    values, mask = logprob(model, [prompt for prompt, _ in flat], [x.ids for _, x in flat])
+    for value, shown, (_, x) in zip(values, mask, flat, strict=True):
+        assert shown.sum() == len(x.ids)
+        torch.testing.assert_close(value[shown].tolist(), x.logprob, atol=1e-5, rtol=0)
+    assert not values[~mask].any()
+    sums = likelihoods(model, [prompt for prompt, _ in flat], [x.ids for _, x in flat], batch_size=5)
+    torch.testing.assert_close(sums, [sum(x.logprob) for _, x in flat], atol=1e-4, rtol=0)
+
+
+def test_greedy_takes_the_likeliest_and_batches_change_nothing(stories):
+    task, model, prompts = stories
+    together = rollout(model, task, prompts, temperature=0, max_new=8)
+    for prompt, several in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for token in several[0].ids:
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+        assert rollout(model, task, [prompt], temperature=0, max_new=8)[0][0].ids == several[0].ids
+
+
+def test_the_seed_fixes_samples_and_leaves_random_states_alone(stories):
+    task, model, prompts = stories
+    state = torch.get_rng_state()
+    first, again, other = (rollout(model, task, prompts, 2, max_new=8, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first[0][0] != first[0][1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_that_are_too_long(stories):
+    task, model, prompts = stories
+    with pytest.raises(ValueError, match="has 64 positions, and prompt and completion need"):
+        rollout(model, task, prompts, max_new=60)
+    with pytest.raises(ValueError, match="has 64 positions"):
+        logprob(model, [[3] * 60], [[4] * 5])
+
+
+def test_vllm_has_the_same_interface(monkeypatch):
+    """The real engine needs a GPU; this one notes what it is asked."""
+    asked = {}
+
+    class Engine:
+        def __init__(self, **options):
+            asked["engine"] = options
+
+        def generate(self, prompts, sampling, use_tqdm):
+            asked["prompts"], asked["sampling"] = prompts, sampling
+            answer = SimpleNamespace(
+                token_ids=[5, 1], logprobs=[{5: SimpleNamespace(logprob=-0.5)}, {1: SimpleNamespace(logprob=-1.5)}]
+            )
+            return [SimpleNamespace(outputs=[answer] * sampling["n"]) for _ in prompts]
+
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = Engine, lambda **options: options
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    task = Multiplication(2)
+    written = rollout(VLLM("folder"), task, [[3, 4], [5]], 2, temperature=0.7, top_p=0.9, max_new=9, seed=3)
+    assert [[(x.ids, x.logprob) for x in several] for several in written] == [[([5, 1], [-0.5, -1.5])] * 2] * 2
+    assert asked["engine"] == {"model": "folder"} and asked["prompts"] == [
+        {"prompt_token_ids": [3, 4]},
+        {"prompt_token_ids": [5]},
+    ]
+    assert {"n": 2, "temperature": 0.7, "top_p": 0.9, "max_tokens": 9, "seed": 3}.items() <= asked["sampling"].items()
+    assert asked["sampling"]["stop_token_ids"] == [task.end_id]
+
+
+def test_vllm_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match="pip install vllm"):
+        VLLM("folder")
+
+
+def test_the_loss_is_on_completions_alone():
+    task = Addition(1)
+    model = small_model(task, width=32, heads=2, positions=32)
+    rows = task.sample(4, "train", torch.Generator().manual_seed(0))
+    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    lines = []
+    expected = [x for prompt, completion in examples for x in one_by_one(model, prompt, completion)]
+    sft(model, examples, 1, SFTConfig(batch_tokens=1000), log=lines.append)
+    # One batch of the batch's examples, which all four fit into only if 16 repeat them evenly.
+    assert lines[0]["tokens"] % sum(len(x) for _, x in examples) == 0
+    assert lines[0]["loss"] == pytest.approx(-sum(expected) / len(expected), abs=1e-5)
+
+
+def test_training_learns_and_repeats_itself():
+    task = Addition(1)
+    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
+    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    losses = []
+    for _ in range(2):
+        model = small_model(task, width=32, heads=2, positions=32)
+        lines = []
+        sft(model, examples, 40, SFTConfig(learning_rate=1e-2, warmup=5, batch_tokens=120), seed=3, log=lines.append)
+        losses.append([line["loss"] for line in lines])
+    assert losses[0] == losses[1] and losses[0][-1] < 0.6 * losses[0][0]
+    assert [line["learning_rate"] for line in lines[:6]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
+
+
+def test_adapters_are_merged_into_the_model(tiny):
+    task = Addition(1)
+    model = tiny("llama", vocab_size=len(task.tokenizer))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
+    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    lines = []
+    trained = sft(model, examples, 15, SFTConfig(learning_rate=1e-2, warmup=1, batch_tokens=200, lora_rank=2), log=lines.append)
+    assert trained is model and lines[-1]["loss"] < lines[0]["loss"]
+    after = model.state_dict()
+    assert list(after) == list(before)
+    ranks = {name: int(torch.linalg.matrix_rank(after[name] - x, atol=1e-5)) for name, x in before.items() if x.ndim == 2}
+    assert {rank for name, rank in ranks.items() if "proj" in name} == {2}
+    assert {rank for name, rank in ranks.items() if "proj" not in name} == {0}
+    with torch.no_grad():
+        values, mask = logprob(model, *map(list, zip(*examples, strict=True)))
+    assert -values.sum() / mask.sum() < lines[0]["loss"]
+
+
+def test_batches_are_filled_by_tokens():
+    lengths = [3, 9, 4, 4, 7, 30, 2]
+    batches = token_batches(lengths, 20, seed=0)
+    seen = []
+    while len(seen) < 3 * len(lengths):
+        batch = next(batches)
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20
+        seen += batch
+    for epoch in range(2):  # a batch may go on into the next epoch, no example is left out
+        assert sorted(seen[epoch * 7 : epoch * 7 + 7]) == list(range(7))
+    assert seen[:7] != seen[7:14]
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="learning_rate must be above 0, got 0"):
+        SFTConfig(learning_rate=0)
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 1.5"):
+        Sampling(top_p=1.5)
+    with pytest.raises(ValueError, match="sft: there is no example"):
+        sft(small_model(Addition(1), width=16, heads=2), [], 1)
+    with pytest.raises(ValueError, match="data must be a file where task is 'gsm8k'"):
+        TaskConfig(task="gsm8k")
+    with pytest.raises(ValueError, match="data must be empty where task is 'addition'"):
+        TaskConfig(task="addition", data="x.jsonl")
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        make_task(TaskConfig(task="gsm8k", data="x.jsonl"))

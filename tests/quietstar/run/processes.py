@@ -1,0 +1,127 @@
+"""Jobs for one process or several: ``python processes.py jobs.json`` runs them in each that torchrun's variables describe.
+
+A job is a dict: model, a folder; thoughts and train, fields of the configs; lengths of the texts; resume; checkpointing; the
+rank of adapters; whether to evaluate and to count traffic.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.evaluation.losses import evaluate
+from quietstar.run.metrics import process_state
+from quietstar.train import thought_loss, train
+
+
+def texts(lengths):
+    return [
+        {"input_ids": torch.randint(3, 61, (length,), generator=torch.Generator().manual_seed(i))}
+        for i, length in enumerate(lengths)
+    ]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the whole tensors that each kind of collective made or reduced."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("c10d::")
+        if name != func._schema.name and "wait" not in name:
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            size = max((x.nbytes for x in tensors), default=0)
+            self.bytes[name] = self.bytes.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+
+def run_job(job):
+    """Trains, and returns what this process saw: its thoughts by (step, text), bytes of each collective, dtypes at the end and
+    the share of the rewards that are bf16 numbers.
+    """
+    torch.manual_seed(7)
+    qs = QuietStar(AutoModelForCausalLM.from_pretrained(job["model"]), ThoughtConfig(**job["thoughts"]), verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
+    if job.get("rank"):
+        qs.add_adapters(AdapterConfig(lora_rank=job["rank"]))
+    if job.get("checkpointing"):
+        qs.gradient_checkpointing_enable()
+    thoughts, steps, seen = {}, [], {}
+
+    def loss(model, batch, counts, seed):
+        value, out = thought_loss(model, batch, counts, seed)
+        if seed not in steps:
+            steps.append(seed)
+        for text, ids in zip(batch["sequence_ids"].tolist(), out.thought_ids.tolist(), strict=True):
+            thoughts[f"{len(steps)} {text}"] = ids
+        seen.update(reward=out.reward, nll_mix=out.nll_mix, logprob=out.logprob, loss=out.loss)
+        return value, out
+
+    config = TrainConfig(**job["train"])
+    with Traffic() if job.get("traffic") else nullcontext() as traffic:
+        try:
+            data, held_out = texts(job["lengths"]), partial(evaluate, examples=texts([9, 8, 9]), batch_size=2)
+            held_out = held_out if job.get("evaluate") else None
+            lines = train(qs, data, config, loss=loss, evaluate=held_out, resume=job.get("resume"), progress=False)
+        except ValueError as error:
+            return {"error": str(error)}
+        finally:
+            AcceleratorState._reset_state()
+    reward = seen["reward"][seen["reward"] != 0]
+    return {
+        "lines": lines,
+        "thoughts": thoughts,
+        "traffic": traffic.bytes if traffic is not None else {},
+        "dtypes": {name: str(x.dtype) for name, x in seen.items()},
+        "rounded": float((reward == reward.bfloat16().float()).float().mean()),
+    }
+
+
+def start(arguments, processes):
+    """Every process of a run, as torchrun would start them: its variables, without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments], env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(processes)
+    ]
+
+
+def run_in_processes(jobs, processes, folder, seconds=600):
+    """What ``run_job`` returned for each job, in each process."""
+    file = Path(folder) / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    running = start([__file__, str(file)], processes)
+    try:
+        said = [process.communicate(timeout=seconds)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
+    results = [json.loads((Path(folder) / f"results-{i}.json").read_text()) for i in range(processes)]
+    return [list(row) for row in zip(*results, strict=True)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = [run_job(job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    Path(sys.argv[1]).with_name(f"results-{process_state().process_index}.json").write_text(json.dumps(results))
+    process_state().destroy_process_group()

@@ -1,0 +1,116 @@
+"""Optimizers by name: the same steps as AdamW's, and states that come back from plain tensors."""
+
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.config import TrainConfig
+from quietstar.run import snapshots
+from quietstar.run.optimizers import OPTIMIZERS, from_tensors, make_optimizer, to_tensors
+from quietstar.train import train
+
+HERE = [name for name in OPTIMIZERS if name != "8bit" or find_spec("bitsandbytes")]
+
+
+def weights():
+    """The second is large enough for moments of 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((5,), (64, 80))]
+
+
+def steps(optimizer, parameters, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for weight in parameters:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_steps_are_those_of_adamw(name):
+    """The formulas in fp64; 8 bits may be off by a fifth of the way that AdamW goes."""
+    tried, truth = weights(), [weight.detach().double() for weight in weights()]
+    steps(make_optimizer(name, tried, learning_rate=0.01, weight_decay=0.1), tried, 4, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    means, squares = [0.0] * 2, [0.0] * 2
+    for step in range(1, 5):
+        for i in range(2):
+            grad = torch.randn(truth[i].shape, generator=generator).double()
+            means[i] = 0.9 * means[i] + 0.1 * grad
+            squares[i] = 0.999 * squares[i] + 0.001 * grad**2
+            way = (means[i] / (1 - 0.9**step)) / ((squares[i] / (1 - 0.999**step)).sqrt() + 1e-8)
+            truth[i] = truth[i] * (1 - 0.01 * 0.1) - 0.01 * way
+    way = truth[1] - weights()[1].detach()
+    bound = 0.2 if name == "8bit" else 1e-5
+    assert (tried[1].detach() - truth[1]).norm() <= bound * way.norm()
+    torch.testing.assert_close(tried[0].detach().double(), truth[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_state_comes_back_from_tensors(name):
+    """Through safetensors and json; both go on bitwise alike."""
+    first = weights()
+    optimizer = make_optimizer(name, first, learning_rate=0.01, weight_decay=0.1)
+    steps(optimizer, first, 2, seed=1)
+    state = optimizer.state_dict()
+    tensors = load(save({key: value.contiguous() for key, value in to_tensors(state["state"]).items()}))
+    second = [torch.nn.Parameter(weight.detach().clone()) for weight in first]
+    again = make_optimizer(name, second, learning_rate=0.01, weight_decay=0.1)
+    again.load_state_dict({"state": from_tensors(tensors), "param_groups": json.loads(json.dumps(state["param_groups"]))})
+    for parameters, one in ((first, optimizer), (second, again)):
+        steps(one, parameters, 2, seed=2)
+    for a, b, old in zip(first, second, weights(), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, old)
+
+
+def test_nested_states_and_whole_numbers():
+    """As bitsandbytes keeps them."""
+    codes = torch.arange(4, dtype=torch.uint8)
+    state = {
+        0: {"step": 3, "quantised": {"state1": codes, "map": (table := torch.ones(2)), "deeper": {"n": 7}}},
+        11: {"step": torch.tensor(2.0), "quantised": {"map": table}},
+    }
+    back = from_tensors(load(save(to_tensors(state))))
+    assert torch.equal(back[0]["quantised"]["map"], table) and torch.equal(back[11]["quantised"]["map"], table)
+    assert back[0]["step"] == 3 and type(back[0]["step"]) is int and back[0]["quantised"]["deeper"] == {"n": 7}
+    assert torch.equal(back[0]["quantised"]["state1"], codes) and torch.equal(back[11]["step"], torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_resumed_run_gives_the_unbroken_ones_losses_bitwise(tiny, tmp_path, name):
+    thoughts = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
+    data = [{"input_ids": torch.randint(3, 61, (8,), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+
+    def losses(resume=None):
+        qs = QuietStar(tiny("llama"), thoughts, verify=False)
+        settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup": 1, "save_every": 2}
+        config = TrainConfig(out=str(tmp_path / name), optimizer=name, **settings)
+        lines = train(qs, data, config, resume=resume, progress=False)
+        return [line["loss"] for line in lines]
+
+    unbroken = losses()
+    assert losses(resume=snapshots.folder(tmp_path / name, 2)) == unbroken
+
+
+def test_another_optimizer_is_not_gone_on_with(tiny, tmp_path):
+    config = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2)
+    data = [{"input_ids": torch.arange(3, 11)}]
+    runs = {"out": str(tmp_path), "steps": 1, "batch_size": 1}
+    train(QuietStar(tiny("llama"), config), data, TrainConfig(**runs), progress=False)
+    with pytest.raises(ValueError, match="made with optimizer='adamw', not 'fused'"):
+        train(QuietStar(tiny("llama"), config), data, TrainConfig(**runs, optimizer="fused"), resume="auto", progress=False)
+
+
+def test_what_is_not_there_gets_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="optimizer '8bit' needs bitsandbytes, which does not load here: "):
+        make_optimizer("8bit", weights(), 0.01, 0.0)
+    with pytest.raises(ValueError, match="optimizer 'fused' does not work with torch.complex64 on cpu: "):
+        make_optimizer("fused", [torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))], 0.01, 0.0)
+    with pytest.raises(ValueError, match="TrainConfig: optimizer must be adamw, fused or 8bit, got 'sgd'"):
+        TrainConfig(optimizer="sgd")

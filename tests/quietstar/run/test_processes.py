@@ -1,0 +1,333 @@
+"""Two processes and four against one: the same thoughts, losses and weights, however texts and weights are cut over them."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from quietstar import ThoughtConfig
+from quietstar.cli import main as cli
+from quietstar.config import TrainConfig
+from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
+from quietstar.run import snapshots
+from quietstar.run.sharding import find_strategy
+
+spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+processes = sys.modules["processes"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(processes)
+
+EXAMPLES = Path(__file__).parents[3] / "examples/accelerate"
+THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
+TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
+# 5 texts a step of 7 to 9 tokens: one process has 2 of them, the other 3, and all are padded; the third step ends an epoch.
+LENGTHS = [7 + i % 3 for i in range(11)]
+FAMILY = {
+    "anchors": "random",
+    "anchor_share": 0.5,
+    "reference": "ema",
+    "ratio_clip": 0.2,
+    "kl_weight": 0.01,
+    "policy_temperature": 1.0,
+    "advantage": "leave_one_out",
+}
+# What is trained, by name; those of one process and of several differ in ``sharding`` alone.
+RUNS = {
+    "plain": {},
+    "tied weights": {"model": "gpt2"},
+    "parts": {"batch_size": 7, "accumulation": 2, "evaluate": 1, "eval_every": 1, "save_every": 1},
+    "family": {"thoughts": FAMILY, "updates": 2, "anchor_chunk": 3, "checkpointing": True},
+    "gate": {"thoughts": {"anchors": "gate", "reference": "frozen"}, "accumulation": 2, "batch_size": 6},
+    "adapters": {"rank": 4, "thoughts": {"reference": "frozen"}, "checkpointing": True},
+    "stopping": {"thoughts": {"end_token_id": 2, "stop_threshold": 1 / 61}},
+}
+CUTS = [("plain", "no"), ("plain", "full_shard"), ("plain", "shard_grad_op"), ("parts", "no")]
+CUTS += [(name, "full_shard") for name in ("tied weights", "parts", "family", "gate", "adapters", "stopping")]
+
+
+def make_job(home, out, model="llama", thoughts=None, checkpointing=False, resume=None, **changes):
+    flags = {name: changes.pop(name, 0) for name in ("traffic", "rank", "evaluate")}
+    settings = {"steps": 4, "batch_size": 5, "learning_rate": 1e-3, "warmup": 2, "save_every": 2, "keep": 3, **changes}
+    return {
+        "model": str(home / model),
+        "thoughts": THOUGHTS | (thoughts or {}),
+        "lengths": LENGTHS,
+        "checkpointing": checkpointing,
+        "resume": resume and str(resume),
+        **flags,
+        "train": {"out": str(home / out), **settings},
+    }
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same_lines(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(without_times(ours), without_times(theirs), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def home(tiny, tmp_path_factory):
+    home = tmp_path_factory.mktemp("processes")
+    tiny("llama").save_pretrained(home / "llama")
+    tiny("gpt2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0).save_pretrained(home / "gpt2")
+    return home
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """What one process computes: ``alone(name)`` of ``RUNS``."""
+    done = {}
+
+    def alone(name):
+        if name not in done:
+            done[name] = processes.run_job(make_job(home, f"alone {name}", **RUNS[name]))
+        return done[name]
+
+    return alone
+
+
+@pytest.fixture(scope="module")
+def together(home, alone):
+    """What two processes compute, all in one launch: results of each by the job's name."""
+    alone("plain")
+    jobs = {cut: make_job(home, f"{cut[0]} {cut[1]}", **RUNS[cut[0]], sharding=cut[1]) for cut in CUTS}
+    half = snapshots.folder(home / "alone plain", 2)
+    for sharding in ("no", "full_shard"):
+        jobs[f"resumed {sharding}"] = make_job(home, f"resumed {sharding}", resume=half, sharding=sharding)
+    jobs["too few texts"] = make_job(home, "refused", batch_size=1)
+    jobs["auto"] = make_job(home, "refused", sharding="full_shard", anchor_chunk="auto")
+    for sharding in ("no", "full_shard", "shard_grad_op"):
+        for chunk in (None, 3):
+            jobs[f"traffic {sharding} {chunk}"] = make_job(
+                home, "traffic", sharding=sharding, anchor_chunk=chunk, steps=1, traffic=True
+            )
+    jobs["bf16"] = make_job(home, "bf16", sharding="full_shard", precision="bf16", steps=1)
+    return dict(zip(jobs, processes.run_in_processes(list(jobs.values()), 2, home), strict=True))
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=" ".join)
+def test_two_processes_compute_what_one_does(home, alone, together, cut):
+    one, two = alone(cut[0]), together[cut]
+    seen = [set(result["thoughts"]) for result in two]
+    assert all(seen) and seen[0] != seen[1]
+    assert two[0]["thoughts"] | two[1]["thoughts"] == one["thoughts"]
+    for result in two:
+        assert_same_lines(result["lines"], one["lines"])
+    steps = one["lines"][-1]["step"]
+    theirs, ours = (snapshots.folder(home / out, steps) for out in (" ".join(cut), f"alone {cut[0]}"))
+    snapshots.check(theirs)
+    files = [file.name for file in ours.glob("*.safetensors")]
+    assert len(files) == 3
+    for name in files:
+        a, b = load_file(theirs / name), load_file(ours / name)
+        assert a.keys() == b.keys()
+        for key, wanted in b.items():
+            got = a[key]
+            assert got.shape == wanted.shape, key
+            if key.endswith("c_attn.bias"):
+                # Softmax doesn't see a bias of keys, so its gradient is rounding alone, which AdamW makes whole steps of.
+                got, wanted = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (got, wanted))
+            assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("sharding", ["no", "full_shard"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(home, alone, together, sharding):
+    assert together["plain", sharding]
+    half = snapshots.folder(home / f"plain {sharding}", 2)
+    again = processes.run_job(make_job(home, f"one after two, {sharding}", resume=half))
+    assert_same_lines(again["lines"], alone("plain")["lines"][2:])
+
+
+@pytest.mark.parametrize("sharding", ["no", "full_shard"])
+def test_a_checkpoint_of_one_process_goes_on_in_two(alone, together, sharding):
+    for result in together[f"resumed {sharding}"]:
+        assert_same_lines(result["lines"], alone("plain")["lines"][2:])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_processes_go_on_in_four(home, alone, together):
+    assert together["plain", "no"]
+    jobs = [
+        make_job(home, f"four {a} {b}", resume=snapshots.folder(home / f"plain {a}", 2), sharding=b)
+        for a, b in (("no", "full_shard"), ("full_shard", "no"))
+    ]
+    for results in processes.run_in_processes(jobs, 4, home):
+        for result in results:
+            assert_same_lines(result["lines"], alone("plain")["lines"][2:])
+
+
+def test_what_several_processes_cannot_do_is_one_sentence(together):
+    assert [x["error"] for x in together["too few texts"]] == [
+        "train: batch_size must be at least the number of processes, 2, got 1"
+    ] * 2
+    assert "anchor_chunk must be a number" in together["auto"][0]["error"]
+
+
+def test_one_process_has_nothing_to_cut(home):
+    result = processes.run_job(make_job(home, "refused", sharding="full_shard"))
+    assert "sharding must be 'no'" in result["error"]
+
+
+def test_half_precision_is_that_of_the_layers_alone(alone, together):
+    """Rewards are fp32 differences of log-probabilities: most are no bf16 numbers."""
+    (result, _) = together["bf16"]
+    line = result["lines"][0]
+    assert line["loss_ce"] == pytest.approx(alone("plain")["lines"][0]["loss_ce"], rel=0.03)
+    assert set(result["dtypes"].values()) == {"torch.float32"}
+    assert result["rounded"] < 0.5
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("sharding", ["no", "full_shard", "shard_grad_op"])
+def test_traffic_is_what_doctor_says(home, together, sharding, chunk):
+    counted = together[f"traffic {sharding} {chunk}"][0]["traffic"]
+    weights = count_weights(AutoConfig.from_pretrained(home / "llama"))
+    told = step_traffic(weights, ThoughtConfig(**THOUGHTS), Processes(2, sharding), chunk_count(max(LENGTHS), chunk))
+    assert 0 <= counted["allreduce_"] - told.all_reduce < 1000  # counts and figures are summed too
+    if sharding != "no":
+        # Three weights have an odd number of rows, and get another. FSDP fetches a layer of the rollout ahead of no need.
+        row = 4 * 64
+        assert counted["_reduce_scatter_base_"] == told.reduce_scatter + 3 * row
+        more = counted["_allgather_base_"] - told.all_gather - 4 * weights.layer
+        assert 3 * row <= more <= 10 * row
+
+
+def test_the_strategy_is_the_runs_or_accelerates(monkeypatch):
+    def found(sharding="no", **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return find_strategy(TrainConfig(sharding=sharding))
+
+    assert found() == "no" and found("full_shard") == "full_shard"
+    assert found(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2") == "full_shard"
+    assert found("shard_grad_op") == "shard_grad_op"
+    assert found(FSDP_RESHARD_AFTER_FORWARD="false") == "shard_grad_op"
+    with pytest.raises(ValueError, match="fsdp_version must be 2"):
+        found(FSDP_VERSION="1")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false"):
+        found(FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+
+
+@pytest.fixture
+def folder(tiny, byte_tokenizer, tmp_path, monkeypatch):
+    """Where the command line finds a model and a text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained("model")
+    byte_tokenizer.save_pretrained("model")
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of text" for i in range(50)))
+    return tmp_path
+
+
+def arguments(out, *more):
+    small = "--no-pack --length=12 --batch-size=5 --thoughts=2 --thought-tokens=2 --lookahead=2 --held-out=0"
+    small += " --learning-rate=1e-3 --policy-weight=3 --embedding-scale=1"
+    return ["-m", "quietstar", "train", "--model=model", "--data=text.txt", f"--out={out}", *small.split(), *more]
+
+
+def metrics(out):
+    file = out / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def begin(out, *more):
+    """Two processes that have done two steps."""
+    running = processes.start(arguments(out.name, "--steps=100000", "--save-every=100000", *more), 2)
+    deadline = time.monotonic() + 120
+    while metrics(out) < 2 and time.monotonic() < deadline and all(x.poll() is None for x in running):
+        time.sleep(0.01)
+    return running
+
+
+def end(running, seconds):
+    try:
+        said = [process.communicate(timeout=seconds)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return said
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
+    running = begin(folder / "run", "--sharding=full_shard")
+    running[1].send_signal(signal.SIGTERM)
+    said = end(running, 120)
+    assert [x.returncode for x in running] == [cli.SAVED] * 2, said
+    (saved,) = snapshots.every(folder / "run")
+    snapshots.check(saved)
+    assert saved.name == f"step-{metrics(folder / 'run'):06d}"
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
+    running = begin(folder / "run")
+    running[1].kill()
+    said = end(running, 120)
+    assert running[0].returncode == cli.RUNTIME and "another process ended" in said[0], said
+    (saved,) = snapshots.every(folder / "run")
+    snapshots.check(saved)
+    assert saved.name == f"step-{metrics(folder / 'run'):06d}" and str(saved.relative_to(folder)) in said[0]
+
+
+# SLURM's commands as the example uses them, for two tasks on this machine.
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & started+=($!); done
+for process in "${started[@]}"; do wait "$process" || exit; done
+"""
+SLURM = {"SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.mark.slow
+def test_the_example_for_slurm(folder, monkeypatch):
+    (folder / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1; echo other\n"}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    command = ["bash", EXAMPLES / "slurm.sh", *arguments("run", "--steps=2", "--save-every=2")[3:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in snapshots.every("run")] == ["step-000002"] and metrics(folder / "run") == 2
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--config_file=fsdp2.yaml"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_line_under_launchers(folder, launcher):
+    """With the examples' configuration, but for the number of processes."""
+    text = (EXAMPLES / "fsdp2.yaml").read_text()
+    assert "num_processes: 8\n" in text
+    (folder / "fsdp2.yaml").write_text(text.replace("num_processes: 8\n", "num_processes: 2\n"))
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *arguments("run", "--steps=2", "--save-every=2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved run/checkpoints/step-000002") == 1
+    (saved,) = snapshots.every("run")
+    snapshots.check(saved)
+
+
+def test_the_examples_configurations_differ_in_sharding_alone():
+    ddp, fsdp2 = (yaml.safe_load((EXAMPLES / name).read_text()) for name in ("ddp.yaml", "fsdp2.yaml"))
+    assert fsdp2.pop("fsdp_config")["fsdp_version"] == 2
+    assert (ddp.pop("distributed_type"), fsdp2.pop("distributed_type")) == ("MULTI_GPU", "FSDP")
+    assert ddp == fsdp2
