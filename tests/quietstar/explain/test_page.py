@@ -381,4 +381,4 @@ def test_the_wheel_holds_the_page(tmp_path):
     subprocess.run(build, cwd=source, check=True, capture_output=True, env={**os.environ, "QUIETSTAR_BUILD": "python"})
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"quietstar/page/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"quietstar/explain/assets/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)
