@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from quietstar import QuietStar
 from quietstar.hf.modules import backbone, embeddings
+from quietstar.packed import PackedInputs, Predictions
 from quietstar.rollout import Thoughts
 from quietstar_kernels import ThoughtLayout
 
@@ -25,7 +26,7 @@ class PublishedSchedule(QuietStar):
 
     _passed: tuple[Tensor, Tensor] | None = None
 
-    def _sample(
+    def sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
         assert not greedy and seed is not None
@@ -34,11 +35,11 @@ class PublishedSchedule(QuietStar):
         *self._passed, ids, logprob = self._passes(layout, input_ids, None, seed, rows)
         return Thoughts(ids, logprob)
 
-    def _hidden_states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, inputs: PackedInputs) -> Predictions:
         if self._passed is None:
-            self._passed = self._passes(layout, input_ids, thought_ids, 0, layout.S)[:2]
+            self._passed = self._passes(inputs.layout, inputs.input_ids, inputs.thought_ids, 0, inputs.layout.S)[:2]
         (text, thought), self._passed = self._passed, None
-        return text, thought
+        return self.thinker.predict(inputs, text, thought)
 
     def _passes(
         self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor | None, seed: int, rows: int
@@ -76,7 +77,7 @@ class PublishedSchedule(QuietStar):
         """Embeddings [B*N,L,D] of row s: start, a sampled token [B,L,N], end, then the text's following tokens."""
         T = self.thought_config.thought_tokens
         if s in (0, T + 1):
-            vector = self._embedding(self.start_embedding if s == 0 else self.end_embedding)
+            vector = self.thinker.start if s == 0 else self.thinker.end
             return vector.expand(*copies.shape, -1)
         if s <= T:
             return embeddings(self.model)(tokens[s - 1].transpose(1, 2).flatten(0, 1))

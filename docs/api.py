@@ -85,8 +85,9 @@ def class_blocks(cls: type) -> Iterator[str]:
 
 
 def public_methods(cls: type) -> dict[str, Any]:
-    """Those that the class itself defines and documents, bound to the class where they are class methods."""
-    members = {name: getattr(cls, name) for name in vars(cls) if not name.startswith("_")}
+    """Those that the class or a base class of ours documents, bound to the class where they are class methods."""
+    ours = [owner for owner in cls.__mro__ if owner.__module__.split(".")[0] in ("quietstar", "quietstar_kernels")]
+    members = {name: getattr(cls, name) for owner in ours for name in vars(owner) if not name.startswith("_")}
     return {name: member for name, member in members.items() if inspect.isroutine(member) and member.__doc__}
 
 

@@ -7,7 +7,8 @@ from quietstar.config import ThoughtConfig
 from quietstar.explain.report import Report
 from quietstar.hf.attention import register_attention
 from quietstar.hf.verify import VerifyReport, verify
-from quietstar.model import QuietStar, QuietStarOutput
+from quietstar.model import QuietStar
+from quietstar.output import QuietStarOutput
 from quietstar.rollout import Thoughts
 
 __all__ = [

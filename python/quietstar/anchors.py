@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.packed import Thinker
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.philox import draw_words
-
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
 
 # A gate stays this far from 0 and 1, so that it always tries both.
 EXPLORATION = 0.02
@@ -46,21 +43,31 @@ class Gate(nn.Module):
             score = self.linear(hidden.detach().to(self.linear.weight.dtype))[..., 0].float()
         return EXPLORATION + (1 - 2 * EXPLORATION) * torch.sigmoid(score)
 
+    def at_anchors(self, text: Tensor, layout: ThoughtLayout) -> Tensor:
+        """[B,P], the probability at each anchor, from the text's hidden states [B,L,D]."""
+        rows = torch.arange(layout.B, device=text.device)[:, None]
+        return self(text[rows, layout.anchor.long().clamp(min=0)])
+
 
 @dataclass
 class Candidates:
-    """What a policy may look at; hidden states and random numbers are made when it does.
+    """What an anchor choice may look at; hidden states and random numbers are computed on first use.
 
     Attributes:
+        layout: of every position.
+        sequence_ids: int64 [B,L].
+        training: whether a gate is drawn from, as in training; in evaluation it opens above 0.5.
         eligible: bool [B,L], text positions whose next token is text of the same document.
         position: int64 [B,L], counted from the document's first token.
     """
 
-    qs: QuietStar
+    thinker: Thinker
+    gate: Gate | None
     layout: ThoughtLayout
     input_ids: Tensor
     sequence_ids: Tensor
     seed: int
+    training: bool
 
     @cached_property
     def eligible(self) -> Tensor:
@@ -83,57 +90,50 @@ class Candidates:
     @property
     def hidden(self) -> Tensor:
         """[B,L,D], last hidden states of the text."""
-        model, text = self.qs.model, self.layout.text_only()
+        model, text = self.thinker.model, self.layout.text_only()
         with dropout_off(model):
             return decode_rows(model, embeddings(model)(self.input_ids), text.position_ids(), PackedPass(text))
 
     @property
     def entropy(self) -> Tensor:
         """[B,L], of the base prediction, nats; logits are made for some rows at a time."""
-        head, hidden = self.qs.lm_head, self.hidden
+        head, hidden = self.thinker.lm_head, self.hidden
         rows = hidden.flatten(0, 1).to(head.linear.weight.dtype).split(max(1, LOGITS // head.linear.out_features))
         values = [torch.special.entr(head.logits(part).float().softmax(-1)).sum(-1) for part in rows]
         return torch.cat(values).view(hidden.shape[:2])
 
 
-def _top_share(text: Candidates, score: Tensor) -> Tensor:
+def _top_share(candidates: Candidates, score: Tensor) -> Tensor:
     """Of each row the share of its eligible positions with the highest score, rounded up; earlier ones first where equal."""
-    wanted = (text.eligible.sum(1, keepdim=True).double() * text.qs.thought_config.anchor_share).ceil()
-    order = torch.where(text.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(dim=1) < wanted) & text.eligible
+    wanted = (candidates.eligible.sum(1, keepdim=True).double() * candidates.thinker.config.anchor_share).ceil()
+    order = torch.where(candidates.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < wanted) & candidates.eligible
 
 
-def _every(text: Candidates) -> Tensor:
-    return text.eligible & ((text.position + 1) % text.qs.thought_config.anchor_stride == 0)
+def _every(candidates: Candidates) -> Tensor:
+    return candidates.eligible & ((candidates.position + 1) % candidates.thinker.config.anchor_stride == 0)
 
 
-def _gate(text: Candidates) -> Tensor:
+def _gate(candidates: Candidates) -> Tensor:
     """Drawn in training, likelier than not in evaluation."""
-    gate = text.qs.gate
-    assert gate is not None
-    return text.eligible & ((text.uniform if text.qs.training else 0.5) < gate(text.hidden))
+    assert candidates.gate is not None
+    return candidates.eligible & ((candidates.uniform if candidates.training else 0.5) < candidates.gate(candidates.hidden))
 
 
 # Which positions of a text think, bool [B,L].
-POLICIES: dict[str, Callable[[Candidates], Tensor]] = {
-    "all": lambda text: text.eligible,
-    "random": lambda text: _top_share(text, text.uniform),
-    "entropy": lambda text: _top_share(text, text.entropy),
+CHOICES: dict[str, Callable[[Candidates], Tensor]] = {
+    "all": lambda candidates: candidates.eligible,
+    "random": lambda candidates: _top_share(candidates, candidates.uniform),
+    "entropy": lambda candidates: _top_share(candidates, candidates.entropy),
     "every": _every,
     "gate": _gate,
 }
 
 
 @torch.no_grad()
-def choose(qs: QuietStar, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int) -> Tensor:
-    """int64 [B,P], the anchors of the config's policy, ascending, -1 in unused places; P is at least 1.
-
-    Args:
-        layout: of every position.
-        sequence_ids: int64 [B,L].
-    """
-    chosen = POLICIES[qs.thought_config.anchors](Candidates(qs, layout, input_ids, sequence_ids, seed))
-    L = layout.L
+def choose(candidates: Candidates) -> Tensor:
+    """int64 [B,P], the anchors that the config's ``anchors`` chooses, ascending, -1 in unused places; P is at least 1."""
+    chosen, L = CHOICES[candidates.thinker.config.anchors](candidates), candidates.layout.L
     places = torch.where(chosen, torch.arange(L, device=chosen.device), L).sort(1).values
     places = places[:, : max(1, int(chosen.sum(1).max()))]
     return places.masked_fill(places == L, -1)

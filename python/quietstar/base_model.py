@@ -20,6 +20,7 @@ from quietstar.hf.decoder import decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.objective import IGNORED, Targets
+from quietstar.rollout import split
 from quietstar_kernels import ThoughtLayout
 
 
@@ -56,12 +57,28 @@ def text_nll(model: PreTrainedModel, head: LMHead, input_ids: Tensor, layout: Th
 
 @torch.no_grad()
 def thought_logprob(
-    model: PreTrainedModel, head: LMHead, input_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout, banned: list[int]
+    model: PreTrainedModel,
+    head: LMHead,
+    input_ids: Tensor,
+    thought_ids: Tensor,
+    layout: ThoughtLayout,
+    banned: list[int],
+    anchor_chunk: int,
 ) -> Tensor:
     """[B,P,N,T], log p of a thought's tokens as the text's continuation after the anchor, at temperature 1.
 
     The first token is predicted by the anchor's text row, token s + 1 by the row of token s.
     """
+    parts = [
+        _thought_logprob(model, head, input_ids, thought_ids[:, places], layout.select(places), banned)
+        for places in split(layout.P, anchor_chunk)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _thought_logprob(
+    model: PreTrainedModel, head: LMHead, input_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout, banned: list[int]
+) -> Tensor:
     T = thought_ids.shape[-1]
     length = (layout.length - 1).clamp(0, T)  # a thought's rows begin with the start vector's
     packed = ThoughtLayout(layout.anchor, layout.lo, length, T)

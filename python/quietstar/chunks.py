@@ -2,112 +2,75 @@
 
 The text runs once. Its keys, values and last hidden states enter every chunk as leaves whose gradients add up, and one backward
 goes through the text after the last chunk's. A chunk keeps nothing for the backward but its losses and is computed again there
-(``torch.utils.checkpoint``), so ``loss.backward()`` stays one call, whatever stands around it.
+(``torch.utils.checkpoint``), so ``loss.backward()`` is still one call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.config import ThoughtConfig
+from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.hf.cache import ChunkPass, LeafPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings, layer_checkpoints_off
 from quietstar.memory.step import CHUNK_COPIES, step_memory
-from quietstar.objective import Targets
+from quietstar.packed import PackedInputs, Predictions, Thinker
 from quietstar.rollout import split
 from quietstar_kernels import ThoughtLayout
 
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
 
-
-class Given(NamedTuple):
-    """What the predictions of anchors are made from; ``thought_lengths`` is None where all thoughts have T tokens."""
-
-    layout: ThoughtLayout
-    input_ids: Tensor
-    thought_ids: Tensor
-    thought_lengths: Tensor | None
-    targets: Targets
-
-    def select(self, places: slice) -> Given:
-        """That of some of the anchors."""
-        return Given(
-            self.layout.select(places),
-            self.input_ids,
-            self.thought_ids[:, places],
-            None if self.thought_lengths is None else self.thought_lengths[:, places],
-            self.targets.select(places),
-        )
-
-
-class Seen(NamedTuple):
-    """What a pass says about every anchor.
-
-    Attributes:
-        nll_base: [B,P,J], of the base model at the targets of ``nll_mix``, from the same call.
-        nll_mix: [B,P,N,J].
-        weight: [B,P,N,J].
-        logprob: [B,P,N,T], of the sampled tokens.
-    """
-
-    nll_base: Tensor
-    nll_mix: Tensor
-    weight: Tensor
-    logprob: Tensor
-
-
-def see_in_chunks(qs: QuietStar, given: Given, size: int) -> tuple[Tensor, Tensor, Seen]:
-    """Last hidden states of the text [B,L,D], losses of its tokens [B,L-1], and what the chunks of ``size`` anchors say.
+def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Predictions:
+    """What ``Thinker.predict`` returns, ``size`` anchors at a time.
 
     Raises:
         ValueError: layers that are checkpointed with ``use_reentrant=True``, whose keys have no gradient.
     """
-    text_pass = LeafPass(given.layout)
-    embeds = embeddings(qs.model)(given.input_ids)
-    text = decode_rows(qs.model, embeds, given.layout.text_position_ids(), text_pass)
+    text_pass = LeafPass(inputs.layout)
+    embeds = embeddings(thinker.model)(inputs.input_ids)
+    text = decode_rows(thinker.model, embeds, inputs.layout.text_position_ids(), text_pass)
     text_pass.done = True
     if torch.is_grad_enabled() and not text_pass.with_gradients:
         raise ValueError("anchor_chunk needs gradient checkpointing with use_reentrant=False, got use_reentrant=True")
-    nll_base = -qs.lm_head.logprob(text[:, :-1], given.targets.base)
+    nll_base = -thinker.lm_head.logprob(text[:, :-1], inputs.targets.base)
     parts = [
-        checkpoint(_see, qs, given.select(places), text, text_pass.keys_values, use_reentrant=False)
-        for places in split(given.layout.P, size)
+        checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.keys_values, use_reentrant=False)
+        for places in split(inputs.layout.P, size)
     ]
-    return text, nll_base, Seen(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+    return Predictions(text, nll_base, *(torch.cat(column, 1) for column in zip(*parts, strict=True)))
 
 
-def _see(qs: QuietStar, given: Given, text: Tensor, keys_values: list[tuple[Tensor, Tensor]]) -> Seen:
-    """One chunk, given the text."""
-    layout = given.layout
-    rows = qs._thought_rows(layout, given.input_ids, given.thought_ids)
-    with layer_checkpoints_off(qs.model):
-        hidden = decode_rows(qs.model, rows, layout.position_ids()[:, layout.L :], ChunkPass(layout, keys_values))
+def _predict_chunk(
+    thinker: Thinker, inputs: PackedInputs, text: Tensor, keys_values: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll_compared, nll_mix, weight and logprob of one chunk, given the text."""
+    layout, lengths, targets = inputs.layout, inputs.thought_lengths, inputs.targets.mix
+    rows = thinker.thought_rows(layout, inputs.input_ids, inputs.thought_ids)
+    with layer_checkpoints_off(thinker.model):
+        hidden = decode_rows(thinker.model, rows, layout.position_ids()[:, layout.L :], ChunkPass(layout, keys_values))
     thought = hidden.unflatten(1, (layout.P, layout.N, layout.S))
-    h_base = qs._base_states(layout, text)
-    ahead = qs._ahead(thought, given.thought_lengths)
-    targets = given.targets.mix
-    compared, nll_mix, weight = qs._mix(h_base.detach(), targets[:, :, 0], h_base, ahead, targets)
-    return Seen(compared.detach(), nll_mix, weight, qs._logprob(thought, given.thought_ids, given.thought_lengths))
+    h_base, ahead = thinker.base_states(layout, text), thinker.end_states(thought, lengths)
+    mixture = thinker.mix(h_base[:, :, None].expand_as(ahead), ahead)
+    compared, nll_mix = thinker.mixed_nll(mixture, targets, h_base.detach(), targets[:, :, 0])
+    logprob = thinker.thought_logprob(thought, inputs.thought_ids, lengths)
+    return compared.detach(), nll_mix, mixture.weight, logprob
 
 
-# Of the free memory, what "auto" plans with: gradients on the way, fragments and other programs take the rest.
+# Share of the free memory that "auto" plans with: temporary gradients, fragments and other programs take the rest.
 SHARE = 0.7
-# Positions of the text whose memory is worked out; a step's memory is linear in them.
+# Positions of the text whose memory is estimated; a step's memory is linear in them.
 SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class Room:
-    """What chunks are cut by: bytes that are free for activations, and those that a text position and an anchor take.
+class MemoryBudget:
+    """Bytes that are free for activations, and those that a text position and an anchor take.
 
-    Measured once, before the first chunk: later steps find their own rests in memory. So sizes follow from shapes alone.
+    Measured once, before the first chunk: later steps find their own allocations in memory. So sizes depend on shapes alone.
     """
 
     config: ThoughtConfig
@@ -119,28 +82,44 @@ class Room:
         """Anchors of each of B texts of L tokens that fit."""
         return int((self.free - B * L * self.position) // (B * self.anchor))
 
+    @staticmethod
+    def measure(thinker: Thinker, parameters: Iterable[Tensor]) -> MemoryBudget:
+        """Free memory less the gradients and AdamW's moments that don't exist yet, with the estimates of ``memory.step``."""
+        config, weight = thinker.config, thinker.lm_head.linear.weight
+        memory = step_memory(thinker.model.config, config, 1, SAMPLE, weight.dtype)
+        missing = sum(3 * p.nbytes for p in parameters if p.requires_grad and p.grad is None)
+        kept = memory.text / SAMPLE
+        if any(getattr(module, "gradient_checkpointing", False) for module in thinker.model.modules()):
+            kept = memory.checkpointed / (SAMPLE * (1 + config.thoughts * config.rows))
+        keys_values = memory.rollout / (SAMPLE * (1 + config.thoughts * config.thought_tokens))
+        free = SHARE * free_memory(weight.device) - missing - memory.head
+        return MemoryBudget(config, int(free), kept + CHUNK_COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE)
 
-def chunk_size(qs: QuietStar, layout: ThoughtLayout) -> int:
-    """Anchors of each text at a time: what ``qs.anchor_chunk`` says, from 1 to P."""
-    size = qs.anchor_chunk
-    if size == "auto":
-        if qs.room is None or qs.room.config is not qs.thought_config:
-            qs.room = measure_room(qs)
-        size = qs.room.chunk(layout.B, layout.L)
-    return layout.P if size is None else max(1, min(int(size), layout.P))
 
+class AnchorChunk:
+    """How many anchors of each text think at a time.
 
-def measure_room(qs: QuietStar) -> Room:
-    """Free memory less gradients and AdamW's moments that aren't there yet, and ``doctor``'s estimates."""
-    config, weight = qs.thought_config, qs.lm_head.linear.weight
-    memory = step_memory(qs.model.config, config, 1, SAMPLE, weight.dtype)
-    missing = sum(3 * p.nbytes for p in qs.parameters() if p.requires_grad and p.grad is None)
-    kept = memory.text / SAMPLE
-    if any(getattr(module, "gradient_checkpointing", False) for module in qs.model.modules()):
-        kept = memory.checkpointed / (SAMPLE * (1 + config.thoughts * config.rows))
-    keys_values = memory.rollout / (SAMPLE * (1 + config.thoughts * config.thought_tokens))
-    free = SHARE * free_memory(weight.device) - missing - memory.head
-    return Room(config, int(free), kept + CHUNK_COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE)
+    Args:
+        setting: the number, "auto" by free memory, or None for all.
+
+    Raises:
+        ValueError: anything else.
+    """
+
+    def __init__(self, setting: int | str | None):
+        check_anchor_chunk(setting)
+        self.setting = setting
+        self._budget: MemoryBudget | None = None
+
+    def size(self, thinker: Thinker, layout: ThoughtLayout, parameters: Iterable[Tensor]) -> int:
+        """From 1 to P. ``parameters`` are those that are trained."""
+        if self.setting is None:
+            return layout.P
+        if self.setting != "auto":
+            return max(1, min(int(self.setting), layout.P))
+        if self._budget is None or self._budget.config is not thinker.config:
+            self._budget = MemoryBudget.measure(thinker, parameters)
+        return max(1, min(self._budget.chunk(layout.B, layout.L), layout.P))
 
 
 def free_memory(device: torch.device) -> int:

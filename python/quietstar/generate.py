@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,14 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
-from quietstar.evaluation.scoring import mixed_logits, next_logits
 from quietstar.hf.attention import most_rows
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
-from quietstar.hf.graphs import Graphs, Runner
+from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.packed import Thinker
 from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
-
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
 
 # Room is made for a multiple of so many text positions: texts of about the same length share their graphs.
 ROOM = 128
@@ -60,46 +57,46 @@ class Thinking:
 
 
 @torch.no_grad()
-def generate(qs: QuietStar, input_ids: Tensor, thinking: Thinking, usual: dict[str, Any]) -> Any:
-    """See ``QuietStar.generate``; ``usual`` holds the arguments that are transformers' own."""
-    model: Any = qs.model
-    attention_mask, config = usual["attention_mask"], usual.get("generation_config")
-    checks.check_text(input_ids, attention_mask, qs.thought_config, embeddings(model))
+def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinking: Thinking, options: dict[str, Any]) -> Any:
+    """See ``QuietStar.generate``; ``options`` are transformers' own."""
+    model: Any = thinker.model
+    attention_mask, config = options["attention_mask"], options.get("generation_config")
+    checks.check_text(input_ids, attention_mask, thinker.config, embeddings(model))
     with dropout_off(model):
         if thinking.think != "never":
-            new_tokens = usual.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
-            thinker = ThinkingModel(qs, thinking, new_tokens)
-            out = thinker.generate(input_ids, **_without_cache(usual, config))
-            if thinker.desk is not None:
-                thinker.desk.leave(qs)
+            new_tokens = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
+            generator = ThinkingModel(thinker, graphs, thinking, new_tokens)
+            out = generator.generate(input_ids, **_without_cache(options, config))
+            if graphs is not None and generator.cache is not None and generator.cache.graphs is not None:
+                graphs.spare = generator.cache
             return out
         longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
         checks.check_room(model, checks.learned_positions(model), longest)
-        return model.generate(input_ids, **usual)
+        return model.generate(input_ids, **options)
 
 
-def _without_cache(usual: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
+def _without_cache(options: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
     """The text's keys and values are kept by ``ThinkingModel``; transformers is to make no cache of its own."""
     for name in ("past_key_values", "cache_implementation"):
-        value = usual.get(name, getattr(config, name, None))
+        value = options.get(name, getattr(config, name, None))
         if value is not None:
             got = value if isinstance(value, str) else type(value).__name__
             raise ValueError(f"generate: {name} must be None where the model thinks, which keeps a cache of its own, got {got}")
     if config is None:
-        return usual | {"use_cache": False}
+        return options | {"use_cache": False}
     config = copy.deepcopy(config)
     config.use_cache = False
-    return usual | {"generation_config": config}
+    return options | {"generation_config": config}
 
 
 @dataclass
-class Desk:
-    """What generation works on: the text's keys and values, with room for more, and the graphs over them.
+class TextCache:
+    """The text's keys and values with room for more tokens, and the graphs over them.
 
     Attributes:
         run: runs bodies over the store.
         graphs: those that ``run`` makes, None where it makes none.
-        state: what they hang on, beside the model's weights.
+        state: what they depend on, beside the model's weights.
         written: how many text positions hold a token.
     """
 
@@ -110,24 +107,19 @@ class Desk:
     written: int
 
     @staticmethod
-    def take(qs: QuietStar, layout: ThoughtLayout, room: int) -> Desk:
-        """For new texts: the one that the last generation left, where that fits, since its graphs go on."""
-        run = qs._runner()
+    def take(thinker: Thinker, graphs: Graphs | None, layout: ThoughtLayout, room: int) -> TextCache:
+        """For new texts: the cache of the last generation where it fits, so that its graphs are used again."""
+        run = EAGER if graphs is None else graphs.runner(thinker.model, thinker.device)
         if run.graphs is None:
-            return Desk(ThoughtStore(layout, room=room), run, None, (), layout.L)
+            return TextCache(ThoughtStore(layout, room=room), run, None, (), layout.L)
         state = (*run.state, layout.B, room)
-        desk = run.graphs.take_spare()
-        if desk is None or desk.state != state:
-            desk = Desk(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
+        cache = run.graphs.take_spare()
+        if cache is None or cache.state != state:
+            cache = TextCache(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
         else:
-            desk.store.restart(layout)
-        desk.run, desk.written = desk.graphs.runner(qs.model, layout.device), layout.L
-        return desk
-
-    def leave(self, qs: QuietStar) -> None:
-        """For the next generation."""
-        if self.graphs is not None and qs._graphs is not None:
-            qs._graphs.spare = self
+            cache.store.restart(layout)
+        cache.run, cache.written = cache.graphs.runner(thinker.model, layout.device), layout.L
+        return cache
 
     def grow(self, room: int) -> None:
         self.store.grow(room)
@@ -136,15 +128,15 @@ class Desk:
             self.graphs.clear()
 
     def place(self) -> Tensor:
-        """int64 [1], where the next token will stand."""
+        """int64 [1], the position of the next token."""
         return torch.full((1,), self.written, device=self.store.layout.device)
 
 
 class ThinkingModel(GenerationMixin):
     """The language model as ``GenerationMixin.generate`` sees it: the same config and tokens, but logits with thoughts.
 
-    Without a cache of its own, ``generate`` hands over the whole text before each token; only rows that are not in the store
-    yet are run.
+    Since it is given no cache, ``generate`` passes the whole text before each token; only rows that are not in the store yet
+    are run.
 
     Args:
         new_tokens: how many will come at most, where that is known.
@@ -152,47 +144,48 @@ class ThinkingModel(GenerationMixin):
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
-    def __init__(self, qs: QuietStar, thinking: Thinking, new_tokens: int = 1):
-        self.qs = qs
+    def __init__(self, thinker: Thinker, graphs: Graphs | None, thinking: Thinking, new_tokens: int):
+        self.thinker = thinker
+        self.graphs = graphs
         self.thinking = thinking
         self.new_tokens = new_tokens
-        self.limits = checks.position_limits(qs.model)
-        self.desk: Desk | None = None
+        self.limits = checks.position_limits(thinker.model)
+        self.cache: TextCache | None = None
         if thinking.sample_thoughts:
             self.N, temperature = thinking.thoughts, 1.0
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
         else:
             self.N, temperature, self.seed = 1, 0.0, 0  # greedy thoughts are all the same
-        self.sampling = Sampling.of(qs.thought_config, temperature)
+        self.sampling = Sampling.of(thinker.config, temperature)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.qs.model, name)
+        return getattr(self.thinker.model, name)
 
     def __call__(self, **inputs: Any) -> CausalLMOutput:
         return self.forward(**inputs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutput:
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
-        if self.desk is None:
-            self.desk = self._prepare(input_ids, attention_mask)
-            h_base = self._read_prompt(self.desk, input_ids)
+        if self.cache is None:
+            self.cache = self._prepare(input_ids, attention_mask)
+            h_base = self._read_prompt(self.cache, input_ids)
         else:
-            h_base = self._read_token(self.desk, input_ids[:, -1:])
+            h_base = self._read_token(self.cache, input_ids[:, -1:])
         if self.thinking.think == "always":
             thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
-            logits = self._mix(h_base, self._think(self.desk, thinks))
+            logits = self._mix(h_base, self._think(self.cache, thinks))
         else:
-            logits = next_logits(self.qs, h_base)
+            logits = self.thinker.logprobs(h_base)
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
-                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.desk, thinks)), logits)
-        for token in self.qs.thought_config.banned:  # one by one: a list would be copied to the device
+                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)), logits)
+        for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])
 
-    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> Desk:
+    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> TextCache:
         """For these prompts, which are still to be read."""
-        layout = checks.make_layout(input_ids, attention_mask, None, None, self.qs.thought_config).text_only()
+        layout = checks.make_layout(input_ids, attention_mask, None, None, self.thinker.config).text_only()
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"generate: attention_mask must pad on the left, row {row} ends in padding")
@@ -200,20 +193,20 @@ class ThinkingModel(GenerationMixin):
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
         ahead = min(self.new_tokens - 1, AHEAD)
-        return Desk.take(self.qs, layout, self._room(layout.L, layout.L + ahead))
+        return TextCache.take(self.thinker, self.graphs, layout, self._room(layout.L, layout.L + ahead))
 
-    def _read_prompt(self, desk: Desk, input_ids: Tensor) -> Tensor:
+    def _read_prompt(self, cache: TextCache, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
-        model, store = self.qs.model, desk.store
+        model, store = self.thinker.model, cache.store
         return decode_rows(model, embeddings(model)(input_ids), store.text.text_position_ids(), store.prefill())[:, -1]
 
-    def _read_token(self, desk: Desk, token: Tensor) -> Tensor:
+    def _read_token(self, cache: TextCache, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
         self.longest += 1
         self._check_room()
-        if desk.written == desk.store.layout.L:
-            desk.grow(self._room(desk.written + 1, 2 * desk.written))
-        model, store = self.qs.model, desk.store
+        if cache.written == cache.store.layout.L:
+            cache.grow(self._room(cache.written + 1, 2 * cache.written))
+        model, store = self.thinker.model, cache.store
 
         def read(token: Tensor, place: Tensor, whole: bool) -> tuple[Tensor]:
             store.hang(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
@@ -221,46 +214,47 @@ class ThinkingModel(GenerationMixin):
             store.keep(place)
             return (hidden[:, 0],)
 
-        (hidden,) = desk.run("read", read, {"token": token, "place": desk.place()})
-        desk.written += 1
+        (hidden,) = cache.run("read", read, {"token": token, "place": cache.place()})
+        cache.written += 1
         return hidden
 
-    def _think(self, desk: Desk, thinks: Tensor) -> Tensor:
+    def _think(self, cache: TextCache, thinks: Tensor) -> Tensor:
         """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think."""
-        qs, store, sampling, T = self.qs, desk.store, self.sampling, self.sampling.thought_tokens
+        thinker, store, sampling, T = self.thinker, cache.store, self.sampling, self.sampling.thought_tokens
 
         def think(
-            place: Tensor, length: Tensor, names: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
+            place: Tensor, length: Tensor, sequence_ids: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
         ) -> tuple[Tensor, ...]:
             store.hang(place - 1, length, rows=T + 2)
-            thoughts, ends = continue_thoughts(qs.model, qs.lm_head, start, store, names, seed, sampling, end=end, whole=whole)
+            thoughts, ends = continue_thoughts(
+                thinker.model, thinker.lm_head, start, store, sequence_ids, seed, sampling, end=end, whole=whole
+            )
             assert ends is not None
             return thoughts.thought_ids[:, 0], thoughts.lengths[:, 0], ends[:, 0]
 
         inputs = {
-            "place": desk.place(),
+            "place": cache.place(),
             "length": ((T + 2) * thinks.int())[:, None, None].repeat(1, 1, self.N),
-            "names": self.sequence_ids,
+            "sequence_ids": self.sequence_ids,
             "seed": on_device(self.seed, thinks.device),
-            "start": qs._embedding(qs.start_embedding),
-            "end": qs._embedding(qs.end_embedding),
+            "start": thinker.start,
+            "end": thinker.end,
         }
-        ids, lengths, ends = desk.run(("think", sampling), think, inputs)
+        ids, lengths, ends = cache.run(("think", sampling), think, inputs)
         if self.thinking.on_thoughts is not None:
             on = checks.sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))
         return ends
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
-        """Logits [B,V] from states of the text [B,D] and of thoughts [B,N,D]; log-probabilities where several are averaged."""
-        base, thought = h_base.float()[:, None].expand_as(h_thought), h_thought.float()
-        logits = mixed_logits(self.qs, base, thought)
-        return logits[:, 0] if self.N == 1 else logits.log_softmax(-1).logsumexp(1) - math.log(self.N)
+        """Log-probabilities [B,V] from states of the text [B,D] and of thoughts [B,N,D], whose probabilities are averaged."""
+        logprobs = self.thinker.mixed_logprobs(h_base[:, None].expand_as(h_thought), h_thought).log_softmax(-1)
+        return logprobs[:, 0] if self.N == 1 else logprobs.logsumexp(1) - math.log(self.N)
 
     def _room(self, needed: int, wanted: int) -> int:
         """How many text positions to make room for."""
-        most = most_rows(self.qs.model) - (self.sampling.thought_tokens + 2)
+        most = most_rows(self.thinker.model) - (self.sampling.thought_tokens + 2)
         return max(needed, min(-(-wanted // ROOM) * ROOM, most))
 
     def _check_room(self, ahead: int = 0) -> None:
-        checks.check_room(self.qs.model, self.limits, self.longest + ahead + self.qs.thought_config.thought_tokens + 2)
+        checks.check_room(self.thinker.model, self.limits, self.longest + ahead + self.thinker.config.thought_tokens + 2)

@@ -139,7 +139,14 @@ def sample_thoughts(
         layout = replace(layout, length=layout.length.amax(2, keepdim=True))
 
     def rollout(
-        start: Tensor, input_ids: Tensor, anchor: Tensor, lo: Tensor, length: Tensor, names: Tensor, seed: Tensor, whole: bool
+        start: Tensor,
+        input_ids: Tensor,
+        anchor: Tensor,
+        lo: Tensor,
+        length: Tensor,
+        sequence_ids: Tensor,
+        seed: Tensor,
+        whole: bool,
     ) -> tuple[Tensor, ...]:
         layout = ThoughtLayout(anchor, lo, length, T)
         runs = split(layout.P, anchor_chunk or max(layout.P, 1))
@@ -149,7 +156,7 @@ def sample_thoughts(
         for places in runs:
             if parts:
                 store.begin(layout.select(places))
-            parts.append(continue_thoughts(model, head, start, store, names[:, places], seed, sampling, whole=whole)[0])
+            parts.append(continue_thoughts(model, head, start, store, sequence_ids[:, places], seed, sampling, whole=whole)[0])
         thoughts = Thoughts.join(parts)
         tensors = (thoughts.thought_ids, thoughts.logprob, thoughts.thought_lengths)
         return tuple(x for x in tensors if x is not None)
@@ -160,7 +167,7 @@ def sample_thoughts(
         "anchor": layout.anchor,
         "lo": layout.lo,
         "length": (layout.length - (layout.rows - T)).clamp(min=0),
-        "names": sequence_ids.gather(1, layout.anchor.long().clamp(min=0)),
+        "sequence_ids": sequence_ids.gather(1, layout.anchor.long().clamp(min=0)),
         "seed": on_device(seed, start.device),
     }
     with dropout_off(model):

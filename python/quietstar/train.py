@@ -26,8 +26,9 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from quietstar.config import TrainConfig
-from quietstar.model import QuietStar, QuietStarOutput
+from quietstar.model import QuietStar
 from quietstar.objective import Counts
+from quietstar.output import QuietStarOutput
 from quietstar.run import snapshots
 from quietstar.run.batches import Batch, Example, collate, mix_seed, texts_of_step
 from quietstar.run.metrics import Metrics, process_state

@@ -234,20 +234,20 @@ def test_auto_takes_what_memory_has_room_for(tiny, monkeypatch):
     ids = text(1, 96)
     sizes = []
     held = sum(p.nbytes for p in qs.parameters())
-    layout = qs._layout(ids, None, None, None)
+    layout = qs.thinker.layout(ids)
     for megabytes in FREE:
         monkeypatch.setattr(chunks, "free_memory", lambda device, size=megabytes: size * 2**20)
         qs.anchor_chunk = "auto"
-        sizes.append(chunks.chunk_size(qs, layout))
+        sizes.append(qs.chunk_size(layout))
     assert 1 <= sizes[0] < sizes[1] < sizes[2] == 96
     qs.anchor_chunk = sizes[1]
     assert 0.3 * FREE[1] * 2**20 < peak(qs, ids) + 2 * held < FREE[1] * 2**20  # AdamW's moments come later
     qs.anchor_chunk = "auto"
-    assert chunks.chunk_size(qs, layout) == 96
+    assert qs.chunk_size(layout) == 96
     monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
-    assert chunks.chunk_size(qs, layout) == 96  # measured once, before the first chunk
+    assert qs.chunk_size(layout) == 96  # measured once, before the first chunk
     qs.anchor_chunk = "auto"
-    assert chunks.chunk_size(qs, layout) == 1
+    assert qs.chunk_size(layout) == 1
 
 
 def test_free_memory_of_this_machine():

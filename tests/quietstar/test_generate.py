@@ -16,7 +16,7 @@ from transformers.generation import (
 
 import quietstar
 from quietstar.generate import Thinking, ThinkingModel
-from quietstar.hf.cache import PackedPass
+from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
 from quietstar_kernels import ThoughtLayout, sample_token
 
@@ -227,16 +227,16 @@ def test_a_thinking_token_costs_T_plus_2_rows_and_the_text_runs_once(tiny):
 
 def test_the_text_alone_stays_in_the_store(qs):
     _, ids, mask = prompts()
-    thinker = ThinkingModel(qs, Thinking("always", 2, True, 0, None, None))
-    out = thinker.generate(ids, attention_mask=mask, max_new_tokens=NEW, use_cache=False, eos_token_id=None)
+    model = ThinkingModel(qs.thinker, None, Thinking("always", 2, True, 0, None, None), new_tokens=1)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, use_cache=False, eos_token_id=None)
     read = torch.cat([mask, mask.new_ones(2, NEW - 1)], 1)
     layout = ThoughtLayout.from_padding(read, 1, 1).text_only()
-    fresh = quietstar.cache.ThoughtStore(layout)
+    fresh = ThoughtStore(layout)
     with torch.no_grad():
         embeds = qs.model.get_input_embeddings()(out[:, :-1])
         decode_rows(qs.model, embeds, layout.text_position_ids(), fresh.prefill())
-    assert thinker.desk.written == layout.L
-    for entry, truth in zip(thinker.desk.store.entries, fresh.entries, strict=True):
+    assert model.cache.written == layout.L
+    for entry, truth in zip(model.cache.store.entries, fresh.entries, strict=True):
         for kept, again in ((entry.k_text, truth.k_text), (entry.v_text, truth.v_text)):
             assert not kept[:, :, layout.L :].any()
             kept = kept[:, :, : layout.L]

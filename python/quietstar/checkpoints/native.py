@@ -5,46 +5,44 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quietstar.checkpoints import official
+from quietstar.checkpoints.contents import Contents
 from quietstar.config import ThoughtConfig
 from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file, replaced
 from quietstar.hf import adapters
 from quietstar.hf.modules import embeddings, unwrapped
 
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
-
 TENSORS, SETTINGS, CARD = "quietstar.safetensors", "quietstar.json", "README.md"
 FORMAT = 1
 
 
-def save(qs: QuietStar, directory: str | os.PathLike) -> None:
+def save(contents: Contents, directory: str | os.PathLike) -> None:
     """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole."""
     with replaced(directory) as beside:
-        if qs.base is None:
-            qs.model.save_pretrained(beside)
+        if contents.base is None:
+            contents.model.save_pretrained(beside)
         else:
-            adapters.save(qs.model, beside)
-        if qs.tokenizer is not None:
-            qs.tokenizer.save_pretrained(beside)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in _own_tensors(qs).items()}
+            adapters.save(contents.model, beside)
+        if contents.tokenizer is not None:
+            contents.tokenizer.save_pretrained(beside)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
         save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
         settings = {
             "format": FORMAT,
-            "model_type": qs.model.config.model_type,
-            "thought_config": qs.thought_config.to_dict(),
-            "base": qs.base,
+            "model_type": contents.model.config.model_type,
+            "thought_config": contents.config.to_dict(),
+            "base": contents.base,
             "files": {file.name: file.stat().st_size for file in sorted(beside.glob("*.safetensors"))},
         }
-        (beside / CARD).write_text(_card(qs))
+        (beside / CARD).write_text(_card(contents))
         (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -55,10 +53,8 @@ def thinks(path: str | os.PathLike) -> bool:
     return any(find(path, name) for name in (WEIGHTS, INDEX)) and official.is_published(path)
 
 
-def load(
-    path: str | os.PathLike, base: PreTrainedModel | str | None = None, **kwargs: Any
-) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
-    """The language model, the config, the tokenizer if one was saved, and the thought tensors; of a published checkpoint too.
+def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, **kwargs: Any) -> Contents:
+    """What a checkpoint of ours or a published one holds.
 
     Args:
         base: what the checkpoint's adapters belong to, where it has adapters; default what it names.
@@ -76,7 +72,7 @@ def load(
     else:
         model = _load_model(path, settings, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
-    return model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors
+    return Contents(model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors, settings.get("base"))
 
 
 def _load_model(path: str | os.PathLike, settings: dict[str, Any], **kwargs: Any) -> PreTrainedModel:
@@ -91,31 +87,30 @@ def _load_model(path: str | os.PathLike, settings: dict[str, Any], **kwargs: Any
     return model
 
 
-def restore_all(qs: QuietStar, path: str | os.PathLike) -> None:
-    """Copy a checkpoint of the same model and config into ``qs``."""
+def restore_all(contents: Contents, path: str | os.PathLike) -> None:
+    """Copy a checkpoint of the same model and config into the model of ``contents``."""
     settings = _read_settings(path)
     config = ThoughtConfig.from_dict(settings["thought_config"])
-    if config != qs.thought_config:
+    if config != contents.config:
         raise ValueError(f"{path}: it was made with another thought config: {config}")
-    if bool(settings.get("base")) != (qs.base is not None):
+    if bool(settings.get("base")) != (contents.base is not None):
         kinds = ("a whole model", "adapters alone")
-        kinds = kinds if qs.base is not None else kinds[::-1]
+        kinds = kinds if contents.base is not None else kinds[::-1]
         raise ValueError(f"{path}: it holds {kinds[0]}, and this run trains {kinds[1]}")
-    if qs.base is not None:
-        adapters.check_base(path, settings["base"], qs.model, qs.base)
-        adapters.restore(qs.model, path)
-        return restore(qs, read_file(path, TENSORS), path)
-    model, _, _, tensors = load(path)
-    saved, own = (len(embeddings(x).weight) for x in (model, qs.model))
-    if saved != own:
-        raise ValueError(f"{path}: it is of a vocabulary of {saved} tokens, the model's has {own}")
-    qs.model.load_state_dict(model.state_dict())
-    restore(qs, tensors, path)
+    if contents.base is not None:
+        adapters.check_base(path, settings["base"], contents.model, contents.base)
+        adapters.restore(contents.model, path)
+        return restore(contents.tensors, read_file(path, TENSORS), path)
+    saved = load(path)
+    V, own = (len(embeddings(x).weight) for x in (saved.model, contents.model))
+    if V != own:
+        raise ValueError(f"{path}: it is of a vocabulary of {V} tokens, the model's has {own}")
+    contents.model.load_state_dict(saved.model.state_dict())
+    restore(contents.tensors, saved.tensors, path)
 
 
-def restore(qs: QuietStar, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Copy loaded thought tensors into ``qs``; all names and shapes must be as saved."""
-    own = _own_tensors(qs)
+def restore(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Put loaded thought tensors in the place of a model's ``own``; all names and shapes must be as saved."""
     if set(own) != set(tensors):
         raise ValueError(f"{path}: {TENSORS} must hold {sorted(own)}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
@@ -146,10 +141,6 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return {alias: name for alias, name in names.items() if alias != name}
 
 
-def _own_tensors(qs: QuietStar) -> dict[str, Tensor]:
-    return {name: x for name, x in qs.named_parameters() if not name.startswith("model.")}
-
-
 def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
     file = find(path, SETTINGS)
     if file is None:
@@ -173,13 +164,13 @@ def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
             raise ValueError(f"{directory}: {name} is damaged: it has {file.stat().st_size} bytes, {size} were saved")
 
 
-def _card(qs: QuietStar) -> str:
-    config = qs.thought_config
-    name = type(unwrapped(qs.model)).__name__
-    if qs.base is None:
+def _card(contents: Contents) -> str:
+    config = contents.config
+    name = type(unwrapped(contents.model)).__name__
+    if contents.base is None:
         what = "`AutoModelForCausalLM.from_pretrained` loads the language model alone"
     else:
-        base = qs.model.name_or_path or name
+        base = contents.model.name_or_path or name
         what = f"These are adapters of peft, without the model that they belong to, {base}"
     return f"""---
 library_name: transformers

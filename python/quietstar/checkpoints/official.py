@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from quietstar.checkpoints.contents import Contents
 from quietstar.config import ThoughtConfig
 from quietstar.files import check_vocabulary, find, locate_tensors, read_tensors, replaced
 from quietstar.hf.modules import embeddings
-
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
 
 # Published name to the wrapper's; every other name belongs to the base model.
 _HEAD = {f"talk_head.0.{name}": f"mixing_head.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")}
@@ -50,10 +48,8 @@ def is_published(path: str | os.PathLike) -> bool:
     return any(name in NAMES for name in locate_tensors(path))
 
 
-def load(
-    path: str | os.PathLike, **kwargs: Any
-) -> tuple[PreTrainedModel, ThoughtConfig, PreTrainedTokenizerBase | None, dict[str, Tensor]]:
-    """What ``checkpoint.load`` returns, of a published checkpoint: model, config, tokenizer, the wrapper's own tensors.
+def load(path: str | os.PathLike, **kwargs: Any) -> Contents:
+    """What a published checkpoint holds, under the wrapper's own names.
 
     Raises:
         ValueError: a tensor that is missing, unknown or of another shape, another vocabulary, or a damaged file.
@@ -76,7 +72,7 @@ def load(
         logging.set_verbosity(verbosity)
     _check_names(f"{path}: the weights do", model, info["missing_keys"], set(info["unexpected_keys"]) - set(NAMES))
     tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
-    return model, _thought_config(config, tokenizer), tokenizer, tensors
+    return Contents(model, _thought_config(config, tokenizer), tokenizer, tensors)
 
 
 def _thought_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> ThoughtConfig:
@@ -94,16 +90,16 @@ def _thought_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> T
     )
 
 
-def save(qs: QuietStar, directory: str | os.PathLike, max_shard_size: int | str) -> None:
+def save(contents: Contents, directory: str | os.PathLike, max_shard_size: int | str) -> None:
     """See ``QuietStar.save_official``."""
-    config = qs.thought_config
-    if qs.config.model_type != "mistral":
-        raise ValueError(f"save_official: the published code knows Mistral models alone, this is a {qs.config.model_type}")
+    config, model = contents.config, contents.model
+    if model.config.model_type != "mistral":
+        raise ValueError(f"save_official: the published code knows Mistral models alone, this is a {model.config.model_type}")
     if config.mixing != "logits":
         raise ValueError(f"save_official: the published code mixes logits, this model was trained to mix {config.mixing}")
-    if qs.base is not None:
+    if contents.base is not None:
         raise ValueError("save_official: the published code knows no adapters; qs.merge_adapters() folds them into the weights")
-    if qs.gate is not None:
+    if any(name.startswith("gate.") for name in contents.tensors):
         raise ValueError("save_official: the published code knows no gate; qs.use_config with another anchors drops it")
     ahead = config.thought_tokens + 3
     published = {
@@ -113,43 +109,43 @@ def save(qs: QuietStar, directory: str | os.PathLike, max_shard_size: int | str)
         "n_ahead_talk": config.lookahead,
         "n_passes": config.thoughts,
         # Names of the transformers version that the published code is a part of.
-        "rope_theta": qs.config.rope_parameters["rope_theta"],
-        "torch_dtype": str(qs.model.dtype).removeprefix("torch."),
+        "rope_theta": model.config.rope_parameters["rope_theta"],
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
     with replaced(directory, stale=("quietstar.json",)) as beside:
-        qs.model.save_pretrained(beside, state_dict=state_dict(qs), max_shard_size=max_shard_size)
-        if qs.tokenizer is not None:
-            qs.tokenizer.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=state_dict(contents), max_shard_size=max_shard_size)
+        if contents.tokenizer is not None:
+            contents.tokenizer.save_pretrained(beside)
         file = Path(beside) / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **published}, indent=2, sort_keys=True) + "\n")
 
 
 @torch.no_grad()
-def state_dict(qs: QuietStar) -> dict[str, Tensor]:
+def state_dict(contents: Contents) -> dict[str, Tensor]:
     """Every tensor under its published name. Row 1 of the embeddings, which the published code doesn't use, is 0."""
-    own = dict(qs.named_parameters())
-    state = dict(qs.model.state_dict()) | {published: own[ours].detach() for published, ours in _HEAD.items()}
+    own = contents.tensors
+    state = dict(contents.model.state_dict()) | {published: own[ours].detach() for published, ours in _HEAD.items()}
     for name in _EMBEDDINGS:
-        stored = own[name] * (qs.thought_config.embedding_scale / EMBEDDING_SCALE)
+        stored = own[name] * (contents.config.embedding_scale / EMBEDDING_SCALE)
         state[name] = torch.stack([stored, torch.zeros_like(stored)])
     return state
 
 
-def load_state_dict(qs: QuietStar, state: Mapping[str, Tensor], embedding_scale: float) -> None:
+def load_state_dict(contents: Contents, state: Mapping[str, Tensor], embedding_scale: float) -> None:
     """See ``QuietStar.load_official_state_dict``."""
-    parameters = dict(qs.named_parameters())
-    targets = dict(qs.model.state_dict()) | {name: parameters[name] for name in (*_HEAD.values(), *_EMBEDDINGS)}
-    D = parameters["start_embedding"].shape[0]
+    own, model = contents.tensors, contents.model
+    targets = dict(model.state_dict()) | {name: own[name] for name in (*_HEAD.values(), *_EMBEDDINGS)}
+    D = own["start_embedding"].shape[0]
     for name in _EMBEDDINGS:
         if name in state and (state[name].ndim != 2 or state[name].shape[1] != D):
             raise ValueError(f"official checkpoint: {name} must have shape [2,D]=[2, {D}], got {list(state[name].shape)}")
-    source = _own_names(state, embedding_scale, qs.thought_config.embedding_scale)
+    source = _own_names(state, embedding_scale, contents.config.embedding_scale)
     published = {ours: name for name, ours in _HEAD.items()}
-    tied = set(getattr(qs.model, "all_tied_weights_keys", {}) or {})
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     missing = {published.get(name, name) for name in set(targets) - set(source) - tied}
-    _check_names("official checkpoint does", qs.model, missing, set(source) - set(targets))
+    _check_names("official checkpoint does", model, missing, set(source) - set(targets))
 
-    embedding = list(embeddings(qs.model).weight.shape)
+    embedding = list(embeddings(model).weight.shape)
     for name, tensor in source.items():
         want, got = list(targets[name].shape), list(tensor.shape)
         if want != got and want == embedding and want[1:] == got[1:]:

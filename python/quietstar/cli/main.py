@@ -311,9 +311,15 @@ class Eval:
         examples = data.train if self.all else data.held_out
         losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
-        by_policy = policies.by_policy(qs, examples, losses, self.batch_size)
-        print(f"{evaluation_text(figures)}\n{difficulty.text(tenths)}\n{policies.text(by_policy)}")
-        values = {"model": self.model, **asdict(self.data), **figures, "by_difficulty": tenths, "by_policy": by_policy}
+        by_choice = policies.by_anchor_choice(qs, examples, losses, self.batch_size)
+        print(f"{evaluation_text(figures)}\n{difficulty.text(tenths)}\n{policies.text(by_choice)}")
+        values = {
+            "model": self.model,
+            **asdict(self.data),
+            **figures,
+            "by_difficulty": tenths,
+            "by_anchor_choice": by_choice,
+        }
         write_whole(self.out, json.dumps(values, indent=2) + "\n")
         if difficulty.can_draw():
             difficulty.draw(tenths, Path(self.out).with_suffix(".png"))

@@ -1,8 +1,7 @@
-"""Where thinking pays: at how many positions each ``anchors`` policy thinks, and what the thoughts there gain."""
+"""Where thinking pays: at how many positions each choice of ``anchors`` thinks, and what the thoughts there gain."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar.anchors import POLICIES
+from quietstar.anchors import CHOICES
 from quietstar.evaluation.difficulty import gain_of, said_gain
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.hf.modules import dropout_off
@@ -18,26 +17,30 @@ from quietstar.model import QuietStar
 from quietstar.run.batches import Example, batches_of, text_of
 
 
-def by_policy(qs: QuietStar, examples: Sequence[Example], losses: TokenLosses, batch_size: int = 8) -> list[dict[str, Any]]:
-    """What each policy's choice among the tokens of ``losses`` gains, with the shares and strides of the model's config.
+def by_anchor_choice(
+    qs: QuietStar, examples: Sequence[Example], losses: TokenLosses, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """What thinking gains at the tokens of ``losses`` that each choice of ``anchors`` picks.
 
-    The gate's row is there where the model has a gate, open above 0.5. What is drawn is drawn with seed 0.
+    Shares and strides are those of the model's config. A model with a gate has a row for it, open above 0.5. Random choices
+    use seed 0.
 
     Args:
         examples: those that ``token_losses`` was given.
 
     Returns:
-        Of each policy: policy; tokens, how many have a thought before them, and share of all; base, mixed, gain, gain_low and
-        gain_high of these as in ``by_difficulty``, None where there are none; gain_of_all, their gain over all tokens.
+        For each choice: anchors, its name; tokens, how many have a thought before them, and their share of all; base, mixed,
+        gain, gain_low and gain_high of these as in ``by_difficulty``, None where there are none; gain_of_all, their gain over
+        all tokens.
     """
     rows = []
-    for policy in POLICIES:
-        if policy == "gate" and qs.gate is None:
+    for choice in CHOICES:
+        if choice == "gate" and qs.gate is None:
             continue
-        chosen = _thinks(qs, policy, examples, losses, batch_size).nonzero()[:, 0]
+        chosen = _thinks(qs, choice, examples, losses, batch_size).nonzero()[:, 0]
         share = len(chosen) / max(1, len(losses.text))
         row: dict[str, Any] = {
-            "policy": policy,
+            "anchors": choice,
             "share": share,
             "tokens": 0,
             **dict.fromkeys(("base", "mixed", "gain", "gain_low", "gain_high")),
@@ -48,10 +51,9 @@ def by_policy(qs: QuietStar, examples: Sequence[Example], losses: TokenLosses, b
 
 
 @torch.no_grad()
-def _thinks(qs: QuietStar, policy: str, examples: Sequence[Example], losses: TokenLosses, batch_size: int) -> Tensor:
-    """bool [tokens], whether the policy thinks before a token."""
-    one = copy.copy(qs)  # shares every weight
-    one.thought_config = replace(qs.thought_config, anchors=policy)
+def _thinks(qs: QuietStar, choice: str, examples: Sequence[Example], losses: TokenLosses, batch_size: int) -> Tensor:
+    """bool [tokens], whether there is a thought before a token."""
+    one = qs.with_config(replace(qs.thought_config, anchors=choice))
     found = torch.zeros(len(losses.text), dtype=torch.bool)
     with dropout_off(one):
         for chosen, batch in batches_of(examples, batch_size, qs.start_embedding.device):
@@ -64,12 +66,12 @@ def _thinks(qs: QuietStar, policy: str, examples: Sequence[Example], losses: Tok
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """A line for each policy."""
+    """A line for each choice."""
     lines = ["gain from thoughts, nats a token, by where the model thinks, with 95 % intervals"]
-    lines.append(f"  {'':<10}{'thoughts':>9}{'share':>8}{'of all tokens':>15}  of those behind a thought")
+    lines.append(f"  {'':<10}{'thoughts':>9}{'share':>8}{'of all tokens':>15}  of those after a thought")
     for row in rows:
         gain = said_gain(row) if row["tokens"] else ""
         lines.append(
-            f"  {row['policy']:<10}{row['tokens']:>9,}{row['share']:>8.0%}{row['gain_of_all']:>+15.4f}  {gain}".rstrip()
+            f"  {row['anchors']:<10}{row['tokens']:>9,}{row['share']:>8.0%}{row['gain_of_all']:>+15.4f}  {gain}".rstrip()
         )
     return "\n".join(lines)

@@ -93,7 +93,7 @@ def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tenso
     # A seed, for drawing one would move torch's generator and so the dropout of the run that is being evaluated.
     out = one(**batch, seed=0)
     input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
-    layout = one._layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
+    layout = one.thinker.layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
     labels = checks.check_labels(batch.get("labels"), input_ids, one.lm_head.linear.out_features)
     counts = objective.make_targets(labels, attention_mask, layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
     anchor = layout.anchor.long()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from quietstar import checks
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
-
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
+from quietstar.model import QuietStar
 
 # At a time: thought rows of the packed forward, and logits.
 ROWS, LOGITS = 2**13, 2**24
@@ -37,31 +33,10 @@ class Scores:
 
 def one_thought(qs: QuietStar) -> QuietStar:
     """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
-    one = copy.copy(qs)
-    one.thought_config = replace(
-        qs.thought_config,
-        thoughts=1,
-        lookahead=1,
-        reward="gain",
-        advantage="relu",
-        reference="current",
-        kl_weight=0.0,
+    one = replace(
+        qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu", reference="current", kl_weight=0.0
     )
-    return one
-
-
-def mixed_logits(qs: QuietStar, h_base: Tensor, h_thought: Tensor) -> Tensor:
-    """Logits [...,V] from fp32 states of the text and of a thought's end row [...,D]; log-probabilities where those mix."""
-    weight = qs._weight(h_base, h_thought)
-    if qs.thought_config.mixing == "logits":
-        return next_logits(qs, (1 - weight) * h_base + weight * h_thought)
-    base, thought = (next_logits(qs, hidden).log_softmax(-1) for hidden in (h_base, h_thought))
-    return ((1 - weight) * base + weight * thought).log_softmax(-1)
-
-
-def next_logits(qs: QuietStar, hidden: Tensor) -> Tensor:
-    """fp32 logits [...,V] of states [...,D]."""
-    return qs.lm_head.logits(hidden.to(qs.lm_head.linear.weight.dtype)).float()
+    return qs.with_config(one)
 
 
 @torch.no_grad()
@@ -115,28 +90,29 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprob [B,P] without thoughts and with, then whether the token is the likeliest; anything where the anchor is -1."""
     B, P = anchors.shape
-    layout = one._layout(input_ids, attention_mask, anchors, None)
+    thinker = one.thinker
+    layout = thinker.layout(input_ids, attention_mask, anchors)
     if think == "never":
         layout = layout.text_only()
-        embeds = embeddings(one.model)(input_ids)
-        text = decode_rows(one.model, embeds, layout.text_position_ids(), PackedPass(layout))
+        embeds = embeddings(thinker.model)(input_ids)
+        text = decode_rows(thinker.model, embeds, layout.text_position_ids(), PackedPass(layout))
     else:
-        thoughts = one._sample(layout, input_ids, None, 0, greedy=True)
-        layout = checks.with_lengths(layout, thoughts.thought_lengths, one.thought_config)
-        text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
-        h_thought = one._ahead(thought, thoughts.thought_lengths)[:, :, 0, 0].float()
+        thoughts = one.sample(layout, input_ids, None, 0, greedy=True)
+        layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
+        text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
+        h_thought = thinker.end_states(thought, thoughts.thought_lengths)[:, :, 0, 0]
     rows = torch.arange(B, device=anchors.device)[:, None].expand(B, P)
     target = input_ids[rows, (anchors + 1).clamp(max=input_ids.shape[1] - 1)]
-    h_base = text[rows, anchors.clamp(min=0)].float()
+    h_base = text[rows, anchors.clamp(min=0)]
 
     found = [torch.empty(B, P, device=anchors.device, dtype=kind) for kind in (torch.float32,) * 2 + (torch.bool,) * 2]
-    size = max(1, LOGITS // (3 * one.lm_head.linear.out_features))
+    size = max(1, LOGITS // (3 * thinker.lm_head.linear.out_features))
     for b in range(B):
         for part in torch.arange(P, device=anchors.device).split(size):
-            base = next_logits(one, h_base[b, part])
+            base = thinker.logprobs(h_base[b, part])
             mixed = base
             if think != "never":
-                mixed = mixed_logits(one, h_base[b, part], h_thought[b, part])
+                mixed = thinker.mixed_logprobs(h_base[b, part], h_thought[b, part])
             if isinstance(think, (int, float)):
                 entropy = torch.special.entr(base.softmax(-1)).sum(-1, keepdim=True)
                 mixed = torch.where(entropy > think, mixed, base)

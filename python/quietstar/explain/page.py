@@ -15,12 +15,10 @@ import unicodedata
 from bisect import bisect_right
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from quietstar.explain.report import ExplainedToken, Report
+from quietstar.explain.tokens import SAME, ExplainedToken
 
-SAME = 0.05  # nats: a gain nearer to 0 than this counts as neither help nor harm
 # Where the colours change. Class h3 is hurt by 1 nat or more, z about the same, p3 helped by 1 or more.
 EDGES = (-1.0, -0.3, -SAME, SAME, 0.3, 1.0)
 CLASSES = ("h3", "h2", "h1", "z", "p1", "p2", "p3")
@@ -31,30 +29,30 @@ SIGNS = {"\n": f"{MARK}↵{UNMARK}\n", "\r": f"{MARK}␍{UNMARK}", "\t": f"{MARK
 JOINERS = "\u200c\u200d"  # part of Persian words and of emoji
 
 
-def render(report: Report) -> str:
+def render(model: dict[str, Any], settings: dict[str, Any], summary: dict[str, Any], tokens: list[ExplainedToken]) -> str:
+    """The page of a ``Report`` with these attributes."""
     template, style, script = (_asset(f"explain.{kind}") for kind in ("html", "css", "js"))
     parts = {
         "style": style,
         "script": script,
         "style_hash": _hash(style),
         "script_hash": _hash(script),
-        "model": html.escape(describe(report)),
-        **figures(report.summary),
-        "legend": _legend(report.tokens),
-        "text": "".join(_span(token) for token in report.tokens),
-        "data": _as_script_data(_data(report.tokens)),
+        "model": html.escape(describe(model, settings, tokens)),
+        **figures(summary),
+        "legend": _legend(tokens),
+        "text": "".join(_span(token) for token in tokens),
+        "data": _as_script_data(_data(tokens)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def describe(report: Report) -> str:
+def describe(model: dict[str, Any], settings: dict[str, Any], tokens: list[ExplainedToken]) -> str:
     """The model and the settings in a line."""
-    model, settings = report.model, report.settings
     T = settings["thought_tokens"]
     named = f" ({'/'.join(Path(model['name']).parts[-2:])})" if model["name"] else ""
     one = settings["thoughts"] == 1
     thoughts = "one thought" if one else f"{settings['thoughts']} thoughts"
-    stopped = any(len(thought.ids) < T for token in report.tokens for thought in token.thoughts)
+    stopped = any(len(thought.ids) < T for token in tokens for thought in token.thoughts)
     how = "the likeliest tokens" if settings["seed"] is None else f"sampled with seed {settings['seed']}"
     return (
         f"{model['class']}{named}, {_count(model['parameters'])} weights, {model['dtype']}. Before every token {thoughts} of "

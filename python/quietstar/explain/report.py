@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from quietstar import checks, objective
-from quietstar.explain.page import SAME, render
+from quietstar.config import ThoughtConfig
+from quietstar.explain.page import render
 from quietstar.explain.token_text import text_pieces, token_text
+from quietstar.explain.tokens import SAME, Alternative, ExplainedThought, ExplainedToken
 from quietstar.files import write_whole
 from quietstar.hf.modules import dropout_off, unwrapped
-
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
+from quietstar.packed import PackedInputs, Thinker
+from quietstar.rollout import Sampling, sample_thoughts
 
 FORMAT = 1
 TOP = 5  # likeliest tokens shown
 # At a time: thought rows of the packed forward, and logits of the likeliest tokens.
 ROWS, LOGITS = 2**13, 2**24
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One of the likeliest tokens at a place, and its probability."""
-
-    id: int
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class ExplainedThought:
-    """A thought and what it did to the prediction of the token behind it.
-
-    Attributes:
-        ids, tokens: its T tokens, or fewer where it stopped itself, as ids and as text.
-        text: the same in one string.
-        weight: mixing weight on the thought.
-        mixed: -log p of the token with this thought, nats.
-        top: the likeliest tokens with this thought, the likeliest first.
-    """
-
-    ids: list[int]
-    tokens: list[str]
-    text: str
-    weight: float
-    mixed: float
-    top: list[Alternative]
-
-
-@dataclass(frozen=True)
-class ExplainedToken:
-    """A token of the text, and the thoughts that the model had before it.
-
-    Attributes:
-        text: what the token adds to the text. The first parts of a character of several tokens show their bytes, as ⟨E2⟩.
-        base, mixed: -log p of the token without thoughts and with one, nats; mixed is the mean over the thoughts. None for the
-            first token, which nothing predicts.
-        gain: base - mixed.
-        thoughts: one, or several sampled ones.
-        top: the likeliest tokens without a thought, the likeliest first.
-    """
-
-    id: int
-    text: str
-    base: float | None
-    mixed: float | None
-    gain: float | None
-    thoughts: list[ExplainedThought]
-    top: list[Alternative]
 
 
 @dataclass(frozen=True)
@@ -118,7 +68,7 @@ class Report:
     @property
     def html(self) -> str:
         """One page that needs nothing else: no network, no other file."""
-        return render(self)
+        return render(self.model, self.settings, self.summary, self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """format, model, settings, summary and tokens as plain lists, dicts, numbers and strings, under the names above."""
@@ -131,70 +81,75 @@ class Report:
 
 
 @torch.no_grad()
-def explain(qs: QuietStar, text: str, seed: int | None = None) -> Report:
+def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None) -> Report:
     """See ``QuietStar.explain``."""
-    input_ids = _tokenize(qs, text)
-    one = copy.copy(qs)  # shares every weight; only the next token is looked at, and greedy thoughts are all the same
-    N = 1 if seed is None else qs.thought_config.thoughts
-    one.thought_config = replace(qs.thought_config, thoughts=N, lookahead=1, reward="gain", advantage="relu")
-    _check_length(one, input_ids.shape[1])
+    input_ids = _tokenize(thinker, tokenizer, text)
+    # Only the next token is looked at, and greedy thoughts are all the same.
+    N = 1 if seed is None else thinker.config.thoughts
+    thinker = replace(thinker, config=replace(thinker.config, thoughts=N, lookahead=1, reward="gain", advantage="relu"))
+    _check_length(thinker, input_ids.shape[1])
 
-    chunk = max(1, ROWS // (N * one.thought_config.rows))
+    chunk = max(1, ROWS // (N * thinker.config.rows))
     places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
-    with dropout_off(qs):
-        parts = [_predict(one, input_ids, anchors, seed) for anchors in places.split(chunk)]
+    with dropout_off(thinker.model):
+        parts = [_predict(thinker, input_ids, anchors, seed) for anchors in places.split(chunk)]
     found = {name: [row for part in parts for row in part[name].tolist()] for name in parts[0]}
     if not torch.tensor([found["base"], [max(x) for x in found["mixed"]]]).isfinite().all():
-        raise ValueError(f"{type(qs.model).__name__}: its losses on this text are not finite")
-    return Report(_model(qs), _settings(one, seed), _tokens(qs.tokenizer, input_ids[0].tolist(), found))
+        raise ValueError(f"{type(thinker.model).__name__}: its losses on this text are not finite")
+    return Report(_model(thinker.model), _settings(thinker.config, seed), _tokens(tokenizer, input_ids[0].tolist(), found))
 
 
-def _tokenize(qs: QuietStar, text: str) -> Tensor:
+def _tokenize(thinker: Thinker, tokenizer: Any, text: str) -> Tensor:
     """int64 [1,L]."""
-    if qs.tokenizer is None:
+    if tokenizer is None:
         raise ValueError("explain needs a tokenizer: pass one to QuietStar")
     if not isinstance(text, str):
         raise ValueError(f"text must be a str, got {type(text).__name__}")
     broken = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
     if broken is not None:
         raise ValueError(f"text must be whole Unicode, character {broken} is half of a pair: {text[broken]!r}")
-    ids = qs.tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
-    V = qs.lm_head.linear.out_features
+    V = thinker.lm_head.linear.out_features
     if max(ids) >= V:
         raise ValueError(f"the tokenizer is of another model: it gives id {max(ids)}, and the vocabulary has {V} tokens")
-    return torch.tensor([ids], dtype=torch.int64, device=qs.start_embedding.device)
+    return torch.tensor([ids], dtype=torch.int64, device=thinker.device)
 
 
-def _check_length(one: QuietStar, L: int) -> None:
+def _check_length(thinker: Thinker, L: int) -> None:
     """Rotary positions have no end, but past the longest of the model's training its predictions say nothing."""
-    limit = getattr(one.config.get_text_config(), "max_position_embeddings", None)
-    room = L + one.thought_config.rows - 1  # the thought before the last token begins one place earlier
+    limit = getattr(thinker.model.config.get_text_config(), "max_position_embeddings", None)
+    room = L + thinker.config.rows - 1  # the thought before the last token begins one place earlier
     if limit and room > limit:
         raise ValueError(
-            f"text is too long: its {L} tokens and thoughts need {room} positions, and {type(one.model).__name__} has {limit}"
+            f"text is too long: its {L} tokens and thoughts need {room} positions, "
+            f"and {type(thinker.model).__name__} has {limit}"
         )
 
 
-def _predict(one: QuietStar, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
-    """Of the tokens behind ``anchors`` [P]: everything that a report says about each, [P,...] of numbers."""
-    layout = one._layout(input_ids, None, anchors[None], None)
-    thoughts = one._sample(layout, input_ids, None, seed or 0, greedy=seed is None)
-    lengths = thoughts.thought_lengths
-    layout = checks.with_lengths(layout, lengths, one.thought_config)
-    text, thought = one._hidden_states(layout, input_ids, thoughts.thought_ids)
+def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
+    """Of the tokens after ``anchors`` [P]: everything that a report says about each, [P,...] of numbers."""
+    layout = thinker.layout(input_ids, anchors=anchors[None])
+    sampling = Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0)
+    sequence_ids = checks.check_sequence_ids(None, input_ids)
+    thoughts = sample_thoughts(
+        thinker.model, thinker.lm_head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling
+    )
+    layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
-    nll_base, nll_mix, weight = one._predict(layout, text, thought, targets, lengths)
+    inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
+    text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
+    predicted = thinker.predict(inputs, text, thought)
 
-    h_base, h_thought = text[0, anchors].float(), one._ahead(thought, lengths)[0, :, :, 0].float()  # [P,D], [P,N,D]
-    size = max(1, LOGITS // (one.lm_head.linear.out_features * (1 + 2 * layout.N)))
-    tops = [_top(one, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
+    h_base, h_thought = text[0, anchors], thinker.end_states(thought, thoughts.thought_lengths)[0, :, :, 0]  # [P,D], [P,N,D]
+    size = max(1, LOGITS // (thinker.lm_head.linear.out_features * (1 + 2 * layout.N)))
+    tops = [_top(thinker, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
     base_top, base_p, mixed_top, mixed_p = (torch.cat(column) for column in zip(*tops, strict=True))
     return {
-        "base": nll_base[0, anchors],
-        "mixed": nll_mix[0, :, :, 0],
-        "weight": weight[0, :, :, 0],
+        "base": predicted.nll_base[0, anchors],
+        "mixed": predicted.nll_mix[0, :, :, 0],
+        "weight": predicted.weight[0, :, :, 0],
         "thought_ids": thoughts.thought_ids[0],
         "length": thoughts.lengths[0],
         "base_top": base_top,
@@ -204,22 +159,13 @@ def _predict(one: QuietStar, input_ids: Tensor, anchors: Tensor, seed: int | Non
     }
 
 
-def _top(one: QuietStar, h_base: Tensor, h_thought: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _top(thinker: Thinker, h_base: Tensor, h_thought: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Likeliest ids and probabilities of base states [P,D], both [P,5], and of their mixes with thoughts [P,N,D], [P,N,5].
 
     Where log-probabilities mix, the mixed ones are those of the loss, which don't add up to 1.
     """
-
-    def logprobs(hidden: Tensor) -> Tensor:
-        return torch.log_softmax(one.lm_head.logits(hidden.to(one.lm_head.linear.weight.dtype)).float(), -1)
-
-    wide = h_base[:, None].expand_as(h_thought)
-    weight = one._weight(wide, h_thought)
-    base = logprobs(h_base)
-    if one.thought_config.mixing == "logits":
-        mixed = logprobs((1 - weight) * wide + weight * h_thought)
-    else:
-        mixed = (1 - weight) * base[:, None] + weight * logprobs(h_thought)
+    base = thinker.logprobs(h_base)
+    mixed = thinker.mixed_logprobs(h_base[:, None].expand_as(h_thought), h_thought)
     count = min(TOP, base.shape[-1])
     (base_p, base_top), (mixed_p, mixed_top) = base.topk(count), mixed.topk(count)
     return base_top, base_p.exp(), mixed_top, mixed_p.exp()
@@ -252,17 +198,16 @@ def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[Expl
     return tokens
 
 
-def _model(qs: QuietStar) -> dict[str, Any]:
+def _model(model: PreTrainedModel) -> dict[str, Any]:
     return {
-        "class": type(unwrapped(qs.model)).__name__,
-        "model_type": qs.config.model_type,
-        "name": qs.config.name_or_path,
-        "parameters": qs.model.num_parameters(),
-        "dtype": str(qs.model.dtype).removeprefix("torch."),
+        "class": type(unwrapped(model)).__name__,
+        "model_type": model.config.model_type,
+        "name": model.config.name_or_path,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
-def _settings(one: QuietStar, seed: int | None) -> dict[str, Any]:
-    config = one.thought_config
+def _settings(config: ThoughtConfig, seed: int | None) -> dict[str, Any]:
     names = ("preset", "mixing", "thoughts", "thought_tokens")
     return {name: getattr(config, name) for name in names} | {"seed": seed}

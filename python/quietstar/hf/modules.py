@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def embeddings(model: PreTrainedModel) -> nn.Embedding:
@@ -50,3 +51,25 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@torch.no_grad()
+def initial_embedding(embed: nn.Embedding, init: int | str | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """The vector, fp32 [D], that start and end begin with: of a token id, of text, of "---", or the mean embedding."""
+    if init is None and tokenizer is not None:
+        init = "---"
+    ids: Sequence[int]
+    if isinstance(init, str):
+        if tokenizer is None:
+            raise ValueError(f"embedding_init: text {init!r} needs a tokenizer; pass one, or a token id")
+        ids = tokenizer(init, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"embedding_init: the tokenizer gives no tokens for {init!r}")
+    elif init is not None:
+        if not 0 <= init < len(embed.weight):
+            raise ValueError(f"embedding_init must be from 0 to V-1={len(embed.weight) - 1}, got {init}")
+        ids = [init]
+    else:
+        ids = range(len(embed.weight))
+    chunks = torch.as_tensor(list(ids), device=embed.weight.device).split(4096)
+    return torch.stack([embed(chunk).float().sum(0) for chunk in chunks]).sum(0) / len(ids)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quietstar.checkpoints import native as checkpoint
+from quietstar.checkpoints import native
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import from_tensors, to_tensors
 from quietstar.run.sharding import cut_like, gather, whole_weights
@@ -133,7 +133,7 @@ def load(path: Path, qs: QuietStar) -> int:
     """
     check(path)
     try:
-        checkpoint.restore_all(qs, path)
+        native.restore_all(qs.contents(), path)
     except RuntimeError as error:
         raise ValueError(f"{path}: it is of another model: {str(error).splitlines()[0]}") from error
     return int(json.loads((path / RUN).read_text())["step"])

@@ -140,7 +140,7 @@ def test_weights_of_another_vocabulary_are_refused(saved):
 def test_a_run_does_not_go_on_with_another_vocabulary(saved, tiny):
     qs = quietstar.QuietStar(tiny("llama", vocab_size=70), CONFIG)
     with pytest.raises(ValueError, match="it is of a vocabulary of 61 tokens, the model's has 70"):
-        checkpoint.restore_all(qs, saved)
+        checkpoint.restore_all(qs.contents(), saved)
 
 
 def test_pickled_weights_are_refused(saved):

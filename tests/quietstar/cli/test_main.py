@@ -88,7 +88,7 @@ def test_train_think_eval(home, quietstar, trained):
     code, out, _ = quietstar("eval", "--model=run", "--data=text.txt", "--length=16", "--held-out=4", "--out=eval.json")
     figures = json.loads((home / "eval.json").read_text())
     assert code == 0 and f"{figures['base']:.4f}" in out
-    everywhere = figures["by_policy"][0]
+    everywhere = figures["by_anchor_choice"][0]
     assert everywhere["tokens"] == figures["tokens"] and f"{everywhere['gain_of_all']:+.4f}" in out
     assert {name: metrics[-1][f"eval_{name}"] for name in ("base", "mixed", "gain")} == pytest.approx(
         {name: figures[name] for name in ("base", "mixed", "gain")}, abs=1e-6

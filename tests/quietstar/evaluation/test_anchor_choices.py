@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.anchor_choices import by_policy, text
+from quietstar.evaluation.anchor_choices import by_anchor_choice, text
 from quietstar.evaluation.losses import summary, token_losses
 
 LENGTHS = (9, 14, 7, 14, 5)
@@ -48,7 +48,7 @@ def test_counts_and_gains(tiny, batch_size):
     qs = wrap(tiny, anchors="gate").eval()
     torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.5, generator=torch.Generator().manual_seed(2))
     losses = token_losses(qs, texts(), batch_size)
-    rows = {row["policy"]: row for row in by_policy(qs, texts(), losses, batch_size)}
+    rows = {row["anchors"]: row for row in by_anchor_choice(qs, texts(), losses, batch_size)}
     assert list(rows) == ["all", "random", "entropy", "every", "gate"]
     total = sum(LENGTHS) - len(LENGTHS)
     for policy in ("all", "entropy", "every", "gate"):
@@ -72,12 +72,12 @@ def test_a_gate_that_is_shut_and_one_that_is_not_there(tiny):
     qs = wrap(tiny, anchors="gate").eval()
     torch.nn.init.constant_(qs.gate.linear.bias, -5)
     losses = token_losses(qs, texts())
-    rows = by_policy(qs, texts(), losses)
-    assert rows[-1] == {"policy": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
+    rows = by_anchor_choice(qs, texts(), losses)
+    assert rows[-1] == {"anchors": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
         ("base", "mixed", "gain", "gain_low", "gain_high")
     )
     lines = text(rows).splitlines()
     assert len(lines) == 7 and lines[-1].split() == ["gate", "0", "0%", "+0.0000"]
     assert lines[2].split()[:4] == ["all", "44", "100%", f"{rows[0]['gain']:+.4f}"]
     without = wrap(tiny).eval()
-    assert [row["policy"] for row in by_policy(without, texts(), losses)] == ["all", "random", "entropy", "every"]
+    assert [row["anchors"] for row in by_anchor_choice(without, texts(), losses)] == ["all", "random", "entropy", "every"]

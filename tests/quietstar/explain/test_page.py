@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from quietstar.explain.page import CLASSES, EDGES, colour, describe, render, visible
+from quietstar.explain.page import CLASSES, EDGES, colour, describe, visible
 from quietstar.explain.report import Alternative, ExplainedThought, ExplainedToken, Report
 
 ROOT = Path(__file__).parents[3]
@@ -135,10 +135,10 @@ def test_several_thoughts(open_page):
 @pytest.mark.parametrize("thoughts, said", [(1, "one thought of {}2 tokens, "), (3, "3 thoughts of {}2 tokens each, ")])
 def test_thoughts_that_stop_themselves_are_of_up_to_t_tokens(thoughts, said):
     shown = report(WORDS, thoughts=thoughts)
-    assert said.format("") in describe(shown)
+    assert said.format("") in describe(shown.model, shown.settings, shown.tokens)
     several = shown.tokens[5].thoughts
     several[-1] = replace(several[-1], ids=several[-1].ids[:1], tokens=several[-1].tokens[:1])
-    assert said.format("up to ") in describe(shown)
+    assert said.format("up to ") in describe(shown.model, shown.settings, shown.tokens)
 
 
 def test_the_mouse_shows_and_a_click_keeps(open_page):
@@ -314,7 +314,7 @@ def test_the_policy_blocks_what_is_not_the_pages_own(browser, tmp_path):
 
 
 def test_the_file_holds_ascii_data_alone():
-    page = render(report([*ATTACKS, *WORDS]))
+    page = report([*ATTACKS, *WORDS]).html
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
     assert data.isascii() and not set("<>&") & set(data) and not any(ord(letter) < 32 for letter in data)
     assert json.loads(data)["texts"]["7"] == ATTACKS[7]
@@ -381,4 +381,4 @@ def test_the_wheel_holds_the_page(tmp_path):
     subprocess.run(build, cwd=source, check=True, capture_output=True, env={**os.environ, "QUIETSTAR_BUILD": "python"})
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"quietstar/page/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"quietstar/explain/assets/explain.{kind}" for kind in ("html", "css", "js")} <= set(names)

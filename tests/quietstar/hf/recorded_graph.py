@@ -3,8 +3,6 @@
 As on a GPU, a replay knows nothing of Python: numbers are those of the capture, and tensors are where they were.
 """
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -94,6 +92,6 @@ def with_recorded_graphs(model, **changes):
 
 def eager(qs):
     """The same weights, without graphs."""
-    twin = copy.copy(qs)
+    twin = qs.with_config(qs.thought_config)
     twin.graphs = False
     return twin

@@ -453,7 +453,7 @@ def test_a_run_does_not_go_on_with_other_adapters(base, tiny, tmp_path):
     qs, _ = train_some(base, tmp_path / "whole", whole=True)
     qs.add_adapters(lora())
     with pytest.raises(ValueError, match="it holds a whole model, and this run trains adapters alone"):
-        checkpoint.restore_all(qs, snapshots.folder(tmp_path / "whole", 4))
+        checkpoint.restore_all(qs.contents(), snapshots.folder(tmp_path / "whole", 4))
 
 
 def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quietstar
-from quietstar.hf.attention import REFUSED
+from quietstar.hf.attention import REFUSED, check_architecture
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.lm_head import find_lm_head
@@ -134,7 +134,7 @@ def test_verify_sees_a_model_whose_thoughts_are_wrong(tiny):
 def test_a_model_type_that_cannot_think_is_refused_with_its_reason(name):
     config = AutoConfig.for_model(name)
     with pytest.raises(ValueError, match=f"model type '{name}' cannot think: {REFUSED[name][:20]}"):
-        quietstar.attention.check_architecture(config)
+        check_architecture(config)
 
 
 def test_wrapping_a_refused_model_raises():

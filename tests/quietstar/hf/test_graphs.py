@@ -137,11 +137,11 @@ def test_a_hook_of_all_modules(wrap):
     qs = wrap()
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
-        assert qs._runner().graphs is None
+        assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
         assert qs._graphs.why == "there are global module hooks, which a replay would not call"
     finally:
         handle.remove()
-    assert qs._runner().graphs is not None
+    assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is not None
 
 
 def offloaded(qs):
@@ -167,7 +167,7 @@ def test_reasons(wrap, caplog, case):
     qs = wrap()
     change(qs)
     for _ in range(2):
-        assert qs._runner().graphs is None
+        assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
     assert qs._graphs.why == reason
     assert said(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
 
@@ -278,7 +278,7 @@ def test_the_switch(wrap):
     qs = wrap()
     assert qs.graphs == "auto"
     qs.graphs = False
-    assert qs.graphs is False and qs._runner().graphs is None
+    assert qs.graphs is False and qs._graphs is None
     with pytest.raises(ValueError, match="graphs must be 'auto' or False, got True"):
         qs.graphs = True
     assert isinstance(copy.deepcopy(wrap())._graphs, Graphs)

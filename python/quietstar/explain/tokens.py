@@ -1,0 +1,58 @@
+"""What a report says of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SAME = 0.05  # nats: a gain nearer to 0 than this counts as neither help nor harm
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the likeliest tokens at a place, and its probability."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class ExplainedThought:
+    """A thought and what it did to the prediction of the token behind it.
+
+    Attributes:
+        ids, tokens: its T tokens, or fewer where it stopped itself, as ids and as text.
+        text: the same in one string.
+        weight: mixing weight on the thought.
+        mixed: -log p of the token with this thought, nats.
+        top: the likeliest tokens with this thought, the likeliest first.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    text: str
+    weight: float
+    mixed: float
+    top: list[Alternative]
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """A token of the text, and the thoughts that the model had before it.
+
+    Attributes:
+        text: what the token adds to the text. The first parts of a character of several tokens show their bytes, as ⟨E2⟩.
+        base, mixed: -log p of the token without thoughts and with one, nats; mixed is the mean over the thoughts. None for the
+            first token, which nothing predicts.
+        gain: base - mixed.
+        thoughts: one, or several sampled ones.
+        top: the likeliest tokens without a thought, the likeliest first.
+    """
+
+    id: int
+    text: str
+    base: float | None
+    mixed: float | None
+    gain: float | None
+    thoughts: list[ExplainedThought]
+    top: list[Alternative]
