@@ -1,4 +1,4 @@
-"""Who may import whom, read from the syntax trees, so that the layers hold even in code no test runs."""
+"""Who may import whom, and how large a file may be, read from the sources, so that it holds in code no test runs."""
 
 import ast
 import sys
@@ -11,6 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 UNDER_KERNELS = {*sys.stdlib_module_names, "torch", "triton", "quietstar_kernels"}
+
+
+# Each floor may import those before it. A folder of `python/quietstar` is one room, as is a module beside them.
+FLOORS = (
+    {"files", "output", "objective", "config"},
+    {"checks", "hf"},
+    {"packed", "rollout", "memory", "checkpoints"},
+    {"anchors", "base_model", "chunks", "generate", "explain"},
+    {"model"},
+    {"__init__", "_moved"},
+    {"run", "data", "evaluation"},
+    {"train", "recipes"},
+    {"cli"},
+    {"__main__"},
+)
+LONGEST = {"": 480, "python/quietstar/model.py": 420, "python/quietstar/train.py": 300}  # lines
 
 
 def module_name(path: Path) -> str:
@@ -71,8 +87,26 @@ def is_recipe(module: str) -> bool:
     return module.split(".")[:2] == ["quietstar", "recipes"]
 
 
+def room(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+def floor(module: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
+
+
+def goes_up(importer: str, module: str, name: str | None) -> bool:
+    """Whether a module of `quietstar` imports one from a floor above its own."""
+    if importer.split(".")[0] != "quietstar" or module.split(".")[0] != "quietstar":
+        return False
+    inner = f"{module}.{name}"
+    return floor(inner if inner in MODULES else module) > floor(importer)
+
+
 def is_allowed(importer: str, module: str, name: str | None) -> bool:
     layer, target = importer.split(".")[0], module.split(".")[0]
+    if goes_up(importer, module, name):
+        return False
     if target in ("benchmarks", "tests"):
         return layer in ("benchmarks", "tests")
     if layer == "quietstar_kernels":
@@ -100,6 +134,56 @@ def test_layers() -> None:
     assert not found, "\n".join(found)
 
 
+def imports() -> dict[str, set[str]]:
+    """The modules of ours that each module imports, for types alone and inside functions too."""
+    found = {}
+    for module, path in MODULES.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        inner = [(target, f"{target}.{name}") for _, target, name in uses(path.read_text(), package)]
+        targets = {submodule if submodule in MODULES else target for target, submodule in inner}
+        found[module] = {target for target in targets if target in MODULES and target != module}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """What is in a circle, or between two: what is left when nothing more can be taken from the ground or the roof."""
+    graph = {node: targets & graph.keys() for node, targets in graph.items()}
+    while ends := {node for node, targets in graph.items() if not targets} | (graph.keys() - set().union(*graph.values())):
+        graph = {node: targets - ends for node, targets in graph.items() if node not in ends}
+    return set(graph)
+
+
+def test_no_circle() -> None:
+    assert not circles({module: targets for module, targets in imports().items() if module.split(".")[0] != "tests"})
+
+
+def test_no_circle_between_rooms() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, targets in imports().items():
+        if module.split(".")[0] == "quietstar":
+            inside = {room(target) for target in targets if target.split(".")[0] == "quietstar"}
+            graph.setdefault(room(module), set()).update(inside - {room(module)})
+    assert not circles(graph)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == {"b", "c"}
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room(module) for module in MODULES if module.split(".")[0] == "quietstar"}
+    assert rooms == set().union(*FLOORS)
+    modules = {path.name for path in (ROOT / "python" / "quietstar").glob("*.py")}
+    assert len(modules) <= 16 and len(rooms) <= 28
+
+
+def test_no_file_is_long() -> None:
+    folders = ("python", "quietstar_kernels", "benchmarks", "examples")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in paths}
+    assert not {path: lines for path, lines in lengths.items() if lines > LONGEST.get(path, LONGEST[""])}
+
+
 @pytest.mark.parametrize(
     "importer, source",
     [
@@ -109,6 +193,9 @@ def test_layers() -> None:
         ("quietstar.model", "from quietstar_kernels._checks import check"),
         ("quietstar.model", "import quietstar_kernels as qk\nqk._checks"),
         ("quietstar.recipes.star", "from ..model import QuietStar"),
+        ("quietstar.packed", "def f():\n    from quietstar.train import train"),
+        ("quietstar.rollout", "from quietstar import QuietStar"),
+        ("quietstar.run.batches", "from quietstar.recipes import star"),
         ("quietstar.recipes.star", "import quietstar\nquietstar.no_such_name"),
         ("examples.english", "from tests.conftest import torch"),
     ],
