@@ -1,4 +1,4 @@
-"""Where to think: which positions of a text become anchors when not all of them do."""
+"""Where to think: which positions of a text become anchors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from quietstar.packed import Thinker
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 
-# A gate stays this far from 0 and 1, so that it always tries both.
+# A gate stays this far from 0 and 1, so that it always explores both.
 EXPLORATION = 0.02
-# The n of a choice's counters: thoughts are numbered below it.
+# The n of the counters of an anchor choice; thoughts have smaller numbers.
 CHOICE = 65535
 LOGITS = 2**22
 
@@ -27,7 +27,7 @@ class Gate(nn.Module):
     """The probability to think at a position, from its text hidden state: g = 0.02 + 0.96 sigmoid(w h + b).
 
     Args:
-        share: the probability to begin with, everywhere.
+        share: the initial probability, at every position.
     """
 
     def __init__(self, width: int, share: float, device: torch.device):
@@ -38,7 +38,7 @@ class Gate(nn.Module):
         nn.init.constant_(self.linear.bias, torch.logit(torch.tensor(inner)).item())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """fp32 [...] from hidden [...,D], through which no gradient flows."""
+        """fp32 [...] from hidden [...,D], which gets no gradient."""
         with torch.autocast(hidden.device.type, enabled=False):
             score = self.linear(hidden.detach().to(self.linear.weight.dtype))[..., 0].float()
         return EXPLORATION + (1 - 2 * EXPLORATION) * torch.sigmoid(score)
@@ -56,7 +56,7 @@ class Candidates:
     Attributes:
         layout: of every position.
         sequence_ids: int64 [B,L].
-        training: whether a gate is drawn from, as in training; in evaluation it opens above 0.5.
+        training: a gate is sampled from in training, and opens above 0.5 in evaluation.
         eligible: bool [B,L], text positions whose next token is text of the same document.
         position: int64 [B,L], counted from the document's first token.
     """
@@ -96,7 +96,7 @@ class Candidates:
 
     @property
     def entropy(self) -> Tensor:
-        """[B,L], of the base prediction, nats; logits are made for some rows at a time."""
+        """[B,L], of the base prediction, nats; logits are computed for some rows at a time."""
         head, hidden = self.thinker.lm_head, self.hidden
         rows = hidden.flatten(0, 1).to(head.linear.weight.dtype).split(max(1, LOGITS // head.linear.out_features))
         values = [torch.special.entr(head.logits(part).float().softmax(-1)).sum(-1) for part in rows]
@@ -104,7 +104,7 @@ class Candidates:
 
 
 def _top_share(candidates: Candidates, score: Tensor) -> Tensor:
-    """Of each row the share of its eligible positions with the highest score, rounded up; earlier ones first where equal."""
+    """In each row, the ``anchor_share`` of eligible positions with the highest scores, rounded up; of equal ones the earlier."""
     wanted = (candidates.eligible.sum(1, keepdim=True).double() * candidates.thinker.config.anchor_share).ceil()
     order = torch.where(candidates.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < wanted) & candidates.eligible
@@ -115,7 +115,7 @@ def _every(candidates: Candidates) -> Tensor:
 
 
 def _gate(candidates: Candidates) -> Tensor:
-    """Drawn in training, likelier than not in evaluation."""
+    """Sampled in training, above 0.5 in evaluation."""
     assert candidates.gate is not None
     return candidates.eligible & ((candidates.uniform if candidates.training else 0.5) < candidates.gate(candidates.hidden))
 

@@ -1,8 +1,8 @@
-"""The language model that thoughts are compared with: what it predicts without them.
+"""The base model, which rewards and the divergence compare thoughts with: what a language model predicts without them.
 
-It goes on with the text as if the thought's tokens stood there: no start vector, no mixing head. It is the model itself, a copy
-from before training (``frozen``) or a copy that follows the weights slowly (``ema``, RLP, arXiv 2510.01265, section 3). Where
-adapters are trained, ``frozen`` is the model with its adapters off, without a copy.
+It continues the text as if the thought's tokens were part of it, without start vector and mixing head. It is the model itself,
+a copy from before training (``frozen``), or a copy that follows the weights slowly (``ema``, RLP, arXiv 2510.01265, section 3).
+Where adapters are trained, ``frozen`` is the model with its adapters switched off, without a copy.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from quietstar_kernels import ThoughtLayout
 
 
 def copy_model(model: PreTrainedModel, averaged: bool) -> PreTrainedModel:
-    """A copy without gradients; one that is averaged is fp32, for bf16 would round a thousandth of a step away.
+    """A copy without gradients; an averaged one is fp32, since bf16 would round a thousandth of a step away.
 
-    With adapters it has weights of its own for them alone: the base is the model's.
+    Where the model has adapters, only these are copied; the other weights are shared.
     """
     if not adapters.there(model):
         twin = copy.deepcopy(model).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the wrapper checks on entry, each complaint one sentence: texts, labels, ids, positions."""
+"""Checks of the wrapper's arguments: texts, labels, ids, positions. Each error is one sentence."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def with_lengths(layout: ThoughtLayout, thought_lengths: Tensor | None, config: 
 def check_thought_ids(
     thought_ids: Tensor, thought_lengths: Tensor | None, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int
 ) -> None:
-    """What stands past a thought's end may be anything."""
+    """Ids past the end of a thought may be anything."""
     shape = (layout.B, layout.P, layout.N, config.thought_tokens)
     check_tensor("thought_ids", thought_ids, "B,P,N,T", shape, layout.device)
     if thought_lengths is not None:
@@ -140,7 +140,7 @@ def check_sequence_ids(sequence_ids: Tensor | None, input_ids: Tensor) -> Tensor
 
 
 def pad_id(config: PretrainedConfig) -> int:
-    """The config's pad id, else its end-of-text id, else 0: what stands where no loss looks."""
+    """The config's pad id, else its end-of-text id, else 0; for places that no loss reads."""
     for token in (config.pad_token_id, config.eos_token_id):
         if isinstance(token, list):
             token = token[0] if token else None
@@ -150,7 +150,7 @@ def pad_id(config: PretrainedConfig) -> int:
 
 
 def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Refuses a text whose thoughts pass the model's last position."""
+    """Raise ValueError where a text's thoughts pass the model's last position."""
     limits = position_limits(model)
     if limits:
         check_room(model, limits, int(layout.position_ids().max()) + 1)
@@ -167,7 +167,7 @@ def check_room(model: PreTrainedModel, limits: dict[str, int], needed: int) -> N
 
 
 def position_limits(model: PreTrainedModel) -> dict[str, int]:
-    """How many positions there are: learned ones end, and some rotary ones change with the longest position in the call."""
+    """The model's position limits: learned positions end, and some rotary ones change with the longest position in the call."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     limits = learned_positions(model)

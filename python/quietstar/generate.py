@@ -1,4 +1,4 @@
-"""Generation that thinks before a token: transformers runs its own loop and takes the logits from here."""
+"""Generation with a thought before each token: transformers runs its own loop, and the logits come from here."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from quietstar.packed import Thinker
 from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
 
-# Room is made for a multiple of so many text positions: texts of about the same length share their graphs.
+# Text positions are allocated in multiples of this, so that texts of about the same length share their graphs.
 ROOM = 128
-# New tokens that room is made for before the first, at most; where more come, it is doubled.
+# At most so many new tokens are allocated before the first; after them the room is doubled.
 AHEAD = 512
 
 
@@ -76,12 +76,12 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
 
 
 def _without_cache(options: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
-    """The text's keys and values are kept by ``ThinkingModel``; transformers is to make no cache of its own."""
+    """Options that keep transformers from making a cache: ``ThinkingModel`` has the text's keys and values."""
     for name in ("past_key_values", "cache_implementation"):
         value = options.get(name, getattr(config, name, None))
         if value is not None:
             got = value if isinstance(value, str) else type(value).__name__
-            raise ValueError(f"generate: {name} must be None where the model thinks, which keeps a cache of its own, got {got}")
+            raise ValueError(f"generate: {name} must be None where the model thinks, since it keeps its own cache, got {got}")
     if config is None:
         return options | {"use_cache": False}
     config = copy.deepcopy(config)
@@ -139,7 +139,7 @@ class ThinkingModel(GenerationMixin):
     are run.
 
     Args:
-        new_tokens: how many will come at most, where that is known.
+        new_tokens: how many are expected at most.
     """
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]

@@ -1,4 +1,4 @@
-"""QuietStar: thoughts at every position of a text, around an unmodified Hugging Face causal language model."""
+"""QuietStar wraps an unmodified Hugging Face causal language model so that it thinks at every position of a text."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 class QuietStar(CheckpointMixin, DecoderMixin):
     """Wraps a causal language model so that it thinks before every token (Quiet-STaR, arXiv 2403.09629).
 
-    The model keeps its class, weights and ``generate``. Calls to it without thoughts run plain sdpa attention (its own eager
-    code where it has soft caps or sinks). In training mode thoughts are sampled, in evaluation mode they are greedy.
+    The model keeps its class, weights and ``generate``. Calls to it without thoughts use plain sdpa attention, or its own
+    eager code where it has soft caps or sinks. Thoughts are sampled in training mode and greedy in evaluation mode.
 
     Args:
-        model: any causal LM whose attention goes through transformers' AttentionInterface, also with adapters of
-            ``peft.get_peft_model``: then they are trained, and saved without the model's own weights.
+        model: any causal LM whose attention goes through transformers' AttentionInterface. With adapters from
+            ``peft.get_peft_model``, these are trained, and saved without the model's own weights.
         config: N, T, J and the objective; default ``ThoughtConfig()``.
-        tokenizer: only used for ``embedding_init`` and saved beside the model.
-        verify: run a small self-test once per architecture: packed rows must equal an ordinary forward.
+        tokenizer: used for ``embedding_init`` alone, and saved with the model.
+        verify: once per architecture, check on a small input that packed rows equal an ordinary forward.
 
     Attributes:
         model: the language model.
         mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
-        anchor_chunk: how many anchors of each text think at a time, for less memory; None: all, "auto": by free memory.
+        anchor_chunk: how many anchors of each text think at a time, to save memory; None is all, "auto" by free memory.
         graphs: "auto" replays rollouts as CUDA graphs on a GPU, where they can be captured; False turns it off and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
         reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None. A frozen one of a model
@@ -59,8 +59,8 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         base: a fingerprint of the weights that the adapters belong to, None where there are no adapters.
 
     Raises:
-        ValueError: a model type that can't think, or one that fails the self-test, with the reason; adapters that thoughts
-            can't go through.
+        ValueError: a model type that can't think, or that fails the check, with the reason; adapters that thoughts can't
+            go through.
     """
 
     def __init__(
@@ -205,11 +205,11 @@ class QuietStar(CheckpointMixin, DecoderMixin):
             thought_ids: int64 [B,P,N,T]; default sampled here.
             anchors: integer [B,P], positions that think, ascending, -1 in unused places; default all L, and in training those
                 that the config chooses.
-            document_ids: integer [B,L], for packed documents: nothing sees or predicts another document.
-            sequence_ids: integer [B] or [B,L], names each text for sampling; default the row index.
+            document_ids: integer [B,L], of packed documents, which neither see nor predict each other.
+            sequence_ids: integer [B] or [B,L], identifies each text for sampling; default the row index.
             seed: 64 bits for sampling; default drawn from torch's generator.
-            counts: what the losses are divided by, where this batch is a part of a larger one; see ``count_targets``.
-            old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default now.
+            counts: what the losses are divided by where this batch is part of a larger one; see ``count_targets``.
+            old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default the current one.
             thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T; the end comes right after the last one.
                 Default T for all.
 
@@ -288,7 +288,8 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         """Where the config's ``anchors`` says to think: int64 [B,P], ascending, -1 in unused places.
 
         Only positions whose next token is text of the same document are chosen; ``all`` means all of these. In training a
-        gate is drawn from, with random numbers fixed by seed, sequence id and position; in evaluation it opens above 0.5.
+        gate's probability is sampled from, with random numbers fixed by seed, sequence id and position; in evaluation it
+        opens above 0.5.
         Arguments and errors are those of ``forward``.
         """
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
@@ -308,8 +309,10 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         sequence_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
     ) -> Thoughts:
-        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T] and ``.logprob`` at the sampling temperature 1, and
-        ``.thought_lengths`` [B,P,N] where they may be shorter than T.
+        """Sample thoughts alone, without a gradient.
+
+        The result has ``.thought_ids`` [B,P,N,T], ``.logprob`` at the sampling temperature 1, and ``.thought_lengths`` [B,P,N]
+        where thoughts may be shorter than T.
 
         Args:
             greedy: the most likely token at each step, the same for all N; default in evaluation mode.
@@ -363,38 +366,38 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         on_thoughts: Callable[[Tensor], None] | None = None,
         **options: Any,
     ) -> Any:
-        """Continue texts, with a thought before each new token. What transformers' ``generate`` returns: ids [B,L+new].
+        """Continue texts, with a thought before each new token. Returns what transformers' ``generate`` does: ids [B,L+new].
 
-        A token costs one row over the kept keys and values of the text, and a thinking one T + 2 more for each thought.
+        A token costs one row over the cached keys and values of the text, and T + 2 more for each thought before it.
 
         Args:
             input_ids: int64 [B,L].
             attention_mask: [B,L], 1 on text, 0 on padding, on the left.
             think: "always"; "never", the plain model's own ``generate``; or a number: think where the entropy of the base
                 model's prediction exceeds it, nats.
-            thoughts: N, whose mixed predictions are averaged as probabilities. Greedy ones are all the same: one is made.
+            thoughts: N, whose mixed predictions are averaged as probabilities. Greedy thoughts are all the same: only one is made.
             sample_thoughts: sample them at temperature 1, instead of the likeliest token at each step.
             seed: 64 bits for sampling thoughts; default drawn from torch's generator, which also samples the text's tokens.
-            sequence_ids: integer [B], names each text for sampling thoughts; default the row index.
+            sequence_ids: integer [B], identifies each text for sampling thoughts; default the row index.
             on_thoughts: called with the thoughts before a token that some text thinks for, int64 [B,N,T]; -1 in texts
                 that don't and past the end of a thought.
-            options: what transformers' ``generate`` takes: do_sample, temperature, top_p, eos_token_id, streamer,
-                stopping_criteria, logits_processor, generation_config, ... With thoughts there are no beams, no assistant,
-                and no cache but our own.
+            options: of transformers' ``generate``: do_sample, temperature, top_p, eos_token_id, streamer,
+                stopping_criteria, logits_processor, generation_config, ... With thoughts there are no beams, no assistant
+                and no other cache.
 
         Raises:
-            ValueError: those of ``forward`` on the text; padding on the right; an argument that has no meaning with thoughts.
+            ValueError: those of ``forward`` on the text; padding on the right; an option that has no meaning with thoughts.
         """
         thinking = Thinking(think, thoughts, sample_thoughts, seed, sequence_ids, on_thoughts)
         options |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
     def explain(self, text: str, seed: int | None = None) -> Report:
-        """What thinking does to each token of a text: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
+        """Report what thinking does to each token of a text: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
 
         Args:
-            text: at least 3 tokens by the tokenizer that was given to QuietStar.
-            seed: sample N thoughts before each token; default one greedy thought.
+            text: at least 3 tokens of the tokenizer that QuietStar was given.
+            seed: samples N thoughts before each token; default one greedy thought.
 
         Raises:
             ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.
@@ -410,10 +413,10 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         document_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
     ) -> objective.Counts:
-        """How many terms each mean of the loss on this batch has, without running the model.
+        """Count the terms of each mean of the loss on this batch, without running the model.
 
-        Add up those of all parts of a batch and pass the sum to ``forward`` for each: the parts' losses then add up to the
-        loss of the whole batch. Arguments and errors are those of ``forward``.
+        Add up the counts of all parts of a batch and pass the sum to ``forward`` for each part: the parts' losses then add up
+        to the loss of the whole batch. Arguments and errors are those of ``forward``.
         """
         layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)

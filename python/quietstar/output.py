@@ -1,4 +1,4 @@
-"""What a forward of the wrapper returns."""
+"""The output of the wrapper's forward."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class QuietStarOutput(ModelOutput):
-    """What ``QuietStar.forward`` returns. All fp32; positions where something is undefined hold 0.
+    """Output of ``QuietStar.forward``. All fp32; undefined positions hold 0.
 
     Attributes:
-        loss: loss_ce + policy_weight * policy_loss, plus the gate's loss where there is a gate in training.
+        loss: loss_ce + policy_weight * policy_loss, plus the loss of a gate in training.
         loss_ce: base_weight * mean base + mix_weight * mean mixed cross entropy, nats.
-        policy_loss: the policy's terms before their weight.
+        policy_loss: the terms of the policy, before ``policy_weight``.
         nll_base: [B,L-1], -log p_base of text token t+1, nats.
         nll_mix: [B,P,N,J], -log p_mix of text token anchor+j+1, nats.
         weight: [B,P,N,J], mixing weight on the thought.
@@ -23,9 +23,9 @@ class QuietStarOutput(ModelOutput):
         advantage: [B,P,N], no gradient.
         thought_ids: int64 [B,P,N,T].
         thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
-        logprob: [B,P,N,T], of the thoughts at the policy temperature, no gradient; ``old_logprob`` of further updates.
-        base_logprob: [B,P,N,T], of the thoughts as the reference's continuation of the text; None where kl_weight is 0.
-        anchors: integer [B,P], the positions that thought; None where all did.
+        logprob: [B,P,N,T], of the thoughts at the policy temperature, no gradient; ``old_logprob`` for further updates.
+        base_logprob: [B,P,N,T], of the thoughts as the base model's continuation of the text; None where kl_weight is 0.
+        anchors: integer [B,P], the positions that think; None for all.
     """
 
     loss: Tensor = None  # type: ignore[assignment]

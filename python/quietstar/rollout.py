@@ -59,7 +59,7 @@ class Thoughts:
 
     @staticmethod
     def join(parts: list[Thoughts]) -> Thoughts:
-        """Those of all anchors from those of some."""
+        """The thoughts of all anchors, from those of consecutive runs of anchors."""
         lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
         return Thoughts(
             torch.cat([part.thought_ids for part in parts], 1),
@@ -70,21 +70,21 @@ class Thoughts:
 
 @dataclass(frozen=True)
 class Stop:
-    """A thought ends before the token that it would sample where token ``end`` is likelier than ``threshold``."""
+    """A thought ends instead of sampling a token where the probability of token ``end`` exceeds ``threshold``."""
 
     end: int
     threshold: float
 
     @staticmethod
     def of(config: ThoughtConfig) -> Stop | None:
-        """What the config says; None where every thought runs to T."""
+        """As the config says; None where every thought has T tokens."""
         if config.stop_threshold is None or config.end_token_id is None:
             return None
         return Stop(config.end_token_id, config.stop_threshold)
 
 
 def split(P: int, size: int) -> list[slice]:
-    """Cuts P anchors into runs of ``size``; one empty run where there is none."""
+    """Split P anchors into runs of ``size``; one empty run where P is 0."""
     return [slice(first, min(first + size, P)) for first in range(0, max(P, 1), size)]
 
 
@@ -96,7 +96,7 @@ class Sampling:
         thought_tokens: T.
         temperature: 0 takes the most likely token.
         banned: ids that are never drawn.
-        stop: where thoughts end by themselves; None: all have T tokens.
+        stop: when thoughts end early; None: all have T tokens.
     """
 
     thought_tokens: int
@@ -127,12 +127,12 @@ def sample_thoughts(
     Args:
         start: [D], the start vector as the decoder sees it.
         input_ids: int64 [B,L].
-        layout: S - T rows of a thought are not sampled ones; shorter thoughts have fewer sampled rows.
+        layout: S - T rows of each thought are not sampled; shorter thoughts have fewer sampled rows.
         sequence_ids: integer [B,L], the first sampling counter of each position.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
-        sampling: at temperature 0, once for all N thoughts of an anchor.
+        sampling: at temperature 0 one thought is made for all N of an anchor.
         anchor_chunk: anchors that advance together; default all.
-        run: runs the whole of it.
+        run: runs the rollout, perhaps as a CUDA graph.
     """
     N, T = layout.N, sampling.thought_tokens
     if sampling.temperature == 0:
@@ -188,12 +188,12 @@ def continue_thoughts(
 ) -> tuple[Thoughts, Tensor | None]:
     """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors.
 
-    No step decides anything on the host, but for one thing: where thoughts stop themselves, it ends with the last of them.
+    No step decides anything on the host, with one exception: where thoughts may stop early, the loop ends with the last one.
 
     Args:
         seed: int64 [].
-        end: [D], the end vector, for two more steps at most: then the second result is the last hidden states [B,P,N,D] of
-            the thoughts' end rows.
+        end: [D], the end vector, for at most two more steps; the second result is then the last hidden states [B,P,N,D] of
+            the end rows.
         whole: take all steps, even where every thought has stopped; the result is the same.
     """
     layout, embed, T = store.layout, embeddings(model), sampling.thought_tokens
@@ -233,7 +233,7 @@ def continue_thoughts(
 
 
 def _goes_on(running: Tensor) -> bool:
-    """Whether any thought runs. Of several processes none ends early, since a sharded model's forwards need them all."""
+    """Whether any thought goes on. With several processes none ends early, since a sharded model's forwards need them all."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (distributed and torch.distributed.get_world_size() > 1) or bool(running.any())
 

@@ -1,1 +1,1 @@
-"""Checkpoints: the project's own and the published ones."""
+"""Checkpoints: this project's format and the published one."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is made from, and what loading one gives."""
+"""The contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Contents:
     """A language model with its thought parts.
 
     Attributes:
-        tensors: the thought parts by name: mixing head, start and end vectors, a gate, a base model of its own.
+        tensors: the thought parts by name: mixing head, start and end vectors, a gate, a copied base model.
         base: a fingerprint of the weights that the model's adapters belong to; None where there are no adapters.
     """
 

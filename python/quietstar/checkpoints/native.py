@@ -1,4 +1,4 @@
-"""Saving and loading: an ordinary Hugging Face checkpoint with the thought parts in files of their own beside it."""
+"""This project's checkpoints: an ordinary Hugging Face checkpoint with the thought parts in separate files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 def save(contents: Contents, directory: str | os.PathLike) -> None:
-    """Write everything into a new folder beside ``directory``, then put it in its place; a crash leaves one of both whole."""
+    """Write everything into a temporary folder and rename it to ``directory``; a crash leaves the old or the new one intact."""
     with replaced(directory) as beside:
         if contents.base is None:
             contents.model.save_pretrained(beside)
@@ -110,7 +110,7 @@ def restore_all(contents: Contents, path: str | os.PathLike) -> None:
 
 
 def restore(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Put loaded thought tensors in the place of a model's ``own``; all names and shapes must be as saved."""
+    """Replace a model's ``own`` thought tensors by loaded ones; all names and shapes must be as saved."""
     if set(own) != set(tensors):
         raise ValueError(f"{path}: {TENSORS} must hold {sorted(own)}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
@@ -122,13 +122,13 @@ def restore(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.P
 
 
 def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """State dict hook: a tied parameter is saved under its first name alone."""
+    """State dict hook: save a tied parameter under its first name alone."""
     for alias in _tied(module):
         state.pop(prefix + alias, None)
 
 
 def add_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Load hook: a tied parameter's other names get back the tensor of its first."""
+    """Load hook: give a tied parameter's other names the tensor of its first."""
     for alias, name in _tied(module).items():
         if prefix + name in state:
             state.setdefault(prefix + alias, state[prefix + name])

@@ -1,6 +1,6 @@
 """Published checkpoints: an ordinary Mistral checkpoint whose weights hold the thought parts too, under their published names.
 
-Nothing is loaded by halves. The published code is ezelikman/quiet-star; its numbers are the defaults here.
+A checkpoint is loaded completely or not at all. The published code is ezelikman/quiet-star; its numbers are the defaults here.
 """
 
 from __future__ import annotations

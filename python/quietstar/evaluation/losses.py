@@ -1,4 +1,4 @@
-"""What thoughts are worth on held-out texts: loss without and with greedy thoughts, and the interval of the gain."""
+"""What thoughts are worth on held-out texts: the loss with and without greedy thoughts, and the gain with its interval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenLosses:
     Attributes:
         base, mixed: fp64 [tokens], -log p without a thought and with one greedy thought before the token, nats.
         text: int64 [tokens], the number of the text that it belongs to.
-        place: int64 [tokens], the position before it, where the thought stands.
+        place: int64 [tokens], the position before it, where the thought is.
     """
 
     base: Tensor
@@ -46,13 +46,13 @@ def evaluate(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, pr
         interval over texts, each compared with itself; texts and tokens, how many there were.
 
     Raises:
-        ValueError: fewer than two texts with something to predict, so that there is no interval.
+        ValueError: fewer than two texts with something to predict, which give no interval.
     """
     return summary(token_losses(qs, examples, batch_size, progress))
 
 
 def summary(losses: TokenLosses) -> dict[str, float]:
-    """What ``evaluate`` returns, of losses that ``token_losses`` has found."""
+    """What ``evaluate`` returns, from the losses of ``token_losses``."""
     tokens = losses.text.bincount()
     tokens, counts = tokens[tokens > 0], tokens > 0
     if len(tokens) < 2:
@@ -89,8 +89,8 @@ def token_losses(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8
 
 
 def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the tokens behind each anchor [B,P]: loss without a thought and with one, the anchor, and whether the token counts."""
-    # A seed, for drawing one would move torch's generator and so the dropout of the run that is being evaluated.
+    """For the token after each anchor [B,P]: loss without a thought and with one, the anchor, and whether the token counts."""
+    # With a seed, since drawing one would advance torch's generator and change the dropout of the run that is evaluated.
     out = one(**batch, seed=0)
     input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
     layout = one.thinker.layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))

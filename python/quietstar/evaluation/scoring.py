@@ -47,13 +47,13 @@ def score_tokens(
     think: str | float = "always",
     allowed: Sequence[Tensor] | None = None,
 ) -> list[tuple[Scores, Scores]]:
-    """Of each text: scores of the tokens at its ``places``, without thoughts, and as ``think`` says (the same where "never").
+    """Score the tokens at the ``places`` of each text, without thoughts and as ``think`` says (the same for "never").
 
-    A thought stands at the position before the token. Where log-probabilities mix they are normalised, as in generation.
+    A thought is at the position before its token. Mixed log-probabilities are normalised, as in generation.
 
     Args:
         texts: token ids of B texts.
-        places: of each text, ascending, from 1: what stands first nothing predicts.
+        places: of each text, ascending, from 1, since nothing predicts the first token.
         think: "always", "never", or a number: where the entropy of the base model's prediction exceeds it, nats.
         allowed: of each text the token ids, int64 [...], among which probabilities are taken; default all V.
 

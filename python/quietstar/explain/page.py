@@ -23,7 +23,7 @@ from quietstar.explain.tokens import SAME, ExplainedToken
 EDGES = (-1.0, -0.3, -SAME, SAME, 0.3, 1.0)
 CLASSES = ("h3", "h2", "h1", "z", "p1", "p2", "p3")
 FIRST = "first"  # the class of the first token, which nothing predicts
-# Around signs that stand for something invisible. From the private use area, whose own characters are shown by number.
+# Around signs for something invisible. From the private use area, whose own characters are shown by number.
 MARK, UNMARK = "\ue000", "\ue001"
 SIGNS = {"\n": f"{MARK}↵{UNMARK}\n", "\r": f"{MARK}␍{UNMARK}", "\t": f"{MARK}⇥{UNMARK}\t"}
 JOINERS = "\u200c\u200d"  # part of Persian words and of emoji

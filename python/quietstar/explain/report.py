@@ -67,7 +67,7 @@ class Report:
 
     @property
     def html(self) -> str:
-        """One page that needs nothing else: no network, no other file."""
+        """A self-contained page: no network, no other file."""
         return render(self.model, self.settings, self.summary, self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Report:
         return {"format": FORMAT, "model": own["model"], "settings": own["settings"], "summary": self.summary} | own
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the page, or ``to_dict()`` where the name ends in .json; beside and renamed, so that no half file is left."""
+        """Write the page, or ``to_dict()`` where the name ends in .json; atomically, so that no partial file is left."""
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.html)
 
 
@@ -107,7 +107,7 @@ def _tokenize(thinker: Thinker, tokenizer: Any, text: str) -> Tensor:
         raise ValueError(f"text must be a str, got {type(text).__name__}")
     broken = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
     if broken is not None:
-        raise ValueError(f"text must be whole Unicode, character {broken} is half of a pair: {text[broken]!r}")
+        raise ValueError(f"text must be valid Unicode, character {broken} is half of a surrogate pair: {text[broken]!r}")
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
@@ -129,7 +129,7 @@ def _check_length(thinker: Thinker, L: int) -> None:
 
 
 def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
-    """Of the tokens after ``anchors`` [P]: everything that a report says about each, [P,...] of numbers."""
+    """Numbers [P,...] for the tokens after ``anchors`` [P]: everything that a report says about each."""
     layout = thinker.layout(input_ids, anchors=anchors[None])
     sampling = Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0)
     sequence_ids = checks.check_sequence_ids(None, input_ids)

@@ -1,4 +1,4 @@
-"""Token ids as text to look at: each token's share of a text, and bytes that are no whole character as what they are."""
+"""Token ids as readable text: what each token adds to a text; bytes that are not a whole character are shown as bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHARACTER_BYTES = 4  # of the longest character in UTF-8
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token alone, with the space that it begins with; bytes as ⟨E2 82⟩ where they are no whole character."""
     before = _decode(tokenizer, [token])
-    # SentencePiece drops the first space of a text, so that a token shows its own only behind another token.
+    # SentencePiece drops the first space of a text, so a token shows its own only after another token.
     doubled = _decode(tokenizer, [token, token])
     text = doubled[len(before) :] if doubled.startswith(before) and doubled.endswith(before) else before
     return text if text and UNDECODED not in text else raw_token(tokenizer, token)
@@ -23,7 +23,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text. A character of several tokens counts to the last; the others show their bytes."""
     pieces = []
-    known = start = 0  # ids up to ``known`` are text already; decoding goes on from ``start``
+    known = start = 0  # ids up to ``known`` are text already; decoding continues from ``start``
     for i, token in enumerate(ids):
         before, text = _decode(tokenizer, ids[start:known]), _decode(tokenizer, ids[start : i + 1])
         added = text[len(before) :] if text.startswith(before) else ""
@@ -36,7 +36,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The vocabulary's own entry, in angle brackets; as bytes in hexadecimal where it stands for bytes."""
+    """The vocabulary's own entry, in angle brackets; as hexadecimal where it is a byte."""
     entry = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
     if not isinstance(entry, str) or not entry:
         return f"⟨id {token}⟩"

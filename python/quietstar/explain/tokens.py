@@ -1,4 +1,4 @@
-"""What a report says of each token."""
+"""The entries of a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class ExplainedThought:
-    """A thought and what it did to the prediction of the token behind it.
+    """A thought and what it did to the prediction of the next token.
 
     Attributes:
         ids, tokens: its T tokens, or fewer where it stopped itself, as ids and as text.
