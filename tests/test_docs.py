@@ -183,7 +183,7 @@ def test_preset_table():
 
 def test_errors_named_are_those_of_the_code():
     sources = "".join(
-        path.read_text() for folder in ("python/quietstar", "quietstar_kernels") for path in (ROOT / folder).glob("*.py")
+        path.read_text() for folder in ("python/quietstar", "quietstar_kernels") for path in (ROOT / folder).rglob("*.py")
     )
     for cell, *_ in table(ROOT / "docs/integrating.md", "the message has")[1:]:
         part = cell.split("`")[1]

@@ -104,7 +104,7 @@ class Candidates:
 
 
 def _top_share(candidates: Candidates, score: Tensor) -> Tensor:
-    """In each row, the ``anchor_share`` of eligible positions with the highest scores, rounded up; of equal ones the earlier."""
+    """In each row, the ``anchor_share`` of eligible positions with the highest scores, rounded up; earlier ones on ties."""
     wanted = (candidates.eligible.sum(1, keepdim=True).double() * candidates.thinker.config.anchor_share).ceil()
     order = torch.where(candidates.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < wanted) & candidates.eligible

@@ -288,8 +288,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         """Where the config's ``anchors`` says to think: int64 [B,P], ascending, -1 in unused places.
 
         Only positions whose next token is text of the same document are chosen; ``all`` means all of these. In training a
-        gate's probability is sampled from, with random numbers fixed by seed, sequence id and position; in evaluation it
-        opens above 0.5.
+        gate is sampled from, with random numbers fixed by seed, sequence id and position; in evaluation it opens above 0.5.
         Arguments and errors are those of ``forward``.
         """
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
@@ -309,10 +308,8 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         sequence_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
     ) -> Thoughts:
-        """Sample thoughts alone, without a gradient.
-
-        The result has ``.thought_ids`` [B,P,N,T], ``.logprob`` at the sampling temperature 1, and ``.thought_lengths`` [B,P,N]
-        where thoughts may be shorter than T.
+        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the sampling temperature 1, and
+        ``.thought_lengths`` [B,P,N] where they may be shorter than T.
 
         Args:
             greedy: the most likely token at each step, the same for all N; default in evaluation mode.
@@ -375,7 +372,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
             attention_mask: [B,L], 1 on text, 0 on padding, on the left.
             think: "always"; "never", the plain model's own ``generate``; or a number: think where the entropy of the base
                 model's prediction exceeds it, nats.
-            thoughts: N, whose mixed predictions are averaged as probabilities. Greedy thoughts are all the same: only one is made.
+            thoughts: N, whose mixed predictions are averaged as probabilities. Of greedy thoughts, all the same, one is made.
             sample_thoughts: sample them at temperature 1, instead of the likeliest token at each step.
             seed: 64 bits for sampling thoughts; default drawn from torch's generator, which also samples the text's tokens.
             sequence_ids: integer [B], identifies each text for sampling thoughts; default the row index.
@@ -393,7 +390,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
     def explain(self, text: str, seed: int | None = None) -> Report:
-        """Report what thinking does to each token of a text: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
+        """Report what thinking does to each token: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
 
         Args:
             text: at least 3 tokens of the tokenizer that QuietStar was given.

@@ -185,7 +185,7 @@ def test_it_leaves_model_mode_and_generator_alone(qs):
         ("ab", "at least 3 tokens, got 2"),
         (None, "text must be a str, got NoneType"),
         (["a text"], "text must be a str, got list"),
-        ("abc\ud83d", "character 3 is half of a pair"),
+        ("abc\ud83d", "character 3 is half of a surrogate pair"),
         ("a" * 126, "its 126 tokens and thoughts need 130 positions, and LlamaForCausalLM has 128"),
     ],
 )

@@ -213,5 +213,5 @@ def docs_table():
 
 def test_the_table_of_the_docs():
     page = (Path(__file__).parents[3] / "docs/scaling.md").read_text()
-    table = page.split("test_doctor.py -->\n")[1].split("\n<!-- table: end")[0]
+    table = page.split("test_step.py -->\n")[1].split("\n<!-- table: end")[0]
     assert table.splitlines() == docs_table()
