@@ -113,7 +113,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     first = [abs(x) for x in change("accuracy_first", STAGE_ONE, BASE)]
     return [
-        most("stage I, divergence of the first attempt, nats a token", of(STAGE_ONE, "divergence"), 0.05),
+        most("stage I, divergence of the first attempt, nats per token", of(STAGE_ONE, "divergence"), 0.05),
         most("stage I, change of the first attempt's accuracy", first, 0.05),
         least("stage I, rise of the second attempt's accuracy", change("accuracy_second", STAGE_ONE, BASE), 0.05),
         least("SCoRe, second above first attempt, greedy", of(SCORE, "delta"), 0.0),
