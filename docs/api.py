@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of all public names.
+"""Write docs/api.md from the docstrings of all public names.
 
 python docs/api.py
 """
@@ -20,13 +20,13 @@ SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 INTRODUCTION = """\
 # API
 
-All public names, from their docstrings, written by [docs/api.py](api.py). The letters in shapes are those of the
-[dimension key](#package-quietstar_kernels)."""
-WIDTH = 100  # of a signature; longer ones have a line for each parameter
+All public names of both packages. [docs/api.py](api.py) generates this page from their docstrings. The letters in shapes are
+explained in the [dimension key](#package-quietstar_kernels)."""
+WIDTH = 100  # of a signature; a longer one gets one line per parameter
 
 
 class Bare(str):
-    """An annotation that a signature shows without quotes."""
+    """An annotation that is shown without quotes in a signature."""
 
     __repr__ = str.__str__
 
@@ -85,9 +85,8 @@ def class_blocks(cls: type) -> Iterator[str]:
 
 
 def public_methods(cls: type) -> dict[str, Any]:
-    """Those that the class or a base class of ours documents, bound to the class where they are class methods."""
-    ours = [owner for owner in cls.__mro__ if owner.__module__.split(".")[0] in ("quietstar", "quietstar_kernels")]
-    members = {name: getattr(cls, name) for owner in ours for name in vars(owner) if not name.startswith("_")}
+    """The methods that the class itself defines and documents. Class methods are bound to the class."""
+    members = {name: getattr(cls, name) for name in vars(cls) if not name.startswith("_")}
     return {name: member for name, member in members.items() if inspect.isroutine(member) and member.__doc__}
 
 
@@ -126,7 +125,7 @@ def markdown_block(block: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """`name: text` items, of which a line that is indented goes on with the last; or one text."""
+    """Items of the form `name: text`, where an indented line continues the item; or a single text."""
     items = [" ".join(item.split()) for item in re.split(r"\n(?! )", body)]
     if title == "Returns:":
         return "- " + prose(" ".join(items))
@@ -135,7 +134,7 @@ def section(title: str, body: str) -> str:
 
 
 def prose(text: str) -> str:
-    """One paragraph; what Markdown would take for emphasis or a tag is escaped."""
+    """One paragraph, with everything escaped that Markdown would take for emphasis or a tag."""
     pieces = re.split(r"``(.*?)``", " ".join(text.split()))
     escaped = [re.sub(r"(?<! )\*|\*(?! )|<(?=\w)", r"\\\g<0>", piece) for piece in pieces[::2]]
     code = [f"`{piece}`" for piece in pieces[1::2]]

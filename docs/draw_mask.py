@@ -1,4 +1,4 @@
-"""Draws docs/mask.png: who sees whom in a packed sequence, from ``ThoughtLayout.dense_mask()``.
+"""Draw docs/mask.png from ``ThoughtLayout.dense_mask()``: which row of a packed sequence sees which.
 
 python docs/draw_mask.py [file.png]
 """
@@ -19,19 +19,19 @@ from matplotlib.patches import Patch
 
 from quietstar_kernels import ThoughtLayout
 
-L, N, T, J = 6, 2, 1, 2  # so a thought has rows start, z, end and one token of the text
+L, N, T, J = 6, 2, 1, 2  # a thought then has four rows: start, z, end and one token of the text
 COLOURS = {"text sees text": "#4878a8", "a thought sees text": "#e6a04b", "a thought sees itself": "#4f9d69"}
 
 
 def kinds(layout: ThoughtLayout) -> torch.Tensor:
-    """[M,M]: 0 where the row does not see the column, else 1 plus the index of its colour."""
+    """[M,M]: 0 where the row does not see the column, otherwise 1 plus the index of its colour."""
     seen = layout.dense_mask()[0]
     is_thought = torch.arange(layout.M) >= layout.L
     return seen * (1 + is_thought[:, None].int() + is_thought[None, :].int())
 
 
 def names(layout: ThoughtLayout) -> list[str]:
-    """One for each row of the packed sequence."""
+    """A label for each row of the packed sequence."""
     text = [f"$x_{t}$" for t in range(layout.L)]
     thoughts = [["start", "z", "end", text[p + 1] if p + 1 < layout.L else "pad"] for p in range(layout.P)]
     return text + [name for rows in thoughts for name in rows * layout.N]
@@ -60,7 +60,7 @@ def draw(path: Path) -> None:
 
 
 def label_groups(axes: Axes, layout: ThoughtLayout) -> None:
-    """The text and the thoughts of each anchor, along both axes."""
+    """Label the text and the thoughts of each anchor along both axes."""
     block = layout.N * layout.S
     middles = {layout.L / 2: "text"} | {layout.L + (p + 0.5) * block: f"thoughts at $x_{p}$" for p in range(layout.P)}
     style = {"ha": "center", "va": "center", "fontsize": 9.5}

@@ -1,4 +1,4 @@
-"""What examples/digit_sums.py measured, as lines on the terminal, tables, plots, a page and docs/digit-sums.md."""
+"""Shows what examples/digit_sums.py measured: lines on the terminal, tables, plots, a page and docs/digit-sums.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POSITIONS = ["d", "d", "d", "d", "d", "=", "a"]
 
 
 def describe_machine() -> Results:
-    """The start of a results file."""
+    """The head of a results file."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -48,7 +48,7 @@ def write_json(results: Results, path: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Every number to four digits behind the point."""
+    """The same with every number rounded to four decimals."""
     if isinstance(value, dict):
         return {key: rounded(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -56,7 +56,7 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-# Lines as a run goes on
+# Lines during a run
 
 
 def print_gate(seed: int, gate: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ def show(results: Results, folder: Path) -> None:
     print("\nHeld-out lines. Exact match has 95 % intervals, chance is 0.100 and a loss of 2.30 nats.")
     print(as_text(*main_table(results)))
     if any(seed["positions"] for seed in results["seeds"]):
-        print("\nWhere it learnt to think, everywhere being allowed")
+        print("\nWhere it learnt to think, with a thought at every position")
         print(as_text(*positions_table(results)))
     print('\nThoughts at "=" on held-out lines')
     print(as_text(*thoughts_table(results)))
@@ -351,7 +351,7 @@ def machine(results: Results) -> str:
 
 
 def write_docs(results: Results, folder: Path) -> None:
-    """digit-sums.md, its plots and digit_sums.json, from which every number of the page comes."""
+    """Write digit-sums.md, its plots, and digit_sums.json, which has every number of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(results, folder / "digit_sums.json")
     draw(results, folder)
@@ -375,20 +375,22 @@ def docs_page(results: Results) -> str:
     lines = results["seeds"][0]["rows"][0]["sampled"]["lines"]
     return f"""# Digit sums: does thinking help?
 
-Yes, on text that shows how: a small model that thinks before the answer gets {best} of the held-out sums right, and
-without thinking {plain}, which is chance. The script is [examples/digit_sums.py](../examples/digit_sums.py). It wrote
-this page, and every number here is from [digit_sums.json](digit_sums.json): {machine(results)}
+Yes, on text that shows how. A small model that thinks before the answer gets {best} of the held-out sums right; without
+thinking it gets {plain}, which is chance. [examples/digit_sums.py](../examples/digit_sums.py) runs the experiment and writes
+this page:
 
 ```sh
-python examples/digit_sums.py --seeds {len(results["seeds"])} --docs docs   # this page
-python examples/digit_sums.py --quick             # every position thinks, some controls
+python examples/digit_sums.py --quick             # one seed, every position thinks, some controls
+python examples/digit_sums.py --seeds {len(results["seeds"])} --docs docs   # everything on this page
 ```
+
+All numbers are from [digit_sums.json](digit_sums.json): {machine(results)}
 
 ## The task
 
-A line is five digits and the last digit of their sum. A Llama of three layers and width 64 is pretrained on lines of
-which some have an aside before the answer. An aside either holds the running sums, which lead to the answer, or repeats
-the first four digits, which is more frequent and of no use:
+A line is five digits and the last digit of their sum. A Llama of three layers and width 64 is pretrained on such lines, some
+with an aside before the answer. An aside either has the running sums, which lead to the answer, or repeats the first four
+digits, which is more frequent and of no use:
 
 ```
 7 5 8 6 2 = 8
@@ -396,34 +398,38 @@ the first four digits, which is more frequent and of no use:
 7 5 8 6 2 = - 7 5 8 6 - 8
 ```
 
-Quiet-STaR then trains it on lines without an aside. A random tenth of all digit strings is held out from both. The
-answer is out of reach of one pass through a model of this size and training: without thinking it can only guess. A
-thought of four tokens has room for the running sums, and its reward is how much better it makes the prediction.
+Quiet-STaR then trains it on lines without an aside. A random tenth of all digit strings is held out from both. A model of this
+size and training can't compute the answer in one pass: without thinking it can only guess. A thought of four tokens has room
+for the running sums. Its reward is how much it improves the prediction.
 
 ## What was measured
 
-Exact match: the most likely token after "=" is the answer, on {lines} held-out lines for each seed, with a 95 %
-interval (Wilson's; it covers the lines that were drawn, and not the seeds). The loss is that of the answer, in nats; a
-guess has 2.30. Right thoughts are sampled ones that hold all four running sums; distinct ones are counted over the
-greedy thoughts of one seed. Seconds are those of training alone, on a machine that had other work too.
+- **Exact match**: the most likely token after "=" is the answer, on {lines} held-out lines per seed. The 95 % interval is
+  Wilson's; it covers the choice of lines, not the seeds.
+- **Loss**: of the answer, in nats. A guess has 2.30.
+- **Right thoughts**: the share of sampled thoughts with all four running sums right. **Distinct**: the number of different
+  greedy thoughts of one seed.
+- **Seconds**: of training alone, on a machine that was also doing other work.
 
 {as_markdown(*main_table(results))}
 
 ![Exact match of every run, with intervals](digit_sums_controls.png)
 
-- **Another line's thoughts**: the trained model with the greedy thoughts of other lines: {shuffled}. What counts is
-  what a thought says, and not the computation it costs.
-- **Pause tokens, random digits**: the same number of tokens with nothing in them, in training too.
-- **Untrained thoughts, w = 1**: the answer from what the pretrained model writes after the dash, before any training.
-- **Frozen model, mixing head trained**: the best use of these same thoughts: {frozen}.
-- **No REINFORCE**: the policy weight is 0. This control is unfair alone: lines without asides make the model forget how
-  to write them. With rehearsal, 64 lines of the pretraining text in every step, it keeps its asides and gets
-  {rehearsed}.
-- **Plain language model**: next-token training on the same lines, four times as many a step.
-- **Start and end stored at 1/100**: as in the published code (`embedding_scale=100`), which multiplies their learning
-  rate by 100. All other runs use 1.
+The runs:
 
-Each seed alone, with sampled thoughts where a run has both kinds:
+- **Another line's thoughts**: the trained model, given the greedy thoughts of other lines. It gets {shuffled}, so what counts
+  is what a thought says, not the computation it costs.
+- **Pause tokens, random digits**: thoughts of the same length that say nothing, in training and evaluation.
+- **Untrained thoughts, w = 1**: the answer from what the pretrained model writes after the dash, before any training.
+- **Frozen model, mixing head trained**: the best use of these untrained thoughts, {frozen}.
+- **No REINFORCE**: the policy weight is 0. On its own this control is unfair, because lines without asides make the model
+  forget how to write them. With rehearsal (64 lines of the pretraining text in every step) it keeps its asides and gets
+  {rehearsed}.
+- **Plain language model**: next-token training on the same lines, four times as many per step.
+- **Start and end stored at 1/100**: as in the published code (`embedding_scale=100`), which multiplies their learning rate
+  by 100. All other runs use 1.
+
+Each seed separately, with sampled thoughts where a run has both kinds:
 
 {as_markdown(*seeds_table(results))}
 
@@ -431,31 +437,31 @@ Each seed alone, with sampled thoughts where a run has both kinds:
 
 ## Where it thinks
 
-With a thought at every position, as in the paper, {everywhere} are right, and the mixing weight w shows where the
-thoughts are used: at "=", before the token that needs them.
+With a thought at every position, as in the paper, {everywhere} of the answers are right. The mixing weight w shows that the
+thoughts are used at "=", just before the token that needs them.
 
 {as_markdown(*positions_table(results))}
 
 ![Mixing weight and gain at each position](digit_sums_where.png)
 
-w alone is no evidence: where base and mixed prediction agree, as with pause tokens, it can take any value.
+w alone is no evidence. Where base and mixed prediction agree, as with pause tokens, it can take any value.
 
 ## Some thoughts
 
-Sampled at "=" on held-out lines by the first seed's model, before and after training.
+These were sampled at "=" on held-out lines by the first seed's model, before and after training.
 
 {as_markdown(*thoughts_table(results))}
 
 ## What it does not show
 
-The text shows two kinds of asides. Quiet-STaR finds out, from the reward of the next token alone, which kind helps,
-where to think and how far to trust it. It invents no way of reasoning: where pretraining has not taught the running
-sums, nothing is gained, and that is why each seed must first pass a gate. Nor does this say that thinking improves
-ordinary text at this size, or anything about models of billions of weights.
+The text shows two kinds of asides. From the reward of the next token alone, Quiet-STaR finds out which kind helps, where to
+think, and how far to trust a thought. It does not invent a way of reasoning here: if pretraining has not taught the running
+sums, nothing is gained, which is why each seed must first pass a gate. These results also don't show that thinking improves
+ordinary text at this size, and say nothing about models with billions of weights. [limits.md](limits.md) has more.
 
 ## Thresholds
 
-Set before these runs, from those of a prototype. {verdict(results)}
+They were set before these runs, from the results of a prototype. {verdict(results)}
 
 {as_markdown(*checks_table(results))}
 """

@@ -1,4 +1,4 @@
-"""Quiet-STaR on the digit sums of examples/digit_sums.py with any fields of the objective: thoughts at "=" alone."""
+"""Quiet-STaR on the digit sums of examples/digit_sums.py, with any fields of the objective and thoughts at "=" only."""
 
 from __future__ import annotations
 

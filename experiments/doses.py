@@ -1,9 +1,9 @@
-"""How much of everything Quiet-STaR needs on digit sums: tokens of a thought, thoughts, weight of the reward, and the share of
-the text's asides that are helpful. Where these are a tenth it depends on the seed: some models have learnt the steps from
-them, as the share of right thoughts before tells, and others not.
+"""How accuracy on digit sums depends on the tokens of a thought, the number of thoughts, the weight of the reward, and the
+share of the text's asides that help. With a share of a tenth it depends on the seed: some models have learnt the steps from so
+few asides and others have not, as the share of right thoughts before training shows.
 
-Thoughts at "=" alone; 4 thoughts of 4 tokens, weight 3 and 40 % helpful asides where nothing else is said. A guess is right in
-a tenth of the lines, and the running sums have four steps.
+Thoughts are at "=" only. Unless a row says otherwise there are 4 thoughts of 4 tokens, the weight is 3, and 40 % of the asides
+help. A guess is right in a tenth of the lines, and the running sums have four steps.
 """
 
 from __future__ import annotations
@@ -74,4 +74,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         for name in USUAL
     ]
     panels(path, TITLE, several)
-    return "Accuracy on held-out lines against each dose, every seed thin and their mean thick"
+    return "Accuracy on held-out lines against each dose; thin lines are seeds, thick lines their mean"

@@ -1,4 +1,4 @@
-"""Thresholds of the experiments; each holds, or doesn't, for the mean over the seeds."""
+"""Thresholds of the experiments. A threshold is met if the mean over the seeds meets it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ Check = dict[str, Any]
 
 
 def least(what: str, values: Sequence[float | None], bound: float) -> Check:
-    """``what`` should be ``bound`` or more; a value of each seed."""
+    """``what`` should be ``bound`` or more. ``values`` has one value per seed."""
     return _check(what, values, f">= {bound:g}", lambda mean: mean >= bound)
 
 
 def most(what: str, values: Sequence[float | None], bound: float) -> Check:
-    """``what`` should be ``bound`` or less; a value of each seed."""
+    """``what`` should be ``bound`` or less. ``values`` has one value per seed."""
     return _check(what, values, f"<= {bound:g}", lambda mean: mean <= bound)
 
 
 def figure(result: dict[str, Any], run: str, name: str = "accuracy") -> Any:
-    """A figure of one of a result's rows."""
+    """One figure of one row of a result."""
     return next(row[name] for row in result["rows"] if row["run"] == run)
 
 
 def _check(what: str, values: Sequence[float | None], wanted: str, holds: Callable[[float], bool]) -> Check:
-    """A figure that a seed could not measure is None, and then the check fails."""
+    """The check fails if a seed could not measure the figure, which is then None."""
     numbers = [value for value in values if value is not None]
     mean = fmean(numbers) if numbers else math.nan
     passed = len(numbers) == len(values) and holds(mean)

@@ -1,4 +1,4 @@
-"""docs/experiments.md from results: a table of methods and controls, the thresholds, and a plot for each experiment."""
+"""Writes docs/experiments.md from results: for each experiment a table of methods and controls, a plot and the thresholds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = dict[str, Any]
 
 
 def write(results: dict[str, list[Result]], size: str, folder: Path) -> tuple[Path, bool]:
-    """The page, and whether every threshold held."""
+    """Write the page. Returns its path and whether every threshold was met."""
     folder.mkdir(parents=True, exist_ok=True)
     parts, summary, held, seconds = [], [], True, 0.0
     for name, seeds in results.items():
@@ -36,31 +36,37 @@ def write(results: dict[str, list[Result]], size: str, folder: Path) -> tuple[Pa
 
 
 def introduction(size: str, seconds: float, summary: list[list[str]]) -> str:
-    more = "python experiments/run_experiments.py doses objectives --docs docs"
-    command = "`make experiments-full`" if size == "full" else f"`make experiments`, and Quiet-STaR's curves by `{more}`"
+    curves = "python experiments/run_experiments.py doses objectives --docs docs    # Quiet-STaR's own curves"
+    commands = "make experiments-full" if size == "full" else f"make experiments\n{curves}"
     return f"""# Experiments
 
-Each recipe against its controls, on problems that a small model from scratch can learn, written by
-{command}.
-Figures are means over the seeds, with a 95 % interval over the seeds; a threshold holds, or doesn't, for the mean. What did
-not work is here too. Speeds are rough: two experiments ran at once, beside other work.
+This page compares each recipe with its controls, on problems that a small model can learn from scratch. What did not work is
+here, too. The page is written by
 
-{markdown(["experiment", "thresholds that hold", "and that don't"], summary)}
+```sh
+{commands}
+```
 
-{seconds / 60:.0f} minutes of one core in all, with torch {torch.__version__} on {platform.machine()}, a thread a process."""
+Figures are means over the seeds, with a 95 % interval over the seeds. A threshold is met if the mean meets it. Speeds are
+rough: two experiments ran at once, next to other work.
+
+{markdown(["experiment", "thresholds met", "not met"], summary)}
+
+In total {seconds / 60:.0f} minutes of one core, with torch {torch.__version__} on {platform.machine()}, one thread per
+process."""
 
 
 def anchor(title: str) -> str:
-    """Of a heading, as GitHub makes it."""
+    """The anchor that GitHub gives a heading."""
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list[Result], folder: Path) -> str:
-    about = (experiment.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+    paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
     blocks = [
         f"## {experiment.TITLE}",
-        about,
+        *(paragraph.replace("\n", " ") for paragraph in paragraphs),
         rows_table(seeds),
         checks_table(checks),
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each.",
@@ -68,12 +74,12 @@ def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list
     if hasattr(experiment, "plot"):
         picture = folder / f"experiments_{name}.png"
         caption = experiment.plot(seeds, picture)
-        blocks.insert(3, f"![{caption}]({picture.name})")
+        blocks.insert(-2, f"![{caption}]({picture.name})")
     return "\n\n".join(blocks)
 
 
 def rows_table(seeds: list[Result]) -> str:
-    """A line for each method or control: every figure's mean over the seeds and its interval."""
+    """One line per method or control, with the mean of every figure over the seeds and its interval."""
     rows = [row for result in seeds for row in result["rows"]]
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "run"]
     lines = []
@@ -88,7 +94,7 @@ def checks_table(checks: list[Result]) -> str:
     for x in checks:
         each = " ".join("none" if value is None else f"{value:.3f}" for value in x["values"])
         lines.append([x["what"], f"{x['value']:.3f}", x["wanted"], "yes" if x["passed"] else "**no**", each])
-    return markdown(["threshold", "mean", "wanted", "holds", "of each seed"], lines)
+    return markdown(["threshold", "mean", "wanted", "met", "each seed"], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -97,7 +103,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _counts(rows: list[Result], key: str) -> bool:
-    """Whether a column holds numbers of things rather than shares or nats."""
+    """Whether a column holds counts rather than shares or nats."""
     numbers = [row[key] for row in rows if row.get(key) is not None]
     return all(isinstance(x, int) for x in numbers) and max(numbers, default=0) > 1
 

@@ -1,12 +1,15 @@
-"""Thoughts of six tokens, then four, three and two, each stage from the one before (Fast Quiet-STaR), against as many updates
-with two from the start. Then what the last stage knows is to go into a plain model that never thinks, against plain training
-on as many updates. The text is the digit sums of examples/digit_sums.py, which need a thought: the loss is that of the answer
-on held-out lines, where a guess has 2.30 nats, and two tokens are too few for the running sums that the text shows. Down to
-three tokens nothing is lost. At two the curriculum is no better than two from the start: one seed of three finds a way of its
-own to think in two tokens, and sooner when it begins with two. Of the last step the result is negative: the published loss
-rewards a token only where the plain model predicts it better than the thinking one, so it teaches nothing that thoughts are
-good for. That the sum is out of a plain model's reach is not the reason: where the answer is the sum of the first two digits
-alone, plain training learns it and the published loss doesn't.
+"""Fast Quiet-STaR shortens thoughts from six tokens to four, three and two. Each stage continues from the previous one. The
+control trains with two tokens from the start, for as many updates. A last stage should then move what was learnt into a plain
+model that never thinks; its control is plain training for as many updates.
+
+Down to three tokens nothing is lost. At two, the curriculum is no better than two tokens from the start: one seed of three
+finds its own way to think in two tokens, and finds it sooner when it starts with two. The result of the last stage is negative.
+The published loss rewards a token only where the plain model predicts it better than the thinking model does, so it teaches
+nothing that thoughts are good for. This is not because the sum is out of a plain model's reach: where the answer is the sum of
+only the first two digits, plain training learns it and the published loss doesn't.
+
+The text is the digit sums of examples/digit_sums.py, which need a thought. The loss is that of the answer on held-out lines,
+where a guess has 2.30 nats. Two tokens are too few for the running sums that the text shows.
 """
 
 from __future__ import annotations
@@ -150,7 +153,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     published, likelihood = ({answer: f"{answer}, no thoughts, {name}" for answer in (SUM, FIRST)} for name in list(PLAIN)[::2])
     return [
         least(
-            "two tokens, nats less behind the curriculum than from the start",
+            "two tokens, nats less after the curriculum than from the start",
             less("curriculum, 2 tokens", "2 tokens from the start"),
             0.02,
         ),
@@ -159,7 +162,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         most("the sum of the first two digits is in reach: plain training, loss", loss(likelihood[FIRST]), 0.2),
         least("negative there too: plain training, nats less", less(likelihood[FIRST], published[FIRST]), 0.02),
         most(
-            "as the published loss rewards this share of its tokens",
+            "share of tokens that the published loss rewards there",
             [figure(result, published[FIRST], "rewarded") for result in results],
             0.05,
         ),
@@ -195,8 +198,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         ],
     )
     return (
-        "Loss and accuracy of the answer on held-out lines against the length of thoughts, and against what they cost; and the "
-        "plain model's loss while it is trained. Every seed thin, their mean thick"
+        "Loss and accuracy of the answer on held-out lines against the length of thoughts and against their cost, and the "
+        "plain model's loss during training; thin lines are seeds, thick lines their mean"
     )
 
 

@@ -1,8 +1,9 @@
-"""A model that multiplies 2 x 2 digits with a chain of 8 tokens loses the chain token by token. Its controls have as many
-updates: one never had a chain, one loses all of it at once.
+"""A model that multiplies 2 x 2 digits with a chain of 8 tokens loses the chain token by token. The controls have as many
+updates: one never had a chain, and one loses the whole chain at once. The thresholds of the two controls come from a model that
+learns more slowly.
 
-Quick: 4,500 updates of 64 rows, 1,500 with the chain, 250 after each token that goes, the rest without. Accuracy is exact match
-of greedy answers to test problems, by the best model of the last stage.
+In the quick size there are 4,500 updates of 64 rows: 1,500 with the chain, 250 after each token that is removed, and the rest
+without a chain. Accuracy is exact match of greedy answers to test problems, by the best model of the last stage.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         ],
     )
     return (
-        "Accuracy at the end of each stage, against the tokens that are gone and against the speed; the training loss, a line "
-        "where a token goes; accuracy of each digit of the answer, and of whole answers. Every seed thin or a dot, their mean "
-        "thick or a bar"
+        "Accuracy at the end of each stage, against the tokens removed and against the speed; the training loss, with a "
+        "line where a token is removed; accuracy of each digit of the answer, and of whole answers. Thin lines and dots "
+        "are seeds, thick lines and bars their mean"
     )

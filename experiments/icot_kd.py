@@ -1,6 +1,9 @@
-"""The chain as states instead of words (ICoT-KD), the baseline of stepwise internalisation. A student that is shown a teacher's
-states answers from the prompt; then an emulator has to guess these states from the prompt alone. This baseline may fail. The
-task is 2 x 2-digit multiplication, with ten narrow layers: there is a state a layer, and so one for each token of the chain.
+"""ICoT-KD, the baseline of stepwise internalisation, replaces the words of the chain with hidden states. First, a student that
+is shown a teacher's states learns to answer from the prompt. Then an emulator has to predict these states from the prompt
+alone. This baseline may fail.
+
+The task is 2 x 2-digit multiplication with ten narrow layers. There is one state per layer, and so one for each token of the
+chain.
 """
 
 from __future__ import annotations
@@ -74,6 +77,6 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         ],
     )
     return (
-        "How far the emulator's states are from the teacher's, 1 being the error of predicting nothing; accuracy after each "
-        "phase and of the controls; and speed. Every seed thin or a dot"
+        "Distance of the emulator's states from the teacher's, where 1 is the error of predicting nothing; accuracy after "
+        "each phase and of the controls; and speed. Thin lines and dots are seeds"
     )

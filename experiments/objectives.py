@@ -1,9 +1,9 @@
-"""The objective's variants side by side on digit sums: how a reward becomes an advantage, how often it is used, and what keeps
-the thoughts near the text. What a reward is compared with (`reference`) makes no difference by itself, since every advantage is
-a difference between the thoughts of one position; it matters for a divergence.
+"""Variants of the objective, compared on digit sums: how a reward becomes an advantage, how often it is used, and what keeps
+the thoughts close to the text. The base model that a reward is compared with (`base_model`) makes no difference by itself,
+since every advantage is a difference between the thoughts of one position. It matters for a divergence.
 
-Thoughts at "=" alone, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The policy term has the
-weight 3 throughout, which suits the published one; another variant might want another.
+Thoughts are at "=" only, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The weight of the
+policy term is 3 throughout, which suits the published objective; another variant might need another weight.
 """
 
 from __future__ import annotations
@@ -59,4 +59,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         TITLE,
         [Panel("accuracy on held-out lines", "", bars=bars("accuracy")), Panel("loss, nats", "", bars=bars("loss"))],
     )
-    return "Accuracy and loss of the answer on held-out lines by objective, every seed a dot"
+    return "Accuracy and loss of the answer on held-out lines for each objective; each dot is a seed"

@@ -1,13 +1,15 @@
-"""Digit sums whose answer comes third, as in `4 1 9 3 5 = 4 1 2`: behind a copy of two digits, which needs no thought, so that
-only a look-ahead of three tokens rewards one. Of the asides in the text only 20, 10 or 2 % help, as in `= - 5 4 7 2 - 4 1 2`;
-the others repeat the digits. What decides is whether the model knows the steps, not how often it writes them. Where the text
-had 10 % all along it had not learnt them, and there was nothing to reward. A warm start of 512 written-out asides, half of
-each batch for 500 steps, was enough to learn them; so was a text that had 40 % first and less later ("learnt, then"). From
-there the published recipe is enough at 20 and 10 %; at 2 % a hundred steps are enough from two starts of three.
+"""Digit sums whose answer comes third, as in `4 1 9 3 5 = 4 1 2`. It follows a copy of two digits, which needs no thought, so
+only a look-ahead of three tokens rewards a thought. Of the asides in the text only 20, 10 or 2 % help, as in `= - 5 4 7 2 - 4 1
+2`; the others repeat the digits.
 
-Thoughts at "=" alone, 4 of 4 tokens, weight 3, on lines without asides. Known are the least probability of a right step after
-right ones, and that of the answer after all of them; right before and after are the shares of right thoughts, sampled and
-greedy. Rehearsal is 64 lines of the text in each step.
+What decides is whether the model knows the steps, not how often it writes them. Where the text had 10 % all along, the model
+had not learnt the steps, and there was nothing to reward. Two things were enough to learn them: a warm start of 512 written-out
+asides, half of each batch for 500 steps, or a text that had 40 % first and less later ("learnt, then"). From there the
+published recipe is enough at 20 and 10 %. At 2 %, a hundred steps are enough from two starts of three.
+
+Thoughts are at "=" only, 4 of 4 tokens, weight 3, on lines without asides. "Steps known" is the lowest probability of a right
+step after right ones, and "answer known" that of the answer after all of them. "Right before" and "right after" are the shares
+of right thoughts, sampled before training and greedy after it. Rehearsal adds 64 lines of the text to each step.
 """
 
 from __future__ import annotations
@@ -142,4 +144,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
             Panel("right thoughts, before", "accuracy", written),
         ],
     )
-    return "Accuracy after the published recipe against what each model could do before, every seed a pale dot"
+    return "Accuracy after the published recipe against what each model could do before; each pale dot is a seed"

@@ -2,7 +2,7 @@
 
 4 1 9 3 5 = 4 1 2                  the answer alone, 40 % of the lines
 4 1 9 3 5 = - 5 4 7 2 - 4 1 2      an aside of running sums, which helps, is rare
-4 1 9 3 5 = - 4 1 9 3 - 4 1 2      an aside that repeats the digits, which doesn't, is usual
+4 1 9 3 5 = - 4 1 9 3 - 4 1 2      an aside that repeats the digits, which doesn't, is common
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def with_rehearsal(strings: Tensor, share: float) -> Loss:
 
 @torch.no_grad()
 def knowledge(model: LlamaForCausalLM, digits: Tensor, seed: int) -> dict[str, float]:
-    """Of a model before it thinks, the least probability of a right step after right ones, that of the answer after all of
-    them, and the share of right thoughts that are sampled from it.
+    """What a model knows before it thinks: the lowest probability of a right step after right ones, the probability of the
+    answer after all of them, and the share of right thoughts among those sampled from it.
 
-    The first step does not count: there the text goes on either way.
+    The first step does not count, because there the text can continue with either kind of aside.
     """
     lines = helpful_lines(digits)
     probability = model.eval()(lines).logits[:, :-1].softmax(-1).gather(2, lines[:, 1:, None])[..., 0].mean(0)

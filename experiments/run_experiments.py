@@ -2,11 +2,11 @@
 
     python experiments/run_experiments.py                three seeds of each recipe, about an hour on two cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
-    python experiments/run_experiments.py doses          how a gain depends on everything, which the first line leaves out
+    python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --full         all of them, with longer training and five seeds
 
-Every seed of every experiment is a process with one thread. What is done is kept in runs/experiments: a stopped run goes on,
-and --docs shows everything that is there.
+Every seed of every experiment is a process with one thread. Results are kept in runs/experiments, so a stopped run continues
+where it stopped, and --docs writes a page of all results there.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any
 HERE = Path(__file__).parent
 SIZES = ("tiny", "quick", "full")
 SEEDS = {"tiny": 1, "quick": 3, "full": 5}
-CURVES = ("doses", "objectives")  # Quiet-STaR's own, with many runs each
+CURVES = ("doses", "objectives")  # of Quiet-STaR itself, with many runs each
 
 
 def names() -> list[str]:
-    """Of all experiments: the files here with a title."""
+    """The names of all experiments: the files here with a title."""
     return sorted(path.stem for path in HERE.glob("*.py") if "\nTITLE = " in path.read_text())
 
 
@@ -56,7 +56,7 @@ def run_one(name: str, seed: int, size: str, out: Path) -> None:
 
 
 def start(name: str, seed: int, size: str, out: Path) -> int:
-    """The same in a process of its own; returns its exit code."""
+    """The same in a new process; returns its exit code."""
     command = [sys.executable, __file__, name, "--seed", str(seed), "--size", size, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
     log = result_file(out, name, size, seed).with_suffix(".log")
@@ -71,11 +71,11 @@ def start(name: str, seed: int, size: str, out: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(names())}; default all but {' and '.join(CURVES)}")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(names())}; default all but {' and '.join(CURVES)}")
     parser.add_argument("--full", action="store_true", help="all of them, with longer training and five seeds")
     parser.add_argument("--size", choices=SIZES, help="tiny only shows that everything runs; default quick")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3, or 5 with --full")
-    parser.add_argument("--seed", type=int, help="this seed alone, in this process")
+    parser.add_argument("--seed", type=int, help="only this seed, in this process")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
     parser.add_argument("--docs", type=Path, help="write experiments.md and its plots into this folder")

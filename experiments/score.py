@@ -1,9 +1,10 @@
-"""A model answers 2 x 2-digit multiplications, is asked to look again, and learns from reinforcement to correct itself (SCoRe).
-The controls leave out the bonus for what the second attempt makes better, or the first stage. The base has seen second attempts
-that copy the first one or give the right chain, half and half, behind its own samples. Accuracy is of greedy attempts at test
-problems; sampled delta and sampled revised are of the last updates. Fixed, broken, revised (another answer, right or wrong) and
-edited (anything else than a copy) are shares of all problems. The votes are of samples: those of second attempts, and those of
-first ones that are as many tokens as both attempts of the others.
+"""A model answers 2 x 2-digit multiplications, is asked to look again, and learns by reinforcement to correct itself (SCoRe).
+The controls leave out the bonus for improving on the first attempt, or the first stage.
+
+The base was trained on second attempts that either copy the first attempt or give the right chain, half and half, after its own
+samples. Accuracy is that of greedy attempts at test problems; sampled delta and sampled revised are from the last updates.
+Fixed, broken, revised (another answer, right or wrong) and edited (anything but a copy) are shares of all problems. Votes are
+over samples: of second attempts, or of as many first attempts as cost the same number of tokens as both attempts.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     first = [abs(x) for x in change("accuracy_first", STAGE_ONE, BASE)]
     return [
-        most("stage I, divergence of the first attempt, nats a token", of(STAGE_ONE, "divergence"), 0.05),
+        most("stage I, divergence of the first attempt, nats per token", of(STAGE_ONE, "divergence"), 0.05),
         most("stage I, change of the first attempt's accuracy", first, 0.05),
         least("stage I, rise of the second attempt's accuracy", change("accuracy_second", STAGE_ONE, BASE), 0.05),
         least("SCoRe, second above first attempt, greedy", of(SCORE, "delta"), 0.0),
@@ -133,4 +134,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         for name in (SCORE, NO_BONUS, NO_FIRST)
     }
     panels(path, TITLE, [Panel("update", "second less first attempt's accuracy, sampled", curves)])
-    return f"What the second attempt gains over the first in training, means of {width} updates, every seed thin"
+    return f"What the second attempt gains over the first in training, means of {width} updates; thin lines are seeds"

@@ -1,4 +1,4 @@
-"""The model that experiments begin with: 2 x 2-digit multiplication, learnt from chains until about half is right."""
+"""The model that experiments start from: 2 x 2-digit multiplication, learnt from chains until about half is right."""
 
 from __future__ import annotations
 

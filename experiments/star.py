@@ -1,8 +1,9 @@
 """A model that solves about half of the 2 x 2-digit multiplications learns from its own greedy chains: from those with the
-right answer, from all of them, and from those that it wrote with the answer as a hint, all or only checked ones.
+right answer, from all of them, or also from chains that it wrote with the answer as a hint, either all of these or only checked
+ones.
 
-The base is trained on the generator's own chains until it solves nearly half, a third of the rows with the answer shown.
-Rationalised chains may copy the hint behind wrong steps, which the share of right chains shows.
+The base is trained on the generator's own chains until it solves nearly half, with the answer shown in a third of the rows.
+Rationalised chains may copy the hint after wrong steps, which the share of right chains shows.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         least("filter, above the base", above("filter, restart", "base"), 0.15),
         least("filter, above no filter", above("filter, restart", "no filter"), 0.15),
-        least("rationalised and checked, against filter alone", above("rationalised, right chains", "filter, restart"), -0.02),
+        least("rationalised and checked, above filter alone", above("rationalised, right chains", "filter, restart"), -0.02),
     ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     curves = {name: [list(enumerate(result["accuracy"][name])) for result in results] for name in RUNS}
     panels(path, TITLE, [Panel("round", "accuracy on test problems", curves)])
-    return "Accuracy on test problems after each round, every seed thin and their mean thick"
+    return "Accuracy on test problems after each round; thin lines are seeds, thick lines their mean"

@@ -1,10 +1,11 @@
-"""Of several solutions to a problem, which one? The choice of a verifier that learnt from right and wrong solutions of
-other problems (V-STaR), of one that learnt to say whether a solution is right ("outcome"), and of one that learnt from
-shuffled labels, which teaches it to trust likely solutions less, so that it ranks below chance; votes, and the likeliest
-one. And what the same number of tokens buys when attempts revise each other: in long chains, and in chains whose length is
-chosen for each difficulty on validation problems. Figures are of 16 solutions.
+"""Which of several solutions to a problem should be chosen? Compared are the choices of a verifier that learnt from right and
+wrong solutions of other problems (V-STaR), of one that learnt to say whether a solution is right ("outcome"), and of one that
+learnt from shuffled labels; votes; and the likeliest solution. Shuffled labels teach a verifier to trust likely solutions less,
+so that it ranks below chance.
 
-The samples are of the base model, which is also the verifier's reference, at temperature 1. A verifier sees no pair twice.
+A second question is what the same number of tokens buys when attempts revise each other: in long chains, and in chains whose
+length is chosen for each difficulty on validation problems. All figures are for 16 solutions. The samples are from the base
+model, which is also the verifier's reference model in DPO, at temperature 1. A verifier sees no pair twice.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         least("verifier, AUC", [figure(result, VERIFIER, "auc") for result in results], 0.80),
         least("majority, above one sample", above("majority", "one sample"), 0.08),
         least("generator's choice, above one sample", above("generator", "one sample"), 0.12),
-        most("verifier of shuffled labels, AUC of what it added to the reference", shuffled, 0.55),
+        most("verifier of shuffled labels, AUC of what it added to the reference model", shuffled, 0.55),
     ]
 
 
@@ -133,7 +134,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         ],
     )
     return (
-        "Accuracy of the chosen one of k solutions; over tokens, side by side and in chains; and of each difficulty, by the "
-        "length of chains. Every seed thin and their mean thick. Curves over k end at half of the solutions drawn, those of "
-        "votes at a quarter: nearer to all of them a curve averages over too little to show that it turns down"
+        "Accuracy of the solution chosen from k; accuracy over tokens, side by side and in chains; and accuracy for each "
+        "difficulty, by the length of chains. Thin lines are seeds, thick lines their mean. Curves over k end at half of "
+        "the solutions drawn, those of votes at a quarter: closer to all of them a curve averages over too few choices to "
+        "show that it turns down"
     )
