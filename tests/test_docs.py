@@ -14,7 +14,13 @@ from quietstar import ThoughtConfig
 from quietstar_kernels import backends
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "tests/golden/README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "tests/golden/README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
 WITH_CODE = [
     ROOT / "README.md",
     ROOT / "docs/integrating.md",
@@ -157,6 +163,12 @@ def test_back_ends_of_the_readme():
     }
     assert told.keys() == {(row["op"], row["backend"]) for row in backends("cpu")}
     assert told == known
+
+
+def test_the_readme_is_short():
+    """A newcomer reads at most 950 words, not counting code and the generated table."""
+    text = re.sub(r"<!-- performance: begin.*?performance: end -->", "", prose(ROOT / "README.md"), flags=re.DOTALL)
+    assert len(text.split()) <= 950
 
 
 def test_architectures_of_the_readme():
