@@ -113,7 +113,7 @@ def test_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(run):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 5}, {"steps": 7}])
 def test_another_config_is_refused(run, change):
     run(steps=6)
-    with pytest.raises(ValueError, match=f"made with {next(iter(change))}="):
+    with pytest.raises(ValueError, match=f"the run there has {next(iter(change))}="):
         run(resume="auto", **change)
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def check(path: Path) -> None:
             raise ValueError(f"{path}: {name} is missing")
         if _fingerprint(file) != fingerprint:
             raise ValueError(f"{path}: {name} is damaged: it is not the file that was saved")
+
+
+def newest_whole(out: str | os.PathLike, on_damaged: Callable[[ValueError], Any] = lambda error: None) -> Path | None:
+    """The run's newest checkpoint that is not damaged, None if there is none.
+
+    Args:
+        on_damaged: called with the error of each newer checkpoint, which is passed over.
+    """
+    for path in reversed(every(out)):
+        try:
+            check(path)
+        except ValueError as error:
+            on_damaged(error)
+        else:
+            return path
+    return None
 
 
 def load(path: Path, qs: QuietStar) -> int:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.evaluation.losses import evaluate
-from quietstar.run.metrics import process_state
+from quietstar.run.processes import process_state
 from quietstar.train import thought_loss, train
 
 

@@ -32,7 +32,7 @@ LENGTHS = [7 + i % 3 for i in range(11)]
 FAMILY = {
     "anchors": "random",
     "anchor_share": 0.5,
-    "reference": "ema",
+    "base_model": "ema",
     "ratio_clip": 0.2,
     "kl_weight": 0.01,
     "policy_temperature": 1.0,
@@ -44,8 +44,8 @@ RUNS = {
     "tied weights": {"model": "gpt2"},
     "parts": {"batch_size": 7, "accumulation": 2, "evaluate": 1, "eval_every": 1, "save_every": 1},
     "family": {"thoughts": FAMILY, "updates": 2, "anchor_chunk": 3, "checkpointing": True},
-    "gate": {"thoughts": {"anchors": "gate", "reference": "frozen"}, "accumulation": 2, "batch_size": 6},
-    "adapters": {"rank": 4, "thoughts": {"reference": "frozen"}, "checkpointing": True},
+    "gate": {"thoughts": {"anchors": "gate", "base_model": "frozen"}, "accumulation": 2, "batch_size": 6},
+    "adapters": {"rank": 4, "thoughts": {"base_model": "frozen"}, "checkpointing": True},
     "stopping": {"thoughts": {"end_token_id": 2, "stop_threshold": 1 / 61}},
 }
 CUTS = [("plain", "no"), ("plain", "full_shard"), ("plain", "shard_grad_op"), ("parts", "no")]
