@@ -1,4 +1,4 @@
-"""A recipe's state on disk: whole or refused, and the same numbers again."""
+"""A recipe's state on disk is whole or refused, and a resumed run gives the same numbers."""
 
 from dataclasses import dataclass
 
