@@ -211,7 +211,7 @@ class AdapterConfig:
         if not (isinstance(self.lora_rank, int) and self.lora_rank >= 0):
             raise ValueError(f"AdapterConfig: lora_rank must be 0 or more, got {self.lora_rank!r}")
         if not all(name.strip() for name in self.lora_targets.split(",")):
-            raise ValueError(f"AdapterConfig: lora_targets must be comma-separated names, got {self.lora_targets!r}")
+            raise ValueError(f"AdapterConfig: lora_targets must be names separated by commas, got {self.lora_targets!r}")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"AdapterConfig: lora_alpha must be above 0, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
