@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "z-score": {"advantage": "zscore"},
     "clipped, two updates": {"ratio_clip": 0.2, "updates": 2},
     "divergence 0.01": {"kl_weight": 0.01, "policy_temperature": 1.0},
-    "divergence 0.01 from the first model": {"kl_weight": 0.01, "policy_temperature": 1.0, "reference": "frozen"},
+    "divergence 0.01 from the first model": {"kl_weight": 0.01, "policy_temperature": 1.0, "base_model": "frozen"},
     "entropy 0.01": {"entropy_weight": 0.01, "policy_temperature": 1.0},
     "no reward": {"policy_weight": 0.0},
 }

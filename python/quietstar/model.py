@@ -54,7 +54,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         anchor_chunk: how many anchors of each text think at a time, to save memory; None is all, "auto" by free memory.
         graphs: "auto" replays rollouts as CUDA graphs on a GPU, where they can be captured; False turns it off and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
-        reference: a copy of the language model, for a ``reference`` that is frozen or ema, else None. A frozen one of a model
+        base_model: a copy of the language model, for a ``base_model`` that is frozen or ema, else None. A frozen one of a model
             with adapters is the model without them, and needs no copy.
         base: a fingerprint of the weights that the adapters belong to, None where there are no adapters.
 
@@ -132,16 +132,16 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         self._graphs = Graphs() if use else None
 
     def use_config(self, config: ThoughtConfig) -> None:
-        """Go on with another config: makes the gate and the reference that it asks for, drops those that it doesn't."""
+        """Go on with another config: makes the gate and the base model that it asks for, drops those that it doesn't."""
         self.thought_config = config
         if config.anchors != "gate":
             self.gate = None
         elif self.gate is None:
             self.gate = Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
-        if config.reference == "current":
-            self.reference = None
-        elif self.reference is None and not (config.reference == "frozen" and adapters.can_be_off(self.model)):
-            self.reference = base_model.copy_model(self.model, averaged=config.reference == "ema")
+        if config.base_model == "current":
+            self.base_model = None
+        elif self.base_model is None and not (config.base_model == "frozen" and adapters.can_be_off(self.model)):
+            self.base_model = base_model.copy_model(self.model, averaged=config.base_model == "ema")
 
     def add_adapters(self, config: PeftConfig | AdapterConfig) -> None:
         """Freeze the language model and train adapters in its layers: a ``peft.LoraConfig``, or our short form of one.
@@ -153,7 +153,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         self.use_config(self.thought_config)
 
     def merge_adapters(self) -> None:
-        """Fold the adapters into the language model's weights: an ordinary model again. A frozen reference is from now on it.
+        """Fold the adapters into the language model's weights: an ordinary model again. A frozen base model is from now on it.
 
         Raises:
             ValueError: there are no adapters.
@@ -162,25 +162,25 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         self.use_config(self.thought_config)
 
     def _take(self, model: PreTrainedModel) -> None:
-        """The language model from now on; a reference copied from another is dropped."""
+        """The language model from now on; a base model copied from another is dropped."""
         self.model = model
         self.lm_head = find_lm_head(unwrapped(model))
         self.base = adapters.fingerprint(model) if adapters.there(model) else None
-        self.reference = None
+        self.base_model = None
 
     @contextmanager
     def _compared_with(self) -> Iterator[PreTrainedModel]:
         """The language model that rewards and divergence compare with."""
-        if self.reference is None and self.thought_config.reference == "frozen":
+        if self.base_model is None and self.thought_config.base_model == "frozen":
             with adapters.off(self.model):
                 yield self.model
         else:
-            yield self.model if self.reference is None else self.reference
+            yield self.model if self.base_model is None else self.base_model
 
-    def update_reference(self) -> None:
-        """Let an ``ema`` reference follow the weights; after each optimizer step. Others stay as they are."""
-        if self.reference is not None and self.thought_config.reference == "ema":
-            base_model.follow(self.reference, self.model, self.thought_config.reference_decay)
+    def update_base_model(self) -> None:
+        """Let an ``ema`` base model follow the weights; after each optimizer step. Others stay as they are."""
+        if self.base_model is not None and self.thought_config.base_model == "ema":
+            base_model.follow(self.base_model, self.model, self.thought_config.base_model_decay)
 
     def forward(
         self,
@@ -237,12 +237,12 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
         predicted = self.predict(PackedInputs(layout, input_ids, thought_ids, thought_lengths, targets))
         nll_compared = predicted.nll_compared
-        if config.reference != "current":
+        if config.base_model != "current":
             with self._compared_with() as model:
                 nll_compared = base_model.text_nll(model, self.lm_head, input_ids, layout, targets)
             nll_compared = objective.at_anchors(nll_compared, layout, config.lookahead)
         reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward)
-        advantage = torch.where(targets.rewarded[:, :, None], objective.ADVANTAGES[config.advantage](reward), 0)
+        advantage = objective.advantages(reward, targets, config.advantage)
         counts = counts or objective.count(targets)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
         base_logprob = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Targets:
-    """What is predicted, int64, -100 where a target does not count.
+    """Token ids to predict, int64; -100 where a target does not count.
 
     Attributes:
         base: [B,L-1], position t predicts text token t+1.
         mix: [B,P,N,J], thought (p, n) predicts text token anchor + j + 1.
-        rewarded: bool [B,P], anchors with all J targets and one more behind them: 0 <= anchor <= L-2-J.
-        sampled: int64 [B,P,N], sampled tokens of each thought; T where an anchor is off, since padded anchors count in a mean.
+        rewarded: bool [B,P], anchors followed by all J targets and one more token: 0 <= anchor <= L-2-J.
+        sampled: int64 [B,P,N], number of sampled tokens in each thought; T at unused anchors, which count in the means.
     """
 
     base: Tensor
@@ -29,15 +30,21 @@ class Targets:
     rewarded: Tensor
     sampled: Tensor
 
-    def select(self, places: slice) -> Targets:
-        """Those of some of the anchors, with every base target."""
-        return Targets(self.base, self.mix[:, places], self.rewarded[:, places], self.sampled[:, places])
+    def select(self, anchors: slice) -> Targets:
+        """The targets of some of the anchors, with all base targets."""
+        return Targets(self.base, self.mix[:, anchors], self.rewarded[:, anchors], self.sampled[:, anchors])
 
 
 def make_targets(labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout, lookahead: int) -> Targets:
-    """A target is ignored where its label is -100, its mask 0, it lies in another document, or its thought is off.
+    """The targets of a batch.
 
-    The last J live rows of a thought predict, those before them are start and sampled tokens.
+    A target is ignored if its label is -100, its mask is 0, it is in another document, or its thought is off. The last J live
+    rows of a thought predict; the rows before them are the start and the sampled tokens.
+
+    Args:
+        labels: int64 [B,L].
+        attention_mask: [B,L], 1 on text and 0 on padding.
+        lookahead: J.
     """
     L = layout.L
     labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, IGNORED)
@@ -59,61 +66,110 @@ def make_targets(labels: Tensor, attention_mask: Tensor | None, layout: ThoughtL
 
 
 def at_anchors(nll_base: Tensor, layout: ThoughtLayout, lookahead: int) -> Tensor:
-    """nll_base [B,L-1] at the targets of each anchor, t + j: [B,P,J]."""
+    """``nll_base`` [B,L-1] at the J targets of each anchor t, positions t to t + J - 1: [B,P,J]."""
     steps = torch.arange(lookahead, device=nll_base.device)
     index = (layout.anchor.long()[:, :, None] + steps).clamp(0, nll_base.shape[1] - 1)
     return nll_base.gather(1, index.flatten(1)).view(index.shape)
 
 
-def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str) -> Tensor:
-    """[B,P,N], 0 at anchors that are not rewarded; no gradient.
+# The first line of each docstring below is shown in ``quietstar train --help``.
 
-    ``gain``: sum over j of nll_base[t+j] - nll_mix[n,t,j]. ``likelihood``: minus the sum of nll_mix (equations 1 and 2).
+
+def _gain(nll_base: Tensor, nll_mix: Tensor) -> Tensor:
+    """log-likelihood of the next tokens minus that of the base model"""
+    return nll_base - nll_mix
+
+
+def _likelihood(nll_base: Tensor, nll_mix: Tensor) -> Tensor:
+    """log-likelihood of the next tokens"""
+    return -nll_mix
+
+
+# Base and mixed negative log-likelihood of each target, [B,P,1,J] and [B,P,N,J], to the reward for it, [B,P,N,J].
+REWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gain": _gain,  # the published code
+    "likelihood": _likelihood,  # equations 1 and 2 of the paper
+}
+
+# Rewards that are 0 for a thought that changes nothing. The others mean something only next to other thoughts' rewards.
+RELATIVE_TO_BASE = ("gain",)
+
+
+def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str) -> Tensor:
+    """The reward of each thought, summed over its targets: [B,P,N]; 0 at anchors that are not rewarded, no gradient.
 
     Args:
-        nll_base: [B,P,J], of the base model at the targets of ``nll_mix`` [B,P,N,J].
+        nll_base: [B,P,J], of the base model at the targets of ``nll_mix``.
+        nll_mix: [B,P,N,J].
+        kind: one of ``REWARDS``.
+
+    Raises:
+        ValueError: unknown ``kind``.
     """
-    nll_mix, counts = nll_mix.detach(), targets.mix != IGNORED
-    base = nll_base.detach()[:, :, None] if kind == "gain" else torch.zeros((), device=nll_mix.device)
-    gain = torch.where(counts, base - nll_mix, 0).sum(-1)
-    return torch.where(targets.rewarded[:, :, None], gain, 0)
+    reward = _find("reward", REWARDS, kind)(nll_base.detach()[:, :, None], nll_mix.detach())
+    reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
+    return torch.where(targets.rewarded[:, :, None], reward, 0)
 
 
 def _relu(reward: Tensor) -> Tensor:
+    """reward above the mean of the N thoughts, 0 if it is below"""
     return torch.relu(reward - reward.mean(-1, keepdim=True) if reward.shape[-1] > 1 else reward)
 
 
 def _mean(reward: Tensor) -> Tensor:
+    """reward minus the mean of the N thoughts"""
     return reward - reward.mean(-1, keepdim=True)
 
 
 def _leave_one_out(reward: Tensor) -> Tensor:
+    """reward minus the mean of the other thoughts (RLOO)"""
     N = reward.shape[-1]
     return _mean(reward) * (N / (N - 1))
 
 
 def _zscore(reward: Tensor) -> Tensor:
+    """reward minus the mean, in standard deviations of the N rewards (GRPO)"""
     return _mean(reward) / (reward.std(-1, keepdim=True) + 1e-6)
 
 
-# A reward [..., N] to an advantage [..., N], over the N thoughts of an anchor.
+# Rewards [..., N] to advantages [..., N], over the N thoughts of an anchor.
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": _relu,  # the published code: above the mean of the N thoughts, negative ones dropped
-    "mean": _mean,  # the same, negative ones kept
-    "leave_one_out": _leave_one_out,  # against the mean of the others (RLOO, arXiv 2402.14740)
-    "zscore": _zscore,  # in deviations of the group (GRPO, arXiv 2402.03300)
+    "relu": _relu,  # the published code
+    "mean": _mean,
+    "leave_one_out": _leave_one_out,  # arXiv 2402.14740
+    "zscore": _zscore,  # arXiv 2402.03300
 }
+
+
+def advantages(reward: Tensor, targets: Targets, kind: str) -> Tensor:
+    """The advantage of each thought over the others at its anchor: [B,P,N], 0 at anchors that are not rewarded.
+
+    Args:
+        reward: [B,P,N].
+        kind: one of ``ADVANTAGES``.
+
+    Raises:
+        ValueError: unknown ``kind``.
+    """
+    return torch.where(targets.rewarded[:, :, None], _find("advantage", ADVANTAGES, kind)(reward), 0)
+
+
+def _find(what: str, functions: Mapping[str, Any], kind: str) -> Any:
+    if kind not in functions:
+        raise ValueError(f"{what} must be one of {', '.join(functions)}, got {kind!r}")
+    return functions[kind]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many terms each mean of the objective is taken over; those of several batches add up, so that any split of a batch
-    over ranks or accumulation steps gives the loss of the whole.
+    """The number of terms in each mean of the objective.
+
+    Counts of several batches add up, so a batch split over ranks or accumulation steps gives the same loss as the whole.
 
     Attributes:
         base: base targets, 0-d.
         mix: mixed targets for each j, [J].
-        places: rewarded anchors times thoughts, 0-d; padded anchors count, unused places don't.
+        places: rewarded anchors times thoughts, 0-d; anchors on padding count, unused ones don't.
         tokens: sampled tokens of those thoughts, 0-d.
     """
 
@@ -127,17 +183,18 @@ class Counts:
 
 
 def count(targets: Targets) -> Counts:
+    """The counts of one batch."""
     base, mix = (targets.base != IGNORED).sum(), (targets.mix != IGNORED).sum((0, 1, 2))
     tokens = torch.where(targets.rewarded[:, :, None], targets.sampled, 0).sum()
     return Counts(base, mix, targets.rewarded.sum() * targets.mix.shape[2], tokens)
 
 
 def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight: float, mix_weight: float) -> Tensor:
-    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j]); a mean over nothing is 0.
+    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j]). A mean over no targets is 0.
 
     Args:
         nll_base: [B,L-1], 0 where a target does not count.
-        nll_mix: [B,P,N,J], likewise.
+        nll_mix: [B,P,N,J], 0 where a target does not count.
     """
     base = nll_base.sum() / counts.base.clamp(min=1)
     mix = nll_mix.sum((0, 1, 2)) / counts.mix.clamp(min=1)
@@ -146,15 +203,15 @@ def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the policy's terms look at: the sampled tokens, [B,P,N,T] where nothing else is said.
+    """The sampled tokens, input of the policy terms. Shapes are [B,P,N,T] unless stated otherwise.
 
     Attributes:
         logprob: at the policy temperature; carries the gradient.
         advantage: [B,P,N].
-        on: bool, tokens that are live and stand at a rewarded anchor.
-        old_logprob: ``logprob`` when the tokens were sampled, no gradient; None: now.
-        base_logprob: under the plain language model that goes on with the text, no gradient; only ``divergence`` reads it.
-        ratio_clip: PPO's epsilon; only ``clipped`` reads it.
+        on: bool, live tokens at a rewarded anchor.
+        old_logprob: ``logprob`` when the tokens were sampled, no gradient; None means ``logprob`` itself.
+        base_logprob: under the base model continuing the text, no gradient; used by ``divergence`` only.
+        ratio_clip: PPO's epsilon; used by ``clipped`` only.
     """
 
     logprob: Tensor
@@ -165,37 +222,37 @@ class Sampled:
     ratio_clip: float = 0.2
 
     def ratio(self) -> Tensor:
-        """Probability now over probability when sampled; 1, with the gradient of ``logprob``, in the first update."""
+        """Probability now divided by probability when sampled. In the first update 1, with the gradient of ``logprob``."""
         return (self.logprob - (self.logprob.detach() if self.old_logprob is None else self.old_logprob)).exp()
 
 
 def reinforce(sampled: Sampled) -> Tensor:
-    """advantage * log pi (Williams, 1992), the published term."""
+    """advantage * log pi (Williams, 1992): the published term."""
     return sampled.advantage[..., None] * sampled.logprob
 
 
 def clipped(sampled: Sampled) -> Tensor:
-    """min(ratio * advantage, clip(ratio, 1 - eps, 1 + eps) * advantage), for each token (PPO, arXiv 1707.06347, equation 7)."""
+    """min(ratio * advantage, clip(ratio, 1 - eps, 1 + eps) * advantage) for each token (PPO, arXiv 1707.06347, equation 7)."""
     ratio, advantage = sampled.ratio(), sampled.advantage[..., None]
     return torch.minimum(ratio * advantage, ratio.clamp(1 - sampled.ratio_clip, 1 + sampled.ratio_clip) * advantage)
 
 
 def divergence(sampled: Sampled) -> Tensor:
-    """Its expected gradient is that of -KL(pi || base) over whole thoughts: k1 = log pi - log base as a reward.
+    """Has the expected gradient of -KL(pi || base) over whole thoughts: k1 = log pi - log base, used as a reward.
 
-    k1 as a reward is the estimator whose gradient is the divergence's; k3 as a loss has another one (arXiv 2510.01555).
+    k1 as a reward is an estimator with the gradient of the divergence; k3 as a loss has a different one (arXiv 2510.01555).
     """
     assert sampled.base_logprob is not None
     return -sampled.ratio() * _rest_of_thought(sampled.logprob.detach() - sampled.base_logprob, sampled.on)
 
 
 def entropy(sampled: Sampled) -> Tensor:
-    """Its expected gradient is that of the entropy of whole thoughts, for -log pi as a reward."""
+    """Has the expected gradient of the entropy of whole thoughts: -log pi, used as a reward."""
     return -sampled.ratio() * _rest_of_thought(sampled.logprob.detach(), sampled.on)
 
 
 def _rest_of_thought(cost: Tensor, on: Tensor) -> Tensor:
-    """[B,P,N,T]: what token s brings from itself to its thought's end, against the mean of the other thoughts if there are."""
+    """[B,P,N,T], cost summed from each token to its thought's end, minus the mean of the other thoughts if there are any."""
     cost = torch.where(on, cost, 0)
     rest = cost.flip(-1).cumsum(-1).flip(-1)
     return _leave_one_out(rest.transpose(2, 3)).transpose(2, 3) if rest.shape[2] > 1 else rest
@@ -210,25 +267,25 @@ POLICY_TERMS: dict[str, Callable[[Sampled], Tensor]] = {
 
 
 def policy_loss(sampled: Sampled, counts: Counts, weights: Mapping[str, float]) -> Tensor:
-    """Minus the mean over the sampled tokens of rewarded anchors' thoughts of the weighted sum of ``POLICY_TERMS``.
+    """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors.
 
     Args:
-        weights: of the terms that take part, by name.
+        weights: weight of each term to include, by name.
     """
     total = torch.stack([weight * POLICY_TERMS[name](sampled) for name, weight in weights.items()]).sum(0)
     return -torch.where(sampled.on, total, 0).sum() / counts.tokens.clamp(min=1)
 
 
 def gate_loss(probability: Tensor, reward: Tensor, targets: Targets, cost: float, counts: Counts) -> Tensor:
-    """REINFORCE for the choice to think: minus the sum over anchors of (mean reward - cost) * log g, per text target.
+    """REINFORCE for the decision to think: minus the sum over anchors of (mean reward - cost) * log g, per text target.
 
-    Not to think earns 0, so positions that don't think add nothing, and the expected gradient is that of the mean over the text
-    of g * (reward - cost).
+    Not thinking earns 0, so positions without a thought contribute nothing. The expected gradient is that of the mean of
+    g * (reward - cost) over the text.
 
     Args:
-        probability: [B,P], g at the anchors, with which they were chosen; carries the gradient.
+        probability: [B,P], g, the probability with which each anchor was chosen; carries the gradient.
         reward: [B,P,N].
-        cost: of a thinking position, nats.
+        cost: cost of thinking at a position, nats.
     """
     gain = torch.where(targets.rewarded, (reward.mean(-1) - cost) * probability.log(), 0)
     return -gain.sum() / counts.base.clamp(min=1)

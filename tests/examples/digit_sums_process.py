@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import digit_sums  # noqa: E402
 
-from quietstar.run.metrics import process_state  # noqa: E402
+from quietstar.run.processes import process_state  # noqa: E402
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

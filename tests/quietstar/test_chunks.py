@@ -81,10 +81,10 @@ def test_other_architectures(tiny, name):
     "changes",
     [
         {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "policy_temperature": 1.0},
-        {"reference": "frozen", "ratio_clip": 0.2},
+        {"base_model": "frozen", "ratio_clip": 0.2},
         {"mixing": "logprobs"},
     ],
-    ids=["divergence and entropy", "frozen reference", "gain of log-probabilities"],
+    ids=["divergence and entropy", "frozen base model", "gain of log-probabilities"],
 )
 def test_other_objectives(tiny, changes):
     assert_same(wrap(tiny, **changes), {"input_ids": text(), "seed": 4}, 5)

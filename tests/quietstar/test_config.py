@@ -1,7 +1,11 @@
+import re
+from dataclasses import fields
+
 import pytest
 
 from quietstar import ThoughtConfig
 from quietstar.config import PRESETS
+from quietstar.objective import ADVANTAGES, REWARDS
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -22,6 +26,19 @@ def test_round_trip():
     assert ThoughtConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown field colour"):
         ThoughtConfig.from_dict({"colour": 1})
+
+
+def test_the_names_of_older_checkpoints_are_read():
+    config = ThoughtConfig.from_dict({"reference": "ema", "reference_decay": 0.5})
+    assert config == ThoughtConfig(base_model="ema", base_model_decay=0.5)
+
+
+@pytest.mark.parametrize("registry, name", [(REWARDS, "reward"), (ADVANTAGES, "advantage")])
+def test_every_registered_choice_is_accepted_and_explained(registry, name):
+    (help,) = (field.metadata["help"] for field in fields(ThoughtConfig) if field.name == name)
+    for choice in registry:
+        assert getattr(ThoughtConfig(**{name: choice}), name) == choice
+        assert re.search(rf"\b{choice}: \S+ \w+", help)
 
 
 @pytest.mark.parametrize(

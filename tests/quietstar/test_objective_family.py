@@ -256,7 +256,7 @@ def test_a_second_update_on_the_same_thoughts(thinker):
 @pytest.mark.parametrize("kind", ["frozen", "ema"])
 def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
     """log p_mix of the thinking model minus log p of the other, which is phi <- 0.9 phi + 0.1 theta after each step."""
-    qs, ids = thinker(reference=kind, reference_decay=0.9), text()
+    qs, ids = thinker(base_model=kind, base_model_decay=0.9), text()
     twin = tiny("llama")
     torch.manual_seed(0)
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
             if kind == "ema":
                 for mean, weight in zip(twin.parameters(), qs.model.parameters(), strict=True):
                     mean.copy_(0.9 * mean + 0.1 * weight)
-        qs.update_reference()
+        qs.update_base_model()
     out = qs(ids, seed=0)
     logp = twin(input_ids=ids).logits.log_softmax(-1)
     nll = -logp[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
@@ -275,31 +275,31 @@ def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
         torch.testing.assert_close(out.reward[:, t], expected, rtol=0, atol=1e-4)
     assert (out.nll_base - nll).abs().max() > 0.05
     out.loss.backward()
-    assert all(x.grad is None for name, x in qs.named_parameters() if name.startswith("reference."))
+    assert all(x.grad is None for name, x in qs.named_parameters() if name.startswith("base_model."))
 
 
 def test_a_copy_of_a_half_precision_model_is_averaged_in_fp32(tiny):
     for kind, dtype in (("ema", torch.float32), ("frozen", torch.bfloat16)):
-        qs = quietstar.QuietStar(tiny("llama").bfloat16(), replace(SMALL, reference=kind), verify=False)
-        assert {x.dtype for x in qs.reference.parameters()} == {dtype}
+        qs = quietstar.QuietStar(tiny("llama").bfloat16(), replace(SMALL, base_model=kind), verify=False)
+        assert {x.dtype for x in qs.base_model.parameters()} == {dtype}
         assert torch.isfinite(qs(text(), seed=0).loss)
 
 
-def test_the_reference_is_saved_and_loaded(thinker, tmp_path):
-    qs = thinker(reference="ema", reference_decay=0.5, kl_weight=0.1)
+def test_the_base_model_is_saved_and_loaded(thinker, tmp_path):
+    qs = thinker(base_model="ema", base_model_decay=0.5, kl_weight=0.1)
     with torch.no_grad():
         for parameter in qs.model.parameters():
             parameter += 0.1
-    qs.update_reference()
+    qs.update_base_model()
     qs.save_pretrained(tmp_path / "model")
     again = quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False).train()
-    for a, b in zip(qs.reference.parameters(), again.reference.parameters(), strict=True):
+    for a, b in zip(qs.base_model.parameters(), again.base_model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(again(text(), seed=0).loss, qs(text(), seed=0).loss)
 
 
 def test_everything_in_chunks_of_anchors_too(thinker):
-    fields = {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "reference": "frozen"}
+    fields = {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "base_model": "frozen"}
     whole, cut = (thinker(anchors="gate", anchor_share=0.6, **fields) for _ in range(2))
     cut.anchor_chunk = 2
     a, b = whole(text(), seed=0), cut(text(), seed=0)
@@ -344,8 +344,8 @@ def test_a_run_of_everything_resumes_bitwise(run, tmp_path):
         "ratio_clip": 0.2,
         "kl_weight": 0.05,
         "entropy_weight": 0.01,
-        "reference": "ema",
-        "reference_decay": 0.9,
+        "base_model": "ema",
+        "base_model_decay": 0.9,
     }
     unbroken = run("a", fields=fields, updates=2)
     resumed = run("b", fields=fields, updates=2, resume=tmp_path / "a" / "checkpoints" / "step-000002")
@@ -355,13 +355,13 @@ def test_a_run_of_everything_resumes_bitwise(run, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-def test_the_reference_follows_every_update_of_a_run(thinker, tmp_path):
+def test_the_base_model_follows_every_update_of_a_run(thinker, tmp_path):
     """With a decay of 0 it is the model, after training as well."""
-    qs = thinker(reference="ema", reference_decay=0.0, ratio_clip=0.2)
+    qs = thinker(base_model="ema", base_model_decay=0.0, ratio_clip=0.2)
     before = qs.model.lm_head.weight.clone()
     train(qs, DATA, TrainConfig(out=str(tmp_path), steps=1, updates=2, batch_size=4, learning_rate=1e-2), progress=False)
     assert not torch.equal(qs.model.lm_head.weight, before)
-    assert all(map(torch.equal, qs.reference.parameters(), qs.model.parameters()))
+    assert all(map(torch.equal, qs.base_model.parameters(), qs.model.parameters()))
 
 
 def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_path):
@@ -395,8 +395,8 @@ def test_metrics_are_those_of_fresh_thoughts(run):
         ({"ratio_clip": 1.0}, "ratio_clip must be from 0 to below 1, got 1.0"),
         ({"kl_weight": -1.0}, "kl_weight must be 0 or more, got -1.0"),
         ({"entropy_weight": float("inf")}, "entropy_weight must be 0 or more, got inf"),
-        ({"reference": "old"}, "reference must be one of current, frozen, ema, got 'old'"),
-        ({"reference_decay": 1.0}, "reference_decay must be from 0 to below 1, got 1.0"),
+        ({"base_model": "old"}, "base_model must be one of current, frozen, ema, got 'old'"),
+        ({"base_model_decay": 1.0}, "base_model_decay must be from 0 to below 1, got 1.0"),
         (
             {"kl_weight": 0.1, "policy_temperature": 3.0},
             "policy_temperature must be 1, at which thoughts are sampled, .* got 3.0",

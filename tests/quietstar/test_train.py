@@ -1,4 +1,4 @@
-"""The loop: the same numbers from a seed, however a run is cut or resumed; checkpoints that are whole or refused."""
+"""The loop gives the same numbers from a seed however a run is split or resumed; checkpoints are whole or refused."""
 
 import errno
 import json
@@ -113,7 +113,7 @@ def test_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(run):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 5}, {"steps": 7}])
 def test_another_config_is_refused(run, change):
     run(steps=6)
-    with pytest.raises(ValueError, match=f"made with {next(iter(change))}="):
+    with pytest.raises(ValueError, match=f"the run there has {next(iter(change))}="):
         run(resume="auto", **change)
 
 
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("during", ["the step", "its checkpoint"])
 def test_a_signal_in_the_last_step_is_not_lost(run, monkeypatch, during):
-    """What called ``train`` may have more to do."""
+    """The caller of ``train`` may have more to do."""
     unbroken = run("unbroken", steps=1)
     original = {"the step": thought_loss, "its checkpoint": snapshots.save_file}[during]
 
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     assert checkpoints(tmp_path / "run") == []
 
 
-def test_a_loss_of_ones_own(run):
+def test_a_custom_loss(run):
     def doubled(model, batch, counts, seed):
         out = model(**batch, counts=counts, seed=seed)
         return 2 * out.loss_ce, out
@@ -276,7 +276,7 @@ def test_the_schedules():
     assert rates(schedule="cosine") == pytest.approx([0.5, 1, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5])
 
 
-def test_packed_documents_have_random_numbers_of_their_own():
+def test_packed_documents_share_no_random_numbers():
     text = torch.arange(5)
     row = {"input_ids": text.repeat(2), "document_ids": torch.tensor([4] * 5 + [5] * 5)}
     short = {"input_ids": text, "document_ids": torch.full((5,), 5)}

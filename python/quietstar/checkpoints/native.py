@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, **k
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
         return official.load(path, **kwargs)
     settings = _read_settings(path)
-    tensors = read_file(path, TENSORS)
+    tensors = _read_thought_tensors(path)
     if os.path.isdir(path):
         _check_sizes(Path(path), settings.get("files", {}))
     if settings.get("base"):
@@ -100,7 +101,7 @@ def restore_all(contents: Contents, path: str | os.PathLike) -> None:
     if contents.base is not None:
         adapters.check_base(path, settings["base"], contents.model, contents.base)
         adapters.restore(contents.model, path)
-        return restore(contents.tensors, read_file(path, TENSORS), path)
+        return restore(contents.tensors, _read_thought_tensors(path), path)
     saved = load(path)
     V, own = (len(embeddings(x).weight) for x in (saved.model, contents.model))
     if V != own:
@@ -153,6 +154,11 @@ def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{path}: {SETTINGS} has format {settings['format']}, this version reads {FORMAT}")
     return settings
+
+
+def _read_thought_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of ``TENSORS``; in older checkpoints those of the base model are named "reference"."""
+    return {re.sub(r"^reference\.", "base_model.", name): x for name, x in read_file(path, TENSORS).items()}
 
 
 def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:

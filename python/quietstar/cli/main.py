@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ from quietstar.checks import pad_id
 from quietstar.cli import recipes
 from quietstar.cli.options import UsageError, parse, read_config
 from quietstar.cli.streams import ThoughtLines
-from quietstar.config import AdapterConfig, Dtype, ThoughtConfig, TrainConfig
+from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data, read_utf8
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts
 from quietstar.evaluation import anchor_choices as policies
@@ -51,7 +51,8 @@ from quietstar.memory.step import environment, memory_table, step_memory
 from quietstar.model import QuietStar
 from quietstar.recipes.common.log import on_terminal
 from quietstar.run import snapshots
-from quietstar.run.metrics import check_kind, process_state
+from quietstar.run.processes import process_state
+from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted
 from quietstar.train import train
 
@@ -78,16 +79,22 @@ class Train:
     train: TrainConfig
     lora: AdapterConfig
     dtype: Annotated[Dtype, arg(help="of the weights")] = "float32"
-    compile: Annotated[bool, arg(help="the decoder with torch.compile, which takes minutes at first")] = False
-    gradient_checkpointing: Annotated[bool, arg(help="compute activations again in the backward, for less memory")] = False
+    compile: Annotated[bool, arg(help="the decoder with torch.compile, which takes minutes at first")] = field(
+        default=False, metadata=MAY_DIFFER
+    )
+    gradient_checkpointing: Annotated[bool, arg(help="compute activations again in the backward, for less memory")] = field(
+        default=False, metadata=MAY_DIFFER
+    )
     thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
-    config: Annotated[str, arg(help=f"json or yaml file of options, such as a run's {CONFIG}; typed ones win")] = ""
-    resume: Annotated[str, arg(help="auto, as is --resume alone: from the newest whole checkpoint of --out; or its path")] = ""
+    config: Annotated[str, arg(help=f"json or yaml file of options, such as a run's {CONFIG}; typed ones win")] = field(
+        default="", metadata=MAY_DIFFER
+    )
+    resume: Annotated[str, arg(help="auto, as is --resume alone: from the newest whole checkpoint of --out; or its path")] = (
+        field(default="", metadata=MAY_DIFFER)
+    )
 
     def run(self) -> None:
-        check_kind(self.train.out, "checkpoints")
-        if snapshots.every(self.train.out) and not self.resume:
-            raise ValueError(f"{self.train.out}: a run is there already; --resume goes on with it, another --out starts anew")
+        check_folder(self.train.out, "checkpoints", bool(snapshots.every(self.train.out)), bool(self.resume))
         set_seed(self.train.seed)  # for the mixing head, which begins at random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
@@ -138,19 +145,11 @@ class Train:
         run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
         if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
             return
-        saved, now = asdict(AdapterConfig()) | read_config(run / CONFIG), self.options()
-        for name in ("model", "dtype", "thoughts_from", *asdict(self.data), *asdict(self.lora)):
-            if saved.get(name, "") != now[name]:
-                raise ValueError(f"{run}: the run was made with {name}={saved.get(name)!r}, not {now[name]!r}")
+        Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
 
     def _last_whole(self) -> str:
-        for path in reversed(snapshots.every(self.train.out)):
-            try:
-                snapshots.check(path)
-            except ValueError:
-                continue
-            return f"the last whole checkpoint is {path}"
-        return "no checkpoint was written yet"
+        path = snapshots.newest_whole(self.train.out)
+        return f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.config import option
 from quietstar.run.batches import Example
 
 __all__ = ["Data", "DataConfig", "json_lines", "load_data"]
 
 FILES = (".txt", ".jsonl")
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -36,14 +33,14 @@ class DataConfig:
         ValueError: a value outside its range, by name.
     """
 
-    data: str = _option("builtin", "a .txt or .jsonl file, a hub name, name:subset on the hub, or builtin: Python's manual")
-    text_field: str = _option("text", "what a .jsonl file or a hub data set calls the text")
-    split: str = _option("train", "split of a hub data set")
-    hub_texts: int = _option(10_000, "texts to read of a hub data set, from its start")
-    pack: bool = _option(True, "fill examples with text after text; else one text an example, and a line of a .txt is one")
-    length: int = _option(256, "L, tokens of an example")
-    held_out: int = _option(64, "texts kept for evaluation, a tenth of all at most")
-    held_out_seed: int = _option(0, "which texts those are")
+    data: str = option("builtin", "a .txt or .jsonl file, a hub name, name:subset on the hub, or builtin: Python's manual")
+    text_field: str = option("text", "what a .jsonl file or a hub data set calls the text")
+    split: str = option("train", "split of a hub data set")
+    hub_texts: int = option(10_000, "texts to read of a hub data set, from its start")
+    pack: bool = option(True, "fill examples with text after text; else one text an example, and a line of a .txt is one")
+    length: int = option(256, "L, tokens of an example")
+    held_out: int = option(64, "texts kept for evaluation, a tenth of all at most")
+    held_out_seed: int = option(0, "which texts those are")
 
     def __post_init__(self) -> None:
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):

@@ -34,7 +34,7 @@ class Scores:
 def one_thought(qs: QuietStar) -> QuietStar:
     """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
     one = replace(
-        qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu", reference="current", kl_weight=0.0
+        qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0
     )
     return qs.with_config(one)
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.config import TrainConfig
+from quietstar.config import TrainConfig, option
 from quietstar.evaluation.losses import evaluate
 from quietstar.files import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
 from quietstar.recipes.common.log import told
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.batches import Example, mix_seed
+from quietstar.run.resume import Settings
 from quietstar.train import train
 
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; .json and .png
@@ -108,9 +108,7 @@ def fast(
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
         raise ValueError(f"fast: at least 2 texts must be held out, to choose a checkpoint by, got {len(held_out)}")
-    free = ("out", "save_every")
-    settings = {key: value for key, value in asdict(config).items() if key not in free}
-    Rounds(config.out, {"recipe": "fast", "model": name, "texts": len(data), **thoughts.to_dict(), **settings}, resume)
+    Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data)), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
     for number, (T, J) in enumerate(stages(config.curriculum)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import QuietStar
+from quietstar.config import option
 from quietstar.evaluation.losses import token_losses
 from quietstar.files import replaced
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import load_model
 from quietstar.recipes.common.sampling import evaluating, positions
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
+from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
 MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and what it takes to go on
@@ -33,10 +34,10 @@ class Config:
         ValueError: a value outside its range, by name.
     """
 
-    out: str = option("runs/fast", "folder of the run")
+    out: str = option("runs/fast", "folder of the run", may_differ=True)
     batch_size: int = option(8, "texts of an optimizer step")
     eval_every: int = option(10, "steps between evaluations, of which the best checkpoint is kept")
-    save_every: int = option(50, "steps between checkpoints to go on from")
+    save_every: int = option(50, "steps between checkpoints to go on from", may_differ=True)
     seed: int = option(0, "fixes the texts' order, thoughts and sampled tokens")
     plain_steps: int = option(300, "optimizer steps of the plain model")
     plain_rate: float = option(1e-6, "its learning rate, constant")
@@ -71,7 +72,7 @@ def train(
     """
     folder = Path(config.out) / MODEL
     texts = documents(data)
-    progress = Progress(Path(config.out) / PLAIN, asdict(config), {"step": 0, "best": None}, resume=True)
+    progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, resume=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.plain_rate, weight_decay=0.0)
     if progress.begun:
         progress.load(student, optimizer)

@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.config import option
 from quietstar.files import write_whole
 from quietstar.recipes import internalize_report as icot_report
 from quietstar.recipes.common.log import tell
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.common.sampling import check_room, logprob, rollout
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
 MODEL, STAGES, DIRECT, NAME = "model", "stages", "direct", "internalize"  # what a run writes; .json and .png
@@ -41,7 +42,7 @@ class Config:
         ValueError: a value outside its range, by name.
     """
 
-    out: str = option("runs/internalize", "folder for the model, one for each stage, metrics and the report")
+    out: str = option("runs/internalize", "folder for the model, one for each stage, metrics and the report", may_differ=True)
     explicit_steps: int = option(1500, "updates with the whole chain, before the first token goes")
     steps_per_token: int = option(250, "updates after each token that goes")
     final_steps: int = option(1250, "updates without a chain")
@@ -60,7 +61,7 @@ class Config:
     rows: int = option(20_000, "problems to train on; a file may have fewer")
     held_out: int = option(200, "problems for the accuracy of each stage, and as many others for the report")
     eval_every: int = option(250, "updates between evaluations once there is no chain; the best model is kept")
-    save_every: int = option(250, "updates between checkpoints")
+    save_every: int = option(250, "updates between checkpoints", may_differ=True)
     seed: int = option(0, "fixes problems, their order, and which rows lose more")
 
     def __post_init__(self) -> None:
@@ -201,7 +202,7 @@ class Training:
         self.model, self.task, self.config, self.plan = model, task, config, plan
         self.training, self.valid = training, valid
         begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": []}
-        settings = {"recipe": "internalize", "model": name, "task": task.name, **asdict(config)}
+        settings = Settings.of(config, recipe="internalize", model=name, task=task.name)
         self.progress = Progress(config.out, settings, begin, resume)
         self.optimizer = self._new_optimizer()
         if self.progress.begun:

@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quietstar.config import option
 from quietstar.files import replaced, write_whole
 from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_report as icot_report
 from quietstar.recipes.common.log import tell
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import save_model
 from quietstar.recipes.common.sampling import Completion, evaluating, logprob, padded, rollout
 from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
 MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; .json and .png
@@ -135,7 +136,7 @@ def distill(
     generator = torch.Generator().manual_seed(config.seed)
     training, test = (task.sample(n, split, generator) for n, split in ((config.rows, "train"), (config.held_out, "test")))
     icot.check_rows(model, task, [*training, *test], config)
-    settings = {"recipe": "internalize kd", "model": name, "task": task.name, **asdict(config), **asdict(kd)}
+    settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name)
     teacher = copy.deepcopy(model)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)  # of what hands the states over

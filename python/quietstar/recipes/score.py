@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.config import option
 from quietstar.files import write_whole
 from quietstar.recipes.common.log import tell
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import save_model
 from quietstar.recipes.common.sampling import evaluating, padded
@@ -29,6 +29,7 @@ from quietstar.recipes.score_attempts import Attempts, attempt, draw, votes
 from quietstar.recipes.star import never
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
 FIRST, MODEL, REPORT, PLOT = "first-stage", "model", "score.json", "score.png"  # what a run writes
@@ -42,7 +43,7 @@ class Config:
         ValueError: a value outside its range, by name.
     """
 
-    out: str = option("runs/score", "folder of the run; one that is there goes on where it stopped")
+    out: str = option("runs/score", "folder of the run; one that is there goes on where it stopped", may_differ=True)
     first_steps: int = option(150, "updates of stage I; 0 leaves it out, a control")
     second_steps: int = option(150, "updates of stage II")
     problems: int = option(64, "problems of an update, drawn anew each time")
@@ -61,7 +62,7 @@ class Config:
     held_out: int = option(400, "test problems for the accuracy of both attempts")
     chains: int = option(4, "pairs of attempts at each of them, which vote against as many tokens in parallel; 0 for none")
     batch_size: int = option(256, "attempts at once, in sampling and in training, for less memory")
-    save_every: int = option(50, "updates between checkpoints")
+    save_every: int = option(50, "updates between checkpoints", may_differ=True)
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
@@ -176,7 +177,7 @@ def score(
     """
     config = config or Config()
     reference = copy.deepcopy(base or model).eval().requires_grad_(False)
-    settings = {"recipe": "score", "model": name, "task": task.name, **asdict(config)}
+    settings = Settings.of(config, recipe="score", model=name, task=task.name)
     progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume)
     state, optimizer = progress.state, new_optimizer(model, config)
     if progress.begun:

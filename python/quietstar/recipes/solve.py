@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.config import option
 from quietstar.files import write_whole
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.budgets import Chain, Spent, curve, lengths, oracle, powers, split, summary
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.sampling import Completion, Sampling, likelihoods, rollout
 from quietstar.recipes.common.selectors import Sample, Selector, best, likeliest, majority, weighted
 from quietstar.recipes.common.sft import Example, SFTConfig, sft

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.config import option
 from quietstar.recipes.common.evaluation import chains_right, evaluate
 from quietstar.recipes.common.log import Pace, tell
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.recipes.common.sampling import VLLM, Sampling, likelihoods, rollout
 from quietstar.recipes.common.sft import Example, SFTConfig, sft
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar.run.resume import Settings
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Config(SFTConfig, Sampling):
         ValueError: a value outside its range, by name.
     """
 
-    out: str = option("runs/star", "folder of the run")
-    rounds: int = option(4, "how often to collect chains and train on them")
+    out: str = option("runs/star", "folder of the run", may_differ=True)
+    rounds: int = option(4, "how often to collect chains and train on them", may_differ=True)
     problems: int = option(4000, "training problems to try a round, drawn anew each time")
     steps: int = option(60, "training steps of the first round")
     growth: float = option(1.2, "each round has this many times the steps of the one before")
@@ -50,7 +51,9 @@ class Config(SFTConfig, Sampling):
     filter: bool = option(True, "keep only what has the right answer; without, a control")
     restart: bool = option(True, "train a fresh copy of the first model each round; without, go on with the last one")
     temperature: float = option(0.0, "of the chains; 0 takes the likeliest token each time")
-    engine: Literal["transformers", "vllm"] = option("transformers", "what writes the chains of the training problems")
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "what writes the chains of the training problems", may_differ=True
+    )
     test_problems: int = option(500, "test problems to measure the accuracy on")
 
     def __post_init__(self) -> None:
@@ -101,9 +104,7 @@ def star(
         ValueError: no example chains where some are asked for, no right answer in the first batch, a round that keeps nothing,
             or a run in ``config.out`` that is another one or that ``resume`` doesn't ask for.
     """
-    free = ("out", "rounds", "engine", "batch_size")
-    settings = {option: value for option, value in asdict(config).items() if option not in free}
-    run = Rounds(config.out, {"recipe": "star", "model": name, "task": task.name} | settings, resume)
+    run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     shown = example_rows(task, config.shots, generator)

@@ -10,20 +10,20 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.config import option
 from quietstar.files import write_whole
 from quietstar.recipes import solve as test_time
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.budgets import powers
 from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.log import Pace, tell
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, save_model
 from quietstar.recipes.common.sampling import Completion, Sampling, rollout
 from quietstar.recipes.common.selectors import Selector, auc, best_of, choice_of, majority, pass_at, score, weighted
@@ -32,6 +32,7 @@ from quietstar.recipes.star import never
 from quietstar.recipes.tasks import Row, Task
 from quietstar.recipes.vstar_verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
 from quietstar.run.batches import mix_seed
+from quietstar.run.resume import Settings
 
 VOTES: dict[str, Selector] = {"majority": majority, "weighted vote": weighted}
 
@@ -44,8 +45,8 @@ class Config(SFTConfig, Sampling, DPO):
         ValueError: a value outside its range, by name.
     """
 
-    out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier")
-    rounds: int = option(3, "how often to draw solutions and train the generator on the right ones")
+    out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier", may_differ=True)
+    rounds: int = option(3, "how often to draw solutions and train the generator on the right ones", may_differ=True)
     problems: int = option(2000, "training problems to draw solutions of, in each round")
     samples: int = option(8, "solutions of each")
     sft_problems: int = option(2000, "problems whose own chains the start learns from")
@@ -82,9 +83,7 @@ def vstar(
     Raises:
         ValueError: no chains to start from, no right solution in the first round, or no problem with right and wrong ones.
     """
-    free = ("out", "rounds", "batch_size")
-    settings = {option: value for option, value in asdict(config).items() if option not in free}
-    run = Rounds(config.out, {"recipe": "vstar", "model": name, "task": task.name} | settings, resume)
+    run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     rows = task.solved(config.sft_problems, generator) if config.sft_steps else []

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, PreTrainedModel
 
-from quietstar.recipes.common.models import option
+from quietstar.config import option
 from quietstar.recipes.common.rounds import REPORT, load_model
 from quietstar.recipes.common.sampling import likelihoods
 from quietstar.recipes.common.sft import SFTConfig, sft

@@ -1,4 +1,4 @@
-"""Which texts a step takes and in what order, and how they become padded batches: functions of (seed, step), no state."""
+"""The texts of each step as padded batches. All of it is a function of (seed, step), without state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ Batch = dict[str, Tensor]
 
 
 def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the texts of a step: epoch after epoch, each in an order of its own, nothing to remember between steps."""
+    """Indices of the texts of a step. Each epoch goes through all texts in a new random order.
+
+    Args:
+        texts: how many texts there are.
+    """
     chosen = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(place, texts)
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, texts)
         chosen.append(int(_order(texts, seed, epoch)[offset]))
     return chosen
 
@@ -35,21 +39,24 @@ def _order(texts: int, seed: int, epoch: int) -> Tensor:
 
 
 def mix_seed(seed: int, step: int) -> int:
-    """A 63-bit seed from (run seed, step): the finaliser of SplitMix64, so that near numbers give unlike seeds."""
+    """A 63-bit seed from (run seed, step), by the finaliser of SplitMix64, so that similar inputs give unrelated seeds."""
     x = (seed * 0x9E3779B97F4A7C15 + step + 1) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return (x ^ (x >> 31)) >> 1
 
 
-def _name_texts(rows: Tensor, documents: Tensor | None) -> Tensor:
-    """The rows' numbers [B]; of packed documents [B,L], row and place of the first token, so that none share random numbers."""
-    if documents is None:
+def _sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
+    """An id for each row [B], or for each packed document [B,L], so that no two of them share random numbers.
+
+    A document's id is made of its row and the position of its first token.
+    """
+    if document_ids is None:
         return rows
-    length = documents.shape[1]
-    place = torch.arange(length)
-    first = documents.diff(prepend=documents[:, :1] - 1) != 0
-    return rows[:, None] * length + torch.where(first, place, 0).cummax(1).values
+    length = document_ids.shape[1]
+    position = torch.arange(length)
+    first = document_ids.diff(prepend=document_ids[:, :1] - 1) != 0
+    return rows[:, None] * length + torch.where(first, position, 0).cummax(1).values
 
 
 FILL = {
@@ -65,7 +72,12 @@ FILL = {
 
 
 def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> list[Batch]:
-    """Batches of the examples, padded on the right to the longest of all, so that the cut into parts changes nothing."""
+    """Batches of the examples, padded on the right to the longest of all, so that the number of parts changes nothing.
+
+    Args:
+        sequence_ids: one for each example; thoughts are sampled from (seed, sequence id, position).
+        parts: how many batches to split the examples into; empty ones are left out.
+    """
     padded: Batch = {}
     examples = [{"attention_mask": torch.ones_like(x["input_ids"]), **x} for x in examples]
     for name in examples[0]:
@@ -74,13 +86,13 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> lis
             torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), FILL[name])]) for x in examples
         ]
         padded[name] = torch.stack(rows)
-    padded["sequence_ids"] = _name_texts(torch.tensor(sequence_ids), padded.get("document_ids"))
+    padded["sequence_ids"] = _sequence_ids(torch.tensor(sequence_ids), padded.get("document_ids"))
     cuts = [len(examples) * i // parts for i in range(parts + 1)]
     return [{name: x[a:b] for name, x in padded.items()} for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
 
 
 def batches_of(examples: Sequence[Example], size: int, device: torch.device) -> Iterator[tuple[range, Batch]]:
-    """All examples in order, ``size`` at a time: their numbers, and one batch of them on the device."""
+    """All examples in order, ``size`` at a time: their indices, and a batch of them on the device."""
     for start in range(0, len(examples), size):
         chosen = range(start, min(start + size, len(examples)))
         (batch,) = collate([examples[i] for i in chosen], list(chosen), 1)
@@ -88,5 +100,5 @@ def batches_of(examples: Sequence[Example], size: int, device: torch.device) -> 
 
 
 def text_of(batch: Batch) -> Batch:
-    """The texts alone, without labels, anchors and thoughts: what ``QuietStar.choose_anchors`` takes."""
+    """The inputs of ``QuietStar.choose_anchors``: the texts, without labels, anchors and thoughts."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "document_ids", "sequence_ids") if name in batch}

@@ -1,4 +1,4 @@
-"""The optimizers that a run may use, by name, and an optimizer's state as plain tensors."""
+"""The optimizers of a run, by name, and an optimizer's state as plain tensors."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-OPTIMIZERS = ("adamw", "fused", "8bit")
-
 
 def make_optimizer(name: str, weights: Sequence[Tensor], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW over ``weights``.
 
     Args:
-        name: adamw is torch's own; fused is the same in one kernel for all weights; 8bit keeps the moments of weights of 4,096
-            values and more in 8 bits, in blocks (bitsandbytes, arXiv 2110.02861).
+        name: one of ``quietstar.config.OPTIMIZERS``. adamw is PyTorch's. fused is the same in one kernel for all weights. 8bit
+            stores the moments of weights with at least 4,096 values in 8 bits, in blocks (bitsandbytes, arXiv 2110.02861).
 
     Raises:
-        ValueError: torch has no fused one for the weights' device or dtype, or bitsandbytes isn't there or can't work here.
+        ValueError: an unknown name, PyTorch has no fused kernel for the device or dtype, or bitsandbytes is not installed or
+            does not work here.
     """
-    options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-    if name == "8bit":
-        return _eight_bit(weights, options)
-    if name == "fused":
-        for device, dtype in {(weight.device, weight.dtype) for weight in weights}:
-            _try_fused(device, dtype)
-        options["fused"] = True
+    if name not in MAKERS:
+        raise ValueError(f"optimizer must be one of {', '.join(MAKERS)}, got {name!r}")
+    return MAKERS[name](weights, {"lr": learning_rate, "weight_decay": weight_decay})
+
+
+def _adamw(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, **options)
 
 
+def _fused(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
+    for device, dtype in {(weight.device, weight.dtype) for weight in weights}:
+        _try_fused(device, dtype)
+    return torch.optim.AdamW(weights, **options, fused=True)
+
+
 def _try_fused(device: torch.device, dtype: torch.dtype) -> None:
-    """Torch itself says at the first step where it has no such kernel."""
+    """PyTorch itself raises only at the first step."""
     weight = torch.zeros(1, device=device, dtype=dtype)
     weight.grad = torch.zeros_like(weight)
     try:
@@ -47,15 +51,19 @@ def _eight_bit(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.opti
         raise ValueError("optimizer must be 'adamw' or 'fused' where weights are sharded over processes, got '8bit'")
     try:
         from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # what a library of another device raises is not only ImportError
+    except Exception as error:  # a library built for another device may raise more than ImportError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"optimizer '8bit' needs bitsandbytes, which does not load here: {reason}") from error
     return AdamW8bit(weights, **options)
 
 
+MAKERS = {"adamw": _adamw, "fused": _fused, "8bit": _eight_bit}
+
+
 def to_tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The "state" of a ``state_dict`` by names such as "0.exp_avg", as safetensors can hold it: whole numbers are int64 [],
-    and what several weights share is there for each.
+    """The "state" of a ``state_dict`` as tensors for safetensors, by names such as "0.exp_avg".
+
+    Numbers become int64 tensors of shape []; a tensor that several weights share is stored for each.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -75,12 +83,12 @@ def _leaves(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, Any]:
-    """What ``to_tensors`` made of it."""
+    """The inverse of ``to_tensors``."""
     state: dict[Any, Any] = {}
     for key, value in tensors.items():
         index, *path, name = key.split(".")
-        place = state.setdefault(int(index), {})
+        level = state.setdefault(int(index), {})
         for part in path:
-            place = place.setdefault(part, {})
-        place[name] = int(value) if value.dtype == torch.int64 and value.ndim == 0 else value
+            level = level.setdefault(part, {})
+        level[name] = int(value) if value.dtype == torch.int64 and value.ndim == 0 else value
     return state

@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and moments cut over the processes, and whole again for a checkpoint."""
+"""FSDP2: weights, gradients and moments sharded over the processes, and gathered for checkpoints."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_strategy(config: TrainConfig) -> str:
-    """What ``config.sharding`` says, or else the FSDP section of Accelerate's configuration, which arrives as variables.
+    """The strategy of ``config.sharding``, or else of the FSDP section in Accelerate's configuration (environment variables).
 
     Raises:
-        ValueError: a section for FSDP1, or one that loads weights in one process alone.
+        ValueError: the section is for FSDP1, or loads weights in one process only.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return config.sharding
@@ -39,17 +39,18 @@ def find_strategy(config: TrainConfig) -> str:
 
 
 def shard(qs: QuietStar, strategy: str, precision: str) -> None:
-    """Cut the weights of ``qs`` in place: a group for each decoder layer, one for each head, one for the rest.
+    """Shard the weights of ``qs`` in place, with one group for each decoder layer, one for each head and one for the rest.
 
-    The rest has the embeddings and the LM head, whose weight the operations take as it is: it must be whole where they run.
-    Layers, vectors and embeddings are gathered in the precision of the computation; gradients are summed in fp32.
+    The rest has the embeddings and the LM head. The operations take the LM head's weight as a tensor, so it must be gathered
+    while they run. Layers, vectors and embeddings are gathered in the precision of the computation; gradients are summed in
+    fp32.
 
     Args:
-        strategy: full_shard gathers a layer's weights each time it runs; shard_grad_op once a step.
+        strategy: full_shard gathers a layer's weights each time it runs, shard_grad_op once per step.
         precision: no, bf16 or fp16.
 
     Raises:
-        ValueError: trainable weights of several dtypes.
+        ValueError: the trainable weights have several dtypes.
     """
     if precision != "no":
         for weight in qs.parameters():
@@ -61,26 +62,28 @@ def shard(qs: QuietStar, strategy: str, precision: str) -> None:
             f"train: sharding needs trainable weights of one dtype, got {' and '.join(dtypes)}: "
             "train in float32, with precision bf16 for less memory"
         )
-    again = strategy == "full_shard"
-    # Autocast casts what comes in; the log-probabilities that do are not to be cast.
+    reshard = strategy == "full_shard"
+    # Autocast already casts inputs, and the log-probabilities among them must not be cast.
     policy = MixedPrecisionPolicy(COMPUTE[precision], torch.float32 if precision != "no" else None, cast_forward_inputs=False)
-    names = set(unwrapped(qs.model)._no_split_modules or [])
+    layers = set(unwrapped(qs.model)._no_split_modules or [])
     for module in list(qs.modules()):
-        if type(module).__name__ in names:
-            fully_shard(module, mp_policy=policy, reshard_after_forward=again)
-            if again:
-                module.register_forward_hook(_cut_again)
+        if type(module).__name__ in layers:
+            fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
+            if reshard:
+                module.register_forward_hook(_reshard)
     for head in (qs.mixing_head, qs.gate):
         if head is not None:
-            fully_shard(head, reshard_after_forward=again)
+            fully_shard(head, reshard_after_forward=reshard)
     fully_shard(qs, mp_policy=policy)
-    for method in ("think", "choose_anchors"):  # run the model outside of ``forward``
+    for method in ("think", "choose_anchors"):  # they run the model outside of ``forward``
         register_fsdp_forward_method(qs, method)
 
 
-def _cut_again(layer: nn.Module, *_: Any) -> None:
-    """FSDP leaves a layer whole that runs within a backward, for where it is checkpointed its own backward is next. Where a
-    chunk of anchors is computed again all layers run first, and would be whole together.
+def _reshard(layer: nn.Module, *_: Any) -> None:
+    """Reshards a layer after its forward.
+
+    FSDP does not do this during a backward: with gradient checkpointing, the layer's own backward comes next. But when a chunk
+    of anchors is recomputed, all layers run first and would be gathered together.
     """
     if not getattr(layer, "gradient_checkpointing", False):
         cast(FSDPModule, layer).reshard()
@@ -88,13 +91,13 @@ def _cut_again(layer: nn.Module, *_: Any) -> None:
 
 @contextmanager
 def whole_weights(qs: QuietStar, main: bool) -> Iterator[None]:
-    """Inside, the main process has whole weights on the CPU in the place of its shards, so that they save as any others.
+    """In this context the main process has whole weights on the CPU in place of its shards, so that they can be saved as usual.
 
-    Every process must take part. Nothing happens to weights that are not cut.
+    Every process must take part. Weights that are not sharded stay as they are.
     """
     for module in qs.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation leaves the last group whole
+            module.reshard()  # an evaluation leaves the last group gathered
     shards = [
         (module, name, weight)
         for module in qs.modules()
@@ -116,18 +119,18 @@ def whole_weights(qs: QuietStar, main: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be cut over the processes, whole in each."""
+    """The whole of a tensor that may be sharded, in each process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Tensor, main: bool) -> Tensor:
-    """The same, on the CPU of the main process alone: the others get an empty one."""
+    """The whole of a tensor that may be sharded, on the CPU of the main process; the others get an empty tensor."""
     tensor = whole(tensor.detach())
     return tensor.cpu() if main else tensor.new_empty(0, device="cpu")
 
 
-def cut_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor as the weight is cut; every process has the tensor, so nothing is sent."""
+def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Shard a whole tensor like ``weight``. Every process has the tensor, so nothing is sent."""
     if not isinstance(weight, DTensor) or tensor.shape != weight.shape:
         return tensor
     return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Ending a run in an orderly way when a signal asks for it."""
+"""Stopping a run in an orderly way after a signal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Interrupted", "Signals"]
 
 
 class Interrupted(Exception):
-    """A signal ended the run; its last step is saved in ``checkpoint``."""
+    """A signal stopped the run after its last step was saved in ``checkpoint``."""
 
     def __init__(self, step: int, checkpoint: Path):
         super().__init__(f"stopped by a signal after step {step}; resume from {checkpoint}")
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+    """Remembers SIGTERM and Ctrl-C until the step is done. A second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.caught = False
@@ -28,7 +28,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._catch)
-            except ValueError:  # not the main thread: signals stay with their owner
+            except ValueError:  # only the main thread may handle signals
                 break
         return self
 

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: folders written beside and renamed, with a manifest that names every damaged file.
+"""Checkpoints of a run. Each is written to a temporary folder, then renamed; a manifest tells which file is damaged, if any.
 
 <run>/checkpoints/step-000050/   the model as ``save_pretrained`` writes it, plus
     optimizer.safetensors        AdamW's moments
     run.json                     step, config, the optimizer's other settings
     manifest.json                size and SHA-256 of every file; written last
 
-Weights and moments are whole, however many processes they were cut over: any number of processes goes on from there.
+Weights and moments are stored whole even if they were sharded, so a run can be resumed with any number of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from quietstar.checkpoints import native
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import from_tensors, to_tensors
-from quietstar.run.sharding import cut_like, gather, whole_weights
+from quietstar.run.sharding import gather, shard_like, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
 
@@ -48,10 +49,13 @@ def save(
     keep: int,
     write: bool = True,
 ) -> Path:
-    """Write the checkpoint after ``step`` steps, then drop all but the newest ``keep`` and those of later steps, which
-    belong to a run that this one replaces. Raises OSError with no room left.
+    """Write the checkpoint after ``step`` steps. Then remove all but the newest ``keep`` up to it.
 
-    Every process calls it, for shards come together here; only the one that is to ``write`` has the whole on its CPU.
+    Checkpoints of later steps are removed too: they belong to a run that this one replaces. All processes must call this, since
+    shards are gathered here, on the CPU of the one that is to ``write``.
+
+    Raises:
+        OSError: the files could not be written, for example on a full disk. Older checkpoints are not affected.
     """
     target = folder(out, step)
     with whole_weights(qs, write):
@@ -66,23 +70,23 @@ def save(
     return target
 
 
-# State tensors by "parameter index.name", and the groups' settings.
+# State tensors by "parameter index.name", and the settings of the parameter groups.
 Moments = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 
 def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
     beside = target.with_name(f".{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_rests(target.parent)
+    _remove_leftovers(target.parent)
     try:
         _write(beside, step, qs, moments, config)
         if target.exists():
             _remove(target)
         os.replace(beside, target)
-    except SafetensorError as error:  # what safetensors calls a full disk
+    except SafetensorError as error:  # raised when the disk is full
         raise OSError(f"{target}: {error}") from error
     finally:
-        _remove_rests(target.parent)
+        _remove_leftovers(target.parent)
 
 
 def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
@@ -99,20 +103,20 @@ def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dic
 
 
 def _remove(path: Path) -> None:
-    """Renamed first: killed in the middle, this must not leave half a checkpoint under its name."""
-    rest = path.with_name(f".{path.name}-old")
-    os.replace(path, rest)
-    shutil.rmtree(rest)
+    """Rename, then remove: if this is killed halfway, no half checkpoint must be left under its name."""
+    old = path.with_name(f".{path.name}-old")
+    os.replace(path, old)
+    shutil.rmtree(old)
 
 
-def _remove_rests(checkpoints: Path) -> None:
-    """What a save that was killed or failed left behind."""
-    for rest in checkpoints.glob(".*"):
-        shutil.rmtree(rest, ignore_errors=True)
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Remove what saves that were killed or failed have left."""
+    for leftover in checkpoints.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check(path: Path) -> None:
-    """Raises ValueError that names the first file which is not as it was written."""
+    """Raises ValueError, naming the first file that is missing or not as it was written."""
     try:
         files = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -125,27 +129,43 @@ def check(path: Path) -> None:
             raise ValueError(f"{path}: {name} is damaged: it is not the file that was saved")
 
 
+def newest_whole(out: str | os.PathLike, on_damaged: Callable[[ValueError], Any] = lambda error: None) -> Path | None:
+    """The run's newest checkpoint that is not damaged, None if there is none.
+
+    Args:
+        on_damaged: called with the error of each newer checkpoint, which is passed over.
+    """
+    for path in reversed(every(out)):
+        try:
+            check(path)
+        except ValueError as error:
+            on_damaged(error)
+        else:
+            return path
+    return None
+
+
 def load(path: Path, qs: QuietStar) -> int:
-    """Put the model back, before it is cut over processes; returns the steps done.
+    """Load the model, before it is sharded; returns the number of finished steps.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of another model.
+        ValueError: the checkpoint is damaged or from another model.
     """
     check(path)
     try:
         native.restore_all(qs.contents(), path)
     except RuntimeError as error:
-        raise ValueError(f"{path}: it is of another model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: it is from another model: {str(error).splitlines()[0]}") from error
     return int(json.loads((path / RUN).read_text())["step"])
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer back, whose weights may be cut over processes."""
+    """Load the optimizer's state. Its weights may be sharded."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     tensors = {
-        key: cut_like(value, weights[int(key.partition(".")[0])])
+        key: shard_like(value, weights[int(key.partition(".")[0])])
         for key, value in load_file(path / OPTIMIZER).items()
-        if not key.startswith("random.")  # which checkpoints had before dropout followed from (seed, step)
+        if not key.startswith("random.")  # in older checkpoints, from before dropout was a function of (seed, step)
     }
     groups = json.loads((path / RUN).read_text())["optimizer"]
     optimizer.load_state_dict({"state": from_tensors(tensors), "param_groups": groups})

@@ -61,7 +61,7 @@ def trained(quietstar):
 
 
 def test_where_to_think_and_how_to_learn_from_it_are_options(home, quietstar):
-    family = ["--anchors=gate", "--anchor-share=0.5", "--updates=2", "--ratio-clip=0.2", "--reference=ema"]
+    family = ["--anchors=gate", "--anchor-share=0.5", "--updates=2", "--ratio-clip=0.2", "--base-model=ema"]
     code, _, err = quietstar("train", "--model=model", "--data=text.txt", "--out=first", *SMALL, *family)
     assert code == 0, err
     lines = [json.loads(line) for line in (home / "first" / "metrics.jsonl").read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_where_to_think_and_how_to_learn_from_it_are_options(home, quietstar):
     code, _, err = quietstar("train", "--model=first", "--data=text.txt", "--out=second", *SMALL, "--anchors=every")
     assert code == 0, err
     second = QuietStar.from_pretrained("second/checkpoints/step-000004")
-    assert second.gate is None and second.reference is None and second.thought_config.anchors == "every"
+    assert second.gate is None and second.base_model is None and second.thought_config.anchors == "every"
 
 
 def test_train_think_eval(home, quietstar, trained):
@@ -247,7 +247,7 @@ BAD_INPUT = {
     "empty model folder": (["--model=empty"], "empty"),
     "no tokenizer": (["--model=bare"], "no tokenizer"),
     "no such checkpoint": (["--resume=nowhere"], "no checkpoint at nowhere"),
-    "a run is there": (["--out=run"], "--resume goes on with it"),
+    "a run is there": (["--out=run"], "resume continues it"),
     "another seed": (["--out=run", "--resume", "--seed=5"], "seed=0, not 5"),
     "another text": (["--out=run", "--resume", "--data=builtin"], "data='text.txt', not 'builtin'"),
 }

@@ -131,8 +131,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_other_kinds(tiny, tmp_path, kind):
-    """They save and load bitwise, and merge into the same numbers. A frozen reference stays that of the bare model."""
-    config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "reference": "frozen"})
+    """They save and load bitwise, and merge into the same numbers. A frozen base model stays that of the bare model."""
+    config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "base_model": "frozen"})
     tiny("llama", attention_bias=True).save_pretrained(tmp_path / "base")
     qs = draw(quietstar.QuietStar(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config))
     frozen = qs(IDS, seed=4)
@@ -296,14 +296,14 @@ def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):
         again.merge_adapters()
 
 
-def test_a_frozen_reference_is_the_base_without_a_copy(tiny, base):
+def test_a_frozen_base_model_is_the_base_without_a_copy(tiny, base):
     """Reward and divergence compare with what a model that was never given adapters predicts."""
     config = quietstar.ThoughtConfig(
-        **{**CONFIG.to_dict(), "reference": "frozen", "kl_weight": 0.1, "policy_temperature": 1.0, "embedding_scale": 1.0}
+        **{**CONFIG.to_dict(), "base_model": "frozen", "kl_weight": 0.1, "policy_temperature": 1.0, "embedding_scale": 1.0}
     )
     qs = wrap(AutoModelForCausalLM.from_pretrained(base), config)
     out, got = gradients(qs)
-    assert qs.reference is None
+    assert qs.base_model is None
     assert {name for name, weight in qs.named_parameters() if weight.requires_grad} == got.keys()
     logprob = tiny("llama")(IDS).logits.log_softmax(-1)
     nll = -logprob[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
@@ -316,21 +316,21 @@ def test_a_frozen_reference_is_the_base_without_a_copy(tiny, base):
     torch.testing.assert_close(out.base_logprob[:, :7, :, 0], first, rtol=1e-4, atol=1e-4)
 
 
-def test_an_averaged_reference_has_weights_for_the_adapters_alone(base, tmp_path):
-    config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "reference": "ema", "reference_decay": 0.75})
+def test_an_averaged_base_model_has_weights_for_the_adapters_alone(base, tmp_path):
+    config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "base_model": "ema", "base_model_decay": 0.75})
     qs = wrap(AutoModelForCausalLM.from_pretrained(base), config)
-    began = {name: weight.clone() for name, weight in qs.reference.named_parameters()}
-    own = {name for name, weight in qs.reference.named_parameters() if all(weight is not x for x in qs.model.parameters())}
-    assert own and all("lora_" in name for name in own) and not any(w.requires_grad for w in qs.reference.parameters())
+    began = {name: weight.clone() for name, weight in qs.base_model.named_parameters()}
+    own = {name for name, weight in qs.base_model.named_parameters() if all(weight is not x for x in qs.model.parameters())}
+    assert own and all("lora_" in name for name in own) and not any(w.requires_grad for w in qs.base_model.parameters())
     draw(qs, seed=2)
-    qs.update_reference()
+    qs.update_base_model()
     now = dict(qs.model.named_parameters())
-    for name, weight in qs.reference.named_parameters():
+    for name, weight in qs.base_model.named_parameters():
         torch.testing.assert_close(weight, 0.75 * began[name] + 0.25 * now[name] if name in own else now[name])
     assert gradients(qs)[0].reward.abs().max() > 0.01
     qs.save_pretrained(tmp_path / "ema")
     written = load_file(tmp_path / "ema" / "quietstar.safetensors")
-    assert {name for name in written if name.startswith("reference.")} == {f"reference.{name}" for name in own}
+    assert {name for name in written if name.startswith("base_model.")} == {f"base_model.{name}" for name in own}
     again = quietstar.QuietStar.from_pretrained(tmp_path / "ema")
     assert torch.equal(again(IDS, seed=4).reward, qs(IDS, seed=4).reward)
 
@@ -474,7 +474,7 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     assert cli.main(options) == 0
     assert not list((tmp_path / "run").rglob("model.safetensors"))
     assert cli.main([*options, "--resume", "--lora-rank=3"]) == cli.DATA
-    assert "made with lora_rank=2, not 3" in capsys.readouterr().err
+    assert "the run there has lora_rank=2, not 3" in capsys.readouterr().err
     assert cli.main([*options, "--resume"]) == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from another folder

@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_behind_its_last_whole_round(solver, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         star(model, task, config)
     monkeypatch.setattr(recipe, "collect", collect)
-    with pytest.raises(ValueError, match="a run is there already; resume goes on with it"):
+    with pytest.raises(ValueError, match="a run is there already; resume continues it"):
         star(model, task, config)
     with pytest.raises(ValueError, match="the run there has growth=1.2, not 2"):
         star(model, task, Config(**{**config.__dict__, "growth": 2}), resume=True)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.evaluation.losses import evaluate
-from quietstar.run.metrics import process_state
+from quietstar.run.processes import process_state
 from quietstar.train import thought_loss, train
 
 
@@ -111,11 +111,11 @@ def run_in_processes(jobs, processes, folder, seconds=600):
     file.write_text(json.dumps(jobs))
     running = start([__file__, str(file)], processes)
     try:
-        said = [process.communicate(timeout=seconds)[1] for process in running]
+        errors = [process.communicate(timeout=seconds)[1] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(errors)
     results = [json.loads((Path(folder) / f"results-{i}.json").read_text()) for i in range(processes)]
     return [list(row) for row in zip(*results, strict=True)]
 

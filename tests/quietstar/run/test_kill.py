@@ -1,4 +1,4 @@
-"""Runs that are killed: a signal saves within a step, and whatever SIGKILL leaves goes on to the unbroken run's numbers."""
+"""Runs that are killed: a signal saves within a step, and what SIGKILL leaves resumes to the numbers of an unbroken run."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ SMALL += ["--learning-rate=1e-3", "--policy-weight=3", "--embedding-scale=1"]
 
 @pytest.fixture
 def home(tiny, tmp_path, monkeypatch):
-    """A folder with a model and a text; one thread, so that a busy machine slows the tests and no more."""
+    """A folder with a model and a text; one thread, so that a busy machine only slows the tests down."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained("model")
@@ -75,8 +75,8 @@ def test_a_signal_saves_within_a_step(home, number):
     step = int(saved.name.removeprefix("step-"))
     # The step under way ends; another may have ended between counting and the signal.
     assert before <= step <= before + 2 and len(metrics(out)) == step
-    said = err.replace("\r", "\n").splitlines()[-1]
-    assert f"saved run/checkpoints/{saved.name}" in said and "Traceback" not in err
+    last_line = err.replace("\r", "\n").splitlines()[-1]
+    assert f"saved run/checkpoints/{saved.name}" in last_line and "Traceback" not in err
 
 
 @pytest.mark.slow

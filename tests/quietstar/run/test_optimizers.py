@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load, save
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.config import TrainConfig
+from quietstar.config import OPTIMIZERS, TrainConfig
 from quietstar.run import snapshots
-from quietstar.run.optimizers import OPTIMIZERS, from_tensors, make_optimizer, to_tensors
+from quietstar.run.optimizers import MAKERS, from_tensors, make_optimizer, to_tensors
 from quietstar.train import train
 
 HERE = [name for name in OPTIMIZERS if name != "8bit" or find_spec("bitsandbytes")]
@@ -102,8 +102,14 @@ def test_another_optimizer_is_not_gone_on_with(tiny, tmp_path):
     data = [{"input_ids": torch.arange(3, 11)}]
     runs = {"out": str(tmp_path), "steps": 1, "batch_size": 1}
     train(QuietStar(tiny("llama"), config), data, TrainConfig(**runs), progress=False)
-    with pytest.raises(ValueError, match="made with optimizer='adamw', not 'fused'"):
+    with pytest.raises(ValueError, match="the run there has optimizer='adamw', not 'fused'"):
         train(QuietStar(tiny("llama"), config), data, TrainConfig(**runs, optimizer="fused"), resume="auto", progress=False)
+
+
+def test_the_config_accepts_exactly_the_optimizers_there_are():
+    assert tuple(MAKERS) == OPTIMIZERS
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, fused, 8bit, got 'sgd'"):
+        make_optimizer("sgd", weights(), 0.01, 0.0)
 
 
 def test_what_is_not_there_gets_one_sentence(monkeypatch):

@@ -1,4 +1,4 @@
-"""Two processes and four against one: the same thoughts, losses and weights, however texts and weights are cut over them."""
+"""Two and four processes against one: the same thoughts, losses and weights, however texts and weights are split over them."""
 
 import importlib.util
 import signal
@@ -32,7 +32,7 @@ LENGTHS = [7 + i % 3 for i in range(11)]
 FAMILY = {
     "anchors": "random",
     "anchor_share": 0.5,
-    "reference": "ema",
+    "base_model": "ema",
     "ratio_clip": 0.2,
     "kl_weight": 0.01,
     "policy_temperature": 1.0,
@@ -44,8 +44,8 @@ RUNS = {
     "tied weights": {"model": "gpt2"},
     "parts": {"batch_size": 7, "accumulation": 2, "evaluate": 1, "eval_every": 1, "save_every": 1},
     "family": {"thoughts": FAMILY, "updates": 2, "anchor_chunk": 3, "checkpointing": True},
-    "gate": {"thoughts": {"anchors": "gate", "reference": "frozen"}, "accumulation": 2, "batch_size": 6},
-    "adapters": {"rank": 4, "thoughts": {"reference": "frozen"}, "checkpointing": True},
+    "gate": {"thoughts": {"anchors": "gate", "base_model": "frozen"}, "accumulation": 2, "batch_size": 6},
+    "adapters": {"rank": 4, "thoughts": {"base_model": "frozen"}, "checkpointing": True},
     "stopping": {"thoughts": {"end_token_id": 2, "stop_threshold": 1 / 61}},
 }
 CUTS = [("plain", "no"), ("plain", "full_shard"), ("plain", "shard_grad_op"), ("parts", "no")]
@@ -180,7 +180,7 @@ def test_one_process_has_nothing_to_cut(home):
 
 
 def test_half_precision_is_that_of_the_layers_alone(alone, together):
-    """Rewards are fp32 differences of log-probabilities: most are no bf16 numbers."""
+    """Rewards are fp32 differences of log-probabilities: most are not representable in bf16."""
     (result, _) = together["bf16"]
     line = result["lines"][0]
     assert line["loss_ce"] == pytest.approx(alone("plain")["lines"][0]["loss_ce"], rel=0.03)
@@ -193,13 +193,13 @@ def test_half_precision_is_that_of_the_layers_alone(alone, together):
 def test_traffic_is_what_doctor_says(home, together, sharding, chunk):
     counted = together[f"traffic {sharding} {chunk}"][0]["traffic"]
     weights = count_weights(AutoConfig.from_pretrained(home / "llama"))
-    told = step_traffic(weights, ThoughtConfig(**THOUGHTS), Processes(2, sharding), chunk_count(max(LENGTHS), chunk))
-    assert 0 <= counted["allreduce_"] - told.all_reduce < 1000  # counts and figures are summed too
+    expected = step_traffic(weights, ThoughtConfig(**THOUGHTS), Processes(2, sharding), chunk_count(max(LENGTHS), chunk))
+    assert 0 <= counted["allreduce_"] - expected.all_reduce < 1000  # counts and figures are summed too
     if sharding != "no":
         # Three weights have an odd number of rows, and get another. FSDP fetches a layer of the rollout ahead of no need.
         row = 4 * 64
-        assert counted["_reduce_scatter_base_"] == told.reduce_scatter + 3 * row
-        more = counted["_allgather_base_"] - told.all_gather - 4 * weights.layer
+        assert counted["_reduce_scatter_base_"] == expected.reduce_scatter + 3 * row
+        more = counted["_allgather_base_"] - expected.all_gather - 4 * weights.layer
         assert 3 * row <= more <= 10 * row
 
 
@@ -252,19 +252,19 @@ def begin(out, *more):
 
 def end(running, seconds):
     try:
-        said = [process.communicate(timeout=seconds)[1] for process in running]
+        errors = [process.communicate(timeout=seconds)[1] for process in running]
     finally:
         for process in running:
             process.kill()
-    return said
+    return errors
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     running = begin(folder / "run", "--sharding=full_shard")
     running[1].send_signal(signal.SIGTERM)
-    said = end(running, 120)
-    assert [x.returncode for x in running] == [cli.SAVED] * 2, said
+    errors = end(running, 120)
+    assert [x.returncode for x in running] == [cli.SAVED] * 2, errors
     (saved,) = snapshots.every(folder / "run")
     snapshots.check(saved)
     assert saved.name == f"step-{metrics(folder / 'run'):06d}"
@@ -274,11 +274,11 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
 def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
     running = begin(folder / "run")
     running[1].kill()
-    said = end(running, 120)
-    assert running[0].returncode == cli.RUNTIME and "another process ended" in said[0], said
+    errors = end(running, 120)
+    assert running[0].returncode == cli.RUNTIME and "another process ended" in errors[0], errors
     (saved,) = snapshots.every(folder / "run")
     snapshots.check(saved)
-    assert saved.name == f"step-{metrics(folder / 'run'):06d}" and str(saved.relative_to(folder)) in said[0]
+    assert saved.name == f"step-{metrics(folder / 'run'):06d}" and str(saved.relative_to(folder)) in errors[0]
 
 
 # SLURM's commands as the example uses them, for two tasks on this machine.

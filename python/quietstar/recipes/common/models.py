@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from quietstar.config import Dtype
+from quietstar.config import Dtype, option
 from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
 
 GENERATED = ("multiplication", "addition", "stories")
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with the help text that the command line shows."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

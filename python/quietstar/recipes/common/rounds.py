@@ -1,4 +1,4 @@
-"""A recipe's run in rounds: each ends in a folder that is written whole, so that a stopped run goes on behind the last one."""
+"""A recipe's run in rounds. Each round ends in a folder that is written whole; a stopped run continues after the last one."""
 
 from __future__ import annotations
 
@@ -16,43 +16,38 @@ from quietstar.data.texts import json_lines
 from quietstar.files import replaced, write_whole
 from quietstar.recipes.common.log import ToldMetrics, tell
 from quietstar.recipes.tasks import Task
-from quietstar.run.metrics import check_kind
+from quietstar.run.resume import Settings, check_folder
 
 SETTINGS, REPORT = "recipe.json", "report.json"
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Rounds:
-    """``out/round-00`` is the model the run began with, ``round-01`` and so on what came after each round.
+    """The folder of a run: ``round-00`` has the initial model, ``round-01`` and so on the model after each round.
 
-    A round's folder is an ordinary checkpoint with report.json, the round's figures, and the round's rows as .jsonl files.
+    A round's folder is an ordinary checkpoint with the round's figures in report.json and its rows in .jsonl files.
 
     Args:
-        settings: what the run's numbers depend on.
-        resume: go on with a run that is there.
+        settings: what a run must have in common with its continuation.
+        resume: whether to continue a run that is in ``out``.
 
     Raises:
-        ValueError: a run is there and ``resume`` is False, or it has other settings or is of another command.
+        ValueError: there is a run and ``resume`` is False, or it has other settings or belongs to another command.
     """
 
-    def __init__(self, out: str | Path, settings: Mapping[str, Any], resume: bool):
+    def __init__(self, out: str | Path, settings: Settings, resume: bool):
         self.out = Path(out)
-        check_kind(out, SETTINGS)
         path = self.out / SETTINGS
-        now = json.loads(json.dumps(settings))
-        if path.exists() and len(list(self.out.iterdir())) > 1:  # the settings alone are of a run that failed at once
-            if not resume:
-                raise ValueError(f"{self.out}: a run is there already; resume goes on with it, another out starts anew")
-            saved = read_json(path)
-            for name in {**saved, **now}:
-                if saved.get(name) != now.get(name):
-                    raise ValueError(f"{self.out}: the run there has {name}={saved.get(name)!r}, not {now.get(name)!r}")
+        begun = path.exists() and len(list(self.out.iterdir())) > 1  # settings alone are from a run that failed at once
+        check_folder(out, SETTINGS, begun, resume)
+        if begun:
+            settings.check(self.out, read_json(path))
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(now, indent=2) + "\n")
+        write_whole(path, json.dumps(settings.values, indent=2) + "\n")
 
     @property
     def done(self) -> int:
-        """Rounds that are whole; 0 with the start alone, -1 with nothing."""
+        """Finished rounds; 0 if there is only the initial model, -1 if there is nothing."""
         return len(list(self.out.glob("round-*"))) - 1
 
     def folder(self, number: int) -> Path:
@@ -62,18 +57,18 @@ class Rounds:
         return read_json(self.folder(number) / REPORT)
 
     def reports(self) -> list[dict[str, Any]]:
-        """Of the start and all rounds."""
+        """The figures of the initial model and of all rounds."""
         return [self.report(number) for number in range(self.done + 1)]
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:
         return [row for _, row in json_lines(self.folder(number) / f"{name}.jsonl")]
 
     def model(self, number: int, like: PreTrainedModel) -> PreTrainedModel:
-        """The model of a round, where and in the type that ``like`` is."""
+        """The model of a round, on the device and in the dtype of ``like``."""
         return load_model(self.folder(number), like)
 
     def log(self, recipe: str, number: int) -> Callable[[dict[str, Any]], None]:
-        """Takes the figures of a round's training steps; metrics.jsonl counts steps over all rounds."""
+        """A function that logs the figures of a training step of a round. Steps are counted over all rounds."""
         done = sum(report.get("steps", 0) for report in self.reports())
         metrics = ToldMetrics(self.out / "metrics.jsonl", done)
         return lambda line: metrics.add({"recipe": recipe, "round": number, **line, "step": done + line["step"]})
@@ -84,7 +79,7 @@ class Rounds:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of a run holds. Raises ValueError where it is missing or damaged."""
+    """The content of a file of a run. Raises ValueError if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -92,7 +87,7 @@ def read_json(path: Path) -> Any:
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
-    """An ordinary checkpoint with a report and rows beside it, whole or not at all."""
+    """Write an ordinary checkpoint with a report and rows, all of it or nothing."""
     with replaced(folder) as beside:
         model.save_pretrained(beside)
         task.tokenizer.save_pretrained(beside)
@@ -102,16 +97,16 @@ def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping
 
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
-    """A checkpoint, where and in the type that ``like`` is. Raises ValueError for one that is missing or damaged."""
+    """A checkpoint, on the device and in the dtype of ``like``. Raises ValueError if it is missing or damaged."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no model loads from there: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder}: no model could be loaded: {str(error).strip().splitlines()[0]}") from error
     return cast(Any, model).to(like.device)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the weights, to tell whether two models come from the same one."""
+    """A hash of the weights, to tell whether two runs began with the same model."""
     digest = hashlib.blake2b(digest_size=8)
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode())

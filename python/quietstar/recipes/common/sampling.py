@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from quietstar.config import option
 from quietstar.recipes.common.log import LOG, Pace
-from quietstar.recipes.common.models import option
 from quietstar.recipes.tasks import Task
 from quietstar.run.batches import mix_seed
 
@@ -28,7 +28,7 @@ class Sampling:
     temperature: float = option(1.0, "of solutions; 0 takes the likeliest token each time")
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability")
     max_new: int = option(96, "tokens of a solution at most")
-    batch_size: int = option(256, "solutions to write at once")
+    batch_size: int = option(256, "solutions to write at once", may_differ=True)
     seed: int = option(0, "fixes problems, solutions and the order of training")
 
     def __post_init__(self) -> None:

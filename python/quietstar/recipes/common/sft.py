@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.config import AdapterConfig
+from quietstar.config import AdapterConfig, option
 from quietstar.hf.adapters import add, merge
-from quietstar.recipes.common.models import option
 from quietstar.recipes.common.sampling import logprob
 from quietstar.run.batches import mix_seed
 

@@ -9,6 +9,7 @@ from quietstar.cli import main as cli
 from quietstar.recipes.common.models import TaskConfig, load
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import Rounds
+from quietstar.run.resume import Settings
 
 ADDITION = TaskConfig(task="addition", digits=1)
 
@@ -24,8 +25,8 @@ def test_weights_are_loaded_in_single_precision_unless_asked_otherwise(solver, t
 
 KINDS = {
     "checkpoints": lambda out: cli.main(["train", "--model=none", f"--out={out}"]),
-    "progress": lambda out: Progress(out, {}, {"step": 0}, resume=True),
-    "recipe.json": lambda out: Rounds(out, {}, resume=True),
+    "progress": lambda out: Progress(out, Settings.of(), {"step": 0}, resume=True),
+    "recipe.json": lambda out: Rounds(out, Settings.of(), resume=True),
 }
 
 
@@ -44,17 +45,17 @@ def test_a_run_of_another_command_is_left_alone(tmp_path, capsys, mark, other):
 
 
 def test_a_run_that_failed_before_its_first_round_begins_anew(tmp_path):
-    Rounds(tmp_path, {"recipe": "star", "shots": 2}, resume=False)
-    Rounds(tmp_path, {"recipe": "star", "shots": 1}, resume=False)
+    Rounds(tmp_path, Settings.of(recipe="star", shots=2), resume=False)
+    Rounds(tmp_path, Settings.of(recipe="star", shots=1), resume=False)
     (tmp_path / "round-00").mkdir()
     with pytest.raises(ValueError, match="a run is there already"):
-        Rounds(tmp_path, {"recipe": "star", "shots": 1}, resume=False)
+        Rounds(tmp_path, Settings.of(recipe="star", shots=1), resume=False)
     with pytest.raises(ValueError, match="the run there has shots=1, not 3"):
-        Rounds(tmp_path, {"recipe": "star", "shots": 3}, resume=True)
+        Rounds(tmp_path, Settings.of(recipe="star", shots=3), resume=True)
 
 
 def test_a_damaged_file_of_a_run_is_named(tmp_path):
-    run = Rounds(tmp_path, {"recipe": "star"}, resume=False)
+    run = Rounds(tmp_path, Settings.of(recipe="star"), resume=False)
     run.folder(0).mkdir()
     (run.folder(0) / "report.json").write_text('{"round": ')
     (run.folder(0) / "kept.jsonl").write_text('{"a": 1}\n{"a"')
@@ -64,7 +65,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path):
         run.rows(0, "kept")
     (tmp_path / "recipe.json").write_text("")
     with pytest.raises(ValueError, match="recipe.json: missing or damaged"):
-        Rounds(tmp_path, {"recipe": "star"}, resume=True)
+        Rounds(tmp_path, Settings.of(recipe="star"), resume=True)
 
 
 @pytest.mark.parametrize("command", ["star", "vstar"])

@@ -1,11 +1,21 @@
-"""A recipe's state on disk: whole or refused, and the same numbers again."""
+"""A recipe's state on disk is whole or refused, and a resumed run gives the same numbers."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from quietstar.config import option
 from quietstar.recipes.common import progress as recipe
 from quietstar.recipes.common.progress import Progress
+from quietstar.run.resume import Settings
+
+
+@dataclass
+class Config:
+    rate: float = option(0.1, "learning rate")
+    save_every: int = option(5, "updates between checkpoints", may_differ=True)
 
 
 def model(seed=0, width=4):
@@ -20,7 +30,7 @@ def step(module, optimizer):
 
 
 def begin(tmp_path, resume=False, **settings):
-    return Progress(tmp_path, {"rate": 0.1, **settings}, {"step": 0, "best": None}, resume)
+    return Progress(tmp_path, Settings.of(Config(**settings)), {"step": 0, "best": None}, resume)
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def test_a_damaged_file_is_named(saved, tmp_path, file):
 
 
 def test_weights_of_another_model_are_refused(saved, tmp_path):
-    with pytest.raises(ValueError, match="damaged or of another model"):
+    with pytest.raises(ValueError, match="damaged or from another model"):
         begin(tmp_path, resume=True).load(model(width=5))
 
 

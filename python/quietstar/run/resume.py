@@ -1,0 +1,109 @@
+"""What a run must have in common with its continuation, and which checkpoint it continues from.
+
+A setting may differ if its field says so (``quietstar.config.option(..., may_differ=True)``); all others must be the same.
+The training loop, the recipes and the command line compare them with ``Settings``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from quietstar.config import ThoughtConfig, TrainConfig, renamed
+from quietstar.run import snapshots
+
+__all__ = ["Settings", "check_folder", "find_checkpoint"]
+
+# What a run leaves in its folder: ``quietstar train``, a recipe that saves between updates, one that saves between rounds.
+MARKS = ("checkpoints", "progress", "recipe.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that a run and its continuation must have in common.
+
+    Attributes:
+        values: JSON values by name.
+        defaults: by name, the value for runs that were saved before the setting existed.
+    """
+
+    values: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(cls, *configs: Any, **others: Any) -> Settings:
+        """The fields of dataclasses, apart from those that may differ and those that are dataclasses themselves.
+
+        Args:
+            others: further settings.
+        """
+        defaults = {}
+        for config in configs:
+            for field in dataclasses.fields(config):
+                value = getattr(config, field.name)
+                if field.metadata.get("may_differ") or dataclasses.is_dataclass(value):
+                    continue
+                others[field.name] = value
+                if field.default is not dataclasses.MISSING:
+                    defaults[field.name] = field.default
+        return cls(json.loads(json.dumps(others)), defaults)
+
+    def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming the first setting that the run in ``path`` has another value of."""
+        saved = self.defaults | renamed(saved)
+        for name, value in self.values.items():
+            if saved.get(name) != value:
+                raise ValueError(f"{path}: the run there has {name}={saved.get(name)!r}, not {value!r}")
+
+
+def check_folder(out: str | os.PathLike, mark: str, begun: bool, resume: bool) -> None:
+    """Check that a run may write to ``out``.
+
+    Args:
+        mark: which of ``MARKS`` this kind of run leaves.
+        begun: whether a run of this kind is there.
+        resume: whether to continue it.
+
+    Raises:
+        ValueError: a run of another command is in ``out``, or a run that is not to be resumed. Its files would be lost.
+    """
+    for other in MARKS:
+        if other != mark and (Path(out) / other).exists():
+            raise ValueError(f"{out}: a run of another command is there, with {other}: take another out")
+    if begun and not resume:
+        raise ValueError(f"{out}: a run is there already; resume continues it, another out starts a new one")
+
+
+def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoughts: ThoughtConfig) -> Path | None:
+    """The checkpoint that a run continues from; None to start at the beginning.
+
+    Args:
+        resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one; or the path of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is missing or damaged, all of ``config.out`` are, or it was made with other settings.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        path = snapshots.newest_whole(config.out, on_damaged=lambda error: tqdm.write(f"{error}; trying the one before"))
+        if path is None:
+            if snapshots.every(config.out):
+                raise ValueError(f"train: every checkpoint of {config.out} is damaged")
+            return None
+    else:
+        path = Path(resume)
+        if not path.is_dir():
+            raise ValueError(f"train: no checkpoint at {path}")
+        snapshots.check(path)
+    saved = json.loads((path / snapshots.RUN).read_text())["config"]
+    saved = saved["train"] | ThoughtConfig.from_dict(saved["thoughts"]).to_dict()
+    Settings.of(config, thoughts).check(path, saved)
+    return path

@@ -1,0 +1,109 @@
+"""What may differ between a run and its continuation, and which checkpoint it continues from."""
+
+import json
+from dataclasses import dataclass, fields, replace
+
+import pytest
+
+from quietstar import ThoughtConfig
+from quietstar.cli.main import Train
+from quietstar.config import AdapterConfig, TrainConfig, option
+from quietstar.data.texts import DataConfig
+from quietstar.recipes import fast, internalize, internalize_kd, score, star, vstar
+from quietstar.run import resume
+from quietstar.run.resume import MARKS, Settings, check_folder, find_checkpoint
+
+# Fields that no number of a run depends on, for each config; all others must be the same.
+FREE = {
+    TrainConfig: {"out", "accumulation", "anchor_chunk", "sharding", "eval_every", "save_every", "keep", "tracker"},
+    ThoughtConfig: set(),
+    AdapterConfig: set(),
+    DataConfig: set(),
+    Train: {"compile", "gradient_checkpointing", "config", "resume"},
+    star.Config: {"out", "rounds", "engine", "batch_size"},
+    vstar.Config: {"out", "rounds", "batch_size"},
+    fast.Config: {"out", "save_every"},
+    score.Config: {"out", "save_every"},
+    internalize.Config: {"out", "save_every"},
+    internalize_kd.Config: set(),
+}
+
+
+@pytest.mark.parametrize("config", FREE, ids=lambda config: f"{config.__module__}.{config.__name__}")
+def test_what_may_differ(config):
+    assert {field.name for field in fields(config) if field.metadata.get("may_differ")} == FREE[config]
+
+
+@dataclass
+class Config:
+    rate: float = option(0.1, "learning rate")
+    parts: int = option(1, "parts", may_differ=True)
+    thoughts: ThoughtConfig | None = None
+
+
+def test_settings_are_those_that_must_be_the_same():
+    settings = Settings.of(Config(0.5, 2, ThoughtConfig()), model="gpt2", sizes=(1, 2))
+    assert settings.values == {"model": "gpt2", "sizes": [1, 2], "rate": 0.5}
+    settings.check("run", {"model": "gpt2", "sizes": [1, 2], "rate": 0.5, "parts": 7})
+    with pytest.raises(ValueError, match=r"^run: the run there has rate=0\.25, not 0\.5$"):
+        settings.check("run", {"model": "gpt2", "sizes": [1, 2], "rate": 0.25})
+    with pytest.raises(ValueError, match=r"^run: the run there has model=None, not 'gpt2'$"):
+        settings.check("run", {"sizes": [1, 2], "rate": 0.5})
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default():
+    Settings.of(Config()).check("run", {})
+    with pytest.raises(ValueError, match="the run there has rate=0.1, not 0.2"):
+        Settings.of(Config(0.2)).check("run", {})
+
+
+def test_a_run_from_before_a_setting_was_renamed_has_it():
+    Settings.of(ThoughtConfig(base_model="ema")).check("run", {**ThoughtConfig().to_dict(), "base_model": "ema"})
+    saved = ThoughtConfig().to_dict()
+    del saved["base_model"], saved["base_model_decay"]
+    Settings.of(ThoughtConfig(base_model="ema")).check("run", saved | {"reference": "ema", "reference_decay": 0.999})
+    with pytest.raises(ValueError, match="the run there has base_model='ema', not 'current'"):
+        Settings.of(ThoughtConfig()).check("run", saved | {"reference": "ema", "reference_decay": 0.999})
+
+
+def checkpoint(out, step, train, thoughts):
+    """A checkpoint's run.json, with a manifest of no files."""
+    folder = resume.snapshots.folder(out, step)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"step": step, "config": {"train": train, "thoughts": thoughts}}))
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_the_newest_whole_checkpoint(tmp_path, capsys):
+    config, thoughts = TrainConfig(out=str(tmp_path)), ThoughtConfig()
+    assert find_checkpoint(None, config, thoughts) is find_checkpoint("auto", config, thoughts) is None
+    whole, damaged = (checkpoint(tmp_path, step, vars(config), thoughts.to_dict()) for step in (2, 4))
+    (damaged / "manifest.json").unlink()
+    assert find_checkpoint("auto", config, thoughts) == whole
+    assert "step-000004: manifest.json is missing or damaged" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="step-000004: manifest.json is missing or damaged"):
+        find_checkpoint(damaged, config, thoughts)
+
+
+def test_a_checkpoint_of_an_older_version(tmp_path):
+    """Newer fields have their default, and those that were renamed are read."""
+    thoughts = {"thoughts": 3, "preset": "paper", "reference": "frozen"}
+    path = checkpoint(tmp_path, 2, {"out": "elsewhere", "steps": 7}, thoughts)
+    config, now = TrainConfig(out=str(tmp_path), steps=7), ThoughtConfig(thoughts=3, preset="paper", base_model="frozen")
+    assert find_checkpoint("auto", config, now) == path
+    with pytest.raises(ValueError, match="step-000002: the run there has steps=7, not 8"):
+        find_checkpoint("auto", replace(config, steps=8), now)
+    with pytest.raises(ValueError, match="step-000002: the run there has lookahead=4, not 3"):
+        find_checkpoint("auto", config, replace(now, lookahead=3))
+
+
+def test_whose_folder_it_is(tmp_path):
+    check_folder(tmp_path, MARKS[0], begun=False, resume=False)
+    check_folder(tmp_path, MARKS[0], begun=True, resume=True)
+    with pytest.raises(ValueError, match="a run is there already; resume continues it, another out starts a new one"):
+        check_folder(tmp_path, MARKS[0], begun=True, resume=False)
+    (tmp_path / MARKS[1]).mkdir()
+    check_folder(tmp_path, MARKS[1], begun=False, resume=False)
+    with pytest.raises(ValueError, match="a run of another command is there, with progress"):
+        check_folder(tmp_path, MARKS[0], begun=False, resume=True)
