@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
 from quietstar.evaluation.scoring import mixed_logits, next_logits
-from quietstar.hf.attention import most_rows
+from quietstar.hf.architectures import most_rows
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
 from quietstar.hf.graphs import Graphs, Runner
@@ -114,11 +114,11 @@ class Desk:
         """For new texts: the one that the last generation left, where that fits, since its graphs go on."""
         run = qs._runner()
         if run.graphs is None:
-            return Desk(ThoughtStore(layout, room=room), run, None, (), layout.L)
+            return Desk(ThoughtStore(layout, capacity=room), run, None, (), layout.L)
         state = (*run.state, layout.B, room)
         desk = run.graphs.take_spare()
         if desk is None or desk.state != state:
-            desk = Desk(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
+            desk = Desk(ThoughtStore(layout, capacity=room), run, run.graphs.apart(), state, layout.L)
         else:
             desk.store.restart(layout)
         desk.run, desk.written = desk.graphs.runner(qs.model, layout.device), layout.L
@@ -205,7 +205,7 @@ class ThinkingModel(GenerationMixin):
     def _read_prompt(self, desk: Desk, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
         model, store = self.qs.model, desk.store
-        return decode_rows(model, embeddings(model)(input_ids), store.text.text_position_ids(), store.prefill())[:, -1]
+        return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), store.prefill())[:, -1]
 
     def _read_token(self, desk: Desk, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
@@ -216,9 +216,9 @@ class ThinkingModel(GenerationMixin):
         model, store = self.qs.model, desk.store
 
         def read(token: Tensor, place: Tensor, whole: bool) -> tuple[Tensor]:
-            store.hang(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
+            store.begin_at(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
             hidden = decode_step(model, embeddings(model)(token), store, 0)
-            store.keep(place)
+            store.keep_as_text(place)
             return (hidden[:, 0],)
 
         (hidden,) = desk.run("read", read, {"token": token, "place": desk.place()})
@@ -232,7 +232,7 @@ class ThinkingModel(GenerationMixin):
         def think(
             place: Tensor, length: Tensor, names: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
         ) -> tuple[Tensor, ...]:
-            store.hang(place - 1, length, rows=T + 2)
+            store.begin_at(place - 1, length, rows=T + 2)
             thoughts, ends = continue_thoughts(qs.model, qs.lm_head, start, store, names, seed, sampling, end=end, whole=whole)
             assert ends is not None
             return thoughts.thought_ids[:, 0], thoughts.lengths[:, 0], ends[:, 0]

@@ -23,7 +23,8 @@ from quietstar.checkpoints import official
 from quietstar.config import AdapterConfig, ThoughtConfig, check_anchor_chunk
 from quietstar.explain.report import Report, explain
 from quietstar.hf import adapters
-from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.architectures import check_architecture
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.graphs import EAGER, Graphs, Runner

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from quietstar.checkpoints.tensors import check_vocabulary, find, locate_tensors, read_tensors
 from quietstar.config import ThoughtConfig
-from quietstar.files import check_vocabulary, find, locate_tensors, read_tensors, replaced
+from quietstar.files import replaced
 from quietstar.hf.modules import embeddings
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quietstar.config import ThoughtConfig
-from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.architectures import check_architecture
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import backends, cuda_library

@@ -359,9 +359,9 @@ def test_adapters_that_cannot_be_saved_alone_are_refused(tiny, what):
     [
         (lambda: lora(target_modules=["lm_head"]), "must leave out the output head"),
         (lambda: lora(modules_to_save=["lm_head"]), "must leave out the output head"),
-        (lambda: lora(init_lora_weights="pissa"), "init_lora_weights must leave the base as it is, got 'pissa'"),
+        (lambda: lora(init_lora_weights="pissa"), "init_lora_weights must leave the base unchanged, got 'pissa'"),
         (lambda: lora(target_modules=["nothing"]), "no adapters fit LlamaForCausalLM: Target modules"),
-        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "must change layers alone, got PROMPT"),
+        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "must change layers only, got PROMPT"),
         (lambda: AdapterConfig(lora_rank=2, lora_targets="nothing"), "no adapters fit LlamaForCausalLM"),
     ],
 )
@@ -375,7 +375,7 @@ def test_adapters_that_thoughts_cannot_go_through_are_refused(tiny, config, mess
 
 
 def test_adapters_that_are_there_already_or_came_another_way(qs, tiny):
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="already has adapters"):
         qs.add_adapters(AdapterConfig(lora_rank=2))
     model = tiny("llama")
     model.add_adapter(lora())
@@ -485,4 +485,4 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     assert cli.main([*more, "--gradient-checkpointing", "--optimizer=fused"]) == 0
     assert len(compiled) == 1 and adapters.there(compiled[0].model)
     assert cli.main(["train", "--model=../run", "--data=../text.txt", "--out=else", "--lora-rank=2", *small]) == cli.DATA
-    assert "has adapters already" in capsys.readouterr().err
+    assert "already has adapters" in capsys.readouterr().err
