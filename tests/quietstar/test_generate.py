@@ -16,7 +16,7 @@ from transformers.generation import (
 
 import quietstar
 from quietstar.generate import Thinking, ThinkingModel
-from quietstar.hf.cache import PackedPass
+from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
 from quietstar_kernels import ThoughtLayout, sample_token
 
@@ -231,7 +231,7 @@ def test_the_text_alone_stays_in_the_store(qs):
     out = thinker.generate(ids, attention_mask=mask, max_new_tokens=NEW, use_cache=False, eos_token_id=None)
     read = torch.cat([mask, mask.new_ones(2, NEW - 1)], 1)
     layout = ThoughtLayout.from_padding(read, 1, 1).text_only()
-    fresh = quietstar.cache.ThoughtStore(layout)
+    fresh = ThoughtStore(layout)
     with torch.no_grad():
         embeds = qs.model.get_input_embeddings()(out[:, :-1])
         decode_rows(qs.model, embeds, layout.text_position_ids(), fresh.prefill())
