@@ -15,7 +15,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
-from quietstar.hf.attention import most_rows
+from quietstar.hf.architectures import most_rows
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
@@ -111,11 +111,11 @@ class TextCache:
         """For new texts: the cache of the last generation where it fits, so that its graphs are used again."""
         run = EAGER if graphs is None else graphs.runner(thinker.model, thinker.device)
         if run.graphs is None:
-            return TextCache(ThoughtStore(layout, room=room), run, None, (), layout.L)
+            return TextCache(ThoughtStore(layout, capacity=room), run, None, (), layout.L)
         state = (*run.state, layout.B, room)
         cache = run.graphs.take_spare()
         if cache is None or cache.state != state:
-            cache = TextCache(ThoughtStore(layout, room=room), run, run.graphs.apart(), state, layout.L)
+            cache = TextCache(ThoughtStore(layout, capacity=room), run, run.graphs.apart(), state, layout.L)
         else:
             cache.store.restart(layout)
         cache.run, cache.written = cache.graphs.runner(thinker.model, layout.device), layout.L
@@ -198,7 +198,7 @@ class ThinkingModel(GenerationMixin):
     def _read_prompt(self, cache: TextCache, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
         model, store = self.thinker.model, cache.store
-        return decode_rows(model, embeddings(model)(input_ids), store.text.text_position_ids(), store.prefill())[:, -1]
+        return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), store.prefill())[:, -1]
 
     def _read_token(self, cache: TextCache, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
@@ -209,9 +209,9 @@ class ThinkingModel(GenerationMixin):
         model, store = self.thinker.model, cache.store
 
         def read(token: Tensor, place: Tensor, whole: bool) -> tuple[Tensor]:
-            store.hang(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
+            store.begin_at(place - 1, torch.ones_like(token[:, None], dtype=torch.int32), rows=1)
             hidden = decode_step(model, embeddings(model)(token), store, 0)
-            store.keep(place)
+            store.keep_as_text(place)
             return (hidden[:, 0],)
 
         (hidden,) = cache.run("read", read, {"token": token, "place": cache.place()})
@@ -225,7 +225,7 @@ class ThinkingModel(GenerationMixin):
         def think(
             place: Tensor, length: Tensor, sequence_ids: Tensor, seed: Tensor, start: Tensor, end: Tensor, whole: bool
         ) -> tuple[Tensor, ...]:
-            store.hang(place - 1, length, rows=T + 2)
+            store.begin_at(place - 1, length, rows=T + 2)
             thoughts, ends = continue_thoughts(
                 thinker.model, thinker.lm_head, start, store, sequence_ids, seed, sampling, end=end, whole=whole
             )

@@ -19,7 +19,8 @@ from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.explain.report import Report, explain
 from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
-from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.architectures import check_architecture
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder_mixin import DecoderMixin
 from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import find_lm_head

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quietstar.checkpoints import official
+from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.contents import Contents
+from quietstar.checkpoints.tensors import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file
 from quietstar.config import ThoughtConfig
-from quietstar.files import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file, replaced
-from quietstar.hf import adapters
+from quietstar.files import replaced
 from quietstar.hf.modules import embeddings, unwrapped
 
 TENSORS, SETTINGS, CARD = "quietstar.safetensors", "quietstar.json", "README.md"

@@ -1,1 +1,1 @@
-"""Texts and thoughts to train on."""
+"""Texts and thoughts to train on, as the examples that ``run.batches`` makes batches of."""

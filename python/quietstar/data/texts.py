@@ -1,6 +1,6 @@
-"""Texts from the hub, a file or Python's own documentation, tokenized, split and cut: what ``train`` and ``evaluate`` take.
+"""Texts from the hub, a file or Python's documentation, tokenized, split and cut into examples to train and evaluate on.
 
-Problems with chains of thought, made up or from files, are in ``quietstar.tasks``; questions in ``quietstar.questions``.
+Problems with chains of thought are in ``quietstar.recipes``, questions in ``quietstar.evaluation.questions``.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ class DataConfig:
     """Where the texts come from and how they are cut into examples.
 
     Raises:
-        ValueError: a value outside its range, by name.
+        ValueError: a value is outside its range.
     """
 
-    data: str = option("builtin", "a .txt or .jsonl file, a hub name, name:subset on the hub, or builtin: Python's manual")
-    text_field: str = option("text", "what a .jsonl file or a hub data set calls the text")
+    data: str = option(
+        "builtin", "a .txt or .jsonl file, a data set on the hub (name or name:subset), or builtin: Python's manual"
+    )
+    text_field: str = option("text", "field of a .jsonl file or a hub data set that holds the text")
     split: str = option("train", "split of a hub data set")
-    hub_texts: int = option(10_000, "texts to read of a hub data set, from its start")
-    pack: bool = option(True, "fill examples with text after text; else one text an example, and a line of a .txt is one")
-    length: int = option(256, "L, tokens of an example")
-    held_out: int = option(64, "texts kept for evaluation, a tenth of all at most")
-    held_out_seed: int = option(0, "which texts those are")
+    hub_texts: int = option(10_000, "texts to read from the start of a hub data set")
+    pack: bool = option(
+        True, "fill each example with several texts; otherwise one text per example, and each line of a .txt is a text"
+    )
+    length: int = option(256, "L, tokens in an example")
+    held_out: int = option(64, "texts held out for evaluation, at most a tenth of all")
+    held_out_seed: int = option(0, "chooses the texts to hold out")
 
     def __post_init__(self) -> None:
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):
@@ -50,29 +54,29 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on and held-out ones, which are one text each, cut to L tokens."""
+    """Examples to train on, and held-out examples of one text each, cut to L tokens."""
 
     train: list[Example]
     held_out: list[Example]
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead: int) -> Data:
-    """Read, tokenize and split texts. An end-of-text token, where the tokenizer has one, closes each.
+    """Read, tokenize and split texts. Each ends with an end-of-text token if the tokenizer has one.
 
-    Texts are held out whole, by a random table. Packed examples carry document_ids, so that no text sees another.
+    Whole texts are held out at random. Packed examples have document_ids, so that no text sees another.
 
     Args:
-        lookahead: J; an example has at least J + 2 tokens, and texts too short for one are left out where they stand alone.
+        lookahead: J. Examples have at least J + 2 tokens; unless texts are packed, shorter ones are left out.
 
     Raises:
-        ValueError: data that can't be found, read or decoded, a broken JSON line, or no text of J + 2 tokens.
+        ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
     """
     if config.length < lookahead + 2:
         raise ValueError(f"length must be at least J+2={lookahead + 2} to look {lookahead} ahead, got L={config.length}")
     ids = tokenize(read_texts(config), tokenizer)
-    table = torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.held_out_seed)).tolist()
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.held_out_seed)).tolist()
     held = min(config.held_out, len(ids) // 10)
-    held_out, training = [ids[i] for i in table[:held]], [ids[i] for i in table[held:]]
+    held_out, training = [ids[i] for i in order[:held]], [ids[i] for i in order[held:]]
     least = lookahead + 2
     data = Data(
         train=packed(training, config.length, least) if config.pack else alone(training, config.length, least),
@@ -81,14 +85,13 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     if not data.train:
         longest = sum(map(len, training)) if config.pack else max(map(len, training))
         raise ValueError(
-            f"{config.data}: the text is shorter than the look-ahead: {longest} tokens, and {least} are the least to look "
-            f"{lookahead} ahead"
+            f"{config.data}: the text is too short: it has {longest} tokens, and looking {lookahead} tokens ahead needs {least}"
         )
     return data
 
 
 def read_texts(config: DataConfig) -> list[str]:
-    """The texts of ``config.data``, at least one, none of them empty."""
+    """The texts of ``config.data``: at least one, and none is empty."""
     path = Path(config.data)
     if config.data == "builtin":
         texts = builtin_texts()
@@ -107,7 +110,7 @@ def read_texts(config: DataConfig) -> list[str]:
 
 
 def builtin_texts() -> list[str]:
-    """Paragraphs of Python's own documentation, each once: its topics repeat each other's."""
+    """Paragraphs of Python's documentation, without the repetitions among its topics."""
     from pydoc_data.topics import topics
 
     pieces = (" ".join(piece.split()) for text in topics.values() for piece in re.split(r"\n\s*\n", text))
@@ -115,14 +118,14 @@ def builtin_texts() -> list[str]:
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Token ids of each text, int64 [its length], with an end-of-text token where the tokenizer has one."""
+    """Token ids of each text, int64 [its length], with an end-of-text token if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(texts, verbose=False)["input_ids"]
     return [torch.tensor(x if x[-1:] == end else x + end, dtype=torch.int64) for x in ids]
 
 
 def packed(ids: list[Tensor], length: int, least: int) -> list[Example]:
-    """Texts one after the other, cut every ``length`` tokens; a rest of fewer than ``least`` is left out."""
+    """Concatenated texts, cut every ``length`` tokens; a remainder of fewer than ``least`` tokens is dropped."""
     if not ids:
         return []
     tokens = torch.cat(ids).split(length)
@@ -132,12 +135,12 @@ def packed(ids: list[Tensor], length: int, least: int) -> list[Example]:
 
 
 def alone(ids: list[Tensor], length: int, least: int) -> list[Example]:
-    """One text an example, cut to ``length`` tokens; texts of fewer than ``least`` are left out."""
+    """One text per example, cut to ``length`` tokens; texts of fewer than ``least`` tokens are dropped."""
     return [{"input_ids": x[:length]} for x in ids if len(x) >= least]
 
 
 def read_utf8(path: Path) -> str:
-    """A file's text without a byte order mark; ValueError that names the file and what is wrong."""
+    """A file's text without its byte order mark. Raises ValueError, naming the file, if it can't be read or decoded."""
     try:
         return path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -148,14 +151,14 @@ def read_utf8(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line that is not blank; ValueError that names a line which is not JSON."""
+    """Number and value of each line that is not blank. Raises ValueError, naming the line, if one is not JSON."""
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if line.strip():
             yield number, json_value(path, number, line)
 
 
 def json_value(path: Path, number: int, line: str | bytes) -> Any:
-    """What the line says; ValueError that names it where it is not JSON."""
+    """The value of a line. Raises ValueError, naming the line, if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -163,19 +166,19 @@ def json_value(path: Path, number: int, line: str | bytes) -> Any:
 
 
 def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """The first rows of a hub data set, ``name`` or ``name:subset``; ValueError with the reason where there are none."""
+    """The first ``limit`` rows of a hub data set, ``name`` or ``name:subset``. Raises ValueError if it can't be loaded."""
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"{source!r} is no file here, and data from the hub needs the datasets package: pip install datasets"
+            f"{source!r} is not a file, and loading data from the hub needs the datasets package: pip install datasets"
         ) from error
     name, _, subset = source.partition(":")
     try:
         return list(islice(datasets.load_dataset(name, subset or None, split=split, streaming=True), limit))
-    except Exception as error:  # the library's own, the network's and the file formats' errors, all without a common base
+    except Exception as error:  # errors of the library, the network and file formats have no common base
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{source!r} is no file here, and the hub does not give it: {reason}") from error
+        raise ValueError(f"{source!r} is not a file, and loading it from the hub failed: {reason}") from error
 
 
 def _json_texts(path: Path, name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Thoughts that were made beforehand, by this model or another engine: written to files, and trained from."""
+"""Thoughts sampled in advance, by this model or another engine: writing them to files, and training on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import sampled
-from quietstar.data.thought_files import Record, open_records, write_records
+from quietstar.data.records import Record, open_records, write_records
 from quietstar.model import QuietStar
 from quietstar.rollout import Thoughts
 from quietstar.run.batches import Example, batches_of, text_of
 
-# Of a record: what a value is, and how many lists are around it.
+# Fields of a record: the type of their values, and how deeply lists nest them.
 FIELDS = {
     "text": ("string", 0),
     "tokenizer": ("string", 0),
@@ -31,17 +31,17 @@ FIELDS = {
     "logprob": ("float32", 3),
 }
 OPTIONAL = ("anchors", "logprob")
-# A log-probability may be this much above 0, by rounding.
+# How far above 0 rounding may put a log-probability.
 ROUNDING = 1e-3
 
 
 def text_hash(input_ids: Tensor) -> str:
-    """Names a text [L]: the SHA-256, in hex, of its token ids in decimal with a space between."""
+    """The id of a text [L]: the SHA-256, in hex, of its token ids in decimal, separated by spaces."""
     return _sha256(" ".join(map(str, input_ids.tolist())))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Names what ids mean: the SHA-256, in hex, of a line "id token" for each token, by id; empty without a tokenizer."""
+    """The id of a vocabulary: the SHA-256, in hex, of a line "id token" per token, by id; empty without a tokenizer."""
     if tokenizer is None:
         return ""
     return _sha256("".join(f"{i} {token}\n" for i, token in sorted((i, token) for token, i in tokenizer.get_vocab().items())))
@@ -55,15 +55,16 @@ def export_thoughts(
     batch_size: int = 8,
     progress: bool = False,
 ) -> None:
-    """Sample thoughts about every example and write them, in parquet a row group for each batch; renamed into place.
+    """Sample thoughts about every example and write them to a file, which is renamed into place at the end.
 
-    They are those that ``train`` would sample in a step of this seed, at the anchors of the examples or of the config's policy.
+    They are the thoughts that ``train`` would sample in a step with this seed, at the examples' anchors or at those that the
+    config chooses. In parquet, each batch is a row group.
 
     Args:
         path: ends in .jsonl or .parquet.
 
     Raises:
-        ValueError: those of ``QuietStar.think``, another ending, or parquet without pyarrow.
+        ValueError: as in ``QuietStar.think``; the path has another ending, or is parquet and pyarrow is not installed.
         OSError: the file could not be written.
     """
     tokenizer = tokenizer_hash(qs.tokenizer)
@@ -93,19 +94,19 @@ def _record(example: Example, tokenizer: str, anchors: Tensor | None, thoughts: 
 
 
 class OfflineThoughts(Sequence[Example]):
-    """Examples with the thoughts that a file has about them, as ``train`` takes them.
+    """Examples for ``train`` with the thoughts that a file has about them.
 
-    Opening reads the file once and checks every record; then a record is read when its example is. Memory holds two numbers
-    for each, not the thoughts.
+    Opening reads the file once and checks every record. After that, a record is read when its example is. Memory holds two
+    numbers per record, not the thoughts.
 
     Args:
-        path: a file ending in .jsonl or .parquet; docs/offline-thoughts.md says what is in it.
-        examples: what the thoughts are about, in any order. Texts that occur k times have k records.
-        qs: its config says N and T, its tokenizer what ids mean.
+        path: a file ending in .jsonl or .parquet; docs/offline-thoughts.md describes its records.
+        examples: the texts of the thoughts, in any order. A text that occurs k times has k records.
+        qs: its config gives N and T, its tokenizer the vocabulary.
 
     Raises:
-        ValueError: the first record that is broken, of another tokenizer or of a text that isn't there, by its line or row; a
-            text without thoughts; another ending, or parquet without pyarrow.
+        ValueError: a record is broken, has another tokenizer or is about an unknown text (the first one is named by its line or
+            row), or a text has no thoughts; errors of ``open_records``.
     """
 
     def __init__(self, path: str | os.PathLike, examples: Sequence[Example], qs: QuietStar):
@@ -126,7 +127,7 @@ class OfflineThoughts(Sequence[Example]):
         return f"{self.path}: {self.records.unit} {number}"
 
     def _match(self) -> array[int]:
-        """The number of each example's record."""
+        """The number of each example's record, after a check of every record."""
         numbers = array("q", bytes(8 * len(self.examples)))
         waiting: defaultdict[str, list[int]] = defaultdict(list)
         for i in reversed(range(len(self))):
@@ -134,13 +135,15 @@ class OfflineThoughts(Sequence[Example]):
         first: tuple[int, set[str]] | None = None
         for number, record in self.records:
             where = self._where(number)
-            self._check_names(where, record)
-            text = record["text"]
-            if text not in waiting:
-                raise ValueError(f"{where} is about another text than those of the data, or one cut otherwise: {text[:12]}…")
-            if not waiting[text]:
-                raise ValueError(f"{where} is about a text that has its thoughts already: {text[:12]}…")
-            index = waiting[text].pop()
+            self._check_hashes(where, record)
+            digest = record["text"]
+            if digest not in waiting:
+                raise ValueError(
+                    f"{where} is about a text that the data does not have, or one that was cut differently: {digest[:12]}…"
+                )
+            if not waiting[digest]:
+                raise ValueError(f"{where} is about a text that already has its thoughts: {digest[:12]}…")
+            index = waiting[digest].pop()
             self._join(where, record, self.examples[index])
             numbers[index] = number
             optional = {name for name in OPTIONAL if record.get(name) is not None}
@@ -151,13 +154,14 @@ class OfflineThoughts(Sequence[Example]):
                 raise ValueError(f"{where}: {name} must be in every record or in none, and {has}")
         if missing := numbers.count(0):
             index = numbers.index(0)
-            text = text_hash(self.examples[index]["input_ids"])
+            digest = text_hash(self.examples[index]["input_ids"])
             raise ValueError(
-                f"{self.path}: no thoughts about {missing} of the {len(self)} texts, the first is example {index}: {text[:12]}…"
+                f"{self.path}: no thoughts about {missing} of the {len(self)} texts, the first is example {index}: "
+                f"{digest[:12]}…"
             )
         return numbers
 
-    def _check_names(self, where: str, record: Any) -> None:
+    def _check_hashes(self, where: str, record: Any) -> None:
         if not isinstance(record, dict):
             raise ValueError(f"{where} must be an object with {', '.join(FIELDS)}, got {type(record).__name__}")
         for name in ("text", "tokenizer"):
@@ -168,7 +172,7 @@ class OfflineThoughts(Sequence[Example]):
             raise ValueError(f"{where}: tokenizer must be the model's, {here}, got {there}")
 
     def _join(self, where: str, record: Record, example: Example) -> Example:
-        """The example with what its record says, checked."""
+        """The example with its record's thoughts, after a check of the record."""
         L, N, T = len(example["input_ids"]), self.config.thoughts, self.config.thought_tokens
         joined = {name: x for name, x in example.items() if name != "anchors"}
         P = L
@@ -188,7 +192,7 @@ class OfflineThoughts(Sequence[Example]):
             if same != lengths:
                 raise ValueError(f"{where}: logprob must have a number for each token of thought_ids")
             _check_logprob(where, logprob)
-            if self.config.policy_temperature == 1:  # the temperature that it is told at
+            if self.config.policy_temperature == 1:  # the temperature of the file's log-probabilities
                 joined["old_logprob"] = torch.zeros(on.shape).masked_scatter(on, torch.tensor(logprob))
         return joined
 
@@ -202,14 +206,14 @@ class OfflineThoughts(Sequence[Example]):
 
 
 def _check_anchors(where: str, anchors: Any, L: int) -> list[int]:
-    fits = isinstance(anchors, list) and all(type(place) is int and 0 <= place < L for place in anchors)
-    if not fits or any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
-        raise ValueError(f"{where}: anchors must be places from 0 to L-1={L - 1}, ascending, got {_short(anchors)}")
+    valid = isinstance(anchors, list) and all(type(place) is int and 0 <= place < L for place in anchors)
+    if not valid or any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
+        raise ValueError(f"{where}: anchors must be positions from 0 to L-1={L - 1}, ascending, got {_short(anchors)}")
     return anchors
 
 
 def _unpack(where: str, name: str, values: Any, shape: tuple[int, int, int]) -> tuple[list[list[int]], list[Any]]:
-    """Of a field [P][N][at most T]: the lengths [P][N] of its thoughts, and all that is in them in one list."""
+    """The lengths [P][N] of the thoughts in a field [P][N][at most T], and their values in one list."""
     P, N, T = shape
     if not isinstance(values, list) or len(values) != P:
         raise ValueError(f"{where}: {name} must have a list for each of P={P} anchors, got {_count(values)}")

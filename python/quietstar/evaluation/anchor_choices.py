@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quietstar.anchors import CHOICES
-from quietstar.evaluation.difficulty import gain_of, said_gain
+from quietstar.evaluation.difficulty import format_gain, gain_of
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
@@ -70,7 +70,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     lines = ["gain from thoughts, nats a token, by where the model thinks, with 95 % intervals"]
     lines.append(f"  {'':<10}{'thoughts':>9}{'share':>8}{'of all tokens':>15}  of those after a thought")
     for row in rows:
-        gain = said_gain(row) if row["tokens"] else ""
+        gain = format_gain(row) if row["tokens"] else ""
         lines.append(
             f"  {row['anchors']:<10}{row['tokens']:>9,}{row['share']:>8.0%}{row['gain_of_all']:>+15.4f}  {gain}".rstrip()
         )

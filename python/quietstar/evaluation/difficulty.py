@@ -1,4 +1,4 @@
-"""Where thinking helps: the gain on tokens that the language model finds easy, and on those that surprise it."""
+"""Where thinking helps: the gain on tokens that are easy for the language model and on those that surprise it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Group = dict[str, Any]
 def by_difficulty(losses: TokenLosses) -> dict[str, list[Group]]:
     """The gain of tenths of the tokens, from the easiest to the hardest.
 
-    "base" sorts tokens by the base model's loss, which favours any other prediction among the hardest tokens and the base model
-    among the easiest, even where both are equally good: they are chosen for its bad or good luck. "mean" sorts them by the mean
-    of both losses, which favours neither.
+    "base" sorts tokens by the base model's loss. This favours any other prediction on the hardest tokens, and the base model on
+    the easiest, even when both are equally good, because those tokens were selected for the base model's bad or good luck.
+    "mean" sorts by the mean of both losses, which favours neither.
 
     Returns:
-        Under "base" and "mean", of each tenth: tokens; easiest and hardest, the ends of what it was sorted by, nats; base,
-        mixed, gain, their means, nats; gain_low and gain_high, a 95 % interval of the gain in which texts, not tokens, are
-        independent (a ratio of sums over texts); None where all its tokens are of one text. With fewer than ten tokens each is
-        a group of its own.
+        Under "base" and "mean", for each tenth: tokens, their number; easiest and hardest, the range of the sorted loss, nats;
+        base, mixed and gain, means in nats; gain_low and gain_high, a 95 % interval of the gain that treats texts, not tokens,
+        as independent (a ratio of sums over texts), or None if all tokens are from one text. With fewer than ten tokens, each
+        is its own group.
     """
     return {"base": _tenths(losses, losses.base), "mean": _tenths(losses, (losses.base + losses.mixed) / 2)}
 
@@ -40,14 +40,14 @@ def _tenths(losses: TokenLosses, loss: Tensor) -> list[Group]:
 
 
 def gain_of(losses: TokenLosses, tokens: Tensor) -> Group:
-    """What ``by_difficulty`` says about each tenth, of these tokens: tokens, base, mixed, gain, gain_low and gain_high."""
+    """The figures of ``by_difficulty`` for these tokens: tokens, base, mixed, gain, gain_low and gain_high."""
     base, mixed = losses.base[tokens], losses.mixed[tokens]
     mean = (base - mixed).mean()
-    _, text = losses.text[tokens].unique(return_inverse=True)
-    off = text.bincount(base - mixed - mean)  # each text's sum of deviations; together they are 0
+    _, text_index = losses.text[tokens].unique(return_inverse=True)
+    deviations = text_index.bincount(base - mixed - mean)  # summed over each text; they add up to 0
     low = high = None
-    if len(off) > 1:
-        margin = Z * float((off.square().sum() * len(off) / (len(off) - 1)).sqrt()) / len(tokens)
+    if len(deviations) > 1:
+        margin = Z * float((deviations.square().sum() * len(deviations) / (len(deviations) - 1)).sqrt()) / len(tokens)
         low, high = float(mean) - margin, float(mean) + margin
     return {
         "tokens": len(tokens),
@@ -61,16 +61,16 @@ def gain_of(losses: TokenLosses, tokens: Tensor) -> Group:
 
 def text(tenths: dict[str, list[Group]]) -> str:
     """A line for each tenth."""
-    lines = ["gain from thoughts, nats a token, of tenths of the tokens, with 95 % intervals"]
+    lines = ["gain from thoughts in nats per token, for tenths of the tokens, with 95 % intervals"]
     lines.append(f"  {'by their loss without a thought':<48}by the mean of both losses")
     for pair in zip(tenths["base"], tenths["mean"], strict=True):
-        cells = [f"{group['easiest']:7.3f} to {group['hardest']:6.3f}  {said_gain(group)}" for group in pair]
+        cells = [f"{group['easiest']:7.3f} to {group['hardest']:6.3f}  {format_gain(group)}" for group in pair]
         lines.append(f"{cells[0]:<50}{cells[1]}")
     return "\n".join(lines)
 
 
-def said_gain(group: Group) -> str:
-    """The gain and, where there is one, its interval."""
+def format_gain(group: Group) -> str:
+    """The gain and, if there is one, its interval."""
     if group["gain_low"] is None:
         return f"{group['gain']:+.3f}"
     return f"{group['gain']:+.3f} ({group['gain_low']:+.3f} to {group['gain_high']:+.3f})"
@@ -82,7 +82,7 @@ def can_draw() -> bool:
 
 
 def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
-    """A .png of what ``by_difficulty`` returns: a bar for each tenth by the base model's loss, a point for each by the mean."""
+    """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, a point for each by the mean."""
     from matplotlib.figure import Figure
 
     groups = tenths["base"]
@@ -97,8 +97,8 @@ def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
     _whiskers(axes, tenths["mean"], 0.14, "#c0563b")
     axes.axhline(0, color="#222222", linewidth=0.8, zorder=2)
     axes.set_xticks(range(len(groups)), [f"{x['easiest']:.2g}\nto {x['hardest']:.2g}" for x in groups], fontsize=8)
-    axes.set_xlabel("tenths of the tokens, the easiest on the left; loss without a thought, nats")
-    axes.set_ylabel("gain from thinking, nats a token")
+    axes.set_xlabel("tenths of the tokens, easiest on the left, by loss without a thought (nats)")
+    axes.set_ylabel("gain from thinking (nats per token)")
     axes.set_title(f"Where thinking helps: {sum(group['tokens'] for group in groups):,} tokens, 95 % intervals over texts")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

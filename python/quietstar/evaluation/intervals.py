@@ -1,4 +1,4 @@
-"""Intervals of accuracies and means, and how two accuracies on the same questions compare. All are 95 % ones."""
+"""95 % intervals of accuracies and means, and the comparison of two accuracies on the same questions."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 
 __all__ = ["mean_interval", "paired", "wilson"]
 
-Z = 1.959963984540054  # of the normal distribution, 95 % lie within
+Z = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 
 
 def wilson(right: int, questions: int) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), which stays inside 0 to 1 and has a width at both ends.
+    """Wilson's score interval of a share (Wilson 1927), which stays inside 0 to 1 and has a positive width even at both ends.
 
     Raises:
-        ValueError: fewer than one question, or more right answers than questions.
+        ValueError: there is no question, or there are more right answers than questions.
     """
     if questions < 1 or not 0 <= right <= questions:
         raise ValueError(f"wilson: right must be from 0 to questions, and questions 1 or more, got {right} of {questions}")
     share, z2 = right / questions, Z * Z
     middle = (share + z2 / (2 * questions)) / (1 + z2 / questions)
     margin = Z / (1 + z2 / questions) * math.sqrt(share * (1 - share) / questions + z2 / (4 * questions**2))
-    # At the ends one limit is the share itself, but for rounding.
+    # At both ends one limit equals the share, except for rounding.
     return (0.0 if right == 0 else middle - margin), (1.0 if right == questions else middle + margin)
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float | int]:
-    """How two answers to each of the same questions compare.
+    """Compare two sets of answers to the same questions.
 
     Returns:
-        both, first, second, neither: how many questions which of them had right, only first and only second in the middle;
-        difference: the share right of first minus that of second; low, high: its interval (Newcombe 1998, Statistics in
-        Medicine 17:2635, method 10); p: McNemar's exact test, the sign test of the questions only one had right.
+        both, first, second, neither: how many questions both, only the first, only the second, or neither answered right;
+        difference: the first's share of right answers minus the second's; low, high: its interval (Newcombe 1998, Statistics in
+        Medicine 17:2635, method 10); p: McNemar's exact test, a sign test on the questions that only one answered right.
 
     Raises:
-        ValueError: no question, or different numbers of answers.
+        ValueError: there is no question, or the numbers of answers differ.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"paired: both must have an answer to the same questions, got {len(first)} and {len(second)}")
@@ -62,7 +62,7 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float | i
 
 
 def _correlation(both: int, first: int, second: int, neither: int) -> float:
-    """Newcombe's phi with its continuity correction; 0 where one of the answers is always right or always wrong."""
+    """Newcombe's phi with its continuity correction; 0 if either set of answers is all right or all wrong."""
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
     if not product:
         return 0.0
@@ -78,10 +78,10 @@ def _sign_test(first: int, second: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean, low and high, by the normal distribution; a single value has no low and high: None.
+    """Mean and the ends of its interval, by the normal approximation; for a single value the ends are None.
 
     Raises:
-        ValueError: no value.
+        ValueError: there are no values.
     """
     if not values:
         raise ValueError("mean_interval: there must be a value, got none")

@@ -1,10 +1,10 @@
-"""A thinking model in EleutherAI's lm-evaluation-harness, where it is called ``quietstar``.
+"""A thinking model in EleutherAI's lm-evaluation-harness, under the name ``quietstar``.
 
-``python -m quietstar.evaluation.lm_eval`` takes what ``lm_eval`` takes::
+``python -m quietstar.evaluation.lm_eval`` takes the arguments of ``lm_eval``::
 
     python -m quietstar.evaluation.lm_eval --model quietstar --model_args pretrained=runs/first,think=always --tasks arc_easy
 
-Releases of lm_eval that look for entry points, those after 0.4.13, find the model by themselves.
+Releases of lm_eval after 0.4.13 look for entry points, and find the model without this command.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import pad_id
-from quietstar.evaluation.questions.continuations import batches, continue_texts
+from quietstar.evaluation.questions.continuations import batches_by_length, continue_texts
 from quietstar.evaluation.scoring import score_tokens
 from quietstar.generate import Thinking
 from quietstar.model import QuietStar
 from quietstar.run import snapshots
 
 logger = logging.getLogger(__name__)
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call the same number
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks have for the same number
 
 
 @register_model("quietstar")
 class QuietStarLM(TemplateLM):
-    """Probabilities and text of a QuietStar checkpoint, one greedy thought before each token.
+    """Probabilities and text of a QuietStar checkpoint, with one greedy thought before each token.
 
     Args:
         pretrained: a checkpoint, a run's folder or a hub name.
-        think: always, never, or where the base model's entropy exceeds this number of nats.
+        think: always, never, or the entropy of the base model's prediction, in nats, above which to think.
         batch_size: texts at once.
-        max_length: positions, of text and thought; default the model's own.
-        max_gen_toks: tokens of generated text where a task does not say.
+        max_length: positions of text and thought; default the model's own.
+        max_gen_toks: tokens to generate if a task does not say.
         dtype: of the weights; default the saved one.
-        device: default a GPU; the CPU where there is none, since lm_eval asks for a GPU by itself.
-        max_batch_size: not used; lm_eval always passes it.
+        device: default a GPU, or the CPU if there is none: lm_eval asks for a GPU even then.
+        max_batch_size: ignored; lm_eval always passes it.
 
     Raises:
-        ValueError: those of ``QuietStar.from_pretrained``; no tokenizer; a batch size that is no number.
+        ValueError: errors of ``QuietStar.from_pretrained``; there is no tokenizer, or the batch size is not a number.
     """
 
     def __init__(
@@ -68,14 +68,15 @@ class QuietStarLM(TemplateLM):
         self._device = torch.device(device or "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             self._device = torch.device("cpu")
-        of_a_run = snapshots.every(pretrained)
-        self.qs = QuietStar.from_pretrained(of_a_run[-1] if of_a_run else pretrained, dtype=dtype).eval().to(self._device)
+        checkpoints = snapshots.every(pretrained)  # of a run's folder
+        path = checkpoints[-1] if checkpoints else pretrained
+        self.qs = QuietStar.from_pretrained(path, dtype=dtype).eval().to(self._device)
         if self.qs.tokenizer is None:
             raise ValueError(f"{pretrained}: the checkpoint has no tokenizer")
         self.name, self.think, self.batch_size, self.max_gen_toks = pretrained, think, int(batch_size), int(max_gen_toks)
         self.tokenizer = cast(PreTrainedTokenizerBase, self.qs.tokenizer)
         positions = max_length or getattr(self.qs.config.get_text_config(), "max_position_embeddings", None) or 2048
-        # Tokens of the text that are run; one more may be predicted behind them.
+        # Tokens of text that are run; one more may be predicted after them.
         self.max_length = positions - (self.qs.thought_config.thought_tokens + 2)
         if self.max_length < 2:
             raise ValueError(f"quietstar: max_length must leave room for a thought and 2 tokens, got {positions}")
@@ -110,7 +111,7 @@ class QuietStarLM(TemplateLM):
         return str(text)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, each token once; longer ones than the model's positions in windows."""
+        """log p of whole texts, counting each token once; texts longer than the model's positions are cut into windows."""
         windows, owner = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -127,35 +128,35 @@ class QuietStarLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text up to a task's stop strings; greedy unless the task samples."""
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        alike = defaultdict(list)  # by generation arguments, since a batch has one set of them
+        groups = defaultdict(list)  # by generation arguments: a batch has one set of them
         for i, request in enumerate(requests):
-            alike[repr(request.args[1])].append(i)
+            groups[repr(request.args[1])].append(i)
         texts: dict[int, str] = {}
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
-            for group in alike.values():
-                new_tokens, stop, options = self._generation(dict(requests[group[0]].args[1]))
-                for chosen in batches([prompts[i] for i in group], self.batch_size):
-                    places = [group[k] for k in chosen]
-                    batch = [self._fit(prompts[i], self.max_length - new_tokens) for i in places]
+            for group in groups.values():
+                new_tokens, stop, options = self._generation_options(dict(requests[group[0]].args[1]))
+                for chosen in batches_by_length([prompts[i] for i in group], self.batch_size):
+                    indices = [group[k] for k in chosen]
+                    batch = [self._fit(prompts[i], self.max_length - new_tokens) for i in indices]
                     written = continue_texts(self.qs, batch, new_tokens, stop, think=self.think, **options)
-                    for i, text in zip(places, written, strict=True):
+                    for i, text in zip(indices, written, strict=True):
                         texts[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(places))
+                    bar.update(len(indices))
         return [texts[i] for i in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether greedy decoding gives it."""
+        """log p of each continuation, and whether greedy decoding would produce it."""
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
-            raise ValueError(f"quietstar: a continuation has {longest} tokens, and {self.max_length} are the most")
+            raise ValueError(f"quietstar: a continuation has {longest} tokens, more than the {self.max_length} that fit")
         texts = [self._fit(context + continuation, self.max_length + 1) for _, context, continuation in requests]
         places = [range(len(text) - len(x[2]), len(text)) for text, x in zip(texts, requests, strict=True)]
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(texts), desc="continuations", disable=disable_tqdm) as bar:
-            for chosen in batches(texts, self.batch_size):
+            for chosen in batches_by_length(texts, self.batch_size):
                 scores = score_tokens(self.qs, [texts[i] for i in chosen], [places[i] for i in chosen], self.think)
                 for i, (_, score) in zip(chosen, scores, strict=True):
                     found[i] = float(score.logprob.double().sum()), bool(score.likeliest.all())
@@ -164,20 +165,20 @@ class QuietStarLM(TemplateLM):
                 bar.update(len(chosen))
         return [found[i] for i in range(len(texts))]
 
-    def _fit(self, ids: list[int], room: int) -> list[int]:
-        """The end of a text that is too long."""
-        if len(ids) > room:
-            logger.warning(f"a text of {len(ids)} tokens is cut on the left to the {room} that fit")
-        return ids[-room:]
+    def _fit(self, ids: list[int], most: int) -> list[int]:
+        """The last ``most`` tokens of a text."""
+        if len(ids) > most:
+            logger.warning(f"a text of {len(ids)} tokens is cut on the left to the {most} that fit")
+        return ids[-most:]
 
-    def _generation(self, options: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
-        """New tokens, stop strings and what is left for ``generate``, from a task's generation arguments."""
+    def _generation_options(self, options: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+        """From a task's generation arguments: the number of new tokens, the stop strings, and the options of ``generate``."""
         stop = options.pop("until", None) or []
         stop = [stop] if isinstance(stop, str) else [x for x in stop if x]
         new_tokens = next((int(options[name]) for name in LIMITS if name in options), self.max_gen_toks)
         if not 0 < new_tokens < self.max_length:
             raise ValueError(
-                f"quietstar: new tokens must be from 1 to {self.max_length - 1}, the room there is, got {new_tokens}"
+                f"quietstar: new tokens must be from 1 to {self.max_length - 1}, the number that fit, got {new_tokens}"
             )
         options.setdefault("do_sample", float(options.get("temperature", 0)) > 0)
         unused = LIMITS if options["do_sample"] else (*LIMITS, "temperature", "top_p", "top_k")

@@ -1,1 +1,1 @@
-"""What the wrapper knows about transformers: architectures, attention, caches, adapters."""
+"""What the wrapper knows about Hugging Face models: architectures, attention, caches, heads, adapters, graphs."""

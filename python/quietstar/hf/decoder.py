@@ -11,7 +11,11 @@ from quietstar.hf.modules import backbone
 
 
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
-    """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]."""
+    """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D].
+
+    Raises:
+        ValueError: an attention call was made without ``thought_pass``.
+    """
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = backbone(model)(
         inputs_embeds=embeds,
@@ -25,5 +29,5 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
 
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
-    """Row ``step`` of all thoughts of the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
+    """Row ``step`` of every thought in the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
     return decode_rows(model, embeds, store.positions[:, :, step], store.decode(step))

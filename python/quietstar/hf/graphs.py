@@ -1,9 +1,9 @@
-"""CUDA graphs: a rollout's many small launches, captured once per shape and then replayed by the device as one.
+"""CUDA graphs: the many small launches of a rollout, captured once per shape and then replayed as one.
 
-A body is a function of tensors that decides nothing on the host, such as all steps of a rollout. The first call with some
-shapes runs it eagerly, the second watches it and captures it, and later ones copy their tensors into the graph's, replay, and
-copy the results out. Weights are read where they are, so training goes on under a graph. Where there can be no graph, a
-sentence in the log says why, once, and the body runs eagerly: the same operations give the same numbers.
+A body is a function of tensors that makes no decision on the host, such as all steps of a rollout. The first call with given
+shapes runs it eagerly, the second checks and captures it, and later calls copy their tensors into the graph's, replay it, and
+copy the results out. Weights are read in place, so a graph stays valid while they are trained. If a body can't be captured, the
+reason is logged once and the body runs eagerly: the same operations give the same numbers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quietstar.hf import adapters
 from quietstar_kernels import ThoughtLayout
 
-# Called with its inputs by name and ``whole``: True in a graph, where no step can be left out by a look at values.
+# Called with its inputs by name and ``whole``, which is True in a graph, where no step can be skipped depending on values.
 Body = Callable[..., tuple[Tensor, ...]]
 Call = Callable[[], tuple[Tensor, ...]]  # of a body
 
-# Shapes that are remembered: one that comes again among so many is worth a graph.
+# How many shapes are remembered. A shape that recurs among this many is worth a graph.
 MOST = 16
-# Of the device's memory, what a graph may keep.
+# The largest share of the device's memory that a graph may keep.
 SHARE = 1 / 8
 TORCH, KERNELS = Path(torch.__file__).parent, Path(inspect.getfile(ThoughtLayout)).parent
-# Whose hooks do not mind that a replay calls none.
+# Packages whose hooks need not run in a replay.
 _STATELESS_HOOKS = {"quietstar", "transformers", "peft"}
 
 logger = logging.getLogger(__name__)
@@ -45,17 +45,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs bodies, with the graphs of ``graphs`` where it has some.
+    """Runs bodies: by graphs if it has ``graphs``, else eagerly.
 
     Attributes:
-        state: what captured code hangs on, beside the model's weights and shapes.
+        state: what captured code depends on, besides the model's weights and the shapes.
     """
 
     graphs: Graphs | None = None
     state: tuple = ()
 
     def __call__(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The body's results, which may depend on the inputs and on what the key says alone, and on tensors that stay."""
+        """The body's results, which may depend only on the inputs, on the key, and on tensors that stay where they are."""
         if self.graphs is None:
             return body(**inputs, whole=False)
         shapes = ((name, x.shape, x.dtype) for name, x in inputs.items())
@@ -66,22 +66,22 @@ EAGER = Runner()
 
 
 class Capture(Protocol):
-    """What makes graphs; tests have one for CPUs."""
+    """Captures graphs. Tests have an implementation for CPUs."""
 
     def why_not(self, device: torch.device) -> str | None:
-        """None where it works on a device, else the reason in words."""
+        """None if graphs can be captured on a device, else the reason in words."""
         ...
 
     def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """The tensors that hold the body's results after each replay, and the replay. Raises RuntimeError."""
+        """The tensors that hold the results after each replay, and the function that replays. Raises RuntimeError."""
         ...
 
 
 class CudaCapture:
-    """``torch.cuda.graph``. All graphs of a device take their memory from one pool: only one runs at a time."""
+    """``torch.cuda.graph``. All graphs of a device share one memory pool, because only one runs at a time."""
 
     def __init__(self) -> None:
-        # By device: a pool and a stream. On a stream of another device a capture would record nothing.
+        # A pool and a stream for each device: on another device's stream, a capture would record nothing.
         self._places: dict[torch.device, tuple[Any, Any]] = {}
 
     def why_not(self, device: torch.device) -> str | None:
@@ -95,7 +95,7 @@ class CudaCapture:
             self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         pool, stream = self._places[device]
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those of a process group, may go on with calls that a capture forbids.
+        # thread_local: other threads, such as a process group's, may make calls that a capture forbids.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             before = torch.cuda.memory_reserved(device)
             outputs = body()
@@ -107,62 +107,62 @@ class CudaCapture:
 
 @dataclass
 class _Graph:
-    body: Body  # holds the tensors that the graph works on, but for these
+    body: Body  # keeps the other tensors that the graph works on alive
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     replay: Callable[[], None]
 
 
 class Graphs:
-    """Graphs of bodies that run one model, at most ``MOST``. Threads take turns, and a stream waits for the one before it.
+    """At most ``MOST`` graphs of bodies that run one model. Threads take turns, and each stream waits for the previous one.
 
     Attributes:
-        why: the reason why the last body ran without a graph, None where it did not have to.
-        spare: anything that bodies work on and that is to live as long as the graphs.
+        why: why the last body couldn't run by a graph; None if it could.
+        spare: an object that bodies work on, kept for as long as the graphs.
     """
 
     def __init__(self, capture: Capture | None = None):
         self.capture = capture or CudaCapture()
         self.why: str | None = None
-        self._said: set[str] = set()
-        self._turn = threading.RLock()  # a replay's inputs, and the pool, are those of one call at a time
+        self._logged: set[str] = set()
+        self._turn = threading.RLock()  # only one call at a time may use a graph's inputs and the pool
         self._stream: torch.cuda.Stream | None = None  # of the last call
         self.clear()
 
     def __reduce__(self) -> tuple:
-        return Graphs, ()  # a copy has graphs of its own
+        return Graphs, ()  # a copy starts without graphs
 
     def apart(self) -> Graphs:
-        """Others, for bodies that work on tensors which may go before these do."""
+        """A separate set, for bodies that work on tensors which may be freed before these graphs."""
         others = Graphs(self.capture)
-        others._said, others._turn = self._said, self._turn
+        others._logged, others._turn = self._logged, self._turn
         return others
 
     def clear(self) -> None:
-        # By key: a graph, or None for a shape that was met once, or the reason why there can be none.
+        # By key: a graph, None if it was met only once, or the reason why there can be no graph.
         self._met: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
         self._weights: tuple[int, ...] = ()
         self.spare: Any = None
 
     def take_spare(self) -> Any:
-        """``spare``, for the caller alone."""
+        """Return ``spare`` and forget it, so that only the caller has it."""
         with self._turn:
             spare, self.spare = self.spare, None
         return spare
 
-    def runner(self, model: nn.Module, device: torch.device, but: str | None = None) -> Runner:
-        """What runs bodies until the model's weights move or its adapters change.
+    def runner(self, model: nn.Module, device: torch.device, eager_because: str | None = None) -> Runner:
+        """A runner that is valid until the model's weights move or its adapters change.
 
         Args:
-            but: why these bodies are to have no graph.
+            eager_because: the caller's reason to run without graphs, if it has one.
         """
         if torch.compiler.is_compiling():
             return EAGER
-        if reason := self.capture.why_not(device) or but:
-            self._say(reason, logging.DEBUG if device.type == "cpu" else logging.INFO)  # as was to be expected
+        if reason := self.capture.why_not(device) or eager_because:
+            self._note_eager(reason, logging.DEBUG if device.type == "cpu" else logging.INFO)  # nothing unexpected
             return EAGER
         if reason := why_not(model):
-            self._say(reason)
+            self._note_eager(reason)
             return EAGER
         self.why = None
         weights = tuple(x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers()))
@@ -171,7 +171,7 @@ class Graphs:
                 self.clear()
                 self._weights = weights
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        state = (device, autocast, torch.is_inference_mode_enabled(), adapters.switches(model), _settings(model))
+        state = (device, autocast, torch.is_inference_mode_enabled(), adapters.active_state(model), _settings(model))
         return Runner(self, state)
 
     def run(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -197,7 +197,7 @@ class Graphs:
             outputs, self._met[key] = self._make(body, inputs)
             return outputs
         if isinstance(known, str):
-            self._say(known)
+            self._note_eager(known)
             return EAGER(key, body, inputs)
         for name, x in inputs.items():
             known.inputs[name].copy_(x)
@@ -205,35 +205,35 @@ class Graphs:
         return tuple(x.clone() for x in known.outputs)
 
     def _make(self, body: Body, inputs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], _Graph | str]:
-        """The body's results, from a run that is watched and compiles every kernel; and a graph, or why there is none."""
+        """The body's results, from a run that is checked and compiles every kernel, and a graph or the reason for none."""
         own = {name: x.clone() for name, x in inputs.items()}
         device = next(iter(own.values())).device
         with HostWork(device) as host:
             outputs = body(**own, whole=True)
         if host.found is not None:
-            self._say(host.found)
+            self._note_eager(host.found)
             return outputs, host.found
-        # What autocast has cast is kept: the graph is to cast the weights itself, and nobody else is to use its copies.
+        # Autocast caches the weights it casts. The graph must cast them itself, and nothing else may use its copies.
         torch.clear_autocast_cache()
         try:
             results, replay = self.capture(lambda: body(**own, whole=True), device)
         except RuntimeError as error:
             reason = f"the capture failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            self._say(reason)
+            self._note_eager(reason)
             return outputs, reason
         finally:
             torch.clear_autocast_cache()
         return outputs, _Graph(body, own, results, replay)
 
-    def _say(self, reason: str, level: int = logging.WARNING) -> None:
+    def _note_eager(self, reason: str, level: int = logging.WARNING) -> None:
         self.why = reason
-        if reason not in self._said:
-            self._said.add(reason)
+        if reason not in self._logged:
+            self._logged.add(reason)
             logger.log(level, "thoughts run without CUDA graphs: %s", reason)
 
 
 def why_not(model: nn.Module) -> str | None:
-    """None for a model whose forward may be captured, as far as its modules tell, else the reason in words."""
+    """None if nothing in the model's modules rules out a capture of its forward, else the reason in words."""
     devices = {x.device for x in model.parameters()}
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices"
@@ -254,7 +254,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _settings(model: nn.Module) -> tuple:
-    """What chooses the kernels of a body when it runs, so that a graph holds what was chosen."""
+    """Settings that choose the kernels of a body at run time: a graph replays the ones that were chosen."""
     config = getattr(model, "config", None)
     return (
         torch.backends.cuda.matmul.fp32_precision,
@@ -266,15 +266,15 @@ def _settings(model: nn.Module) -> tuple:
 
 
 class HostWork(TorchDispatchMode):
-    """Notes what a graph can't hold: values and shapes that go to the host, copies to or from it, and random numbers.
+    """Finds what a graph can't contain: values and shapes read on the host, copies to or from it, and random numbers.
 
-    Custom operations are not looked into, nor is what ``quietstar_kernels`` does around its own.
+    It doesn't look inside custom operations, or at what ``quietstar_kernels`` does around its own.
 
     Args:
         device: where the body runs.
 
     Attributes:
-        found: the first such operation and the line of code it came from, None where there was none.
+        found: the first such operation and the line of code that made it; None if there was none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -286,7 +286,7 @@ class HostWork(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.found is None and _is_host_work(func, args, out, self.device):
             file, line = _line_of_code()
-            if KERNELS not in file.parents:  # which look at values on CPUs alone
+            if KERNELS not in file.parents:  # the kernels read values only on CPUs
                 self.found = f"{func} in {file.name}, line {line}"
         return out
 
@@ -298,17 +298,17 @@ _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 def _is_host_work(func: Any, args: tuple, out: Any, device: torch.device) -> bool:
     name = func._schema.name
-    if name in _INDEXING:  # of masks it makes indices, as many as they have ones
+    if name in _INDEXING:  # a mask becomes as many indices as it has ones
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if name in _COPIES:
         devices = {x.device for x in (*args[:2], out) if isinstance(x, Tensor)}
         return len(devices) > 1
-    if name == "aten::lift_fresh":  # a constant of Python's; without a device's memory it is an argument like a number
+    if name == "aten::lift_fresh":  # a Python constant: on the CPU it is a kernel argument, like a number
         return out.device == device
     return not _VALUES_OR_SHAPES.isdisjoint(func.tags)
 
 
 def _line_of_code() -> tuple[Path, int | None]:
-    """The innermost one outside PyTorch and this file."""
+    """File and line of the innermost frame outside PyTorch and this file."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
     return next((file, line) for file, line in reversed(frames) if file != Path(__file__) and TORCH not in file.parents)

@@ -1,4 +1,4 @@
-"""The final norm's output to logits: which linear map, factor and soft cap a model applies, found once and checked."""
+"""From the last hidden state to logits: the linear layer, scale and soft cap of a model, found once and checked."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from quietstar_kernels import linear_logprob, sample_token
 
 @dataclass(frozen=True)
 class LMHead:
-    """logits = softcap(scale * (hidden · weightᵀ + bias)), over the parameters of the model's own output layer."""
+    """logits = softcap(scale * (hidden · weightᵀ + bias)), with the parameters of the model's own output layer."""
 
     linear: nn.Linear
     scale: float | None = None
     softcap: float | None = None
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """hidden [...,D] as rows, weight and bias in one dtype: the weight's, or that of autocast where it is on."""
+        """hidden [...,D] as rows, weight and bias, all in one dtype: the weight's, or autocast's where it is on."""
         device, dtype = hidden.device.type, self.linear.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -48,7 +48,7 @@ class LMHead:
         return ids.view(hidden.shape[:-1]), logprob.view(hidden.shape[:-1])
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
-        """Log-probability of ``targets`` [...] under hidden [...,D]; fp32, 0 where the target is -100."""
+        """Log-probabilities of ``targets`` [...] given hidden [...,D]; fp32, 0 where the target is -100."""
         rows, weight, bias = self.operands(hidden)
         out = linear_logprob(
             rows,
@@ -71,10 +71,10 @@ class LMHead:
 
 
 def find_lm_head(model: PreTrainedModel) -> LMHead:
-    """Read factor and soft cap from the config and check them against the model's own logits on four tokens.
+    """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens.
 
     Raises:
-        ValueError: the logits are not those of any known head.
+        ValueError: no kind of head that is known gives the model's logits.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):

@@ -1,4 +1,4 @@
-"""The parts of a Hugging Face causal language model that the wrapper reaches into."""
+"""The modules of a Hugging Face causal language model that the wrapper calls or changes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def embeddings(model: PreTrainedModel) -> nn.Embedding:
-    """The token embeddings; calling the module applies the model's own scaling and adapters, ``weight`` knows of neither."""
+    """The token embeddings. A call applies the model's scaling and adapters; ``weight`` has neither."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, whose layers hold the adapters where peft put some in."""
+    """The transformers model inside peft's, with the adapters in its layers; a model without adapters is returned as it is."""
     inner = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, model if inner is None else inner())
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The decoder whose ``last_hidden_state`` is the head's input."""
+    """The decoder, whose ``last_hidden_state`` is the input of the output head."""
     model = unwrapped(model)
     return model.base_model if model.base_model is not model else model.model
 
 
 @contextmanager
 def layer_checkpoints_off(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing of single layers is off inside, for what is computed again as a whole."""
+    """Turn gradient checkpointing of single layers off inside the context, for code that is recomputed as a whole."""
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         layer.gradient_checkpointing = False  # type: ignore[assignment]
@@ -43,7 +43,7 @@ def layer_checkpoints_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode again."""
+    """Evaluation mode inside the context; afterwards every submodule is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The self-test: packed and stepwise thoughts of a model must equal ordinary forwards over text prefix + thought."""
+"""The self-test: packed and stepwise thoughts of a model must equal ordinary forwards over the text prefix and the thought."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.architectures import check_architecture
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.lm_head import find_lm_head
@@ -21,13 +22,13 @@ _verified: set[tuple[type, torch.dtype]] = set()
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Largest difference of hidden states, relative to the largest hidden state, for each part, and the bound.
+    """For each part the largest difference of hidden states, relative to the largest hidden state, and the bound on it.
 
     Attributes:
-        text: packed text rows against the text alone.
-        thoughts: packed thought rows against text prefix + thought.
-        stepwise: rows decoded step by step over stored keys and values, against the same.
-        bound: what rounding alone explains at the model's dtype.
+        text: packed text rows, compared with the text alone.
+        thoughts: packed thought rows, compared with the text prefix and the thought.
+        stepwise: thought rows decoded step by step over stored keys and values, compared with the same.
+        bound: the largest difference that rounding can explain at the model's dtype.
     """
 
     text: float
@@ -48,10 +49,10 @@ class VerifyReport:
 def verify(model: PreTrainedModel) -> VerifyReport:
     """Compare packed and stepwise forwards of ``model`` with ordinary ones, on a text of 12 random tokens.
 
-    A window or chunk longer than that is not crossed.
+    Windows and chunks longer than this text are not tested.
 
     Raises:
-        ValueError: a model type that can't think, or whose attention loses the layout.
+        ValueError: the model type can't think, or its attention loses the layout.
     """
     check_architecture(model.config)
     before = model.config._attn_implementation
@@ -66,7 +67,7 @@ def verify(model: PreTrainedModel) -> VerifyReport:
 
 
 def verify_once(model: PreTrainedModel) -> None:
-    """``verify`` for the first model of each class and dtype; raises ValueError where a part differs."""
+    """Run ``verify`` on the first model of each class and dtype; raises ValueError if a part differs."""
     key = (type(model), model.dtype)
     if key in _verified:
         return

@@ -1,1 +1,1 @@
-"""The memory and traffic that a training step needs, worked out before it runs."""
+"""Estimates of the memory and traffic that a training step needs, before it runs."""

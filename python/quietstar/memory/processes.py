@@ -1,7 +1,7 @@
-"""One of W processes: the memory that its share of a step needs, and what it sends, from a model's config alone.
+"""The memory that one of W processes needs for its share of a step, and what it sends, from a model's config alone.
 
-Sources: ZeRO (arXiv 1910.02054, sections 5 and 7) for what is cut over processes; PyTorch FSDP (arXiv 2304.11277, sections 3
-and 4) for what is whole at a time; Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms (2009), for a ring.
+Sources: ZeRO (arXiv 1910.02054, sections 5 and 7) for what is sharded; PyTorch FSDP (arXiv 2304.11277, sections 3 and 4) for
+what is gathered at a time; Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms (2009), for rings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from quietstar.memory.step import StepMemory, human
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights there are, by the groups that ``sharding.shard`` makes of them.
+    """The number of weights in each group that ``run.sharding.shard`` makes.
 
     Attributes:
-        layers: the decoder's layers together, with their adapters.
-        layer: the largest one.
+        layers: all decoder layers, with their adapters.
+        layer: the largest layer.
         head: the mixing head, fp32.
         rest: embeddings, LM head, final norm and both thought vectors.
-        trained: of all of these, those that have gradients.
-        own: the language model's, which have its dtype; thought parts and adapters are fp32.
+        trained: all weights with gradients.
+        own: the language model's weights, which have its dtype; thought parts and adapters are fp32.
     """
 
     layers: int
@@ -46,7 +46,7 @@ class Weights:
 
 
 def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = None) -> Weights:
-    """Those of a model with its thought parts. ``adapters`` of rank 0 are none."""
+    """The weights of a model with its thought parts, and with ``adapters`` unless their rank is 0."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     adapters = adapters or AdapterConfig()
@@ -73,7 +73,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _adapter_size(layer: nn.Module, adapters: AdapterConfig) -> int:
-    """LoRA's two matrices, r x in and out x r, beside each linear map that is a target (arXiv 2106.09685, section 4.1)."""
+    """LoRA's two matrices, r x in and out x r, for each targeted linear layer (arXiv 2106.09685, section 4.1)."""
     targets = [name.strip() for name in adapters.lora_targets.split(",")]
     chosen = [
         linear
@@ -85,13 +85,13 @@ def _adapter_size(layer: nn.Module, adapters: AdapterConfig) -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """How a step is spread.
+    """How a step is distributed.
 
     Attributes:
         number: W.
         sharding: no (DDP), full_shard or shard_grad_op.
         dtype: of the language model's weights, gradients and moments.
-        computed: dtype that weights are gathered or cast to where the model runs.
+        computed: the dtype that weights are gathered in or cast to for computation.
     """
 
     number: int
@@ -101,10 +101,10 @@ class Processes:
 
 
 def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -> StepMemory:
-    """``memory`` of one process's texts, with the weights, gradients and moments that are in this process.
+    """``memory``, the estimate for one process's texts, with this process's share of weights, gradients and moments.
 
-    Cut weights come together for a layer, or for all of them at once, and another layer is fetched meanwhile; gradients are
-    whole for a layer, and for the last group until the backward ends.
+    Sharded weights are gathered for one layer while the next is fetched (full_shard), or for all layers (shard_grad_op).
+    Gradients are whole for one layer, and for the last group until the end of the backward.
     """
     W, computed = processes.number, processes.computed.itemsize
     kept, gradients = weights.bytes(processes.dtype), weights.gradient_bytes(processes.dtype)
@@ -112,7 +112,7 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
         copies = computed * weights.layers if computed < processes.dtype.itemsize else 0  # autocast casts each weight once
         return replace(memory, weights=kept + copies, gradients=gradients, moments=2 * gradients)
     whole = weights.rest + (2 * weights.layer if processes.sharding == "full_shard" else weights.layers)
-    # Those of the last group wait for the end, those of a layer are being summed in the dtype that is kept.
+    # The last group's gradients wait for the end; a layer's are being summed in the dtype of the weights.
     unsummed = computed * (weights.rest + weights.layer) + processes.dtype.itemsize * weights.layer
     trained = (gradients - 4 * weights.head) / (kept - 4 * weights.head)
     return replace(
@@ -128,8 +128,8 @@ class StepTraffic:
     """Bytes of the whole tensors that a step gathers or sums over the processes, for one part of its texts.
 
     Attributes:
-        all_gather: weights, each time that they come together.
-        reduce_scatter: gradients that are summed and cut.
+        all_gather: weights, counted each time they are gathered.
+        reduce_scatter: gradients that are summed and sharded.
         all_reduce: gradients that are summed for every process.
     """
 
@@ -138,18 +138,18 @@ class StepTraffic:
     all_reduce: int = 0
 
     def sent(self, W: int) -> int:
-        """Bytes that each of W processes sends, and receives, where they stand in a ring: (W-1)/W of what is gathered or summed
-        once, and twice that of an all-reduce, which is both.
+        """Bytes that each of W processes in a ring sends, and receives: (W-1)/W of what is gathered or scattered, and twice
+        that for an all-reduce, which does both.
         """
         return int((self.all_gather + self.reduce_scatter + 2 * self.all_reduce) * (W - 1) / W)
 
 
 def step_traffic(weights: Weights, thoughts: ThoughtConfig, processes: Processes, chunks: int = 1) -> StepTraffic:
-    """What a step with ``chunks`` chunks of anchors moves; 1 is no chunks.
+    """What a step communicates with ``chunks`` chunks of anchors; 1 means no chunks.
 
-    full_shard gathers a layer for every pass through it: the rollout's text and T rows of each chunk, the forward of text and
-    chunks, each chunk once more to compute it again, and the backward. shard_grad_op gathers it for the first pass and keeps it
-    until its backward; a backward that is done in chunks gathers it for each.
+    full_shard gathers a layer for every pass through it: the rollout's text and T rows of each chunk, the forward of the text
+    and of each chunk, the recomputation of each chunk, and the backward. shard_grad_op gathers it for the first pass and keeps
+    it until its backward; a backward in chunks gathers it for each chunk.
     """
     if processes.sharding == "no":
         return StepTraffic(all_reduce=weights.gradient_bytes(processes.dtype))
@@ -166,14 +166,14 @@ def step_traffic(weights: Weights, thoughts: ThoughtConfig, processes: Processes
 
 
 def gathered_dtype(dtype: torch.dtype, precision: str) -> torch.dtype:
-    """What the model computes in: that of the mixed precision ``no``, ``bf16`` or ``fp16``, or of its weights."""
+    """The dtype that the model computes in: that of the mixed precision ``bf16`` or ``fp16``, or for ``no`` the weights'."""
     return {"no": dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def traffic_table(traffic: StepTraffic, processes: Processes) -> str:
     rows = {
         "weights gathered": traffic.all_gather,
-        "gradients summed and cut": traffic.reduce_scatter,
+        "gradients summed and sharded": traffic.reduce_scatter,
         "gradients summed for all": traffic.all_reduce,
         f"sent by each of {processes.number}, in a ring": traffic.sent(processes.number),
     }
@@ -181,5 +181,5 @@ def traffic_table(traffic: StepTraffic, processes: Processes) -> str:
 
 
 def chunk_count(length: int, anchor_chunk: int | None) -> int:
-    """Of a text whose positions all think."""
+    """Chunks of a text that thinks at every position."""
     return 1 if anchor_chunk is None else math.ceil(length / anchor_chunk)

@@ -1,4 +1,4 @@
-"""What this machine has, and the memory that a training step needs, part by part, from a model's config alone."""
+"""The memory that a training step needs, part by part, from a model's config alone."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quietstar.config import ThoughtConfig
-from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
+from quietstar.hf.architectures import check_architecture
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import backends, cuda_library
 
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
-# Keys and values that a text position has beside what its layers keep: a chunk's copy, and the gradients that add up.
+# Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
-# Logits at a time of the CPU and GPU heads; the reference keeps all of them. About three such buffers live at once.
+# Logits that the CPU and GPU heads compute at a time (the reference keeps all), and how many such buffers exist at once.
 HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
-# Bytes of logits that one call of the head may keep until its backward, all of them or none.
+# A call of the head keeps all its logits for the backward up to this many bytes, and none above.
 HEAD_KEPT = 2**28
 
 
@@ -52,14 +53,14 @@ def _version(name: str) -> str:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one training step on one device, of which the last four do not live at the same time as the rollout's.
+    """Bytes of one training step on one device. The rollout's are freed before the activations are allocated.
 
     Attributes:
         moments: AdamW's two averages.
-        text, thoughts: what the decoder keeps of text and thought rows for the backward.
-        checkpointed: text and thoughts together, with gradient checkpointing: each layer's input, and one layer in full.
-        mixing: mixing head, mixed states and the inputs of the LM head.
-        head: a chunk of logits, and the LM head's gradient while it is summed up.
+        text, thoughts: activations of text and thought rows that the decoder keeps for the backward.
+        checkpointed: those of text and thoughts with gradient checkpointing: the input of every layer, and one whole layer.
+        mixing: the mixing head, the mixed states and the inputs of the LM head.
+        head: a chunk of logits, and the LM head's gradient while it is accumulated.
         rollout: keys and values of the text and of T rows of each thought.
     """
 
@@ -86,20 +87,21 @@ def step_memory(
     dtype: torch.dtype = torch.float32,
     anchor_chunk: int | None = None,
 ) -> StepMemory:
-    """Every position of ``batch_size`` texts of ``length`` tokens thinks. No weights are loaded and nothing is allocated.
+    """An estimate for ``batch_size`` texts of ``length`` tokens that think at every position.
 
-    The decoder runs on tensors without storage, and what autograd would keep is added up.
+    No weights are loaded and nothing is allocated: the decoder runs on tensors without storage, and the sizes of what autograd
+    would keep are added up.
 
     Args:
-        anchor_chunk: anchors of each text at a time; their thoughts are computed again as a whole, not layer by layer.
+        anchor_chunk: anchors of each text at a time. The thoughts of a chunk are recomputed as a whole, not layer by layer.
 
     Raises:
-        ValueError: a model type that can't think.
+        ValueError: the model type can't think.
     """
     check_architecture(config)
-    text = config.get_text_config()
-    # Experts have shapes without storage in bf16 alone.
-    faked = torch.bfloat16 if getattr(text, "num_experts_per_tok", None) else dtype
+    text_config = config.get_text_config()
+    # Experts run without storage only in bf16.
+    faked = torch.bfloat16 if getattr(text_config, "num_experts_per_tok", None) else dtype
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=faked)
         model.set_attn_implementation(WRAPPED_NAME)
@@ -111,35 +113,35 @@ def step_memory(
 
     B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
     P = L if anchor_chunk is None else min(anchor_chunk, L)  # of one chunk
-    rows, layers, half = L + L * N * thoughts.rows, text.num_hidden_layers, dtype.itemsize < 4
-    weights = own + 4 * (3 * D * D + 5 * D)  # mixing head and both vectors are fp32
+    rows, layers, half = L + L * N * thoughts.rows, text_config.num_hidden_layers, dtype.itemsize < 4
+    weights = own + 4 * (3 * D * D + 5 * D)  # the mixing head and both vectors are fp32
     predictions = B * P * N * J
-    # Both states beside each other and two hidden layers, fp32; base states; thought states where a cast copies them.
+    # In fp32: text and thought states side by side, two hidden layers, the text states, and a cast copy of the thought states.
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
-    calls = [V * (B * L + predictions), V * B * P * N * T]  # logits of each
-    head_kept = sum(size for size in (dtype.itemsize * call for call in calls) if size <= HEAD_KEPT)
-    of_text, of_thoughts = kept * L // rows, (kept - kept * L // rows) * P // L
-    inputs = layers * B * D * dtype.itemsize  # of the layers, for a row
-    checkpointed = inputs * rows + kept // layers
+    logits = [V * (B * L + predictions), V * B * P * N * T]  # of each call
+    head_kept = sum(size for size in (dtype.itemsize * call for call in logits) if size <= HEAD_KEPT)
+    text_kept, thoughts_kept = kept * L // rows, (kept - kept * L // rows) * P // L
+    layer_inputs = layers * B * D * dtype.itemsize  # for a row
+    checkpointed = layer_inputs * rows + kept // layers
     if anchor_chunk is not None:
-        of_text += CHUNK_COPIES * B * L * keys_values
-        checkpointed = inputs * L + CHUNK_COPIES * B * L * keys_values + of_thoughts
+        text_kept += CHUNK_COPIES * B * L * keys_values
+        checkpointed = layer_inputs * L + CHUNK_COPIES * B * L * keys_values + thoughts_kept
     return StepMemory(
         weights=weights,
         gradients=weights,
         moments=2 * weights,
-        text=of_text,
-        thoughts=of_thoughts,
+        text=text_kept,
+        thoughts=thoughts_kept,
         checkpointed=checkpointed,
         mixing=mixing + head_inputs,
-        head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(calls)) + V * D * (1 + half)) + head_kept,
+        head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(logits)) + V * D * (1 + half)) + head_kept,
         rollout=B * (L + P * N * T) * keys_values,
     )
 
 
 class _KeepNothing(torch.autograd.Function):
-    """An attention call without storage: keeps what the real one keeps, queries, keys, values, output and row sums."""
+    """An attention call without storage. It keeps what the real one keeps: queries, keys, values, output and row sums."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class _KeepNothing(torch.autograd.Function):
 
 
 class _SizesOnly:
-    """A thought pass that counts: bytes of a row's keys and values over all attention calls."""
+    """A thought pass that counts the bytes of a row's keys and values over all attention calls."""
 
     arrived = False
     keys_values = 0
@@ -162,14 +164,14 @@ class _SizesOnly:
 
 
 def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward over [batch_size, rows], and bytes of a row's keys and values."""
+    """Bytes that autograd keeps in a forward over [batch_size, rows], and bytes of a row's keys and values."""
     weights = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
     kept = {}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that its number is not given to another
+            kept[storage._cdata] = storage  # a reference, so that its address is not reused
         return x
 
     sizes = _SizesOnly()
@@ -200,7 +202,7 @@ def memory_table(memory: StepMemory) -> str:
 
 
 def human(size: float) -> str:
-    """Bytes in a unit that leaves at most four digits before the point."""
+    """Bytes in the unit that leaves at most four digits before the decimal point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

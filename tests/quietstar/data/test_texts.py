@@ -1,4 +1,4 @@
-"""Texts in, examples out: what is read, how it is split and cut, and one sentence for each kind of bad input."""
+"""From texts to examples: reading, splitting and cutting, and a one-sentence error for each kind of bad input."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 @pytest.fixture
 def letters():
-    """One token a letter, 0 at the end of a text, 1 for what is no letter."""
+    """One token per letter, 0 at the end of a text, 1 for anything else."""
     vocabulary = {"<end>": END, "<unknown>": 1, **{letter: i for i, letter in enumerate(LETTERS, 2)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -29,13 +29,13 @@ def ids(text):
 
 
 def numbered(tmp_path, count):
-    """A file of texts that differ, in letters."""
+    """A file of different texts made of letters."""
     texts = ["text " + "".join(LETTERS[int(digit)] for digit in str(i)) for i in range(count)]
     (tmp_path / "texts.txt").write_text("\n\n".join(texts))
     return texts, DataConfig(data=str(tmp_path / "texts.txt"), length=16)
 
 
-def test_the_built_in_texts_are_english_and_each_there_once():
+def test_the_built_in_texts_are_english_and_unique():
     texts = builtin_texts()
     assert len(texts) > 500 and len(set(texts)) == len(texts)
     assert all(len(text) >= 100 and "\n" not in text for text in texts)
@@ -50,7 +50,7 @@ def test_a_packed_row_holds_text_after_text(letters, tmp_path):
     documents = torch.cat([example["document_ids"] for example in data.train])
     pieces = [tokens[documents == document].tolist() for document in documents.unique()]
     held = [example["input_ids"].tolist() for example in data.held_out]
-    # A rest of fewer than J + 2 tokens may be missing from the last text.
+    # The last text may lack a remainder of fewer than J + 2 tokens.
     whole = [ids(text) for text in texts]
     assert all(piece in whole for piece in pieces[:-1] + held)
     assert len(pieces) + len(held) == len(texts)
@@ -67,7 +67,7 @@ def test_alone_each_text_is_an_example_and_short_ones_are_left_out(letters, tmp_
     }
 
 
-def test_what_is_held_out_is_a_random_table_that_only_its_seed_changes(letters, tmp_path):
+def test_held_out_texts_are_random_and_depend_only_on_their_seed(letters, tmp_path):
     _, config = numbered(tmp_path, 200)
 
     def held(**changes):
@@ -105,7 +105,7 @@ BAD = {
     "no field": ("a.jsonl", b'{"text": "a"}\n\n{"texts": "b"}', "line 3 has no text in a field 'text'"),
     "not text": ("a.jsonl", b'{"text": 3}', "line 1 has no text in a field 'text'"),
     "not an object": ("a.jsonl", b"[1]", "line 1 has no text in a field 'text'"),
-    "too short": ("a.txt", b"abc", "4 tokens, and 6 are the least to look 4 ahead"),
+    "too short": ("a.txt", b"abc", "it has 4 tokens, and looking 4 tokens ahead needs 6"),
     "hub": ("nobody/nothing", None, "pip install datasets"),
 }
 
@@ -136,7 +136,7 @@ def test_a_value_outside_its_range(changes):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for ``datasets``: records what is asked for."""
+    """A stand-in for ``datasets`` that records its calls."""
     asked = []
 
     def load_dataset(*names, **options):
@@ -155,7 +155,7 @@ def test_a_hub_data_set_is_read_from_its_start(hub):
 
 
 def test_a_hub_data_set_out_of_reach(hub):
-    with pytest.raises(ValueError, match=r"the hub does not give it: Couldn't reach 'out/of-reach' on the Hub$"):
+    with pytest.raises(ValueError, match=r"loading it from the hub failed: Couldn't reach 'out/of-reach' on the Hub$"):
         read_texts(DataConfig(data="out/of-reach"))
 
 

@@ -1,4 +1,4 @@
-"""Thoughts in files: training on them is training on those that are sampled; what is broken is named by file and line."""
+"""Thoughts in files: training on them equals training on sampled ones, and broken records are named by file and line."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import torch
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
-from quietstar.data.thought_files import open_records
+from quietstar.data.records import open_records
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts, text_hash, tokenizer_hash
 from quietstar.run.batches import mix_seed
 from quietstar.train import thought_loss, train
@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_exported_thoughts_is_the_step_that_samples_them(tiny, tmp_path, kind, case):
-    """Whatever the batches of the export and the parts of the step."""
+    """With any batches of the export and any parts of the step."""
     needed(kind)
     make, changes = CASES[case]
     file, data = tmp_path / f"thoughts.{kind}", make()
@@ -76,7 +76,7 @@ def test_a_step_on_exported_thoughts_is_the_step_that_samples_them(tiny, tmp_pat
     qs = wrap(tiny, **changes | {"anchors": "all"})
     got, same = learn(qs, OfflineThoughts(file, data, qs), tmp_path / "read", accumulation=2)
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6) and want["reward"] != 0
-    # AdamW's first step divides gradients by their size: of tiny ones only rounding is left.
+    # AdamW's first step divides gradients by their size, so tiny ones are mostly rounding.
     assert (same - weights).norm() <= 1e-3 * (weights - torch.cat([x.flatten() for x in wrap(tiny).parameters()])).norm()
 
 
@@ -95,7 +95,7 @@ def write(path, *records):
 
 
 def test_a_record_of_another_engine(tiny, tmp_path):
-    """As docs/offline-thoughts.md tells it; fields of their own may be there, blank lines too."""
+    """As in docs/offline-thoughts.md, with an unknown field and blank lines."""
     file = write(tmp_path / "a.jsonl", "", RECORD | {"engine": "another", "logprob": LOGPROB}, "")
     got = OfflineThoughts(file, [example()], wrap(tiny, policy_temperature=1.0))[0]
     assert torch.equal(got["input_ids"], example()["input_ids"])
@@ -122,7 +122,7 @@ def test_hashes(byte_tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_find_their_texts_in_any_order(tiny, tmp_path, kind):
-    """Also those of a text that is there twice, first to first."""
+    """Including the records of a text that occurs twice, in order."""
     needed(kind)
     qs, file = wrap(tiny), tmp_path / f"thoughts.{kind}"
     data = [*texts(), texts()[1]]
@@ -139,7 +139,7 @@ def test_records_find_their_texts_in_any_order(tiny, tmp_path, kind):
 
 
 def test_log_probabilities_of_the_sampler_stay_over_further_updates(tiny, tmp_path):
-    """They are what the ratio of every update is to, and change the loss of the first."""
+    """Every update's ratio is relative to them, so they change the loss of the first one too."""
     changes = {"policy_temperature": 1.0, "ratio_clip": 0.2, "advantage": "mean"}
     qs, data, file = wrap(tiny, **changes), texts(), tmp_path / "a.jsonl"
     export_thoughts(qs, data, file)
@@ -171,11 +171,14 @@ BAD = {
     "no object": ([1], " must be an object with text, tokenizer, anchors, thought_ids, logprob, got list"),
     "no hash": ({"text": None}, ": text must be a hash, got None"),
     "tokenizer": ({"tokenizer": "ab" * 32}, ": tokenizer must be the model's, none, got abababababab…"),
-    "another text": ({"text": "ab" * 32}, " is about another text than those of the data, or one cut otherwise: abab"),
-    "twice": ({"text": text_hash(texts()[0]["input_ids"])}, " is about a text that has its thoughts already: "),
-    "anchor": ({"anchors": [2, 8]}, r": anchors must be places from 0 to L-1=7, ascending, got \[2, 8\]"),
-    "order": ({"anchors": [6, 2]}, r": anchors must be places from 0 to L-1=7, ascending, got \[6, 2\]"),
-    "no number": ({"anchors": [2, True]}, ": anchors must be places"),
+    "another text": (
+        {"text": "ab" * 32},
+        " is about a text that the data does not have, or one that was cut differently: abab",
+    ),
+    "twice": ({"text": text_hash(texts()[0]["input_ids"])}, " is about a text that already has its thoughts: "),
+    "anchor": ({"anchors": [2, 8]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[2, 8\]"),
+    "order": ({"anchors": [6, 2]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[6, 2\]"),
+    "no number": ({"anchors": [2, True]}, ": anchors must be positions"),
     "places": ({"anchors": [2]}, ": thought_ids must have a list for each of P=1 anchors, got 2"),
     "thoughts": ({"thought_ids": [[[5], [8]], [[9]]]}, ": thought_ids must have N=2 thoughts at an anchor, got 1"),
     "no list": ({"thought_ids": [[[5], 8], [[9], [9]]]}, ": thought_ids must have at most T=3 tokens in a thought, got int"),
@@ -256,7 +259,7 @@ def test_an_export_that_fails_leaves_the_file_before(tiny, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_the_file(tiny, tmp_path, kind):
-    """Four times the records: hardly more memory to open the file and to read all of it."""
+    """Opening and reading a file with four times the records takes hardly more memory."""
     needed(kind)
     qs, peaks = wrap(tiny), []
     for count in (12, 48):
@@ -296,7 +299,12 @@ def test_the_command_line_exports_and_trains(tiny, tmp_path, byte_tokenizer, mon
 
     train = ("train", *data, *same)
     refused = {
-        (*train, "--length=15", "--thoughts-from=thoughts.jsonl", "--out=new"): "thoughts.jsonl: line 1 is about another text",
+        (
+            *train,
+            "--length=15",
+            "--thoughts-from=thoughts.jsonl",
+            "--out=new",
+        ): "thoughts.jsonl: line 1 is about a text that the data does not have",
         (*train, "--anchors=every", "--thoughts-from=thoughts.jsonl", "--out=every"): "anchors must be 'all'",
         (*train, "--thoughts-from=thoughts.parquet", "--out=jsonl", "--resume"): "thoughts_from='thoughts.jsonl', not",
         ("think", *data): "takes a text or --export",

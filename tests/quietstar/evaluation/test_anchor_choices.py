@@ -1,4 +1,4 @@
-"""What each policy's thoughts gain, against sums over each text alone."""
+"""The gain from thoughts for each anchor choice, against sums over each text by itself."""
 
 import math
 
@@ -26,7 +26,7 @@ def wrap(tiny, **changes):
 
 @torch.no_grad()
 def chosen(qs, policy):
-    """Places of each text, by hand."""
+    """Positions in each text, by hand."""
     found = []
     for ids in (x["input_ids"] for x in texts()):
         places = torch.arange(len(ids) - 1)
@@ -68,7 +68,7 @@ def test_counts_and_gains(tiny, batch_size):
     assert rows["all"]["tokens"] == summary(losses)["tokens"]
 
 
-def test_a_gate_that_is_shut_and_one_that_is_not_there(tiny):
+def test_a_closed_gate_and_a_missing_one(tiny):
     qs = wrap(tiny, anchors="gate").eval()
     torch.nn.init.constant_(qs.gate.linear.bias, -5)
     losses = token_losses(qs, texts())

@@ -1,4 +1,4 @@
-"""Gains by the base model's surprise, against sums by hand."""
+"""Gains by the base model's loss, against sums by hand."""
 
 import math
 import sys
@@ -23,18 +23,18 @@ def test_groups_by_hand(monkeypatch):
     assert (easy["tokens"], easy["easiest"], easy["hardest"]) == (4, 0.1, 1.0)
     assert (hard["tokens"], hard["easiest"], hard["hardest"]) == (4, 2.0, 5.0)
     assert (hard["base"], hard["mixed"], hard["gain"]) == pytest.approx((3.5, 2.375, 1.125))
-    # Gains 1 and -0.5 of text 0, 4 of text 1, 0 of text 2: sums of what is left behind the mean, 1.125 a token.
+    # Gains are 1 and -0.5 in text 0, 4 in text 1, 0 in text 2: sums of deviations from the mean, 1.125 per token.
     off = (0.5 - 2 * 1.125, 4 - 1.125, 0 - 1.125)
     margin = 1.959964 * math.sqrt(sum(x * x for x in off) * 3 / 2) / 4
     assert (hard["gain_low"], hard["gain_high"]) == pytest.approx((1.125 - margin, 1.125 + margin))
-    # By the mean of both losses the token of 2 and 2.5 comes before that of 3 and 1.
+    # By the mean of both losses, the token with 2 and 2.5 comes before the one with 3 and 1.
     easy, hard = difficulty.by_difficulty(LOSSES)["mean"]
     assert (easy["tokens"], easy["easiest"], easy["hardest"]) == pytest.approx((4, 0.15, 1.0))
     assert (hard["easiest"], hard["hardest"], hard["gain"]) == pytest.approx((2.25, 4.0, 1.125))
 
 
 def test_two_equally_good_predictions_gain_nothing_by_the_mean():
-    """Sorted by one of them, the other seems to help hard tokens and to hurt easy ones."""
+    """Sorted by one of them, the other seems to help on hard tokens and to hurt on easy ones."""
     generator = torch.Generator().manual_seed(3)
     difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
     base, mixed = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -62,7 +62,7 @@ def test_few_tokens():
 
 
 def test_interval_covers_the_gain_when_texts_differ():
-    """The tokens of a text share a gain of their own: an interval over tokens would hold the mean, 0.2, far too rarely."""
+    """Tokens of a text share a gain, so an interval over tokens would contain the mean, 0.2, far too rarely."""
     generator, hits = torch.Generator().manual_seed(1), 0
     text, place = torch.arange(40).repeat_interleave(25), torch.arange(25).repeat(40)
     for _ in range(200):

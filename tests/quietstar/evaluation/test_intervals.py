@@ -19,7 +19,7 @@ def test_wilson(right, questions, low, high):
 
 
 def test_wilson_solves_its_equation():
-    """Its ends are the shares p from which the found one is 1.96 deviations away."""
+    """Its ends are the shares p that are 1.96 standard deviations away from the observed share."""
     for right, n in ((1, 3), (7, 9), (40, 200)):
         for p in wilson(right, n):
             assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)

@@ -1,4 +1,4 @@
-"""The model inside lm_eval: against lm_eval's own Hugging Face model, against scores, and a whole run on local tasks."""
+"""The model in lm_eval, against lm_eval's own Hugging Face model and our scores, and in a whole run on local tasks."""
 
 import json
 import runpy
@@ -75,12 +75,12 @@ def test_the_greedy_continuation_is_greedy(folder):
 
 
 def test_long_texts_are_cut_on_the_left(folder, caplog):
-    ours = QuietStarLM(folder, max_length=25)  # 20 for the text, but for its last token, and 5 for a thought
+    ours = QuietStarLM(folder, max_length=25)  # 20 for the text without its last token, and 5 for a thought
     cut, whole = ours.loglikelihood(requests("loglikelihood", [("y" * 30 + "x" * 19, "ab"), ("x" * 19, "ab")]), True)
     assert cut == pytest.approx(whole, abs=1e-5) and "51 tokens is cut on the left to the 21 that fit" in caplog.text
-    with pytest.raises(ValueError, match="a continuation has 21 tokens, and 20 are the most"):
+    with pytest.raises(ValueError, match="a continuation has 21 tokens, more than the 20 that fit"):
         ours.loglikelihood(requests("loglikelihood", [("x", "a" * 21)]), True)
-    with pytest.raises(ValueError, match="new tokens must be from 1 to 19, the room there is, got 20"):
+    with pytest.raises(ValueError, match="new tokens must be from 1 to 19, the number that fit, got 20"):
         ours.generate_until(requests("generate_until", [("x", {"max_gen_toks": 20})]), True)
 
 
@@ -119,7 +119,7 @@ TEXTS = 'doc_to_target: "{{choices[answer]}}"\nmetric_list: [{metric: exact_matc
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A folder with two tasks on a .jsonl file: picking one of the choices, and writing it."""
+    """A folder with two tasks on a .jsonl file: choosing an answer, and writing it."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "sums.jsonl"
@@ -132,7 +132,7 @@ def tasks(tmp_path, monkeypatch):
 
 
 def test_local_tasks(folder, tasks):
-    """Figures and samples of a run by name are those of scores."""
+    """Figures and samples of a run are those of our scores."""
     found = lm_eval.simple_evaluate(
         "quietstar",
         model_args={"pretrained": folder, "think": "always"},
@@ -157,7 +157,7 @@ def test_local_tasks(folder, tasks):
 
 def test_the_command(folder, tasks, monkeypatch, capsys):
     """``python -m quietstar.evaluation.lm_eval`` is lm_eval with one more model."""
-    monkeypatch.delitem(model_registry._objs, "quietstar")  # as in a process of its own
+    monkeypatch.delitem(model_registry._objs, "quietstar")  # as in a new process
     monkeypatch.delitem(sys.modules, "quietstar.evaluation.lm_eval")
     monkeypatch.setattr(TaskManager, "__init__", _own_tasks_only(TaskManager.__init__))
     arguments = ["--model", "quietstar", "--model_args", f"pretrained={folder},think=never", "--limit", "2"]
@@ -167,7 +167,7 @@ def test_the_command(folder, tasks, monkeypatch, capsys):
 
 
 def _own_tasks_only(init):
-    """Without the thousands of lm_eval's own, which take it seconds to list."""
+    """Without lm_eval's own tasks: listing those thousands takes seconds."""
     return lambda self, *rest, **options: init(self, *rest, **{**options, "include_defaults": False})
 
 

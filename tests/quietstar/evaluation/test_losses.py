@@ -1,4 +1,4 @@
-"""Evaluation against one text at a time, by hand; what it must leave alone."""
+"""Evaluation against each text by itself, by hand, and what it must not change."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def qs(tiny, request):
 
 
 def by_hand(qs, examples):
-    """Means of each text, from its own forward with all N thoughts and all J targets."""
+    """Means over each text, from a separate forward with all N thoughts and J targets."""
     base, mixed = [], []
     for example in examples:
         with torch.no_grad():

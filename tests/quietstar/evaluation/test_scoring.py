@@ -20,7 +20,7 @@ def qs(tiny, request):
 
 
 def drawn_from(qs, text, think):
-    """Log-probabilities [V] of the token behind the text, as generation has them."""
+    """Log-probabilities [V] of the token after the text, as generation has them."""
     ids = torch.tensor([text])
     options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
     out = qs.generate(ids, torch.ones_like(ids), max_new_tokens=1, think=think, pad_token_id=0, **options)

@@ -1,6 +1,6 @@
-"""Tiny random models of every type in transformers' causal-LM mapping, and the table of which can think.
+"""Tiny random models of every type in transformers' causal-LM mapping, and the tables of which can think.
 
-python tests/quietstar/all_architectures.py    # writes the table into docs/integrating.md
+python tests/quietstar/hf/all_architectures.py    # writes the tables into docs/integrating.md
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import quietstar
-from quietstar.hf.attention import REFUSED
+from quietstar.hf.architectures import REFUSED
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).parents[3] / "docs/integrating.md"
 
-# Every name that configs give these sizes; a config takes those it has.
+# Sizes by every name that configs have for them; each config takes the names it has.
 _SIZES = {
     64: "hidden_size d_model n_embd dim embedding_size word_embed_proj_dim",
     96: "intermediate_size ffn_dim n_inner d_ff dff ffn_hidden_size mlp_hidden_size intermediate_size_mlp",
@@ -42,7 +42,7 @@ _SIZES = {
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-OF_THE_CONSTRUCTOR: dict[str, dict[str, Any]] = {
+CONSTRUCTOR_ARGUMENTS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
@@ -70,8 +70,8 @@ SET_AFTERWARDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The type's default config with every size made small."""
-    special = OF_THE_CONSTRUCTOR.get(model_type, {})
+    """The type's default config with small sizes."""
+    special = CONSTRUCTOR_ARGUMENTS.get(model_type, {})
     config = AutoConfig.for_model(model_type, **special)
     text = config.get_text_config()
     small = {name: size for name, size in SIZES.items() if name in text.to_dict() or name in text.attribute_map}
@@ -87,7 +87,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """Weights are drawn wide, so that a wrong mask or position shows."""
+    """A model with large random weights, so that a wrong mask or position shows."""
     config = tiny_config(model_type)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
@@ -102,7 +102,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
 
 
 def can_think(model_type: str) -> bool:
-    """Tried, not looked up: packed and stepwise thoughts equal ordinary forwards. Raises ValueError where a part differs."""
+    """Try whether packed and stepwise thoughts equal ordinary forwards. Raises ValueError if a part differs."""
     report = quietstar.verify(tiny_model(model_type))
     if not report.ok:
         raise ValueError(f"{model_type}: {report}")
@@ -110,7 +110,7 @@ def can_think(model_type: str) -> bool:
 
 
 def tables() -> dict[str, str]:
-    """What stands between the marks of docs/integrating.md: the types that work, and those refused, by reason."""
+    """What goes between the marks in docs/integrating.md: the types that work, and the refused ones by reason."""
     works = [f"`{name}`" for name in TYPES if name not in REFUSED]
     by_reason: dict[str, list[str]] = {}
     for name, reason in REFUSED.items():

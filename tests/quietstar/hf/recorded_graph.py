@@ -1,6 +1,6 @@
-"""A CUDA graph's stand-in on CPUs: the operations of a body are recorded once and done again on the same memory.
+"""A stand-in for CUDA graphs on CPUs: the operations of a body are recorded once and repeated on the same memory.
 
-As on a GPU, a replay knows nothing of Python: numbers are those of the capture, and tensors are where they were.
+As on a GPU, a replay runs no Python: it uses the numbers of the capture, and the tensors at their old addresses.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import quietstar
 from quietstar.hf.graphs import Graphs
 
-# Reads of a tensor that never reach PyTorch's dispatcher where the tensor is on the CPU.
+# Ways to read a tensor that bypass PyTorch's dispatcher when the tensor is on the CPU.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.data_ptr, Tensor.untyped_storage}
 
 
@@ -30,7 +30,7 @@ class Recording(TorchDispatchMode):
     """
     Attributes:
         steps: each operation's function, arguments and result.
-        outside: memory that the operations read or write and did not make.
+        outside: memory that the operations read or write but did not allocate.
     """
 
     def __init__(self):
@@ -47,11 +47,11 @@ class Recording(TorchDispatchMode):
 
 
 class RecordedGraphs:
-    """For ``quietstar.graphs.Graphs(capture)``.
+    """For ``quietstar.hf.graphs.Graphs(capture)``.
 
     Attributes:
         recordings: one for each capture.
-        replays: how many there were.
+        replays: the number of replays.
     """
 
     def __init__(self):
@@ -68,21 +68,23 @@ class RecordedGraphs:
 
         def replay():
             self.replays += 1
-            with torch.autocast("cpu", enabled=False):  # casts are among the steps
+            with torch.autocast("cpu", enabled=False):  # the casts were recorded
                 for func, args, kwargs, out in recording.steps:
                     again = func(*args, **kwargs)
                     for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                        if isinstance(old, Tensor) and not storages(old) & storages(new):  # else a view, or done in place
+                        if isinstance(old, Tensor) and not storages(old) & storages(
+                            new
+                        ):  # otherwise it is a view or was changed in place
                             old.copy_(new)
 
-        with torch.no_grad():  # what the capture computed is not to be taken for a replay's
+        with torch.no_grad():  # so that the capture's results can't be mistaken for a replay's
             for x in outputs:
                 x.fill_(-7)
         return outputs, replay
 
 
 def with_recorded_graphs(model, **changes):
-    """A QuietStar around a model, with changes of its config."""
+    """A QuietStar around a model, with changes to its config."""
     qs = quietstar.QuietStar(model, quietstar.ThoughtConfig(**{"lookahead": 2, **changes}), verify=False).train()
     with torch.no_grad():
         qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))

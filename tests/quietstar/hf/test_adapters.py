@@ -1,4 +1,4 @@
-"""LoRA through peft: the numbers of the merged model, a base that stays as it is, and adapters that know theirs."""
+"""LoRA through peft: numbers equal the merged model's, the base is unchanged, and adapters load only on their own base."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def lora(**changes):
 
 
 def draw(qs, seed=1):
-    """Weights that a training would have made: adapters begin as nothing, and a new mixing head says nothing."""
+    """Random weights, as after training: new adapters change nothing, and a new mixing head outputs 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in qs.named_parameters():
@@ -47,7 +47,7 @@ def wrap(model, config=CONFIG, **changes):
 
 @pytest.fixture
 def base(tiny, tmp_path):
-    """A model's folder."""
+    """The folder of a base model."""
     tiny("llama").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -64,7 +64,7 @@ def saved(qs, tmp_path):
 
 
 def merged(qs):
-    """The same thoughts around a model without adapters, all of whose weights have gradients."""
+    """The same with the adapters merged, so that all weights of the language model have gradients."""
     twin = copy.deepcopy(qs)
     twin.merge_adapters()
     return twin
@@ -85,7 +85,7 @@ def test_new_adapters_change_no_number(tiny):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_losses_are_those_of_the_merged_model_and_gradients_follow_from_its(qs, monkeypatch):
+def test_losses_and_gradients_follow_from_the_merged_model(qs, monkeypatch):
     """In fp64: with W + s·B·A for W, dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G, where G is dL/dW of the merged model."""
     monkeypatch.setenv("QUIETSTAR_BACKEND", "reference")
     qs.double()
@@ -131,7 +131,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_other_kinds(tiny, tmp_path, kind):
-    """They save and load bitwise, and merge into the same numbers. A frozen base model stays that of the bare model."""
+    """They save and load bitwise, and merge without changing a number. A frozen base model stays the bare model's."""
     config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "base_model": "frozen"})
     tiny("llama", attention_bias=True).save_pretrained(tmp_path / "base")
     qs = draw(quietstar.QuietStar(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config))
@@ -145,7 +145,7 @@ def test_other_kinds(tiny, tmp_path, kind):
     out = qs(IDS, seed=4)
     out.loss.backward()
     assert trained and all(weight.grad is not None for weight in trained if weight.ndim > 1)
-    # What rewards compare with, summed over two tokens, is what it was: reward + nll_mix.
+    # The losses that rewards compare with, summed over two tokens, are reward + nll_mix; they have not changed.
     base = [(x.reward[..., None] + x.nll_mix.sum(-1, keepdim=True))[:, :7, 0, 0] for x in (frozen, out)]
     torch.testing.assert_close(base[1], base[0], rtol=1e-4, atol=1e-4)
     assert (out.nll_base - frozen.nll_base).abs().max() > 0.01
@@ -182,7 +182,7 @@ def test_layers_computed_again_change_no_gradient(qs, reentrant, chunk):
 
 
 def half_precision_error(model, truth, autocast):
-    """Largest differences of fp32 values, and the relative one of the gradients outside the language model."""
+    """Largest differences of fp32 values, and the relative difference of gradients outside the language model."""
     (exact, want), names = truth, ("nll_base", "nll_mix", "reward", "logprob")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, got = gradients(model, thought_ids=exact.thought_ids)
@@ -195,7 +195,7 @@ def half_precision_error(model, truth, autocast):
 
 @pytest.mark.parametrize("half", ["autocast", "weights"])
 def test_half_precision_keeps_rewards_and_log_probabilities_in_fp32(base, qs, half):
-    """bf16 by autocast, and a bf16 base under fp32 adapters: as exact as the merged model is under autocast."""
+    """bf16 by autocast, and a bf16 base with fp32 adapters, are as accurate as the merged model under autocast."""
     twin = merged(qs)
     bound = half_precision_error(twin, gradients(twin), autocast=True)
     truth, tried = gradients(qs), qs
@@ -256,7 +256,7 @@ def test_adapters_of_another_base_are_refused(saved, tiny, tmp_path):
     assert not adapters.there(fine_tuned)
 
 
-def test_what_names_no_base_or_needs_none(tiny, tmp_path):
+def test_checkpoints_that_name_no_base_or_need_none(tiny, tmp_path):
     wrap(tiny("llama")).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="don't name their base"):
         quietstar.QuietStar.from_pretrained(tmp_path / "a")
@@ -297,7 +297,7 @@ def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):
 
 
 def test_a_frozen_base_model_is_the_base_without_a_copy(tiny, base):
-    """Reward and divergence compare with what a model that was never given adapters predicts."""
+    """Reward and divergence compare with the predictions of a model that never had adapters."""
     config = quietstar.ThoughtConfig(
         **{**CONFIG.to_dict(), "base_model": "frozen", "kl_weight": 0.1, "policy_temperature": 1.0, "embedding_scale": 1.0}
     )
@@ -308,7 +308,7 @@ def test_a_frozen_base_model_is_the_base_without_a_copy(tiny, base):
     logprob = tiny("llama")(IDS).logits.log_softmax(-1)
     nll = -logprob[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
     assert (nll - out.nll_base).abs().max() > 0.01
-    # Summed over the J = 2 tokens behind; the last places have no reward.
+    # Summed over the J = 2 tokens ahead; the last positions have no reward.
     places = torch.arange(7)[:, None] + torch.arange(2)
     gain = nll[:, places][:, :, None] - out.nll_mix[:, :7]
     torch.testing.assert_close(out.reward[:, :7], gain.sum(-1), rtol=1e-4, atol=1e-4)
@@ -316,7 +316,7 @@ def test_a_frozen_base_model_is_the_base_without_a_copy(tiny, base):
     torch.testing.assert_close(out.base_logprob[:, :7, :, 0], first, rtol=1e-4, atol=1e-4)
 
 
-def test_an_averaged_base_model_has_weights_for_the_adapters_alone(base, tmp_path):
+def test_an_averaged_base_model_has_its_own_weights_only_for_the_adapters(base, tmp_path):
     config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "base_model": "ema", "base_model_decay": 0.75})
     qs = wrap(AutoModelForCausalLM.from_pretrained(base), config)
     began = {name: weight.clone() for name, weight in qs.base_model.named_parameters()}
@@ -342,7 +342,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_adapters_that_cannot_be_saved_alone_are_refused(tiny, what):
+def test_adapters_that_cannot_be_saved_without_the_base_are_refused(tiny, what):
     change, message = REFUSED[what]
     model = peft.get_peft_model(tiny("llama"), lora())
     qs = quietstar.QuietStar(model, CONFIG)
@@ -359,13 +359,13 @@ def test_adapters_that_cannot_be_saved_alone_are_refused(tiny, what):
     [
         (lambda: lora(target_modules=["lm_head"]), "must leave out the output head"),
         (lambda: lora(modules_to_save=["lm_head"]), "must leave out the output head"),
-        (lambda: lora(init_lora_weights="pissa"), "init_lora_weights must leave the base as it is, got 'pissa'"),
+        (lambda: lora(init_lora_weights="pissa"), "init_lora_weights must leave the base unchanged, got 'pissa'"),
         (lambda: lora(target_modules=["nothing"]), "no adapters fit LlamaForCausalLM: Target modules"),
-        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "must change layers alone, got PROMPT"),
+        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "must change layers only, got PROMPT"),
         (lambda: AdapterConfig(lora_rank=2, lora_targets="nothing"), "no adapters fit LlamaForCausalLM"),
     ],
 )
-def test_adapters_that_thoughts_cannot_go_through_are_refused(tiny, config, message):
+def test_adapters_that_thoughts_cannot_run_through_are_refused(tiny, config, message):
     qs = quietstar.QuietStar(tiny("llama"), CONFIG)
     want = qs(IDS, seed=4)
     with pytest.raises(ValueError, match=message):
@@ -374,8 +374,8 @@ def test_adapters_that_thoughts_cannot_go_through_are_refused(tiny, config, mess
     assert torch.equal(qs(IDS, seed=4).loss, want.loss)
 
 
-def test_adapters_that_are_there_already_or_came_another_way(qs, tiny):
-    with pytest.raises(ValueError, match="has adapters already"):
+def test_existing_adapters_and_those_of_transformers_are_refused(qs, tiny):
+    with pytest.raises(ValueError, match="already has adapters"):
         qs.add_adapters(AdapterConfig(lora_rank=2))
     model = tiny("llama")
     model.add_adapter(lora())
@@ -383,7 +383,7 @@ def test_adapters_that_are_there_already_or_came_another_way(qs, tiny):
         quietstar.QuietStar(model, CONFIG)
 
 
-def test_the_published_format_knows_none(tiny, tmp_path):
+def test_the_published_format_has_no_adapters(tiny, tmp_path):
     with pytest.raises(ValueError, match="knows no adapters"):
         wrap(tiny("mistral")).save_official(tmp_path / "official")
     assert not (tmp_path / "official").exists()
@@ -411,9 +411,6 @@ def test_our_short_form(tiny):
             AdapterConfig(**bad)
 
 
-# Runs
-
-
 DATA = [{"input_ids": torch.randint(3, 61, (7 + i % 3,), generator=torch.Generator().manual_seed(i))} for i in range(5)]
 
 
@@ -426,7 +423,7 @@ def train_some(base, out, resume=None, rank=RANK, whole=False):
     return qs, train(qs, DATA, TrainConfig(out=str(out), **settings), resume=resume, progress=False)
 
 
-def test_a_resumed_run_gives_the_unbroken_ones_losses_bitwise(base, tmp_path):
+def test_a_resumed_run_gives_the_losses_of_an_unbroken_one_bitwise(base, tmp_path):
     qs, unbroken = train_some(base, tmp_path / "run")
     began = AutoModelForCausalLM.from_pretrained(base).state_dict()
     frozen = adapters._base_matrices(qs.model)
@@ -441,7 +438,7 @@ def test_a_resumed_run_gives_the_unbroken_ones_losses_bitwise(base, tmp_path):
     assert torch.equal(loaded.eval()(IDS).loss, qs.eval()(IDS).loss)
 
 
-def test_a_run_does_not_go_on_with_other_adapters(base, tiny, tmp_path):
+def test_a_run_does_not_continue_with_other_adapters(base, tiny, tmp_path):
     train_some(base, tmp_path / "run")
     with pytest.raises(ValueError, match="its adapters were made with r=3, not 2"):
         train_some(base, tmp_path / "run", resume="auto", rank=2)
@@ -485,4 +482,4 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     assert cli.main([*more, "--gradient-checkpointing", "--optimizer=fused"]) == 0
     assert len(compiled) == 1 and adapters.there(compiled[0].model)
     assert cli.main(["train", "--model=../run", "--data=../text.txt", "--out=else", "--lora-rank=2", *small]) == cli.DATA
-    assert "has adapters already" in capsys.readouterr().err
+    assert "already has adapters" in capsys.readouterr().err

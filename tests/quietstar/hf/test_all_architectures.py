@@ -1,4 +1,4 @@
-"""Every type in transformers' causal-LM mapping thinks like its ordinary forward, or is refused with a reason."""
+"""Every type in transformers' causal-LM mapping gives the numbers of ordinary forwards, or is refused with a reason."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.hf.attention import REFUSED, check_architecture, most_rows
+from quietstar.hf.architectures import REFUSED, check_architecture, most_rows
 
 spec = importlib.util.spec_from_file_location("all_architectures", Path(__file__).with_name("all_architectures.py"))
 everything = sys.modules["all_architectures"] = importlib.util.module_from_spec(spec)
@@ -17,7 +17,7 @@ spec.loader.exec_module(everything)
 
 
 @pytest.mark.parametrize("model_type", everything.TYPES)
-def test_it_thinks_or_is_refused(model_type):
+def test_every_type_thinks_or_is_refused(model_type):
     if model_type in REFUSED:
         with pytest.raises(ValueError, match=f"model type '{model_type}' cannot think: "):
             check_architecture(SimpleNamespace(model_type=model_type))
@@ -27,13 +27,13 @@ def test_it_thinks_or_is_refused(model_type):
 
 @pytest.mark.parametrize("mark", ["works", "refused"])
 def test_tables_of_the_docs(mark):
-    """On a difference run ``python tests/quietstar/all_architectures.py``."""
+    """If they differ, run ``python tests/quietstar/hf/all_architectures.py``."""
     shown = everything.PAGE.read_text().partition(f"<!-- {mark}: begin -->\n")[2].partition(f"\n<!-- {mark}: end -->")[0]
     assert shown == everything.tables()[mark]
 
 
 @pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
-def test_a_layout_that_layers_drop_arrives_again_under_gradient_checkpointing(model_type):
+def test_a_dropped_layout_reaches_attention_under_gradient_checkpointing(model_type):
     ids = torch.randint(3, 61, (1, 8), generator=torch.Generator().manual_seed(0))
     gradients = []
     for checkpointing in (False, True):
@@ -50,8 +50,8 @@ def test_a_layout_that_layers_drop_arrives_again_under_gradient_checkpointing(mo
 
 
 @pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
-def test_it_also_arrives_in_chunks_of_anchors(model_type):
-    """The text's layers run again after every chunk's have, and must not find the last chunk's layout."""
+def test_a_dropped_layout_reaches_attention_in_chunks_of_anchors(model_type):
+    """The text's layers are recomputed after those of every chunk, and must not find the last chunk's layout."""
     ids = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
     config = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def llama4(**changes):
     return everything.AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_attention_in_chunks_is_served_inside_one_chunk_and_refused_across():
+def test_chunked_attention_works_inside_one_chunk_and_is_refused_across_chunks():
     thoughts = quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
     qs = quietstar.QuietStar(llama4(attention_chunk_size=20), thoughts)
     assert qs(torch.randint(3, 61, (1, 15))).loss.isfinite()
@@ -87,7 +87,7 @@ def test_attention_scaled_by_row_index_is_refused_where_it_would_differ():
     qs = quietstar.QuietStar(llama4(floor_scale=40), quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2))
     with pytest.raises(ValueError, match="scales attention by row index from row 39 on, got 60 rows"):
         qs(torch.randint(3, 61, (1, 10)))
-    # Steps of one row count by their positions: the text and the T + 2 rows of its thought.
+    # Steps of one row are limited by their positions: those of the text and of a thought's T + 2 rows.
     few = quietstar.QuietStar(llama4(floor_scale=12), qs.thought_config, verify=False)
     assert few.generate(torch.randint(3, 61, (1, 6)), max_new_tokens=2, eos_token_id=None).shape == (1, 8)
     with pytest.raises(ValueError, match="scales attention by row index from row 11 on, got 12 rows"):
@@ -95,7 +95,7 @@ def test_attention_scaled_by_row_index_is_refused_where_it_would_differ():
 
 
 @pytest.mark.parametrize("limit", [{"attention_chunk_size": 20}, {"floor_scale": 21}], ids=str)
-def test_room_for_a_long_answer_is_no_reason_to_refuse_a_short_one(limit):
+def test_memory_for_a_long_answer_is_no_reason_to_refuse_a_short_one(limit):
     config = quietstar.ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
     qs = quietstar.QuietStar(llama4(**limit), config, verify=False)
     ids, ends = torch.randint(3, 61, (1, 8)), list(range(61))

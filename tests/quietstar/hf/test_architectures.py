@@ -1,18 +1,18 @@
-"""Every listed architecture: thought rows equal an ordinary forward over text prefix + thought."""
+"""Thought rows of every listed architecture equal an ordinary forward over the text prefix and the thought."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quietstar
-from quietstar.hf.attention import REFUSED, check_architecture
+from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.lm_head import find_lm_head
 from quietstar_kernels import ThoughtLayout
 
 TEXT, THOUGHTS, ROWS = 16, 2, 5
-BOUND = 1e-4  # the largest difference of logits in fp32 that the project accepts
+BOUND = 1e-4  # the largest difference of fp32 logits that this project accepts
 
 
 def packed_logits(qs, ids, thought_ids, layout):
@@ -110,13 +110,13 @@ def test_gradients_equal_sequential_decoding(tiny, name):
         assert (got.grad - truth.grad).norm() <= 1e-4 * truth.grad.norm(), parameter
 
 
-def test_verify_passes_and_says_what_it_compared(tiny, architecture):
+def test_verify_passes_and_reports_what_it_compared(tiny, architecture):
     report = quietstar.verify(tiny(architecture))
     assert report.ok
     assert "thoughts" in str(report)
 
 
-def test_verify_sees_a_model_whose_thoughts_are_wrong(tiny):
+def test_verify_fails_for_a_model_whose_thoughts_are_wrong(tiny):
     model = tiny("llama")
     layer = model.model.layers[0]
     plain_forward = layer.forward

@@ -1,4 +1,4 @@
-"""What a capture asks of ``torch.cuda``, by a stand-in for it: the tests of the graphs themselves record on CPUs."""
+"""The calls that a capture makes to ``torch.cuda``, replaced by stand-ins. Tests of the graphs themselves record on CPUs."""
 
 import contextlib
 from types import SimpleNamespace
@@ -35,8 +35,8 @@ def streams(monkeypatch):
     return used
 
 
-def test_each_device_is_captured_on_a_stream_of_its_own(streams):
-    """A model may move to another GPU: work there does not go to a stream of the first one, so it would not be recorded."""
+def test_each_device_is_captured_on_its_own_stream(streams):
+    """If a model moves to another GPU, a capture on the first GPU's stream would not record its work."""
     capture = CudaCapture()
     for i in (0, 0, 1):
         capture(lambda: (), torch.device("cuda", i))

@@ -46,7 +46,7 @@ GEMMA2 = Gemma2Config(
 
 @pytest.fixture(autouse=True)
 def default_registration():
-    """The registration is the process's: each test begins and ends with the default one."""
+    """The registration is global: each test starts and ends with the default one."""
     quietstar.register_attention()
     yield
     quietstar.register_attention()
@@ -65,7 +65,7 @@ def packed_inputs(batch=2, text=10, thoughts=2, rows=3, anchors=(0, 4, 9)):
 
 
 def sequential_logits(model, layout, ids):
-    """[B,M,V]: the text alone, and every thought behind its text prefix, each an ordinary forward."""
+    """[B,M,V] from ordinary forwards: the text alone, and each thought after its text prefix."""
     text, thoughts = ids[:, : layout.L], ids[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
     logits = [model(text, use_cache=False).logits]
     for p, anchor in enumerate(layout.anchor[0].tolist()):
@@ -126,7 +126,7 @@ def test_without_layout_may_be_plain_attention(config, plain):
         assert model(**inputs, thought_layout=layout).logits.isfinite().all(), "thoughts still work beside plain calls"
 
 
-def test_without_layout_a_mask_of_ones_own_is_passed_on():
+def test_without_layout_a_custom_mask_is_passed_on():
     quietstar.register_attention(without_layout="sdpa")
     model, truth = make_model(LLAMA), make_model(LLAMA, "sdpa")
     ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -139,7 +139,7 @@ def test_without_layout_a_mask_of_ones_own_is_passed_on():
 
 @pytest.mark.parametrize("without_layout", ["raise", "sdpa"])
 @pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig], ids=["stablelm", "nemotron"])
-def test_a_layout_lost_on_the_way_raises(config, without_layout):
+def test_a_lost_layout_raises(config, without_layout):
     quietstar.register_attention(without_layout)
     layout, inputs = packed_inputs()
     model = make_model(config(**SIZES))
@@ -147,7 +147,7 @@ def test_a_layout_lost_on_the_way_raises(config, without_layout):
         model(**inputs, thought_layout=layout)
 
 
-def test_a_layout_in_the_callers_hands_is_not_lost():
+def test_a_layout_that_only_the_caller_holds_is_not_a_lost_one():
     quietstar.register_attention(without_layout="sdpa")
     layout, inputs = packed_inputs()
     model = make_model(LLAMA)
@@ -238,7 +238,7 @@ def test_stock_trainer(tmp_path, tied):
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(logged) == 3 and all(map(math.isfinite, logged))
     assert len(evaluated) == 1 and math.isfinite(evaluated[0])
-    # All of them: the mixing head's first layers follow once its last one, which starts at zero, has moved.
+    # All parameters move: the mixing head's first layers once its last one, which starts at zero, has moved.
     assert all(not torch.equal(p, before[name]) for name, p in qs.named_parameters())
 
     resumed = quietstar.QuietStar(make_model(model.config, "sdpa"), config, verify=False)

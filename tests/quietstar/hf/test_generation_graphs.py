@@ -1,4 +1,4 @@
-"""Generation by graphs: what it replays is what it would compute, bitwise, also where the text outgrows its room."""
+"""Generation by graphs gives bitwise what eager generation gives, even when the text outgrows the memory allocated for it."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from recorded_graph import eager, with_recorded_graphs
 
 @pytest.fixture
 def wrap(tiny):
-    """``wrap(name, **config changes)``: a model whose graphs are recorded ones."""
+    """``wrap(name, **config changes)``: a model whose graphs are recorded on the CPU."""
     return lambda name="llama", **changes: with_recorded_graphs(tiny(name), **{"thoughts": 2, "thought_tokens": 4, **changes})
 
 
@@ -34,13 +34,13 @@ def generated(qs, number, lengths=(9, 6), **options):
 HOW = {
     "greedy": {},
     "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5},
-    "at times": {"think": None},
+    "sometimes": {"think": None},
 }
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
-def test_generation_replays_what_it_would_compute(wrap, name, how):
+def test_replayed_generation_equals_eager_generation(wrap, name, how):
     qs, options = wrap(name), HOW[how]
     if "think" in options:
         with torch.no_grad():
@@ -50,7 +50,7 @@ def test_generation_replays_what_it_would_compute(wrap, name, how):
         got, want = (generated(x, number, lengths, **options) for x in (qs, eager(qs)))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert len(capture.recordings) == 2, "one for reading a token and one for thinking serve all texts"
-    assert capture.replays >= 20 - 8 * (how == "at times")
+    assert capture.replays >= 20 - 8 * (how == "sometimes")
 
 
 def test_generation_with_thoughts_that_stop(wrap):
@@ -62,8 +62,8 @@ def test_generation_with_thoughts_that_stop(wrap):
     assert qs._graphs.capture.replays > 10
 
 
-def test_a_text_that_outgrows_its_room(wrap, monkeypatch):
-    """Its graphs are made anew."""
+def test_a_text_that_outgrows_its_memory(wrap, monkeypatch):
+    """Its graphs are captured again."""
     monkeypatch.setattr(quietstar.generate, "ROOM", 4)
     monkeypatch.setattr(quietstar.generate, "AHEAD", 0)
     qs = wrap()
@@ -73,7 +73,7 @@ def test_a_text_that_outgrows_its_room(wrap, monkeypatch):
     assert len(qs._graphs.capture.recordings) == 5
 
 
-def test_what_stands_in_unused_room_changes_nothing(wrap):
+def test_the_content_of_unused_memory_changes_nothing(wrap):
     qs = wrap("mistral")
     want = generated(qs, 0)
     store = qs._graphs.spare.store

@@ -1,4 +1,4 @@
-"""Rollouts as graphs: no look at a value, no number of Python's that changes, and what the eager rollout gives, bitwise."""
+"""Rollouts as graphs read no values on the host, depend on no changing Python number, and equal eager rollouts bitwise."""
 
 import copy
 import dataclasses
@@ -26,12 +26,12 @@ END = 60
 
 @pytest.fixture
 def wrap(tiny):
-    """``wrap(name, **config changes)``: a model whose graphs are recorded ones."""
+    """``wrap(name, **config changes)``: a model whose graphs are recorded on the CPU."""
     return lambda name="llama", **changes: with_recorded_graphs(tiny(name), **{"thoughts": N, "thought_tokens": T, **changes})
 
 
 def rollout(seed):
-    """A text with anchors, padding, names and seed of its own, all of one shape."""
+    """Texts with their own anchors, padding, sequence ids and seed; all have the same shapes."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 59, (B, L), generator=generator)
     mask = torch.ones(B, L, dtype=torch.long)
@@ -39,13 +39,13 @@ def rollout(seed):
     anchors = torch.stack([torch.randperm(L - 4, generator=generator)[:5].sort().values + 4 for _ in range(B)])
     anchors[0, 5 - seed % 3 :] = -1
     lengths = torch.randint(0, T + 1, (B, 5, N), generator=generator)
-    names = torch.randint(0, 99, (B,), generator=generator)
+    sequence_ids = torch.randint(0, 99, (B,), generator=generator)
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "anchors": anchors,
         "seed": seed * 2**61,
-        "sequence_ids": names,
+        "sequence_ids": sequence_ids,
         "thought_lengths": lengths,
     }
 
@@ -56,8 +56,8 @@ def assert_same(got, want):
     assert torch.equal(got.lengths, want.lengths)
 
 
-def test_replays_are_eager_rollouts(wrap, architecture):
-    """Of other texts, places, lengths, names and seeds, and after the weights were trained."""
+def test_replays_equal_eager_rollouts(wrap, architecture):
+    """With other texts, anchors, lengths, sequence ids and seeds, and after the weights were trained."""
     qs = wrap(architecture)
     capture = qs._graphs.capture
     for seed in range(4):
@@ -68,7 +68,7 @@ def test_replays_are_eager_rollouts(wrap, architecture):
     (recording,) = capture.recordings
     (graph,) = (x for x in qs._graphs._met.values() if x is not None)
     kept = storages((list(qs.model.parameters()), list(qs.model.buffers()), list(graph.inputs.values())))
-    assert recording.outside <= kept, "the graph works on memory that may be gone"
+    assert recording.outside <= kept, "the graph uses memory that may have been freed"
     with torch.no_grad():
         qs.start_embedding.normal_()
         for weight in qs.model.parameters():
@@ -79,7 +79,7 @@ def test_replays_are_eager_rollouts(wrap, architecture):
 
 
 @pytest.mark.parametrize("changes", [{"stop_threshold": 1 / 61}, {"start_token_id": 59}], ids=["stop", "banned"])
-def test_thoughts_that_stop_and_ids_that_are_banned(wrap, changes):
+def test_thoughts_that_stop_and_banned_ids(wrap, changes):
     qs = wrap(end_token_id=END, **changes)
     lengths = set()
     for greedy in (False, True):
@@ -101,7 +101,7 @@ def test_autocast_casts_the_weights_again(wrap):
             for weight in qs.model.parameters():
                 weight.mul_(1.1)
     assert qs._graphs.capture.replays == 2
-    assert_same(qs.think(**rollout(0)), eager(qs).think(**rollout(0)))  # without: another graph
+    assert_same(qs.think(**rollout(0)), eager(qs).think(**rollout(0)))  # without autocast: another graph
     assert qs._graphs.capture.replays == 2
 
 
@@ -115,16 +115,16 @@ def test_another_back_end_is_another_graph(wrap, monkeypatch):
     assert qs._graphs.capture.replays == 1
 
 
-def said(caplog):
+def logged(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "quietstar.hf.graphs"]
 
 
-def test_a_model_that_looks_at_values_says_so_once_and_runs_eagerly(wrap, caplog):
+def test_a_model_that_reads_values_runs_eagerly_and_logs_it_once(wrap, caplog):
     qs = wrap("mixtral")
     qs.model.config._experts_implementation = "eager"
     for seed in range(4):
         assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
-    (message,) = said(caplog)
+    (message,) = logged(caplog)
     assert message.startswith("thoughts run without CUDA graphs: aten.") and "in modeling_mixtral.py, line" in message
     assert not qs._graphs.capture.recordings
 
@@ -133,7 +133,7 @@ def hooked(qs):
     qs.model.model.layers[0].register_forward_hook(lambda module, args, out: None)
 
 
-def test_a_hook_of_all_modules(wrap):
+def test_a_global_hook(wrap):
     qs = wrap()
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
@@ -169,16 +169,16 @@ def test_reasons(wrap, caplog, case):
     for _ in range(2):
         assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
     assert qs._graphs.why == reason
-    assert said(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
+    assert logged(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
 
 
-def test_on_a_cpu_it_is_no_news(tiny, caplog):
+def test_on_a_cpu_the_reason_is_logged_as_debug(tiny, caplog):
     caplog.set_level(logging.DEBUG)
     qs = quietstar.QuietStar(tiny("llama"), verify=False)
     for _ in range(2):
         qs.think(torch.randint(3, 61, (1, 6)))
     assert [record.levelname for record in caplog.records if record.name == "quietstar.hf.graphs"] == ["DEBUG"]
-    assert said(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
+    assert logged(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
 
 
 @pytest.mark.parametrize(
@@ -195,11 +195,11 @@ def test_a_capture_that_fails(wrap, caplog, error, what):
     qs._graphs = Graphs(Fails())
     for seed in range(3):
         assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
-    assert said(caplog) == [f"thoughts run without CUDA graphs: the capture failed: {what}"]
+    assert logged(caplog) == [f"thoughts run without CUDA graphs: the capture failed: {what}"]
 
 
 def test_threads_take_turns(wrap):
-    """Between a replay's inputs and its results no other call puts inputs of its own there."""
+    """No call overwrites a graph's inputs while another call is replaying it."""
 
     class Slow(RecordedGraphs):
         def __call__(self, body, device):
@@ -217,7 +217,7 @@ def test_threads_take_turns(wrap):
     assert qs._graphs.capture.replays == 4
 
 
-def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
+def test_chunks_of_anchors_use_no_graph(wrap):
     qs = wrap()
     qs.anchor_chunk = 2
     for seed in range(3):
@@ -225,7 +225,7 @@ def test_a_few_anchors_at_a_time_keep_no_graph(wrap):
     assert not qs._graphs._met and qs._graphs.why == "anchor_chunk asks for less memory than a graph keeps"
 
 
-def test_weights_that_move_drop_their_graphs(wrap):
+def test_moved_weights_drop_their_graphs(wrap):
     qs = wrap()
     capture = qs._graphs.capture
     for seed in range(3):
@@ -236,7 +236,7 @@ def test_weights_that_move_drop_their_graphs(wrap):
     assert (len(capture.recordings), capture.replays) == (2, 2)
 
 
-def test_adapters_that_are_switched_off_have_graphs_of_their_own(wrap):
+def test_switched_off_adapters_have_their_own_graphs(wrap):
     pytest.importorskip("peft")
     qs = wrap()
     qs.add_adapters(AdapterConfig(lora_rank=2, lora_targets="q_proj,down_proj"))
@@ -255,16 +255,16 @@ def test_adapters_that_are_switched_off_have_graphs_of_their_own(wrap):
     assert (len(capture.recordings), capture.replays) == (2, 2)
 
 
-def test_only_so_many_are_kept(wrap, monkeypatch):
+def test_a_limited_number_is_kept(wrap, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 2)
     qs = wrap(thought_tokens=1)
-    for length in (6, 7, 8, 6, 7, 8):  # none comes again among two
+    for length in (6, 7, 8, 6, 7, 8):  # none recurs among two
         qs.think(torch.randint(3, 61, (1, length)), seed=0)
     assert len(qs._graphs._met) == 2 and not qs._graphs.capture.recordings
 
 
 def test_other_options_are_another_graph(wrap):
-    """Those of a config that is replaced, or of a copy for scoring."""
+    """The options of a replaced config, or of a copy for scoring."""
     qs = wrap()
     for greedy, T in ((False, 4), (True, 4), (True, 2)):
         qs.thought_config = dataclasses.replace(qs.thought_config, thought_tokens=T)

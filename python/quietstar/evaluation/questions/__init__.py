@@ -1,1 +1,1 @@
-"""Questions with answers: reading them, asking them, scoring them."""
+"""Questions with answers: reading them, asking them, and scoring what the model answers."""

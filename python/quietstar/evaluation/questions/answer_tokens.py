@@ -1,21 +1,18 @@
-"""Which tokens of a right answer the published probability looks at, and among which tokens it is taken."""
+"""The tokens of a right answer whose published probability is measured, and the tokens that it is normalised over."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quietstar.evaluation.questions.reading import Question
+from quietstar.model import QuietStar
 
-if TYPE_CHECKING:
-    from quietstar.model import QuietStar
-
-SPACES = "▁Ġ "  # how vocabularies write the space that a token begins with
+SPACES = "▁Ġ "  # ways that vocabularies write the space at the start of a token
 
 
 @dataclass(frozen=True)
@@ -23,9 +20,9 @@ class ScoredAnswer:
     """A prompt with its right answer.
 
     Attributes:
-        ids: tokens of the prompt, the answer and the end of the line.
-        places: of the tokens whose probabilities are multiplied.
-        allowed: int64 [...], the tokens among which those probabilities are taken.
+        ids: tokens of the prompt, the answer and the line end.
+        places: indices of the tokens whose probabilities are multiplied.
+        allowed: int64 [...], the token ids that these probabilities are normalised over.
     """
 
     ids: list[int]
@@ -34,29 +31,31 @@ class ScoredAnswer:
 
 
 def scored_answers(qs: QuietStar, asked: Sequence[tuple[str, Question]]) -> list[ScoredAnswer]:
-    """What the published probability of each right answer is made of; ``asked`` holds prompts and their questions.
+    """The tokens that the published probability of each right answer needs; ``asked`` holds prompts with their questions.
 
-    As in ``compute_metrics`` of the published code, the text is the prompt, a space, the answer and a line end; its
-    probability is the product over the answer's tokens and the line end, each with the right tokens before it, of p(token)
-    among the tokens that an answer can be made of: those of digits alone and the line end for a number, those of the labels
-    and the line end for choices. Tokens outside are passed over, such as the comma of "1,000" or a space alone. The mean over
-    questions is what the published code calls accuracy. Three things differ. It knows Mistral's token ids only, while here any
-    tokenizer's own are found; with Mistral's they are the same. It cuts long texts at random to 256 tokens, here nothing is
-    cut. And it takes the set of letters for a number that begins with a minus.
+    As in ``compute_metrics`` of the published code, the text is the prompt, a space, the answer and a line end. The probability
+    is the product of p(token) over the answer's tokens and the line end, each given the right tokens before it, among the
+    tokens that an answer can have: for a number those of digits alone and the line end, for choices those of the labels and the
+    line end. Other tokens, such as the comma of "1,000" or a single space, are skipped. The published code calls the mean over
+    questions accuracy.
+
+    There are three differences. The published code knows only Mistral's token ids; here they are found for any tokenizer, and
+    for Mistral's they are the same. It cuts long texts at random to 256 tokens; here nothing is cut. And for a number that
+    begins with a minus it uses the set of letters.
 
     Raises:
-        ValueError: an answer none of whose tokens is in its set.
+        ValueError: none of an answer's tokens is in its set.
     """
     digits = _digit_tokens(qs)
     return [_scored(qs, prompt, question, digits) for prompt, question in asked]
 
 
 def encode(qs: QuietStar, text: str) -> list[int]:
-    """Token ids of a text that goes on; ValueError where the tokenizer is of another vocabulary."""
+    """Token ids of a text to be continued. Raises ValueError if they are not in the model's vocabulary."""
     assert qs.tokenizer is not None
     ids = list(qs.tokenizer(text, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == qs.tokenizer.eos_token_id:
-        ids.pop()  # some tokenizers close every text
+        ids.pop()  # some tokenizers end every text
     V = qs.lm_head.linear.out_features
     if not ids or max(ids) >= V:
         got = f"id {max(ids)}, and the vocabulary has {V} tokens" if ids else f"no tokens for {text[:40]!r}"
@@ -79,7 +78,7 @@ def _scored(qs: QuietStar, prompt: str, question: Question, digits: set[int]) ->
 
 
 def _digit_tokens(qs: QuietStar) -> set[int]:
-    """The vocabulary's tokens of ASCII digits alone, with or without a space before them."""
+    """Ids of the tokens that consist of ASCII digits, with or without a space before them."""
     assert qs.tokenizer is not None
     count = min(len(qs.tokenizer), qs.lm_head.linear.out_features)
     entries = (str(entry).lstrip(SPACES) for entry in qs.tokenizer.convert_ids_to_tokens(list(range(count))))

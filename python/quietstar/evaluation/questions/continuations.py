@@ -1,4 +1,4 @@
-"""Prompts of unlike lengths, as token ids, to the texts that a model writes behind them."""
+"""Continuations of prompts of different lengths: batches of similar lengths, padding, decoding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from quietstar.evaluation.questions.answers import cut
 from quietstar.model import QuietStar
 
 
-def batches(texts: Sequence[Sequence[Any]], size: int) -> list[list[int]]:
-    """Places of the texts, those of like length together, the longest first: what does not fit in memory shows at once."""
+def batches_by_length(texts: Sequence[Sequence[Any]], size: int) -> list[list[int]]:
+    """Indices of texts of similar length, the longest first, so that running out of memory shows at once."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -21,7 +21,7 @@ def batches(texts: Sequence[Sequence[Any]], size: int) -> list[list[int]]:
 def continue_texts(
     qs: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], **options: Any
 ) -> list[str]:
-    """The new text of each prompt, up to the first stop string and without it; ``options`` are those of ``qs.generate``."""
+    """The new text after each prompt, before the first stop string; ``options`` are those of ``qs.generate``."""
     tokenizer = cast(Any, qs.tokenizer)
     pad, L = pad_id(qs.config), max(map(len, prompts))
     ids = [[pad] * (L - len(row)) + list(row) for row in prompts]

@@ -1,4 +1,4 @@
-"""Questions with their right answers, from a .jsonl file or the hub: a number to work out, or choices to pick from."""
+"""Questions with right answers, from a .jsonl file or the hub. An answer is a number or one of several choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 from quietstar.data.texts import hub_rows, json_lines
 from quietstar.evaluation.questions.answers import number
 
-MARK = "####"  # what stands before the value in an answer of GSM8K
+__all__ = ["MARK", "Question", "parse", "read_questions"]
+
+MARK = "####"  # precedes the value in an answer of GSM8K
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Question:
 
     Attributes:
         text: the question, without the choices.
-        choices: text of each choice by its label; empty where the answer is a number.
-        answer: the right answer: a label, or a number as ``answers.number`` writes it.
-        written: the answer as the data write it, such as "1,000".
+        choices: the text of each choice by its label; empty if the answer is a number.
+        answer: the right answer: a label, or a number in the form of ``answers.number``.
+        written: the answer as the data has it, such as "1,000".
     """
 
     text: str
@@ -34,20 +36,20 @@ class Question:
 
 
 def read_questions(source: str, split: str = "test", limit: int | None = None) -> list[Question]:
-    """The questions of a .jsonl file, or of a hub data set, ``name`` or ``name:subset``, in their order.
+    """The questions of a .jsonl file or of a hub data set, ``name`` or ``name:subset``, in order.
 
     A row is one of
-        {"question": "...", "answer": "... #### 18"}, as in GSM8K; the value alone will do
+        {"question": "...", "answer": "... #### 18"}, as in GSM8K; the value alone is enough
         {"question": {"stem": "...", "choices": [{"label": "A", "text": "..."}, ...]}, "answerKey": "A"}, as in CommonsenseQA
-        {"question": "...", "choices": {"label": [...], "text": [...]}, "answerKey": "A"}, as the hub has it, and ARC
-        {"question": "...", "choices": ["...", ...], "answer": 0}, as in MMLU: the place of the right one, its label or its text
+        {"question": "...", "choices": {"label": [...], "text": [...]}, "answerKey": "A"}, as in ARC and on the hub
+        {"question": "...", "choices": ["...", ...], "answer": 0}, as in MMLU: the right one's index, label or text
 
     Args:
         split: of a hub data set.
-        limit: how many to take, from the start; default all.
+        limit: how many to read from the start; default all.
 
     Raises:
-        ValueError: no such file or data set, no question in it, a broken line, a question without an answer; by its line.
+        ValueError: there is no such file or data set, or no question in it; a line is broken or has no answer, and is named.
     """
     path = Path(source)
     if path.suffix == ".jsonl":
@@ -63,12 +65,12 @@ def read_questions(source: str, split: str = "test", limit: int | None = None) -
 
 
 def parse(row: Any, where: str) -> Question:
-    """A row of the data; ``where`` is what a complaint begins with."""
+    """The question in a row of the data. Raises ValueError if the row is invalid; its message begins with ``where``."""
     fields: dict[str, Any] = row if isinstance(row, dict) else {}
     asked = fields.get("question")
     stem: dict[str, Any] = asked if isinstance(asked, dict) else {"stem": asked, "choices": fields.get("choices")}
-    asked, choices = stem.get("stem"), stem.get("choices")
-    if not isinstance(asked, str) or not asked.strip():
+    text, choices = stem.get("stem"), stem.get("choices")
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no text in a field 'question'")
     try:
         json.dumps(fields, ensure_ascii=False).encode()
@@ -82,10 +84,10 @@ def parse(row: Any, where: str) -> Question:
         value = number(written)
         if value is None:
             raise ValueError(f"{where} has no choices, so its answer must be a number, got {written[:40]!r}")
-        return Question(asked.strip(), {}, value, written)
+        return Question(text.strip(), {}, value, written)
     labelled = _labelled(choices, where)
     label = _label(answer, labelled, where)
-    return Question(asked.strip(), labelled, label, label)
+    return Question(text.strip(), labelled, label, label)
 
 
 def _labelled(choices: Any, where: str) -> dict[str, str]:
@@ -99,7 +101,7 @@ def _labelled(choices: Any, where: str) -> dict[str, str]:
         raise ValueError(f"{where} has choices that are neither texts nor labels with texts")
     labelled = {str(label): str(text).strip() for label, text in pairs}
     if len(labelled) < 2 or len(labelled) < len(pairs):
-        raise ValueError(f"{where} must have two choices or more with labels of their own, got {len(labelled)}")
+        raise ValueError(f"{where} must have two choices or more, with different labels, got {len(labelled)}")
     return labelled
 
 

@@ -1,4 +1,4 @@
-"""What ``accuracy.ask`` found: every question with its answers, the figures over all of them, as JSON and to read."""
+"""The result of ``asking.ask``: every question with its answers, and figures over all of them, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.questions.reading import Question
+from quietstar.evaluation.questions.settings import Asking
 from quietstar.files import write_whole
 
-if TYPE_CHECKING:
-    from quietstar.evaluation.questions.asking import Asking
-
 FORMAT = 1
-SHOWN, WIDTH = 20, 90  # differing questions in the page, letters of each
+SHOWN, WIDTH = 20, 90  # the page's largest number of differing questions, and of letters in each
 TITLES = {"thinking": "with thoughts", "base": "without"}
 
 
 @dataclass(frozen=True)
-class GivenAnswer:
+class ModelAnswer:
     """What a model answers to a question.
 
     Attributes:
         text: the greedy answer.
-        extracted: the answer it gives; None where none was found, which counts as wrong.
-        probability: of the right answer, see ``answer_tokens.scored_answers``.
-        votes: what each sampled answer gives.
-        vote: their most frequent; None where none was found.
+        extracted: the label or number in that text; None if none was found, which counts as wrong.
+        probability: of the right answer; see ``answer_tokens.scored_answers``.
+        votes: the label or number in each sampled answer.
+        vote: the most frequent vote; None if none was found.
     """
 
     text: str
@@ -41,42 +39,42 @@ class GivenAnswer:
 
 
 @dataclass(frozen=True)
-class AskedQuestion:
-    """A question, and its answers under "thinking" and "base"."""
+class AnsweredQuestion:
+    """A question, and the model's answers under "thinking" and "base"."""
 
     question: Question
-    answers: dict[str, GivenAnswer]
+    answers: dict[str, ModelAnswer]
 
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """What ``accuracy.ask`` returns.
+    """The result of ``asking.ask``.
 
     Attributes:
-        model: class, name (where it was loaded from, may be empty), preset, mixing, thought_tokens.
+        model: class, name (where it was loaded from; may be empty), preset, mixing and thought_tokens.
         asking: the settings.
-        asked: the questions in their order.
+        asked: the questions in order.
     """
 
     model: dict[str, Any]
     asking: Asking
-    asked: list[AskedQuestion]
+    asked: list[AnsweredQuestion]
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Over all questions, for each measure: ``exact``, ``vote`` where answers were sampled, and ``probability``.
+        """Figures over all questions for each measure: ``exact``, ``vote`` if answers were sampled, and ``probability``.
 
-        Under "thinking" and "base": of exact and vote, right, questions, unanswered (no answer was found), accuracy and its
-        Wilson interval low to high; of probability, mean, low, high. Under "paired": of exact and vote what
-        ``intervals.paired`` returns, first being with thoughts; of probability, the mean of the differences, low, high.
+        Under "thinking" and "base", exact and vote have right, questions, unanswered (no answer was found), accuracy and the
+        ends low and high of its Wilson interval; probability has mean, low and high. Under "paired", exact and vote have what
+        ``intervals.paired`` returns, the first with thoughts; probability has the mean difference, low and high.
         """
-        given: dict[str, Callable[[GivenAnswer], str | None]] = {"exact": lambda x: x.extracted}
+        given: dict[str, Callable[[ModelAnswer], str | None]] = {"exact": lambda x: x.extracted}
         if self.asking.votes:
             given["vote"] = lambda x: x.vote
         return {name: self._accuracies(get) for name, get in given.items()} | {"probability": self._probabilities()}
 
     def to_dict(self) -> dict[str, Any]:
-        """format, model, asking, figures and questions, each with its answers, as plain dicts, lists, numbers and strings."""
+        """Format, model, settings, figures, and questions with their answers, as plain dicts, lists, numbers and strings."""
         questions = [
             {"question": x.question.text, "choices": dict(x.question.choices), "answer": x.question.answer}
             | {name: asdict(answer) for name, answer in x.answers.items()}
@@ -87,7 +85,7 @@ class AccuracyReport:
 
     @property
     def markdown(self) -> str:
-        """A page to read: the figures, and questions that only one of the two answered."""
+        """A page with the figures and the questions that were answered right only with, or only without, thoughts."""
         return "\n\n".join(x for x in (self._heading(), self.table, self._notes(), self._differing()) if x) + "\n"
 
     @property
@@ -106,13 +104,13 @@ class AccuracyReport:
         return "\n".join(f"| {line} |" for line in lines)
 
     def save(self, path: str | os.PathLike) -> list[Path]:
-        """Write the numbers to ``path``, a .json, and the page beside it, a .md, each whole or not at all; returns both."""
+        """Write the numbers to ``path``, a .json, and the page next to it, a .md, each whole or not at all. Returns both."""
         page = Path(path).with_suffix(".md")
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
         write_whole(page, self.markdown)
         return [Path(path), page]
 
-    def _accuracies(self, get: Callable[[GivenAnswer], str | None]) -> dict[str, Any]:
+    def _accuracies(self, get: Callable[[ModelAnswer], str | None]) -> dict[str, Any]:
         modes = {name: [get(x.answers[name]) for x in self.asked] for name in self.asked[0].answers}
         right = {
             name: [answer == x.question.answer for answer, x in zip(answers, self.asked, strict=True)]
@@ -132,7 +130,7 @@ class AccuracyReport:
         if len(values) == 2:
             values["paired"] = [x - y for x, y in zip(values["thinking"], values["base"], strict=True)]
         figures = {name: dict(zip(("mean", "low", "high"), mean_interval(x), strict=True)) for name, x in values.items()}
-        for name in self.asked[0].answers:  # few and unlike values give an interval that leaves 0 to 1
+        for name in self.asked[0].answers:  # few, very different values can give an interval beyond 0 to 1
             own = figures[name]
             own |= {end: None if x is None else min(max(x, 0.0), 1.0) for end, x in own.items()}
         return figures
@@ -150,7 +148,7 @@ class AccuracyReport:
         exact = self.figures["exact"]
         missing = " and ".join(f"{exact[name]['unanswered']:,} {TITLES[name]}" for name in self.asked[0].answers)
         notes = [
-            "Intervals are 95 % ones: Wilson's for accuracies, over questions for the probability.",
+            "Intervals are 95 %: Wilson's for accuracies, over questions for the probability.",
             f"Greedy answers in which no answer was found, which count as wrong: {missing}, of {len(self.asked):,}.",
             "The probability is that of the right answer among the tokens of possible answers, a mean over questions.",
         ]
@@ -190,7 +188,7 @@ def _difference_cell(figures: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text of any kind in one cell of a Markdown table, without markup of its own."""
+    """Any text as one cell of a Markdown table, with its markup escaped."""
     line = " ".join(text.split())
     line = line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
     return "".join(f"&#{ord(letter)};" if letter in "|<>&`*_[]\\$" else letter for letter in line)

@@ -1,4 +1,4 @@
-"""What is read out of generated text."""
+"""Answers that are found in generated text."""
 
 import pytest
 
@@ -81,7 +81,7 @@ def test_cut():
 
 
 @pytest.mark.parametrize("text", ["", "x", "1/2", "3 or 4"])
-def test_what_is_no_number(text):
+def test_texts_without_one_number(text):
     assert number(text) is None
 
 

@@ -1,4 +1,4 @@
-"""Questions asked end to end: probabilities against the published rule, counts of crafted answers, the files written."""
+"""Asking questions end to end: probabilities against the published rule, counts for crafted answers, written files."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
-from quietstar.evaluation.questions import asking as accuracy
+from quietstar.evaluation.questions import asking
 from quietstar.evaluation.questions.answer_tokens import scored_answers
 from quietstar.evaluation.questions.asking import Asking, ask, prompt
 from quietstar.evaluation.questions.reading import Question
@@ -44,7 +44,7 @@ def drawn_from(qs, ids, think):
 
 
 def published(qs, text, think, kept, first):
-    """The product that compute_metrics of the published code takes over a text's answer, whose tokens begin at ``first``."""
+    """The product in the published compute_metrics over the answer in a text; the answer's tokens start at ``first``."""
     ids, product = qs.tokenizer(text)["input_ids"], 1.0
     for j in range(first - 1, len(ids) - 1):
         if ids[j + 1] in kept:
@@ -77,7 +77,7 @@ def test_probability_of_bytes(qs):
 
 
 def sentence_pieces():
-    """As Mistral's: a text begins with a space, digits stand alone, A to C take their space, bytes are the last resort."""
+    """Like Mistral's: texts start with a space, each digit is a token, A to C include their space, bytes are the fallback."""
     letters = "▁ABCQow:many?()bkilrystneh0123456789,-"
     entries = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(letters), "▁A", "▁B", "▁C"]
     bpe = Tokenizer(
@@ -97,7 +97,7 @@ def sentence_pieces():
 
 
 def test_the_published_sets_of_tokens(tiny):
-    """valid_letter_tokens and valid_number_tokens of the published code are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
+    """The published valid_letter_tokens and valid_number_tokens are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
     qs = wrap(tiny("llama", vocab_size=320), sentence_pieces())
     where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
     name = qs.tokenizer.convert_ids_to_tokens
@@ -119,7 +119,7 @@ def test_greedy_answers_are_those_of_generate(qs):
             assert asked.answers[name].text == text.split("Q:")[0].split("\n\n\n")[0]
 
 
-WRITTEN = {  # in turn: greedy with thoughts, without; sampled 0 to 2 with thoughts, without
+WRITTEN = {  # in order: greedy with thoughts, greedy without; sampled 0 to 2 with thoughts, without
     prompt(MANY): ["#### 1,004", "The answer is 1003", "1", "1004", "1004", "no", "no", "no"],
     prompt(WHERE): ["(B)", "C", "A", "C", "B", "C", "C", "B"],
     prompt(FEW): ["dunno", "The answer is 3.", "3", "4", "no", "4", "3", "4"],
@@ -128,7 +128,7 @@ WRITTEN = {  # in turn: greedy with thoughts, without; sampled 0 to 2 with thoug
 
 @pytest.fixture
 def crafted(qs, monkeypatch):
-    """A model that writes what WRITTEN says, and how often it was asked."""
+    """A model that writes the answers in WRITTEN, and how often it was asked."""
     calls = []
 
     def write(qs, prompts, max_new_tokens, stop, think, do_sample, **options):
@@ -137,7 +137,7 @@ def crafted(qs, monkeypatch):
         column = (2 + turn + (0 if think == "always" else 3)) if do_sample else (0 if think == "always" else 1)
         return [WRITTEN[qs.tokenizer.decode(ids)][column] for ids in prompts]
 
-    monkeypatch.setattr(accuracy, "continue_texts", write)
+    monkeypatch.setattr(asking, "continue_texts", write)
     return qs
 
 
@@ -189,7 +189,7 @@ def test_the_base_model_alone(crafted):
 def test_votes_are_fixed_by_the_seed(qs):
     texts = lambda seed: [  # noqa: E731
         [
-            accuracy._write(qs, [[40, 41], [50, 51]], "never", Asking(max_new_tokens=6, seed=seed), k, lambda n: None)
+            asking._generate(qs, [[40, 41], [50, 51]], "never", Asking(max_new_tokens=6, seed=seed), k, lambda n: None)
             for k in (0, 1)
         ]
     ]
@@ -202,7 +202,7 @@ def test_votes_are_fixed_by_the_seed(qs):
 def test_the_prefix_is_for_generation_only(qs, monkeypatch):
     seen = []
     write = lambda qs, prompts, *rest, **options: seen.append(qs.tokenizer.decode(prompts[0])) or ["" for _ in prompts]  # noqa: E731
-    monkeypatch.setattr(accuracy, "continue_texts", write)
+    monkeypatch.setattr(asking, "continue_texts", write)
     plain, prefixed = (ask(qs, [FEW], Asking(answer_prefix=x, max_new_tokens=3)) for x in ("", " Let's think step by step."))
     assert seen[0] == prompt(FEW) and seen[-1] == prompt(FEW) + " Let's think step by step."
     assert plain.figures["probability"] == prefixed.figures["probability"]
@@ -224,8 +224,8 @@ def other_tokenizer():
         ("many", "2 of 2 questions are too long: with 120 new tokens"),
     ],
 )
-def test_bad_input_is_told_before_the_first_question(qs, monkeypatch, change, message):
-    questions, asking = [FEW, WHERE], SHORT
+def test_bad_input_is_reported_before_the_first_question(qs, monkeypatch, change, message):
+    questions, settings = [FEW, WHERE], SHORT
     if change == "no tokenizer":
         qs.tokenizer = None
     elif change == "another":
@@ -235,16 +235,16 @@ def test_bad_input_is_told_before_the_first_question(qs, monkeypatch, change, me
     elif change == "long":
         questions = [FEW, Question("x" * 197, {}, "3", "3")]
     else:
-        asking = Asking(max_new_tokens=120)
+        settings = Asking(max_new_tokens=120)
     for name in ("score_tokens", "continue_texts"):
-        monkeypatch.setattr(accuracy, name, None)
+        monkeypatch.setattr(asking, name, None)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        ask(qs, questions, asking)
+        ask(qs, questions, settings)
     assert "\n" not in str(error.value)
 
 
 def test_the_longest_question_that_fits(qs):
-    # 6 letters around it, 4 new tokens and behind them the T + 2 rows of a thought; the model has 128 positions.
+    # 6 letters around it, 4 new tokens, and after them the T + 2 rows of a thought; the model has 128 positions.
     fits = Question("x" * (128 - 6 - 4 - 5), {}, "3", "3")
     assert len(ask(qs, [fits], SHORT).asked) == 1
     with pytest.raises(ValueError, match="need up to 129 positions"):

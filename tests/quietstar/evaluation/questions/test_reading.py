@@ -1,4 +1,4 @@
-"""Question files of every form, and what is wrong with bad ones."""
+"""Question files of every format, and the errors for bad ones."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(tmp_path, form):
+def test_formats(tmp_path, form):
     row, question = FORMS[form]
     assert read_questions(write(tmp_path / "q.jsonl", [row])) == [question]
 
@@ -76,7 +76,7 @@ BAD = {
     "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "choices that are neither"),
     "a label twice": (
         json.dumps(CHOICE | {"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answer": "A"}),
-        "labels of their own",
+        "two choices or more, with different labels",
     ),
     "no such choice": (json.dumps(CHOICE | {"answer": "z"}), "line 1 has the answer 'z', and its choices are A, B"),
     "no such place": (json.dumps(CHOICE | {"answer": 2}), "line 1 has the answer 2, and its choices are A, B"),

@@ -1,4 +1,4 @@
-"""Records in files too large for memory, read one at a time in any order: .jsonl by line, .parquet by row group."""
+"""Files of records that may be larger than memory, read one record at a time in any order: .jsonl and .parquet."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 class Records(Protocol):
-    """Records by number, from 1.
+    """Records by number, counted from 1.
 
     Attributes:
-        unit: what the numbers count.
+        unit: what the numbers count: lines or rows.
     """
 
     unit: str
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Number and value of each, in order."""
+        """Number and value of each record, in order."""
         ...
 
     def read(self, number: int) -> Any: ...
 
 
 class JsonLines:
-    """A record a line; lines that are blank hold none. In memory there is a number for each line."""
+    """One record per line, except blank lines. Memory holds one number per line."""
 
     unit = "line"
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = open(path, "rb")  # noqa: SIM115, records are read as long as this object lives
+        self.file = open(path, "rb")  # noqa: SIM115, read for as long as this object lives
         self.starts = array("q", accumulate(map(len, self.file), initial=0))
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -60,7 +60,7 @@ class JsonLines:
 
 
 class ParquetRows:
-    """A record a row. A row group is in memory at a time, whole: small ones suit."""
+    """One record per row. Memory holds one whole row group at a time, so small groups are best."""
 
     unit = "row"
 
@@ -94,7 +94,7 @@ def open_records(path: str | os.PathLike) -> Records:
     """The records of a file.
 
     Raises:
-        ValueError: a file of another kind, one that is not there or damaged, or parquet without pyarrow.
+        ValueError: the file has another ending, is missing or damaged, or is parquet and pyarrow is not installed.
     """
     path = _checked(path)
     try:
@@ -105,13 +105,13 @@ def open_records(path: str | os.PathLike) -> Records:
 
 @contextmanager
 def write_records(path: str | os.PathLike, columns: dict[str, tuple[str, int]]) -> Iterator[Write]:
-    """A function that writes some records, in parquet a row group; the file is renamed into place at the end.
+    """A function that writes a batch of records, in parquet as a row group. The file is renamed into place at the end.
 
     Args:
-        columns: the name and, for parquet, type of each field: what a value is and how many lists are around it.
+        columns: for each field its name and, for parquet, the type of its values and how deeply lists nest them.
 
     Raises:
-        ValueError: a file of another kind, or parquet without pyarrow.
+        ValueError: the file has another ending, or is parquet and pyarrow is not installed.
     """
     path = _checked(path)
     with beside(path) as file, _writer(path.suffix, file, columns) as write:
@@ -138,7 +138,7 @@ def _writer(suffix: str, file: Path, columns: dict[str, tuple[str, int]]) -> Ite
 def _checked(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: thoughts are in a file ending in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: expected a file ending in {' or '.join(SUFFIXES)}")
     return path
 
 
@@ -146,5 +146,5 @@ def _parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: parquet files need pyarrow (pip install pyarrow); .jsonl needs nothing") from error
+        raise ValueError(f"{path}: parquet files need pyarrow (pip install pyarrow); .jsonl files don't") from error
     return pyarrow.parquet

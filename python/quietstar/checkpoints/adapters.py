@@ -1,0 +1,113 @@
+"""Checkpoints of adapters, in peft's own files, without the base model that they were trained on.
+
+A fingerprint of the base is saved with them, and it is checked when they are loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quietstar.checkpoints.tensors import find, read_file
+from quietstar.hf.adapters import NAME, check, fingerprint, require_peft
+from quietstar.hf.modules import unwrapped
+
+# peft's file names.
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Fields of a saved config that depend on where and how it was saved.
+_ENVIRONMENT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "runtime_config"}
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write the adapters' weights and their config, as peft does. Raises ValueError for adapters that fail ``check``."""
+    check(model)
+    config = model.peft_config[NAME]
+    if config.base_model_name_or_path and os.path.isdir(config.base_model_name_or_path):  # found from any working directory
+        config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
+    model.save_pretrained(directory, save_embedding_layers=False)
+
+
+def load(path: str | os.PathLike, saved: dict[str, str], base: PreTrainedModel | str | None, **kwargs: Any) -> PreTrainedModel:
+    """The adapters of a checkpoint on their base: ``base``, or the one that the checkpoint names.
+
+    Args:
+        saved: the checkpoint's fingerprint of the base.
+        kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ValueError: the base is missing or is another one, or the adapters are damaged.
+    """
+    config, tensors = _read_config(path), read_file(path, TENSORS)
+    if isinstance(base, PreTrainedModel):
+        model = base
+    else:
+        name = base or config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{path}: its adapters don't name their base: pass base=, a model, a folder or a hub name")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", "use_safetensors": True, **kwargs})
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: its adapters' base {name} does not load (base= takes another): {reason}") from error
+    check(model)
+    check_base(path, saved, model, fingerprint(model))
+    config.inference_mode = False
+    halved = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors.values())
+    name = model.name_or_path or config.base_model_name_or_path
+    config.base_model_name_or_path = None  # peft takes it from the model, and would warn if the config named another
+    with_adapters = require_peft().get_peft_model(model, config, autocast_adapter_dtype=not halved)
+    config.base_model_name_or_path = name
+    _copy(tensors, with_adapters, path)
+    return with_adapters
+
+
+def restore(model: Any, path: str | os.PathLike) -> None:
+    """Copy a checkpoint's adapters into a model with the same adapters. Raises ValueError if their settings differ."""
+    saved, own = (_settings(config) for config in (_read_config(path), model.peft_config[NAME]))
+    for name in sorted(saved.keys() | own.keys()):
+        if saved.get(name) != own.get(name):
+            raise ValueError(f"{path}: its adapters were made with {name}={saved.get(name)!r}, not {own.get(name)!r}")
+    _copy(read_file(path, TENSORS), model, path)
+
+
+def check_base(path: str | os.PathLike, saved: dict[str, str], model: PreTrainedModel, own: dict[str, str]) -> None:
+    """Raises ValueError if ``own``, the fingerprint of ``model``, differs from the saved one by more than rounding."""
+    name = unwrapped(model).name_or_path or type(unwrapped(model)).__name__
+    if own["shapes"] != saved["shapes"]:
+        raise ValueError(f"{path}: its adapters belong to another base: the layers of {name} have other names or shapes")
+    theirs, ours = (torch.frombuffer(bytearray(base64.b64decode(x["sample"])), dtype=torch.float32) for x in (saved, own))
+    tolerance = 0.0
+    if saved["dtype"] != own["dtype"]:
+        tolerance = max(torch.finfo(getattr(torch, x["dtype"])).eps for x in (saved, own))
+    if not torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * 1e-3):
+        raise ValueError(f"{path}: its adapters belong to another base: the weights of {name} have other values")
+
+
+def _copy(tensors: dict[str, Tensor], model: Any, path: str | os.PathLike) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        raise ValueError(f"{path}: {TENSORS} and {CONFIG} are not of the same adapters")
+    set_peft_model_state_dict(model, tensors)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in _ENVIRONMENT}
+
+
+def _read_config(path: str | os.PathLike) -> Any:
+    file = find(path, CONFIG)
+    if file is None:
+        raise ValueError(f"{path}: {CONFIG} is missing")
+    try:
+        return require_peft().PeftConfig.from_pretrained(os.path.dirname(file))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {CONFIG} is damaged: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,110 @@
+"""The files of a checkpoint, in a folder or on the hub, and which of them holds which tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# The first of these that a checkpoint has gives the size of its vocabulary.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+def find(path: str | os.PathLike, name: str) -> str | None:
+    """The local path of one file of a checkpoint, which is a folder or a hub name; None if there is no such file.
+
+    Raises:
+        ValueError: ``path`` is a file, or is neither a folder nor a hub model that can be reached.
+    """
+    if os.path.isfile(path):
+        is_pickle = str(path).endswith(PICKLES)
+        raise ValueError(_pickle_message(path, [Path(path).name]) if is_pickle else f"{path}: a file, not a folder")
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ValueError(f"{path}: not a folder, nor a hub model that can be reached: {str(error).splitlines()[0]}") from error
+
+
+def locate_tensors(path: str | os.PathLike) -> dict[str, str]:
+    """The file that holds each tensor of a model's weights, by tensor name: one safetensors file, or the shards of an index.
+
+    Raises:
+        ValueError: there are no weights, they are pickled, a shard is missing, or a file is damaged.
+    """
+    whole = find(path, WEIGHTS)
+    if whole is not None:
+        with _opened(path, whole) as file:
+            return dict.fromkeys(file.keys(), whole)
+    index = find(path, INDEX)
+    if index is None:
+        pickles = _find_pickles(path)
+        raise ValueError(_pickle_message(path, pickles) if pickles else f"{path}: no {WEIGHTS} there")
+    try:
+        shard_of = json.loads(Path(index).read_text())["weight_map"]
+        shards = {name: find(path, name) for name in sorted(set(shard_of.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {INDEX} is damaged: {error}") from error
+    for name, shard in shards.items():
+        if shard is None:
+            raise ValueError(f"{path}: {name} is missing, which {INDEX} names")
+    return {tensor: str(shards[name]) for tensor, name in shard_of.items()}
+
+
+def read_file(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
+    """All tensors in one file of a checkpoint. Raises ValueError if the file is missing or damaged."""
+    file = find(path, name)
+    if file is None:
+        raise ValueError(f"{path}: {name} is missing")
+    with _opened(path, file) as opened:
+        tensors = opened.keys()
+        return {tensor: opened.get_tensor(tensor) for tensor in tensors}
+
+
+def read_tensors(path: str | os.PathLike, located: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors called ``names``, each from the file that ``located`` gives."""
+    tensors = {}
+    for name in names:
+        with _opened(path, located[name]) as file:
+            tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def check_vocabulary(path: str | os.PathLike, located: Mapping[str, str], vocabulary: int) -> None:
+    """Raises ValueError if the number of embeddings is not the config's vocabulary size."""
+    name = next((name for suffix in EMBEDDINGS for name in located if name.endswith(suffix)), None)
+    if name is None:
+        return
+    with _opened(path, located[name]) as file:
+        tokens = file.get_slice(name).get_shape()[0]
+    if tokens != vocabulary:
+        raise ValueError(f"{path}: its weights are of a vocabulary of {tokens} tokens, its config.json says {vocabulary}")
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, file: str) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {Path(file).name} is damaged: {error}") from error
+
+
+def _find_pickles(path: str | os.PathLike) -> list[str]:
+    if os.path.isdir(path):
+        return sorted(file.name for file in Path(path).iterdir() if file.suffix in PICKLES and file.name != "training_args.bin")
+    return [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(path, name)]
+
+
+def _pickle_message(path: str | os.PathLike, names: list[str]) -> str:
+    return (
+        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read: convert them with "
+        f"safetensors.torch.save_file(torch.load(file, weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}})"
+    )
