@@ -130,7 +130,7 @@ def star(
 
 def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
     """A start for models that don't follow examples: supervised training on the data's chains, some with the hint."""
-    rows = task.solved(config.problems, generator)
+    rows = task.sample_with_chain(config.problems, generator)
     if not rows:
         raise ValueError("star: sft_steps needs problems with chains, and the data have none")
     hinted = torch.rand(len(rows), generator=generator) < config.hint_share
@@ -143,7 +143,7 @@ def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generato
 
 def example_rows(task: Task, count: int, generator: torch.Generator) -> list[Row]:
     """Training rows with chains, to stand before a prompt."""
-    rows = task.solved(count, generator) if count else []
+    rows = task.sample_with_chain(count, generator) if count else []
     if len(rows) < count:
         raise ValueError(f"star: shots={count} needs as many problems with chains, and the data have {len(rows)}")
     return rows

@@ -87,7 +87,7 @@ def vstar(
     run = Rounds(config.out, {"recipe": "vstar", "model": name, "task": task.name} | settings, resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
-    rows = task.solved(config.sft_problems, generator) if config.sft_steps else []
+    rows = task.sample_with_chain(config.sft_problems, generator) if config.sft_steps else []
     own = [{"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows]
     if config.sft_steps and not own:
         raise ValueError("vstar: sft_steps needs problems with chains, and the data have none")
