@@ -22,8 +22,8 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import load_model
 from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.common.solutions import revision_prompt
 from quietstar.recipes.score import FIRST, Config, score
-from quietstar.recipes.solve import revision_prompt
 from quietstar.run.batches import mix_seed
 
 TITLE = "Self-correction"

@@ -23,7 +23,8 @@ from quietstar.recipes import solve_compute_optimal as compute_optimal
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.selectors import auc, best_of, score
 from quietstar.recipes.common.sft import SFTConfig
-from quietstar.recipes.vstar import Config, compare, draw, steady, write
+from quietstar.recipes.common.solutions import likelihood_scorer, to_samples
+from quietstar.recipes.vstar import Config, compare, draw, reliable_points, write
 from quietstar.recipes.vstar_verifier import make_pairs, measure_pairs, train_outcome, train_verifier, verdict_scorer
 from quietstar.run.batches import mix_seed
 
@@ -68,7 +69,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         result = {"k": found["k"], "curves": found["curves"]} | result
     updates = config.updates // 3  # which see about as many solutions as the pairs have
     verdicts = train_outcome(model, task, solutions, updates, SFTConfig(), seed)
-    samples = test_time.measure(task, test, written, verdict_scorer(verdicts, task))
+    samples = to_samples(task, test, written, verdict_scorer(verdicts, task))
     scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
     accuracy = fmean(best_of(K, *x) for x in zip(scores, right, strict=True))
     result["rows"].append({"run": OUTCOME, "accuracy": accuracy, "auc": auc(scores, right), "updates": updates})
@@ -76,7 +77,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         result["rows"].append({"run": name, "accuracy": result["curves"][name][at]})
 
     spending = test_time.Config(out=str(out / "test_time"), samples=K, attempts=K, max_new=20, seed=seed, **SPENT[size])
-    report = test_time.solve(model, task, spending, test_time.likelihood_scorer(verifiers[VERIFIER]))
+    report = test_time.solve(model, task, spending, likelihood_scorer(verifiers[VERIFIER]))
     result |= {"test_time": report["curves"], "greedy": report["greedy"], "splits": report["splits"]}
     result["rows"].append({"run": "greedy", "accuracy": report["greedy"]["accuracy"]})
     for name in (*SPLITS, "sequential, majority", "sequential, last"):
@@ -120,7 +121,7 @@ def over_tokens(results: list[dict[str, Any]], names: Sequence[str]) -> dict[str
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     shown = ("oracle", "verifier", "weighted vote", "majority", "generator", "one sample")
-    over_k = [steady(result["k"], result["curves"]) for result in results]
+    over_k = [reliable_points(result["k"], result["curves"]) for result in results]
     side_by_side = ("oracle", "best of k", "weighted vote", "majority", "likeliest")
     panels(
         path,

@@ -22,8 +22,9 @@ from quietstar.evaluation.losses import evaluate
 from quietstar.files import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
-from quietstar.recipes.common.log import told
+from quietstar.recipes.common.log import is_logging
 from quietstar.recipes.common.models import option
+from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.batches import Example, mix_seed
 from quietstar.train import train
@@ -49,11 +50,9 @@ class Config(plain.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         stages(self.curriculum)
-        self._check("steps", self.steps >= 1, "1 or more")
-        for name in ("warmup", "weight_decay"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "later_rate"):
-            self._check(name, getattr(self, name) > 0, "above 0")
+        check_at_least("fast", self, 1, ("steps",))
+        check_at_least("fast", self, 0, ("warmup", "weight_decay"))
+        check_positive("fast", self, ("learning_rate", "later_rate"))
 
 
 def stages(curriculum: str) -> list[tuple[int, int]]:
@@ -162,6 +161,6 @@ def think_shorter(
         save_every=config.save_every,
         keep=1,
     )
-    train(qs, data, settings, evaluate=choose, resume="auto", progress=told())
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=is_logging())
     assert chosen is not None  # the last step evaluates
     return chosen

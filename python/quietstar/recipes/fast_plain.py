@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from quietstar import QuietStar
 from quietstar.evaluation.losses import token_losses
 from quietstar.files import replaced
+from quietstar.recipes.common.logprobs import evaluating, positions
 from quietstar.recipes.common.models import option
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import load_model
-from quietstar.recipes.common.sampling import evaluating, positions
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
 from quietstar.run.signals import Signals
 
@@ -47,14 +49,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_every", "save_every", "plain_steps"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("plain_rate", "plain_weight", "plain_temperature"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"fast: {name} must be {wanted}, got {getattr(self, name)!r}")
+        check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "plain_steps"))
+        check_positive("fast", self, ("plain_rate", "plain_weight", "plain_temperature"))
 
 
 def train(
@@ -72,7 +68,7 @@ def train(
     folder = Path(config.out) / MODEL
     texts = documents(data)
     progress = Progress(Path(config.out) / PLAIN, asdict(config), {"step": 0, "best": None}, resume=True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.plain_rate, weight_decay=0.0)
+    optimizer = adamw(student, config.plain_rate, weight_decay=0.0)
     if progress.begun:
         progress.load(student, optimizer)
     state = progress.state
@@ -120,12 +116,9 @@ def update(
     value, reward = objective(logprob, targets, torch.cat([losses[i] for i in chosen]).to(logprob.device), config)
     optimizer.zero_grad()
     value.backward()
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    if not bool(norm.isfinite()):
-        raise FloatingPointError(f"fast: the gradient of the plain model is {float(norm)} at step {step + 1}")
-    optimizer.step()
+    norm = clipped_step(optimizer, student, 1.0, f"fast: step {step + 1} of the plain model")
     figures = {"loss": float(value.detach()), "reward": float(reward.mean()), "rewarded": float((reward > 0).float().mean())}
-    return {"step": step + 1, **figures, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+    return {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
 
 
 def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config) -> tuple[Tensor, Tensor]:

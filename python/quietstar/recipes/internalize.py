@@ -20,17 +20,20 @@ from transformers import PreTrainedModel
 
 from quietstar.files import write_whole
 from quietstar.recipes import internalize_report as icot_report
-from quietstar.recipes.common.log import tell
+from quietstar.recipes.common.log import log_figures
+from quietstar.recipes.common.logprobs import check_length, logprob
 from quietstar.recipes.common.models import option
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.ranges import check, check_at_least, check_positive
 from quietstar.recipes.common.rounds import load_model, save_model
-from quietstar.recipes.common.sampling import check_room, logprob, rollout
+from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.signals import Signals
 
 MODEL, STAGES, DIRECT, NAME = "model", "stages", "direct", "internalize"  # what a run writes; .json and .png
-ROOM = 8  # tokens that an answer may be longer than it should
+EXTRA_TOKENS = 8  # tokens that an answer may be longer than it should
 
 
 @dataclass
@@ -64,21 +67,15 @@ class Config:
     seed: int = option(0, "fixes problems, their order, and which rows lose more")
 
     def __post_init__(self) -> None:
-        for name in ("explicit_steps", "steps_per_token"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("smoothing", "learning_rate", "clip"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("weight_decay", self.weight_decay >= 0, "0 or more")
-        self._check("remove_all_beyond", self.remove_all_beyond is None or self.remove_all_beyond >= 0, "None, or 0 or more")
-        self._check("gate", 0 <= self.gate <= 1, "from 0 to 1")
-        if self.keep_position and self.side == "right":
-            raise ValueError("internalize: side must be left where keep_position is on, got 'right'")
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"internalize: {name} must be {wanted}, got {getattr(self, name)!r}")
+        at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
+        check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
+        check_at_least("internalize", self, 1, at_least_one)
+        check_positive("internalize", self, ("smoothing", "learning_rate", "clip"))
+        beyond = self.remove_all_beyond
+        check("internalize", self, "remove_all_beyond", beyond is None or beyond >= 0, "None, or 0 or more")
+        check("internalize", self, "gate", 0 <= self.gate <= 1, "from 0 to 1")
+        kept = self.keep_position and self.side == "right"
+        check("internalize", self, "side", not kept, "left where keep_position is on")
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def shortened(task: Task, row: Row, removed: int, side: str = "left") -> list[in
 
 def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: int, config: Config) -> dict[str, Any]:
     """Greedy answers where ``removed`` tokens are gone: what ``grade`` and ``icot_report.digits`` find, and the speed."""
-    most = max(len(shortened(task, row, removed, config.side)) for row in rows) + ROOM
+    most = max(len(shortened(task, row, removed, config.side)) for row in rows) + EXTRA_TOKENS
     shift = min(removed, max(len(row.cot_ids) for row in rows)) if config.keep_position else 0
     began = time.perf_counter()
     found = rollout(model, task, [row.prompt_ids for row in rows], temperature=0.0, max_new=most, shift=shift)
@@ -180,7 +177,7 @@ def check_rows(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: 
         )
     if not any(task.check(row, task.completion_ids(row)) for row in rows[: config.batch_size]):
         raise ValueError(f"internalize: {type(task).__name__} calls its own answers wrong, so nothing would count as right")
-    check_room(model, max(len(row.prompt_ids) + len(task.completion_ids(row)) for row in rows) + ROOM)
+    check_length(model, max(len(row.prompt_ids) + len(task.completion_ids(row)) for row in rows) + EXTRA_TOKENS)
     return max(lengths)
 
 
@@ -218,7 +215,7 @@ class Training:
                 state |= {"stage": state["stage"] + 1, "done": 0}
                 folder = Path(self.config.out) / STAGES / f"removed-{stage.removed:03d}"
                 save_model(folder, self.model, self.task, state["lines"][-1])
-                tell(self.config.out, state["lines"][-1])
+                log_figures(self.config.out, state["lines"][-1])
                 self.progress.save_if(signals, 1, self.model, self.optimizer)
                 if stage.removed == 0 < stage.steps and figures["accuracy"] == 0:
                     raise ValueError(
@@ -264,10 +261,7 @@ class Training:
         loss = -values.sum() / mask.sum()
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        if not bool(norm.isfinite()):
-            raise FloatingPointError(f"internalize: the gradient is {float(norm)} at update {step + 1}")
-        self.optimizer.step()
+        norm = clipped_step(self.optimizer, self.model, config.clip, f"internalize: update {step + 1}")
         state["step"], state["done"] = step + 1, state["done"] + 1
         return {
             "step": step + 1,
@@ -275,7 +269,7 @@ class Training:
             "loss": float(loss.detach()),
             # A stage that fails shows here: the answer follows from the rest of the chain, its first token from nothing.
             "first_token_loss": -float(values[:, 0].detach().mean()),
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "tokens": int(mask.sum()),
             "seconds": time.perf_counter() - began,
         }
@@ -290,5 +284,4 @@ class Training:
         return figures
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+        return adamw(self.model, self.config.learning_rate, self.config.weight_decay)

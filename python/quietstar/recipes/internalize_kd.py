@@ -23,11 +23,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quietstar.files import replaced, write_whole
 from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_report as icot_report
-from quietstar.recipes.common.log import tell
+from quietstar.recipes.common.log import log_figures
+from quietstar.recipes.common.logprobs import evaluating, logprob, padded
 from quietstar.recipes.common.models import option
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.ranges import check_at_least
 from quietstar.recipes.common.rounds import save_model
-from quietstar.recipes.common.sampling import Completion, evaluating, logprob, padded, rollout
+from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
@@ -52,9 +55,7 @@ class Config:
     components: int = option(1, "M, of the emulator's mixture; more than 1 where a problem has several chains")
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "emulator_steps", "coupled_steps", "components"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"internalize: {name} must be 1 or more, got {getattr(self, name)!r}")
+        check_at_least("internalize", self, 1, ("student_steps", "emulator_steps", "coupled_steps", "components"))
 
 
 class Pair(nn.Module):
@@ -163,7 +164,7 @@ def distill(
 
     def found(row: str, figures: dict[str, Any]) -> None:
         report[row] = figures
-        tell(f"{config.out}, {row}", figures)
+        log_figures(f"{config.out}, {row}", figures)
 
     train(0, "teacher", teacher, config.explicit_steps, chain_loss)
     save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
@@ -192,8 +193,7 @@ def train_phase(
     seed: int,
 ) -> None:
     """Train one of the models, or the pair, in place; without dropout, as the published code does."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = adamw(module, config.learning_rate, config.weight_decay)
     if progress.begun:
         progress.load(module, optimizer)
     state = progress.state
@@ -205,12 +205,9 @@ def train_phase(
             value = loss(rows)
             optimizer.zero_grad()
             value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            if not bool(norm.isfinite()):
-                raise FloatingPointError(f"internalize: the gradient is {float(norm)} at update {state['step'] + 1}")
-            optimizer.step()
+            norm = clipped_step(optimizer, module, config.clip, f"internalize: update {state['step'] + 1}")
             state["step"] += 1
-            figures = {"loss": float(value.detach()), "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+            figures = {"loss": float(value.detach()), "grad_norm": norm, "seconds": time.perf_counter() - began}
             progress.metrics.add({"step": state["step"], **figures})
             progress.save_if(signals, config.save_every, module, optimizer)
     progress.save(module, optimizer)
@@ -234,7 +231,7 @@ def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) ->
 
 def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None = None) -> dict[str, Any]:
     """As ``icot.evaluate``: answers from the prompt and the emulator's states, or given ones [B,layers,D]."""
-    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.ROOM
+    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.EXTRA_TOKENS
     began = time.perf_counter()
     written = pair.answer(task, [row.prompt_ids for row in rows], most, states)
     return icot_report.figures(task, rows, written, time.perf_counter() - began)

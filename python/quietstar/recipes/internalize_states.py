@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
-from quietstar.recipes.common.sampling import padded, positions
+from quietstar.recipes.common.logprobs import padded, positions
 
 MIXTURE_TEMPERATURE = 0.05  # of the published code
 

@@ -16,7 +16,7 @@ from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.common.selectors import Sample
 from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.score import Config, advantages, examine, loss, read, returns, score
+from quietstar.recipes.score import Config, advantages, evaluate, logprob_and_divergence, loss, returns, score
 from quietstar.recipes.score_attempts import Attempts, attempt, reaching, votes
 from quietstar.recipes.tasks import Addition
 
@@ -165,11 +165,11 @@ def test_another_chain_with_the_same_answer_is_an_edit_and_no_revision(monkeypat
     assert found.figures()["edited"] == pytest.approx(2 / 3) and found.figures()["revised"] == pytest.approx(1 / 3)
 
 
-def test_read_is_the_row_by_row_result():
-    model, reference = tiny(), moved(tiny())
-    logprob, divergence = read(model, reference, PROMPTS, FIRST)
+def test_log_probability_and_divergence_are_the_row_by_row_result():
+    model, base_model = tiny(), moved(tiny())
+    logprob, divergence = logprob_and_divergence(model, base_model, PROMPTS, FIRST)
     for i, (prompt, ids) in enumerate(zip(PROMPTS, FIRST, strict=True)):
-        p, q = (m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, reference))
+        p, q = (m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, base_model))
         places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
         assert float(logprob[i].detach()) == pytest.approx(
             sum(float(p[t, x].detach()) for t, x in zip(places, ids, strict=True)), rel=1e-5
@@ -190,13 +190,16 @@ def attempts(first=FIRST, second=SECOND, own=None):
 
 
 def test_the_loss_is_reinforce_and_the_divergence():
-    model, reference = tiny(), moved(tiny())
+    model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
     config = Config(kl=0.3, first_kl=0.7)
-    (p1, kl1), (p2, kl2) = read(model, reference, PROMPTS, FIRST), read(model, reference, attempts().requests, SECOND)
+    (p1, kl1), (p2, kl2) = (
+        logprob_and_divergence(model, base_model, PROMPTS, FIRST),
+        logprob_and_divergence(model, base_model, attempts().requests, SECOND),
+    )
     policy = -advantage[0] * p1 - advantage[1] * p2
     for stage, held in ((1, 0.7 * kl1), (2, 0.3 * (kl1 + kl2))):
-        found, divergence = loss(model, reference, attempts(), advantage, stage, config)
+        found, divergence = loss(model, base_model, attempts(), advantage, stage, config)
         torch.testing.assert_close(found, policy + held)
         torch.testing.assert_close(divergence, torch.stack([kl1, kl2]))
         assert not divergence.requires_grad
@@ -204,14 +207,14 @@ def test_the_loss_is_reinforce_and_the_divergence():
 
 def test_in_stage_one_only_the_second_attempt_is_reinforced():
     """And at the base model itself nothing holds the first attempt yet."""
-    model, reference = tiny(), tiny()
+    model, base_model = tiny(), tiny()
     rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     config = Config(first_kl=0.1)
     first_stage, second_stage = (advantages(returns(rewards, stage, config), 1) for stage in (1, 2))
     assert first_stage[0].abs().max() == 0 < second_stage[0].abs().max()
 
     def of_stage(stage, advantage, first):
-        return gradient(loss(model, reference, attempts(first), advantage, stage, config)[0].sum(), model)
+        return gradient(loss(model, base_model, attempts(first), advantage, stage, config)[0].sum(), model)
 
     other = [[9, 9], [9], [9, 9, 9]]
     same, changed = (of_stage(1, first_stage, first) for first in (FIRST, other))
@@ -221,14 +224,14 @@ def test_in_stage_one_only_the_second_attempt_is_reinforced():
 
 def test_first_attempts_of_the_base_have_no_policy_gradient():
     """They are held to it like the others, and the attempts behind them are reinforced as ever."""
-    model, reference = tiny(), moved(tiny())
+    model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
     own = torch.tensor([True, False, True])
 
     def policy(own, advantage):
         """The gradient without the divergence's."""
         both, held = (
-            loss(model, reference, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
+            loss(model, base_model, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
         )
         return gradient(both, model) - gradient(held, model)
 
@@ -237,18 +240,18 @@ def test_first_attempts_of_the_base_have_no_policy_gradient():
     assert (policy(None, advantage) - policy(None, without)).abs().max() > 1e-2
     alone = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     assert policy(own, alone).abs().max() == 0 < policy(None, alone).abs().max()
-    held = [loss(model, reference, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
+    held = [loss(model, base_model, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
     torch.testing.assert_close(*held)
     assert held[0][1] > 1e-3
 
 
 def test_the_divergence_pulls_the_first_attempt_back():
-    reference = tiny()
-    model = moved(reference)
+    base_model = tiny()
+    model = moved(base_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     nothing, found = torch.zeros(2, 3), []
     for _ in range(20):
-        value, divergence = loss(model, reference, attempts(), nothing, 1, Config(first_kl=1.0))
+        value, divergence = loss(model, base_model, attempts(), nothing, 1, Config(first_kl=1.0))
         optimizer.zero_grad()
         value.sum().backward()
         optimizer.step()
@@ -365,10 +368,10 @@ def test_examine_is_of_greedy_attempts(solver):
     model, task = copy.deepcopy(solver[0]), solver[1]
     test = task.sample(30, "test", torch.Generator().manual_seed(1))
     config = Config(max_new=8, batch_size=7, chains=0)
-    found = examine(moved(model, 0.02), model, task, test, config)
+    found = evaluate(moved(model, 0.02), model, task, test, config)
     greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
     assert found.items() >= greedy.figures().items()
-    _, nats = read(moved(model, 0.02), model, greedy.requests, greedy.second)
+    _, nats = logprob_and_divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
     assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
 
 

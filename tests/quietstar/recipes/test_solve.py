@@ -9,7 +9,8 @@ import torch
 from quietstar.recipes import solve as recipe
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.common.selectors import Sample, majority
-from quietstar.recipes.solve import Config, revision_prompt, revisions, solve
+from quietstar.recipes.common.solutions import revision_prompt
+from quietstar.recipes.solve import Config, revisions, solve
 from quietstar.recipes.tasks import Addition
 
 
@@ -37,35 +38,35 @@ def test_revisions_end_in_the_right_solution_behind_wrong_ones(solver):
 def test_an_attempt_sees_the_last_four_of_its_own_chain(solver, monkeypatch, valid_problems, until):
     model, task = solver
     rows = task.sample(2, "test", torch.Generator().manual_seed(1))
-    asked, told = [], {}
+    asked, prompt_of = [], {}
 
     def rollout(model, task, prompts, **rest):
         asked.append(len(prompts))
         written = []
         for number, prompt in enumerate(prompts):
             attempt = [3 + len(asked), 3 + number, task.end_id]
-            told[tuple(attempt)] = prompt
+            prompt_of[tuple(attempt)] = prompt
             written.append([Completion(attempt, [-1.0] * 3)])
         return written
 
     answers = []
 
-    def measure(task, owners, chains, scorer):
+    def to_samples(task, owners, chains, scorer):
         answers.extend(zip(owners, chains, strict=True))
         return [[Sample(str(x.ids), False, 3, -1.0) for x in chain] for chain in chains]
 
     monkeypatch.setattr(recipe, "rollout", rollout)
-    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.setattr(recipe, "to_samples", to_samples)
     chains = recipe.revise(model, task, rows, Config(samples=8, attempts=9, valid_problems=valid_problems))
     assert [[len(chain) for chain in several] for several in chains] == [until, until]
     assert asked == [2 * sum(n > number for n in until) for number in range(8)]
-    assert [chain for several in chains for chain in several] == measure(
+    assert [chain for several in chains for chain in several] == to_samples(
         task, *zip(*answers[: 2 * len(until)], strict=True), None
     )
     for row, chain in answers:
         for number, x in enumerate(chain):
             before = [id_ for y in chain[max(0, number - 4) : number] for id_ in y.ids + task.again_ids]
-            assert told[tuple(x.ids)] == row.prompt_ids + before
+            assert prompt_of[tuple(x.ids)] == row.prompt_ids + before
 
 
 def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
@@ -142,10 +143,10 @@ def test_nothing_to_choose_from(solver, tmp_path, monkeypatch):
 def test_bad_options(solver, monkeypatch):
     model, task = solver
     monkeypatch.setattr(recipe, "rollout", None)  # said before anything is drawn
-    with pytest.raises(ValueError, match="valid_problems=4 must be 5 or more, and so many there: got 4"):
+    with pytest.raises(ValueError, match="valid_problems=4 must be 5 or more, and the data must have as many: got 4"):
         solve(model, task, Config(valid_problems=4))
     monkeypatch.setattr(Addition, "problems", lambda self, n, split, generator: [self.problem(1, 2)] * (3 if n == 20 else n))
-    with pytest.raises(ValueError, match="valid_problems=20 must be 5 or more, and so many there: got 3"):
+    with pytest.raises(ValueError, match="valid_problems=20 must be 5 or more, and the data must have as many: got 3"):
         solve(model, task, Config(valid_problems=20))
     with pytest.raises(ValueError, match="solve: valid_problems must be 0 or more, got -1"):
         Config(valid_problems=-1)

@@ -11,16 +11,17 @@ import torch
 from quietstar.cli import main as cli
 from quietstar.recipes import vstar as recipe
 from quietstar.recipes import vstar_verifier as verifier_recipe
+from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.rounds import fingerprint, save_model
-from quietstar.recipes.common.sampling import likelihoods, rollout
+from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.common.selectors import auc
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.tasks import Addition, Multiplication, WordProblems
 from quietstar.recipes.vstar import Config, vstar
 from quietstar.recipes.vstar_verifier import (
     DPO,
-    as_text,
+    as_trl_example,
     load_verifier,
     make_pairs,
     measure_pairs,
@@ -51,7 +52,7 @@ def test_pairs_are_the_product_of_right_and_wrong_solutions_of_a_problem():
 
 def test_right_solutions_are_trained_on_once():
     solutions = [solution([1], [2], True)] * 3 + [solution([1], [3], False), solution([1], [4], True, "valid")]
-    assert recipe.right_ones(solutions) == [([1], [2])]
+    assert recipe.right_solutions(solutions) == [([1], [2])]
 
 
 @pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
@@ -60,7 +61,7 @@ def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
     rows = task.sample(20, "train", torch.Generator().manual_seed(0))
     for row, other in zip(rows, rows[1:], strict=False):
         pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))
-        text = as_text(task, pair)
+        text = as_trl_example(task, pair)
         assert task.tokenizer(text["prompt"])["input_ids"] == pair[0]
         assert task.tokenizer(text["prompt"] + text["chosen"])["input_ids"] == pair[0] + pair[1]
         assert task.tokenizer(text["prompt"] + text["rejected"])["input_ids"] == pair[0] + pair[2]
@@ -169,7 +170,7 @@ def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a run is there already"):
         vstar(model, task, config)
     other = small_model(task, width=64, heads=2, positions=128, seed=5)
-    with pytest.raises(ValueError, match="the run there began with another model"):
+    with pytest.raises(ValueError, match="the run there started with another model"):
         vstar(other, task, config, resume=True)
     monkeypatch.setattr(recipe, "sft", None)
     monkeypatch.setattr(recipe, "train_verifier", None)  # all of it is there
@@ -183,7 +184,7 @@ def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch)
     taught, judged = [], []
     monkeypatch.setattr(recipe, "sft", lambda model, examples, *rest: taught.append(examples) or model)
     monkeypatch.setattr(
-        recipe, "verify_with", lambda run, model, task, config, solutions: judged.extend(solutions) or (model, {})
+        recipe, "train_or_load_verifier", lambda run, model, task, config, solutions: judged.extend(solutions) or (model, {})
     )
     vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1, "sft_steps": 2, "sft_problems": 30}))
     start, first = taught
@@ -196,11 +197,11 @@ def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch)
 
 def test_plots_end_where_choices_are_nearly_the_same():
     curves = {"verifier": [0.1, 0.2, 0.3, 0.4, 0.5], "majority": [0.5, 0.4, 0.3, 0.2, 0.1]}
-    assert recipe.steady([1, 2, 4, 8, 16], curves) == {
+    assert recipe.reliable_points([1, 2, 4, 8, 16], curves) == {
         "verifier": [(1, 0.1), (2, 0.2), (4, 0.3), (8, 0.4)],
         "majority": [(1, 0.5), (2, 0.4), (4, 0.3)],
     }
-    assert recipe.steady([1, 2], {"verifier": [0.1, 0.2], "majority": [0.3, 0.4]}) == {
+    assert recipe.reliable_points([1, 2], {"verifier": [0.1, 0.2], "majority": [0.3, 0.4]}) == {
         "verifier": [(1, 0.1)],
         "majority": [(1, 0.3)],
     }
@@ -228,12 +229,12 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     save_model(tmp_path / "other", copy.deepcopy(model), task, {"base": "two"})
     verifier = load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, task)
     assert fingerprint(verifier) == fingerprint(model)
-    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other began with two"):
+    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other started with two"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
-    with pytest.raises(ValueError, match="the verifier is of another base model, and reads other tokens"):
+    with pytest.raises(ValueError, match="the verifier is of another base model: its tokens differ"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
     smaller = small_model(task, width=32, heads=2, positions=128)
-    with pytest.raises(ValueError, match="the verifier is of another base model, and has other weights than the model"):
+    with pytest.raises(ValueError, match="the verifier is of another base model: its weights have other shapes than the model"):
         load_verifier(str(tmp_path / "verifier"), "", smaller, task)
     with pytest.raises(ValueError, match="no model loads from there"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from quietstar.files import replaced
-from quietstar.recipes.common.log import ToldMetrics
+from quietstar.recipes.common.log import LoggedMetrics
 from quietstar.run.metrics import check_kind
 from quietstar.run.signals import Interrupted, Signals
 
@@ -50,7 +50,7 @@ class Progress:
             raise ValueError(f"{out}: a run is there already; resume goes on with it, another out starts anew")
         if self.begun:
             self.state = self._read()
-        self.metrics = ToldMetrics(Path(out) / "metrics.jsonl", self.state["step"])
+        self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the saved weights, and the optimizer's moments where one was saved, into these.
