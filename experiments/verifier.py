@@ -48,11 +48,11 @@ SPLITS = (PARALLEL, CHAINS, compute_optimal.ONE, compute_optimal.PREDICTED, comp
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     model, task = base(seed, size)
     config = Config(**SIZES[size], max_new=20, seed=seed, beta=0.1, verifier_rate=3e-4, pair_batch=32, pairs=16)
-    solutions = draw(model, task, config, 2)  # any round but the first, which stops where nothing is right
+    solutions = draw(model, task, config, 2)  # a round other than the first, which stops where nothing is right
     if size == "tiny":  # a base of five updates solves nothing
         solutions = [{**x, "right": i % 3 == 0} for i, x in enumerate(solutions)]
     pairs, held_out = (make_pairs(solutions, split, config.pairs, seed) for split in ("train", "valid"))
-    # As many the wrong way round as the right one: by chance alone one kind is more, and that is learnt.
+    # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
     shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs[: len(pairs) // 6 * 2])]
 
     test = task.sample(config.test_problems, "test", torch.Generator().manual_seed(mix_seed(seed, 5)))
@@ -67,7 +67,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         measured = measure_pairs(verifiers[name], model, held_out, config.beta, config.batch_size)
         result["rows"].append({"run": name, **figures, "updates": len(losses), **measured})
         result = {"k": found["k"], "curves": found["curves"]} | result
-    updates = config.updates // 3  # which see about as many solutions as the pairs have
+    updates = config.updates // 3  # which see about as many solutions as there are in the pairs
     verdicts = train_outcome(model, task, solutions, updates, SFTConfig(), seed)
     samples = to_samples(task, test, written, verdict_scorer(verdicts, task))
     scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
@@ -101,7 +101,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_difficulty(results: list[dict[str, Any]]) -> dict[str, list[list[tuple[float, float]]]]:
-    """For each length of chains a curve of each seed over the difficulties that all seeds have."""
+    """For each length of chains, a curve per seed over the difficulties that all seeds have."""
     measured = [[row for row in result["splits"] if row["bins"] == compute_optimal.MEASURED] for result in results]
     common = set.intersection(*({row["difficulty"] for row in rows} for rows in measured))
     return {
@@ -113,7 +113,7 @@ def by_difficulty(results: list[dict[str, Any]]) -> dict[str, list[list[tuple[fl
 
 
 def over_tokens(results: list[dict[str, Any]], names: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
-    """Curves of each seed, and the greedy answer's point."""
+    """A curve per seed for each of these methods, and the point of the greedy answer."""
     points = {name: [result["test_time"][name] for result in results] for name in names}
     points["greedy"] = [[result["greedy"]] for result in results]
     return {name: [[(x["tokens"], x["accuracy"]) for x in seed] for seed in seeds] for name, seeds in points.items()}

@@ -14,7 +14,7 @@ def any_right(samples):
     return max(samples, key=lambda x: x.right)
 
 
-def test_a_budget_buys_whole_solutions_and_one_at_least():
+def test_a_budget_buys_whole_solutions_and_at_least_one():
     samples = several(("3", 4), ("8", 6), ("8", 5))
     assert [len(affordable(samples, budget)) for budget in (1, 4, 9.9, 10, 14, 15, 99)] == [1, 1, 1, 2, 2, 3, 3]
 
@@ -25,13 +25,13 @@ def test_curves_are_means_over_problems_at_the_tokens_that_were_used():
     assert [point["accuracy"] for point in points] == [0.5, 1.0]
     assert [point["tokens"] for point in points] == [(4 + 4) / 2, (15 + 6) / 2]
     alone = [[[x] for x in chain] for [chain] in problems]
-    assert curve(alone, majority, [15])[0] == points[1]  # all of them, in whatever order
+    assert curve(alone, majority, [15])[0] == points[1]  # all of them, in any order
     first = curve(alone, lambda x: x[0], [4])[0]
-    assert first["accuracy"] == pytest.approx(2 / 3, abs=0.2) and 0 < first["accuracy"] < 1  # random ones of each problem
+    assert first["accuracy"] == pytest.approx(2 / 3, abs=0.2) and 0 < first["accuracy"] < 1  # a random one of each problem
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8, 16])
-def test_the_chains_hold_every_split(most):
+def test_the_chains_contain_every_split(most):
     until = lengths(most, most)
     chains = [several(*[("8", 1)] * n) for n in until]
     for attempts in range(1, most + 1):
@@ -40,11 +40,11 @@ def test_the_chains_hold_every_split(most):
     assert lengths(8, 2) == [2, 2, 2, 2, 1, 1, 1, 1]
 
 
-def test_chains_are_spent_on_one_after_the_other_from_their_beginnings():
+def test_a_budget_is_spent_on_one_chain_after_the_other():
     chains = [several(("1", 3), ("2", 3)), several(("1", 3), ("8", 3))]
     assert spend(chains, any_right, 12).right == 1 and spend(chains, any_right, 12).tokens == 12
     assert spend(chains, any_right, 3).right == 0 and spend(chains, any_right, 3).tokens == 3
-    half = spend(chains, any_right, 6)  # one of both chains, by chance: it never has both first attempts
+    half = spend(chains, any_right, 6)  # a random one of the two chains, never both first attempts
     assert 0.2 < half.right < 0.8 and half.tokens == 6
     assert spend([*chains, chains[0]], majority, 9.5).tokens == 9
 

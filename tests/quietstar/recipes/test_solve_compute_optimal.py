@@ -19,14 +19,14 @@ def any_right(samples):
 
 def test_difficulties():
     samples = several(("8", 1), ("3", 1), ("3", 1), (None, 1))
-    assert measured(samples) == -0.25 and predicted(samples) == -0.5  # the vote is wrong, and doesn't know
+    assert measured(samples) == -0.25 and predicted(samples) == -0.5  # the vote is wrong, which the prediction can't know
     scored = [dataclasses.replace(x, score=score) for x, score in zip(samples, (-1.0, -2.0, -3.0, -4.0), strict=True)]
     assert predicted(scored) == 2.5
     assert predicted(several((None, 1), (None, 1))) == 0
 
 
 def problem(easy, looks_easy):
-    """Of easy problems the fourth attempt of a chain is right, of hard ones the first of the last chain."""
+    """The fourth attempt of a chain is right for easy problems, the first one of the last chain for hard ones."""
     samples = [Sample("8", i < 4 if easy else i < 1, 2, -1.0, -1.0 if looks_easy else -9.0) for i in range(4)]
     chains = [[Sample("3", False, 2, -1.0)] * n for n in lengths(4, 4)]
     right = Sample("8", True, 2, -1.0)

@@ -14,7 +14,7 @@ from quietstar.run.metrics import Metrics
 
 LOG = logging.getLogger("quietstar")
 SECONDS = 10.0  # between lines about single updates
-FORMATS = {  # the figures worth showing while a run goes on
+FORMATS = {  # the figures worth following during a run
     **dict.fromkeys(("round", "step", "stage", "removed", "tried", "kept", "rationalised", "failed"), ","),
     **dict.fromkeys(("loss", "reward", "accuracy", "accuracy_first", "accuracy_second"), ".3f"),
 }

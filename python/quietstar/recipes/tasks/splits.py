@@ -1,4 +1,4 @@
-"""Train, validation and test problems, told apart by a hash of the problem, so that the splits never overlap."""
+"""The splits train, valid and test. A hash of the problem decides, so that they never overlap."""
 
 from __future__ import annotations
 

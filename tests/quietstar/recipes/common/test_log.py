@@ -1,4 +1,4 @@
-"""What a run logs while it goes on."""
+"""What a run logs."""
 
 import logging
 
@@ -12,13 +12,13 @@ from quietstar.recipes.common.sampling import rollout
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands still until it is set."""
+    """A clock that moves only when the test sets it."""
     now = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_line_has_what_a_run_is_followed_by(capsys):
+def test_a_line_shows_the_figures_worth_following(capsys):
     with on_terminal():
         log_figures("runs/star", {"round": 1, "accuracy": 0.51234, "kept": 2980, "seconds": 3.0})
     log_figures("runs/star", {"round": 2})
@@ -26,7 +26,7 @@ def test_a_line_has_what_a_run_is_followed_by(capsys):
     assert not logging.getLogger("quietstar").handlers and not log.is_logging()
 
 
-def test_updates_are_logged_at_a_pace(tmp_path, clock, capsys):
+def test_updates_are_logged_at_most_every_few_seconds(tmp_path, clock, capsys):
     metrics = LoggedMetrics(tmp_path / "metrics.jsonl", 0)
     with on_terminal():
         for step in range(1, 31):
@@ -38,14 +38,14 @@ def test_updates_are_logged_at_a_pace(tmp_path, clock, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 30
 
 
-def test_the_pace_begins_anew_with_each_line(clock):
+def test_each_line_restarts_the_pace(clock):
     pace = Pace()
     assert not pace.due()
     clock[0] += SECONDS
     assert pace.due() and not pace.due()
 
 
-def test_a_round_is_logged_when_it_is_whole(tmp_path, solver, capsys):
+def test_a_finished_round_is_logged(tmp_path, solver, capsys):
     model, task = solver
     with on_terminal():
         Rounds(tmp_path / "run", {}, False).save(1, model, task, {"round": 1, "accuracy": 0.5})

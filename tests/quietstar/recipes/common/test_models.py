@@ -1,4 +1,4 @@
-"""What a recipe's command begins with: a model in the type that was asked for, in a folder that no other run is in."""
+"""What a recipe starts with: a model in the requested dtype, and a folder that no other run uses."""
 
 import itertools
 

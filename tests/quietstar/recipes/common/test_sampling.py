@@ -14,7 +14,7 @@ from quietstar.recipes.tasks import Multiplication, WordProblems
 
 @pytest.fixture
 def stories():
-    """Prompts of unlike lengths, and a model that ends some completions early."""
+    """Prompts of different lengths, and a model that ends some completions early."""
     task = WordProblems()
     model = small_model(task, width=32, heads=2, positions=64).eval()
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def stories():
 
 
 def one_by_one(model, prompt, completion):
-    """Log-probabilities from a forward over this text alone."""
+    """Log-probabilities from a forward pass over this text alone."""
     with torch.no_grad():
         predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
     return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
@@ -64,7 +64,7 @@ def test_greedy_takes_the_likeliest_and_batches_change_nothing(stories):
         assert rollout(model, task, [prompt], temperature=0, max_new=8)[0][0].ids == several[0].ids
 
 
-def test_the_seed_fixes_samples_and_leaves_random_states_alone(stories):
+def test_the_seed_fixes_samples_and_the_random_state_is_unchanged(stories):
     task, model, prompts = stories
     state = torch.get_rng_state()
     first, again, other = (rollout(model, task, prompts, 2, max_new=8, seed=seed) for seed in (1, 1, 2))
@@ -82,7 +82,7 @@ def test_prompts_that_are_too_long(stories):
 
 
 def test_vllm_has_the_same_interface(monkeypatch):
-    """The real engine needs a GPU; this one notes what it is asked."""
+    """The real engine needs a GPU; this one records its arguments."""
     asked = {}
 
     class Engine:

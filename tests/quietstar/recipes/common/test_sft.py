@@ -10,13 +10,13 @@ from quietstar.recipes.tasks import Addition
 
 
 def one_by_one(model, prompt, completion):
-    """Log-probabilities from a forward over this text alone."""
+    """Log-probabilities from a forward pass over this text alone."""
     with torch.no_grad():
         predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
     return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
 
 
-def test_the_loss_is_on_completions_alone():
+def test_the_loss_is_only_on_completions():
     task = Addition(1)
     model = small_model(task, width=32, heads=2, positions=32)
     rows = task.sample(4, "train", torch.Generator().manual_seed(0))
@@ -24,12 +24,12 @@ def test_the_loss_is_on_completions_alone():
     lines = []
     expected = [x for prompt, completion in examples for x in one_by_one(model, prompt, completion)]
     sft(model, examples, 1, SFTConfig(batch_tokens=1000), log=lines.append)
-    # One batch of the batch's examples, which all four fit into only if 16 repeat them evenly.
+    # A batch may repeat the examples, but only all four equally often.
     assert lines[0]["tokens"] % sum(len(x) for _, x in examples) == 0
     assert lines[0]["loss"] == pytest.approx(-sum(expected) / len(expected), abs=1e-5)
 
 
-def test_training_learns_and_repeats_itself():
+def test_training_learns_and_is_reproducible():
     task = Addition(1)
     rows = task.sample(20, "train", torch.Generator().manual_seed(0))
     examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
@@ -70,7 +70,7 @@ def test_batches_are_filled_by_tokens():
         batch = next(batches)
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20
         seen += batch
-    for epoch in range(2):  # a batch may go on into the next epoch, no example is left out
+    for epoch in range(2):  # a batch may extend into the next epoch, but no example is left out
         assert sorted(seen[epoch * 7 : epoch * 7 + 7]) == list(range(7))
     assert seen[:7] != seen[7:14]
 

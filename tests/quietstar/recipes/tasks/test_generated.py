@@ -25,7 +25,7 @@ def test_solved_rows_are_right_and_others_are_not(name):
         if other.problem.right != row.problem.right:
             assert not task.check(row, task.completion_ids(other))
         assert task.answer(row, row.cot_ids + [task.end_id]) is None  # no mark before the answer
-        assert task.answer(row, written[:-1]) is None  # it may have gone on
+        assert task.answer(row, written[:-1]) is None  # not finished
         assert task.check(row, row.answer_ids[:0] + task.separator_ids + row.answer_ids + [task.end_id, 7])
         assert not task.check_chain(row, task.separator_ids + row.answer_ids + [task.end_id])
 

@@ -46,7 +46,7 @@ def test_gsm8k_file(tmp_path, byte_tokenizer):
     assert task.check_chain(row, task.completion_ids(row)) is None
 
 
-def test_what_follows_a_stop_text_is_not_trained_on(tmp_path, byte_tokenizer):
+def test_what_follows_a_stop_string_is_not_trained_on(tmp_path, byte_tokenizer):
     task = GSM8K(write_lines(tmp_path / "some.jsonl", QUESTIONS), byte_tokenizer)
     ids = task.trimmed(byte_tokenizer(" #### 14\nQ: and the next?")["input_ids"])
     assert byte_tokenizer.decode(ids) == " #### 14<end>"
@@ -54,7 +54,7 @@ def test_what_follows_a_stop_text_is_not_trained_on(tmp_path, byte_tokenizer):
     assert task.trimmed(cut_off) == cut_off and task.trimmed([*cut_off, task.end_id, 7]) == [*cut_off, task.end_id]
 
 
-def test_a_folder_keeps_its_test_file_apart(tmp_path, byte_tokenizer):
+def test_the_test_split_of_a_folder_is_its_test_file(tmp_path, byte_tokenizer):
     write_lines(tmp_path / "train.jsonl", QUESTIONS)
     write_lines(tmp_path / "test.jsonl", [{"question": "One and one?", "answer": "#### 2"}])
     task = GSM8K(tmp_path, byte_tokenizer)
@@ -79,7 +79,7 @@ def test_commonsense_choices_and_hint(tmp_path, byte_tokenizer):
     assert sum(bool(row.cot_ids) for row in found) == 1
 
 
-def test_solved_problems_are_found_among_many_without_chains(tmp_path, byte_tokenizer):
+def test_problems_with_chains_are_found_among_many_without(tmp_path, byte_tokenizer):
     rows = [{**CHOICES, "question": {**CHOICES["question"], "stem": f"{i}?"}} for i in range(500)]
     for row in rows[::100]:
         row["rationale"] = "Fish swim in (B), not in (A)."
@@ -88,7 +88,7 @@ def test_solved_problems_are_found_among_many_without_chains(tmp_path, byte_toke
     there = sum(split_of(f"Q: {i}?\n(A) a tree\n(B) water\nA:") == "train" for i in range(0, 500, 100))
     found = task.sample_with_chain(10, generator())
     assert len(found) == there >= 2 and all(row.cot_ids for row in found)
-    assert all(task.check(row, task.completion_ids(row)) for row in found)  # also where the chain names both
+    assert all(task.check(row, task.completion_ids(row)) for row in found)  # also if the chain names both choices
     assert task.sample_with_chain(2, generator()) == found[:2]
     assert CommonsenseQA(write_lines(path, rows[1:100]), byte_tokenizer).sample_with_chain(10, generator()) == []
 
@@ -101,13 +101,13 @@ def test_solved_problems_are_found_among_many_without_chains(tmp_path, byte_toke
         ([{"answer": "3"}], "line 1 has no text in a field 'question'"),
     ],
 )
-def test_a_file_without_answers_is_refused_by_its_line(tmp_path, byte_tokenizer, rows, complaint):
+def test_a_malformed_file_is_refused_with_the_line_number(tmp_path, byte_tokenizer, rows, complaint):
     path = write_lines(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {complaint}"):
         GSM8K(path, byte_tokenizer)
 
 
-def test_files_without_the_problems_that_are_asked_for(tmp_path, byte_tokenizer):
+def test_files_without_the_requested_problems(tmp_path, byte_tokenizer):
     with pytest.raises(ValueError, match="the split 'test' has no problem"):
         GSM8K(write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]), byte_tokenizer).sample(1, "test", generator())
     with pytest.raises(ValueError, match="has no choices"):

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 from quietstar.recipes.tasks import small_tokenizer
 
 
-def test_small_tokenizer_comes_back(tmp_path):
+def test_a_saved_small_tokenizer_loads(tmp_path):
     tokenizer = small_tokenizer("0123")
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
