@@ -73,8 +73,9 @@ def by_position(
     counts = found.place.bincount()
     sums = {name: found.place.bincount(values) for name, values in columns.items()}
     return [
-        {"position": place, "texts": int(counts[place])} | {name: float(x[place] / counts[place]) for name, x in sums.items()}
-        for place in counts.nonzero()[:, 0].tolist()
+        {"position": position, "texts": int(counts[position])}
+        | {name: float(x[position] / counts[position]) for name, x in sums.items()}
+        for position in counts.nonzero()[:, 0].tolist()
     ]
 
 
@@ -85,7 +86,7 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
     without = {name: report[name] for name in ("base", "plain")}
     cost = {"curriculum": [[(times[T], loss) for T, loss in stages]]}
     tokens = {"curriculum": [stages]}
-    places = {
+    by_name = {
         name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
         for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
     }
@@ -95,7 +96,7 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
         [
             Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost | points_at(times[0], without)),
             Panel("tokens per thought", "held-out loss, nats", tokens | points_at(0, without)),
-            Panel("position", "gain, reward; nats", places),
+            Panel("position", "gain, reward; nats", by_name),
         ],
     )
 

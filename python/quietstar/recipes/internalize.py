@@ -116,7 +116,7 @@ def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: i
     shift = min(removed, max(len(row.cot_ids) for row in rows)) if config.keep_position else 0
     began = time.perf_counter()
     found = rollout(model, task, [row.prompt_ids for row in rows], temperature=0.0, max_new=longest, shift=shift)
-    return icot_report.figures(task, rows, [several[0] for several in found], time.perf_counter() - began)
+    return icot_report.figures(task, rows, [completions[0] for completions in found], time.perf_counter() - began)
 
 
 def internalize(

@@ -76,7 +76,7 @@ class Pair(nn.Module):
             read = self.emulator(batch) if states is None else states[chosen]
             with self.student.reading(read, len(batch[0]) - 1):
                 written = rollout(self.student.model, task, batch, temperature=0.0, max_new=max_new, batch_size=BATCH)
-            found |= {i: several[0] for i, several in zip(chosen, written, strict=True)}
+            found |= {i: completions[0] for i, completions in zip(chosen, written, strict=True)}
         return [found[i] for i in range(len(prompts))]
 
     def save_pretrained(self, folder: str | Path, task: Task) -> None:

@@ -37,10 +37,10 @@ def digits(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> li
     right: list[list[bool]] = []
     for row, one in zip(rows, written, strict=True):
         answer = task.answer(row, one.ids) or ""
-        for place, digit in enumerate(row.problem.right):
-            if place == len(right):
+        for i, digit in enumerate(row.problem.right):
+            if i == len(right):
                 right.append([])
-            right[place].append(answer[place : place + 1] == digit)
+            right[i].append(answer[i : i + 1] == digit)
     return [fmean(found) for found in right]
 
 

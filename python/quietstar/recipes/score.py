@@ -247,8 +247,8 @@ def update(
     advantage = advantages(earned, config.samples, config.standardise)
     optimizer.zero_grad()
     losses, divergences = [], []
-    for part, several in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
-        value, divergence = loss(model, base, part, several, stage, config)
+    for part, part_advantage in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
+        value, divergence = loss(model, base, part, part_advantage, stage, config)
         (value.sum() / len(rows)).backward()
         losses.append(value.detach())
         divergences.append(divergence)
@@ -261,7 +261,7 @@ def update(
         "loss": float(torch.cat(losses).mean()),
         "return_first": float(earned[0].mean()),
         "return_second": float(earned[1].mean()),
-        "divergence_first": first,  # nats a token
+        "divergence_first": first,  # nats per token
         "divergence_second": second,
         **{name: x for name, x in attempts.part(own).figures().items() if name not in ("problems", "low", "high")},
         "grad_norm": norm,

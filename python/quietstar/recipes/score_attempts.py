@@ -61,7 +61,7 @@ class Attempts:
 
     def tokens(self) -> Tensor:
         """Number of tokens of all first and of all second attempts, [2]."""
-        return torch.tensor([sum(map(len, several)) for several in (self.first, self.second)])
+        return torch.tensor([sum(map(len, attempts)) for attempts in (self.first, self.second)])
 
     def changes(self) -> list[float]:
         """The share of the tokens of both attempts that are in only one of them: 0 for a copy, 1 if they share none."""
@@ -120,11 +120,11 @@ def attempt(
         places = mask.nonzero()[:, 0].tolist()
         if writer is not None and places:
             written = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
-            for i, several in zip(places, written, strict=True):
-                first[i] = several[0].ids
+            for i, completions in zip(places, written, strict=True):
+                first[i] = completions[0].ids
     requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
-    second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
-    right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
+    second = [completions[0].ids for completions in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
+    right = [[task.check(row, ids) for row, ids in zip(rows, attempts, strict=True)] for attempts in (first, second)]
     rewards = torch.tensor(right, dtype=torch.float32)
     revised = torch.tensor([task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)])
     return Attempts(rows, prompts, first, requests, second, rewards, own, revised)
@@ -148,8 +148,8 @@ def votes(
     first = rollout(model, task, prompts, 2 * chains, **sampling, seed=mix_seed(seed, 0))
     requests = [
         revision_prompt(task, row, [task.trimmed(x.ids)])
-        for row, several in zip(rows, first, strict=True)
-        for x in several[:chains]
+        for row, completions in zip(rows, first, strict=True)
+        for x in completions[:chains]
     ]
     flat = rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))
     second: list[list[Completion]] = [[x for (x,) in flat[i : i + chains]] for i in range(0, len(flat), chains)]
@@ -160,9 +160,9 @@ def votes(
     ]
     points = []
     for k in powers_of_two(chains):
-        bought = [several[:k] for several in corrected]
+        bought = [samples[:k] for samples in corrected]
         instead = [reaching(x, tokens(y)) for x, y in zip(parallel, bought, strict=True)]
-        right = [[majority(x).right for x in several] for several in (bought, instead)]
+        right = [[majority(x).right for x in samples] for samples in (bought, instead)]
         compared = paired(*right)
         points.append(
             {

@@ -77,15 +77,15 @@ def solve(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
     rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
     valid_rows = validation_rows(task, config)
     parallel = draw(model, task, rows, config, scorer)
-    if not any(x.answer is not None for several in parallel for x in several):
+    if not any(x.answer is not None for samples in parallel for x in samples):
         raise ValueError(f"solve: no solution of {len(rows)} problems has an answer that can be read")
     out = Path(config.out)
-    save_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in parallel])
+    save_lines(out / "samples.jsonl", [[asdict(x) for x in samples] for samples in parallel])
     likeliest_tokens = {**config.sampling, "temperature": 0}
     answers = to_samples(task, rows, rollout(model, task, [row.prompt_ids for row in rows], **likeliest_tokens))
-    unit = sum(x.tokens for several in parallel for x in several) / (len(rows) * config.samples)
+    unit = sum(x.tokens for samples in parallel for x in samples) / (len(rows) * config.samples)
     budgets = [k * unit for k in powers_of_two(config.samples)]
-    alone = [[[x] for x in several] for several in parallel]
+    alone = [[[x] for x in samples] for samples in parallel]
     curves = {name: curve(alone, pick, budgets) for name, pick in selectors(scorer is not None).items()}
     curves["oracle"] = oracle(parallel, unit)
     report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
@@ -94,14 +94,14 @@ def solve(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
     if config.attempts:
         reviser = train_reviser(model, task, config) if config.revise_steps else model
         chains = revise(reviser, task, rows, config, scorer)
-        save_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in several] for several in chains])
+        save_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
         curves |= sequential_curves(chains, budgets, scorer is not None)
     if valid_rows:
         elsewhere = replace(config, seed=mix_seed(config.seed, -3))
         drawn = draw(model, task, valid_rows, elsewhere, scorer)
         valid = Drawn(drawn, revise(reviser, task, valid_rows, elsewhere, scorer))
         pick = best if scorer else majority
-        curves["parallel, by the reviser"] = curve([split(several, 1) for several in chains], pick, budgets)
+        curves["parallel, by the reviser"] = curve([split(problem, 1) for problem in chains], pick, budgets)
         chosen, report["splits"] = compute_optimal(valid, Drawn(parallel, chains), pick, budgets)
         curves |= chosen
     write_whole(out / "test_time.json", json.dumps(report, indent=2) + "\n")
@@ -128,15 +128,15 @@ def validation_rows(task: Task, config: Config) -> list[Row]:
 
 def sequential_curves(chains: Chains, budgets: Sequence[float], verified: bool) -> dict[str, list[dict[str, Any]]]:
     """Curves of the longest chains, one chain after the other."""
-    longest = [split(several, len(several[0])) for several in chains]
-    picks: dict[str, Selector] = {"majority": majority, "last": lambda several: several[-1]}
+    longest = [split(problem, len(problem[0])) for problem in chains]
+    picks: dict[str, Selector] = {"majority": majority, "last": lambda samples: samples[-1]}
     picks |= {"verifier": best} if verified else {}
     return {f"sequential, {name}": curve(longest, pick, budgets) for name, pick in picks.items()}
 
 
 def selectors(verified: bool) -> dict[str, Selector]:
     """Selectors by the names that reports give them."""
-    plain: dict[str, Selector] = {"one sample": lambda several: several[0], "majority": majority, "likeliest": likeliest}
+    plain: dict[str, Selector] = {"one sample": lambda samples: samples[0], "majority": majority, "likeliest": likeliest}
     return plain | {"best of k": best, "weighted vote": weighted} if verified else plain
 
 
@@ -157,8 +157,8 @@ def revise(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Conf
         going = [i for i in range(len(owners)) if number < until[i % len(until)]]
         prompts = [revision_prompt(task, owners[i], [task.trimmed(x.ids) for x in chains[i]]) for i in going]
         seed = mix_seed(config.seed, 2 + number)
-        for i, several in zip(going, rollout(model, task, prompts, seed=seed, **config.sampling), strict=True):
-            chains[i] += several
+        for i, completions in zip(going, rollout(model, task, prompts, seed=seed, **config.sampling), strict=True):
+            chains[i] += completions
     found = to_samples(task, owners, chains, scorer)
     return [found[start : start + len(until)] for start in range(0, len(found), len(until))]
 
@@ -174,9 +174,9 @@ def train_reviser(model: PreTrainedModel, task: Task, config: Config) -> PreTrai
     prompts = [row.prompt_ids for row in rows]
     written = rollout(model, task, prompts, 2 * VISIBLE_ATTEMPTS, seed=mix_seed(config.seed, -2), **config.sampling)
     choose = random.Random(config.seed)
-    examples = [x for row, several in zip(rows, written, strict=True) for x in revisions(task, row, several, choose)]
+    examples = [x for row, solutions in zip(rows, written, strict=True) for x in revisions(task, row, solutions, choose)]
     if not examples:
-        raise ValueError(f"solve: none of {len(rows)} training problems has a right solution to learn revising from")
+        raise ValueError(f"solve: none of {len(rows)} training problems has a right solution to learn revisions from")
     return sft(copy.deepcopy(model), examples, config.revise_steps, config, config.seed)
 
 

@@ -52,8 +52,8 @@ def affordable(samples: Sequence[Sample], budget: float) -> Sequence[Sample]:
 
 def spend(chains: Sequence[Chain], pick: Selector, budget: float) -> Spent:
     """Spend a budget on one chain after the other, each from its start; independent solutions are chains of one attempt."""
-    several = orders(chains, ORDERS if len(chains) > 1 else 1)
-    bought = [affordable([x for chain in ordered for x in chain], budget) for ordered in several]
+    shuffles = orders(chains, ORDERS if len(chains) > 1 else 1)
+    bought = [affordable([x for chain in shuffle for x in chain], budget) for shuffle in shuffles]
     return Spent(fmean(pick(x).right for x in bought), fmean(sum(y.tokens for y in x) for x in bought))
 
 
@@ -75,6 +75,6 @@ def oracle(problems: Sequence[Sequence[Sample]], unit: float) -> list[dict[str, 
         unit: tokens per solution.
     """
     return [
-        {"budget": k * unit, **summary([Spent(pass_at(k, [x.right for x in several]), k * unit) for several in problems])}
+        {"budget": k * unit, **summary([Spent(pass_at(k, [x.right for x in samples]), k * unit) for samples in problems])}
         for k in powers_of_two(len(problems[0]))
     ]

@@ -72,16 +72,16 @@ def compute_optimal(
     for i, budget in enumerate(budgets):
         splits = powers_of_two(min(longest, 2**i))
         tried, tested = (spend_all(drawn, splits, pick, budget) for drawn in (valid, test))
-        chosen = {name: choose(tried, places) for name, (places, _) in bins.items()}
-        for name, (_, places) in bins.items():
-            spent = [tested[chosen[name][x]][problem] for problem, x in enumerate(places)]
+        chosen = {name: choose(tried, problem_bins) for name, (problem_bins, _) in bins.items()}
+        for name, (_, problem_bins) in bins.items():
+            spent = [tested[chosen[name][x]][problem] for problem, x in enumerate(problem_bins)]
             curves[name].append({"budget": budget, **summary(spent)})
     rows = []
     for name in (PREDICTED, MEASURED):
-        places = bins[name][1]
-        for x in sorted(set(places)):
-            accuracy = {str(A): mean_of(several, places, x) for A, several in zip(splits, tested, strict=True)}
-            row = {"bins": name, "difficulty": x + 1, "problems": places.count(x), "chosen": splits[chosen[name][x]]}
+        problem_bins = bins[name][1]
+        for x in sorted(set(problem_bins)):
+            accuracy = {str(A): mean_of(of_split, problem_bins, x) for A, of_split in zip(splits, tested, strict=True)}
+            row = {"bins": name, "difficulty": x + 1, "problems": problem_bins.count(x), "chosen": splits[chosen[name][x]]}
             rows.append({**row, "accuracy": accuracy})
     return curves, rows
 
@@ -101,16 +101,16 @@ def binned(valid: Drawn, test: Drawn, difficulty: Callable[[Sequence[Sample]], f
     return [bisect(edges, x) for x in values], [bisect(edges, x) for x in others]
 
 
-def choose(spent: Sequence[Sequence[Spent]], places: Sequence[int]) -> list[int]:
+def choose(spent: Sequence[Sequence[Spent]], problem_bins: Sequence[int]) -> list[int]:
     """Index of each bin's best split, the first one in a tie; a bin without problems gets the one that is best overall."""
-    everywhere = [fmean(x.right for x in several) for several in spent]
+    everywhere = [fmean(x.right for x in of_split) for of_split in spent]
     found = []
     for x in range(BINS):
-        means = [mean_of(several, places, x) for several in spent] if x in places else everywhere
+        means = [mean_of(of_split, problem_bins, x) for of_split in spent] if x in problem_bins else everywhere
         found.append(means.index(max(means)))
     return found
 
 
-def mean_of(spent: Sequence[Spent], places: Sequence[int], x: int) -> float:
+def mean_of(spent: Sequence[Spent], problem_bins: Sequence[int], x: int) -> float:
     """The accuracy in bin ``x``."""
-    return fmean(one.right for one, place in zip(spent, places, strict=True) if place == x)
+    return fmean(one.right for one, problem_bin in zip(spent, problem_bins, strict=True) if problem_bin == x)

@@ -151,15 +151,15 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
             graded = [
-                [(task.trimmed(x.ids), task.check(row, x.ids)) for x in several]
-                for row, several in zip(batch, written, strict=True)
+                [(task.trimmed(x.ids), task.check(row, x.ids)) for x in completions]
+                for row, completions in zip(batch, written, strict=True)
             ]
-            if number == 1 and not found and not any(right for several in graded for _, right in several):
-                raise ValueError(f"vstar: {nothing_solved(task, batch, [several[0][0] for several in graded])}")
+            if number == 1 and not found and not any(right for solutions in graded for _, right in solutions):
+                raise ValueError(f"vstar: {nothing_solved(task, batch, [solutions[0][0] for solutions in graded])}")
             found += [
                 {"prompt": row.prompt_ids, "ids": ids, "right": right, "split": split}
-                for row, several in zip(batch, graded, strict=True)
-                for ids, right in several
+                for row, solutions in zip(batch, graded, strict=True)
+                for ids, right in solutions
             ]
     return found
 
@@ -215,21 +215,21 @@ def compare(
     """
     samples = to_samples(task, test, written, likelihood_scorer(verifier, config.batch_size))
     under_reference = to_samples(task, test, written, likelihood_scorer(reference, config.batch_size))
-    right = [[x.right for x in several] for several in samples]
+    right = [[x.right for x in problem] for problem in samples]
     scores = {
-        "verifier": [[score(x) for x in several] for several in samples],
-        "verifier, mean": [[score(x) / x.tokens for x in several] for several in samples],
+        "verifier": [[score(x) for x in problem] for problem in samples],
+        "verifier, mean": [[score(x) / x.tokens for x in problem] for problem in samples],
         "verifier, ratio": [
             [score(x) - score(y) for x, y in zip(*pair, strict=True)] for pair in zip(samples, under_reference, strict=True)
         ],
-        "generator": [[x.logprob for x in several] for several in samples],
+        "generator": [[x.logprob for x in problem] for problem in samples],
     }
     ks = powers_of_two(len(right[0]))
     curves = {"one sample": [fmean(map(fmean, right))] * len(ks)}
     for name, values in scores.items():
         curves[name] = [fmean(best_of(k, x, y) for x, y in zip(values, right, strict=True)) for k in ks]
     for name, pick in VOTES.items():
-        curves[name] = [fmean(choice_of(k, several, pick) for several in samples) for k in ks]
+        curves[name] = [fmean(choice_of(k, problem, pick) for problem in samples) for k in ks]
     curves["oracle"] = [fmean(pass_at(k, x) for x in right) for k in ks]
     return {
         "k": ks,

@@ -56,15 +56,15 @@ def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) 
     Args:
         most: pairs per problem at most.
     """
-    of: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
+    by_prompt: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
     for x in solutions:
         if x["split"] == split:
-            of[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
+            by_prompt[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
     choose = random.Random(seed)
     pairs: list[Pair] = []
-    for prompt, (right, wrong) in of.items():
-        several = list(itertools.product(sorted(right), sorted(wrong)))
-        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(several, min(most, len(several)))]
+    for prompt, (right, wrong) in by_prompt.items():
+        candidates = list(itertools.product(sorted(right), sorted(wrong)))
+        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(candidates, min(most, len(candidates)))]
     choose.shuffle(pairs)
     return pairs
 

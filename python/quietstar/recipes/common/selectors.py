@@ -117,14 +117,14 @@ def powers_of_two(most: int) -> list[int]:
 
 def choice_of(k: int, samples: Sequence[Sample], pick: Selector) -> float:
     """How often the one picked from k out of N samples is right, over random subsets of size k; exact for k = N."""
-    several = orders(samples, ORDERS) if k < len(samples) else [samples]
-    return sum(pick(x[:k]).right for x in several) / len(several)
+    shuffled = orders(samples, ORDERS) if k < len(samples) else [samples]
+    return sum(pick(x[:k]).right for x in shuffled) / len(shuffled)
 
 
-def orders(several: Sequence[T], count: int) -> list[Sequence[T]]:
+def orders(items: Sequence[T], count: int) -> list[Sequence[T]]:
     """``count`` orders: the given one, then random ones, the same on every call."""
     shuffle = random.Random(0)
-    return [several, *(shuffle.sample(list(several), len(several)) for _ in range(count - 1))]
+    return [items, *(shuffle.sample(list(items), len(items)) for _ in range(count - 1))]
 
 
 def auc(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> float | None:
@@ -133,8 +133,8 @@ def auc(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> f
     None if no problem has both right and wrong solutions.
     """
     wins, pairs = 0.0, 0
-    for several, truth in zip(scores, right, strict=True):
-        of = {flag: [x for x, y in zip(several, truth, strict=True) if y == flag] for flag in (True, False)}
-        wins += sum((x > y) + 0.5 * (x == y) for x in of[True] for y in of[False])
-        pairs += len(of[True]) * len(of[False])
+    for values, truth in zip(scores, right, strict=True):
+        by_truth = {flag: [x for x, y in zip(values, truth, strict=True) if y == flag] for flag in (True, False)}
+        wins += sum((x > y) + 0.5 * (x == y) for x in by_truth[True] for y in by_truth[False])
+        pairs += len(by_truth[True]) * len(by_truth[False])
     return wins / pairs if pairs else None
