@@ -140,7 +140,7 @@ def votes(
 
     Returns:
         One point per power of 2, none for no chains: chains; corrected and parallel, which are accuracies; their difference
-            with its 95 % interval, low and high; and the tokens generated per problem, tokens and tokens_parallel.
+        with its 95 % interval, low and high; and the tokens generated per problem, tokens and tokens_parallel.
     """
     if not chains:
         return []

@@ -86,8 +86,7 @@ def vstar(
 
     Returns:
         Generator, verifier and the report: rounds; verifier (number of pairs, first and last loss, and on held-out pairs the
-            loss and the
-        share in the right order); k and curves, accuracies over k; and auc and auc_ratio on test solutions.
+        loss and the share in the right order); k and curves, accuracies over k; and auc and auc_ratio on test solutions.
 
     Raises:
         ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
