@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digit_sums  # noqa: E402, of examples
 
 SETTING = digit_sums.EQUALS_ONLY
-SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining and of the thoughts, lines to measure on
+SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on
     "tiny": {"pretraining": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 600, "steps": 100, "lines": 1024},
     "full": {"pretraining": 600, "steps": 300, "lines": 2048},
@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining and of the thou
 
 
 def pretrained(seed: int, size: str, helpful: float = digit_sums.HELPFUL) -> tuple[LlamaForCausalLM, float]:
-    """A model of lines whose asides are helpful in this share, and how often it writes a right thought."""
+    """A model pretrained on lines of whose asides this share is helpful, and how often it writes a right thought."""
     model, gate = digit_sums.pretrain(*digit_sums.split_strings(seed), seed, SIZES[size]["pretraining"], helpful)
     return model, gate["right_thoughts"]
 
@@ -43,21 +43,21 @@ def trained(
     updates: int = 1,
     **fields: Any,
 ) -> QuietStar:
-    """A copy of the model that has learnt to think on these lines, 64 a step; ``fields`` are those of ThoughtConfig."""
-    usual = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
-    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(usual | fields))
-    torch.manual_seed(seed)  # of the mixing head
+    """A copy of the model that has learnt to think on these lines, 64 per step; ``fields`` are those of ThoughtConfig."""
+    defaults = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
+    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(defaults | fields))
+    torch.manual_seed(seed)  # for the mixing head
     qs = QuietStar(copy.deepcopy(model), config)
     steps = len(lines) // SETTING.lines
     options = {"steps": steps, "batch_size": SETTING.lines, "learning_rate": 1e-3, "warmup": 20, "updates": updates}
     train(qs, lines, TrainConfig(out=str(out), seed=seed, save_every=steps, keep=1, **options), loss=loss, progress=False)
-    # One thought is enough to measure, and then there are no others to compare a reward with.
+    # One thought is enough to measure with, and leaves no other to compare its reward with.
     qs.thought_config = replace(qs.thought_config, advantage="relu", reward="gain")
     return qs.eval()
 
 
 def measure(model: LlamaForCausalLM, seed: int, size: str, out: Path, updates: int = 1, **fields: Any) -> dict[str, float]:
-    """Train a copy with thoughts; on held-out lines with greedy thoughts, accuracy, loss in nats and the mixing weight."""
+    """Train a copy with thoughts; on held-out lines with greedy thoughts: accuracy, loss in nats and the mixing weight."""
     numbers = SIZES[size]
     strings, held_out = digit_sums.split_strings(seed)
     generator = torch.Generator().manual_seed(seed)

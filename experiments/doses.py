@@ -17,7 +17,7 @@ from experiments_checks import figure, least, most
 from quietstar.recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: doses"
-DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # the field of ThoughtConfig, and its values
+DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # a field of ThoughtConfig, and its values
     "tokens": ("thought_tokens", {"tiny": (2,), "quick": (2, 3, 4, 6), "full": (1, 2, 3, 4, 6, 8, 12)}),
     "thoughts": ("thoughts", {"tiny": (2,), "quick": (2, 8), "full": (1, 2, 4, 8, 16)}),
     "weight": (
@@ -25,9 +25,9 @@ DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # the field of T
         {"tiny": (3.0,), "quick": (0.1, 1.0, 30.0), "full": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)},
     ),
 }
-USUAL = {"tokens": 4, "thoughts": 4, "weight": 3, "helpful asides": 0.4}
+DEFAULTS = {"tokens": 4, "thoughts": 4, "weight": 3, "helpful asides": 0.4}
 LOG = ("thoughts", "weight")
-HELPFUL = {"tiny": (0.4,), "quick": (0.1, 0.2), "full": (0.0, 0.1, 0.15, 0.2, 0.3, 0.6)}  # beside 0.4
+HELPFUL = {"tiny": (0.4,), "quick": (0.1, 0.2), "full": (0.0, 0.1, 0.15, 0.2, 0.3, 0.6)}  # besides 0.4
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
     def points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
         of = {row["run"]: row["accuracy"] for row in rows}
         found = [(float(run.split()[-1]), accuracy) for run, accuracy in of.items() if run.startswith(f"{name}:")]
-        usual = [(USUAL[name], of[run]) for run in of if run == "tokens: 4" and name != "tokens"]
-        return sorted(found + usual)
+        default = [(DEFAULTS[name], of[run]) for run in of if run == "tokens: 4" and name != "tokens"]
+        return sorted(found + default)
 
-    several = [
+    plots = [
         Panel(
             name,
             "accuracy",
@@ -71,7 +71,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
             log=name in LOG,
             share=True,
         )
-        for name in USUAL
+        for name in DEFAULTS
     ]
-    panels(path, TITLE, several)
+    panels(path, TITLE, plots)
     return "Accuracy on held-out lines against each dose; thin lines are seeds, thick lines their mean"

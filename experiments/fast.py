@@ -38,10 +38,10 @@ import digit_sums  # noqa: E402, of examples
 TITLE = "Shorter thoughts, then none"
 CURRICULUM = "6-1,4-1,3-1,2-1"
 TOKENS = [T for T, _ in stages(CURRICULUM)]
-DIRECT = {"tiny": (2,), "quick": (2,), "full": (6, 4, 3, 2)}  # tokens of the thoughts that don't become shorter
+DIRECT = {"tiny": (2,), "quick": (2,), "full": (6, 4, 3, 2)}  # tokens of thoughts that don't become shorter
 PLAIN = {"the published loss": "sampled", "the text's token": "observed", "plain training": "likelihood"}
-SUM, FIRST = "sum of five", "sum of the first two"  # digits, the answer
-SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining, of a stage, of the plain model; lines to measure on
+SUM, FIRST = "sum of five", "sum of the first two"  # of the digits: the answer
+SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of the plain model; lines to measure on
     "tiny": {"pretraining": 2, "stage": 2, "plain": 2, "lines": 20},
     "quick": {"pretraining": 600, "stage": 100, "plain": 150, "lines": 1024},
     "full": {"pretraining": 600, "stage": 300, "plain": 300, "lines": 2048},
@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining, of a stage, of
 
 @dataclass
 class Text:
-    """Lines to train on and held-out ones, as the recipe takes them, and the digits of the latter."""
+    """Lines to train on and held-out ones, as the recipe takes them, and the digits of the held-out lines."""
 
     training: Sequence[Example]
     held_out: Sequence[Example]
@@ -94,7 +94,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [{"run": "base", "loss": report["base"], "accuracy": right(model, text), "times_plain": 1.0}]
 
     def add(run: str, found: dict[str, Any], folder: Path) -> None:
-        """What a stage has found."""
+        """Add the row of a stage."""
         accuracy = right_with_thoughts(QuietStar.from_pretrained(folder / BEST), text)
         rows.append({"run": run, "loss": found["mixed"], "accuracy": accuracy, "times_plain": times[found["thought_tokens"]]})
 
@@ -112,7 +112,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     for answer, some, settings in ((SUM, text, config), (FIRST, easier, shortest)):
         (folder,) = Path(settings.out).glob("stage-*-2-1")
         teacher = QuietStar.from_pretrained(folder / BEST)
-        for name, objective in PLAIN.items():  # the first of them is what ``fast`` has trained
+        for name, objective in PLAIN.items():  # ``fast`` has trained the first of them already
             other = {"out": f"{settings.out}-{objective}", "objective": objective}
             own = replace(settings, **other if objective != settings.objective else {})
             row, curves[f"{answer}, {name}"] = without_thoughts(model, teacher, some, own)
@@ -123,7 +123,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
 def without_thoughts(
     model: Any, teacher: QuietStar, text: Text, config: Config
 ) -> tuple[dict[str, float], list[tuple[int, float]]]:
-    """The plain model: loss and accuracy of the best, its start included; loss at the end; share of tokens with a reward."""
+    """The plain model: loss and accuracy of its best checkpoint, loss at the end, and share of tokens with a reward."""
     best, loss = plain.train(copy.deepcopy(model), teacher, text.training, text.held_out, config)
     lines = [json.loads(line) for line in (Path(config.out) / plain.PLAIN / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
@@ -133,7 +133,7 @@ def without_thoughts(
 
 @torch.no_grad()
 def right(model: Any, text: Text) -> float:
-    """The share of held-out lines whose answer a plain model has as the likeliest token."""
+    """The share of held-out lines for which the answer is a plain model's most likely token."""
     logits, answers, _ = plain.predictions(model.eval(), [text.held_out[i] for i in range(len(text.held_out))])
     return float((logits.argmax(-1) == answers).float().mean())
 
@@ -175,7 +175,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
     ways |= {f"no thoughts, {name}": f"{SUM}, no thoughts, {name}" for name in list(PLAIN)[::2]}
 
     def curves(across: str, up: str) -> dict[str, Any]:
-        """Of each way, over the lengths of thoughts that were measured."""
+        """For each way of training, its points over the lengths of thoughts that were measured."""
         found: dict[str, Any] = {}
         for name, form in ways.items():
             runs = [run for run in dict.fromkeys(form.format(T) for T in TOKENS) if run in measured]

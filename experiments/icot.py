@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     DIRECT: {"remove_all_beyond": 0},
     ABRUPT: {"remove_all_beyond": 1},
 }
-# What the paper takes away, one at a time. Positions are kept but where the right side goes first, which can't keep them.
+# The paper's ablations, one at a time. Positions are kept, except where the right side goes first, which can't keep them.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no smoothing": {"keep_position": True, "smoothing": math.inf},
     "no reset": {"keep_position": True, "reset_optimizer": False},
@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, int]] = {
     "quick": {"explicit_steps": 1500, "steps_per_token": 250, "final_steps": 1250, "held_out": 400},
     "full": {"explicit_steps": 2000, "steps_per_token": 500, "final_steps": 2500, "held_out": 800},
 }
-TOKENS = 8  # of a chain
+TOKENS = 8  # in a chain
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def line(run: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule(options: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
-    """As many updates for each run: what isn't spent on stages is spent on the last one."""
+    """As many updates for each run: those not spent on stages are spent on the last one."""
     options = dict(options)
     updates = size["explicit_steps"] + (TOKENS - 1) * size["steps_per_token"] + size["final_steps"]
     explicit = 0 if options.get("remove_all_beyond") == 0 else size["explicit_steps"]
@@ -94,7 +94,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     def stages(across: str) -> dict[str, Any]:
-        """Of each run whose chain goes token by token, a curve of each seed."""
+        """For each run that loses its chain token by token, a curve per seed."""
         return {
             name: [[(stage[across], stage["accuracy"]) for stage in result["stages"][name]] for result in results]
             for name in results[0]["stages"]

@@ -18,7 +18,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import rare_text as text
+import rare_text
 import torch
 from digit_thoughts import SETTING, digit_sums, trained
 from experiments_checks import figure, least, most
@@ -28,18 +28,18 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.train import thought_loss
 
 TITLE = "Quiet-STaR: rare asides, late answers"
-SIZES: dict[str, dict[str, int]] = {  # steps of the pretraining, of what may follow it, of the thoughts; lines to measure on
+SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of what may follow it, of training thoughts; lines to measure on
     "tiny": {"pretraining": 2, "longer": 2, "warm": 2, "share": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 1200, "longer": 300, "warm": 500, "share": 100, "steps": 100, "lines": 1024},
     "full": {"pretraining": 1200, "longer": 300, "warm": 500, "share": 100, "steps": 100, "lines": 2048},
 }
-ASIDES = 512  # of the warm start
-LONGER = 4  # how often to go on where a model has not learnt the steps
+ASIDES = 512  # in the warm start
+LONGER = 4  # extra rounds of pretraining at most, while a model has not learnt the steps
 ALWAYS, WARM = "10 % always", "10 % always, warm start"
 LEARNT = {0.2: "learnt, then 20 %", 0.1: "learnt, then 10 %", 0.02: "learnt, then 2 %"}
 PUBLISHED, NEXT, REHEARSAL, NO_REWARD = "published", "look-ahead 1", "rehearsal", "rehearsal, no reward"
 SHUFFLED, PLAIN = "another line's thoughts", "no thoughts, 4 times the batch"
-Runs = dict[str, dict[str, Any]]  # what is done with a model, and fields of ThoughtConfig
+Runs = dict[str, dict[str, Any]]  # what is done with a model, and the fields of ThoughtConfig for it
 RUNS: dict[str, Runs] = {
     ALWAYS: {PUBLISHED: {}},
     WARM: {PUBLISHED: {}, NO_REWARD: {"policy_weight": 0.0}},
@@ -47,7 +47,7 @@ RUNS: dict[str, Runs] = {
     LEARNT[0.1]: {PUBLISHED: {}, NEXT: {"lookahead": 1}, REHEARSAL: {}, NO_REWARD: {"policy_weight": 0.0}},
     LEARNT[0.02]: {PUBLISHED: {}, "z-score": {"advantage": "zscore"}},
 }
-MORE: Runs = {  # of the full size, each from 10 % always and from learnt, then 2 %
+MORE: Runs = {  # in the full size, starting from both "10 % always" and "learnt, then 2 %"
     REHEARSAL: {},
     "8 thoughts": {"thoughts": 8},
     "16 thoughts": {"thoughts": 16},
@@ -64,27 +64,27 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     digits = held_out[: numbers["lines"]]
     generator = torch.Generator().manual_seed(seed)
     lines = digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator)
-    examples = text.examples(lines)
+    examples = rare_text.examples(lines)
     rows = []
     for name, (model, share) in models(seed, size).items():
-        known = text.knowledge(model, digits, seed)
+        known = rare_text.knowledge(model, digits, seed)
         more = MORE if size == "full" and name in (ALWAYS, LEARNT[0.02]) else {}
         for what, fields in (RUNS[name] | more).items():
-            loss = text.with_rehearsal(strings, share) if REHEARSAL in what else thought_loss
-            qs = trained(model, examples, seed, out / f"{name}-{what}", loss, **({"lookahead": text.LOOKAHEAD} | fields))
+            loss = rare_text.with_rehearsal(strings, share) if REHEARSAL in what else thought_loss
+            qs = trained(model, examples, seed, out / f"{name}-{what}", loss, **({"lookahead": rare_text.LOOKAHEAD} | fields))
             thoughts = digit_sums.own_thoughts(qs, digits)
             right = digit_sums.right_thoughts(thoughts, digits)
-            rows.append({"run": f"{name}: {what}", **known, "right_after": right, **text.answers(qs, digits, thoughts)})
+            rows.append({"run": f"{name}: {what}", **known, "right_after": right, **rare_text.answers(qs, digits, thoughts)})
             if name == LEARNT[0.1] and what == PUBLISHED:
-                rows.append({"run": f"{name}: {SHUFFLED}", **known, **text.answers(qs, digits, thoughts.roll(1, 0))})
+                rows.append({"run": f"{name}: {SHUFFLED}", **known, **rare_text.answers(qs, digits, thoughts.roll(1, 0))})
         if name == LEARNT[0.1]:
-            text.read_direct(model, strings, numbers["steps"], seed)
-            rows.append({"run": f"{name}: {PLAIN}", **known, **text.plain_answers(model, digits)})
+            rare_text.read_direct(model, strings, numbers["steps"], seed)
+            rows.append({"run": f"{name}: {PLAIN}", **known, **rare_text.plain_answers(model, digits)})
     return {"rows": rows}
 
 
 def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
-    """The models that thoughts begin with, by name, each with the share of helpful asides in the text that it read last."""
+    """The models from which thoughts are trained, by name, each with the share of helpful asides in the text it read last."""
     strings, held_out = digit_sums.split_strings(seed)
     numbers = SIZES[size]
     digits = held_out[: numbers["lines"]]
@@ -93,14 +93,14 @@ def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
         model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0, shift: int = 0
     ) -> LlamaForCausalLM:
         model = copy.deepcopy(model)
-        text.read(model, strings, share, numbers[stage], peak, seed + shift, asides)
+        rare_text.read(model, strings, share, numbers[stage], peak, seed + shift, asides)
         return model
 
     new = digit_sums.new_model(seed)
     always = after(new, 0.1, "pretraining", 3e-3)
     learnt = after(new, digit_sums.HELPFUL, "pretraining", 3e-3)
     for shift in range(1, LONGER + 1):
-        if text.knowledge(learnt, digits, seed)["steps_known"] >= digit_sums.RIGHT_STEPS:
+        if rare_text.knowledge(learnt, digits, seed)["steps_known"] >= digit_sums.RIGHT_STEPS:
             break
         learnt = after(learnt, digit_sums.HELPFUL, "longer", 1e-3, shift=shift)
     found = {ALWAYS: (always, 0.1), WARM: (after(always, 0.1, "warm", 3e-3, ASIDES), 0.1)}
@@ -128,7 +128,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     def measured(key: str) -> dict[str, list[list[tuple[float, float]]]]:
-        """Of each model a point of each seed."""
+        """For each model, a point per seed."""
 
         def point(result: dict[str, Any], run: str) -> tuple[float, float]:
             return figure(result, run, key), figure(result, run)

@@ -20,12 +20,12 @@ from quietstar.run.batches import Example, mix_seed
 from quietstar.train import Loss
 
 COPIED = 2  # digits before the answer
-LOOKAHEAD = COPIED + 1  # tokens after "=" to the answer
+LOOKAHEAD = COPIED + 1  # tokens from "=" to the answer
 ANCHOR = digit_sums.AT_EQUALS
 
 
 def with_copy(lines: Tensor) -> Tensor:
-    """Lines of digit_sums, which end in their answer and a newline, with the copy before these."""
+    """Lines of digit_sums, with the copy inserted before their last two tokens, the answer and a newline."""
     return torch.cat([lines[:, :-2], lines[:, :COPIED], lines[:, -2:]], 1)
 
 
@@ -44,7 +44,7 @@ def helpful_lines(digits: Tensor) -> Tensor:
 
 
 def mixed_lines(digits: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """The text to pretrain on, [lines,16], with this share of its asides helpful; filled up as in digit_sums."""
+    """The text to pretrain on, [lines,16]; this share of its asides is helpful. Lines are padded as in digit_sums."""
     kind, luck = torch.rand(2, len(digits), 1, generator=generator)
     with_aside = torch.where(luck < share, helpful_lines(digits), aside_lines(digits, digits[:, : digit_sums.STEPS]))
     direct = direct_lines(digits)
@@ -53,12 +53,12 @@ def mixed_lines(digits: Tensor, share: float, generator: torch.Generator) -> Ten
 
 
 def examples(digits: Tensor) -> list[Example]:
-    """Lines without an aside, for the training loop; only "=" thinks."""
+    """Lines without an aside, for the training loop; only "=" has a thought."""
     return [{"input_ids": line, "anchors": torch.tensor([ANCHOR])} for line in direct_lines(digits)]
 
 
 def read(model: LlamaForCausalLM, strings: Tensor, share: float, steps: int, peak: float, seed: int, asides: int = 0) -> None:
-    """Plain training on 128 lines of the text a step; with ``asides``, half of them are helpful ones, of only so many."""
+    """Plain training on 128 lines of the text per step; with ``asides``, half are helpful lines, drawn from only that many."""
     generator = torch.Generator().manual_seed(mix_seed(seed, steps))
     few = digit_sums.draw(strings, asides, generator)
 
@@ -72,7 +72,7 @@ def read(model: LlamaForCausalLM, strings: Tensor, share: float, steps: int, pea
 
 
 def read_direct(model: LlamaForCausalLM, strings: Tensor, steps: int, seed: int) -> None:
-    """Plain training on 256 lines without an aside a step, as thoughts are trained."""
+    """Plain training on 256 lines without an aside per step, as many as in training with thoughts."""
     generator = torch.Generator().manual_seed(seed)
     config = TrainConfig(learning_rate=1e-3, steps=steps)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
@@ -92,29 +92,32 @@ def knowledge(model: LlamaForCausalLM, digits: Tensor, seed: int) -> dict[str, f
     """
     lines = helpful_lines(digits)
     probability = model.eval()(lines).logits[:, :-1].softmax(-1).gather(2, lines[:, 1:, None])[..., 0].mean(0)
-    steps = probability[ANCHOR + 2 : ANCHOR + 1 + digit_sums.STEPS]  # at the first three steps, which predict the next one
+    steps = probability[ANCHOR + 2 : ANCHOR + 1 + digit_sums.STEPS]  # at the first three steps, each of which predicts the next
     qs = digit_sums.think_with(model, digit_sums.EQUALS_ONLY, digit_sums.QUIET_STAR, seed)
     right = digit_sums.right_thoughts(digit_sums.own_thoughts(qs, digits, seed=seed), digits)
     return {"steps_known": float(steps.min()), "answer_known": float(probability[-2]), "right_before": right}
 
 
 def score(logits: Tensor, digits: Tensor) -> dict[str, float]:
-    """Of logits [lines,1,V] of the answer: the share of lines whose best token is it, and the loss in nats."""
+    """For logits [lines,1,V] of the answer: the share of lines whose most likely token is right, and the loss in nats."""
     found = digit_sums.score(logits, digits)
     return {"accuracy": found["right"] / found["lines"], "loss": found["nll"]}
 
 
 @torch.no_grad()
 def answers(qs: QuietStar, digits: Tensor, thought_ids: Tensor) -> dict[str, float]:
-    """What the mixing head predicts for the answer, whose input is [text state; thought state]: ``score``, and its weight."""
-    seen = []
-    hook = qs.mixing_head.register_forward_hook(lambda head, inputs, weight: seen.append((inputs[0], weight)))
+    """``score`` of the mixed prediction of the answer, and the mixing weight.
+
+    The input of the mixing head is [text state; thought state].
+    """
+    recorded = []
+    hook = qs.mixing_head.register_forward_hook(lambda head, inputs, weight: recorded.append((inputs[0], weight)))
     trained_with = qs.thought_config
     qs.thought_config = replace(trained_with, thoughts=1, lookahead=LOOKAHEAD)
     qs(direct_lines(digits), anchors=torch.full((len(digits), 1), ANCHOR), thought_ids=thought_ids)
     qs.thought_config = trained_with
     hook.remove()
-    states, weight = (x[:, :, 0, -1] for x in seen[0])
+    states, weight = (x[:, :, 0, -1] for x in recorded[0])
     base, thought = states.chunk(2, -1)
     mixed = qs.model.lm_head((1 - weight) * base + weight * thought)
     return {**score(mixed, digits), "mixing_weight": float(weight.mean())}
@@ -122,5 +125,5 @@ def answers(qs: QuietStar, digits: Tensor, thought_ids: Tensor) -> dict[str, flo
 
 @torch.no_grad()
 def plain_answers(model: LlamaForCausalLM, digits: Tensor) -> dict[str, float]:
-    """The same of a model without thoughts."""
+    """``score`` of a model without thoughts."""
     return score(model.eval()(direct_lines(digits)).logits[:, ANCHOR + COPIED, None], digits)

@@ -38,7 +38,7 @@ def result_file(out: Path, name: str, size: str, seed: int) -> Path:
 
 
 def run_one(name: str, seed: int, size: str, out: Path) -> None:
-    """One seed of one experiment, in this process."""
+    """Run one seed of one experiment in this process."""
     import torch
     from transformers.utils import logging
 

@@ -23,14 +23,14 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import load_model
 from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.common.solutions import revision_prompt
 from quietstar.recipes.score import FIRST, Config, score
-from quietstar.recipes.solve import revision_prompt
 from quietstar.run.batches import mix_seed
 
 TITLE = "Self-correction"
 SCORE, NO_BONUS, NO_FIRST = "SCoRe", "no bonus", "no stage I"
 BASE, STAGE_ONE = "base", "after stage I"
-# Updates of a stage, problems of an update and of the test, chains that vote; rows and updates of the base.
+# Updates per stage, problems per update and in the test, chains that vote; rows and updates of the base.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"stage": 1, "problems": 8, "held_out": 10, "chains": 2, "rows": 40, "steps": 2},
     "quick": {"stage": 150, "problems": 64, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
@@ -53,7 +53,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         return report, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     full, lines = train(SCORE, model, first_steps=stage, second_steps=stage, chains=numbers["chains"])
-    half_way = load_model(out / SCORE / FIRST, model)  # the control has the same stage I
+    half_way = load_model(out / SCORE / FIRST, model)  # the control starts from the same stage I
     no_bonus, after = train(NO_BONUS, half_way, first_steps=0, second_steps=stage, bonus=0.0, chains=0)
     no_first, alone = train(NO_FIRST, model, first_steps=0, second_steps=2 * stage, chains=0)
     return {
@@ -74,9 +74,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
 
 
 def two_turns(model: Any, task: Any, count: int, steps: int, seed: int) -> None:
-    """Teaches the model that a request for another attempt is followed by the same one, or by the right one.
+    """Teach the model that a request for another attempt is followed by the same attempt, or by the right one.
 
-    First attempts stay what they were, for they are the model's own: with right ones instead there was little left to correct.
+    First attempts stay as they were, since they are the model's own: with right ones instead, little was left to correct.
     """
     generator = torch.Generator().manual_seed(mix_seed(seed, 2000))
     rows = task.sample(count, "train", generator)
@@ -91,7 +91,7 @@ def two_turns(model: Any, task: Any, count: int, steps: int, seed: int) -> None:
 
 
 def row(name: str, figures: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a model and of the last updates that made it."""
+    """The row of a model, from its test figures and from the last updates that led to it."""
     columns = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised", "edited")
     found = {"run": name, **{column: figures[column] for column in columns}}
     if lines:

@@ -12,9 +12,9 @@ from quietstar.recipes.tasks import Multiplication, Task
 from quietstar.run.batches import mix_seed
 
 STEPS = {"tiny": 5, "quick": 200, "full": 200}
-MORE, PIECE = 24, 25  # pieces of training at most, and updates of one
-ENOUGH = 0.45  # of held-out problems, for which one seed needs twice the updates of another
-HINTED = 0.3  # share of the rows that show the answer, so that rationalisation has something to hold on to
+MORE, PIECE = 24, 25  # additional pieces of training at most, and updates in each
+ENOUGH = 0.45  # share of held-out problems to solve; some seeds need twice the updates of others
+HINTED = 0.3  # share of the rows that show the answer, so that the model can use a hint
 
 
 def base(seed: int, size: str) -> tuple[PreTrainedModel, Task]:

@@ -24,7 +24,8 @@ from quietstar.recipes import solve_compute_optimal as compute_optimal
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.selectors import auc, best_of, score
 from quietstar.recipes.common.sft import SFTConfig
-from quietstar.recipes.vstar import Config, compare, draw, steady, write
+from quietstar.recipes.common.solutions import likelihood_scorer, to_samples
+from quietstar.recipes.vstar import Config, compare, draw, reliable_points, write
 from quietstar.recipes.vstar_verifier import make_pairs, measure_pairs, train_outcome, train_verifier, verdict_scorer
 from quietstar.run.batches import mix_seed
 
@@ -48,11 +49,11 @@ SPLITS = (PARALLEL, CHAINS, compute_optimal.ONE, compute_optimal.PREDICTED, comp
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     model, task = base(seed, size)
     config = Config(**SIZES[size], max_new=20, seed=seed, beta=0.1, verifier_rate=3e-4, pair_batch=32, pairs=16)
-    solutions = draw(model, task, config, 2)  # any round but the first, which stops where nothing is right
+    solutions = draw(model, task, config, 2)  # a round other than the first, which stops where nothing is right
     if size == "tiny":  # a base of five updates solves nothing
         solutions = [{**x, "right": i % 3 == 0} for i, x in enumerate(solutions)]
     pairs, held_out = (make_pairs(solutions, split, config.pairs, seed) for split in ("train", "valid"))
-    # As many the wrong way round as the right one: by chance alone one kind is more, and that is learnt.
+    # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
     shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs[: len(pairs) // 6 * 2])]
 
     test = task.sample(config.test_problems, "test", torch.Generator().manual_seed(mix_seed(seed, 5)))
@@ -67,9 +68,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         measured = measure_pairs(verifiers[name], model, held_out, config.beta, config.batch_size)
         result["rows"].append({"run": name, **figures, "updates": len(losses), **measured})
         result = {"k": found["k"], "curves": found["curves"]} | result
-    updates = config.updates // 3  # which see about as many solutions as the pairs have
+    updates = config.updates // 3  # which see about as many solutions as there are in the pairs
     verdicts = train_outcome(model, task, solutions, updates, SFTConfig(), seed)
-    samples = test_time.measure(task, test, written, verdict_scorer(verdicts, task))
+    samples = to_samples(task, test, written, verdict_scorer(verdicts, task))
     scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
     accuracy = fmean(best_of(K, *x) for x in zip(scores, right, strict=True))
     result["rows"].append({"run": OUTCOME, "accuracy": accuracy, "auc": auc(scores, right), "updates": updates})
@@ -77,7 +78,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         result["rows"].append({"run": name, "accuracy": result["curves"][name][at]})
 
     spending = test_time.Config(out=str(out / "test_time"), samples=K, attempts=K, max_new=20, seed=seed, **SPENT[size])
-    report = test_time.solve(model, task, spending, test_time.likelihood_scorer(verifiers[VERIFIER]))
+    report = test_time.solve(model, task, spending, likelihood_scorer(verifiers[VERIFIER]))
     result |= {"test_time": report["curves"], "greedy": report["greedy"], "splits": report["splits"]}
     result["rows"].append({"run": "greedy", "accuracy": report["greedy"]["accuracy"]})
     for name in (*SPLITS, "sequential, majority", "sequential, last"):
@@ -101,7 +102,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_difficulty(results: list[dict[str, Any]]) -> dict[str, list[list[tuple[float, float]]]]:
-    """For each length of chains a curve of each seed over the difficulties that all seeds have."""
+    """For each length of chains, a curve per seed over the difficulties that all seeds have."""
     measured = [[row for row in result["splits"] if row["bins"] == compute_optimal.MEASURED] for result in results]
     common = set.intersection(*({row["difficulty"] for row in rows} for rows in measured))
     return {
@@ -113,7 +114,7 @@ def by_difficulty(results: list[dict[str, Any]]) -> dict[str, list[list[tuple[fl
 
 
 def over_tokens(results: list[dict[str, Any]], names: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
-    """Curves of each seed, and the greedy answer's point."""
+    """A curve per seed for each of these methods, and the point of the greedy answer."""
     points = {name: [result["test_time"][name] for result in results] for name in names}
     points["greedy"] = [[result["greedy"]] for result in results]
     return {name: [[(x["tokens"], x["accuracy"]) for x in seed] for seed in seeds] for name, seeds in points.items()}
@@ -121,7 +122,7 @@ def over_tokens(results: list[dict[str, Any]], names: Sequence[str]) -> dict[str
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     shown = ("oracle", "verifier", "weighted vote", "majority", "generator", "one sample")
-    over_k = [steady(result["k"], result["curves"]) for result in results]
+    over_k = [reliable_points(result["k"], result["curves"]) for result in results]
     side_by_side = ("oracle", "best of k", "weighted vote", "majority", "likeliest")
     panels(
         path,

@@ -17,6 +17,7 @@ from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_kd as icot_kd
 from quietstar.recipes import solve as test_time
 from quietstar.recipes.common.models import TaskConfig, load, read
+from quietstar.recipes.common.solutions import likelihood_scorer
 from quietstar.recipes.vstar_verifier import load_verifier
 
 Model = Annotated[str, arg(help="hub name or folder of a causal language model; default a small one from scratch")]
@@ -80,7 +81,7 @@ class Solve:
     def run(self) -> None:
         model, task = load(self.model, self.task, self.dtype)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
-        scorer = test_time.likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
+        scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
         report = test_time.solve(model, task, self.recipe, scorer)
         rows = [{"method": "greedy", **report["greedy"]}]
         rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]

@@ -1,8 +1,8 @@
 """Fast Quiet-STaR: shorter and shorter thoughts, then none (arXiv 2505.17746).
 
-A curriculum: the model learns with long thoughts, and each stage goes on from the best checkpoint of the one before with
-shorter ones. Then a plain language model, which never thinks, is trained against the loss that the thinking one has at each
-token (``plain``).
+A curriculum: the model learns with long thoughts, and each stage continues from the best checkpoint of the one before, with
+shorter thoughts. Then a plain language model, which never thinks, is trained against the loss of the thinking one at each token
+(``fast_plain``).
 """
 
 from __future__ import annotations
@@ -22,42 +22,41 @@ from quietstar.evaluation.losses import evaluate
 from quietstar.files import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
-from quietstar.recipes.common.log import told
+from quietstar.recipes.common.log import is_logging
+from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.resume import Settings
 from quietstar.train import train
 
-MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; .json and .png
+MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
 
 
 @dataclass
 class Config(plain.Config):
-    """The curriculum, and then the plain model; the published code's numbers.
+    """The options of the curriculum and of the plain model; defaults are those of the published code.
 
     Raises:
         ValueError: a value outside its range, by name.
     """
 
-    curriculum: str = option("16-8,12-4,8-4", "tokens of a thought and of its look-ahead in each stage")
-    steps: int = option(150, "optimizer steps of a stage")
+    curriculum: str = option("16-8,12-4,8-4", "tokens of a thought and of its look-ahead, for each stage")
+    steps: int = option(150, "optimizer steps per stage")
     learning_rate: float = option(2e-6, "peak learning rate of the first stage")
-    later_rate: float = option(0.5, "that of later stages is this times as high")
-    warmup: int = option(20, "steps of linear warm-up in each stage")
-    weight_decay: float = option(1e-3, "of AdamW, in the stages")
+    later_rate: float = option(0.5, "the peak of later stages is this times as high")
+    warmup: int = option(20, "steps of linear warmup in each stage")
+    weight_decay: float = option(1e-3, "weight decay of AdamW in the stages")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stages(self.curriculum)
-        self._check("steps", self.steps >= 1, "1 or more")
-        for name in ("warmup", "weight_decay"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "later_rate"):
-            self._check(name, getattr(self, name) > 0, "above 0")
+        check_at_least("fast", self, 1, ("steps",))
+        check_at_least("fast", self, 0, ("warmup", "weight_decay"))
+        check_positive("fast", self, ("learning_rate", "later_rate"))
 
 
 def stages(curriculum: str) -> list[tuple[int, int]]:
-    """(T, J) of each stage, from "16-8,12-4"; ValueError where that can't be read or thoughts grow."""
+    """(T, J) of each stage, from text such as "16-8,12-4"; raises ValueError if it can't be read or thoughts grow longer."""
     try:
         pairs = [tuple(int(x) for x in stage.split("-")) for stage in curriculum.replace(" ", "").split(",")]
         found = [(T, J) for T, J in pairs]
@@ -66,7 +65,7 @@ def stages(curriculum: str) -> list[tuple[int, int]]:
     if not found or min(min(stage) for stage in found) < 1:
         raise ValueError(f"fast: curriculum must be stages like 16-8,12-4,8-4, got {curriculum!r}")
     if any(later[0] > earlier[0] for earlier, later in zip(found, found[1:], strict=False)):
-        raise ValueError(f"fast: curriculum must have thoughts that become shorter, got {curriculum!r}")
+        raise ValueError(f"fast: curriculum must not have thoughts that grow longer, got {curriculum!r}")
     return found
 
 
@@ -83,48 +82,49 @@ def fast(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
-    Writes stage-1-16-8, ... with its best checkpoint (best), the plain model as an ordinary checkpoint (model) and the report
-    (fast.json, and fast.png where matplotlib is installed) into ``config.out``. SIGTERM and Ctrl-C finish the step and save.
+    Writes stage-1-16-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
+    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM and Ctrl-C finish the current step
+    and save.
 
     Args:
-        data: examples as ``quietstar.train.train`` takes them.
+        data: examples, as ``quietstar.train.train`` takes them.
         held_out: at least two texts, for the losses of the report.
-        thoughts: what is not the curriculum's: N, objective, embeddings.
-        score: of a thinking model, by which a stage's checkpoint is chosen, the higher the better; such as a task's accuracy.
-            Default minus the held-out loss with thoughts.
-        name: of the model, which a run that goes on must have begun with.
-        resume: go on with the run in ``config.out``, if there is one.
+        thoughts: whatever the curriculum does not set: N, objective, embeddings.
+        score: of a thinking model, to choose the checkpoint of a stage; higher is better. For instance the accuracy on a task;
+            default minus the held-out loss with thoughts.
+        name: the model's name; a resumed run must have started with the same one.
+        resume: continue the run in ``config.out``, if there is one.
 
     Returns:
-        The plain model and the report: "base" and "plain", held-out losses of the model that came in and of the plain one;
-        "stages", what was chosen in each; "positions", where thoughts help and what is rewarded. All in nats a token. And
-        "speeds", what thoughts of each length cost.
+        The plain model and the report: "base" and "plain", held-out losses of the original model and of the plain one;
+        "stages", what was chosen in each; "positions", where thoughts help and what is rewarded; all in nats per token. And
+        "speeds", the cost of thoughts of each length.
 
     Raises:
-        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that is another one or that ``resume``
-            doesn't ask for.
-        Interrupted: after a signal, once all is saved.
+        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that has other settings or was not to be
+            resumed.
+        Interrupted: after a signal, once everything is saved.
     """
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
-        raise ValueError(f"fast: at least 2 texts must be held out, to choose a checkpoint by, got {len(held_out)}")
+        raise ValueError(f"fast: at least 2 texts must be held out, to choose checkpoints by, got {len(held_out)}")
     Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data)), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
     for number, (T, J) in enumerate(stages(config.curriculum)):
         qs.use_config(replace(thoughts, thought_tokens=T, lookahead=J))
         folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
-        report["stages"].append(think_shorter(qs, data, held_out, config, folder, number, score))
+        report["stages"].append(run_stage(qs, data, held_out, config, folder, number, score))
         qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
     student, report["plain"] = plain.train(copy.deepcopy(model), qs, data, held_out, config)
-    report["positions"] = fast_report.positions(model, student, qs, held_out, config.batch_size)
+    report["positions"] = fast_report.by_position(model, student, qs, held_out, config.batch_size)
     report["speeds"] = fast_report.speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
     write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
-    fast_report.draw(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
+    fast_report.plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
     return student, report
 
 
-def think_shorter(
+def run_stage(
     qs: QuietStar,
     data: Sequence[Example],
     held_out: Sequence[Example],
@@ -133,7 +133,7 @@ def think_shorter(
     number: int,
     score: Callable[[QuietStar], float] | None,
 ) -> dict[str, Any]:
-    """One stage, of which the best checkpoint is kept in ``folder``/best; returns that one's figures."""
+    """Run one stage and keep its best checkpoint in ``folder``/best; returns the figures of that checkpoint."""
     chosen = json.loads((folder / CHOSEN).read_text()) if (folder / CHOSEN).exists() else None
 
     def choose(qs: QuietStar) -> dict[str, float]:
@@ -160,6 +160,6 @@ def think_shorter(
         save_every=config.save_every,
         keep=1,
     )
-    train(qs, data, settings, evaluate=choose, resume="auto", progress=told())
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=is_logging())
     assert chosen is not None  # the last step evaluates
     return chosen

@@ -1,4 +1,4 @@
-"""Internalisation of Fast Quiet-STaR: a language model that never thinks, trained against the losses of one that does."""
+"""The last step of Fast Quiet-STaR: a language model that never thinks is trained against the losses of one that does."""
 
 from __future__ import annotations
 
@@ -16,46 +16,42 @@ from quietstar import QuietStar
 from quietstar.config import option
 from quietstar.evaluation.losses import token_losses
 from quietstar.files import replaced
+from quietstar.recipes.common.logprobs import evaluating, positions
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import load_model
-from quietstar.recipes.common.sampling import evaluating, positions
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
-MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and what it takes to go on
+MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and the state to resume from
 
 
 @dataclass
 class Config:
-    """How the plain model is trained; the published code's numbers.
+    """How the plain model is trained; defaults are those of the published code.
 
     Raises:
         ValueError: a value outside its range, by name.
     """
 
     out: str = option("runs/fast", "folder of the run", may_differ=True)
-    batch_size: int = option(8, "texts of an optimizer step")
-    eval_every: int = option(10, "steps between evaluations, of which the best checkpoint is kept")
-    save_every: int = option(50, "steps between checkpoints to go on from", may_differ=True)
-    seed: int = option(0, "fixes the texts' order, thoughts and sampled tokens")
+    batch_size: int = option(8, "texts per optimizer step")
+    eval_every: int = option(10, "steps between evaluations; the best checkpoint is kept")
+    save_every: int = option(50, "steps between checkpoints to resume from", may_differ=True)
+    seed: int = option(0, "fixes the order of texts, thoughts and sampled tokens")
     plain_steps: int = option(300, "optimizer steps of the plain model")
-    plain_rate: float = option(1e-6, "its learning rate, constant")
-    plain_weight: float = option(1e6, "its loss is this times as large; not where the objective is likelihood")
-    plain_temperature: float = option(3.0, "of its probabilities in the loss; likewise")
+    plain_rate: float = option(1e-6, "learning rate of the plain model, constant")
+    plain_weight: float = option(1e6, "factor of the plain model's loss; not for the objective likelihood")
+    plain_temperature: float = option(3.0, "temperature of the probabilities in that loss; not for the objective likelihood")
     objective: Literal["sampled", "observed", "likelihood"] = option(
         "sampled", "reinforce a token sampled from the plain model, or the text's; likelihood: plain training, a control"
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_every", "save_every", "plain_steps"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("plain_rate", "plain_weight", "plain_temperature"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"fast: {name} must be {wanted}, got {getattr(self, name)!r}")
+        check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "plain_steps"))
+        check_positive("fast", self, ("plain_rate", "plain_weight", "plain_temperature"))
 
 
 def train(
@@ -65,15 +61,15 @@ def train(
     held_out: Sequence[Example],
     config: Config,
 ) -> tuple[PreTrainedModel, float]:
-    """Train ``student`` in place, without thoughts, against the teacher's loss at each token; the best by held-out loss.
+    """Train ``student`` in place, without thoughts, against the teacher's loss at each token; keep the best by held-out loss.
 
     Returns:
         The best model and its held-out loss.
     """
     folder = Path(config.out) / MODEL
-    texts = documents(data)
+    texts = split_documents(data)
     progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, resume=True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.plain_rate, weight_decay=0.0)
+    optimizer = adamw(student, config.plain_rate, weight_decay=0.0)
     if progress.begun:
         progress.load(student, optimizer)
     state = progress.state
@@ -83,15 +79,15 @@ def train(
         value = loss(student, held_out, config.batch_size)
         if state["best"] is None or value < state["best"]:
             state["best"] = value
-            with replaced(folder) as beside:
-                student.save_pretrained(beside)
+            with replaced(folder) as temporary:
+                student.save_pretrained(temporary)
                 if teacher.tokenizer is not None:
-                    teacher.tokenizer.save_pretrained(beside)
+                    teacher.tokenizer.save_pretrained(temporary)
         return value
 
     with Signals() as signals:
         if state["best"] is None:
-            keep_the_better()  # the start, since training may only make it worse
+            keep_the_better()  # the initial model too, since training may only make it worse
         while state["step"] < config.plain_steps:
             line = update(student, optimizer, texts, losses, config, state["step"])
             state["step"] += 1
@@ -115,25 +111,22 @@ def update(
     began = time.perf_counter()
     chosen = texts_of_step(len(texts), config.batch_size, config.seed, step)
     torch.manual_seed(mix_seed(config.seed, step))
-    with evaluating(student):  # no dropout: tokens are scored by the policy that they were sampled from
+    with evaluating(student):  # no dropout: tokens are scored by the model that they were sampled from
         logits, targets, _ = predictions(student, [texts[i] for i in chosen])
     logprob = logits.log_softmax(-1)
     value, reward = objective(logprob, targets, torch.cat([losses[i] for i in chosen]).to(logprob.device), config)
     optimizer.zero_grad()
     value.backward()
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    if not bool(norm.isfinite()):
-        raise FloatingPointError(f"fast: the gradient of the plain model is {float(norm)} at step {step + 1}")
-    optimizer.step()
+    norm = clipped_step(optimizer, student, 1.0, f"fast: step {step + 1} of the plain model")
     figures = {"loss": float(value.detach()), "reward": float(reward.mean()), "rewarded": float((reward > 0).float().mean())}
-    return {"step": step + 1, **figures, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+    return {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
 
 
 def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """What the plain model is trained on, and its reward [tokens] for predicting a token better than the thinking model did.
+    """The training loss, and the reward [tokens] for predicting a token better than the thinking model does.
 
-    The published loss: minus the mean of reward times the log-probability, at a temperature, of a token that is sampled from
-    the model, so not always the text's.
+    The published loss is minus the mean of the reward times the log-probability, at a temperature, of a token sampled from the
+    model, so not always the text's.
 
     Args:
         logprob: [tokens,V], with a gradient.
@@ -145,23 +138,23 @@ def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config)
     if config.objective == "likelihood":
         return nll.mean(), reward
     action = targets if config.objective == "observed" else logprob.detach().exp().multinomial(1)[:, 0]
-    policy = (logprob / config.plain_temperature).log_softmax(-1).gather(1, action[:, None])[:, 0]
-    return -config.plain_weight * (reward * policy).mean(), reward
+    chosen = (logprob / config.plain_temperature).log_softmax(-1).gather(1, action[:, None])[:, 0]
+    return -config.plain_weight * (reward * chosen).mean(), reward
 
 
 def predictions(model: PreTrainedModel, texts: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits fp32 [tokens,V], targets [tokens] and the number of the text [tokens], one text after another."""
+    """Logits fp32 [tokens,V], targets [tokens] and the index of the text [tokens], one text after another."""
     (batch,) = collate([{"input_ids": x["input_ids"], **_mask(x)} for x in texts], list(range(len(texts))), 1)
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
     on = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=ids.device)
     for row, text in enumerate(texts):
-        on[row, : len(text["input_ids"]) - 1] = predicted(text).to(on.device)
+        on[row, : len(text["input_ids"]) - 1] = target_mask(text).to(on.device)
     logits = model(ids, attention_mask=mask, position_ids=positions(mask, 1), use_cache=False).logits[:, :-1]
     return logits[on].float(), ids[:, 1:][on], on.nonzero()[:, 0]
 
 
-def predicted(text: Example) -> Tensor:
-    """bool [L-1], the places whose next token counts, as it does where the text is trained on with thoughts."""
+def target_mask(text: Example) -> Tensor:
+    """bool [L-1], the positions whose next token is a target, as in training with thoughts."""
     ids = text["input_ids"]
     on = (text.get("labels", ids)[1:] != -100) & (text.get("attention_mask", torch.ones_like(ids))[1:] != 0)
     if "anchors" in text:
@@ -171,8 +164,8 @@ def predicted(text: Example) -> Tensor:
     return on
 
 
-def documents(data: Sequence[Example]) -> list[Example]:
-    """Packed examples cut into their documents, without those that are too short to predict anything in."""
+def split_documents(data: Sequence[Example]) -> list[Example]:
+    """Packed examples split into their documents, without those that are too short to predict anything."""
     texts: list[Example] = []
     for example in data:
         of_all = example.get("document_ids", torch.zeros_like(example["input_ids"]))
@@ -184,25 +177,28 @@ def documents(data: Sequence[Example]) -> list[Example]:
                 text["anchors"] = anchors[(anchors >= begin) & (anchors < end)] - begin
             texts.append(text)
             begin = end
-    return [text for text in texts if len(text["input_ids"]) >= 3 and bool(predicted(text).any())]
+    return [text for text in texts if len(text["input_ids"]) >= 3 and bool(target_mask(text).any())]
 
 
 def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int) -> list[Tensor]:
-    """fp32, the loss with a greedy thought of each token that is predicted, text by text; only these of its logits are kept."""
+    """The loss of each target token after a greedy thought, fp32, for each text.
+
+    Only these losses are kept, not the logits.
+    """
     found = token_losses(teacher, texts, batch_size)
     return list(found.mixed.float().split(found.text.bincount(minlength=len(texts)).tolist()))
 
 
 def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> float:
-    """Loss of a model without thoughts, nats: the mean over texts of a text's mean, as the one with thoughts is taken."""
-    nll, text = token_nll(model, texts, batch_size)
-    counts = text.bincount()
-    return float((text.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
+    """Loss of a model without thoughts, nats: the mean over texts of each text's mean, as for the model with thoughts."""
+    nll, text_index = token_nll(model, texts, batch_size)
+    counts = text_index.bincount()
+    return float((text_index.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
 
 
 @torch.no_grad()
 def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
-    """fp64 [tokens], the loss of each predicted token without thoughts, and the number of its text; as ``token_losses``."""
+    """fp64 [tokens], the loss of each target token without thoughts, and the index of its text; as ``token_losses``."""
     parts = []
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
@@ -210,8 +206,8 @@ def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int)
             logits, targets, row = predictions(model, [texts[i] for i in chosen])
             nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
             parts.append((nll.double().cpu(), start + row.cpu()))
-    nll, text = (torch.cat(column) for column in zip(*parts, strict=True))
-    return nll, text
+    nll, text_index = (torch.cat(column) for column in zip(*parts, strict=True))
+    return nll, text_index
 
 
 def _mask(text: Example) -> Example:

@@ -1,8 +1,8 @@
 """Implicit chain of thought by distillation (ICoT-KD, arXiv 2311.01460), the baseline of stepwise internalisation.
 
-Three models of one shape. A teacher writes chains; its states along the diagonal, from the chain's begin in the first layer to
-its end in the last one, stand for what the chain says. (a) A student that is shown these states answers from the prompt. (b) An
-emulator predicts them from the prompt alone. (c) Emulator and student are trained together on the answer.
+Three models of the same architecture. A teacher writes chains; its states along the diagonal, from the start of the chain in
+the first layer to its end in the last one, stand for what the chain says. (a) A student that is shown these states answers from
+the prompt. (b) An emulator predicts them from the prompt alone. (c) Emulator and student are trained together on the answer.
 """
 
 from __future__ import annotations
@@ -24,42 +24,43 @@ from quietstar.config import option
 from quietstar.files import replaced, write_whole
 from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_report as icot_report
-from quietstar.recipes.common.log import tell
+from quietstar.recipes.common.log import log_figures
+from quietstar.recipes.common.logprobs import evaluating, logprob, padded
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
+from quietstar.recipes.common.ranges import check_at_least
 from quietstar.recipes.common.rounds import save_model
-from quietstar.recipes.common.sampling import Completion, evaluating, logprob, padded, rollout
+from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
-MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; .json and .png
-BATCH = 256  # problems at once in an evaluation
+MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; the last is .json and .png
+BATCH = 256  # problems at once in evaluation
 Loss = Callable[[Sequence[Row]], Tensor]
 
 
 @dataclass
 class Config:
-    """Updates of (a), (b) and (c); those of the teacher and all else are ``icot.Config``'s.
+    """Updates of (a), (b) and (c); those of the teacher and all other options are those of ``internalize.Config``.
 
     Raises:
         ValueError: a value outside its range, by name.
     """
 
-    student_steps: int = option(1000, "updates of a student that is shown the teacher's states")
-    emulator_steps: int = option(1000, "updates of what predicts these states from the prompt")
+    student_steps: int = option(1000, "updates of the student that is shown the teacher's states")
+    emulator_steps: int = option(1000, "updates of the emulator, which predicts these states from the prompt")
     coupled_steps: int = option(1000, "updates of both together, on the answer")
-    components: int = option(1, "M, of the emulator's mixture; more than 1 where a problem has several chains")
+    components: int = option(1, "M, components of the emulator's mixture; more than 1 where a problem has several chains")
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "emulator_steps", "coupled_steps", "components"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"internalize: {name} must be 1 or more, got {getattr(self, name)!r}")
+        check_at_least("internalize", self, 1, ("student_steps", "emulator_steps", "coupled_steps", "components"))
 
 
 class Pair(nn.Module):
-    """Emulator and student: answers from the prompt alone."""
+    """Emulator and student, which together answer from the prompt alone."""
 
     def __init__(self, emulator: Emulator, student: Student):
         super().__init__()
@@ -69,28 +70,28 @@ class Pair(nn.Module):
     def answer(self, task: Task, prompts: Sequence[list[int]], max_new: int, states: Tensor | None = None) -> list[Completion]:
         """Greedy answers, with the emulator's states or with given ones [B,layers,D]."""
         found: dict[int, Completion] = {}
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # as rollout orders them
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the order of rollout
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             batch = [prompts[i] for i in chosen]
             read = self.emulator(batch) if states is None else states[chosen]
             with self.student.reading(read, len(batch[0]) - 1):
                 written = rollout(self.student.model, task, batch, temperature=0.0, max_new=max_new, batch_size=BATCH)
-            found |= {i: several[0] for i, several in zip(chosen, written, strict=True)}
+            found |= {i: completions[0] for i, completions in zip(chosen, written, strict=True)}
         return [found[i] for i in range(len(prompts))]
 
     def save_pretrained(self, folder: str | Path, task: Task) -> None:
-        """Two ordinary checkpoints, emulator and student, and beside them what hands the states over."""
-        with replaced(folder) as beside:
+        """Write two ordinary checkpoints, emulator and student, and next to them the weights that pass the states on."""
+        with replaced(folder) as temporary:
             for name, part in (("emulator", self.emulator), ("student", self.student)):
-                part.model.save_pretrained(beside / name)
-                task.tokenizer.save_pretrained(beside / name)
+                part.model.save_pretrained(temporary / name)
+                task.tokenizer.save_pretrained(temporary / name)
             own = {key: x.contiguous() for key, x in self.state_dict().items() if ".model." not in key}
-            save_file(own, beside / STATES, metadata={"format": "pt"})
+            save_file(own, temporary / STATES, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Pair:
-        """What ``save_pretrained`` wrote. Raises ValueError where it is not there or not whole."""
+        """Load what ``save_pretrained`` wrote. Raises ValueError if it is missing or incomplete."""
         folder = Path(folder)
         try:
             own = load_file(folder / STATES)
@@ -114,23 +115,24 @@ def distill(
 ) -> tuple[Pair, dict[str, Any]]:
     """Train teacher, student, emulator and both together, or what a stopped run lacks; ``model`` stays as it is.
 
-    Writes the teacher, the pair (pair), a folder for each phase, and the report (kd.json, and kd.png where matplotlib is
-    installed) into ``config.out``.
+    Writes the teacher, the pair (pair), a folder for each phase, and the report (kd.json and, with matplotlib, kd.png) into
+    ``config.out``.
 
     Args:
-        model: what all three begin as.
-        config: the teacher has ``explicit_steps`` updates; what is about taking tokens away has no effect here.
-        name: of the model, which a run that goes on must have begun with.
-        resume: go on with the run in ``config.out``, if there is one.
+        model: what all three start from.
+        config: ``explicit_steps`` are the teacher's updates; options about removing tokens have no effect here.
+        name: the model's name; a resumed run must have started with the same one.
+        resume: continue the run in ``config.out``, if there is one.
 
     Returns:
-        The pair and the report, what ``icot.evaluate`` finds on test problems: "full chain" of the teacher, "shown states" of
-        the student with the teacher's states, "emulated states" before and "internalized" after both are trained together; and
-        "emulation", the emulator's mean squared error in each layer, of normalised states, so that 1 is that of no prediction.
+        The pair and the report, which holds what ``internalize.evaluate`` returns on test problems: "full chain" of the
+        teacher, "shown states" of the student with the teacher's states, "emulated states" before and "internalized" after the
+        two are trained together; and "emulation", the emulator's mean squared error in each layer, of normalised states, so
+        that predicting nothing has error 1.
 
     Raises:
-        ValueError: as ``icot.internalize``; a model whose layers can't be found.
-        Interrupted: after a signal, once all is saved.
+        ValueError: as ``internalize.internalize``; a model whose layers can't be found.
+        Interrupted: after a signal, once everything is saved.
     """
     config, kd = config or icot.Config(), kd or Config()
     generator = torch.Generator().manual_seed(config.seed)
@@ -139,7 +141,7 @@ def distill(
     settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name)
     teacher = copy.deepcopy(model)
     with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)  # of what hands the states over
+        torch.manual_seed(config.seed)  # for the new weights that pass the states on
         pair = Pair(Emulator(copy.deepcopy(model), kd.components), Student(copy.deepcopy(model)))
 
     def train(number: int, phase: str, module: nn.Module, steps: int, loss: Loss) -> None:
@@ -164,7 +166,7 @@ def distill(
 
     def found(row: str, figures: dict[str, Any]) -> None:
         report[row] = figures
-        tell(f"{config.out}, {row}", figures)
+        log_figures(f"{config.out}, {row}", figures)
 
     train(0, "teacher", teacher, config.explicit_steps, chain_loss)
     save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
@@ -179,7 +181,7 @@ def distill(
     found("internalized", evaluate(pair, task, test))
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
-    icot_report.draw_distilled(Path(config.out) / f"{NAME}.png", report, task.name)
+    icot_report.plot_distillation(Path(config.out) / f"{NAME}.png", report, task.name)
     return pair, report
 
 
@@ -193,8 +195,7 @@ def train_phase(
     seed: int,
 ) -> None:
     """Train one of the models, or the pair, in place; without dropout, as the published code does."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = adamw(module, config.learning_rate, config.weight_decay)
     if progress.begun:
         progress.load(module, optimizer)
     state = progress.state
@@ -206,25 +207,23 @@ def train_phase(
             value = loss(rows)
             optimizer.zero_grad()
             value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
-            if not bool(norm.isfinite()):
-                raise FloatingPointError(f"internalize: the gradient is {float(norm)} at update {state['step'] + 1}")
-            optimizer.step()
+            norm = clipped_step(optimizer, module, config.clip, f"internalize: update {state['step'] + 1}")
             state["step"] += 1
-            figures = {"loss": float(value.detach()), "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+            figures = {"loss": float(value.detach()), "grad_norm": norm, "seconds": time.perf_counter() - began}
             progress.metrics.add({"step": state["step"], **figures})
             progress.save_if(signals, config.save_every, module, optimizer)
     progress.save(module, optimizer)
 
 
 def completion_loss(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+    """Mean loss of the completions' tokens, nats."""
     values, mask = logprob(model, prompts, completions)
     return -values.sum() / mask.sum()
 
 
 @torch.no_grad()
 def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) -> Tensor:
-    """[B,layers,D], along the diagonal from the prompt's last token to the separator behind the chain."""
+    """[B,layers,D], along the diagonal from the prompt's last token to the separator after the chain."""
     ids, mask = (x.to(teacher.device) for x in padded([row.prompt_ids + task.completion_ids(row) for row in rows]))
     first = torch.tensor([len(row.prompt_ids) - 1 for row in rows], device=ids.device)
     chain = torch.tensor([len(row.cot_ids) + len(task.separator_ids) for row in rows], device=ids.device)
@@ -234,8 +233,8 @@ def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) ->
 
 
 def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None = None) -> dict[str, Any]:
-    """As ``icot.evaluate``: answers from the prompt and the emulator's states, or given ones [B,layers,D]."""
-    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.ROOM
+    """As ``internalize.evaluate``: answers from the prompt with the emulator's states, or with given ones [B,layers,D]."""
+    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.EXTRA_TOKENS
     began = time.perf_counter()
     written = pair.answer(task, [row.prompt_ids for row in rows], most, states)
     return icot_report.figures(task, rows, written, time.perf_counter() - began)

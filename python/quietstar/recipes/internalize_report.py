@@ -1,4 +1,4 @@
-"""What a run that internalises chains shows: accuracy, that of each digit, speed, and the plots of them."""
+"""The report of a run that internalises chains: accuracy, also of each digit, speed, and their plots."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.tasks import Row, Task
 
-POINTS = 200  # of the curve of the training loss, about
+POINTS = 200  # of the curve of the training loss, roughly
 
 
 def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seconds: float) -> dict[str, Any]:
-    """Accuracy and speed. A chain of which only the end is written can't be told right or wrong, so that is left out."""
+    """Accuracy and speed of these answers.
+
+    Without chain_right: a chain of which only the end is written can't be checked.
+    """
     graded = grade(task, rows, written)
     del graded["chain_right"]
     tokens = sum(len(one.ids) for one in written)
@@ -27,19 +30,25 @@ def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seco
 
 
 def digits(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> list[float]:
-    """Of each place of an answer, first written first, the share of the problems with such a place that have it right."""
+    """The accuracy of each digit of the answers, in the order in which they are written.
+
+    A digit's accuracy is over the problems whose answer is long enough to have it.
+    """
     right: list[list[bool]] = []
     for row, one in zip(rows, written, strict=True):
         answer = task.answer(row, one.ids) or ""
-        for place, digit in enumerate(row.problem.right):
-            if place == len(right):
+        for i, digit in enumerate(row.problem.right):
+            if i == len(right):
                 right.append([])
-            right[place].append(answer[place : place + 1] == digit)
+            right[i].append(answer[i : i + 1] == digit)
     return [fmean(found) for found in right]
 
 
 def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The training losses of a run's metrics as means over some updates each, none over two stages; "step" is the last."""
+    """The training loss of a run's metrics, averaged over a few updates at a time, never across stages.
+
+    "step" is the last of these updates.
+    """
     width = max(1, math.ceil(len(lines) / POINTS))
     parts = [list(some) for _, some in groupby(lines, lambda line: (line["removed"], (line["step"] - 1) // width))]
     return [
@@ -49,8 +58,8 @@ def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def draw(path: Path, report: Mapping[str, Any], title: str) -> None:
-    """The plots of a report of ``icot.internalize``; nothing without matplotlib."""
+def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a report of ``internalize.internalize``; does nothing without matplotlib."""
     stages, training = report["stages"], report["training"]
     last = {name: report[name] for name in ("full chain", "internalized", "no chain") if name in report}
     speed = {"each stage": [[(x["problems_per_second"], x["accuracy"]) for x in stages]]}
@@ -61,15 +70,15 @@ def draw(path: Path, report: Mapping[str, Any], title: str) -> None:
         title,
         [
             Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
-            Panel("problems a second", "accuracy", speed),
+            Panel("problems per second", "accuracy", speed),
             Panel(
-                "update; a line where a token goes",
+                "update; lines where a token is removed",
                 "training loss, nats",
                 {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")},
                 marks=removals,
             ),
             Panel(
-                "digit of the answer, as written",
+                "digit of the answer, in the order written",
                 "accuracy on test problems",
                 {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()},
             ),
@@ -77,15 +86,15 @@ def draw(path: Path, report: Mapping[str, Any], title: str) -> None:
     )
 
 
-def draw_distilled(path: Path, report: Mapping[str, Any], title: str) -> None:
-    """The plots of a report of ``icot_kd.distill``; nothing without matplotlib."""
+def plot_distillation(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a report of ``internalize_kd.distill``; does nothing without matplotlib."""
     measured = {name: x for name, x in report.items() if name != "emulation"}
     panels(
         path,
         title,
         [
-            Panel("layer", "squared error of a normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
+            Panel("layer", "squared error of the normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
             Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
-            Panel("problems a second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
+            Panel("problems per second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
         ],
     )

@@ -1,4 +1,4 @@
-"""Thoughts as states instead of words (ICoT-KD, arXiv 2311.01460): a teacher's, one a layer, and the models that use them."""
+"""Thoughts as states instead of words (ICoT-KD, arXiv 2311.01460): one per layer from a teacher, and the models using them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
-from quietstar.recipes.common.sampling import padded, positions
+from quietstar.recipes.common.logprobs import padded, positions
 
-MIXTURE_TEMPERATURE = 0.05  # of the published code
+MIXTURE_TEMPERATURE = 0.05  # as in the published code
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a causal language model. Raises ValueError where it keeps them in no list of their own."""
+    """The blocks of a causal language model. Raises ValueError if it has no module list that holds exactly them."""
     wanted = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise ValueError(f"icot_kd: {type(model).__name__} has no list of its {wanted} layers to write states into")
+    raise ValueError(f"internalize: {type(model).__name__} has no list of its {wanted} layers to write states into")
 
 
 def diagonal(hidden_states: tuple[Tensor, ...], first: Tensor, last: Tensor) -> Tensor:
-    """The teacher's states [B,layers,D]: the input of layer l at a place that goes from ``first`` to ``last`` with l.
+    """The teacher's states [B,layers,D]: the input of layer l at a position that moves from ``first`` to ``last`` as l grows.
 
-    Each row has places of its own, since chains differ in length; states are normalised without parameters.
+    Each row has its own positions, since chains differ in length. States are normalised without parameters.
 
     Args:
-        hidden_states: [B,L,D] of each layer's input, and one more, as ``output_hidden_states`` gives them.
-        first, last: int64 [B], where the chain's separators stand.
+        hidden_states: [B,L,D], the input of each layer and one more, as ``output_hidden_states`` returns them.
+        first, last: int64 [B], positions of the separators before and after the chain.
     """
     layers = len(hidden_states) - 1
     share = torch.linspace(0, 1, layers, dtype=torch.float64, device=first.device)
@@ -44,7 +44,10 @@ def diagonal(hidden_states: tuple[Tensor, ...], first: Tensor, last: Tensor) -> 
 
 @contextmanager
 def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the input of layer l at column ``place`` is ``state(l, what stood there)`` [B,D]; not in cached single tokens."""
+    """In this context, the input of layer l at column ``place`` is ``state(l, its previous value)``, [B,D].
+
+    Cached decoding, one token at a time, is left alone.
+    """
 
     def before(l: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,17 +69,18 @@ def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], T
 
 
 def width(model: PreTrainedModel) -> int:
+    """D, the size of a hidden state."""
     return model.config.get_text_config().hidden_size
 
 
 def perceptrons(model: PreTrainedModel, inputs: int) -> nn.ModuleList:
-    """One for each layer, from ``inputs`` times D to D over 4 D."""
+    """One two-layer perceptron per layer, from ``inputs`` * D over 4 D to D."""
     D, layers = width(model), len(decoder_layers(model))
     return nn.ModuleList(nn.Sequential(nn.Linear(inputs * D, 4 * D), nn.ReLU(), nn.Linear(4 * D, D)) for _ in range(layers))
 
 
 class Student(nn.Module):
-    """A language model into which one state a layer is written at the separator behind the prompt."""
+    """A language model into which one state per layer is written, at the separator after the prompt."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -84,15 +88,15 @@ class Student(nn.Module):
         self.to(model.device, model.dtype)
 
     def reading(self, states: Tensor, place: int) -> Any:
-        """Inside, the model reads ``states`` [B,layers,D] at column ``place``."""
+        """In this context, the model reads ``states`` [B,layers,D] at column ``place``."""
         return writing(self.model, place, lambda l, _: self.perceptrons[l](states[:, l]))
 
 
 class Emulator(nn.Module):
-    """Predicts the teacher's states from the prompt: a language model with a mixture, and a memory that runs over layers.
+    """Predicts the teacher's states from the prompt: a language model with a mixture, and a memory that runs over the layers.
 
     Args:
-        components: M, of the mixture; 1 where there is one way to reason.
+        components: M, components of the mixture; 1 if there is one way to reason.
     """
 
     def __init__(self, model: PreTrainedModel, components: int = 1):
@@ -106,7 +110,7 @@ class Emulator(nn.Module):
         self.to(model.device, model.dtype)
 
     def forward(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The states [B,layers,D] that it predicts at the prompts' last tokens."""
+        """The states [B,layers,D] predicted at the last token of each prompt."""
         ids, mask = (x.to(self.model.device) for x in padded(prompts, left=True))
         states: list[Tensor] = []
         keys: list[Tensor] = []
@@ -114,7 +118,7 @@ class Emulator(nn.Module):
         context: Tensor | None = None
 
         def state(l: int, hidden: Tensor) -> Tensor:
-            """Predicts, and writes what later layers then know of it."""
+            """Predict the state of layer l, and return what to write there for later layers to read."""
             nonlocal memory, context
             component = (hidden @ self.mixture.weight.T / MIXTURE_TEMPERATURE).softmax(-1) @ self.mixture.weight
             states.append(self.perceptrons[l](torch.cat([hidden, component], -1)))
@@ -135,5 +139,5 @@ class Emulator(nn.Module):
 
 
 def emulation_loss(states: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared distance, summed over layers and width, mean over rows; both [B,layers,D]."""
+    """Half the squared distance, summed over layers and width, averaged over rows; both are [B,layers,D]."""
     return 0.5 * (targets - states).square().sum((1, 2)).mean()

@@ -1,4 +1,4 @@
-"""Two attempts at each problem, as SCoRe makes them, what they show, and whether votes would have used the tokens better."""
+"""Two attempts at each problem, as SCoRe makes them; their figures and plots; and votes for as many tokens, for comparison."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.evaluation.intervals import paired
-from quietstar.recipes.common.budgets import powers
 from quietstar.recipes.common.plots import Panel, Points, panels
 from quietstar.recipes.common.sampling import Completion, rollout
-from quietstar.recipes.common.selectors import Sample, majority
-from quietstar.recipes.solve import measure, revision_prompt
+from quietstar.recipes.common.selectors import Sample, majority, powers_of_two
+from quietstar.recipes.common.solutions import revision_prompt, to_samples
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 
-BINS = 20  # of the histogram of changes, from 0 to 1
-POINTS = 30  # of a curve over the updates, about
+BINS = 20  # of the histogram of changes, which are from 0 to 1
+POINTS = 30  # of a curve over the updates, roughly
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Attempts:
 
     Attributes:
         prompts, first: ids of the problem and of the first attempt.
-        requests, second: ids of all that stands before the second attempt, and of it.
+        requests, second: ids of everything before the second attempt, and of that attempt.
         rewards: [2,R], 1 where an attempt is right.
-        own: bool [R], whether the model wrote the first attempt, and not the base.
-        revised: bool [R], whether the second attempt's answer is another one.
+        own: bool [R], whether the model wrote the first attempt itself, rather than the base model.
+        revised: bool [R], whether the second attempt's answer differs from the first's.
     """
 
     rows: Sequence[Row]
@@ -47,32 +46,34 @@ class Attempts:
     own: Tensor
     revised: Tensor
 
-    def part(self, places: Sequence[int]) -> Attempts:
-        """Those at some of the problems."""
+    def part(self, indices: Sequence[int]) -> Attempts:
+        """The attempts at the problems with these indices."""
         ids = (self.prompts, self.first, self.requests, self.second)
-        prompts, first, requests, second = ([x[i] for i in places] for x in ids)
-        rows = [self.rows[i] for i in places]
-        marks = (x[..., places] for x in (self.rewards, self.own, self.revised))
-        return Attempts(rows, prompts, first, requests, second, *marks)
+        prompts, first, requests, second = ([x[i] for i in indices] for x in ids)
+        rows = [self.rows[i] for i in indices]
+        flags = (x[..., indices] for x in (self.rewards, self.own, self.revised))
+        return Attempts(rows, prompts, first, requests, second, *flags)
 
     def parts(self, size: int) -> Iterator[Attempts]:
-        """All of them, so many at once."""
-        for places in torch.arange(len(self.first)).split(size):
-            yield self.part(places.tolist())
+        """All attempts, ``size`` problems at a time."""
+        for indices in torch.arange(len(self.first)).split(size):
+            yield self.part(indices.tolist())
 
     def tokens(self) -> Tensor:
-        """Of all first and of all second attempts, [2]."""
-        return torch.tensor([sum(map(len, several)) for several in (self.first, self.second)])
+        """Number of tokens of all first and of all second attempts, [2]."""
+        return torch.tensor([sum(map(len, attempts)) for attempts in (self.first, self.second)])
 
     def changes(self) -> list[float]:
-        """How much of both attempts' tokens one has and the other hasn't: 0 for a copy, 1 where they share none."""
+        """The share of the tokens of both attempts that are in only one of them: 0 for a copy, 1 if they share none."""
         pairs = zip(self.first, self.second, strict=True)
         return [1 - SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
 
     def figures(self) -> dict[str, float]:
-        """accuracy_first, accuracy_second, delta = their difference with its 95 % interval, low and high, and over all problems
-        the shares fixed (wrong, then right), broken (right, then wrong), revised, which may also go from wrong to wrong, and
-        edited, which may leave the answer as it is, and change, the mean of ``changes``.
+        """Figures of both attempts, over all problems.
+
+        accuracy_first, accuracy_second, and delta, their difference with its 95 % interval (low, high). Shares of the problems:
+        fixed (wrong, then right), broken (right, then wrong), revised (another answer, also from wrong to wrong) and edited
+        (not a copy; the answer may be the same). change: the mean of ``changes``.
         """
         first, second = (x.bool().tolist() for x in self.rewards)
         compared = paired(second, first)
@@ -93,7 +94,7 @@ class Attempts:
         }
 
     def histogram(self) -> list[int]:
-        """Problems by how much the second attempt changes the first, in ``BINS`` bins; a bin begins at its edge."""
+        """Number of problems by how much the second attempt changes the first, in ``BINS`` bins with their lower edges."""
         counts = [0] * BINS
         for change in self.changes():
             counts[min(int(change * BINS), BINS - 1)] += 1
@@ -109,21 +110,21 @@ def attempt(
     base: PreTrainedModel | None = None,
     share: float = 0.0,
 ) -> Attempts:
-    """Two attempts at each row, the second one of which sees the first; ``base`` writes a ``share`` of the first ones."""
+    """Two attempts at each row, the second of which sees the first; ``base`` writes a ``share`` of the first ones."""
     prompts = [row.prompt_ids for row in rows]
-    foreign = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(seed, 2)))[: int(share * len(rows))]
+    by_base = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(seed, 2)))[: int(share * len(rows))]
     own = torch.ones(len(rows), dtype=torch.bool)
-    own[foreign] = False
+    own[by_base] = False
     first: list[list[int]] = [[] for _ in rows]
     for number, writer, mask in ((0, model, own), (3, base, ~own)):
         places = mask.nonzero()[:, 0].tolist()
         if writer is not None and places:
             written = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
-            for i, several in zip(places, written, strict=True):
-                first[i] = several[0].ids
+            for i, completions in zip(places, written, strict=True):
+                first[i] = completions[0].ids
     requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
-    second = [several[0].ids for several in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
-    right = [[task.check(row, ids) for row, ids in zip(rows, several, strict=True)] for several in (first, second)]
+    second = [completions[0].ids for completions in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
+    right = [[task.check(row, ids) for row, ids in zip(rows, attempts, strict=True)] for attempts in (first, second)]
     rewards = torch.tensor(right, dtype=torch.float32)
     revised = torch.tensor([task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)])
     return Attempts(rows, prompts, first, requests, second, rewards, own, revised)
@@ -132,14 +133,14 @@ def attempt(
 def votes(
     model: PreTrainedModel, task: Task, rows: Sequence[Row], chains: int, sampling: Mapping[str, Any], seed: int
 ) -> list[dict[str, Any]]:
-    """Corrections against solutions in parallel, by the majority of each, from 1 to ``chains`` chains of two attempts.
+    """Compare corrections with parallel solutions, by the majority vote of each, for 1 to ``chains`` chains of two attempts.
 
-    The majority of the second attempts against that of independent first ones, which are as many as it takes to spend, problem
-    by problem, the tokens of both attempts at least. Tokens that are only read are not counted.
+    The vote of the second attempts is compared with that of independent first attempts, as many as it takes to spend, problem
+    by problem, at least the tokens of both attempts. Tokens that are only read do not count.
 
     Returns:
-        A point for each power of 2, none for no chain: chains; corrected and parallel, which are accuracies; their difference
-        with its 95 % interval, low and high; and what was generated a problem, tokens and tokens_parallel.
+        One point per power of 2, none for no chains: chains; corrected and parallel, which are accuracies; their difference
+        with its 95 % interval, low and high; and the tokens generated per problem, tokens and tokens_parallel.
     """
     if not chains:
         return []
@@ -147,21 +148,21 @@ def votes(
     first = rollout(model, task, prompts, 2 * chains, **sampling, seed=mix_seed(seed, 0))
     requests = [
         revision_prompt(task, row, [task.trimmed(x.ids)])
-        for row, several in zip(rows, first, strict=True)
-        for x in several[:chains]
+        for row, completions in zip(rows, first, strict=True)
+        for x in completions[:chains]
     ]
     flat = rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))
     second: list[list[Completion]] = [[x for (x,) in flat[i : i + chains]] for i in range(0, len(flat), chains)]
-    parallel = measure(task, rows, first)
+    parallel = to_samples(task, rows, first)
     corrected = [
         [replace(y, tokens=x.tokens + y.tokens) for x, y in zip(before, after, strict=False)]
-        for before, after in zip(parallel, measure(task, rows, second), strict=True)
+        for before, after in zip(parallel, to_samples(task, rows, second), strict=True)
     ]
     points = []
-    for k in powers(chains):
-        bought = [several[:k] for several in corrected]
+    for k in powers_of_two(chains):
+        bought = [samples[:k] for samples in corrected]
         instead = [reaching(x, tokens(y)) for x, y in zip(parallel, bought, strict=True)]
-        right = [[majority(x).right for x in several] for several in (bought, instead)]
+        right = [[majority(x).right for x in samples] for samples in (bought, instead)]
         compared = paired(*right)
         points.append(
             {
@@ -177,17 +178,18 @@ def votes(
 
 
 def tokens(samples: Sequence[Sample]) -> int:
+    """Number of tokens of all samples."""
     return sum(x.tokens for x in samples)
 
 
 def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
-    """The first ones that together have ``budget`` tokens or more; all, where they have fewer."""
+    """The first samples that together have at least ``budget`` tokens; all of them if they have fewer."""
     count = next((n for n in range(1, len(samples)) if tokens(samples[:n]) >= budget), len(samples))
     return samples[:count]
 
 
-def draw(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], title: str) -> None:
-    """The plots of a run: its report and its metrics, a line an update; nothing without matplotlib."""
+def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Plot a run's report and its metrics, a line per update; does nothing without matplotlib."""
 
     def over(*names: str) -> dict[str, list[Points]]:
         width = max(1, len(lines) // POINTS)
@@ -208,10 +210,15 @@ def draw(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
         for end, figures in report.items()
     }
     ends = [b["step"] - 1 for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
-    several = [
+    plots = [
         Panel("update", "reward of an attempt", over("accuracy_first", "accuracy_second"), marks=ends),
-        Panel("update", "divergence from the base, nats a token", over("divergence_first", "divergence_second"), marks=ends),
-        Panel("edit distance ratio of the attempts", "share of the test problems", histogram),
-        Panel("tokens generated a problem", "accuracy of the majority", bought),
+        Panel(
+            "update",
+            "divergence from the base model, nats per token",
+            over("divergence_first", "divergence_second"),
+            marks=ends,
+        ),
+        Panel("share of tokens that the second attempt changes", "share of test problems", histogram),
+        Panel("tokens generated per problem", "accuracy of the majority vote", bought),
     ]
-    panels(path, title, [panel for panel in several if panel.curves])
+    panels(path, title, [panel for panel in plots if panel.curves])

@@ -1,6 +1,6 @@
-"""How a budget is best split into attempts that revise each other and chains side by side, by how hard a problem is.
+"""How best to split a budget between attempts that revise each other and parallel chains, depending on a problem's difficulty.
 
-Compute-optimal scaling of arXiv 2408.03314: the split of each difficulty is chosen on validation problems.
+Compute-optimal scaling of arXiv 2408.03314: the split for each difficulty is chosen on validation problems.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from statistics import fmean, quantiles
 from typing import Any
 
-from quietstar.recipes.common.budgets import Chain, Spent, powers, spend, split, summary
-from quietstar.recipes.common.selectors import Sample, Selector, majority
+from quietstar.recipes.common.selectors import Sample, Selector, majority, powers_of_two
+from quietstar.recipes.solve_budgets import Chain, Spent, spend, split, summary
 
-BINS = 5  # of difficulty, equally many validation problems in each
+BINS = 5  # of difficulty, with equally many validation problems in each
 ONE, PREDICTED, MEASURED = "one split for all", "compute-optimal", "compute-optimal, oracle bins"
 
 
@@ -23,9 +23,9 @@ class Drawn:
     """Solutions of some problems.
 
     Attributes:
-        samples: of each problem, independent ones, which tell how hard it is and nothing else.
-        chains: of each problem, as long as ``budgets.lengths`` says; budgets are spent on these alone, since a difficulty
-            measured on what it then decides about would know how that ends.
+        samples: independent solutions of each problem, used only to measure its difficulty.
+        chains: of each problem, with the lengths of ``solve_budgets.lengths``. Budgets are spent only on these: a difficulty
+            measured on the same attempts would already know how they end.
     """
 
     samples: Sequence[Sequence[Sample]]
@@ -33,7 +33,10 @@ class Drawn:
 
 
 def predicted(samples: Sequence[Sample]) -> float:
-    """A problem's difficulty without its answer: a low mean score, or without a verifier few samples with one answer."""
+    """A problem's difficulty, estimated without its answer.
+
+    Minus the mean score or, without a verifier, minus the share of the most frequent answer.
+    """
     scores = [x.score for x in samples if x.score is not None]
     if len(scores) == len(samples):
         return -fmean(scores)
@@ -42,7 +45,7 @@ def predicted(samples: Sequence[Sample]) -> float:
 
 
 def measured(samples: Sequence[Sample]) -> float:
-    """A problem's difficulty by its answer: a low share of right samples."""
+    """A problem's difficulty given its answer: minus the share of right samples."""
     return -fmean(x.right for x in samples)
 
 
@@ -52,59 +55,62 @@ DIFFICULTIES: dict[str, Callable[[Sequence[Sample]], float]] = {ONE: lambda _: 0
 def compute_optimal(
     valid: Drawn, test: Drawn, pick: Selector, budgets: Sequence[float]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """What choosing a split by difficulty reaches on test problems, with the bins' edges and choices of validation problems.
+    """What choosing the split by difficulty reaches on test problems; bin edges and choices come from validation problems.
 
     Args:
         pick: chooses among all attempts that a budget bought.
-        budgets: in tokens; the i-th from 0 is for about 2**i attempts.
+        budgets: in tokens; the i-th, counted from 0, is for about 2**i attempts.
 
     Returns:
-        Curves as those of ``budgets.curve``: with one split for all, by predicted and by measured difficulty. And of the
-        largest budget a row for each bin with test problems, the easiest first: bins (the curve's name), difficulty from 1,
-        problems, chosen (attempts in a chain) and accuracy, of each number of attempts in a chain.
+        Curves like those of ``solve_budgets.curve``: with one split for all problems, by predicted and by measured difficulty.
+        And for the largest budget one row per bin that has test problems, the easiest first: bins (the curve's name),
+        difficulty from 1, problems, chosen (attempts per chain), and accuracy for each number of attempts per chain.
     """
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in DIFFICULTIES}
     bins = {name: binned(valid, test, difficulty) for name, difficulty in DIFFICULTIES.items()}
     longest = len(valid.chains[0][0])
     for i, budget in enumerate(budgets):
-        splits = powers(min(longest, 2**i))
+        splits = powers_of_two(min(longest, 2**i))
         tried, tested = (spend_all(drawn, splits, pick, budget) for drawn in (valid, test))
-        chosen = {name: choose(tried, places) for name, (places, _) in bins.items()}
-        for name, (_, places) in bins.items():
-            spent = [tested[chosen[name][x]][problem] for problem, x in enumerate(places)]
+        chosen = {name: choose(tried, problem_bins) for name, (problem_bins, _) in bins.items()}
+        for name, (_, problem_bins) in bins.items():
+            spent = [tested[chosen[name][x]][problem] for problem, x in enumerate(problem_bins)]
             curves[name].append({"budget": budget, **summary(spent)})
     rows = []
     for name in (PREDICTED, MEASURED):
-        places = bins[name][1]
-        for x in sorted(set(places)):
-            accuracy = {str(A): mean_of(several, places, x) for A, several in zip(splits, tested, strict=True)}
-            row = {"bins": name, "difficulty": x + 1, "problems": places.count(x), "chosen": splits[chosen[name][x]]}
+        problem_bins = bins[name][1]
+        for x in sorted(set(problem_bins)):
+            accuracy = {str(A): mean_of(of_split, problem_bins, x) for A, of_split in zip(splits, tested, strict=True)}
+            row = {"bins": name, "difficulty": x + 1, "problems": problem_bins.count(x), "chosen": splits[chosen[name][x]]}
             rows.append({**row, "accuracy": accuracy})
     return curves, rows
 
 
 def spend_all(drawn: Drawn, splits: Sequence[int], pick: Selector, budget: float) -> list[list[Spent]]:
-    """Of each split and each problem."""
+    """``spend`` for each split and each problem."""
     return [[spend(split(chains, attempts), pick, budget) for chains in drawn.chains] for attempts in splits]
 
 
 def binned(valid: Drawn, test: Drawn, difficulty: Callable[[Sequence[Sample]], float]) -> tuple[list[int], list[int]]:
-    """Bins of the validation and of the test problems, from 0, the easiest; without ties of as many validation problems."""
+    """Bins of the validation and of the test problems; 0 is the easiest.
+
+    Without ties, all bins have equally many validation problems.
+    """
     values, others = ([difficulty(samples) for samples in drawn.samples] for drawn in (valid, test))
     edges = quantiles(values, n=BINS, method="inclusive")
     return [bisect(edges, x) for x in values], [bisect(edges, x) for x in others]
 
 
-def choose(spent: Sequence[Sequence[Spent]], places: Sequence[int]) -> list[int]:
-    """The place of each bin's best split, the first of equals; a bin without a problem has what is best for all."""
-    everywhere = [fmean(x.right for x in several) for several in spent]
+def choose(spent: Sequence[Sequence[Spent]], problem_bins: Sequence[int]) -> list[int]:
+    """Index of each bin's best split, the first one in a tie; a bin without problems gets the one that is best overall."""
+    everywhere = [fmean(x.right for x in of_split) for of_split in spent]
     found = []
     for x in range(BINS):
-        means = [mean_of(several, places, x) for several in spent] if x in places else everywhere
+        means = [mean_of(of_split, problem_bins, x) for of_split in spent] if x in problem_bins else everywhere
         found.append(means.index(max(means)))
     return found
 
 
-def mean_of(spent: Sequence[Spent], places: Sequence[int], x: int) -> float:
-    """The accuracy in one bin."""
-    return fmean(one.right for one, place in zip(spent, places, strict=True) if place == x)
+def mean_of(spent: Sequence[Spent], problem_bins: Sequence[int], x: int) -> float:
+    """The accuracy in bin ``x``."""
+    return fmean(one.right for one, problem_bin in zip(spent, problem_bins, strict=True) if problem_bin == x)

@@ -1,6 +1,6 @@
-"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference is the model it starts from.
+"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference model is the one it starts from.
 
-And the usual one to compare it with, which learns to say behind a solution whether it is right.
+And the usual kind of verifier, for comparison, which learns to say after a solution whether it is right.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,11 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, PreTrainedModel
 
 from quietstar.config import option
+from quietstar.recipes.common.logprobs import likelihoods
+from quietstar.recipes.common.ranges import check_positive
 from quietstar.recipes.common.rounds import REPORT, load_model
-from quietstar.recipes.common.sampling import likelihoods
 from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.common.solutions import Scorer
 from quietstar.recipes.tasks import Task
 
 Solution = dict[str, Any]  # prompt and ids: token ids; right: bool; split: of the problem
@@ -38,29 +40,31 @@ class DPO:
         ValueError: a value outside its range, by name.
     """
 
-    pairs: int = option(16, "pairs of a right and a wrong solution of one problem, at most")
-    beta: float = option(0.1, "of DPO: how dear it is to leave the reference")
-    verifier_rate: float = option(3e-4, "learning rate of the verifier; 1e-5 with a large model")
-    pair_batch: int = option(32, "pairs of an update")
-    updates: int = option(1000, "of the verifier at most; one pass over the pairs is the most there is")
+    pairs: int = option(16, "most pairs of a right and a wrong solution per problem")
+    beta: float = option(0.1, "beta of DPO: how strongly the verifier is held to the reference model")
+    verifier_rate: float = option(3e-4, "learning rate of the verifier; 1e-5 for a large model")
+    pair_batch: int = option(32, "pairs per update")
+    updates: int = option(1000, "most updates of the verifier; it never takes more than one pass over the pairs")
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "beta", "verifier_rate", "pair_batch", "updates"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"vstar: {name} must be above 0, got {getattr(self, name)!r}")
+        check_positive("vstar", self, ("pairs", "beta", "verifier_rate", "pair_batch", "updates"))
 
 
 def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) -> list[Pair]:
-    """Right and wrong solutions of one problem, each pair once, at most so many of a problem; in random order."""
-    of: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
+    """Pairs of a right and a wrong solution of one problem of the split, without duplicates, in random order.
+
+    Args:
+        most: pairs per problem at most.
+    """
+    by_prompt: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
     for x in solutions:
         if x["split"] == split:
-            of[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
+            by_prompt[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
     choose = random.Random(seed)
     pairs: list[Pair] = []
-    for prompt, (right, wrong) in of.items():
-        several = list(itertools.product(sorted(right), sorted(wrong)))
-        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(several, min(most, len(several)))]
+    for prompt, (right, wrong) in by_prompt.items():
+        candidates = list(itertools.product(sorted(right), sorted(wrong)))
+        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(candidates, min(most, len(candidates)))]
     choose.shuffle(pairs)
     return pairs
 
@@ -68,14 +72,14 @@ def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) 
 def train_verifier(
     reference: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: DPO, seed: int
 ) -> tuple[PreTrainedModel, list[float]]:
-    """A copy of the reference after at most one pass of TRL's DPO over the pairs, and the losses.
+    """A copy of the reference model after at most one pass of TRL's DPO over the pairs, and the losses.
 
     Raises:
         ValueError: TRL is not installed.
     """
     try:
         from datasets import Dataset, disable_progress_bars
-        from transformers import PrinterCallback  # which imports peft and what that imports
+        from transformers import PrinterCallback  # importing it imports peft too
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
@@ -100,12 +104,12 @@ def train_verifier(
             disable_tqdm=True,
             use_cpu=reference.device.type == "cpu",
         )
-        # TRL changes the models it is given, so it gets copies.
+        # TRL changes the models that it is given, so it gets copies.
         trainer = DPOTrainer(
             copy.deepcopy(reference),
             copy.deepcopy(reference),
             options,
-            train_dataset=Dataset.from_list([as_text(task, pair) for pair in pairs[: steps * config.pair_batch]]),
+            train_dataset=Dataset.from_list([as_trl_example(task, pair) for pair in pairs[: steps * config.pair_batch]]),
             processing_class=task.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
@@ -115,8 +119,8 @@ def train_verifier(
     return verifier.eval(), [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def as_text(task: Task, pair: Pair) -> dict[str, str]:
-    """As TRL wants it: it tokenizes the prompt with each solution behind it."""
+def as_trl_example(task: Task, pair: Pair) -> dict[str, str]:
+    """The pair as text, as TRL expects it; it tokenizes the prompt followed by each solution."""
     prompt, *both = (task.tokenizer.decode(ids) for ids in (pair[0], pair[0] + pair[1], pair[0] + pair[2]))
     chosen, rejected = (text[len(prompt) :] for text in both)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -125,7 +129,7 @@ def as_text(task: Task, pair: Pair) -> dict[str, str]:
 def measure_pairs(
     verifier: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], beta: float, batch_size: int
 ) -> dict[str, float | None]:
-    """On pairs of problems it did not see: the loss, and the share whose right solution the verifier ranks higher."""
+    """On pairs from held-out problems: the DPO loss, and the share of pairs whose right solution the verifier scores higher."""
     if not pairs:
         return {"held_out_loss": None, "held_out_order": None}
     prompts, right, wrong = map(list, zip(*pairs, strict=True))
@@ -141,9 +145,9 @@ def measure_pairs(
 def train_outcome(
     reference: PreTrainedModel, task: Task, solutions: Sequence[Solution], steps: int, config: SFTConfig, seed: int
 ) -> PreTrainedModel:
-    """A copy of the reference that has learnt from each distinct training solution to say behind it whether it is right.
+    """A copy of the reference model that has learnt, from each distinct training solution, to say after it whether it is right.
 
-    It is scored by ``verdict_scorer``.
+    ``verdict_scorer`` scores with it.
     """
     right = {(*x["prompt"], *x["ids"]): x["right"] for x in solutions if x["split"] == "train"}
     examples = [(list(ids), verdict(task, answer)) for ids, answer in right.items()]
@@ -151,12 +155,12 @@ def train_outcome(
 
 
 def verdict(task: Task, right: bool) -> list[int]:
-    """What stands behind a solution, in the tokens of the task; the small tokenizers know digits."""
+    """The verdict after a solution, 1 or 0, in the tokens of the task; the small tokenizers have digits."""
     return task.tokenizer(f" {int(right)}", add_special_tokens=False)["input_ids"]
 
 
-def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Callable[..., list[float]]:
-    """Log-probability of the verdict that a solution is right; takes rows and solutions, as ``test_time.Scorer``."""
+def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Scorer:
+    """Scores a solution by the log-probability of the verdict that it is right."""
     yes = verdict(task, True)
     return lambda rows, solutions: likelihoods(
         verifier,
@@ -170,23 +174,24 @@ def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task)
     """The verifier of a V-STaR run, for solutions of ``model``, which was loaded from ``generator``.
 
     Raises:
-        ValueError: it reads other tokens than the model, or has other weights, or both come from runs that began with
+        ValueError: it has other tokens than the model, or weights of other shapes, or the two come from runs that started with
             different models.
     """
     verifier = load_model(Path(path), model)
     if AutoTokenizer.from_pretrained(path).get_vocab() != task.tokenizer.get_vocab():
         raise ValueError(
-            f"{path}: the verifier is of another base model, and reads other tokens than {generator or 'the model'}"
+            f"{path}: the verifier is of another base model: its tokens differ from those of {generator or 'the model'}"
         )
     if shapes(verifier) != shapes(model):
         raise ValueError(
-            f"{path}: the verifier is of another base model, and has other weights than {generator or 'the model'}"
+            f"{path}: the verifier is of another base model: its weights have other shapes than {generator or 'the model'}"
         )
     bases = [json.loads(file.read_text()).get("base") for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
-        raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} began with {bases[1]}")
+        raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} started with {bases[1]}")
     return verifier
 
 
 def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Shapes of the parameters by name."""
     return {name: x.shape for name, x in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A small model that solves some problems and not others, trained once; and a signal in the middle of a run."""
+"""A small model that solves only some problems, trained once; and a signal in the middle of a run."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def solver():
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """``with stopped(owner, name, n):`` a run that ends by a SIGTERM during the call of ``owner.name`` behind ``n`` others."""
+    """``with stopped(owner, name, n):`` a run that SIGTERM ends during a call of ``owner.name``, after ``n`` others."""
 
     @contextmanager
     def context(owner, name, n):

@@ -1,4 +1,4 @@
-"""Fast Quiet-STaR: what a stage begins and ends with, what the plain model is trained on, and that it is an ordinary one."""
+"""Fast Quiet-STaR: how stages start and end, what the plain model is trained on, and that it is an ordinary model."""
 
 import json
 
@@ -40,13 +40,13 @@ def run(tiny, tmp_path, monkeypatch):
     return start
 
 
-def test_the_curriculum_in_words():
+def test_the_curriculum_is_parsed():
     assert stages(Config().curriculum) == [(16, 8), (12, 4), (8, 4)]
     assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("curriculum", ["", "8", "8-4-2", "8-x", "0-4", "8-4,,4-2", "8-4,12-4"])
-def test_curricula_that_are_none(curriculum):
+def test_bad_curricula(curriculum):
     with pytest.raises(ValueError, match="curriculum must"):
         Config(curriculum=curriculum)
 
@@ -87,7 +87,7 @@ def test_the_published_loss_reinforces_a_sampled_token():
 
 
 def test_on_average_over_the_sampled_token_the_published_loss_only_sharpens():
-    """Its gradient is reward * (p at the temperature - p) / temperature. A draw is measured as if it were the text's token."""
+    """Its gradient is reward * (p at the temperature - p) / temperature, here by trying every token as the sampled one."""
     logits = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)
     p, config = logits.detach().softmax(-1), Config(objective="observed", plain_weight=2.0, plain_temperature=3.0)
     mean = torch.zeros_like(p)
@@ -117,13 +117,14 @@ def test_no_reward_no_gradient():
     assert logits.grad.abs().max() == 0
 
 
-def test_packed_texts_are_cut_where_their_documents_end():
+def test_packed_texts_are_split_into_documents():
     ids, documents = torch.arange(10), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
-    found = plain.documents([{"input_ids": ids, "document_ids": documents}, {"input_ids": torch.arange(20, 24)}])
+    found = plain.split_documents([{"input_ids": ids, "document_ids": documents}, {"input_ids": torch.arange(20, 24)}])
     assert [x["input_ids"].tolist() for x in found] == [[0, 1, 2, 3], [6, 7, 8, 9], [20, 21, 22, 23]]
-    found = plain.documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([0, 2, 7, -1])}])
+    found = plain.split_documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([0, 2, 7, -1])}])
     assert [x["anchors"].tolist() for x in found] == [[0, 2], [1]]
-    assert plain.documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([7])}])[0]["anchors"] == 1
+    (last,) = plain.split_documents([{"input_ids": ids, "document_ids": documents, "anchors": torch.tensor([7])}])[:1]
+    assert last["anchors"] == 1
 
 
 def test_the_teachers_losses_are_those_of_its_greedy_thoughts(tiny):
@@ -134,21 +135,21 @@ def test_the_teachers_losses_are_those_of_its_greedy_thoughts(tiny):
     found = plain.teacher_losses(qs, data[:2], 2) + plain.teacher_losses(qs, data[2:3], 2)
     for text, losses in zip(data, found, strict=False):
         out = qs(text["input_ids"][None], anchors=text.get("anchors", torch.arange(len(text["input_ids"])))[None])
-        places = plain.predicted(text)
+        places = plain.target_mask(text)
         anchors = text.get("anchors", torch.arange(len(places)))
         torch.testing.assert_close(losses, out.nll_mix[0, : len(anchors[anchors >= 0]), 0, 0].detach())
         assert int(places.sum()) == len(losses)
 
 
-def test_what_counts():
+def test_which_tokens_are_targets():
     text = {"input_ids": torch.arange(6), "attention_mask": torch.tensor([1, 1, 1, 1, 1, 0])}
-    assert plain.predicted(text).tolist() == [True, True, True, True, False]
+    assert plain.target_mask(text).tolist() == [True, True, True, True, False]
     labels = torch.tensor([-100, -100, 2, 3, -100, 5])
-    assert plain.predicted({**text, "labels": labels}).tolist() == [False, True, True, False, False]
-    assert plain.predicted({**text, "anchors": torch.tensor([1, 3, 4, -1])}).tolist() == [False, True, False, True, False]
+    assert plain.target_mask({**text, "labels": labels}).tolist() == [False, True, True, False, False]
+    assert plain.target_mask({**text, "anchors": torch.tensor([1, 3, 4, -1])}).tolist() == [False, True, False, True, False]
 
 
-def test_the_plain_loss_is_measured_as_that_with_thoughts(tiny):
+def test_the_plain_loss_is_measured_like_the_loss_with_thoughts(tiny):
     model = tiny("llama")
     found = plain.loss(model, texts(5), 2)
     qs = QuietStar(model, ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1), verify=False).eval()
@@ -159,7 +160,7 @@ def test_the_plain_loss_is_measured_as_that_with_thoughts(tiny):
 
 
 def test_what_is_rewarded_at_each_position(tiny):
-    """Against losses that are computed text by text, where thoughts are at some positions alone."""
+    """Compared with losses computed text by text, with thoughts at only some positions."""
     base, qs = tiny("llama"), QuietStar(tiny("llama"), ThoughtConfig(thought_tokens=2, lookahead=1), verify=False).eval()
     torch.manual_seed(0)
     torch.nn.init.normal_(qs.mixing_head[4].weight)
@@ -174,7 +175,7 @@ def test_what_is_rewarded_at_each_position(tiny):
             with_thought, without = out.nll_mix[0, i, 0, 0].detach(), out.nll_base[0, place].detach()
             own = [-model(ids[None]).logits[0, place].detach().log_softmax(-1)[ids[place + 1]] for model in (base, student)]
             expected.setdefault(place, []).append([without - with_thought, *(max(0, with_thought - x) for x in own)])
-    found = fast_report.positions(base, student, qs, held_out, 2)
+    found = fast_report.by_position(base, student, qs, held_out, 2)
     assert [(x["position"], x["texts"]) for x in found] == [(place, len(expected[place])) for place in sorted(expected)]
     assert {x["texts"] for x in found} == {1, 2, 3}
     for x in found:
@@ -233,12 +234,12 @@ def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path)
 
 
 def test_the_plain_model_is_not_worse_than_its_start(run):
-    """At this rate every update harms."""
+    """At this learning rate every update makes it worse."""
     _, report = run(plain_rate=0.5, objective="likelihood")
     assert report["plain"] == report["base"]
 
 
-def test_a_stage_goes_on_from_the_best_checkpoint(run, monkeypatch):
+def test_a_stage_continues_from_the_best_checkpoint(run, monkeypatch):
     """The scores make the first of two evaluations the better one."""
     began, judged, original = [], [], recipe.train
 
@@ -257,8 +258,8 @@ def test_a_stage_goes_on_from_the_best_checkpoint(run, monkeypatch):
 
 
 @pytest.mark.parametrize("update", [1, 3, 6, 9])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, tmp_path, update):
-    """Stopped in the first stage, in its very last step, in the second stage and in the plain model's training."""
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, tmp_path, update):
+    """Stopped in the first stage, in its last step, in the second stage and while the plain model is trained."""
     whole, report = run("whole")
     with stopped(torch.optim.AdamW, "step", update):
         run("stopped")
@@ -270,7 +271,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, tmp_path, upd
 
 
 def test_bad_input(run, tmp_path):
-    with pytest.raises(ValueError, match="at least 2 texts must be held out, to choose a checkpoint by, got 1"):
+    with pytest.raises(ValueError, match="at least 2 texts must be held out, to choose checkpoints by, got 1"):
         run(held_out=texts(1))
     assert not (tmp_path / "run").exists()
     run()

@@ -1,4 +1,4 @@
-"""Stepwise internalisation: what goes when, under which positions, with which optimizer, and how a run goes on."""
+"""Stepwise internalisation: what is removed when, at which positions, with which optimizer, and how a run resumes."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_smoothing_is_geometric():
     assert removals(1000, 5, math.inf, torch.Generator().manual_seed(0)).unique().tolist() == [5]
 
 
-def test_which_end_goes():
+def test_which_end_is_removed():
     task = Multiplication(2)
     (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
     tail = [*task.separator_ids, *row.answer_ids, task.end_id]
@@ -72,7 +72,7 @@ def test_which_end_goes():
 
 
 def test_the_loss_is_that_of_what_remains(run, monkeypatch):
-    """Written out row by row, without padding."""
+    """Computed row by row, without padding."""
     task, seen = Addition(1), []
 
     def logprob(model, prompts, completions, shift):
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_what_remains(run, monkeypatch):
     monkeypatch.setattr(icot, "logprob", logprob)
     _, _, lines = run(smoothing=0.7)
     prompts, completions = seen[0]
-    assert {len(x) for x in completions} == {4, 5}  # one token gone, and in some rows more
+    assert {len(x) for x in completions} == {4, 5}  # one token is gone, and more in some rows
     model, total, first = small_model(task, width=32, heads=2, positions=64), 0.0, 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = model(torch.tensor([prompt + completion])).logits[0]
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_what_remains(run, monkeypatch):
 
 
 def positions_of_answers(task, calls):
-    """Of each row of the calls, the positions of the separator and what follows it."""
+    """For each row of the calls, the position of the separator."""
     found = []
     for ids, positions in calls:
         for row, place in zip(ids.tolist(), positions.tolist(), strict=True):
@@ -105,7 +105,7 @@ def positions_of_answers(task, calls):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_positions(tmp_path, keep):
-    """In training and in cached generation the answer stays where the chain had put it, or moves to the left."""
+    """In training and in cached generation the answer keeps its position after the chain, or moves to the left."""
     task = Addition(1)
     model = small_model(task, width=32, heads=2, positions=64)
     calls = {True: [], False: []}
@@ -123,7 +123,7 @@ def test_positions(tmp_path, keep):
     trained = positions_of_answers(task, calls[True])
     assert set(trained) == ({prompt + 2} if keep else {prompt + 1, prompt})
     assert trained[0] == (prompt + 2 if keep else prompt + 1)
-    # The prompt stays where it is, and the first token behind it moves with each of the stages 0, 1 and 2.
+    # The prompt keeps its positions, and the first token after it moves with each of the stages 0, 1 and 2.
     begins = [i for i, (ids, _) in enumerate(calls[False]) if ids.shape[1] == prompt]
     assert [int(calls[False][i][1][0, -1]) for i in begins] == [prompt - 1] * 4
     assert [int(calls[False][i + 1][1][0, -1]) for i in begins] == [prompt + n for n in ((0, 1, 2, 2) if keep else (0,) * 4)]
@@ -142,8 +142,8 @@ def test_cached_answers_at_kept_positions_are_those_of_whole_forwards():
 
 
 @pytest.mark.parametrize("reset, smoothing, steps", [(True, 4.0, 4), (False, 4.0, 7), (True, 1e-3, 7)])
-def test_the_optimizer_begins_anew_with_each_stage(run, tmp_path, reset, smoothing, steps):
-    """But not where the batch before had no chain left; with the last smoothing no row ever has one."""
+def test_each_stage_has_a_new_optimizer(run, tmp_path, reset, smoothing, steps):
+    """Except after a batch without chains; with the last smoothing no row ever has one."""
     run(reset_optimizer=reset, smoothing=smoothing)
     moments = load_file(tmp_path / "run" / "progress" / "optimizer.safetensors")
     assert {float(x) for name, x in moments.items() if name.endswith(".step")} == {steps}
@@ -168,7 +168,7 @@ def test_stages_and_what_is_written(run, tmp_path):
 
 
 def test_the_best_model_has_no_chain(run, monkeypatch):
-    """Scores that are best while there is a chain, then best in the middle of the last stage."""
+    """The scores are best while there is a chain, and then in the middle of the last stage."""
     scores = iter([0.9, 0.8, 0.3, 0.5, 0.4])
     original, seen = icot.evaluate, []
 
@@ -187,7 +187,7 @@ def written(ids):
 
 
 def test_the_digits_of_greedy_answers():
-    """Right, wrong at the second place, and cut off before its end, which is no answer."""
+    """One is right, one has a wrong second digit, and one is cut off before its end and counts as no answer."""
     task = Multiplication(2)
     rows = task.sample(3, "test", torch.Generator().manual_seed(0))
     ids = [task.completion_ids(row) for row in rows]
@@ -198,7 +198,7 @@ def test_the_digits_of_greedy_answers():
 
 
 def test_the_digits_of_answers_of_different_lengths():
-    """The second digit is that of the answers that have two."""
+    """The second digit is graded over the answers that have two."""
     task = WordProblems()
     rows = task.sample(20, "test", torch.Generator().manual_seed(0))
     short, long = (next(row for row in rows if len(row.problem.right) == n) for n in (1, 2))
@@ -215,7 +215,7 @@ def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(icot_report, "panels", lambda path, title, several: drawn.extend(several))
     stages = [{"removed": n, "accuracy": n / 9, "problems_per_second": 10.0 * n} for n in (0, 1)]
     ends = {"accuracy": 0.5, "problems_per_second": 30.0, "digits": [0.6, 0.9]}
-    icot_report.draw(tmp_path / "x.png", {"stages": stages, "training": found, "internalized": ends}, "")
+    icot_report.plot(tmp_path / "x.png", {"stages": stages, "training": found, "internalized": ends}, "")
     removed, speed, loss, digits = drawn
     assert list(removed.curves.values()) == [[[(0, 0.0), (1, 1 / 9)]]]
     assert list(speed.curves.values()) == [[[(0.0, 0.0), (10.0, 1 / 9)]], [[(30.0, 0.5)]]]
@@ -233,7 +233,7 @@ def test_a_gate_keeps_a_stage_until_it_is_learnt(run, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize("reset", [True, False])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, step, reset):
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, step, reset):
     whole, report, lines = run("whole", reset_optimizer=reset)
     with stopped(icot.Training, "_update", step):
         run("stopped", reset_optimizer=reset)
@@ -243,7 +243,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, step, reset):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
-def test_a_run_that_is_there(run):
+def test_an_existing_run(run):
     run()
     with pytest.raises(ValueError, match="a run is there already"):
         run()
@@ -265,7 +265,7 @@ class NeverRight(Addition):
     "task, changes, message",
     [
         (NoChain(1), {}, "none of the 80 problems has a chain of thought"),
-        (NeverRight(1), {}, "NeverRight calls its own answers wrong"),
+        (NeverRight(1), {}, "NeverRight rejects its own answers"),
         (WordProblems(), {"keep_position": True}, "keep_position needs chains of one length"),
         (Multiplication(6), {}, "has 64 positions"),
     ],
@@ -276,7 +276,7 @@ def test_problems_that_have_nothing_to_internalise(run, tmp_path, task, changes,
     assert not (tmp_path / "run" / "progress").exists()
 
 
-def test_nothing_learnt_in_the_explicit_stage_is_said_at_once(run, tmp_path):
+def test_an_explicit_stage_that_learns_nothing_is_reported_at_once(run, tmp_path):
     with pytest.raises(ValueError, match="after 1 updates with the whole chain no held-out answer is right"):
         run(explicit_steps=1)
     assert (tmp_path / "run" / "stages" / "removed-000").is_dir()
@@ -310,7 +310,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_model_that_writes_chains_answers_with_fewer_and_fewer_tokens(tmp_path):
-    """What is removed is not written any more, and the answer without its chain is still a rule and not a guess."""
+    """Removed tokens are no longer written, and answers without a chain are still much better than a guess."""
     task = Addition(2)
     config = Config(str(tmp_path), explicit_steps=400, steps_per_token=60, final_steps=150, learning_rate=2e-3, held_out=50)
     _, report = internalize(small_model(task, width=64, positions=32), task, config)

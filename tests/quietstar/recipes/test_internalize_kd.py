@@ -1,4 +1,4 @@
-"""Distillation of a chain into states: where they are read and written, which model learns when, and that a run is whole."""
+"""Distillation of a chain into states: where they are read and written, which model learns when, and what a run saves."""
 
 import json
 
@@ -31,8 +31,8 @@ MODELS = pytest.mark.parametrize("make", [gpt2, llama])
 IDS = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
 
 
-def test_the_diagonal_goes_from_the_first_layer_at_the_begin_to_the_last_at_the_end():
-    """Four layers; each row's own steps, also where its chain is as short as two tokens."""
+def test_the_diagonal_goes_from_the_start_in_the_first_layer_to_the_end_in_the_last():
+    """Four layers; each row has its own steps, even if its chain is as short as two tokens."""
     hidden = tuple(torch.randn(2, 12, 8, dtype=torch.float64) for _ in range(5))
     found = diagonal(hidden, torch.tensor([1, 4]), torch.tensor([10, 6]))
     places = [[1, 4, 7, 10], [4, 5, 5, 6]]
@@ -42,7 +42,7 @@ def test_the_diagonal_goes_from_the_first_layer_at_the_begin_to_the_last_at_the_
 
 
 @MODELS
-def test_writing_back_what_stood_there_changes_nothing(make):
+def test_writing_the_same_states_back_changes_nothing(make):
     model = make()
     with writing(model, 2, lambda l, hidden: hidden):
         same = model(IDS).logits
@@ -50,8 +50,8 @@ def test_writing_back_what_stood_there_changes_nothing(make):
 
 
 @MODELS
-def test_states_are_written_at_one_place_of_each_layers_input(make):
-    """What each layer sees: the state at that place, at places before it what it always saw."""
+def test_states_are_written_at_one_position_of_each_layers_input(make):
+    """Each layer sees the state at that position, and unchanged inputs before it."""
     model = make()
     states, inputs = torch.randn(3, 2, 32, dtype=torch.float64), []
     plain = model(IDS, output_hidden_states=True).hidden_states
@@ -68,7 +68,7 @@ def test_states_are_written_at_one_place_of_each_layers_input(make):
 
 @MODELS
 def test_cached_answers_are_those_of_whole_forwards(make):
-    """Token after token without a cache, the states written anew each time."""
+    """Compared with decoding token by token without a cache, with the states written each time."""
     task = Addition(1)
     pair = Pair(Emulator(make(1)), Student(make(2))).eval()
     prompts = [[5, 6, 7, 2], [8, 2], [9, 10, 2], [11, 2]]
@@ -103,7 +103,7 @@ def test_padding_changes_no_emulated_state(components):
 
 
 def test_later_layers_know_what_earlier_ones_predicted():
-    """A change of the first layer's prediction reaches the last one's through what is written, and only through it."""
+    """A change of the first layer's prediction reaches later layers through what is written, and only through that."""
     emulator = Emulator(gpt2())
     before = emulator([[5, 6, 2]])
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_which_gradient_each_phase_has():
 
 
 def test_the_teacher_reads_the_whole_chain():
-    """Another chain gives other states, all but the first layer's, which stands before the chain."""
+    """Another chain gives other states, except in the first layer, whose state is from before the chain."""
     task, teacher = Addition(1), gpt2()
     (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
     (other,) = (type(row)(row.prompt_ids, [7, 8], row.answer_ids, row.hinted_ids, row.problem) for _ in range(1))
@@ -197,7 +197,7 @@ def test_a_run_and_what_it_saves(run, tmp_path):
 
 
 @pytest.mark.parametrize("update", [1, 4, 7, 10])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, update):
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, update):
     """Stopped in each of the four phases."""
     whole, report = run("whole")
     with stopped(torch.nn.utils, "clip_grad_norm_", update):

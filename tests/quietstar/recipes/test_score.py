@@ -1,4 +1,4 @@
-"""SCoRe: what each attempt earns, which gradient each stage has, and how a run goes on."""
+"""SCoRe: what each attempt earns, which gradient each stage has, and how a run resumes."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.common.selectors import Sample
 from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.score import Config, advantages, examine, loss, read, returns, score
+from quietstar.recipes.score import Config, advantages, evaluate, logprob_and_divergence, loss, returns, score
 from quietstar.recipes.score_attempts import Attempts, attempt, reaching, votes
 from quietstar.recipes.tasks import Addition
 
@@ -85,7 +85,7 @@ def test_advantages_compare_with_the_others():
 
 
 def test_standardised_advantages_have_variance_one():
-    """Of each attempt by itself, at the same places and of the same sign; what all share stays nothing."""
+    """For each attempt separately, in the same places and with the same sign; equal returns still give 0."""
     rewards = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
     for samples in (1, 4):
         plain, found = (advantages(returns(rewards, 2, Config()), samples, flag) for flag in (False, True))
@@ -123,7 +123,7 @@ def test_the_histogram_counts_every_problem_by_how_much_was_changed():
     assert {place: count for place, count in enumerate(found.histogram()) if count} == {0: 1, 5: 1, 10: 2, 19: 1}
 
 
-def test_the_second_attempt_sees_the_first_and_nothing_of_the_answer(solver):
+def test_the_second_attempt_sees_the_first_but_not_the_answer(solver):
     model, task = solver
     rows = task.sample(20, "train", torch.Generator().manual_seed(3))
     found = attempt(model, task, rows, SAMPLING, seed=0)
@@ -165,11 +165,11 @@ def test_another_chain_with_the_same_answer_is_an_edit_and_no_revision(monkeypat
     assert found.figures()["edited"] == pytest.approx(2 / 3) and found.figures()["revised"] == pytest.approx(1 / 3)
 
 
-def test_read_is_the_row_by_row_result():
-    model, reference = tiny(), moved(tiny())
-    logprob, divergence = read(model, reference, PROMPTS, FIRST)
+def test_log_probability_and_divergence_are_the_row_by_row_result():
+    model, base_model = tiny(), moved(tiny())
+    logprob, divergence = logprob_and_divergence(model, base_model, PROMPTS, FIRST)
     for i, (prompt, ids) in enumerate(zip(PROMPTS, FIRST, strict=True)):
-        p, q = (m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, reference))
+        p, q = (m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, base_model))
         places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
         assert float(logprob[i].detach()) == pytest.approx(
             sum(float(p[t, x].detach()) for t, x in zip(places, ids, strict=True)), rel=1e-5
@@ -190,28 +190,31 @@ def attempts(first=FIRST, second=SECOND, own=None):
 
 
 def test_the_loss_is_reinforce_and_the_divergence():
-    model, reference = tiny(), moved(tiny())
+    model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
     config = Config(kl=0.3, first_kl=0.7)
-    (p1, kl1), (p2, kl2) = read(model, reference, PROMPTS, FIRST), read(model, reference, attempts().requests, SECOND)
+    (p1, kl1), (p2, kl2) = (
+        logprob_and_divergence(model, base_model, PROMPTS, FIRST),
+        logprob_and_divergence(model, base_model, attempts().requests, SECOND),
+    )
     policy = -advantage[0] * p1 - advantage[1] * p2
     for stage, held in ((1, 0.7 * kl1), (2, 0.3 * (kl1 + kl2))):
-        found, divergence = loss(model, reference, attempts(), advantage, stage, config)
+        found, divergence = loss(model, base_model, attempts(), advantage, stage, config)
         torch.testing.assert_close(found, policy + held)
         torch.testing.assert_close(divergence, torch.stack([kl1, kl2]))
         assert not divergence.requires_grad
 
 
 def test_in_stage_one_only_the_second_attempt_is_reinforced():
-    """And at the base model itself nothing holds the first attempt yet."""
-    model, reference = tiny(), tiny()
+    """And the divergence from the base model has no gradient yet, since the model equals it."""
+    model, base_model = tiny(), tiny()
     rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     config = Config(first_kl=0.1)
     first_stage, second_stage = (advantages(returns(rewards, stage, config), 1) for stage in (1, 2))
     assert first_stage[0].abs().max() == 0 < second_stage[0].abs().max()
 
     def of_stage(stage, advantage, first):
-        return gradient(loss(model, reference, attempts(first), advantage, stage, config)[0].sum(), model)
+        return gradient(loss(model, base_model, attempts(first), advantage, stage, config)[0].sum(), model)
 
     other = [[9, 9], [9], [9, 9, 9]]
     same, changed = (of_stage(1, first_stage, first) for first in (FIRST, other))
@@ -220,15 +223,15 @@ def test_in_stage_one_only_the_second_attempt_is_reinforced():
 
 
 def test_first_attempts_of_the_base_have_no_policy_gradient():
-    """They are held to it like the others, and the attempts behind them are reinforced as ever."""
-    model, reference = tiny(), moved(tiny())
+    """They are kept close to it like the others, and the attempts after them are reinforced as usual."""
+    model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
     own = torch.tensor([True, False, True])
 
     def policy(own, advantage):
         """The gradient without the divergence's."""
         both, held = (
-            loss(model, reference, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
+            loss(model, base_model, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
         )
         return gradient(both, model) - gradient(held, model)
 
@@ -237,18 +240,18 @@ def test_first_attempts_of_the_base_have_no_policy_gradient():
     assert (policy(None, advantage) - policy(None, without)).abs().max() > 1e-2
     alone = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     assert policy(own, alone).abs().max() == 0 < policy(None, alone).abs().max()
-    held = [loss(model, reference, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
+    held = [loss(model, base_model, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
     torch.testing.assert_close(*held)
     assert held[0][1] > 1e-3
 
 
 def test_the_divergence_pulls_the_first_attempt_back():
-    reference = tiny()
-    model = moved(reference)
+    base_model = tiny()
+    model = moved(base_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     nothing, found = torch.zeros(2, 3), []
     for _ in range(20):
-        value, divergence = loss(model, reference, attempts(), nothing, 1, Config(first_kl=1.0))
+        value, divergence = loss(model, base_model, attempts(), nothing, 1, Config(first_kl=1.0))
         optimizer.zero_grad()
         value.sum().backward()
         optimizer.step()
@@ -256,8 +259,8 @@ def test_the_divergence_pulls_the_first_attempt_back():
     assert found[-1] < 0.5 * found[0]
 
 
-def test_parts_of_a_batch_change_rounding_only(run, monkeypatch):
-    """On the same attempts; gradients, for AdamW makes much of the rounding of those that are nothing."""
+def test_the_batch_size_changes_only_rounding(run, monkeypatch):
+    """On the same attempts. Gradients are compared, since AdamW turns the rounding of zero gradients into large steps."""
     original = recipe.attempt
     monkeypatch.setattr(
         recipe, "attempt", lambda model, task, rows, sampling, *args: original(model, task, rows, SAMPLING, *args)
@@ -288,12 +291,12 @@ def test_a_run(run, tmp_path):
     assert report["stage II"]["divergence_second"] > 1e-4
 
 
-def test_with_first_attempts_of_the_base_the_figures_are_of_the_others(run, monkeypatch):
+def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
     seen = []
     original = recipe.attempt
     monkeypatch.setattr(recipe, "attempt", lambda *args: seen.append(original(*args)) or seen[-1])
     _, report, lines = run(from_base=0.5, first_steps=0, second_steps=2)
-    assert [int(x.own.sum()) for x in seen] == [10, 4, 4, 10]  # at test all are the model's
+    assert [int(x.own.sum()) for x in seen] == [10, 4, 4, 10]  # at test time all are the model's
     for line, found in zip(lines, seen[1:3], strict=True):
         assert line["accuracy_first"] == float(found.rewards[0][found.own].mean())
     assert report["stage II"]["votes"] == []
@@ -301,7 +304,7 @@ def test_with_first_attempts_of_the_base_the_figures_are_of_the_others(run, monk
 
 def test_standardised_advantages_are_trained_on(run):
     (_, _, plain), (_, _, scaled) = (run(out, standardise=out == "scaled", first_steps=0) for out in ("plain", "scaled"))
-    assert plain[0]["return_second"] == scaled[0]["return_second"]  # of the same attempts
+    assert plain[0]["return_second"] == scaled[0]["return_second"]  # the attempts are the same
     assert plain[0]["grad_norm"] > 2 * scaled[0]["grad_norm"]
 
 
@@ -309,13 +312,13 @@ def sample(right, tokens, logprob=-1.0):
     return Sample("8" if right else "3", right, tokens, logprob)
 
 
-def test_votes_in_parallel_have_the_tokens_of_the_corrections_or_just_more():
+def test_parallel_votes_get_at_least_the_tokens_of_the_corrections():
     samples = [sample(True, 4), sample(True, 6), sample(True, 5)]
     assert [len(reaching(samples, budget)) for budget in (1, 4, 5, 10, 11, 15, 99)] == [1, 1, 2, 2, 3, 3, 3]
 
 
 def test_votes_compare_at_equal_budgets(solver, monkeypatch):
-    """With first attempts that are right one time in four and second ones that are always right."""
+    """First attempts are right one time in four, second ones always."""
     model, task = solver
     rows = task.sample(6, "test", torch.Generator().manual_seed(1))
 
@@ -333,14 +336,14 @@ def test_votes_compare_at_equal_budgets(solver, monkeypatch):
     points = votes(model, task, rows, 4, SAMPLING, seed=0)
     assert [point["chains"] for point in points] == [1, 2, 4]
     long = len(task.completion_ids(rows[0]))
-    # The first pair is two right ones, of a pair each after it the first is short; right ones alone vote.
+    # In the first pair both attempts are right; in later pairs the first one is short. Only right answers vote.
     assert [point["tokens"] for point in points] == [2 * long, 3 * long + 2, 5 * long + 6]
     for point in points[:2]:
         assert point["tokens"] <= point["tokens_parallel"] < point["tokens"] + long
     assert all(point["corrected"] == point["parallel"] == 1 for point in points)
 
 
-def test_votes_of_wrong_answers_lose_to_corrections(solver, monkeypatch):
+def test_corrections_beat_votes_for_wrong_answers(solver, monkeypatch):
     model, task = solver
     rows = task.sample(6, "test", torch.Generator().manual_seed(1))
     right = {tuple(row.prompt_ids): task.completion_ids(row) for row in rows}
@@ -361,14 +364,14 @@ def test_votes_of_wrong_answers_lose_to_corrections(solver, monkeypatch):
         assert point["tokens"] == point["tokens_parallel"]
 
 
-def test_examine_is_of_greedy_attempts(solver):
+def test_evaluate_is_of_greedy_attempts(solver):
     model, task = copy.deepcopy(solver[0]), solver[1]
     test = task.sample(30, "test", torch.Generator().manual_seed(1))
     config = Config(max_new=8, batch_size=7, chains=0)
-    found = examine(moved(model, 0.02), model, task, test, config)
+    found = evaluate(moved(model, 0.02), model, task, test, config)
     greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
     assert found.items() >= greedy.figures().items()
-    _, nats = read(moved(model, 0.02), model, greedy.requests, greedy.second)
+    _, nats = logprob_and_divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
     assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
 
 
@@ -377,13 +380,13 @@ def test_without_stage_one(run):
     assert list(report) == ["base", "stage II"] and {line["stage"] for line in lines} == {2}
 
 
-def test_stage_two_alone_is_held_to_what_stage_one_began_with(run, solver):
+def test_stage_two_alone_is_kept_close_to_what_stage_one_started_from(run, solver):
     _, report, lines = run(base=moved(solver[0], 0.02), first_steps=0, second_steps=1)
     assert report["base"]["divergence_first"] > 1e-3 and lines[0]["divergence_first"] > 1e-3
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, step):
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, step):
     whole, report, lines = run("whole")
     with stopped(recipe, "update", step):
         run("stopped")
@@ -392,7 +395,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(run, stopped, step):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
-def test_a_run_that_is_there(run):
+def test_an_existing_run(run):
     run()
     with pytest.raises(ValueError, match="a run is there already"):
         run()
@@ -400,7 +403,7 @@ def test_a_run_that_is_there(run):
         run(resume=True, bonus=0.0)
 
 
-def test_a_model_that_solves_nothing_is_said_at_once(run, tmp_path):
+def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
     with pytest.raises(ValueError, match="score: none of the first 8 problems is solved, so there is nothing to learn from"):
         run(model=small_model(Addition(1), width=32, heads=2))
     assert not (tmp_path / "run" / "model").exists()
@@ -437,11 +440,11 @@ def test_command(solver, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_in_stage_one_the_divergence_keeps_the_first_attempt(solver, tmp_path):
-    """At a learning rate at which the policy is lost without: the first attempt goes astray, and the second with it."""
+    """At a learning rate where, without it, the first attempt drifts off and takes the second with it."""
     model, task = copy.deepcopy(solver[0]), solver[1]
     rows = task.sample(300, "train", torch.Generator().manual_seed(5))
     once = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
-    # Half of the second attempts that it is shown answer another problem.
+    # Half of the second attempts in the training data answer another problem.
     again = [(once[i][0] + once[i][1] + task.again_ids, once[i - i % 2][1]) for i in range(len(once))]
     sft(model, once + again, 40, SFTConfig(learning_rate=1e-3, batch_tokens=600))
     divergence, second = [], []

@@ -9,11 +9,12 @@ import torch
 from quietstar.recipes import solve as recipe
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.common.selectors import Sample, majority
-from quietstar.recipes.solve import Config, revision_prompt, revisions, solve
+from quietstar.recipes.common.solutions import revision_prompt
+from quietstar.recipes.solve import Config, revisions, solve
 from quietstar.recipes.tasks import Addition
 
 
-def test_revisions_end_in_the_right_solution_behind_wrong_ones(solver):
+def test_revisions_end_in_the_right_solution_after_wrong_ones(solver):
     _, task = solver
     row, other, third = task.sample(3, "train", torch.Generator().manual_seed(1))
     right = task.completion_ids(row)
@@ -27,7 +28,7 @@ def test_revisions_end_in_the_right_solution_behind_wrong_ones(solver):
         [(prompt, target)] = revisions(task, row, written, random.Random(seed))
         assert target == right
         shown = [ids for ids in ([], [far], [near], [far, near]) if revision_prompt(task, row, ids) == prompt]
-        assert len(shown) == 1  # with both, the nearer one comes last
+        assert len(shown) == 1  # with both, the more similar one comes last
         counts.add(len(shown[0]))
     assert counts == {0, 1, 2}
     assert revisions(task, row, written[1:], random.Random(0)) == []
@@ -37,35 +38,35 @@ def test_revisions_end_in_the_right_solution_behind_wrong_ones(solver):
 def test_an_attempt_sees_the_last_four_of_its_own_chain(solver, monkeypatch, valid_problems, until):
     model, task = solver
     rows = task.sample(2, "test", torch.Generator().manual_seed(1))
-    asked, told = [], {}
+    asked, prompt_of = [], {}
 
     def rollout(model, task, prompts, **rest):
         asked.append(len(prompts))
         written = []
         for number, prompt in enumerate(prompts):
             attempt = [3 + len(asked), 3 + number, task.end_id]
-            told[tuple(attempt)] = prompt
+            prompt_of[tuple(attempt)] = prompt
             written.append([Completion(attempt, [-1.0] * 3)])
         return written
 
     answers = []
 
-    def measure(task, owners, chains, scorer):
+    def to_samples(task, owners, chains, scorer):
         answers.extend(zip(owners, chains, strict=True))
         return [[Sample(str(x.ids), False, 3, -1.0) for x in chain] for chain in chains]
 
     monkeypatch.setattr(recipe, "rollout", rollout)
-    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.setattr(recipe, "to_samples", to_samples)
     chains = recipe.revise(model, task, rows, Config(samples=8, attempts=9, valid_problems=valid_problems))
     assert [[len(chain) for chain in several] for several in chains] == [until, until]
     assert asked == [2 * sum(n > number for n in until) for number in range(8)]
-    assert [chain for several in chains for chain in several] == measure(
+    assert [chain for several in chains for chain in several] == to_samples(
         task, *zip(*answers[: 2 * len(until)], strict=True), None
     )
     for row, chain in answers:
         for number, x in enumerate(chain):
             before = [id_ for y in chain[max(0, number - 4) : number] for id_ in y.ids + task.again_ids]
-            assert told[tuple(x.ids)] == row.prompt_ids + before
+            assert prompt_of[tuple(x.ids)] == row.prompt_ids + before
 
 
 def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
@@ -107,7 +108,7 @@ def test_splits_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch)
     assert [(len(x.samples), len(x.chains)) for x in drawn] == [(10, 10), (20, 20)]
     assert all([len(chain) for chain in each] == [4, 2, 1, 1] for x in drawn for each in x.chains)
     first = [[chain[0] for chain in each] for each in drawn[1].chains]
-    assert first != [list(each) for each in drawn[1].samples]  # a difficulty knows nothing of the luck of the chains
+    assert first != [list(each) for each in drawn[1].samples]  # the samples that measure difficulty are not the chains
     names = {"parallel, by the reviser", "sequential, verifier", "one split for all", "compute-optimal"}
     assert names | {"compute-optimal, oracle bins"} <= set(report["curves"])
     assert sum(row["problems"] for row in report["splits"] if row["bins"] == "compute-optimal") == 20
@@ -123,7 +124,7 @@ def test_splits_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch)
         assert [x for [x] in panel.bars.values()] == list(row["accuracy"].values())
 
 
-def test_a_chain_that_grows_too_long_leaves_the_samples(solver, tmp_path):
+def test_a_chain_that_grows_too_long_keeps_the_samples(solver, tmp_path):
     model, task = solver
     config = Config(out=str(tmp_path), problems=5, samples=4, attempts=4, max_new=115)
     with pytest.raises(ValueError, match="has 128 positions, and prompt and completion need"):
@@ -141,11 +142,11 @@ def test_nothing_to_choose_from(solver, tmp_path, monkeypatch):
 
 def test_bad_options(solver, monkeypatch):
     model, task = solver
-    monkeypatch.setattr(recipe, "rollout", None)  # said before anything is drawn
-    with pytest.raises(ValueError, match="valid_problems=4 must be 5 or more, and so many there: got 4"):
+    monkeypatch.setattr(recipe, "rollout", None)  # refused before anything is sampled
+    with pytest.raises(ValueError, match="valid_problems=4 must be 5 or more, and the data must have as many: got 4"):
         solve(model, task, Config(valid_problems=4))
     monkeypatch.setattr(Addition, "problems", lambda self, n, split, generator: [self.problem(1, 2)] * (3 if n == 20 else n))
-    with pytest.raises(ValueError, match="valid_problems=20 must be 5 or more, and so many there: got 3"):
+    with pytest.raises(ValueError, match="valid_problems=20 must be 5 or more, and the data must have as many: got 3"):
         solve(model, task, Config(valid_problems=20))
     with pytest.raises(ValueError, match="solve: valid_problems must be 0 or more, got -1"):
         Config(valid_problems=-1)

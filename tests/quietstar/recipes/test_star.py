@@ -1,4 +1,4 @@
-"""STaR: what is kept, what is trained on, where it starts again, and how it stops."""
+"""STaR: what is kept, what is trained on, where each round starts, and how a run stops and resumes."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def same(first, second):
 
 @pytest.fixture
 def scripted(monkeypatch, solver):
-    """``scripted(own, hinted)``: the model solves a row by itself, or with a hint, where these functions of the row say so.
+    """``scripted(own, hinted)``: the model solves a row by itself, or with a hint, if these functions of the row return True.
 
     Returns what was trained on: (examples, steps, weights before) of each training.
     """
@@ -105,7 +105,7 @@ def test_rationales_that_only_copy_the_hint_are_dropped(solver, tmp_path, check)
     assert recipe.sound(model, task, config, sound + copied) == sound + copied
 
 
-def test_a_stopped_run_goes_on_behind_its_last_whole_round(solver, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_after_its_last_complete_round(solver, tmp_path, monkeypatch):
     model, task = solver
     whole, reports = star(model, task, Config(out=str(tmp_path / "whole"), rationalize=True, **SMALL))
     collect = recipe.collect
@@ -158,7 +158,7 @@ def test_a_round_that_keeps_nothing_loses_nothing(scripted, solver, tmp_path):
     assert not (tmp_path / "run/round-02").exists()
 
 
-def test_no_more_rows_are_written_at_once_than_asked_for(scripted, solver, tmp_path, monkeypatch):
+def test_the_batch_size_limits_how_many_rows_are_generated_at_once(scripted, solver, tmp_path, monkeypatch):
     model, task = solver
     scripted(is_even)
     rollout, sizes = evaluation.rollout, []
@@ -172,7 +172,7 @@ def test_no_more_rows_are_written_at_once_than_asked_for(scripted, solver, tmp_p
     assert sizes == [20, 20, 20]
 
 
-def test_few_shot_rows_stand_before_the_first_models_prompts_alone(solver, tmp_path, monkeypatch):
+def test_few_shot_rows_come_only_before_the_first_models_prompts(solver, tmp_path, monkeypatch):
     model, task = solver
     prompts = {}
 
@@ -206,7 +206,7 @@ def test_shots_need_chains(tmp_path, byte_tokenizer):
 
 
 def test_a_model_with_a_tokenizer_and_a_file_of_questions(tiny, tmp_path, byte_tokenizer):
-    """Few-shot prompts, stop texts and a real tokenizer; a random model solves nothing, and the sentence says what it wrote."""
+    """Few-shot prompts, stop strings and a real tokenizer; a random model solves nothing, and the error says what it wrote."""
     rows = [{"question": f"What is {i} and {i}?", "answer": f"{i} + {i} is it\n#### {2 * i}"} for i in range(1, 200)]
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -219,7 +219,7 @@ def test_a_model_with_a_tokenizer_and_a_file_of_questions(tiny, tmp_path, byte_t
 
 
 def test_it_learns(solver, tmp_path):
-    """The command, from the solver to a better one, with counts that add up."""
+    """The command improves the solver, and its counts add up."""
     model, task = solver
     copy.deepcopy(model).save_pretrained(tmp_path / "model")
     task.tokenizer.save_pretrained(tmp_path / "model")
@@ -236,7 +236,7 @@ def test_it_learns(solver, tmp_path):
     first = json.loads((tmp_path / "run/round-01/report.json").read_text())
     assert first["kept"] + first["rationalised"] + first["failed"] == first["tried"] == 200
     assert 40 < first["kept"] < 190 and first["kept_chain_right"] > 0.95
-    # Of a hundred sums too few are held out to say anything; those to train on are not all solved either.
+    # Of the hundred different sums too few are held out to measure on; the training ones are not all solved either.
     rows = task.sample(200, "train", torch.Generator().manual_seed(7))
     models = model, load_model(tmp_path / "run/round-01", model)
     before, after = (evaluation.evaluate(x, task, rows, max_new=10)["accuracy"] for x in models)
@@ -260,6 +260,6 @@ def test_a_loss_that_is_not_finite_is_one_sentence(capsys, tmp_path):
 )
 def test_bad_options_are_one_sentence(capsys, tmp_path, options, sentence):
     assert cli.main(["star", f"--out={tmp_path / 'run'}", *options]) in (2, 3)
-    said = capsys.readouterr().err.strip()
-    assert sentence in said and "\n" not in said
+    shown = capsys.readouterr().err.strip()
+    assert sentence in shown and "\n" not in shown
     assert not (tmp_path / "run").exists()

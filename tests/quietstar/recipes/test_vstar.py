@@ -11,16 +11,17 @@ import torch
 from quietstar.cli import main as cli
 from quietstar.recipes import vstar as recipe
 from quietstar.recipes import vstar_verifier as verifier_recipe
+from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.rounds import fingerprint, save_model
-from quietstar.recipes.common.sampling import likelihoods, rollout
+from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.common.selectors import auc
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.tasks import Addition, Multiplication, WordProblems
 from quietstar.recipes.vstar import Config, vstar
 from quietstar.recipes.vstar_verifier import (
     DPO,
-    as_text,
+    as_trl_example,
     load_verifier,
     make_pairs,
     measure_pairs,
@@ -51,7 +52,7 @@ def test_pairs_are_the_product_of_right_and_wrong_solutions_of_a_problem():
 
 def test_right_solutions_are_trained_on_once():
     solutions = [solution([1], [2], True)] * 3 + [solution([1], [3], False), solution([1], [4], True, "valid")]
-    assert recipe.right_ones(solutions) == [([1], [2])]
+    assert recipe.right_solutions(solutions) == [([1], [2])]
 
 
 @pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
@@ -60,7 +61,7 @@ def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
     rows = task.sample(20, "train", torch.Generator().manual_seed(0))
     for row, other in zip(rows, rows[1:], strict=False):
         pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))
-        text = as_text(task, pair)
+        text = as_trl_example(task, pair)
         assert task.tokenizer(text["prompt"])["input_ids"] == pair[0]
         assert task.tokenizer(text["prompt"] + text["chosen"])["input_ids"] == pair[0] + pair[1]
         assert task.tokenizer(text["prompt"] + text["rejected"])["input_ids"] == pair[0] + pair[2]
@@ -68,7 +69,7 @@ def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def pairs(solver):
-    """Of the solver's own solutions, to train on and of other problems."""
+    """Pairs of the solver's own solutions, of training and of held-out problems."""
     model, task = solver
     found = {}
     for split, count in (("train", 80), ("valid", 40)):
@@ -80,11 +81,11 @@ def pairs(solver):
     return found
 
 
-def test_dpo_starts_at_its_reference_and_learns_to_tell_right_from_wrong(solver, pairs):
+def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(solver, pairs):
     model, task = solver
     before = fingerprint(model)
     verifier, losses = train_verifier(model, task, pairs["train"] * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3), 0)
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the verifier is its reference there
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # there the verifier is still its reference model
     assert fingerprint(model) == before != fingerprint(verifier)
     start = measure_pairs(model, model, pairs["train"], 0.1, 64)
     after = measure_pairs(verifier, model, pairs["train"], 0.1, 64)
@@ -93,7 +94,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_tell_right_from_wrong(solver,
 
 
 def test_dpo_loss_is_that_of_the_paper(solver, pairs):
-    """On one update with a batch of all pairs, the next logged loss is the formula on the weights after it."""
+    """After one update on a batch of all pairs, the next logged loss is that of the formula with the new weights."""
     model, task = solver
     some = pairs["train"][:8]
     one, _ = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=1, verifier_rate=1e-3, beta=0.3), 0)
@@ -131,13 +132,13 @@ def test_a_verifier_of_verdicts(solver, monkeypatch):
     assert auc([scores], [right]) > max(0.8, auc([before], [right]))
 
 
-def test_updates_never_pass_over_the_pairs_twice(solver, pairs):
+def test_there_is_at_most_one_pass_over_the_pairs(solver, pairs):
     model, task = solver
     _, losses = train_verifier(model, task, pairs["train"][:17], DPO(pair_batch=8, updates=100), 0)
     assert len(losses) == 2
 
 
-def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
+def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
     model, task = solver
     config = Config(out=str(tmp_path / "run"), **SMALL)
     trained = []
@@ -156,7 +157,7 @@ def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
     assert set(report["curves"]) >= {"verifier", "verifier, ratio", "majority", "generator", "oracle", "one sample"}
     for name, values in report["curves"].items():
         assert len(values) == len(report["k"]) == 3, name
-        assert values[-1] <= report["curves"]["oracle"][-1], name  # of all samples; fewer are random choices for votes
+        assert values[-1] <= report["curves"]["oracle"][-1], name  # for all samples; votes over fewer are of random subsets
         if name not in ("majority", "weighted vote"):
             assert values[0] == pytest.approx(report["curves"]["one sample"][0]), name
 
@@ -169,10 +170,10 @@ def test_a_run_and_its_resumption(solver, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a run is there already"):
         vstar(model, task, config)
     other = small_model(task, width=64, heads=2, positions=128, seed=5)
-    with pytest.raises(ValueError, match="the run there began with another model"):
+    with pytest.raises(ValueError, match="the run there started with another model"):
         vstar(other, task, config, resume=True)
     monkeypatch.setattr(recipe, "sft", None)
-    monkeypatch.setattr(recipe, "train_verifier", None)  # all of it is there
+    monkeypatch.setattr(recipe, "train_verifier", None)  # nothing is left to train
     again_generator, again_verifier, again = vstar(model, task, config, resume=True)
     assert fingerprint(again_generator) == fingerprint(generator) and fingerprint(again_verifier) == fingerprint(verifier)
     assert again["curves"] == report["curves"]
@@ -183,24 +184,24 @@ def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch)
     taught, judged = [], []
     monkeypatch.setattr(recipe, "sft", lambda model, examples, *rest: taught.append(examples) or model)
     monkeypatch.setattr(
-        recipe, "verify_with", lambda run, model, task, config, solutions: judged.extend(solutions) or (model, {})
+        recipe, "train_or_load_verifier", lambda run, model, task, config, solutions: judged.extend(solutions) or (model, {})
     )
     vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1, "sft_steps": 2, "sft_problems": 30}))
     start, first = taught
     assert start == first[: len(start)] and 1 < len(start) <= 30
-    assert all(sum(example == other for other in first) == 1 for example in first)  # some were drawn as well
+    assert all(sum(example == other for other in first) == 1 for example in first)  # some were sampled as well
     assert all((x["prompt"], x["ids"]) in start and x["right"] for x in judged[-30:])
     drawn = [(x["prompt"], x["ids"]) for x in judged[:-30] if x["right"] and x["split"] == "train"]
     assert all(example in first for example in drawn) and len(judged) == (40 + 4) * 4 + 30
 
 
-def test_plots_end_where_choices_are_nearly_the_same():
+def test_plots_leave_out_subsets_that_are_nearly_the_same():
     curves = {"verifier": [0.1, 0.2, 0.3, 0.4, 0.5], "majority": [0.5, 0.4, 0.3, 0.2, 0.1]}
-    assert recipe.steady([1, 2, 4, 8, 16], curves) == {
+    assert recipe.reliable_points([1, 2, 4, 8, 16], curves) == {
         "verifier": [(1, 0.1), (2, 0.2), (4, 0.3), (8, 0.4)],
         "majority": [(1, 0.5), (2, 0.4), (4, 0.3)],
     }
-    assert recipe.steady([1, 2], {"verifier": [0.1, 0.2], "majority": [0.3, 0.4]}) == {
+    assert recipe.reliable_points([1, 2], {"verifier": [0.1, 0.2], "majority": [0.3, 0.4]}) == {
         "verifier": [(1, 0.1)],
         "majority": [(1, 0.3)],
     }
@@ -228,12 +229,12 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     save_model(tmp_path / "other", copy.deepcopy(model), task, {"base": "two"})
     verifier = load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, task)
     assert fingerprint(verifier) == fingerprint(model)
-    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other began with two"):
+    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other started with two"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
-    with pytest.raises(ValueError, match="the verifier is of another base model, and reads other tokens"):
+    with pytest.raises(ValueError, match="the verifier is of another base model: its tokens differ"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
     smaller = small_model(task, width=32, heads=2, positions=128)
-    with pytest.raises(ValueError, match="the verifier is of another base model, and has other weights than the model"):
+    with pytest.raises(ValueError, match="the verifier is of another base model: its weights have other shapes than the model"):
         load_verifier(str(tmp_path / "verifier"), "", smaller, task)
     with pytest.raises(ValueError, match="no model loads from there"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)
@@ -245,14 +246,14 @@ def test_commands(solver, tmp_path, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "rounds": 1}.items()]
     chosen = ["--task=addition", "--digits=1"]
     assert cli.main(["vstar", *chosen, f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'run'}", *options]) == 0
-    said = capsys.readouterr().out
-    assert "best of k by" in said and f"saved {tmp_path / 'run/round-01'}" in said
+    shown = capsys.readouterr().out
+    assert "best of k by" in shown and f"saved {tmp_path / 'run/round-01'}" in shown
     solve = [f"--model={tmp_path / 'run/round-01'}", f"--verifier={tmp_path / 'run/verifier'}", f"--out={tmp_path / 'solve'}"]
     solve += ["--problems=10", "--samples=4", "--attempts=2", "--max-new=10", "--valid-problems=5"]
     assert cli.main(["solve", *chosen, *solve]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
-    assert "by attempts in a chain" in said and "compute-optimal, oracle bins" in said
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
+    assert "by attempts in a chain" in shown and "compute-optimal, oracle bins" in shown
     assert (tmp_path / "solve/test_time.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["vstar", *chosen, "--temperature=0"]) == 2
     assert "temperature must be above 0, or all samples are one" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What several recipes share."""
+"""Parts that several recipes share: models, sampling, training, evaluation, run folders, logs and plots."""

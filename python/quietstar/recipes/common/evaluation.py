@@ -1,4 +1,4 @@
-"""How many problems a model solves, and what it spends on them."""
+"""How many problems a model solves, and how many tokens and how much time it takes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def evaluate(
     prompts: Sequence[list[int]] | None = None,
     batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Greedy answers to the rows' prompts, or to ``prompts``; ``batch_size`` at once.
+    """Grade greedy answers to the rows' prompts, or to ``prompts``, ``batch_size`` of them at once.
 
     Returns:
-        What ``grade`` returns, and tokens, the mean number generated a problem, and problems_per_second.
+        What ``grade`` returns, with tokens, the mean number generated per problem, and problems_per_second.
     """
     began = time.perf_counter()
     prompts = [row.prompt_ids for row in rows] if prompts is None else prompts
     options = {"temperature": 0, "max_new": max_new, "batch_size": batch_size}
-    written = [several[0] for several in rollout(model, task, prompts, **options)]
+    written = [completions[0] for completions in rollout(model, task, prompts, **options)]
     seconds = time.perf_counter() - began
     tokens = sum(len(x.ids) for x in written) / len(rows)
     return {**grade(task, rows, written), "tokens": tokens, "problems_per_second": len(rows) / seconds}
 
 
 def grade(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> dict[str, Any]:
-    """problems, right, accuracy with its 95 % interval, low and high, and chain_right.
+    """problems, right, accuracy with its 95 % interval (low, high), and chain_right.
 
-    chain_right is the share of right chains among the right answers; None where the task can't tell.
+    chain_right is the share of right chains among the right answers; None where the task can't check chains.
     """
     solved = [(row, x.ids) for row, x in zip(rows, written, strict=True) if task.check(row, x.ids)]
     low, high = wilson(len(solved), len(rows))
@@ -48,11 +48,22 @@ def grade(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> dic
         "accuracy": len(solved) / len(rows),
         "low": low,
         "high": high,
-        "chain_right": chains_right(task, solved),
+        "chain_right": share_of_right_chains(task, solved),
     }
 
 
-def chains_right(task: Task, written: Sequence[tuple[Row, list[int]]]) -> float | None:
-    """The share of right chains; None where there is nothing or the task can't tell."""
+def share_of_right_chains(task: Task, written: Sequence[tuple[Row, list[int]]]) -> float | None:
+    """The share of right chains; None if ``written`` is empty or the task can't check chains."""
     right = [task.check_chain(row, ids) for row, ids in written]
     return None if not right or None in right else sum(map(bool, right)) / len(right)
+
+
+def nothing_solved(task: Task, rows: Sequence[Row], written: Sequence[list[int]]) -> str:
+    """The message for a batch without a right answer: how many answers could be read, and an example."""
+    answers = [task.answer(row, ids) for row, ids in zip(rows, written, strict=True)]
+    found = sum(answer is not None for answer in answers)
+    example = next((i for i, answer in enumerate(answers) if answer is not None), 0)
+    return (
+        f"none of the first {len(rows)} problems is solved, so there is nothing to learn from: {found} have an answer that can "
+        f"be read; where {rows[example].problem.right!r} is right, the model wrote {task.text(written[example])[-80:]!r}"
+    )

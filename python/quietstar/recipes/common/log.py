@@ -1,4 +1,4 @@
-"""What a recipe tells of a run while it goes on, to Python's log "quietstar"; the commands show that log on the terminal."""
+"""Progress lines of a running recipe, in Python's log "quietstar"; the commands show that log on the terminal."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from typing import Any
 from quietstar.run.metrics import Metrics
 
 LOG = logging.getLogger("quietstar")
-SECONDS = 10.0  # between the lines about single updates
-FORMS = {  # what a person follows a run by, of all that may be in a line of figures
+SECONDS = 10.0  # between lines about single updates
+FORMATS = {  # the figures worth following during a run
     **dict.fromkeys(("round", "step", "stage", "removed", "tried", "kept", "rationalised", "failed"), ","),
     **dict.fromkeys(("loss", "reward", "accuracy", "accuracy_first", "accuracy_second"), ".3f"),
 }
 
 
-def tell(run: str | Path, figures: Mapping[str, Any]) -> None:
-    """A line of those figures of the run that a person follows it by."""
-    shown = (f"{name.replace('_', ' ')} {figures[name]:{form}}" for name, form in FORMS.items() if name in figures)
+def log_figures(run: str | Path, figures: Mapping[str, Any]) -> None:
+    """Log a line with the figures of the run that are in ``FORMATS``."""
+    shown = (f"{name.replace('_', ' ')} {figures[name]:{form}}" for name, form in FORMATS.items() if name in figures)
     LOG.info("%s: %s", run, ", ".join(shown))
 
 
 class Pace:
-    """Whether it is time for another line."""
+    """Limits log lines to one every ``SECONDS`` seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def due(self) -> bool:
+        """Whether it is time for another line."""
         now = time.monotonic()
         if now - self._last < SECONDS:
             return False
@@ -40,8 +41,8 @@ class Pace:
         return True
 
 
-class ToldMetrics(Metrics):
-    """A metrics file whose lines are also told, where there is time for it."""
+class LoggedMetrics(Metrics):
+    """A metrics file whose lines are also logged, at most one every ``SECONDS`` seconds."""
 
     def __init__(self, path: Path, done: int):
         super().__init__(path, done, write=True)
@@ -50,17 +51,17 @@ class ToldMetrics(Metrics):
     def add(self, line: dict[str, Any]) -> None:
         super().add(line)
         if self._pace.due():
-            tell(self.path.parent, line)
+            log_figures(self.path.parent, line)
 
 
-def told() -> bool:
-    """Whether anybody reads the log."""
+def is_logging() -> bool:
+    """Whether progress lines are shown anywhere."""
     return LOG.isEnabledFor(logging.INFO)
 
 
 @contextmanager
 def on_terminal() -> Iterator[None]:
-    """Inside, the log is on stderr."""
+    """In this context the log goes to stderr."""
     handler, level = logging.StreamHandler(sys.stderr), LOG.level
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)

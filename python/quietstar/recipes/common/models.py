@@ -1,4 +1,4 @@
-"""The task and the model that a recipe begins with: from the hub, a folder, or a small one from scratch."""
+"""The task and the model that a recipe starts with: from the hub, from a folder, or a small one from scratch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ GENERATED = ("multiplication", "addition", "stories")
 
 @dataclass
 class TaskConfig:
-    """Which problems.
+    """Which problems to solve.
 
     Raises:
-        ValueError: a value outside its range, by name, or a task from a file without the file.
+        ValueError: a value outside its range, by name, or a task that reads a file without one.
     """
 
     task: Literal["multiplication", "addition", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
-    digits: int = option(2, "of each operand of a multiplication or an addition")
-    data: str = option("", "of gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
+    digits: int = option(2, "digits of each operand of a multiplication or an addition")
+    data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= 18:
@@ -35,10 +35,10 @@ class TaskConfig:
 
 
 def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
-    """The task in the tokens of ``tokenizer``; default a small one, which only generated problems have.
+    """The task in the tokens of ``tokenizer``; default a small tokenizer, which only generated problems have.
 
     Raises:
-        ValueError: a task from a file without a tokenizer, or a file that can't be used.
+        ValueError: a task that reads a file without a tokenizer, or a file that can't be used.
     """
     if config.task == "multiplication":
         return Multiplication(config.digits, tokenizer)
@@ -54,15 +54,15 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
 def small_model(
     task: Task, layers: int = 2, width: int = 128, heads: int = 4, positions: int = 512, seed: int = 0
 ) -> GPT2LMHeadModel:
-    """A GPT-2 from scratch for the task's tokens, 0.4 million weights as it stands."""
+    """A GPT-2 from scratch for the task's tokens; 0.4 million weights with the default sizes."""
     config = GPT2Config(
         vocab_size=len(task.tokenizer),
         n_positions=positions,
         n_embd=width,
         n_layer=layers,
         n_head=heads,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one operation instead of eight
-        initializer_range=(3 * width) ** -0.5,  # that of PyTorch's own layers; with 0.02, or twice this, it learns much later
+        activation_function="gelu_pytorch_tanh",  # GPT-2's activation, in one operation instead of eight
+        initializer_range=(3 * width) ** -0.5,  # as in PyTorch's layers; with 0.02, or twice this, it learns much later
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -76,10 +76,10 @@ def small_model(
 
 
 def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Task]:
-    """Model and task; an empty name is a small model from scratch.
+    """Model and task; an empty name stands for a small model from scratch.
 
     Raises:
-        ValueError: no model, no tokenizer or no task from what was named, in one sentence.
+        ValueError: the model, its tokenizer or the task can't be loaded; one sentence.
     """
     if not name:
         task = make_task(config)
@@ -89,10 +89,10 @@ def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTr
 
 
 def read(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer, on the GPU if there is one.
+    """A causal language model and its tokenizer; on the GPU if there is one.
 
     Args:
-        dtype: of the weights, however they were saved: in half precision small updates of all weights are rounded away.
+        dtype: of the weights, whatever they were saved in. In half precision, small updates of all weights are rounded away.
 
     Raises:
         ValueError: there is no such model.

@@ -1,4 +1,4 @@
-"""The recipes' plots, where matplotlib is installed."""
+"""Plots of the recipes, where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the plots in a picture.
+    """One plot of a figure.
 
     Attributes:
-        across, up: what its axes show.
-        curves: a line for each name, or a dot; of several seeds each is thin, and their mean thick.
-        bars: a bar for each name, the mean of its values, which are dots.
-        marks: places across where something changes.
-        log: across in powers of 2.
-        share: up is from 0 to 1.
+        x_label, y_label: labels of the axes.
+        curves: for each name a line per seed, or a point; with several seeds these are thin, and their mean is thick.
+        bars: for each name a bar at the mean of its values, which are dots.
+        marks: x positions of vertical lines.
+        log: whether the x axis is in powers of 2.
+        share: whether the y axis goes from 0 to 1.
     """
 
-    across: str
-    up: str
+    x_label: str
+    y_label: str
     curves: Mapping[str, Sequence[Points]] = field(default_factory=dict)
     bars: Mapping[str, Sequence[float]] = field(default_factory=dict)
     marks: Sequence[float] = ()
@@ -37,17 +37,17 @@ class Panel:
     share: bool = False
 
 
-def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
-    """A .png with these plots, up to three in a row; nothing without matplotlib."""
+def panels(path: Path, title: str, plots: Sequence[Panel]) -> None:
+    """Write a .png with these plots, up to three in a row; does nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = math.ceil(len(several) / 3)
-    columns = math.ceil(len(several) / rows)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if len(several) > 1 else (7.5, 4.6), layout="constrained")
+    rows = math.ceil(len(plots) / 3)
+    columns = math.ceil(len(plots) / rows)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if len(plots) > 1 else (7.5, 4.6), layout="constrained")
     figure.suptitle(title)
-    for number, panel in enumerate(several, 1):
+    for number, panel in enumerate(plots, 1):
         axes: Any = figure.add_subplot(rows, columns, number)
         for place in panel.marks:
             axes.axvline(place, color="#bbbbbb", linewidth=0.6)
@@ -68,8 +68,8 @@ def panels(path: Path, title: str, several: Sequence[Panel]) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if panel.share:
             axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel(panel.across)
-        axes.set_ylabel(panel.up)
+        axes.set_xlabel(panel.x_label)
+        axes.set_ylabel(panel.y_label)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from quietstar.files import replaced
-from quietstar.recipes.common.log import ToldMetrics
+from quietstar.recipes.common.log import LoggedMetrics
 from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted, Signals
 
@@ -45,7 +45,7 @@ class Progress:
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
             self.state = self._read()
-        self.metrics = ToldMetrics(Path(out) / "metrics.jsonl", self.state["step"])
+        self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load the saved weights, and the optimizer's moments if they were saved.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.data.texts import json_lines
 from quietstar.files import replaced, write_whole
-from quietstar.recipes.common.log import ToldMetrics, tell
+from quietstar.recipes.common.log import LoggedMetrics, log_figures
 from quietstar.recipes.tasks import Task
 from quietstar.run.resume import Settings, check_folder
 
@@ -70,12 +70,12 @@ class Rounds:
     def log(self, recipe: str, number: int) -> Callable[[dict[str, Any]], None]:
         """A function that logs the figures of a training step of a round. Steps are counted over all rounds."""
         done = sum(report.get("steps", 0) for report in self.reports())
-        metrics = ToldMetrics(self.out / "metrics.jsonl", done)
+        metrics = LoggedMetrics(self.out / "metrics.jsonl", done)
         return lambda line: metrics.add({"recipe": recipe, "round": number, **line, "step": done + line["step"]})
 
     def save(self, number: int, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
         save_model(self.folder(number), model, task, report, **rows)
-        tell(self.out, report)
+        log_figures(self.out, report)
 
 
 def read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Choosing one of several solutions to a problem, and how often that is right."""
+"""Choosing one of several solutions to a problem, and how often the choice is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-ORDERS = 16  # random orders of a problem's samples, where all choices of k are too many
+ORDERS = 16  # random orders of a problem's samples, used where there are too many subsets of size k to try all
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Sample:
     """A solution of one problem.
 
     Attributes:
-        answer: None where it has none that can be read.
-        right: whether that is the answer.
-        tokens: how many were generated.
-        logprob: of all its tokens, under the model that wrote it.
-        score: of a verifier; higher is better. None without a verifier.
+        answer: None if no answer can be read.
+        right: whether the answer is right.
+        tokens: number of generated tokens.
+        logprob: of all its tokens, under the model that generated it.
+        score: a verifier's; higher is better. None without a verifier.
     """
 
     answer: str | None
@@ -36,29 +36,32 @@ Selector = Callable[[Sequence[Sample]], Sample]
 
 
 def majority(samples: Sequence[Sample]) -> Sample:
-    """One with the most frequent answer; of equally frequent ones that with the larger sum of log-probabilities."""
+    """A sample with the most frequent answer; ties go to the answer with the larger sum of log-probabilities."""
     groups = by_answer(samples)
     return max(groups, key=lambda group: (len(group), sum(x.logprob for x in group)))[0] if groups else samples[0]
 
 
 def likeliest(samples: Sequence[Sample]) -> Sample:
-    """Best by the model that wrote them."""
+    """The most likely sample under the model that generated it."""
     return max(samples, key=lambda x: x.logprob)
 
 
 def best(samples: Sequence[Sample]) -> Sample:
-    """Best by the verifier."""
+    """The sample that the verifier scores highest."""
     return max(samples, key=score)
 
 
 def weighted(samples: Sequence[Sample]) -> Sample:
-    """One with the answer to which the verifier gives most; its scores are log-probabilities, added up over equal answers."""
+    """A sample with the answer that has the most probability under the verifier.
+
+    The verifier's scores are log-probabilities; the probabilities of samples with the same answer are added up.
+    """
     groups = by_answer(samples)
     return max(groups, key=lambda group: log_sum([score(x) for x in group]))[0] if groups else samples[0]
 
 
 def by_answer(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Those with an answer, the equal ones together."""
+    """The samples that have an answer, grouped by it."""
     groups: defaultdict[str, list[Sample]] = defaultdict(list)
     for x in samples:
         if x.answer is not None:
@@ -67,24 +70,26 @@ def by_answer(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def score(sample: Sample) -> float:
+    """The verifier's score. Raises ValueError if there is none."""
     if sample.score is None:
         raise ValueError("a selector by verifier needs samples with a score")
     return sample.score
 
 
 def log_sum(values: Sequence[float]) -> float:
-    """The logarithm of the sum of what these are the logarithms of."""
+    """log(sum(exp(values))), without overflow."""
     most = max(values)
     return most + math.log(sum(math.exp(x - most) for x in values))
 
 
 def best_of(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
-    """How often the best-scored of k of the N samples is right, over all choices of k (V-STaR, arXiv 2402.06457, section 3).
+    """How often the best-scored of k out of N samples is right, over all subsets of size k.
 
-    With the samples sorted by score, the i-th from 0 is the best of a choice in C(N-i-1, k-1) of the C(N, k).
+    V-STaR, arXiv 2402.06457, section 3. With the samples sorted by score, the i-th from 0 is the best in C(N-i-1, k-1) of the
+    C(N, k) subsets.
 
     Raises:
-        ValueError: k that is not from 1 to N.
+        ValueError: k outside 1 to N.
     """
     N = len(scores)
     if not 1 <= k <= N:
@@ -94,10 +99,10 @@ def best_of(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
 
 
 def pass_at(k: int, right: Sequence[bool]) -> float:
-    """How often at least one of k of the N samples is right, over all choices of k (arXiv 2107.03374).
+    """How often at least one of k out of N samples is right, over all subsets of size k (arXiv 2107.03374).
 
     Raises:
-        ValueError: k that is not from 1 to N.
+        ValueError: k outside 1 to N.
     """
     N, c = len(right), sum(right)
     if not 1 <= k <= N:
@@ -105,26 +110,31 @@ def pass_at(k: int, right: Sequence[bool]) -> float:
     return 1 - math.comb(N - c, k) / math.comb(N, k)
 
 
+def powers_of_two(most: int) -> list[int]:
+    """The powers of 2 from 1 to ``most``; none for 0."""
+    return [2**i for i in range(most.bit_length())]
+
+
 def choice_of(k: int, samples: Sequence[Sample], pick: Selector) -> float:
-    """How often what is picked from k of the N samples is right, over random choices of k; exactly for k = N."""
-    several = orders(samples, ORDERS) if k < len(samples) else [samples]
-    return sum(pick(x[:k]).right for x in several) / len(several)
+    """How often the one picked from k out of N samples is right, over random subsets of size k; exact for k = N."""
+    shuffled = orders(samples, ORDERS) if k < len(samples) else [samples]
+    return sum(pick(x[:k]).right for x in shuffled) / len(shuffled)
 
 
-def orders(several: Sequence[T], count: int) -> list[Sequence[T]]:
-    """In their own order, and in random ones, the same each time."""
+def orders(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """``count`` orders: the given one, then random ones, the same on every call."""
     shuffle = random.Random(0)
-    return [several, *(shuffle.sample(list(several), len(several)) for _ in range(count - 1))]
+    return [items, *(shuffle.sample(list(items), len(items)) for _ in range(count - 1))]
 
 
 def auc(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> float | None:
-    """How often a right solution has a higher score than a wrong one of the same problem; equal ones count half.
+    """How often a right solution has a higher score than a wrong one of the same problem; ties count half.
 
-    None where no problem has both.
+    None if no problem has both right and wrong solutions.
     """
     wins, pairs = 0.0, 0
-    for several, truth in zip(scores, right, strict=True):
-        of = {flag: [x for x, y in zip(several, truth, strict=True) if y == flag] for flag in (True, False)}
-        wins += sum((x > y) + 0.5 * (x == y) for x in of[True] for y in of[False])
-        pairs += len(of[True]) * len(of[False])
+    for values, truth in zip(scores, right, strict=True):
+        by_truth = {flag: [x for x, y in zip(values, truth, strict=True) if y == flag] for flag in (True, False)}
+        wins += sum((x > y) + 0.5 * (x == y) for x in by_truth[True] for y in by_truth[False])
+        pairs += len(by_truth[True]) * len(by_truth[False])
     return wins / pairs if pairs else None

@@ -1,4 +1,4 @@
-"""Supervised training on completions: the loss is on what follows the prompt, and batches are filled by number of tokens."""
+"""Supervised fine-tuning on completions: the loss is on what follows the prompt, and a batch is limited by its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from quietstar.config import AdapterConfig, option
 from quietstar.hf.adapters import add, merge
-from quietstar.recipes.common.sampling import logprob
+from quietstar.recipes.common.logprobs import logprob
+from quietstar.recipes.common.optimization import adamw
+from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.run.batches import mix_seed
 
 Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
@@ -21,29 +23,25 @@ Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
 
 @dataclass
 class SFTConfig(AdapterConfig):
-    """Optimizer, batches and adapters, which are merged in the end; the number of steps is the recipe's.
+    """Optimizer, batches and adapters, which are merged at the end; the recipe sets the number of steps.
 
     Raises:
         ValueError: a value outside its range, by name.
     """
 
     learning_rate: float = option(3e-4, "peak learning rate of AdamW")
-    warmup: int = option(20, "steps of linear warm-up")
+    warmup: int = option(20, "steps of linear warmup")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     clip: float = option(1.0, "largest gradient norm")
-    batch_tokens: int = option(1600, "tokens of a batch at most, padding included; an example that is longer goes alone")
+    batch_tokens: int = option(1600, "most tokens in a batch, padding included; a longer example is a batch of its own")
 
     def __post_init__(self) -> None:
         AdapterConfig.__post_init__(self)
-        for name in ("learning_rate", "clip", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"SFTConfig: {name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"SFTConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
+        check_positive("SFTConfig", self, ("learning_rate", "clip", "batch_tokens"))
+        check_at_least("SFTConfig", self, 0, ("warmup", "weight_decay"))
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step, which counts from 0."""
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
@@ -55,17 +53,16 @@ def sft(
     seed: int = 0,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> PreTrainedModel:
-    """Train ``model`` in place for ``steps`` updates; epoch after epoch, each in an order of its own that ``seed`` fixes.
+    """Train ``model`` in place for ``steps`` updates, in epochs whose order depends on ``seed``.
 
-    With ``config.lora_rank`` the update of each of its layers has that rank at most, and takes less memory to find.
-
-    The loss is the mean over the completions' tokens of a batch, nats.
+    The loss is the mean over the completion tokens of a batch, in nats. With ``config.lora_rank``, adapters of that rank are
+    trained and then merged, which takes less memory.
 
     Args:
         log: called with step, loss, grad_norm, learning_rate, tokens and seconds of every update.
 
     Raises:
-        ValueError: no example, or adapters without peft.
+        ValueError: no examples, or adapters without peft.
         FloatingPointError: a loss that is not finite.
     """
     config = config or SFTConfig()
@@ -73,7 +70,7 @@ def sft(
         raise ValueError("sft: there is no example to train on")
     training = model.training
     cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):  # for new adapters and for dropout
+    with torch.random.fork_rng(cuda):  # used by new adapters and by dropout
         torch.manual_seed(mix_seed(seed, -1))
         trained = add(model, config) if config.lora_rank else model
         _train(trained, examples, steps, config, seed, log)
@@ -88,9 +85,7 @@ def _train(
     seed: int,
     log: Callable[[dict[str, Any]], None],
 ) -> None:
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = adamw(model, config.learning_rate, config.weight_decay)
     batches = token_batches([len(prompt) + len(completion) for prompt, completion in examples], config.batch_tokens, seed)
     model.train()
     for step in range(steps):
@@ -112,7 +107,10 @@ def _train(
 
 
 def token_batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Places of examples, for ever; a batch's number times its longest is at most ``tokens``, unless it is one alone."""
+    """Indices of examples, batch after batch, without end.
+
+    The number of examples in a batch times the longest of them is at most ``tokens``, unless the batch is a single example.
+    """
     batch: list[int] = []
     epoch = 0
     while True:

@@ -1,4 +1,4 @@
-"""What a recipe's command begins with: a model in the type that was asked for, in a folder that no other run is in."""
+"""What a recipe starts with: a model in the requested dtype, and a folder that no other run uses."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quietstar.cli import main as cli
-from quietstar.recipes.common.models import TaskConfig, load
+from quietstar.recipes.common.models import TaskConfig, load, make_task
 from quietstar.recipes.common.progress import Progress
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.resume import Settings
@@ -73,3 +73,12 @@ def test_a_model_from_scratch_needs_a_start(command, tmp_path, capsys):
     assert cli.main([command, "--task=addition", f"--out={tmp_path / 'run'}"]) == cli.DATA
     assert "a model from scratch solves nothing: --sft-steps teaches it" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="data must be a file where task is 'gsm8k'"):
+        TaskConfig(task="gsm8k")
+    with pytest.raises(ValueError, match="data must be empty where task is 'addition'"):
+        TaskConfig(task="addition", data="x.jsonl")
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        make_task(TaskConfig(task="gsm8k", data="x.jsonl"))

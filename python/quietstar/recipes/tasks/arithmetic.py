@@ -1,0 +1,87 @@
+"""Multiplication and addition, digit by digit, with the chain of the written method."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.recipes.tasks.base import Problem
+from quietstar.recipes.tasks.generated import Generated
+from quietstar.recipes.tasks.marks import CHAIN_MARK, TARGET
+
+
+class Arithmetic(Generated):
+    """Two operands of ``digits`` digits each. All numbers have the least significant digit first; spaces separate characters.
+
+    Raises:
+        ValueError: ``digits`` outside 1 to 18.
+    """
+
+    sign: str
+    symbols = [*"0123456789+*()"]
+
+    def __init__(self, digits: int, tokenizer: PreTrainedTokenizerBase | None = None):
+        if not 1 <= digits <= 18:
+            raise ValueError(f"{type(self).__name__}: digits must be from 1 to 18, got {digits}")
+        self.digits = digits
+        super().__init__(tokenizer)
+
+    @property
+    def name(self) -> str:
+        return f"{self.digits}-digit {type(self).__name__.lower()}"
+
+    def draw(self, generator: torch.Generator) -> Problem:
+        least = 10 ** (self.digits - 1) if self.digits > 1 else 0
+        a, b = torch.randint(least, 10**self.digits, (2,), generator=generator).tolist()
+        return self.problem(a, b)
+
+    def problem(self, a: int, b: int) -> Problem:
+        """The problem with these operands."""
+        chain, answer = self.solve(a, b)
+        asked = f"{reversed_digits(a, self.digits)} {self.sign} {reversed_digits(b, self.digits)}"
+        hinted = f"{asked} {TARGET} {answer} {CHAIN_MARK}"
+        return Problem(f"{asked} {CHAIN_MARK}", hinted, f" {chain}", f" {answer}", "".join(answer.split()))
+
+    @abstractmethod
+    def solve(self, a: int, b: int) -> tuple[str, str]:
+        """Chain and answer."""
+
+
+class Multiplication(Arithmetic):
+    """``digits`` x ``digits`` multiplication as in the published files of Internalize_CoT_Step_by_Step (arXiv 2405.14838).
+
+    The chain has the partial products, the k-th of them with k leading zeros, and in brackets the running sums, except the
+    first and the last. The answer has 2 * digits digits.
+    """
+
+    sign = "*"
+
+    def solve(self, a: int, b: int) -> tuple[str, str]:
+        pieces, total = [], 0
+        for k in range(self.digits):
+            partial = a * (b // 10**k % 10) * 10**k
+            total += partial
+            width = self.digits + 1 + k
+            inside = f" ( {reversed_digits(total, width)} )" if 0 < k < self.digits - 1 else ""
+            pieces.append(reversed_digits(partial, width) + inside)
+        return " + ".join(pieces), reversed_digits(total, 2 * self.digits)
+
+
+class Addition(Arithmetic):
+    """Addition. The chain has the digit of the sum and the carry for each place; the answer has ``digits`` + 1 digits."""
+
+    sign = "+"
+
+    def solve(self, a: int, b: int) -> tuple[str, str]:
+        steps, carry = [], 0
+        for k in range(self.digits):
+            carry, digit = divmod(a // 10**k % 10 + b // 10**k % 10 + carry, 10)
+            steps.append(f"{digit} {carry}")
+        return " ".join(steps), reversed_digits(a + b, self.digits + 1)
+
+
+def reversed_digits(value: int, width: int) -> str:
+    """The digits, least significant first, separated by spaces and padded with zeros to ``width``."""
+    return " ".join(f"{value:0{width}d}"[::-1])

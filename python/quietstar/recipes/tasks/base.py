@@ -1,0 +1,155 @@
+"""What every task provides: problems as text and as token ids, and a check of generated answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.evaluation.questions.answers import cut
+from quietstar.recipes.tasks.marks import AGAIN, CHAIN_MARK, MARK
+from quietstar.recipes.tasks.splits import SPLITS
+from quietstar.recipes.tasks.tokenizer import small_tokenizer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as text.
+
+    Attributes:
+        prompt: up to where the chain begins.
+        hinted: the prompt with the answer in it, for rationalisation.
+        chain, answer: as the model should write them; the chain is empty where the data have none.
+        right: the right answer, in the form that ``Task.answer`` returns.
+        choices: the text of each choice by its label; empty where the answer is written out.
+    """
+
+    prompt: str
+    hinted: str
+    chain: str
+    answer: str
+    right: str
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A problem as token ids: ``prompt_ids``, then ``cot_ids``, ``Task.separator_ids``, ``answer_ids``, ``Task.end_id``.
+
+    Attributes:
+        prompt_ids, cot_ids, answer_ids: the parts, without the marks between them.
+        hinted_ids: the prompt with the answer in it.
+        problem: the same problem as text.
+    """
+
+    prompt_ids: list[int]
+    cot_ids: list[int]
+    answer_ids: list[int]
+    hinted_ids: list[int]
+    problem: Problem
+
+
+class Task(ABC):
+    """Problems of one kind, in the tokens of one tokenizer.
+
+    A hash of its prompt assigns each problem to one of ``SPLITS``, so that train and test never share a problem.
+
+    Args:
+        tokenizer: the model's; default a small one of the task's own symbols, for models trained from scratch. It must have an
+            end-of-text token.
+
+    Raises:
+        ValueError: a tokenizer without an end-of-text token.
+    """
+
+    symbols: Sequence[str] = ()  # words of the small tokenizer
+    stop: Sequence[str] = ()  # strings that end an answer, besides the end-of-text token
+    between = f" {MARK}"  # between chain and answer
+    again = f" {AGAIN} {CHAIN_MARK}"  # follows a solution and asks for another, without saying whether it was right
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.tokenizer: Any = tokenizer or small_tokenizer(self.symbols)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"{type(self).__name__}: the tokenizer has no end-of-text token, which ends an answer")
+        self.end_id: int = self.tokenizer.eos_token_id
+        self.separator_ids: list[int] = self._encode([self.between])[0]
+        self.again_ids: list[int] = self._encode([self.again])[0]
+
+    @property
+    def name(self) -> str:
+        """Identifies the problems in a run's settings and reports."""
+        return type(self).__name__
+
+    @abstractmethod
+    def problems(self, n: int, split: str, generator: torch.Generator) -> list[Problem]:
+        """``n`` problems of a split; fewer where a file has fewer."""
+
+    def sample(self, n: int, split: str, generator: torch.Generator) -> list[Row]:
+        """``n`` problems of a split as token ids; fewer where a file has fewer.
+
+        Raises:
+            ValueError: a split that isn't one of ``SPLITS``, or one without problems.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"{type(self).__name__}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+        problems = self.problems(n, split, generator)
+        if n and not problems:
+            raise ValueError(f"{type(self).__name__}: the split {split!r} has no problem")
+        return self._rows(problems)
+
+    def sample_with_chain(self, n: int, generator: torch.Generator) -> list[Row]:
+        """``n`` training problems that come with a chain; fewer where a file has fewer."""
+        return self._rows(self.problems(n, "train", generator))
+
+    def completion_ids(self, row: Row) -> list[int]:
+        """What should follow the row's prompt: chain, separator, answer and end-of-text token."""
+        return row.cot_ids + self.separator_ids + row.answer_ids + [self.end_id]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as text, up to but without the end-of-text token or a stop string."""
+        ids = list(ids)
+        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        return cut(self.tokenizer.decode(ids), self.stop)
+
+    def trimmed(self, ids: Sequence[int]) -> list[int]:
+        """Generated ids in the form to train on: the end-of-text token replaces a stop string and all that follows it.
+
+        Ids with neither, because they reached the length limit, are returned unchanged.
+        """
+        ids = list(ids)
+        if self.end_id in ids:
+            return ids[: ids.index(self.end_id) + 1]
+        whole = self.tokenizer.decode(ids)
+        kept = cut(whole, self.stop)
+        return ids if kept == whole else self._encode([kept.rstrip()])[0] + [self.end_id]
+
+    def answer(self, row: Row, ids: Sequence[int]) -> str | None:
+        """The answer in generated ids, comparable with other answers and with ``row.problem.right``; None if there is none."""
+        if self.end_id not in list(ids):
+            return None
+        _, mark, written = self.text(ids).partition(MARK)
+        written = "".join(written.split())
+        return written if mark and written.isdigit() else None
+
+    def check(self, row: Row, ids: Sequence[int]) -> bool:
+        """Whether generated ids contain the right answer."""
+        return self.answer(row, ids) == row.problem.right
+
+    def check_chain(self, row: Row, ids: Sequence[int]) -> bool | None:
+        """Whether the chain is the problem's own, word for word; None where a problem may have several right chains."""
+        return self.text(ids).partition(MARK)[0].split() == row.problem.chain.split()
+
+    def _rows(self, problems: Sequence[Problem]) -> list[Row]:
+        if not problems:  # tokenizers reject an empty list
+            return []
+        # Special tokens, such as one at the beginning of a text, belong only before the prompt.
+        prompts, hinted = (self._encode([getattr(x, part) for x in problems], True) for part in ("prompt", "hinted"))
+        chains, answers = (self._encode([getattr(x, part) for x in problems]) for part in ("chain", "answer"))
+        return [Row(*parts) for parts in zip(prompts, chains, answers, hinted, problems, strict=True)]
+
+    def _encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]

@@ -1,0 +1,59 @@
+"""What holds for every task of generated problems: checked answers, splits without overlap, seeds."""
+
+import pytest
+import torch
+
+from quietstar.recipes.tasks import SPLITS, Addition, Multiplication, WordProblems
+from quietstar.recipes.tasks.splits import split_of
+
+GENERATED = {"multiplication": lambda: Multiplication(2), "addition": lambda: Addition(3), "stories": WordProblems}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_solved_rows_are_right_and_others_are_not(name):
+    task = GENERATED[name]()
+    rows = task.sample(50, "train", generator())
+    for row, other in zip(rows, rows[1:], strict=False):
+        written = task.completion_ids(row)
+        assert task.check(row, written) and task.check_chain(row, written)
+        assert row.prompt_ids + written == task.tokenizer(task.tokenizer.decode(row.prompt_ids + written))["input_ids"]
+        assert row.answer_ids not in (row.prompt_ids, row.hinted_ids) and row.hinted_ids != row.prompt_ids
+        if other.problem.right != row.problem.right:
+            assert not task.check(row, task.completion_ids(other))
+        assert task.answer(row, row.cot_ids + [task.end_id]) is None  # no mark before the answer
+        assert task.answer(row, written[:-1]) is None  # not finished
+        assert task.check(row, row.answer_ids[:0] + task.separator_ids + row.answer_ids + [task.end_id, 7])
+        assert not task.check_chain(row, task.separator_ids + row.answer_ids + [task.end_id])
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_splits_share_no_problem(name):
+    task = GENERATED[name]()
+    asked = {split: {row.problem.prompt for row in task.sample(400, split, generator(i))} for i, split in enumerate(SPLITS)}
+    assert not asked["train"] & asked["valid"] and not asked["train"] & asked["test"] and not asked["valid"] & asked["test"]
+
+
+def test_share_of_the_splits():
+    task = Multiplication(2)
+    found = [split_of(task.problem(a, b).prompt) for a in range(10, 100) for b in range(10, 100)]
+    assert abs(found.count("test") - 810) < 90 and abs(found.count("valid") - 405) < 65  # three standard deviations
+
+
+def test_the_seed_fixes_the_problems():
+    task = Multiplication(3)
+    first, again, other = (task.sample(5, "test", generator(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_bad_input(byte_tokenizer):
+    with pytest.raises(ValueError, match="split must be one of train, valid, test, got 'dev'"):
+        Multiplication(2).sample(1, "dev", generator())
+    with pytest.raises(ValueError, match="digits must be from 1 to 18, got 0"):
+        Addition(0)
+    byte_tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="Multiplication: the tokenizer has no end-of-text token"):
+        Multiplication(2, byte_tokenizer)
