@@ -1,9 +1,9 @@
-"""LoRA through peft: numbers equal the merged model's, the base is unchanged, and adapters load only on their own base."""
+"""Adapters in a live model: numbers and gradients are those of the merged model, and the base is unchanged."""
 
 import copy
-import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,38 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import quietstar
-from quietstar.checkpoints import native as checkpoint
-from quietstar.cli import main as cli
-from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.config import AdapterConfig
 from quietstar.hf import adapters
-from quietstar.run import snapshots
-from quietstar.train import train
 
 peft = pytest.importorskip("peft")
-
-CONFIG = quietstar.ThoughtConfig(thought_tokens=3, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
-RANK, ALPHA = 3, 6.0
-IDS = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
-
-
-def lora(**changes):
-    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(**{**settings, **changes})
-
-
-def draw(qs, seed=1):
-    """Random weights, as after training: new adapters change nothing, and a new mixing head outputs 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in qs.named_parameters():
-            if name == "mixing_head.4.weight" or ("lora_B" in name and name.startswith("model.")):
-                weight.normal_(0, 0.2, generator=generator)
-    return qs
-
-
-def wrap(model, config=CONFIG, **changes):
-    torch.manual_seed(0)
-    return draw(quietstar.QuietStar(peft.get_peft_model(model, lora(**changes)), config))
+sys.path.append(str(Path(__file__).parent))
+from lora_models import ALPHA, CONFIG, IDS, RANK, draw, gradients, lora, wrap  # noqa: E402
 
 
 @pytest.fixture
@@ -57,24 +31,11 @@ def qs(base):
     return wrap(AutoModelForCausalLM.from_pretrained(base))
 
 
-@pytest.fixture
-def saved(qs, tmp_path):
-    qs.save_pretrained(tmp_path / "adapters")
-    return tmp_path / "adapters"
-
-
 def merged(qs):
     """The same with the adapters merged, so that all weights of the language model have gradients."""
     twin = copy.deepcopy(qs)
     twin.merge_adapters()
     return twin
-
-
-def gradients(qs, **options):
-    qs.zero_grad()
-    out = qs(IDS, seed=4, **options)
-    out.loss.backward()
-    return out, {name: weight.grad for name, weight in qs.named_parameters() if weight.grad is not None}
 
 
 def test_new_adapters_change_no_number(tiny):
@@ -210,92 +171,6 @@ def test_half_precision_keeps_rewards_and_log_probabilities_in_fp32(base, qs, ha
         assert 0 < error[name] < min(0.15, 2 * bound[name]), (name, error, bound)
 
 
-def test_a_checkpoint_holds_adapters_alone_and_loads_bitwise(qs, saved, base):
-    assert sorted(os.listdir(saved)) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "quietstar.json",
-        "quietstar.safetensors",
-    ]
-    trained = sum(weight.nbytes for name, weight in qs.named_parameters() if "lora_" in name)
-    assert trained < (saved / "adapter_model.safetensors").stat().st_size < trained + 4096
-    assert str(base) in (saved / "README.md").read_text()
-    again = quietstar.QuietStar.from_pretrained(saved)
-    first, second = gradients(qs), gradients(again)
-    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
-    assert first[1].keys() == second[1].keys()
-    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
-
-
-def test_adapters_load_onto_a_base_at_hand_and_in_another_dtype(qs, saved, base, tiny):
-    want = qs(IDS, seed=4)
-    got = quietstar.QuietStar.from_pretrained(saved, base=tiny("llama"))(IDS, seed=4)
-    assert torch.equal(got.loss, want.loss)
-    for dtype in (torch.bfloat16, torch.float16):
-        half = quietstar.QuietStar.from_pretrained(saved, base=str(base), dtype=dtype)
-        out = half(IDS, thought_ids=want.thought_ids)
-        assert half.model.dtype == dtype and (out.nll_mix - want.nll_mix).abs().max() < 0.15
-
-
-def test_adapters_of_another_base_are_refused(saved, tiny, tmp_path):
-    with pytest.raises(ValueError, match="belong to another base: the weights of LlamaForCausalLM have other values"):
-        quietstar.QuietStar.from_pretrained(saved, base=tiny("llama", seed=1))
-    with pytest.raises(ValueError, match="belong to another base: the layers of LlamaForCausalLM have other names or shapes"):
-        quietstar.QuietStar.from_pretrained(saved, base=tiny("llama", num_hidden_layers=1))
-    with pytest.raises(ValueError, match="belong to another base: the layers of GPT2LMHeadModel"):
-        quietstar.QuietStar.from_pretrained(saved, base=tiny("gpt2"))
-    with pytest.raises(ValueError, match=r"base .*nowhere does not load \(base= takes another\)"):
-        quietstar.QuietStar.from_pretrained(saved, base=str(tmp_path / "nowhere"))
-    fine_tuned = tiny("llama")
-    with torch.no_grad():
-        for weight in fine_tuned.parameters():
-            weight.mul_(1.002)
-    with pytest.raises(ValueError, match="have other values"):
-        quietstar.QuietStar.from_pretrained(saved, base=fine_tuned)
-    assert not adapters.there(fine_tuned)
-
-
-def test_checkpoints_that_name_no_base_or_need_none(tiny, tmp_path):
-    wrap(tiny("llama")).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="don't name their base"):
-        quietstar.QuietStar.from_pretrained(tmp_path / "a")
-    quietstar.QuietStar(tiny("llama"), CONFIG).save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="base is for a checkpoint of adapters"):
-        quietstar.QuietStar.from_pretrained(tmp_path / "b", base=tiny("llama"))
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "quietstar.safetensors"])
-def test_a_damaged_or_missing_file_is_named(saved, file):
-    whole = (saved / file).read_bytes()
-    (saved / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{saved}: {file} is damaged"):
-        quietstar.QuietStar.from_pretrained(saved)
-    (saved / file).unlink()
-    with pytest.raises(ValueError, match=f"{saved}: {file} is missing"):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
-def test_files_of_other_adapters_are_refused(saved):
-    config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
-    with pytest.raises(ValueError, match="adapter_model.safetensors and adapter_config.json are not of the same adapters"):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
-def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):
-    want = qs(IDS, seed=4)
-    qs.merge_adapters()
-    qs.save_pretrained(tmp_path / "merged")
-    again = quietstar.QuietStar.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(again(IDS, seed=4).nll_mix, want.nll_mix, rtol=1e-4, atol=1e-4)
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(alone(IDS).logits, again.model(IDS).logits) and not adapters.there(alone)
-    assert all(weight.requires_grad for weight in again.parameters())
-    with pytest.raises(ValueError, match="merge_adapters: the model has no adapters"):
-        again.merge_adapters()
-
-
 def test_a_frozen_base_model_is_the_base_without_a_copy(tiny, base):
     """Reward and divergence compare with the predictions of a model that never had adapters."""
     config = quietstar.ThoughtConfig(
@@ -383,12 +258,6 @@ def test_existing_adapters_and_those_of_transformers_are_refused(qs, tiny):
         quietstar.QuietStar(model, CONFIG)
 
 
-def test_the_published_format_has_no_adapters(tiny, tmp_path):
-    with pytest.raises(ValueError, match="knows no adapters"):
-        wrap(tiny("mistral")).save_official(tmp_path / "official")
-    assert not (tmp_path / "official").exists()
-
-
 def test_without_peft(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'quietstar-kernels\[lora\]'"):
@@ -409,77 +278,3 @@ def test_our_short_form(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             AdapterConfig(**bad)
-
-
-DATA = [{"input_ids": torch.randint(3, 61, (7 + i % 3,), generator=torch.Generator().manual_seed(i))} for i in range(5)]
-
-
-def train_some(base, out, resume=None, rank=RANK, whole=False):
-    torch.manual_seed(0)
-    qs = quietstar.QuietStar(AutoModelForCausalLM.from_pretrained(base), CONFIG)
-    if not whole:
-        qs.add_adapters(lora(r=rank, lora_dropout=0.2))
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2}
-    return qs, train(qs, DATA, TrainConfig(out=str(out), **settings), resume=resume, progress=False)
-
-
-def test_a_resumed_run_gives_the_losses_of_an_unbroken_one_bitwise(base, tmp_path):
-    qs, unbroken = train_some(base, tmp_path / "run")
-    began = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    frozen = adapters._base_matrices(qs.model)
-    assert set(frozen) < set(began) and all(torch.equal(weight, began[name]) for name, weight in frozen.items())
-    newest, half_way = snapshots.folder(tmp_path / "run", 4), snapshots.folder(tmp_path / "run", 2)
-    assert not (newest / "model.safetensors").exists()
-    assert "adapter_model.safetensors" in json.loads((newest / "manifest.json").read_text())
-    again, resumed = train_some(base, tmp_path / "run", resume=half_way)
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in unbroken]
-    assert all(torch.equal(a, b) for a, b in zip(qs.parameters(), again.parameters(), strict=True))
-    loaded = quietstar.QuietStar.from_pretrained(newest)
-    assert torch.equal(loaded.eval()(IDS).loss, qs.eval()(IDS).loss)
-
-
-def test_a_run_does_not_continue_with_other_adapters(base, tiny, tmp_path):
-    train_some(base, tmp_path / "run")
-    with pytest.raises(ValueError, match="its adapters were made with r=3, not 2"):
-        train_some(base, tmp_path / "run", resume="auto", rank=2)
-    with pytest.raises(ValueError, match="it holds adapters alone, and this run trains a whole model"):
-        train_some(base, tmp_path / "run", resume="auto", whole=True)
-    tiny("llama", seed=5).save_pretrained(tmp_path / "another")
-    with pytest.raises(ValueError, match="belong to another base: the weights of"):
-        train_some(tmp_path / "another", tmp_path / "run", resume="auto")
-    qs, _ = train_some(base, tmp_path / "whole", whole=True)
-    qs.add_adapters(lora())
-    with pytest.raises(ValueError, match="it holds a whole model, and this run trains adapters alone"):
-        checkpoint.restore_all(qs.contents(), snapshots.folder(tmp_path / "whole", 4))
-
-
-def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    byte_tokenizer.save_pretrained(base)
-    tiny("llama", vocab_size=257).save_pretrained(base)
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(20)))
-    small = [
-        "--length=16",
-        "--steps=2",
-        "--batch-size=2",
-        "--thoughts=2",
-        "--thought-tokens=2",
-        "--lookahead=2",
-        "--held-out=0",
-    ]
-    options = ["train", "--model=base", "--data=text.txt", "--out=run", "--lora-rank=2", "--lora-targets=q_proj,v_proj", *small]
-    assert cli.main(options) == 0
-    assert not list((tmp_path / "run").rglob("model.safetensors"))
-    assert cli.main([*options, "--resume", "--lora-rank=3"]) == cli.DATA
-    assert "the run there has lora_rank=2, not 3" in capsys.readouterr().err
-    assert cli.main([*options, "--resume"]) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from another folder
-    assert cli.main(["generate", "--model=../run", "--prompt=Hello", "--max-new-tokens=3"]) == 0
-    compiled = []
-    monkeypatch.setattr(quietstar.QuietStar, "compile", lambda qs: compiled.append(qs))
-    more = ["train", "--model=../run", "--data=../text.txt", "--out=more", "--compile", *small]
-    assert cli.main([*more, "--gradient-checkpointing", "--optimizer=fused"]) == 0
-    assert len(compiled) == 1 and adapters.there(compiled[0].model)
-    assert cli.main(["train", "--model=../run", "--data=../text.txt", "--out=else", "--lora-rank=2", *small]) == cli.DATA
-    assert "already has adapters" in capsys.readouterr().err
