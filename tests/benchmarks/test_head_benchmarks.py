@@ -1,14 +1,13 @@
-"""Samplers are judged by their log-probabilities and by the mean of many draws, losses by value and gradients."""
+"""Samplers are checked by their log-probabilities and the mean of many samples, losses by value and gradients."""
 
 import pytest
 import torch
 
-import bench_linear_logprob
-import bench_sample_token
-from bench_linear_logprob import LogprobCase
-from bench_sample_token import SampleCase
-from case import Wrong
-from head_peers import LOSSES, SAMPLERS
+from benchmarks import bench_linear_logprob, bench_sample_token
+from benchmarks.bench_linear_logprob import LogprobCase
+from benchmarks.bench_sample_token import SampleCase
+from benchmarks.harness.case import Wrong
+from benchmarks.peers.head import LOSSES, SAMPLERS
 
 SAMPLE = SampleCase(R=256, D=16, V=200)
 LOSS = LogprobCase(R=40, D=16, V=200, what="forward+backward")

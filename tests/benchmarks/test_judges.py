@@ -1,4 +1,4 @@
-"""What ``make gpu`` makes of a process's end and its words."""
+"""How ``make gpu`` judges a process by its exit code and output."""
 
 import importlib.util
 import sys
@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-import judges
-from processes import ROOT, Log, Outcome, run_beside
+from benchmarks.gpu import judges
+from benchmarks.gpu.processes import ROOT, Log, Outcome, run_beside
 
 FIRST_CALL = '{"first call": %s, "another length": 0.01}'
 PYTEST = "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b[x] FAILED [100%]\nFAILED tests/a.py::test_b[x] - assert 1\n"
@@ -53,7 +53,7 @@ The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=pyt
         (judges.warm, "compile ahead", Outcome(1, "Boom", 1), None, "exit code 1: Boom"),
     ],
 )
-def test_what_is_made_of_an_outcome(judge, name, outcome, passed, said):
+def test_verdict_of_an_outcome(judge, name, outcome, passed, said):
     ((got, words),) = judges.each(judge)({name: outcome}).values()
     assert got is passed and said in words
 
@@ -73,7 +73,7 @@ def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, said):
     assert got is passed and said in words
 
 
-def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log(tmp_path, monkeypatch):
+def test_processes_end_with_all_that_they_started_and_their_output_is_in_the_log(tmp_path, monkeypatch):
     child = tmp_path / "child"
     hang = (
         "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '60']);"
@@ -94,7 +94,7 @@ def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log
         if not status.exists() or status.read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
-    raise AssertionError("what it started runs on")
+    raise AssertionError("a process that it started still runs")
 
 
 def test_shares_of_the_tests_are_all_of_them():

@@ -1,4 +1,4 @@
-"""One point of a benchmark: what is computed, on which inputs, how much work that is, and how a result is judged."""
+"""One point of a benchmark: what is computed, on which inputs, how much work that is, and how a result is checked."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 Inputs = dict[str, Any]
 
-# Largest ‖result - truth‖ / ‖truth‖. Rounding of fp32 stays far below, tf32 does not.
+# Largest ‖result - truth‖ / ‖truth‖. Rounding in fp32 stays far below its bound; tf32 does not.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Wrong(Exception):
-    """A candidate's result is not that of the op."""
+    """A candidate's result is not what the op computes."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes through main memory: the useful ones of a case, or those that a peer needs for it."""
+    """FLOPs, and bytes to and from main memory: the useful ones of a case, or those that a peer needs for it."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -30,16 +30,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """A case of one op; subclasses add its sizes, by their letters of the dimension key.
+    """A case of one op. Subclasses add its sizes, named by the letters of the dimension key.
 
     Attributes:
         op: the op's name.
-        rotates: several sets of inputs take turns, to overflow the cache; a whole model's weights do that alone.
-        grid: what the case is one point of: "headline", or the name of the size that varies.
+        size_names: the attributes that are the case's sizes, in the order in which tables show them.
+        rotates: whether several sets of inputs take turns, so that they don't stay in the cache. Not needed for a whole
+            model, whose weights overflow it.
+        grid: the series that the case belongs to: "headline", or the name of the size that varies.
         what: "forward" or "forward+backward", where the op has both.
     """
 
     op: ClassVar[str]
+    size_names: ClassVar[tuple[str, ...]] = ()
     rotates: ClassVar[bool] = True
     grid: str = "headline"
     what: str = "forward"
@@ -47,28 +50,27 @@ class Case(ABC):
     device: torch.device = torch.device("cpu")
 
     @property
-    @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """The sizes by letter."""
+        return {name: getattr(self, name) for name in self.size_names}
 
     @abstractmethod
     def work(self) -> Work:
-        """The useful work: what the layout makes visible, each input read once and each output written once."""
+        """The useful work: what the layout makes visible, with each input read once and each output written once."""
 
     @abstractmethod
     def inputs(self, seed: int) -> Inputs:
-        """Random inputs on the device; other seeds, other inputs."""
+        """Random inputs on the device."""
 
     @abstractmethod
     def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
-        """Run a candidate once, with its backward where ``what`` says so."""
+        """Run a candidate once, including its backward if ``what`` says so."""
 
-    @abstractmethod
     def check(self, function: Callable[..., Any]) -> None:
-        """Raises Wrong where a candidate computes something else."""
+        """Raises Wrong if a candidate computes something else."""
+        raise NotImplementedError(f"the benchmark {self.op} compares its candidates with each other")
 
     def to_compile(self) -> Case:
-        """A case as small as may be of which a call compiles what one of this case does."""
+        """The smallest case that compiles the same kernels as this one."""
         return self
 
     def randn(self, seed: int, *shape: int, deviation: float = 1.0) -> Tensor:
@@ -76,12 +78,12 @@ class Case(ABC):
         return torch.randn(shape, generator=generator, device=self.device).mul_(deviation).to(self.dtype)
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{letter} {size}" for letter, size in self.sizes.items())
+        sizes = " ".join(f"{name} {size}" for name, size in self.sizes.items())
         return f"{self.op} {self.what}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def judge(what: str, got: Tensor, truth: Tensor, bound: float) -> None:
-    """Raises Wrong where ‖got - truth‖ > bound·‖truth‖, or where got holds a NaN."""
+    """Raises Wrong if ‖got - truth‖ > bound·‖truth‖, or if got holds a NaN."""
     if got.shape != truth.shape:
         raise Wrong(f"{what} has shape {list(got.shape)}, not {list(truth.shape)}")
     got, truth = got.detach(), truth.detach()

@@ -1,11 +1,11 @@
-"""How the published code computes a training step: pass after pass over all positions, every pass kept for the backward.
+"""The published code's schedule of a training step: pass after pass over all positions, each kept for the backward.
 
-Rebuilt from its description (arXiv 2403.09629, section 4; the published code's schedule). A pass adds one row to the thought of
-every position: N copies of the batch, the rows of all earlier passes concatenated as keys, and a dense mask, causal over the
-text and diagonal over each earlier pass. Sampling happens on the way, in the passes that carry gradients. The
-objective is that of ``QuietStar``, so loss and gradients are the same; the schedule and its memory are not.
+Rebuilt from its description (arXiv 2403.09629, section 4) and the published code. A pass adds one row to the thought of every
+position. It runs N copies of the batch, over the rows of all earlier passes as keys, with a dense mask that is causal over the
+text and diagonal over each earlier pass. Thoughts are sampled in the passes that carry gradients. The objective is that of
+``QuietStar``, so loss and gradients are the same. Only the schedule and its memory differ.
 
-It is milder than the published code: attention is SDPA, and the logits of sampled rows aren't kept.
+It is cheaper than the published code: attention is SDPA, and the logits of sampled rows aren't kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quietstar_kernels import ThoughtLayout
 
 
 class PublishedSchedule(QuietStar):
-    """``QuietStar`` for texts without padding, every position thinking, by S passes after the text's."""
+    """``QuietStar`` for texts without padding that thinks at every position, in one pass over the text and S more."""
 
     _passed: tuple[Tensor, Tensor] | None = None
 
@@ -30,7 +30,7 @@ class PublishedSchedule(QuietStar):
     ) -> Thoughts:
         assert not greedy and seed is not None
         T = self.thought_config.thought_tokens
-        rows = layout.S if torch.is_grad_enabled() else T  # without a gradient nothing behind the last sample is wanted
+        rows = layout.S if torch.is_grad_enabled() else T  # without a gradient nothing after the last sample is needed
         *self._passed, ids, logprob = self._passes(layout, input_ids, None, seed, rows)
         return Thoughts(ids, logprob)
 
@@ -43,7 +43,7 @@ class PublishedSchedule(QuietStar):
     def _passes(
         self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor | None, seed: int, rows: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Text states [B,L,D], thought states [B,L,N,rows,D], thought ids [B,L,N,T] and log-probabilities of those sampled."""
+        """Text states [B,L,D], thought states [B,L,N,rows,D], thought ids [B,L,N,T], log-probabilities of sampled ids."""
         B, L, N, T = layout.B, layout.L, layout.N, self.thought_config.thought_tokens
         device = input_ids.device
         b, t, n = torch.meshgrid(*(torch.arange(size, device=device) for size in (B, L, N)), indexing="ij")
@@ -73,14 +73,14 @@ class PublishedSchedule(QuietStar):
         return text, thought, torch.stack(tokens, -1), torch.stack(logprobs, -1) if logprobs else thought[..., 0]
 
     def _row(self, s: int, copies: Tensor, tokens: list[Tensor]) -> Tensor:
-        """Embeddings [B*N,L,D] of row s: start, a sampled token [B,L,N], end, then the text's following tokens."""
+        """Embeddings [B*N,L,D] of row s: the start, a sampled token, the end, or one of the text's following tokens."""
         T = self.thought_config.thought_tokens
         if s in (0, T + 1):
             vector = self._embedding(self.start_embedding if s == 0 else self.end_embedding)
             return vector.expand(*copies.shape, -1)
         if s <= T:
             return embeddings(self.model)(tokens[s - 1].transpose(1, 2).flatten(0, 1))
-        return embeddings(self.model)(copies.roll(-(s - T - 1), 1))  # what wraps around predicts nothing that counts
+        return embeddings(self.model)(copies.roll(-(s - T - 1), 1))  # what wraps around makes no prediction that counts
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """What the outcomes of a step of ``make gpu`` mean.
 
-A judge takes outcomes by name and gives verdicts by name: whether it passed, None where that is no question of right and
-wrong, and what to say.
+A judge maps outcomes to verdicts, both by name. A verdict is whether the process passed, None if that can't be said, and a line
+that reports what it found.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 
-from processes import Outcome
+from benchmarks.gpu.processes import Outcome
 
 Verdict = tuple[bool | None, str]
 Judge = Callable[[dict[str, Outcome]], dict[str, Verdict]]
@@ -31,7 +31,7 @@ def check(name: str, outcome: Outcome) -> Verdict:
 
 
 def build(name: str, outcome: Outcome) -> Verdict:
-    """That nvcc isn't here is no failure; that it doesn't compile is one, with the compiler's first error."""
+    """A missing nvcc is not a failure. If compiling fails, report the compiler's first error."""
     if outcome.code == 0:
         return True, "compiled for this GPU"
     if outcome.code is None:
@@ -43,7 +43,7 @@ def build(name: str, outcome: Outcome) -> Verdict:
 
 
 def tests(outcomes: dict[str, Outcome]) -> dict[str, Verdict]:
-    """All shares of the tests together."""
+    """One verdict for all shares of the tests."""
     output = "\n".join(outcome.output for outcome in outcomes.values())
     words = ("PASSED", "FAILED", "ERROR")
     counts = {word: len(re.findall(rf"^tests/.* {word}", output, re.MULTILINE)) for word in words}
@@ -68,7 +68,7 @@ def small_cases(name: str, outcome: Outcome) -> Verdict:
 
 
 def sanitizer(name: str, outcome: Outcome) -> Verdict:
-    """racecheck is reported and not judged: it takes copies by TMA and the operands of wgmma for hazards."""
+    """racecheck is only reported, since it takes copies by TMA and the operands of wgmma for hazards."""
     found = re.findall(r"ERROR SUMMARY: (.*)|RACECHECK SUMMARY: (.*)", outcome.output)
     said = "".join(found[-1]) if found else outcome.last_line
     if outcome.code is None:
@@ -95,6 +95,6 @@ def benchmark(name: str, outcome: Outcome) -> Verdict:
 
 
 def warm(name: str, outcome: Outcome) -> Verdict:
-    """What fails here fails again where it is timed."""
+    """Never a failure: what fails here fails again in the benchmark."""
     found = re.findall(r"^\d+ called once, .*", outcome.output, re.MULTILINE)
     return None, found[-1] if found else f"{outcome.end}: {outcome.last_line}"

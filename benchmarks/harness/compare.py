@@ -1,4 +1,4 @@
-"""Runs the candidates of a case against each other and makes their rows."""
+"""Checks the candidates of a case, times them in turn, and makes a row for each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from case import Case, Inputs, Wrong
-from harness import Run, Timing, cache_size, free_memory, measure, peak_memory
-from machine import name_of
-from peers import Peer
+from benchmarks.harness.case import Case, Inputs, Wrong
+from benchmarks.harness.clock import Run, Timing, measure
+from benchmarks.harness.machine import name_of
+from benchmarks.harness.memory import cache_size, free_memory, peak_memory
+from benchmarks.harness.peer import Peer
 
 MOST_INPUT_SETS = 8
 
@@ -23,8 +24,8 @@ class Effort:
 
     Attributes:
         rounds: timed rounds.
-        budget: seconds after which a candidate sits out further rounds.
-        longest: seconds of one run from which on a peer isn't tried.
+        budget: seconds after which a candidate skips the remaining rounds.
+        longest: seconds; a peer whose run takes longer isn't tried.
     """
 
     rounds: int = 7
@@ -38,14 +39,16 @@ SMOKE = Effort(rounds=1, budget=0.0)
 
 @dataclass
 class Row:
-    """One candidate of one case. Times in seconds, memory in bytes, rates per second; None where nothing was measured.
+    """One candidate of one case. Times are in seconds, memory in bytes, rates per second; None if not measured.
 
     Attributes:
-        times_ours: its seconds over ours, of the same run.
-        flops_rate, bytes_rate: useful work over the median.
-        floor: seconds that the useful work takes at the machine's measured ceilings, and bound_by the one that binds.
-        of_floor: floor over median, 1 at best.
-        note: why there is no number, or what to know about it.
+        seconds, low, high: median, lowest and highest of the rounds.
+        times_ours: its time divided by ours in the same run.
+        flops_rate, bytes_rate: useful work divided by the median.
+        floor: seconds that the useful work takes at the machine's measured peak rates.
+        bound_by: the peak rate that determines the floor, "matmul" or "copy".
+        of_floor: floor divided by median, 1 at best.
+        note: why there is no number, or a remark about it.
     """
 
     op: str
@@ -72,7 +75,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Of its case and its candidate."""
+        """Identifies the case and the candidate."""
         return self.op, self.grid, self.what, self.dtype, str(self.sizes), self.candidate
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,14 +87,14 @@ def compare(
     ours: Peer,
     peers: Sequence[Peer],
     rates: dict[str, float],
-    effort: Effort = QUICK,
+    effort: Effort,
     write: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Check ``ours``, then check each peer and time it and ours in turn; one row for each, whatever became of it.
+    """Check ``ours``, then check each peer and time it in turn with ours. Each has a row, whether or not it could be timed.
 
     Args:
-        rates: of ``machine.ceilings``.
-        write: takes the rows so far, after each peer.
+        rates: from ``machine.ceilings``.
+        write: is called with the rows so far after each peer.
     """
     mine = blank(case, ours)
     mine.is_ours = True
@@ -108,7 +111,7 @@ def compare(
         try:
             timings = measure({"its": runs} | ({"ours": my_runs} if my_runs else {}), case.device, effort.rounds, effort.budget)
         except Exception as error:
-            row.note = said(error)
+            row.note = as_note(error)
             continue
         _fill(row, case, rates, timings["its"])
         if beside := timings.get("ours"):
@@ -124,28 +127,28 @@ def compare(
 
 
 def _checked(case: Case, peer: Peer, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
-    """What the peer prepared, or None with the reason in its row."""
+    """The peer's prepared and checked function, or None with the reason in its row."""
     reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
     if reason is None:
         try:
             function = peer.prepare(case)
             case.check(function)
             return function
-        except Exception as error:  # whatever a peer raises, its row says it
-            reason = said(error)
+        except Exception as error:  # whatever a peer raises is reported in its row
+            reason = as_note(error)
     row.note = reason
     return None
 
 
 def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
-    """A run for every set of inputs; its memory is in the row then. None where there is no function, or no room."""
+    """A run for each set of inputs, with the peak memory of one in the row. Empty without a function, or without room."""
     if function is None:
         return []
     runs = [lambda x=x: case.call(function, x) for x in sets]
     try:
         row.peak_bytes = peak_memory(runs[0], case.device)
-    except RuntimeError as error:  # the check left room for it, all inputs together don't
-        row.note = said(error)
+    except RuntimeError as error:  # there was room for the check, but not beside all sets of inputs
+        row.note = as_note(error)
         return []
     return runs
 
@@ -153,7 +156,7 @@ def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs
 def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None:
     fill(row, case, rates, timing.median)
     row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
-    row.note = "events, not a graph" if case.device.type == "cuda" and _is_short(timing) else ""
+    row.note = "timed without a CUDA graph" if case.device.type == "cuda" and _is_short(timing) else ""
 
 
 def blank(case: Case, peer: Peer, note: str = "") -> Row:
@@ -163,7 +166,7 @@ def blank(case: Case, peer: Peer, note: str = "") -> Row:
 
 
 def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
-    """The numbers of a row that follow from its time."""
+    """Fill in the time, and the numbers of the row that follow from it."""
     work = case.work()
     row.seconds = seconds
     row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
@@ -173,7 +176,7 @@ def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
 
 
 def input_sets(case: Case) -> list[Inputs]:
-    """As many sets of inputs as overflow the cache three times, where they rotate."""
+    """If the case's inputs rotate, as many sets as are three times as large as the cache."""
     first = case.inputs(seed=1)
     if not case.rotates:
         return [first]
@@ -185,10 +188,10 @@ def input_sets(case: Case) -> list[Inputs]:
 def _too_much(peer: Peer, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
     needs, free = peer.needs(case), free_memory(case.device)
     if needs.bytes > 0.8 * free:
-        return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} are free"
+        return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
     seconds = needs.flops / rates[name_of(case.dtype)]
     if seconds > effort.longest:
-        return f"not tried: a run takes {seconds:.2g} s at best"
+        return f"not tried: a run takes at least {seconds:.2g} s"
     return None
 
 
@@ -196,8 +199,8 @@ def _is_short(timing: Timing) -> bool:
     return timing.median < 1e-3 and not timing.graph
 
 
-def said(error: Exception) -> str:
-    """An exception in one line of a table."""
+def as_note(error: Exception) -> str:
+    """An exception as a note in a table."""
     if isinstance(error, Wrong):
         return f"refused, a wrong result: {error}"
     if isinstance(error, torch.OutOfMemoryError):

@@ -1,9 +1,9 @@
-"""Seconds of the first call of thought_attention in a fresh process, with nothing compiled before; prints JSON.
+"""Print, as JSON, the seconds of the first call of thought_attention in a new process with empty caches.
 
-    python benchmarks/first_call.py forward
-    python benchmarks/first_call.py forward+backward
+    python -m benchmarks.gpu.first_call forward
+    python -m benchmarks.gpu.first_call forward+backward
 
-"another length" is the first call at other sizes of text and thoughts, for which nothing may be compiled again.
+"another length" is the first call with other sizes of text and thoughts, which must not compile anything again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 
 def main() -> None:
@@ -28,13 +26,12 @@ def main() -> None:
 
 
 def measure(what: str, device: str) -> dict[str, float]:
-    sys.path[:0] = [str(Path(__file__).parents[1])]
     import torch
 
     from quietstar_kernels import ThoughtLayout, thought_attention
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.ones(64, 64, device=device, dtype=dtype) @ torch.ones(64, 64, device=device, dtype=dtype)  # the device is up
+    torch.ones(64, 64, device=device, dtype=dtype) @ torch.ones(64, 64, device=device, dtype=dtype)  # initializes the device
 
     def seconds(L: int, N: int, S: int) -> float:
         layout = ThoughtLayout.every_position(1, L, N, S, device)

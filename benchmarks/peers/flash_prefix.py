@@ -1,123 +1,28 @@
-"""What serves attention of text and thoughts without ``thought_attention`` and ``thought_decode``.
-
-A peer is a function of packed tensors: of all packed rows in training, q, k, v [B,H or G,M,K]; of one row a thought in
-decoding, where q is [B,H,L*N,K] and k, v [B,G,M,K] hold the text and every thought's rows, those not written yet too.
-"""
+"""Attention of text and thoughts put together from existing parts: a flash attention of all rows to the text, and plain matmuls
+of each thought's own rows, joined by their log-sum-exp (LSE)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
-from case import Work
-from peers import Peer, not_installed
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-MOST_ROWS_EAGER = 1 << 14  # from there on ``create_block_mask`` must be compiled, or it makes the whole M x M mask
+from benchmarks.peers.packed import Attention, PackedCase
 
 
-class Packed(Protocol):
-    """The cases of both attention ops."""
+def flash_prefix(case: PackedCase, flash: Any = None) -> Attention:
+    """For one s, the rows s of all anchors see a causal triangle of the text. So the S rows of N thoughts are passed to the
+    flash attention as additional query heads.
 
-    B: int
-    L: int
-    N: int
-    S: int
-    H: int
-    G: int
-    K: int
-    dtype: torch.dtype
-    device: torch.device
-    what: str
-
-    @property
-    def M(self) -> int: ...
-
-    @property
-    def rows(self) -> int:
-        """Query rows."""
-        ...
-
-    def sees(self, row: Tensor, key: Tensor) -> Tensor:
-        """Whether query rows see packed keys; both are integer tensors that broadcast."""
-        ...
-
-
-def dense(case: Packed) -> Attention:
-    """The mask is additive, as SDPA wants it inside, and one for the whole batch: its best case."""
-    row, key = (torch.arange(size, device=case.device) for size in (case.rows, case.M))
-    mask = torch.zeros(case.rows, case.M, dtype=case.dtype, device=case.device)
-    for some in row.split(1024):
-        mask[some] = mask[some].masked_fill_(~case.sees(some[:, None], key), -math.inf)
-    return partial(scaled_dot_product_attention, attn_mask=mask[None, None], enable_gqa=case.H != case.G)
-
-
-def dense_needs(case: Packed) -> Work:
-    scores = case.rows * case.M
-    backward = 3.5 if case.what == "forward+backward" else 1
-    return Work(4 * case.B * case.H * case.K * scores * backward, scores * case.dtype.itemsize)
-
-
-def flex(case: Packed, options: dict[str, Any] | None = None) -> Attention:
-    """Compiled for this shape alone, as ``flex_attention``'s documentation shows it."""
-    torch._dynamo.reset()
-    make = create_block_mask if max(case.rows, case.M) <= MOST_ROWS_EAGER else torch.compile(create_block_mask)
-
-    def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return case.sees(row, key)
-
-    block_mask = make(mask, None, None, case.rows, case.M, device=case.device.type)
-    attend = torch.compile(flex_attention)
-    return partial(attend, block_mask=block_mask, enable_gqa=case.H != case.G, kernel_options=options)
-
-
-def no_flex_backward(case: Packed) -> str | None:
-    if case.device.type == "cpu" and case.what == "forward+backward":
-        return "FlexAttention has no backward on CPUs"
-    return None
-
-
-def no_flex_flash(case: Packed) -> str | None:
-    if case.device.type != "cuda":
-        return "this kernel is for GPUs"
-    here = find_spec("flash_attn") and find_spec("flash_attn.cute")
-    return None if here else "flash_attn.cute, which this back end calls, is not installed here"
-
-
-def prefix(case: Packed, flash: Any = None) -> Attention:
-    """Causal flash attention of all rows to the text, each thought's own rows by plain matmuls, joined by their LSE.
-
-    The row s of all anchors is a causal triangle over the text: the S rows of N thoughts are more query heads of the flash
-    attention.
+    Args:
+        flash: CPUFlash, GPUFlash or FlashAttn. By default the one of PyTorch for the case's device.
     """
     flash = flash or (CPUFlash if case.device.type == "cpu" else GPUFlash)
     merge = partial(_Merged.apply, flash, case.B, case.L, case.N)
-    if case.rows == case.M:
-        return lambda q, k, v: merge(q, k, v, case.S, case.S - 1)
-    step = case.step  # type: ignore[attr-defined]
-    return lambda q, k, v: merge(q, k, v, case.S, step)
-
-
-def no_prefix(case: Packed) -> str | None:
-    if case.device.type == "cuda" and case.dtype == torch.float32:
-        return "flash attention on GPUs takes fp16 and bf16"
-    return None
-
-
-def no_flash_attn(case: Packed) -> str | None:
-    if case.device.type != "cuda":
-        return "this kernel is for GPUs"
-    if case.what == "forward+backward":
-        return "flash-attn's public functions give no gradient of parts joined by their LSE"
-    return not_installed("flash-attn") or no_prefix(case)
+    return lambda q, k, v: merge(q, k, v, case.S, case.last_row)
 
 
 class CPUFlash:
@@ -138,7 +43,7 @@ class CPUFlash:
 
 
 class GPUFlash:
-    """PyTorch's flash attention on GPUs, which knows grouped heads."""
+    """PyTorch's flash attention on GPUs, which supports grouped heads."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -153,7 +58,7 @@ class GPUFlash:
 
 
 class FlashAttn:
-    """The package flash-attn, forward alone."""
+    """The package flash-attn, forward only."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -165,7 +70,7 @@ class FlashAttn:
 
 
 class _Merged(torch.autograd.Function):
-    """``prefix``'s attention. The gradient of each part needs only the joint output and LSE."""
+    """The attention of ``flash_prefix``. The gradient of each part needs only the joint output and LSE."""
 
     @staticmethod
     def forward(ctx: Any, flash: Any, B: int, L: int, N: int, q: Tensor, k: Tensor, v: Tensor, S: int, step: int) -> Tensor:
@@ -208,7 +113,7 @@ class _Merged(torch.autograd.Function):
 
 
 def _own_scores(q: Tensor, k: Tensor, step: int) -> Tensor:
-    """fp32 [...,rows,S] of a thought's own rows, -inf where a row doesn't see the key; the last row stands at ``step``."""
+    """fp32 [...,rows,S] of a thought's own rows, the last of which is row ``step``; -inf where a row doesn't see the key."""
     rows, S = q.shape[-2], k.shape[-2]
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     row, key = torch.arange(step + 1 - rows, step + 1, device=q.device), torch.arange(S, device=q.device)
@@ -216,11 +121,11 @@ def _own_scores(q: Tensor, k: Tensor, step: int) -> Tensor:
 
 
 class _Heads:
-    """How packed rows become heads: h query heads of a key head, then the s rows of N thoughts, all over the anchors L."""
+    """Turns packed rows into heads over the L anchors: for each key head, h query heads times the s rows of N thoughts."""
 
     def __init__(self, B: int, L: int, N: int, S: int, H: int, G: int, rows: int):
         self.B, self.L, self.N, self.S, self.G, self.h = B, L, N, S, G, H // G
-        self.packed = rows == L + L * N * S  # text rows first; else one row a thought
+        self.packed = rows == L + L * N * S  # text rows first; otherwise one row per thought
         self.s = S if self.packed else 1
 
     def fold(self, x: Tensor) -> Tensor:
@@ -236,14 +141,14 @@ class _Heads:
         return folded[:, :count].unflatten(1, (self.h, self.N, self.s)).permute(0, 1, 4, 2, 3, 5)
 
     def unfold(self, folded: Tensor, thoughts: Tensor) -> Tensor:
-        """[B,H,rows,K] of the text rows of ``folded`` and of ``thoughts``."""
+        """[B,H,rows,K] from the text rows of ``folded`` and from ``thoughts``."""
         rows = thoughts.flatten(2, 4)
         if self.packed:
             rows = torch.cat([folded[:, self.h * self.N * self.s :], rows], 2)
         return rows.reshape(self.B, self.G * self.h, *rows.shape[2:])
 
     def fold_lse(self, folded: Tensor, joint: Tensor) -> Tensor:
-        """``folded`` [B*G,heads,L] with the joint LSE [B*G,h,L,N,s] of the thought rows, in the layout it came in."""
+        """``folded`` [B*G,heads,L] with the joint LSE [B*G,h,L,N,s] for the thought rows, in the same memory layout."""
         out = folded.clone()  # keeps the strides
         count = self.h * self.N * self.s
         out[:, :count] = joint.permute(0, 1, 3, 4, 2).flatten(1, 3)
@@ -263,15 +168,6 @@ class _Heads:
         return x.reshape(self.B * self.G, self.h, self.L, self.N, self.s, -1)
 
     def join_keys(self, text: Tensor, own: Tensor) -> Tensor:
-        """Gradients of the text's keys [B*G,1,L,K] and of own keys [B*G,h,L,N,S,K] as [B,G,M,K]."""
+        """Gradients of the text's keys [B*G,1,L,K] and of the thoughts' own keys [B*G,h,L,N,S,K] as [B,G,M,K]."""
         own = own.sum(1, keepdim=True).flatten(2, 4)
         return torch.cat([text, own], 2).view(self.B, self.G, -1, text.shape[-1])
-
-
-PEERS = [
-    Peer("FlexAttention, compiled", flex, why_not=no_flex_backward, compiles=True),
-    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True),
-    Peer("flash prefix + own block (PyTorch)", prefix, why_not=no_prefix),
-    Peer("flash prefix + own block (flash-attn)", partial(prefix, flash=FlashAttn), "flash-attn", no_flash_attn),
-    Peer("SDPA, dense mask", dense, needs=dense_needs),
-]

@@ -1,4 +1,4 @@
-"""The pictures of a results page: time and memory against the text's length, memory against T, and the share of the floor."""
+"""The plots of a results page: time and memory by text length, a training step by T, and each op's share of the floor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
-import units  # noqa: E402
-from report import WITHOUT_A_FLOOR  # noqa: E402
+from benchmarks.report import units  # noqa: E402
+from benchmarks.report.results_file import RowDict  # noqa: E402
+from benchmarks.report.tables import WITHOUT_A_FLOOR  # noqa: E402
 
-RowDict = dict[str, Any]
 OURS_COLOR, PEER_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
 
 
 def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Every picture that the rows suffice for."""
+    """Every plot for which there are enough rows. Returns their paths."""
     rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_floor"]]
     device = results["machine"]["device"]
     kinds: dict[str, Callable[[list[RowDict], str], Any]] = {
@@ -78,7 +78,7 @@ def _plot(axes: Axes, lines: dict[str, dict[int, float]], colors: dict[str, str]
 
 
 def _panels(panels: dict[str, dict[str, dict[int, float]]], xlabel: str, ylabel: str, title: str, log: bool = True) -> Any:
-    """Panels with at least two points of ours, side by side, under one legend; None where there is none."""
+    """The panels that have at least two points of ours, side by side with one legend; None if no panel has."""
     panels = {name: lines for name, lines in panels.items() if len(lines.get("ours", {})) > 1}
     if not panels:
         return None
@@ -120,19 +120,19 @@ def _shape(rows: list[RowDict]) -> str:
 
 
 def time(rows: list[RowDict], device: str) -> Any:
-    """Seconds against L; a GPU's batch shrinks as the text grows, so its times are those of a text."""
+    """Time by text length. On a GPU longer texts come in smaller batches, so the time is that of one text."""
     panels = _lengths(rows, lambda row: 1e3 * row["seconds"] / row["sizes"]["B"])
-    return _panels(panels, "text length L", "milliseconds for a text", f"Time on {device}: {_shape(rows)}")
+    return _panels(panels, "text length L", "milliseconds per text", f"Time on {device}: {_shape(rows)}")
 
 
 def memory(rows: list[RowDict], device: str) -> Any:
-    """What a call adds, against L."""
+    """Memory of a call by text length."""
     panels = _lengths(rows, lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20 / row["sizes"]["B"])
-    return _panels(panels, "text length L", "MiB for a text", f"Memory that a call adds on {device}: {_shape(rows)}")
+    return _panels(panels, "text length L", "MiB per text", f"Memory of a call on {device}: {_shape(rows)}")
 
 
 def passes(rows: list[RowDict], device: str) -> Any:
-    """Peak memory and time of a training step against T."""
+    """Peak memory and time of a training step by T."""
     some = [row for row in rows if row["op"] == "step" and row["grid"] == "passes"]
     panels = {
         "peak memory, MiB": _against(
@@ -140,11 +140,11 @@ def passes(rows: list[RowDict], device: str) -> Any:
         ),
         "time, milliseconds": _against(some, lambda row: row["sizes"]["T"], lambda row: 1e3 * row["seconds"]),
     }
-    return _panels(panels, "sampled tokens T of a thought", "", f"A training step on {device}", log=False)
+    return _panels(panels, "sampled tokens per thought T", "", f"Training step on {device}", log=False)
 
 
 def chunks(rows: list[RowDict], device: str) -> Any:
-    """Peak memory of a training step on a long text, against its length, and against how many anchors think at a time."""
+    """Peak memory of a training step on a long text, by its length and by the size of the chunks of anchors."""
     some = [row for row in rows if row["op"] == "memory" and row["peak_bytes"]]
     shortest = min((row["sizes"]["L"] for row in some), default=0)
     cut = [row for row in some if row["is_ours"] and row["sizes"]["L"] == shortest]
@@ -154,15 +154,15 @@ def chunks(rows: list[RowDict], device: str) -> Any:
             lambda row: row["sizes"]["L"],
             lambda row: row["peak_bytes"] / 2**20,
         ),
-        f"anchors at a time C, L {shortest}": _against(
+        f"anchors per chunk C, L {shortest}": _against(
             cut, lambda row: row["sizes"]["C"], lambda row: row["peak_bytes"] / 2**20
         ),
     }
-    return _panels(panels, "", "peak memory, MiB", f"A training step on a long text on {device}", log=False)
+    return _panels(panels, "", "peak memory, MiB", f"Training step on a long text, {device}", log=False)
 
 
 def floor(rows: list[RowDict], device: str) -> Any:
-    """Our share of the floor in every headline case."""
+    """Our share of the floor in each headline case."""
     mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] not in WITHOUT_A_FLOOR]
     if not mine:
         return None
@@ -174,7 +174,7 @@ def floor(rows: list[RowDict], device: str) -> Any:
     axes.axvline(100, color="#5f6b73", linestyle="--", linewidth=1)
     axes.set_xlim(0, max(115.0, *(130 * row["of_floor"] for row in mine)))
     axes.invert_yaxis()
-    axes.set_xlabel("percent of the floor: the time of the useful work at the measured ceilings")
+    axes.set_xlabel("percent of the floor, the time of the useful work at the measured peak rates")
     axes.set_title(f"Share of the floor on {device}, headline cases", fontsize=11)
     axes.tick_params(axis="y", labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The clock's logic: turns, warm-up, budget; and memory of a known size."""
+"""The clock's turns, warm-up and budget, and memory of a known size."""
 
 import contextlib
 import time
@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from harness import ROUND, cache_size, free_memory, measure, peak_memory
+from benchmarks.harness.clock import ROUND, measure
+from benchmarks.harness.memory import cache_size, free_memory, peak_memory
 
 
 def test_candidates_take_turns_over_all_their_inputs(device):
@@ -49,7 +50,7 @@ def test_peak_memory_sees_what_a_call_allocates(device):
     assert 0.9 * size < got < 1.5 * size
 
 
-def test_peak_memory_ends_its_watch_where_the_call_raises(device):
+def test_peak_memory_stops_watching_if_the_call_raises(device):
     def run():
         raise KeyError("mine")
 
@@ -63,7 +64,7 @@ def test_the_machine_has_memory_and_a_cache(device):
 
 
 class FakeEvent:
-    """A device event by the host's clock, for work that the host does."""
+    """A device event that reads the host's clock, for work done by the host."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -107,8 +108,8 @@ def test_short_runs_on_a_gpu_are_replayed(fake_gpu):
     timing = measure({"short": runs}, fake_gpu, rounds=3)["short"]
     assert timing.graph and len(timing.seconds) == 3
     assert calls == [0, 1, 2, 3] * 4  # warm-up, a timed pass, before the capture, the capture
-    assert FakeGraph.replays > 11 + 3  # a warm-up, ten to see how many fill a round, then those of three rounds
-    assert timing.low >= 1e-4 / 4  # of one run: a replay has four
+    assert FakeGraph.replays > 11 + 3  # a warm-up, ten that determine how many fill a round, then three rounds
+    assert timing.low >= 1e-4 / 4  # a replay has four runs
 
 
 def test_long_runs_on_a_gpu_and_those_that_cannot_be_captured_are_not(fake_gpu, monkeypatch):

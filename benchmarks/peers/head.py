@@ -1,25 +1,31 @@
-"""What draws tokens from a language-model head, or gives log-probabilities under it, without our ops.
-
-Sampling: functions of hidden [R,D] and weight [V,D] that return ids [R] and their log-probabilities [R]. Log-probabilities:
-functions of hidden, weight and targets that return the sum of the targets' negative ones, a loss.
-"""
+"""What samples tokens from a language-model head, or computes log-probabilities under it, without our ops."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case import Work
-from machine import package_version
-from peers import Peer, not_installed
+from benchmarks.harness.case import Case, Work
+from benchmarks.harness.machine import package_version
+from benchmarks.harness.peer import Peer, not_installed
 
-Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # hidden [R,D], weight [V,D]: ids [R], their log-probabilities [R]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets [R]: the sum of the negative log-probabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCase(Case):
+    """R rows of width D under a head of V tokens."""
+
+    size_names = ("R", "D", "V")
+    R: int
+    D: int
+    V: int
 
 
 def _multinomial(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +35,7 @@ def _multinomial(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _race(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest exponential variate over its probability wins: multinomial without its checks and its sorting."""
+    """The id with the smallest exponential variate divided by its probability: multinomial without its checks and sorting."""
     logp = (hidden @ weight.T).float().log_softmax(-1)
     p = logp.exp()
     ids = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
@@ -40,8 +46,8 @@ def _matmul(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden @ weight.T
 
 
-def _logits(count: int) -> Callable[[Any], Work]:
-    """Memory of so many tensors of R·V fp32 numbers."""
+def _logits(count: int) -> Callable[[HeadCase], Work]:
+    """The memory of ``count`` tensors [R,V] in fp32."""
     return lambda case: Work(case.work().flops, count * 4 * case.R * case.V)
 
 
@@ -49,31 +55,31 @@ def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
-def _liger(case: Any) -> Loss:
+def _liger(case: HeadCase) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda hidden, weight, targets: loss(weight, hidden, targets)
 
 
-def _cut_cross_entropy(case: Any) -> Loss:
+def _cut_cross_entropy(case: HeadCase) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, reduction="sum")
 
 
-def _pytorch(case: Any) -> Loss:
+def _chunked(case: HeadCase) -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda *operands: F.linear_cross_entropy(*operands, reduction="sum", options=options)
 
 
-def _no_pytorch(case: Any) -> str | None:
+def _no_chunked(case: HeadCase) -> str | None:
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None
     return f"PyTorch {torch.__version__} has no chunked linear_cross_entropy"
 
 
-def _trl(case: Any) -> Loss:
+def _trl(case: HeadCase) -> Loss:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
 
@@ -83,15 +89,15 @@ def _trl(case: Any) -> Loss:
     return loss
 
 
-def _no_trl(case: Any) -> str | None:
-    """TRL's trainers call it with these arguments through ``trl.trainer.utils.add_fused_lm_head``."""
+def _no_trl(case: HeadCase) -> str | None:
+    """Why TRL can't run here. Its trainers call it as ``_trl`` does, through ``trl.trainer.utils.add_fused_lm_head``."""
     if (reason := not_installed("trl")) or importlib.util.find_spec("trl.kernels"):
         return reason
     return f"trl {package_version('trl')} has no chunked log-probabilities"
 
 
-def _for_gpu(package: str) -> Callable[[Any], str | None]:
-    def why_not(case: Any) -> str | None:
+def _for_gpu(package: str) -> Callable[[HeadCase], str | None]:
+    def why_not(case: HeadCase) -> str | None:
         return not_installed(package) or (None if case.device.type == "cuda" else f"{package} is for GPUs")
 
     return why_not
@@ -104,7 +110,7 @@ SAMPLERS = [
 ]
 LOSSES = [
     Peer("matmul, cross_entropy", lambda case: _plain_loss, needs=_logits(4)),
-    Peer("PyTorch linear_cross_entropy, chunked", _pytorch, why_not=_no_pytorch),
+    Peer("PyTorch linear_cross_entropy, chunked", _chunked, why_not=_no_chunked),
     Peer("TRL chunked log-probabilities", _trl, "trl", _no_trl),
     Peer("Liger fused linear cross entropy", _liger, "liger-kernel", _for_gpu("liger-kernel")),
     Peer("cut-cross-entropy", _cut_cross_entropy, "cut-cross-entropy", _for_gpu("cut-cross-entropy")),

@@ -1,4 +1,4 @@
-"""The stages of ``make gpu``: which processes, in which order, for how long, and who judges them."""
+"""The stages of ``make gpu``: their processes, the order and time limits of these, and how their outcome is judged."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from pathlib import Path
 
 import torch
 
-import judges
-import run
-from judges import Judge
-from missing import STAGES
+from benchmarks.gpu import judges
+from benchmarks.gpu.judges import Judge
+from benchmarks.report.missing import STAGES
+from benchmarks.report.tables import TITLES
 
-HERE, TESTS = Path(__file__).parent, "tests/kernels"
-WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, with graphs that are really replayed
-PYTHON = [sys.executable]
-LIMIT = 235  # seconds of a stage at most: each is under four minutes
+ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
+WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
+LIMIT = 235  # seconds per stage, under four minutes
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch", "bindings")
-# The ops of a benchmark stage, and the minutes after which it starts no new case.
+# The ops of a benchmark stage, and the minutes after which it starts no further case.
 BENCHMARKS = {
     "attention": (["thought_attention"], 1.7),
     "decode": (["thought_decode"], 0.8),
@@ -35,11 +34,12 @@ FIRST_CALLS = {f"first call, {what}": what for what in judges.FIRST_CALL_GOALS}
 
 @dataclass(frozen=True)
 class Step:
-    """Processes that run beside each other.
+    """Processes that run at the same time.
 
     Attributes:
         commands: by name.
         limit: seconds.
+        judge: turns the outcomes into verdicts.
     """
 
     commands: dict[str, list[str]]
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps one after the other."""
+    """Steps that run one after the other."""
 
     name: str
     steps: list[Step]
@@ -57,11 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all stages depend on.
+    """The stages.
 
     Attributes:
         results: the file that benchmarks write their rows to.
-        rehearsal: everything at its smallest, on the CPU.
+        rehearsal: whether to run everything at its smallest, on the CPU.
     """
 
     results: Path
@@ -72,7 +72,7 @@ class Plan:
         return "cpu" if self.rehearsal else "cuda"
 
     def stages(self, names: Sequence[str] = ()) -> list[Stage]:
-        """Those named, in the order of ``STAGES``; without a name all."""
+        """The named stages in the order of ``STAGES``, or all of them."""
         return [Stage(name, self._steps(name)) for name in STAGES if not names or name in names]
 
     def _steps(self, name: str) -> list[Step]:
@@ -83,49 +83,37 @@ class Plan:
         return (steps | {"sanitize": self._sanitize})[name]()
 
     def _check(self) -> list[Step]:
-        command = [*PYTHON, "-m", "quietstar_kernels", "check", "--device", self.device]
+        command = [*_module("quietstar_kernels"), "check", "--device", self.device]
         return [Step({"": command}, 90, judges.each(judges.check))]
 
     def _build(self) -> list[Step]:
-        """Into this folder, for this GPU. A rehearsal finds no nvcc."""
+        """Compile into this folder, for this GPU. A rehearsal finds no nvcc."""
         capability = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
         variables = ["QUIETSTAR_BUILD=cuda", f"TORCH_CUDA_ARCH_LIST={capability.replace('9.0', '9.0a')}"]
         variables += ["CUDA_HOME=/nowhere"] if self.rehearsal else []
-        command = ["env", *variables, *PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
+        command = ["env", *variables, sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         return [Step({"": command}, 150, judges.each(judges.build))]
 
     def _tests(self) -> list[Step]:
-        """A share of the tests for each core."""
+        """Each core runs a share of the tests."""
         shares = min(16, os.cpu_count() or 1)
-        pytest = [*PYTHON, "-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
+        pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
         if self.rehearsal:
-            pytest += [f"{TESTS}/test_thought_attention.py", f"{TESTS}/test_thought_decode.py", f"{TESTS}/test_sample_token.py"]
             pytest += [
-                f"{TESTS}/test_linear_logprob.py",
-                WRAPPER,
-                "-k",
-                "triton and (edges or strided or large_and_equal or captured)",
+                f"{TESTS}/test_{op}.py" for op in ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
             ]
+            pytest += [WRAPPER, "-k", "triton and (edges or strided or large_and_equal or captured)"]
         else:
             pytest += [TESTS, WRAPPER, *(f"--ignore={file}" for file in _files_without_a_gpu())]
         commands = {f"{share + 1} of {shares}": [*pytest, "--shard", f"{share}/{shares}"] for share in range(shares)}
         return [Step(commands, 200, judges.tests)]
 
     def _benchmark(self, ops: list[str], minutes: float) -> list[Step]:
-        """Compile ahead, then measure: ours in all cases first."""
+        """Compile ahead, then measure, first ours alone in all cases."""
         smallest = ["--smoke"] if self.rehearsal else []
-        warm = [*PYTHON, str(HERE / "warm.py"), "--op", *ops, "--device", self.device, *smallest]
-        timed = [
-            *PYTHON,
-            str(HERE / "run.py"),
-            "--op",
-            *ops,
-            "--device",
-            self.device,
-            "--json",
-            str(self.results),
-            "--ours-first",
-        ]
+        which = ["--op", *ops, "--device", self.device]
+        warm = [*_module("benchmarks.gpu.warm"), *which, *smallest]
+        timed = [*_module("benchmarks.run"), *which, "--json", str(self.results), "--ours-first"]
         timed += ["--smoke", "--ceiling-size", "64"] if self.rehearsal else ["--minutes", str(minutes)]
         return [
             Step({"compile ahead": warm}, WARM, judges.each(judges.warm)),
@@ -133,21 +121,21 @@ class Plan:
         ]
 
     def _first_calls(self) -> list[Step]:
-        """One after the other: each is a time, and so of no use by the interpreter."""
-        command = [*(["env", "QUIETSTAR_BACKEND=cpu"] if self.rehearsal else []), *PYTHON, str(HERE / "first_call.py")]
+        """One after the other, since they are timed. The interpreter's time would be of no use."""
+        command = [*(["env", "QUIETSTAR_BACKEND=cpu"] if self.rehearsal else []), *_module("benchmarks.gpu.first_call")]
         return [
             Step({name: [*command, what, "--device", self.device]}, 20, judges.each(judges.first_call))
             for name, what in FIRST_CALLS.items()
         ]
 
     def _others(self) -> list[Step]:
-        """The benchmarks that no stage names."""
+        """The benchmarks that have no stage of their own."""
         named = [op for ops, _ in BENCHMARKS.values() for op in ops]
-        return self._benchmark([op for op in run.MODULES if op not in named], 1.0)
+        return self._benchmark([op for op in TITLES if op not in named], 1.0)
 
     def _sanitize(self) -> list[Step]:
-        """The small cases alone, which also compiles them, then each under compute-sanitizer."""
-        cases = [*PYTHON, str(HERE / "small_cases.py"), "--device", self.device, *(["--rehearse"] if self.rehearsal else [])]
+        """The small cases on their own, which also compiles them, then under compute-sanitizer."""
+        cases = [*_module("benchmarks.gpu.small_cases"), "--device", self.device, *(["--rehearse"] if self.rehearsal else [])]
         alone = Step({"small cases": cases}, 60, judges.each(judges.small_cases))
         sanitizer = shutil.which("compute-sanitizer")
         if not sanitizer:
@@ -156,6 +144,10 @@ class Plan:
         return [alone, Step(watched, LIMIT - 60, judges.each(judges.sanitizer))]
 
 
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]
+
+
 def _files_without_a_gpu() -> list[str]:
-    found = sorted((HERE.parent / TESTS).glob("test_*.py"))
+    found = sorted((ROOT / TESTS).glob("test_*.py"))
     return [f"{TESTS}/{file.name}" for file in found if file.stem.endswith(WITHOUT_A_GPU)]

@@ -1,8 +1,4 @@
-"""Every way to compute an op behind one interface: ours, and what people use without it.
-
-The peers of each kind of op stand in attention_peers.py, head_peers.py and model_peers.py, each called as its own
-documentation says. ``compare`` asks ``why_not``, prepares, checks the result, and times only what is right.
-"""
+"""A candidate: our op, or a peer, which is what people use without it."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from case import Case, Work
-from machine import package_version, served_by
+from benchmarks.harness.case import Case, Work
+from benchmarks.harness.machine import package_version, served_by
 from quietstar_kernels import backends
 
 PACKAGE = "quietstar-kernels"  # ours
@@ -28,16 +24,17 @@ def _no_needs(case: Case) -> Work:
 
 @dataclass(frozen=True)
 class Peer:
-    """One candidate.
+    """One candidate. ``compare`` asks it ``why_not``, prepares it, checks its result, and times it only if that is right.
 
     Attributes:
         name: as tables show it.
-        prepare: a case to the function that ``Case.call`` runs; not timed: masks, compilation.
-        package: the distribution whose version its rows carry.
-        why_not: None, or why it can't serve a case here.
-        needs: FLOPs and bytes it will take, where they outgrow the useful ones; too much of either is not tried.
-        compiles: its first call of a case takes seconds, and leaves what it compiled in a cache on disk.
-        is_floor: it does only a part of the op's work, a bound and no rival; it isn't among the peers that ours is compared to.
+        prepare: returns the function that ``Case.call`` runs for a case. What it does itself, such as building masks or
+            compiling, is not timed.
+        package: the distribution whose version is reported with it.
+        why_not: why it can't run a case here, or None if it can.
+        needs: FLOPs and bytes it takes, if they outgrow the useful ones. It isn't tried if either is too much.
+        compiles: whether its first call of a case takes seconds and leaves a compiled kernel in a cache on disk.
+        is_floor: whether it does only a part of the op's work, as a lower bound on the time. It is then no rival.
     """
 
     name: str
@@ -54,18 +51,18 @@ class Peer:
 
 
 def not_installed(package: str) -> str | None:
-    """The reason that a missing distribution gives."""
+    """The reason to give if a distribution is missing, else None."""
     return None if package_version(package) else f"{package} is not installed here"
 
 
 def by_back_end(op: str, ours: Callable[..., Callable[..., Any]]) -> list[Peer]:
-    """Ours again, by each of a GPU's back ends; ``ours`` takes its name beside the case."""
+    """Ours again, once for each of a GPU's back ends. ``ours`` takes the back end's name besides the case."""
 
     def why_not(case: Case, name: str) -> str | None:
         status = {row["backend"]: row["status"] for row in backends(case.device) if row["op"] == op}[name]
         if status != "available":
             return status
-        return "the back end that is taken where none is named" if served_by(case.device)[op] == name else None
+        return "the default back end, measured above" if served_by(case.device)[op] == name else None
 
     return [
         Peer(f"{op}, {name}", partial(ours, backend=name), PACKAGE, partial(why_not, name=name)) for name in ("cuda", "triton")

@@ -1,6 +1,6 @@
-"""A GPU whose kernels take no time and compute nothing, for Triton on a machine without one: what is left is the host's time.
+"""A fake GPU for Triton whose kernels take no time and compute nothing, so that only the host's time is left.
 
-Needs TRITON_INTERPRET=0 from the start of the process, and tensors on the CPU.
+It needs TRITON_INTERPRET=0 from the start of the process, and tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class _Driver:
 
 
 class EmptyKernel(nvidia.CudaLauncher):
-    """A compiled kernel and its launcher, all of whose Python runs; the C function that would launch it does nothing.
+    """A compiled kernel and its launcher. All of their Python code runs, but the C function that would launch does nothing.
 
     Attributes:
-        made: names of the kernels compiled so far, one for each compile.
+        made: names of the kernels compiled so far, one per compilation.
+        launches: how many kernels were launched.
     """
 
     made: list[str] = []
@@ -69,7 +70,7 @@ class EmptyKernel(nvidia.CudaLauncher):
         self.made.append(self.name)
 
     def _init_handles(self) -> None:
-        """It is loaded."""
+        """There is nothing to load."""
 
 
 def _launched(*arguments: Any) -> None:
@@ -77,7 +78,7 @@ def _launched(*arguments: Any) -> None:
 
 
 def install() -> None:
-    """From here on the process has such a GPU, an sm_90, and the back end "triton" takes tensors of the CPU."""
+    """Give this process such a GPU, an sm_90, and let the back end "triton" accept CPU tensors."""
     driver.set_active(_Driver())
     triton.compiler.compile = lambda source, **_: EmptyKernel(source)
     _dispatch._why_not_triton = lambda device, dtype: None

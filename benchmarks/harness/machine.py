@@ -1,4 +1,4 @@
-"""What a number depends on: the device, the versions of what ran, and the two ceilings that were measured first."""
+"""What a measured time depends on: the device, the versions of what ran, and the device's peak rates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from harness import Run, measure
+from benchmarks.harness.clock import Run, measure
 from quietstar_kernels import backends
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel", "cut-cross-entropy")
 
 
 def package_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,7 +58,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def served_by(device: torch.device) -> dict[str, str]:
-    """The back end that "auto" runs for each op, or that QUIETSTAR_BACKEND names."""
+    """The back end that serves each op: the one QUIETSTAR_BACKEND names, else the one "auto" chooses."""
     fastest = ("cuda", "triton", "cpu", "reference") if device.type == "cuda" else ("cpu",)
     fastest = (os.environ["QUIETSTAR_BACKEND"],) if "QUIETSTAR_BACKEND" in os.environ else fastest
     available = {(row["op"], row["backend"]) for row in backends(device) if row["status"] == "available"}
@@ -67,10 +67,11 @@ def served_by(device: torch.device) -> dict[str, str]:
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
-    """The rates that nothing here exceeds by much: "copy" in bytes/s, read and written, and FLOP/s by dtype.
+    """Measured peak rates: "copy" in bytes/s, counting reads and writes, and matmuls in FLOP/s by dtype.
 
     Args:
-        size: of the square matrices, and of the copied tensor in units of 64 kB; default what fills the device.
+        size: side of the square matrices, and the copied tensor's size in units of 64 KiB. By default large enough to keep
+            the device busy.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     rates = {"copy": _copy_rate(device, size * 16384)}

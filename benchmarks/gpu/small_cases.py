@@ -1,20 +1,16 @@
-"""Every op once on a few small random inputs by each fast back end, forward and backward: for a memory checker to watch.
+"""Call every op on a few small random inputs with each fast back end, forward and backward, for a memory checker to watch.
 
-compute-sanitizer --tool memcheck python benchmarks/small_cases.py
+compute-sanitizer --tool memcheck python -m benchmarks.gpu.small_cases
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+import torch
 
-import torch  # noqa: E402
-
-from quietstar_kernels import (  # noqa: E402
+from quietstar_kernels import (
     ThoughtLayout,
     backends,
     linear_logprob,
@@ -22,7 +18,7 @@ from quietstar_kernels import (  # noqa: E402
     thought_attention,
     thought_decode,
 )
-from quietstar_kernels.testing import (  # noqa: E402
+from quietstar_kernels.testing import (
     attention_inputs,
     decode_inputs,
     forward_backward,
@@ -32,15 +28,15 @@ from quietstar_kernels.testing import (  # noqa: E402
 )
 
 KINDS = ("every", "ragged", "documents")
-WIDTHS = (64, 128, 256)  # those of which the CUDA back end has a kernel each
-SHORT = {"cuda": torch.bfloat16, "cpu": torch.float16}  # Triton's interpreter computes bf16 wrongly
-LONG = 600  # text positions that few rows share out among several blocks of threads
+WIDTHS = (64, 128, 256)  # each has a kernel of its own in the CUDA back end
+SHORT = {"cuda": torch.bfloat16, "cpu": torch.float16}  # Triton's interpreter is wrong in bf16
+LONG = 600  # text positions; with few rows they are split among several thread blocks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rehearse", action="store_true", help="one layout and one width: an interpreter is slow")
+    parser.add_argument("--rehearse", action="store_true", help="one layout and one width, since an interpreter is slow")
     args = parser.parse_args()
     device, kinds, widths = args.device, KINDS[: 1 if args.rehearse else None], WIDTHS[: 1 if args.rehearse else None]
     for seed, kind in enumerate(kinds):
@@ -68,7 +64,7 @@ def main() -> None:
 
 
 def fast(op: str, device: str) -> list[str]:
-    """The back ends made for a device that serve an op there, or the one that QUIETSTAR_BACKEND names."""
+    """The available fast back ends of an op on a device, or the one that QUIETSTAR_BACKEND names if it is available."""
     made = ("triton", "cuda") if device == "cuda" else ("cpu",)
     made = (os.environ["QUIETSTAR_BACKEND"],) if "QUIETSTAR_BACKEND" in os.environ else made
     status = {row["backend"]: row["status"] for row in backends(device) if row["op"] == op}
@@ -78,7 +74,7 @@ def fast(op: str, device: str) -> list[str]:
 def decode(generator: torch.Generator, layout: ThoughtLayout, width: int, dtype: torch.dtype) -> None:
     inputs = decode_inputs(generator, layout, width=width, dtype=dtype)
     for backend in fast("thought_decode", layout.device.type):
-        if backend != "cuda" or dtype != torch.float32:  # that one computes in 16 bits
+        if backend != "cuda" or dtype != torch.float32:  # it supports only 16-bit types
             thought_decode(**inputs, layout=layout, step=0, backend=backend)
 
 

@@ -1,4 +1,4 @@
-"""A results file that is written after every case and holds what several runs measured, each its part."""
+"""The results file. It is written after every case, and several runs may each add their part."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-RowDict = dict[str, Any]
+RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
 CASE = ("op", "grid", "what", "dtype", "sizes")
 OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file: {"machine", "ceilings", "command", "rows"}, and from ``make gpu`` "stages"."""
+    """The keys are "machine", "ceilings", "command" and "rows", and after ``make gpu`` also "stages"."""
     return json.loads(path.read_text())
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Whoever kills this process finds the file as it was before or as it is after."""
     write(json.dumps(results, indent=1) + "\n", path)
 
 
 def write(text: str, path: Path) -> None:
+    """Replace the file as a whole, so that a kill in between leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text)
@@ -31,12 +31,12 @@ def write(text: str, path: Path) -> None:
 
 
 def is_open(row: RowDict) -> bool:
-    """Nobody has tried it yet."""
+    """Whether it has not been tried yet."""
     return row["note"] in (OUT_OF_TIME, NOT_REACHED)
 
 
 def merged(old: Iterable[RowDict], new: Iterable[RowDict], ops: Sequence[str]) -> list[RowDict]:
-    """``old`` with the row of ``new`` for a case's candidate in place of its own, unless it wasn't tried; ordered by op."""
+    """All rows, ordered by op. A new row replaces the old one of its case and candidate, unless it wasn't tried."""
     cases: dict[str, dict[str, RowDict]] = {}
     for row in (*old, *new):
         candidates = cases.setdefault(str([row[name] for name in CASE]), {})

@@ -1,4 +1,4 @@
-"""Processes beside each other under one time limit; every line of theirs goes to one log file as it comes."""
+"""Processes that run at the same time under one time limit. Their output goes to one log file, line by line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process left: its exit code, None where it was stopped, its output, and how long it ran."""
+    """What a process left: its exit code, None if it was stopped, its output, and how long it ran."""
 
     code: int | None
     output: str
@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Log:
-    """A file that grows: what stood in it stays."""
+    """A file that lines are added to. What was in it is kept."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class _Running:
         self.ended = time.monotonic()
 
     def outcome(self, seconds: float) -> Outcome:
-        """Wait so long, then stop it and all that it started."""
+        """Wait for at most ``seconds``, then stop the process and all that it started."""
         code: int | None
         try:
             code = self.process.wait(max(0.1, seconds))
@@ -85,9 +85,8 @@ class _Running:
             code = None
         self.stop()
         self.reader.join(5)
-        return Outcome(
-            code, "".join(self.lines), (max(self.ended, self.began) if code is not None else time.monotonic()) - self.began
-        )
+        ended = time.monotonic() if code is None else self.ended
+        return Outcome(code, "".join(self.lines), ended - self.began)
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -103,11 +102,12 @@ def _die_with_parent() -> None:
 def run_beside(
     stage: str, commands: dict[str, list[str]], limit: float, log: Log, variables: dict[str, str] | None = None
 ) -> dict[str, Outcome]:
-    """Run all commands at once; what runs longer than ``limit`` seconds is stopped, with all that it started.
+    """Run all commands at once. A process still running after ``limit`` seconds is stopped, with all that it started.
 
     Args:
-        commands: by name; in the log a line begins with the stage and that name.
-        variables: of the environment, beside this process's and a PYTHONPATH that begins with this checkout.
+        commands: by name. In the log each line begins with the stage and that name.
+        variables: environment variables in addition to those of this process. PYTHONPATH always begins with this checkout, so
+            that nothing has to be installed.
     """
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"} | (variables or {})

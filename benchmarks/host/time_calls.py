@@ -1,10 +1,10 @@
-"""Seconds that the host spends on a call of each op, in a process of its own; prints JSON, {op: {part: seconds}}.
+"""Print, as JSON, the seconds that the host spends on a call of each op: {op: {part: seconds}}.
 
-    python benchmarks/host_time.py --device cpu
+    python -m benchmarks.host.time_calls --device cpu
 
-Without a GPU its kernels are empty (``empty_kernels``). With one they are launched, on sizes so small that the device waits
-for the host. Each number is the least of many rounds. Of a call, "launches" is what Triton and the launches through it take,
-"preparation" what the back end does before them, and the rest checks, operator and autograd.
+Without a GPU the kernels are empty (``empty_kernels``). With one they are launched, with sizes so small that the device waits
+for the host. Each number is the minimum of many rounds. "launches" is the time that Triton takes to launch kernels,
+"preparation" the time of the back end before the launches, and "rest" that of checks, operator and autograd.
 """
 
 from __future__ import annotations
@@ -13,26 +13,23 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 
 from quietstar_kernels import ThoughtLayout, _dispatch, sample_token, thought_attention, thought_decode  # noqa: E402
 
-CALLS = 8  # before the clock is read, and of attention before one backward through all of them, as in a model
+CALLS = 8  # per reading of the clock; as in a model, attention has one backward through all of its calls
 B, L, N, S, H, G, K, R, D, V = 1, 4, 2, 4, 2, 1, 128, 8, 64, 512
 Calls = Callable[[], Any]
 
 
 def calls(device: torch.device) -> dict[str, Calls]:
-    """By name, a function that calls an op CALLS times."""
+    """Functions, by name, that each call an op CALLS times."""
     layout = ThoughtLayout.every_position(B, L, N, S, device)
     rows = lambda *shape: torch.randn(shape, device=device).bfloat16()  # noqa: E731
     leaves = [[rows(B, layout.M, heads, K).transpose(1, 2).requires_grad_() for heads in (H, G, G)] for _ in range(CALLS)]
@@ -65,25 +62,25 @@ def calls(device: torch.device) -> dict[str, Calls]:
 
 
 def measure(run: Calls, device: torch.device, rounds: int) -> dict[str, float]:
-    """Seconds a call, and of it those in each part."""
+    """Seconds of a call and of each of its parts."""
     run()
-    whole = _least(run, device, rounds)
+    whole = _fastest(run, device, rounds)
     with _without_launches():
-        prepared = _least(run, device, rounds)
+        prepared = _fastest(run, device, rounds)
     with _without_back_ends(run):
-        rest = _least(run, device, rounds)
+        rest = _fastest(run, device, rounds)
     return {"call": whole, "launches": whole - prepared, "preparation": prepared - rest, "rest": rest}
 
 
-def _least(run: Calls, device: torch.device, rounds: int) -> float:
-    least = float("inf")
+def _fastest(run: Calls, device: torch.device, rounds: int) -> float:
+    fastest = float("inf")
     for _ in range(rounds):
         began = time.perf_counter()
         run()
-        least = min(least, time.perf_counter() - began)
+        fastest = min(fastest, time.perf_counter() - began)
         if device.type == "cuda":
-            torch.cuda.synchronize()  # the queue of launches is never full
-    return least / CALLS
+            torch.cuda.synchronize()  # so that the queue of launches never fills up
+    return fastest / CALLS
 
 
 @contextlib.contextmanager
@@ -99,7 +96,7 @@ def _without_launches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_back_ends(run: Calls) -> Iterator[None]:
-    """Their results are those of one call before."""
+    """Calls return the results of an earlier call without running a back end."""
     results, real = {}, _dispatch.run
 
     def remember(function: str, *arguments: Any) -> Any:
@@ -109,25 +106,25 @@ def _without_back_ends(run: Calls) -> Iterator[None]:
     _dispatch.run = remember
     try:
         run()
-        _dispatch.run = lambda function, *_: _anew(results[function])
+        _dispatch.run = lambda function, *_: _detached(results[function])
         yield
     finally:
         _dispatch.run = real
 
 
-def _anew(result: Any) -> Any:
+def _detached(result: Any) -> Any:
     return tuple(x if x is None else x.detach() for x in result) if isinstance(result, tuple) else result.detach()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", help="default all")
+    parser.add_argument("ops", nargs="*", help="which ops, default all")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--rounds", type=int, default=400)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.device.type == "cpu":
-        import empty_kernels
+        from benchmarks.host import empty_kernels
 
         empty_kernels.install()
     found = calls(args.device)

@@ -1,20 +1,20 @@
-"""What a run of ``make gpu`` has not found out, in sentences: a page that says only what was measured hides it."""
+"""What a run of ``make gpu`` has not measured. A page that shows only what was measured would hide it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
 
-import goals
-from results_file import is_open
+from benchmarks.report import goals
+from benchmarks.report.results_file import is_open
 
 # The most useful first.
 STAGES = ("check", "build", "tests", "attention", "decode", "head", "step", "naive", "others", "sanitize")
-UNFINISHED = "begun, not finished"
+UNFINISHED = "started, not finished"
 
 
 def missing(results: dict[str, Any]) -> list[str]:
-    """Stages, goals, cases and candidates without a result."""
+    """Stages, goals, cases and candidates without a result, one sentence each kind."""
     lines, rows = results["stages"], results["rows"]
     names = [line["stage"].partition(",")[0] for line in lines]
     cut = [line["stage"] for line in lines if line["passed"] is None and _was_cut(line["said"])]

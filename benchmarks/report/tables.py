@@ -1,43 +1,27 @@
-"""A run's rows as tables: in the terminal, and as the page ``results/<device>.md``."""
+"""A run's rows as tables, in the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import goals
-import results_file
-import units
-from machine import slug
-from missing import missing
-from results_file import load
+from benchmarks.report import goals, units
+from benchmarks.report.results_file import RowDict
 
-RESULTS = Path(__file__).parent / "results"
-RowDict = dict[str, Any]
 TITLES = {
     "thought_attention": "Attention of text and thoughts",
-    "thought_decode": "Decoding, one new row of every thought",
-    "sample_token": "Drawing tokens",
+    "thought_decode": "Decoding: one new row of every thought",
+    "sample_token": "Sampling tokens",
     "linear_logprob": "Log-probabilities",
     "step": "Whole models",
-    "naive": "All positions at once against one after another",
-    "memory": "Memory of long texts",
-    "host": "Time of the host",
+    "naive": "Thoughts at all positions: at once or one after another",
+    "memory": "Memory on long texts",
+    "host": "Host time",
 }
-WITHOUT_A_FLOOR = ("memory", "host")  # what they measure is no time of a device
-READING = (
-    "A time is the median; candidates took turns on the same inputs and were checked for equal results first. Useful is what "
-    "the layout makes visible, in FLOP/s, or in bytes/s where memory binds. The floor is the time that this work takes at the "
-    "measured ceilings. Memory is what a call adds."
-)
+WITHOUT_A_FLOOR = ("memory", "host")  # they don't measure a device's time
 VERDICTS = {True: "ok", False: "FAILED", None: ""}
-HEADER = ["", "time", "lowest to highest", "ours is faster by", "useful", "of the floor", "memory", ""]
-
-
-def all_results(folder: Path = RESULTS) -> list[Path]:
-    return sorted(folder.glob("*.json"))
+HEADER = ["", "time", "range", "our speedup", "useful work", "of the floor", "memory", "note"]
 
 
 def cells(row: RowDict) -> list[str]:
@@ -90,7 +74,7 @@ def goal_cells(kind: str, rows: list[RowDict]) -> list[list[str]]:
 
 
 def print_table(title: str, header: list[str], body: list[list[str]], bold: Sequence[bool] = ()) -> None:
-    """By rich, where it is installed; columns without any content are left out."""
+    """Print with rich if it is installed. Empty columns are left out."""
     keep = [i for i in range(len(header)) if any(line[i] for line in body)]
     header, body = [header[i] for i in keep], [[line[i] for i in keep] for line in body]
     try:
@@ -119,82 +103,22 @@ def markdown_table(header: list[str], body: list[list[str]]) -> list[str]:
 
 
 def stage_table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of what the processes of ``make gpu`` found."""
+    """Header and body of the table of what the processes of ``make gpu`` found."""
     body = [[line["stage"], VERDICTS[line["passed"]], line["said"], f"{line['seconds']:.0f} s"] for line in lines]
-    return ["stage", "", "found", "took"], body
+    return ["stage", "", "found", "time"], body
 
 
 def device_lines(results: dict[str, Any]) -> list[str]:
-    """Device, date, versions and ceilings in a few lines of Markdown."""
+    """Device, date, versions, back ends and peak rates in a few lines of Markdown."""
     machine, rates = results["machine"], results["ceilings"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     missing = ", ".join(name for name, version in machine["packages"].items() if not version)
-    served = ", ".join(f"{op} by `{backend}`" for op, backend in machine["served_by"].items())
+    served = ", ".join(f"{op} `{backend}`" for op, backend in machine["served_by"].items())
     shown = {name: units.bandwidth(rate) if name == "copy" else units.flops(rate) for name, rate in rates.items()}
     speeds = [f"{name} {rate}" if name == "copy" else f"matmul {name} {rate}" for name, rate in shown.items()]
     return [
         f"{machine['device']}, {machine['date']}. Python {machine['python']}, {packages}."
         + (f" Not installed here: {missing}." if missing else ""),
         "",
-        f"Ours: {served}. Measured ceilings: {', '.join(speeds) or 'none'}.",
+        f"Back ends: {served}. Measured peak rates: {', '.join(speeds) or 'none'}.",
     ]
-
-
-def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
-    """``results/<device>.md``."""
-    rows = results["rows"]
-    lines = [f"# {results['machine']['device']}", "", *device_lines(results), ""]
-    lines += [
-        f"By `{results['command']}`. {READING}",
-        "",
-        "## Goals",
-        "",
-        *markdown_table(["goal", "target", "reached", ""], goal_cells(results["machine"]["kind"], rows)),
-        "",
-    ]
-    if "stages" in results:
-        lines += ["## Stages", "", *markdown_table(*stage_table(results["stages"])), ""]
-        lines += ["## Missing", "", *(f"- {said}" for said in missing(results) or ["Nothing."]), ""]
-    for plot in plots:
-        lines += [f"![{plot.stem}]({plot.name})", ""]
-    for op, title in TITLES.items():
-        mine = [row for row in rows if row["op"] == op]
-        if mine:
-            lines += [f"## {title}: {op}", ""]
-        for case, group in by_case(mine):
-            lines += [f"**{case}**", "", *markdown_table(HEADER, [cells(row) for row in group]), ""]
-    return "\n".join(lines)
-
-
-def write(results: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """``write_page`` and the list of pages. Returns the page's path."""
-    path = write_page(results, folder)
-    results_file.write(index(folder), folder / "README.md")
-    return path
-
-
-def write_page(results: dict[str, Any], folder: Path) -> Path:
-    """The JSON file, its plots where matplotlib is, and the page. Returns the page's path."""
-    path = folder / f"{slug(results['machine']['device'])}.md"
-    results_file.save(results, path.with_suffix(".json"))
-    try:
-        from plots import draw
-    except ImportError:
-        drawn: list[Path] = []
-    else:
-        drawn = draw(results, folder, path.stem)
-    results_file.write(page(results, drawn), path)
-    return path
-
-
-def index(folder: Path = RESULTS) -> str:
-    """``results/README.md``: what was measured, and how to measure what was not."""
-    found = [(path, load(path)["machine"]) for path in all_results(folder)]
-    lines = ["# Results", ""]
-    for kind, title, command in (("cpu", "CPUs", "make bench"), ("cuda", "GPUs", "make gpu")):
-        lines += [f"## {title}", ""]
-        measured = [(path, machine) for path, machine in found if machine["kind"] == kind]
-        lines += [f"- [{machine['device']}]({path.stem}.md), {machine['date']}" for path, machine in measured]
-        again = "Measure another one" if measured else "Not measured. Measure one"
-        lines += [*([""] if measured else []), f"{again} with `{command}`, which writes its page here.", ""]
-    return "\n".join(lines)
