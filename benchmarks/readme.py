@@ -1,4 +1,4 @@
-"""Write the README's performance section, the results pages and their list anew from the committed results.
+"""Write the README's performance section, the results pages and their list from the committed results.
 
 python -m benchmarks.readme
 """

@@ -1,4 +1,4 @@
-"""Accept a GPU: correctness, build, tests, benchmarks against peers and goals, sanitizers.
+"""Test and measure a GPU: correctness, build, tests, benchmarks against peers and goals, sanitizers.
 
     make gpu                                      all stages, the most useful first
     make gpu STAGE="tests attention" RESULTS=out  these two, whose results are added to those already in out

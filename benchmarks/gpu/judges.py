@@ -1,7 +1,7 @@
 """What the outcomes of a step of ``make gpu`` mean.
 
-A judge maps outcomes to verdicts, both by name. A verdict is whether the process passed, None if that can't be said, and a line
-that reports what it found.
+A judge maps outcomes to verdicts, both by name. A verdict is whether the process passed, None if neither can be said, and a
+note on what it found.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def tests(outcomes: dict[str, Outcome]) -> dict[str, Verdict]:
     output = "\n".join(outcome.output for outcome in outcomes.values())
     words = ("PASSED", "FAILED", "ERROR")
     counts = {word: len(re.findall(rf"^tests/.* {word}", output, re.MULTILINE)) for word in words}
-    said = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count or word == "PASSED")
+    note = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count or word == "PASSED")
     broken = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)))
     broken = broken or sorted(set(re.findall(r"^(tests/\S+) (?:FAILED|ERROR)", output, re.MULTILINE)))
     if broken:
-        said += ": " + ", ".join(test.rpartition("::")[2] for test in broken[:8]) + (" ..." if len(broken) > 8 else "")
+        note += ": " + ", ".join(test.rpartition("::")[2] for test in broken[:8]) + (" ..." if len(broken) > 8 else "")
     stopped = [name for name, outcome in outcomes.items() if outcome.code is None]
     odd = [outcome for outcome in outcomes.values() if outcome.code not in (None, 0, 1)]
     if stopped:
-        said += f"; {len(stopped)} of {len(outcomes)} processes stopped at their time limit"
+        note += f"; {len(stopped)} of {len(outcomes)} processes stopped at their time limit"
     if odd:
-        said += f"; {odd[0].end}: {odd[0].last_line}"
+        note += f"; {odd[0].end}: {odd[0].last_line}"
     if odd or counts["FAILED"] or counts["ERROR"] or any(outcome.code == 1 for outcome in outcomes.values()):
-        return {"": (False, said)}
-    return {"": (None if stopped else True, said)}
+        return {"": (False, note)}
+    return {"": (None if stopped else True, note)}
 
 
 def small_cases(name: str, outcome: Outcome) -> Verdict:
@@ -70,12 +70,12 @@ def small_cases(name: str, outcome: Outcome) -> Verdict:
 def sanitizer(name: str, outcome: Outcome) -> Verdict:
     """racecheck is only reported, since it takes copies by TMA and the operands of wgmma for hazards."""
     found = re.findall(r"ERROR SUMMARY: (.*)|RACECHECK SUMMARY: (.*)", outcome.output)
-    said = "".join(found[-1]) if found else outcome.last_line
+    note = "".join(found[-1]) if found else outcome.last_line
     if outcome.code is None:
         return None, outcome.end
     if name == "racecheck":
-        return None, f"{said}; not judged"
-    return outcome.code == 0, said
+        return None, f"{note}; not judged"
+    return outcome.code == 0, note
 
 
 def first_call(name: str, outcome: Outcome) -> Verdict:
@@ -84,8 +84,8 @@ def first_call(name: str, outcome: Outcome) -> Verdict:
     seconds = json.loads(outcome.last_line)
     goal = FIRST_CALL_GOALS[name.removeprefix("first call, ")]
     met = "pass" if seconds["first call"] < goal else "miss"
-    said = f"{seconds['first call']:.2f} s, goal < {goal:g} s: {met}; another length {seconds['another length']:.2f} s"
-    return None, said
+    note = f"{seconds['first call']:.2f} s, goal < {goal:g} s: {met}; another length {seconds['another length']:.2f} s"
+    return None, note
 
 
 def benchmark(name: str, outcome: Outcome) -> Verdict:

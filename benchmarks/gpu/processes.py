@@ -99,7 +99,7 @@ def _die_with_parent() -> None:
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def run_beside(
+def run_together(
     stage: str, commands: dict[str, list[str]], limit: float, log: Log, variables: dict[str, str] | None = None
 ) -> dict[str, Outcome]:
     """Run all commands at once. A process still running after ``limit`` seconds is stopped, with all that it started.

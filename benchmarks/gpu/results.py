@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.processes import Log, run_beside
+from benchmarks.gpu.processes import Log, run_together
 from benchmarks.gpu.stages import LIMIT, Stage
 from benchmarks.harness.machine import describe
 from benchmarks.report import pages, results_file, tables
@@ -53,15 +53,15 @@ def run_stage(stage: Stage, results: Results, variables: dict[str, str] | None =
     for step in stage.steps:
         results.put(stage.name, [*lines, _line(stage.name, "", None, UNFINISHED, 0.0)])
         limit = min(patience * step.limit, deadline - time.monotonic())
-        outcomes = run_beside(stage.name, step.commands, limit, results.log, variables)
+        outcomes = run_together(stage.name, step.commands, limit, results.log, variables)
         took = max(outcome.seconds for outcome in outcomes.values())
-        for name, (passed, said) in step.judge(outcomes).items():
-            lines.append(_line(stage.name, name, passed, said, outcomes[name].seconds if name in outcomes else took))
-            print(f"  {lines[-1]['stage']}: {tables.VERDICTS[passed]} {said}", flush=True)
+        for name, (passed, note) in step.judge(outcomes).items():
+            lines.append(_line(stage.name, name, passed, note, outcomes[name].seconds if name in outcomes else took))
+            print(f"  {lines[-1]['stage']}: {tables.VERDICTS[passed]} {note}", flush=True)
     results.put(stage.name, lines)
     return all(line["passed"] is not False for line in lines)
 
 
-def _line(stage: str, name: str, passed: bool | None, said: str, seconds: float) -> Line:
+def _line(stage: str, name: str, passed: bool | None, note: str, seconds: float) -> Line:
     title = f"{stage}, {name}" if name else stage
-    return {"stage": title, "passed": passed, "said": said, "seconds": round(seconds, 1)}
+    return {"stage": title, "passed": passed, "note": note, "seconds": round(seconds, 1)}

@@ -114,9 +114,9 @@ def compare(
             row.note = as_note(error)
             continue
         _fill(row, case, rates, timings["its"])
-        if beside := timings.get("ours"):
-            row.times_ours = timings["its"].median / beside.median
-            rounds = Timing(rounds.seconds + beside.seconds, beside.graph)
+        if again := timings.get("ours"):
+            row.times_ours = timings["its"].median / again.median
+            rounds = Timing(rounds.seconds + again.seconds, again.graph)
             _fill(mine, case, rates, rounds)
         write(rows)
     if my_runs and not rounds.seconds:
@@ -147,7 +147,7 @@ def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs
     runs = [lambda x=x: case.call(function, x) for x in sets]
     try:
         row.peak_bytes = peak_memory(runs[0], case.device)
-    except RuntimeError as error:  # there was room for the check, but not beside all sets of inputs
+    except RuntimeError as error:  # there was room for the check, but not for all sets of inputs
         row.note = as_note(error)
         return []
     return runs

@@ -24,7 +24,7 @@ def _no_needs(case: Case) -> Work:
 
 @dataclass(frozen=True)
 class Peer:
-    """One candidate. ``compare`` asks it ``why_not``, prepares it, checks its result, and times it only if that is right.
+    """One candidate. ``compare`` calls ``why_not``, prepares it, checks its result, and times it only if that is right.
 
     Attributes:
         name: as tables show it.
@@ -56,7 +56,7 @@ def not_installed(package: str) -> str | None:
 
 
 def by_back_end(op: str, ours: Callable[..., Callable[..., Any]]) -> list[Peer]:
-    """Ours again, once for each of a GPU's back ends. ``ours`` takes the back end's name besides the case."""
+    """Ours again, once for each of a GPU's back ends. ``ours`` takes the back end's name in addition to the case."""
 
     def why_not(case: Case, name: str) -> str | None:
         status = {row["backend"]: row["status"] for row in backends(case.device) if row["op"] == op}[name]

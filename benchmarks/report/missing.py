@@ -14,10 +14,10 @@ UNFINISHED = "started, not finished"
 
 
 def missing(results: dict[str, Any]) -> list[str]:
-    """Stages, goals, cases and candidates without a result, one sentence each kind."""
+    """Stages, goals, cases and candidates without a result, one sentence per kind."""
     lines, rows = results["stages"], results["rows"]
     names = [line["stage"].partition(",")[0] for line in lines]
-    cut = [line["stage"] for line in lines if line["passed"] is None and _was_cut(line["said"])]
+    stopped = [line["stage"] for line in lines if line["passed"] is None and _was_stopped(line["note"])]
     open_cases: dict[str, int] = defaultdict(int)
     without: dict[tuple[str, str, str], int] = defaultdict(int)
     for row in rows:
@@ -28,13 +28,13 @@ def missing(results: dict[str, Any]) -> list[str]:
     kind = results["machine"]["kind"]
     found = {
         "Stages not run": [name for name in STAGES if name not in names],
-        "Stopped": cut,
+        "Stopped": stopped,
         "Goals not measured": [goal.what for goal in goals.of(kind) if goal.verdict(rows)[2] == "not measured"],
         "Cases not reached": [f"{op} {count}" for op, count in open_cases.items()],
         "Without a time": [f"{op}, {name}, {count} cases: {note}" for (op, name, note), count in without.items()],
     }
-    return [f"{what}: {'; '.join(said)}." for what, said in found.items() if said]
+    return [f"{what}: {'; '.join(items)}." for what, items in found.items() if items]
 
 
-def _was_cut(said: str) -> bool:
-    return said == UNFINISHED or "stopped at" in said
+def _was_stopped(note: str) -> bool:
+    return note == UNFINISHED or "stopped at" in note

@@ -37,7 +37,7 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
     ]
     if "stages" in results:
         lines += ["## Stages", "", *markdown_table(*stage_table(results["stages"])), ""]
-        lines += ["## Missing", "", *(f"- {said}" for said in missing(results) or ["Nothing."]), ""]
+        lines += ["## Missing", "", *(f"- {line}" for line in missing(results) or ["Nothing."]), ""]
     for plot in plots:
         lines += [f"![{plot.stem}]({plot.name})", ""]
     for op, title in TITLES.items():

@@ -25,9 +25,9 @@ def save(results: dict[str, Any], path: Path) -> None:
 def write(text: str, path: Path) -> None:
     """Replace the file as a whole, so that a kill in between leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def is_open(row: RowDict) -> bool:

@@ -104,7 +104,7 @@ def markdown_table(header: list[str], body: list[list[str]]) -> list[str]:
 
 def stage_table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and body of the table of what the processes of ``make gpu`` found."""
-    body = [[line["stage"], VERDICTS[line["passed"]], line["said"], f"{line['seconds']:.0f} s"] for line in lines]
+    body = [[line["stage"], VERDICTS[line["passed"]], line["note"], f"{line['seconds']:.0f} s"] for line in lines]
     return ["stage", "", "found", "time"], body
 
 

@@ -54,14 +54,14 @@ def test_stages_called_alone_add_up(tmp_path, capsys, monkeypatch):
     for stages in (["naive"], ["sanitize", "build"]):
         with pytest.raises(SystemExit) as stop:
             gpu.main(["--rehearse", "--results", str(tmp_path), "--stage", *stages])
-        said = capsys.readouterr().out
-        assert not stop.value.code, said
+        printed = capsys.readouterr().out
+        assert not stop.value.code, printed
     (path,) = pages.all_results(tmp_path)
     found = results_file.load(path)
     assert {row["op"] for row in found["rows"]} == {"naive"} and all(row["seconds"] for row in found["rows"])
     titles = [line["stage"] for line in found["stages"]]
     assert titles == ["build", "naive, compile ahead", "naive, benchmark", "sanitize, small cases"]
-    page = said[said.index("\n## ") :]
+    page = printed[printed.index("\n## ") :]
     assert len(page.splitlines()) < 60 and page.count("not measured") >= 10 and "| naive, thoughts, L 8" in page
     assert "Stages not run: check; tests; attention; decode; head; step; others." in page
     assert "## Missing" in path.with_suffix(".md").read_text()
@@ -99,7 +99,7 @@ def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     found = results.load()
     rows = measured()
     assert 0 < len(rows) < len(found["rows"]) and any(row["note"] == results_file.NOT_REACHED for row in found["rows"])
-    assert [(line["stage"], line["said"]) for line in found["stages"]] == [("step", UNFINISHED)]
+    assert [(line["stage"], line["note"]) for line in found["stages"]] == [("step", UNFINISHED)]
     assert "step, benchmark | " in results.path.with_suffix(".log").read_text()
     assert results.path.with_suffix(".md").read_text().startswith("# ")
     assert children and wait(lambda: all(map(stopped, children)))
@@ -108,7 +108,7 @@ def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     after = results.load()
     assert [row for row in after["rows"] if row["op"] == rows[0]["op"]][0] == rows[0]
     assert {row["op"] for row in after["rows"] if row["seconds"]} == {row["op"] for row in rows} | {"naive"}
-    assert "Stopped: step." in missing(after) and any(said.startswith("Cases not reached: ") for said in missing(after))
+    assert "Stopped: step." in missing(after) and any(line.startswith("Cases not reached: ") for line in missing(after))
 
 
 def wait(condition):
@@ -135,7 +135,7 @@ def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_s
     assert not run_stage(stage("decode", "raise SystemExit('boom')"), results)
 
     def lines():
-        return [(line["stage"], line["passed"], line["said"]) for line in results.load()["stages"]]
+        return [(line["stage"], line["passed"], line["note"]) for line in results.load()["stages"]]
 
     others = [("sanitize, a", True, "1"), ("sanitize, b", True, "fine")]
     assert lines() == [("decode, a", False, "boom"), ("decode, b", True, "fine"), *others]
@@ -149,7 +149,7 @@ def test_a_stage_ends_at_its_limit(results, monkeypatch):
     began = time.monotonic()
     assert run_stage(Stage("head", [sleep, sleep]), results)
     assert time.monotonic() - began < 20
-    assert [line["said"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
+    assert [line["note"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
 
 
 def test_the_real_stages(tmp_path):

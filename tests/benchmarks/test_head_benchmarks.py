@@ -63,14 +63,14 @@ def test_missing_libraries_say_so():
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         (lambda loss, hidden, weight: 1.01 * loss, "loss differs"),
         (lambda loss, hidden, weight: loss + 0.1 * (hidden.sum() - hidden.detach().sum()), "dhidden differs"),
         (lambda loss, hidden, weight: loss + 0.1 * (weight.sum() - weight.detach().sum()), "dweight differs"),
     ],
 )
-def test_wrong_losses_are_refused(wrong, said):
+def test_wrong_losses_are_refused(wrong, message):
     right = bench_linear_logprob.ours(LOSS)
-    with pytest.raises(Wrong, match=said):
+    with pytest.raises(Wrong, match=message):
         LOSS.check(lambda hidden, weight, targets: wrong(right(hidden, weight, targets), hidden, weight))

@@ -38,12 +38,12 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_reported():
-    lines = [{"stage": f"{name}, a", "passed": None, "said": ""} for name in STAGES if name != "sanitize"]
-    lines[3]["said"] = "stopped at its time limit"
+    lines = [{"stage": f"{name}, a", "passed": None, "note": ""} for name in STAGES if name != "sanitize"]
+    lines[3]["note"] = "stopped at its time limit"
     rows = [row(times_ours=1.0), row(L=9, seconds=None, note=NOT_REACHED), row(L=10, seconds=None, note=OUT_OF_TIME)]
     rows += [row(candidate="naive", seconds=None, times_ours=None, note="x is not installed here")]
     results = {"machine": {"kind": "cuda"}, "stages": lines, "rows": rows}
-    said = missing(results)
-    assert said[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
-    assert said[2].startswith("Goals not measured: decode step, speedup over") and said[3] == "Cases not reached: naive 2."
-    assert said[4] == "Without a time: naive, naive, 1 cases: x is not installed here."
+    found = missing(results)
+    assert found[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
+    assert found[2].startswith("Goals not measured: decode step, speedup over") and found[3] == "Cases not reached: naive 2."
+    assert found[4] == "Without a time: naive, naive, 1 cases: x is not installed here."

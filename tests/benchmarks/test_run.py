@@ -116,15 +116,15 @@ def test_a_wrong_result_of_ours_fails_the_run(monkeypatch, tmp_path):
 
 def test_list_shows_which_peers_cannot_run(capsys):
     main(["--list", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "this kernel is for GPUs" in said and "headline: thought_attention forward, B 1 L 256" in said
+    printed = capsys.readouterr().out
+    assert "this kernel is for GPUs" in printed and "headline: thought_attention forward, B 1 L 256" in printed
 
 
 def test_help_names_the_ops_and_an_unknown_grid_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert all(op in said for op in BENCHMARKS) and "--full" in said and "ceiling" not in said.partition("options")[2]
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in BENCHMARKS) and "--full" in printed and "ceiling" not in printed.partition("options")[2]
     with pytest.raises(SystemExit, match="no nonsense here; choose from .*headline"):
         main(["--grid", "nonsense", "--device", "cpu"])
 
@@ -167,5 +167,5 @@ def test_ops_are_in_the_order_of_the_pages():
 def test_a_benchmark_alone_has_its_own_help_and_no_choice_of_ops(capsys):
     with pytest.raises(SystemExit):
         command.main([bench_sample_token.BENCHMARK], bench_sample_token.__doc__, ["--help"])
-    said = capsys.readouterr().out
-    assert "python -m benchmarks.bench_sample_token" in said and "lower bound" in said and "--op " not in said
+    printed = capsys.readouterr().out
+    assert "python -m benchmarks.bench_sample_token" in printed and "lower bound" in printed and "--op " not in printed
