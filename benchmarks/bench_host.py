@@ -26,7 +26,11 @@ from benchmarks.harness.peer import PACKAGE, Peer
 
 ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
-PARTS = {"launches": "of it: launches", "preparation": "of it: preparing them", "rest": "of it: checks, operator, autograd"}
+PARTS = {
+    "launches": "of which: launches",
+    "preparation": "of which: preparing launches",
+    "rest": "of which: checks, operator, autograd",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ def smoke(device: torch.device) -> list[HostCase]:
     return [HostCase(what="decode", device=device, rounds=2)]
 
 
-BENCHMARK = Benchmark("host", OURS, candidates, cases, smoke, compare)
+BENCHMARK = Benchmark(HostCase.op, OURS, candidates, cases, smoke, compare)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

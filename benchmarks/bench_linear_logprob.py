@@ -138,7 +138,7 @@ def smoke(device: torch.device) -> list[LogprobCase]:
     return [LogprobCase(R=64, D=32, V=300, what=what, device=device) for what in ("forward", "forward+backward")]
 
 
-BENCHMARK = Benchmark("linear_logprob", OURS, candidates, cases, smoke)
+BENCHMARK = Benchmark(LogprobCase.op, OURS, candidates, cases, smoke)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

@@ -146,7 +146,7 @@ def smoke(device: torch.device) -> list[MemoryCase]:
     return [MemoryCase(L=48, C=2, N=2, T=2, V=80, window=16, device=device)]
 
 
-BENCHMARK = Benchmark("memory", OURS, candidates, cases, smoke, compare)
+BENCHMARK = Benchmark(MemoryCase.op, OURS, candidates, cases, smoke, compare)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

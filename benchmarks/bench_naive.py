@@ -206,7 +206,7 @@ def smoke(device: torch.device) -> list[NaiveCase]:
     return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, V=80, device=device)]
 
 
-BENCHMARK = Benchmark("naive", OURS, candidates, cases, smoke, compare)
+BENCHMARK = Benchmark(NaiveCase.op, OURS, candidates, cases, smoke, compare)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

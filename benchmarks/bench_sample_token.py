@@ -100,7 +100,7 @@ def smoke(device: torch.device) -> list[SampleCase]:
     return [SampleCase(R=256, D=32, V=300, device=device)]
 
 
-BENCHMARK = Benchmark("sample_token", OURS, candidates, cases, smoke)
+BENCHMARK = Benchmark(SampleCase.op, OURS, candidates, cases, smoke)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

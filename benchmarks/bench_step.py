@@ -243,7 +243,7 @@ def smoke(device: torch.device) -> list[StepCase]:
     return [tiny, replace(tiny, what="rollout"), replace(tiny, grid="LoRA", lora=True, checkpointing=True)]
 
 
-BENCHMARK = Benchmark("step", OURS, candidates, cases, smoke)
+BENCHMARK = Benchmark(StepCase.op, OURS, candidates, cases, smoke)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

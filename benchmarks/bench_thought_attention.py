@@ -189,7 +189,7 @@ def smoke(device: torch.device) -> list[AttentionCase]:
     return [AttentionCase(L=12, S=3, H=2, G=1, K=16, what=what, device=device) for what in ("forward", "forward+backward")]
 
 
-BENCHMARK = Benchmark("thought_attention", OURS, candidates, cases, smoke)
+BENCHMARK = Benchmark(AttentionCase.op, OURS, candidates, cases, smoke)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

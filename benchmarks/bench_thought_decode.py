@@ -119,7 +119,7 @@ def smoke(device: torch.device) -> list[DecodeCase]:
     return [DecodeCase(L=20, S=5, H=4, K=16, step=3, device=device)]
 
 
-BENCHMARK = Benchmark("thought_decode", OURS, candidates, cases, smoke)
+BENCHMARK = Benchmark(DecodeCase.op, OURS, candidates, cases, smoke)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

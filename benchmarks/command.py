@@ -16,7 +16,7 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.case import Case
 from benchmarks.harness.compare import FULL, QUICK, SMOKE, Effort, Row, as_note, blank, compare
 from benchmarks.harness.machine import ceilings, describe, device_name
-from benchmarks.report import pages, results_file, tables
+from benchmarks.report import pages, results_file, tables, units
 
 AND = "` and `"  # between the commands of a results file that several runs have filled; a page shows them as code
 MINUTES = 4.5  # for the default grid
@@ -39,7 +39,7 @@ def main(benchmarks: Sequence[Benchmark], doc: str | None, argv: Sequence[str] |
     if args.list:
         return show(found)
     began = time.monotonic()
-    print(f"{device_name(args.device)}: {len(found)} cases", flush=True)
+    print(f"{device_name(args.device)}: {units.count(len(found), 'case')}", flush=True)
     results = begin(args, found, " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)]))
     print(tables.device_lines(results)[2], flush=True)
     measured, failed = set(), {}
@@ -63,7 +63,7 @@ def main(benchmarks: Sequence[Benchmark], doc: str | None, argv: Sequence[str] |
     tables.print_goals(args.device.type, results["rows"])
     if args.results or not (args.op or args.grid or args.smoke):
         print(f"\nWritten: {pages.write(results, args.results or pages.RESULTS)}")
-    print(f"{len(found)} cases in {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{units.count(len(found), 'case')} in {(time.monotonic() - began) / 60:.1f} minutes")
     if failed:
         sys.exit("\n".join(f"{tables.case_of(row.as_dict())}: {row.candidate}: {row.note}" for row in failed.values()))
 
@@ -164,4 +164,4 @@ def show(found: Found) -> None:
     for benchmark, case in found:
         print(f"\n{case.grid}: {case}")
         for peer in (benchmark.ours, *benchmark.candidates(case)):
-            print(f"  {peer.name:<40} {peer.why_not(case) or peer.version}")
+            print(f"  {peer.name:<48} {peer.why_not(case) or peer.version}")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what, error, seconds = finished.result()
         done, failed = done + 1, failed + bool(error)
         print(f"{what}: {error or 'called'}, {seconds:.1f} s", flush=True)
-    print(f"{done} called once, {failed} of them failed, in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{done} candidates called, {failed} failed, in {time.monotonic() - began:.0f} s", flush=True)
     for process in active_children():
         process.kill()  # after compiling, a process may wait at exit for its compiler processes
 

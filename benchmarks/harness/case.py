@@ -79,7 +79,7 @@ class Case(ABC):
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name} {size}" for name, size in self.sizes.items())
-        return f"{self.op} {self.what}, {sizes}, {str(self.dtype).removeprefix('torch.')}"
+        return ", ".join(filter(None, [f"{self.op} {self.what}", sizes, str(self.dtype).removeprefix("torch.")]))
 
 
 def judge(what: str, got: Tensor, truth: Tensor, bound: float) -> None:

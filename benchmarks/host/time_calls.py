@@ -31,7 +31,10 @@ Calls = Callable[[], Any]
 def calls(device: torch.device) -> dict[str, Calls]:
     """Functions, by name, that each call an op CALLS times."""
     layout = ThoughtLayout.every_position(B, L, N, S, device)
-    rows = lambda *shape: torch.randn(shape, device=device).bfloat16()  # noqa: E731
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).bfloat16()
+
     leaves = [[rows(B, layout.M, heads, K).transpose(1, 2).requires_grad_() for heads in (H, G, G)] for _ in range(CALLS)]
     grads = [rows(B, H, layout.M, K) for _ in range(CALLS)]
     caches = [rows(B, G, L, K) for _ in "kv"] + [rows(B, G, L * N, S, K) for _ in "kv"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.report import goals
+from benchmarks.report import goals, units
 from benchmarks.report.results_file import is_open
 
 # The most useful first.
@@ -30,8 +30,8 @@ def missing(results: dict[str, Any]) -> list[str]:
         "Stages not run": [name for name in STAGES if name not in names],
         "Stopped": stopped,
         "Goals not measured": [goal.what for goal in goals.of(kind) if goal.verdict(rows)[2] == "not measured"],
-        "Cases not reached": [f"{op} {count}" for op, count in open_cases.items()],
-        "Without a time": [f"{op}, {name}, {count} cases: {note}" for (op, name, note), count in without.items()],
+        "Cases not reached": [f"{op} {size}" for op, size in open_cases.items()],
+        "Without a time": [f"{op}, {name}, {units.count(size, 'case')}: {note}" for (op, name, note), size in without.items()],
     }
     return [f"{what}: {'; '.join(items)}." for what, items in found.items() if items]
 

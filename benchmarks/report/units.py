@@ -10,6 +10,11 @@ def number(x: float) -> str:
     return f"{x:#.3g}".rstrip(".") if x else "0"
 
 
+def count(size: int, noun: str) -> str:
+    """Such as "1 case" or "3 cases"."""
+    return f"{size} {noun}{'' if size == 1 else 's'}"
+
+
 def seconds(x: float) -> str:
     for size, unit in ((1, "s"), (1e-3, "ms")):
         if x >= size:

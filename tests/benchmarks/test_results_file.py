@@ -46,4 +46,4 @@ def test_what_is_missing_is_reported():
     found = missing(results)
     assert found[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
     assert found[2].startswith("Goals not measured: decode step, speedup over") and found[3] == "Cases not reached: naive 2."
-    assert found[4] == "Without a time: naive, naive, 1 cases: x is not installed here."
+    assert found[4] == "Without a time: naive, naive, 1 case: x is not installed here."
