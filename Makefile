@@ -71,7 +71,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; about an hour
 	$(BIN)/python experiments/run_experiments.py --docs docs
@@ -81,10 +81,10 @@ experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
 gpu:  ## tests and benchmarks of a GPU, with a page of results: docs/gpu.md; STAGE="tests attention" RESULTS=folder
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(STAGE),--stage $(STAGE)) $(if $(RESULTS),--results $(RESULTS))
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(RESULTS),--results $(RESULTS))
 
 gpu-rehearsal: $(REHEARSAL)/.ready  ## the same without a GPU, every stage but the timing, with nothing installed but what it needs
-	OMP_WAIT_POLICY=PASSIVE $(REHEARSAL)/bin/python benchmarks/gpu.py --rehearse --results $(or $(RESULTS),build/rehearsal) $(if $(STAGE),--stage $(STAGE))
+	OMP_WAIT_POLICY=PASSIVE $(REHEARSAL)/bin/python -m benchmarks.gpu --rehearse --results $(or $(RESULTS),build/rehearsal) $(if $(STAGE),--stage $(STAGE))
 
 # Triton's interpreter of 3.6 can't do with NumPy 2.4.
 $(REHEARSAL)/.ready: constraints-lowest.txt Makefile

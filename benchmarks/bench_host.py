@@ -1,9 +1,9 @@
-"""What a call of an op costs the host, and where it goes: with empty kernels, or on a GPU with real ones on tiny sizes.
+"""The time a call of an op takes the host, and what takes it: with empty kernels, or on a GPU with real ones of tiny sizes.
 
-    python benchmarks/bench_host.py --help
+    python -m benchmarks.bench_host --help
 
-Where a step has many small calls, as in generation without a CUDA graph, the device waits for the host. ``host_time.py``
-measures, in a process of its own.
+If a step has many small calls, as in generation without a CUDA graph, the device waits for the host. ``host/time_calls.py``
+measures in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,35 +14,37 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from case import Case, Inputs, Work
-from compare import Effort, Row, blank
-from peers import PACKAGE, Peer
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import Case, Inputs, Work
+from benchmarks.harness.compare import Effort, Row, blank
+from benchmarks.harness.peer import PACKAGE, Peer
 
-SCRIPT = Path(__file__).parent / "host_time.py"
+ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
-PARTS = {"launches": "of it: launches", "preparation": "of it: preparing them", "rest": "of it: checks, operator, autograd"}
+PARTS = {
+    "launches": "of which: launches",
+    "preparation": "of which: preparing launches",
+    "rest": "of which: checks, operator, autograd",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostCase(Case):
-    """Calls of one op on sizes that don't matter.
+    """Calls of one op, whose sizes don't matter.
 
     Attributes:
-        rounds: of which the fastest counts.
+        rounds: how many to run; the fastest counts.
     """
 
     op: ClassVar[str] = "host"
     rotates: ClassVar[bool] = False
     rounds: int = 400
     dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {}
 
     def work(self) -> Work:
         return Work()
@@ -53,16 +55,14 @@ class HostCase(Case):
     def call(self, function: Callable[[], dict[str, float]], inputs: Inputs) -> dict[str, float]:
         return function()
 
-    def check(self, function: Callable[..., Any]) -> None:
-        raise NotImplementedError("empty kernels have no result; tests check the ops")
-
 
 def measured(case: HostCase) -> Callable[[], dict[str, float]]:
-    """A function that measures in a process of its own: seconds by part."""
-    command = [sys.executable, str(SCRIPT), case.what, "--device", str(case.device), "--rounds", str(case.rounds)]
+    """A function that measures in a process of its own and returns the seconds of each part."""
+    command = [sys.executable, "-m", "benchmarks.host.time_calls", case.what]
+    command += ["--device", str(case.device), "--rounds", str(case.rounds)]
 
     def run() -> dict[str, float]:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
         return json.loads(done.stdout)[case.what]
@@ -91,7 +91,7 @@ def candidates(case: HostCase) -> list[Peer]:
 
 
 def cases(device: torch.device, full: bool) -> Iterator[HostCase]:
-    """The ops that have a goal first."""
+    """First the ops that have a goal."""
     for what in OPS:
         yield HostCase(what=what, grid="headline", device=device, rounds=2000 if full else 400)
 
@@ -100,7 +100,7 @@ def smoke(device: torch.device) -> list[HostCase]:
     return [HostCase(what="decode", device=device, rounds=2)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(HostCase.op, OURS, candidates, cases, smoke, compare)
 
-    main(op=HostCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,9 +1,9 @@
 """linear_logprob, forward and backward, against cross entropy over a tensor of logits and against fused linear cross entropies.
 
-    python benchmarks/bench_linear_logprob.py --help
+    python -m benchmarks.bench_linear_logprob --help
 
-All candidates give the sum of the targets' negative log-probabilities, a loss, since some of the peers give nothing else. On a
-GPU the headline case is the row of huggingface/trl#7244: 8192 tokens, 4096 wide, 151,936 ids.
+All candidates compute the sum of the targets' negative log-probabilities, since some of the peers compute nothing else. On a
+GPU the headline case is that of huggingface/trl#7244: 8192 tokens, width 4096, 151,936 ids.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from case import BOUNDS, Case, Inputs, Work, judge
-from head_peers import LOSSES, Loss
-from peers import PACKAGE, Peer
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
+from benchmarks.harness.peer import PACKAGE, Peer
+from benchmarks.peers.head import LOSSES, HeadCase, Loss
 from quietstar_kernels import linear_logprob
 from quietstar_kernels.linear_logprob import KEEP_BYTES
 
@@ -26,26 +28,19 @@ CHUNK = 1024  # rows of exact logits at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogprobCase(Case):
+class LogprobCase(HeadCase):
     """The loss of R rows."""
 
     op: ClassVar[str] = "linear_logprob"
-    R: int
-    D: int
-    V: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {letter: getattr(self, letter) for letter in "RDV"}
 
     def work(self) -> Work:
-        """One matmul forward, two more backward; both operands are read once, and their gradients written."""
+        """One matmul in the forward, two in the backward. Both operands are read once, and their gradients written."""
         operands = (self.R + self.V) * self.D * self.dtype.itemsize
         flops = 2 * self.R * self.D * self.V
         return Work(flops, operands) if self.what == "forward" else Work(3 * flops, 3 * operands)
 
     def inputs(self, seed: int) -> Inputs:
-        """Logits with a deviation of 2."""
+        """The logits have a standard deviation of 2."""
         hidden = self.randn(2 * seed, self.R, self.D)
         weight = self.randn(2 * seed + 1, self.V, self.D, deviation=2 * self.D**-0.5)
         if self.what == "forward+backward":
@@ -69,7 +64,7 @@ class LogprobCase(Case):
             judge(name, x, truth, BOUNDS[self.dtype])
 
     def _exact(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and gradients a chunk of rows at a time; fp64 for fp32, else fp32."""
+        """Loss and gradients, one chunk of rows at a time; in fp64 if the case is fp32, else in fp32."""
         dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         loss, dhidden, dweight = weight.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
@@ -84,26 +79,25 @@ class LogprobCase(Case):
 
 
 def ours(case: LogprobCase, **options: Any) -> Loss:
-    """With what it keeps where nothing is said, or with ``options``."""
     return lambda hidden, weight, targets: -linear_logprob(hidden, weight, targets, **options).sum()
 
 
 def _ours_known(case: LogprobCase) -> Loss:
-    """The gradient of the loss by every log-probability is -1."""
+    """The gradient of the loss with respect to every log-probability is -1."""
     promised = torch.full((case.R,), -1.0, device=case.device)
     return ours(case, grad_scale=promised)
 
 
 def _kept(case: LogprobCase) -> int:
-    """Bytes of logits that the forward may keep."""
+    """Bytes of the logits, if the forward keeps them."""
     return case.R * case.V * (4 if case.device.type == "cpu" else case.dtype.itemsize)
 
 
 def _not_default(case: LogprobCase, keeps: bool | None = None) -> str | None:
-    """Why ours with options is no candidate of its own; ``keeps``: whether it keeps its logits."""
+    """Why ours with options needs no row of its own. ``keeps`` says whether it keeps its logits."""
     if case.what == "forward":
-        return "a forward alone goes one way"
-    return "what is done where nothing is said" if keeps is (_kept(case) <= KEEP_BYTES) else None
+        return "the same as linear_logprob without a backward"
+    return "the default at this size, measured above" if keeps is (_kept(case) <= KEEP_BYTES) else None
 
 
 OURS = Peer("linear_logprob", ours, package=PACKAGE)
@@ -144,7 +138,7 @@ def smoke(device: torch.device) -> list[LogprobCase]:
     return [LogprobCase(R=64, D=32, V=300, what=what, device=device) for what in ("forward", "forward+backward")]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(LogprobCase.op, OURS, candidates, cases, smoke)
 
-    main(op=LogprobCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,10 +1,10 @@
 """Memory of a training step on a long text: anchors in chunks against all at once.
 
-    python benchmarks/bench_memory.py --help
+    python -m benchmarks.bench_memory --help
 
-Forward, backward and rollout of a text where every 16th position thinks, by a small Mistral whose window makes 32k tokens
-possible on a CPU. All ways must give the same loss and gradients. Each runs once, and its time is that of this run: memory is
-what the case is about. The grid "chunk" cuts one text at other places.
+Rollout, forward and backward of a text where every 16th position thinks, with a small Mistral whose sliding window makes 32k
+tokens possible on a CPU. Both candidates must give the same loss and gradients. Each runs only once, since the benchmark is
+about memory. The grid "chunk" varies the size of the chunks.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from case import BOUNDS, Case, Inputs, Work, judge
-from compare import Effort, Row, blank, fill
-from harness import peak_memory
-from peers import PACKAGE, Peer
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
+from benchmarks.harness.compare import Effort, Row, blank, fill
+from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.peer import PACKAGE, Peer
 from quietstar import QuietStar, ThoughtConfig
 
 SEED = 0
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # a text [B,L] to its loss and every gradient in one vector
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # maps a text [B,L] to its loss and all gradients in one vector
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCase(Case):
-    """One text of L tokens; C anchors at a time. Attention looks ``window`` positions back."""
+    """One text of L tokens, with anchors in chunks of C. Attention looks ``window`` positions back."""
 
     op: ClassVar[str] = "memory"
+    size_names = ("L", "P", "C", "N", "T", "J", "layers", "D", "K", "V")
     rotates: ClassVar[bool] = False
     what: str = "training step"
     L: int
@@ -49,14 +52,13 @@ class MemoryCase(Case):
     window: int = 512
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"L": self.L, "P": self.L // self.every} | {
-            name: getattr(self, name) for name in ("C", "N", "T", "J", "layers", "D", "K", "V")
-        }
+    def P(self) -> int:
+        """The anchors."""
+        return self.L // self.every
 
     def work(self) -> Work:
-        """Matmuls of the packed forward and backward; what chunks compute again does not count."""
-        thoughts = self.L // self.every * self.N
+        """Matmuls of the packed forward and backward. What chunks recompute does not count."""
+        thoughts = self.P * self.N
         rows = self.L + thoughts * (self.T + self.J + 1)
         matrices = self.layers * (4 * self.D * self.K + 9 * self.D**2)
         attention = self.layers * 4 * self.K * rows * min(self.window, self.L / 2)
@@ -69,9 +71,6 @@ class MemoryCase(Case):
 
     def call(self, function: Step, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return function(inputs["input_ids"])
-
-    def check(self, function: Step) -> None:
-        raise NotImplementedError("the ways are checked against each other")
 
 
 def make_step(case: MemoryCase, chunk: int | None) -> Step:
@@ -104,10 +103,10 @@ def make_step(case: MemoryCase, chunk: int | None) -> Step:
 
 
 def compare(case: MemoryCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
-    """A row for each way, after one run.
+    """A row for each candidate, from a single run.
 
     Raises:
-        Wrong: another loss or other gradients.
+        Wrong: the losses or gradients differ.
     """
     inputs, rows, found = case.inputs(seed=1), [], []
     for peer in (ours, *peers):
@@ -143,11 +142,11 @@ def cases(device: torch.device, full: bool) -> Iterator[MemoryCase]:
 
 
 def smoke(device: torch.device) -> list[MemoryCase]:
-    """The smallest case that runs every way."""
+    """The smallest case that runs every candidate."""
     return [MemoryCase(L=48, C=2, N=2, T=2, V=80, window=16, device=device)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(MemoryCase.op, OURS, candidates, cases, smoke, compare)
 
-    main(op=MemoryCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,14 +1,14 @@
 """Thoughts at every position of a text: all at once (``QuietStar.think``) against one position after another.
 
-naive          reads the prefix, then generates N thoughts of T tokens, anew at every position
-careful naive  reads the text once; every position goes on from a copy of the cache up to itself
+naive          at every position, reads the prefix again and then generates N thoughts of T tokens
+careful naive  reads the text once; every position continues from a copy of the cache up to that position
 batched        ``QuietStar.think``
 
-    python benchmarks/bench_naive.py --help
+    python -m benchmarks.bench_naive --help
 
-All three run the same random Llama with the same seed and counters, draw with the same sampler and must give the same
-thoughts. The naive ones are the plain transformers model with sdpa attention and a DynamicCache. Memory is what thinking adds;
-for the naive methods at the last position, where it is highest.
+All three run the same random Llama with the same sampler, seed and counters, and must give the same thoughts. The naive methods
+use the plain transformers model with sdpa attention and a DynamicCache. Memory is what thinking adds. For the naive methods it
+is measured at the last position, where it is highest.
 """
 
 from __future__ import annotations
@@ -17,29 +17,33 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from case import Case, Inputs, Work, Wrong
-from compare import Effort, Row, blank, fill
-from harness import peak_memory
-from peers import Peer
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import Case, Inputs, Work, Wrong
+from benchmarks.harness.compare import Effort, Row, blank, fill
+from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.peer import PACKAGE, Peer
 from quietstar import QuietStar, ThoughtConfig
 from quietstar_kernels import sample_token
 
 NAIVE, CAREFUL, BATCHED = "naive", "careful naive", "batched"
 SEED = 0
-Method = Callable[[Tensor], Tensor]  # anchors [P] to thoughts [P,N,T]
+Method = Callable[[Tensor], Tensor]  # maps anchors [P] to thoughts [P,N,T]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NaiveCase(Case):
-    """N thoughts of T tokens at P positions, evenly spaced, of one text."""
+    """N thoughts of T tokens at P evenly spaced positions of a text."""
 
     op: ClassVar[str] = "naive"
+    size_names = ("L", "P", "N", "T", "layers", "D", "V")
     what: str = "thoughts"
     L: int
     P: int
@@ -50,15 +54,11 @@ class NaiveCase(Case):
     V: int = 2048
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("L", "P", "N", "T", "layers", "D", "V")}
-
-    @property
     def anchors(self) -> Tensor:
         return torch.linspace(0, self.L - 1, self.P).round().long()
 
     def work(self) -> Work:
-        """Matmuls of the text's rows and of T rows a thought."""
+        """Matmuls of the text's rows and of T rows per thought."""
         matrices = self.layers * (4 * self.D**2 + 9 * self.D**2)
         thoughts = self.P * self.N * self.T
         attention = self.layers * 4 * self.D * (self.L**2 / 2 + thoughts * (self.L + self.T) / 2)
@@ -70,16 +70,13 @@ class NaiveCase(Case):
     def call(self, function: Method, inputs: Inputs) -> Tensor:
         return function(inputs["anchors"])
 
-    def check(self, function: Method) -> None:
-        raise NotImplementedError("the methods are checked against each other")
-
 
 @torch.no_grad()
 def compare(case: NaiveCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
-    """The rows of all methods; they are checked on a few positions before they are timed, and on all after.
+    """A row for each method. They are checked at a few positions before they are timed, and at all positions afterwards.
 
     Raises:
-        Wrong: thoughts that differ, and not by rounding.
+        Wrong: thoughts differ by more than rounding explains.
     """
     methods = {peer.name: peer.prepare(case) for peer in (ours, *peers)}
     few = case.anchors[:: max(1, case.P // 3)]
@@ -96,13 +93,13 @@ def compare(case: NaiveCase, ours: Peer, peers: Sequence[Peer], rates: dict[str,
         last = case.anchors if peer is ours else case.anchors[-1:]
         row.peak_bytes = peak_memory(lambda run=methods[peer.name], last=last: run(last), case.device)
         if differ := by_rounding[peer.name]:
-            row.note = f"{differ} thoughts differ by rounding"
+            row.note = f"{differ} thoughts differ because of rounding"
         rows.append(row)
     return rows
 
 
 def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) -> Method:
-    """A method over the model and the text of the case, at each call the same."""
+    """A method with the case's model and text, which are the same at each call."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=case.V,
@@ -118,7 +115,7 @@ def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) 
     qs = QuietStar(copy.deepcopy(plain), thought_config)
     start = qs.start_embedding.to(dtype).expand(case.N, 1, -1)
 
-    def go_on(cache: DynamicCache, position: int) -> Tensor:
+    def continue_from(cache: DynamicCache, position: int) -> Tensor:
         """N thoughts [N,T] after the text in ``cache``."""
         embeds, tokens = start, []
         for s in range(case.T):
@@ -134,7 +131,7 @@ def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) 
             cache = DynamicCache()
             plain.model(text[:, : t + 1], past_key_values=cache)
             cache.batch_repeat_interleave(case.N)
-            thoughts.append(go_on(cache, t))
+            thoughts.append(continue_from(cache, t))
         return torch.stack(thoughts).cpu()
 
     def careful_naive(anchors: Tensor) -> Tensor:
@@ -145,7 +142,7 @@ def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) 
             for i, layer in enumerate(whole.layers):
                 prefix = (x[:, :, : t + 1].expand(case.N, -1, -1, -1) for x in (layer.keys, layer.values))
                 cache.update(*prefix, i)
-            thoughts.append(go_on(cache, t))
+            thoughts.append(continue_from(cache, t))
         return torch.stack(thoughts).cpu()
 
     def batched(anchors: Tensor) -> Tensor:
@@ -156,10 +153,10 @@ def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) 
 
 
 def take_turns(methods: dict[str, Method], anchors: Tensor, rounds: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Seconds and thoughts of all anchors.
+    """Seconds and thoughts of each method for all anchors.
 
-    A naive method takes a share of the anchors in each round and is done once after the last; the batched one takes all of
-    them in each, and its seconds are the mean. So a busy machine slows all of them alike.
+    A naive method takes a share of the anchors in each round, so that it has taken all of them once after the last round. The
+    batched method takes all anchors in each round, and its time is the mean. So a busy machine slows all methods alike.
     """
     seconds, shares = dict.fromkeys(methods, 0.0), {name: [] for name in methods}
     rounds = min(rounds, len(anchors))
@@ -167,7 +164,7 @@ def take_turns(methods: dict[str, Method], anchors: Tensor, rounds: int) -> tupl
         for name, run in methods.items():
             mine = anchors if name == BATCHED else anchors[i::rounds]
             began = time.perf_counter()
-            shares[name].append(run(mine))  # the ids come to the CPU, so a GPU is waited for
+            shares[name].append(run(mine))  # copies the ids to the CPU, which waits for a GPU
             seconds[name] += time.perf_counter() - began
     seconds[BATCHED] /= rounds
     order = torch.cat([torch.arange(len(anchors))[i::rounds] for i in range(rounds)]).argsort()
@@ -175,12 +172,12 @@ def take_turns(methods: dict[str, Method], anchors: Tensor, rounds: int) -> tupl
 
 
 def check(case: NaiveCase, anchors: Tensor, thoughts: dict[str, Tensor]) -> dict[str, int]:
-    """How many thoughts of each method differ from the batched ones; more than rounding explains raises Wrong."""
+    """How many thoughts of each method differ from the batched ones. Raises Wrong if rounding does not explain it."""
     differ = {name: (mine != thoughts[BATCHED]).any(-1) for name, mine in thoughts.items()}
     for name, wrong in differ.items():
         if not wrong.any():
             continue
-        # What rounding changed in fp32, where a draw fell next to the edge between two tokens, is the same in fp64.
+        # In fp32 rounding can change a token whose draw is close to the boundary between two tokens. In fp64 they agree.
         places = anchors[wrong.any(-1)]
         exact, batched = (make_method(case, method, torch.float64)(places) for method in (name, BATCHED))
         if not torch.equal(exact, batched):
@@ -188,12 +185,8 @@ def check(case: NaiveCase, anchors: Tensor, thoughts: dict[str, Tensor]) -> dict
     return {name: int(wrong.sum()) for name, wrong in differ.items()}
 
 
-def method(name: str, package: str) -> Peer:
-    return Peer(name, lambda case: make_method(case, name), package)
-
-
-OURS = method(BATCHED, "quietstar-kernels")
-PEERS = [method(NAIVE, "transformers"), method(CAREFUL, "transformers")]
+OURS = Peer(BATCHED, partial(make_method, name=BATCHED), PACKAGE)
+PEERS = [Peer(name, partial(make_method, name=name), "transformers") for name in (NAIVE, CAREFUL)]
 
 
 def candidates(case: NaiveCase) -> list[Peer]:
@@ -201,7 +194,7 @@ def candidates(case: NaiveCase) -> list[Peer]:
 
 
 def cases(device: torch.device, full: bool) -> Iterator[NaiveCase]:
-    """All positions of a text; longer ones and more thoughts in full."""
+    """All positions of a text. The full grid varies its length and the number of thoughts."""
     yield NaiveCase(L=256, P=256, device=device)
     if full:
         yield NaiveCase(grid="text", L=64, P=64, device=device)
@@ -213,7 +206,7 @@ def smoke(device: torch.device) -> list[NaiveCase]:
     return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, V=80, device=device)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(NaiveCase.op, OURS, candidates, cases, smoke, compare)
 
-    main(op=NaiveCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

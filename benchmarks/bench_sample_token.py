@@ -1,8 +1,8 @@
-"""sample_token, one draw per row from the head's softmax, against drawing from a tensor of logits.
+"""sample_token, which samples one id per row from the head's softmax, against sampling from a tensor of logits.
 
-    python benchmarks/bench_sample_token.py --help
+    python -m benchmarks.bench_sample_token --help
 
-The matmul alone, which computes the logits and draws nothing, is the floor that no sampler goes below.
+The matmul alone, which computes the logits and samples nothing, is a lower bound on the time of any sampler.
 """
 
 from __future__ import annotations
@@ -14,34 +14,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from case import BOUNDS, Case, Inputs, Work, Wrong, judge
-from head_peers import SAMPLERS, Sampler
-from peers import PACKAGE, Peer, by_back_end
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
+from benchmarks.harness.peer import PACKAGE, Peer, by_back_end
+from benchmarks.peers.head import SAMPLERS, HeadCase, Sampler
 from quietstar_kernels import sample_token
 
-DEVIATIONS = 5  # of the draws' mean log-probability from minus the entropy, in standard errors
-CHECKED = 512  # rows
+DEVIATIONS = 5  # standard errors by which the samples' mean log-probability may differ from minus the entropy
+CHECKED = 512  # rows whose result is checked
 SEED = 1234
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleCase(Case):
-    """One draw for each of R rows."""
+class SampleCase(HeadCase):
+    """One sampled id for each of R rows."""
 
     op: ClassVar[str] = "sample_token"
-    R: int
-    D: int
-    V: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {letter: getattr(self, letter) for letter in "RDV"}
 
     def work(self) -> Work:
         return Work(2 * self.R * self.D * self.V, (self.R + self.V) * self.D * self.dtype.itemsize + 12 * self.R)
 
     def inputs(self, seed: int) -> Inputs:
-        """Logits with a deviation of 2."""
+        """The logits have a standard deviation of 2."""
         weight = self.randn(2 * seed + 1, self.V, self.D, deviation=2 * self.D**-0.5)
         return {"hidden": self.randn(2 * seed, self.R, self.D), "weight": weight}
 
@@ -50,9 +45,9 @@ class SampleCase(Case):
         return function(inputs["hidden"], inputs["weight"])
 
     def check(self, function: Sampler) -> None:
-        """The log-probabilities of the ids drawn, and over many rows their mean, which is minus the entropy.
+        """Compare the sampled ids' log-probabilities with exact ones, and their mean over many rows with minus the entropy.
 
-        A candidate that returns logits is judged by them.
+        If a candidate returns logits, compare these.
         """
         inputs = self.inputs(seed=0)
         got = self.call(function, inputs)
@@ -62,7 +57,7 @@ class SampleCase(Case):
             return judge("logits", got[:CHECKED], logits, BOUNDS[self.dtype])
         ids, logprob = (x[:CHECKED] for x in got)
         if not ((ids >= 0) & (ids < self.V)).all():
-            raise Wrong("an id lies outside the vocabulary")
+            raise Wrong("an id is outside the vocabulary")
         logp = logits.log_softmax(-1)
         truth = logp.gather(1, ids[:, None])[:, 0]
         judge("logprob", logprob, truth, BOUNDS[self.dtype])
@@ -71,7 +66,7 @@ class SampleCase(Case):
         standard_error = (square - mean.square()).sum().sqrt() / len(ids)
         deviation = float((truth - mean).mean().abs() / standard_error)
         if not deviation <= DEVIATIONS:
-            raise Wrong(f"the draws' mean log-probability is {deviation:.1f} standard errors from minus the entropy")
+            raise Wrong(f"the samples' mean log-probability is {deviation:.1f} standard errors from minus the entropy")
 
 
 def ours(case: SampleCase, backend: str = "auto") -> Sampler:
@@ -105,7 +100,7 @@ def smoke(device: torch.device) -> list[SampleCase]:
     return [SampleCase(R=256, D=32, V=300, device=device)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(SampleCase.op, OURS, candidates, cases, smoke)
 
-    main(op=SampleCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,10 +1,11 @@
 """A whole training step and a whole rollout of a model, ours against the published code's schedule.
 
-    python benchmarks/bench_step.py --help
+    python -m benchmarks.bench_step --help
 
-A training step samples the thoughts of all positions, runs the packed forward and backward and AdamW. The floor counts the
-matmuls of all three passes, and where layers are checkpointed their second forward; so the optimizer and everything that is no
-matmul show as distance from it. The grid "passes" has the peak memory of both schedules against the number of sampled tokens T.
+A training step samples thoughts at all positions, runs the packed forward and backward, and updates with AdamW. The floor
+counts the matmuls of these three passes, and the second forward of checkpointed layers. The optimizer and everything else that
+is not a matmul show up as distance from it. The grid "passes" varies the number of sampled tokens T, to compare the schedules'
+memory.
 """
 
 from __future__ import annotations
@@ -17,27 +18,30 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from case import Case, Inputs, Work, judge
-from model_peers import PublishedSchedule
-from peers import Peer
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import Case, Inputs, Work, judge
+from benchmarks.harness.peer import PACKAGE, Peer
+from benchmarks.peers.published_schedule import PublishedSchedule
 from quietstar import QuietStar, ThoughtConfig
 
 SEED = 1
 LORA_RANK = 16
-# Whole models: rounding adds up over the layers, and the policy term has a factor of 1e6.
+# For whole models, since rounding accumulates over the layers and the policy term has a factor of 1e6.
 STEP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase(Case):
-    """A Llama of random weights, its head untied; feed-forward width I.
+    """A Llama with random weights, an untied head and feed-forward layers of width I.
 
     Attributes:
-        lora: the model's weights are frozen, and low-rank updates of q and v are trained instead.
-        checkpointing: gradient checkpointing.
+        lora: whether the model's weights are frozen and low-rank updates of q and v are trained instead.
+        checkpointing: whether to use gradient checkpointing.
     """
 
     op: ClassVar[str] = "step"
+    size_names = ("B", "L", "N", "T", "J", "layers", "D", "H", "G", "V")
     rotates: ClassVar[bool] = False
     what: str = "training step"
     B: int = 1
@@ -55,16 +59,12 @@ class StepCase(Case):
     checkpointing: bool = False
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("B", "L", "N", "T", "J", "layers", "D", "H", "G", "V")}
-
-    @property
     def K(self) -> int:
         return self.D // self.H
 
     def work(self) -> Work:
-        """Matmuls of the rollout, and in a training step of the packed forward, the backward, and the layers' second forward
-        where they are checkpointed."""
+        """Matmuls of the rollout; in a training step also those of the packed forward, the backward, and the second forward of
+        checkpointed layers."""
         rows, predicted = self.L * (1 + self.N * self.T), self.L * self.N * self.T
         layers, head = self._forward(rows, self.T, predicted)
         if self.what == "rollout":
@@ -77,7 +77,7 @@ class StepCase(Case):
         return Work(flops, (self.T + 1 + passes + again) * self._weights())
 
     def _forward(self, rows: int, S: int, predicted: int) -> tuple[float, float]:
-        """FLOPs of the layers, over rows with thoughts of S, and of the head."""
+        """FLOPs of the layers, for thoughts of S rows, and of the head."""
         attention = self.layers * 2 * self.K * self.H * (self.N * S * self.L * (self.L + S + 2) + self.L * (self.L + 1))
         return self.B * (2 * rows * self._matrices() + attention), self.B * 2 * predicted * self.D * self.V
 
@@ -99,7 +99,7 @@ class StepCase(Case):
         return function(inputs["input_ids"])
 
     def check(self, function: TrainingStep | Rollout) -> None:
-        """Loss, rewards and gradients of a short text and given thoughts; a rollout's log-probabilities."""
+        """Compare loss, rewards and gradients of a short text with given thoughts; for a rollout, the log-probabilities."""
         L = min(self.L, 12)
         ids = self.inputs(seed=0)["input_ids"][:1, :L]
         thoughts = torch.randint(self.V, (1, L, self.N, self.T), generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -141,14 +141,14 @@ class StepCase(Case):
     def wrapped(self, schedule: type[QuietStar]) -> QuietStar:
         config = ThoughtConfig(thoughts=self.N, thought_tokens=self.T, lookahead=self.J, embedding_scale=1)
         qs = schedule(self.model(), config).train()
-        nn.init.normal_(qs.mixing_head[-1].weight, std=0.1)  # it starts at zero, and all rewards would be rounding
+        nn.init.normal_(qs.mixing_head[-1].weight, std=0.1)  # it starts at zero, where all rewards would be rounding errors
         if self.checkpointing:
             qs.gradient_checkpointing_enable()
         return qs
 
 
 class LowRank(nn.Module):
-    """A frozen linear layer plus the product of two thin matrices that are trained (LoRA, arXiv 2106.09685)."""
+    """A frozen linear layer plus the trained product of two thin matrices (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, frozen: nn.Linear):
         super().__init__()
@@ -192,7 +192,7 @@ def prepare(schedule: type[QuietStar]) -> Callable[[StepCase], TrainingStep | Ro
 
 
 def kept_by_passes(case: StepCase) -> Work:
-    """What all passes keep for the backward: about 17 D numbers a row and layer, and each pass's keys and values anew."""
+    """What all passes keep for the backward: about 17 D numbers per row and layer, and new keys and values for each pass."""
     passes = case.T + case.J + 2
     rows = case.B * case.N * case.L * passes
     keys = case.B * case.N * case.L * passes * (passes + 1) / 2 * 2 * case.G * case.K
@@ -201,7 +201,7 @@ def kept_by_passes(case: StepCase) -> Work:
 
 
 def no_checkpointing(case: StepCase) -> str | None:
-    return "its passes need a cache of keys and values, which gradient checkpointing turns off" if case.checkpointing else None
+    return "it needs a cache of keys and values, which gradient checkpointing turns off" if case.checkpointing else None
 
 
 def without_graphs(case: StepCase) -> TrainingStep | Rollout:
@@ -210,13 +210,13 @@ def without_graphs(case: StepCase) -> TrainingStep | Rollout:
     return function
 
 
-OURS = Peer("QuietStar", prepare(QuietStar), package="quietstar-kernels")
-LAUNCHED = Peer("QuietStar without a graph", without_graphs, "quietstar-kernels")
+OURS = Peer("QuietStar", prepare(QuietStar), package=PACKAGE)
+LAUNCHED = Peer("QuietStar without a graph", without_graphs, PACKAGE)
 PUBLISHED = Peer("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
 def candidates(case: StepCase) -> list[Peer]:
-    """On a GPU our rollouts are CUDA graphs; there also ours without."""
+    """On a GPU our rollouts replay CUDA graphs, so there they are also compared with ours without graphs."""
     return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 
 
@@ -243,7 +243,7 @@ def smoke(device: torch.device) -> list[StepCase]:
     return [tiny, replace(tiny, what="rollout"), replace(tiny, grid="LoRA", lora=True, checkpointing=True)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(StepCase.op, OURS, candidates, cases, smoke)
 
-    main(op=StepCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

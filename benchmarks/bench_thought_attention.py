@@ -1,9 +1,9 @@
-"""thought_attention, forward and backward, against FlexAttention, a flash attention of the text joined with the own block, and
-SDPA with the dense mask.
+"""thought_attention, forward and backward, against FlexAttention, flash attention joined with each thought's own block, and
+SDPA with a dense mask.
 
-    python benchmarks/bench_thought_attention.py --help
+    python -m benchmarks.bench_thought_attention --help
 
-Every position of the text thinks, rows of text and thoughts are in one call, and every candidate gets the same tensors.
+Every position of the text thinks, one call has the rows of text and thoughts, and all candidates get the same tensors.
 """
 
 from __future__ import annotations
@@ -15,43 +15,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import attention_peers
-from attention_peers import Attention
-from case import BOUNDS, Case, Inputs, Work, Wrong, judge
-from peers import Peer
-from quietstar_kernels import ThoughtLayout, thought_attention
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
+from benchmarks.harness.peer import PACKAGE, Peer
+from benchmarks.peers.attention import PEERS
+from benchmarks.peers.packed import Attention, PackedCase
+from quietstar_kernels import thought_attention
 
-CHECKED = 48  # rows of text and of thoughts, each, whose result is compared
+CHECKED = 48  # rows of the text, and as many of the thoughts, whose result is compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionCase(Case):
-    """Every position of B texts thinks N thoughts of S rows."""
+class AttentionCase(PackedCase):
+    """Attention of all packed rows."""
 
     op: ClassVar[str] = "thought_attention"
-    B: int = 1
-    L: int
-    N: int = 2
-    S: int = 14
-    H: int = 8
-    G: int = 2
-    K: int = 128
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {letter: getattr(self, letter) for letter in "BLNSHGK"}
-
-    @property
-    def M(self) -> int:
-        return self.L + self.L * self.N * self.S
 
     @property
     def rows(self) -> int:
         return self.M
 
     @property
-    def layout(self) -> ThoughtLayout:
-        return ThoughtLayout.every_position(self.B, self.L, self.N, self.S, self.device)
+    def last_row(self) -> int:
+        return self.S - 1
 
     def sees(self, row: Tensor, key: Tensor) -> Tensor:
         L, NS, S = self.L, self.N * self.S, self.S
@@ -60,7 +47,7 @@ class AttentionCase(Case):
         return ((key < L) & (key <= anchor)) | own
 
     def work(self) -> Work:
-        """FLOPs of the thought rows; bytes of q, k, v and out, and in backward of these, of grad_out and of three gradients."""
+        """FLOPs of the thought rows. Bytes of q, k, v and out; the backward adds those again, grad_out and three gradients."""
         flops = self.B * 2 * self.K * self.H * self.N * self.S * self.L * (self.L + self.S + 2)
         queries, keys = (self.B * heads * self.M * self.K * self.dtype.itemsize for heads in (self.H, self.G))
         forward = 2 * queries + 2 * keys
@@ -85,7 +72,7 @@ class AttentionCase(Case):
         return (out, *torch.autograd.grad(out, (q, k, v), inputs["grad_out"]))
 
     def check(self, function: Attention) -> None:
-        """Some rows against exact ones; the gradient of the output is 0 in all others, so that the truth costs little."""
+        """Compare some rows with exact ones. The output's gradient is 0 in all others, so that the exact result is cheap."""
         inputs = self.inputs(seed=0)
         rows = self._some_rows()
         grad_out = torch.zeros_like(inputs["grad_out"])
@@ -105,7 +92,7 @@ class AttentionCase(Case):
         return torch.cat([text, thoughts, torch.tensor([self.M - 1])]).unique().to(self.device)
 
     def _exact(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
-        """out and dq of the rows, dk and dv, a head group at a time; fp64 for fp32, else fp32."""
+        """out and dq of the rows, dk and dv, one head group at a time; in fp64 if the case is fp32, else in fp32."""
         dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         blind = ~self.sees(rows[:, None], torch.arange(self.M, device=self.device))
         q, grad_out = (x[:, :, rows].unflatten(1, (self.G, -1)) for x in (q, grad_out))
@@ -128,7 +115,7 @@ def ours(case: AttentionCase) -> Attention:
 
 
 def in_parts(case: AttentionCase, parts: int) -> Attention:
-    """The batch in several calls: what a user does whose batch doesn't fit."""
+    """The batch in several calls, as a user would do whose batch doesn't fit."""
     layout = replace(case, B=case.B // parts).layout
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +126,7 @@ def in_parts(case: AttentionCase, parts: int) -> Attention:
 
 
 def on_one_thread(case: AttentionCase) -> Attention:
-    """A forward on one thread; ``call`` would run its backward on all."""
+    """A forward on one thread. Its backward, which ``call`` starts, would still use all threads."""
     attend, threads = ours(case), torch.get_num_threads()
 
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -152,14 +139,14 @@ def on_one_thread(case: AttentionCase) -> Attention:
     return alone
 
 
-OURS = Peer("thought_attention", ours, package="quietstar-kernels")
-SPLITS = [Peer(f"in {n} calls", lambda case, n=n: in_parts(case, n), OURS.package) for n in (2, 4)]
-ONE_THREAD = Peer("one thread", on_one_thread, OURS.package)
+OURS = Peer("thought_attention", ours, package=PACKAGE)
+SPLITS = [Peer(f"in {n} calls", lambda case, n=n: in_parts(case, n), PACKAGE) for n in (2, 4)]
+ONE_THREAD = Peer("one thread", on_one_thread, PACKAGE)
 
 
 def candidates(case: AttentionCase) -> list[Peer]:
-    """The peers of a case; the grids "batch" and "threads" compare ours with itself."""
-    return {"batch": SPLITS, "threads": [ONE_THREAD]}.get(case.grid, attention_peers.PEERS)
+    """The peers. In the grids "batch" and "threads" ours is compared with itself."""
+    return {"batch": SPLITS, "threads": [ONE_THREAD]}.get(case.grid, PEERS)
 
 
 def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
@@ -174,7 +161,7 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
     def vary(grid: str, **changes: int) -> Iterator[AttentionCase]:
         return both(lambda what: replace(head, grid=grid, what=what, **changes))
 
-    if gpu:  # a long text first: there a kernel shows what it can do
+    if gpu:  # a long text first, where a kernel is at its best
         yield from vary("text", L=2048, B=1)
     yield from vary("headline")
     lengths = ([512, 1024, 4096] if full else [512]) if gpu else [64, 128, 512, *([1024, 2048] if full else [])]
@@ -202,7 +189,7 @@ def smoke(device: torch.device) -> list[AttentionCase]:
     return [AttentionCase(L=12, S=3, H=2, G=1, K=16, what=what, device=device) for what in ("forward", "forward+backward")]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(AttentionCase.op, OURS, candidates, cases, smoke)
 
-    main(op=AttentionCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

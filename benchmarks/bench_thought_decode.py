@@ -1,8 +1,9 @@
 """thought_decode, one new row of every thought over stored keys and values, against FlexAttention, flash attention and SDPA.
 
-    python benchmarks/bench_thought_decode.py --help
+    python -m benchmarks.bench_thought_decode --help
 
-Keys and values of the text and of all thoughts lie in one tensor, so that no candidate joins them: ours reads views of it.
+The keys of the text and of all thoughts are in one tensor, and so are the values, so that no candidate has to concatenate
+them. Ours reads views of these tensors.
 """
 
 from __future__ import annotations
@@ -14,44 +15,32 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import attention_peers
-from attention_peers import Attention
-from case import BOUNDS, Case, Inputs, Work, judge
-from peers import PACKAGE, Peer, by_back_end
-from quietstar_kernels import ThoughtLayout, thought_decode
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
+from benchmarks.harness.peer import PACKAGE, Peer, by_back_end
+from benchmarks.peers.attention import PEERS
+from benchmarks.peers.packed import Attention, PackedCase
+from quietstar_kernels import thought_decode
 
 CHECKED = 64  # thoughts whose result is compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeCase(Case):
-    """Row ``step`` of N thoughts at every position of B texts."""
+class DecodeCase(PackedCase):
+    """Attention of row ``step`` of every thought."""
 
     op: ClassVar[str] = "thought_decode"
-    B: int = 1
-    L: int
-    N: int = 2
-    S: int = 14
-    H: int = 8
-    G: int = 2
-    K: int = 128
+    size_names = (*PackedCase.size_names, "step")
     step: int = 13
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {letter: getattr(self, letter) for letter in "BLNSHGK"} | {"step": self.step}
-
-    @property
-    def M(self) -> int:
-        return self.L + self.L * self.N * self.S
 
     @property
     def rows(self) -> int:
         return self.L * self.N
 
     @property
-    def layout(self) -> ThoughtLayout:
-        return ThoughtLayout.every_position(self.B, self.L, self.N, self.S, self.device)
+    def last_row(self) -> int:
+        return self.step
 
     def sees(self, row: Tensor, key: Tensor) -> Tensor:
         L, S = self.L, self.S
@@ -59,7 +48,7 @@ class DecodeCase(Case):
         return ((key < L) & (key <= row // self.N)) | own
 
     def work(self) -> Work:
-        """Text up to the anchor and the own rows so far; of each text key and each written row one read."""
+        """Attention to the text up to the anchor and to the thought's rows so far. Each of these keys is read once."""
         i = self.step + 1
         flops = 4 * self.K * self.H * self.N * (self.L * (self.L + 1) / 2 + self.L * i)
         numbers = 2 * (self.L * self.N * self.H + self.L * self.N * self.G * i + self.L * self.G) * self.K
@@ -75,7 +64,7 @@ class DecodeCase(Case):
         return function(inputs["q"], inputs["k"], inputs["v"])
 
     def check(self, function: Attention) -> None:
-        """Some thoughts against exact ones."""
+        """Compare the rows of some thoughts with exact ones."""
         inputs = self.inputs(seed=0)
         got = self.call(function, inputs)
         some = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))[:CHECKED].to(self.device)
@@ -104,7 +93,7 @@ OURS = Peer("thought_decode", ours, package=PACKAGE)
 
 
 def candidates(case: DecodeCase) -> list[Peer]:
-    return attention_peers.PEERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
+    return PEERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
 
 
 def cases(device: torch.device, full: bool) -> Iterator[DecodeCase]:
@@ -130,7 +119,7 @@ def smoke(device: torch.device) -> list[DecodeCase]:
     return [DecodeCase(L=20, S=5, H=4, K=16, step=3, device=device)]
 
 
-if __name__ == "__main__":
-    from run import main
+BENCHMARK = Benchmark(DecodeCase.op, OURS, candidates, cases, smoke)
 
-    main(op=DecodeCase.op)
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,6 +1,6 @@
-"""Writes the README's performance section and the list of pages from the committed results.
+"""Write the README's performance section, the results pages and their list from the committed results.
 
-python benchmarks/readme.py
+python -m benchmarks.readme
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import goals
-import report
-import units
+from benchmarks.report import goals, pages, results_file, tables, units
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- performance: begin, written by benchmarks/readme.py -->\n", "<!-- performance: end -->\n"
 
 
-def section(folder: Path = report.RESULTS) -> str:
-    """A table for every measured device, of the headline cases; in a sentence what isn't measured."""
-    found = [(path, report.load(path)) for path in report.all_results(folder)]
+def section(folder: Path = pages.RESULTS) -> str:
+    """A table of the headline cases for each measured device, and a sentence about what has not been measured."""
+    found = [(path, results_file.load(path)) for path in pages.all_results(folder)]
     kinds = {results["machine"]["kind"] for _, results in found}
     parts = [device_section(path, results) for path, results in found]
     for kind, what, command in (("cpu", "CPUs", "make bench"), ("cuda", "GPUs", "make gpu")):
@@ -38,26 +36,27 @@ def device_section(path: Path, results: dict[str, Any]) -> str:
         "",
     ]
     body = []
-    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] not in report.WITHOUT_A_FLOOR)
-    for _, rows in report.by_case(timed):
+    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] not in tables.WITHOUT_A_FLOOR)
+    for _, rows in tables.by_case(timed):
         mine = next(row for row in rows if row["is_ours"])
         if mine["seconds"] is not None:
             peers = [row for row in rows if row["times_ours"] is not None and goals.is_rival(row)]
             faster = "; ".join(f"{row['candidate']} {units.number(row['times_ours'])}" for row in peers)
-            case = f"`{mine['op']}` {report.case_of(mine)}"
+            case = f"`{mine['op']}` {tables.case_of(mine)}"
             body.append([case, units.seconds(mine["seconds"]), units.percent(mine["of_floor"]), faster])
-    return "\n".join([*lines, *report.markdown_table(["", "time", "of the floor", "times faster than"], body), ""])
+    return "\n".join([*lines, *tables.markdown_table(["", "time", "of the floor", "times faster than"], body), ""])
 
 
-def updated(text: str, folder: Path = report.RESULTS) -> str:
-    """The README's text with a fresh section. Raises ValueError where the marks are missing."""
+def updated(text: str, folder: Path = pages.RESULTS) -> str:
+    """The README's text with a new section. Raises ValueError if the marks are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md: the marks {BEGIN.strip()} and {END.strip()} must be there")
+        raise ValueError(f"README.md lacks the marks {BEGIN.strip()} and {END.strip()}")
     return f"{before}{BEGIN}{section(folder)}{END}{after}"
 
 
 if __name__ == "__main__":
     README.write_text(updated(README.read_text()))
-    (report.RESULTS / "README.md").write_text(report.index())
+    for path in pages.all_results():
+        pages.write(results_file.load(path), pages.RESULTS)

@@ -1,17 +1,14 @@
-"""What Triton compiles and binds in a few calls of thought_attention, with empty kernels; prints JSON."""
+"""Print, as JSON, what Triton compiles and binds in a few calls of thought_attention with empty kernels."""
 
 import json
 import os
-import sys
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
 from triton.runtime import JITFunction
 
-import empty_kernels
+from benchmarks.host import empty_kernels
 from quietstar_kernels import ThoughtLayout, thought_attention
 
 empty_kernels.install()
@@ -33,7 +30,7 @@ def forward(layout, dtype=torch.bfloat16):
 
 
 def counts(step):
-    """Of a step: kernels compiled, arguments bound by Triton, launches."""
+    """How many kernels a step compiles, how often Triton binds arguments, and how many kernels it launches."""
     before = len(made), len(bound), empty_kernels.EmptyKernel.launches
     step()
     return [now - then for now, then in zip((len(made), len(bound), empty_kernels.EmptyKernel.launches), before, strict=True)]

@@ -1,25 +1,24 @@
-"""What the attention benchmarks call the truth is that of the reference, and the peers compute it."""
+"""The exact results of the attention benchmarks are those of the reference, and the peers compute them."""
 
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-import attention_peers
-import bench_thought_attention
-import bench_thought_decode
-from bench_thought_attention import AttentionCase
-from bench_thought_decode import DecodeCase
-from case import Wrong
+from benchmarks import bench_thought_attention, bench_thought_decode
+from benchmarks.bench_thought_attention import AttentionCase
+from benchmarks.bench_thought_decode import DecodeCase
+from benchmarks.harness.case import Wrong
+from benchmarks.peers import attention
 from quietstar_kernels.testing import plain_attention
 
 TINY = AttentionCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8)
 STEP = DecodeCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8, step=2)
-PEERS = {peer.name: peer for peer in attention_peers.PEERS}
+PEERS = {peer.name: peer for peer in attention.PEERS}
 ON_CPU = ["flash prefix + own block (PyTorch)", "SDPA, dense mask"]
 
 
-def test_what_rows_see_is_what_the_layout_says():
+def test_rows_see_what_the_layout_says():
     row, key = torch.arange(TINY.rows), torch.arange(TINY.M)
     assert torch.equal(TINY.sees(row[:, None], key), TINY.layout.dense_mask()[0])
     of_step = TINY.layout.dense_mask()[0, TINY.L :][STEP.step :: TINY.S]
@@ -73,7 +72,7 @@ def test_a_batch_in_parts_is_right(parts):
     case.check(bench_thought_attention.in_parts(case, parts))
 
 
-def test_one_thread_gives_the_threads_back():
+def test_one_thread_restores_the_number_of_threads():
     before = torch.get_num_threads()
     TINY.check(bench_thought_attention.on_one_thread(TINY))
     assert torch.get_num_threads() == before
@@ -87,7 +86,7 @@ def test_a_mask_off_by_one_is_refused(case):
 
     off = Off(**{field.name: getattr(case, field.name) for field in fields(case)})
     with pytest.raises(Wrong, match="out differs by"):
-        case.check(attention_peers.dense(off))
+        case.check(attention.dense(off))
 
 
 def test_gpu_peers_say_why_they_do_not_run_here():
@@ -101,7 +100,7 @@ def test_gpu_peers_say_why_they_do_not_run_here():
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("module", [bench_thought_attention, bench_thought_decode])
-def test_the_grid_varies_what_it_says(kind, module):
+def test_each_grid_varies_its_size(kind, module):
     quick, full = ([*module.cases(torch.device(kind), full)] for full in (False, True))
     assert {case.grid for case in quick} <= {case.grid for case in full} and len(quick) < len(full)
     long_first = kind == "cuda" and module is bench_thought_attention

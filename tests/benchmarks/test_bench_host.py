@@ -1,6 +1,7 @@
-"""The benchmark of the host's time, and what empty kernels show of launches. No test looks at a time."""
+"""The benchmark of the host's time, and what empty kernels show about launches."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import bench_host as bench
+from benchmarks import bench_host as bench
 
 KERNELS = [
     "attention_backward_keys",
@@ -38,24 +39,25 @@ def test_a_process_that_fails_says_why(device):
 
 @pytest.fixture(scope="module")
 def launches():
-    script = Path(__file__).parent / "launches.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(bench.ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(Path(__file__).parent / "launches.py")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def test_a_forward_that_a_backward_follows_compiles_all_kernels(launches):
+def test_a_forward_followed_by_a_backward_compiles_all_kernels(launches):
     assert launches["names"] == KERNELS
     assert launches["forward"][0] == len(KERNELS) and launches["forward"][2] == 1
     assert launches["backward"] == [0, len(KERNELS) - 1, len(KERNELS)]
 
 
-def test_slices_of_a_layout_compile_nothing_anew(launches):
+def test_slices_of_a_layout_compile_nothing_again(launches):
     assert len(set(launches["unaligned"])) > 1
     assert [compiled for compiled, _, _ in launches["chunks"]] == [0] * len(launches["chunks"])
 
 
-def test_triton_binds_the_arguments_of_known_launches_no_more(launches):
+def test_triton_does_not_bind_the_arguments_of_known_launches_again(launches):
     assert launches["again"] == [[0, 0, len(KERNELS)]] * len(launches["again"])
 
 

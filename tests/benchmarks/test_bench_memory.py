@@ -1,11 +1,11 @@
-"""Chunks of anchors give the numbers of all at once, and where they do not, the benchmark fails."""
+"""Chunks of anchors have the results of all anchors at once. If they don't, the benchmark fails."""
 
 import pytest
 import torch
 
-import bench_memory as bench
-from case import Wrong
-from peers import Peer
+from benchmarks import bench_memory as bench
+from benchmarks.harness.case import Wrong
+from benchmarks.harness.peer import Peer
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def case(device):
     return case
 
 
-def test_a_row_for_each_way(case, rates, effort):
+def test_a_row_for_each_candidate(case, rates, effort):
     rows = bench.compare(case, bench.OURS, bench.candidates(case), rates, effort)
     assert [row.candidate for row in rows] == ["anchors in chunks of C", "all anchors at once"]
     assert rows[0].sizes["P"] == 3 and rows[0].sizes["C"] == 2 and all(row.seconds > 0 for row in rows)
@@ -34,7 +34,7 @@ def test_other_gradients_fail(case, rates, effort):
         bench.compare(case, bench.OURS, [Peer("moved", prepare)], rates, effort)
 
 
-def test_long_texts_stand_first_and_one_is_cut_in_several_ways(device):
+def test_long_texts_come_first_and_one_has_chunks_of_several_sizes(device):
     first, *others = bench.cases(device, full=False)
     assert first.L == 32768 and first.grid == "headline" and bench.candidates(first)
     cut = [case for case in others if case.grid == "chunk"]

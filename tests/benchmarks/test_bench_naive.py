@@ -1,18 +1,18 @@
-"""Batched and naive thoughts are the same thoughts, and where they are not, the benchmark fails."""
+"""Batched and naive methods sample the same thoughts. If they don't, the benchmark fails."""
 
 import pytest
 import torch
 
-import bench_naive as bench
-from bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
-from case import Wrong
-from compare import Effort
+from benchmarks import bench_naive as bench
+from benchmarks.bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
+from benchmarks.harness.case import Wrong
+from benchmarks.harness.compare import Effort
 
 TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, V=300)
 
 
 @pytest.fixture(autouse=True)
-def no_gradients_and_no_seed_left():
+def no_gradients_and_random_state_restored():
     with torch.random.fork_rng(), torch.no_grad():
         yield
 
@@ -33,7 +33,7 @@ def test_thoughts_that_differ_fail(monkeypatch):
     anchors = torch.arange(13)
     thoughts = {name: torch.zeros(13, 3, 4) for name in (NAIVE, BATCHED)}
     thoughts[NAIVE][7, 1, 2] = 1
-    assert bench.check(TINY, anchors, thoughts) == {NAIVE: 1, BATCHED: 0}  # the same in fp64: rounding
+    assert bench.check(TINY, anchors, thoughts) == {NAIVE: 1, BATCHED: 0}  # the same in fp64, so this is rounding
     number = {NAIVE: 0, BATCHED: 1}
     monkeypatch.setattr(bench, "make_method", lambda case, name, dtype: lambda anchors: torch.full((1, 3, 4), number[name]))
     with pytest.raises(Wrong, match="naive: 1 of 39 thoughts differ"):

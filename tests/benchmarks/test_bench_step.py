@@ -1,14 +1,15 @@
-"""The published schedule gives our losses and gradients, and keeps more the more passes it makes."""
+"""The published schedule has our losses and gradients, and keeps more memory the more passes it makes."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench_step import OURS, PUBLISHED, StepCase, smoke
-from case import Wrong
-from compare import input_sets
-from model_peers import PublishedSchedule
+from benchmarks.bench_step import OURS, PUBLISHED, StepCase, smoke
+from benchmarks.harness.case import Wrong
+from benchmarks.harness.compare import input_sets
+from benchmarks.peers import published_schedule
+from benchmarks.peers.published_schedule import PublishedSchedule
 from quietstar import QuietStar
 
 TINY = StepCase(L=12, T=3, J=2, layers=2, D=32, I=48, V=90)
@@ -50,17 +51,15 @@ def test_it_samples_the_same_thoughts_and_has_the_same_loss():
 
 
 def test_a_schedule_that_forgets_a_diagonal_is_refused(monkeypatch):
-    import model_peers
-
-    right = model_peers._additive
+    right = published_schedule._additive
 
     def without_the_first_thought_row(mask, dtype):
         L = len(mask)
         mask = mask.clone()
-        mask[:, L : 2 * L] &= mask.shape[1] == 2 * L  # only the pass that made it sees it
+        mask[:, L : 2 * L] &= mask.shape[1] == 2 * L  # only the pass that made it still sees it
         return right(mask, dtype)
 
-    monkeypatch.setattr(model_peers, "_additive", without_the_first_thought_row)
+    monkeypatch.setattr(published_schedule, "_additive", without_the_first_thought_row)
     with pytest.raises(Wrong, match="differs"):
         TINY.check(PUBLISHED.prepare(TINY))
 
@@ -93,7 +92,7 @@ def test_whole_models_run_on_one_text():
 
 
 def test_work_counts_the_matmuls_of_the_rollout_and_of_every_packed_pass():
-    """Against the FLOPs that PyTorch counts in forwards over as many rows without attention to speak of."""
+    """Compare with the FLOPs that PyTorch counts in forwards over as many rows with hardly any attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     case = replace(TINY, layers=3)

@@ -1,21 +1,21 @@
-"""Every candidate has a row; only one with a right result has a time."""
+"""Every candidate has a row, and only one with a right result has a time."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench_thought_attention import OURS, AttentionCase
-from case import Work
-from compare import Effort, compare, input_sets
-from peers import Peer
+from benchmarks.bench_thought_attention import OURS, AttentionCase
+from benchmarks.harness.case import Work
+from benchmarks.harness.compare import Effort, compare, input_sets
+from benchmarks.harness.peer import Peer
 
 TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
 RIGHT = Peer("right", OURS.prepare)
 
 
 def altered(change):
-    """A peer whose output is that of ours after ``change``."""
+    """A peer that returns our output after ``change``."""
 
     def prepare(case):
         attend = OURS.prepare(case)
@@ -74,7 +74,7 @@ def test_missing_and_failing_peers_have_rows_that_say_why(rates, effort):
     notes = [row.note for row in rows]
     assert notes[1:3] == ["it is not installed here", "failed: RuntimeError: no such kernel"]
     assert notes[3].startswith("not tried: it needs 9.31e+08 GiB")
-    assert notes[4] == "not tried: a run takes 1e+02 s at best"
+    assert notes[4] == "not tried: a run takes at least 1e+02 s"
     assert all(row.seconds is None for row in rows[1:])
 
 
@@ -111,7 +111,7 @@ def test_large_inputs_do_not_rotate():
 
 
 def test_full_effort_is_more_effort():
-    from compare import FULL, QUICK
+    from benchmarks.harness.compare import FULL, QUICK
 
     assert FULL.rounds > QUICK.rounds and FULL.budget > QUICK.budget and FULL.longest > QUICK.longest
     assert isinstance(QUICK, Effort)
@@ -123,7 +123,7 @@ def test_rows_are_written_after_each_peer_and_a_peer_that_dies_takes_none_with_i
         attend = OURS.prepare(case)
 
         def attend_for_a_while(q, k, v):
-            if next(calls) > 1:  # the check and the look at its memory went well
+            if next(calls) > 1:  # the check and the measurement of its memory succeed
                 raise RuntimeError("an illegal access")
             return attend(q, k, v)
 

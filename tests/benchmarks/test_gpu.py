@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: stages alone and together, what a kill leaves, what several runs in one folder make."""
+"""``make gpu`` without a GPU: stages alone and together, what a kill leaves, and several runs into one folder."""
 
 import os
 import signal
@@ -10,21 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import gpu
-import judges
-import report
-import results_file
-import run
-from gpu_stages import LIMIT, Plan, Stage, Step
-from missing import STAGES, UNFINISHED, missing
+from benchmarks import command
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import judges
+from benchmarks.gpu import results as gpu_results
+from benchmarks.gpu.processes import ROOT
+from benchmarks.gpu.results import Results, run_stage
+from benchmarks.gpu.stages import LIMIT, Plan, Stage, Step
+from benchmarks.report import pages, results_file
+from benchmarks.report.missing import STAGES, UNFINISHED, missing
+from benchmarks.run import BENCHMARKS
 
 CPU = torch.device("cpu")
-RUN = [sys.executable, str(gpu.ROOT / "benchmarks/run.py"), "--smoke", "--device", "cpu", "--ceiling-size", "64"]
+RUN = [sys.executable, "-m", "benchmarks.run", "--smoke", "--device", "cpu", "--ceiling-size", "64"]
 
 
 @pytest.fixture
 def results(tmp_path):
-    return gpu.Results(tmp_path / "device.json", CPU)
+    return Results(tmp_path / "device.json", CPU)
 
 
 def benchmark(results, *ops):
@@ -32,7 +35,7 @@ def benchmark(results, *ops):
     return Step({"benchmark": command}, 120, judges.each(judges.benchmark))
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch):
+def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         gpu.main([])
@@ -46,19 +49,19 @@ def test_a_rehearsal_never_writes_among_the_results(capsys):
 
 
 def test_stages_called_alone_add_up(tmp_path, capsys, monkeypatch):
-    """By the kernels for CPUs, which are quicker than Triton's interpreter."""
+    """With the CPU back end, which is faster than Triton's interpreter."""
     monkeypatch.setattr(gpu, "REHEARSAL", {})
     for stages in (["naive"], ["sanitize", "build"]):
         with pytest.raises(SystemExit) as stop:
             gpu.main(["--rehearse", "--results", str(tmp_path), "--stage", *stages])
-        said = capsys.readouterr().out
-        assert not stop.value.code, said
-    (path,) = report.all_results(tmp_path)
-    found = report.load(path)
+        printed = capsys.readouterr().out
+        assert not stop.value.code, printed
+    (path,) = pages.all_results(tmp_path)
+    found = results_file.load(path)
     assert {row["op"] for row in found["rows"]} == {"naive"} and all(row["seconds"] for row in found["rows"])
     titles = [line["stage"] for line in found["stages"]]
     assert titles == ["build", "naive, compile ahead", "naive, benchmark", "sanitize, small cases"]
-    page = said[said.index("\n## ") :]
+    page = printed[printed.index("\n## ") :]
     assert len(page.splitlines()) < 60 and page.count("not measured") >= 10 and "| naive, thoughts, L 8" in page
     assert "Stages not run: check; tests; attention; decode; head; step; others." in page
     assert "## Missing" in path.with_suffix(".md").read_text()
@@ -70,38 +73,42 @@ def test_stages_called_alone_add_up(tmp_path, capsys, monkeypatch):
 DRIVER = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{benchmarks!r}, {tests!r}]
-import gpu, test_gpu
-results = gpu.Results(Path({path!r}), test_gpu.CPU)
-gpu.run_stage(gpu.Stage("step", [test_gpu.benchmark(results, "sample_token", "linear_logprob", "step")]), results)
+import torch
+from benchmarks.gpu import judges
+from benchmarks.gpu.results import Results, run_stage
+from benchmarks.gpu.stages import Stage, Step
+path, *command = sys.argv[1:]
+step = Step({"benchmark": command}, 120, judges.each(judges.benchmark))
+run_stage(Stage("step", [step]), Results(Path(path), torch.device("cpu")))
 """
 
 
 def test_a_kill_loses_the_case_in_progress_and_no_other(results):
-    """SIGKILL of the command's process group while a benchmark runs; then another stage goes on in the same folder."""
-    code = DRIVER.format(benchmarks=str(gpu.ROOT / "benchmarks"), tests=str(Path(__file__).parent), path=str(results.path))
-    command = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+    """SIGKILL the command's process group while a benchmark runs, then run another stage into the same folder."""
+    step = benchmark(results, "sample_token", "linear_logprob", "step")
+    driver = [sys.executable, "-c", DRIVER, str(results.path), *step.commands["benchmark"]]
+    driven = subprocess.Popen(driver, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
 
     def measured():
         return [row for row in results.load()["rows"] if row["seconds"]]
 
     wait(measured)
-    children = [int(x) for x in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()]
-    os.killpg(command.pid, signal.SIGKILL)
-    command.wait()
+    children = [int(x) for x in Path(f"/proc/{driven.pid}/task/{driven.pid}/children").read_text().split()]
+    os.killpg(driven.pid, signal.SIGKILL)
+    driven.wait()
     found = results.load()
     rows = measured()
     assert 0 < len(rows) < len(found["rows"]) and any(row["note"] == results_file.NOT_REACHED for row in found["rows"])
-    assert [(line["stage"], line["said"]) for line in found["stages"]] == [("step", UNFINISHED)]
+    assert [(line["stage"], line["note"]) for line in found["stages"]] == [("step", UNFINISHED)]
     assert "step, benchmark | " in results.path.with_suffix(".log").read_text()
     assert results.path.with_suffix(".md").read_text().startswith("# ")
     assert children and wait(lambda: all(map(stopped, children)))
 
-    assert gpu.run_stage(Stage("naive", [benchmark(results, "naive")]), results)
+    assert run_stage(Stage("naive", [benchmark(results, "naive")]), results)
     after = results.load()
     assert [row for row in after["rows"] if row["op"] == rows[0]["op"]][0] == rows[0]
     assert {row["op"] for row in after["rows"] if row["seconds"]} == {row["op"] for row in rows} | {"naive"}
-    assert "Stopped: step." in missing(after) and any(said.startswith("Cases not reached: ") for said in missing(after))
+    assert "Stopped: step." in missing(after) and any(line.startswith("Cases not reached: ") for line in missing(after))
 
 
 def wait(condition):
@@ -113,7 +120,7 @@ def wait(condition):
 
 
 def stopped(process):
-    """A zombie that waits for its parent's look is stopped too."""
+    """A zombie that its parent has not waited for counts as stopped."""
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().split()[2] == "Z"
 
@@ -124,29 +131,29 @@ def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_s
         steps = [("a", first), ("b", "print('fine')")]
         return Stage(name, [Step({key: [*python, code]}, 60, judges.each(judges.small_cases)) for key, code in steps])
 
-    assert gpu.run_stage(stage("sanitize", "print(1)"), results)
-    assert not gpu.run_stage(stage("decode", "raise SystemExit('boom')"), results)
+    assert run_stage(stage("sanitize", "print(1)"), results)
+    assert not run_stage(stage("decode", "raise SystemExit('boom')"), results)
 
     def lines():
-        return [(line["stage"], line["passed"], line["said"]) for line in results.load()["stages"]]
+        return [(line["stage"], line["passed"], line["note"]) for line in results.load()["stages"]]
 
     others = [("sanitize, a", True, "1"), ("sanitize, b", True, "fine")]
     assert lines() == [("decode, a", False, "boom"), ("decode, b", True, "fine"), *others]
-    assert gpu.run_stage(stage("decode", "print(2)"), results)
+    assert run_stage(stage("decode", "print(2)"), results)
     assert lines() == [("decode, a", True, "2"), ("decode, b", True, "fine"), *others]
 
 
 def test_a_stage_ends_at_its_limit(results, monkeypatch):
-    monkeypatch.setattr(gpu, "LIMIT", 3)
+    monkeypatch.setattr(gpu_results, "LIMIT", 3)
     sleep = Step({"a": [sys.executable, "-c", "import time; time.sleep(60)"]}, 60, judges.each(judges.small_cases))
     began = time.monotonic()
-    assert gpu.run_stage(Stage("head", [sleep, sleep]), results)
+    assert run_stage(Stage("head", [sleep, sleep]), results)
     assert time.monotonic() - began < 20
-    assert [line["said"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
+    assert [line["note"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
 
 
 def test_the_real_stages(tmp_path):
-    """In the order in which they are worth their time, each under four minutes, of files and options that exist."""
+    """They are in the order of their worth, take less than four minutes each, and name files and options that exist."""
     plan = Plan(tmp_path / "a.json")
     found = {stage.name: stage.steps for stage in plan.stages()}
     assert list(found) == list(STAGES) and [stage.name for stage in plan.stages(["head", "check"])] == ["check", "head"]
@@ -156,19 +163,19 @@ def test_the_real_stages(tmp_path):
     for name, steps in found.items():
         assert sum(step.limit for step in steps) <= LIMIT, name
     timed = [step.commands["benchmark"] for steps in found.values() for step in steps if "benchmark" in step.commands]
-    parsed = [run.parse([x if x != "cuda" else "cpu" for x in command[2:]]) for command in timed]
-    assert sorted(op for args in parsed for op in args.op) == sorted(run.MODULES)
+    parser = command.make_parser([*BENCHMARKS.values()], "")
+    parsed = [command.parse(parser, [x if x != "cuda" else "cpu" for x in words[3:]]) for words in timed]
+    assert sorted(op for args in parsed for op in args.op) == sorted(BENCHMARKS)
     assert all(args.ours_first and args.json == plan.results and args.minutes <= 1.7 for args in parsed)
     (tests,) = found["tests"]
     assert len(tests.commands) == min(16, os.cpu_count())
     ignored = [word.partition("=")[2] for word in tests.commands[f"1 of {len(tests.commands)}"] if word.startswith("--ignore=")]
     assert {"tests/kernels/test_ahead_of_time.py", "tests/kernels/test_cuda_wheel.py"} <= {*ignored}
     (build,) = found["build"]
-    assert "QUIETSTAR_BUILD=cuda" in build.commands[""] and (gpu.ROOT / "setup.py").exists()
+    assert "QUIETSTAR_BUILD=cuda" in build.commands[""] and (ROOT / "setup.py").exists()
 
 
 def test_the_first_case_is_a_long_text_without_peers():
-    found = run.select(run.parse(["--op", "thought_attention", "--device", "cpu"]))
-    module = found[0][0]
-    first, second, third = (case for case, _ in zip(module.cases(torch.device("cuda"), False), range(3), strict=False))
+    benchmark = BENCHMARKS["thought_attention"]
+    first, second, third = (case for case, _ in zip(benchmark.cases(torch.device("cuda"), False), range(3), strict=False))
     assert (first.L, first.K, first.what, second.what) == (2048, 128, "forward", "forward+backward") and third.L == 256

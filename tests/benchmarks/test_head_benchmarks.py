@@ -1,14 +1,13 @@
-"""Samplers are judged by their log-probabilities and by the mean of many draws, losses by value and gradients."""
+"""Samplers are checked by their log-probabilities and the mean of many samples, losses by value and gradients."""
 
 import pytest
 import torch
 
-import bench_linear_logprob
-import bench_sample_token
-from bench_linear_logprob import LogprobCase
-from bench_sample_token import SampleCase
-from case import Wrong
-from head_peers import LOSSES, SAMPLERS
+from benchmarks import bench_linear_logprob, bench_sample_token
+from benchmarks.bench_linear_logprob import LogprobCase
+from benchmarks.bench_sample_token import SampleCase
+from benchmarks.harness.case import Wrong
+from benchmarks.peers.head import LOSSES, SAMPLERS
 
 SAMPLE = SampleCase(R=256, D=16, V=200)
 LOSS = LogprobCase(R=40, D=16, V=200, what="forward+backward")
@@ -64,14 +63,14 @@ def test_missing_libraries_say_so():
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         (lambda loss, hidden, weight: 1.01 * loss, "loss differs"),
         (lambda loss, hidden, weight: loss + 0.1 * (hidden.sum() - hidden.detach().sum()), "dhidden differs"),
         (lambda loss, hidden, weight: loss + 0.1 * (weight.sum() - weight.detach().sum()), "dweight differs"),
     ],
 )
-def test_wrong_losses_are_refused(wrong, said):
+def test_wrong_losses_are_refused(wrong, message):
     right = bench_linear_logprob.ours(LOSS)
-    with pytest.raises(Wrong, match=said):
+    with pytest.raises(Wrong, match=message):
         LOSS.check(lambda hidden, weight, targets: wrong(right(hidden, weight, targets), hidden, weight))

@@ -1,4 +1,4 @@
-"""What ``make gpu`` makes of a process's end and its words."""
+"""How ``make gpu`` judges a process by its exit code and output."""
 
 import importlib.util
 import sys
@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-import judges
-from processes import ROOT, Log, Outcome, run_beside
+from benchmarks.gpu import judges
+from benchmarks.gpu.processes import ROOT, Log, Outcome, run_together
 
 FIRST_CALL = '{"first call": %s, "another length": 0.01}'
 PYTEST = "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b[x] FAILED [100%]\nFAILED tests/a.py::test_b[x] - assert 1\n"
@@ -22,7 +22,7 @@ The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=pyt
 
 
 @pytest.mark.parametrize(
-    "judge, name, outcome, passed, said",
+    "judge, name, outcome, passed, note",
     [
         (judges.check, "", Outcome(0, "sample_token  cpu  float32  3  ok\nAll is well, 9 s.", 1), True, "All is well"),
         (judges.check, "", Outcome(1, "sample_token  cpu  float32  3  wrong\n2 wrong", 1), False, "2 wrong"),
@@ -53,13 +53,13 @@ The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=pyt
         (judges.warm, "compile ahead", Outcome(1, "Boom", 1), None, "exit code 1: Boom"),
     ],
 )
-def test_what_is_made_of_an_outcome(judge, name, outcome, passed, said):
-    ((got, words),) = judges.each(judge)({name: outcome}).values()
-    assert got is passed and said in words
+def test_verdict_of_an_outcome(judge, name, outcome, passed, note):
+    ((got, got_note),) = judges.each(judge)({name: outcome}).values()
+    assert got is passed and note in got_note
 
 
 @pytest.mark.parametrize(
-    "outcomes, passed, said",
+    "outcomes, passed, note",
     [
         ([Outcome(0, "tests/a.py::test_a PASSED [100%]\n== 1 passed ==", 1)] * 2, True, "2 passed"),
         ([Outcome(0, PYTEST.splitlines()[0], 1), Outcome(1, PYTEST, 1)], False, "2 passed, 1 failed: test_b[x]"),
@@ -68,12 +68,12 @@ def test_what_is_made_of_an_outcome(judge, name, outcome, passed, said):
         ([Outcome(4, "ERROR: file not found", 1)], False, "exit code 4: ERROR: file not found"),
     ],
 )
-def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, said):
-    ((got, words),) = judges.tests(dict(enumerate(outcomes))).values()
-    assert got is passed and said in words
+def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, note):
+    ((got, got_note),) = judges.tests(dict(enumerate(outcomes))).values()
+    assert got is passed and note in got_note
 
 
-def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log(tmp_path, monkeypatch):
+def test_processes_end_with_all_that_they_started_and_their_output_is_in_the_log(tmp_path, monkeypatch):
     child = tmp_path / "child"
     hang = (
         "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '60']);"
@@ -84,7 +84,7 @@ def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log
     commands = {"hangs": [sys.executable, "-c", hang], "works": [sys.executable, "-c", works]}
     log = tmp_path / "log"
     log.write_text("before\n")
-    outcomes = run_beside("stage", commands, 4, Log(log), {"A": "set"})
+    outcomes = run_together("stage", commands, 4, Log(log), {"A": "set"})
     assert outcomes["hangs"].code is None and outcomes["hangs"].output == "begun\n"
     assert (outcomes["works"].code, outcomes["works"].last_line) == (0, "set True") and outcomes["works"].seconds < 4
     text = log.read_text()
@@ -94,7 +94,7 @@ def test_processes_end_with_all_that_they_started_and_their_words_are_in_the_log
         if not status.exists() or status.read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
-    raise AssertionError("what it started runs on")
+    raise AssertionError("a process that it started still runs")
 
 
 def test_shares_of_the_tests_are_all_of_them():

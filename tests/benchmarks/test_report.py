@@ -6,10 +6,8 @@ import re
 
 import pytest
 
-import goals
-import readme
-import report
-import units
+from benchmarks import readme
+from benchmarks.report import goals, pages, results_file, units
 
 
 def row(op="thought_attention", candidate="thought_attention", what="forward", seconds=0.05, grid="headline", **more):
@@ -42,17 +40,17 @@ def folder(results, tmp_path):
 
 
 def test_readme_says_what_the_committed_results_say():
-    """On a difference run ``python benchmarks/readme.py``."""
+    """If this fails, run ``python -m benchmarks.readme``."""
     text = readme.README.read_text()
     assert readme.updated(text) == text
 
 
 def test_committed_pages_are_those_of_their_results():
-    assert (report.RESULTS / "README.md").read_text() == report.index()
-    for path in report.all_results():
+    assert (pages.RESULTS / "README.md").read_text() == pages.index()
+    for path in pages.all_results():
         plots = [path.with_name(f"{path.stem}-{kind}.png") for kind in ("time", "memory", "passes", "chunks", "floor")]
         plots = [plot for plot in plots if plot.exists()]
-        assert path.with_suffix(".md").read_text() == report.page(report.load(path), plots), path
+        assert path.with_suffix(".md").read_text() == pages.page(results_file.load(path), plots), path
 
 
 def test_a_readme_number_that_differs_from_the_results_is_noticed(results, folder):
@@ -69,7 +67,7 @@ def test_a_readme_number_that_differs_from_the_results_is_noticed(results, folde
     assert readme.updated(fresh, folder) != fresh
 
 
-def test_what_is_not_measured_is_said(folder, tmp_path_factory):
+def test_what_is_not_measured_is_reported(folder, tmp_path_factory):
     assert "GPUs: not measured. `make gpu`" in readme.section(folder) and "CPUs" not in readme.section(folder)
     empty = tmp_path_factory.mktemp("empty")
     assert "CPUs: not measured" in readme.section(empty) and "GPUs: not measured" in readme.section(empty)
@@ -82,7 +80,7 @@ def test_a_readme_without_marks_is_refused(folder):
 
 
 def test_page_has_every_row_and_its_reason(results):
-    page = report.page(results)
+    page = pages.page(results)
     assert "| SDPA, dense mask | 1.25 s | 1.25 s to 1.25 s | 25.0x | 70.0 GFLOP/s | 40 % | 40.0 MiB |" in page
     assert "| FlexAttention, FLASH |" in page and "this kernel is for GPUs" in page
     assert "copy 20.0 GB/s, matmul float32 150 GFLOP/s" in page and "Not installed here: triton" in page
@@ -95,7 +93,7 @@ def test_written_files_and_curves(results, tmp_path):
     for T in (1, 4):
         step = {"op": "step", "what": "training step", "grid": "passes", "sizes": {"T": T}}
         results["rows"] += [row(candidate="QuietStar", **step) | {"is_ours": True}, row(candidate="published schedule", **step)]
-    page = report.write(results, tmp_path)
+    page = pages.write(results, tmp_path)
     assert page.name == "test-cpu-2-threads.md"
     drawn = {path.stem.removeprefix("test-cpu-2-threads-") for path in tmp_path.glob("*.png")}
     assert drawn == {"time", "memory", "passes", "floor"}
@@ -105,7 +103,9 @@ def test_written_files_and_curves(results, tmp_path):
 def test_goals(results):
     by_name = {goal.what: goal for goal in goals.CPU}
     rows = results["rows"]
-    flex, dense = (by_name[f"attention forward over {x}"] for x in ("compiled FlexAttention", "SDPA, dense mask, L >= 256"))
+    flex, dense = (
+        by_name[f"attention forward, {x}"] for x in ("speedup over compiled FlexAttention", "L >= 256, speedup over dense SDPA")
+    )
     assert flex.verdict(rows) == (">= 1.30x", "2.80x", "pass")
     assert dense.verdict(rows) == (">= 15.0x", "25.0x", "pass")
     worse = [*rows, row(candidate="FlexAttention, compiled", grid="text", times_ours=1.1)]
@@ -117,33 +117,33 @@ def test_goals_of_a_gpu():
     by_name = {goal.what: goal for goal in goals.GPU}
     sample = {"op": "sample_token", "sizes": {"R": 256}}
     rows = [row(**sample, candidate="sample_token"), row(**sample, candidate="the matmul alone", is_floor=True, times_ours=0.9)]
-    assert by_name["sample_token, R >= 256, over the bare matmul"].verdict(rows) == ("<= 1.12x", "1.11x", "pass")
+    assert by_name["sample_token, R >= 256, time over the matmul's"].verdict(rows) == ("<= 1.12x", "1.11x", "pass")
     rows[1]["times_ours"] = 0.8
-    assert by_name["sample_token, R >= 256, over the bare matmul"].verdict(rows)[1:] == ("1.25x", "miss")
+    assert by_name["sample_token, R >= 256, time over the matmul's"].verdict(rows)[1:] == ("1.25x", "miss")
     both = "forward+backward"
     flex = {"candidate": "FlexAttention, compiled"}
     rows = [row(seconds=0.01), row(what=both, seconds=0.03), row(**flex, seconds=0.02), row(**flex, what=both, seconds=0.08)]
-    assert by_name["attention backward over FlexAttention"].verdict(rows) == (">= 1.50x", "3.00x", "pass")
+    assert by_name["attention backward, speedup over FlexAttention"].verdict(rows) == (">= 1.50x", "3.00x", "pass")
     long = {"sizes": {"L": 2048}, "grid": "text"}
     rows = [row(seconds=0.1, flops_rate=700e12, **long), row(what=both, seconds=0.4, flops_rate=612.5e12, **long)]
-    assert by_name["attention forward, L >= 2048, useful"].verdict(rows)[1:] == ("700 TFLOP/s", "pass")
-    assert by_name["attention backward, L >= 2048, useful"].verdict(rows)[1:] == ("583 TFLOP/s", "pass")
+    assert by_name["attention forward, L >= 2048, useful FLOP/s"].verdict(rows)[1:] == ("700 TFLOP/s", "pass")
+    assert by_name["attention backward, L >= 2048, useful FLOP/s"].verdict(rows)[1:] == ("583 TFLOP/s", "pass")
     decode = {"op": "thought_decode"}
     rows = [
         row(**decode, candidate="thought_decode", of_floor=0.72),
         row(**decode, times_ours=3.0, candidate="SDPA, dense mask"),
     ]
     rows += [row(**decode, times_ours=1.9, candidate="flash prefix + own block (PyTorch)")]
-    assert by_name["decode step over the best composition of existing parts"].verdict(rows)[1:] == ("1.90x", "miss")
-    assert by_name["decode step, share of the floor"].verdict(rows)[1:] == ("72 %", "pass")
-    seconds, memory = (by_name[f"linear_logprob, 8192 x 4096 x 152k{what}"] for what in ("", ", memory"))
+    assert by_name["decode step, speedup over the fastest peer"].verdict(rows)[1:] == ("1.90x", "miss")
+    assert by_name["decode step, share of floor"].verdict(rows)[1:] == ("72 %", "pass")
+    seconds, memory = (by_name[f"linear_logprob, 8192 x 4096 x 152k, {what}"] for what in ("time", "memory"))
     loss = row(op="linear_logprob", candidate="linear_logprob", what=both, seconds=0.06)
-    assert seconds.verdict([loss]) == ("<= 50.0 ms", "", "not measured")  # it goes four products then
+    assert seconds.verdict([loss]) == ("<= 50.0 ms", "", "not measured")  # the default recomputes the logits
     kept = loss | {"candidate": "linear_logprob, logits kept", "seconds": 0.045, "peak_bytes": 7 * 2**30}
     assert seconds.verdict([loss, kept])[1:] == ("45.0 ms", "pass")
     assert memory.verdict([loss, kept]) == ("<= 6.00 GiB", "7.00 GiB", "miss")
     step = row(op="step", candidate="QuietStar", what="training step", grid="Llama 8B, LoRA", of_floor=0.55) | {"is_ours": True}
-    assert by_name["training step, Llama 8B class, share of its FLOP floor"].verdict([step]) == (">= 60 %", "55 %", "miss")
+    assert by_name["training step, Llama 8B class, share of floor"].verdict([step]) == (">= 60 %", "55 %", "miss")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_units(show, value, text):
 
 
 def test_ours_by_another_back_end_is_no_rival():
-    goal = next(goal for goal in goals.GPU if goal.what.startswith("decode step over the best"))
+    goal = next(goal for goal in goals.GPU if goal.what.startswith("decode step, speedup over"))
     decode = {"op": "thought_decode", "times_ours": 2.5}
     rows = [row(**decode, candidate="thought_decode"), row(**decode, candidate="flash prefix + own block (PyTorch)")]
     other = row(**decode | {"times_ours": 1.1}, candidate="thought_decode, triton", version="quietstar-kernels 0.1.0")

@@ -1,8 +1,8 @@
-"""A results file is whole at any moment, and what several runs measured stands in it side by side."""
+"""A results file is complete at any moment, and collects what several runs measure."""
 
-import results_file
-from missing import STAGES, missing
-from results_file import NOT_REACHED, OUT_OF_TIME, merged
+from benchmarks.report import results_file
+from benchmarks.report.missing import STAGES, missing
+from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, merged
 
 OPS = ["sample_token", "naive"]
 
@@ -18,7 +18,7 @@ def test_new_rows_replace_those_of_their_case_and_candidate():
     assert merged(old, new, OPS) == [row("sample_token"), row(seconds=2.0), row(candidate="naive"), row(L=9), row(L=10)]
 
 
-def test_what_was_not_tried_replaces_nothing_and_a_failure_does():
+def test_a_row_that_was_not_tried_replaces_nothing_and_a_failure_does():
     waiting, late, failed = (row(seconds=None, note=note) for note in (NOT_REACHED, OUT_OF_TIME, "failed: out of memory"))
     assert merged([row()], [waiting], OPS) == [row()] == merged([waiting], [row()], OPS)
     assert merged([waiting], [late], OPS) == [late]
@@ -37,13 +37,13 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
         raise AssertionError("it wrote in place")
 
 
-def test_what_is_missing_is_said():
-    lines = [{"stage": f"{name}, a", "passed": None, "said": ""} for name in STAGES if name != "sanitize"]
-    lines[3]["said"] = "stopped at its time limit"
+def test_what_is_missing_is_reported():
+    lines = [{"stage": f"{name}, a", "passed": None, "note": ""} for name in STAGES if name != "sanitize"]
+    lines[3]["note"] = "stopped at its time limit"
     rows = [row(times_ours=1.0), row(L=9, seconds=None, note=NOT_REACHED), row(L=10, seconds=None, note=OUT_OF_TIME)]
     rows += [row(candidate="naive", seconds=None, times_ours=None, note="x is not installed here")]
     results = {"machine": {"kind": "cuda"}, "stages": lines, "rows": rows}
-    said = missing(results)
-    assert said[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
-    assert said[2].startswith("Goals not measured: decode step over") and said[3] == "Cases not reached: naive 2."
-    assert said[4] == "Without a time: naive, naive, 1 cases: x is not installed here."
+    found = missing(results)
+    assert found[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
+    assert found[2].startswith("Goals not measured: decode step, speedup over") and found[3] == "Cases not reached: naive 2."
+    assert found[4] == "Without a time: naive, naive, 1 case: x is not installed here."

@@ -192,7 +192,7 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     assert cli.main(options) == 0
     assert not list((tmp_path / "run").rglob("model.safetensors"))
     assert cli.main([*options, "--resume", "--lora-rank=3"]) == cli.DATA
-    assert "made with lora_rank=2, not 3" in capsys.readouterr().err
+    assert "has lora_rank=2, not 3" in capsys.readouterr().err
     assert cli.main([*options, "--resume"]) == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from another folder

@@ -1,0 +1,67 @@
+"""Running a stage, and the results file that it adds to."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.processes import Log, run_together
+from benchmarks.gpu.stages import LIMIT, Stage
+from benchmarks.harness.machine import describe
+from benchmarks.report import pages, results_file, tables
+from benchmarks.report.missing import STAGES, UNFINISHED
+
+Line = dict[str, Any]  # what one process or step of a stage found
+
+
+class Results:
+    """The results file, to which the benchmarks themselves write their rows, and the log beside it."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path, self.device = path, device
+        self.log = Log(path.with_suffix(".log"))
+
+    def load(self) -> dict[str, Any]:
+        empty = {"machine": describe(self.device), "ceilings": {}, "command": "make gpu", "rows": []}
+        found = results_file.load(self.path) if self.path.exists() else empty
+        return found | {"command": "make gpu", "stages": found.get("stages", [])}
+
+    def put(self, stage: str, lines: Sequence[Line]) -> None:
+        """Replace the lines of a stage, and write the page again."""
+        results = self.load()
+        others = [line for line in results["stages"] if _stage_of(line) != stage]
+        results["stages"] = sorted([*others, *lines], key=lambda line: STAGES.index(_stage_of(line)))
+        results_file.save(results, self.path)
+        results_file.write(pages.page(results), self.path.with_suffix(".md"))
+
+
+def _stage_of(line: Line) -> str:
+    return line["stage"].partition(",")[0]
+
+
+def run_stage(stage: Stage, results: Results, variables: dict[str, str] | None = None, patience: float = 1.0) -> bool:
+    """Run the steps of a stage, with their time limits multiplied by ``patience``. Returns False if something failed."""
+    deadline = time.monotonic() + patience * LIMIT
+    lines: list[Line] = []
+    results.log.add(f"=== {stage.name}, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
+    print(f"{stage.name} ...", flush=True)
+    for step in stage.steps:
+        results.put(stage.name, [*lines, _line(stage.name, "", None, UNFINISHED, 0.0)])
+        limit = min(patience * step.limit, deadline - time.monotonic())
+        outcomes = run_together(stage.name, step.commands, limit, results.log, variables)
+        took = max(outcome.seconds for outcome in outcomes.values())
+        for name, (passed, note) in step.judge(outcomes).items():
+            lines.append(_line(stage.name, name, passed, note, outcomes[name].seconds if name in outcomes else took))
+            print(f"  {lines[-1]['stage']}: {tables.VERDICTS[passed]} {note}", flush=True)
+    results.put(stage.name, lines)
+    return all(line["passed"] is not False for line in lines)
+
+
+def _line(stage: str, name: str, passed: bool | None, note: str, seconds: float) -> Line:
+    title = f"{stage}, {name}" if name else stage
+    return {"stage": title, "passed": passed, "note": note, "seconds": round(seconds, 1)}

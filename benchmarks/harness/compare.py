@@ -1,0 +1,209 @@
+"""Checks the candidates of a case, times them in turn, and makes a row for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness.case import Case, Inputs, Wrong
+from benchmarks.harness.clock import Run, Timing, measure
+from benchmarks.harness.machine import name_of
+from benchmarks.harness.memory import cache_size, free_memory, peak_memory
+from benchmarks.harness.peer import Peer
+
+MOST_INPUT_SETS = 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison may take.
+
+    Attributes:
+        rounds: timed rounds.
+        budget: seconds after which a candidate skips the remaining rounds.
+        longest: seconds; a peer whose run takes longer isn't tried.
+    """
+
+    rounds: int = 7
+    budget: float = 3.0
+    longest: float = 6.0
+
+
+QUICK, FULL = Effort(), Effort(rounds=15, budget=15.0, longest=20.0)
+SMOKE = Effort(rounds=1, budget=0.0)
+
+
+@dataclass
+class Row:
+    """One candidate of one case. Times are in seconds, memory in bytes, rates per second; None if not measured.
+
+    Attributes:
+        seconds, low, high: median, lowest and highest of the rounds.
+        times_ours: its time divided by ours in the same run.
+        flops_rate, bytes_rate: useful work divided by the median.
+        floor: seconds that the useful work takes at the machine's measured peak rates.
+        bound_by: the peak rate that determines the floor, "matmul" or "copy".
+        of_floor: floor divided by median, 1 at best.
+        note: why there is no number, or a remark about it.
+    """
+
+    op: str
+    grid: str
+    what: str
+    dtype: str
+    sizes: dict[str, int]
+    candidate: str
+    version: str
+    is_ours: bool = False
+    is_floor: bool = False
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rounds: int = 0
+    times_ours: float | None = None
+    flops_rate: float | None = None
+    bytes_rate: float | None = None
+    floor: float | None = None
+    bound_by: str = ""
+    of_floor: float | None = None
+    peak_bytes: int | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Identifies the case and the candidate."""
+        return self.op, self.grid, self.what, self.dtype, str(self.sizes), self.candidate
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    case: Case,
+    ours: Peer,
+    peers: Sequence[Peer],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Check ``ours``, then check each peer and time it in turn with ours. Each has a row, whether or not it could be timed.
+
+    Args:
+        rates: from ``machine.ceilings``.
+        write: is called with the rows so far after each peer.
+    """
+    mine = blank(case, ours)
+    mine.is_ours = True
+    rows, rounds = [mine], Timing()
+    my_function = _checked(case, ours, mine, rates, effort)
+    sets = input_sets(case)
+    my_runs = _runs(case, my_function, sets, mine)
+    for peer in peers:
+        row = blank(case, peer)
+        rows.append(row)
+        runs = _runs(case, _checked(case, peer, row, rates, effort), sets, row)
+        if not runs:
+            continue
+        try:
+            timings = measure({"its": runs} | ({"ours": my_runs} if my_runs else {}), case.device, effort.rounds, effort.budget)
+        except Exception as error:
+            row.note = as_note(error)
+            continue
+        _fill(row, case, rates, timings["its"])
+        if again := timings.get("ours"):
+            row.times_ours = timings["its"].median / again.median
+            rounds = Timing(rounds.seconds + again.seconds, again.graph)
+            _fill(mine, case, rates, rounds)
+        write(rows)
+    if my_runs and not rounds.seconds:
+        _fill(mine, case, rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
+    if mine.seconds:
+        mine.times_ours = 1.0
+    return rows
+
+
+def _checked(case: Case, peer: Peer, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
+    """The peer's prepared and checked function, or None with the reason in its row."""
+    reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
+    if reason is None:
+        try:
+            function = peer.prepare(case)
+            case.check(function)
+            return function
+        except Exception as error:  # whatever a peer raises is reported in its row
+            reason = as_note(error)
+    row.note = reason
+    return None
+
+
+def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
+    """A run for each set of inputs, with the peak memory of one in the row. Empty without a function, or without room."""
+    if function is None:
+        return []
+    runs = [lambda x=x: case.call(function, x) for x in sets]
+    try:
+        row.peak_bytes = peak_memory(runs[0], case.device)
+    except RuntimeError as error:  # there was room for the check, but not for all sets of inputs
+        row.note = as_note(error)
+        return []
+    return runs
+
+
+def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None:
+    fill(row, case, rates, timing.median)
+    row.low, row.high, row.rounds = timing.low, timing.high, len(timing.seconds)
+    row.note = "timed without a CUDA graph" if case.device.type == "cuda" and _is_short(timing) else ""
+
+
+def blank(case: Case, peer: Peer, note: str = "") -> Row:
+    """A row without numbers."""
+    sizes, dtype = case.sizes, name_of(case.dtype)
+    return Row(case.op, case.grid, case.what, dtype, sizes, peer.name, peer.version, is_floor=peer.is_floor, note=note)
+
+
+def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
+    """Fill in the time, and the numbers of the row that follow from it."""
+    work = case.work()
+    row.seconds = seconds
+    row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
+    arithmetic, traffic = work.flops / rates[row.dtype], work.bytes / rates["copy"]
+    row.floor, row.bound_by = max((arithmetic, "matmul"), (traffic, "copy"))
+    row.of_floor = row.floor / seconds
+
+
+def input_sets(case: Case) -> list[Inputs]:
+    """If the case's inputs rotate, as many sets as are three times as large as the cache."""
+    first = case.inputs(seed=1)
+    if not case.rotates:
+        return [first]
+    size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
+    wanted = min(MOST_INPUT_SETS, math.ceil(3 * cache_size(case.device) / max(size, 1)))
+    return [first, *(case.inputs(seed=i) for i in range(2, wanted + 1))]
+
+
+def _too_much(peer: Peer, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
+    needs, free = peer.needs(case), free_memory(case.device)
+    if needs.bytes > 0.8 * free:
+        return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
+    seconds = needs.flops / rates[name_of(case.dtype)]
+    if seconds > effort.longest:
+        return f"not tried: a run takes at least {seconds:.2g} s"
+    return None
+
+
+def _is_short(timing: Timing) -> bool:
+    return timing.median < 1e-3 and not timing.graph
+
+
+def as_note(error: Exception) -> str:
+    """An exception as a note in a table."""
+    if isinstance(error, Wrong):
+        return f"refused, a wrong result: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:120]}"

@@ -1,0 +1,101 @@
+"""What a measured time depends on: the device, the versions of what ran, and the device's peak rates."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.clock import Run, measure
+from quietstar_kernels import backends
+
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel", "cut-cross-entropy")
+
+
+def package_version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Such as "NVIDIA H200" or "AMD EPYC, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, date and versions, for the results file."""
+    return {
+        "device": device_name(device),
+        "kind": device.type,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "served_by": served_by(device),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def served_by(device: torch.device) -> dict[str, str]:
+    """The back end that serves each op: the one QUIETSTAR_BACKEND names, else the one "auto" chooses."""
+    fastest = ("cuda", "triton", "cpu", "reference") if device.type == "cuda" else ("cpu",)
+    fastest = (os.environ["QUIETSTAR_BACKEND"],) if "QUIETSTAR_BACKEND" in os.environ else fastest
+    available = {(row["op"], row["backend"]) for row in backends(device) if row["status"] == "available"}
+    ops = dict.fromkeys(op for op, _ in sorted(available))
+    return {op: next(backend for backend in fastest if (op, backend) in available) for op in ops}
+
+
+def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
+    """Measured peak rates: "copy" in bytes/s, counting reads and writes, and matmuls in FLOP/s by dtype.
+
+    Args:
+        size: side of the square matrices, and the copied tensor's size in units of 64 KiB. By default large enough to keep
+            the device busy.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    rates = {"copy": _copy_rate(device, size * 16384)}
+    for dtype in dtypes:
+        rates[name_of(dtype)] = _matmul_rate(device, dtype, size)
+    return rates
+
+
+def _copy_rate(device: torch.device, numbers: int) -> float:
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _fastest(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _fastest(lambda: torch.matmul(a, b, out=out), device)
+
+
+def _fastest(run: Run, device: torch.device) -> float:
+    return measure({"run": [run]}, device)["run"].low
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32", "bfloat16", ..."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Other implementations of what this package does, each called the way its own documentation shows."""

@@ -1,0 +1,47 @@
+"""The results file. It is written after every case, and several runs may each add their part."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
+CASE = ("op", "grid", "what", "dtype", "sizes")
+OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The keys are "machine", "ceilings", "command" and "rows", and after ``make gpu`` also "stages"."""
+    return json.loads(path.read_text())
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    write(json.dumps(results, indent=1) + "\n", path)
+
+
+def write(text: str, path: Path) -> None:
+    """Replace the file as a whole, so that a kill in between leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def is_open(row: RowDict) -> bool:
+    """Whether it has not been tried yet."""
+    return row["note"] in (OUT_OF_TIME, NOT_REACHED)
+
+
+def merged(old: Iterable[RowDict], new: Iterable[RowDict], ops: Sequence[str]) -> list[RowDict]:
+    """All rows, ordered by op. A new row replaces the old one of its case and candidate, unless it wasn't tried."""
+    cases: dict[str, dict[str, RowDict]] = {}
+    for row in (*old, *new):
+        candidates = cases.setdefault(str([row[name] for name in CASE]), {})
+        before = candidates.get(row["candidate"])
+        if before is None or is_open(before) or not is_open(row):
+            candidates[row["candidate"]] = row
+    rows = [row for candidates in cases.values() for row in candidates.values()]
+    return sorted(rows, key=lambda row: ops.index(row["op"]))

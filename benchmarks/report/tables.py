@@ -1,0 +1,124 @@
+"""A run's rows as tables, in the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.report import goals, units
+from benchmarks.report.results_file import RowDict
+
+TITLES = {
+    "thought_attention": "Attention of text and thoughts",
+    "thought_decode": "Decoding: one new row of every thought",
+    "sample_token": "Sampling tokens",
+    "linear_logprob": "Log-probabilities",
+    "step": "Whole models",
+    "naive": "Thoughts at all positions: at once or one after another",
+    "memory": "Memory on long texts",
+    "host": "Host time",
+}
+WITHOUT_A_FLOOR = ("memory", "host")  # they don't measure a device's time
+VERDICTS = {True: "ok", False: "FAILED", None: ""}
+HEADER = ["", "time", "range", "our speedup", "useful work", "of the floor", "memory", "note"]
+
+
+def cells(row: RowDict) -> list[str]:
+    """A row's cells under ``HEADER``."""
+    if row["seconds"] is None:
+        return [row["candidate"], *[""] * (len(HEADER) - 2), row["note"]]
+    spread = "" if row["low"] is None else f"{units.seconds(row['low'])} to {units.seconds(row['high'])}"
+    ratio = "" if row["is_ours"] or row["times_ours"] is None else units.times(row["times_ours"])
+    return [
+        row["candidate"],
+        units.seconds(row["seconds"]),
+        spread,
+        ratio,
+        _useful(row),
+        "" if row["of_floor"] is None else units.percent(row["of_floor"]),
+        "" if row["peak_bytes"] is None else units.memory(row["peak_bytes"]),
+        row["note"],
+    ]
+
+
+def _useful(row: RowDict) -> str:
+    if row["bytes_rate"] is None:
+        return ""
+    return units.flops(row["flops_rate"]) if row["bound_by"] == "matmul" else units.bandwidth(row["bytes_rate"])
+
+
+def case_of(row: RowDict) -> str:
+    """Such as "forward, B 1 L 256 N 2 S 14, float32"."""
+    sizes = " ".join(f"{letter} {size}" for letter, size in row["sizes"].items())
+    return ", ".join(filter(None, [row["what"], sizes, row["dtype"]]))
+
+
+def by_case(rows: Iterable[RowDict]) -> Iterable[tuple[str, list[RowDict]]]:
+    for case, group in itertools.groupby(rows, key=lambda row: f"{row['grid']}: {case_of(row)}"):
+        yield case, list(group)
+
+
+def print_case(rows: Sequence[RowDict]) -> None:
+    """One case's table in the terminal."""
+    title = f"{rows[0]['op']}, {rows[0]['grid']}: {case_of(rows[0])}"
+    print_table(title, HEADER, [cells(row) for row in rows], bold=[row["is_ours"] for row in rows])
+
+
+def print_goals(kind: str, rows: list[RowDict]) -> None:
+    print_table("Goals", ["goal", "target", "reached", ""], goal_cells(kind, rows))
+
+
+def goal_cells(kind: str, rows: list[RowDict]) -> list[list[str]]:
+    return [[goal.what, *goal.verdict(rows)] for goal in goals.of(kind)]
+
+
+def print_table(title: str, header: list[str], body: list[list[str]], bold: Sequence[bool] = ()) -> None:
+    """Print with rich if it is installed. Empty columns are left out."""
+    keep = [i for i in range(len(header)) if any(line[i] for line in body)]
+    header, body = [header[i] for i in keep], [[line[i] for i in keep] for line in body]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        print(f"\n{title}")
+        for line in (header, *body):
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
+    for i, line in enumerate(body):
+        table.add_row(*line, style="bold green" if i < len(bold) and bold[i] else None)
+    console = Console()
+    console.print()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def markdown_table(header: list[str], body: list[list[str]]) -> list[str]:
+    keep = [i for i in range(len(header)) if any(line[i] for line in body)]
+    lines = [[header[i] for i in keep], ["---"] * len(keep), *([line[i] for i in keep] for line in body)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def stage_table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table of what the processes of ``make gpu`` found."""
+    body = [[line["stage"], VERDICTS[line["passed"]], line["note"], f"{line['seconds']:.0f} s"] for line in lines]
+    return ["stage", "", "found", "time"], body
+
+
+def device_lines(results: dict[str, Any]) -> list[str]:
+    """Device, date, versions, back ends and peak rates in a few lines of Markdown."""
+    machine, rates = results["machine"], results["ceilings"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    missing = ", ".join(name for name, version in machine["packages"].items() if not version)
+    served = ", ".join(f"{op} `{backend}`" for op, backend in machine["served_by"].items())
+    shown = {name: units.bandwidth(rate) if name == "copy" else units.flops(rate) for name, rate in rates.items()}
+    speeds = [f"{name} {rate}" if name == "copy" else f"matmul {name} {rate}" for name, rate in shown.items()]
+    return [
+        f"{machine['device']}, {machine['date']}. Python {machine['python']}, {packages}."
+        + (f" Not installed here: {missing}." if missing else ""),
+        "",
+        f"Back ends: {served}. Measured peak rates: {', '.join(speeds) or 'none'}.",
+    ]
