@@ -1,10 +1,8 @@
-"""What this machine has, and the memory that a training step needs, part by part, from a model's config alone."""
+"""The memory that a training step needs, part by part, from a model's config alone."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,38 +14,13 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.attention import WRAPPED_NAME, check_architecture, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
-from quietstar_kernels import backends, cuda_library
 
-PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 # Keys and values that a text position has beside what its layers keep: a chunk's copy, and the gradients that add up.
 CHUNK_COPIES = 4
 # Logits at a time of the CPU and GPU heads; the reference keeps all of them. About three such buffers live at once.
 HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
 # Bytes of logits that one call of the head may keep until its backward, all of them or none.
 HEAD_KEPT = 2**28
-
-
-def environment() -> str:
-    """Versions, devices, and what serves each operation on each device, or why it doesn't."""
-    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{name} {_version(name)}" for name in PACKAGES]
-    lines.append(cuda_library())
-    threads = torch.get_num_threads()
-    devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, {human(free)} of {human(total)} free"
-    for device, what in devices.items():
-        lines += ["", f"{device} ({what})"]
-        lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
-    return "\n".join(lines)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"
 
 
 @dataclass(frozen=True)
