@@ -32,9 +32,7 @@ PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate"
 
 @dataclass
 class Doctor:
-    """Print versions, devices and back ends; with --model, the memory of training.
-    With --processes, also what the processes exchange in a step.
-    """
+    """Print versions, devices and back ends; with --model, the memory of training."""
 
     model: Annotated[str, arg(help="hub name or folder of a model; only its config is read")] = ""
     batch_size: Annotated[int, arg(help="texts at a time: --batch-size of train by accumulation and processes")] = 1
@@ -46,7 +44,7 @@ class Doctor:
     lora_targets: Annotated[str, arg(help="names of the layers that get adapters")] = AdapterConfig.lora_targets
     dtype: Annotated[Dtype, arg(help="dtype of the weights")] = "float32"
     precision: Annotated[Literal["no", "bf16", "fp16"], arg(help="mixed precision")] = "no"
-    processes: Annotated[int, arg(help="how many processes train together")] = 1
+    processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
     sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="sharding over the processes")] = "no"
     anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False

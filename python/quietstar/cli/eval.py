@@ -22,9 +22,7 @@ from quietstar.files import write_whole
 
 @dataclass
 class Eval:
-    """Measure how much thoughts lower the loss on held-out text, with an interval.
-    For the share of questions answered right, see: quietstar ask
-    """
+    """Measure the gain from thoughts on held-out text. For questions, see ask."""
 
     model: Checkpoint
     data: DataConfig

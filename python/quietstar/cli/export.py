@@ -18,13 +18,11 @@ from quietstar.data.thoughts import export_thoughts
 
 @dataclass
 class Export:
-    """Sample thoughts about the training texts of a data set; write them to a file.
-    Train on them with: quietstar train --thoughts-from FILE
-    """
+    """Sample thoughts about a data set's training texts, and write them to a file."""
 
     model: Checkpoint
     data: DataConfig
-    out: Annotated[str, arg(metavar="FILE", help="a .jsonl or .parquet file to write")]
+    out: Annotated[str, arg(metavar="FILE", help="a .jsonl or .parquet file to write, for --thoughts-from of train")]
     seed: Annotated[int, arg(help="seed of the thoughts")] = 0
     batch_size: Annotated[int, arg(help="texts at a time")] = 8
 

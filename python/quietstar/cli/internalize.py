@@ -18,14 +18,14 @@ COLUMNS = ("accuracy", "low", "high", "tokens", "tokens_per_second", "problems_p
 
 @dataclass
 class Internalize:
-    """Train a model to answer without writing its chain of thought (ICoT).
-    Stepwise removes the chain token by token (ICoT-SI); kd distils it (ICoT-KD).
-    """
+    """Train a model to answer without writing its chain of thought (ICoT)."""
 
     task: TaskConfig
     recipe: internalize.Config
     distillation: internalize_kd.Config
-    method: Annotated[Literal["stepwise", "kd"], arg(help="kd: with a teacher, an emulator and a student")] = "stepwise"
+    method: Annotated[
+        Literal["stepwise", "kd"], arg(help="stepwise: remove the chain token by token (ICoT-SI); kd: distil it (ICoT-KD)")
+    ] = "stepwise"
     model: StartModel = ""
     dtype: WeightsDtype = "float32"
     resume: ResumeRun = ""

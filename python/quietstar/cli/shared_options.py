@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -15,7 +15,7 @@ LanguageModel = Annotated[str, arg(help="hub name or folder of a causal language
 StartModel = Annotated[str, arg(help="hub name or folder of a causal language model; default a small untrained one")]
 WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precision only with LoRA, or without training")]
 ThinkWhen = Annotated[str, arg(help="always, never, or only where the model's entropy is above this number of nats")]
-ResumeRun = Annotated[str, arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
+ResumeRun = Annotated[Literal["", "auto"], arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
 
 
 def read_think(think: str) -> str | float:

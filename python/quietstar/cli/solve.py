@@ -17,9 +17,7 @@ from quietstar.recipes.vstar_verifier import load_verifier
 
 @dataclass
 class Solve:
-    """Spend more tokens on test problems: votes, best of k, chains of revisions.
-    Compares them at equal budgets, in a table and a plot.
-    """
+    """Compare uses of more tokens on test problems: votes, best of k, revisions."""
 
     task: TaskConfig
     recipe: solve.Config

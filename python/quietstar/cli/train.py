@@ -32,9 +32,7 @@ CONFIG = "config.json"
 
 @dataclass
 class Train:
-    """Train a model to think before every token.
-    Writes checkpoints, metrics and all options to --out.
-    """
+    """Train a model to think before every token."""
 
     model: Annotated[str, arg(help="hub name or folder of a causal language model, or of one that thinks already")]
     data: DataConfig

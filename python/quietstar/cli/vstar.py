@@ -15,9 +15,7 @@ COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", "accuracy", "lo
 
 @dataclass
 class VStar:
-    """STaR with a verifier, which learns from right and wrong solutions (V-STaR).
-    When tested, the verifier picks the best of k solutions.
-    """
+    """STaR with a verifier, which learns from right and wrong solutions (V-STaR)."""
 
     task: TaskConfig
     recipe: vstar.Config
