@@ -42,4 +42,4 @@ def check_report_file(out: str, source: str) -> None:
 
 def check_start(model: str, sft_steps: int) -> None:
     if not (model or sft_steps):
-        raise ValueError("an untrained model solves nothing: teach it the data's chains with --sft-steps, or name a --model")
+        raise ValueError("a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model")
