@@ -3,6 +3,7 @@
 The dimension key of shapes in docstrings and errors is in ``quietstar_kernels``.
 """
 
+import quietstar._moved  # noqa: F401  old module names: errors that give the new ones
 from quietstar.config import ThoughtConfig
 from quietstar.explain.report import Report
 from quietstar.hf.attention import register_attention

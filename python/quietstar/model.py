@@ -105,9 +105,8 @@ class QuietStar(CheckpointMixin, DecoderMixin):
     @property
     def thinker(self) -> Thinker:
         """The parts that functions below the wrapper work with; it shares every weight."""
-        return Thinker(
-            self.model, self.lm_head, self.mixing_head, self.start_embedding, self.end_embedding, self.thought_config
-        )
+        vectors = self.start_embedding, self.end_embedding
+        return Thinker(self.model, self.lm_head, self.mixing_head, *vectors, self.thought_config)
 
     @property
     def config(self) -> Any:

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: ``main`` runs a command; each command is a file of its name."""

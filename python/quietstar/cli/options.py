@@ -1,4 +1,4 @@
-"""From typed options and config files to the config classes, whose fields hold the help texts."""
+"""From what was typed, and config files, to a command with its options."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
-from quietstar.config import PRESETS
+from quietstar.cli.errors import UsageError
+from quietstar.cli.ignored import check_ignored
+from quietstar.config import OLD_NAMES, PRESETS
 
-
-class UsageError(Exception):
-    """An option or a config file that can't be used."""
+# Options of a command that are now another command.
+MOVED = {
+    ("eval", "questions"): "quietstar ask --questions",
+    ("think", "export"): "quietstar export --out",
+    ("think", "data"): "quietstar export --data",
+}
 
 
 def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     """One of the commands, made from what was typed. Exits after --help and, with code 2, where tyro can't read an option.
 
     Raises:
-        UsageError: a value outside its range, or a config file that can't be read.
+        UsageError: a value outside its range, an option that would be ignored or has another name now, or a config file
+            that can't be read.
     """
+    typed = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    _check_moved(arguments[0] if arguments else "", typed)
     registry = ConstructorRegistry()
     registry.struct_rule(_struct_rule)
-    return tyro.extras.subcommand_cli_from_dict(
+    command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="quietstar",
         description="Quiet-STaR: language models that think before every token.",
@@ -35,21 +43,42 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
+    name = next(name for name, kind in commands.items() if isinstance(command, kind))
+    check_ignored(name, _flat(command), typed)
+    return command
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Options by name from a json or yaml file."""
+    """Options by name from a JSON or YAML file."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not a config file: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a config file holds options by name, got {type(values).__name__}")
+        raise UsageError(f"{path}: a config file must map options to values, got {type(values).__name__}")
+    return {OLD_NAMES.get(str(name), str(name)): value for name, value in values.items()}
+
+
+def _check_moved(command: str, typed: set[str]) -> None:
+    for name in sorted(typed):
+        option = f"--{name.replace('_', '-')}"
+        if (command, name) in MOVED:
+            raise UsageError(f"quietstar {command} no longer takes {option}: use {MOVED[command, name]}")
+        if name in OLD_NAMES:
+            raise UsageError(f"{option} is now --{OLD_NAMES[name].replace('_', '-')}")
+
+
+def _flat(command: Any) -> dict[str, Any]:
+    """All options of a command by name, with those of its config classes."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        values |= vars(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return values
 
 
 def _expand(arguments: list[str]) -> list[str]:
-    """Put a config file's options before the typed ones, which win, and auto behind a --resume alone."""
+    """Put a config file's options before the typed ones, which win, and auto after --resume alone."""
     expanded: list[str] = []
     for i, argument in enumerate(arguments):
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
@@ -63,11 +92,11 @@ def _expand(arguments: list[str]) -> list[str]:
 
 
 def _as_typed(values: dict[str, Any]) -> list[str]:
-    """What the preset fills is left to it, so that another preset can be typed."""
+    """Without what the preset fills in, so that another preset can be typed."""
     filled = PRESETS.get(values.get("preset", "official"), {})
     typed = []
     for name, value in values.items():
-        option = str(name).replace("_", "-")
+        option = name.replace("_", "-")
         if isinstance(value, bool):
             typed.append(f"--{option}" if value else f"--no-{option}")
         elif name not in filled or value != filled[name]:
@@ -80,7 +109,7 @@ def _has_help(config: Any) -> bool:
 
 
 def _struct_rule(info: Any) -> StructConstructorSpec | None:
-    """Options from the fields of our config classes and their help texts."""
+    """Options from the fields of the config classes and their help texts."""
     config = info.type
     if not _has_help(config):
         return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,38 +15,13 @@ from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
-from quietstar_kernels import backends, cuda_library
 
-PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
 # Logits that the CPU and GPU heads compute at a time (the reference keeps all), and how many such buffers exist at once.
 HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
 # A call of the head keeps all its logits for the backward up to this many bytes, and none above.
 HEAD_KEPT = 2**28
-
-
-def environment() -> str:
-    """Versions, devices, and what serves each operation on each device, or why it doesn't."""
-    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{name} {_version(name)}" for name in PACKAGES]
-    lines.append(cuda_library())
-    threads = torch.get_num_threads()
-    devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, {human(free)} of {human(total)} free"
-    for device, what in devices.items():
-        lines += ["", f"{device} ({what})"]
-        lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
-    return "\n".join(lines)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"
 
 
 @dataclass(frozen=True)

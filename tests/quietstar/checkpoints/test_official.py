@@ -16,6 +16,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints import native as checkpoint
 from quietstar.checkpoints import official
 from quietstar.cli import main as cli
+from quietstar.cli.loading import load_model
 
 RECORD = Path(__file__).parents[2] / "golden" / "a7k3n2.safetensors"
 EMBEDDINGS = ("start_embedding", "end_embedding")
@@ -202,7 +203,7 @@ def test_what_the_published_code_does_not_know(tiny, tmp_path, preset, name):
 
 
 def test_the_command_line_takes_it(record, published, capsys):
-    model = cli.load_model(str(published), ThoughtConfig(thought_tokens=3), None, "float32")
+    model = load_model(str(published), ThoughtConfig(thought_tokens=3), None, "float32")
     assert torch.equal(model.start_embedding.detach(), record[1]["raw.start_embedding"][0])
     assert model.thought_config.thought_tokens == 3
     assert checkpoint.thinks(published)

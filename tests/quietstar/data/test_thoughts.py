@@ -287,7 +287,7 @@ def test_the_command_line_exports_and_trains(tiny, tmp_path, byte_tokenizer, mon
     same = ["--thoughts=2", "--thought-tokens=3", "--lookahead=2", "--embedding-scale=1", "--steps=2", "--batch-size=4"]
     for kind in KINDS:
         needed(kind)
-        assert cli.main(["think", *data, f"--export=thoughts.{kind}", "--seed=3"]) == 0
+        assert cli.main(["export", *data, f"--out=thoughts.{kind}", "--seed=3"]) == 0
         assert "wrote thoughts about 22 texts" in capsys.readouterr().out
         train = ["train", *data, *same, f"--thoughts-from=thoughts.{kind}", f"--out={kind}"]
         assert cli.main(train) == 0, capsys.readouterr().err
@@ -307,11 +307,11 @@ def test_the_command_line_exports_and_trains(tiny, tmp_path, byte_tokenizer, mon
         ): "thoughts.jsonl: line 1 is about a text that the data does not have",
         (*train, "--anchors=every", "--thoughts-from=thoughts.jsonl", "--out=every"): "anchors must be 'all'",
         (*train, "--thoughts-from=thoughts.parquet", "--out=jsonl", "--resume"): "thoughts_from='thoughts.jsonl', not",
-        ("think", *data): "takes a text or --export",
-        ("think", "Hello", *data, "--export=a.jsonl"): "takes a text or --export",
-        ("think", *data, "--export=text.txt"): "another file than the texts",
-        ("think", *data, "--export=a.jsonl", "--at=1"): "--at goes with a text",
-        ("think", *data, "--export=a.jsonl", "--batch-size=0"): "--batch-size must be 1 or more",
+        ("think", *data): "no longer takes --data: use quietstar export --data",
+        ("think", "Hello", *data, "--export=a.jsonl"): "no longer takes --data: use quietstar export --data",
+        ("think", "--model=model", "--export=a.jsonl"): "no longer takes --export: use quietstar export --out",
+        ("export", *data, "--out=text.txt"): "another file than the texts",
+        ("export", *data, "--out=a.jsonl", "--batch-size=0"): "--batch-size must be 1 or more",
     }
     for arguments, message in refused.items():
         assert cli.main(list(arguments)) in (cli.DATA, cli.USAGE)

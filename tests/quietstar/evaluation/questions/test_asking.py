@@ -278,7 +278,7 @@ def home(qs, tmp_path, monkeypatch):
 
 
 def test_the_command(home, capsys):
-    arguments = ["eval", "--model=model", "--questions=sums.jsonl", "--limit=3", "--max-new-tokens=6", "--votes=2"]
+    arguments = ["ask", "--model=model", "--questions=sums.jsonl", "--limit=3", "--max-new-tokens=6", "--votes=2"]
     assert cli.main([*arguments, "--think=3.5", "--out=sums.json"]) == 0
     out = capsys.readouterr().out
     assert "3 questions" in out and "majority of 2" in out and "wrote sums.json and sums.md" in out
@@ -291,18 +291,18 @@ def test_the_command(home, capsys):
     "arguments, code, message",
     [
         (["--questions=no.jsonl"], 3, "no.jsonl: No such file or directory"),
-        (["--batch-size=0"], 2, "--batch-size must be 1 or more, got 0"),
+        (["--questions=sums.jsonl", "--batch-size=0"], 2, "--batch-size must be 1 or more, got 0"),
         (["--questions=sums.jsonl", "--limit=0"], 2, "--limit must be 1 or more, got 0"),
         (["--questions=sums.jsonl", "--think=often"], 2, "--think must be always, never or a number of nats"),
         (["--questions=sums.jsonl", "--votes=-1"], 2, "votes must be 0 or more, got -1"),
-        (["--questions=sums.jsonl", "--out=no/folder.json"], 2, "--out must be a file for json in a folder that is there"),
+        (["--questions=sums.jsonl", "--out=no/folder.json"], 2, "--out must be a JSON file in an existing folder"),
         (["--questions=sums.jsonl", "--max-new-tokens=500"], 3, "4 of 4 questions are too long"),
-        (["--questions=sums.jsonl", "--out=sums.jsonl"], 2, "--out must be another file than the questions or texts"),
+        (["--questions=sums.jsonl", "--out=sums.jsonl"], 2, "--out must be another file than sums.jsonl"),
     ],
 )
 def test_the_command_with_bad_input(home, capsys, arguments, code, message):
     before = (home / "sums.jsonl").read_text()
-    assert cli.main(["eval", "--model=model", *arguments]) == code
+    assert cli.main(["ask", "--model=model", *arguments]) == code
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in err and {x.name for x in home.iterdir()} == {"model", "sums.jsonl"}
     assert (home / "sums.jsonl").read_text() == before

@@ -1,4 +1,4 @@
-"""What the command line prints while it generates."""
+"""How ``quietstar generate --show-thoughts`` prints the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quietstar.explain.token_text import token_text
 
 
 class ThoughtLines(BaseStreamer):
-    """A line for each new token of one text: the token and, where the model thought before it, the thoughts.
+    """Prints a line for each new token of one text: the token, and the thoughts before it if the model thought there.
 
     Pass the object as ``streamer`` and its ``on_thoughts`` as ``on_thoughts``.
     """

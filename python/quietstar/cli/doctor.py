@@ -1,0 +1,105 @@
+"""``quietstar doctor``"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from tyro.conf import arg
+
+from quietstar.cli.errors import UsageError
+from quietstar.cli.loading import load, newest_checkpoint
+from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
+from quietstar.hf.verify import verify
+from quietstar.memory.processes import (
+    Processes,
+    chunk_count,
+    count_weights,
+    gathered_dtype,
+    process_memory,
+    step_traffic,
+    traffic_table,
+)
+from quietstar.memory.step import human, memory_table, step_memory
+from quietstar_kernels import backends, cuda_library
+
+PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
+
+
+@dataclass
+class Doctor:
+    """Print versions, devices and back ends; with --model, the memory of training."""
+
+    model: Annotated[str, arg(help="hub name or folder of a model; only its config is read")] = ""
+    batch_size: Annotated[int, arg(help="texts at a time: --batch-size of train by accumulation and processes")] = 1
+    length: Annotated[int, arg(help="L, tokens of a text")] = 256
+    thoughts: Annotated[int, arg(help="N, thoughts sampled at every position")] = ThoughtConfig.thoughts
+    thought_tokens: Annotated[int, arg(help="T, sampled tokens in a thought")] = ThoughtConfig.thought_tokens
+    lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = ThoughtConfig.lookahead
+    lora_rank: Annotated[int, arg(help="rank of LoRA adapters; 0 for none")] = AdapterConfig.lora_rank
+    lora_targets: Annotated[str, arg(help="names of the layers that get adapters")] = AdapterConfig.lora_targets
+    dtype: Annotated[Dtype, arg(help="dtype of the weights")] = "float32"
+    precision: Annotated[Literal["no", "bf16", "fp16"], arg(help="mixed precision")] = "no"
+    processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
+    sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="sharding over the processes")] = "no"
+    anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
+    verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
+
+    def run(self) -> None:
+        print(environment())
+        if self.model:
+            print(f"\n{self._training()}")
+        if self.verify:
+            path = newest_checkpoint(self.model)
+            model = load(self.model, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype))
+            print(f"thoughts against ordinary forward passes: {verify(model)}")
+
+    def _training(self) -> str:
+        """Tables of the memory that a step needs in each process, and of what the processes exchange."""
+        config = load(self.model, "model", lambda: AutoConfig.from_pretrained(newest_checkpoint(self.model)))
+        if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
+            raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
+        try:
+            thoughts = ThoughtConfig(thoughts=self.thoughts, thought_tokens=self.thought_tokens, lookahead=self.lookahead)
+            adapters = AdapterConfig(lora_rank=self.lora_rank, lora_targets=self.lora_targets)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        dtype = getattr(torch, self.dtype)
+        processes = Processes(self.processes, self.sharding, dtype, gathered_dtype(dtype, self.precision))
+        memory = step_memory(config, thoughts, self.batch_size, self.length, processes.computed, self.anchor_chunk)
+        weights = count_weights(config, adapters)
+        memory = process_memory(memory, weights, processes)
+        rows = self.batch_size * self.length * (1 + thoughts.thoughts * thoughts.rows)
+        size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
+        text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory)}"
+        if self.processes > 1:
+            traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
+            text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"
+        return text
+
+
+def environment() -> str:
+    """Versions, devices, and which back end serves each operation on each device, or why none does."""
+    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines.append(cuda_library())
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, {human(free)} of {human(total)} free"
+    for device, what in devices.items():
+        lines += ["", f"{device} ({what})"]
+        lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"

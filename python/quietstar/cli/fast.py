@@ -1,0 +1,37 @@
+"""``quietstar fast``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quietstar.cli.shared_options import LanguageModel, ResumeRun, WeightsDtype
+from quietstar.cli.tables import table
+from quietstar.config import ThoughtConfig
+from quietstar.data.texts import DataConfig, load_data
+from quietstar.recipes import fast
+from quietstar.recipes.common.models import read
+
+
+@dataclass
+class Fast:
+    """Train with shorter and shorter thoughts, then without any (Fast Quiet-STaR)."""
+
+    data: DataConfig
+    thoughts: ThoughtConfig
+    recipe: fast.Config
+    model: LanguageModel
+    dtype: WeightsDtype = "float32"
+    resume: ResumeRun = ""
+
+    def run(self) -> None:
+        model, tokenizer = read(self.model, self.dtype)
+        data = load_data(self.data, tokenizer, max(J for _, J in fast.stages(self.recipe.curriculum)))
+        _, report = fast.fast(
+            model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
+        )
+        print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
+        print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
+        print(table(report["speeds"], ("thought_tokens", "times_plain")))
+        print(f"held-out loss without thoughts, nats a token: {report['base']:.4f} before, {report['plain']:.4f} after")
+        print(f"saved {Path(self.recipe.out) / fast.MODEL}")

@@ -1,0 +1,63 @@
+"""``quietstar generate``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from accelerate.utils import set_seed
+from transformers import TextStreamer
+from tyro.conf import arg
+
+from quietstar.checks import pad_id
+from quietstar.cli.errors import UsageError
+from quietstar.cli.loading import load_checkpoint, text_tokenizer
+from quietstar.cli.shared_options import Checkpoint, ThinkWhen, read_think
+from quietstar.cli.thought_lines import ThoughtLines
+
+
+@dataclass
+class Generate:
+    """Continue a text, thinking before each token; print the new text as it comes."""
+
+    model: Checkpoint
+    prompt: Annotated[str, arg(metavar="TEXT", help="the text to continue")]
+    think: ThinkWhen = "always"
+    thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
+    sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
+    show_thoughts: Annotated[bool, arg(help="print a line for each new token, with the thoughts before it")] = False
+    max_new_tokens: Annotated[int, arg(help="most tokens to generate")] = 100
+    temperature: Annotated[float, arg(help="temperature of the text's tokens; 0 takes the likeliest")] = 0.0
+    top_p: Annotated[float | None, arg(help="sample from the likeliest tokens of this probability; default the model's")] = None
+    top_k: Annotated[int | None, arg(help="sample from this many of the likeliest tokens; default the model's")] = None
+    seed: Annotated[int | None, arg(help="seed of all that is sampled; default a new one each time")] = None
+
+    def run(self) -> None:
+        think = read_think(self.think)
+        if self.temperature < 0:
+            raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
+        qs = load_checkpoint(self.model)
+        tokenizer = text_tokenizer(qs)
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(qs.start_embedding.device)
+        if not inputs["input_ids"].numel():
+            raise ValueError("the prompt has no tokens")
+        if self.seed is not None:
+            set_seed(self.seed)
+        options: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if options["do_sample"]:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.show_thoughts:
+            lines = ThoughtLines(tokenizer)
+            options |= {"streamer": lines, "on_thoughts": lines.on_thoughts}
+        else:
+            options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        qs.generate(
+            inputs["input_ids"].long(),
+            inputs["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            think=think,
+            thoughts=self.thoughts,
+            sample_thoughts=self.sample_thoughts,
+            pad_token_id=pad_id(qs.config),
+            **{name: value for name, value in options.items() if value is not None},
+        )

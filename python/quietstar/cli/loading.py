@@ -1,0 +1,60 @@
+"""Models, tokenizers and checkpoints that the commands load; each failure is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quietstar.checkpoints import native
+from quietstar.cli.errors import first_line
+from quietstar.config import ThoughtConfig
+from quietstar.model import QuietStar
+from quietstar.run import snapshots
+
+
+def newest_checkpoint(name: str) -> str:
+    """The newest checkpoint where ``name`` is a run's folder, else ``name``."""
+    checkpoints = snapshots.every(name)
+    return str(checkpoints[-1]) if checkpoints else name
+
+
+def load_tokenizer(name: str) -> Any:
+    return load(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(newest_checkpoint(name)))
+
+
+def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str) -> QuietStar:
+    """Wrap a plain language model, or continue with ``thoughts`` from one that thinks already."""
+    path = newest_checkpoint(name)
+    if not load(name, "model", lambda: native.thinks(path)):
+        model = load(name, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+        return QuietStar(model, thoughts, tokenizer)
+    qs = QuietStar.from_pretrained(path, dtype=dtype)
+    scale = qs.thought_config.embedding_scale
+    if scale != thoughts.embedding_scale:
+        raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
+    qs.use_config(thoughts)
+    return qs
+
+
+def load_checkpoint(name: str) -> QuietStar:
+    """A model that thinks, in evaluation mode, on the GPU if there is one."""
+    qs = QuietStar.from_pretrained(newest_checkpoint(name)).eval()
+    return qs.to("cuda") if torch.cuda.is_available() else qs
+
+
+def text_tokenizer(qs: QuietStar) -> Any:
+    if qs.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer")
+    return qs.tokenizer
+
+
+def load(name: str, what: str, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns; a ValueError of one line for the many ways in which transformers fails to load."""
+    try:
+        return function()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{name}: cannot load a {what} from this folder or hub name: {first_line(error)}") from error

@@ -1,0 +1,34 @@
+"""``quietstar score``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from quietstar.cli.shared_options import ResumeRun, WeightsDtype
+from quietstar.cli.tables import table
+from quietstar.recipes import score
+from quietstar.recipes.common.models import TaskConfig, load
+
+COLUMNS = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised", "edited")
+
+
+@dataclass
+class Score:
+    """Teach a model to correct its own answers, by reinforcement learning (SCoRe)."""
+
+    task: TaskConfig
+    recipe: score.Config
+    model: Annotated[str, arg(help="hub name or folder of a causal language model that solves some of the problems")]
+    dtype: WeightsDtype = "float32"
+    resume: ResumeRun = ""
+
+    def run(self) -> None:
+        model, task = load(self.model, self.task, self.dtype)
+        _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
+        rows = [{"test problems": name, **figures} for name, figures in report.items()]
+        print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, ('test problems', *COLUMNS))}")
+        print(f"saved {Path(self.recipe.out) / score.MODEL}")

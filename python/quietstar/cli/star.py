@@ -1,0 +1,31 @@
+"""``quietstar star``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quietstar.cli.shared_options import ResumeRun, StartModel, WeightsDtype, check_start
+from quietstar.cli.tables import table
+from quietstar.recipes import star
+from quietstar.recipes.common.models import TaskConfig, load
+
+COLUMNS = ("round", "tried", "kept", "rationalised", "failed", "steps", "accuracy", "low", "high", "tokens", "seconds")
+
+
+@dataclass
+class Star:
+    """Train a model on its own chains of thought that lead to right answers (STaR)."""
+
+    task: TaskConfig
+    recipe: star.Config
+    model: StartModel = ""
+    dtype: WeightsDtype = "float32"
+    resume: ResumeRun = ""
+
+    def run(self) -> None:
+        check_start(self.model, self.recipe.sft_steps)
+        model, task = load(self.model, self.task, self.dtype)
+        _, reports = star.star(model, task, self.recipe, self.model, bool(self.resume))
+        print(f"{task.name}\n{table(reports, COLUMNS)}")
+        print(f"saved {Path(self.recipe.out) / f'round-{len(reports) - 1:02d}'}")

@@ -1,0 +1,29 @@
+"""What several commands print: tables, and the losses on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A line for each row; values that a row lacks are left empty."""
+    lines = [list(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def held_out_losses(figures: Mapping[str, float]) -> str:
+    low, high = figures["gain_low"], figures["gain_high"]
+    return (
+        f"held-out loss, nats a token, {figures['tokens']:,} tokens of {figures['texts']} texts\n"
+        f"  language model      {figures['base']:.4f}\n"
+        f"  with thoughts       {figures['mixed']:.4f}\n"
+        f"  gain from thoughts  {figures['gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+    )

@@ -1,0 +1,39 @@
+"""``quietstar think``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from tyro.conf import Positional, arg
+
+from quietstar.cli.loading import load_checkpoint, text_tokenizer
+from quietstar.cli.shared_options import Checkpoint
+
+
+@dataclass
+class Think:
+    """Print what a model thinks at the tokens of a text."""
+
+    model: Checkpoint
+    prompt: Positional[Annotated[str, arg(metavar="TEXT", help="the text to think about")]]
+    at: Annotated[tuple[int, ...], arg(help="tokens to think at, from 0; -1 is the last; default all")] = ()
+    seed: Annotated[int | None, arg(help="sample the thoughts with this seed; default the likeliest tokens")] = None
+
+    def run(self) -> None:
+        qs = load_checkpoint(self.model)
+        decode = text_tokenizer(qs).decode
+        ids = text_tokenizer(qs)(self.prompt, return_tensors="pt")["input_ids"].long().to(qs.start_embedding.device)
+        L = ids.shape[1]
+        if not L:
+            raise ValueError("the prompt has no tokens")
+        for place in self.at:
+            if not -L <= place < L:
+                raise ValueError(f"--at must be from {-L} to {L - 1} in a text of {L} tokens, got {place}")
+        places = sorted({place % L for place in self.at}) if self.at else list(range(L))
+        anchors = torch.tensor([places], device=ids.device)
+        thoughts = qs.think(ids, anchors=anchors, seed=self.seed or 0, greedy=self.seed is None).thought_ids[0]
+        for place, several in zip(places, thoughts.tolist(), strict=True):
+            shown = several[:1] if self.seed is None else several  # greedy thoughts are all the same
+            print(f"{place:>5}  {decode(ids[0, place])!r:<16}  {'  |  '.join(repr(decode(one)) for one in shown)}")

@@ -1,0 +1,114 @@
+"""``quietstar train``"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from accelerate.utils import set_seed
+from tyro.conf import arg
+
+from quietstar.cli.errors import RUNTIME, SAVED, Failure, first_line
+from quietstar.cli.loading import load_model, load_tokenizer
+from quietstar.cli.options import read_config
+from quietstar.cli.tables import held_out_losses
+from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
+from quietstar.data.texts import DataConfig, load_data
+from quietstar.data.thoughts import OfflineThoughts
+from quietstar.evaluation.losses import evaluate
+from quietstar.files import write_whole
+from quietstar.run import snapshots
+from quietstar.run.processes import process_state
+from quietstar.run.resume import Settings, check_folder
+from quietstar.run.signals import Interrupted
+from quietstar.train import train
+
+CONFIG = "config.json"
+
+
+@dataclass
+class Train:
+    """Train a model to think before every token."""
+
+    model: Annotated[str, arg(help="hub name or folder of a causal language model, or of one that thinks already")]
+    data: DataConfig
+    thoughts: ThoughtConfig
+    train: TrainConfig
+    lora: AdapterConfig
+    dtype: Annotated[Dtype, arg(help="dtype of the weights")] = "float32"
+    compile: Annotated[bool, arg(help="compile the decoder with torch.compile, which takes minutes at first")] = field(
+        default=False, metadata=MAY_DIFFER
+    )
+    gradient_checkpointing: Annotated[bool, arg(help="recompute activations in the backward pass, to save memory")] = field(
+        default=False, metadata=MAY_DIFFER
+    )
+    thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
+    config: Annotated[str, arg(help=f"JSON or YAML file of options, such as a run's {CONFIG}; typed options win")] = field(
+        default="", metadata=MAY_DIFFER
+    )
+    resume: Annotated[str, arg(help="auto: continue from the newest whole checkpoint in --out; or a path")] = field(
+        default="", metadata=MAY_DIFFER
+    )
+
+    def run(self) -> None:
+        check_folder(self.train.out, "checkpoints", bool(snapshots.every(self.train.out)), bool(self.resume))
+        set_seed(self.train.seed)  # the mixing head's first weights are random
+        tokenizer = load_tokenizer(self.model)
+        data = load_data(self.data, tokenizer, self.thoughts.lookahead)
+        qs = load_model(self.model, self.thoughts, tokenizer, self.dtype)
+        if self.lora.lora_rank:
+            qs.add_adapters(self.lora)
+        if self.gradient_checkpointing:
+            qs.gradient_checkpointing_enable()
+        if self.compile:
+            qs.compile()
+        examples = OfflineThoughts(self.thoughts_from, data.train, qs) if self.thoughts_from else data.train
+        evaluation = None
+        if len(data.held_out) >= 2:
+            size = max(1, self.train.batch_size // self.train.accumulation)
+            evaluation = partial(evaluate, examples=data.held_out, batch_size=size)
+        self._check_same_run()
+        try:
+            self._print(f"{len(data.train):,} examples to train on, {len(data.held_out):,} texts held out, to {self.train.out}")
+            self._write_config()
+            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None)
+        except Interrupted as stop:
+            process_state().destroy_process_group()
+            again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
+            raise Failure(SAVED, f"stopped by a signal; saved {stop.checkpoint}; continue with: {again}") from stop
+        except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            raise Failure(RUNTIME, f"{first_line(error)}; {self._last_whole()}") from error
+        if metrics and "eval_gain" in metrics[-1]:
+            self._print(held_out_losses({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
+        self._print(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+        process_state().destroy_process_group()
+
+    def options(self) -> dict[str, Any]:
+        """All options by name, as ``--config`` takes them."""
+        own = {name: getattr(self, name) for name in ("model", "dtype", "compile", "gradient_checkpointing", "thoughts_from")}
+        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
+
+    def _print(self, text: str) -> None:
+        if process_state().is_main_process:
+            print(text)
+
+    def _write_config(self) -> None:
+        if process_state().is_main_process and not snapshots.every(self.train.out):
+            Path(self.train.out).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
+
+    def _check_same_run(self) -> None:
+        """Model, data and thoughts as the run began with; ``train`` checks the rest."""
+        run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
+        if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
+            return
+        Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
+
+    def _last_whole(self) -> str:
+        path = snapshots.newest_whole(self.train.out)
+        return f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"

@@ -1,0 +1,33 @@
+"""``quietstar eval``: the same losses as at the end of training, and the texts of another file."""
+
+import json
+
+import pytest
+
+
+def test_eval(home, quietstar, trained):
+    metrics = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    code, out, _ = quietstar("eval", "--model=run", "--data=text.txt", "--length=16", "--held-out=4", "--out=eval.json")
+    figures = json.loads((home / "eval.json").read_text())
+    assert code == 0 and f"{figures['base']:.4f}" in out
+    everywhere = figures["by_anchor_choice"][0]
+    assert everywhere["tokens"] == figures["tokens"] and f"{everywhere['gain_of_all']:+.4f}" in out
+    assert {name: metrics[-1][f"eval_{name}"] for name in ("base", "mixed", "gain")} == pytest.approx(
+        {name: figures[name] for name in ("base", "mixed", "gain")}, abs=1e-6
+    )
+    quietstar("eval", "--model=run", "--data=text.txt", "--length=16", "--all")
+    assert json.loads((home / "eval.json").read_text())["texts"] == 40
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch-size=0"], "--batch-size must be 1 or more, got 0"),
+        (["--out=no/folder.json"], "--out must be a JSON file in an existing folder, got no/folder.json"),
+        (["--data=text.txt", "--out=text.txt"], "--out must be another file than text.txt"),
+    ],
+)
+def test_bad_options(home, quietstar, arguments, message):
+    before = (home / "text.txt").read_text()
+    assert quietstar("eval", "--model=model", *arguments) == (2, "", [f"quietstar: {message}"])
+    assert (home / "text.txt").read_text() == before

@@ -1,0 +1,42 @@
+"""``quietstar generate``: the text and thoughts that it prints are those of ``QuietStar.generate``."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.cli import errors
+
+
+def test_generate(home, quietstar, byte_tokenizer):
+    tokenizer = byte_tokenizer
+    model = AutoModelForCausalLM.from_pretrained("model")
+    qs = QuietStar(model, ThoughtConfig(thought_tokens=2, lookahead=2), tokenizer, verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
+    qs.save_pretrained("thinks")
+    ids = tokenizer("Hello you", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "pad_token_id": 0}
+
+    code, out, err = quietstar("generate", "--model=thinks", "--prompt=Hello you", "--max-new-tokens=6")
+    thoughts = []
+    tokens = qs.generate(ids, on_thoughts=thoughts.append, **options)[0, 9:]
+    assert code == 0 and not any(err) and out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+    out = quietstar("generate", "--model=thinks", "--prompt=Hello you", "--max-new-tokens=6", "--think=never")[1]
+    plain = qs.generate(ids, think="never", **options)[0, 9:]
+    assert out == tokenizer.decode(plain, skip_special_tokens=True) + "\n" and not torch.equal(plain, tokens)
+
+    shown = ("generate", "--model=thinks", "--prompt=Hello you", "--max-new-tokens=6", "--show-thoughts")
+    lines = quietstar(*shown)[1].splitlines()
+    assert [line[18:] for line in lines] == [repr(tokenizer.decode(each[0, 0])) for each in thoughts]
+    assert quietstar(*shown, "--think=never")[1].count("  ") == 0
+    sampled = (*shown, "--sample-thoughts", "--thoughts=2", "--temperature=1", "--top-k=9", "--top-p=0.9", "--seed=3")
+    lines = quietstar(*sampled)[1].splitlines()
+    assert {line.count("  |  ") for line in lines} == {1} and quietstar(*sampled)[1].splitlines() == lines
+
+    for option in ("--think=often", "--think=-1", "--think=nan", "--temperature=-1"):
+        code, out, err = quietstar("generate", "--model=thinks", "--prompt=Hello", option)
+        assert code == errors.USAGE and "must be" in err[-1] and option.partition("=")[2] in err[-1]
+    for options in (("--prompt=",), ("--prompt=a", "--sample-thoughts", "--thoughts=0"), ("--prompt=a", "--max-new-tokens=0")):
+        code, out, err = quietstar("generate", "--model=thinks", *options)
+        assert code == errors.DATA and len(err) == 1
+    code, out, _ = quietstar("generate", "--help")
+    assert code == 0 and "--show-thoughts" in out and "nats" in out
