@@ -85,7 +85,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     if not data.train:
         longest = sum(map(len, training)) if config.pack else max(map(len, training))
         raise ValueError(
-            f"{config.data}: the text is too short: it has {longest} tokens, and looking {lookahead} tokens ahead needs {least}"
+            f"{config.data}: the text is shorter than the look-ahead: it has {longest} tokens, and looking {lookahead} tokens "
+            f"ahead needs {least}"
         )
     return data
 
