@@ -9,7 +9,7 @@ TABLE = """
 quietstar: reference=base_model recipes.commands=cli
 quietstar.checkpoints: checkpoint=native official
 quietstar.cli: options streams=thought_lines
-quietstar.data: offline=thoughts thought_files
+quietstar.data: offline=thoughts thought_files=records
 quietstar.evaluation: difficulty evaluate=losses harness=lm_eval intervals policies=anchor_choices scoring
 quietstar.evaluation.questions: accuracy=asking accuracy_report=report answer_tokens answers continuations questions=reading
 quietstar.explain: explain_page=page token_text

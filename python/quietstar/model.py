@@ -325,7 +325,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
     ) -> Thoughts:
         """The thoughts of ``think``, at the places of a layout from ``thinker.layout``."""
         size = self.chunk_size(layout)
-        but = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
+        eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
         return sample_thoughts(
             self.model,
             self.lm_head,
@@ -336,7 +336,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
             draw_seed() if seed is None else seed,
             Sampling.of(self.thought_config, temperature=0.0 if greedy else 1.0),
             anchor_chunk=size,
-            run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, but),
+            run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because),
         )
 
     def predict(self, inputs: PackedInputs) -> Predictions:
