@@ -7,6 +7,7 @@ import pytest
 from quietstar.recipes.common import log as telling
 from quietstar.recipes.common.log import SECONDS, Pace, ToldMetrics, on_terminal, tell
 from quietstar.recipes.common.rounds import Rounds
+from quietstar.run.resume import Settings
 from quietstar.recipes.common.sampling import rollout
 
 
@@ -47,7 +48,7 @@ def test_the_pace_begins_anew_with_each_line(clock):
 def test_a_round_is_told_when_it_is_whole(tmp_path, solver, capsys):
     model, task = solver
     with on_terminal():
-        Rounds(tmp_path / "run", {}, False).save(1, model, task, {"round": 1, "accuracy": 0.5})
+        Rounds(tmp_path / "run", Settings.of(), resume=False).save(1, model, task, {"round": 1, "accuracy": 0.5})
     assert f"{tmp_path / 'run'}: round 1, accuracy 0.500\n" in capsys.readouterr().err
 
 
