@@ -7,6 +7,7 @@ import pytest
 from quietstar.recipes.common import log
 from quietstar.recipes.common.log import SECONDS, LoggedMetrics, Pace, log_figures, on_terminal
 from quietstar.recipes.common.rounds import Rounds
+from quietstar.run.resume import Settings
 from quietstar.recipes.common.sampling import rollout
 
 
@@ -48,7 +49,7 @@ def test_each_line_restarts_the_pace(clock):
 def test_a_finished_round_is_logged(tmp_path, solver, capsys):
     model, task = solver
     with on_terminal():
-        Rounds(tmp_path / "run", {}, False).save(1, model, task, {"round": 1, "accuracy": 0.5})
+        Rounds(tmp_path / "run", Settings.of(), resume=False).save(1, model, task, {"round": 1, "accuracy": 0.5})
     assert f"{tmp_path / 'run'}: round 1, accuracy 0.500\n" in capsys.readouterr().err
 
 
