@@ -100,9 +100,9 @@ def test_rationales_that_only_copy_the_hint_are_dropped(solver, tmp_path, check)
     sound = [(row, task.completion_ids(row)) for row in rows[:4]]
     copied = [(row, row.prompt_ids + task.separator_ids + row.answer_ids + [task.end_id]) for row in rows[4:]]
     config = Config(out=str(tmp_path), rationale_check=check, least_likelihood=-2.0)
-    assert recipe.sound(model, task, config, sound + copied) == sound
+    assert recipe.checked_rationales(model, task, config, sound + copied) == sound
     config.rationale_check = "no"
-    assert recipe.sound(model, task, config, sound + copied) == sound + copied
+    assert recipe.checked_rationales(model, task, config, sound + copied) == sound + copied
 
 
 def test_a_stopped_run_continues_after_its_last_complete_round(solver, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_shots_need_chains(tmp_path, byte_tokenizer):
     rows = [{"question": f"What is {i} and 1?", "answer": str(i + 1)} for i in range(80)]
     path = tmp_path / "no_chains.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="shots=2 needs as many problems with chains, and the data have 0"):
+    with pytest.raises(ValueError, match="shots=2 needs as many problems with chains, but the data have 0"):
         recipe.example_rows(GSM8K(path, byte_tokenizer), 2, torch.Generator())
 
 
