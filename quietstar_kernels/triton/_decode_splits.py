@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.triton._attention_forward import LOWEST
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
+from quietstar_kernels.triton._softmax import LOWEST
 from quietstar_kernels.triton._tiles import load_tile, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE_SUM
 

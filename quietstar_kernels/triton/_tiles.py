@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels.triton._launch import Plan, Tiles
 from quietstar_kernels.triton._target import target
+from quietstar_kernels.triton.configs import Config
 
 BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
 
@@ -23,6 +25,17 @@ def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
         return [None] * len(rows)
     strides[3], width = 1, padded(shape[3])
     return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
+
+
+def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
+    """Of k and v, whole tiles of each of ``blocks``, k's first; None for all where one can't be copied whole."""
+
+    def describe() -> Tiles:
+        rows = [config.blocks[block] for block in blocks]
+        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
+        return [None] * len(tiles) if None in tiles else tiles
+
+    return known.tiles(config, (k, v) * len(blocks), describe)
 
 
 def padded(width: int) -> int:

@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_forward import LOWEST, key_tiles, scores, softmax_step, without_poison
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
+from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, Config, pick
 
 

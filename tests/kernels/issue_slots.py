@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from attention_backward_plan import own_key_tiles, text_key_tiles
+from attention_plan import cdiv, flat_rows, forward_plan, text_blocks
 from machine_code import MATRIX
 from torch import Tensor
 
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_plan import own_key_tiles, text_key_tiles
-from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, forward_plan, text_blocks
 
 WIDTH = 128  # of keys and values
 MEMORY = 4.8e12 / 1.755e9 / 132  # bytes a clock for each multiprocessor of an H200

@@ -11,14 +11,14 @@ from quietstar_kernels.testing import attention_inputs, random_layout
 
 pytest.importorskip("triton")
 
+from attention_backward_plan import backward_plan  # noqa: E402
+from attention_plan import forward_plan  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from quietstar_kernels.triton import configs  # noqa: E402
-from quietstar_kernels.triton._attention_backward import thought_attention_backward  # noqa: E402
-from quietstar_kernels.triton._attention_backward_plan import backward_plan  # noqa: E402
-from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
-from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+from quietstar_kernels.triton.thought_attention.backward import thought_attention_backward  # noqa: E402
+from quietstar_kernels.triton.thought_attention.forward import thought_attention  # noqa: E402
 
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S

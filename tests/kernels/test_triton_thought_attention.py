@@ -15,19 +15,20 @@ from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs
 
 pytest.importorskip("triton")
 
-from quietstar_kernels.triton import _attention_forward, configs  # noqa: E402
+from quietstar_kernels.triton import configs  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E402
 
 
 def forward(q, k, v, layout, sinks):
-    return _attention_forward.thought_attention(q, k, v, layout, q.shape[-1] ** -0.5, None, None, sinks, "all")
+    return op.thought_attention(q, k, v, layout, q.shape[-1] ** -0.5, None, None, sinks, "all")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")
 @pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_90", 4, 256), 90)], ids=str)
 def test_shipped_tiles(entry, apart, monkeypatch):
     """Whole and masked blocks of text, tiles of several thoughts, thoughts of more rows than a block of own keys."""
-    monkeypatch.setattr(_attention_forward, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
+    monkeypatch.setattr(op, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
     generator = torch.Generator().manual_seed(0)
     layout = ThoughtLayout.at(torch.arange(3, 300, apart)[None], 2, 19, text_length=300)
     dtype = {2: torch.float16, 4: torch.float32}[entry[1]]

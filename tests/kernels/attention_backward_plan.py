@@ -1,6 +1,6 @@
 """The blocks that the kernels of thought_attention's backward go over, computed on the host: for accounts of arithmetic.
 
-As ``_attention_plan`` does for the forward; a test counts the products that really run.
+As ``attention_plan`` does for the forward; a test counts the products that really run.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from attention_plan import cdiv, forward_plan
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_plan import cdiv, forward_plan
 
 
 @dataclass(frozen=True)

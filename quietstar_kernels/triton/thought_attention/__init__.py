@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward import thought_attention_backward
-from quietstar_kernels.triton._attention_forward import thought_attention as forward
 from quietstar_kernels.triton._launch import compiling_at_once
 from quietstar_kernels.triton._target import INTERPRETED
+from quietstar_kernels.triton.thought_attention.backward import thought_attention_backward
+from quietstar_kernels.triton.thought_attention.forward import thought_attention as launch_forward
 
 __all__ = ["thought_attention", "thought_attention_backward"]
 _compiled: set[tuple] = set()
@@ -27,7 +27,7 @@ def thought_attention(
         if kind not in _compiled:
             _compiled.add(kind)
             compile_at_once(q, k, v, layout, scale, window, softcap, sinks, query_rows)
-    return forward(q, k, v, layout, scale, window, softcap, sinks, query_rows)
+    return launch_forward(q, k, v, layout, scale, window, softcap, sinks, query_rows)
 
 
 def compile_at_once(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, *options: Any) -> None:
@@ -36,7 +36,7 @@ def compile_at_once(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, *opt
     rest: list[Any] = [_without_data(x) if isinstance(x, Tensor) else x for x in options]
     layout = layout.to("meta")
     with compiling_at_once():
-        out, lse = forward(q, k, v, layout, *rest)
+        out, lse = launch_forward(q, k, v, layout, *rest)
         thought_attention_backward(out, q, k, v, out, lse, layout, *rest)
 
 

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._launch import Launch, Plan, Tiles, cdiv, plan
-from quietstar_kernels.triton._math import LN_2, LOG2_E, bend
+from quietstar_kernels.triton._launch import Launch, cdiv, plan
+from quietstar_kernels.triton._math import LN_2, LOG2_E
 from quietstar_kernels.triton._rows import (
     FAR,
     cover,
@@ -31,18 +31,16 @@ from quietstar_kernels.triton._rows import (
     tile_start,
     window_bounds,
 )
+from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_SHORT,
     SHORT,
-    Config,
     pick,
 )
-
-LOWEST = tl.constexpr(-1e38)  # a row's top before it has seen a key: finite, so that nothing is inf - inf
 
 
 def thought_attention(
@@ -76,17 +74,6 @@ def thought_attention(
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
     known.launch("forward", config, (q, k, v, *tiles, sinks, *own, out, lse), prepare)
     return out, lse
-
-
-def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
-    """Of k and v, whole tiles of each of ``blocks``, k's first; None for all where one can't be copied whole."""
-
-    def describe() -> Tiles:
-        rows = [config.blocks[block] for block in blocks]
-        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
-        return [None] * len(tiles) if None in tiles else tiles
-
-    return known.tiles(config, (k, v) * len(blocks), describe)
 
 
 @triton.jit(
@@ -205,51 +192,3 @@ def over_keys(
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     return top, total, acc
-
-
-@triton.jit
-def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr):
-    """queries [rows,K] times keys [columns,K]: [rows,columns]; with a soft cap scaled and capped, else not yet scaled.
-
-    SLICES cuts K, at most into sixteens: warps then share the columns of the factors, which for fp32 fill too many registers.
-    """
-    WIDTH: tl.constexpr = max(16, queries.shape[-1] // SLICES)
-    COUNT: tl.constexpr = queries.shape[-1] // WIDTH
-    if COUNT > 1:
-        keys = tl.permute(slices(keys, COUNT), [0, 2, 1])
-        s = tl.sum(tl.dot(slices(queries, COUNT), keys, input_precision=PRECISION), 0)
-    else:
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    return s if softcap is None else softcap * bend(s * (scale / softcap), queries.dtype)
-
-
-@triton.jit
-def slices(x, COUNT: tl.constexpr):
-    """[rows,K] to [COUNT,rows,K/COUNT]."""
-    return tl.permute(tl.reshape(x, [x.shape[0], COUNT, x.shape[1] // COUNT]), [1, 0, 2])
-
-
-@triton.jit
-def softmax_step(s, factor, top, total, acc):
-    """Weights of new scores, which times ``factor`` are in units of log 2; top, total and acc brought up to date.
-
-    A row's sum of weights so far is ``total`` times 2^top, its weighted sum of values ``acc`` times 2^top.
-    """
-    new_top = tl.maximum(top, tl.max(s, 1) * factor)
-    p = tl.exp2(s * factor - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    return p, new_top, total * decay + tl.sum(p, 1), acc * decay[:, None]
-
-
-@triton.jit
-def without_poison(values):
-    """Values [keys,E] with 0 in keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
-
-    Added to a key's scores it makes the rows that see the key NaN; the others must not meet 0 * NaN.
-    """
-    if values.dtype == tl.float32:
-        bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000
-    else:
-        bits, EXPONENT = values.to(tl.int16, bitcast=True), 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
-    poisoned = tl.max(bits & EXPONENT, axis=1) == EXPONENT
-    return tl.where(poisoned[:, None], 0.0, values), tl.where(poisoned, float("nan"), 0.0)

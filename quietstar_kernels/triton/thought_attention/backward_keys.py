@@ -14,12 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_backward_sum import add_parts
-from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR
+from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
@@ -30,6 +27,9 @@ from quietstar_kernels.triton.configs import (
     Config,
     pick,
 )
+from quietstar_kernels.triton.thought_attention.backward_rows import Rows
+from quietstar_kernels.triton.thought_attention.backward_sum import add_parts
+from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 # A block of text has few programs, and long ones, so its rows are cut in parts whose sums are added in order: as many as make
 # PROGRAMS, two for each of 132 multiprocessors, but at most PARTS and with TILES row tiles each on average.

@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
+from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
+from quietstar_kernels.triton.thought_attention.backward_rows import Rows
+from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 
 def query_gradient(

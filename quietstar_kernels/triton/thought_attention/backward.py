@@ -1,7 +1,7 @@
 """Backward of thought_attention, without atomics: each gradient is summed by one program, in a fixed order.
 
-Tables of the query rows first (``_attention_backward_rows``), then dq (``_attention_backward_queries``), then dk and dv
-(``_attention_backward_keys``). Scores are computed anew in both: seven matrix products, where one pass over both, which has to
+Tables of the query rows first (``backward_rows``), then dq (``backward_queries``), then dk and dv
+(``backward_keys``). Scores are computed anew in both: seven matrix products, where one pass over both, which has to
 add up dq across programs, takes five.
 """
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_keys import key_gradients
-from quietstar_kernels.triton._attention_backward_queries import query_gradient
-from quietstar_kernels.triton._attention_backward_rows import row_tables
 from quietstar_kernels.triton._launch import plan
+from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
+from quietstar_kernels.triton.thought_attention.backward_queries import query_gradient
+from quietstar_kernels.triton.thought_attention.backward_rows import row_tables
 
 
 def thought_attention_backward(
