@@ -24,6 +24,7 @@ from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
 
 MEAN_ULPS = {torch.float32: 64, torch.float16: 2, torch.bfloat16: 2}  # right back ends reach 5, and 0.5 in 16 bits
+TEXT = 160  # positions of the text in FIRST_USE: several blocks of any kernel
 SEED = 33  # with it no draw of ``sampling`` is near another one, so that every back end must draw the same
 
 
@@ -138,6 +139,15 @@ JUDGES: dict[str, Callable[..., float]] = {
     "sample_token": sampling,
     "linear_logprob": logprob,
 }
+
+
+def _first_use(judge: Callable[..., float]) -> Callable[..., float]:
+    """``judge`` of a layout and heads that are quick to try."""
+    return lambda *arguments, **options: judge(*arguments, layout=chosen_anchors(TEXT), heads=2, groups=1, **options)
+
+
+# What ``auto`` tries before it takes a back end on an unknown GPU.
+FIRST_USE = JUDGES | {"thought_attention": _first_use(attention), "thought_decode": _first_use(decode)}
 
 
 def _worst(op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Any], *rest: Any, **options: Any) -> float:

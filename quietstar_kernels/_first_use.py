@@ -26,7 +26,10 @@ import torch
 MEASURED: frozenset[str] = frozenset()
 TYPES = ("cuda",)  # of devices where back ends are tried
 HAVE_BACKWARD = ("thought_attention", "linear_logprob")
-TEXT = 160  # positions: several blocks of any kernel
+
+# By op, a small case: f(backend, device, dtype, **widths, backward=...), which raises AssertionError if the result is wrong.
+# The package's __init__ puts them here: they call the ops, and the ops call this module.
+CASES: dict[str, Callable[..., object]] = {}
 
 Widths = tuple[tuple[str, int], ...]
 _found: dict[tuple[str, str, torch.device, torch.dtype, Widths, bool], str | None] = {}
@@ -62,7 +65,7 @@ def found(op: str, backend: str, device: torch.device, dtype: torch.dtype | None
     return next(wrong, None)
 
 
-found._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, as _dispatch._why_not_library
+found._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, as cuda._why_not_library
 
 
 def _is_busy() -> bool:
@@ -90,7 +93,7 @@ def _try_or_remember(
         warnings.warn(
             f"{op}: backend {backend!r} is wrong on {kind} in {dtype}, so backend='auto' takes the next one. {said}. "
             "Please report this with what `python -m quietstar_kernels check` prints.",
-            stacklevel=5,
+            stacklevel=6,
         )
         return f"it is wrong on {kind}: {said}"
     _remember(what)
@@ -108,17 +111,10 @@ def _in_a_thread(function: Callable[[], Any]) -> None:
 
 
 def _try(op: str, backend: str, device: torch.device, dtype: torch.dtype, widths: dict[str, int], backward: bool) -> None:
-    """Raises AssertionError where the result is wrong."""
-    from quietstar_kernels import _cases  # the ops import this module
-
+    """Raises AssertionError if the result is wrong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    arguments: dict[str, Any] = dict(widths)
-    if op in HAVE_BACKWARD:
-        arguments["backward"] = backward
-    if op in ("thought_attention", "thought_decode"):
-        arguments |= {"layout": _cases.chosen_anchors(TEXT), "heads": 2, "groups": 1}
-    _cases.JUDGES[op](backend, device, dtype, **arguments)
+    CASES[op](backend, device, dtype, **widths, **({"backward": backward} if op in HAVE_BACKWARD else {}))
 
 
 @functools.cache

@@ -17,6 +17,11 @@ BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sam
 GROUPS = 8  # a block is searched as 8 groups of 16 columns
 
 
+def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """As ``_dispatch.why_not``: it serves everything."""
+    return None
+
+
 def wide(x: Tensor) -> Tensor:
     """fp64 stays, everything else computes in fp32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
 
-from quietstar_kernels import _dispatch, _first_use
+from quietstar_kernels import _cases, _dispatch, _first_use
 from quietstar_kernels.cuda import _library
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
@@ -114,7 +114,7 @@ def tries(monkeypatch, tmp_path):
     tried = []
     right = _first_use._try
     monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(_first_use, "TEXT", 24)
+    monkeypatch.setattr(_cases, "TEXT", 24)
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quietstar_kernels import _dispatch, _first_use, cuda_library
+from quietstar_kernels import _dispatch, _first_use, cuda_library, triton
 from quietstar_kernels.cuda import _library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -33,7 +33,7 @@ def load(monkeypatch, tmp_path):
         monkeypatch.setattr(_library, "_load", loaded)
 
     def forget():
-        for function in (_library.built_for, _library.missing, _library._why_not_gpu, _dispatch._why_not_gpu):
+        for function in (_library.built_for, _library.missing, _library._why_not_gpu, triton._why_not_gpu):
             function.cache_clear()
 
     forget()
