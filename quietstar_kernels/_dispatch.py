@@ -37,7 +37,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
         return _fastest(op, device, dtype, widths)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(op, backend, device, dtype, **widths)
+    reason = BACKENDS[backend].why_not(op, device, dtype, **widths)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available: {reason}")
     return backend

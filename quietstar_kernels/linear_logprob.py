@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
+from quietstar_kernels._options import Head, Saved
 
 _OP = "linear_logprob"
 IGNORED = -100
@@ -78,14 +79,14 @@ def linear_logprob(
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(check, targets, banned)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    head = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
+    inputs = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_scale is not None and any(wanted):
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
-        logprob, entropy, *_ = _joined(promised, *head, wanted, keep_bytes, backend)
+        logprob, entropy, *_ = _joined(promised, *inputs, wanted, keep_bytes, backend)
     else:
         keep = any(wanted) and backend != "reference" and _fits(hidden, check["V"], keep_bytes, backend)
-        logprob, entropy, *_ = _forward(*head, return_entropy, keep, backend)
+        logprob, entropy, *_ = _forward(*inputs, return_entropy, keep, backend)
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -128,10 +129,10 @@ def _forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy and, for the backward, what ``reference.linear_logprob`` says; empty where nothing is kept."""
-    options = (scale, softcap, temperature, list(banned))
-    *states, kept, rows = _dispatch.run(_OP, backend, hidden, weight, targets, bias, *options, return_entropy, keep)
-    return *states, *((kept, rows) if keep else _nothing(hidden, 2))
+    """The log-probability and the fields of ``Saved``, the last two empty if nothing is kept."""
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    *states, kept, kept_rows = _dispatch.run(_OP, backend, hidden, head, targets, return_entropy, keep)
+    return *states, *((kept, kept_rows) if keep else _nothing(hidden, 2))
 
 
 @_forward.register_fake
@@ -162,11 +163,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those that aren't ``wanted`` are empty."""
-    head, saved = (hidden, weight, targets, bias), (entropy, largest, log_total, kept, kept_rows)
-    options = (scale, softcap, temperature, list(banned))
-    return _present(
-        hidden, _dispatch.run(f"{_OP}_backward", backend, grad_logprob, grad_entropy, *head, *saved, *options, list(wanted))
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    saved = Saved(entropy, largest, log_total, kept, kept_rows)
+    given = (grad_logprob, grad_entropy, hidden, head, targets, saved, list(wanted))
+    return _present(hidden, _dispatch.run(f"{_OP}_backward", backend, *given))
 
 
 @_backward.register_fake
@@ -191,10 +191,9 @@ def _joined(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, and the gradients if ``promised`` [1 or 2,R] is what comes back; those not ``wanted`` are empty."""
     grad_logprob, grad_entropy = promised[0].contiguous(), promised[1].contiguous() if len(promised) == 2 else None
-    head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, list(banned))
-    logprob, entropy, *grads = _dispatch.run(
-        f"{_OP}_joined", backend, grad_logprob, grad_entropy, *head, *options, list(wanted), keep_bytes
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    given = (grad_logprob, grad_entropy, hidden, head, targets, list(wanted), keep_bytes)
+    logprob, entropy, *grads = _dispatch.run(f"{_OP}_joined", backend, *given)
     return logprob, entropy, *_present(hidden, grads)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import Head
 
 _OP = "sample_token"
 
@@ -80,9 +81,8 @@ def _sample_token(
     banned: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _dispatch.run(
-        "sample_token", backend, hidden, weight, counters, seed, bias, scale, softcap, temperature, list(banned)
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    return _dispatch.run("sample_token", backend, hidden, head, counters, seed)
 
 
 def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):

@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, Checker
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -105,7 +106,7 @@ def _thought_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    return _dispatch.run("thought_attention", backend, q, k, v, layout, scale, window, softcap, sinks, query_rows)
+    return _dispatch.run("thought_attention", backend, q, k, v, layout, AttentionOptions(scale, window, softcap, sinks))
 
 
 def _fake(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
@@ -132,9 +133,9 @@ def _thought_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    dq, dk, dv, dsinks = _dispatch.run(
-        "thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, scale, window, softcap, sinks, query_rows
-    )
+    options = AttentionOptions(scale, window, softcap, sinks)
+    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, options)
+    dq, dk, dv, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

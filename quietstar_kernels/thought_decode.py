@@ -8,6 +8,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -106,9 +107,8 @@ def _thought_decode(
     backend: str,
 ) -> Tensor:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    return _dispatch.run(
-        "thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks
-    )
+    options = AttentionOptions(scale, window, softcap, sinks)
+    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, options)
 
 
 def _fake(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):

@@ -58,16 +58,16 @@ def from_thought(x: Tensor, shape: torch.Size) -> Tensor:
     return x.unflatten(0, (B, G, c)).unflatten(3, (h, s)).transpose(2, 3)
 
 
-def chunks(layout: ThoughtLayout, window: int | None, heads: int, dtype: torch.dtype, query_rows: str) -> Iterator[Chunk]:
-    """Every query row of ``thought_attention``; ``heads`` h is how often masks repeat, head after head."""
-    if query_rows == "all":
+def chunks(layout: ThoughtLayout, rows: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    """The ``rows`` query rows of ``thought_attention``; ``heads`` h is how often masks repeat, head after head."""
+    text_rows = rows - layout.R
+    if text_rows:
         t = torch.arange(layout.L, device=layout.device).expand(layout.B, -1)
-        for cut, *text in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
-            yield Chunk(cut, 1, None, *text)
+        for cut, *keys in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
+            yield Chunk(cut, 1, None, *keys)
     ahead = torch.arange(1, layout.S + 1, device=layout.device)
-    start = layout.L if query_rows == "all" else 0
     places = min(ANCHORS, -(-THOUGHT_ROWS // (layout.N * layout.S * heads)))
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, start)
+    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, text_rows)
 
 
 def step_chunks(layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:

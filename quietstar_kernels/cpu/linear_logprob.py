@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu._head import chunk_rows, row_chunks
 from quietstar_kernels.reference import wide
 
@@ -24,26 +25,18 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-    return_entropy: bool,
-    keep: bool,
+    hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
-    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
-    states = head.weight.new_empty(4, R)
-    buffer = head.weight.new_empty(R if keep else chunk_rows(R, V), V)
-    gaps = head.weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
+    states = weight.new_empty(4, R)
+    buffer = weight.new_empty(R if keep else chunk_rows(R, V), V)
+    gaps = weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
     for rows in row_chunks(R, V):
         out = buffer[rows] if keep else buffer[: rows.stop - rows.start]
-        head.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
+        softmax.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
     picked, entropy, largest, log_total = (state.clone() for state in states)
     logprob = torch.where(targets == -100, 0, picked)
     return logprob, entropy, largest, log_total, *((buffer, picked[:, None]) if keep else (None, None))
@@ -53,32 +46,24 @@ def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
+    saved: Saved,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_backward``."""
-    options = (scale, softcap, temperature, banned)
+    entropy, largest, log_total, kept, kept_rows = saved
     if kept is None or kept_rows is None:
-        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, weight, targets, bias, *options, wanted, 0)[2:]
-    head = _Head(weight, bias, *options)
+        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, head, targets, wanted, 0)[2:]
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
     states = torch.stack([kept_rows[:, 0], entropy, largest, log_total])
-    gradients = _Gradients(hidden, head.weight, wanted)
-    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    gradients = _Gradients(hidden, weight, wanted)
+    buffer = weight.new_empty(chunk_rows(R, V), V)
     for rows in row_chunks(R, V):
         d = buffer[: rows.stop - rows.start]
-        head.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        softmax.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
         gradients.add(rows, d)
     return gradients.result()
 
@@ -87,27 +72,23 @@ def linear_logprob_joined(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
     wanted: list[bool],
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_joined``; the buffer is that of a forward that keeps nothing."""
-    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
-    states = head.weight.new_empty(4, R)
-    gradients = _Gradients(hidden, head.weight, wanted)
-    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    states = weight.new_empty(4, R)
+    gradients = _Gradients(hidden, weight, wanted)
+    buffer = weight.new_empty(chunk_rows(R, V), V)
     gaps = None if grad_entropy is None else torch.empty_like(buffer)
     for rows in row_chunks(R, V):
         d = buffer[: rows.stop - rows.start]
-        head.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
-        head.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        softmax.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
+        softmax.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
         gradients.add(rows, d)
     return torch.where(targets == -100, 0, states[0]), states[1].clone(), *gradients.result()
 
@@ -116,22 +97,15 @@ def _of(grad: Tensor | None, rows: slice) -> Tensor | None:
     return None if grad is None else grad[rows]
 
 
-class _Head:
+class _Softmax:
     """Between hidden states and weights, and weights and gradients of hidden · weight, some rows at a time.
 
     ``states`` [4,rows]: the log-probability of the target (of id 0 where that is -100), entropy, the LSE in two parts.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-        temperature: float,
-        banned: list[int],
-    ):
-        self.weight, self.bias, self.banned = wide(weight), bias, banned
+    def __init__(self, head: Head):
+        weight, self.bias, scale, softcap, temperature, self.banned = head
+        self.weight = wide(weight)
         scale = 1.0 if scale is None else scale
         self.inner = scale / temperature if softcap is None else scale / softcap
         self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._checks import names
+from quietstar_kernels._options import Head
 from quietstar_kernels.cuda import _library
 from quietstar_kernels.reference import BLOCK
 
@@ -25,18 +26,9 @@ def serves(dtype: torch.dtype, **widths: int) -> str | None:
     return None if dtype in DTYPES else f"it computes in {names(DTYPES)}, not in {names([dtype])}"
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``, for what ``serves`` does not refuse."""
+    weight, bias, scale, softcap, temperature, banned = head
     R, V = len(hidden), len(weight)
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:

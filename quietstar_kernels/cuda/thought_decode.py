@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._checks import names
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cuda import _library
 from quietstar_kernels.layout import ThoughtLayout
 
@@ -28,9 +29,10 @@ def serves(dtype: torch.dtype, K: int, E: int) -> str | None:
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
+    scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L = k_text.shape[1:3]
     out = q.new_empty((B, H, thoughts, K))

@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.triton._logits import LOWEST, _logits_gradient, _online_softmax
 from quietstar_kernels.triton._product import add_product, product
 from quietstar_kernels.triton.configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
@@ -46,20 +47,12 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-    return_entropy: bool,
-    keep: bool,
+    hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
+    weight = head.weight
     R, V = len(hidden), len(weight)
-    shift, factors = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    shift, factors = _shift(head), _factors(head)
     targets = targets.contiguous()
     largest = shift.new_full((R,), LOWEST.value)
     total, picked = shift.new_zeros(R), shift.new_full((R,), math.nan)
@@ -105,25 +98,15 @@ def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
+    saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
     """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
-    grads = _empty_gradients(hidden, weight, wanted, weight.dtype)
-    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
-    saved = (entropy, largest, log_total, kept, kept_rows)
-    _backward(grad_logprob, grad_entropy, hidden, weight, targets, *saved, *options, grads, add=False)
+    grads = _empty_gradients(hidden, head.weight, wanted, head.weight.dtype)
+    final = _shift(head), _factors(head)
+    _backward(grad_logprob, grad_entropy, hidden, head.weight, targets, saved, *final, grads, add=False)
     return _rounded(hidden, grads)
 
 
@@ -131,13 +114,8 @@ def linear_logprob_joined(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
     wanted: list[bool],
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -145,19 +123,20 @@ def linear_logprob_joined(
 
     With D rows the products take over ten times as long as it takes to read and write the weight's gradient once more.
     """
+    weight = head.weight
     (R, D), V = hidden.shape, len(weight)
     step = _aligned(max(D, keep_bytes // (_aligned(V) * hidden.element_size())))
     logprob, entropy = (hidden.new_empty(R, dtype=torch.float32) for _ in range(2))
     dhidden, dweight, dbias = grads = _empty_gradients(hidden, weight, wanted, torch.float32 if step < R else weight.dtype)
-    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    final = _shift(head), _factors(head)
     for rows in _slices(max(R, 1), step):  # no rows: gradients of zero
-        part, of_part = (hidden[rows], weight, targets[rows]), (None if dhidden is None else dhidden[rows], dweight, dbias)
+        part, of_part = hidden[rows], (None if dhidden is None else dhidden[rows], dweight, dbias)
         logprob[rows], entropy[rows], largest, log_total, kept, kept_rows = linear_logprob(
-            *part, bias, scale, softcap, temperature, banned, return_entropy=grad_entropy is not None, keep=True
+            part, head, targets[rows], return_entropy=grad_entropy is not None, keep=True
         )
-        saved = (*part, entropy[rows], largest, log_total, kept, kept_rows)
-        come = None if grad_entropy is None else grad_entropy[rows]
-        _backward(grad_logprob[rows], come, *saved, *options, of_part, add=rows.start > 0)
+        saved = Saved(entropy[rows], largest, log_total, kept, kept_rows)
+        come = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
+        _backward(*come, part, weight, targets[rows], saved, *final, of_part, add=rows.start > 0)
         del saved, kept, kept_rows  # before the next rows keep theirs
     return logprob, entropy, *_rounded(hidden, grads)
 
@@ -180,11 +159,7 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
+    saved: Saved,
     shift: Tensor,
     factors: tuple[float, float | None],
     grads: Gradients,
@@ -192,6 +167,7 @@ def _backward(
 ) -> None:
     """Adds to the gradient of hidden; writes those of weight and bias or, with ``add``, adds to them, both fp32 then."""
     R, V = len(hidden), len(weight)
+    entropy, largest, log_total, kept, kept_rows = saved
     dhidden, dweight, dbias = grads
     targets, grad_logprob = targets.contiguous(), torch.where(targets == -100, 0, grad_logprob)
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
@@ -238,20 +214,22 @@ def _backward(
             dbias[ids] = d.sum(0, dtype=torch.float32) + (dbias[ids] if add else 0)
 
 
-def _shift(weight: Tensor, bias: Tensor | None, banned: list[int]) -> Tensor:
+def _shift(head: Head) -> Tensor:
     """What is added to each logit, fp32 [V] and padding: the bias, -inf for ids that don't count."""
-    V = len(weight)
-    shift = weight.new_full((_aligned(V),), -math.inf, dtype=torch.float32)
-    shift[:V] = 0 if bias is None else bias
-    for token in banned:
+    V = len(head.weight)
+    shift = head.weight.new_full((_aligned(V),), -math.inf, dtype=torch.float32)
+    shift[:V] = 0 if head.bias is None else head.bias
+    for token in head.banned:
         shift[token : token + 1].fill_(-math.inf)
     return shift
 
 
-def _factors(scale: float | None, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+def _factors(head: Head) -> tuple[float, float | None]:
     """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x where outer is None."""
-    scale = 1.0 if scale is None else scale
-    return (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
+    scale = 1.0 if head.scale is None else head.scale
+    if head.softcap is None:
+        return scale / head.temperature, None
+    return scale / head.softcap, head.softcap / head.temperature
 
 
 def _chunk(R: int, V: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels._options import Head
 from quietstar_kernels.triton._launch import Launch, Tiles, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
@@ -29,18 +30,9 @@ LOWEST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``."""
+    weight, bias, scale, softcap, temperature, banned = head
     R, V = hidden.shape[0], weight.shape[0]
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
@@ -29,9 +30,10 @@ from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUG
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``."""
+    scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]
     out = q.new_empty(B, H, thoughts, E)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout, reference
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.testing import attention_inputs, random_layout
 
 pytest.importorskip("triton")
@@ -105,7 +106,8 @@ def test_plan_is_what_runs(name, group, products):
     layout, options = LAYOUTS[name]
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 2 * group, 2, 24, 40, query_rows=options["query_rows"])
-    thought_attention(layout=layout, scale=1.0, softcap=None, **inputs, **options)
+    sinks = inputs.pop("sinks")
+    thought_attention(layout=layout, options=AttentionOptions(1.0, options["window"], None, sinks), **inputs)
     blocks = configs.pick(configs.ATTENTION_FORWARD, 4, 40).blocks
     plan = forward_plan(layout, group, blocks, **options)
     assert plan.full.sum() and plan.edge.sum() and plan.own.sum()
@@ -119,7 +121,7 @@ def test_backward_plan_is_what_runs(name, products):
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"])
     q, k, v, _ = inputs.values()
-    rest = (layout, 1.0, options["window"], None, None, options["query_rows"])
+    rest = (layout, AttentionOptions(1.0, options["window"], None, None))
     out, lse = reference.thought_attention(q, k, v, *rest)
     thought_attention_backward(out, q, k, v, out, lse, *rest)
     plan = backward_plan(layout, 3, *(configs.pick(table, 4, 40).blocks for table in BACKWARD_TABLES), **options)

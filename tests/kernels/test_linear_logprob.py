@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quietstar_kernels import _dispatch, linear_logprob
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.linear_logprob import _backward, _forward, _joined, _rescale
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
@@ -216,19 +217,18 @@ def test_gradients_are_optional(backend, device, way):
     inputs, grads = make(0, (5, 3, 20), device)
     op = in_way(way, backend, grads[:1])
     _, want = forward_backward(op, inputs, grads[:1])
-    head = [inputs[name] for name in ("hidden", "weight", "targets", "bias")]
-    rest = (None, None, 1.0, [])
+    given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, None, 1.0, []), inputs["targets"]
     functions = _dispatch.module("linear_logprob", backend)
-    _, *saved = functions.linear_logprob(*head, *rest, False, way == "kept")
+    _, *saved = functions.linear_logprob(*given, False, way == "kept")
     for i, name in enumerate(("hidden", "weight", "bias")):
         leaf = inputs[name].detach().requires_grad_()
         op(**(inputs | {name: leaf})).backward(grads[0])
         assert torch.equal(leaf.grad, want[name]), name
         wanted = [i == j for j in range(3)]
         if way == "known":
-            got = functions.linear_logprob_joined(grads[0], None, *head, *rest, wanted, 0)[2:]
+            got = functions.linear_logprob_joined(grads[0], None, *given, wanted, 0)[2:]
         else:
-            got = functions.linear_logprob_backward(grads[0], None, *head, *saved, *rest, wanted)
+            got = functions.linear_logprob_backward(grads[0], None, *given, Saved(*saved), wanted)
         assert [x is not None for x in got] == wanted
 
 

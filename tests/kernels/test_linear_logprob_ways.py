@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from quietstar_kernels import _dispatch, linear_logprob
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.testing import forward_backward, logprob_inputs
 
 R, D, V = 48, 16, 640
@@ -53,17 +54,17 @@ def test_products(backend, inputs, entropy):
     if backend == "reference":
         pytest.skip("it never keeps anything")
     functions = _dispatch.module("linear_logprob", backend)
-    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, None, 1.0, [])
+    given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, None, 1.0, []), inputs["targets"]
     grads = torch.ones(2, R, device=inputs["hidden"].device).unbind()
     grads = (grads[0], grads[1] if entropy else None)
     for keep, products in ((False, 3), (True, 2)):
         with Products() as forward:
-            _, *saved = functions.linear_logprob(*head, *rest, entropy, keep)
+            _, *saved = functions.linear_logprob(*given, entropy, keep)
         with Products() as backward:
-            functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+            functions.linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
         assert (forward.count, backward.count) == (R * D * V, products * R * D * V)
     with Products() as joined:
-        functions.linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+        functions.linear_logprob_joined(*grads, *given, [True] * 3, 0)
     assert joined.count == 3 * R * D * V
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, plain_attention
 
 pytest.importorskip("triton")
@@ -21,7 +22,7 @@ from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E4
 
 
 def forward(q, k, v, layout, sinks):
-    return op.thought_attention(q, k, v, layout, q.shape[-1] ** -0.5, None, None, sinks, "all")
+    return op.thought_attention(q, k, v, layout, AttentionOptions(q.shape[-1] ** -0.5, None, None, sinks))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")

@@ -1,12 +1,11 @@
-"""thought_attention on GPUs: the forward and the backward, each in files of its own."""
+"""thought_attention on GPUs: the forward in one file, the backward in several."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._launch import compiling_at_once
 from quietstar_kernels.triton._target import INTERPRETED
@@ -18,26 +17,27 @@ _compiled: set[tuple] = set()
 
 
 def thought_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, query_rows: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``reference.thought_attention``. Where a backward will follow, its kernels are compiled with that of the forward."""
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.thought_attention``. If a backward will follow, its kernels are compiled along with the forward's."""
     if q.requires_grad and not INTERPRETED:
+        _, window, softcap, sinks = options
         kind = q.device, q.dtype, q.shape[-1], v.shape[-1], window is None, softcap is None, sinks is None
         if kind not in _compiled:
             _compiled.add(kind)
-            compile_at_once(q, k, v, layout, scale, window, softcap, sinks, query_rows)
-    return launch_forward(q, k, v, layout, scale, window, softcap, sinks, query_rows)
+            compile_at_once(q, k, v, layout, options)
+    return launch_forward(q, k, v, layout, options)
 
 
-def compile_at_once(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, *options: Any) -> None:
-    """Compile the forward and the backward for such arguments, with a gradient of ``out`` that is laid out as ``out`` is."""
+def compile_at_once(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, options: AttentionOptions) -> None:
+    """Compile the forward and the backward for such arguments, and for a gradient of ``out`` with the strides of ``out``."""
     q, k, v = (_without_data(x) for x in (q, k, v))
-    rest: list[Any] = [_without_data(x) if isinstance(x, Tensor) else x for x in options]
     layout = layout.to("meta")
+    if options.sinks is not None:
+        options = options._replace(sinks=_without_data(options.sinks))
     with compiling_at_once():
-        out, lse = launch_forward(q, k, v, layout, *rest)
-        thought_attention_backward(out, q, k, v, out, lse, layout, *rest)
+        out, lse = launch_forward(q, k, v, layout, options)
+        thought_attention_backward(out, q, k, v, out, lse, layout, options)
 
 
 def _without_data(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from quietstar_kernels.triton.configs import (
     Config,
     pick,
 )
-from quietstar_kernels.triton.thought_attention.backward_rows import Rows
+from quietstar_kernels.triton.thought_attention.backward_rows import Inputs
 from quietstar_kernels.triton.thought_attention.backward_sum import add_parts
 from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
@@ -36,16 +36,14 @@ from quietstar_kernels.triton.thought_attention.backward_weights import weights
 PROGRAMS, PARTS, TILES = 264, 8, 16
 
 
-def key_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, window: int | None,
-    scale: float, softcap: float | None, known: Plan,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """dk and dv, in the shapes and dtypes of k and v; 0 in rows that are off and text that no query row sees."""
+    _, q, k, v, layout, (_, window, softcap, _), _, known = inputs
     (B, G, _, K), E, L = k.shape, v.shape[-1], layout.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if layout.R:
         config = pick(ATTENTION_BACKWARD_OWN_KEYS, q.element_size(), max(K, E))
-        _launch(grad_out, q, k, v, tables, layout, None, scale, softcap, dk, dv, 1, config, known)
+        _launch(inputs, None, dk, dv, 1, config)
     if L:
         special = [] if window is None and softcap is None else [ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS]
         config = pick([*special, ATTENTION_BACKWARD_TEXT_KEYS], q.element_size(), max(K, E))
@@ -54,19 +52,17 @@ def key_gradients(
         parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
         dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
         dv_parts = k.new_empty((parts, B, G, L, E), dtype=torch.float32)
-        _launch(grad_out, q, k, v, tables, layout, ranges, scale, softcap, dk_parts, dv_parts, parts, config, known)
+        _launch(inputs, ranges, dk_parts, dv_parts, parts, config)
         add_parts(dk_parts, dv_parts, dk, dv, known)
     return dk, dv
 
 
-def _launch(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, ranges: Tensor | None,
-    scale: float, softcap: float | None, dk: Tensor, dv: Tensor, parts: int, config: Config, known: Plan,
-) -> None:  # fmt: skip
+def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts: int, config: Config) -> None:
     """Keys of the text where there are ``ranges``, else of the thought rows.
 
     dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
+    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
     K, E = k.shape[3], v.shape[3]
     kind, first, count, oldest = "own keys", tables.own_first, tables.own_count, None
     if ranges is not None:

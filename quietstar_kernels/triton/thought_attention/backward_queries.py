@@ -9,22 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv
+from quietstar_kernels.triton._launch import Launch, cdiv
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
-from quietstar_kernels.triton.thought_attention.backward_rows import Rows
+from quietstar_kernels.triton.thought_attention.backward_rows import Inputs
 from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 
-def query_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, scale: float, softcap: float | None,
-    known: Plan,
-) -> Tensor:  # fmt: skip
+def query_gradient(inputs: Inputs) -> Tensor:
     """dq, in the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
+    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._math import LOG2_E
@@ -45,6 +47,19 @@ class Rows:
     own_count: Tensor
     oldest: Tensor | None
     dsinks: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """What the kernels of the gradients read."""
+
+    grad_out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: ThoughtLayout
+    options: AttentionOptions
+    tables: Rows
+    plan: Plan
 
 
 def row_tables(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LN_2, LOG2_E
@@ -44,10 +45,10 @@ from quietstar_kernels.triton.configs import (
 
 
 def thought_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, query_rows: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
+    scale, window, softcap, sinks = options
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     out = q.new_empty((B, H, rows, E))

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward, linear_logprob_joined
 
 HGMMA: dict[str, int] = {}
@@ -27,9 +28,9 @@ def run(R, D, V, dtype, rest, entropy, keep):
     """Forward and backward; where logits are kept they are joined once too, which compiles nothing else."""
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     targets = torch.empty(R, dtype=torch.int64, device="meta")
-    head, rest = (hidden, weight, targets, bias), (*rest[:3], [token for token in rest[3] if token < V])
-    logprob, *saved = linear_logprob(*head, *rest, entropy, keep)
+    given = hidden, Head(weight, bias, *rest[:3], [token for token in rest[3] if token < V]), targets
+    logprob, *saved = linear_logprob(*given, entropy, keep)
     grads = logprob, logprob if entropy else None
-    linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+    linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
     if keep:
-        linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+        linear_logprob_joined(*grads, *given, [True] * 3, 0)

@@ -8,6 +8,7 @@ import functools
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_attention import thought_attention, thought_attention_backward
 
 # Kernels with products of warp groups on sm_90, and how many of their loops, from the first on, are to read ahead.
@@ -45,7 +46,7 @@ def inputs(dtype, widths, options, B, L, N, S, G, HG):
     q, k, v = (torch.empty(B, layout.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
     window, softcap, has_sinks = options
     sinks = torch.empty(G * HG, device="meta") if has_sinks else None
-    return (q, k, v), (layout, 0.1, window, softcap, sinks, "all")
+    return (q, k, v), (layout, AttentionOptions(0.1, window, softcap, sinks))
 
 
 def forward(*case):

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
 HGMMA = {"_decode": 3}  # see thought_attention.py
@@ -45,8 +46,5 @@ def decode(dtype, K, E, options, B=1, L=256, P=256, N=2, S=14, groups=2, heads=4
         make(B, groups, P * N, S, E),
         ThoughtLayout(anchor, lo, length, S),
         torch.empty((), dtype=step, device="meta"),
-        K**-0.5,
-        window,
-        softcap,
-        make(groups * heads) if sinks else None,
+        AttentionOptions(K**-0.5, window, softcap, make(groups * heads) if sinks else None),
     )
