@@ -1,4 +1,4 @@
-"""Which back end serves an op on a device, and why another one can't. Only ``backend="auto"`` chooses."""
+"""Chooses the back end of a call. A back end that is named runs or raises; only ``backend="auto"`` looks for another."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def module(op: str, backend: str) -> ModuleType:
 def run(function: str, backend: str, *arguments: Any) -> Any:
     """Call an op's function, such as "thought_attention_backward", on the device of its first argument.
 
-    Back ends choose their own precision: autocast is off.
+    Autocast is off: back ends choose their own precision.
     """
     serve = getattr(module(function.removesuffix("_backward").removesuffix("_joined"), backend), function)
     device = arguments[0].device
@@ -92,7 +92,7 @@ def run(function: str, backend: str, *arguments: Any) -> Any:
 
 
 def backends(device: torch.device | str = "cpu") -> list[dict[str, str]]:
-    """One row per op and back end: ``{"op", "backend", "status"}``; status is "available" or the reason why not."""
+    """One row per op and back end: ``{"op", "backend", "status"}``. The status is "available", or the reason why it is not."""
     device = torch.device(device)
     return [
         {"op": op, "backend": backend, "status": why_not(op, backend, device) or "available"}

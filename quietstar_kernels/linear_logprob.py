@@ -1,4 +1,4 @@
-"""linear_logprob: log-probability of target ids under a language-model head, and entropy, forward and backward."""
+"""linear_logprob: log-probabilities of target ids under a language-model head, and entropies, forward and backward."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
 
-    Differentiable in hidden, weight and bias, also through the entropy. Banned ids leave the softmax.
+    Differentiable in hidden, weight and bias, also through the entropy. Banned ids are left out of the softmax.
 
-    Forward and backward take three matrix products where the forward keeps its logits, which it does if they fit
-    ``keep_bytes``. Otherwise the backward computes them again, a fourth product. With ``grad_scale`` there are three products
-    and no logits are kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by
-    one number.
+    If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
+    the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are
+    kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by one number.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -50,15 +49,15 @@ def linear_logprob(
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
         temperature: above 0.
-        banned: ids that leave the softmax.
-        return_entropy: also return each row's entropy, in nats.
-        backend: "auto" or the name of one; a named one runs or raises.
+        banned: ids that are left out of the softmax.
+        return_entropy: also return the entropy of each row, in nats.
+        backend: "auto", or the name of one, which runs or raises.
         grad_scale: the gradient of the loss with respect to the log-probabilities [R], or with ``return_entropy`` to
-            log-probabilities and entropies [2,R], up to one factor for all rows: such as -1/R for a mean loss. fp32 (fp64
-            for fp64 inputs). Gradients are rounded to hidden's dtype at this scale, so include a loss scale. If another
-            gradient comes back, the backward raises a ValueError on CPU, and makes all gradients NaN on a GPU.
-        keep_bytes: how many bytes of logits a forward may keep until its backward, 256 MiB by default; 0 keeps none. A logit
-            takes as many bytes as an element of hidden, on CPU at least 4. With ``grad_scale`` a GPU holds as many during
+            log-probabilities and entropies [2,R], up to one factor for all rows; for example, -1/R for a mean loss. fp32
+            (fp64 for fp64 inputs). Gradients are rounded to hidden's dtype at this scale, so include a loss scale. If the
+            backward gets another gradient, it raises a ValueError on CPU, and makes all gradients NaN on a GPU.
+        keep_bytes: how many bytes of logits a forward may keep for its backward, 256 MiB by default; 0 keeps none. A logit
+            takes as many bytes as an element of hidden, on CPU at least 4. With ``grad_scale`` a GPU holds this many during
             the forward, or the logits of D rows if those are more.
 
     Returns:
@@ -95,7 +94,7 @@ def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> boo
     itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
     fits = hidden.shape[0] * vocabulary * itemsize <= keep_bytes
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
 
         return guard_or_false(fits)
     return fits
@@ -189,7 +188,7 @@ def _joined(
     keep_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, and the gradients if ``promised`` [1 or 2,R] is what comes back; those not ``wanted`` are empty."""
+    """logprob, entropy, and the gradients for ``promised`` [1 or 2,R]; those that aren't ``wanted`` are empty."""
     grad_logprob, grad_entropy = promised[0].contiguous(), promised[1].contiguous() if len(promised) == 2 else None
     head = Head(weight, bias, scale, softcap, temperature, list(banned))
     given = (grad_logprob, grad_entropy, hidden, head, targets, list(wanted), keep_bytes)
@@ -207,9 +206,9 @@ def _(promised, hidden, weight, targets, bias, scale, softcap, temperature, bann
 def _rescale(
     promised: Tensor, came: Tensor, targets: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times the factor from the gradient ``promised`` to the one that ``came``, [1 or 2,R]; NaN without one.
+    """The gradients times the factor between ``promised`` and the gradient that ``came``, [1 or 2,R]; NaN if there is none.
 
-    The factor is read where ``promised`` is largest. Log-probabilities of rows whose target is -100 don't count.
+    The factor is that of the largest ``promised``. Log-probabilities of rows whose target is -100 don't count.
     """
     counts = torch.ones_like(promised, dtype=torch.bool)
     counts[0] = targets != IGNORED
@@ -219,8 +218,8 @@ def _rescale(
     largest = promised.abs().argmax(0, keepdim=True)
     factor = torch.where(promised[largest] == 0, 0, came[largest] / promised[largest])
     kept_promise = ((came - factor * promised).abs() <= TOLERANCE * (factor * promised).abs()).all()
-    if promised.device.type == "cpu" and not kept_promise and came.isfinite().all():  # an overflow is a loss scaler's to see
-        raise ValueError(f"{_OP}: grad_scale must be the gradient that comes back, up to one factor for all rows; it isn't")
+    if promised.device.type == "cpu" and not kept_promise and came.isfinite().all():  # a loss scaler handles an overflow
+        raise ValueError(f"{_OP}: grad_scale must be the gradient that comes back, up to one factor for all rows")
     factor = torch.where(kept_promise, factor, torch.nan)
     dhidden, dweight, dbias = (grad * factor[0] for grad in (dhidden, dweight, dbias))
     return dhidden, dweight, dbias
@@ -248,7 +247,7 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> t
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, targets, bias, *ctx.options, ctx.return_entropy, ctx.keep, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[2 if ctx.return_entropy else 1 :])
-    ctx.set_materialize_grads(False)  # else zeros for what is kept
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
     ctx.save_for_backward(hidden, weight, targets, bias, *output[1:4], *(output[4:] if ctx.keep else (None, None)))
 
 
@@ -266,7 +265,7 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 def _setup_joined(ctx: Any, inputs: tuple, output: tuple) -> None:
     promised, _, _, targets, *_ = inputs
     ctx.mark_non_differentiable(*output[len(promised) :])
-    ctx.set_materialize_grads(False)  # else zeros for the gradients
+    ctx.set_materialize_grads(False)  # no zeros for the gradients
     ctx.save_for_backward(promised, targets, *output[2:])
 
 

@@ -1,6 +1,6 @@
-"""The specification: all four ops in plain dense PyTorch, any device, fp64 too. Every back end is tested against this file.
+"""The specification: all four ops in plain dense PyTorch, on any device, in fp64 too. All back ends are tested against it.
 
-Shapes use the dimension key of the package. Attention works in fp32 (fp64 for fp64 inputs) whatever the input's dtype.
+Shapes use the dimension key of the package. Attention computes in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 
 BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition
-GROUPS = 8  # a block is searched as 8 groups of 16 columns
+GROUPS = 8  # the draw inside a block takes one of 8 groups of 16 columns first
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
@@ -24,7 +24,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **w
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp64 stays, everything else computes in fp32."""
+    """fp64 stays as it is; everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -63,7 +63,7 @@ def thought_attention_backward(
     kf, vf, poisoned = _without_poison(kf, vf, mask)
     raw = scale * qf @ kf.transpose(-1, -2)
     scores = _softcap(raw, softcap).masked_fill(~mask[:, None], -math.inf)
-    # A row that is off, or sees a NaN, has p = 0: it adds nothing to the gradients of the keys that it sees.
+    # A row that is off or sees a NaN has p = 0, so that it adds nothing to the gradients of its keys.
     safe_lse = torch.where(lse.isfinite(), lse, math.inf).to(scores.dtype)
     p = torch.exp(scores - safe_lse[..., None])
     delta = (dO * wide(out)).sum(-1).masked_fill(poisoned, 0)
@@ -91,7 +91,7 @@ def thought_decode(
     step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """Row ``step`` of every thought, q [B,H,P*N,K], against the text and its own rows 0..step. Returns [B,H,P*N,E]."""
+    """Row ``step`` of every thought, q [B,H,P*N,K], over the text and its own rows 0..step. Returns [B,H,P*N,E]."""
     B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
     rows = torch.arange(P * N, device=q.device) * S + step
     live = layout.live().flatten(1)[:, rows]
@@ -106,7 +106,7 @@ def thought_decode(
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probability [R]."""
+    """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probabilities [R]."""
     logits = final_logits(hidden, head._replace(temperature=head.temperature or 1.0))
     block_max, block_lse = block_state(logits)
     if head.temperature == 0:
@@ -249,7 +249,7 @@ def invert(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _first_above(weights: Tensor, target: Tensor) -> Tensor:
-    """Index of the first running sum above ``target``; by rounding there may be none: then the last positive weight."""
+    """Index of the first running sum above ``target``. Rounding may leave none: then of the last positive weight."""
     above = (weights.cumsum(-1) > target[:, None]) & (weights > 0)
     last_positive = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
     return torch.where(above.any(-1), above.int().argmax(-1), last_positive)
@@ -260,7 +260,7 @@ def _softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def _masks(layout: ThoughtLayout, window: int | None, rows: int) -> tuple[Tensor, Tensor]:
-    """Of the last ``rows`` packed rows, the dense mask [B,rows,M] and which are on [B,rows]."""
+    """For the last ``rows`` packed rows, the dense mask [B,rows,M] and which of them are on [B,rows]."""
     skip = layout.M - rows
     return layout.dense_mask(window)[:, skip:], _key_on(layout)[:, skip:]
 
@@ -272,14 +272,14 @@ def _key_on(layout: ThoughtLayout) -> Tensor:
 
 
 def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with NaN and infinity taken out, and the query rows [B,H,rows] that see one.
+    """Keys and values without NaN and infinity, and the query rows [B,H,rows] that see one.
 
-    Without this 0 * NaN would carry a value into rows that may not see it.
+    Otherwise 0 * NaN would reach rows that may not see the key.
     """
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
     poisoned = (mask[:, None] & bad[:, :, None]).any(-1)
-    clean = bad[..., None]
-    return k.masked_fill(clean, 0), v.masked_fill(clean, 0), poisoned
+    bad = bad[..., None]
+    return k.masked_fill(bad, 0), v.masked_fill(bad, 0), poisoned
 
 
 def _masked_attention(

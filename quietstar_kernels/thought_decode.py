@@ -1,4 +1,4 @@
-"""thought_decode: one new row of every thought against the text cache and the thought's own cache (no gradient)."""
+"""thought_decode: one new row of every thought over the text cache and the thought's own cache (no gradient)."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def thought_decode(
         q: [B,H,P*N,K], thought (p, n) at p*N + n; fp32, fp16, bf16 or fp64.
         k_text: [B,G,L,K], the text's keys.
         v_text: [B,G,L,E].
-        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step are written, what stands behind them is not read.
+        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read.
         v_own: [B,G,P*N,S,E].
-        layout: who sees whom.
+        layout: which rows see which.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
         scale, window, softcap, sinks, backend: as in ``thought_attention``.
 

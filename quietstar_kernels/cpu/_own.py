@@ -1,6 +1,6 @@
-"""The own part of ``thought_attention``: each thought's rows over its own rows, one query head and some thoughts at a time.
+"""The own part of ``thought_attention``: the rows of each thought over its own rows, a query head and some thoughts at a time.
 
-Small matmuls over views of the caller's tensors: at these sizes copies would cost as much as the arithmetic.
+Small matmuls on views of the caller's tensors: at these sizes, copies would take as long as the arithmetic.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cpu._parts import scores_of
 from quietstar_kernels.reference import wide
 
-SCORES = 2**18  # at a time: 1 MB of fp32, which stays in a core's cache
+SCORES = 2**18  # at a time: 1 MB of fp32, which fits a core's cache
 
 
 def own_mask(S: int, window: int | None, like: Tensor) -> Tensor:

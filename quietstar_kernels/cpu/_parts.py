@@ -1,7 +1,7 @@
-"""Attention of a chunk's rows over one part of their keys; two parts are joined by their LSE.
+"""Attention of a chunk's rows over one part of their keys. Two parts are joined by their LSE.
 
-The text is served by PyTorch's own CPU flash attention, the small own blocks by a softmax between two matmuls, and so is
-the soft cap, which the flash attention doesn't know. The gradient of a part needs only the joint out and LSE of both:
+PyTorch's CPU flash attention computes the text. The small own blocks take a softmax between two matmuls, and so does text with
+a soft cap, which the flash attention doesn't have. The gradient of a part needs only the joint out and LSE of both parts, since
 exp(score - LSE) is the joint softmax.
 """
 
@@ -32,10 +32,10 @@ def text_forward(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, options: Attenti
         out, lse = _flash(*_equal_widths(q, k, v), 0.0, False, attn_mask=chunk.mask, scale=options.scale)
         out, lse = out[..., :E].unflatten(2, rows), lse.unflatten(2, rows)
         if chunk.blind is not None:
-            lse = lse.masked_fill(chunk.blind, -math.inf)  # the flash attention says 0
+            lse = lse.masked_fill(chunk.blind, -math.inf)  # the flash attention gives 0
         return out, lse
     masks = chunk.mask.expand(len(q), -1, -1, -1)
-    # One batch row at a time: its scores are a tensor here.
+    # One batch row at a time, since its scores are materialised here.
     served = [plain(q[b], k[b], v[b], masks[b], options) for b in range(len(q))]
     out, lse = (torch.stack(x).unflatten(2, rows) for x in zip(*served, strict=True))
     return out, lse
@@ -75,7 +75,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Attenti
         scores += mask
     top = scores.amax(-1, keepdim=True)
     p = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()  # not -inf - -inf where a row sees nothing
-    total = p.sum(-1, keepdim=True).clamp_(min=1)  # the largest weight is 1; such a row's are all 0
+    total = p.sum(-1, keepdim=True).clamp_(min=1)  # at least 1, the largest weight, unless the row sees nothing
     return p.div_(total) @ v, (top + total.log_())[..., 0]
 
 
@@ -102,7 +102,7 @@ def plain_backward(
 
 
 def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """``out`` and ``lse``, finite, become those of the attention over the keys of both parts."""
+    """``out`` and ``lse``, finite, become those of attention over the keys of both parts."""
     out.lerp_(other_out, torch.sigmoid(other_lse - lse)[..., None])
     torch.logaddexp(lse, other_lse, out=lse)
 
@@ -110,8 +110,8 @@ def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None
 def without_poison(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """k, v with every key zeroed that holds a NaN or an infinity, and which keys [B,G,keys] those are, None if none.
 
-    A masked weight is 0, but 0 * NaN is not. The two sums are cheap next to the look at every element. Clones keep their
-    strides: the matmuls then round as they do without a NaN.
+    A masked weight is 0, but 0 * NaN is not. The two sums are cheap, compared with checking every element. Clones keep their
+    strides, so that the matmuls round as they do without a NaN.
     """
     if (k.sum(dtype=wide(k[:0]).dtype) + v.sum(dtype=wide(v[:0]).dtype)).isfinite():
         return k, v, None
@@ -130,14 +130,14 @@ def sees_text(bad: Tensor, chunk: Chunk) -> Tensor:
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """A sink takes its part of the softmax and gives no value: out [B,G,h,c,s,E] and lse [B,G,h,c,s] become the joint ones."""
+    """Add a logit per head that has no value: out [B,G,h,c,s,E] and lse [B,G,h,c,s] become the joint ones."""
     joint = torch.logaddexp(lse, per_head(sinks, lse))
     out *= torch.exp(lse - joint)[..., None]
     lse.copy_(joint)
 
 
 def per_head(sinks: Tensor, like: Tensor) -> Tensor:
-    """[1,G,h,1,1], to go with ``like`` [B,G,h,c,s]."""
+    """[1,G,h,1,1], which broadcasts with ``like`` [B,G,h,c,s]."""
     return sinks.to(like.dtype).view(1, *like.shape[1:3], 1, 1)
 
 

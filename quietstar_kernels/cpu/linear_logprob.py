@@ -1,9 +1,10 @@
 """linear_logprob on CPUs: a bounded number of rows at a time.
 
-Logits turn into weights, exp(logit - largest), and weights into the loss by the logits, in place. Between forward and backward
-the weights are kept, or the backward computes them again; where the gradient is known in the forward it needs neither.
+Logits become weights, exp(logit - largest), in place, and weights become the gradient of the loss by the logits. The forward
+keeps the weights for the backward, or the backward computes them again. If the gradient is known in the forward, neither is
+needed.
 
-All is fp32 for half-precision inputs too (fp64 for fp64): the weight is cast once per call, the hidden states per chunk.
+Everything is fp32, for half-precision inputs too (fp64 for fp64): the weight is cast once per call, hidden states per chunk.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu._head import chunk_rows, row_chunks
 from quietstar_kernels.reference import wide
 
-LEAST = -1000.0  # for the log of a probability that underflowed: any finite number, since it is multiplied by 0
+LEAST = -1000.0  # the log of a probability that underflowed: any finite number will do, since it is multiplied by 0
 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """For what a forward keeps: the weights [R,V], and of each row the log-probability of its target [R,1]."""
+    """Room for what a forward keeps: the weights [R,V], and the log-probability of each row's target [R,1]."""
     like = hidden.new_empty(0, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return like.new_empty(hidden.shape[0], len(weight)), like.new_empty(hidden.shape[0], 1)  # len would fix a symbolic size
+    return like.new_empty(hidden.shape[0], len(weight)), like.new_empty(
+        hidden.shape[0], 1
+    )  # len(hidden) would fix a symbolic size
 
 
 def linear_logprob(
@@ -98,9 +101,9 @@ def _of(grad: Tensor | None, rows: slice) -> Tensor | None:
 
 
 class _Softmax:
-    """Between hidden states and weights, and weights and gradients of hidden · weight, some rows at a time.
+    """From hidden states to weights, and from weights to gradients of hidden · weight, some rows at a time.
 
-    ``states`` [4,rows]: the log-probability of the target (of id 0 where that is -100), entropy, the LSE in two parts.
+    ``states`` [4,rows]: the log-probability of the target (of id 0 if that is -100), the entropy, the LSE in two parts.
     """
 
     def __init__(self, head: Head):
@@ -111,7 +114,7 @@ class _Softmax:
         self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
 
     def weights(self, hidden: Tensor, targets: Tensor, out: Tensor, gaps: Tensor | None, states: Tensor) -> None:
-        """Fills out [rows,V] and states; the entropy where there is a buffer for the differences to the largest logit."""
+        """Fills out [rows,V] and states; the entropy only with ``gaps``, a buffer for differences to the largest logit."""
         x = out if gaps is None else gaps[: len(out)]
         torch.mm(wide(hidden), self.weight.T, out=x)
         if self.bias is not None:
@@ -139,7 +142,7 @@ class _Softmax:
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        """The loss by hidden · weight, into out, which may be the weights."""
+        """Writes the gradient of the loss by hidden · weight to out, which may be the weights."""
         picked, entropy, largest, log_total = (state[:, None] for state in states)
         ids = targets.clamp(min=0)[:, None]
         g = torch.where(targets == -100, 0, grad_logprob)[:, None]
@@ -160,7 +163,7 @@ class _Softmax:
 
 
 class _Gradients:
-    """Of hidden, weight and bias, where they are wanted; what comes in is the loss by hidden · weight of some rows."""
+    """The gradients of hidden, weight and bias that are wanted, added up from those of hidden · weight, some rows at a time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]):
         self.hidden, self.weight = hidden, weight
@@ -169,7 +172,7 @@ class _Gradients:
         self.dbias = weight.new_zeros(len(weight)) if wanted[2] else None
 
     def add(self, rows: slice, d: Tensor) -> None:
-        """The weight's gradient adds up chunk after chunk, always in the same order."""
+        """The weight's gradient is summed chunk by chunk, always in the same order."""
         if self.dhidden is not None:
             self.dhidden[rows] = d @ self.weight
         if self.dweight is not None:

@@ -1,7 +1,7 @@
 """thought_attention on CPUs: the own part of all thoughts first, then the text by flash attention, a chunk of rows at a time.
 
-The rows of a chunk are seen as [B,G,h,c,s,K]: h query heads share a key head, c thoughts of s rows (text rows: c rows,
-s = 1). The text part takes (h,c,s) as its rows: keys are never repeated.
+The rows of a chunk are viewed as [B,G,h,c,s,K]: h query heads share a key head, and there are c thoughts of s rows (for text,
+c rows and s = 1). To the text part (h,c,s) are rows, so that keys are never repeated.
 Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
 """
 
@@ -74,7 +74,7 @@ def thought_attention_backward(
     layout: ThoughtLayout,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``; text keys add up chunk after chunk, always in the same order."""
+    """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
     G, L, S, sinks = k.shape[1], layout.L, layout.S, options.sinks
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
@@ -85,7 +85,7 @@ def thought_attention_backward(
     k, v, _ = without_poison(k, v)
     k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
     delta = _row_sums(grad_out, out, lse)
-    # Rows that are off (lse -inf) or have seen NaN must add nothing to the keys' gradients.
+    # Rows that are off (lse -inf) or have seen a NaN must add nothing to the gradients of the keys.
     dropped = None
     if not (lse.sum() + delta.sum()).isfinite():
         dropped = ~(lse.isfinite() & delta.isfinite())
@@ -127,7 +127,7 @@ def thought_attention_backward(
 
 
 def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
-    """rowsum(grad_out * out) [B,H,rows], a head at a time: the product stays in the cache."""
+    """rowsum(grad_out * out) [B,H,rows], a head at a time, so that the product stays in the cache."""
     delta = torch.empty_like(like)
     for b in range(len(out)):
         for h in range(out.shape[1]):

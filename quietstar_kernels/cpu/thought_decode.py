@@ -22,7 +22,7 @@ def thought_decode(
     step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """As ``reference.thought_decode``. The row sees all its own rows up to itself, or the last ``window`` of them."""
+    """As ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
     _, window, _, sinks = options
     G, now = k_text.shape[1], int(step)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))

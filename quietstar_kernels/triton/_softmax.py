@@ -7,14 +7,14 @@ import triton.language as tl
 
 from quietstar_kernels.triton._math import bend
 
-LOWEST = tl.constexpr(-1e38)  # a row's top before it has seen a key: finite, so that nothing is inf - inf
+LOWEST = tl.constexpr(-1e38)  # a row's top before its first key: finite, so that nothing is inf - inf
 
 
 @triton.jit
 def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr):
-    """queries [rows,K] times keys [columns,K]: [rows,columns]; with a soft cap scaled and capped, else not yet scaled.
+    """queries [rows,K] times keys [columns,K]: [rows,columns]. With a soft cap scaled and capped, else not yet scaled.
 
-    SLICES cuts K, at most into sixteens: warps then share the columns of the factors, which for fp32 fill too many registers.
+    SLICES splits K, into at least 16 each. Warps then share the columns of the factors, which in fp32 take too many registers.
     """
     WIDTH: tl.constexpr = max(16, queries.shape[-1] // SLICES)
     COUNT: tl.constexpr = queries.shape[-1] // WIDTH
@@ -34,9 +34,9 @@ def slices(x, COUNT: tl.constexpr):
 
 @triton.jit
 def softmax_step(s, factor, top, total, acc):
-    """Weights of new scores, which times ``factor`` are in units of log 2; top, total and acc brought up to date.
+    """Weights of new scores, which times ``factor`` are in units of log 2, and the updated top, total and acc.
 
-    A row's sum of weights so far is ``total`` times 2^top, its weighted sum of values ``acc`` times 2^top.
+    The sum of a row's weights so far is ``total`` times 2^top, and its weighted sum of values is ``acc`` times 2^top.
     """
     new_top = tl.maximum(top, tl.max(s, 1) * factor)
     p = tl.exp2(s * factor - new_top[:, None])
@@ -46,9 +46,9 @@ def softmax_step(s, factor, top, total, acc):
 
 @triton.jit
 def without_poison(values):
-    """Values [keys,E] with 0 in keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
+    """Values [keys,E], 0 for keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
 
-    Added to a key's scores it makes the rows that see the key NaN; the others must not meet 0 * NaN.
+    Adding the latter to the scores makes the rows that see the key NaN. 0 * NaN must not reach the others.
     """
     if values.dtype == tl.float32:
         bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000

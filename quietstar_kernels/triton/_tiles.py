@@ -1,4 +1,4 @@
-"""Tiles of rows of a [rows, width] matrix, whose width is padded to a power of two inside a kernel."""
+"""Tiles of a [rows, width] matrix, whose width is padded to a power of two inside a kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole ti
 
 
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
-    """x [B,heads,M,width], to be read in tiles of each of ``rows``; None where none can be copied whole: see ``load_rows``."""
+    """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
     if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:
         return [None] * len(rows)
     shape = list(x.shape)
@@ -28,7 +28,7 @@ def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
 
 
 def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
-    """Of k and v, whole tiles of each of ``blocks``, k's first; None for all where one can't be copied whole."""
+    """Descriptors of k and v for tiles of each of ``blocks``, k first; None for all if one must be read by pointer."""
 
     def describe() -> Tiles:
         rows = [config.blocks[block] for block in blocks]
@@ -39,16 +39,16 @@ def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -
 
 
 def padded(width: int) -> int:
-    """Columns of a tile: a power of two, 16 at least."""
+    """Columns of a tile: a power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 @triton.jit
 def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS,BLOCK]: rows from ``row`` on of batch row ``b`` and ``head``, by ``tiles`` where they are described.
+    """[ROWS,BLOCK]: the rows from ``row`` of batch row ``b`` and ``head``, by the descriptor ``tiles`` if there is one.
 
-    Else by pointer: x points to the first row of that head, and rows from ``end`` on are 0. Described ones are what memory
-    holds there, and 0 behind the last.
+    Else by pointer: x points to the first row of that head, and rows from ``end`` are 0. A descriptor reads what memory holds
+    there, and 0 after the last row.
     """
     if tiles is None:
         i = tl.arange(0, ROWS)
@@ -59,13 +59,13 @@ def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def load_tile(first, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[.., rows, BLOCK]: the rows ``offsets`` elements behind ``first``; 0 where not ``inside`` and from column WIDTH on."""
+    """[.., rows, BLOCK]: the rows ``offsets`` elements after ``first``; 0 if not ``inside``, and from column WIDTH."""
     return load_at(first + offsets, inside, WIDTH, BLOCK)
 
 
 @triton.jit
 def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 where not ``inside`` and from column WIDTH on."""
+    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 if not ``inside``, and from column WIDTH."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:
@@ -75,7 +75,7 @@ def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(first, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``value`` to where ``load_tile`` would read it, in the pointer's dtype."""
+    """Stores ``value`` where ``load_tile`` would read it, in the pointer's dtype."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:

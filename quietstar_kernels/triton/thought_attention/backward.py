@@ -1,8 +1,8 @@
 """Backward of thought_attention, without atomics: each gradient is summed by one program, in a fixed order.
 
-Tables of the query rows first (``backward_rows``), then dq (``backward_queries``), then dk and dv
-(``backward_keys``). Scores are computed anew in both: seven matrix products, where one pass over both, which has to
-add up dq across programs, takes five.
+First tables of the query rows (``backward_rows``), then dq (``backward_queries``), then dk and dv (``backward_keys``). The last
+two both compute the scores again, which makes seven matrix products. A single pass for all three takes five, but has to add up
+dq across programs.
 """
 
 from __future__ import annotations

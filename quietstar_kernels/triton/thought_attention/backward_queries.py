@@ -1,6 +1,6 @@
-"""Gradient of the queries: a program takes BLOCK_M query rows of one key head, as the forward does, and goes over their keys.
+"""Gradient of the queries: as in the forward, a program takes BLOCK_M query rows of one key head and loops over their keys.
 
-dS = p * (dO v^T - delta), dq = scale * dS k. Own rows first, then the text that all rows see, then the text at the edges.
+dS = p * (dO v^T - delta), dq = scale * dS k. Own rows first, then the text at the edges, then the text that all rows see.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 
 def query_gradient(inputs: Inputs) -> Tensor:
-    """dq, in the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
+    """dq, with the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
     grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
@@ -91,7 +91,7 @@ def attention_backward_queries(
         n = n0 + i
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < M, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < M, E, BLOCK_E)
-        # Rows that don't see a NaN must not meet 0 * NaN; those that do have no finite log-sum-exp and are set below.
+        # 0 * NaN must not reach rows that don't see the NaN. Rows that do have no finite log-sum-exp, and are set below.
         keys = tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
@@ -109,7 +109,7 @@ def attention_backward_queries(
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
-    # Anew, by another kind of division: the compiler would keep the rows and heads in registers from above until here.
+    # Computed again, with another kind of division: else the compiler keeps the rows and heads from above in registers.
     f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32)
     row, h = (f // HG.to(tl.uint32)).to(tl.int64), (f % HG.to(tl.uint32)).to(tl.int64)
     row += begin - (M - rows)

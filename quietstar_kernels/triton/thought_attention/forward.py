@@ -1,13 +1,13 @@
-"""Forward of thought_attention: a program takes BLOCK_M query rows of one key head and goes over their keys block by block.
+"""Forward of thought_attention: a program takes BLOCK_M query rows of one key head and loops over their keys, block by block.
 
-The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. Text rows and
-thought rows have tiles of their own. The keys of a tile, in this order:
+The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. No tile has both text
+rows and thought rows. The keys of a tile are, in this order:
 
-1. in masked blocks of BLOCK_EDGE, own rows, from the first that a row of the tile sees to the last;
-2. likewise text at the edges, which some rows see;
+1. own rows, from the first that a row of the tile sees to the last, in masked blocks of BLOCK_EDGE;
+2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
-A row's own keys are few among those of its tile. Still all rows are multiplied with all of them: by count, wide products take
+Only few of the own keys of a tile belong to any one row. Still, all rows are multiplied with all of them: wide products take
 fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare (docs/log.md).
 """
 
@@ -130,8 +130,8 @@ def attention_forward(
         stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
-    # 0 * NaN: a value that is not finite spoils rows that don't see it, too. Then all again, with a look at each value.
-    if not CAREFUL:  # noqa: SIM102, a condition of the compiler and one of the program
+    # Because of 0 * NaN, a value that isn't finite also changes rows that don't see it. Then start over, and check all values.
+    if not CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
         if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
                 queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
@@ -139,7 +139,7 @@ def attention_forward(
                 K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
             )  # fmt: skip
 
-    # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
+    # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
     # registers from the beginning to here.
     m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
     row = m - skipped
@@ -159,9 +159,9 @@ def over_keys(
     BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``top``, ``total`` and acc after all keys of the tile, whose copies run in STAGES.
+    """``top``, ``total`` and acc after all keys of the tile, which are copied in STAGES.
 
-    Where CAREFUL, values that a row doesn't see can't spoil it.
+    With CAREFUL, values that aren't finite don't reach rows that don't see them.
     """
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
