@@ -1,7 +1,6 @@
-"""No tensor of R*V, of (L+R)^2 or of R*L in the cpu back end, and none of R*V in Triton's linear_logprob, unless it keeps its
-logits on purpose.
+"""The cpu back end makes no tensor of R*V, (L+R)^2 or R*L, and Triton's linear_logprob none of R*V unless it keeps its logits.
 
-The output of every operator is measured. The functions are called below the custom ops, since those hide what they do
+The output of every operator is measured. The tests call the functions below the registered ops, which hide their operations
 from a dispatch mode.
 """
 
@@ -14,11 +13,11 @@ from quietstar_kernels._options import AttentionOptions, Head, Saved
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 
 R, V = 4096, 8192
-SHARE = 8  # nothing may reach this part of what a dense implementation makes
+SHARE = 8  # no tensor may reach this part of a dense implementation's
 
 
 class LargestOutput(TorchDispatchMode):
-    """Remembers the largest number of elements that an operator's output had."""
+    """Records the largest number of elements of an operator's output."""
 
     numel = 0
 
@@ -57,7 +56,7 @@ def test_sample_token(softcap, temperature):
 
 
 def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, keep, device="cpu"):
-    """Of the forward, of the backward, and of both at once."""
+    """The largest outputs of the forward, of the backward, and of both at once."""
     inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
     given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, softcap, 1.0, [3]), inputs["targets"]
     grads = torch.randn(2, rows, generator=seeded(1)).to(device).unbind()
@@ -80,14 +79,14 @@ def test_linear_logprob(softcap, entropy):
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_linear_logprob_that_keeps(entropy):
-    """The forward makes what it keeps, the backward makes nothing like it."""
+    """Only the forward makes a tensor of R*V, which it keeps."""
     found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, None, entropy, keep=True)
     assert found[0] == R * V and found[1] <= R * V // SHARE
 
 
 def test_linear_logprob_in_triton(monkeypatch):
-    """Its buffers are R times a fixed number of ids, and a fixed number of logits: both made small here. Where the gradient
-    is known, rows take turns and D rows, here 4 rounded up to 64, keep their logits.
+    """Its buffers are R times a fixed number of ids, and a fixed number of logits; both are made small here. If the gradient
+    is known, rows take turns, and D rows, here 4 rounded up to 64, keep their logits.
 
     The interpreter copies them as bytes, four for each element.
     """
@@ -104,7 +103,7 @@ def test_linear_logprob_in_triton(monkeypatch):
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])
 def test_thought_attention(options):
-    """One head: what is R*L per head is not hidden behind their number."""
+    """With one head, so that the number of heads can't hide a tensor of R*L per head."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
     rest = (layout, AttentionOptions(0.5, *options, sinks))
@@ -120,7 +119,7 @@ def test_thought_attention(options):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_thought_decode(softcap):
-    """Decode may look at all text from all thoughts at once, P*N*L; not at all packed rows, P*N*(L+R)."""
+    """Decoding may make a tensor of all thoughts and all text, P*N*L, but not of all packed rows, P*N*(L+R)."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)
     options = AttentionOptions(0.5, None, softcap, inputs.pop("sinks"))

@@ -1,4 +1,4 @@
-"""The account of thought_attention's arithmetic: how much more than the useful products its tiles compute."""
+"""Counts the arithmetic of thought_attention: how much more than the useful products its tiles compute."""
 
 import functools
 import itertools
@@ -37,18 +37,18 @@ def hopper(table):
 
 
 def forward_waste(layout, group, seen):
-    """Computed over useful products; each score takes two, of widths K and E."""
+    """Computed products over useful ones; each score takes two, of widths K and E."""
     return forward_plan(layout, group, hopper(configs.ATTENTION_FORWARD), query_rows="thoughts").scores() / seen
 
 
 def backward_waste(layout, group, seen):
-    """Computed over useful products, five for each score; two kernels without atomics compute seven at least: 1.4."""
+    """Computed products over useful ones, five per score. Two kernels without atomics compute at least seven: 1.4."""
     plan = backward_plan(layout, group, *map(hopper, BACKWARD_TABLES), query_rows="thoughts")
     return plan.products(128, 128) / (5 * 128 * seen)
 
 
 def account(waste, record_property):
-    """Of thought rows at P = L: {(H/G, L): [one for each of THOUGHTS]}, printed too."""
+    """{(H/G, L): [waste for each of THOUGHTS]} of thought rows at P = L; also printed."""
     table = {}
     for group, L in itertools.product(GROUPS, LENGTHS):
         cases = [(ThoughtLayout.every_position(1, L, N, S), group * N * S * L * (L + S + 2) // 2) for N, S in THOUGHTS]
@@ -63,7 +63,7 @@ def account(waste, record_property):
 
 
 def test_waste_of_the_forward(record_property):
-    """Own keys are padded to a block of the tile's, which costs products and saves instructions."""
+    """Own keys are padded to a block of the tile, which costs products and saves instructions."""
     for (group, L), row in account(forward_waste, record_property).items():
         assert max(row) <= (2.6 if group == 1 else 1.25 if L >= 1024 else 1.7), f"H/G {group}, L {L}"
         assert min(row) >= 1
@@ -76,7 +76,7 @@ def test_waste_of_the_backward(record_property):
 
 @pytest.fixture
 def products(monkeypatch):
-    """Multiplications of each dot that runs in the interpreter."""
+    """The multiplications of each dot that the interpreter runs."""
     counted = []
     dot = InterpreterBuilder.create_dot
 

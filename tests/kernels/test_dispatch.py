@@ -1,4 +1,4 @@
-"""Which back end runs: named ones run or raise with the reason, only "auto" chooses; what the package shows and imports."""
+"""Which back end runs: a named one runs or raises, only "auto" chooses. What the package shows and imports."""
 
 import importlib.util
 import os

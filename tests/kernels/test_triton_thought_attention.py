@@ -1,4 +1,4 @@
-"""thought_attention on Triton: the tiles that GPUs get, not only the small ones of other tests; one compile for all lengths."""
+"""thought_attention in Triton: the tiles of GPUs, as other tests run small ones; one compile for all lengths."""
 
 import json
 import os
@@ -39,9 +39,9 @@ def test_shipped_tiles(entry, apart, monkeypatch):
 
 @pytest.mark.slow
 def test_one_compile_serves_all_lengths():
-    """Of texts, thoughts, batches and head groups; the cases have 1 among them, multiples of 16 and neither.
+    """Lengths of texts and thoughts, batches and head groups. The cases include 1, multiples of 16 and other numbers.
 
-    The forward without options has two rows of tiles, one of them for short texts.
+    The forward without options has two tables of tiles, one of them for short texts.
     """
     here = Path(__file__).parent
     code = """

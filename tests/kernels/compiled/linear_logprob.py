@@ -1,4 +1,4 @@
-"""linear_logprob: its kernels lie between matrix products of the vendor's library and hold none themselves."""
+"""linear_logprob: its kernels run between matrix products of the vendor's library, and have none themselves."""
 
 import functools
 
@@ -25,7 +25,7 @@ def launches(target):
 
 
 def run(R, D, V, dtype, rest, entropy, keep):
-    """Forward and backward; where logits are kept they are joined once too, which compiles nothing else."""
+    """Forward and backward, and if logits are kept, both joined too, which compiles nothing else."""
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     targets = torch.empty(R, dtype=torch.int64, device="meta")
     given = hidden, Head(weight, bias, *rest[:3], [token for token in rest[3] if token < V]), targets

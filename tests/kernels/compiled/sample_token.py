@@ -1,4 +1,4 @@
-"""sample_token: few rows and many, on each path to the weights, with each of its options."""
+"""sample_token: few rows and many, on each path to the weights, with each option."""
 
 import functools
 
