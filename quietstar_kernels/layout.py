@@ -101,7 +101,7 @@ class ThoughtLayout:
             validate: check the values too (on a GPU, this waits for the device once).
 
         Raises:
-            ValueError: a size, shape, dtype or value other than these.
+            ValueError: an argument with a wrong size, shape, dtype or value.
         """
         _check_sizes(thoughts, rows)
         check = Checker(_OP, N=thoughts)

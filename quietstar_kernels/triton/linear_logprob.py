@@ -135,8 +135,8 @@ def linear_logprob_joined(
             part, head, targets[rows], return_entropy=grad_entropy is not None, keep=True
         )
         saved = Saved(entropy[rows], largest, log_total, kept, kept_rows)
-        come = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
-        _backward(*come, part, weight, targets[rows], saved, *final, of_part, add=rows.start > 0)
+        incoming = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
+        _backward(*incoming, part, weight, targets[rows], saved, *final, of_part, add=rows.start > 0)
         del saved, kept, kept_rows  # before the next rows keep theirs
     return logprob, entropy, *_rounded(hidden, grads)
 
