@@ -1,9 +1,9 @@
-// The private functions that Python calls, for tensors of any kind: PyTorch's in csrc/bindings.cpp, those of
+// The private functions that Python calls, for any kind of tensor: PyTorch's in csrc/bindings.cpp, those of
 // the tests in tests/emulation/bindings.cpp.
 //
-// Python has checked shapes, dtypes and devices, has made what is written to, and has set the device: this
-// only hands on. `From` says what a tensor is: `Tensor` and `MaybeTensor`, with size(i) and stride(i), where
-// `read` and `write` find its numbers (null where there is no tensor), is_bf16 and the CUDA stream.
+// Python has checked shapes, dtypes and devices, has allocated the outputs, and has set the device: this only
+// passes them on. `From` defines a tensor: the types `Tensor` and `MaybeTensor`, with size(i) and stride(i);
+// `read` and `write`, which give a pointer to its numbers (null if there is no tensor); is_bf16 and stream.
 #pragma once
 
 #include "sample_token.cuh"

@@ -1,5 +1,5 @@
-// The only file that knows torch, and of torch only its stable ABI: one library serves PyTorch 2.10 and
-// everything later.
+// The only file that depends on PyTorch, and only on its stable ABI: one library serves PyTorch 2.10 and all
+// later versions.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 #include "arguments.cuh"
 
-// In libtorch_cuda.so, which a PyTorch for CPUs doesn't have: then the address is null.
+// In libtorch_cuda.so. A PyTorch for CPUs doesn't have it: then the address is null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
                                                                                    void** stream);
 
@@ -29,7 +29,7 @@ struct Torch {
         return x.scalar_type() == torch::headeronly::ScalarType::BFloat16;
     }
 
-    // PyTorch's current stream on the device of x; a null pointer would be another one, the default stream.
+    // PyTorch's current stream on the device of x. A null pointer would mean the default stream instead.
     static void* stream(const Tensor& x) {
         if (!x.is_cuda()) throw std::runtime_error("no CUDA device: these tensors are not on one");
         if (aoti_torch_get_current_cuda_stream == nullptr)
@@ -52,8 +52,8 @@ STABLE_TORCH_LIBRARY(quietstar_kernels, library) {
         "Tensor(c!) logprob, Tensor seed, int first, float scale, float softcap, float temperature) -> ()");
 }
 
-// For every device, so that a call without a GPU comes as far as the stream and is refused there in words:
-// what passes a tensor from Python to here is the same on all of them.
+// For every device, so that a call without a GPU gets as far as the stream, and fails there with a message.
+// Tensors are passed from Python to here in the same way on all devices.
 STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels, CompositeExplicitAutograd, library) {
     library.impl("_thought_decode_cuda", TORCH_BOX(&quietstar::call_thought_decode<Torch>));
     library.impl("_sample_token_cuda", TORCH_BOX(&quietstar::call_sample_token<Torch>));
@@ -61,9 +61,9 @@ STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels, CompositeExplicitAutograd, library)
 
 #define QUIETSTAR_PUBLIC extern "C" __attribute__((visibility("default")))
 
-// What quietstar_kernels/cuda/_library.py asks through ctypes, where there may be no GPU.
+// quietstar_kernels/cuda/_library.py calls these through ctypes, also without a GPU.
 
-// "13.0 sm_80 compute_80 ...": the toolkit, then what was compiled.
+// "13.0 sm_80 compute_80 ...": the version of the toolkit, then the architectures.
 QUIETSTAR_PUBLIC const char* quietstar_built_for() {
     static const std::string text = std::to_string(CUDART_VERSION / 1000) + "." +
                                     std::to_string(CUDART_VERSION % 1000 / 10) + " " +
@@ -71,7 +71,7 @@ QUIETSTAR_PUBLIC const char* quietstar_built_for() {
     return text.c_str();
 }
 
-// Why CUDA can't run here, such as a driver older than the toolkit; null where it can.
+// Why CUDA can't run here, such as a driver older than the toolkit; null if it can.
 QUIETSTAR_PUBLIC const char* quietstar_cuda_error() {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);

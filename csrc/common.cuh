@@ -1,7 +1,7 @@
-// What the kernels share, and the only file that asks which compiler reads it: nvcc, or g++ for the tests,
-// where tests/emulation/emulation.hpp defines the same names and runs a fiber for each CUDA thread.
+// What the kernels share, and the only file that depends on the compiler: nvcc, or g++ for the tests, where
+// tests/emulation/emulation.hpp defines the same names and runs a fiber for each CUDA thread.
 //
-// The rules that keep a kernel readable by both are in csrc/README.md.
+// csrc/README.md has the rules for kernels that both compile.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace quietstar {
 
-// 16-bit floats are moved as bits, made by pack and read by to_float: these two only name the format.
+// 16-bit floats are moved as bits; pack makes them and to_float reads them. These two only name the format.
 struct bf16 {
     uint16_t bits;
 };
@@ -48,8 +48,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
     return dynamic_shared_memory;
 }
 
-// Starts a copy of 16 bytes to shared memory; where not `on`, 16 zero bytes are written and `from` isn't
-// read.
+// Starts a copy of 16 bytes to shared memory. If not `on`, it writes 16 zero bytes and doesn't read `from`.
 __device__ __forceinline__ void cp_async(Shared to, const void* from, bool on) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(on ? 16 : 0)
                  : "memory");
@@ -57,7 +56,7 @@ __device__ __forceinline__ void cp_async(Shared to, const void* from, bool on) {
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the N youngest groups of this thread's copies are under way.
+// Waits until at most the latest N groups of this thread's copies are still running.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -102,8 +101,8 @@ __device__ __forceinline__ void mma<half>(float (&d)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 2^x, log2(x) and 1/x from the special function unit: relative errors of 2^-22, of the logarithm an absolute
-// one of 2^-22.
+// 2^x, log2(x) and 1/x by the special function unit, with a relative error of 2^-22; that of the logarithm is
+// absolute.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -155,7 +154,7 @@ __device__ __forceinline__ float to_float<half>(uint16_t bits) {
     return x;
 }
 
-// All 32 lanes reach each of these.
+// All 32 lanes must reach each of these.
 template <class V>
 __device__ __forceinline__ V shuffle(V value, int lane) {
     return __shfl_sync(~0u, value, lane);
@@ -168,20 +167,20 @@ __device__ __forceinline__ V shuffle_xor(V value, int lanes) {
 
 __device__ __forceinline__ uint32_t ballot(bool on) { return __ballot_sync(~0u, on); }
 
-// Of the lowest bit that is set; there is one.
+// The index of the lowest bit that is set; at least one must be.
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
-// Runs `kernel` on a CUDA stream. Throws std::runtime_error with CUDA's words where that isn't possible.
+// Runs `kernel` on a CUDA stream. Throws std::runtime_error with CUDA's message if that fails.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, void* stream,
             Arguments arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     cudaError_t error = cudaSuccess;
-    if (shared_bytes > 48 * 1024) {  // beyond this a kernel has to ask
+    if (shared_bytes > 48 * 1024) {  // more has to be requested
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(shared_bytes));
     }

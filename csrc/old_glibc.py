@@ -2,11 +2,11 @@
 
     python old_glibc.py LIBRARY FLAGS
 
-glibc 2.34 took the functions of libpthread, libdl and librt into libc.so.6: linked against it, a program asks for the version
-GLIBC_2.34 of them, which an older glibc doesn't have. The newer one still has the old versions too. So this writes empty
-libraries of the three old names, which define what LIBRARY misses in its old version, and the nvcc options to link with them
-into FLAGS. On an older glibc there is nothing to define, and FLAGS stays empty; and so it does where the
-processor is no x86-64, whose old versions have other names.
+glibc 2.34 moved the functions of libpthread, libdl and librt to libc.so.6. A program that is linked against it requires their
+version GLIBC_2.34, which an older glibc doesn't have, although newer ones still have the old versions too. So this writes empty
+libraries with the three old names, which define the old version of everything that LIBRARY needs, and writes the nvcc options
+that link with them to FLAGS. FLAGS stays empty on an older glibc, which needs nothing, and on processors other than
+x86-64, where the old versions have other names.
 """
 
 import platform
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The old homes, by how names begin, and on x86-64 the version that everything in them had at first.
+# The old libraries and how the names in them begin; and, on x86-64, the first version of everything in them.
 HOMES = {"libdl.so.2": "dl", "librt.so.1": "shm_", "libpthread.so.0": ""}
 FIRST = "GLIBC_2.2.5"
 LATER = {"dlmopen": "GLIBC_2.3.4", "pthread_setname_np": "GLIBC_2.12", "pthread_getname_np": "GLIBC_2.12"}
@@ -33,7 +33,7 @@ def main(library: Path, flags: Path) -> None:
         left = [name for name in left if name not in here]
         if here:
             options.append(f"-Xlinker=--no-as-needed,{stand_in(folder / home, here)}")
-    if "__libc_single_threaded" in missed:  # from 2.32 on; std::shared_ptr asks, and "no" is always right
+    if "__libc_single_threaded" in missed:  # since 2.32, for std::shared_ptr; "no" is always a correct answer
         options.append(str(one_variable(folder)))
     flags.write_text("\n".join(options) + "\n")
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ uint2 philox(uint4 counter, uint32_t key0, uint32_t k
     return {counter.x, counter.y};
 }
 
-// (word + 0.5) / 2^32; a word near the largest gives 1.
+// (word + 0.5) / 2^32, which rounds to 1 for the largest words.
 __device__ __forceinline__ float to_unit(uint32_t word) {
     return (static_cast<float>(word) + 0.5f) * 0x1p-32f;
 }
@@ -26,7 +26,7 @@ __device__ __forceinline__ float to_unit(uint32_t word) {
 // -log(1 - v) with v = (word + 0.5) / 2^32, to a few ulps for any word: an Exp(1) variate.
 __device__ __forceinline__ float exponential(uint32_t word) {
     constexpr float LN_2 = 0.693147181f;
-    if (word >> 31) return -LN_2 * fast_log2(to_unit(~word));  // 1 - v exactly; its log is not near 0
+    if (word >> 31) return -LN_2 * fast_log2(to_unit(~word));  // exactly 1 - v; its log is not near 0
     const float v = to_unit(word);
     // log((1 + z) / (1 - z)) = 2 (z + z^3 / 3 + z^5 / 5 + ...), with z up to 1/3.
     const float z = v * fast_reciprocal(2 - v), square = z * z;

@@ -1,28 +1,28 @@
-// The kernel of sample_token: a block of threads takes a row of the chunk, each of its warps 512 columns at a
-// time.
+// The kernel of sample_token: a block of threads takes a row of the chunk, and each of its warps 512 columns
+// at a time.
 //
-// Eight lanes have one block of 128 ids, a lane one of its groups of 16, as quietstar_kernels/sample_token.py
-// defines the race. Where in the winning block the draw falls is found when a block wins, while its weights
-// are in registers: that is rare.
+// Eight lanes have one block of 128 ids, and each lane one of its groups of 16, as
+// quietstar_kernels/sample_token.py defines the race. When a block wins, which is rare, the kernel finds
+// where the draw falls inside it, while its weights are in registers.
 #include "random.cuh"
 #include "sample_token.cuh"
 
 namespace quietstar {
 
-constexpr int BLOCK = 128, GROUP = 16;  // ids that race as one, and that are searched as one
+constexpr int BLOCK = 128, GROUP = 16;  // ids of a block of the race, and of a group inside it
 constexpr int STEP = WARP * GROUP;      // columns that a warp takes at a time
 constexpr int MOST_THREADS = 512;
 constexpr float LOWEST = -1e30f;           // above -inf, so that differences are numbers
 constexpr float BELOW_ONE = 1 - 0x1p-24f;  // the fp32 number before 1
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// What a part of a row has come to, in bits: who leads, and the sum of all weights over 2^top.
+// The result of a part of a row, in bits: the leading id, and the sum of all weights over 2^top.
 struct Standing {
-    float score = -INFINITY, logit = 0;  // of the id that leads
+    float score = -INFINITY, logit = 0;  // of the leading id
     int token = 0;
     float top = LOWEST, total = 0;
 
-    // Scores decide, then the lower id.
+    // The better score leads; of equal ones, that of the lower id.
     __device__ __forceinline__ void join(const Standing& other) {
         if (other.score > score || (other.score == score && other.token < token)) {
             score = other.score;
@@ -40,14 +40,14 @@ struct Standing {
     }
 };
 
-// From a product to its logit, scaled but not yet capped, and on to bits.
+// From a product to its logit, scaled but not yet capped, and from that to bits.
 struct Logits {
     float scale, softcap, unit;
 
     __device__ __forceinline__ explicit Logits(const SampleTokenArguments& x)
         : scale(x.scale), softcap(x.softcap), unit(LOG2_E / (x.temperature == 0 ? 1 : x.temperature)) {}
 
-    // Columns first .. first + 15; -inf for those that are banned or behind the last.
+    // Columns first .. first + 15; -inf for those that are banned or after the last.
     __device__ __forceinline__ void load(float (&y)[GROUP], const float* row, const float* bias, int first,
                                          int columns) const {
         if (first + GROUP <= columns) {
@@ -92,7 +92,7 @@ struct Logits {
     }
 };
 
-// Over the eight lanes of a block.
+// Over the eight lanes of a block of ids.
 __device__ __forceinline__ float block_max(float x) {
 #pragma unroll
     for (int lanes = 1; lanes < 8; lanes *= 2) x = fmaxf(x, shuffle_xor(x, lanes));
@@ -105,18 +105,17 @@ __device__ __forceinline__ float block_sum(float x) {
     return x;
 }
 
-// Over the warp: the best score, and the first lane that has it.
+// The best score of the warp, and the first lane that has it.
 __device__ __forceinline__ float warp_best(float score, int& lane) {
     float best = score;
 #pragma unroll
     for (int lanes = 1; lanes < WARP; lanes *= 2) best = fmaxf(best, shuffle_xor(best, lanes));
-    lane = lowest_bit(ballot(score == best) | 1u << (WARP - 1));  // none has it where all are NaN
+    lane = lowest_bit(ballot(score == best) | 1u << (WARP - 1));  // no lane has it if all are NaN
     return best;
 }
 
-// The column of block `winner` of the warp, counted from the block's first, at which the running sum of
-// weights passes `fraction` of the total: first the group, then inside it. All lanes return it, and its
-// weight.
+// The column in block `winner` of the warp at which the running sum of weights passes `fraction` of the
+// total: first the group, then the column inside it. All lanes return it and its weight.
 __device__ __forceinline__ int draw(const float (&weights)[GROUP], float fraction, int winner,
                                     float& weight) {
     const int lane = threadIdx.x % WARP;
@@ -136,8 +135,8 @@ __device__ __forceinline__ int draw(const float (&weights)[GROUP], float fractio
     const float goal = fminf(fraction, BELOW_ONE) * shuffle(running, lane | 7);
     const int there = lowest_bit(ballot(running > goal) >> (8 * winner) | 0x80);
 
-    // Rounding may carry the goal past the group's end: then the draw falls on the last column that has a
-    // weight.
+    // Rounding may move the goal past the end of the group. Then the draw falls on the last column that
+    // has a weight.
     int column = 0;
     float sum = 0, drawn = 0;
     bool passed = false;
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
             }
         } else {
             const uint32_t block = static_cast<uint32_t>(x.first + first) / BLOCK;
-            // Volatile: read here each time, where sm_80 has registers for it.
+            // Volatile: read each time, here, where sm_80 has registers for it.
             const uint64_t seed = *static_cast<const volatile uint64_t*>(x.seed);
             const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
             const uint2 words = philox({sequence, position, thought, block}, key0, key1);
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
         }
     }
 
-    // The blocks of a warp, then the warps, then this chunk with those before: always in this order.
+    // The blocks of a warp, then the warps, then this chunk with the earlier ones: always in this order.
 #pragma unroll
     for (int lanes = 8; lanes < WARP; lanes *= 2)
         mine.add(shuffle_xor(mine.top, lanes), shuffle_xor(mine.total, lanes));

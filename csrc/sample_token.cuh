@@ -1,4 +1,5 @@
-// sample_token: a chunk of the vocabulary joins the race of each row, and the sum for its log-probability.
+// sample_token: adds a chunk of the vocabulary to the race of each row and to the sum for its
+// log-probability.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,11 @@ namespace quietstar {
 
 // Letters as in the Python package.
 struct SampleTokenArguments {
-    const void* logits;    // fp32 [R,columns], as the head's product gives them; -inf is a banned id
+    const void* logits;    // fp32 [R,columns], products of the head; -inf for a banned id
     const void* bias;      // fp32 [columns], or null
     const void* counters;  // int32 [R,4]
-    void* state;           // fp32 [R,4], what the chunks before have found
-    void* ids;             // int64 [R], written after each chunk: right after the last
+    void* state;           // fp32 [R,4], the result of the earlier chunks
+    void* ids;             // int64 [R], written after each chunk; final after the last
     void* logprob;         // fp32 [R], the same
     int64_t logits_stride,
         counters_stride[2];  // in elements; logits_stride is a multiple of 4, logits and bias of 16 bytes
@@ -23,7 +24,7 @@ struct SampleTokenArguments {
     float temperature;  // 0: the lowest-index argmax
 };
 
-// Throws std::runtime_error where CUDA can't launch.
+// Throws std::runtime_error if CUDA can't launch.
 void sample_token(const SampleTokenArguments& arguments, void* stream);
 
 }  // namespace quietstar

@@ -1,11 +1,11 @@
-// The launch of thought_decode, and the kernel that merges the parts of a text.
+// Launches thought_decode, and merges the parts of a text.
 #include <stdexcept>
 
 #include "thought_decode_softmax.cuh"
 
 namespace quietstar {
 
-// A warp takes one row: its parts, in their order, weighted by their sums of weights.
+// A warp takes one row and adds its parts in order, weighted by their sums of weights.
 template <class T>
 __global__ void __launch_bounds__(128) merge(ThoughtDecodeArguments a) {
     const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.P * a.N;

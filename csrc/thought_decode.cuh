@@ -1,12 +1,12 @@
-// thought_decode: one new row of every thought against the text and the thought's own rows up to it.
+// thought_decode: one new row of every thought over the text and the thought's own rows up to it.
 #pragma once
 
 #include <cstdint>
 
 namespace quietstar {
 
-// Letters as in the Python package. Rows of 16-bit numbers have a last stride of 1; they start at multiples
-// of 16 bytes.
+// Letters as in the Python package. Rows of 16-bit numbers have a last stride of 1 and start at multiples of
+// 16 bytes.
 struct ThoughtDecodeArguments {
     const void* q;       // [B,H,P*N,K]
     const void* k_text;  // [B,G,L,K]
@@ -19,7 +19,7 @@ struct ThoughtDecodeArguments {
     const void* step;    // int32, one
     const void* sinks;   // fp32 [H], or null
     void* out;           // [B,H,P*N,K], contiguous
-    void* parts;         // fp32, splits * B*H*P*N * (K + 1) numbers; not used where splits is 1
+    void* parts;         // fp32, splits * B*H*P*N * (K + 1) numbers; not used if splits is 1
     int64_t q_stride[3], k_text_stride[3], v_text_stride[3], k_own_stride[4], v_own_stride[4];  // in elements
     int B, H, G, L, P, N, S, K;
     float scale;
@@ -31,11 +31,11 @@ struct ThoughtDecodeArguments {
 
 enum class Float16 : int { BF16 = 0, HALF = 1 };
 
-// Throws std::runtime_error for a head width or tile that no kernel here serves, and where CUDA can't launch.
+// Throws std::runtime_error for a head width or tile without a kernel, and if CUDA can't launch.
 void thought_decode(const ThoughtDecodeArguments& arguments, Float16 dtype, void* stream);
 
-// Writes `out`, or `parts` where there are several. Each head width has a file,
-// thought_decode_<K>.cu, so that they compile side by side.
+// Writes `out`, or `parts` if there are several. Each head width has a file, thought_decode_<K>.cu, so that
+// they compile in parallel.
 template <class T, int K>
 void launch_decode(const ThoughtDecodeArguments& arguments, void* stream);
 

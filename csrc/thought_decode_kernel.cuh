@@ -1,10 +1,10 @@
-// The kernel of thought_decode: a block of threads takes ROWS query rows of one key head, and all their text
-// or a part of it.
+// The kernel of thought_decode: a block of threads takes ROWS query rows of one key head, and all of their
+// text or a part of it.
 //
 // The H/G query heads of a key head are folded into the rows: flat row f is thought f / HG under head f % HG,
-// and a warp has 16 of them. Blocks of keys come through one pipeline of cp.async: first own rows, where each
-// warp fills 16 rows of a stage for itself, then text, which all warps share. The layout is read here, on the
-// device: a launch can be captured in a CUDA graph.
+// and a warp has 16 of them. Blocks of keys are loaded through one cp.async pipeline: first own rows, where
+// each warp fills 16 rows of a stage for itself, then text, which all warps share. The layout is read on the
+// device, so that a CUDA graph can capture the launch.
 #pragma once
 
 #include <stdexcept>
@@ -13,10 +13,10 @@
 
 namespace quietstar {
 
-// Each of up to four values becomes the smallest in the block of threads.
+// Replaces each of up to four values by its minimum over the block of threads.
 template <class Tile, int COUNT>
 __device__ __forceinline__ void block_min(int (&values)[COUNT], typename Tile::Notes& notes) {
-    block_sync();  // what was reduced before has been read
+    block_sync();  // the previous results have been read
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
@@ -32,7 +32,7 @@ __device__ __forceinline__ void block_min(int (&values)[COUNT], typename Tile::N
 }
 
 // The first text position in start .. end whose position id is at least `oldest`; end + 1 if there is none.
-// Ids need not ascend, so the text is looked through.
+// Ids need not ascend, so all of the text is checked.
 template <class Tile>
 __device__ __forceinline__ int first_in_window(int start, int end, int oldest, const int* lo,
                                                typename Tile::Notes& notes) {
@@ -45,8 +45,8 @@ __device__ __forceinline__ int first_in_window(int start, int end, int oldest, c
     return values[0];
 }
 
-// Zeros for the NaN and infinities in a row of values, which 0 * NaN would carry into rows that don't see the
-// key. Returns what makes those that see it NaN.
+// Replaces NaN and infinity in a row of values by 0, since 0 * NaN would reach rows that don't see the key.
+// Returns NaN if there was one, for the rows that see the key, else 0.
 template <class Tile>
 __device__ __forceinline__ float without_poison(unsigned char* row) {
     uint16_t* values = reinterpret_cast<uint16_t*>(row);
@@ -60,7 +60,7 @@ __device__ __forceinline__ float without_poison(unsigned char* row) {
     return poison;
 }
 
-// Notes the blocks of keys.
+// Writes the blocks of keys to `notes`.
 template <class Tile>
 __device__ __forceinline__ void note_blocks(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
                                             const Place& place, int split) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
     auto& notes = *reinterpret_cast<typename Tile::Notes*>(memory + Tile::NOTES);
     const int warp = threadIdx.x / WARP;
     const int pair = blockIdx.x % (a.B * a.G), split = blockIdx.y;
-    const int tile = (gridDim.x - 1 - blockIdx.x) / (a.B * a.G);  // those that see most text come first
+    const int tile = (gridDim.x - 1 - blockIdx.x) / (a.B * a.G);  // those that see the most text come first
 
     const int now = *static_cast<const int*>(a.step);
     const Place& place = notes.place[warp];
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
         cp_async_commit();
     };
 
-    // Where a result is not finite, all is done again, without what 0 * NaN has carried to rows that don't
-    // see the NaN.
+    // If a result isn't finite, start over with checks, so that 0 * NaN doesn't reach rows that don't see the
+    // NaN.
     Softmax<Tile::K> softmax;
     for (bool again = false;; again = true) {
         softmax.begin(a.sinks == nullptr || split > 0 ? nullptr : at<float>(a.sinks, place.g * place.HG),
@@ -172,7 +172,7 @@ void launch_tile(const ThoughtDecodeArguments& a, void* stream) {
     launch(decode<Tile>, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, a);
 }
 
-// The tiles that ship. 128 rows of K 128 and 64 of K 256 take more shared memory than the 99 KB of sm_120.
+// All tiles. 128 rows of K 128 and 64 of K 256 take more shared memory than the 99 KB of sm_120.
 template <class T, int K>
 void launch_decode(const ThoughtDecodeArguments& a, void* stream) {
     if constexpr (K == 256) {

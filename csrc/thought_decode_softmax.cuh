@@ -1,5 +1,5 @@
-// The softmax of a warp's 16 rows, as mma lays it out: a thread has rows lane / 4 and lane / 4 + 8, and of 8
-// columns two.
+// The softmax of a warp's 16 rows in the layout of mma: a thread has rows lane / 4 and lane / 4 + 8, and two
+// of every 8 columns.
 #pragma once
 
 #include <cmath>
@@ -9,19 +9,19 @@
 namespace quietstar {
 
 constexpr float LOG2_E = 1.44269504f;
-// A row's top before it has seen a key: finite, so that nothing is inf - inf.
+// A row's top before its first key: finite, so that nothing is inf - inf.
 constexpr float LOWEST = -1e30f;
-// What is subtracted from scores is at least this, so that those of -inf and a top of LOWEST give 0.
+// At least this is subtracted from scores, so that a score of -inf under a top of LOWEST gives 0.
 constexpr float LOWEST_SUBTRACTED = -1e29f;
 
-// A row's sum of weights so far is 2^top times the sum of `total` over its four lanes, its sum of values
-// 2^top times `acc`.
+// The sum of a row's weights so far is 2^top times the sum of `total` over its four lanes, and its sum of
+// values is 2^top times `acc`.
 template <int K>
 struct Softmax {
     float top[2], total[2];
     float acc[K / 8][4];
 
-    // Nothing seen but a sink, where there are some: `sinks` (else null) are those of the key head.
+    // No key seen yet, only a sink if there is one: `sinks` (else null) are those of the key head.
     __device__ __forceinline__ void begin(const float* sinks, const Place& place) {
         const int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -55,8 +55,8 @@ __device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)[4], co
     mma<T>(right, a, b_right);
 }
 
-// Bytes from a tile's first row to what this lane addresses for ldmatrix4, where lane 8i + j has row j of
-// matrix i. The chunks 2k and 2k + 1 instead of 0 and 1 are shared_xor with 32k further.
+// Bytes from a tile's first row to the address of this lane for ldmatrix4, where lane 8i + j has row j of
+// matrix i. For chunks 2k and 2k + 1 instead of 0 and 1, shared_xor the address with 32k.
 //
 // For queries and, transposed, values: matrices 0 and 1 are rows 0-7 and 8-15 of chunk 0, 2 and 3 those of
 // chunk 1.
@@ -73,7 +73,7 @@ __device__ __forceinline__ int chunks_first() {
     return (lane / 16 * 8 + lane % 8) * Tile::ROW_BYTES + chunk_bytes(lane, lane / 8 % 2);
 }
 
-// The warp's rows, in registers or in shared memory, times COUNT keys.
+// The products of the warp's rows, in registers or shared memory, with COUNT keys.
 template <class Tile, int COUNT>
 __device__ __forceinline__ void scores(float (&s)[COUNT / 8][4], const uint32_t (&q)[Tile::K / 16][4],
                                        Shared queries, Shared keys) {
@@ -96,9 +96,9 @@ __device__ __forceinline__ void scores(float (&s)[COUNT / 8][4], const uint32_t 
     }
 }
 
-// -inf for columns that a row does not see, NaN for those that it sees and whose `poison` (null: none) is
-// NaN. `column` is this thread's first, `lo` (null: no window) that of the batch row; `seen` and `oldest` are
-// of this thread's rows, which are 8 apart.
+// Sets -inf for columns that a row doesn't see, and NaN for those that it sees and whose `poison` (null:
+// none) is NaN. `column` is this thread's first, `lo` (null: no window) that of the batch row; `seen` and
+// `oldest` are of this thread's rows, which are 8 apart.
 template <int COUNT>
 __device__ __forceinline__ void hide(float (&s)[COUNT / 8][4], int column, const Interval* seen,
                                      const float* poison, const int* lo, const int* oldest) {
@@ -128,8 +128,7 @@ __device__ __forceinline__ void hide(float (&s)[COUNT / 8][4], int column, const
     }
 }
 
-// Scores, which times `factor` are in units of log 2, become weights; top, total and acc are brought up to
-// date.
+// Turns scores, which times `factor` are in units of log 2, into weights, and updates top, total and acc.
 template <int K, int COUNT>
 __device__ __forceinline__ void weigh(Softmax<K>& softmax, float (&s)[COUNT][4], float factor) {
     float fade[2];
@@ -189,9 +188,9 @@ __device__ __forceinline__ void add_values(Softmax<Tile::K>& softmax, const floa
     }
 }
 
-// COUNT keys from row `key` of a stage on join the softmax of this warp's rows. The first is column `column`
-// of what the rows see, notes.own or notes.text; `lo` as in `hide`; `poisoned` where notes.poison is of this
-// stage.
+// Adds COUNT keys, from row `key` of a stage, to the softmax of this warp's rows. The first is column
+// `column` of what the rows see, notes.own or notes.text; `lo` as in `hide`; `poisoned` if notes.poison is
+// that of this stage.
 template <class Tile, int COUNT>
 __device__ __forceinline__ void softmax_step(Softmax<Tile::K>& softmax, const uint32_t (&q)[Tile::K / 16][4],
                                              Shared queries, Shared stage, int key, int column,
@@ -213,8 +212,8 @@ __device__ __forceinline__ void softmax_step(Softmax<Tile::K>& softmax, const ui
     add_values<Tile, COUNT>(softmax, s, keys + Tile::VALUES);
 }
 
-// The rows of this warp to `out`, or to `parts`, each a softmax of its own with its log2 of the sum of
-// weights. `head` is the first query head of the group, counted over the batch.
+// Stores the rows of this warp to `out`, or to `parts`: there each part is a separate softmax, with the log2
+// of its sum of weights. `head` is the first query head of the group, counted over the batch.
 template <class Tile>
 __device__ __forceinline__ void store(const Softmax<Tile::K>& softmax, const ThoughtDecodeArguments& a,
                                       const typename Tile::Notes& notes, int head, int split) {

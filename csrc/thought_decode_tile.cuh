@@ -8,7 +8,7 @@ namespace quietstar {
 
 constexpr int OWN_KEYS = 16;  // own rows that a warp's 16 query rows meet at a time
 
-// Where a warp is: batch row, key head, query heads of a key head, its first flat row.
+// The place of a warp: batch row, key head, query heads of a key head, its first flat row.
 struct Place {
     int b, g, HG, flat;
 };
@@ -25,7 +25,7 @@ struct Interval {
     }
 };
 
-// The own rows of the thoughts of a warp's query rows stand in one sequence: key j is row first + j % count
+// The own rows of the thoughts of a warp's query rows make one sequence: key j is row first + j % count
 // of thought `thought` + j / count.
 struct OwnRows {
     int thought, thoughts;
@@ -35,8 +35,8 @@ struct OwnRows {
     __device__ __forceinline__ int keys() const { return thoughts * static_cast<int>(count); }
 };
 
-// The keys that a block of threads goes over: blocks of own rows, then blocks of text from `start` on; none
-// behind `end` is read.
+// The keys of a block of threads: blocks of own rows, then blocks of text from `start`; none after `end` is
+// read.
 struct KeyBlocks {
     int own, all;
     int start, end;
@@ -50,19 +50,19 @@ struct Tile {
     static constexpr int K = K_, WARPS = WARPS_, KEYS = KEYS_, STAGES = STAGES_;
     static constexpr int STEP = STEP_, BLOCKS = BLOCKS_;
     static constexpr int ROWS = 16 * WARPS, THREADS = WARP * WARPS;
-    static constexpr bool QUERIES_SHARED = K > 128;          // else they stay in registers
-    static constexpr int ROW_BYTES = 2 * K, CHUNKS = K / 8;  // a chunk is what one cp_async brings
+    static constexpr bool QUERIES_SHARED = K > 128;          // else they are in registers
+    static constexpr int ROW_BYTES = 2 * K, CHUNKS = K / 8;  // a chunk is what one cp_async copies
     static constexpr int VALUES = KEYS * ROW_BYTES;          // where in a stage the values begin
     static constexpr int STAGE_BYTES = 2 * VALUES;
     static constexpr int QUERIES = STAGES * STAGE_BYTES;  // where the queries begin
     static constexpr int NOTES = QUERIES + (QUERIES_SHARED ? ROWS * ROW_BYTES : 0);
 
-    // What threads tell each other.
+    // What threads share.
     struct Notes {
         Interval text[ROWS];        // the positions that each row sees
         Interval own[ROWS];         // the keys that it sees in its warp's sequence of own rows
         int oldest[ROWS];           // the oldest position id that it sees under a window
-        int out_row[ROWS];          // head * P*N + thought; -1 where there is no such row
+        int out_row[ROWS];          // head * P*N + thought; -1 if there is no such row
         Interval warp_text[WARPS];  // from the first to the last position that a row of a warp sees
         OwnRows warp_own[WARPS];
         Place place[WARPS];
@@ -86,14 +86,14 @@ __device__ __forceinline__ const V* at(const void* base, int64_t offset) {
     return static_cast<const V*>(base) + offset;
 }
 
-// Notes what this warp's rows see; nothing where they are off.
+// Writes to `notes` what this warp's rows see: nothing if they are off.
 template <class Tile>
 __device__ __forceinline__ void note_rows(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
                                           const Place& place, int now) {
     const int row = threadIdx.x % 16, thoughts = a.P * a.N;
     const int thought = (place.flat + row) / place.HG, head = (place.flat + row) % place.HG;
     int first = INT32_MAX, last = -1;
-    if (thought < thoughts) {  // both loads are under way before the step has come
+    if (thought < thoughts) {  // both loads start before the step arrives
         const int length = *at<int>(a.length, static_cast<int64_t>(place.b) * thoughts + thought);
         const int anchor = *at<int>(a.anchor, static_cast<int64_t>(place.b) * a.P + thought / a.N);
         if (now < length) last = anchor;
@@ -126,7 +126,7 @@ __device__ __forceinline__ void note_rows(typename Tile::Notes& notes, const Tho
     warp_sync();
 }
 
-// The warp's query rows as mma takes them; zeros for rows that are off.
+// Loads the warp's query rows in the layout of mma; zeros for rows that are off.
 template <class Tile>
 __device__ __forceinline__ void read_queries(uint32_t (&q)[Tile::K / 16][4],
                                              const typename Tile::Notes& notes,
@@ -163,7 +163,7 @@ __device__ __forceinline__ void load_queries(Shared queries, const typename Tile
     }
 }
 
-// Own keys j0 .. j0 + 15 of this warp to its rows of a stage; zeros for thoughts that are off.
+// Copies own keys j0 .. j0 + 15 of this warp to its rows of a stage; zeros for thoughts that are off.
 template <class Tile>
 __device__ __forceinline__ void load_own(Shared stage, const typename Tile::Notes& notes,
                                          const ThoughtDecodeArguments& a, const Place& place, int j0) {
@@ -186,7 +186,7 @@ __device__ __forceinline__ void load_own(Shared stage, const typename Tile::Note
     }
 }
 
-// Text rows first .. first + KEYS - 1 to a stage, zeros behind row `end`.
+// Copies text rows first .. first + KEYS - 1 to a stage; zeros after row `end`.
 template <class Tile>
 __device__ __forceinline__ void load_text(Shared stage, const ThoughtDecodeArguments& a, const Place& place,
                                           int first, int end) {

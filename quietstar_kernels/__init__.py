@@ -14,6 +14,7 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 =  ==========================================  =  ==========================================
 """
 
+from quietstar_kernels import _cases, _first_use
 from quietstar_kernels._dispatch import backends
 from quietstar_kernels.cuda._library import cuda_library
 from quietstar_kernels.layout import ThoughtLayout
@@ -21,6 +22,8 @@ from quietstar_kernels.linear_logprob import linear_logprob
 from quietstar_kernels.sample_token import sample_token
 from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
+
+_first_use.CASES.update(_cases.FIRST_USE)
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""``python -m quietstar_kernels``: versions, and which back end serves which op on this machine; ``check``: are they right?"""
+"""``python -m quietstar_kernels`` prints versions and which back end serves which op; ``check`` tests the results."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from quietstar_kernels import __version__, _dispatch, backends, check, cuda_libr
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m quietstar_kernels", description="Without a command: versions, and which back end serves which op here."
+        prog="python -m quietstar_kernels",
+        description="Without a command, print versions and which back end serves which op here.",
     )
     commands = parser.add_subparsers(dest="command", title="commands", metavar="check")
     checking = commands.add_parser(
         "check",
-        help="compare every back end with plain PyTorch in fp64; exit code 1 where one is wrong",
-        description="Compare every op, forward and backward, by every back end of a device, with plain PyTorch in fp64: "
-        "a row of a table for each dtype, with the worst error over what is allowed. Exit code 1 where one is wrong.",
+        help="compare every back end with plain PyTorch in fp64; exit code 1 if one is wrong",
+        description="Compare the forward and backward of every op, on every back end of a device, with plain PyTorch in fp64. "
+        "Prints a row for each dtype, with the worst error over what is allowed. Exit code 1 if one is wrong.",
     )
-    checking.add_argument("--device", help="such as cuda:1 or cpu; default the GPU where there is one")
+    checking.add_argument("--device", help="such as cuda:1 or cpu; default the GPU if there is one")
     checking.add_argument(
-        "--backend", choices=_dispatch.BACKENDS, help="this one alone; default the reference and what serves the device"
+        "--backend",
+        choices=_dispatch.BACKENDS,
+        help="check only this one; default the reference and what auto may choose on the device",
     )
-    checking.add_argument("--op", choices=_dispatch.OPS, help="this one alone")
+    checking.add_argument("--op", choices=_dispatch.OPS, help="check only this one")
     args = parser.parse_args(argv)
     if args.command is None:
         show_backends()
@@ -55,12 +58,12 @@ def device_name(device: str) -> str:
 
 def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """The exit code."""
-    there = torch.cuda.is_available()
-    name = args.device or ("cuda" if there else "cpu")
+    has_gpu = torch.cuda.is_available()
+    name = args.device or ("cuda" if has_gpu else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        parser.error(f"--device must be such as cpu, cuda or cuda:1, got {name!r}")
+        parser.error(f"--device must be a device such as cpu, cuda or cuda:1, got {name!r}")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         parser.error(f"--device: PyTorch finds no {name} here")
     wanted = [args.backend] if args.backend else check.served(device)
@@ -68,7 +71,7 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.backend and all(reasons := [_dispatch.why_not(op, args.backend, device) for op in ops]):
         parser.error(f"--backend: {args.backend!r} is not available: {'; '.join(map(str, dict.fromkeys(reasons)))}")
     show_versions()
-    if not there:
+    if not has_gpu:
         print("PyTorch finds no GPU here: this checks what runs on the CPU.")
     print(f"\n{name} ({device_name(name)})")
     return 0 if check.check(device, wanted, ops) else 1

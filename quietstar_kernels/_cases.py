@@ -1,10 +1,11 @@
-"""One small case of an op, by a back end on its device, judged on the CPU: how much of what is allowed does it err?
+"""Small cases of the ops: a back end runs one on its device, and the CPU judges the result.
 
-A case returns that, at most 1, and raises AssertionError, with the numbers, where the result is wrong. Plain PyTorch and the
-truth in fp64 are computed on the CPU, so that no GPU judges itself. Random numbers come from a generator of the case's own.
+A case returns the error as a part of what is allowed, at most 1. It raises AssertionError, with the numbers, if the result is
+wrong. Plain PyTorch and the truth in fp64 are computed on the CPU, so that no GPU judges itself. Every case has its own random
+generator.
 
-The rule of ``testing`` bounds the largest error, and that by what 16 bits do to every step. These inputs are always the same,
-so that the mean error has one too, which shows a result that is 2 % off everywhere.
+The rule of ``testing`` bounds the largest error by what rounding every step to 16 bits would cost. As these inputs never
+change, there is a bound on the mean error too, which catches a result that is 2 % off everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from quietstar_kernels.sample_token import sample_token
 from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
 
-MEAN_ULPS = {torch.float32: 64, torch.float16: 2, torch.bfloat16: 2}  # right back ends reach 5, and 0.5 in 16 bits
-SEED = 33  # with it no draw of ``sampling`` is near another one, so that every back end must draw the same
+MEAN_ULPS = {torch.float32: 64, torch.float16: 2, torch.bfloat16: 2}  # correct back ends reach 5, and 0.5 in 16 bits
+TEXT = 160  # positions of the text in FIRST_USE: several blocks of any kernel
+SEED = 33  # with this one no draw of ``sampling`` is a close call, so every back end must draw the same
 
 
 def chosen_anchors(text: int) -> ThoughtLayout:
@@ -46,7 +48,7 @@ def attention(
     backward: bool = True,
     **options: Any,
 ) -> float:
-    """``thought_attention``: out and lse, and where ``backward`` the gradients of q, k, v and sinks."""
+    """``thought_attention``: out and lse, and with ``backward`` the gradients of q, k, v and sinks."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = testing.attention_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
     grad_out = _normal(generator, *inputs["q"].shape[:3], E or K).to(dtype)
@@ -106,7 +108,7 @@ def sampling(
 
 
 def exact_inputs(rows: int, width: int, vocabulary: int) -> dict[str, Tensor]:
-    """Those of ``sampling``: logits are multiples of 1/8 that no dtype rounds, and many are equal."""
+    """The inputs of ``sampling``: logits are multiples of 1/8, which no dtype rounds, and many are equal."""
     inputs = testing.sample_inputs(torch.Generator().manual_seed(SEED), rows, width, vocabulary, bias=True)
     inputs |= {"hidden": inputs["hidden"].round().clamp(-1, 1)}
     return inputs | {name: (8 * inputs[name]).round() / 8 for name in ("weight", "bias")}
@@ -123,7 +125,7 @@ def logprob(
     banned: Sequence[int] = (),
     **options: Any,
 ) -> float:
-    """``linear_logprob`` with entropy, and where ``backward`` the gradients of hidden, weight and bias."""
+    """``linear_logprob`` with entropy, and with ``backward`` the gradients of hidden, weight and bias."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = testing.logprob_inputs(generator, rows, width, vocabulary, bias=True, banned=banned, dtype=dtype)
     grads = list(_normal(generator, 2, rows)) if backward else []
@@ -131,7 +133,7 @@ def logprob(
     return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
 
 
-# By op. Each takes a back end, a device, a dtype, and by name its sizes and the op's options.
+# By op. Each takes a back end, a device and a dtype; its sizes and the op's options are keywords.
 JUDGES: dict[str, Callable[..., float]] = {
     "thought_attention": attention,
     "thought_decode": decode,
@@ -140,8 +142,17 @@ JUDGES: dict[str, Callable[..., float]] = {
 }
 
 
+def _first_use(judge: Callable[..., float]) -> Callable[..., float]:
+    """``judge`` of a layout and heads that are quick to try."""
+    return lambda *arguments, **options: judge(*arguments, layout=chosen_anchors(TEXT), heads=2, groups=1, **options)
+
+
+# What ``auto`` tries before it takes a back end on an unknown GPU.
+FIRST_USE = JUDGES | {"thought_attention": _first_use(attention), "thought_decode": _first_use(decode)}
+
+
 def _worst(op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Any], *rest: Any, **options: Any) -> float:
-    """Of all outputs and gradients."""
+    """The largest of all outputs and gradients."""
     return max(_judge(**result) for result in testing._results(op, plain, inputs, *rest, **options))
 
 
@@ -156,7 +167,7 @@ def _judge(got: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: floa
 
 
 def _on(device: torch.device, op: Callable[..., Any], dtypes: Sequence[torch.dtype]) -> Callable[..., tuple[Tensor, ...]]:
-    """``op`` for arguments on the CPU, run on ``device``; its outputs, which must have ``dtypes``, are brought back."""
+    """``op`` with arguments and results on the CPU, run on ``device``. The outputs must have ``dtypes``."""
 
     def run(**arguments: Any) -> tuple[Tensor, ...]:
         there = {name: x.to(device) if isinstance(x, Tensor | ThoughtLayout) else x for name, x in arguments.items()}

@@ -1,4 +1,4 @@
-"""The one checker: every complaint about an argument has the same form.
+"""Checks arguments. All errors have the same form:
 
 ``thought_attention: k must have shape [B,G,M,K]=[2,4,640,64], got [2,4,512,64]``
 """
@@ -14,14 +14,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def names(dtypes: Sequence[torch.dtype]) -> str:
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 class Checker:
-    """Checks the arguments of one op and remembers the size of every dimension letter it has met.
+    """Checks the arguments of one op, and that dimensions with the same letter have the same size.
 
-    A letter's size is fixed by the first tensor that shows it; later tensors must agree.
+    The first tensor with a letter sets its size.
     """
 
     def __init__(self, op: str, **sizes: int):
@@ -42,7 +42,7 @@ class Checker:
         dtype: Sequence[torch.dtype] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """``letters`` names the dimensions, comma-separated, as in ``"B,G,M,K"``; raises ValueError."""
+        """``letters`` are the dimensions, comma-separated, such as ``"B,G,M,K"``. Raises ValueError."""
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {type(value).__name__}")
         keys, sizes, got = letters.split(",") if letters else [], self.sizes, value.shape
@@ -53,7 +53,7 @@ class Checker:
             known = ",".join(str(sizes.get(key, "?")) for key in keys)
             raise self.fail(f"{name} must have shape [{letters}]=[{known}], got {str(list(got)).replace(', ', ',')}")
         if dtype is not None and value.dtype not in dtype:
-            raise self.fail(f"{name} must have dtype {names(dtype)}, got {names([value.dtype])}")
+            raise self.fail(f"{name} must have dtype {dtype_names(dtype)}, got {dtype_names([value.dtype])}")
         if device is not None and value.device != device:
             raise self.fail(f"{name} must be on {device}, got {value.device}")
 
@@ -71,7 +71,7 @@ class Checker:
             raise self.fail(f"H must be a multiple of G, got H={self.sizes['H']}, G={self.sizes['G']}")
 
     def positive(self, name: str, value: float | None, zero: bool = False) -> None:
-        """Accepts None, else a finite number above zero (or zero, where ``zero``)."""
+        """Accepts None and finite numbers above zero; with ``zero``, zero too."""
         if value is None:
             return
         if not (value > 0 or (zero and value == 0)) or value == float("inf"):
@@ -91,7 +91,7 @@ def check_head(
     softcap: float | None,
     banned: Sequence[int],
 ) -> list[int]:
-    """The arguments that the two vocabulary ops share; returns ``banned`` as a list."""
+    """Checks the arguments that the two vocabulary ops share. Returns ``banned`` sorted, without duplicates."""
     check.tensor("hidden", hidden, "R,D", FLOATS)
     check.tensor("weight", weight, "V,D", (hidden.dtype,), hidden.device)
     if bias is not None:

@@ -1,7 +1,7 @@
-"""Before ``auto`` takes a back end on a kind of GPU that we have no results of, one small case of the op must come out right.
+"""On a kind of GPU without published results, ``auto`` only takes a back end after one small case of the op came out right.
 
-A success is remembered in the user's cache folder: a file for each kind of GPU, op, back end, dtype and widths, and the
-versions. A back end that fails is skipped, with a warning, until the process ends; the next process tries it again.
+A success is recorded in the user's cache folder, in a file for each kind of GPU, op, back end, dtype, widths and versions. A
+back end that fails is skipped, with a warning, until the process ends; the next process tries it again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 
-# Names that torch.cuda.get_device_name gives: of each GPU with a results file, benchmarks/results/*.json.
+# Each GPU with a results file, benchmarks/results/*.json, as torch.cuda.get_device_name names it.
 MEASURED: frozenset[str] = frozenset()
-TYPES = ("cuda",)  # of devices where back ends are tried
+TYPES = ("cuda",)  # types of devices on which back ends are tried
 HAVE_BACKWARD = ("thought_attention", "linear_logprob")
-TEXT = 160  # positions: several blocks of any kernel
+
+# By op, a small case: f(backend, device, dtype, **widths, backward=...), which raises AssertionError if the result is wrong.
+# The package's __init__ puts them here: they call the ops, and the ops call this module.
+CASES: dict[str, Callable[..., object]] = {}
 
 Widths = tuple[tuple[str, int], ...]
 _found: dict[tuple[str, str, torch.device, torch.dtype, Widths, bool], str | None] = {}
@@ -39,9 +42,9 @@ def why_not(
     """None if ``backend`` gave the right result or can't be tried now; else what is wrong, in words.
 
     Args:
-        device: of one of ``TYPES``.
+        device: its type is one of ``TYPES``.
         widths: such as (("K", 64), ("E", 64)).
-        backward: try the op's backward too.
+        backward: try the backward of the op too.
     """
     if dtype is None:
         return None
@@ -57,16 +60,16 @@ def why_not(
 
 
 def found(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """For torch.compile, which tries nothing and whose widths may be symbols: what was wrong before, in any width."""
-    wrong = (said for key, said in _found.items() if said is not None and key[:4] == (op, backend, device, dtype))
+    """What was found wrong before, with any widths. For torch.compile, which tries nothing and may not know the widths."""
+    wrong = (reason for key, reason in _found.items() if reason is not None and key[:4] == (op, backend, device, dtype))
     return next(wrong, None)
 
 
-found._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, as _dispatch._why_not_library
+found._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it instead of tracing it
 
 
 def _is_busy() -> bool:
-    """In a CUDA graph's capture, in a backward, or in a mode that changes what operations do, as that of fake tensors."""
+    """Inside a CUDA graph capture, a backward, or a mode that changes what operations do, such as that of fake tensors."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return capturing or torch._C._current_graph_task_id() != -1 or torch._C._len_torch_dispatch_stack() > 0
 
@@ -77,23 +80,23 @@ def _try_or_remember(
     kind = _kind(device)
     if kind in MEASURED:
         return None
-    what = {"kind": kind, "op": op, "backend": backend, "dtype": str(dtype), "widths": dict(widths), "backward": backward}
-    what |= _took_part()
-    if _was_right(what):
+    trial = {"kind": kind, "op": op, "backend": backend, "dtype": str(dtype), "widths": dict(widths), "backward": backward}
+    trial |= _took_part()
+    if _was_right(trial):
         return None
     try:
         _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
     except torch.OutOfMemoryError:
-        raise  # says nothing about the back end
+        raise  # this doesn't mean that the back end is wrong
     except Exception as error:
-        said = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
         warnings.warn(
-            f"{op}: backend {backend!r} is wrong on {kind} in {dtype}, so backend='auto' takes the next one. {said}. "
-            "Please report this with what `python -m quietstar_kernels check` prints.",
-            stacklevel=5,
+            f"{op}: backend {backend!r} is wrong on {kind} in {dtype}, so backend='auto' takes the next one. {reason}. "
+            "Please report this, with the output of `python -m quietstar_kernels check`.",
+            stacklevel=6,
         )
-        return f"it is wrong on {kind}: {said}"
-    _remember(what)
+        return f"it is wrong on {kind}: {reason}"
+    _remember(trial)
     return None
 
 
@@ -102,28 +105,21 @@ def _kind(device: torch.device) -> str:
 
 
 def _in_a_thread(function: Callable[[], Any]) -> None:
-    """A thread of its own has none of the caller's state: autocast, inference mode, hooks on saved tensors, streams."""
+    """A new thread has none of the caller's state: autocast, inference mode, saved-tensor hooks, streams."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(function).result()
 
 
 def _try(op: str, backend: str, device: torch.device, dtype: torch.dtype, widths: dict[str, int], backward: bool) -> None:
-    """Raises AssertionError where the result is wrong."""
-    from quietstar_kernels import _cases  # the ops import this module
-
+    """Raises AssertionError if the result is wrong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    arguments: dict[str, Any] = dict(widths)
-    if op in HAVE_BACKWARD:
-        arguments["backward"] = backward
-    if op in ("thought_attention", "thought_decode"):
-        arguments |= {"layout": _cases.chosen_anchors(TEXT), "heads": 2, "groups": 1}
-    _cases.JUDGES[op](backend, device, dtype, **arguments)
+    CASES[op](backend, device, dtype, **widths, **({"backward": backward} if op in HAVE_BACKWARD else {}))
 
 
 @functools.cache
 def _took_part() -> dict[str, str | None]:
-    """Versions, and a digest of this package as it is installed."""
+    """What the result depends on: versions, and a digest of this package as it is installed."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.so")]):
@@ -134,28 +130,28 @@ def _took_part() -> dict[str, str | None]:
     return found
 
 
-def _file(what: dict[str, Any]) -> Path:
-    """Raises RuntimeError where there is no home."""
+def _file(trial: dict[str, Any]) -> Path:
+    """Raises RuntimeError if the user has no home folder."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(trial, sort_keys=True).encode()).hexdigest()[:32]
     return Path(folder) / "quietstar_kernels" / f"{name}.json"
 
 
-def _was_right(what: dict[str, Any]) -> bool:
+def _was_right(trial: dict[str, Any]) -> bool:
     with suppress(OSError, RuntimeError, ValueError):
-        return bool(json.loads(_file(what).read_text()) == what)
+        return bool(json.loads(_file(trial).read_text()) == trial)
     return False
 
 
-def _remember(what: dict[str, Any]) -> None:
-    """In a file that is there as a whole or not at all. A folder that can't be written is no error."""
+def _remember(trial: dict[str, Any]) -> None:
+    """Written to a temporary file and renamed, so that no file is incomplete. A folder that isn't writable is no error."""
     with suppress(OSError, RuntimeError):
-        file = _file(what)
+        file = _file(trial)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=file.parent)
         try:
             with os.fdopen(handle, "w") as new:
-                json.dump(what, new, indent=1)
+                json.dump(trial, new, indent=1)
             os.replace(path, file)
         except OSError:
             os.unlink(path)

@@ -1,6 +1,6 @@
-"""Operators in PyTorch's dispatcher, so that autograd, torch.compile and fake tensors know them.
+"""Registers operators with PyTorch's dispatcher, so that autograd, torch.compile and fake tensors work with them.
 
-``torch.library.custom_op`` does the same through more layers of Python, which take 40 µs of each differentiable call.
+``torch.library.custom_op`` does the same, but its layers of Python cost 40 µs per differentiable call.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def operator(
     setup_context: SetupContext | None = None,
     backward: Backward | None = None,
 ) -> OpOverload:
-    """``quietstar::<name>``, named after the function, whose annotations give the schema; it changes no argument.
+    """Register ``quietstar::<name>``. The function gives the name, and its annotations the schema.
 
     Args:
-        function: returns new tensors.
-        fake: the same for shapes and dtypes alone.
-        setup_context, backward: as those of ``torch.autograd.Function``; without them a backward through it raises.
+        function: returns new tensors and changes no argument.
+        fake: the same for fake tensors, which have only shapes and dtypes.
+        setup_context, backward: as in ``torch.autograd.Function``; without them the operator has no backward.
     """
     name = function.__name__.strip("_")
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
@@ -62,7 +62,7 @@ def operator(
 
 
 def call(op: OpOverload, *inputs: Any) -> Any:
-    """``op(*inputs)``, past the layer of autograd where no gradient is wanted."""
+    """``op(*inputs)``; skips the autograd layer if gradients are off."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*inputs)
     with torch._C._AutoDispatchBelowAutograd():

@@ -1,4 +1,4 @@
-"""``python -m quietstar_kernels check``: every op by every back end on this machine's device, against plain PyTorch in fp64."""
+"""``python -m quietstar_kernels check``: every op on every back end of a device, compared with plain PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from quietstar_kernels.layout import ThoughtLayout
 __all__ = ["check", "served"]
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
-WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time goes into compiling
+WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent compiling
 ROW = "{:<18} {:<10} {:<9} {:>5} {:>6} {:>8}  {}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one of ``_cases.JUDGES``, and the dtypes in which it is run where the back end computes in them."""
+    """Arguments of one of ``_cases.JUDGES``, and the dtypes to run it in, if the back end serves them."""
 
     op: str
     dtypes: tuple[torch.dtype, ...]
@@ -32,10 +32,10 @@ class Case:
 
 
 def cases(interpreted: bool) -> list[Case]:
-    """A kernel is compiled for a dtype, widths, and which options are given: few of those, in several layouts each.
+    """Few dtypes, widths and options, each of which a kernel is compiled for, in several layouts.
 
     Args:
-        interpreted: smaller ones, for Triton's interpreter.
+        interpreted: make them smaller, for Triton's interpreter.
     """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
     every, anchors, ragged = layouts = every_position(short), _cases.chosen_anchors(long), ragged_thoughts(short)
@@ -68,7 +68,7 @@ def served(device: torch.device) -> tuple[str, ...]:
 
 
 def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> bool:
-    """Print a table with a row for each op, back end and dtype; True where nothing is wrong."""
+    """Print a table with a row for each op, back end and dtype. True if all results are right."""
     print(ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result (worst: error over what is allowed)"))
     began = time.monotonic()
     rows = [(device, op, backend, dtype) for op in ops for backend in backends for dtype in ALL]
@@ -82,7 +82,7 @@ def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> 
 
 
 def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -> tuple[list[str], int]:
-    """Run the cases that the back end serves. The lines of their row, and how many failed: each of those has a line."""
+    """Run the cases that the back end serves. Returns the lines to print, one more for each failure, and how many failed."""
     reason = _dispatch.why_not(op, backend, device)
     if reason is not None:
         return [ROW.format(op, backend, "", "", "", "", f"not available: {reason}")] if dtype == ALL[0] else [], 0
@@ -96,9 +96,9 @@ def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -
         count += 1
         try:
             worst = max(worst, _cases.JUDGES[op](backend, device, dtype, **case.arguments))
-        except Exception as error:  # whatever goes wrong in a back end is what is looked for
-            said = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            reasons.append(f"  {', '.join(f'{name}={value}' for name, value in case.arguments.items())}: {said}")
+        except Exception as error:  # a check reports anything that goes wrong in a back end
+            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            reasons.append(f"  {', '.join(f'{name}={value}' for name, value in case.arguments.items())}: {what}")
     if count == 0:
         return [], 0
     result = f"FAILED, {len(reasons)} of {count}:" if reasons else "ok"
@@ -108,7 +108,7 @@ def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -
 
 @contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """``torch.empty`` gives NaN: what a kernel forgets to write shows."""
+    """``torch.empty`` gives NaN, so that an element that a kernel forgets to write is noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

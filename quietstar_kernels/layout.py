@@ -1,8 +1,8 @@
-"""ThoughtLayout: where the thoughts of a packed sequence hang and what each row may see.
+"""ThoughtLayout: where the thoughts of a packed sequence start, and what each row may see.
 
-A packed sequence is ``[text (L) | thought rows (R)]`` with rows ordered ``r = (p*N + n)*S + s``. Row (p, n, s) hangs on
-text position ``t = anchor[b, p]`` and sees the text in ``[lo[b, t], t]`` and rows (p, n, 0..s) of its own thought, nothing
-else. A text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3).
+A packed sequence is ``[text (L) | thought rows (R)]`` with thought rows in the order ``r = (p*N + n)*S + s``. Row (p, n, s)
+belongs to text position ``t = anchor[b, p]``. It sees the text in ``[lo[b, t], t]`` and rows (p, n, 0..s) of its own thought,
+and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _OP = "ThoughtLayout"
 
 @dataclass(frozen=True, eq=False)
 class ThoughtLayout:
-    """Build one with ``every_position``, ``at``, ``from_padding`` or ``from_documents``; they check the values, once.
+    """Build one with ``every_position``, ``at``, ``from_padding`` or ``from_documents``, which check the values once.
 
     Attributes:
-        anchor: int32 [B,P]. Text position of each anchor, ascending; unused places hold -1, at the end.
-        lo: int32 [B,L]. First text position that text position t sees (0; the first unpadded one; its document's first).
-        length: int32 [B,P,N]. Live rows of each thought, 0 to S; the rows past it, and all rows of unused places, are off.
-        rows: S, the rows of a thought.
+        anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.
+        lo: int32 [B,L]. The first text position that position t sees: 0, or the first after padding, or of its document.
+        length: int32 [B,P,N]. Live rows of each thought, 0 to S; later rows, and all rows of unused places, are off.
+        rows: S, the number of rows of a thought.
     """
 
     anchor: Tensor
@@ -70,7 +70,7 @@ class ThoughtLayout:
     def every_position(
         cls, batch: int, text_length: int, thoughts: int, rows: int, device: torch.device | str | None = None
     ) -> ThoughtLayout:
-        """Every text position thinks: P = L and place p is position p. Raises ValueError for sizes below their minimum."""
+        """Every text position is an anchor: P = L, and anchor p is position p. Raises ValueError if a size is too small."""
         _check_sizes(thoughts, rows)
         if batch < 0 or text_length < 0:
             raise ValueError(f"{_OP}: batch and text_length must not be negative, got {batch} and {text_length}")
@@ -89,19 +89,19 @@ class ThoughtLayout:
         length: Tensor | None = None,
         validate: bool = True,
     ) -> ThoughtLayout:
-        """Chosen anchors.
+        """Thoughts at chosen anchors.
 
         Args:
             anchors: int32 or int64 [B,P], ascending in each row, -1 in unused places at the end.
             thoughts: N.
             rows: S.
-            text_length: L; may be left out where ``lo`` is given.
+            text_length: L; not needed if ``lo`` is given.
             lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
             length: int32 or int64 [B,P,N], 0 to S; default S.
-            validate: look at the values too (on a GPU this waits for the device once).
+            validate: check the values too (on a GPU, this waits for the device once).
 
         Raises:
-            ValueError: a size, shape, dtype or value that breaks the above.
+            ValueError: an argument with a wrong size, shape, dtype or value.
         """
         _check_sizes(thoughts, rows)
         check = Checker(_OP, N=thoughts)
@@ -121,54 +121,48 @@ class ThoughtLayout:
         return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows)
 
     @classmethod
-    def from_padding(
-        cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, validate: bool = True
-    ) -> ThoughtLayout:
-        """Padded text, left or right (or both). A padded anchor keeps its place and is off.
+    def from_padding(cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None) -> ThoughtLayout:
+        """Text with padding on the left, the right or both sides. The thoughts of a padded anchor are off.
 
         Args:
-            attention_mask: bool or integer [B,L], 1 on text and 0 on padding; the ones of a row stand together.
+            attention_mask: bool or integer [B,L], 1 for text and 0 for padding; the ones of a row are contiguous.
             anchors: as in ``at``; default every position.
 
         Raises:
-            ValueError: as ``at``, or padding inside the text.
+            ValueError: as in ``at``, or padding inside the text.
         """
         Checker(_OP).tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
         live = attention_mask != 0
-        if validate and live.numel():
+        if live.numel():
             starts = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
             if bool((starts > 1).any()):
                 row = int((starts > 1).nonzero()[0])
                 raise ValueError(f"{_OP}: attention_mask must have its ones together, row {row} has padding inside the text")
-        return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors, validate)
+        return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors)
 
     @classmethod
-    def from_documents(
-        cls, document_ids: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, validate: bool = True
-    ) -> ThoughtLayout:
+    def from_documents(cls, document_ids: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None) -> ThoughtLayout:
         """Packed documents: no row sees another document. Ids [0,0,0,1,1] give lo [0,0,0,3,3].
 
         Args:
-            document_ids: integer [B,L]; a document's positions stand together; a negative id marks padding.
+            document_ids: integer [B,L]; the positions of a document are contiguous; a negative id marks padding.
             anchors: as in ``at``; default every position.
 
         Raises:
-            ValueError: as ``at``, or a document in two pieces.
+            ValueError: as in ``at``, or a document in two pieces.
         """
         Checker(_OP).tensor("document_ids", document_ids, "B,L", INTEGERS)
-        if validate and document_ids.numel():
+        if document_ids.numel():
             for row, ids in enumerate(document_ids):
                 runs = torch.unique_consecutive(ids)
                 runs = runs[runs >= 0]
                 if runs.numel() != runs.unique().numel():
                     raise ValueError(f"{_OP}: document_ids must keep a document together, row {row} has one in two pieces")
-        return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors, validate)
+        return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors)
 
     @classmethod
-    def _from_text_runs(
-        cls, ids: Tensor, live: Tensor, thoughts: int, rows: int, anchors: Tensor | None, validate: bool
-    ) -> ThoughtLayout:
-        """lo = the first position of the run of equal ids; padding before the last text position sees only itself."""
+    def _from_text_runs(cls, ids: Tensor, live: Tensor, thoughts: int, rows: int, anchors: Tensor | None) -> ThoughtLayout:
+        """lo is the first position of the run of equal ids; padding before the last text position sees only itself."""
         B, L = ids.shape
         t = torch.arange(L, device=ids.device).expand(B, L)
         new_run = torch.ones_like(live)
@@ -176,7 +170,7 @@ class ThoughtLayout:
         lo = torch.where(new_run, t, 0).cummax(1).values if L else t
         text_follows = live.flip(1).cummax(1).values.flip(1) if L else live
         lo = torch.where(live, lo, t)
-        # Right padding is ordinary causal text behind the last document: nothing that counts sees it.
+        # Padding on the right is ordinary causal text after the last document: no live row sees it.
         last_lo = torch.where(live, lo, 0).amax(1, keepdim=True) if L else lo
         lo = torch.where(live | text_follows, lo, last_lo)
         if anchors is None:
@@ -184,7 +178,7 @@ class ThoughtLayout:
         Checker(_OP, B=B).tensor("anchors", anchors, "B,P", INTEGERS, ids.device)
         on = live.gather(1, anchors.long().clamp(0, max(L - 1, 0))) if L else torch.zeros_like(anchors, dtype=torch.bool)
         length = torch.where(on, rows, 0)[:, :, None].expand(-1, -1, thoughts)
-        return cls.at(anchors, thoughts, rows, lo=lo, length=length, validate=validate)
+        return cls.at(anchors, thoughts, rows, lo=lo, length=length)
 
     def row_anchor(self) -> Tensor:
         """int64 [B,R]: the text position of every thought row; 0 in unused places."""
@@ -200,7 +194,7 @@ class ThoughtLayout:
         return torch.arange(self.L, device=self.device) - self.lo.long()
 
     def position_ids(self) -> Tensor:
-        """int64 [B,M]: text t - lo[b,t]; a thought row that of its anchor + 1 + s; rows that are off 0."""
+        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off."""
         text = self.text_position_ids()
         if self.R == 0:
             return text
@@ -209,10 +203,10 @@ class ThoughtLayout:
         return torch.cat([text, thought.masked_fill(~self.live().flatten(1), 0)], 1)
 
     def token_ids(self, input_ids: Tensor, thought_ids: Tensor, start_id: int, end_id: int, pad_id: int) -> Tensor:
-        """The packed row of tokens, int64 [B,M].
+        """The tokens of the packed sequence, int64 [B,M].
 
-        A thought's rows hold start, its T sampled tokens, end and, teacher-forced, the J-1 = S-T-2 text tokens that follow
-        its anchor; ``pad_id`` past the text's end and in unused places.
+        The rows of a thought hold the start token, its T sampled tokens, the end token and, for teacher forcing, the
+        J-1 = S-T-2 text tokens after its anchor; ``pad_id`` after the end of the text and in unused places.
 
         Args:
             input_ids: integer [B,L].
@@ -240,9 +234,9 @@ class ThoughtLayout:
         return torch.cat([input_ids.long(), thought.flatten(1)], 1)
 
     def dense_mask(self, window: int | None = None) -> Tensor:
-        """bool [B,M,M], True where the row sees the column. It is the definition, for tests and pictures at small sizes.
+        """bool [B,M,M], True where the row sees the column. This is the definition, for tests and plots of small sizes.
 
-        ``window`` W: a row at position id q sees only rows at position ids above q - W, text and own rows alike.
+        With a ``window`` W, a row at position id q sees only rows at position ids above q - W, both text and own rows.
         """
         B, L, R = self.B, self.L, self.R
         t = torch.arange(L, device=self.device)
@@ -260,17 +254,17 @@ class ThoughtLayout:
         return seen
 
     def text_only(self) -> ThoughtLayout:
-        """The same text without a thought: P = 0, M = L."""
+        """The same text without thoughts: P = 0, M = L."""
         return ThoughtLayout(self.anchor[:, :0], self.lo, self.length[:, :0], self.rows)
 
     def select(self, places: slice) -> ThoughtLayout:
-        """The same text with some of the anchors."""
+        """The same text with only some of the anchors."""
         return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
-        move = lambda x: x.to(device, **kwargs)  # noqa: E731
-        return ThoughtLayout(move(self.anchor), move(self.lo), move(self.length), self.rows)
+        anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
+        return ThoughtLayout(anchor, lo, length, self.rows)
 
     def __repr__(self) -> str:
         sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
@@ -285,7 +279,7 @@ def _check_sizes(thoughts: int, rows: int) -> None:
 
 
 def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> None:
-    """One device-to-host transfer for all rules; the first broken one is named."""
+    """Raises ValueError for the first rule that is broken. One device-to-host transfer serves all rules."""
     L = lo.shape[1]
     t = torch.arange(L, device=lo.device)
     later = anchor[:, 1:]

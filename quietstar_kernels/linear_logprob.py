@@ -1,4 +1,4 @@
-"""linear_logprob: log-probability of target ids under a language-model head, and entropy, forward and backward."""
+"""linear_logprob: log-probabilities of target ids under a language-model head, and entropies, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
+from quietstar_kernels._options import Head, Saved
 
 _OP = "linear_logprob"
 IGNORED = -100
@@ -34,12 +35,11 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
 
-    Differentiable in hidden, weight and bias, also through the entropy. Banned ids leave the softmax.
+    Differentiable in hidden, weight and bias, also through the entropy. Banned ids are left out of the softmax.
 
-    Forward and backward take three matrix products where the forward keeps its logits, which it does if they fit
-    ``keep_bytes``. Otherwise the backward computes them again, a fourth product. With ``grad_scale`` there are three products
-    and no logits are kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by
-    one number.
+    If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
+    the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are
+    kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by one number.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -49,15 +49,15 @@ def linear_logprob(
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
         temperature: above 0.
-        banned: ids that leave the softmax.
-        return_entropy: also return each row's entropy, in nats.
-        backend: "auto" or the name of one; a named one runs or raises.
+        banned: ids that are left out of the softmax.
+        return_entropy: also return the entropy of each row, in nats.
+        backend: "auto", or the name of one, which runs or raises.
         grad_scale: the gradient of the loss with respect to the log-probabilities [R], or with ``return_entropy`` to
-            log-probabilities and entropies [2,R], up to one factor for all rows: such as -1/R for a mean loss. fp32 (fp64
-            for fp64 inputs). Gradients are rounded to hidden's dtype at this scale, so include a loss scale. If another
-            gradient comes back, the backward raises a ValueError on CPU, and makes all gradients NaN on a GPU.
-        keep_bytes: how many bytes of logits a forward may keep until its backward, 256 MiB by default; 0 keeps none. A logit
-            takes as many bytes as an element of hidden, on CPU at least 4. With ``grad_scale`` a GPU holds as many during
+            log-probabilities and entropies [2,R], up to one factor for all rows; for example, -1/R for a mean loss. fp32
+            (fp64 for fp64 inputs). Gradients are rounded to hidden's dtype at this scale, so include a loss scale. If the
+            backward gets another gradient, it raises a ValueError on CPU, and makes all gradients NaN on a GPU.
+        keep_bytes: how many bytes of logits a forward may keep for its backward, 256 MiB by default; 0 keeps none. A logit
+            takes as many bytes as an element of hidden, on CPU at least 4. With ``grad_scale`` a GPU holds this many during
             the forward, or the logits of D rows if those are more.
 
     Returns:
@@ -78,14 +78,14 @@ def linear_logprob(
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(check, targets, banned)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    head = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
+    inputs = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_scale is not None and any(wanted):
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
-        logprob, entropy, *_ = _joined(promised, *head, wanted, keep_bytes, backend)
+        logprob, entropy, *_ = _joined(promised, *inputs, wanted, keep_bytes, backend)
     else:
         keep = any(wanted) and backend != "reference" and _fits(hidden, check["V"], keep_bytes, backend)
-        logprob, entropy, *_ = _forward(*head, return_entropy, keep, backend)
+        logprob, entropy, *_ = _forward(*inputs, return_entropy, keep, backend)
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -94,7 +94,7 @@ def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> boo
     itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
     fits = hidden.shape[0] * vocabulary * itemsize <= keep_bytes
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
 
         return guard_or_false(fits)
     return fits
@@ -128,10 +128,10 @@ def _forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy and, for the backward, what ``reference.linear_logprob`` says; empty where nothing is kept."""
-    options = (scale, softcap, temperature, list(banned))
-    *states, kept, rows = _dispatch.run(_OP, backend, hidden, weight, targets, bias, *options, return_entropy, keep)
-    return *states, *((kept, rows) if keep else _nothing(hidden, 2))
+    """The log-probability and the fields of ``Saved``, the last two empty if nothing is kept."""
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    *states, kept, kept_rows = _dispatch.run(_OP, backend, hidden, head, targets, return_entropy, keep)
+    return *states, *((kept, kept_rows) if keep else _nothing(hidden, 2))
 
 
 @_forward.register_fake
@@ -162,11 +162,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those that aren't ``wanted`` are empty."""
-    head, saved = (hidden, weight, targets, bias), (entropy, largest, log_total, kept, kept_rows)
-    options = (scale, softcap, temperature, list(banned))
-    return _present(
-        hidden, _dispatch.run(f"{_OP}_backward", backend, grad_logprob, grad_entropy, *head, *saved, *options, list(wanted))
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    saved = Saved(entropy, largest, log_total, kept, kept_rows)
+    given = (grad_logprob, grad_entropy, hidden, head, targets, saved, list(wanted))
+    return _present(hidden, _dispatch.run(f"{_OP}_backward", backend, *given))
 
 
 @_backward.register_fake
@@ -189,12 +188,11 @@ def _joined(
     keep_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, and the gradients if ``promised`` [1 or 2,R] is what comes back; those not ``wanted`` are empty."""
+    """logprob, entropy, and the gradients for ``promised`` [1 or 2,R]; those that aren't ``wanted`` are empty."""
     grad_logprob, grad_entropy = promised[0].contiguous(), promised[1].contiguous() if len(promised) == 2 else None
-    head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, list(banned))
-    logprob, entropy, *grads = _dispatch.run(
-        f"{_OP}_joined", backend, grad_logprob, grad_entropy, *head, *options, list(wanted), keep_bytes
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    given = (grad_logprob, grad_entropy, hidden, head, targets, list(wanted), keep_bytes)
+    logprob, entropy, *grads = _dispatch.run(f"{_OP}_joined", backend, *given)
     return logprob, entropy, *_present(hidden, grads)
 
 
@@ -208,9 +206,9 @@ def _(promised, hidden, weight, targets, bias, scale, softcap, temperature, bann
 def _rescale(
     promised: Tensor, came: Tensor, targets: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients times the factor from the gradient ``promised`` to the one that ``came``, [1 or 2,R]; NaN without one.
+    """The gradients times the factor between ``promised`` and the gradient that ``came``, [1 or 2,R]; NaN if there is none.
 
-    The factor is read where ``promised`` is largest. Log-probabilities of rows whose target is -100 don't count.
+    The factor is that of the largest ``promised``. Log-probabilities of rows whose target is -100 don't count.
     """
     counts = torch.ones_like(promised, dtype=torch.bool)
     counts[0] = targets != IGNORED
@@ -220,8 +218,8 @@ def _rescale(
     largest = promised.abs().argmax(0, keepdim=True)
     factor = torch.where(promised[largest] == 0, 0, came[largest] / promised[largest])
     kept_promise = ((came - factor * promised).abs() <= TOLERANCE * (factor * promised).abs()).all()
-    if promised.device.type == "cpu" and not kept_promise and came.isfinite().all():  # an overflow is a loss scaler's to see
-        raise ValueError(f"{_OP}: grad_scale must be the gradient that comes back, up to one factor for all rows; it isn't")
+    if promised.device.type == "cpu" and not kept_promise and came.isfinite().all():  # a loss scaler handles an overflow
+        raise ValueError(f"{_OP}: grad_scale must be the gradient that comes back, up to one factor for all rows")
     factor = torch.where(kept_promise, factor, torch.nan)
     dhidden, dweight, dbias = (grad * factor[0] for grad in (dhidden, dweight, dbias))
     return dhidden, dweight, dbias
@@ -249,7 +247,7 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> t
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, targets, bias, *ctx.options, ctx.return_entropy, ctx.keep, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[2 if ctx.return_entropy else 1 :])
-    ctx.set_materialize_grads(False)  # else zeros for what is kept
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
     ctx.save_for_backward(hidden, weight, targets, bias, *output[1:4], *(output[4:] if ctx.keep else (None, None)))
 
 
@@ -267,7 +265,7 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 def _setup_joined(ctx: Any, inputs: tuple, output: tuple) -> None:
     promised, _, _, targets, *_ = inputs
     ctx.mark_non_differentiable(*output[len(promised) :])
-    ctx.set_materialize_grads(False)  # else zeros for the gradients
+    ctx.set_materialize_grads(False)  # no zeros for the gradients
     ctx.save_for_backward(promised, targets, *output[2:])
 
 

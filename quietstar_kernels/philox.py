@@ -13,11 +13,11 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds over four counter words (int64 tensors holding 32-bit values, broadcastable); returns four words."""
+    """Ten rounds over four counter words, int64 tensors of 32-bit values that broadcast. Returns four words."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(10):
-        # The signed 64-bit product wraps, but its bits are the unsigned product's: shift and mask read both halves.
+        # The signed 64-bit product wraps, but has the bits of the unsigned one: shift and mask give both halves.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (b >> 32) & _WORD ^ c1 ^ k0, (a >> 32) & _WORD ^ c3 ^ k1
         c1, c3 = b & _WORD, a & _WORD

@@ -1,6 +1,6 @@
-"""The specification: all four ops in plain dense PyTorch, any device, fp64 too. Every back end is tested against this file.
+"""The specification: all four ops in plain dense PyTorch, on any device, in fp64 too. All back ends are tested against it.
 
-Shapes use the dimension key of the package. Attention works in fp32 (fp64 for fp64 inputs) whatever the input's dtype.
+Shapes use the dimension key of the package. Attention computes in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ import math
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions, Head, Saved
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 
 BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition
-GROUPS = 8  # a block is searched as 8 groups of 16 columns
+GROUPS = 8  # the draw inside a block takes one of 8 groups of 16 columns first
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """As ``_dispatch.why_not``: it serves everything."""
+    return None
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp64 stays, everything else computes in fp32."""
+    """fp64 stays as it is; everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -27,15 +33,11 @@ def thought_attention(
     k: Tensor,
     v: Tensor,
     layout: ThoughtLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_rows: str,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, masked) v over the packed rows. Returns out [B,H,rows,E] and lse [B,H,rows]."""
-    mask, live = _masks(layout, window, query_rows)
-    return _masked_attention(wide(q), wide(k), wide(v), mask, live, scale, softcap, sinks, q.dtype)
+    mask, live = _masks(layout, options.window, q.shape[2])
+    return _masked_attention(wide(q), wide(k), wide(v), mask, live, options, q.dtype)
 
 
 def thought_attention_backward(
@@ -46,14 +48,11 @@ def thought_attention_backward(
     out: Tensor,
     lse: Tensor,
     layout: ThoughtLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_rows: str,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O)), then through the soft cap and the scale."""
-    mask, live = _masks(layout, window, query_rows)
+    scale, window, softcap, sinks = options
+    mask, live = _masks(layout, window, q.shape[2])
     row_on = live[:, None, :, None]
     dO = wide(grad_out).masked_fill(~row_on, 0)
     H, G = q.shape[1], k.shape[1]
@@ -64,7 +63,7 @@ def thought_attention_backward(
     kf, vf, poisoned = _without_poison(kf, vf, mask)
     raw = scale * qf @ kf.transpose(-1, -2)
     scores = _softcap(raw, softcap).masked_fill(~mask[:, None], -math.inf)
-    # A row that is off, or sees a NaN, has p = 0: it adds nothing to the gradients of the keys that it sees.
+    # A row that is off or sees a NaN has p = 0, so that it adds nothing to the gradients of its keys.
     safe_lse = torch.where(lse.isfinite(), lse, math.inf).to(scores.dtype)
     p = torch.exp(scores - safe_lse[..., None])
     delta = (dO * wide(out)).sum(-1).masked_fill(poisoned, 0)
@@ -90,40 +89,27 @@ def thought_decode(
     v_own: Tensor,
     layout: ThoughtLayout,
     step: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
-    """Row ``step`` of every thought, q [B,H,P*N,K], against the text and its own rows 0..step. Returns [B,H,P*N,E]."""
+    """Row ``step`` of every thought, q [B,H,P*N,K], over the text and its own rows 0..step. Returns [B,H,P*N,E]."""
     B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
     rows = torch.arange(P * N, device=q.device) * S + step
     live = layout.live().flatten(1)[:, rows]
-    mask = layout.dense_mask(window)[:, L:][:, rows]  # [B,P*N,M]
+    mask = layout.dense_mask(options.window)[:, L:][:, rows]  # [B,P*N,M]
     own_on = (torch.arange(S, device=q.device) <= step)[:, None]
     keys = torch.cat([wide(k_text), wide(k_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
     values = torch.cat([wide(v_text), wide(v_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
     text_on = torch.ones(B, L, dtype=torch.bool, device=q.device)
     key_on = torch.cat([text_on, layout.live().flatten(1)], 1)[:, None, :, None]
     keys, values = keys.masked_fill(~key_on, 0), values.masked_fill(~key_on, 0)
-    return _masked_attention(wide(q), keys, values, mask, live, scale, softcap, sinks, q.dtype)[0]
+    return _masked_attention(wide(q), keys, values, mask, live, options, q.dtype)[0]
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
-    """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probability [R]."""
-    logits = final_logits(hidden, weight, bias, scale, softcap, temperature or 1.0, banned)
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probabilities [R]."""
+    logits = final_logits(hidden, head._replace(temperature=head.temperature or 1.0))
     block_max, block_lse = block_state(logits)
-    if temperature == 0:
+    if head.temperature == 0:
         ids = logits.argmax(-1)
     else:
         ids = race(block_max, block_lse, logits, counters, seed)
@@ -132,23 +118,13 @@ def sample_token(
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-    return_entropy: bool,
-    keep: bool = False,
+    hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-    """Log-probability of ``targets``, 0 where that is -100; entropy, zeros if not asked for; for the backward, the LSE of the
-    logits in two parts, since their sum would round: the largest and the log of the sum of exp(logit - largest). Each [R].
+    """The log-probability of ``targets`` [R], 0 where that is -100, and the fields of ``Saved``.
 
-    Last what a back end that is told to ``keep`` its logits keeps of them, in a form of its own; this one never does.
+    Asked to ``keep`` its logits, a back end returns them in the last two. This one never keeps any.
     """
-    logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
+    logits = final_logits(hidden, head)
     largest = logits.amax(-1)
     log_total = (logits - largest[:, None]).exp().sum(-1).log()
     logp = logits - largest[:, None] - log_total[:, None]
@@ -165,25 +141,14 @@ def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: None,
-    kept_rows: None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
+    saved: Saved,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, each None where it isn't ``wanted``; entropy to kept_rows are the forward's."""
-    logits = final_logits(hidden, weight, bias, scale, softcap, temperature, banned)
-    raw = linear(hidden, weight, bias, scale)
-    states = (entropy, largest, log_total)
-    d = logprob_grad(logits, raw, targets, grad_logprob, grad_entropy, *states, scale, softcap, temperature)
+    """Gradients of hidden, weight and bias, each None if it isn't ``wanted``."""
+    weight = head.weight
+    d = logprob_grad(final_logits(hidden, head), linear(hidden, head), targets, grad_logprob, grad_entropy, saved, head)
     dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
     dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
@@ -193,47 +158,33 @@ def linear_logprob_joined(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
     wanted: list[bool],
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Forward and backward at once: log-probability, entropy (zeros without its gradient), and the gradients.
 
-    ``keep_bytes``: of logits that may exist at a time, for a back end that can choose.
+    ``keep_bytes``: how many bytes of logits may exist at a time, for a back end that can choose.
     """
-    head, options = (hidden, weight, targets, bias), (scale, softcap, temperature, banned)
-    logprob, entropy, largest, log_total, *_ = linear_logprob(*head, *options, grad_entropy is not None)
-    saved = (*head, entropy, largest, log_total, None, None)
-    return logprob, entropy, *linear_logprob_backward(grad_logprob, grad_entropy, *saved, *options, wanted)
+    logprob, entropy, *lse, _, _ = linear_logprob(hidden, head, targets, return_entropy=grad_entropy is not None)
+    saved = Saved(entropy, *lse)
+    return logprob, entropy, *linear_logprob_backward(grad_logprob, grad_entropy, hidden, head, targets, saved, wanted)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+def linear(hidden: Tensor, head: Head) -> Tensor:
     """scale * (hidden weight^T + bias), [R,V]."""
-    logits = wide(hidden) @ wide(weight).T
-    if bias is not None:
-        logits = logits + wide(bias)
-    return logits if scale is None else logits * scale
+    logits = wide(hidden) @ wide(head.weight).T
+    if head.bias is not None:
+        logits = logits + wide(head.bias)
+    return logits if head.scale is None else logits * head.scale
 
 
-def final_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> Tensor:
+def final_logits(hidden: Tensor, head: Head) -> Tensor:
     """softcap(scale * (hidden weight^T + bias)), banned ids at -inf, divided by the temperature."""
-    logits = _softcap(linear(hidden, weight, bias, scale), softcap)
-    logits[:, banned] = -math.inf
-    return logits if temperature == 1 else logits / temperature
+    logits = _softcap(linear(hidden, head), head.softcap)
+    logits[:, head.banned] = -math.inf
+    return logits if head.temperature == 1 else logits / head.temperature
 
 
 def logprob_grad(
@@ -242,15 +193,11 @@ def logprob_grad(
     targets: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
+    saved: Saved,
+    head: Head,
 ) -> Tensor:
     """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
-    logp = logits - largest[:, None] - log_total[:, None]
+    logp = logits - saved.largest[:, None] - saved.log_total[:, None]
     p = logp.exp()
     kept = targets != -100
     g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]
@@ -258,11 +205,11 @@ def logprob_grad(
     d.scatter_add_(1, targets.clamp(min=0)[:, None], g)
     if grad_entropy is not None:
         finite = torch.where(torch.isinf(logp), 0, logp)
-        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + entropy[:, None])
-    d = torch.where(torch.isinf(logits), 0, d) / temperature
-    if softcap is not None:
-        d = d * (1 - torch.tanh(raw / softcap) ** 2)
-    return d if scale is None else d * scale
+        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + saved.entropy[:, None])
+    d = torch.where(torch.isinf(logits), 0, d) / head.temperature
+    if head.softcap is not None:
+        d = d * (1 - torch.tanh(raw / head.softcap) ** 2)
+    return d if head.scale is None else d * head.scale
 
 
 def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +249,7 @@ def invert(weights: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _first_above(weights: Tensor, target: Tensor) -> Tensor:
-    """Index of the first running sum above ``target``; by rounding there may be none: then the last positive weight."""
+    """Index of the first running sum above ``target``. Rounding may leave none: then of the last positive weight."""
     above = (weights.cumsum(-1) > target[:, None]) & (weights > 0)
     last_positive = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
     return torch.where(above.any(-1), above.int().argmax(-1), last_positive)
@@ -312,9 +259,9 @@ def _softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _masks(layout: ThoughtLayout, window: int | None, query_rows: str) -> tuple[Tensor, Tensor]:
-    """The dense mask [B,rows,M] and which query rows are on [B,rows]."""
-    skip = 0 if query_rows == "all" else layout.L
+def _masks(layout: ThoughtLayout, window: int | None, rows: int) -> tuple[Tensor, Tensor]:
+    """For the last ``rows`` packed rows, the dense mask [B,rows,M] and which of them are on [B,rows]."""
+    skip = layout.M - rows
     return layout.dense_mask(window)[:, skip:], _key_on(layout)[:, skip:]
 
 
@@ -325,14 +272,14 @@ def _key_on(layout: ThoughtLayout) -> Tensor:
 
 
 def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with NaN and infinity taken out, and the query rows [B,H,rows] that see one.
+    """Keys and values without NaN and infinity, and the query rows [B,H,rows] that see one.
 
-    Without this 0 * NaN would carry a value into rows that may not see it.
+    Otherwise 0 * NaN would reach rows that may not see the key.
     """
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
     poisoned = (mask[:, None] & bad[:, :, None]).any(-1)
-    clean = bad[..., None]
-    return k.masked_fill(clean, 0), v.masked_fill(clean, 0), poisoned
+    bad = bad[..., None]
+    return k.masked_fill(bad, 0), v.masked_fill(bad, 0), poisoned
 
 
 def _masked_attention(
@@ -341,12 +288,11 @@ def _masked_attention(
     v: Tensor,
     mask: Tensor,
     live: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of q [B,H,rows,K] over k [B,G,keys,K] with mask [B,rows,keys]; rows that are off give 0 and -inf."""
+    scale, _, softcap, sinks = options
     group = q.shape[1] // k.shape[1]
     row_on = live[:, None, :, None]
     k, v, poisoned = _without_poison(k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask)

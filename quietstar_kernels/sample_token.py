@@ -1,4 +1,4 @@
-"""sample_token: one draw per row from the softmax over the vocabulary, reproducible from counters, with its log-probability."""
+"""sample_token: draws one id per row from the softmax over the vocabulary, reproducibly, and gives its log-probability."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import Head
 
 _OP = "sample_token"
 
@@ -26,9 +27,9 @@ def sample_token(
     banned: Sequence[int] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draw one id per row; the same seed and counters give the same random numbers on every back end, split and device.
+    """Draw one id per row. The same seed and counters give the same random numbers on every back end, split and device.
 
-    logits = softcap(scale * (hidden · weightᵀ + bias)); banned ids leave the softmax; then division by the temperature.
+    logits = softcap(scale * (hidden · weightᵀ + bias)) / temperature; banned ids are left out of the softmax.
 
     The draw is a race of blocks of 128 ids, exact in distribution. For each row and block one Philox4x32-10 call: key
     (seed mod 2^32, seed div 2^32); 128-bit counter, lowest word first, (sequence id, position, n·2^16 + s, block). Word 0
@@ -40,16 +41,16 @@ def sample_token(
         hidden: [R,D], fp32, fp16, bf16 or fp64.
         weight: [V,D], same dtype.
         counters: int32 [R,4]: (sequence id, position counted from lo, thought n, row s); n and s below 65,536.
-        seed: 64-bit integer; or one as a 0-d int64 tensor on the same device (one CUDA graph then serves all seeds).
+        seed: a 64-bit integer, or a 0-d int64 tensor on the same device (one CUDA graph then serves all seeds).
         bias: [V].
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
-        temperature: above 0; or 0 for the lowest-index argmax, whose log-probability is that at temperature 1.
+        temperature: above 0, or 0 for the argmax (the first, if several are equal) with its log-probability at temperature 1.
         banned: ids that are never drawn.
-        backend: "auto" or the name of one; a named one runs or raises.
+        backend: "auto", or the name of one, which runs or raises.
 
     Returns:
-        ids int64 [R] and logprob fp32 [R], the log-probability under the distribution drawn from.
+        ids int64 [R] and logprob fp32 [R], the log-probability of the id under the distribution it was drawn from.
 
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
@@ -80,9 +81,8 @@ def _sample_token(
     banned: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _dispatch.run(
-        "sample_token", backend, hidden, weight, counters, seed, bias, scale, softcap, temperature, list(banned)
-    )
+    head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    return _dispatch.run("sample_token", backend, hidden, head, counters, seed)
 
 
 def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):

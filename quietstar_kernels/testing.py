@@ -1,4 +1,4 @@
-"""For tests of these kernels and of code that uses them: a tolerance rule, plain PyTorch twins of the ops, random inputs.
+"""For testing these kernels and code that uses them: a tolerance rule, the ops in plain PyTorch, and random inputs.
 
     generator = torch.Generator().manual_seed(0)
     layout = random_layout(generator)
@@ -6,7 +6,7 @@
     grad_out = torch.randn(..., generator=generator)
     assert_op_close_as_plain(my_attention, plain_attention, inputs, (grad_out,), layout=layout)
 
-Everything random comes from a ``torch.Generator`` on CPU, so a seed gives the same test on every device.
+All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives the same test on every device.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_l
 
 
 def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0) -> float:
-    """``got`` errs at most twice as much as the same maths in plain PyTorch at the same dtype does.
+    """Assert that the error of ``got`` is at most twice that of plain PyTorch in the same dtype.
 
-    Both errors are largest absolute differences from ``truth``. A plain result may be exact by luck: a few ulps (of got's
-    dtype, at the largest magnitude of the truth) are always allowed. Infinities must be the same ones.
+    Both errors are the largest absolute difference from ``truth``. As a plain result may happen to be exact, a few ulps (of
+    got's dtype, at the largest magnitude of the truth) are always allowed. Infinities must be the same.
 
     Args:
         got: the result to judge.
-        plain: the same maths in plain PyTorch, inputs at the same dtype.
-        truth: the same maths in fp64, inputs upcast.
-        what: names the result in the message.
-        magnitude: of the terms the result is a sum of, where they may cancel; the ulps are then at least those of it.
+        plain: the same maths in plain PyTorch, with inputs of the same dtype.
+        truth: the same maths in fp64, with upcast inputs.
+        what: name of the result in the message.
+        magnitude: of the terms that the result is a sum of, if they may cancel; the ulps are at least those of this number.
 
     Returns:
-        The largest error over what is allowed, from 0 to 1.
+        The largest error as a part of what is allowed, from 0 to 1.
 
     Raises:
-        AssertionError: the excess, the place and the numbers; or a wrong shape, or a NaN.
+        AssertionError: the error is larger, with its place and the numbers; or the shape is wrong, or there is a NaN.
     """
     if not got.shape == plain.shape == truth.shape:
         raise AssertionError(f"{what}: got shape {list(got.shape)}, plain {list(plain.shape)}, truth {list(truth.shape)}")
@@ -95,8 +95,8 @@ def forward_backward(
 
     Args:
         op: a function that returns a tensor or several.
-        inputs: tensors by argument name; those of a floating dtype get a gradient, None is passed on.
-        grad_outputs: one for each of the first outputs; converted to the output's dtype. Empty: no backward.
+        inputs: tensors by argument name; those of a floating dtype get a gradient; may be None.
+        grad_outputs: one for each of the first outputs, converted to its dtype; no backward if empty.
         options: further arguments.
 
     Returns:
@@ -125,22 +125,22 @@ def assert_op_close_as_plain(
     magnitudes: dict[str, float] | None = None,
     **options: Any,
 ) -> float:
-    """``assert_close_as_plain`` for every output and every gradient of an op.
+    """Apply ``assert_close_as_plain`` to every output and every gradient of an op.
 
     Args:
         op: the op to judge, called as ``op(**inputs, **options)``.
-        plain: its twin in plain PyTorch, called with ``inputs`` as they are, and upcast to fp64 for the truth.
+        plain: the same in plain PyTorch, called with ``inputs`` as they are, and upcast to fp64 for the truth.
         inputs: as in ``forward_backward``.
         grad_outputs: as in ``forward_backward``.
-        what: names the case in the message.
-        magnitudes: of the terms of a gradient that may cancel, by input name.
-        options: further arguments of both.
+        what: name of the case in the message.
+        magnitudes: by input name, of the terms of a gradient that may cancel.
+        options: further arguments of both functions.
 
     Returns:
-        The largest error over what is allowed, from 0 to 1.
+        The largest error as a part of what is allowed, from 0 to 1.
 
     Raises:
-        AssertionError: as ``assert_close_as_plain``, naming the output or the gradient; or a gradient's wrong dtype.
+        AssertionError: as in ``assert_close_as_plain``, naming the output or gradient; or a gradient has the wrong dtype.
     """
     found = _results(op, plain, inputs, grad_outputs, what, magnitudes, **options)
     return max(assert_close_as_plain(**result) for result in found)
@@ -155,7 +155,7 @@ def _results(
     magnitudes: dict[str, float] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """For every output and gradient the arguments of ``assert_close_as_plain``; takes those of ``assert_op_close_as_plain``."""
+    """The arguments of ``assert_close_as_plain`` for every output and gradient, from those of ``assert_op_close_as_plain``."""
     upcast = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
     outputs, grads = forward_backward(op, inputs, grad_outputs, **options)
     plain_outputs, plain_grads = forward_backward(plain, inputs, grad_outputs, **options)
@@ -171,9 +171,9 @@ def _results(
 
 
 def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:
-    """Typical size of the terms that cancel in attention's gradients: scale * (grad_out · v) * k, and so on.
+    """Typical size of the terms that cancel in the gradients of attention, such as scale * (grad_out · v) * k.
 
-    The gradient of a score is p * (grad_out · v - grad_out · out); in a row that sees one key it is 0 and either term isn't.
+    The gradient of a score is p * (grad_out · v - grad_out · out). In a row that sees one key it is 0, but neither term is.
     """
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     score = v.shape[-1] ** 0.5 * _rms(grad_out) * _rms(v)
@@ -218,7 +218,7 @@ def plain_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows behind ``step`` must hold finite numbers."""
+    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite."""
     mask = layout.dense_mask(window)[:, layout.L :][:, int(step) :: layout.S]
     k, v = torch.cat([k_text, k_own.flatten(2, 3)], 2), torch.cat([v_text, v_own.flatten(2, 3)], 2)
     return _plain(q, k, v, mask, scale, softcap, sinks)[0]
@@ -233,12 +233,12 @@ def _plain(
     scores = (q.shape[-1] ** -0.5 if scale is None else scale) * torch.matmul(q, k.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # A row that is off looks at everything, so that nothing is NaN, and its result is dropped.
+    # A row that is off sees everything, so that nothing is NaN; its result is dropped.
     scores = scores.masked_fill(~(mask[:, None] | ~on[..., None]), -math.inf)
     if sinks is not None:
         column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
-    # The softmax is that of the op: exp(score - lse), in fp32 even for half precision, as torch.softmax does it too.
+    # exp(score - lse) as in the op, in fp32 even for half precision; so does torch.softmax.
     wide = scores.double() if scores.dtype == torch.float64 else scores.float()
     lse = torch.logsumexp(wide, -1)
     p = torch.exp(wide - lse[..., None])[..., : k.shape[2]].to(q.dtype)
@@ -254,7 +254,7 @@ def plain_log_softmax(
     temperature: float = 1.0,
     banned: Sequence[int] = (),
 ) -> Tensor:
-    """The distribution of ``sample_token`` and ``linear_logprob``, logs [R,V], every step in hidden's dtype."""
+    """The log of the distribution of ``sample_token`` and ``linear_logprob``, [R,V], every step in hidden's dtype."""
     logits = torch.matmul(hidden, weight.T)
     if bias is not None:
         logits = logits + bias
@@ -289,14 +289,14 @@ def random_layout(
     max_rows: int = 5,
     device: torch.device | str | None = None,
 ) -> ThoughtLayout:
-    """A layout of random sizes from 1 to the given ones.
+    """A layout of random sizes, from 1 to the given ones.
 
     Args:
-        generator: where randomness comes from.
-        kind: one of ``LAYOUT_KINDS``, default any: "every" position; chosen "anchors" with -1 at the end; padding "left",
-            "right" or "both"; packed "documents", some with padding; "any_lo" (legal, if no text has it); "ragged" thoughts;
-            "no_anchors" (P = 0); "one" (all sizes 1). Each but "every", "no_anchors" and "one" may also have chosen
-            anchors and ragged thoughts.
+        generator: on CPU.
+        kind: one of ``LAYOUT_KINDS``, by default a random one: "every" position; chosen "anchors" with -1 at the end; padding
+            "left", "right" or "both"; packed "documents", some with padding; "any_lo" (legal, though no real text has it);
+            "ragged" thoughts; "no_anchors" (P = 0); "one" (all sizes 1). All but "every", "no_anchors" and "one" may also
+            have chosen anchors and ragged thoughts.
 
     Raises:
         ValueError: no such kind.
@@ -338,7 +338,7 @@ def random_layout(
 
 
 def _random_anchors(generator: torch.Generator, B: int, L: int) -> Tensor:
-    """[B,P]: in each row some positions, ascending, then -1; P is one more than the longest row needs, at times."""
+    """[B,P]: some positions of each row, ascending, then -1; P is sometimes one more than the longest row needs."""
     chosen = torch.rand(B, L, generator=generator) < torch.rand(B, 1, generator=generator)
     places = int(chosen.sum(1).max()) + _integer(generator, 0, 1)
     anchors = torch.full((B, places), -1)
@@ -366,9 +366,9 @@ def attention_inputs(
         groups: G.
         width: K.
         value_width: E, default K.
-        sinks: make sinks, else None.
-        strided: transposed views of [B,M,H,K] that start inside a wider storage, so rows are neither contiguous nor aligned;
-            of sinks every second number of a storage.
+        sinks: make sinks; else they are None.
+        strided: make transposed views of [B,M,H,K] inside a wider storage, so that rows are neither contiguous nor aligned;
+            sinks are every second number of a storage.
     """
     rows = layout.M if query_rows == "all" else layout.R
     sizes = {"q": (heads, rows, width), "k": (groups, layout.M, width)}
@@ -407,7 +407,7 @@ def sample_inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """hidden, weight, bias and counters for ``sample_token``; logits spread by 2 or so."""
+    """hidden, weight, bias and counters for ``sample_token``; the standard deviation of the logits is about 2."""
     hidden = _normal(generator, (rows, width), dtype, device)
     weight = _normal(generator, (vocabulary, width), dtype, device, deviation=2 * width**-0.5)
     limits = (2**31 - 1, 4096, 8, 16)

@@ -1,4 +1,4 @@
-"""thought_attention: attention of packed text and thought rows under a ThoughtLayout, forward and backward."""
+"""thought_attention: attention over packed text and thought rows, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, Checker
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -30,21 +31,21 @@ def thought_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each thought row sees the text up to its anchor and its own thought up to itself; text rows are causal.
 
-    Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Any strides with a last
-    stride of 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
+    Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
+    long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
 
     Args:
         q: [B,H,M,K], or [B,H,R,K] with ``query_rows="thoughts"``; fp32, fp16, bf16 or fp64.
         k: [B,G,M,K], H a multiple of G: query head h reads key head h // (H/G).
         v: [B,G,M,E]; K and E from 1 to 256.
-        layout: who sees whom.
+        layout: which rows see which.
         scale: factor on q·k; default K**-0.5.
         window: W; a row at position id q sees only position ids above q - W.
         softcap: c; scores become c * tanh(score / c).
-        sinks: [H], a logit per head that takes part in the softmax and has no value.
-        query_rows: "all", or "thoughts" for the R thought rows alone.
-        return_lse: also return the natural log of each row's softmax denominator.
-        backend: "auto" or the name of one; a named one runs or raises.
+        sinks: [H], for each head a logit that is added to the softmax and has no value.
+        query_rows: "all", or "thoughts" for only the R thought rows.
+        return_lse: also return the natural log of the softmax denominator of each row.
+        backend: "auto", or the name of one, which runs or raises.
 
     Returns:
         out [B,H,rows,E] in q's dtype; a row that is off is 0. With ``return_lse`` also lse [B,H,rows], fp32 (fp64 for fp64
@@ -105,7 +106,7 @@ def _thought_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    return _dispatch.run("thought_attention", backend, q, k, v, layout, scale, window, softcap, sinks, query_rows)
+    return _dispatch.run("thought_attention", backend, q, k, v, layout, AttentionOptions(scale, window, softcap, sinks))
 
 
 def _fake(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
@@ -132,9 +133,9 @@ def _thought_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    dq, dk, dv, dsinks = _dispatch.run(
-        "thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, scale, window, softcap, sinks, query_rows
-    )
+    options = AttentionOptions(scale, window, softcap, sinks)
+    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, options)
+    dq, dk, dv, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -146,7 +147,7 @@ def _fake_backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows,
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, anchor, lo, length, sinks, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or zeros would be made for the lse
+    ctx.set_materialize_grads(False)  # no zeros for the lse
     ctx.save_for_backward(q, k, v, *output, anchor, lo, length, sinks)
 
 

@@ -1,4 +1,4 @@
-"""thought_decode: one new row of every thought against the text cache and the thought's own cache (no gradient)."""
+"""thought_decode: one new row of every thought over the text cache and the thought's own cache (no gradient)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
 from quietstar_kernels._operator import call, operator
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -33,9 +34,9 @@ def thought_decode(
         q: [B,H,P*N,K], thought (p, n) at p*N + n; fp32, fp16, bf16 or fp64.
         k_text: [B,G,L,K], the text's keys.
         v_text: [B,G,L,E].
-        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step are written, what stands behind them is not read.
+        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read.
         v_own: [B,G,P*N,S,E].
-        layout: who sees whom.
+        layout: which rows see which.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
         scale, window, softcap, sinks, backend: as in ``thought_attention``.
 
@@ -106,9 +107,8 @@ def _thought_decode(
     backend: str,
 ) -> Tensor:
     layout = ThoughtLayout(anchor, lo, length, rows)
-    return _dispatch.run(
-        "thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, scale, window, softcap, sinks
-    )
+    options = AttentionOptions(scale, window, softcap, sinks)
+    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, options)
 
 
 def _fake(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):

@@ -1,1 +1,10 @@
-"""Back end for CPUs: no dense mask, no tensor of R*V; one file per op."""
+"""Back end for CPUs: no dense mask and no tensor of R*V. One file per op."""
+
+from __future__ import annotations
+
+import torch
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """As ``_dispatch.why_not``."""
+    return None if device.type in ("cpu", "meta") else f"it serves tensors on cpu, these are on {device}"

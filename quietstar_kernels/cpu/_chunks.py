@@ -1,4 +1,4 @@
-"""Cuts the query rows of a layout into chunks that see about the same text, each with its small additive mask."""
+"""Cuts the query rows of a layout into chunks of rows that see about the same text, each with a small additive mask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
 
-# PyTorch's CPU flash attention takes its largest tile, 256 rows, from 768 rows on. More rows would only waste arithmetic:
-# every row of a chunk is computed against all text that any of them sees. So few anchors matter as much as many rows.
+# PyTorch's CPU flash attention uses its largest tile, 256 rows, from 768 rows on. More rows would only waste arithmetic: every
+# row of a chunk is computed against all text that any of them sees. So it matters as much that anchors are few.
 THOUGHT_ROWS, TEXT_ROWS, ANCHORS = 768, 256, 128
 
 
@@ -21,12 +21,12 @@ class Chunk:
     """Consecutive query rows: c thoughts of s rows each, or c text rows with s = 1.
 
     Attributes:
-        rows: the rows, in the query tensor.
-        s: the rows of a thought that are here.
-        thoughts: the thoughts they belong to, as p*N + n; None for text rows.
-        keys: the text that at least one of them sees; may be empty.
-        mask: additive, 0 or -inf, [B or 1,1,h*c*s,keys]; None where ``keys`` is empty.
-        blind: bool [B or 1,1,1,c,s], rows that see no text where others do; None where there is none.
+        rows: where they are in the query tensor.
+        s: rows of each thought.
+        thoughts: their thoughts, as p*N + n; None for text rows.
+        keys: the text that at least one row sees; may be empty.
+        mask: additive, 0 or -inf, [B or 1,1,h*c*s,keys]; None if ``keys`` is empty.
+        blind: bool [B or 1,1,1,c,s], rows that see no text although others do; None if there are none.
     """
 
     rows: slice
@@ -43,7 +43,7 @@ def split(x: Tensor, heads: int, s: int) -> Tensor:
 
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy. Matmuls round by stride and alignment: after it not by those of the caller's tensors."""
+    """A contiguous copy, since the rounding of matmuls depends on strides and alignment."""
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -58,16 +58,16 @@ def from_thought(x: Tensor, shape: torch.Size) -> Tensor:
     return x.unflatten(0, (B, G, c)).unflatten(3, (h, s)).transpose(2, 3)
 
 
-def chunks(layout: ThoughtLayout, window: int | None, heads: int, dtype: torch.dtype, query_rows: str) -> Iterator[Chunk]:
-    """Every query row of ``thought_attention``; ``heads`` h is how often masks repeat, head after head."""
-    if query_rows == "all":
+def chunks(layout: ThoughtLayout, rows: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    """The ``rows`` query rows of ``thought_attention``; masks repeat for each of ``heads`` h."""
+    text_rows = rows - layout.R
+    if text_rows:
         t = torch.arange(layout.L, device=layout.device).expand(layout.B, -1)
-        for cut, *text in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
-            yield Chunk(cut, 1, None, *text)
+        for cut, *keys in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
+            yield Chunk(cut, 1, None, *keys)
     ahead = torch.arange(1, layout.S + 1, device=layout.device)
-    start = layout.L if query_rows == "all" else 0
     places = min(ANCHORS, -(-THOUGHT_ROWS // (layout.N * layout.S * heads)))
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, start)
+    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, text_rows)
 
 
 def step_chunks(layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
@@ -123,7 +123,7 @@ def _chunks(
         start = int(first.min())
         if window is not None:
             oldest = pos.gather(1, at)[..., None] + ahead - window
-            # The mask of all text before the window would make the time quadratic in L.
+            # A mask over all text before the window would make the time quadratic in L.
             within = (pos[:, start:stop] > oldest.amin((1, 2))[:, None]).any(0).nonzero()
             start = start + int(within[0]) if within.numel() else stop - 1
         j = torch.arange(start, stop, device=t.device)

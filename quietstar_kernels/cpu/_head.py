@@ -1,4 +1,4 @@
-"""Rows of a language-model head, cut so that their logits fit a buffer of fixed size."""
+"""Cuts the rows of a language-model head into chunks whose logits fit a buffer of fixed size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOGITS = 2**22  # in one chunk: 16 MB of fp32
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows of a chunk: at least one, and at most ``LOGITS`` logits."""
+    """Rows of a chunk: as many as have ``LOGITS`` logits at most, but at least one."""
     return min(max(1, LOGITS // vocabulary), rows)
 
 

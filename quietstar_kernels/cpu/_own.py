@@ -1,6 +1,6 @@
-"""The own part of ``thought_attention``: each thought's rows over its own rows, one query head and some thoughts at a time.
+"""The own part of ``thought_attention``: the rows of each thought over its own rows, a query head and some thoughts at a time.
 
-Small matmuls over views of the caller's tensors: at these sizes copies would cost as much as the arithmetic.
+Small matmuls on views of the caller's tensors: at these sizes, copies would take as long as the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cpu._parts import scores_of
 from quietstar_kernels.reference import wide
 
-SCORES = 2**18  # at a time: 1 MB of fp32, which stays in a core's cache
+SCORES = 2**18  # at a time: 1 MB of fp32, which fits a core's cache
 
 
 def own_mask(S: int, window: int | None, like: Tensor) -> Tensor:
@@ -23,13 +24,11 @@ def own_mask(S: int, window: int | None, like: Tensor) -> Tensor:
     return hidden.triu(1) if window is None else hidden.triu(1) + hidden.tril(-window)
 
 
-def own_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> None:
+def own_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, options: AttentionOptions) -> None:
     """Writes out [B,H,R,E] and lse [B,H,R] of thought rows q [B,H,R,K] over their own k [B,G,R,K], v [B,G,R,E]."""
     for b, h, g, rows in _pieces(q, k, len(mask)):
         q3, k3, v3, o3 = (_thoughts(x, len(mask)) for x in (q[b, h, rows], k[b, g, rows], v[b, g, rows], out[b, h, rows]))
-        scores = scores_of(wide(q3), wide(k3), scale, softcap).add_(mask)
+        scores = scores_of(wide(q3), wide(k3), options).add_(mask)
         top = scores.amax(-1, keepdim=True)  # finite: a row sees itself
         p = scores.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
@@ -48,18 +47,17 @@ def own_backward(
     dk: Tensor,
     dv: Tensor,
     mask: Tensor,
-    scale: float,
-    softcap: float | None,
+    options: AttentionOptions,
 ) -> None:
     """Writes dq, and dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
     S, group = len(mask), q.shape[1] // k.shape[1]
     for b, h, g, rows in _pieces(q, k, S):
         g3, q3 = wide(_thoughts(grad_out[b, h, rows], S)), wide(_thoughts(q[b, h, rows], S))
         k3, v3 = wide(_thoughts(k[b, g, rows], S)), wide(_thoughts(v[b, g, rows], S))
-        scores = scores_of(q3, k3, scale, softcap)
-        slope = None if softcap is None else 1 - (scores / softcap) ** 2
+        scores = scores_of(q3, k3, options)
+        slope = None if options.softcap is None else 1 - (scores / options.softcap) ** 2
         p = scores.add_(mask).sub_(_thoughts(lse[b, h, rows], S)[..., None]).exp_()
-        ds = torch.bmm(g3, v3.transpose(1, 2)).sub_(_thoughts(delta[b, h, rows], S)[..., None]).mul_(p).mul_(scale)
+        ds = torch.bmm(g3, v3.transpose(1, 2)).sub_(_thoughts(delta[b, h, rows], S)[..., None]).mul_(p).mul_(options.scale)
         if slope is not None:
             ds *= slope
         torch.bmm(ds, k3, out=_thoughts(dq[b, h, rows], S))

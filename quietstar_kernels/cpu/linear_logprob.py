@@ -1,9 +1,10 @@
 """linear_logprob on CPUs: a bounded number of rows at a time.
 
-Logits turn into weights, exp(logit - largest), and weights into the loss by the logits, in place. Between forward and backward
-the weights are kept, or the backward computes them again; where the gradient is known in the forward it needs neither.
+Logits become weights, exp(logit - largest), in place, and weights become the gradient of the loss by the logits. The forward
+keeps the weights for the backward, or the backward computes them again. If the gradient is known in the forward, neither is
+needed.
 
-All is fp32 for half-precision inputs too (fp64 for fp64): the weight is cast once per call, the hidden states per chunk.
+Everything is fp32, for half-precision inputs too (fp64 for fp64): the weight is cast once per call, hidden states per chunk.
 """
 
 from __future__ import annotations
@@ -11,39 +12,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu._head import chunk_rows, row_chunks
 from quietstar_kernels.reference import wide
 
-LEAST = -1000.0  # for the log of a probability that underflowed: any finite number, since it is multiplied by 0
+LEAST = -1000.0  # the log of a probability that underflowed: any finite number will do, since it is multiplied by 0
 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """For what a forward keeps: the weights [R,V], and of each row the log-probability of its target [R,1]."""
+    """Room for what a forward keeps: the weights [R,V], and the log-probability of each row's target [R,1]."""
     like = hidden.new_empty(0, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return like.new_empty(hidden.shape[0], len(weight)), like.new_empty(hidden.shape[0], 1)  # len would fix a symbolic size
+    return like.new_empty(hidden.shape[0], len(weight)), like.new_empty(
+        hidden.shape[0], 1
+    )  # len(hidden) would fix a symbolic size
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-    return_entropy: bool,
-    keep: bool,
+    hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
-    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
-    states = head.weight.new_empty(4, R)
-    buffer = head.weight.new_empty(R if keep else chunk_rows(R, V), V)
-    gaps = head.weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
+    states = weight.new_empty(4, R)
+    buffer = weight.new_empty(R if keep else chunk_rows(R, V), V)
+    gaps = weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
     for rows in row_chunks(R, V):
         out = buffer[rows] if keep else buffer[: rows.stop - rows.start]
-        head.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
+        softmax.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
     picked, entropy, largest, log_total = (state.clone() for state in states)
     logprob = torch.where(targets == -100, 0, picked)
     return logprob, entropy, largest, log_total, *((buffer, picked[:, None]) if keep else (None, None))
@@ -53,32 +49,24 @@ def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
+    saved: Saved,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_backward``."""
-    options = (scale, softcap, temperature, banned)
+    entropy, largest, log_total, kept, kept_rows = saved
     if kept is None or kept_rows is None:
-        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, weight, targets, bias, *options, wanted, 0)[2:]
-    head = _Head(weight, bias, *options)
+        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, head, targets, wanted, 0)[2:]
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
     states = torch.stack([kept_rows[:, 0], entropy, largest, log_total])
-    gradients = _Gradients(hidden, head.weight, wanted)
-    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    gradients = _Gradients(hidden, weight, wanted)
+    buffer = weight.new_empty(chunk_rows(R, V), V)
     for rows in row_chunks(R, V):
         d = buffer[: rows.stop - rows.start]
-        head.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        softmax.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
         gradients.add(rows, d)
     return gradients.result()
 
@@ -87,27 +75,23 @@ def linear_logprob_joined(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
     wanted: list[bool],
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_joined``; the buffer is that of a forward that keeps nothing."""
-    head = _Head(weight, bias, scale, softcap, temperature, banned)
+    softmax = _Softmax(head)
+    weight = softmax.weight
     R, V = len(hidden), len(weight)
-    states = head.weight.new_empty(4, R)
-    gradients = _Gradients(hidden, head.weight, wanted)
-    buffer = head.weight.new_empty(chunk_rows(R, V), V)
+    states = weight.new_empty(4, R)
+    gradients = _Gradients(hidden, weight, wanted)
+    buffer = weight.new_empty(chunk_rows(R, V), V)
     gaps = None if grad_entropy is None else torch.empty_like(buffer)
     for rows in row_chunks(R, V):
         d = buffer[: rows.stop - rows.start]
-        head.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
-        head.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        softmax.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
+        softmax.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
         gradients.add(rows, d)
     return torch.where(targets == -100, 0, states[0]), states[1].clone(), *gradients.result()
 
@@ -116,28 +100,21 @@ def _of(grad: Tensor | None, rows: slice) -> Tensor | None:
     return None if grad is None else grad[rows]
 
 
-class _Head:
-    """Between hidden states and weights, and weights and gradients of hidden · weight, some rows at a time.
+class _Softmax:
+    """From hidden states to weights, and from weights to gradients of hidden · weight, some rows at a time.
 
-    ``states`` [4,rows]: the log-probability of the target (of id 0 where that is -100), entropy, the LSE in two parts.
+    ``states`` [4,rows]: the log-probability of the target (of id 0 if that is -100), the entropy, the LSE in two parts.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-        temperature: float,
-        banned: list[int],
-    ):
-        self.weight, self.bias, self.banned = wide(weight), bias, banned
+    def __init__(self, head: Head):
+        weight, self.bias, scale, softcap, temperature, self.banned = head
+        self.weight = wide(weight)
         scale = 1.0 if scale is None else scale
         self.inner = scale / temperature if softcap is None else scale / softcap
         self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
 
     def weights(self, hidden: Tensor, targets: Tensor, out: Tensor, gaps: Tensor | None, states: Tensor) -> None:
-        """Fills out [rows,V] and states; the entropy where there is a buffer for the differences to the largest logit."""
+        """Fills out [rows,V] and states; the entropy only with ``gaps``, a buffer for differences to the largest logit."""
         x = out if gaps is None else gaps[: len(out)]
         torch.mm(wide(hidden), self.weight.T, out=x)
         if self.bias is not None:
@@ -165,7 +142,7 @@ class _Head:
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        """The loss by hidden · weight, into out, which may be the weights."""
+        """Writes the gradient of the loss by hidden · weight to out, which may be the weights."""
         picked, entropy, largest, log_total = (state[:, None] for state in states)
         ids = targets.clamp(min=0)[:, None]
         g = torch.where(targets == -100, 0, grad_logprob)[:, None]
@@ -186,7 +163,7 @@ class _Head:
 
 
 class _Gradients:
-    """Of hidden, weight and bias, where they are wanted; what comes in is the loss by hidden · weight of some rows."""
+    """The gradients of hidden, weight and bias that are wanted, added up from those of hidden · weight, some rows at a time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]):
         self.hidden, self.weight = hidden, weight
@@ -195,7 +172,7 @@ class _Gradients:
         self.dbias = weight.new_zeros(len(weight)) if wanted[2] else None
 
     def add(self, rows: slice, d: Tensor) -> None:
-        """The weight's gradient adds up chunk after chunk, always in the same order."""
+        """The weight's gradient is summed chunk by chunk, always in the same order."""
         if self.dhidden is not None:
             self.dhidden[rows] = d @ self.weight
         if self.dweight is not None:

@@ -6,26 +6,15 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import reference
+from quietstar_kernels._options import Head
 from quietstar_kernels.cpu._head import row_chunks
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.sample_token``: the same draws, since they hang on the counters of each row alone."""
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reference.sample_token``: the same draws, since a row's draw depends on its own counters alone."""
     ids = hidden.new_empty(len(hidden), dtype=torch.int64)
     logprob = hidden.new_empty(len(hidden), dtype=torch.float32)
-    weight = reference.wide(weight)
-    for rows in row_chunks(len(hidden), len(weight)):
-        ids[rows], logprob[rows] = reference.sample_token(
-            hidden[rows], weight, counters[rows], seed, bias, scale, softcap, temperature, banned
-        )
+    head = head._replace(weight=reference.wide(head.weight))
+    for rows in row_chunks(len(hidden), len(head.weight)):
+        ids[rows], logprob[rows] = reference.sample_token(hidden[rows], head, counters[rows], seed)
     return ids, logprob

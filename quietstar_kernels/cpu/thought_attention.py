@@ -1,7 +1,7 @@
 """thought_attention on CPUs: the own part of all thoughts first, then the text by flash attention, a chunk of rows at a time.
 
-The rows of a chunk are seen as [B,G,h,c,s,K]: h query heads share a key head, c thoughts of s rows (text rows: c rows,
-s = 1). The text part takes (h,c,s) as its rows: keys are never repeated.
+The rows of a chunk are viewed as [B,G,h,c,s,K]: h query heads share a key head, and there are c thoughts of s rows (for text,
+c rows and s = 1). To the text part (h,c,s) are rows, so that keys are never repeated.
 Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
 """
 
@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cpu._chunks import chunks, dense, split
 from quietstar_kernels.cpu._own import own_backward, own_forward, own_mask
-from quietstar_kernels.cpu._parts import add_sinks, join, per_head, sees_text, text, text_backward, without_poison
+from quietstar_kernels.cpu._parts import add_sinks, join, per_head, sees_text, text_backward, text_forward, without_poison
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.reference import wide
 
@@ -24,11 +25,7 @@ def thought_attention(
     k: Tensor,
     v: Tensor,
     layout: ThoughtLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_rows: str,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
     G, L, S = k.shape[1], layout.L, layout.S
@@ -38,22 +35,22 @@ def thought_attention(
         return out.to(q.dtype), lse
     k, v, bad = without_poison(k, v)
     k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
-    mask = own_mask(S, window, lse)
+    mask = own_mask(S, options.window, lse)
     own = slice(q.shape[2] - layout.R, None)  # the thought rows, among the query rows
-    own_forward(q[:, :, own], k[:, :, L:], v[:, :, L:], out[:, :, own], lse[:, :, own], mask, scale, softcap)
+    own_forward(q[:, :, own], k[:, :, L:], v[:, :, L:], out[:, :, own], lse[:, :, own], mask, options)
     live = layout.live().flatten(1, 2)
     ragged = not live.all()
-    for chunk in chunks(layout, window, q.shape[1] // G, lse.dtype, query_rows):
+    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
         rows = split(wide(q[:, :, chunk.rows]), G, chunk.s)
         o, l = (split(x[:, :, chunk.rows], G, chunk.s) for x in (out, lse))
-        o_text, l_text = text(rows, k_text, v_text, chunk, scale, softcap)
+        o_text, l_text = text_forward(rows, k_text, v_text, chunk, options)
         if chunk.thoughts is None:
             o.copy_(o_text)
             l.copy_(l_text)
         else:
             join(o, l, o_text, l_text)
-        if sinks is not None:
-            add_sinks(o, l, sinks)
+        if options.sinks is not None:
+            add_sinks(o, l, options.sinks)
         if bad is not None:
             poisoned = sees_text(bad[:, :, :L], chunk)
             if chunk.thoughts is not None:
@@ -75,14 +72,10 @@ def thought_attention_backward(
     out: Tensor,
     lse: Tensor,
     layout: ThoughtLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_rows: str,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``; text keys add up chunk after chunk, always in the same order."""
-    G, L, S = k.shape[1], layout.L, layout.S
+    """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
+    G, L, S, sinks = k.shape[1], layout.L, layout.S, options.sinks
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
@@ -92,7 +85,7 @@ def thought_attention_backward(
     k, v, _ = without_poison(k, v)
     k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
     delta = _row_sums(grad_out, out, lse)
-    # Rows that are off (lse -inf) or have seen NaN must add nothing to the keys' gradients.
+    # Rows that are off (lse -inf) or have seen a NaN must add nothing to the gradients of the keys.
     dropped = None
     if not (lse.sum() + delta.sum()).isfinite():
         dropped = ~(lse.isfinite() & delta.isfinite())
@@ -110,14 +103,13 @@ def thought_attention_backward(
         dq[:, :, own],
         dk[:, :, L:],
         dv[:, :, L:],
-        own_mask(S, window, lse),
-        scale,
-        softcap,
+        own_mask(S, options.window, lse),
+        options,
     )
     dk_text, dv_text = torch.zeros_like(k_text), torch.zeros_like(v_text)
-    for chunk in chunks(layout, window, q.shape[1] // G, lse.dtype, query_rows):
+    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
         g, rows, o, d, l = (split(wide(x[:, :, chunk.rows]), G, chunk.s) for x in (grad_out, q, out, delta, lse))
-        dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, d, l, chunk, scale, softcap)
+        dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, d, l, chunk, options)
         dk_text[:, :, chunk.keys] += dkc
         dv_text[:, :, chunk.keys] += dvc
         dqc = split(dq[:, :, chunk.rows], G, chunk.s)
@@ -135,7 +127,7 @@ def thought_attention_backward(
 
 
 def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
-    """rowsum(grad_out * out) [B,H,rows], a head at a time: the product stays in the cache."""
+    """rowsum(grad_out * out) [B,H,rows], a head at a time, so that the product stays in the cache."""
     delta = torch.empty_like(like)
     for b in range(len(out)):
         for h in range(out.shape[1]):

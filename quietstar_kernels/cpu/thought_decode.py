@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cpu._chunks import by_thought, from_thought, split, step_chunks
-from quietstar_kernels.cpu._parts import add_sinks, join, plain, sees_text, text, without_poison
+from quietstar_kernels.cpu._parts import add_sinks, join, plain, sees_text, text_forward, without_poison
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.reference import wide
 
@@ -19,12 +20,10 @@ def thought_decode(
     v_own: Tensor,
     layout: ThoughtLayout,
     step: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
-    """As ``reference.thought_decode``. The row sees all its own rows up to itself, or the last ``window`` of them."""
+    """As ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
+    _, window, _, sinks = options
     G, now = k_text.shape[1], int(step)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))
     if q.numel() == 0:
@@ -35,9 +34,9 @@ def thought_decode(
     for chunk in step_chunks(layout, now, window, q.shape[1] // G, wide(q[:0]).dtype):
         rows = split(wide(q[:, :, chunk.rows]), G, 1)
         k3, v3 = (wide(x[:, :, chunk.thoughts, seen]).flatten(0, 2) for x in (k_own, v_own))
-        o3, l3 = plain(by_thought(rows), k3, v3, None, scale, softcap)
+        o3, l3 = plain(by_thought(rows), k3, v3, None, options)
         o, l = from_thought(o3, rows.shape), from_thought(l3, rows.shape)
-        join(o, l, *text(rows, k_text, v_text, chunk, scale, softcap))
+        join(o, l, *text_forward(rows, k_text, v_text, chunk, options))
         if sinks is not None:
             add_sinks(o, l, sinks)
         if bad is not None:

@@ -1,6 +1,6 @@
-"""The compiled library: found beside this file, loaded once, and asked what it was built for.
+"""The compiled library, next to this file: loaded once, and asked what it was built for.
 
-One library serves all of Python and PyTorch from 2.10 on, so nothing is compiled where it is installed.
+One library serves all versions of Python, and PyTorch from 2.10 on, so nothing is compiled at installation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 FILE = Path(__file__).parent / "_C.abi3.so"
-PURE = "this install is pure Python; built with QUIETSTAR_BUILD=cuda it has the CUDA library"
+PURE = "this install is pure Python; build it with QUIETSTAR_BUILD=cuda for the CUDA library"
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
     """Registers its functions with PyTorch. Raises OSError."""
     torch.ops.load_library(FILE)
-    library = ctypes.CDLL(str(FILE))  # the same one again: this only counts up
+    library = ctypes.CDLL(str(FILE))  # the same one again, which only adds a reference
     library.quietstar_built_for.restype = library.quietstar_cuda_error.restype = ctypes.c_char_p
     return library
 
@@ -34,14 +34,14 @@ def ops() -> Any:
 
 @functools.cache
 def built_for() -> tuple[str, tuple[str, ...]]:
-    """The toolkit's version and the architectures: "sm_90a" is machine code, "compute_80" is PTX."""
+    """The version of the toolkit, and the architectures: "sm_90a" is machine code, "compute_80" is PTX."""
     toolkit, *architectures = _load().quietstar_built_for().decode().split()
     return toolkit, tuple(architectures)
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why there is no library that loads, None where there is."""
+    """None if there is a library and it loads; else the reason, in words."""
     if not FILE.exists():
         return PURE
     try:
@@ -52,7 +52,7 @@ def missing() -> str | None:
 
 
 def cuda_library() -> str:
-    """Which library the CUDA back end has loaded and what for, or why it has none, in one line."""
+    """One line: which library the CUDA back end has loaded and what it was built for, or why it has none."""
     if reason := missing():
         return f"no CUDA library: {reason}"
     toolkit, architectures = built_for()
@@ -60,7 +60,7 @@ def cuda_library() -> str:
 
 
 def why_not(device: torch.device) -> str | None:
-    """None where the library runs on ``device``, else the reason in words."""
+    """None if the library runs on ``device``; else the reason, in words."""
     if reason := missing():
         return reason
     if device.type != "cuda":
@@ -86,8 +86,8 @@ def _why_not_gpu(device: torch.device) -> str | None:
 def _runs(name: str, capability: tuple[int, int]) -> bool:
     """Whether code for an architecture runs on a GPU.
 
-    Machine code runs on later GPUs of the same generation, PTX on all later ones; with an "a" both are for that GPU alone, and
-    with an "f" for its generation.
+    Machine code runs on later GPUs of the same generation, PTX on all later ones. With an "a" both run only on that GPU, with
+    an "f" only on its generation.
     """
     kind, major, minor, only = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name).groups()  # type: ignore[union-attr]
     oldest = (int(major), int(minor))

@@ -1,7 +1,7 @@
-"""sample_token in CUDA, csrc/sample_token.cu: cuBLAS multiplies a chunk of the vocabulary, the kernel reduces it at once.
+"""sample_token in CUDA, csrc/sample_token.cu: cuBLAS computes the logits of a chunk of the vocabulary, a kernel reduces them.
 
-The chunk is small enough to stay in L2, and rows carry what they have found from one chunk to the next. A block's score hangs
-on its own logits alone, so that chunks of any size draw the same ids.
+A chunk is small enough to stay in L2, and each row carries its best block so far from chunk to chunk. The score of a block
+depends on its own logits alone, so that chunks of any size draw the same ids.
 """
 
 from __future__ import annotations
@@ -11,32 +11,24 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import names
+from quietstar_kernels._checks import dtype_names
+from quietstar_kernels._options import Head
 from quietstar_kernels.cuda import _library
 from quietstar_kernels.reference import BLOCK
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOGITS = 2**22  # in a chunk: 16 MB of fp32, a tile of the product for each processor of a large GPU
-ROWS = 2048  # in a chunk at most: with more, it would be too narrow for a fast product
+ROWS = 2048  # of a chunk at most: with more, it would be too narrow for a fast product
 
 
 def serves(dtype: torch.dtype, **widths: int) -> str | None:
-    """None where this back end computes in ``dtype``, else the reason in words."""
-    return None if dtype in DTYPES else f"it computes in {names(DTYPES)}, not in {names([dtype])}"
+    """None if this back end computes in ``dtype``; else the reason, in words."""
+    return None if dtype in DTYPES else f"it computes in {dtype_names(DTYPES)}, not in {dtype_names([dtype])}"
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``, for what ``serves`` does not refuse."""
+    weight, bias, scale, softcap, temperature, banned = head
     R, V = len(hidden), len(weight)
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
@@ -44,14 +36,14 @@ def sample_token(
     if bias is not None:
         bias = torch.empty_like(bias, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(bias)
     state = hidden.new_empty(R, 4, dtype=torch.float32)
-    room = hidden.new_empty(min(LOGITS, R * padded(V)), dtype=torch.float32)
+    buffer = hidden.new_empty(min(LOGITS, R * padded(V)), dtype=torch.float32)
     options = (1.0 if scale is None else scale, softcap or 0.0, temperature)
     reduce = _library.ops()._sample_token_cuda
     for rows in map(slice, range(0, R, ROWS), range(ROWS, R + ROWS, ROWS)):
         part = hidden[rows]
         carried = (counters[rows], state[rows], ids[rows], logprob[rows])
         width = min(LOGITS // len(part) // BLOCK * BLOCK, padded(V))
-        chunk = room[: len(part) * width].view(len(part), width)
+        chunk = buffer[: len(part) * width].view(len(part), width)
         for first in range(0, V, width):
             last = min(first + width, V)
             logits = chunk[:, : last - first]
@@ -64,10 +56,10 @@ def sample_token(
 
 
 def product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """hidden weight^T in fp32, whatever the dtype of the two."""
+    """hidden weight^T in fp32, whatever their dtype."""
     torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
 
 
 def padded(V: int) -> int:
-    """V or the next multiple of a block."""
+    """V rounded up to whole blocks."""
     return -(-V // BLOCK) * BLOCK

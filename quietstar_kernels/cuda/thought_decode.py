@@ -1,4 +1,4 @@
-"""thought_decode in CUDA, csrc/thought_decode_kernel.cuh: the tile, the parts of the text, and room for what they hold."""
+"""thought_decode in CUDA, csrc/thought_decode_kernel.cuh: chooses the tile and the parts of the text, and allocates."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import names
+from quietstar_kernels._checks import dtype_names
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cuda import _library
 from quietstar_kernels.layout import ThoughtLayout
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128, 256)
-PROCESSORS = 132  # to fill, whatever the device: how sums are cut, and so their last bits, are then the same on all
+PROCESSORS = 132  # to fill, on any device: sums are then split the same way, so that their last bits are equal on all
 SMALLEST_PART = 256  # text positions
 
 
 def serves(dtype: torch.dtype, K: int, E: int) -> str | None:
-    """None where this back end computes heads of K wide keys and E wide values, else the reason in words."""
+    """None if this back end serves keys of width K and values of width E in ``dtype``; else the reason, in words."""
     if dtype not in DTYPES:
-        return f"it computes in {names(DTYPES)}, not in {names([dtype])}"
+        return f"it computes in {dtype_names(DTYPES)}, not in {dtype_names([dtype])}"
     if K != E or K not in WIDTHS:
-        return f"it serves heads of {', '.join(map(str, WIDTHS))}, keys as wide as values, not K={K}, E={E}"
+        return f"it serves heads of {', '.join(map(str, WIDTHS))} with keys as wide as values, not K={K}, E={E}"
     return None
 
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
+    scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L = k_text.shape[1:3]
     out = q.new_empty((B, H, thoughts, K))
@@ -63,20 +65,20 @@ def rows_of_tile(rows: int, pairs: int, K: int, shared: int) -> int:
 
 
 def splits_of(tiles: int, L: int) -> int:
-    """Parts of the text where ``tiles`` don't fill the chip: with them they do, twice, or a part has its smallest size."""
+    """Parts of the text: 1 if ``tiles`` fill the GPU, else enough to fill it twice, but none below ``SMALLEST_PART``."""
     if tiles >= PROCESSORS:
         return 1
     return max(1, min(-(-2 * PROCESSORS // tiles), -(-L // SMALLEST_PART)))
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a block of threads may have."""
-    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stub of them lacks this one
+    """Bytes of shared memory that a block of threads may use."""
+    properties: Any = torch.cuda.get_device_properties(device)  # missing in PyTorch's stub
     return properties.shared_memory_per_block_optin
 
 
 def in_chunks(x: Tensor) -> Tensor:
-    """``x``, copied where its rows don't start at multiples of 16 bytes."""
+    """``x``, or a copy if its rows don't start at multiples of 16 bytes."""
     strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
     aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
     return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -1,1 +1,34 @@
-"""Triton kernels for NVIDIA GPUs from sm_80 on and for AMD; in Triton's interpreter they also run on a CPU, for tests."""
+"""Triton kernels for NVIDIA GPUs from sm_80 on and for AMD GPUs; for tests, Triton's interpreter runs them on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """As ``_dispatch.why_not``. Does not import Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "it does not compute in torch.float64"
+    if device.type == "cuda":
+        return _why_not_gpu(device)
+    if device.type != "cpu":
+        return f"it serves GPUs of NVIDIA and AMD, these tensors are on {device}"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "on"):
+        return "it serves GPUs; on cpu only Triton's interpreter runs it, for tests: set TRITON_INTERPRET=1"
+    return "Triton's interpreter computes torch.bfloat16 wrongly" if dtype == torch.bfloat16 else None
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return f"there is no {device} here"
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"

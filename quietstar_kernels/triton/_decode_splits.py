@@ -1,4 +1,4 @@
-"""The text of thought_decode in parts, where there are fewer tiles than processors, and the sum of the parts."""
+"""Splits the text of thought_decode into parts if there are fewer tiles than processors, and adds up the parts."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.triton._attention_forward import LOWEST
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
+from quietstar_kernels.triton._softmax import LOWEST
 from quietstar_kernels.triton._tiles import load_tile, store_tile
 from quietstar_kernels.triton.configs import THOUGHT_DECODE_SUM
 
-SMALLEST_PART = 4  # blocks of keys: enough that loads of one hide behind the work on another
+SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on another
 
 
 def splits_of(tiles: int, L: int, block: int, device: torch.device) -> int:
-    """Parts of the text for ``tiles`` programs: as many as fill the chip once, none of less than a few blocks of keys."""
+    """Parts of the text for ``tiles`` programs: as many as fill the GPU once, each of at least a few blocks of keys."""
     return max(1, min(processors(device) // tiles, L // (SMALLEST_PART * block)))
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or compute units; some where there is no GPU, so that tests see texts in parts."""
+    """Streaming multiprocessors, or compute units. Without a GPU a few, so that tests have texts in parts."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:
     """Room for the softmax states of all parts of ``out`` [B,H,P*N,E], fp32: acc [splits,rows,E], top and total [splits,rows].
 
-    They stand behind one another in one tensor, which is empty where there is one part.
+    One tensor holds them one after another; it is empty if there is one part.
     """
     if splits == 1:
         return out.new_empty(0, dtype=torch.float32)
@@ -37,7 +37,7 @@ def parts_of(out: Tensor, splits: int) -> Tensor:
 
 
 def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
-    """``out`` from its parts, which are added in their order."""
+    """Write ``out``, the sum of its parts in order."""
     rows, E = out[..., 0].numel(), out.shape[-1]
     config = THOUGHT_DECODE_SUM
 

@@ -1,7 +1,7 @@
-"""Kernel launches. Triton binds and specialises the arguments of every launch again, 10 of its 30 µs; plans remember them.
+"""Kernel launches. Triton binds and specialises the arguments at every launch, 10 of its 30 µs; plans remember the results.
 
-A host function looks up a plan by everything that its launches depend on. From the second call with equal facts on, kernels
-are launched directly: with the grid, the numbers and the compiled kernel of the first call, and other tensors.
+A host function looks up its plan by all the facts that its launches depend on. From the second call with the same facts,
+kernels are launched directly, with the grid, the numbers and the compiled kernel of the first call and the new tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quietstar_kernels.triton._target import INTERPRETED
 from quietstar_kernels.triton.configs import Config
 
 THREADS = 8  # the compiler releases the GIL
-MOST = 4096  # plans that are remembered; then all are forgotten
+MOST = 4096  # plans to remember; then all are forgotten
 Tiles = list[TensorDescriptor | None]
 Choice = TypeVar("Choice")
 _plans: dict[tuple, Plan] = {}
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """A host function's launches by name; made by ``plan``."""
+    """The launches of a host function, by name. Use ``plan`` to get one."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -47,25 +47,25 @@ class Plan:
         self.choice: Any = None
 
     def once(self, choose: Callable[[], Choice]) -> Choice:
-        """What ``choose`` returned the first time, which hangs on the plan's facts alone."""
+        """What ``choose`` returned the first time. It may only depend on the facts of the plan."""
         if self.choice is None:
             self.choice = choose()
         choice: Choice = self.choice
         return choice
 
     def tiles(self, config: Config, tensors: tuple[Tensor, ...], describe: Callable[[], Tiles]) -> Tiles:
-        """What ``describe`` returns of ``tensors``, in their order; later calls put others in, without looking at them."""
+        """The descriptors of ``tensors`` that ``describe`` returns. Later calls put other tensors into them, unchecked."""
         known = self.described.get(config)
         if known is None:
             tiles = describe()
-            self.described[config] = [tile and _same_tiles(tile, None) for tile in tiles]  # it keeps no tensor alive
+            self.described[config] = [tile and _same_tiles(tile, None) for tile in tiles]  # so that no tensor is kept alive
             return tiles
         return [tile and _same_tiles(tile, x) for tile, x in zip(known, tensors, strict=True)]
 
     def launch(
         self, name: str, config: Config, tensors: tuple[Tensor | TensorDescriptor | None, ...], prepare: Callable[[], Launch]
     ) -> None:
-        """Launch what ``prepare`` returns. It depends on the plan's facts alone, as do dtypes and alignment of ``tensors``."""
+        """Launch what ``prepare`` returns. That and the dtypes and alignment of ``tensors`` depend only on the plan's facts."""
         known = self.known.get((name, config))
         if known is None:
             self._first(name, config, tensors, prepare())
@@ -81,21 +81,21 @@ class Plan:
         run(*grid, stream, function, metadata, about, enter, leave, *tensors, *rest)
 
     def _first(self, name: str, config: Config, tensors: tuple[Any, ...], launch: Launch) -> None:
-        """Let Triton launch it, which compiles if it has to."""
+        """Let Triton launch it, which compiles the kernel if necessary."""
         kernel, grid, numbers, constants = launch
         options = constants | config.options()
         if _only_compile.get():
             kernel.warmup(*tensors, *numbers, grid=grid, **options)
             return
         compiled = kernel[grid](*tensors, *numbers, **options)
-        if getattr(compiled, "module", None) is not None:  # loaded, so it was launched: neither interpreted nor only compiled
+        if getattr(compiled, "module", None) is not None:  # it was launched, neither interpreted nor only compiled
             rest = *numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
             whole_grid = (*grid, 1, 1)[:3]
             self.known[name, config] = compiled, compiled.run, compiled.function, compiled.packed_metadata, whole_grid, rest
 
 
 def _same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
-    """The tiles of another tensor of the same dtype, shape, strides and alignment."""
+    """The same tiles of another tensor with the same dtype, shape, strides and alignment."""
     copy = object.__new__(TensorDescriptor)
     copy.__dict__.update(tiles.__dict__, base=x)
     return copy
@@ -105,8 +105,8 @@ def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan
     """A host function's plan for the current device: that of an earlier call with equal facts, or a new one.
 
     Args:
-        tensors: facts are their dtypes, shapes, strides and alignment.
-        facts: what else the launches depend on.
+        tensors: their dtypes, shapes, strides and alignment are facts.
+        facts: all else that the launches depend on.
     """
     if INTERPRETED or _only_compile.get():
         return Plan(device=0)
@@ -123,7 +123,7 @@ def plan(function: str, tensors: tuple[Tensor | None, ...], *facts: Any) -> Plan
 
 @contextlib.contextmanager
 def compiling_at_once() -> Iterator[None]:
-    """Launches inside start nothing: their kernels are compiled, in threads, which the end of the block waits for."""
+    """Inside, launches only compile their kernels, in threads. The end of the block waits for them."""
     with ThreadPoolExecutor(THREADS) as threads, AsyncCompileMode(threads):
         token = _only_compile.set(True)
         try:

@@ -1,4 +1,4 @@
-"""What lies between the matrix products of linear_logprob: logits to the states of their rows, and to their gradients."""
+"""The kernels between the matrix products of linear_logprob: from logits to the states of their rows, and to gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton.language as tl
 from quietstar_kernels.triton._math import tanh
 
 LOWEST = tl.constexpr(-1e30)  # the logit of an id that doesn't count
-TINY = tl.constexpr(1e-38)  # least probability whose log is taken
+TINY = tl.constexpr(1e-38)  # the smallest probability whose log is taken
 
 
 @triton.jit
 def _final(x, shift, inner, outer):
-    """The final logit, over the temperature, of the product x; and its derivative by x. LOWEST for an id that doesn't count."""
+    """The final logit of product x, divided by the temperature, and its derivative by x. LOWEST for ids that don't count."""
     logit = (x + shift) * inner
     slope = inner
     if outer is not None:
@@ -45,7 +45,7 @@ def _online_softmax(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Takes ids first..first+width-1, logits x [rows,width], into the states of the rows.
+    """Adds ids first..first+width-1, with logits x [rows,width], to the states of the rows.
 
     largest: of the logits so far; total: sum of exp(logit - largest); weighted: of that times (logit - largest), or None;
     picked: the target's logit, written in the chunk that holds it. With kept, exp(logit - top) go there, and the tops, each of
@@ -113,8 +113,8 @@ def _logits_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """d [rows,width]: the loss by hidden · weight, of ids first..first+width-1. x are their products or, with kept_rows, what
-    the forward kept of them.
+    """d [rows,width]: the gradient of the loss by hidden · weight, for ids first..first+width-1. x is that product or, with
+    kept_rows, what the forward kept of it.
     """
     tl.static_assert(SPAN % BLOCK_V == 0)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -137,7 +137,7 @@ def _logits_gradient(
         picked = tl.load(row, mask=inside, other=0.0)[:, None]
         share = tl.load(row + 1 + (first + tl.program_id(1) * BLOCK_V) // SPAN, mask=inside, other=0.0)[:, None]
         p = tl.where(target, tl.exp(picked), x_rc.to(tl.float32) * share)
-        logp = tl.where(target, picked, tl.log(tl.maximum(p, TINY)))  # dropped by the compiler where nothing needs it
+        logp = tl.where(target, picked, tl.log(tl.maximum(p, TINY)))  # the compiler drops it if nothing needs it
         slope = inner
         if outer is not None:
             bend = (logp + largest_r + log_total_r) * (1 / outer)

@@ -1,4 +1,4 @@
-"""Numbers and functions that Triton's language lacks, on one of its targets at least."""
+"""Numbers and functions that Triton lacks on at least one of its targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def tanh(x):
-    """tanh of fp32 ``x`` to 6 ulps: the rational function, degree 13 over degree 6, that Eigen and XLA use. NaN stays NaN."""
+    """tanh of fp32 ``x`` to 6 ulps, by the rational function of Eigen and XLA, degree 13 over degree 6. NaN stays NaN."""
     x = tl.where(x > 7.905311, 7.905311, tl.where(x < -7.905311, -7.905311, x))
     y = x * x
     above = 2.00018790482477e-13 + y * -2.76076847742355e-16
@@ -28,8 +28,8 @@ def tanh(x):
 
 @triton.jit
 def bend(x, dtype: tl.constexpr):
-    """tanh of fp32 ``x`` for a soft cap: accurate for fp32 tensors, to an absolute error of 2^-22 for those of 16 bits."""
+    """tanh of fp32 ``x`` for a soft cap: accurate for fp32 tensors, with an absolute error of 2^-22 for 16-bit ones."""
     if dtype == tl.float32:
         return tanh(x)
-    else:  # a third of the instructions, on 16 bits' scores far below their rounding
+    else:  # a third of the instructions; the error is far below the rounding of 16-bit scores
         return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)

@@ -1,4 +1,4 @@
-"""Matrix products by the vendor's library, of half-precision factors into fp32 sums."""
+"""Matrix products of half-precision factors with fp32 sums, by the vendor's library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block race of ``sample_token`` over a tile of weights: who scores best, and where inside the winner the draw falls.
+"""The block race of ``sample_token`` over a tile of weights: which block wins, and where the draw falls inside it.
 
 The definition is in ``quietstar_kernels.sample_token``; its sums and comparisons are those of ``reference.race``.
 """
@@ -19,8 +19,8 @@ def exponential(word):
     """-log(1 - v) with v = (word + 0.5) / 2^32, to a few ulps for any 32-bit word."""
     v = (word.to(tl.float32) + 0.5) * WORD
     high = v >= 0.5
-    # 1 - v comes from the word's complement where v is near 1. Elsewhere it is rounded to fp32; log(rest) / (1 - rest) hardly
-    # changes by that, and times v it is log(1 - v) (Goldberg 1991, theorem 4).
+    # If v is near 1, 1 - v comes from the complement of the word. Else it is rounded to fp32, which hardly changes
+    # log(rest) / (1 - rest), and that times v is log(1 - v) (Goldberg 1991, theorem 4).
     rest = tl.where(high, ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * WORD, 1.0 - v)
     gap = 1.0 - rest
     correction = tl.where(high, 1.0, v / tl.where(gap == 0.0, 1.0, gap))
@@ -32,7 +32,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     """One tile's race.
 
     Args:
-        weights: [rows,ids] over 2^level, from the first id of block ``first_block`` on.
+        weights: [rows,ids] over 2^level, from the first id of block ``first_block``.
         level: [rows].
         seed: int64, the key.
         sequence: int32 [rows], the first word of the counter.
@@ -41,9 +41,9 @@ def race(weights, level, seed, sequence, position, thought, first_block):
         first_block: the fourth, of the tile's first block.
 
     Returns:
-        The winning block's score [rows], in bits; the tile's id at which the group starts that the draw falls in, int32
-        [rows]; how far into that group it falls, as a sum of weights [rows]; the group's weights [rows,16]; the sum of all
-        weights [rows]. A tile without weight has score -inf.
+        The score of the winning block [rows], in bits; the first id, in the tile, of the group that the draw falls in, int32
+        [rows]; how far into that group it falls, as a sum of weights [rows]; the weights of the group [rows,16]; the sum of
+        all weights [rows]. A tile without weight has score -inf.
     """
     ROWS: tl.constexpr = weights.shape[0]
     BLOCKS: tl.constexpr = weights.shape[1] // BLOCK
@@ -51,7 +51,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     block, group = tl.arange(0, BLOCKS)[None, :], tl.arange(0, GROUPS)
     grouped = tl.reshape(weights, [ROWS, GROUPS, GROUP])
 
-    # A masked sum in place of tl.cumsum, which would move the sums to another layout.
+    # A masked sum instead of tl.cumsum, which would move the sums to another layout.
     sums = tl.sum(grouped, 2)
     counts = (group[:, None] <= group[None, :]) & (group[:, None] * GROUP // BLOCK == group[None, :] * GROUP // BLOCK)
     running = tl.reshape(tl.sum(tl.where(counts[None, :, :], sums[:, :, None], 0.0), 1), [ROWS, BLOCKS, BLOCK // GROUP])
@@ -81,7 +81,7 @@ def resolve(weights, rest):
     """
     column = tl.arange(0, GROUP)[None, :]
     running = tl.cumsum(weights, 1)
-    # Rounding may carry the draw past the end: then it falls on the last column that has a weight.
+    # Rounding may move the draw past the end. Then it falls on the last column that has a weight.
     rest = tl.minimum(rest, BELOW_ONE * tl.max(running, 1))
     drawn = tl.sum((running <= rest[:, None]).to(tl.int32), 1)
     drawn = tl.where(drawn < GROUP, drawn, 0)

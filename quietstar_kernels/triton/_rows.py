@@ -1,4 +1,4 @@
-"""What each packed row sees, in the kernels: the predicate of ``ThoughtLayout`` for one batch row, and blocks that cover it.
+"""What each packed row sees, as computed in the kernels from a ``ThoughtLayout``, and the blocks that cover it.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(1 << 30)  # behind every row
+FAR = tl.constexpr(1 << 30)  # after every row
 
 
 @triton.jit
 def divide(first, i, by):
     """Quotient and remainder of ``first + i`` by ``by``: first >= 0 and by > 0 are scalars, 0 <= i < 2^22.
 
-    The rows of a tile differ from its first by little. So one division of integers, which takes dozens of instructions, serves
-    them all, and one of floating point, which may be off by one.
+    The rows of a tile are close to its first. So they share one integer division, which takes dozens of instructions; the rest
+    is a floating-point division, which may be off by one.
     """
     i += first % by
     quotient = (i.to(tl.float32) * (1.0 / by)).to(tl.int32)
@@ -29,7 +29,7 @@ def divide(first, i, by):
 def seen_by(begin, i, inside, anchor, lo, length, L, N, S, window):
     """Packed rows m = ``begin + i``, int32 [BLOCK], where ``inside``: (first, last, own_first, on).
 
-    A row that is on sees text positions first..last and the packed rows own_first..m of its own thought; either range may
+    A row that is on sees text positions first..last, and the packed rows own_first..m of its own thought. Either range may
     be empty. anchor [P], lo [L] and length [P*N] point into one batch row; ``window`` is W, or 2^30 for none.
     """
     m = begin + i
@@ -53,7 +53,7 @@ def seen_by(begin, i, inside, anchor, lo, length, L, N, S, window):
 def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
     """(first flat row, begin, end) of one of ``tiles`` row tiles: its rows are text, begin 0 to end L, or thoughts, L to L + R.
 
-    Flat rows count from ``begin``. Tiles that see most come first: thoughts backwards, then text backwards.
+    Flat rows count from ``begin``. The tiles that see the most come first: thoughts backwards, then text backwards.
     """
     thought_tiles = tl.cdiv(R * HG, BLOCK_M)
     is_text = tile >= thought_tiles
@@ -86,7 +86,7 @@ def text_bounds(first, last, on):
 def window_bounds(start, all_from, end, oldest, on, lo, BLOCK: tl.constexpr):
     """``start`` and ``all_from`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
 
-    Position ids n - lo[n] need not ascend, so the text is looked through.
+    Position ids n - lo[n] need not ascend, so all of the text is checked.
     """
     lowest = tl.min(tl.where(on, oldest, FAR), 0)
     highest = tl.max(tl.where(on, oldest, -FAR), 0)
@@ -105,8 +105,8 @@ def window_bounds(start, all_from, end, oldest, on, lo, BLOCK: tl.constexpr):
 def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
     """Blocks of text for bounds as those of ``text_bounds``: (before, full, edges).
 
-    From ``start`` there are ``before`` blocks of BLOCK_EDGE that some rows see, then ``full`` blocks of BLOCK_N that all rows
-    that are on see, then ``edges - before`` blocks of BLOCK_EDGE again.
+    From ``start`` there are ``before`` blocks of BLOCK_EDGE that only some rows see, then ``full`` blocks of BLOCK_N that all
+    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE.
     """
     before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
     full_start = start + before * BLOCK_EDGE

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for, in the names that ``configs.py`` uses."""
+"""What a kernel is compiled for, by the names that ``configs.py`` uses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def target() -> str:
-    """ "sm_80", "sm_90", "sm_100" or "gfx942" for the current device; "interpreter" where nothing is compiled.
+    """ "sm_80", "sm_90", "sm_100" or "gfx942" for the current device; "interpreter" if nothing is compiled.
 
-    A device between or beside these takes the tiles of the one it can hold: sm_86, sm_89 and sm_120 those of sm_80, which
-    fit the 99 KB of shared memory they have.
+    Other devices get the tiles of one of these that fit: sm_86, sm_89 and sm_120 those of sm_80, which need no more than their
+    99 KB of shared memory.
     """
     if INTERPRETED:
         return "interpreter"
@@ -24,7 +24,7 @@ def target() -> str:
 
 @functools.cache
 def _target(driver: Any, device: int) -> str:
-    """Of ``driver``'s current device, ``device``."""
+    """The target of ``device``, the current device of ``driver``."""
     current = driver.get_current_target()
     if current.backend == "hip":
         return "gfx942"
@@ -34,5 +34,5 @@ def _target(driver: Any, device: int) -> str:
 
 
 def dot_precision() -> str:
-    """``input_precision`` of dots of fp32 tensors: three products of tf32 come close to fp32 where no matrix unit has that."""
+    """``input_precision`` of fp32 dots: three tf32 products come close to fp32, which NVIDIA's matrix units don't have."""
     return "tf32x3" if target().startswith("sm_") else "ieee"

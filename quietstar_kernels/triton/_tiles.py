@@ -1,4 +1,4 @@
-"""Tiles of rows of a [rows, width] matrix, whose width is padded to a power of two inside a kernel."""
+"""Tiles of a [rows, width] matrix, whose width is padded to a power of two inside a kernel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels.triton._launch import Plan, Tiles
 from quietstar_kernels.triton._target import target
+from quietstar_kernels.triton.configs import Config
 
 BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
 
 
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
-    """x [B,heads,M,width], to be read in tiles of each of ``rows``; None where none can be copied whole: see ``load_rows``."""
+    """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
     if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:
         return [None] * len(rows)
     shape = list(x.shape)
@@ -25,17 +27,28 @@ def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
 
 
+def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
+    """Descriptors of k and v for tiles of each of ``blocks``, k first; None for all if one must be read by pointer."""
+
+    def describe() -> Tiles:
+        rows = [config.blocks[block] for block in blocks]
+        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
+        return [None] * len(tiles) if None in tiles else tiles
+
+    return known.tiles(config, (k, v) * len(blocks), describe)
+
+
 def padded(width: int) -> int:
-    """Columns of a tile: a power of two, 16 at least."""
+    """Columns of a tile: a power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 @triton.jit
 def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS,BLOCK]: rows from ``row`` on of batch row ``b`` and ``head``, by ``tiles`` where they are described.
+    """[ROWS,BLOCK]: the rows from ``row`` of batch row ``b`` and ``head``, by the descriptor ``tiles`` if there is one.
 
-    Else by pointer: x points to the first row of that head, and rows from ``end`` on are 0. Described ones are what memory
-    holds there, and 0 behind the last.
+    Else by pointer: x points to the first row of that head, and rows from ``end`` are 0. A descriptor reads what memory holds
+    there, and 0 after the last row.
     """
     if tiles is None:
         i = tl.arange(0, ROWS)
@@ -46,13 +59,13 @@ def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def load_tile(first, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[.., rows, BLOCK]: the rows ``offsets`` elements behind ``first``; 0 where not ``inside`` and from column WIDTH on."""
+    """[.., rows, BLOCK]: the rows ``offsets`` elements after ``first``; 0 if not ``inside``, and from column WIDTH."""
     return load_at(first + offsets, inside, WIDTH, BLOCK)
 
 
 @triton.jit
 def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 where not ``inside`` and from column WIDTH on."""
+    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 if not ``inside``, and from column WIDTH."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:
@@ -62,7 +75,7 @@ def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(first, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``value`` to where ``load_tile`` would read it, in the pointer's dtype."""
+    """Stores ``value`` where ``load_tile`` would read it, in the pointer's dtype."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:

@@ -1,7 +1,7 @@
-"""Tile sizes per kernel and architecture, chosen offline: one table per kernel, no search at run time.
+"""Tile sizes for each kernel and architecture, chosen offline: one table per kernel, and no search at run time.
 
-A table maps (target, bytes per element, widest head or model width it serves) to a ``Config``; ``pick`` takes the narrowest
-that fits. "interpreter" tiles are small, so that tests of small inputs cross many tile edges.
+A table maps (target, bytes per element, largest width it serves) to a ``Config``; ``pick`` takes the narrowest that fits. The
+tiles of "interpreter" are small, so that tests of small inputs cross many tile edges.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ANY_WIDTH = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """Block sizes by the name of the kernel's constexpr, and what the compiler is told."""
+    """Block sizes by the names of the kernel's constexprs, and options of the compiler."""
 
     blocks: dict[str, int]
     num_warps: int = 4
@@ -31,9 +31,9 @@ class Config:
 
 
 def pick(tables: Table | list[Table], itemsize: int, width: int) -> Config:
-    """The current target's config for elements of ``itemsize`` bytes and a ``width``, of the first table that has one.
+    """The config of the current target for elements of ``itemsize`` bytes and a ``width``, from the first table that has one.
 
-    Raises KeyError where none serves it.
+    Raises KeyError if none has.
     """
     here = target()
     for table in [tables] if isinstance(tables, dict) else tables:
@@ -50,8 +50,8 @@ _picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # ta
 
 
 # BLOCK_M flat rows, a multiple of 16; BLOCK_N text keys in a block without a mask, BLOCK_EDGE in a masked one; SLICES of K,
-# which warps share where fp32 queries would fill the registers of one. CAREFUL looks for values that are not finite
-# block by block; else a tile that they spoilt is computed again, by code that takes registers, too.
+# which warps share if fp32 queries would fill the registers of one. CAREFUL checks every block for values that aren't finite;
+# without it, a tile with such values is computed again, by code that takes registers too.
 ATTENTION_FORWARD: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
@@ -81,7 +81,7 @@ ATTENTION_FORWARD: Table = {
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
 }
 
-# Of texts up to SHORT tokens, without options: small tiles leave fewer keys to mask, and two of them share a multiprocessor.
+# For texts up to SHORT tokens, without options: small tiles have fewer keys to mask, and two of them share a multiprocessor.
 SHORT = 512
 ATTENTION_FORWARD_SHORT: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
@@ -131,7 +131,7 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8, num_stages=1),
 }
 
-# dk and dv: BLOCK_N keys stay, BLOCK_M query rows of one head at a time go by. A third stage hides the loads of the rows.
+# dk and dv: BLOCK_N keys stay, for a loop over BLOCK_M query rows of one head. A third stage hides the loads of the rows.
 ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
@@ -212,8 +212,8 @@ LOGITS_GRADIENT: Table = {
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
 }
 
-# BLOCK_R rows times BLOCK_V ids (a multiple of 128) in steps of BLOCK_D of the model's width. The key's width is the most rows.
-# maxnreg=255: without it the compiler spills some registers for the sake of occupancy.
+# BLOCK_R rows times BLOCK_V ids (a multiple of 128) in steps of BLOCK_D of the model's width. The width is the number of rows.
+# maxnreg=255: without it, the compiler spills some registers to raise the occupancy.
 SAMPLE_TOKEN: Table = {
     ("interpreter", 4, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
@@ -236,7 +236,7 @@ SAMPLE_TOKEN: Table = {
 # BLOCK_R rows, BLOCK_P parts of the vocabulary in one step.
 SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})
 
-# As in ATTENTION_FORWARD. maxnreg: 128 where two programs then share a processor, 255 where the compiler spills to get less.
+# As in ATTENTION_FORWARD. maxnreg: 128 if two programs then share a processor, 255 if the compiler would spill to use fewer.
 THOUGHT_DECODE: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
@@ -265,7 +265,7 @@ THOUGHT_DECODE: Table = {
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_stages=1),
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8, num_stages=1),
 }
-# Of texts up to DECODE_SHORT tokens: a tile's own rows are a smaller part of its keys, and two tiles share a multiprocessor.
+# For texts up to DECODE_SHORT tokens: own rows are a smaller part of a tile's keys, and two tiles share a multiprocessor.
 DECODE_SHORT = 2048
 THOUGHT_DECODE_SHORT: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),

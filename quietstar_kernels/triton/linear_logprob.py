@@ -1,19 +1,19 @@
 """linear_logprob on GPUs: matrix products by the vendor's library, and one pass over the fp32 logits between them.
 
-The forward is one product and one reading of its logits, the backward three and one: it has the LSE from the forward, so
-that a logit turns into its gradient at sight. With D = 4096 a logit costs 4 * 2 * D operations on matrix units and 18 bytes
-of memory besides, about a tenth of the time; a product of our own that keeps logits in registers would have to come closer
-to the vendor's than that.
+The forward takes one product and reads its logits once. The backward takes three and also reads them once: it has the LSE
+from the forward, so that each logit gives its gradient directly. With D = 4096 a logit costs 4 * 2 * D operations on matrix
+units, and 18 bytes of memory traffic, about a tenth of the time. A product of our own that keeps logits in registers would have
+to come closer than that to the vendor's.
 
-A forward that keeps its logits until the backward saves one of the four products. It keeps exp(logit - top), top the largest
-logit so far in its row, in the model's dtype: that makes a probability off by one rounding, as its gradient is anyway. A
+A forward that keeps its logits for the backward saves one of the four products. It keeps exp(logit - top), where top is the
+largest logit so far in the row, in the model's dtype. The probability is then off by one rounding, as its gradient is anyway. A
 rounded logit would make it off by the rounding of a number of the logit's size. The log-probability of the target stays fp32,
-since the gradient of a row that is all but certain is what is left of 1.
+since the gradient of a row that is almost certain is a small difference from 1.
 
-Logits exist for some ids and some rows at a time. Ids first, since a weight mostly has more rows than there are hidden
-states: its gradient then comes out of one product per chunk, and what adds up in fp32 is the gradient of the hidden states.
-Memory besides the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits. Where the gradient is known in
-the forward, forward and backward take turns over some rows that keep their logits, and the weight's gradient adds up in fp32.
+Logits exist for some ids and some rows at a time. The outer loop is over ids, since a weight usually has more rows than there
+are hidden states: its gradient is then one product per chunk, and the gradient of the hidden states is summed in fp32. Memory
+beyond the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits. If the gradient is known in the forward,
+forward and backward take turns over some rows that keep their logits, and the weight's gradient is summed in fp32.
 """
 
 from __future__ import annotations
@@ -25,41 +25,34 @@ import torch
 import triton
 from torch import Tensor
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.triton._logits import LOWEST, _logits_gradient, _online_softmax
 from quietstar_kernels.triton._product import add_product, product
 from quietstar_kernels.triton.configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
 
-LOGITS = 2**24  # of a chunk: 64 MB, or 512 output tiles of 128 x 256, some for every multiprocessor of any GPU
-COLUMNS = 8192  # least width of a chunk: each chunk reads and writes the fp32 gradient of all hidden states
+LOGITS = 2**24  # of a chunk: 64 MB, or 512 output tiles of 128 x 256, several for each multiprocessor of any GPU
+COLUMNS = 8192  # the least width of a chunk, which reads and writes the fp32 gradient of all hidden states
 ALIGNED = 64  # ids: chunks start and end at multiples of this, so that all loads are wide
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """For what a forward keeps: exp(logit - top) [R,V and padding], and fp32 [R,1+spans] the log-probability of the target
-    and, for each span of ids, the factor that makes them probabilities.
+    """Room for what a forward keeps: exp(logit - top) [R,V and padding], and fp32 [R,1+spans], the log-probability of the
+    target and, for each span of ids, the factor that turns the first into probabilities.
     """
-    R, V = hidden.shape[0], len(weight)  # len would fix a symbolic R
+    R, V = hidden.shape[0], len(weight)  # len(hidden) would fix a symbolic R
     spans = triton.cdiv(V, _span(V))
     return hidden.new_empty(R, _aligned(V)), hidden.new_empty(R, 1 + spans, dtype=torch.float32)
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-    return_entropy: bool,
-    keep: bool,
+    hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob``."""
+    weight = head.weight
     R, V = len(hidden), len(weight)
-    shift, factors = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
+    shift, factors = _shift(head), _factors(head)
     targets = targets.contiguous()
     largest = shift.new_full((R,), LOWEST.value)
     total, picked = shift.new_zeros(R), shift.new_full((R,), math.nan)
@@ -105,25 +98,15 @@ def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
+    saved: Saved,
     wanted: list[bool],
 ) -> Gradients:
     """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
-    grads = _empty_gradients(hidden, weight, wanted, weight.dtype)
-    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
-    saved = (entropy, largest, log_total, kept, kept_rows)
-    _backward(grad_logprob, grad_entropy, hidden, weight, targets, *saved, *options, grads, add=False)
+    grads = _empty_gradients(hidden, head.weight, wanted, head.weight.dtype)
+    final = _shift(head), _factors(head)
+    _backward(grad_logprob, grad_entropy, hidden, head.weight, targets, saved, *final, grads, add=False)
     return _rounded(hidden, grads)
 
 
@@ -131,39 +114,35 @@ def linear_logprob_joined(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
     wanted: list[bool],
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_joined``, some rows at a time: those whose logits fit ``keep_bytes``, but at least D.
 
-    With D rows the products take over ten times as long as it takes to read and write the weight's gradient once more.
+    With D rows, the products take over ten times as long as reading and writing the weight's gradient once more.
     """
+    weight = head.weight
     (R, D), V = hidden.shape, len(weight)
     step = _aligned(max(D, keep_bytes // (_aligned(V) * hidden.element_size())))
     logprob, entropy = (hidden.new_empty(R, dtype=torch.float32) for _ in range(2))
     dhidden, dweight, dbias = grads = _empty_gradients(hidden, weight, wanted, torch.float32 if step < R else weight.dtype)
-    options = _shift(weight, bias, banned), _factors(scale, softcap, temperature)
-    for rows in _slices(max(R, 1), step):  # no rows: gradients of zero
-        part, of_part = (hidden[rows], weight, targets[rows]), (None if dhidden is None else dhidden[rows], dweight, dbias)
+    final = _shift(head), _factors(head)
+    for rows in _slices(max(R, 1), step):  # without rows the gradients are 0
+        part, of_part = hidden[rows], (None if dhidden is None else dhidden[rows], dweight, dbias)
         logprob[rows], entropy[rows], largest, log_total, kept, kept_rows = linear_logprob(
-            *part, bias, scale, softcap, temperature, banned, return_entropy=grad_entropy is not None, keep=True
+            part, head, targets[rows], return_entropy=grad_entropy is not None, keep=True
         )
-        saved = (*part, entropy[rows], largest, log_total, kept, kept_rows)
-        come = None if grad_entropy is None else grad_entropy[rows]
-        _backward(grad_logprob[rows], come, *saved, *options, of_part, add=rows.start > 0)
+        saved = Saved(entropy[rows], largest, log_total, kept, kept_rows)
+        incoming = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
+        _backward(*incoming, part, weight, targets[rows], saved, *final, of_part, add=rows.start > 0)
         del saved, kept, kept_rows  # before the next rows keep theirs
     return logprob, entropy, *_rounded(hidden, grads)
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype) -> Gradients:
-    """For ``_backward``: that of hidden zero, those of weight, in ``dtype``, and bias to be written first."""
+    """For ``_backward``: that of hidden is 0; those of the weight, in ``dtype``, and of the bias are not yet written."""
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
     dweight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else None
     return dhidden, dweight, weight.new_empty(len(weight), dtype=torch.float32) if wanted[2] else None
@@ -180,18 +159,15 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    entropy: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
+    saved: Saved,
     shift: Tensor,
     factors: tuple[float, float | None],
     grads: Gradients,
     add: bool,
 ) -> None:
-    """Adds to the gradient of hidden; writes those of weight and bias or, with ``add``, adds to them, both fp32 then."""
+    """Adds to the gradient of hidden. Writes those of weight and bias or, with ``add``, adds to them; then they are fp32."""
     R, V = len(hidden), len(weight)
+    entropy, largest, log_total, kept, kept_rows = saved
     dhidden, dweight, dbias = grads
     targets, grad_logprob = targets.contiguous(), torch.where(targets == -100, 0, grad_logprob)
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
@@ -238,31 +214,33 @@ def _backward(
             dbias[ids] = d.sum(0, dtype=torch.float32) + (dbias[ids] if add else 0)
 
 
-def _shift(weight: Tensor, bias: Tensor | None, banned: list[int]) -> Tensor:
-    """What is added to each logit, fp32 [V] and padding: the bias, -inf for ids that don't count."""
-    V = len(weight)
-    shift = weight.new_full((_aligned(V),), -math.inf, dtype=torch.float32)
-    shift[:V] = 0 if bias is None else bias
-    for token in banned:
+def _shift(head: Head) -> Tensor:
+    """What is added to each logit, fp32 [V] and padding: the bias, and -inf for ids that don't count."""
+    V = len(head.weight)
+    shift = head.weight.new_full((_aligned(V),), -math.inf, dtype=torch.float32)
+    shift[:V] = 0 if head.bias is None else head.bias
+    for token in head.banned:
         shift[token : token + 1].fill_(-math.inf)
     return shift
 
 
-def _factors(scale: float | None, softcap: float | None, temperature: float) -> tuple[float, float | None]:
-    """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x where outer is None."""
-    scale = 1.0 if scale is None else scale
-    return (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
+def _factors(head: Head) -> tuple[float, float | None]:
+    """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None."""
+    scale = 1.0 if head.scale is None else head.scale
+    if head.softcap is None:
+        return scale / head.temperature, None
+    return scale / head.softcap, head.softcap / head.temperature
 
 
 def _chunk(R: int, V: int) -> tuple[int, int]:
-    """Rows and ids of a chunk, of whole spans; few rows make it wide."""
+    """Rows and ids of a chunk, of whole spans. With few rows it is wide."""
     R, span = max(R, 1), _span(V)
     width = min(max(triton.cdiv(COLUMNS, span), LOGITS // R // span) * span, _aligned(V))
     return min(max(LOGITS // width // ALIGNED, 1) * ALIGNED, R), width
 
 
 def _span(V: int) -> int:
-    """Ids that ``_online_softmax`` takes in at a time, which have one top."""
+    """Ids that ``_online_softmax`` processes at a time; they share one top."""
     return pick(ONLINE_SOFTMAX, 4, V).blocks["BLOCK_V"]
 
 

@@ -1,9 +1,9 @@
-"""sample_token on GPUs: the head's product, the race and the normaliser in one pass over the vocabulary, no logits in memory.
+"""sample_token on GPUs: the product, the race and the normaliser in one pass over the vocabulary, with no logits in memory.
 
-A program takes some rows through some tiles of the vocabulary. It keeps per row the best block so far, with the weights of
-the one group of 16 ids that the draw falls in, and the sum of all weights; at its end it writes four numbers per row, and a
-second kernel chooses among the programs of a row. There are at most ``PROGRAMS`` programs, or as many as tiles of rows, so
-what is written does not grow with rows times vocabulary: 8 MB where a tile has 128 rows.
+A program takes some rows through some tiles of the vocabulary. For each row it keeps the best block so far, with the weights of
+the one group of 16 ids that the draw falls in, and the sum of all weights. At the end it writes four numbers per row, and a
+second kernel chooses among the programs of a row. There are at most ``PROGRAMS`` programs, or as many as tiles of rows, so that
+the memory for these numbers does not grow with rows times vocabulary: it is 8 MB if a tile has 128 rows.
 """
 
 from __future__ import annotations
@@ -16,36 +16,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels._options import Head
 from quietstar_kernels.triton._launch import Launch, Tiles, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
 from quietstar_kernels.triton._target import target
 from quietstar_kernels.triton._tiles import BY_DESCRIPTOR
 from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick
 
-PROGRAMS = 4096  # dozens for each multiprocessor, so that the last ones leave few idle
-NEIGHBOURS = tl.constexpr(8)  # tiles of rows that pass over the same weights at the same time, so that L2 serves all but one
+PROGRAMS = 4096  # dozens for each multiprocessor, so that few are idle at the end
+NEIGHBOURS = tl.constexpr(8)  # tiles of rows that read the same weights at the same time, all but one from L2
 BITS = tl.constexpr(math.log2(math.e))  # of one nat
 LOWEST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 
 
-def sample_token(
-    hidden: Tensor,
-    weight: Tensor,
-    counters: Tensor,
-    seed: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    temperature: float,
-    banned: list[int],
-) -> tuple[Tensor, Tensor]:
+def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``."""
+    weight, bias, scale, softcap, temperature, banned = head
     R, V = hidden.shape[0], weight.shape[0]
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return ids, logprob
-    if scale is not None and scale <= 0:  # the kernel takes the largest product for the largest logit
+    if scale is not None and scale <= 0:  # to the kernel, the largest product is the largest logit
         sign = -1 if scale < 0 else 0
         hidden, bias, scale = sign * hidden, None if bias is None else sign * bias, abs(scale) or 1.0
     hidden, weight = _aligned(hidden), _aligned(weight)
@@ -79,9 +71,9 @@ def sample_token(
 
 
 def _shift(weight: Tensor, bias: Tensor | None, banned: list[int], size: int) -> Tensor | None:
-    """What is added to each product, fp32 [size]: the bias, -inf for ids that are out and for those behind the last.
+    """What is added to each product, fp32 [size]: the bias, and -inf for banned ids and those after the last.
 
-    One fill for each banned id, since a copy of the list would wait for the device.
+    Each banned id takes one fill, since copying the list would wait for the device.
     """
     if bias is None and not banned:
         return None
@@ -100,7 +92,7 @@ def _factors(scale: float | None, softcap: float | None, temperature: float) -> 
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x [rows,D] as the loads want it, D and the step from row to row multiples of 16; else a copy, zeros added."""
+    """x [rows,D], or a copy padded with zeros if D or the stride of the rows is no multiple of 16, or x is not aligned."""
     D = x.shape[1]
     if D == 0 or D % 16:
         x = torch.nn.functional.pad(x, (0, 16 - D % 16))
@@ -114,7 +106,7 @@ def _tiles(x: Tensor, config: Config, rows: str) -> TensorDescriptor:
 
 @triton.jit
 def _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, DESCRIBED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """acc [rows,ids] plus the products of hidden rows from ``row`` on and weights from ``first_id`` on."""
+    """acc [rows,ids] plus the products of the hidden rows from ``row`` and the weights from ``first_id``."""
     if DESCRIBED:
         for start in range(0, D, BLOCK_D):
             acc = tl.dot(hidden.load([row, start]), weight.load([first_id, start]).T, acc, input_precision="ieee")
@@ -158,8 +150,8 @@ def _draw(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Into ``found`` [4,parts,R], for each part of the vocabulary and row: the best score, its id (an int32, stored as it is),
-    and to base 2 its logit and the part's LSE.
+    """Writes ``found`` [4,parts,R]: for each part of the vocabulary and row the best score, its id (the bits of an int32), and,
+    to base 2, its logit and the LSE of the part.
     """
     program = tl.program_id(0)
     first_tile = program // (NEIGHBOURS * parts) * NEIGHBOURS
@@ -233,7 +225,7 @@ def _draw(
 
 @triton.jit(do_not_specialize=["R", "parts"])
 def _choose(found, ids, logprob, R, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The id of the best score of each row, the first of equals, and its log-probability over all parts."""
+    """The id with the best score of each row, the first if several are equal, and its log-probability over all parts."""
     size = parts.to(tl.int64) * R
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     on = rows < R

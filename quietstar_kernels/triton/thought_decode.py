@@ -1,13 +1,13 @@
-"""thought_decode: a program takes BLOCK_M query rows of one key head, and all their text or a part of it.
+"""thought_decode: a program takes BLOCK_M query rows of one key head, and all of their text or a part of it.
 
 The H/G query heads of a key head are folded into the rows: flat row f is thought f // HG under head f % HG. The keys of a
-tile, in this order:
+tile are, in this order:
 
-1. own rows of all thoughts of the tile up to the step, which is read here, on the device, in masked blocks of BLOCK_EDGE;
-2. likewise text at the edges, which some rows see;
+1. own rows of all thoughts of the tile up to the step, which the kernel reads on the device, in masked blocks of BLOCK_EDGE;
+2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
-Where there are fewer tiles than processors, as in generation, ``_decode_splits`` cuts the text of a tile into parts.
+If there are fewer tiles than processors, as in generation, ``_decode_splits`` cuts the text of a tile into parts.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_forward import LOWEST, key_tiles, scores, softmax_step, without_poison
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LOG2_E
 from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
+from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, Config, pick
 
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``."""
+    scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]
     out = q.new_empty(B, H, thoughts, E)
@@ -41,7 +43,7 @@ def thought_decode(
         window = None  # it cuts nothing
     own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    dtypes = [None if x is None else x.dtype for x in (*own, step, sinks)]  # all else of them follows from the sizes
+    dtypes = [None if x is None else x.dtype for x in (*own, step, sinks)]  # their other facts follow from the sizes
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), layout.N, *dtypes, scale, window, softcap)
 
     def choose() -> tuple[Config, int, int]:
@@ -83,7 +85,7 @@ def _decode(
     thoughts = P * N
     pair = tl.program_id(0) % (B * G)
     b, g = pair // G, pair % G
-    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see most text come first
+    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see the most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
@@ -141,13 +143,13 @@ def _decode(
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
-    # Without this step ptxas makes each product of some variants wait for the one before (C7515).
+    # Without this step, ptxas makes each product of some variants wait for the one before (C7515).
     acc = tl.where(on[:, None], acc, 0.0)
     count = tl.maximum(last - first + 1, 0)
     for j in tl.range(edges):
         n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
         n = n0 + i
-        # By pointer: there are few of these blocks, and a descriptor takes a microsecond of the host.
+        # By pointer: these blocks are few, and a descriptor takes a microsecond of host time.
         keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= end, K, BLOCK_K)
         values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= end, E, BLOCK_E)
         values, poison = without_poison(values)
@@ -169,7 +171,7 @@ def _decode(
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total, 1.0)
-    # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
+    # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
     # registers from the beginning to here.
     thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)
     row = head * thoughts + thought

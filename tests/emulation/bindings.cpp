@@ -6,7 +6,7 @@
 
 namespace {
 
-// A tensor of PyTorch, or None, asked in Python, so that nothing of PyTorch is linked.
+// A PyTorch tensor or None, accessed through Python, so that PyTorch isn't linked.
 class PythonTensor : public pybind11::object {
   public:
     PYBIND11_OBJECT_DEFAULT(PythonTensor, object, PyObject_Type)

@@ -1,9 +1,9 @@
 // A block of CUDA threads as fibers that take turns on the caller's thread: one runs until it waits at a
-// barrier that others have not reached, then the next one that can go on runs; where none can, the launch
+// barrier that others have not reached; then the next one that can continue runs. If none can, the launch
 // ends with an error.
 //
-// What a GPU leaves undefined is made to show: shared memory starts as NaN and has its exact size, and with
-// QUIETSTAR_SCAN=backward blocks and threads run in the opposite order. To TSan each fiber is a thread.
+// Undefined behaviour becomes visible: shared memory starts as NaN and has its exact size, and with
+// QUIETSTAR_SCAN=backward blocks and threads run in the opposite order. For TSan each fiber is a thread.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Barrier {
 
 enum Operation { SYNC, SHUFFLE, BALLOT, LDMATRIX, MMA };
 
-// What the lanes show each other; in two slots, since a lane that is ahead by one operation deposits already.
+// What the lanes exchange. There are two slots, since a lane may already deposit for the next operation.
 struct Warp {
     static constexpr int WORDS = 12;
 
@@ -96,8 +96,8 @@ EMULATION_INTERNAL inline void fail(const char* text) {
     switch_places(me()->place, block->host);
 }
 
-// Goes on with the first thread that can run, so that one warp gets as far ahead of the others as it may; or
-// with the host when all have ended.
+// Continues with the first thread that can run, so that one warp gets as far ahead of the others as possible,
+// or with the host when all have ended.
 EMULATION_INTERNAL inline void run_another() {
     Block& b = *block;
     Fiber* from = me();
@@ -191,12 +191,12 @@ inline void run_block(Block& b, std::vector<std::unique_ptr<Stack>>& stacks, siz
 #endif
     if (b.ended < b.threads && !b.error) b.error = "deadlock: a barrier that not all threads reach";
     if (b.error) {
-        stacks.clear();  // their fibers stand in the middle of a kernel
+        stacks.clear();  // their fibers are in the middle of a kernel
         throw std::runtime_error(b.error);
     }
 }
 
-// Runs `kernel` in every thread of every block. Throws std::runtime_error where it breaks a rule.
+// Runs `kernel` in every thread of every block. Throws std::runtime_error if it breaks a rule.
 inline void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
     static thread_local std::vector<std::unique_ptr<Stack>> stacks;
     if (threads % WARP) throw std::runtime_error("a block is made of whole warps");
@@ -206,7 +206,7 @@ inline void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::fun
     const unsigned blocks = grid.x * grid.y * grid.z;
     for (unsigned i = 0; i < blocks; ++i) {
         const unsigned j = backward ? blocks - 1 - i : i;
-        const auto b = std::make_unique<Block>();  // on the heap: of this stack TSan would report races
+        const auto b = std::make_unique<Block>();  // on the heap, since TSan would report races on this stack
         b->grid = grid;
         b->index = {j % grid.x, j / grid.x % grid.y, j / grid.x / grid.y};
         b->threads = threads;

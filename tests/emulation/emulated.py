@@ -1,6 +1,6 @@
-"""The CUDA kernels on the CPU, for tests: g++ compiles csrc/*.cu against emulation.hpp, and the back end "cuda" runs over that.
+"""The CUDA kernels on the CPU, for tests: g++ compiles csrc/*.cu with emulation.hpp, and the back end "cuda" runs that.
 
-What was compiled stays in build/emulation, by a hash of the texts and the command; ``make clean`` removes it.
+Results are kept in build/emulation, by a hash of the sources and the command; ``make clean`` removes them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUILT = HERE.parents[1] / "build" / "emulation"
 
 COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DQUIETSTAR_EMULATION"]
 COMMON += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-local-typedefs", "-fmax-errors=3"]
-# By what a build looks for. UBSan's checks of every single pointer would take g++ half a minute a file.
+# By what a build finds. With UBSan's checks of every pointer, g++ would take half a minute per file.
 KINDS = {
     "plain": ["-O2"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -45,9 +45,9 @@ KINDS = {
 
 
 class Bug(NamedTuple):
-    """Changes to the sources, each (file, old, new): ``old``, but for white space, stands in the file exactly once.
+    """Changes to the sources, each (file, old, new). Apart from white space, the file must contain ``old`` exactly once.
 
-    ``units`` are compiled with it, the others stay as they are.
+    Only ``units`` are compiled with the changes.
     """
 
     units: tuple[str, ...]
@@ -55,7 +55,7 @@ class Bug(NamedTuple):
 
 
 def missing() -> str | None:
-    """What this machine lacks to build the kernels, in words."""
+    """What this machine lacks to build the kernels, in words; None if nothing."""
     if shutil.which("g++") is None:
         return "there is no g++"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -66,14 +66,14 @@ def missing() -> str | None:
 
 
 def build(kind: str = "plain", bug: Bug | None = None) -> Path:
-    """A Python module of the kernels; tests in other processes wait for it.
+    """Build a Python module of the kernels. Tests in other processes wait for it.
 
     Args:
         kind: one of ``KINDS``.
-        bug: is planted.
+        bug: to plant.
 
     Raises:
-        RuntimeError: with what g++ says; or the bug's text is not there any more.
+        RuntimeError: g++ fails, with its output; or the sources no longer contain the text of the bug.
     """
     texts = _texts()
     planted = texts if bug is None else _plant(bug, texts)
@@ -85,13 +85,13 @@ def build(kind: str = "plain", bug: Bug | None = None) -> Path:
             for unit in sorted(texts)
             if unit.endswith(".cu")
         ]
-        # No sanitizer needs to look at the bindings, which compute nothing.
+        # The bindings compute nothing, so they need no sanitizer.
         jobs.append(pool.submit(_compile, "bindings.cpp", texts, ["-O1", *_python_headers()]))
         return _link([job.result() for job in jobs], KINDS[kind])
 
 
 def load(library: Path) -> ModuleType:
-    """Its functions are those of csrc/bindings.cpp, and ``matmul``."""
+    """The module, with the functions of csrc/bindings.cpp and ``matmul``."""
     loader = importlib.machinery.ExtensionFileLoader("emulated", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("emulated", loader))
     loader.exec_module(module)
@@ -100,9 +100,9 @@ def load(library: Path) -> ModuleType:
 
 @contextmanager
 def serving(kernels: ModuleType, shared_memory: int = 227 * 1024) -> Iterator[None]:
-    """Meanwhile the back end "cuda" serves tensors on the CPU by ``kernels``, as a GPU with so much memory in a block."""
+    """Inside, the back end "cuda" serves tensors on the CPU with ``kernels``, as a GPU with this much memory per block."""
 
-    def product(hidden, weight, out):  # PyTorch multiplies bf16 into fp32 on GPUs alone
+    def product(hidden, weight, out):  # PyTorch multiplies bf16 into fp32 only on GPUs
         torch.mm(hidden.float(), weight.float().T, out=out)
 
     with (
@@ -115,7 +115,7 @@ def serving(kernels: ModuleType, shared_memory: int = 227 * 1024) -> Iterator[No
 
 
 def environment(kind: str) -> dict[str, str]:
-    """For a Python that loads a build of this kind: a sanitizer's library has to be the process's first."""
+    """For a Python process that loads a build of this kind: the library of a sanitizer must be loaded first."""
     if kind == "plain":
         return dict(os.environ)
     name = {"address": "libasan.so", "thread": "libtsan.so"}[kind]
@@ -144,7 +144,7 @@ def _plant(bug: Bug, texts: dict[str, str]) -> dict[str, str]:
 
 
 def _needed(name: str, texts: dict[str, str]) -> dict[str, str]:
-    """A text and those that it includes."""
+    """A source and those that it includes."""
     needed, waiting = {}, [name]
     while waiting:
         name = waiting.pop()
@@ -155,7 +155,7 @@ def _needed(name: str, texts: dict[str, str]) -> dict[str, str]:
 
 
 def _compile(unit: str, texts: dict[str, str], flags: list[str]) -> Path:
-    """The unit's object file, in a folder with the texts it was compiled from."""
+    """The object file of the unit, in a folder with its sources."""
     needed, command = _needed(unit, texts), [*COMMON, *flags, "-x", "c++", "-c", unit]
     folder = BUILT / _hash(command, sorted(needed.items()))
     folder.mkdir(exist_ok=True)

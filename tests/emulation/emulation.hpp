@@ -1,7 +1,8 @@
 // The names of csrc/common.cuh for g++, so that the kernels' own sources run in tests: see block.hpp.
 //
-// An operation of a warp is a deposit of each lane's words, a barrier of the warp, and a look at the others'
-// words. Copies happen when they are waited for, no earlier. block_sync and warp_sync alone order memory.
+// In an operation of a warp, each lane deposits its words, waits at a barrier of the warp, and reads the
+// words of the others. Copies happen when they are waited for, not earlier. Only block_sync and warp_sync
+// order memory.
 #pragma once
 
 #include <algorithm>
@@ -194,7 +195,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
 }
 
-// Throws std::runtime_error where the kernel breaks a rule.
+// Throws std::runtime_error if the kernel breaks a rule.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, void* /*stream*/,
             Arguments arguments) {

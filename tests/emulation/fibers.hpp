@@ -1,5 +1,5 @@
-// Fibers: stacks that one operating-system thread runs in turns, and what the sanitizers have to be told
-// about it.
+// Fibers: stacks that one operating-system thread runs in turns, and what the sanitizers need to know about
+// them.
 #pragma once
 
 #include <sys/mman.h>
@@ -25,13 +25,13 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
 
-// The emulation's own functions: their memory is nothing that TSan should watch, and their frames are none
-// that ASan should guard.
+// For the emulation's own functions: TSan should not watch their memory, and ASan should not guard their
+// frames.
 #define EMULATION_INTERNAL __attribute__((noinline, no_sanitize("thread"), no_sanitize("address")))
 
 namespace quietstar::emulation {
 
-// A stack, which one fiber after another uses, with a page below it that nobody may touch.
+// A stack, used by one fiber after another, with a guard page below it.
 class Stack {
   public:
     static constexpr size_t PAGE = 4096, SIZE = 64 * PAGE;
@@ -60,7 +60,7 @@ class Stack {
 };
 
 #ifdef __x86_64__
-// Where to go on: the registers that a function must preserve lie on the stack that `top` points to.
+// Where to continue: the registers that a function must preserve are on the stack that `top` points to.
 struct Context {
     void* top = nullptr;
 
@@ -94,7 +94,7 @@ struct Context {
 inline void jump(Context* save, const Context* to) { swapcontext(&save->state, &to->state); }
 #endif
 
-// A fiber, or the host that started them: where it goes on, and what the sanitizers know it by.
+// A fiber, or the host that started them: where it continues, and its names for the sanitizers.
 struct Place {
     Context context;
     const void* bottom = nullptr;
@@ -103,7 +103,7 @@ struct Place {
     void* tsan_thread = nullptr;
 };
 
-// Lets a fiber begin with `entry`, which it never leaves.
+// Makes a fiber start with `entry`, which never returns.
 inline void begin(Place& place, const Stack& stack, void (*entry)()) {
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), Stack::SIZE);

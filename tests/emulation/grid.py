@@ -1,7 +1,7 @@
-"""``python tests/emulation/grid.py LIBRARY [PART]``: the CUDA back end over a build of its kernels, on a grid of small cases.
+"""``python tests/emulation/grid.py LIBRARY [PART]``: runs a build of the CUDA kernels on a grid of small cases.
 
 Each case is compared with plain PyTorch by the error rule, and with itself when blocks and threads run in the opposite order.
-A process of its own, since a sanitizer has to be the first library of one and ends it where it finds something.
+It runs in a separate process, since a sanitizer must be the first library to load, and ends the process if it finds a bug.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def in_both_orders(op: Callable[[], Any]) -> Any:
 
 
 def matmul(kernels) -> None:
-    """Not a kernel of the package, but one that has all that the emulation offers."""
+    """Not a kernel of the package, but one that uses everything in the emulation."""
     for dtype, (M, N, K) in itertools.product((torch.float16, torch.bfloat16), [(1, 8, 16), (70, 72, 48), (33, 128, 64)]):
         a, b, c = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.full((M, N), torch.nan)
         product = in_both_orders(lambda: kernels.matmul(a, b, c) or c.clone())  # noqa: B023
@@ -53,7 +53,7 @@ def matmul(kernels) -> None:
 
 
 def decode(kernels) -> None:
-    """All kinds of layouts, sizes of a group, options and widths, though not all combinations; then a text that is split."""
+    """All kinds of layouts, group sizes, options and widths, but not all combinations; then a text that is split."""
     generator = torch.Generator().manual_seed(0)
     heads, options = itertools.cycle(HEADS), itertools.cycle(DECODE_OPTIONS)
     dtypes, widths = itertools.cycle([torch.bfloat16, torch.float16]), itertools.cycle([64, 64, 128, 64, 256])
@@ -67,14 +67,14 @@ def decode(kernels) -> None:
     with emulated.serving(kernels):
         check_decode(generator, anchors, (2, 1, 64), torch.bfloat16, "split")
         check_decode(generator, anchors, (2, 1, 64), torch.float16, "split, window", window=400)
-        with mock.patch.object(cuda_thought_decode, "PROCESSORS", 0):  # then no grid is too small for the largest tile
+        with mock.patch.object(cuda_thought_decode, "PROCESSORS", 0):  # so that no grid is too small for the largest tile
             check_decode(generator, everywhere, (4, 1, 64), torch.bfloat16, "128 rows a tile")
 
 
 def check_decode(
     generator, layout: ThoughtLayout, shape: tuple[int, int, int], dtype: torch.dtype, what: str, **options
 ) -> None:
-    """With NaN wherever nobody may read."""
+    """With NaN wherever no row may read."""
     H, G, K = shape
     inputs = decode_inputs(generator, layout, H, G, K, sinks=bool(H % 2), dtype=dtype)
     options |= {"layout": layout, "step": int(torch.randint(layout.S, (), generator=generator))}

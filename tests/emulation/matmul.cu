@@ -1,4 +1,4 @@
-// A warp computes 16 rows and 64 columns; steps of 16 along K come through two stages of copies.
+// A warp computes 16 rows and 64 columns; steps of 16 along K are copied in two stages.
 #include "common.cuh"
 #include "matmul.cuh"
 
@@ -7,7 +7,7 @@ namespace quietstar {
 constexpr int WARPS = 2, ROWS = 16 * WARPS, COLUMNS = 64;
 constexpr int A_BYTES = ROWS * 16 * 2, STAGE_BYTES = A_BYTES + 16 * COLUMNS * 2;
 
-// Rows of a and columns of b at step `step`, zeros behind their ends.
+// Rows of a and columns of b at step `step`, zeros after their ends.
 __device__ void load(Shared to, const MatmulArguments& x, int first_row, int first_column, int step) {
     const auto* a = static_cast<const uint16_t*>(x.a) + 16 * step;
     const auto* b = static_cast<const uint16_t*>(x.b) + 16 * step * x.N;

@@ -1,5 +1,5 @@
-// c [M,N] = a [M,K] b [K,N], contiguous, M any number, N a multiple of 8 and K one of 16: what the emulation
-// is tested with.
+// c [M,N] = a [M,K] b [K,N], contiguous, with any M, N a multiple of 8 and K one of 16. It tests the
+// emulation.
 #pragma once
 
 namespace quietstar {

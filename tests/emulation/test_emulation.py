@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: a grid of cases, plain and under sanitizers, and bugs that each have to be found."""
+"""The CUDA kernels on the CPU: a grid of cases, plain and with sanitizers, and bugs that must be found."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emula
 
 
 def run_grid(kind, *parts, bug=None):
-    """Which ends well, or says in stderr what it found."""
+    """The finished process; stderr names the bug if it found one."""
     command = [sys.executable, HERE / "grid.py", emulated.build(kind, bug), *parts]
     return subprocess.run(command, env=emulated.environment(kind), capture_output=True, text=True)
 
@@ -42,7 +42,7 @@ DIVERGENT = "lanes of one warp meet in different operations"
 WAIT = "cp_async_wait<Tile::STAGES - 2>();"
 NO_BARRIER = decode(("kernel", f"{WAIT} block_sync();", WAIT))
 DEAD = "&& notes.text[16 * warp + row_of].count > 0"  # zeros for thoughts that are off
-BUGS = {  # which build shows it, in which part of the grid, with what words
+BUGS = {  # the build and the part of the grid that find it, and the message
     "a barrier is missing: race": ("thread", "decode", RACE, NO_BARRIER),
     "a barrier is missing: NaN": ("plain", "decode", WRONG, NO_BARRIER),
     "the last barrier is missing": ("thread", "sample", RACE, sample("block_sync();", "")),

@@ -1,10 +1,10 @@
-"""Compile what the host functions launch, for GPUs that aren't there, and read registers and instructions from the result.
+"""Compiles what the host functions launch for GPUs that this machine doesn't have, and reads registers and instructions.
 
 The host function of an op runs on meta tensors; Triton's own launch path compiles its kernels for the architecture that
 ``compiled_for`` names and launches nothing. So what is compiled is what would run, and a host function that reads a
 tensor's values, which on a GPU would wait for the device, fails here.
 
-Needs TRITON_INTERPRET=0 from the start of the process: ``compile_op.py`` sees to that.
+Needs TRITON_INTERPRET=0 from the start of the process; ``compile_op.py`` sets it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class _Device:
-    """The part of a Triton driver that compiling asks."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -43,7 +43,7 @@ class _Device:
         return self.target
 
     def get_current_device(self) -> int:
-        """A number for each target: Triton keeps what it compiled by device."""
+        """A number for each target, since Triton keeps compiled kernels by device."""
         return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -55,7 +55,7 @@ class _Device:
 
 @contextlib.contextmanager
 def compiled_for(target: str) -> Iterator[list[Any]]:
-    """Inside, a launch compiles for ``target`` and adds the compiled kernel to the list, one entry a launch."""
+    """Inside, each launch compiles its kernel for ``target`` and appends it to the list."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -75,7 +75,7 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes; ``matrix`` counts matrix instructions by mnemonic, ``loops`` are those for NVIDIA."""
+    """What a compiled kernel takes. ``matrix`` counts matrix instructions by mnemonic; ``loops`` are for NVIDIA only."""
 
     kernel: str
     target: str
@@ -89,8 +89,8 @@ class Resources:
 
 
 def resources(kernel: Any, target: str) -> Resources:
-    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills: local loads and stores there, words
-    of scratch memory here."""
+    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills are local loads and stores, or words of
+    scratch memory."""
     read = _amd if target.startswith("gfx") else _nvidia
     registers, spills, *code = read(kernel)
     meta = kernel.metadata
@@ -116,7 +116,7 @@ def _nvidia(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_co
 def _amd(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_code.Loop]]:
     text = kernel.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
-    # Scalar registers spill into lanes of vector registers; what goes to memory takes a private segment, bytes a lane.
+    # Scalar registers spill to lanes of vector registers. Spills to memory take a private segment, in bytes per lane.
     spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size") // 4)
     code = re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds|scratch)_\w+", text, re.M)
     return number("vgpr_count"), spills, len(code), {"MFMA": len(re.findall(r"\bv_mfma", text))}, []

@@ -1,7 +1,7 @@
-"""``python tests/kernels/compile_op.py thought_decode sm_90``: what every shipped kernel of an op takes there, as JSON lines.
+"""``python tests/kernels/compile_op.py thought_decode sm_90``: what each kernel of an op takes on a target, as JSON lines.
 
-``compiled/<op>.py`` yields the launches: the host functions of the op on meta tensors. "advice" are the codes of what ptxas
-said of a kernel: C7515 and its like that products wait for each other.
+``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. "advice" holds the codes of ptxas's advice
+on a kernel. C7515 and similar ones mean that products wait for each other.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # on stdout, of what is not in the cache
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # on stdout, for kernels that are not in the cache
 sys.path.insert(0, str(Path(__file__).parent))
 
 import importlib  # noqa: E402
@@ -33,8 +33,8 @@ def main(op: str, target: str) -> None:
         for kernel in kernels:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                told = {"label": label, "advice": sorted({code for code, name in advice if name == kernel.metadata.name})}
-                print(json.dumps(told | asdict(resources(kernel, target))), flush=True)
+                row = {"label": label, "advice": sorted({code for code, name in advice if name == kernel.metadata.name})}
+                print(json.dumps(row | asdict(resources(kernel, target))), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
 
-from quietstar_kernels import _dispatch, _first_use
+from quietstar_kernels import _cases, _dispatch, _first_use
 from quietstar_kernels.cuda import _library
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A back end takes part in the tests of an op's file as soon as it serves that op."""
+    """Runs the tests of an op with every back end that serves the op."""
     if "backend" not in metafunc.fixturenames:
         return
     op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
@@ -43,28 +43,28 @@ def serves(backend: str, op: str) -> bool:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors of a test live: on the GPU, where there is one, unless the back end is that of the CPU."""
+    """The device of a test's tensors: the GPU if there is one, unless the back end is that of the CPU."""
     on_cpu = request.getfixturevalue("backend") == "cpu" if "backend" in request.fixturenames else True
     return torch.device("cpu" if on_cpu or not torch.cuda.is_available() else "cuda")
 
 
 @pytest.fixture
 def interpreted(backend: str, device: torch.device) -> bool:
-    """True where the CPU runs kernels for GPUs, thousands of times slower: Triton's interpreter, which is wrong in bf16, or
-    the emulation of CUDA."""
+    """True if the CPU runs kernels for GPUs, thousands of times slower: by Triton's interpreter, which is wrong in bf16, or the
+    emulation of CUDA."""
     return backend in ("triton", "cuda") and device.type == "cpu"
 
 
 @pytest.fixture
 def compiled() -> bool:
-    """True where Triton's kernels are compiled, seconds for each new width, option, dtype and alignment: there tests draw more
-    inputs of fewer kinds. Widths are multiples of 16 then, so that strides are too."""
+    """True if Triton's kernels are compiled, which takes seconds for each new width, option, dtype and alignment. Tests then
+    draw more inputs of fewer kinds, with widths that are multiples of 16, so that strides are too."""
     return torch.cuda.is_available()
 
 
 @pytest.fixture
 def few(interpreted: bool, compiled: bool) -> Callable[[Sequence[int], int], Sequence[int]]:
-    """The first of many seeds where the interpreter runs the kernels, four times as many where they are compiled; else all."""
+    """The first ``count`` seeds if the CPU runs kernels for GPUs, four times as many if they are compiled, else all."""
     return lambda seeds, count: seeds[:count] if interpreted else seeds[: 4 * count] if compiled else seeds
 
 
@@ -83,7 +83,7 @@ def emulated_kernels():
 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest):
-    """Where the back end "cuda" runs in the test: on a GPU, or where there is none on the CPU, by the emulation."""
+    """The device on which the test runs the back end "cuda": a GPU, or if there is none the CPU, by the emulation."""
     if not torch.cuda.is_available():
         with emulated.serving(request.getfixturevalue("emulated_kernels")):
             yield torch.device("cpu")
@@ -101,7 +101,7 @@ def emulation(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def nan_in_new_tensors():
-    """``torch.empty`` gives NaN (the largest integer, for integers): what a kernel forgets to write shows."""
+    """``torch.empty`` gives NaN (the largest integer, for integers): what a kernel forgets to write is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -114,7 +114,7 @@ def tries(monkeypatch, tmp_path):
     tried = []
     right = _first_use._try
     monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(_first_use, "TEXT", 24)
+    monkeypatch.setattr(_cases, "TEXT", 24)
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))

@@ -1,4 +1,4 @@
-"""One build for all tests of the CUDA wheel: ``make wheel`` in a copy of the sources, kept in build/ by their hash."""
+"""Builds the CUDA wheel once for all tests: ``make wheel`` in a copy of the sources, kept in build/ by their hash."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ def copy_sources(to):
 
 @functools.cache
 def built():
-    """The folder that ``make wheel`` left: dist/ and build/wheel/. Skips the test where nothing can be compiled."""
+    """The folder with the results of ``make wheel``, dist/ and build/wheel/. Skips the test if nothing can be compiled."""
     for tool in ("nvcc", "make", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"there is no {tool} on PATH")
@@ -69,7 +69,7 @@ def locked(file):
 
 
 def install(folder, wheel):
-    """A new environment with the wheel, which sees the packages of this one, all but an editable install of this project."""
+    """A new environment with the wheel. It sees the packages of this one, except an editable install of this project."""
     run([sys.executable, "-m", "venv", "--without-pip", folder], ROOT)
     python = folder / "bin" / "python"
     run([sys.executable, "-m", "pip", f"--python={python}", "install", "-q", "--no-index", "--no-deps", wheel], ROOT)

@@ -1,10 +1,10 @@
-"""What the kernels of thought_attention and thought_decode take on an H100 or H200, by count: a model to judge a change by
-before a GPU does, and no measurement.
+"""The clocks that the kernels of thought_attention and thought_decode should take on an H100 or H200: a model to judge changes
+without a GPU, not a measurement.
 
-A program's clocks are those of three units of a multiprocessor: instructions that its warps issue, four a clock; matrix
-products; what goes through shared memory. The unit with the most bounds the kernel, if all else is hidden behind it. The counts
-are read from machine code (``machine_code.py``) for bf16 heads of 128 on sm_90, Triton 3.6.0, and ``test_ahead_of_time.py``
-compares them with what is compiled. How often a loop runs is counted from a layout.
+A program takes clocks of three units of a multiprocessor: its warps issue instructions, four per clock; there are matrix
+products; and data goes through shared memory. The unit with the most clocks bounds the kernel, if the others overlap with it.
+The counts are read from machine code (``machine_code.py``) for bf16 heads of 128 on sm_90, Triton 3.6.0, and
+``test_ahead_of_time.py`` compares them with compiled kernels. How often a loop runs is counted from a layout.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from attention_backward_plan import own_key_tiles, text_key_tiles
+from attention_plan import cdiv, flat_rows, forward_plan, text_blocks
 from machine_code import MATRIX
 from torch import Tensor
 
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_plan import own_key_tiles, text_key_tiles
-from quietstar_kernels.triton._attention_plan import cdiv, flat_rows, forward_plan, text_blocks
 
 WIDTH = 128  # of keys and values
 MEMORY = 4.8e12 / 1.755e9 / 132  # bytes a clock for each multiprocessor of an H200
 
 
 class Loop(NamedTuple):
-    """Of one iteration: instructions of a warp, clocks of the matrix unit and of shared memory for all warps."""
+    """One iteration takes this many instructions of a warp, and clocks of the matrix unit and shared memory for all warps."""
 
     instructions: int
     matrix: int
@@ -32,7 +32,7 @@ class Loop(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A kernel; ``fixed`` are the instructions of a warp outside of its loops."""
+    """A kernel; ``fixed`` counts the instructions of a warp outside its loops."""
 
     blocks: dict[str, int]
     warps: int
@@ -41,7 +41,7 @@ class Code(NamedTuple):
 
 
 class Clocks(NamedTuple):
-    """Of all programs of a launch together."""
+    """The sums over all programs of a launch."""
 
     issue: float
     matrix: float
@@ -70,8 +70,8 @@ SHIPPED = {  # by kernel and warps
     ("_decode", 4): DECODE_SHORT,
 }
 
-# As it was until 2026-11-21: own rows in products of 16 x 16, text at the edges in a loop of its own. Products waited for each
-# other and loops for their copies, which the model doesn't know.
+# The kernels until 2026-11-21: own rows in products of 16 x 16, and a separate loop for text at the edges. Products waited for
+# each other and loops for their copies, which the model doesn't include.
 OLD_FORWARD = Code(rows(128, 128, 32), 8, 2651, (Loop(986, 413, 1184), Loop(478, 512, 888), Loop(554, 2048, 1808)))
 OLD_QUERIES = Code(rows(128, 64, 32), 8, 1785, (Loop(396, 768, 1240), Loop(324, 1536, 1560)))
 OLD_TEXT_KEYS = Code({"BLOCK_N": 128, "BLOCK_M": 32}, 8, 1522, (Loop(651, 1024, 1560),))
@@ -80,14 +80,14 @@ OLD_DECODE = Code(rows(128, 64, 32), 8, 2387, (Loop(1334, 413, 1184), Loop(478, 
 
 
 def clocks(code: Code, *runs: Tensor) -> Clocks:
-    """Where loop i of each program runs runs[i] times."""
+    """The clocks if loop i of each program runs runs[i] times."""
     times = [float(x.sum()) for x in runs]
     issue, matrix, shared = (sum(n * loop[unit] for n, loop in zip(times, code.loops, strict=True)) for unit in range(3))
     return Clocks((code.fixed * runs[0].numel() + issue) * code.warps / 4, matrix, shared)
 
 
 def query_rows(layout: ThoughtLayout, group: int, code: Code) -> Clocks:
-    """The forward or dq, of the thought rows of one key head."""
+    """The forward or dq, for the thought rows of one key head."""
     plan = forward_plan(layout, group, code.blocks, query_rows="thoughts")
     if len(code.loops) == 2:
         return clocks(code, plan.own + plan.edge, plan.full)
@@ -98,7 +98,7 @@ def query_rows(layout: ThoughtLayout, group: int, code: Code) -> Clocks:
 
 
 def backward(layout: ThoughtLayout, group: int, queries: Code, text_keys: Code, own_keys: Code) -> list[Clocks]:
-    """Its three kernels with products, one after the other, where thought rows alone have gradients."""
+    """The three kernels with products, in order, if only thought rows have gradients."""
     return [
         query_rows(layout, group, queries),
         clocks(text_keys, group * text_key_tiles(layout, text_keys.blocks, None, "thoughts")),
@@ -107,7 +107,7 @@ def backward(layout: ThoughtLayout, group: int, queries: Code, text_keys: Code, 
 
 
 def decode(layout: ThoughtLayout, group: int, step: int, code: Code) -> Clocks:
-    """One step of all thoughts, whose anchors are all in use."""
+    """One step of all thoughts, with all anchors in use."""
     thought, inside = flat_rows(layout.P * layout.N, group, code.blocks["BLOCK_M"], layout.device)
     t = layout.anchor.long()[:, thought // layout.N]
     full, edge = text_blocks(layout, t, torch.full_like(thought, step), inside.expand_as(t), code.blocks, None)
@@ -120,12 +120,12 @@ def decode(layout: ThoughtLayout, group: int, step: int, code: Code) -> Clocks:
 
 
 def useful(layout: ThoughtLayout, group: int) -> float:
-    """Clocks of the matrix unit for two products of each score that a thought row takes where every position thinks."""
+    """Clocks of the matrix unit for the two products of each score of the thought rows, if every position is an anchor."""
     L = layout.L
     return 2 * 2 * WIDTH * group * layout.N * layout.S * L * (L + layout.S + 2) / 2 / MATRIX
 
 
 def reading(layout: ThoughtLayout, group: int, step: int) -> float:
-    """Clocks of a multiprocessor's part of memory for what a step of decoding must read and write."""
+    """Clocks of a multiprocessor's share of the memory bandwidth for what a step of decoding must read and write."""
     thoughts = layout.P * layout.N
     return 2 * 2 * WIDTH * (layout.L + thoughts * (step + 1) + thoughts * group) / MEMORY

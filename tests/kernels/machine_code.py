@@ -1,4 +1,4 @@
-"""What a disassembly for NVIDIA tells of a kernel's loops: length, matrix products, and what waits for what."""
+"""Reads the loops of a kernel from an NVIDIA disassembly: length, matrix products, and what waits for what."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _loop(body: list[Instruction], before: list[Instruction], warps: int) -> Loo
             waited = x.operands.rstrip().endswith("0x0")
         elif x.mnemonic == "HGMMA":
             into, *rest = (operand.strip() for operand in x.operands.split(","))
-            serialised += waited and into == sums and into in rest  # else it starts a new sum
+            serialised += waited and into == sums and into in rest  # otherwise it starts a new sum
             sums, waited = into, False
     count = lambda code, name: sum(x.mnemonic == name for x in code)  # noqa: E731
     in_flight = _in_flight(body, before, count)

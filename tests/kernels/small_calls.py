@@ -1,4 +1,4 @@
-"""One small call of each op, for tests of what runs it."""
+"""One small call of each op, for tests of what serves it."""
 
 import torch
 
@@ -7,7 +7,7 @@ from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_i
 
 
 def call(op, backend="auto", dtype=torch.float32):
-    """Always of the same inputs; one output."""
+    """One output, always for the same inputs."""
     generator = torch.Generator().manual_seed(0)
     layout = random_layout(generator, "every")
     if op == "thought_attention":

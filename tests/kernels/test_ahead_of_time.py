@@ -1,6 +1,6 @@
-"""Every shipped Triton kernel compiles for GPUs that aren't here: no spill, matrix instructions, shared memory that fits.
+"""Every Triton kernel compiles for GPUs that this machine doesn't have, without spills, and its shared memory fits.
 
-For sm_90 loops are read, too: products that don't wait for each other, copies that are under way before they are needed.
+For sm_90 the loops are checked too: products don't wait for each other, and copies start before they are needed.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def test_kernels_compile_with_the_oldest_triton(op, record_property):
     for (kernel, warps), code in issue_slots.SHIPPED.items():
         for row in rows:
             if row["kernel"] == kernel and row["warps"] == warps and row["label"] in ("bfloat16 K=128", "bfloat16 K=128 E=128"):
-                loops = row["loops"][: len(code.loops)]  # those behind are for tiles with a result that isn't finite
+                loops = row["loops"][: len(code.loops)]  # later ones are for tiles with a result that isn't finite
                 read = [(x["instructions"], x["matrix"], x["shared"]) for x in loops]
                 assert read == [pytest.approx(tuple(x), rel=0.03) for x in code.loops], f"issue_slots.py, {kernel}"
 
@@ -68,7 +68,7 @@ def judge(op, target, python, record_property):
             f"  {row['kernel']:<28} {row['label']:<40} {row['registers']:>3} registers, {row['spills']} spills, "
             f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {matrix}"
         )
-        lines += [told(loop, row["warps"]) for loop in row["loops"] if target == "sm_90"]
+        lines += [line_of(loop, row["warps"]) for loop in row["loops"] if target == "sm_90"]
     record_property("table", "\n".join(lines))  # tests/conftest.py prints it at the end
     assert rows
     without, hgmma = rules(op).NO_MATRIX, rules(op).HGMMA
@@ -88,8 +88,8 @@ def judge(op, target, python, record_property):
     return rows
 
 
-def told(loop, warps):
-    """A line of the table: what one iteration of a loop takes."""
+def line_of(loop, warps):
+    """A line of the table: what an iteration of a loop takes."""
     issue = loop["instructions"] * warps / 4
     parts = [
         f"    loop: {loop['instructions']} instructions",

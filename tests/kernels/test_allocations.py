@@ -1,7 +1,6 @@
-"""No tensor of R*V, of (L+R)^2 or of R*L in the cpu back end, and none of R*V in Triton's linear_logprob, unless it keeps its
-logits on purpose.
+"""The cpu back end makes no tensor of R*V, (L+R)^2 or R*L, and Triton's linear_logprob none of R*V unless it keeps its logits.
 
-The output of every operator is measured. The functions are called below the custom ops, since those hide what they do
+The output of every operator is measured. The tests call the functions below the registered ops, which hide their operations
 from a dispatch mode.
 """
 
@@ -10,14 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_kernels import ThoughtLayout, _dispatch
+from quietstar_kernels._options import AttentionOptions, Head, Saved
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 
 R, V = 4096, 8192
-SHARE = 8  # nothing may reach this part of what a dense implementation makes
+SHARE = 8  # no tensor may reach this part of a dense implementation's
 
 
 class LargestOutput(TorchDispatchMode):
-    """Remembers the largest number of elements that an operator's output had."""
+    """Records the largest number of elements of an operator's output."""
 
     numel = 0
 
@@ -39,8 +39,9 @@ def backend_functions(op, backend="cpu"):
 
 def test_the_reference_is_seen_to_be_dense():
     hidden, weight, bias, counters = sample_inputs(seeded(0), 64, 4, 500).values()
+    head = Head(weight, bias, None, None, 1.0, [])
     with LargestOutput() as largest:
-        backend_functions("sample_token", "reference").sample_token(hidden, weight, counters, 0, bias, None, None, 1.0, [])
+        backend_functions("sample_token", "reference").sample_token(hidden, head, counters, 0)
     assert largest.numel >= 64 * 500
 
 
@@ -48,23 +49,24 @@ def test_the_reference_is_seen_to_be_dense():
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_sample_token(softcap, temperature):
     hidden, weight, bias, counters = sample_inputs(seeded(0), R, 4, V, bias=True).values()
+    head = Head(weight, bias, None, softcap, temperature, [3])
     with LargestOutput() as largest:
-        backend_functions("sample_token").sample_token(hidden, weight, counters, 0, bias, None, softcap, temperature, [3])
+        backend_functions("sample_token").sample_token(hidden, head, counters, 0)
     assert V <= largest.numel <= R * V // SHARE
 
 
 def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, keep, device="cpu"):
-    """Of the forward, of the backward, and of both at once."""
+    """The largest outputs of the forward, of the backward, and of both at once."""
     inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
-    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, softcap, 1.0, [3])
+    given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, softcap, 1.0, [3]), inputs["targets"]
     grads = torch.randn(2, rows, generator=seeded(1)).to(device).unbind()
     grads = (grads[0], grads[1] if entropy else None)
     with LargestOutput() as forward:
-        _, *saved = functions.linear_logprob(*head, *rest, entropy, keep)
+        _, *saved = functions.linear_logprob(*given, entropy, keep)
     with LargestOutput() as backward:
-        functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+        functions.linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
     with LargestOutput() as joined:
-        functions.linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+        functions.linear_logprob_joined(*grads, *given, [True] * 3, 0)
     return forward.numel, backward.numel, joined.numel
 
 
@@ -77,14 +79,14 @@ def test_linear_logprob(softcap, entropy):
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_linear_logprob_that_keeps(entropy):
-    """The forward makes what it keeps, the backward makes nothing like it."""
+    """Only the forward makes a tensor of R*V, which it keeps."""
     found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, None, entropy, keep=True)
     assert found[0] == R * V and found[1] <= R * V // SHARE
 
 
 def test_linear_logprob_in_triton(monkeypatch):
-    """Its buffers are R times a fixed number of ids, and a fixed number of logits: both made small here. Where the gradient
-    is known, rows take turns and D rows, here 4 rounded up to 64, keep their logits.
+    """Its buffers are R times a fixed number of ids, and a fixed number of logits; both are made small here. If the gradient
+    is known, rows take turns, and D rows, here 4 rounded up to 64, keep their logits.
 
     The interpreter copies them as bytes, four for each element.
     """
@@ -101,10 +103,10 @@ def test_linear_logprob_in_triton(monkeypatch):
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])
 def test_thought_attention(options):
-    """One head: what is R*L per head is not hidden behind their number."""
+    """With one head, so that the number of heads can't hide a tensor of R*L per head."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
-    rest = (layout, 0.5, *options, sinks, "all")
+    rest = (layout, AttentionOptions(0.5, *options, sinks))
     functions = backend_functions("thought_attention")
     with LargestOutput() as forward:
         out, lse = functions.thought_attention(q, k, v, *rest)
@@ -117,11 +119,11 @@ def test_thought_attention(options):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_thought_decode(softcap):
-    """Decode may look at all text from all thoughts at once, P*N*L; not at all packed rows, P*N*(L+R)."""
+    """Decoding may make a tensor of all thoughts and all text, P*N*L, but not of all packed rows, P*N*(L+R)."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)
-    sinks = inputs.pop("sinks")
+    options = AttentionOptions(0.5, None, softcap, inputs.pop("sinks"))
     with LargestOutput() as largest:
-        backend_functions("thought_decode").thought_decode(*inputs.values(), layout, torch.tensor(7), 0.5, None, softcap, sinks)
+        backend_functions("thought_decode").thought_decode(*inputs.values(), layout, torch.tensor(7), options)
     thoughts = layout.P * layout.N
     assert thoughts <= largest.numel <= 2 * thoughts * layout.L

@@ -1,4 +1,4 @@
-"""The account of thought_attention's arithmetic: how much more than the useful products its tiles compute."""
+"""Counts the arithmetic of thought_attention: how much more than the useful products its tiles compute."""
 
 import functools
 import itertools
@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout, reference
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.testing import attention_inputs, random_layout
 
 pytest.importorskip("triton")
 
+from attention_backward_plan import backward_plan  # noqa: E402
+from attention_plan import forward_plan  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from quietstar_kernels.triton import configs  # noqa: E402
-from quietstar_kernels.triton._attention_backward import thought_attention_backward  # noqa: E402
-from quietstar_kernels.triton._attention_backward_plan import backward_plan  # noqa: E402
-from quietstar_kernels.triton._attention_forward import thought_attention  # noqa: E402
-from quietstar_kernels.triton._attention_plan import forward_plan  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+from quietstar_kernels.triton.thought_attention.backward import thought_attention_backward  # noqa: E402
+from quietstar_kernels.triton.thought_attention.forward import thought_attention  # noqa: E402
 
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
@@ -36,18 +37,18 @@ def hopper(table):
 
 
 def forward_waste(layout, group, seen):
-    """Computed over useful products; each score takes two, of widths K and E."""
+    """Computed products over useful ones; each score takes two, of widths K and E."""
     return forward_plan(layout, group, hopper(configs.ATTENTION_FORWARD), query_rows="thoughts").scores() / seen
 
 
 def backward_waste(layout, group, seen):
-    """Computed over useful products, five for each score; two kernels without atomics compute seven at least: 1.4."""
+    """Computed products over useful ones, five per score. Two kernels without atomics compute at least seven: 1.4."""
     plan = backward_plan(layout, group, *map(hopper, BACKWARD_TABLES), query_rows="thoughts")
     return plan.products(128, 128) / (5 * 128 * seen)
 
 
 def account(waste, record_property):
-    """Of thought rows at P = L: {(H/G, L): [one for each of THOUGHTS]}, printed too."""
+    """{(H/G, L): [waste for each of THOUGHTS]} of thought rows at P = L; also printed."""
     table = {}
     for group, L in itertools.product(GROUPS, LENGTHS):
         cases = [(ThoughtLayout.every_position(1, L, N, S), group * N * S * L * (L + S + 2) // 2) for N, S in THOUGHTS]
@@ -62,7 +63,7 @@ def account(waste, record_property):
 
 
 def test_waste_of_the_forward(record_property):
-    """Own keys are padded to a block of the tile's, which costs products and saves instructions."""
+    """Own keys are padded to a block of the tile, which costs products and saves instructions."""
     for (group, L), row in account(forward_waste, record_property).items():
         assert max(row) <= (2.6 if group == 1 else 1.25 if L >= 1024 else 1.7), f"H/G {group}, L {L}"
         assert min(row) >= 1
@@ -75,7 +76,7 @@ def test_waste_of_the_backward(record_property):
 
 @pytest.fixture
 def products(monkeypatch):
-    """Multiplications of each dot that runs in the interpreter."""
+    """The multiplications of each dot that the interpreter runs."""
     counted = []
     dot = InterpreterBuilder.create_dot
 
@@ -105,7 +106,8 @@ def test_plan_is_what_runs(name, group, products):
     layout, options = LAYOUTS[name]
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 2 * group, 2, 24, 40, query_rows=options["query_rows"])
-    thought_attention(layout=layout, scale=1.0, softcap=None, **inputs, **options)
+    sinks = inputs.pop("sinks")
+    thought_attention(layout=layout, options=AttentionOptions(1.0, options["window"], None, sinks), **inputs)
     blocks = configs.pick(configs.ATTENTION_FORWARD, 4, 40).blocks
     plan = forward_plan(layout, group, blocks, **options)
     assert plan.full.sum() and plan.edge.sum() and plan.own.sum()
@@ -119,7 +121,7 @@ def test_backward_plan_is_what_runs(name, products):
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"])
     q, k, v, _ = inputs.values()
-    rest = (layout, 1.0, options["window"], None, None, options["query_rows"])
+    rest = (layout, AttentionOptions(1.0, options["window"], None, None))
     out, lse = reference.thought_attention(q, k, v, *rest)
     thought_attention_backward(out, q, k, v, out, lse, *rest)
     plan = backward_plan(layout, 3, *(configs.pick(table, 4, 40).blocks for table in BACKWARD_TABLES), **options)

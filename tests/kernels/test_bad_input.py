@@ -1,4 +1,4 @@
-"""Wrong arguments: one sentence that names the op, the argument, its letters, what was wanted and what came."""
+"""Errors for wrong arguments name the op, the argument and its letters, what was expected and what was given."""
 
 import re
 
@@ -21,7 +21,7 @@ def column_major(x):
 
 
 def arguments(op):
-    """Fine arguments: H=4 G=2 K=8 E=6; R=5 D=3 V=20."""
+    """Valid arguments: H=4 G=2 K=8 E=6; R=5 D=3 V=20."""
     generator = torch.Generator().manual_seed(0)
     if op is thought_attention:
         return attention_inputs(generator, LAYOUT, 4, 2, 8, 6, sinks=True) | {"layout": LAYOUT}

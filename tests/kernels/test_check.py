@@ -1,4 +1,4 @@
-"""``python -m quietstar_kernels check``: a right back end passes, any wrong one fails, with exit codes to match."""
+"""``python -m quietstar_kernels check``: right back ends pass, wrong ones fail, and the exit codes match."""
 
 import re
 import subprocess
@@ -142,7 +142,7 @@ OPTIONS = {"temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
 
 @pytest.mark.parametrize("vocabulary, options", [(300, {}), (300, OPTIONS), (1000, {}), (5003, {}), (5003, OPTIONS)])
 def test_no_draw_of_its_cases_is_near_another(vocabulary, options):
-    """So one that differs from the reference's is wrong, in any dtype."""
+    """So a draw that differs from the reference's is wrong, in any dtype."""
     sampled = [case.arguments for small in (True, False) for case in check.cases(small) if case.op == "sample_token"]
     assert vocabulary == 1000 or {"vocabulary": vocabulary, **options} in sampled
     _, margins = defined_draws(_cases.exact_inputs(64, 64, vocabulary), _cases.SEED, **options)

@@ -1,4 +1,4 @@
-"""QUIETSTAR_BUILD: what is built where there is no nvcc, and the sentence that says why not."""
+"""QUIETSTAR_BUILD: what is built without nvcc, and the message that gives the reason."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def sources(tmp_path_factory):
 
 
 def build(sources, to, python=(sys.executable,), quiet=True, **environment):
-    """Make a wheel without an nvcc on PATH; its exit code, what it said, and the wheel's name."""
+    """Build a wheel without nvcc on PATH. Returns its exit code, its output and the wheel's name."""
     tools = to / "bin"
     tools.mkdir(parents=True)
     for tool in ("cat", "cc", "c++", "ninja"):
@@ -52,8 +52,8 @@ def build(sources, to, python=(sys.executable,), quiet=True, **environment):
 def test_pure_python(switch, said, sources, tmp_path):
     code, output, (wheel,) = build(sources, tmp_path / "out", QUIETSTAR_BUILD=switch)
     assert code == 0 and wheel.endswith("-py3-none-any.whl")
-    told = [line for line in output.splitlines() if "CUDA" in line]
-    assert told == ([f"quietstar-kernels is installed without its CUDA back end: {said}."] if said else [])
+    sentences = [line for line in output.splitlines() if "CUDA" in line]
+    assert sentences == ([f"quietstar-kernels is installed without its CUDA back end: {said}."] if said else [])
 
 
 def test_pure_python_in_an_environment_of_pips_own(sources, tmp_path):
@@ -103,7 +103,7 @@ def test_architectures_that_can_not_be(listed, said, sources, tmp_path):
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_source_that_does_not_compile(quiet, sources, tmp_path):
-    """It is no reason to install something else than what was asked for, and all that the compiler said is shown, once."""
+    """Then nothing else is installed instead, and the whole output of the compiler is shown, once."""
     code, output, wheels = build(sources, tmp_path / "out", quiet=quiet, CUDA_HOME=str(failing_toolkit(tmp_path)))
     lines = output.strip().splitlines()
     failed = sum(line.startswith("FAILED: ") for line in lines)
@@ -115,7 +115,7 @@ def test_a_source_that_does_not_compile(quiet, sources, tmp_path):
 
 
 def test_an_old_ninja_compiles(sources, tmp_path):
-    """Those before 1.11 know no --quiet."""
+    """Versions before 1.11 don't have --quiet."""
     ninja = tmp_path / "old/ninja"
     ninja.parent.mkdir()
     ninja.write_text(f'#!/bin/sh\ncase "$*" in *--quiet*) exit 1 ;; esac\nexec {shutil.which("ninja")} -n "$@"\n')

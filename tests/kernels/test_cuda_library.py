@@ -1,16 +1,16 @@
-"""What the CUDA back end says of itself: whether its library is there, loads, and was built for a GPU."""
+"""What the CUDA back end reports about its library: whether it exists, loads, and was built for a GPU."""
 
 import pytest
 import torch
 
-from quietstar_kernels import _dispatch, _first_use, cuda_library
+from quietstar_kernels import _dispatch, _first_use, cuda_library, triton
 from quietstar_kernels.cuda import _library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Library:
-    """Stands in for a library of CUDA 13.0; error: what CUDA says of the driver."""
+    """A fake library of CUDA 13.0; error: what CUDA reports about the driver."""
 
     def __init__(self, architectures, error=None):
         self.quietstar_built_for = lambda: f"13.0 {architectures}".encode()
@@ -19,7 +19,7 @@ class Library:
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
-    """Puts another library, or an exception, in the place of what is loaded."""
+    """Replaces the library that is loaded by another one, or by an exception."""
 
     def put(library):
         def loaded():
@@ -33,7 +33,7 @@ def load(monkeypatch, tmp_path):
         monkeypatch.setattr(_library, "_load", loaded)
 
     def forget():
-        for function in (_library.built_for, _library.missing, _library._why_not_gpu, _dispatch._why_not_gpu):
+        for function in (_library.built_for, _library.missing, _library._why_not_gpu, triton._why_not_gpu):
             function.cache_clear()
 
     forget()
@@ -43,16 +43,16 @@ def load(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes PyTorch tell of one GPU with a compute capability."""
+    """Makes PyTorch report one GPU with a compute capability."""
 
-    def tell(capability):
+    def report(capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(_first_use, "TYPES", ())  # nothing can be tried on it
+        monkeypatch.setattr(_first_use, "TYPES", ())  # no op can be tried on it
 
-    return tell
+    return report
 
 
 def test_without_a_library(load, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""sample_token in CUDA: chunks of the vocabulary and of the rows, which change nothing, and what they leave in memory."""
+"""sample_token in CUDA: chunks of vocabulary and rows, which must not change results, and their memory."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_chunks_of_any_size_draw_the_same(monkeypatch, device, options):
 
 
 def test_one_workspace_holds_every_chunk(monkeypatch, device):
-    """The logits are 16 times as many as it holds; each chunk is made of whole blocks of the race, but for the last."""
+    """There are 16 times as many logits as it holds. All chunks but the last have whole blocks of the race."""
     chunks = []
     monkeypatch.setattr(op, "LOGITS", 5120)
     product = op.product
@@ -58,8 +58,8 @@ def test_a_bias_of_any_stride(device):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_a_draw_behind_rounding_has_weight(device):
-    """One id of each block is allowed: whatever the sums round to, no draw falls beside it."""
+def test_a_draw_has_weight_despite_rounding(device):
+    """Only one id of each block is allowed: however the sums round, no draw gives another id."""
     banned = [i for i in range(1024) if i % 128 != 77]
     inputs = make(device, 500, 1024)
     ids, logprob = sample_token(**inputs, seed=3, banned=banned, backend="cuda")

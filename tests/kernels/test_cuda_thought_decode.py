@@ -1,4 +1,4 @@
-"""thought_decode in CUDA: every tile that ships, texts in parts, tensors whose rows don't start at multiples of 16 bytes."""
+"""thought_decode in CUDA: every tile, texts in parts, tensors whose rows don't start at multiples of 16 bytes."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def check(layout, inputs, what, **options):
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
 @pytest.mark.parametrize("K, rows", [(64, 128), (64, 64), (64, 32), (128, 128), (128, 64), (128, 32), (256, 64), (256, 32)])
 def test_shipped_tiles(monkeypatch, K, rows, dtype, device):
-    """Thoughts at every second position, cut by a tile's end; text of several blocks, two documents."""
+    """Thoughts at every second position, split by the end of a tile; text of several blocks, two documents."""
     monkeypatch.setattr(op, "rows_of_tile", lambda *_: rows)
     lo = torch.zeros(1, 150, dtype=torch.int32)
     lo[:, 40:] = 40
@@ -41,7 +41,7 @@ def test_shipped_tiles(monkeypatch, K, rows, dtype, device):
 
 @pytest.mark.parametrize("heads", [1, 5, 40])
 def test_heads_of_a_group(heads, device):
-    """A warp's 16 rows are 16 thoughts, some of 4 thoughts, a part of one."""
+    """The 16 rows of a warp are 16 thoughts, some of 4 thoughts, or a part of one."""
     layout = random_layout(seeded(1), "ragged", 2, 9, 3, 4, device)
     inputs = decode_inputs(seeded(2), layout, heads, 1, 64, dtype=torch.float16)
     for step in range(layout.S):
@@ -50,7 +50,7 @@ def test_heads_of_a_group(heads, device):
 
 @pytest.mark.parametrize("kind", ["every", "anchors", "documents", "any_lo", "ragged"])
 def test_parts_of_the_text_add_up(monkeypatch, kind, device):
-    """More parts than blocks of keys too, and parts that some thoughts see nothing of; twice the same bits."""
+    """Also with more parts than blocks of keys, and with parts that some thoughts don't see. Two runs agree bitwise."""
     layout = random_layout(seeded(1), kind, 1, 150, 1, 4, device)
     inputs = decode_inputs(seeded(2), layout, 2, 1, 64, sinks=True, dtype=torch.bfloat16)
     for splits, options in ((2, {}), (3, {"window": 30}), (7, {"softcap": 2.0})):
@@ -61,7 +61,7 @@ def test_parts_of_the_text_add_up(monkeypatch, kind, device):
 
 
 def test_rows_that_start_anywhere(device):
-    """Views from the second element on, and with strides that are no multiples of 8."""
+    """Views that start at the second element, with strides that are not multiples of 8."""
     layout = ThoughtLayout.every_position(1, 6, 2, 2, device)
     inputs = decode_inputs(seeded(0), layout, 2, 1, 64, dtype=torch.bfloat16)
     want = on_cuda(**inputs, layout=layout, step=1)
@@ -71,7 +71,7 @@ def test_rows_that_start_anywhere(device):
 
 
 def test_rows_of_a_tile():
-    """Wide tiles where there is enough to do, and no more rows than fit into a block's shared memory."""
+    """Tiles have many rows if there is enough work, but no more than fit the shared memory of a block."""
     large, small = 227 * 1024, 99 * 1024
     assert [op.rows_of_tile(8, 8, K, large) for K in op.WIDTHS] == [32, 32, 32]
     assert [op.rows_of_tile(512, 8, K, large) for K in op.WIDTHS] == [64, 64, 64]
@@ -80,7 +80,7 @@ def test_rows_of_a_tile():
 
 
 def test_number_of_parts():
-    """Two waves of blocks where there is less than one; a part has 256 positions or more."""
+    """Two waves of blocks if there is less than one; a part has at least 256 positions."""
     assert [op.splits_of(tiles, 4096) for tiles in (1, 8, 40, 66, 131, 132, 5000)] == [16, 16, 7, 4, 3, 1, 1]
     assert [op.splits_of(8, L) for L in (0, 255, 256, 257, 1024)] == [1, 1, 1, 2, 4]
 

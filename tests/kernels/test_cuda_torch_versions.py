@@ -1,4 +1,4 @@
-"""csrc/ compiles against every PyTorch it is for, and asks no more of the newest than the oldest has."""
+"""csrc/ compiles with every supported PyTorch, and needs nothing from the newest that the oldest doesn't have."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ KNOWS_TORCH, SMALLEST = "bindings.cpp", ["--platform=macosx_14_0_arm64", "--pyth
 
 @functools.cache
 def torch_headers(version):
-    """A folder with torch/include/, kept in build/. Skips the test where pip can't download the wheel it is in."""
+    """A folder with torch/include/, kept in build/. Skips the test if pip can't download its wheel."""
     folder = ROOT / "build" / "torch-headers" / version
     with locked(folder.with_suffix(".lock")):
         if not (folder / "torch/__init__.py").exists():
@@ -38,7 +38,7 @@ def torch_headers(version):
 
 
 def undefined(version, folder):
-    """Compile ``KNOWS_TORCH`` by setup.py against a version of PyTorch; the names it needs of other libraries."""
+    """Compile ``KNOWS_TORCH`` by setup.py with a version of PyTorch. Returns the names it needs from other libraries."""
     if shutil.which("nvcc") is None or shutil.which("ninja") is None:
         pytest.skip("there is no nvcc or no ninja on PATH")
     headers = torch_headers(version)

@@ -1,4 +1,4 @@
-"""The CUDA wheel: compiles for every architecture without a spill, and works where no compiler, CUDA or GPU is."""
+"""The CUDA wheel: compiles for every architecture without spills, and works without a compiler, CUDA or a GPU."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_one_wheel_for_all_of_python(tmp_path):
     assert re.fullmatch(r"quietstar_kernels-[\d.]+-py3-none-manylinux_2_28_x86_64\.whl", wheel().name)
     with zipfile.ZipFile(wheel()) as archive:
         names = archive.namelist()
-        assert sum(name.endswith(".so") for name in names) == 1  # nothing of PyTorch or CUDA was packed with it
+        assert sum(name.endswith(".so") for name in names) == 1  # no library of PyTorch or CUDA was packed with it
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata
     assert {"quietstar_kernels/__init__.py", "quietstar/__init__.py", "quietstar/page/explain.js"} <= {*names}
@@ -84,7 +84,7 @@ def test_what_the_library_needs():
     assert re.findall(r" T (quietstar_\w+)", symbols) == ["quietstar_built_for", "quietstar_cuda_error"]
     undefined = run(["nm", "-D", "--undefined-only", library()], built())
     assert "w aoti_torch_get_current_cuda_stream" in undefined  # weak: PyTorch for CPUs doesn't have it
-    assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py)", undefined)  # of PyTorch its C interface alone
+    assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py)", undefined)  # only the C interface of PyTorch
 
 
 HERE = """
@@ -142,11 +142,11 @@ def test_where_there_is_no_compiler_and_no_gpu(tmp_path):
     )
     for op, (*arguments, error) in said["private"].items():
         assert arguments == parameters(op)
-        assert error == "no CUDA device: these tensors are not on one"  # it came through PyTorch's interface to our code
+        assert error == "no CUDA device: these tensors are not on one"  # the call came through PyTorch to our code
 
 
 def parameters(op):
-    """Those of the C++ function, as PyTorch's schema has them: name, type, whether it is written to."""
+    """The arguments of the C++ function in PyTorch's schema: name, type, and whether it is written to."""
     types = {"Tensor": "Tensor", "MaybeTensor": "Optional[Tensor]", "double": "float", "int64_t": "int"}
     source = (built() / "csrc/arguments.cuh").read_text()
     signature, body = re.search(rf"void call_{op}\((.*?)\) \{{\n(.*?)\n}}", source, re.DOTALL).groups()
@@ -155,7 +155,7 @@ def parameters(op):
 
 
 def test_the_import_is_quick(tmp_path):
-    """Seconds of the processor; on a busy machine it may be tried again."""
+    """Processor time, in seconds; on a busy machine it may be measured again."""
     code = "import time, torch; began = time.process_time(); import quietstar_kernels; print(time.process_time() - began)"
     assert any(float(bare_python("-c", code, folder=tmp_path)) < 0.05 for _ in range(4))
 

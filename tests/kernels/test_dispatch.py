@@ -1,4 +1,4 @@
-"""Which back end runs: named ones run or raise with the reason, only "auto" chooses; what the package shows and imports."""
+"""Which back end runs: a named one runs or raises, only "auto" chooses. What the package shows and imports."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from small_calls import call
 
 import quietstar_kernels
-from quietstar_kernels import _dispatch, _first_use, backends, testing
+from quietstar_kernels import _dispatch, _first_use, backends, testing, triton
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_what_triton_refuses(op, monkeypatch):
 def test_auto_on_a_gpu_takes_triton_and_says_once_what_it_can_not(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_why_not_gpu", lambda device: None)
+    monkeypatch.setattr(triton, "_why_not_gpu", lambda device: None)
     monkeypatch.setattr(_first_use, "TYPES", ())
     _dispatch._warn_dense.cache_clear()
     with warnings.catch_warnings():

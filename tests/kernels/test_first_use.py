@@ -1,4 +1,4 @@
-"""What ``auto`` tries before it takes a back end on an unknown GPU, for which the CPU stands in here."""
+"""What ``auto`` tries before it takes a back end on an unknown GPU. Here the CPU takes the place of that GPU."""
 
 import json
 import re
@@ -47,13 +47,13 @@ CHANGES = {
 @pytest.mark.parametrize("change, says", CHANGES.values(), ids=CHANGES)
 def test_a_wrong_back_end_is_left_with_one_warning(change, says, tries, monkeypatch, tmp_path):
     plant(monkeypatch, "thought_decode", change)
-    for _ in range(2):  # processes: what is wrong is tried again
+    for _ in range(2):  # processes: a back end that was wrong is tried again
         new_process(monkeypatch)
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning) as warned:
             results = [call("thought_decode") for _ in range(3)]
         assert all(torch.equal(result, call("thought_decode", "reference")) for result in results)
-        assert len(told) == 1 and told[0].filename.endswith("small_calls.py")
-        assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(told[0].message))
+        assert len(warned) == 1 and warned[0].filename.endswith("small_calls.py")
+        assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(warned[0].message))
     assert tries[0] == ("thought_decode", "cpu") and [name for _, name in tries].count("cpu") == 2
     written = (tmp_path / "cache/quietstar_kernels").iterdir()
     assert [json.loads(file.read_text())["backend"] for file in written] == ["reference"]
@@ -63,9 +63,9 @@ def test_the_last_back_end_that_is_wrong_leaves_the_reference(tries, monkeypatch
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu",))
     _dispatch._warn_dense.cache_clear()
     plant(monkeypatch, "thought_decode", lambda out: 2 * out)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as warned:
         result = call("thought_decode")
-    assert re.search(r"no fast back end .* \(cpu: it is wrong on Test GPU: .*runs 'reference'", str(told[1].message))
+    assert re.search(r"no fast back end .* \(cpu: it is wrong on Test GPU: .*runs 'reference'", str(warned[1].message))
     assert torch.equal(result, call("thought_decode", "reference"))
 
 
@@ -141,7 +141,7 @@ def test_nothing_is_tried_in_a_capture_or_with_fake_tensors(tries, monkeypatch):
 
 
 def test_nothing_is_tried_in_a_backward(tries):
-    """Its thread would wait for this one."""
+    """The thread of the trial would wait for this one."""
 
     class Late(torch.autograd.Function):
         @staticmethod
@@ -188,7 +188,7 @@ def test_torch_compile_may_not_know_the_widths(tries, monkeypatch):
 
 
 def test_the_callers_state_is_neither_seen_nor_changed(tries):
-    """Hooks on saved tensors, as those of checkpointing, would count ours too."""
+    """Hooks on saved tensors, such as those of checkpointing, would see those of the trial too."""
     generator = torch.Generator().manual_seed(0)
     inputs, layout = logprob_inputs(generator, 3), random_layout(generator, "every")
     decoded = decode_inputs(generator, layout)

@@ -1,4 +1,4 @@
-"""What was found right on an unknown GPU is remembered in files: by whom, until when, and what if they are damaged."""
+"""A back end that was right on an unknown GPU is recorded in a file: for which calls, until when, and if it is damaged."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_digest_tells_that_the_package_changed(monkeypatch, tmp_path):
         (package / name).write_text(text)
         monkeypatch.setattr(_first_use, "__file__", str(package / "_first_use.py"))
         digests.add(_first_use._took_part.__wrapped__()["package"])
-    assert len(digests) == 3  # texts are no code
+    assert len(digests) == 3  # text files are not code
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"kind": "Test GPU"}', None], ids=str)

@@ -1,4 +1,4 @@
-"""The model of clocks: what the shipped tiles take of an H200 by count, beside what was there before. Nothing is measured."""
+"""The model of clocks: what the kernels should take on an H200, next to their previous version. Nothing is measured."""
 
 import pytest
 
@@ -18,8 +18,8 @@ STEP = 12  # of decoding; thoughts have 14 rows
 LAYOUTS = {(group, L): ThoughtLayout.every_position(1, L, 2, 14) for group in GROUPS for L in LENGTHS}
 
 
-def told(what, rows):
-    """The table that is printed at the end; ``rows`` are lines by (H/G, L)."""
+def table(what, rows):
+    """The table that is printed at the end; ``rows`` are the lines, by (H/G, L)."""
     head = f"{what}, heads of 128 on sm_90, N 2, S 14, clocks of a key head: a model, no measurement"
     return "\n".join([head, *(f"  H/G {group}  L {L:>4}  {line}" for (group, L), line in rows.items())])
 
@@ -44,7 +44,7 @@ def test_codes_are_of_the_shipped_tiles():
 
 
 def test_forward(record_property):
-    """Short texts, whose instructions count, take a sixth less than before; long ones hardly more."""
+    """Short texts, which instructions bound, take a sixth less than before; long ones hardly more."""
     rows, ratios = {}, {}
     for (group, L), layout in LAYOUTS.items():
         code = model.FORWARD_SHORT if L <= configs.SHORT else model.FORWARD
@@ -52,7 +52,7 @@ def test_forward(record_property):
         useful = model.useful(layout, group)
         rows[group, L] = f"{units(now)}  share of peak {useful / max(before):.2f} -> {useful / max(now):.2f}"
         ratios[group, L] = max(now) / max(before)
-    record_property("table", told("forward", rows))
+    record_property("table", table("forward", rows))
     assert all(ratio <= (0.85 if L <= 1024 else 1.1) for (_, L), ratio in ratios.items()), ratios
 
 
@@ -66,12 +66,12 @@ def test_backward(record_property):
         shares = [useful / sum(map(max, x)) for x in (before, now)]
         rows[key] = f"{units(*now)}  share of peak {shares[0]:.2f} -> {shares[1]:.2f}"
         instructions[key] = sum(x.issue for x in now) / sum(x.issue for x in before)
-    record_property("table", told("backward", rows))
+    record_property("table", table("backward", rows))
     assert max(instructions.values()) <= 0.95, instructions
 
 
 def test_decode(record_property):
-    """Memory is the floor; where there are many heads or long texts, products are."""
+    """Memory is the lower bound; with many heads or long texts, products are."""
     rows, ratios = {}, {}
     for (group, L), layout in LAYOUTS.items():
         code = model.DECODE_SHORT if L <= configs.DECODE_SHORT else model.DECODE
@@ -80,5 +80,5 @@ def test_decode(record_property):
         shares = [reading / max(*x, reading) for x in (before, now)]
         rows[group, L] = f"{units(now)}  memory {reading / 1e3:>5.0f}k  share of it {shares[0]:.2f} -> {shares[1]:.2f}"
         ratios[group, L] = max(now) / max(before)
-    record_property("table", told(f"decode, step {STEP}", rows))
+    record_property("table", table(f"decode, step {STEP}", rows))
     assert max(ratios.values()) <= 1.3, ratios

@@ -1,4 +1,4 @@
-"""ThoughtLayout against loops over the definition, one row and one column at a time."""
+"""ThoughtLayout compared with the definition, one row and one column at a time."""
 
 import re
 
@@ -31,7 +31,7 @@ def position(layout, b, index, row):
 
 
 def sees(layout, b, index, column, window):
-    """The predicate of the layout: a text row the text in [lo, t], a thought row that of its anchor and its own past."""
+    """The definition: a text row sees the text in [lo, t]; a thought row what its anchor sees, and its own earlier rows."""
     rows = rows_of(layout)
     row, other = rows[index], rows[column]
     if row is not None and not is_on(layout, b, row):
@@ -67,7 +67,7 @@ def test_position_ids(kind):
 
 
 def token(layout, b, row, input_ids, thought_ids, T):
-    """Token of a thought row: start, T sampled, end, then the text behind the anchor; start 90, end 91, pad 92."""
+    """Token of a thought row: start, T sampled, end, then the text after the anchor; start 90, end 91, pad 92."""
     p, n, s = row
     t = int(layout.anchor[b, p])
     if t < 0:

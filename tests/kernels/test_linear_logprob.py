@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quietstar_kernels import _dispatch, linear_logprob
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.linear_logprob import _backward, _forward, _joined, _rescale
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
@@ -29,11 +30,15 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-WAYS = ["kept", "again", "known"]  # logits kept for the backward, computed again; or the gradient is known in the forward
+WAYS = [
+    "kept",
+    "again",
+    "known",
+]  # logits are kept for the backward, or computed again, or the gradient is known in the forward
 
 
 def in_way(way, backend, grads=None, **options):
-    """The op with what makes it go that way; ``grads``, those that will come back."""
+    """The op with the arguments for this way; ``grads`` are those of the backward."""
     if way == "known":
         options |= {"grad_scale": -2 * (grads[0] if len(grads) == 1 else torch.stack(grads))}
     return partial(linear_logprob, backend=backend, keep_bytes=2**28 if way == "kept" else 0, **options)
@@ -47,7 +52,7 @@ def make(seed, shape, device, dtype=torch.float32, bias=True, **options):
 
 
 def small_chunks(monkeypatch, backend):
-    """Chunks of 2^12 logits; those of Triton are 256 ids wide at least."""
+    """Chunks of 2^12 logits, in Triton at least 256 ids wide."""
     monkeypatch.setattr("quietstar_kernels.cpu._head.LOGITS", 2**12)
     if backend == "triton":
         module = _dispatch.module("linear_logprob", backend)
@@ -72,12 +77,12 @@ def test_error_rule(backend, device, interpreted, way, options, shape, dtype):
         assert_op_close_as_plain(op, alone, inputs, grads[:1], f"seed {seed} without entropy", **options)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # from the interpreter: -inf of the padding times a scale of 0
+@pytest.mark.filterwarnings("ignore:invalid value")  # by the interpreter: -inf of the padding times a scale of 0
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [30.0, -30.0, 0.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_large_and_equal_logits(backend, device, interpreted, way, scale, dtype):
-    """Rows that are all but certain, of either sign, and rows in which every id is as likely."""
+    """Rows that are almost certain, of either sign, and rows in which all ids are equally likely."""
     if interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly")
     inputs, grads = make(0, (40, 8, 333), device, dtype)
@@ -86,7 +91,7 @@ def test_large_and_equal_logits(backend, device, interpreted, way, scale, dtype)
 
 
 def test_a_large_vocabulary(backend, device, interpreted):
-    """More rows of it than one buffer of logits takes, on any back end that has a fixed one."""
+    """More rows than a buffer of logits holds, on all back ends with a fixed buffer."""
     if interpreted:
         pytest.skip("takes minutes; test_many_chunks has smaller chunks instead")
     inputs, grads = make(0, (150 if device.type == "cuda" else 34, 4, 130_001), device)
@@ -143,7 +148,7 @@ def test_opcheck(backend, device, entropy, options):
     for wanted in ways:
         _, _, *gradients = _joined(promised, *head, *rest, wanted, 0, backend)
         torch.library.opcheck(_rescale, (promised, 3 * promised, targets, *gradients))
-    # Its gradient is right only for what was promised, and opcheck brings ones.
+    # The gradient is right only for what was promised, and opcheck's gradient is all ones.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_joined, (promised, *leaves, *rest, ways[0], 0, backend), test_utils=utils)
     promised = torch.ones_like(promised)
@@ -153,7 +158,7 @@ def test_opcheck(backend, device, entropy, options):
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_compiles_without_a_graph_break(backend, device, way, entropy):
-    torch.compiler.reset()  # one function is compiled for all back ends
+    torch.compiler.reset()  # the same function is compiled for every back end
     inputs, grads = make(0, (5, 3, 20), device, banned=(3,))
     factors = torch.tensor([[2.0], [1.0]], device=device)[: 1 + entropy]
     op = in_way(way, backend, tuple(factors * grads[0]), softcap=5.0, banned=(3,), return_entropy=entropy)
@@ -170,7 +175,7 @@ def test_compiles_without_a_graph_break(backend, device, way, entropy):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_what_does_not_count(backend, device, options):
-    """-100 gives 0 and no gradient, whatever gradient comes in; a banned id gets no gradient; two runs agree bitwise."""
+    """-100 gives 0 and no gradient, whatever the gradient of the output; banned ids get none; two runs agree bitwise."""
     inputs, grads = make(0, (40, 8, 333), device, **options)
     op = partial(linear_logprob, return_entropy=True, backend=backend)
     (logprob, entropy), got = forward_backward(op, inputs, grads[:1], **options)
@@ -188,7 +193,7 @@ def test_what_does_not_count(backend, device, options):
 
 
 def test_a_banned_target(backend, device):
-    """The public function refuses it on a CPU. Below, the log-probability is -inf, and the normaliser is differentiated."""
+    """The public function refuses it on a CPU. The op gives -inf, and differentiates the normaliser."""
     inputs, grads = make(0, (5, 3, 20), device)
     hidden, weight, bias, _ = inputs.values()
     targets = torch.full((5,), 3, device=device)
@@ -216,19 +221,18 @@ def test_gradients_are_optional(backend, device, way):
     inputs, grads = make(0, (5, 3, 20), device)
     op = in_way(way, backend, grads[:1])
     _, want = forward_backward(op, inputs, grads[:1])
-    head = [inputs[name] for name in ("hidden", "weight", "targets", "bias")]
-    rest = (None, None, 1.0, [])
+    given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, None, 1.0, []), inputs["targets"]
     functions = _dispatch.module("linear_logprob", backend)
-    _, *saved = functions.linear_logprob(*head, *rest, False, way == "kept")
+    _, *saved = functions.linear_logprob(*given, False, way == "kept")
     for i, name in enumerate(("hidden", "weight", "bias")):
         leaf = inputs[name].detach().requires_grad_()
         op(**(inputs | {name: leaf})).backward(grads[0])
         assert torch.equal(leaf.grad, want[name]), name
         wanted = [i == j for j in range(3)]
         if way == "known":
-            got = functions.linear_logprob_joined(grads[0], None, *head, *rest, wanted, 0)[2:]
+            got = functions.linear_logprob_joined(grads[0], None, *given, wanted, 0)[2:]
         else:
-            got = functions.linear_logprob_backward(grads[0], None, *head, *saved, *rest, wanted)
+            got = functions.linear_logprob_backward(grads[0], None, *given, Saved(*saved), wanted)
         assert [x is not None for x in got] == wanted
 
 
@@ -252,7 +256,7 @@ def test_strided(backend, device, way):
 
 
 def test_expanded_gradients(backend, device):
-    """``sum`` sends back one number with a stride of 0."""
+    """The gradient of ``sum`` is one number with a stride of 0."""
     inputs, _ = make(0, (40, 8, 333), device)
     op = partial(linear_logprob, return_entropy=True, backend=backend)
     _, want = forward_backward(op, inputs, tuple(torch.ones(2, 40, device=device)))
@@ -264,7 +268,7 @@ def test_expanded_gradients(backend, device):
 
 @pytest.mark.slow
 def test_one_compile_serves_all_sizes():
-    """The cases that are compiled ahead of time have several sizes under each label, one row and one id among them."""
+    """The cases of ahead-of-time compiles have several sizes for each label, including one row and one id."""
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_op.py"), "linear_logprob", "sm_90"],
         env=os.environ | {"TRITON_INTERPRET": "0"},

@@ -1,7 +1,7 @@
-"""linear_logprob with three products or four: when, with how much memory, and what comes of a broken promise.
+"""linear_logprob with three products or four: when, with how much memory, and what happens if grad_scale is wrong.
 
-Products and tensors are counted in the back ends' functions, below the custom ops, since those hide what they do from a
-dispatch mode.
+Products and tensors are counted in the functions of the back ends, below the registered ops, which hide their operations from
+a dispatch mode.
 """
 
 import gc
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from quietstar_kernels import _dispatch, linear_logprob
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.testing import forward_backward, logprob_inputs
 
 R, D, V = 48, 16, 640
@@ -38,37 +39,37 @@ def inputs(device):
 
 
 def leaves(inputs):
-    """hidden and weight that want gradients, and the targets."""
+    """hidden and weight, which require gradients, and the targets."""
     return [inputs[name].clone().requires_grad_() for name in ("hidden", "weight")] + [inputs["targets"]]
 
 
 def saved_bytes(result):
-    """Of what the op that made ``result`` has saved for its backward, but its inputs."""
+    """Bytes that the op that made ``result`` has saved for its backward, besides its inputs."""
     return sum(x.nbytes for x in result.grad_fn.saved_tensors if isinstance(x, torch.Tensor) and not x.requires_grad)
 
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_products(backend, inputs, entropy):
-    """One in the forward, and three or two in the backward; three in all where the gradient is known."""
+    """One in the forward, and three or two in the backward; three in total if the gradient is known."""
     if backend == "reference":
         pytest.skip("it never keeps anything")
     functions = _dispatch.module("linear_logprob", backend)
-    head, rest = [inputs[name] for name in ("hidden", "weight", "targets", "bias")], (None, None, 1.0, [])
+    given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, None, 1.0, []), inputs["targets"]
     grads = torch.ones(2, R, device=inputs["hidden"].device).unbind()
     grads = (grads[0], grads[1] if entropy else None)
     for keep, products in ((False, 3), (True, 2)):
         with Products() as forward:
-            _, *saved = functions.linear_logprob(*head, *rest, entropy, keep)
+            _, *saved = functions.linear_logprob(*given, entropy, keep)
         with Products() as backward:
-            functions.linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+            functions.linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
         assert (forward.count, backward.count) == (R * D * V, products * R * D * V)
     with Products() as joined:
-        functions.linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+        functions.linear_logprob_joined(*grads, *given, [True] * 3, 0)
     assert joined.count == 3 * R * D * V
 
 
 def test_what_is_kept(backend, inputs, monkeypatch):
-    """All logits where they fit, none where a byte is missing or no gradient can be asked for; freed by the backward."""
+    """All logits if they fit; none if one byte is missing, or nothing requires a gradient. The backward frees them."""
     if backend == "reference":
         pytest.skip("it never keeps anything")
     hidden, weight, targets = leaves(inputs)
@@ -100,7 +101,7 @@ def test_what_is_kept(backend, inputs, monkeypatch):
 
 
 def test_backward_twice(backend, inputs):
-    """What is kept is not written over."""
+    """The backward does not overwrite what is kept."""
     for options in ({}, {"grad_scale": torch.full((R,), 0.5, device=inputs["targets"].device)}):
         hidden, weight, targets = leaves(inputs)
         total = linear_logprob(hidden, weight, targets, backend=backend, **options).sum()
@@ -109,7 +110,7 @@ def test_backward_twice(backend, inputs):
 
 
 def test_turns(backend, device):
-    """More rows than may have logits at once: D of them at least, so the weight's gradient adds up over several turns."""
+    """More rows than may have logits at once, which are at least D, so the weight's gradient is summed over several turns."""
     inputs = logprob_inputs(torch.Generator().manual_seed(0), 50, 4, 333, bias=True, device=device)
     grads = torch.randn(2, 50, generator=torch.Generator().manual_seed(1)).to(device)
     op = partial(linear_logprob, return_entropy=True, backend=backend)
@@ -124,7 +125,7 @@ def test_turns(backend, device):
 @pytest.mark.parametrize("keep_bytes", [4 * R * V, 4 * R * V - 1])
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
-    """A mask chooses them: logits are kept where all rows' would be."""
+    """A mask selects them. Logits are kept if those of all rows would be."""
 
     def loss(hidden, weight, targets):
         chosen = targets != -100
@@ -145,7 +146,7 @@ def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_a_common_factor_is_allowed(backend, inputs, entropy):
-    """Of any size and sign, none at all, and whatever comes for rows whose target is -100."""
+    """Of any size and sign, and 0; and any gradient of rows whose target is -100."""
     device = inputs["targets"].device
     ignored = inputs["targets"] == -100
     promised = torch.randn(1 + entropy, R, generator=torch.Generator().manual_seed(1)).to(device)
@@ -165,8 +166,8 @@ def test_a_common_factor_is_allowed(backend, inputs, entropy):
 
 
 @pytest.mark.parametrize("place", [(0, 0), (0, 5), (1, 5)])
-def test_a_broken_promise_is_loud(backend, inputs, place):
-    """One row off by a thousandth, or a gradient where none was promised: an error on CPU, NaN on a GPU."""
+def test_a_wrong_promise_is_an_error(backend, inputs, place):
+    """One row is off by a thousandth, or has a gradient although none was promised: an error on CPU, NaN on a GPU."""
     device = inputs["targets"].device
     inputs["targets"][:6] = 1
     for promised in (torch.ones(2, R, device=device), torch.zeros(2, R, device=device)):

@@ -40,8 +40,8 @@ def test_copies_in_flight():
 
 @pytest.mark.parametrize("warps", [4, 8])
 def test_clocks(warps):
-    """By hand, for a warp group: two products of 64 clocks. The second operand of each is 4 KB, the first one's first 2 KB, and
-    each of 128 threads copies 16 bytes and loads 8."""
+    """By hand, for a warp group: two products of 64 clocks, each with a second operand of 4 KB, and the first also with a first
+    operand of 2 KB. Each of 128 threads copies 16 bytes and loads 8."""
     groups = warps / 4
     assert loop(warps=warps).matrix == 2 * 64 * groups
     assert loop(warps=warps).shared == (2 * 32 + 16 + 16 + 8) * groups

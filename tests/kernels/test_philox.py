@@ -1,4 +1,4 @@
-"""Philox4x32-10 against its published answers, and against the algorithm written out in Python's integers."""
+"""Philox4x32-10 compared with its published answers and with the algorithm in Python integers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def words(text):
 
 
 def slow_philox(counter, key):
-    """Salmon et al., section 3.3: two 32 x 32 bit products a round, the key bumped between rounds."""
+    """Salmon et al., section 3.3: two 32 x 32 bit products per round; the key is bumped between rounds."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2

@@ -1,4 +1,4 @@
-"""sample_token: its definition written out in Python, its distribution, known draws, what changes a draw and what doesn't."""
+"""sample_token: its definition in plain Python, its distribution, known draws, what changes a draw and what doesn't."""
 
 import math
 
@@ -35,7 +35,7 @@ def log_softmax(inputs, dtype=torch.float64, **options):
 
 
 def defined_draws(inputs, seed, **options):
-    """The docstring of sample_token in fp64, row by row. Returns ids and how near each draw was to another one."""
+    """The docstring of sample_token in fp64, row by row. Returns ids, and how close each draw was to another id."""
     inputs = {name: x if x is None else x.cpu() for name, x in inputs.items()}
     logp = log_softmax(inputs, **options)
     V = logp.shape[1]
@@ -65,7 +65,7 @@ def defined_draws(inputs, seed, **options):
 
 
 def assert_same_draws(got, want, margins):
-    """At most one difference in 1,000 draws, and only where another candidate was within rounding."""
+    """At most one difference in 1,000 draws, and only if another candidate was within rounding."""
     different = got.cpu() != want
     assert int(different.sum()) <= max(1, len(got) // 1000), f"{int(different.sum())} draws differ"
     assert (margins[different] < 1e-4).all(), f"margins {margins[different].tolist()}"
@@ -82,7 +82,7 @@ def test_draws_are_those_of_the_definition(backend, device, options, vocabulary)
 
 
 def test_a_large_vocabulary(backend, device, interpreted):
-    """34 rows of it fill more than one buffer of logits on any back end that has a fixed one."""
+    """34 rows fill more than one buffer of logits, on all back ends with a fixed buffer."""
     inputs = make(0, 34, 4, 3_001 if interpreted else 130_001, device=device)
     assert_same_draws(sample_token(**inputs, seed=3, backend=backend)[0], *defined_draws(inputs, 3))
 
@@ -129,7 +129,7 @@ def test_extreme_counters(backend, device, seed):
 @pytest.mark.parametrize("vocabulary", [200, 333])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_chi_square(backend, device, interpreted, options, vocabulary):
-    """Many draws of one distribution, in chunks; cells with fewer than 5 expected draws are one cell."""
+    """Many draws from one distribution, in chunks. Cells with fewer than 5 expected draws are merged."""
     inputs = make(vocabulary, 1, vocabulary=vocabulary, device=device)
     draws, cells = (2_000, 20) if interpreted else (100_000, 50)
     chunk = min(draws, 20_000)
@@ -194,7 +194,7 @@ def test_banned_ids_are_never_drawn(backend, device):
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_a_scale_that_is_not_positive(backend, device, scale):
-    """It turns the order of the logits round, or makes them equal."""
+    """It reverses the order of the logits, or makes them equal."""
     inputs = make(0, 100, device=device)
     draws, _ = sample_token(**inputs, seed=1, scale=scale, softcap=5.0, banned=(2,), backend=backend)
     assert_same_draws(draws, *defined_draws(inputs, 1, scale=scale, softcap=5.0, banned=(2,)))

@@ -1,4 +1,4 @@
-"""The tools the other tests stand on: the rule refuses what is wrong, the layouts are what their kinds say."""
+"""The tools of the other tests: the rule rejects wrong results, and layouts are of their kind."""
 
 import pytest
 import torch

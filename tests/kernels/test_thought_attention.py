@@ -201,7 +201,7 @@ def test_two_runs_agree_bitwise(backend, half, case, few, interpreted):
 
 
 def test_gradients_are_optional_and_may_come_expanded(backend, device):
-    """One input at a time wants a gradient, and sum() sends back a gradient with strides of 0."""
+    """One input at a time requires a gradient; the gradient of sum() has strides of 0."""
     layout = random_layout(seeded(4), "ragged", device=device)
     inputs = attention_inputs(seeded(5), layout, sinks=True)
     _, want = run(backend, layout, inputs, torch.ones_like(inputs["q"]))

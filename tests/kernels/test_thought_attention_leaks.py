@@ -1,4 +1,4 @@
-"""Invisible is invisible: what a row may not see changes nothing; NaN in rows that are off or padded changes nothing."""
+"""What a row may not see doesn't change its result, and neither does NaN in rows that are off or padded."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ def run(backend, layout, inputs, grad_out, **options):
 
 
 def scrambled(x, hidden, generator):
-    """x [B,G,M,...] with +-huge numbers where hidden [B,M]."""
+    """x [B,G,M,...] with huge numbers of either sign where ``hidden`` [B,M] is True."""
     sign = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
     return torch.where(hidden[:, None, :, None], (sign * HUGE[x.dtype]).to(x.dtype), x)
 
@@ -28,7 +28,7 @@ def scrambled(x, hidden, generator):
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"query_rows": "thoughts"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted, narrow):
-    """For single rows: everything that row may not see is made huge; its output and gradients stay bitwise the same."""
+    """For single rows: if all that the row may not see is huge, its output and gradients stay bitwise the same."""
     if interpreted and (dtype == torch.bfloat16 or dtype == torch.float16 and options):
         pytest.skip("Triton's interpreter is slow, and computes bf16 wrongly")
     generator = torch.Generator().manual_seed(7)
@@ -97,7 +97,7 @@ def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, in
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_nan_in_padded_text(backend, side, query_rows, softcap, device, narrow):
-    """k and v hold NaN in padded text: real rows and their gradients stay, with no gradient coming from padded rows."""
+    """k and v hold NaN in padded text: real rows and their gradients don't change, if padded rows have no gradient."""
     generator = torch.Generator().manual_seed(5)
     text = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
     text = (text if side == "left" else text.flip(1)).to(device)

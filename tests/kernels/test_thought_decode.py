@@ -1,4 +1,4 @@
-"""thought_decode: error rule over random layouts, step by step against attention, nothing read that isn't written."""
+"""thought_decode: error rule over random layouts, comparison with attention step by step, no reads of unwritten rows."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ def case(backend, device, compiled):
 
 @pytest.fixture
 def shape(backend):
-    """Of inputs that any back end computes: narrow ones in fp32, or the narrowest that the CUDA kernels serve."""
+    """For inputs that the back end serves: narrow ones in fp32, or the narrowest of the CUDA kernels."""
     if backend == "cuda":
         return {"width": 64, "value_width": 64, "dtype": torch.bfloat16}
     return {"width": 8, "value_width": 4, "dtype": torch.float32}

@@ -1,4 +1,4 @@
-"""sample_token in Triton: its random numbers, every tile that ships, programs of several tiles, compiles."""
+"""sample_token in Triton: its random numbers, every tile, programs of several tiles, compiles."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_shipped_tiles(monkeypatch, target, size, rows):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_programs_of_several_tiles(monkeypatch, temperature):
-    """Ten tiles of rows, a group of neighbours and part of one; of eight tiles of the vocabulary four for each program."""
+    """Ten tiles of rows, which are one group of neighbours and a part of one; each program has four of eight tiles of ids."""
     tiles = configs.Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16})
     monkeypatch.setattr(op, "pick", lambda *_: tiles)
     monkeypatch.setattr(op, "PROGRAMS", 20)
@@ -98,7 +98,7 @@ def test_programs_of_several_tiles(monkeypatch, temperature):
 
 
 def test_choice_among_many_parts(monkeypatch):
-    """Six parts, two in a step; of equal logits the first part's."""
+    """Six parts, two per step; of equal logits, that of the first part wins."""
     monkeypatch.setattr(op, "pick", lambda *_: configs.Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 16}))
     monkeypatch.setattr(op, "SAMPLE_TOKEN_CHOICE", configs.Config({"BLOCK_R": 8, "BLOCK_P": 2}))
     assert_same(draw("triton"), draw("reference"))
@@ -120,7 +120,7 @@ def test_not_a_number_stays_in_its_row():
 
 @pytest.mark.slow
 def test_one_compile_serves_all_sizes():
-    """Of rows (from 65 on), width, vocabulary and seed; a bias and bans, of any number, are a second one."""
+    """Numbers of rows (from 65), widths, vocabularies and seeds. With a bias or any number of bans it is another kernel."""
     here = Path(__file__).parent
     code = """
 import json, torch

@@ -1,4 +1,4 @@
-"""thought_attention on Triton: the tiles that GPUs get, not only the small ones of other tests; one compile for all lengths."""
+"""thought_attention in Triton: the tiles of GPUs, as other tests run small ones; one compile for all lengths."""
 
 import json
 import os
@@ -11,23 +11,25 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, plain_attention
 
 pytest.importorskip("triton")
 
-from quietstar_kernels.triton import _attention_forward, configs  # noqa: E402
+from quietstar_kernels.triton import configs  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E402
 
 
 def forward(q, k, v, layout, sinks):
-    return _attention_forward.thought_attention(q, k, v, layout, q.shape[-1] ** -0.5, None, None, sinks, "all")
+    return op.thought_attention(q, k, v, layout, AttentionOptions(q.shape[-1] ** -0.5, None, None, sinks))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")
 @pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_90", 4, 256), 90)], ids=str)
 def test_shipped_tiles(entry, apart, monkeypatch):
     """Whole and masked blocks of text, tiles of several thoughts, thoughts of more rows than a block of own keys."""
-    monkeypatch.setattr(_attention_forward, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
+    monkeypatch.setattr(op, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
     generator = torch.Generator().manual_seed(0)
     layout = ThoughtLayout.at(torch.arange(3, 300, apart)[None], 2, 19, text_length=300)
     dtype = {2: torch.float16, 4: torch.float32}[entry[1]]
@@ -37,9 +39,9 @@ def test_shipped_tiles(entry, apart, monkeypatch):
 
 @pytest.mark.slow
 def test_one_compile_serves_all_lengths():
-    """Of texts, thoughts, batches and head groups; the cases have 1 among them, multiples of 16 and neither.
+    """Lengths of texts and thoughts, batches and head groups. The cases include 1, multiples of 16 and other numbers.
 
-    The forward without options has two rows of tiles, one of them for short texts.
+    The forward without options has two tables of tiles, one of them for short texts.
     """
     here = Path(__file__).parent
     code = """

@@ -1,4 +1,4 @@
-"""thought_decode in Triton: every tile that ships, texts in parts, compiles."""
+"""thought_decode in Triton: every tile, texts in parts, compiles."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def check(layout, inputs, what, **options):
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU takes its own tiles")
 @pytest.mark.parametrize("size, width", [key[1:] for key in configs.THOUGHT_DECODE if key[0] == "sm_90"])
 def test_shipped_tiles(monkeypatch, size, width):
-    """Thoughts at every second position, cut by a tile's end; text of several blocks, two documents."""
+    """Thoughts at every second position, split by the end of a tile; text of several blocks, two documents."""
     monkeypatch.setattr(configs, "target", lambda: "sm_90")
     lo = torch.zeros(1, 150, dtype=torch.int32)
     lo[:, 40:] = 40
@@ -45,10 +45,10 @@ def test_shipped_tiles(monkeypatch, size, width):
 
 @pytest.mark.parametrize("kind", ["every", "anchors", "documents", "any_lo", "ragged"])
 def test_parts_of_the_text_add_up(monkeypatch, kind):
-    """More parts than blocks of keys too, and parts that some thoughts see nothing of; twice the same bits."""
+    """Also with more parts than blocks of keys, and with parts that some thoughts don't see. Two runs agree bitwise."""
     layout = random_layout(seeded(1), kind, 1, 90, 1, 4, device=DEVICE)
     inputs = decode_inputs(seeded(2), layout, 2, 1, sinks=True)
-    monkeypatch.setattr(_launch, "_plans", {})  # the number of parts is remembered there
+    monkeypatch.setattr(_launch, "_plans", {})  # plans remember the number of parts
     for splits, options in ((2, {}), (3, {"window": 30}), (7, {"softcap": 2.0})):
         monkeypatch.setattr(op, "splits_of", lambda *_, splits=splits: splits)
         options["step"] = layout.S - 1
@@ -57,7 +57,7 @@ def test_parts_of_the_text_add_up(monkeypatch, kind):
 
 
 def test_number_of_parts(monkeypatch):
-    """One wave of programs; a part has some blocks of keys at least."""
+    """One wave of programs; a part has at least some blocks of keys."""
     monkeypatch.setattr(_decode_splits, "processors", lambda device: 132)
     splits = partial(_decode_splits.splits_of, block=64, device=torch.device(DEVICE))
     assert [splits(tiles, 4096) for tiles in (1, 8, 40, 66, 67, 132, 5000)] == [16, 16, 3, 2, 1, 1, 1]
@@ -66,8 +66,8 @@ def test_number_of_parts(monkeypatch):
 
 @pytest.mark.slow
 def test_one_compile_serves_all_sizes():
-    """Of batch, text, anchors, thoughts, rows, heads, parts of the text and steps; long texts have tiles of their own, and a
-    window of any length is another kernel."""
+    """Sizes of batch, text, anchors, thoughts, rows, heads, parts of the text and steps. Long texts have other tiles, and
+    with a window, of any length, it is another kernel."""
     code = """
 import json, torch
 from ahead_of_time import compiled_for

@@ -1,9 +1,10 @@
-"""linear_logprob: its kernels lie between matrix products of the vendor's library and hold none themselves."""
+"""linear_logprob: its kernels run between matrix products of the vendor's library, and have none themselves."""
 
 import functools
 
 import torch
 
+from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward, linear_logprob_joined
 
 HGMMA: dict[str, int] = {}
@@ -24,12 +25,12 @@ def launches(target):
 
 
 def run(R, D, V, dtype, rest, entropy, keep):
-    """Forward and backward; where logits are kept they are joined once too, which compiles nothing else."""
+    """Forward and backward, and if logits are kept, both joined too, which compiles nothing else."""
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     targets = torch.empty(R, dtype=torch.int64, device="meta")
-    head, rest = (hidden, weight, targets, bias), (*rest[:3], [token for token in rest[3] if token < V])
-    logprob, *saved = linear_logprob(*head, *rest, entropy, keep)
+    given = hidden, Head(weight, bias, *rest[:3], [token for token in rest[3] if token < V]), targets
+    logprob, *saved = linear_logprob(*given, entropy, keep)
     grads = logprob, logprob if entropy else None
-    linear_logprob_backward(*grads, *head, *saved, *rest, [True] * 3)
+    linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
     if keep:
-        linear_logprob_joined(*grads, *head, *rest, [True] * 3, 0)
+        linear_logprob_joined(*grads, *given, [True] * 3, 0)

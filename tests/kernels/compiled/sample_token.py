@@ -1,9 +1,10 @@
-"""sample_token: few rows and many, on each path to the weights, with each of its options."""
+"""sample_token: few rows and many, on each path to the weights, with each option."""
 
 import functools
 
 import torch
 
+from quietstar_kernels._options import Head
 from quietstar_kernels.triton.sample_token import sample_token
 
 HGMMA = {"_draw": 1}  # see thought_attention.py
@@ -31,4 +32,4 @@ def draw(dtype, R, D, options, V=128_256, seed=-5):
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     counters = torch.empty(R, 4, dtype=torch.int32, device="meta")
     seed = torch.full((), seed, dtype=torch.int64, device=hidden.device)
-    return sample_token(hidden, weight, counters, seed, bias if has_bias else None, *rest)
+    return sample_token(hidden, Head(weight, bias if has_bias else None, *rest), counters, seed)

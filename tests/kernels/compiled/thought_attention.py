@@ -1,6 +1,6 @@
-"""thought_attention, forward and backward: every table entry with all options, 16 bits also plain.
+"""thought_attention, forward and backward: every table entry with all options, in 16 bits also without.
 
-Several lengths share a label, for one compile serves them.
+Several lengths share a label, since one compile serves them.
 """
 
 import functools
@@ -8,11 +8,12 @@ import functools
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_attention import thought_attention, thought_attention_backward
 
-# Kernels with products of warp groups on sm_90, and how many of their loops, from the first on, are to read ahead.
+# Kernels with products of warp groups on sm_90, and how many of their loops, from the first, should read ahead.
 HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_backward_text_keys": 1}
-# Whose products wait for each other, whatever tiles were tried; wider ones spill with Triton 3.9.
+# Here products wait for each other with all tiles that were tried; larger ones spill with Triton 3.9.
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
 NO_MATRIX = {"attention_rows", "attention_ranges", "attention_backward_sum"}
 
@@ -39,13 +40,13 @@ def cases(dtype, widths, name, options):
 
 
 def inputs(dtype, widths, options, B, L, N, S, G, HG):
-    """q, k, v as transposed views of [B,M,heads,width], and the arguments behind them."""
+    """q, k, v as transposed views of [B,M,heads,width], and the other arguments."""
     layout = ThoughtLayout.every_position(B, L, N, S, "meta")
     heads = [(G * HG, widths[0]), (G, widths[0]), (G, widths[1])]
     q, k, v = (torch.empty(B, layout.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
     window, softcap, has_sinks = options
     sinks = torch.empty(G * HG, device="meta") if has_sinks else None
-    return (q, k, v), (layout, 0.1, window, softcap, sinks, "all")
+    return (q, k, v), (layout, AttentionOptions(0.1, window, softcap, sinks))
 
 
 def forward(*case):

@@ -1,10 +1,11 @@
-"""thought_decode: every width of the tables and some between, with each option, at sizes of training and of generation."""
+"""thought_decode: every width of the tables and some between, with each option, for the sizes of training and generation."""
 
 import functools
 
 import torch
 
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
 HGMMA = {"_decode": 3}  # see thought_attention.py
@@ -33,7 +34,7 @@ def launches(target):
 
 
 def decode(dtype, K, E, options, B=1, L=256, P=256, N=2, S=14, groups=2, heads=4, step=torch.int32):
-    """``heads`` H/G; P = 1 has few enough tiles for parts of the text."""
+    """``heads`` is H/G. P = 1 makes so few tiles that the text is split into parts."""
     window, softcap, sinks = options
     make = functools.partial(torch.empty, dtype=dtype, device="meta")
     anchor, lo, length = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, P), (B, L), (B, P, N)])
@@ -45,8 +46,5 @@ def decode(dtype, K, E, options, B=1, L=256, P=256, N=2, S=14, groups=2, heads=4
         make(B, groups, P * N, S, E),
         ThoughtLayout(anchor, lo, length, S),
         torch.empty((), dtype=step, device="meta"),
-        K**-0.5,
-        window,
-        softcap,
-        make(groups * heads) if sinks else None,
+        AttentionOptions(K**-0.5, window, softcap, make(groups * heads) if sinks else None),
     )

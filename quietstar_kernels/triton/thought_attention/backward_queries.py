@@ -1,6 +1,6 @@
-"""Gradient of the queries: a program takes BLOCK_M query rows of one key head, as the forward does, and goes over their keys.
+"""Gradient of the queries: as in the forward, a program takes BLOCK_M query rows of one key head and loops over their keys.
 
-dS = p * (dO v^T - delta), dq = scale * dS k. Own rows first, then the text that all rows see, then the text at the edges.
+dS = p * (dO v^T - delta), dq = scale * dS k. Own rows first, then the text at the edges, then the text that all rows see.
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_weights import weights
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv
+from quietstar_kernels.triton._launch import Launch, cdiv
 from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
+from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, pick
+from quietstar_kernels.triton.thought_attention.backward_rows import Inputs
+from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 
-def query_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, scale: float, softcap: float | None,
-    known: Plan,
-) -> Tensor:  # fmt: skip
-    """dq, in the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
+def query_gradient(inputs: Inputs) -> Tensor:
+    """dq, with the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
+    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
@@ -94,7 +91,7 @@ def attention_backward_queries(
         n = n0 + i
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < M, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < M, E, BLOCK_E)
-        # Rows that don't see a NaN must not meet 0 * NaN; those that do have no finite log-sum-exp and are set below.
+        # 0 * NaN must not reach rows that don't see the NaN. Rows that do have no finite log-sum-exp, and are set below.
         keys = tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
@@ -112,7 +109,7 @@ def attention_backward_queries(
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
-    # Anew, by another kind of division: the compiler would keep the rows and heads in registers from above until here.
+    # Computed again, with another kind of division: else the compiler keeps the rows and heads from above in registers.
     f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32)
     row, h = (f // HG.to(tl.uint32)).to(tl.int64), (f % HG.to(tl.uint32)).to(tl.int64)
     row += begin - (M - rows)

@@ -1,6 +1,6 @@
-"""The blocks that the kernels of thought_attention's backward go over, computed on the host: for accounts of arithmetic.
+"""The blocks that the backward of thought_attention loops over, computed on the host, to count its arithmetic.
 
-As ``_attention_plan`` does for the forward; a test counts the products that really run.
+``attention_plan`` does the same for the forward. A test counts the products that really run.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from attention_plan import cdiv, forward_plan
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_plan import cdiv, forward_plan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BackwardPlan:
     own_keys: int
 
     def products(self, K: int, E: int) -> int:
-        """Multiplications, where dk and dv come from one pass; wide heads take two, with q·k in each."""
+        """Multiplications if dk and dv come from one pass. Wide heads take two, with q·k in each."""
         return self.queries * (2 * K + E) + (self.text_keys + self.own_keys) * (2 * K + 2 * E)
 
 

@@ -1,4 +1,4 @@
-"""Last step of thought_attention's backward: the parts of the text's dk and dv, added in order into dk and dv."""
+"""Last step of thought_attention's backward: adds the parts of the text's dk and dv, in order, into dk and dv."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Forward of thought_attention: a program takes BLOCK_M query rows of one key head and goes over their keys block by block.
+"""Forward of thought_attention: a program takes BLOCK_M query rows of one key head and loops over their keys, block by block.
 
-The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. Text rows and
-thought rows have tiles of their own. The keys of a tile, in this order:
+The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. No tile has both text
+rows and thought rows. The keys of a tile are, in this order:
 
-1. in masked blocks of BLOCK_EDGE, own rows, from the first that a row of the tile sees to the last;
-2. likewise text at the edges, which some rows see;
+1. own rows, from the first that a row of the tile sees to the last, in masked blocks of BLOCK_EDGE;
+2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
-A row's own keys are few among those of its tile. Still all rows are multiplied with all of them: by count, wide products take
+Only few of the own keys of a tile belong to any one row. Still, all rows are multiplied with all of them: wide products take
 fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare (docs/log.md).
 """
 
@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._launch import Launch, Plan, Tiles, cdiv, plan
-from quietstar_kernels.triton._math import LN_2, LOG2_E, bend
+from quietstar_kernels.triton._launch import Launch, cdiv, plan
+from quietstar_kernels.triton._math import LN_2, LOG2_E
 from quietstar_kernels.triton._rows import (
     FAR,
     cover,
@@ -31,25 +32,23 @@ from quietstar_kernels.triton._rows import (
     tile_start,
     window_bounds,
 )
+from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import described, in_range, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_SHORT,
     SHORT,
-    Config,
     pick,
 )
 
-LOWEST = tl.constexpr(-1e38)  # a row's top before it has seen a key: finite, so that nothing is inf - inf
-
 
 def thought_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, query_rows: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
+    scale, window, softcap, sinks = options
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     out = q.new_empty((B, H, rows, E))
@@ -76,17 +75,6 @@ def thought_attention(
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
     known.launch("forward", config, (q, k, v, *tiles, sinks, *own, out, lse), prepare)
     return out, lse
-
-
-def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
-    """Of k and v, whole tiles of each of ``blocks``, k's first; None for all where one can't be copied whole."""
-
-    def describe() -> Tiles:
-        rows = [config.blocks[block] for block in blocks]
-        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
-        return [None] * len(tiles) if None in tiles else tiles
-
-    return known.tiles(config, (k, v) * len(blocks), describe)
 
 
 @triton.jit(
@@ -142,8 +130,8 @@ def attention_forward(
         stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
-    # 0 * NaN: a value that is not finite spoils rows that don't see it, too. Then all again, with a look at each value.
-    if not CAREFUL:  # noqa: SIM102, a condition of the compiler and one of the program
+    # Because of 0 * NaN, a value that isn't finite also changes rows that don't see it. Then start over, and check all values.
+    if not CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
         if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
                 queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
@@ -151,7 +139,7 @@ def attention_forward(
                 K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
             )  # fmt: skip
 
-    # The rows are counted anew, from a start that the compiler can't know to be the same: else their addresses would take
+    # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
     # registers from the beginning to here.
     m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
     row = m - skipped
@@ -171,9 +159,9 @@ def over_keys(
     BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``top``, ``total`` and acc after all keys of the tile, whose copies run in STAGES.
+    """``top``, ``total`` and acc after all keys of the tile, which are copied in STAGES.
 
-    Where CAREFUL, values that a row doesn't see can't spoil it.
+    With CAREFUL, values that aren't finite don't reach rows that don't see them.
     """
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
@@ -205,51 +193,3 @@ def over_keys(
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     return top, total, acc
-
-
-@triton.jit
-def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr):
-    """queries [rows,K] times keys [columns,K]: [rows,columns]; with a soft cap scaled and capped, else not yet scaled.
-
-    SLICES cuts K, at most into sixteens: warps then share the columns of the factors, which for fp32 fill too many registers.
-    """
-    WIDTH: tl.constexpr = max(16, queries.shape[-1] // SLICES)
-    COUNT: tl.constexpr = queries.shape[-1] // WIDTH
-    if COUNT > 1:
-        keys = tl.permute(slices(keys, COUNT), [0, 2, 1])
-        s = tl.sum(tl.dot(slices(queries, COUNT), keys, input_precision=PRECISION), 0)
-    else:
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    return s if softcap is None else softcap * bend(s * (scale / softcap), queries.dtype)
-
-
-@triton.jit
-def slices(x, COUNT: tl.constexpr):
-    """[rows,K] to [COUNT,rows,K/COUNT]."""
-    return tl.permute(tl.reshape(x, [x.shape[0], COUNT, x.shape[1] // COUNT]), [1, 0, 2])
-
-
-@triton.jit
-def softmax_step(s, factor, top, total, acc):
-    """Weights of new scores, which times ``factor`` are in units of log 2; top, total and acc brought up to date.
-
-    A row's sum of weights so far is ``total`` times 2^top, its weighted sum of values ``acc`` times 2^top.
-    """
-    new_top = tl.maximum(top, tl.max(s, 1) * factor)
-    p = tl.exp2(s * factor - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    return p, new_top, total * decay + tl.sum(p, 1), acc * decay[:, None]
-
-
-@triton.jit
-def without_poison(values):
-    """Values [keys,E] with 0 in keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
-
-    Added to a key's scores it makes the rows that see the key NaN; the others must not meet 0 * NaN.
-    """
-    if values.dtype == tl.float32:
-        bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000
-    else:
-        bits, EXPONENT = values.to(tl.int16, bitcast=True), 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
-    poisoned = tl.max(bits & EXPONENT, axis=1) == EXPONENT
-    return tl.where(poisoned[:, None], 0.0, values), tl.where(poisoned, float("nan"), 0.0)

@@ -1,8 +1,8 @@
 """Backward of thought_attention, without atomics: each gradient is summed by one program, in a fixed order.
 
-Tables of the query rows first (``_attention_backward_rows``), then dq (``_attention_backward_queries``), then dk and dv
-(``_attention_backward_keys``). Scores are computed anew in both: seven matrix products, where one pass over both, which has to
-add up dq across programs, takes five.
+First tables of the query rows (``backward_rows``), then dq (``backward_queries``), then dk and dv (``backward_keys``). The last
+two both compute the scores again, which makes seven matrix products. A single pass for all three takes five, but has to add up
+dq across programs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_keys import key_gradients
-from quietstar_kernels.triton._attention_backward_queries import query_gradient
-from quietstar_kernels.triton._attention_backward_rows import row_tables
 from quietstar_kernels.triton._launch import plan
+from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
+from quietstar_kernels.triton.thought_attention.backward_queries import query_gradient
+from quietstar_kernels.triton.thought_attention.backward_rows import Inputs, row_tables
 
 
 def thought_attention_backward(
@@ -25,23 +26,22 @@ def thought_attention_backward(
     out: Tensor,
     lse: Tensor,
     layout: ThoughtLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_rows: str,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
+    scale, window, softcap, sinks = options
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
     given = grad_out, q, k, v, out, sinks, layout.anchor, layout.lo, layout.length
     known = plan("thought_attention_backward", given, layout.S, scale, window, softcap)
     tables = row_tables(grad_out, out, lse, layout, window, sinks, known)
-    dq = query_gradient(grad_out, q, k, v, tables, layout, scale, softcap, known)
-    dk, dv = key_gradients(grad_out, q, k, v, tables, layout, window, scale, softcap, known)
+    inputs = Inputs(grad_out, q, k, v, layout, options, tables, known)
+    dq = query_gradient(inputs)
+    dk, dv = key_gradients(inputs)
     dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks

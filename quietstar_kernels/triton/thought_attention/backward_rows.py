@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._math import LOG2_E
@@ -19,22 +21,22 @@ from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
 # key, and its scores no gradient.
 SATURATED = tl.constexpr(1 << 28)
-TAIL = 64  # rows of the largest tile that goes over the tables
+TAIL = 64  # rows of the largest tile that reads the tables
 
 
 @dataclass
 class Rows:
-    """Tables of the query rows, for the kernels that follow; flat, with TAIL numbers behind each that may be read.
+    """Tables of the query rows for the next kernels. They are flat, with TAIL more numbers at the end that may be read.
 
     Attributes:
         delta: fp32 [B,H,rows], rowsum(dO * O).
-        lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing: one that is off, saturated, or whose result is
-            NaN. The delta of such a row is its dq: 0, or NaN in the last case.
-        first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first`` on.
+        lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing, as it is off, is saturated, or has a NaN as
+            its result. The delta of such a row is its dq: NaN in the last case, else 0.
+        first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first``.
         own_first, own_count: int32 [B,rows], the packed rows of its own thought that it sees. Both counts are 0 in a row that
             is off, and only there.
         oldest: int32 [B,rows], the smallest position id that the row sees; None without a window.
-        dsinks: fp32 [B,H,blocks], to be summed; None without sinks.
+        dsinks: fp32 [B,H,blocks], still to be summed; None without sinks.
     """
 
     delta: Tensor
@@ -47,10 +49,23 @@ class Rows:
     dsinks: Tensor | None
 
 
+class Inputs(NamedTuple):
+    """What the kernels of the gradients read."""
+
+    grad_out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: ThoughtLayout
+    options: AttentionOptions
+    tables: Rows
+    plan: Plan
+
+
 def row_tables(
     grad_out: Tensor, out: Tensor, lse: Tensor, layout: ThoughtLayout, window: int | None, sinks: Tensor | None, known: Plan
 ) -> Rows:
-    """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M, or the last R."""
+    """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M rows, or the last R."""
     B, H, rows, E = out.shape
     config = ATTENTION_BACKWARD_ROWS
     blocks = cdiv(rows, config.blocks["BLOCK_M"])

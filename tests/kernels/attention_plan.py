@@ -1,6 +1,6 @@
-"""The blocks that ``attention_forward`` goes over, computed on the host from a layout's values: for accounts of arithmetic.
+"""The blocks that ``attention_forward`` loops over, computed on the host from the layout, to count its arithmetic.
 
-It says again, in tensors over all tiles, what the kernel works out for one tile; a test counts the products that really run.
+This repeats, in tensors over all tiles, what the kernel computes for one tile. A test counts the products that really run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ForwardPlan:
     edge: Tensor
 
     def scores(self) -> int:
-        """Scores that are computed for one key head, all batch rows together, seen and unseen."""
+        """Scores computed for one key head and all batch rows, seen and unseen."""
         return self.blocks["BLOCK_M"] * int(self.keys().sum())
 
     def keys(self) -> Tensor:
@@ -69,7 +69,7 @@ def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], windo
 
 
 def flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[tiles,BLOCK_M]: rows of the flat rows (the last one where there is none), whether there is one."""
+    """[tiles,BLOCK_M]: the rows of the flat rows (the last row if there is none), and whether there is one."""
     row = torch.arange(cdiv(count * group, block) * block, device=device).view(-1, block) // group
     return row.clamp(max=max(count - 1, 0)), row < count
 

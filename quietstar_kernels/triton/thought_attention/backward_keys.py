@@ -1,7 +1,7 @@
-"""Gradients of keys and values: a program takes BLOCK_N keys of one head and goes over the query rows that may see them.
+"""Gradients of keys and values: a program takes BLOCK_N keys of one head and loops over the query rows that may see them.
 
-dv = p^T dO, dk = scale * dS^T q. One kernel, launched for the text and for the thought rows: it differs in which rows it
-takes. Rows of all query heads of the group make one flat loop.
+dv = p^T dO, dk = scale * dS^T q. One kernel is launched for the text and again for the thought rows, which differ only in the
+query rows. The rows of all query heads of the group make one flat loop.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.triton._attention_backward_rows import Rows
-from quietstar_kernels.triton._attention_backward_sum import add_parts
-from quietstar_kernels.triton._attention_forward import scores
-from quietstar_kernels.triton._attention_weights import weights
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR
+from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
 from quietstar_kernels.triton.configs import (
@@ -30,22 +27,23 @@ from quietstar_kernels.triton.configs import (
     Config,
     pick,
 )
+from quietstar_kernels.triton.thought_attention.backward_rows import Inputs
+from quietstar_kernels.triton.thought_attention.backward_sum import add_parts
+from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
-# A block of text has few programs, and long ones, so its rows are cut in parts whose sums are added in order: as many as make
-# PROGRAMS, two for each of 132 multiprocessors, but at most PARTS and with TILES row tiles each on average.
+# Blocks of text make few programs, which run long, so their rows are split into parts whose sums are added in order: enough
+# for PROGRAMS, two on each of 132 multiprocessors, but at most PARTS, and with TILES row tiles each on average.
 PROGRAMS, PARTS, TILES = 264, 8, 16
 
 
-def key_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, window: int | None,
-    scale: float, softcap: float | None, known: Plan,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv, in the shapes and dtypes of k and v; 0 in rows that are off and text that no query row sees."""
+def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """dk and dv, with the shapes and dtypes of k and v; 0 for rows that are off and for text that no query row sees."""
+    _, q, k, v, layout, (_, window, softcap, _), _, known = inputs
     (B, G, _, K), E, L = k.shape, v.shape[-1], layout.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if layout.R:
         config = pick(ATTENTION_BACKWARD_OWN_KEYS, q.element_size(), max(K, E))
-        _launch(grad_out, q, k, v, tables, layout, None, scale, softcap, dk, dv, 1, config, known)
+        _launch(inputs, None, dk, dv, 1, config)
     if L:
         special = [] if window is None and softcap is None else [ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS]
         config = pick([*special, ATTENTION_BACKWARD_TEXT_KEYS], q.element_size(), max(K, E))
@@ -54,19 +52,17 @@ def key_gradients(
         parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
         dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
         dv_parts = k.new_empty((parts, B, G, L, E), dtype=torch.float32)
-        _launch(grad_out, q, k, v, tables, layout, ranges, scale, softcap, dk_parts, dv_parts, parts, config, known)
+        _launch(inputs, ranges, dk_parts, dv_parts, parts, config)
         add_parts(dk_parts, dv_parts, dk, dv, known)
     return dk, dv
 
 
-def _launch(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Rows, layout: ThoughtLayout, ranges: Tensor | None,
-    scale: float, softcap: float | None, dk: Tensor, dv: Tensor, parts: int, config: Config, known: Plan,
-) -> None:  # fmt: skip
-    """Keys of the text where there are ``ranges``, else of the thought rows.
+def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts: int, config: Config) -> None:
+    """For keys of the text if there are ``ranges``, else of the thought rows.
 
     dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
+    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
     K, E = k.shape[3], v.shape[3]
     kind, first, count, oldest = "own keys", tables.own_first, tables.own_count, None
     if ranges is not None:
@@ -81,7 +77,7 @@ def _launch(
         return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
 
     tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges
-    if max(K, E) * q.element_size() > 256:  # of wide heads registers hold one of the two sums
+    if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
     else:
@@ -137,9 +133,9 @@ def attention_backward_keys(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_M)
     begin, stop = part * HG * tiles // parts, (part + 1) * HG * tiles // parts
-    # Rows that add nothing are not even loaded: they may hold NaN. The log-sum-exp that tells them is read one tile ahead, so
-    # that the loads of the rows need not wait for it. The other tables are read behind the rows, too: a mask would be a tenth
-    # of the loop.
+    # Rows that add nothing are not even loaded, as they may hold NaN. Their log-sum-exp is inf; it is read one tile ahead, so
+    # that the loads of the rows need not wait for it. The other tables are read even past the last row: a mask would take a
+    # tenth of the loop.
     lse += (b * G + g) * HG * rows
     delta += (b * G + g) * HG * rows
     q += b * stride_qb + g * HG * stride_qh
@@ -189,15 +185,15 @@ def attention_backward_keys(
 
 @triton.jit
 def row_tile(tile, text_tiles, text_start, text_end, thought_start, thought_end, BLOCK_M: tl.constexpr):
-    """(first query row, row behind the last) of a head's tile: text tiles come first."""
+    """(first query row, row after the last) of a tile of a head. Text tiles come first."""
     in_text = tile < text_tiles
     start = tl.where(in_text, text_start + tile * BLOCK_M, thought_start + (tile - text_tiles) * BLOCK_M)
     return start, tl.where(in_text, text_end, thought_end)
 
 
 def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:
-    """int32 [B,L/keys,3]: for a block of text, the end of the text rows that may see it (0 where ``rows`` are thoughts
-    alone), and the first and the end of the places whose thoughts may. None outside sees it; some inside may not.
+    """int32 [B,L/keys,3]: for each block of text, the end of the text rows that may see it (0 if all ``rows`` are thoughts),
+    and the first and the end of the anchors whose thoughts may. No row outside sees it; some inside may not.
     """
     config = ATTENTION_BACKWARD_RANGES
     B, L = layout.lo.shape

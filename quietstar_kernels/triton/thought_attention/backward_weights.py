@@ -1,4 +1,4 @@
-"""The softmax weights that thought_attention's backward computes anew."""
+"""The softmax weights, which the backward of thought_attention computes again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quietstar_kernels.triton._math import LOG2_E, bend
 def weights(qk, lse, scale, softcap, dtype: tl.constexpr):
     """exp(score - lse) of products q·k, and d score / d (scale * q·k).
 
-    ``lse`` is in units of log 2 and of the same rank as qk; ``dtype`` that of q and k.
+    ``lse`` is in units of log 2 and has the same rank as qk; ``dtype`` is that of q and k.
     """
     if softcap is None:
         score, slope = qk * (scale * LOG2_E), 1.0
