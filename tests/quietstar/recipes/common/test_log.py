@@ -7,8 +7,8 @@ import pytest
 from quietstar.recipes.common import log
 from quietstar.recipes.common.log import SECONDS, LoggedMetrics, Pace, log_figures, on_terminal
 from quietstar.recipes.common.rounds import Rounds
-from quietstar.run.resume import Settings
 from quietstar.recipes.common.sampling import rollout
+from quietstar.run.resume import Settings
 
 
 @pytest.fixture
