@@ -17,8 +17,8 @@ quietstar.hf: adapters attention cache graphs lm_head parts=modules verify
 quietstar.memory: doctor=step scaling=processes
 quietstar.recipes: recipes.compute_optimal=solve_compute_optimal recipes.icot=internalize recipes.icot_kd=internalize_kd
 quietstar.recipes: recipes.icot_report=internalize_report recipes.icot_states=internalize_states recipes.plain=fast_plain
-quietstar.recipes: recipes.test_time=solve recipes.verifier=vstar_verifier tasks
-quietstar.recipes.common: recipes.budgets=budgets recipes.evaluation=evaluation recipes.models=models recipes.plots=plots
+quietstar.recipes: recipes.budgets=solve_budgets recipes.test_time=solve recipes.verifier=vstar_verifier tasks
+quietstar.recipes.common: recipes.evaluation=evaluation recipes.models=models recipes.plots=plots
 quietstar.recipes.common: recipes.progress=progress recipes.rounds=rounds recipes.sampling=sampling recipes.selectors=selectors
 quietstar.recipes.common: recipes.sft=sft recipes.telling=log
 quietstar.run: batches optimizers runs=metrics sharding snapshots

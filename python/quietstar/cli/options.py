@@ -14,7 +14,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
-from quietstar.config import OLD_NAMES, PRESETS
+from quietstar.config import OLD_NAMES, PRESETS, renamed
 
 # Options of a command that are now another command.
 MOVED = {
@@ -56,7 +56,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not a config file: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config file must map options to values, got {type(values).__name__}")
-    return {OLD_NAMES.get(str(name), str(name)): value for name, value in values.items()}
+    return renamed({str(name): value for name, value in values.items()})
 
 
 def _check_moved(command: str, typed: set[str]) -> None:

@@ -5,7 +5,6 @@ import pytest
 from quietstar.cli.ignored import RULES
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import UsageError, parse
-from quietstar.config import ThoughtConfig
 
 # A command, options of which the last is ignored, how the error ends, and what to add or replace so that it is not.
 CASES = [
@@ -67,12 +66,9 @@ for name in ("train", "fast"):
         (name, ["--anchors=every", "--anchor-share=0.5"], "unless --anchors is random, entropy or gate", ["--anchors=gate"]),
         (name, ["--anchor-stride=3"], "without --anchors=every", ["--anchors=every"]),
         (name, ["--gate-cost=0.1"], "without --anchors=gate", ["--anchors=gate"]),
+        (name, ["--base-model-decay=0.9"], "without --base-model=ema", ["--base-model=ema"]),
+        (name, ["--reward=likelihood", "--base-model=ema"], "with --reward=likelihood, unless", ["--reward=gain"]),
     ]
-    if "base_model" in ThoughtConfig.__dataclass_fields__:
-        CASES += [
-            (name, ["--base-model-decay=0.9"], "without --base-model=ema", ["--base-model=ema"]),
-            (name, ["--reward=likelihood", "--base-model=ema"], "with --reward=likelihood, unless", ["--reward=gain"]),
-        ]
 for name in ("solve", "internalize", "score"):
     CASES += [(name, ["--task=stories", "--digits=3"], "unless --task is multiplication or addition", ["--task=addition"])]
 CASES += [
@@ -113,12 +109,11 @@ def option_of(argument):
 
 def test_every_rule_names_options_of_its_command_and_has_a_case():
     assert set(RULES) == set(COMMANDS)
-    later = {"base_model", "base_model_decay"} - set(options_of("train"))
     for command in COMMANDS:
         known, tried = set(options_of(command)), {option_of(case[1][-1]) for case in CASES if case[0] == command}
         for rule in RULES[command]:
-            names = set(rule.options.split()) - later
-            assert names <= known and (names & tried or not names), (command, rule)
+            names = set(rule.options.split())
+            assert names <= known and names & tried, (command, rule)
 
 
 def options_of(command):

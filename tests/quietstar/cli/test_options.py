@@ -2,7 +2,6 @@
 
 import pytest
 
-from quietstar.cli import options
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import UsageError, parse, read_config
 
@@ -16,22 +15,20 @@ from quietstar.cli.options import UsageError, parse, read_config
         ),
         (["think", "--model=m", "--export=t.jsonl"], "quietstar think no longer takes --export: use quietstar export --out"),
         (["think", "--model=m", "--data", "a.txt"], "quietstar think no longer takes --data: use quietstar export --data"),
-        (["train", "--model=m", "--old-name=3"], "--old-name is now --steps"),
-        (["train", "--model=m", "--old_name", "3"], "--old-name is now --steps"),
+        (["train", "--model=m", "--reference=ema"], "--reference is now --base-model"),
+        (["fast", "--model=m", "--reference_decay", "0.9"], "--reference-decay is now --base-model-decay"),
     ],
 )
-def test_what_to_type_instead(monkeypatch, arguments, message):
-    monkeypatch.setitem(options.OLD_NAMES, "old_name", "steps")
+def test_what_to_type_instead(arguments, message):
     with pytest.raises(UsageError) as error:
         parse(COMMANDS, arguments)
     assert str(error.value) == message
 
 
-def test_a_config_of_an_older_run_is_read(monkeypatch, tmp_path):
-    monkeypatch.setitem(options.OLD_NAMES, "old_name", "steps")
-    (tmp_path / "config.json").write_text('{"model": "m", "old_name": 3}')
-    assert read_config(tmp_path / "config.json") == {"model": "m", "steps": 3}
-    assert parse(COMMANDS, ["train", f"--config={tmp_path / 'config.json'}"]).train.steps == 3
+def test_a_config_of_an_older_run_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "m", "reference": "ema"}')
+    assert read_config(tmp_path / "config.json") == {"model": "m", "base_model": "ema"}
+    assert parse(COMMANDS, ["train", f"--config={tmp_path / 'config.json'}"]).thoughts.base_model == "ema"
 
 
 def test_resume_alone_is_auto():
