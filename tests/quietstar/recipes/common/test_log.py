@@ -7,8 +7,8 @@ import pytest
 from quietstar.recipes.common import log as telling
 from quietstar.recipes.common.log import SECONDS, Pace, ToldMetrics, on_terminal, tell
 from quietstar.recipes.common.rounds import Rounds
-from quietstar.run.resume import Settings
 from quietstar.recipes.common.sampling import rollout
+from quietstar.run.resume import Settings
 
 
 @pytest.fixture
