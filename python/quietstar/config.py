@@ -63,13 +63,24 @@ def check_anchor_chunk(size: Any) -> None:
         raise ValueError(f"anchor_chunk must be 1 or more, 'auto' or None, got {size!r}")
 
 
+class _Checked:
+    """Range checks that name the config, the field and its value."""
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _choice(self, name: str, choices: Iterable[str]) -> None:
+        self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+
+
 def _described(functions: Mapping[str, Callable[..., Any]]) -> str:
     """ "name: what it computes; name: ..." """
     return "; ".join(f"{name}: {(function.__doc__ or '').splitlines()[0]}" for name, function in functions.items())
 
 
 @dataclass
-class ThoughtConfig:
+class ThoughtConfig(_Checked):
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
     ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes.
@@ -186,13 +197,6 @@ class ThoughtConfig:
             raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(unknown))}")
         return cls(**values)
 
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"ThoughtConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
-
-    def _choice(self, name: str, choices: Iterable[str]) -> None:
-        self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-
 
 @dataclass
 class AdapterConfig:
@@ -219,7 +223,7 @@ class AdapterConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(_Checked):
     """A training run: optimizer, learning rate schedule, how often to evaluate and save, and where to.
 
     Raises:
@@ -261,14 +265,6 @@ class TrainConfig:
         self._choice("precision", ("no", "bf16", "fp16"))
         self._choice("optimizer", OPTIMIZERS)
         self._choice("sharding", ("no", "full_shard", "shard_grad_op"))
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"TrainConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
-
-    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
-        *others, last = choices
-        self._check(name, getattr(self, name) in choices, f"{', '.join(others)} or {last}")
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""

@@ -5,10 +5,12 @@ weighted with their probability, in fp64.
 """
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quietstar
 from quietstar import ThoughtConfig, objective
@@ -296,6 +298,26 @@ def test_the_base_model_is_saved_and_loaded(thinker, tmp_path):
     for a, b in zip(qs.base_model.parameters(), again.base_model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(again(text(), seed=0).loss, qs(text(), seed=0).loss)
+
+
+def test_a_checkpoint_with_the_old_names_of_the_base_model_loads(thinker, tmp_path):
+    qs = thinker(base_model="ema", base_model_decay=0.5)
+    with torch.no_grad():
+        for parameter in qs.model.parameters():
+            parameter += 0.1
+    qs.save_pretrained(tmp_path)
+    tensors, settings = load_file(tmp_path / "quietstar.safetensors"), json.loads((tmp_path / "quietstar.json").read_text())
+    old = {name.replace("base_model.", "reference."): x for name, x in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / "quietstar.safetensors", metadata={"format": "pt"})
+    names = {"base_model": "reference", "base_model_decay": "reference_decay"}
+    settings["thought_config"] = {names.get(name, name): value for name, value in settings["thought_config"].items()}
+    settings["files"]["quietstar.safetensors"] = (tmp_path / "quietstar.safetensors").stat().st_size
+    (tmp_path / "quietstar.json").write_text(json.dumps(settings))
+    again = quietstar.QuietStar.from_pretrained(tmp_path, verify=False)
+    assert again.thought_config == qs.thought_config
+    for a, b in zip(qs.base_model.parameters(), again.base_model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_everything_in_chunks_of_anchors_too(thinker):

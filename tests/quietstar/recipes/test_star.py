@@ -13,6 +13,7 @@ from quietstar.recipes.common.rounds import Rounds, load_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.star import Config, star
 from quietstar.recipes.tasks import GSM8K, Addition
+from quietstar.run.resume import Settings
 
 SMALL = {"rounds": 2, "problems": 40, "steps": 3, "test_problems": 20, "max_new": 10, "batch_size": 20, "batch_tokens": 300}
 
@@ -72,7 +73,8 @@ def test_right_answers_are_kept_and_failures_rationalised_without_the_hint(scrip
         assert counts == {"tried": 40, "kept": len(own), "rationalised": len(hinted), "failed": 40 - len(own) - len(hinted)}
         assert len(own) and len(hinted) and counts["failed"]
         assert reports[number]["kept_chain_right"] == 1
-        written = Rounds(tmp_path / "run", json.loads((tmp_path / "run/recipe.json").read_text()), True).rows(number, "kept")
+        settings = Settings.of(**json.loads((tmp_path / "run/recipe.json").read_text()))
+        written = Rounds(tmp_path / "run", settings, resume=True).rows(number, "kept")
         assert len(written) == len(examples) and sum(x["hinted"] for x in written) == len(hinted)
         assert not any("Target" in x["prompt"] for x in written)
 

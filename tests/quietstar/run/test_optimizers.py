@@ -118,5 +118,5 @@ def test_what_is_not_there_gets_one_sentence(monkeypatch):
         make_optimizer("8bit", weights(), 0.01, 0.0)
     with pytest.raises(ValueError, match="optimizer 'fused' does not work with torch.complex64 on cpu: "):
         make_optimizer("fused", [torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))], 0.01, 0.0)
-    with pytest.raises(ValueError, match="TrainConfig: optimizer must be adamw, fused or 8bit, got 'sgd'"):
+    with pytest.raises(ValueError, match="TrainConfig: optimizer must be one of adamw, fused, 8bit, got 'sgd'"):
         TrainConfig(optimizer="sgd")

@@ -101,7 +101,7 @@ def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no model could be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder}: no model loads from there: {str(error).strip().splitlines()[0]}") from error
     return cast(Any, model).to(like.device)
 
 
