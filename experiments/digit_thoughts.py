@@ -18,7 +18,7 @@ from quietstar.run.batches import Example
 from quietstar.train import Loss, thought_loss, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import digit_sums  # noqa: E402, of examples
+import sums as digit_sums  # noqa: E402, of examples
 
 SETTING = digit_sums.EQUALS_ONLY
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on
@@ -67,6 +67,7 @@ def measure(model: LlamaForCausalLM, seed: int, size: str, out: Path, updates: i
     qs = trained(model, lines, seed, out, updates=updates, **fields)
     digits = held_out[: numbers["lines"]]
     thoughts = digit_sums.own_thoughts(qs, digits)
-    found = digit_sums.predict(qs, digits, thoughts)
+    # docs/experiments.md has mixed logits for every variant, even for the paper's, which mixes log-probabilities in training.
+    found = digit_sums.predict(qs.with_config(replace(qs.thought_config, mixing="logits")), digits, thoughts)
     score = digit_sums.score(found.mixed, digits)
     return {"accuracy": score["right"] / score["lines"], "loss": score["nll"], "mixing_weight": float(found.weight.mean())}

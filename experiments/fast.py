@@ -33,7 +33,7 @@ from quietstar.recipes.fast import BEST, Config, fast, stages
 from quietstar.run.batches import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import digit_sums  # noqa: E402, of examples
+import sums as digit_sums  # noqa: E402, of examples
 
 TITLE = "Shorter thoughts, then none"
 CURRICULUM = "6-1,4-1,3-1,2-1"

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from digit_thoughts import digit_sums
 from torch import Tensor
@@ -104,23 +102,10 @@ def score(logits: Tensor, digits: Tensor) -> dict[str, float]:
     return {"accuracy": found["right"] / found["lines"], "loss": found["nll"]}
 
 
-@torch.no_grad()
 def answers(qs: QuietStar, digits: Tensor, thought_ids: Tensor) -> dict[str, float]:
-    """``score`` of the mixed prediction of the answer, and the mixing weight.
-
-    The input of the mixing head is [text state; thought state].
-    """
-    recorded = []
-    hook = qs.mixing_head.register_forward_hook(lambda head, inputs, weight: recorded.append((inputs[0], weight)))
-    trained_with = qs.thought_config
-    qs.thought_config = replace(trained_with, thoughts=1, lookahead=LOOKAHEAD)
-    qs(direct_lines(digits), anchors=torch.full((len(digits), 1), ANCHOR), thought_ids=thought_ids)
-    qs.thought_config = trained_with
-    hook.remove()
-    states, weight = (x[:, :, 0, -1] for x in recorded[0])
-    base, thought = states.chunk(2, -1)
-    mixed = qs.model.lm_head((1 - weight) * base + weight * thought)
-    return {**score(mixed, digits), "mixing_weight": float(weight.mean())}
+    """``score`` of the mixed prediction of the answer, and the mixing weight."""
+    found = digit_sums.predict_lines(qs, direct_lines(digits), thought_ids, (ANCHOR,), LOOKAHEAD)
+    return {**score(found.mixed, digits), "mixing_weight": float(found.weight.mean())}
 
 
 @torch.no_grad()

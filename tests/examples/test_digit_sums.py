@@ -1,4 +1,4 @@
-"""examples/digit_sums.py: its lines, its scores, every run for three steps, one seed in full, and what larger models need."""
+"""examples/digit_sums.py: its lines and scores, every run for three steps, one full seed, and what larger models need."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar
 from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.evaluation.scoring import one_thought
 from quietstar.files import replaced
 from quietstar.run import snapshots
 
@@ -30,12 +31,19 @@ def digit_sums(monkeypatch):
 
 
 @pytest.fixture
-def strings(digit_sums):
-    return digit_sums.split_strings(seed=0)
+def sums(digit_sums):
+    import sums
+
+    return sums
+
+
+@pytest.fixture
+def strings(sums):
+    return sums.split_strings(seed=0)
 
 
 def kinds_of_lines(text):
-    """What a newcomer would write: (kind, right) of each line, read as text."""
+    """(kind, right) of each line, from its text alone."""
     for line in text:
         digits, answer = re.fullmatch(r"(\d{5})=(?:-\d{4}-)?(\d)", line).groups()
         aside = re.search(r"-(\d{4})-", line)
@@ -44,21 +52,21 @@ def kinds_of_lines(text):
         yield kind, int(answer) == sum(map(int, digits)) % 10
 
 
-def test_lines_hold_right_sums_and_the_share_of_asides(digit_sums, strings) -> None:
+def test_lines_hold_right_sums_and_the_share_of_asides(sums, strings) -> None:
     generator = torch.Generator().manual_seed(0)
-    lines = digit_sums.mixed_lines(digit_sums.draw(strings[0], 4000, generator), generator)
-    text = [digit_sums.as_text(line).replace(" ", "").split("\n") for line in lines]
+    lines = sums.task.mixed_lines(sums.draw(strings[0], 4000, generator), generator)
+    text = [sums.task.as_text(line).replace(" ", "").split("\n") for line in lines]
     assert all(set(after) <= {"_"} for _, after in text)
     kinds, right = zip(*kinds_of_lines(line for line, _ in text), strict=True)
     assert all(right) and "wrong" not in kinds
     shares = {kind: kinds.count(kind) / len(kinds) for kind in ("direct", "helpful", "junk")}
-    # Three standard errors; a string like 00000 has both asides alike, which is rare.
+    # Three standard errors. For a string such as 00000 both asides are the same, which is rare.
     assert shares == pytest.approx({"direct": 0.4, "helpful": 0.24, "junk": 0.36}, abs=0.024)
 
 
-def test_direct_lines_stop_after_the_answer(digit_sums) -> None:
-    (line,) = digit_sums.direct_lines(torch.tensor([[7, 5, 8, 6, 2]]))
-    assert digit_sums.as_text(line) == "7 5 8 6 2 = 8 \n"
+def test_direct_lines_stop_after_the_answer(sums) -> None:
+    (line,) = sums.direct_lines(torch.tensor([[7, 5, 8, 6, 2]]))
+    assert sums.task.as_text(line) == "7 5 8 6 2 = 8 \n"
 
 
 def test_held_out_strings_are_never_trained_on(strings) -> None:
@@ -66,74 +74,75 @@ def test_held_out_strings_are_never_trained_on(strings) -> None:
     assert (len(training), len(held_out)) == (90_000, 10_000)
     assert not training & held_out
     answers = torch.bincount(strings[1].sum(1) % 10, minlength=10)
-    assert answers.min() > 850 and answers.max() < 1150  # five standard errors: held out says nothing about the answer
+    assert answers.min() > 850 and answers.max() < 1150  # five standard errors: the split says nothing about the answer
 
 
 @pytest.fixture
-def wrapped(digit_sums):
-    """An untrained model whose mixing head says something."""
-    qs = digit_sums.think_with(digit_sums.new_model(0), digit_sums.EVERYWHERE, digit_sums.QUIET_STAR, seed=0)
+def wrapped(sums):
+    """An untrained model whose mixing weights are not 0."""
+    qs = sums.think_with(sums.new_model(0), sums.runs.EVERYWHERE, sums.QUIET_STAR, seed=0)
     torch.nn.init.normal_(qs.mixing_head[-1].weight)
     return qs
 
 
-def test_predictions_are_those_of_the_wrapper(digit_sums, strings, wrapped) -> None:
-    digits, anchors = strings[1][:50], digit_sums.EVERYWHERE.anchors
-    thoughts = digit_sums.own_thoughts(wrapped, digits, anchors, seed=0)
-    prediction = digit_sums.predict(wrapped, digits, thoughts, anchors)
-    lines = digit_sums.direct_lines(digits)
-    with torch.no_grad(), digit_sums.one_thought(wrapped):
-        out = wrapped(lines, thought_ids=thoughts, anchors=torch.tensor(anchors).expand(50, -1))
-        plain = wrapped.model(lines).logits[:, :-1]
+@pytest.mark.parametrize("mixing", ["logits", "logprobs"])
+def test_predictions_are_those_of_the_wrapper(sums, strings, wrapped, mixing) -> None:
+    wrapped = wrapped.with_config(replace(wrapped.thought_config, mixing=mixing))
+    digits, anchors = strings[1][:50], sums.runs.EVERYWHERE.anchors
+    thoughts = sums.own_thoughts(wrapped, digits, anchors, seed=0)
+    prediction = sums.predict(wrapped, digits, thoughts, anchors)
+    lines = sums.direct_lines(digits)
+    with torch.no_grad():
+        out = one_thought(wrapped)(lines, thought_ids=thoughts, anchors=torch.tensor(anchors).expand(50, -1))
+        plain = wrapped.model(lines).logits[:, :-1].log_softmax(-1)
     assert out.weight.abs().max() > 0.1
     torch.testing.assert_close(prediction.weight, out.weight[:, :, 0, 0])
     torch.testing.assert_close(prediction.base, plain)
-    for logits, nll in ((prediction.base, out.nll_base), (prediction.mixed, out.nll_mix[:, :, 0, 0])):
-        mine = torch.nn.functional.cross_entropy(logits.transpose(1, 2), lines[:, 1:], reduction="none")
-        torch.testing.assert_close(mine, nll)
-    assert wrapped.thought_config.thoughts == digit_sums.EVERYWHERE.thoughts
+    for logprobs, nll in ((prediction.base, out.nll_base), (prediction.mixed, out.nll_mix[:, :, 0, 0])):
+        torch.testing.assert_close(-logprobs.gather(2, lines[:, 1:, None])[..., 0], nll)
+    assert wrapped.thought_config.thoughts == sums.runs.EVERYWHERE.thoughts
 
 
-def test_scores_of_an_oracle_and_of_a_model_one_off(digit_sums, strings) -> None:
+def test_scores_of_an_oracle_and_of_a_model_one_off(sums, strings) -> None:
     digits = strings[1][:300]
     answers = digits.sum(1) % 10
     oracle = torch.nn.functional.one_hot(answers, 14)[:, None].float() * 100
-    assert digit_sums.score(oracle, digits) == {"nll": pytest.approx(0, abs=1e-6), "right": 300, "lines": 300}
-    assert digit_sums.score(oracle.roll(1, -1), digits)["right"] == 0
+    assert sums.score(oracle, digits) == {"nll": pytest.approx(0, abs=1e-6), "right": 300, "lines": 300}
+    assert sums.score(oracle.roll(1, -1), digits)["right"] == 0
     wrong_in_100 = torch.cat([oracle[:200], oracle[200:].roll(1, -1)])
-    assert digit_sums.score(wrong_in_100, digits)["right"] == 200
+    assert sums.score(wrong_in_100, digits)["right"] == 200
     # The answer must beat every token: the dash, which an aside starts with, too.
-    oracle[:, :, digit_sums.DASH] = 200
-    assert digit_sums.score(oracle, digits)["right"] == 0
+    oracle[:, :, sums.DASH] = 200
+    assert sums.score(oracle, digits)["right"] == 0
 
 
-def test_right_thoughts_are_all_four_sums(digit_sums, strings) -> None:
+def test_right_thoughts_are_all_four_sums(sums, strings) -> None:
     digits = strings[1][:100]
-    thoughts = digit_sums.running_sums(digits)[:, None, None].clone()
-    assert digit_sums.right_thoughts(thoughts, digits) == 1
+    thoughts = sums.running_sums(digits)[:, None, None].clone()
+    assert sums.right_thoughts(thoughts, digits) == 1
     thoughts[:25, ..., 2] = (thoughts[:25, ..., 2] + 1) % 10
-    assert digit_sums.right_thoughts(thoughts, digits) == 0.75
+    assert sums.right_thoughts(thoughts, digits) == 0.75
 
 
-def test_interval(digit_sums) -> None:
-    assert digit_sums.report.interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert digit_sums.report.interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+def test_interval(sums) -> None:
+    assert sums.tables.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert sums.tables.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
 
-def test_equals_is_rewarded_wherever_it_thinks(digit_sums, strings) -> None:
-    """The objective leaves out the last position with all its targets: "=" must not be that one."""
-    for setting in (digit_sums.EQUALS_ONLY, digit_sums.EVERYWHERE):
-        data = digit_sums.DirectLines(strings[0][:4], setting, "own", torch.Generator())
+def test_equals_is_rewarded_wherever_it_thinks(sums, strings) -> None:
+    """The objective leaves out the last position with all its targets, which must not be "="."""
+    for setting in (sums.EQUALS_ONLY, sums.runs.EVERYWHERE):
+        data = sums.DirectLines(strings[0][:4], setting, "own", torch.Generator())
         batch = {name: torch.stack([data[i][name] for i in range(4)]) for name in data[0]}
-        qs = digit_sums.think_with(digit_sums.new_model(0), setting, digit_sums.QUIET_STAR, seed=0)
-        assert int(qs.count_targets(**batch).places) == 4 * setting.thoughts * (setting.anchors.index(digit_sums.AT_EQUALS) + 1)
+        qs = sums.think_with(sums.new_model(0), setting, sums.QUIET_STAR, seed=0)
+        assert int(qs.count_targets(**batch).places) == 4 * setting.thoughts * (setting.anchors.index(sums.AT_EQUALS) + 1)
 
 
-def test_every_run_for_three_steps(digit_sums, monkeypatch, tmp_path, capsys) -> None:
-    real_gate = digit_sums.measure_gate
-    monkeypatch.setattr(digit_sums, "measure_gate", lambda *args: {**real_gate(*args), "passed": True})
-    monkeypatch.setattr(digit_sums, "CURVE_LINES", 16)
-    runs = {replace(setting, lines=4, steps=3): names for setting, names in digit_sums.ALL_RUNS.items()}
+def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, capsys) -> None:
+    real_gate = sums.pretraining.measure_gate
+    monkeypatch.setattr(sums.pretraining, "measure_gate", lambda *args: {**real_gate(*args), "passed": True})
+    monkeypatch.setattr(sums.training, "CURVE_LINES", 16)
+    runs = {replace(setting, lines=4, steps=3): names for setting, names in sums.runs.ALL_RUNS.items()}
     seed = digit_sums.run_seed(0, runs, tmp_path, pretraining_steps=3, test_lines=64)
     assert all(
         0 <= row[how]["right"] <= 64 == row[how]["lines"] for row in seed["rows"] for how in ("sampled", "greedy") if how in row
@@ -141,39 +150,39 @@ def test_every_run_for_three_steps(digit_sums, monkeypatch, tmp_path, capsys) ->
     assert len(seed["rows"]) == sum(map(len, runs.values())) + 3 * len(runs)
     assert [point["step"] for point in seed["rows"][0]["curve"]] == [1, 2, 3]
     assert len(seed["positions"]["w"]) == 7
-    assert not all(check["passed"] for check in seed["checks"])  # three steps teach nothing, and it says so
+    assert not all(check["passed"] for check in seed["checks"])  # three steps teach nothing, and the checks say so
 
-    results = {**digit_sums.report.describe_machine(), "seeds": [seed]}
+    results = {**sums.results.describe_machine(), "seeds": [seed]}
     digit_sums.report.show(results, tmp_path)
     assert "FAIL" in capsys.readouterr().out
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["seeds"][0]["rows"][0]["run"] == "Quiet-STaR"
     pytest.importorskip("matplotlib")
     assert (tmp_path / "page.html").read_text().count("data:image/png") == 3
-    digit_sums.report.write_docs(written, tmp_path)
-    assert (tmp_path / "digit-sums.md").read_text() == digit_sums.report.docs_page(
+    sums.docs_page.write_docs(written, tmp_path)
+    assert (tmp_path / "digit-sums.md").read_text() == sums.docs_page.docs_page(
         json.loads((tmp_path / "digit_sums.json").read_text())
     )
 
 
-def test_a_seed_that_pretraining_failed_trains_nothing(digit_sums, tmp_path, capsys) -> None:
-    seed = digit_sums.run_seed(0, digit_sums.QUICK_RUNS, tmp_path, pretraining_steps=2, test_lines=64)
+def test_a_seed_that_pretraining_failed_trains_nothing(digit_sums, sums, tmp_path, capsys) -> None:
+    seed = digit_sums.run_seed(0, sums.runs.QUICK_RUNS, tmp_path, pretraining_steps=2, test_lines=64)
     assert seed["rows"] == [] and seed["pretraining"]["steps"] == 4
     assert not any(check["passed"] for check in seed["checks"])
-    digit_sums.report.show({**digit_sums.report.describe_machine(), "seeds": [seed]}, tmp_path)
+    digit_sums.report.show({**sums.results.describe_machine(), "seeds": [seed]}, tmp_path)
     assert "pretraining did not teach" in capsys.readouterr().out
 
 
-def test_the_docs_are_written_from_their_numbers(digit_sums) -> None:
+def test_the_docs_are_written_from_their_numbers(sums) -> None:
     docs = EXAMPLES.parent / "docs"
     results = json.loads((docs / "digit_sums.json").read_text())
-    assert (docs / "digit-sums.md").read_text() == digit_sums.report.docs_page(results)
+    assert (docs / "digit-sums.md").read_text() == sums.docs_page.docs_page(results)
     assert len(results["seeds"]) >= 3
 
 
 @pytest.fixture
 def one_thread():
-    """As the script runs: two threads are hardly faster on an idle machine, and far slower on a busy one."""
+    """The default of the script. Two threads are hardly faster on an idle machine, and far slower on a busy one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -205,17 +214,17 @@ def test_resume_keeps_the_seeds_that_are_done(digit_sums, one_thread, monkeypatc
         with pytest.raises(SystemExit):
             main("--resume", option)
         assert f"results.json was made with {said}: take another --out" in capsys.readouterr().err
-    assert [x["time"] for x in main()] == [6]  # without --resume it starts anew
+    assert [x["time"] for x in main()] == [6]  # without --resume it starts over
 
 
 @pytest.fixture
-def pretrained(digit_sums, strings, one_thread, tmp_path_factory):
-    """The language model that all runs begin with, and its gate: made once, by the first process of pytest that needs it."""
+def pretrained(sums, strings, one_thread, tmp_path_factory):
+    """The language model that all runs start from, and its gate: trained once, by the first pytest process that needs it."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digit-sums"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            model, gate = digit_sums.pretrain(*strings, seed=0, steps=600)
+            model, gate = sums.pretrain(*strings, seed=0, steps=600)
             with replaced(folder) as written:
                 model.save_pretrained(written)
                 (written / "gate.json").write_text(json.dumps(gate))
@@ -226,37 +235,37 @@ def load(folder):
     return LlamaForCausalLM.from_pretrained(folder), json.loads((folder / "gate.json").read_text())
 
 
-def train_briefly(digit_sums, monkeypatch, model, setting, out, **changes):
+def train_briefly(sums, monkeypatch, model, setting, out, **changes):
     """A run with other fields of its TrainConfig."""
-    monkeypatch.setattr(digit_sums, "TrainConfig", lambda **given: TrainConfig(**given | changes))
-    qs, _ = digit_sums.train_thoughts(model, setting, digit_sums.QUIET_STAR, *digit_sums.split_strings(0), 0, out)
+    monkeypatch.setattr(sums.quiet_star, "TrainConfig", lambda **given: TrainConfig(**given | changes))
+    qs, _ = sums.training.train_thoughts(model, setting, sums.QUIET_STAR, *sums.split_strings(0), 0, out)
     return qs
 
 
-def assert_it_thinks(digit_sums, qs, greedy=0.9, lines=512):
-    """The thresholds of a whole run, on held-out lines; without its own thoughts it answers at chance."""
-    _, held_out = digit_sums.split_strings(0)
-    row = digit_sums.evaluate(qs, digit_sums.QUIET_STAR, held_out[:lines], seed=0)
-    assert digit_sums.exact_match(row, "greedy") >= greedy and digit_sums.exact_match(row) >= 0.85
+def assert_it_thinks(sums, qs, greedy=0.9, lines=512):
+    """The thresholds of a whole run on held-out lines; with another line's thoughts it answers at chance."""
+    _, held_out = sums.split_strings(0)
+    row = sums.evaluation.evaluate(qs, sums.QUIET_STAR, held_out[:lines], seed=0)
+    assert sums.results.exact_match(row, "greedy") >= greedy and sums.results.exact_match(row, "sampled") >= 0.85
     assert row["sampled"]["nll"] <= 0.6
-    others = digit_sums.own_thoughts(qs, held_out[:lines]).roll(1, 0)
-    shuffled = digit_sums.score(digit_sums.predict(qs, held_out[:lines], others).mixed, held_out[:lines])
+    others = sums.own_thoughts(qs, held_out[:lines]).roll(1, 0)
+    shuffled = sums.score(sums.predict(qs, held_out[:lines], others).mixed, held_out[:lines])
     assert shuffled["right"] / lines <= 0.15
 
 
 @pytest.mark.slow
-def test_thinking_at_equals_helps(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
+def test_thinking_at_equals_helps(digit_sums, sums, pretrained, tmp_path, monkeypatch) -> None:
     """One whole seed meets every threshold; about two minutes."""
     monkeypatch.setattr(digit_sums, "pretrain", lambda *arguments: load(pretrained))
-    runs = {digit_sums.EQUALS_ONLY: (digit_sums.QUIET_STAR, digit_sums.FROZEN, digit_sums.PAUSES)}
+    runs = {sums.EQUALS_ONLY: (sums.QUIET_STAR, sums.runs.FROZEN, sums.runs.PAUSES)}
     seed = digit_sums.run_seed(0, runs, tmp_path)
     assert len(seed["checks"]) == 11
     assert [check for check in seed["checks"] if not check["passed"]] == []
 
 
 @pytest.mark.slow
-def test_thinking_helps_with_adapters(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
-    """Only LoRA, the mixing head and the two vectors learn; on the base as it was, the checkpoint thinks."""
+def test_thinking_helps_with_adapters(sums, pretrained, tmp_path, monkeypatch) -> None:
+    """Only LoRA, the mixing head and the two vectors are trained; the checkpoint thinks on the unchanged base model."""
     pytest.importorskip("peft")
     model, gate = load(pretrained)
     assert gate["passed"]
@@ -266,25 +275,25 @@ def test_thinking_helps_with_adapters(digit_sums, pretrained, tmp_path, monkeypa
         qs.add_adapters(AdapterConfig(lora_rank=8))
         return qs
 
-    think_with = digit_sums.think_with
-    monkeypatch.setattr(digit_sums, "think_with", with_adapters)
-    setting = replace(digit_sums.EQUALS_ONLY, steps=50)
-    train_briefly(digit_sums, monkeypatch, model, setting, tmp_path, learning_rate=5e-3)
+    think_with = sums.think_with
+    monkeypatch.setattr(sums.training, "think_with", with_adapters)
+    setting = replace(sums.EQUALS_ONLY, steps=50)
+    train_briefly(sums, monkeypatch, model, setting, tmp_path, learning_rate=5e-3)
     qs = QuietStar.from_pretrained(snapshots.folder(tmp_path, 50), base=load(pretrained)[0])
-    assert_it_thinks(digit_sums, qs.eval())
+    assert_it_thinks(sums, qs.eval())
 
 
 @pytest.mark.slow
-def test_thinking_helps_in_chunks(digit_sums, pretrained, tmp_path, monkeypatch) -> None:
+def test_thinking_helps_in_chunks(sums, pretrained, tmp_path, monkeypatch) -> None:
     """Every position thinks, four at a time."""
-    setting = replace(digit_sums.EVERYWHERE, steps=50)
-    qs = train_briefly(digit_sums, monkeypatch, load(pretrained)[0], setting, tmp_path, anchor_chunk=4)
+    setting = replace(sums.runs.EVERYWHERE, steps=50)
+    qs = train_briefly(sums, monkeypatch, load(pretrained)[0], setting, tmp_path, anchor_chunk=4)
     assert qs.anchor_chunk == 4
-    assert_it_thinks(digit_sums, qs, greedy=0.8)
+    assert_it_thinks(sums, qs, greedy=0.8)
 
 
 @pytest.mark.slow
-def test_thinking_helps_on_two_processes(digit_sums, pretrained, tmp_path) -> None:
+def test_thinking_helps_on_two_processes(sums, pretrained, tmp_path) -> None:
     """Each takes half the lines of a step."""
     spec = importlib.util.spec_from_file_location("processes", Path(__file__).parents[1] / "quietstar" / "run" / "processes.py")
     processes = sys.modules["processes"] = importlib.util.module_from_spec(spec)
@@ -297,4 +306,4 @@ def test_thinking_helps_on_two_processes(digit_sums, pretrained, tmp_path) -> No
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    assert_it_thinks(digit_sums, QuietStar.from_pretrained(snapshots.folder(tmp_path, 60)).eval())
+    assert_it_thinks(sums, QuietStar.from_pretrained(snapshots.folder(tmp_path, 60)).eval())
