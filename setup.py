@@ -1,12 +1,12 @@
 """What pyproject.toml can't say: the CUDA back end, one library compiled from csrc/ with nvcc and ninja.
 
-QUIETSTAR_BUILD=auto    compile where nvcc, ninja and PyTorch are there, else install pure Python and say so in a line (default)
+QUIETSTAR_BUILD=auto    compile if nvcc, ninja and PyTorch are found, else install pure Python with a one-line notice (default)
 QUIETSTAR_BUILD=cuda    compile, or stop with the reason
 QUIETSTAR_BUILD=python  pure Python
 TORCH_CUDA_ARCH_LIST    what to compile for, as PyTorch reads it; default ARCHITECTURES
 CUDA_HOME               the toolkit, default that of the nvcc on PATH
 
-pip builds in an environment of its own, without PyTorch, unless it is called with --no-build-isolation.
+pip builds in an isolated environment without PyTorch, unless it is called with --no-build-isolation.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # the PTX is for what comes after
+ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # the PTX is for later GPUs
 ERROR = re.compile(r"\b(error|fatal)\s*[:#]|undefined reference|cannot find", re.IGNORECASE)  # of compilers and linkers
 OLDEST = 8  # compute capability of the first GPUs with the instructions that the kernels use
 COMPILE = [
@@ -50,8 +50,8 @@ def torch_folder() -> Path | None:
     return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
 
 
-def what_lacks() -> str | None:
-    """Why nothing can be compiled here, None where it can."""
+def missing_for_cuda() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
     if sys.platform != "linux":
         return f"the CUDA back end is for Linux, this is {sys.platform}"
     if not nvcc():
@@ -126,21 +126,21 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(ext.sources, library))
-        compile_all([ninja(), "-C", str(folder)], aloud=self.verbose > 0)
+        compile_all([ninja(), "-C", str(folder)], verbose=self.verbose > 0)
 
 
-def compile_all(command: list[str], aloud: bool) -> None:
+def compile_all(command: list[str], verbose: bool) -> None:
     """Run ninja; where it fails, stop with what the compiler said and, in the last line, its first error."""
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as running:
         for line in running.stdout:
             said.append(line)
-            if aloud:
+            if verbose:
                 print(line, end="", flush=True)
     if running.returncode:
-        unheard = [] if aloud else [line for line in said if not re.match(r"\[\d+/\d+\] ", line)]
+        hidden = [] if verbose else [line for line in said if not re.match(r"\[\d+/\d+\] ", line)]
         first = next((line.strip() for line in said if ERROR.search(line)), "the lines above say why")
-        sys.exit(f"{''.join(unheard)}The CUDA back end does not compile: {first}; QUIETSTAR_BUILD=python installs without it.")
+        sys.exit(f"{''.join(hidden)}The CUDA back end does not compile: {first}; QUIETSTAR_BUILD=python installs without it.")
 
 
 class BuildPy(build_py):
@@ -159,7 +159,7 @@ class Wheel(bdist_wheel):
 wanted = os.environ.get("QUIETSTAR_BUILD", "auto")
 if wanted not in ("auto", "cuda", "python"):
     sys.exit(f"QUIETSTAR_BUILD must be auto, cuda or python, got {wanted!r}.")
-lacking = None if wanted == "python" else what_lacks()
+lacking = None if wanted == "python" else missing_for_cuda()
 if wanted == "cuda" and lacking:
     sys.exit(f"QUIETSTAR_BUILD=cuda: {lacking}.")
 compiled = wanted != "python" and not lacking

@@ -138,7 +138,7 @@ def run(
     write: Callable[[list[Row]], None],
     alone: bool,
 ) -> Iterator[list[Row]]:
-    """The rows of each case. A case that fails as a whole, or would start after the deadline, has one row that says so.
+    """The rows of each case. A case that fails as a whole, or would start after the deadline, has one row with the reason.
 
     Args:
         write: is called with the rows of a case so far.

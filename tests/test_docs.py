@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its code runs, its links lead somewhere, its tables are those of the code."""
+"""The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
 
 import ast
 import dataclasses
@@ -152,17 +152,17 @@ def test_code_runs(page, tmp_path, monkeypatch):
 def test_back_ends_of_the_readme():
     """An operation that the README says a back end has is there, and none that it says is not yet."""
     (_, _, *names), *rows = table(ROOT / "README.md", "operation")
-    told = {
+    stated = {
         (operation.strip("`"), name.strip("`")): {"yes": True, "no": False}[cell]
         for operation, _, *cells in rows
         for name, cell in zip(names, cells, strict=True)
     }
     known = {
         (op, name): name == "reference" or importlib.util.find_spec(f"quietstar_kernels.{name}.{op}") is not None
-        for op, name in told
+        for op, name in stated
     }
-    assert told.keys() == {(row["op"], row["backend"]) for row in backends("cpu")}
-    assert told == known
+    assert stated.keys() == {(row["op"], row["backend"]) for row in backends("cpu")}
+    assert stated == known
 
 
 def test_the_readme_is_short():

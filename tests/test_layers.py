@@ -63,7 +63,7 @@ def is_public(module: str, name: str | None) -> bool:
 def uses(source: str, package: str) -> Iterator[tuple[int, str, str | None]]:
     """(line, module, name) of every import, and of every attribute read from an imported module of ours."""
     nodes = list(ast.walk(ast.parse(source)))
-    bound = {}  # local name -> what it stands for
+    bound = {}  # local name -> full name
     for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -146,7 +146,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> set[str]:
-    """What is in a circle, or between two: what is left when nothing more can be taken from the ground or the roof."""
+    """The nodes in a circle, or between two: those that remain when no node without imports or importers is left."""
     graph = {node: targets & graph.keys() for node, targets in graph.items()}
     while ends := {node for node, targets in graph.items() if not targets} | (graph.keys() - set().union(*graph.values())):
         graph = {node: targets - ends for node, targets in graph.items() if node not in ends}

@@ -132,7 +132,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         self._graphs = Graphs() if use else None
 
     def use_config(self, config: ThoughtConfig) -> None:
-        """Go on with another config: makes the gate and the base model that it asks for, drops those that it doesn't."""
+        """Switch to another config: create the gate and the base model that it asks for, drop those that it doesn't."""
         self.thought_config = config
         if config.anchors != "gate":
             self.gate = None
@@ -340,7 +340,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
         )
 
     def predict(self, inputs: PackedInputs) -> Predictions:
-        """The differentiable pass of ``forward``, in chunks of anchors where ``anchor_chunk`` says so."""
+        """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""
         thinker, size = self.thinker, self.chunk_size(inputs.layout)
         if size < inputs.layout.P:
             return predict_in_chunks(thinker, inputs, size)

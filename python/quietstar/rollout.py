@@ -233,7 +233,7 @@ def continue_thoughts(
 
 
 def _goes_on(running: Tensor) -> bool:
-    """Whether any thought goes on. With several processes none ends early, since a sharded model's forwards need them all."""
+    """Whether any thought continues. With several processes none ends early, since a sharded model's forwards need them all."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (distributed and torch.distributed.get_world_size() > 1) or bool(running.any())
 

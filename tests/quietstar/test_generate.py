@@ -397,7 +397,7 @@ def test_prompts_without_a_meaning(qs, think):
 def test_past_the_learned_positions(tiny):
     qs = wrap(tiny("gpt2", n_positions=24, max_position_embeddings=24))
     _, ids, mask = prompts((16, 10))
-    # The fourth new token's thought stands behind 19 tokens and takes T + 2 rows more.
+    # The fourth new token's thought comes after 19 tokens and takes T + 2 more rows.
     assert qs.generate(ids, mask, max_new_tokens=4, eos_token_id=None).shape == (2, 20)
     message = "text and thoughts need 25 positions and GPT2LMHeadModel has 24 learned positions"
     for options in ({"max_new_tokens": 5}, {"generation_config": GenerationConfig(max_new_tokens=5)}, {"max_length": 21}):

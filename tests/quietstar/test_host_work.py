@@ -1,4 +1,4 @@
-"""What makes the host wait for the device: it is seen in a body that is to be a graph, and a training step has little of it."""
+"""What makes the host wait for the device: nothing in a body that becomes a graph, and little in a training step."""
 
 import sys
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Thoughts of different lengths: each equals an ordinary forward of its own, and what stands behind its end changes nothing."""
+"""Thoughts of different lengths: each equals its own ordinary forward, and what comes after its end changes nothing."""
 
 import dataclasses
 

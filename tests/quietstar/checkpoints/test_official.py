@@ -169,7 +169,7 @@ def test_it_becomes_a_checkpoint_of_ours(published, tmp_path):
 
 
 def test_saving_over_a_checkpoint_of_ours(published):
-    """Nothing of the old format or of more shards stays behind to be read instead."""
+    """No file of the old format or of further shards remains, which would be read instead."""
     qs = QuietStar.from_pretrained(published)
     qs.save_pretrained(published)
     qs.save_official(published, max_shard_size="20KB")

@@ -76,7 +76,7 @@ def test_several_sampled_thoughts(qs, rows, monkeypatch):
 
 @torch.no_grad()
 def row_after_row(qs, prefix, thought):
-    """Probabilities [V] behind ``prefix`` without and with the thought, from ordinary forwards of the model."""
+    """Probabilities [V] after ``prefix`` without and with the thought, from ordinary forwards of the model."""
     embed = qs.model.get_input_embeddings()
     scale = qs.thought_config.embedding_scale
     start, end = (scale * x[None] for x in (qs.start_embedding, qs.end_embedding))

@@ -53,7 +53,7 @@ def test_steps_are_those_of_adamw(name):
 
 @pytest.mark.parametrize("name", HERE)
 def test_a_state_comes_back_from_tensors(name):
-    """Through safetensors and json; both go on bitwise alike."""
+    """Through safetensors and json; both continue bitwise alike."""
     first = weights()
     optimizer = make_optimizer(name, first, learning_rate=0.01, weight_decay=0.1)
     steps(optimizer, first, 2, seed=1)

@@ -76,7 +76,7 @@ def small_model(
 
 
 def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Task]:
-    """Model and task; an empty name stands for a small model from scratch.
+    """Model and task; an empty name is a small model from scratch.
 
     Raises:
         ValueError: the model, its tokenizer or the task can't be loaded; one sentence.
