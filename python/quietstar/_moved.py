@@ -1,8 +1,10 @@
-"""Says where a module is now: importing it by its old name fails with one line that gives the new one."""
+"""Old names fail with one line that gives the new one: of modules when they are imported, of attributes when they are read."""
 
 import sys
 from importlib.abc import MetaPathFinder
 from typing import Any
+
+from torch import nn
 
 # A package, and what its modules were called below quietstar; old=new where a module's own name changed too.
 TABLE = """
@@ -33,6 +35,15 @@ class Moved(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname in MOVED:  # without name=, which ``from quietstar import x`` would take for "no such submodule"
             raise ModuleNotFoundError(f"{fullname} is now {MOVED[fullname]}")
+
+
+class RenamedAttributes(nn.Module):
+    RENAMED = {"reference": "base_model", "update_reference": "update_base_model"}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.RENAMED:
+            raise AttributeError(f"{type(self).__name__}.{name} is now {self.RENAMED[name]}")
+        return super().__getattr__(name)
 
 
 sys.meta_path.append(Moved())  # last, after the finders of modules that exist

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import base_model, checks, objective
+from quietstar._moved import RenamedAttributes
 from quietstar.anchors import Candidates, Gate, choose
 from quietstar.checkpoints import native
 from quietstar.checkpoints.mixin import CheckpointMixin
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class QuietStar(CheckpointMixin, DecoderMixin):
+class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
     """Wraps a causal language model so that it thinks before every token (Quiet-STaR, arXiv 2403.09629).
 
     The model keeps its class, weights and ``generate``. Calls to it without thoughts use plain sdpa attention, or its own
@@ -210,8 +211,7 @@ class QuietStar(CheckpointMixin, DecoderMixin):
             seed: 64 bits for sampling; default drawn from torch's generator.
             counts: what the losses are divided by where this batch is part of a larger one; see ``count_targets``.
             old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default the current one.
-            thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T; the end comes right after the last one.
-                Default T for all.
+            thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T, before its end; default T for all.
 
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than

@@ -1,4 +1,4 @@
-"""Old names of modules: the error says where each is now."""
+"""Old names of modules, fields and attributes: the error gives the new one."""
 
 import importlib
 from importlib.util import find_spec
@@ -37,3 +37,12 @@ def test_other_names_fail_as_always():
     with pytest.raises(ModuleNotFoundError, match="No module named 'quietstar.nothing'"):
         importlib.import_module("quietstar.nothing")
     assert callable(quietstar.verify)
+
+
+def test_old_names_of_fields_and_attributes(tiny):
+    with pytest.raises(TypeError, match="^ThoughtConfig: reference_decay is now base_model_decay$"):
+        quietstar.ThoughtConfig(reference_decay=0.5)
+    qs = quietstar.QuietStar(tiny("llama"), verify=False)
+    with pytest.raises(AttributeError, match="^QuietStar.update_reference is now update_base_model$"):
+        qs.update_reference()
+    assert not hasattr(qs, "reference") and not hasattr(qs, "nothing")
