@@ -102,7 +102,9 @@ def check_head(
     if check["V"] == 0:
         raise check.fail("weight must have at least one row, V=0")
     banned = sorted(set(banned))
-    if banned and not (0 <= banned[0] and banned[-1] < check["V"]):
+    if not banned:
+        return banned
+    if not (0 <= banned[0] and banned[-1] < check["V"]):
         raise check.fail(f"banned ids must be from 0 to V-1={check['V'] - 1}, got {banned}")
     if len(banned) == check["V"]:
         raise check.fail(f"banned must leave at least one of the V={check['V']} ids")

@@ -76,18 +76,24 @@ def module(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"quietstar_kernels.{name}")
 
 
+@functools.cache
+def _op_of(function: str) -> str:
+    return function.removesuffix("_backward").removesuffix("_joined")
+
+
 def run(function: str, backend: str, *arguments: Any) -> Any:
     """Call an op's function, such as "thought_attention_backward", on the device of its first argument.
 
     Autocast is off: back ends choose their own precision.
     """
-    serve = getattr(module(function.removesuffix("_backward").removesuffix("_joined"), backend), function)
+    serve = getattr(module(_op_of(function), backend), function)
     device = arguments[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    if not elsewhere and not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(kind):
         return serve(*arguments)
     here = torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
-    with here, torch.autocast(device.type, enabled=False):
+    with here, torch.autocast(kind, enabled=False):
         return serve(*arguments)
 
 
