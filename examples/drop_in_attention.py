@@ -1,13 +1,13 @@
-"""A small GPT in plain PyTorch that thinks at every position: thought_attention in place of causal attention.
+"""A small GPT in plain PyTorch that thinks at every position, with thought_attention in place of causal attention.
 
-One packed forward runs a text and all its thoughts. The script
+One packed forward pass runs a text and all its thoughts. The script
 
-1. samples thoughts at every position, all of them at once,
-2. trains a few steps on the text and on what each thought predicts behind it,
-3. compares every thought row with an ordinary causal forward over the text up to its anchor and that thought.
+1. samples thoughts at all positions at once,
+2. trains for a few steps on the text and on what each thought predicts,
+3. compares every thought row with an ordinary causal forward pass over the text up to its anchor and that thought.
 
-Thoughts get no reward here and a model this small gains nothing from them. Mixing, rewards and REINFORCE are in the
-package ``quietstar``, which also keeps keys and values while it samples.
+Thoughts get no reward here, and a model this small gains nothing from them. The package ``quietstar`` has mixing, rewards
+and REINFORCE, and a key-value cache for sampling.
 
     python examples/drop_in_attention.py
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quietstar_kernels import ThoughtLayout, sample_token, thought_attention
 
-B, L, N, T, J = 4, 48, 2, 3, 2  # batch, text tokens, thoughts per position, sampled tokens, tokens predicted behind them
+B, L, N, T, J = 4, 48, 2, 3, 2  # batch, text tokens, thoughts per position, sampled tokens, tokens predicted after them
 S = T + J + 1  # rows of a thought: start, T sampled tokens, end, J-1 tokens of the text
 START, END, V = 256, 257, 258  # tokens are bytes
 D, H, LAYERS, STEPS = 64, 4, 2, 40
@@ -41,7 +41,7 @@ class Block(nn.Module):
         if layout is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y = thought_attention(q, k, v, layout)  # the one line that a model needs
+            y = thought_attention(q, k, v, layout)  # the one line a model needs
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_2(x))
 
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
 
     def forward(self, ids: Tensor, layout: ThoughtLayout | None = None) -> Tensor:
-        """Last hidden states [B,rows,D] of a text, or of a text and its thoughts."""
+        """Last hidden states of a text [B,L,D], or of a text and its thoughts [B,M,D]."""
         positions = torch.arange(ids.shape[1])[None] if layout is None else layout.position_ids()
         x = self.tokens(ids) + self.positions(positions)
         for block in self.blocks:
@@ -63,37 +63,37 @@ class GPT(nn.Module):
 
 
 def thought_rows(hidden: Tensor, layout: ThoughtLayout) -> Tensor:
-    """Packed hidden states [B,M,D] to those of the thoughts [B,P,N,S,D]."""
+    """The thoughts' rows [B,P,N,S,D] of packed hidden states [B,M,D]."""
     return hidden[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
 
 
 @torch.no_grad()
 def sample_thoughts(model: GPT, text: Tensor, layout: ThoughtLayout, seed: int) -> Tensor:
-    """[B,P,N,T]: T packed forwards sample the thoughts of all positions, however many there are."""
+    """Ids [B,P,N,T], sampled in T packed forward passes, however many positions there are."""
     shape = (layout.B, layout.P, layout.N)
     thoughts = torch.zeros((*shape, T), dtype=torch.long)
     sequence, position, n = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
     for s in range(T):
         hidden = thought_rows(model(layout.token_ids(text, thoughts, START, END, pad_id=0), layout), layout)[:, :, :, s]
-        counters = torch.stack([sequence, position, n, torch.full(shape, s)], -1).int()  # with the seed, they fix the draw
+        counters = torch.stack([sequence, position, n, torch.full(shape, s)], -1).int()  # these and the seed fix the draw
         ids, _ = sample_token(hidden.flatten(0, 2), model.head.weight, counters.flatten(0, 2), seed, banned=[START, END])
         thoughts[..., s] = ids.view(shape)
     return thoughts
 
 
 def losses(model: GPT, text: Tensor, thoughts: Tensor, layout: ThoughtLayout) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the text, and of the J tokens behind each thought's anchor, in nats per byte."""
+    """Cross entropy of the text, and of the J tokens after each thought's anchor, in nats per byte."""
     hidden = model(layout.token_ids(text, thoughts, START, END, pad_id=0), layout)
     text_loss = F.cross_entropy(model.head(hidden[:, : L - 1]).flatten(0, 1), text[:, 1:].flatten())
-    logits = model.head(thought_rows(hidden, layout)[:, :, :, T + 1 :])  # [B,P,N,J,V], the end row and those behind it
-    behind = F.pad(text, (0, J), value=-100).unfold(1, J, 1)[:, 1:]  # [B,P,J], anchor t: tokens t+1 to t+J
-    thought_loss = F.cross_entropy(logits.flatten(0, 3), behind[:, :, None].expand(-1, -1, N, -1).flatten())
+    logits = model.head(thought_rows(hidden, layout)[:, :, :, T + 1 :])  # [B,P,N,J,V], from the end row and those after it
+    targets = F.pad(text, (0, J), value=-100).unfold(1, J, 1)[:, 1:]  # [B,P,J], anchor t: tokens t+1 to t+J
+    thought_loss = F.cross_entropy(logits.flatten(0, 3), targets[:, :, None].expand(-1, -1, N, -1).flatten())
     return text_loss, thought_loss
 
 
 @torch.no_grad()
 def largest_difference(model: GPT, text: Tensor, thoughts: Tensor, layout: ThoughtLayout) -> float:
-    """Logits of each thought row in the packed forward, against an ordinary forward over text prefix + thought."""
+    """Largest difference of any logit between the packed forward pass and ordinary ones over text prefix + thought."""
     ids = layout.token_ids(text, thoughts, START, END, pad_id=0)
     packed = model.head(thought_rows(model(ids, layout), layout))
     tokens = ids[:, L:].unflatten(1, (L, N, S))
@@ -109,7 +109,7 @@ def main() -> int:
     torch.manual_seed(0)
     corpus = torch.tensor(list("\n".join(topics.topics.values()).encode()))
     model, layout = GPT(), ThoughtLayout.every_position(B, L, thoughts=N, rows=S)
-    print(f"one forward: {layout.L} text rows and {layout.R} thought rows (P={layout.P} x N={N} x S={S}), batch {B}")
+    print(f"one forward pass: {layout.L} text rows and {layout.R} thought rows (P={layout.P} x N={N} x S={S}), batch {B}")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(STEPS):
@@ -121,7 +121,7 @@ def main() -> int:
         (text_loss + thought_loss).backward()
         optimizer.step()
         if step in (0, STEPS // 2, STEPS - 1):
-            print(f"step {step:2d}: cross entropy {text_loss:.2f} on the text, {thought_loss:.2f} behind the thoughts")
+            print(f"step {step:2d}: cross entropy {text_loss:.2f} on the text, {thought_loss:.2f} after the thoughts")
 
     place = L // 2
     shown = [bytes(ids.tolist()).decode(errors="replace") for ids in (text[0, : place + 1], *thoughts[0, place])]
@@ -130,7 +130,7 @@ def main() -> int:
     model.eval()
     worst = largest_difference(model, text, thoughts, layout)
     same = worst < 1e-4
-    print(f"{B * layout.R} thought rows against ordinary forwards: logits differ by {worst:.1e} at most,", end=" ")
+    print(f"{B * layout.R} thought rows against ordinary forward passes: logits differ by at most {worst:.1e},", end=" ")
     print("rounding alone" if same else "which is too much")
     return 0 if same else 1
 

@@ -1,8 +1,8 @@
-"""Quiet-STaR on real English, from nothing to thoughts in about two minutes on two CPU cores.
+"""Quiet-STaR on real English, from scratch to thoughts in about two minutes on two CPU cores.
 
 Trains a tokenizer and a small Llama on the documentation that ships with every Python, wraps the model in
-quietstar.QuietStar, trains it to think before every token, and measures on held-out text what the thoughts are worth.
-For a model of this size that is about nothing: what this shows is the loop at work, not a gain.
+quietstar.QuietStar, trains it to think before every token, and measures on held-out text how much the thoughts help.
+For a model this small they hardly help at all: this shows the loop at work, not a gain.
 
     python examples/english.py
     python examples/english.py --seconds-lm 300 --seconds-thoughts 600 --out runs/longer
@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,19 +28,21 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.evaluation.losses import evaluate
 from quietstar_kernels import sample_token
 
-LENGTH = 64  # tokens of a text
-NEW, HELD_OUT = 256, 128  # paragraphs kept from the language model: to learn to think on, to measure on
-# The published policy_weight of 1e6 and embedding_scale of 100 go with a learning rate of 1e-6; these go with 3e-4.
+LENGTH = 64  # tokens in a text
+NEW, HELD_OUT = 256, 128  # paragraphs that the language model doesn't see: to train thoughts on, to measure on
+# The published policy_weight of 1e6 and embedding_scale of 100 are for a learning rate of 1e-6; these are for 3e-4.
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=6, lookahead=4, policy_weight=3, embedding_scale=1)
 
 
 def paragraphs(seed: int) -> tuple[list[str], list[str], list[str]]:
-    """For the language model, for learning to think, and held out; each paragraph once.
+    """Paragraphs to train the language model on, to train thoughts on, and to hold out; each occurs once.
 
-    Topics repeat each other's paragraphs, so a split by topic would put training text into the held-out part. And thoughts
-    learn from text that is new to the model: on text it knows by heart, what pays is to be surer of what it predicts anyway.
+    Topics repeat each other's paragraphs, so a split by topic would put training text into the held-out part. Thoughts are
+    trained on text that is new to the model: on text it knows by heart, the reward goes to being surer of what it predicts
+    anyway.
     """
     pieces = (" ".join(piece.split()) for text in topics.values() for piece in re.split(r"\n\s*\n", text))
     once = list(dict.fromkeys(piece for piece in pieces if len(piece) >= 100))
@@ -65,7 +66,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> LlamaForC
         intermediate_size=3 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
-        initializer_range=width**-0.5,  # the default of 0.02 is made for wide models: a narrow one learns little from it
+        initializer_range=width**-0.5,  # the default of 0.02 is for wide models: a narrow one learns little with it
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=None,
@@ -74,7 +75,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> LlamaForC
 
 
 class Log:
-    """metrics.jsonl, a line at a time, so that a run that was stopped keeps what it measured."""
+    """metrics.jsonl, written line by line, so that a stopped run keeps what it measured."""
 
     def __init__(self, path: Path):
         self.file = path.open("w", buffering=1)
@@ -86,7 +87,7 @@ class Log:
 
 
 def until(seconds: float, name: str) -> Iterator[tuple[float, tqdm]]:
-    """The share of the time that is spent, and the progress bar, until all of it is."""
+    """Yield the share of the time that has passed, and the progress bar, until the time is up."""
     layout = "{desc} {bar:20} {elapsed}, {remaining} left{postfix}"
     with tqdm(total=seconds, desc=f"{name:<14}", bar_format=layout, mininterval=0.5) as bar:
         began, spent = time.perf_counter(), 0.0
@@ -123,7 +124,7 @@ def train_lm(model: LlamaForCausalLM, stream: Tensor, seconds: float, log: Log) 
 
 
 def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> None:
-    """Every position of every text thinks."""
+    """Train with a thought at every position of every text."""
     qs.train()
     optimizer = torch.optim.AdamW(qs.parameters(), weight_decay=1e-3)
     for spent, bar in until(seconds, "Quiet-STaR"):
@@ -135,38 +136,22 @@ def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> N
         log.add(phase="thoughts", **values, thoughts_per_second=speed)
         shown = ", ".join(f"{name} {value:.2g}" for name, value in values.items())
         bar.set_postfix_str(f"{shown}, {speed:,.0f} thoughts/s", refresh=False)
-
-
-@torch.no_grad()
-def text_losses(qs: QuietStar, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss of every text's tokens, nats: of the model alone, and mixed with one greedy thought before each token."""
     qs.eval()
-    trained_with = qs.thought_config
-    qs.thought_config = replace(trained_with, thoughts=1, lookahead=1)  # greedy thoughts are all the same
-    base, mixed = [], []
-    for rows in tqdm(torch.arange(len(ids)).split(8), desc="Held-out texts", leave=False):
-        out, counts = qs(ids[rows], mask[rows]), mask[rows, 1:]
-        base.append((out.nll_base * counts).sum(1) / counts.sum(1))
-        mixed.append((out.nll_mix[:, :-1, 0, 0] * counts).sum(1) / counts.sum(1))
-    qs.thought_config = trained_with
-    return torch.cat(base), torch.cat(mixed)
 
 
-def show_losses(before: Tensor, base: Tensor, mixed: Tensor, log: Log) -> None:
-    gain = base - mixed
-    mean, margin = gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5
-    print(f"\nHeld-out loss, nats a token, mean of {len(gain)} texts")
-    print(f"  language model               {before.mean():.4f}")
-    print(f"  the same after Quiet-STaR    {base.mean():.4f}")
-    print(f"  mixed with its thoughts      {mixed.mean():.4f}")
-    low, high = mean - margin, mean + margin
-    print(f"Gain from thoughts, the last two compared text by text: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}.")
+def show_losses(before: float, found: dict[str, float], log: Log) -> None:
+    """Print what ``quietstar.evaluation.losses.evaluate`` found after Quiet-STaR, and the base loss before it."""
+    gain, low, high = found["gain"], found["gain_low"], found["gain_high"]
+    print(f"\nHeld-out loss, nats per token, mean of {found['texts']} texts")
+    print(f"  language model               {before:.4f}")
+    print(f"  the same after Quiet-STaR    {found['base']:.4f}")
+    print(f"  mixed with its thoughts      {found['mixed']:.4f}")
+    print(f"Gain from thoughts, the difference of the last two: {gain:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}.")
     if low <= 0 <= high:
-        print("It includes 0: no gain was measured.")
+        print("The interval includes 0: no gain was measured.")
     else:
-        print(f"It does not include 0: in this run thoughts {'helped' if mean > 0 else 'hurt'} a little.")
-    losses = {"before": before.mean().item(), "base": base.mean().item(), "mixed": mixed.mean().item()}
-    log.add(phase="held_out", **losses, gain=mean, gain_low=low, gain_high=high)
+        print(f"The interval does not include 0: in this run, thoughts {'helped' if gain > 0 else 'hurt'} a little.")
+    log.add(phase="held_out", before=before, **found)
 
 
 def show_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> None:
@@ -176,14 +161,14 @@ def show_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> None:
     decode = qs.tokenizer.decode
     print("\nThoughts on a held-out text")
     for place, both in zip(places, thoughts, strict=True):
-        print(f"  ...{decode(ids[place - 7 : place + 1])!r} thinks {' and '.join(repr(decode(one)) for one in both)}")
-        print(f"     and reads on {decode(ids[place + 1 : place + 5])!r}")
+        print(f"  ...{decode(ids[place - 7 : place + 1])!r} thinks {' and '.join(repr(decode(thought)) for thought in both)}")
+        print(f"     the text continues {decode(ids[place + 1 : place + 5])!r}")
 
 
 @torch.no_grad()
 def naive_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> Tensor:
-    """What ``qs.think`` does at once, position by position: read the prefix, then generate."""
-    config = qs.thought_config
+    """The thoughts of ``qs.think``, sampled one position after another: read the prefix, then generate."""
+    config, start = qs.thought_config, qs.thinker.start
     model = copy.deepcopy(qs.model)
     model.set_attn_implementation("sdpa")
     thoughts = []
@@ -191,7 +176,7 @@ def naive_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> Tensor:
         cache = DynamicCache()
         model.model(ids[None, : t + 1], past_key_values=cache)
         cache.batch_repeat_interleave(config.thoughts)
-        embeds = (config.embedding_scale * qs.start_embedding).expand(config.thoughts, 1, -1)
+        embeds = start.expand(config.thoughts, 1, -1)
         tokens = []
         for s in range(config.thought_tokens):
             hidden = model.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state[:, 0]
@@ -209,9 +194,9 @@ def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
     batched = qs.think(ids[None], seed=seed, greedy=False).thought_ids[0]
     naive_seconds, seconds = between - began, time.perf_counter() - between
     count, same = naive[..., 0].numel(), (naive == batched).all(-1).sum().item()
-    print(f"\nThinking at all {len(ids)} positions of a text: {count / seconds:,.0f} thoughts/s at once,")
-    print(f"{count / naive_seconds:,.0f} one position after another: {naive_seconds / seconds:.1f} times faster.", end=" ")
-    print(f"{same} of {count} thoughts are the same from both.")
+    print(f"\nThinking at all {len(ids)} positions of a text: {count / seconds:,.0f} thoughts/s for all at once,")
+    print(f"{count / naive_seconds:,.0f} for one after another: {naive_seconds / seconds:.1f} times faster.", end=" ")
+    print(f"Both give the same thought in {same} of {count} cases.")
     log.add(phase="speed", thoughts_per_second=count / seconds, naive=count / naive_seconds, same=same / count)
 
 
@@ -221,18 +206,22 @@ def plot(log: Log, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    panels = [("lm", "loss"), ("thoughts", "loss_ce"), ("thoughts", "reward")]
-    for axes, (phase, name) in zip(figure.subplots(1, 3), panels, strict=True):
+    panels = [
+        ("lm", "loss", "language model: loss"),
+        ("thoughts", "loss_ce", "Quiet-STaR: cross entropy"),
+        ("thoughts", "reward", "Quiet-STaR: mean reward"),
+    ]
+    for axes, (phase, name, title) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.plot([entry[name] for entry in log.entries if entry["phase"] == phase])
-        axes.set(title=f"{phase}: {name}", xlabel="step", ylabel="nats")
+        axes.set(title=title, xlabel="step", ylabel="nats")
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds-lm", type=float, default=45, help="time to train the language model")
-    parser.add_argument("--seconds-thoughts", type=float, default=45, help="time to train it to think")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds-lm", type=float, default=45, help="time to train the language model; default 45")
+    parser.add_argument("--seconds-thoughts", type=float, default=45, help="time to train it to think; default 45")
+    parser.add_argument("--seed", type=int, default=0, help="for weights, texts and sampling; default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/english"), help="folder for metrics, plot and checkpoint")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -241,30 +230,31 @@ def main() -> None:
     training, new, held_out = paragraphs(args.seed)
     tokenizer = train_tokenizer(training)
     training, new = (tokenizer("\n".join(part), return_tensors="pt").input_ids[0] for part in (training, new))
-    texts = tokenizer(
-        ["\n" + text for text in held_out], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
+    held_out = tokenizer(["\n" + text for text in held_out], truncation=True, max_length=LENGTH).input_ids
+    texts = [{"input_ids": torch.tensor(ids)} for ids in held_out]
     model = new_model(tokenizer)
-    print(f"{model.num_parameters() / 1e6:.1f} million weights, vocabulary {len(tokenizer)}, {len(training):,} tokens of text")
+    print(
+        f"{model.num_parameters() / 1e6:.1f} million parameters, vocabulary {len(tokenizer)}, {len(training):,} tokens of text"
+    )
 
     train_lm(model, training, args.seconds_lm, log)
     qs = QuietStar(model, THOUGHTS, tokenizer)
-    before, _ = text_losses(qs, texts.input_ids, texts.attention_mask)
+    before = evaluate(qs, texts, progress=True)["base"]
     train_thoughts(qs, new, args.seconds_thoughts, log)
-    show_losses(before, *text_losses(qs, texts.input_ids, texts.attention_mask), log)
+    show_losses(before, evaluate(qs, texts, progress=True), log)
 
     logging.disable_progress_bar()
-    whole = texts.input_ids[texts.attention_mask.all(1)][0]
+    whole = next(text["input_ids"] for text in texts if len(text["input_ids"]) == LENGTH)
     show_thoughts(qs, whole, args.seed)
     show_speed(qs, whole, args.seed, log)
     plot(log, args.out / "losses.png")
     qs.save_pretrained(args.out / "checkpoint")
-    print(f"\n{args.out}: metrics.jsonl, losses.png, checkpoint (QuietStar.from_pretrained loads it)")
+    print(f"\n{args.out}: metrics.jsonl, losses.png, checkpoint (load it with QuietStar.from_pretrained)")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nStopped; what was measured so far is in metrics.jsonl.")
+        print("\nStopped. What was measured so far is in metrics.jsonl.")
         sys.exit(130)

@@ -1,14 +1,14 @@
 #!/bin/bash
-# Four machines of 8 GPUs, a process for each GPU, weights cut over all 32:
+# Four machines with 8 GPUs each, one process per GPU, weights sharded over all 32:
 #   sbatch examples/accelerate/slurm.sh --model M --data D --out runs/first
-# All machines must see the folder of --out. The same line once more goes on from the newest checkpoint there.
+# All machines must share the folder of --out. Run the same line again to continue from the newest checkpoint there.
 #SBATCH --job-name=quietstar
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-# Ten minutes before the end, to every process: it finishes its step and saves.
+# Sent to every process ten minutes before the time limit: it finishes its step and saves.
 #SBATCH --signal=TERM@600
 set -euo pipefail
 
@@ -16,6 +16,6 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 
-# No torchrun between: a signal reaches the processes themselves, and --kill-on-bad-exit ends all when one has died.
+# Without torchrun, signals reach the processes themselves; --kill-on-bad-exit ends all when one has died.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m quietstar train "$@"' train \
   --sharding full_shard --precision bf16 --resume "$@"

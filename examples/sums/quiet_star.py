@@ -16,7 +16,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
 from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example
-from quietstar.train import Loss, thought_loss, train
+from quietstar.train import Loss, train
 from sums.runs import Run, Setting
 from sums.task import AT_EQUALS, DASH, STEPS, direct_lines
 
@@ -41,10 +41,10 @@ def train_to_think(
     setting: Setting,
     out: Path,
     seed: int,
-    loss: Loss = thought_loss,
-    evaluate: Callable[[QuietStar], dict[str, float]] | None = None,
+    loss: Loss,
+    evaluate: Callable[[QuietStar], dict[str, float]],
 ) -> list[dict[str, float]]:
-    """Train ``qs`` in place; returns the metrics of each step, with those of ``evaluate`` at ten of them."""
+    """Train ``qs`` in place; returns the metrics of each step, ten of which include those of ``evaluate``."""
     config = TrainConfig(
         out=str(out),
         steps=setting.steps,

@@ -1,4 +1,4 @@
-"""The demo runs from end to end on budgets of seconds, and leaves what it promises."""
+"""The demo runs end to end in seconds and writes the files that it promises."""
 
 import importlib.util
 import json
