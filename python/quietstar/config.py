@@ -117,6 +117,11 @@ class ThoughtConfig(_Checked):
     embedding_scale: float = option(100.0, "the start and end vectors are this times their parameters")
     embedding_init: int | str | None = option(None, "token id or text whose embedding initialises the start and end vectors")
 
+    def __new__(cls, *values: Any, **fields: Any) -> ThoughtConfig:
+        for name in OLD_NAMES.keys() & fields.keys():
+            raise TypeError(f"ThoughtConfig: {name} is now {OLD_NAMES[name]}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self._choice("preset", PRESETS)
         for name, value in PRESETS[self.preset].items():
