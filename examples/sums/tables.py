@@ -57,7 +57,7 @@ def checks_table(results: Results) -> tuple[list[str], Rows]:
     for (setting, what, wanted), checks in groups.items():
         verdict = "pass" if all(check["passed"] for check in checks) else "FAIL"
         body.append([verdict, setting, what, wanted, " ".join(f"{check['value']:.3f}" for check in checks)])
-    return ["", "thoughts", "measure", "threshold", "value of each seed"], body
+    return ["", "setting", "measure", "threshold", "value of each seed"], body
 
 
 def thoughts_table(results: Results) -> tuple[list[str], Rows]:
