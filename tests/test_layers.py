@@ -177,6 +177,18 @@ def test_every_room_has_a_floor() -> None:
     assert len(modules) <= 16 and len(rooms) <= 28
 
 
+def test_nobody_calls_a_private_method_of_the_wrapper() -> None:
+    folders = ("python", "benchmarks", "examples", "experiments")
+    found = [
+        f"{path.relative_to(ROOT)}, line {node.lineno}: {ast.unparse(node)}"
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) in ("qs", "thinker", "one")
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_no_file_is_long() -> None:
     folders = ("python", "quietstar_kernels", "benchmarks", "examples")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]

@@ -76,7 +76,7 @@ class _Checked:
 
 def _described(functions: Mapping[str, Callable[..., Any]]) -> str:
     """ "name: what it computes; name: ..." """
-    return "; ".join(f"{name}: {(function.__doc__ or '').splitlines()[0]}" for name, function in functions.items())
+    return "; ".join(f"{name}: {(function.__doc__ or '').partition(chr(10))[0]}" for name, function in functions.items())
 
 
 @dataclass
