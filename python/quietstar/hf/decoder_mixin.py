@@ -34,10 +34,10 @@ class DecoderMixin(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` for the language model's decoder, in place; arguments as there.
 
-        One graph serves all steps of a rollout. What stands around the decoder looks at values and stays as it is:
-        ``torch.compile(qs)`` gives the same numbers with breaks at these places.
+        One graph serves all steps of a rollout. The code around the decoder reads values and is not compiled:
+        ``torch.compile(qs)`` gives the same numbers, with graph breaks there.
         """
         # Text, first rows, other rows and both at once; in training, evaluation and generation; at one length and at any.
-        # Older versions of torch have one limit for everything.
+        # Older versions of torch have a single limit.
         limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
         backbone(self.model).compile(*args, **{**limit, **kwargs})
