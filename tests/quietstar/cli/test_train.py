@@ -89,7 +89,7 @@ BAD_INPUT = {
     "empty text": (["--data=empty.txt"], "no text in it"),
     "undecodable": (["--data=latin.txt"], "byte 3, in line 1, is not UTF-8"),
     "no field": (["--data=lines.jsonl", "--text-field=body"], "line 1 has no text in a field 'body'"),
-    "too short": (["--data=short.txt"], "the text is shorter than the look-ahead: it has 3 tokens, and looking 2 tokens ahead needs 4"),
+    "too short": (["--data=short.txt"], "shorter than the look-ahead: it has 3 tokens, and looking 2 tokens ahead needs 4"),
     "length too short": (["--length=5", "--lookahead=8"], "J+2=10"),
     "unknown data": (["--data=nobody/nothing"], "nobody/nothing"),
     "unknown model": (["--model=nobody/nothing"], "nobody/nothing"),
