@@ -10,12 +10,14 @@ from quietstar.hf.attention import register_attention
 from quietstar.hf.verify import VerifyReport, verify
 from quietstar.model import QuietStar
 from quietstar.output import QuietStarOutput
+from quietstar.packed import Thinker
 from quietstar.rollout import Thoughts
 
 __all__ = [
     "QuietStar",
     "QuietStarOutput",
     "Report",
+    "Thinker",
     "ThoughtConfig",
     "Thoughts",
     "VerifyReport",

@@ -94,7 +94,17 @@ class Mixture(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Thinker:
-    """A language model with the parts that thoughts need. Shares every weight with the ``QuietStar`` that it comes from."""
+    """The parts of a ``QuietStar`` that a pass with thoughts needs, and the steps of one, for code of your own.
+
+    ``qs.thinker`` makes one. It shares every weight. ``PackedInputs``, ``Predictions`` and ``Mixture`` are in ``quietstar.packed``.
+
+    Attributes:
+        model: the language model.
+        lm_head: its output layer with factor and soft cap.
+        mixing_head: the mixing head.
+        start_embedding, end_embedding: Parameter [D]; ``start`` and ``end`` are what the decoder sees.
+        config: the ``ThoughtConfig``.
+    """
 
     model: PreTrainedModel
     lm_head: LMHead
