@@ -96,7 +96,7 @@ class Mixture(NamedTuple):
 class Thinker:
     """The parts of a ``QuietStar`` that a pass with thoughts needs, and the steps of one, for code of your own.
 
-    ``qs.thinker`` makes one. It shares every weight. ``PackedInputs``, ``Predictions`` and ``Mixture`` are in ``quietstar.packed``.
+    ``qs.thinker`` makes one; it shares every weight. Its other types are in ``quietstar.packed``.
 
     Attributes:
         model: the language model.
