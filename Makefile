@@ -10,7 +10,7 @@ REHEARSAL := .venv-rehearsal
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
     $(addprefix tests/quietstar/,test_model.py test_rollout.py test_golden.py test_generate.py hf/test_drop_in.py \
-    hf/test_architectures.py checkpoints/test_native.py cli/test_train.py)
+    hf/test_architectures.py checkpoints/test_native.py cli)
 CPP := $(wildcard $(foreach folder,csrc tests/emulation,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.

@@ -64,7 +64,7 @@ def test_one_wheel_for_all_of_python(tmp_path):
         assert sum(name.endswith(".so") for name in names) == 1  # no library of PyTorch or CUDA was packed with it
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata
-    assert {"quietstar_kernels/__init__.py", "quietstar/__init__.py", "quietstar/page/explain.js"} <= {*names}
+    assert {"quietstar_kernels/__init__.py", "quietstar/__init__.py", "quietstar/explain/assets/explain.js"} <= {*names}
 
 
 def test_source_distribution_has_what_a_build_needs():
