@@ -217,3 +217,20 @@ def test_no_file_is_long() -> None:
 )
 def test_violation_is_caught(importer: str, source: str) -> None:
     assert len(violations(source, importer, importer.rpartition(".")[0])) == 1
+
+
+def counts(package: str) -> str:
+    """Rooms of a package, pairs of rooms with an import, and modules in circles."""
+    graph = {
+        module: {target for target in targets if target.split(".")[0] == package}
+        for module, targets in imports().items()
+        if module.split(".")[0] == package
+    }
+    pairs = {(room(module), room(target)) for module, targets in graph.items() for target in targets}
+    pairs = {(one, other) for one, other in pairs if one != other}
+    rooms = {room(module) for module in graph}
+    return f"{package}: {len(rooms)} rooms, {len(pairs)} pairs with an import, {len(circles(graph))} modules in circles"
+
+
+if __name__ == "__main__":
+    print("\n".join(map(counts, ("quietstar_kernels", "quietstar", "benchmarks"))))

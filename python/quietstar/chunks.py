@@ -54,7 +54,7 @@ def _predict_chunk(
         hidden = decode_rows(thinker.model, rows, layout.position_ids()[:, layout.L :], ChunkPass(layout, keys_values))
     thought = hidden.unflatten(1, (layout.P, layout.N, layout.S))
     h_base, ahead = thinker.base_states(layout, text), thinker.end_states(thought, lengths)
-    mixture = thinker.mix(h_base[:, :, None].expand_as(ahead), ahead)
+    mixture = thinker.mix(h_base[:, :, None], ahead)
     compared, nll_mix = thinker.mixed_nll(mixture, targets, h_base.detach(), targets[:, :, 0])
     logprob = thinker.thought_logprob(thought, inputs.thought_ids, lengths)
     return compared.detach(), nll_mix, mixture.weight, logprob

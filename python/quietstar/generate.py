@@ -248,7 +248,7 @@ class ThinkingModel(GenerationMixin):
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Log-probabilities [B,V] from states of the text [B,D] and of thoughts [B,N,D], whose probabilities are averaged."""
-        logprobs = self.thinker.mixed_logprobs(h_base[:, None].expand_as(h_thought), h_thought).log_softmax(-1)
+        logprobs = self.thinker.mixed_logprobs(h_base[:, None], h_thought).log_softmax(-1)
         return logprobs[:, 0] if self.N == 1 else logprobs.logsumexp(1) - math.log(self.N)
 
     def _room(self, needed: int, wanted: int) -> int:

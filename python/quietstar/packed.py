@@ -185,8 +185,14 @@ class Thinker:
         return self.lm_head.logprob(thought[:, :, :, :T], thought_ids, self.config.policy_temperature, self.config.banned)
 
     def mix(self, h_base: Tensor, h_thought: Tensor) -> Mixture:
-        """How the predictions of two states [...,D], of the text and of a thought, combine."""
-        h_base, h_thought = h_base.float(), h_thought.float()
+        """How the predictions of two states combine.
+
+        Args:
+            h_base: [...,D], of the text; may have size 1 where ``h_thought`` has N.
+            h_thought: [...,D], of thoughts.
+        """
+        h_thought = h_thought.float()
+        h_base = h_base.float().expand_as(h_thought)
         weight = self.mixing_head.score(h_base, h_thought)
         if self.config.mixing == "logits":
             return Mixture([(torch.ones_like(weight), (1 - weight) * h_base + weight * h_thought)], weight[..., 0])
@@ -215,14 +221,14 @@ class Thinker:
 
     def mixed_logprobs(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """log p_mix [...,V] from states [...,D], as in the loss: where log-probabilities mix, they don't add up to 1."""
-        terms = self.mix(h_base, h_thought).terms
-        return torch.stack([coefficient * self.logprobs(state) for coefficient, state in terms]).sum(0)
+        first, *others = [coefficient * self.logprobs(state) for coefficient, state in self.mix(h_base, h_thought).terms]
+        return sum(others, first)
 
     def predict(self, inputs: PackedInputs, text: Tensor, thought: Tensor) -> Predictions:
         """What the objective needs, from the states of ``states``."""
         layout, lengths, targets = inputs.layout, inputs.thought_lengths, inputs.targets
         ahead = self.end_states(thought, lengths)
-        mixture = self.mix(self.base_states(layout, text)[:, :, None].expand_as(ahead), ahead)
+        mixture = self.mix(self.base_states(layout, text)[:, :, None], ahead)
         nll_base, nll_mix = self.mixed_nll(mixture, targets.mix, text[:, :-1], targets.base)
         compared = at_anchors(nll_base, layout, self.config.lookahead)
         logprob = self.thought_logprob(thought, inputs.thought_ids, lengths)

@@ -165,7 +165,7 @@ def _top(thinker: Thinker, h_base: Tensor, h_thought: Tensor) -> tuple[Tensor, T
     Where log-probabilities mix, the mixed ones are those of the loss, which don't add up to 1.
     """
     base = thinker.logprobs(h_base)
-    mixed = thinker.mixed_logprobs(h_base[:, None].expand_as(h_thought), h_thought)
+    mixed = thinker.mixed_logprobs(h_base[:, None], h_thought)
     count = min(TOP, base.shape[-1])
     (base_p, base_top), (mixed_p, mixed_top) = base.topk(count), mixed.topk(count)
     return base_top, base_p.exp(), mixed_top, mixed_p.exp()
