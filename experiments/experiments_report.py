@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quietstar.evaluation.intervals import mean_interval
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 Result = dict[str, Any]
 

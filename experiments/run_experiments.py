@@ -42,7 +42,7 @@ def run_one(name: str, seed: int, size: str, out: Path) -> None:
     import torch
     from transformers.utils import logging
 
-    from quietstar.files import write_whole
+    from quietstar.files.writing import write_whole
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 Results = dict[str, Any]
 POSITIONS = ["d", "d", "d", "d", "d", "=", "a"]  # of a line that think

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from quietstar import QuietStar
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.evaluation.scoring import one_thought
-from quietstar.files import replaced
+from quietstar.files.writing import replaced
 from quietstar.run import snapshots
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

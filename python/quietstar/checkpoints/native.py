@@ -18,7 +18,7 @@ from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.contents import Contents
 from quietstar.checkpoints.tensors import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file
 from quietstar.config import ThoughtConfig
-from quietstar.files import replaced
+from quietstar.files.writing import replaced
 from quietstar.hf.modules import embeddings, unwrapped
 
 TENSORS, SETTINGS, CARD = "quietstar.safetensors", "quietstar.json", "README.md"

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from quietstar.checkpoints.contents import Contents
 from quietstar.checkpoints.tensors import check_vocabulary, find, locate_tensors, read_tensors
 from quietstar.config import ThoughtConfig
-from quietstar.files import replaced
+from quietstar.files.writing import replaced
 from quietstar.hf.modules import embeddings
 
 # Published name to the wrapper's; every other name belongs to the base model.

@@ -17,7 +17,7 @@ from quietstar.cli.tables import held_out_losses
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation import anchor_choices, difficulty
 from quietstar.evaluation.losses import summary, token_losses
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 
 @dataclass

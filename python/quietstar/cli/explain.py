@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from quietstar.cli.loading import load_checkpoint
 from quietstar.cli.shared_options import Checkpoint
-from quietstar.data.texts import read_utf8
+from quietstar.files.reading import read_utf8
 
 
 @dataclass

@@ -21,7 +21,7 @@ from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, Tr
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.run import snapshots
 from quietstar.run.processes import process_state
 from quietstar.run.resume import Settings, check_folder

@@ -13,8 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from quietstar.data.texts import json_value
-from quietstar.files import beside
+from quietstar.files.reading import json_value
+from quietstar.files.writing import beside
 
 Record = dict[str, Any]
 Write = Callable[[Sequence[Record]], None]
@@ -52,11 +52,11 @@ class JsonLines:
             self.file.seek(start)
             line = self.file.read(end - start)
             if line.strip():
-                yield number, json_value(self.path, number, line)
+                yield number, json_value(line, f"{self.path}: line {number}")
 
     def read(self, number: int) -> Any:
         self.file.seek(self.starts[number - 1])
-        return json_value(self.path, number, self.file.readline())
+        return json_value(self.file.readline(), f"{self.path}: line {number}")
 
 
 class ParquetRows:

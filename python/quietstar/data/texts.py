@@ -5,7 +5,6 @@ Problems with chains of thought are in ``quietstar.recipes``, questions in ``qui
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import option
+from quietstar.files.reading import json_lines, read_utf8
 from quietstar.run.batches import Example
 
 __all__ = ["Data", "DataConfig", "json_lines", "load_data"]
@@ -138,32 +138,6 @@ def packed(ids: list[Tensor], length: int, least: int) -> list[Example]:
 def alone(ids: list[Tensor], length: int, least: int) -> list[Example]:
     """One text per example, cut to ``length`` tokens; texts of fewer than ``least`` tokens are dropped."""
     return [{"input_ids": x[:length]} for x in ids if len(x) >= least]
-
-
-def read_utf8(path: Path) -> str:
-    """A file's text without its byte order mark. Raises ValueError, naming the file, if it can't be read or decoded."""
-    try:
-        return path.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: byte {error.start}, in line {line}, is not UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line that is not blank. Raises ValueError, naming the line, if one is not JSON."""
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
-        if line.strip():
-            yield number, json_value(path, number, line)
-
-
-def json_value(path: Path, number: int, line: str | bytes) -> Any:
-    """The value of a line. Raises ValueError, naming the line, if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
 
 
 def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quietstar.evaluation.intervals import Z
 from quietstar.evaluation.losses import TokenLosses
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 GROUPS = 10
 Group = dict[str, Any]

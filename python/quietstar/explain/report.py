@@ -19,7 +19,7 @@ from quietstar.config import ThoughtConfig
 from quietstar.explain.page import render
 from quietstar.explain.token_text import text_pieces, token_text
 from quietstar.explain.tokens import SAME, Alternative, ExplainedThought, ExplainedToken
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, unwrapped
 from quietstar.packed import PackedInputs, Thinker
 from quietstar.rollout import Sampling, sample_thoughts

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig, option
 from quietstar.evaluation.losses import evaluate
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
 from quietstar.recipes.common.log import is_logging

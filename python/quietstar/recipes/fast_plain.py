@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from quietstar import QuietStar
 from quietstar.config import option
 from quietstar.evaluation.losses import token_losses
-from quietstar.files import replaced
+from quietstar.files.writing import replaced
 from quietstar.recipes.common.logprobs import evaluating, positions
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.config import option
-from quietstar.files import replaced, write_whole
+from quietstar.files.writing import replaced, write_whole
 from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_report as icot_report
 from quietstar.recipes.common.log import log_figures

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import option
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
 from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import evaluating, padded

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quietstar.config import option
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.ranges import check, check_at_least
 from quietstar.recipes.common.sampling import Completion, Sampling, rollout

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quietstar.config import option
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.evaluation import evaluate, nothing_solved
 from quietstar.recipes.common.log import Pace, log_figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 __all__ = ["Metrics"]
 

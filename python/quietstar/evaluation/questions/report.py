@@ -12,7 +12,7 @@ from typing import Any
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.questions.reading import Question
 from quietstar.evaluation.questions.settings import Asking
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 FORMAT = 1
 SHOWN, WIDTH = 20, 90  # the page's largest number of differing questions, and of letters in each

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quietstar.files import write_whole
+from quietstar.files.writing import write_whole
 
 Points = Sequence[tuple[float, float]]
 

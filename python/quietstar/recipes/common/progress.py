@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from quietstar.files import replaced
+from quietstar.files.writing import replaced
 from quietstar.recipes.common.log import LoggedMetrics
 from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted, Signals

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quietstar.data.texts import json_lines
-from quietstar.files import replaced, write_whole
+from quietstar.files.reading import json_lines
+from quietstar.files.writing import replaced, write_whole
 from quietstar.recipes.common.log import LoggedMetrics, log_figures
 from quietstar.recipes.tasks import Task
 from quietstar.run.resume import Settings, check_folder

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.data.texts import json_lines
 from quietstar.evaluation.questions.answers import STOP, extract
 from quietstar.evaluation.questions.reading import Question, parse
+from quietstar.files.reading import json_lines
 from quietstar.recipes.tasks.base import Problem, Row, Task
 from quietstar.recipes.tasks.marks import MARK
 from quietstar.recipes.tasks.splits import SPLITS, split_of

@@ -1,0 +1,115 @@
+"""Where files come in: regular files alone, JSON and YAML checked against a type, each refusal one sentence.
+
+A type is anything that ``msgspec.convert`` takes: a ``msgspec.Struct``, a dataclass, ``dict[str, int]``, ``Any``. The formats
+accept what ``json.dumps`` writes: NaN and Infinity too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+__all__ = ["as_type", "check_regular", "json_lines", "json_value", "read_json", "read_utf8", "read_yaml"]
+
+LARGEST = 64 * 2**20  # bytes of a settings file: one that is larger is none of ours
+
+
+def check_regular(path: str | os.PathLike) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        ValueError: the file is missing or can't be reached, or is a folder, device or pipe, which might never end.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL, or a character that the file system can't encode
+        raise ValueError(f"{os.fspath(path)!r} is no file name: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def read_utf8(path: str | os.PathLike) -> str:
+    """A regular file's text without its byte order mark. Raises ValueError, naming the file, if it can't be read or decoded."""
+    check_regular(path)
+    try:
+        return Path(path).read_bytes().decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: byte {error.start}, in line {line}, is not UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def read_json(path: str | os.PathLike, kind: Any = Any) -> Any:
+    """The value of a JSON file of at most 64 MiB. Raises ValueError, naming the file, if it can't be read or is no ``kind``."""
+    _check_size(path)
+    return as_type(kind, json_value(read_utf8(path), str(path)), str(path))
+
+
+def read_yaml(path: str | os.PathLike, kind: Any = Any) -> Any:
+    """The value of a YAML or JSON file, as ``read_json``. Aliases are refused: a few lines of them can stand for gigabytes."""
+    _check_size(path)
+    try:
+        value = yaml.load(read_utf8(path), _WithoutAliases)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
+    return as_type(kind, value, str(path))
+
+
+def json_lines(path: str | os.PathLike, kind: Any = Any) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line that is not blank. Raises ValueError, naming the line, where it is not JSON of the type."""
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            yield number, as_type(kind, json_value(line, where), where)
+
+
+def json_value(text: str | bytes, where: str) -> Any:
+    """The value of a JSON text. Raises ValueError, which begins with ``where``, if it is not JSON or can't be UTF-8."""
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if r"\ud" in text.lower():  # maybe half of a pair: no tokenizer takes that
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not whole Unicode: half of a pair, {error.object[error.start]!a}") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    return value
+
+
+def as_type(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as ``kind``. Raises ValueError, which begins with ``where`` and names the place, if it is something else."""
+    if kind is Any:
+        return value
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {str(error).replace('`', '')}") from error
+
+
+def _check_size(path: str | os.PathLike) -> None:
+    size = check_regular(path)
+    if size > LARGEST:
+        raise ValueError(f"{path}: {size:,} bytes are too many for a file of settings, {LARGEST:,} are the most")
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1} has an alias, which is not supported")
+        return super().compose_node(parent, index)

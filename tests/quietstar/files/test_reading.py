@@ -1,0 +1,93 @@
+"""Files at the door: what is refused, and in which words."""
+
+import json
+import os
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from quietstar.files.reading import json_lines, read_json, read_utf8, read_yaml
+
+
+class Kept(msgspec.Struct):
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    files: dict[str, tuple[int, str]] = {}
+
+
+def test_a_file_becomes_its_type(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"step": 3, "files": {"a": [1, "x"]}, "later": None}))
+    assert read_json(tmp_path / "run.json", Kept) == Kept(3, {"a": (1, "x")})
+    (tmp_path / "run.yaml").write_text("step: 3\n")
+    assert read_yaml(tmp_path / "run.yaml", Kept) == Kept(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "object, got array"),
+        ("null", "got null"),
+        ('{"step": "3"}', r"int, got str - at \$.step"),
+        ('{"step": true}', "int, got bool"),
+        ('{"step": NaN}', "int, got float"),
+        ('{"step": -1}', ">= 0"),
+        ('{"step": 1' + 5000 * "0" + "}", "is not JSON"),
+        ("{}", "required field step"),
+        ('{"step": 1, "files": {"a": ["1", "x"]}}', r"at \$.files"),
+        ('{"step": 1, "x": "\\ud800"}', "half of a pair"),
+        ('{"step": 1, "x": ' + 10**5 * "[" + 10**5 * "]" + "}", "nested too deeply"),
+    ],
+)
+def test_other_values_are_refused_by_place(tmp_path, text, says):
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        read_json(file, Kept)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+    (tmp_path / "run.jsonl").write_text('{"step": 1}\n\n' + text)
+    with pytest.raises(ValueError, match=says) as error:
+        list(json_lines(tmp_path / "run.jsonl", Kept))
+    assert "run.jsonl: line 3" in str(error.value)
+
+
+def test_what_json_writes_is_read_back(tmp_path):
+    value = {"loss": float("inf"), "gain": float("nan"), "text": "\U0001f600 \\ud800"}
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    read = read_json(tmp_path / "x.json")
+    assert repr(read) == repr(value)
+
+
+@pytest.mark.parametrize("read", [read_utf8, read_json, read_yaml])
+def test_only_regular_files_are_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    files: list[tuple[Any, str]] = [
+        ("/dev/zero", "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "loop", "symbolic links"),
+        (tmp_path / "missing", "No such file"),
+        ("\0", "no file name"),
+        (tmp_path / "\ud800", "no file name"),
+    ]
+    for file, says in files:
+        with pytest.raises(ValueError, match=says):
+            read(file)
+
+
+def test_yaml_aliases_are_refused(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]" for i in range(60)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 2 has an alias"):
+        read_yaml(tmp_path / "bomb.yaml")
+    (tmp_path / "deep.yaml").write_text(3000 * "[" + 3000 * "]")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_yaml(tmp_path / "deep.yaml")
+
+
+def test_a_file_of_settings_has_a_size_limit(tmp_path):
+    with open(tmp_path / "run.json", "wb") as file:
+        file.truncate(2**40)  # takes no space on the disk
+    with pytest.raises(ValueError, match="too many"):
+        read_json(tmp_path / "run.json")
