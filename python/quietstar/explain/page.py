@@ -37,7 +37,7 @@ def render(model: dict[str, Any], settings: dict[str, Any], summary: dict[str, A
         "script": script,
         "style_hash": _hash(style),
         "script_hash": _hash(script),
-        "model": html.escape(describe(model, settings, tokens)),
+        "model": html.escape(_encodable(describe(model, settings, tokens))),
         **figures(summary),
         "legend": _legend(tokens),
         "text": "".join(_span(token) for token in tokens),
@@ -100,6 +100,11 @@ def colour(gain: float | None) -> str:
 def _span(token: ExplainedToken) -> str:
     shown = html.escape(visible(token.text)).replace(MARK, "<i>").replace(UNMARK, "</i>")
     return f'<span class="{colour(token.gain)}">{shown}</span>'
+
+
+def _encodable(text: str) -> str:
+    """A folder's name may hold bytes that are no text, which Python keeps as halves of surrogate pairs."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _legend(tokens: list[ExplainedToken]) -> str:

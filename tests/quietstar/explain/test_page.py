@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -293,6 +294,55 @@ def test_model_text_is_data(open_page):
     assert shown[6] == "⟨U+2028⟩⟨U+2029⟩⟨U+FEFF⟩⟨U+E000⟩⟨U+E001⟩"
     assert shown[8] == ATTACKS[8]
     assert page.locator("script").count() == 2
+
+
+# Pieces that hostile texts are made of, in any order, each perhaps cut off.
+PIECES = [
+    *ATTACKS,
+    "</script",
+    "<script>attacked = 1//",
+    "<svg/onload=attacked=1>",
+    "<iframe srcdoc='<script>parent.attacked=1</script>'>",
+    "<a href=javascript:attacked=1>x</a>",
+    "<style>@import 'https://example.org/x.css'</style>",
+    "<meta http-equiv=refresh content='0;url=https://example.org'>",
+    "<base href=https://example.org>",
+    "]]>",
+    "-->",
+    '","gain":1e999,"x":"',
+    "${attacked = 1}",
+    "\\u003cscript\\u003e",
+    "\\",
+    "\ud800",
+    "\U000e0041",
+    "\x85",
+]
+
+
+@pytest.mark.slow
+def test_120_hostile_pages(open_page, browser, tmp_path):
+    """No script of the text's runs, nothing is requested, and each token is shown, wherever the pieces meet."""
+    draw = random.Random(0)
+
+    def hostile():
+        pieces = draw.choices(PIECES, k=draw.randint(1, 4))
+        return "".join(piece[: draw.randint(1, len(piece))] if draw.random() < 0.3 else piece for piece in pieces)
+
+    page = open_page(report(WORDS), java_script_enabled=True)
+    for number in range(120):
+        texts = [hostile() for _ in range(draw.randint(3, 12))]
+        shown = report(texts, thoughts=draw.randint(1, 2))
+        shown.model["name"] = shown.settings["preset"] = hostile()
+        data = re.search(r'id="data">(.*?)</script>', shown.html, re.DOTALL)[1]
+        assert data.isascii() and not set("<>&") & set(data), (number, texts)
+        shown.save(tmp_path / "0.html")
+        page.reload()
+        token(page, 1).click()
+        panel(page)
+        assert page.evaluate("typeof attacked") == "undefined", (number, texts)
+        assert page.locator("script").count() == 2, (number, texts)
+        assert page.locator("img, iframe, svg, base, #text a").count() == 0, (number, texts)
+        assert page.locator("#text > span").count() == len(texts), (number, texts)
 
 
 def test_the_policy_blocks_what_is_not_the_pages_own(browser, tmp_path):
