@@ -108,8 +108,10 @@ def answer(arguments, folder, seconds, change):
 
 if __name__ == "__main__":
     # What the commands import at their first use comes first too.
+    import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from trl import DPOConfig, DPOTrainer  # noqa: F401
 
     from quietstar.cli.main import main
 

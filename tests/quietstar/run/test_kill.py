@@ -21,24 +21,22 @@ killing = sys.modules["killing"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(killing)
 
 TIMES = re.compile(r"seconds|\w+_per_second|speeds")
-TEXTS = ["--model=../model", "--data=../text.txt", "--no-pack", "--length=12"]
-THOUGHTS = ["--thoughts=2", "--policy-weight=3", "--embedding-scale=1", "--batch-size=4"]
-TRAIN = ["train", *TEXTS, *THOUGHTS, "--thought-tokens=2", "--lookahead=2", "--learning-rate=1e-3", "--out=run"]
-PROBLEMS = ["--model=../solver", "--task=addition", "--digits=1", "--max-new=8", "--out=run"]
-ROUNDS = ["--test-problems=8", "--batch-tokens=300"]
+TEXTS = "--data=../text.txt --no-pack --length=12"
+THOUGHTS = f"--model=../model {TEXTS} --thoughts=2 --policy-weight=3 --embedding-scale=1 --learning-rate=1e-3 --batch-size=4"
+TRAIN = f"train --out=run {THOUGHTS} --thought-tokens=2 --lookahead=2"
+PROBLEMS = "--out=run --model=../solver --task=addition --digits=1"
+OFTEN = "--save-every=2 --eval-every=2"
 COMMANDS = {
-    "train": [*TRAIN, "--held-out=4", "--steps=16", "--save-every=2", "--eval-every=4", "--resume"],
-    "star": ["star", *PROBLEMS, *ROUNDS, "--rounds=4", "--problems=20", "--steps=4", "--rationalize", "--resume"],
-    "vstar": ["vstar", *PROBLEMS, *ROUNDS, "--rounds=3", "--problems=20", "--steps=3", "--samples=4", "--test-samples=4"],
-    "score": ["score", *PROBLEMS, "--first-steps=5", "--second-steps=5", "--problems=8", "--held-out=4", "--chains=1"],
-    "internalize": ["internalize", *PROBLEMS[:3], "--out=run", "--explicit-steps=2", "--steps-per-token=2", "--final-steps=6"],
-    "fast": ["fast", *TEXTS, *THOUGHTS, "--held-out=4", "--curriculum=3-2,2-1", "--learning-rate=1e-3", "--plain-rate=1e-3"],
-    "export": ["export", "--model=../thinker", *TEXTS[1:], "--out=run/thoughts.jsonl", "--batch-size=2"],
+    "train": f"{TRAIN} --held-out=4 --steps=16 {OFTEN}",
+    "star": f"star {PROBLEMS} --max-new=8 --rounds=4 --problems=20 --steps=4 --test-problems=8 --rationalize",
+    "vstar": f"vstar {PROBLEMS} --max-new=8 --rounds=3 --problems=20 --steps=3 --samples=4 --test-problems=8 --test-samples=4"
+    " --pair-batch=8 --updates=4",
+    "score": f"score {PROBLEMS} --max-new=8 --first-steps=5 --second-steps=5 --problems=8 --held-out=4 --chains=1 --save-every=2",
+    "internalize": f"internalize {PROBLEMS} --explicit-steps=2 --steps-per-token=2 --final-steps=6 --learning-rate=1e-4"
+    f" --rows=20 --held-out=8 --batch-size=4 {OFTEN}",
+    "fast": f"fast --out=run {THOUGHTS} --held-out=4 --curriculum=3-2,2-1 --steps=4 --plain-steps=6 --plain-rate=1e-3 {OFTEN}",
+    "export": f"export --out=run/thoughts.jsonl --model=../thinker {TEXTS} --batch-size=2",
 }
-COMMANDS["vstar"] += ["--pair-batch=8", "--updates=4", "--resume"]
-COMMANDS["score"] += ["--save-every=2", "--resume"]
-COMMANDS["internalize"] += ["--rows=20", "--held-out=4", "--batch-size=4", "--save-every=2", "--eval-every=2", "--resume"]
-COMMANDS["fast"] += ["--steps=4", "--plain-steps=6", "--save-every=2", "--eval-every=2", "--out=run", "--resume"]
 KILLS = {"train": 10, "star": 7, "vstar": 7, "score": 7, "internalize": 7, "fast": 8, "export": 4}  # 50
 
 
@@ -70,7 +68,7 @@ def wait_for(condition, seconds=120):
 def test_a_signal_saves_within_a_step(home, number):
     out = home / "broken" / "run"
     out.parent.mkdir()
-    command = [sys.executable, "-m", "quietstar", *TRAIN, "--held-out=0", "--steps=100000", "--save-every=100000"]
+    command = [sys.executable, "-m", "quietstar", *TRAIN.split(), "--held-out=0", "--steps=100000", "--save-every=100000"]
     process = subprocess.Popen(command, cwd=out.parent, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: len(metrics(out)) >= 2 or process.poll() is not None)
@@ -117,7 +115,7 @@ class UsersFiles:
                 self.content |= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
             if not re.search(r"step-\d+", str(name)):
                 for path in (folder / name for name in self.NAMES):
-                    if path not in self.content:
+                    if not path.exists():
                         path.parent.mkdir(exist_ok=True)
                         path.write_text(f"mine: {path}")
                         self.content[path] = path.read_bytes()
@@ -158,13 +156,15 @@ def content(out):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver, commands, name, record_property):
     """Killed again and again, at random moments and right before random changes inside its saves, and resumed each time."""
-    arguments, generator = COMMANDS[name], random.Random(name)
+    arguments, generator = COMMANDS[name].split(), random.Random(name)
     model, task = solver
     model.save_pretrained(home / "solver")
     task.tokenizer.save_pretrained(home / "solver")
     if name == "export":
-        assert commands.run([*TRAIN, "--held-out=0", "--steps=1"], home / "model").code == 0
+        assert commands.run([*TRAIN.split(), "--held-out=0", "--steps=1"], home / "model").code == 0
         (home / "thinker").symlink_to(home / "model/run")
+    else:
+        arguments.append("--resume")
 
     def start(folder, **kill):
         (folder / "run").mkdir(parents=True, exist_ok=True)
@@ -172,27 +172,24 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
 
     unbroken = start(home / "unbroken")
     assert unbroken.code == 0, (home / "unbroken/output.txt").read_text()
-    want = content(home / "unbroken/run")
-    killed, inside, runs, folder, users = 0, 0, 0, None, None
-    while killed < KILLS[name] or folder is not None:
-        if folder is None:
-            runs += 1
-            folder = home / f"broken-{runs}"
-            users = UsersFiles(folder / "run")
-        kill = {}
-        if killed < KILLS[name] and killed % 3:
-            kill = {"change": generator.randint(1, 1 + len(unbroken.changes) // 3)}
-        elif killed < KILLS[name]:
-            kill = {"seconds": generator.uniform(0.01, unbroken.seconds)}
-        ended = start(folder, **kill)
-        assert ended.code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
-        users.check(in_place=ended.code == 0)
-        if ended.code:
-            killed += 1
-            inside += any(killing.in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
-            users.add()
-            continue
+    want, killed, inside, runs = content(home / "unbroken/run"), 0, 0, 0
+    while killed < KILLS[name]:
+        runs += 1
+        folder, left, ended = home / f"broken-{runs}", len(unbroken.changes), None
+        users = UsersFiles(folder / "run")
+        while ended is None or ended.code:
+            kill = {}
+            if killed < KILLS[name]:  # soon enough that others can follow
+                soon = generator.uniform(0, left / 3)
+                kill = {"change": 1 + int(soon)} if killed % 3 else {"seconds": 0.01 + unbroken.seconds * soon / left}
+            ended = start(folder, **kill)
+            assert ended.code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
+            left = max(1, left - len(ended.changes))
+            users.check(in_place=ended.code == 0)
+            if ended.code:
+                killed += 1
+                inside += any(killing.in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
+                users.add()
         users.remove()
         assert content(folder / "run") == want
-        folder = None
     record_property("table", f"SIGKILL, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +49,7 @@ class Rounds:
     @property
     def done(self) -> int:
         """Finished rounds; 0 if there is only the initial model, -1 if there is nothing."""
-        return len(list(self.out.glob("round-*"))) - 1
+        return sum(re.fullmatch(r"round-\d+", path.name) is not None for path in self.out.iterdir()) - 1
 
     def folder(self, number: int) -> Path:
         return self.out / f"round-{number:02d}"
