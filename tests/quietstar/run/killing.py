@@ -51,20 +51,27 @@ def in_a_save(path) -> bool:
     return any(part.startswith(".") for part in Path(path).parts)
 
 
+CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")  # audit events whose values begin with paths
+
+
+def changed_paths(event: str, values: tuple) -> list[str]:
+    """The absolute paths that an audit event is about to change."""
+    if event == "open":
+        paths = values[:1] if values[2] & (os.O_WRONLY | os.O_RDWR) else ()
+    elif event in ("os.remove", "os.rmdir") and values[1] != -1:  # relative to an open folder
+        paths = [os.path.join(os.readlink(f"/proc/self/fd/{values[1]}"), values[0])]
+    else:
+        paths = values[:2] if event in CHANGES else ()
+    return [os.path.abspath(os.fsdecode(path)) for path in paths if isinstance(path, (str, bytes, os.PathLike))]
+
+
 def watch(journal: int, kill_before: int) -> None:
     """Log this process's changes to temporary files and folders below the current one. SIGKILL before one of them."""
     home, count = f"{os.getcwd()}{os.sep}", 0
 
     def hook(event, values):
         nonlocal count
-        if event == "open":
-            paths, changes = values[:1], values[2] & (os.O_WRONLY | os.O_RDWR)
-        else:
-            paths, changes = values[:2], event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-        if not changes:
-            return
-        full = [os.path.abspath(os.fsdecode(path)) for path in paths if isinstance(path, (str, bytes, os.PathLike))]
-        inside = [path.removeprefix(home) for path in full if path.startswith(home)]
+        inside = [path.removeprefix(home) for path in changed_paths(event, values) if path.startswith(home)]
         if any(map(in_a_save, inside)):
             count += 1
             os.write(journal, f"{event} {' '.join(inside)}\n".encode())

@@ -32,7 +32,7 @@ COMMANDS = {
     "vstar": f"vstar {PROBLEMS} --max-new=8 --rounds=3 --problems=20 --steps=3 --samples=4 --test-problems=8 --test-samples=4"
     " --pair-batch=8 --updates=4",
     "score": f"score {PROBLEMS} --max-new=8 --first-steps=5 --second-steps=5 --problems=8 --held-out=4 --chains=1 --save-every=2",
-    "internalize": f"internalize {PROBLEMS} --explicit-steps=2 --steps-per-token=2 --final-steps=6 --learning-rate=1e-4"
+    "internalize": f"internalize {PROBLEMS} --explicit-steps=0 --steps-per-token=2 --final-steps=6"
     f" --rows=20 --held-out=8 --batch-size=4 {OFTEN}",
     "fast": f"fast --out=run {THOUGHTS} --held-out=4 --curriculum=3-2,2-1 --steps=4 --plain-steps=6 --plain-rate=1e-3 {OFTEN}",
     "export": f"export --out=run/thoughts.jsonl --model=../thinker {TEXTS} --batch-size=2",
