@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import glob
+import ctypes
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["beside", "put_back", "replaced", "write_whole"]
+from quietstar.files.locking import FileLock
 
-# A checkpoint's weights and their index: those of the folder that is replaced never go with the new ones.
-WEIGHTS = re.compile(r"((adapter_)?model(-\d+-of-\d+)?|quietstar)\.safetensors(\.index\.json)?")
-# How temporary folders end: the one that is being written, and the one that it replaces.
-NEW = r"-\w{8}"
+__all__ = ["put_back", "replaced", "write_whole"]
+
+# The weights of a checkpoint and what belongs to them: those of the folder that is replaced never go with the new ones.
+_OF_WEIGHTS = re.compile(
+    r"(model(-[0-9]+-of-[0-9]+)?|adapter_model|quietstar)\.safetensors"
+    r"|model\.safetensors\.index\.json|adapter_config\.json|quietstar\.json"
+)
+
+
+# How the names of temporary folders end, with the id of their process: one that is being written, and one that it replaces.
+NEW = r"([0-9]+)-[a-z0-9_]{8}"
 OLD = rf"{NEW}-old"
 
 
@@ -30,63 +37,70 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 def beside(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name next to ``path`` to write a file to. It is renamed to ``path`` at the end; an error deletes it.
 
-    What a killed process left is deleted by the next call.
+    What processes that were killed here have left is removed. A ``path`` that is a link stays one.
     """
-    path = Path(path)
-    for unfinished in _left_by_dead(path):
-        unfinished.unlink()
+    path = Path(os.path.realpath(path))
+    _remove_leftovers(path)
     file = path.with_name(f".{path.name}-{os.getpid()}")
+    while (lock := FileLock.acquire(file)) is None:
+        pass  # another process is removing what one with this id has left
     try:
         yield file
         os.replace(file, path)
     finally:
         file.unlink(missing_ok=True)
+        lock.release(remove=False)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that have ended, which no longer lock them."""
+    ours = re.compile(re.escape(f".{path.name}-") + "[0-9]+")
+    for file in path.parent.iterdir() if path.parent.is_dir() else ():
+        if ours.fullmatch(file.name) and file.is_file() and (lock := FileLock.acquire(file)):
+            lock.release(remove=lock.certain)
 
 
 @contextmanager
-def replaced(directory: str | os.PathLike, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``directory`` at the end. An error leaves the old one whole.
+def replaced(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``directory`` at the end; an error leaves the old one whole.
 
-    Other files of the old folder are moved to the new one, except weights, their index and files named in ``stale``. A process
-    that is killed may leave the old folder, or some of its files, in a hidden one beside it; the next call, or ``put_back``,
-    brings them back.
+    Other files of the old folder are kept, except the weights of a checkpoint and what belongs to them. A ``directory`` that is
+    a link stays one. What processes that were killed here have left is removed, or put back.
     """
-    directory, stale = Path(directory), set(stale)
+    directory = Path(os.path.realpath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     put_back(directory)
     for old in _left_by_dead(directory, OLD):
-        _keep_others(old, directory, stale)
+        _keep_others(old, directory)
+        shutil.rmtree(old)
     for unfinished in _left_by_dead(directory, NEW):
         shutil.rmtree(unfinished)
     new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-{os.getpid()}-", dir=directory.parent))
     try:
         new.chmod(0o755)
         yield new
-        if directory.exists():
-            old = new.with_name(new.name + "-old")
-            os.replace(directory, old)
-            os.replace(new, directory)
-            _keep_others(old, directory, stale)
-        else:
-            os.replace(new, directory)
+        _put_in_place(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         put_back(directory)
 
 
 def put_back(directory: str | os.PathLike) -> None:
-    """Rename a folder back that a process was replacing by a new one when it was killed."""
-    directory = Path(directory)
+    """Give a folder its name back if a process was killed between moving it away and putting the new one in its place.
+
+    Where the system can exchange two folders in one step, there is no such moment.
+    """
+    directory = Path(os.path.realpath(directory))
     for old in _left_by_dead(directory, OLD):
         if not directory.exists():
             os.replace(old, directory)
 
 
-def _left_by_dead(path: Path, ending: str = "") -> list[Path]:
-    """The temporary files or folders for ``path`` that no process is writing."""
-    form = re.compile(rf"\.{re.escape(path.name)}-(\d+){ending}")
-    found = [(other, form.fullmatch(other.name)) for other in path.parent.glob(f".{glob.escape(path.name)}-*")]
-    return [other for other, match in found if match and not _is_another_process(int(match[1]))]
+def _left_by_dead(directory: Path, form: str) -> list[Path]:
+    """The temporary folders for ``directory`` that no other process is writing."""
+    ours = re.compile(re.escape(f".{directory.name}-") + form)
+    found = [(path, ours.fullmatch(path.name)) for path in (directory.parent.iterdir() if directory.parent.is_dir() else ())]
+    return [path for path, match in found if match and path.is_dir() and not _is_another_process(int(match[1]))]
 
 
 def _is_another_process(pid: int) -> bool:
@@ -96,11 +110,43 @@ def _is_another_process(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return pid != os.getpid()  # a container's processes have the same ids each time
+    return pid != os.getpid()  # in a container, a command has the same id each time
 
 
-def _keep_others(old: Path, directory: Path, stale: set[str]) -> None:
-    for file in old.iterdir():
-        if not (directory / file.name).exists() and not WEIGHTS.fullmatch(file.name) and file.name not in stale:
-            os.replace(file, directory / file.name)
+def _put_in_place(new: Path, directory: Path) -> None:
+    if not directory.exists():
+        os.replace(new, directory)
+        return
+    _keep_others(directory, new)
+    old = new
+    if not _exchange(new, directory):
+        old = new.with_name(new.name + "-old")
+        os.replace(directory, old)
+        os.replace(new, directory)
+    _keep_others(old, directory)  # what came in the meantime
     shutil.rmtree(old)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Link the files of ``old`` that ``new`` lacks into it, so that they are in either at any moment."""
+    for file in old.iterdir():
+        target = new / file.name
+        if file.is_dir() and not file.is_symlink():
+            if target.is_dir() or not os.path.lexists(target):
+                target.mkdir(exist_ok=True)
+                _keep_others(file, target)
+        elif not os.path.lexists(target) and not _OF_WEIGHTS.fullmatch(file.name):
+            _link(file, target)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step. Returns False where the system can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    return rename is not None and rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
