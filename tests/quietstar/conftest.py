@@ -1,4 +1,4 @@
-"""Tiny random models of every listed architecture, small enough that a test can look at every row; and one that solves problems."""
+"""Tiny random models of every listed architecture, small enough to look at every row; and one that solves problems."""
 
 import pytest
 import torch

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMIT = 240  # seconds of a command
+LIMIT = 600  # seconds of a command
+NOT_SAVED = {".quietstar.lock", ".notes"}  # hidden files and folders that no save writes
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Commands:
 
 def in_a_save(path) -> bool:
     """Whether a path is a temporary file or folder, which saves write to, or inside one."""
-    return any(part.startswith(".") for part in Path(path).parts)
+    return any(part.startswith(".") and part not in NOT_SAVED for part in Path(path).parts)
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")  # audit events whose values begin with paths

@@ -31,7 +31,8 @@ COMMANDS = {
     "star": f"star {PROBLEMS} --max-new=8 --rounds=4 --problems=20 --steps=4 --test-problems=8 --rationalize",
     "vstar": f"vstar {PROBLEMS} --max-new=8 --rounds=3 --problems=20 --steps=3 --samples=4 --test-problems=8 --test-samples=4"
     " --pair-batch=8 --updates=4",
-    "score": f"score {PROBLEMS} --max-new=8 --first-steps=5 --second-steps=5 --problems=8 --held-out=4 --chains=1 --save-every=2",
+    "score": f"score {PROBLEMS} --max-new=8 --first-steps=5 --second-steps=5 --save-every=2 --problems=8 --held-out=4"
+    " --chains=1",
     "internalize": f"internalize {PROBLEMS} --explicit-steps=0 --steps-per-token=2 --final-steps=6"
     f" --rows=20 --held-out=8 --batch-size=4 {OFTEN}",
     "fast": f"fast --out=run {THOUGHTS} --held-out=4 --curriculum=3-2,2-1 --steps=4 --plain-steps=6 --plain-rate=1e-3 {OFTEN}",
@@ -98,7 +99,7 @@ def commands():
 class UsersFiles:
     """What a user puts into a run's folders: notes, and copies of what is there under names of their own."""
 
-    NAMES = ("README.md", "notes.txt", "step-notes.txt", "round-notes.txt", ".hidden/notes.txt", ".thoughts.jsonl-old")
+    NAMES = ("README.md", "notes.txt", "step-notes.txt", "round-notes.txt", "mine.safetensors", ".notes/mine.txt")
 
     def __init__(self, out):
         self.out, self.content = out, {}
@@ -107,7 +108,7 @@ class UsersFiles:
         """Notes in every folder of the run, apart from checkpoints that the run deletes; a copy of every folder."""
         for folder in [self.out, *self.out.rglob("*")]:
             name = folder.relative_to(self.out)
-            if not folder.is_dir() or killing.in_a_save(name) or "-best" in str(name):
+            if not folder.is_dir() or re.search(r"(^|/)\.|-best", str(name)):
                 continue
             copied = folder.with_name(f"{folder.name}-best")
             if folder != self.out and not copied.exists():
@@ -127,6 +128,7 @@ class UsersFiles:
         assert [str(path) for path, _ in self.content.items() - kept] == []
 
     def remove(self):
+        """So that what is left is the run's."""
         for path in self.content:
             path.unlink()
             for folder in path.parents:
@@ -192,4 +194,5 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
                 users.add()
         users.remove()
         assert content(folder / "run") == want
+    assert inside > killed / 3
     record_property("table", f"SIGKILL, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end")
