@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
+import psutil  # comes with accelerate
 import torch
 from tyro.conf import arg
 
@@ -47,6 +48,7 @@ class Doctor:
     precision: Annotated[Literal["no", "bf16", "fp16"], arg(help="mixed precision")] = "no"
     processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
     sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="sharding over the processes")] = "no"
+    gradient_checkpointing: Annotated[bool, arg(help="activations are recomputed in the backward pass")] = False
     anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
     allow_bin: AllowBin = False
@@ -62,6 +64,7 @@ class Doctor:
 
     def _training(self) -> str:
         """Tables of the memory that a step needs in each process, and of what the processes exchange."""
+        libraries = psutil.Process().memory_info().rss  # those of ``quietstar train``, which are loaded here too
         config = load_config(newest_checkpoint(self.model))
         if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
             raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
@@ -77,7 +80,7 @@ class Doctor:
         memory = process_memory(memory, weights, processes)
         rows = self.batch_size * self.length * (1 + thoughts.thoughts * thoughts.rows)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
-        text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory)}"
+        text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory, libraries, self.gradient_checkpointing)}"
         if self.processes > 1:
             traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
             text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"

@@ -28,6 +28,8 @@ class Weights:
         rest: embeddings, LM head, final norm and both thought vectors.
         trained: all weights with gradients.
         own: the language model's weights, which have its dtype; thought parts and adapters are fp32.
+        largest: the largest trained weight of the language model, 0 with adapters.
+        largest_added: that of the thought parts, the mixing head's first; adapters are smaller.
     """
 
     layers: int
@@ -36,6 +38,8 @@ class Weights:
     rest: int
     trained: int
     own: int
+    largest: int
+    largest_added: int
 
     def bytes(self, dtype: torch.dtype) -> int:
         return dtype.itemsize * self.own + 4 * (self.layers + self.head + self.rest - self.own)
@@ -43,6 +47,9 @@ class Weights:
     def gradient_bytes(self, dtype: torch.dtype) -> int:
         added = self.layers + self.head + self.rest - self.own
         return dtype.itemsize * max(0, self.trained - added) + 4 * added
+
+    def largest_bytes(self, dtype: torch.dtype) -> int:
+        return max(dtype.itemsize * self.largest, 4 * self.largest_added)
 
 
 def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = None) -> Weights:
@@ -65,6 +72,8 @@ def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = Non
         rest=total - sum(own) + 2 * D,
         trained=trained + head + 2 * D,
         own=total,
+        largest=0 if adapters.lora_rank else max(x.numel() for x in model.parameters()),
+        largest_added=2 * D * D,
     )
 
 
@@ -106,11 +115,11 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
     Sharded weights are gathered for one layer while the next is fetched (full_shard), or for all layers (shard_grad_op).
     Gradients are whole for one layer, and for the last group until the end of the backward.
     """
-    W, computed = processes.number, processes.computed.itemsize
+    W, computed, largest = processes.number, processes.computed.itemsize, weights.largest_bytes(processes.dtype)
     kept, gradients = weights.bytes(processes.dtype), weights.gradient_bytes(processes.dtype)
     if processes.sharding == "no":
         copies = computed * weights.layers if computed < processes.dtype.itemsize else 0  # autocast casts each weight once
-        return replace(memory, weights=kept + copies, gradients=gradients, moments=2 * gradients)
+        return replace(memory, weights=kept + copies, gradients=gradients, moments=2 * gradients, largest=largest)
     whole = weights.rest + (2 * weights.layer if processes.sharding == "full_shard" else weights.layers)
     # The last group's gradients wait for the end; a layer's are being summed in the dtype of the weights.
     unsummed = computed * (weights.rest + weights.layer) + processes.dtype.itemsize * weights.layer
@@ -120,6 +129,7 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
         weights=kept // W + computed * whole + 4 * weights.head,
         gradients=gradients // W + int(trained * unsummed),
         moments=2 * gradients // W,
+        largest=largest // W,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class StepMemory:
         mixing: the mixing head, the mixed states and the inputs of the LM head.
         head: a chunk of logits, and the LM head's gradient while it is accumulated.
         rollout: keys and values of the text and of T rows of each thought.
+        largest: the largest trained weight.
     """
 
     weights: int
@@ -46,10 +47,39 @@ class StepMemory:
     mixing: int
     head: int
     rollout: int
+    largest: int
+
+    @property
+    def update_on_gpu(self) -> int:
+        """AdamW's temporaries where it updates all weights together: the denominators (torch.optim.adam, _multi_tensor_adam)."""
+        return self.moments // 2
+
+    @property
+    def update_on_cpu(self) -> int:
+        """Those where it updates one weight after the other: a root and a denominator (_single_tensor_adam)."""
+        return 2 * self.largest
 
     def peak(self, checkpointing: bool = False) -> int:
+        """Of a GPU, where the update reuses the memory of the activations."""
+        return self._kept() + max(self._pass(checkpointing), self.update_on_gpu)
+
+    def peak_on_cpu(self, libraries: int, checkpointing: bool = False) -> int:
+        """Resident memory of a process on a CPU.
+
+        glibc returns freed blocks to the system only above 32 MiB, so what the activations took stays with the process, and the
+        update's temporaries come on top. Writing a checkpoint takes nothing more: safetensors writes from the tensors' memory.
+
+        Args:
+            libraries: resident memory of the interpreter with its libraries.
+        """
+        return libraries + self._kept() + self._pass(checkpointing) + self.update_on_cpu
+
+    def _kept(self) -> int:
+        return self.weights + self.gradients + self.moments
+
+    def _pass(self, checkpointing: bool) -> int:
         kept = self.checkpointed if checkpointing else self.text + self.thoughts
-        return self.weights + self.gradients + self.moments + max(self.rollout, kept + self.mixing + self.head)
+        return max(self.rollout, kept + self.mixing + self.head)
 
 
 def step_memory(
@@ -79,7 +109,7 @@ def step_memory(
         model = AutoModelForCausalLM.from_config(config, dtype=faked)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
-        own = sum(x.numel() for x in model.parameters()) * dtype.itemsize
+        sizes = [x.numel() for x in model.parameters()]
         kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
         V, D = model.get_output_embeddings().weight.shape
     kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
@@ -87,7 +117,7 @@ def step_memory(
     B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
     P = L if anchor_chunk is None else min(anchor_chunk, L)  # of one chunk
     rows, layers, half = L + L * N * thoughts.rows, text_config.num_hidden_layers, dtype.itemsize < 4
-    weights = own + 4 * (3 * D * D + 5 * D)  # the mixing head and both vectors are fp32
+    weights = sum(sizes) * dtype.itemsize + 4 * (3 * D * D + 5 * D)  # the mixing head and both vectors are fp32
     predictions = B * P * N * J
     # In fp32: text and thought states side by side, two hidden layers, the text states, and a cast copy of the thought states.
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
@@ -110,6 +140,7 @@ def step_memory(
         mixing=mixing + head_inputs,
         head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(logits)) + V * D * (1 + half)) + head_kept,
         rollout=B * (L + P * N * T) * keys_values,
+        largest=max(max(sizes) * dtype.itemsize, 4 * 2 * D * D),
     )
 
 
@@ -154,24 +185,28 @@ def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, i
     return sum(storage.nbytes() for storage in kept.values()), sizes.keys_values
 
 
-NAMES = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "moments": "optimizer moments",
-    "text": "activations of the text",
-    "thoughts": "activations of the thoughts",
-    "checkpointed": "  both with --gradient-checkpointing",
-    "mixing": "mixing head",
-    "head": "LM head, a chunk at a time",
-    "rollout": "keys and values of the rollout (before)",
-}
+def memory_table(memory: StepMemory, libraries: int, checkpointing: bool = False) -> str:
+    """A row for each part, and the sums.
 
-
-def memory_table(memory: StepMemory) -> str:
-    lines = [f"  {NAMES[field.name]:<42}{human(getattr(memory, field.name)):>10}" for field in fields(memory)]
-    lines.append(f"  {'together':<42}{human(memory.peak()):>10}")
-    lines.append(f"  {'together with --gradient-checkpointing':<42}{human(memory.peak(checkpointing=True)):>10}")
-    return "\n".join(lines)
+    Args:
+        libraries: resident memory of the interpreter with its libraries.
+    """
+    rows = {"weights": memory.weights, "gradients": memory.gradients, "optimizer moments": memory.moments}
+    if checkpointing:
+        rows["activations that are not recomputed"] = memory.checkpointed
+    else:
+        rows |= {"activations of the text": memory.text, "activations of the thoughts": memory.thoughts}
+    rows |= {
+        "mixing head": memory.mixing,
+        "LM head, a chunk at a time": memory.head,
+        "keys and values of the rollout (before)": memory.rollout,
+        "AdamW's temporaries on a GPU (after)": memory.update_on_gpu,
+        "together, on a GPU": memory.peak(checkpointing),
+        "AdamW's temporaries on a CPU": memory.update_on_cpu,
+        "Python and libraries": libraries,
+        "together, a process on a CPU": memory.peak_on_cpu(libraries, checkpointing),
+    }
+    return "\n".join(f"  {name:<42}{human(size):>10}" for name, size in rows.items())
 
 
 def human(size: float) -> str:

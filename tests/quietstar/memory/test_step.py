@@ -86,8 +86,18 @@ def test_what_is_printed():
         "5.5 GiB",
         "2.00 TiB",
     ]
-    table = memory_table(StepMemory(*[2**30] * 9))
-    assert table.count("GiB") == 11 and "together" in table
+    memory = StepMemory(*[2**30] * 10)
+    table, checkpointed = (memory_table(memory, 2**30, checkpointing) for checkpointing in (False, True))
+    assert [text.count("GiB") for text in (table, checkpointed)] == [12, 11] and "together, on a GPU" in table
+
+
+def test_the_peak_is_that_of_the_pass_or_of_the_update():
+    """On a CPU, where freed memory stays with the process, the update comes on top."""
+    parts = {"weights": 10, "gradients": 10, "moments": 20, "text": 3, "thoughts": 30, "checkpointed": 5, "largest": 4}
+    memory = StepMemory(**parts, mixing=1, head=2, rollout=7)
+    assert memory.peak() == 40 + 36 and memory.peak(checkpointing=True) == 40 + max(8, 20 // 2)
+    assert memory.peak_on_cpu(100) == 100 + 40 + 36 + 2 * 4
+    assert memory.peak_on_cpu(100, checkpointing=True) == 100 + 40 + 8 + 2 * 4
 
 
 def test_chunks_of_anchors(tiny):
