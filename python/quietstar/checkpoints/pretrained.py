@@ -40,6 +40,7 @@ JSON_FILES = {
     "added_tokens.json": dict[str, int],
     "adapter_config.json": dict[str, Any],
 }
+MOST = 2**30  # bytes of a tokenizer's file, which is read whole
 
 
 def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
@@ -105,4 +106,6 @@ def _check_files(path: str | os.PathLike) -> None:
         if file.name in JSON_FILES:
             read_json(file, JSON_FILES[file.name])
         elif file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
-            check_regular(file)
+            size = check_regular(file)
+            if file.suffix != ".safetensors" and size > MOST:
+                raise ValueError(f"{file}: {size:,} bytes are too many for a tokenizer's file, {MOST:,} are the most")
