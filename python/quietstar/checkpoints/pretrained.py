@@ -32,10 +32,17 @@ class Config(msgspec.Struct):
     num_hidden_layers: Count = None
 
 
+class TokenizerConfig(msgspec.Struct):
+    """What tokenizer_config.json must be, whatever the tokenizer."""
+
+    tokenizer_class: str | None = None
+    model_max_length: float | None = None
+
+
 JSON_FILES = {
     "config.json": Config,
     "generation_config.json": dict[str, Any],
-    "tokenizer_config.json": dict[str, Any],
+    "tokenizer_config.json": TokenizerConfig,
     "special_tokens_map.json": dict[str, Any],
     "added_tokens.json": dict[str, int],
     "adapter_config.json": dict[str, Any],
@@ -84,9 +91,9 @@ def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) 
 
 def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """As ``load_model``, with transformers' report of names that were missing or unexpected, which may be any."""
-    config = load_config(path).get_text_config()
     if find(path, "adapter_config.json"):
         raise ValueError(f"{path}: it holds adapters, which need their base: merge them into it, or train new ones")
+    config = load_config(path).get_text_config()
     if not allow_bin or has_safetensors(path):
         located = locate_tensors(path)
         check_vocabulary(path, located, config.vocab_size)

@@ -133,7 +133,7 @@ def _find_pickles(path: str | os.PathLike) -> list[str]:
 
 def _pickle_message(path: str | os.PathLike, names: list[str]) -> str:
     return (
-        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read; --allow-bin reads those of a "
-        "plain language model with weights_only; else convert them with "
+        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read; --allow-bin reads those "
+        "of a plain language model with weights_only; else convert them with "
         f"safetensors.torch.save_file(torch.load(file, weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}})"
     )

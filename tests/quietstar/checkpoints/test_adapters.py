@@ -117,7 +117,7 @@ def test_files_of_other_adapters_are_refused(saved):
 
 
 @pytest.mark.parametrize(
-    ("base", "says"),
+    ("change", "says"),
     [
         ({"sample": "?"}, "the fingerprint of its adapters' base is damaged"),
         ({"sample": "AAAAAA=="}, "have other values"),
@@ -126,9 +126,9 @@ def test_files_of_other_adapters_are_refused(saved):
         ({"shapes": 1}, r"Expected str, got int - at \$.base.shapes"),
     ],
 )
-def test_a_fingerprint_that_is_none(saved, base, says):
+def test_a_fingerprint_that_is_none(saved, change, says):
     settings = json.loads((saved / "quietstar.json").read_text())
-    settings["base"] |= base
+    settings["base"] |= change
     sign(saved, settings)
     with pytest.raises(ValueError, match=says):
         quietstar.QuietStar.from_pretrained(saved)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each loads the same model, where the damage is outside of what is read, or is refused in one sentence."""
+"""Damaged checkpoints: each loads the same model, if the damage is outside of what is read, or is refused in one sentence."""
 
 import hashlib
 import json
