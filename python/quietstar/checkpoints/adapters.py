@@ -35,6 +35,12 @@ class Fingerprint(msgspec.Struct):
     sample: str
 
 
+class Base(msgspec.Struct):
+    """What adapter_config.json says about the base."""
+
+    base_model_name_or_path: str | None = None
+
+
 def save(model: Any, directory: Path) -> None:
     """Write the adapters' weights and their config, as peft does. Raises ValueError for adapters that fail ``check``."""
     check(model)
@@ -71,7 +77,10 @@ def load(path: str | os.PathLike, saved: Fingerprint, base: PreTrainedModel | st
     halved = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors.values())
     name = model.name_or_path or config.base_model_name_or_path
     config.base_model_name_or_path = None  # peft takes it from the model, and would warn if the config named another
-    with_adapters = require_peft().get_peft_model(model, config, autocast_adapter_dtype=not halved)
+    try:
+        with_adapters = require_peft().get_peft_model(model, config, autocast_adapter_dtype=not halved)
+    except Exception as error:  # whatever peft makes of a wrong type
+        raise _damaged(path, error) from error
     config.base_model_name_or_path = name
     _copy(tensors, with_adapters, path)
     return with_adapters
@@ -132,8 +141,12 @@ def _read_config(path: str | os.PathLike) -> Any:
     if file is None:
         raise ValueError(f"{path}: {CONFIG} is missing")
     try:
-        read_json(file, dict[str, Any])
+        read_json(file, Base)
         return require_peft().PeftConfig.from_pretrained(os.path.dirname(file))
-    except Exception as error:  # whatever peft makes of a wrong type
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: {CONFIG} is damaged: {reason}") from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: {CONFIG} is damaged: {reason}")

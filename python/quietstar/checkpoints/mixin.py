@@ -59,7 +59,10 @@ class CheckpointMixin(nn.Module):
                 base.
         """
         contents = native.load(path, base, verify, **kwargs)
-        qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
+        try:
+            qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         native.restore(qs.contents().tensors, contents.tensors, path)
         return qs
 

@@ -116,12 +116,12 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
             wanted = f"{SETTINGS} belongs to a {settings.model_type}"
             raise ValueError(f"{path}: {wanted}, the model is a {model.config.model_type}")
     tokenizer = load_tokenizer(path) if find(path, "tokenizer_config.json") else None
-    return Contents(model, _thought_config(path, settings), tokenizer, tensors)
+    return Contents(model, read_thought_config(settings.thought_config, f"{path}: {SETTINGS}"), tokenizer, tensors)
 
 
-def _thought_config(path: str | os.PathLike, settings: Settings) -> ThoughtConfig:
-    values, where = renamed(settings.thought_config), f"{path}: {SETTINGS}"
-    as_type(ThoughtConfig, values, f"{where}, thought_config")
+def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:
+    """The config of a file. Raises ValueError, which begins with ``where``, for wrong types, names or ranges."""
+    as_type(ThoughtConfig, renamed(values), where)
     try:
         return ThoughtConfig.from_dict(values)
     except ValueError as error:
@@ -131,7 +131,7 @@ def _thought_config(path: str | os.PathLike, settings: Settings) -> ThoughtConfi
 def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True) -> None:
     """Copy a checkpoint of the same model and config into the model of ``contents``."""
     settings = _read_settings(path, verify)
-    config = _thought_config(path, settings)
+    config = read_thought_config(settings.thought_config, f"{path}: {SETTINGS}")
     if config != contents.config:
         raise ValueError(f"{path}: it was made with another thought config: {config}")
     if bool(settings.base) != (contents.base is not None):

@@ -32,14 +32,22 @@ class Config(msgspec.Struct):
     num_hidden_layers: Count = None
 
 
+class TokenizerConfig(msgspec.Struct):
+    """What tokenizer_config.json must be, whatever the tokenizer."""
+
+    tokenizer_class: str | None = None
+    model_max_length: float | None = None
+
+
 JSON_FILES = {
     "config.json": Config,
     "generation_config.json": dict[str, Any],
-    "tokenizer_config.json": dict[str, Any],
+    "tokenizer_config.json": TokenizerConfig,
     "special_tokens_map.json": dict[str, Any],
     "added_tokens.json": dict[str, int],
     "adapter_config.json": dict[str, Any],
 }
+MOST = 2**30  # bytes of a tokenizer's file, which is read whole
 
 
 def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
@@ -83,9 +91,9 @@ def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) 
 
 def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """As ``load_model``, with transformers' report of names that were missing or unexpected, which may be any."""
-    config = load_config(path).get_text_config()
     if find(path, "adapter_config.json"):
         raise ValueError(f"{path}: it holds adapters, which need their base: merge them into it, or train new ones")
+    config = load_config(path).get_text_config()
     if not allow_bin or has_safetensors(path):
         located = locate_tensors(path)
         check_vocabulary(path, located, config.vocab_size)
@@ -105,4 +113,6 @@ def _check_files(path: str | os.PathLike) -> None:
         if file.name in JSON_FILES:
             read_json(file, JSON_FILES[file.name])
         elif file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
-            check_regular(file)
+            size = check_regular(file)
+            if file.suffix != ".safetensors" and size > MOST:
+                raise ValueError(f"{file}: {size:,} bytes are too many for a tokenizer's file, {MOST:,} are the most")

@@ -59,7 +59,10 @@ def locate_tensors(path: str | os.PathLike) -> dict[str, str]:
     if index is None:
         pickles = _find_pickles(path)
         raise ValueError(_pickle_message(path, pickles) if pickles else f"{path}: no {WEIGHTS} there")
-    shard_of = read_json(index, Index).weight_map
+    try:
+        shard_of = read_json(index, Index).weight_map
+    except ValueError as error:
+        raise ValueError(f"{path}: {INDEX} is damaged: {error}") from error
     check_names(f"{path}: {INDEX}", shard_of.values())
     shards = {name: find(path, name) for name in sorted(set(shard_of.values()))}
     for name, shard in shards.items():
@@ -130,7 +133,7 @@ def _find_pickles(path: str | os.PathLike) -> list[str]:
 
 def _pickle_message(path: str | os.PathLike, names: list[str]) -> str:
     return (
-        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read: convert them with "
-        f"safetensors.torch.save_file(torch.load(file, weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}}); "
-        "for a language model that doesn't think yet, --allow-bin reads them with weights_only"
+        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read; --allow-bin reads those "
+        "of a plain language model with weights_only; else convert them with "
+        f"safetensors.torch.save_file(torch.load(file, weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}})"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from quietstar.checkpoints import native
 from quietstar.config import ThoughtConfig, TrainConfig, renamed
 from quietstar.run import snapshots
 
@@ -104,5 +105,6 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
             raise ValueError(f"train: no checkpoint at {path}")
         snapshots.check(path)
     saved = snapshots.read_run(path).config
-    Settings.of(config, thoughts).check(path, saved.train | ThoughtConfig.from_dict(saved.thoughts).to_dict())
+    saved_thoughts = native.read_thought_config(saved.thoughts, f"{path}: {snapshots.RUN}")
+    Settings.of(config, thoughts).check(path, saved.train | saved_thoughts.to_dict())
     return path

@@ -29,7 +29,7 @@ from quietstar.checkpoints.tensors import read_file
 from quietstar.files.hashes import check_names, check_saved, sha256
 from quietstar.files.reading import read_json
 from quietstar.model import QuietStar
-from quietstar.run.optimizers import from_tensors, to_tensors
+from quietstar.run.optimizers import check_tensors, fits, from_tensors, to_tensors
 from quietstar.run.sharding import gather, shard_like, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
@@ -197,19 +197,17 @@ def load(path: Path, qs: QuietStar) -> int:
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimizer's state. Its weights may be sharded. Raises ValueError if the state is of other weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    own = optimizer.state_dict()["param_groups"]
     groups = read_run(path).optimizer
-    if [(group.get("params"), group.keys()) for group in groups] != [(group["params"], group.keys()) for group in own]:
-        raise ValueError(f"{path}: {RUN} has the settings of an optimizer of other weights")
-    tensors = {}
-    for key, value in read_file(path, OPTIMIZER).items():
-        if key.startswith("random."):  # in older checkpoints, from before dropout was a function of (seed, step)
-            continue
-        index = key.partition(".")[0]
-        if not index.isdecimal() or int(index) >= len(weights):
-            raise ValueError(f"{path}: {OPTIMIZER} has {key}, and there are {len(weights)} weights")
-        tensors[key] = shard_like(value, weights[int(index)])
-    optimizer.load_state_dict({"state": from_tensors(tensors), "param_groups": groups})
+    if not fits(groups, optimizer.state_dict()["param_groups"]):
+        raise ValueError(f"{path}: {RUN} has the settings of another optimizer")
+    tensors = {
+        key: value
+        for key, value in read_file(path, OPTIMIZER).items()
+        if not key.startswith("random.")  # in older checkpoints, from before dropout was a function of (seed, step)
+    }
+    check_tensors(f"{path}: {OPTIMIZER}", tensors, weights)
+    sharded = {key: shard_like(value, weights[int(key.partition(".")[0])]) for key, value in tensors.items()}
+    optimizer.load_state_dict({"state": from_tensors(sharded), "param_groups": groups})
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer, write: bool) -> Moments:

@@ -1,0 +1,141 @@
+"""Language models and tokenizers at the door: safetensors alone, no code of others, one sentence for what is wrong."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
+from quietstar.cli import main as cli
+
+
+class Code:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def folder(tiny, byte_tokenizer, tmp_path):
+    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pickled(folder):
+    """The model in a pickle file."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def commands(folder, out):
+    """Each command that loads a plain language model, as short as it can be."""
+    text = out.parent / "text.txt"
+    text.write_text("\n".join(f"{i} lines of text" for i in range(20)))
+    task, data = ["--task=addition", "--digits=1"], [f"--data={text}", "--no-pack", "--length=8"]
+    return {
+        "train": [*data, "--steps=1", "--held-out=0", "--thoughts=1", "--thought-tokens=1", "--lookahead=1", "--batch-size=2"],
+        "star": [*task, "--rounds=1", "--problems=2"],
+        "vstar": [*task, "--rounds=1", "--problems=2"],
+        "score": [*task, "--first-steps=1", "--second-steps=1", "--problems=2"],
+        "internalize": [*task, "--explicit-steps=1", "--final-steps=1", "--rows=2"],
+        "fast": [*data, "--curriculum=1-1", "--steps=1", "--plain-steps=1"],
+        "solve": [*task, "--problems=2", "--samples=2"],
+        "doctor": ["--verify"],
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "star", "vstar", "score", "internalize", "fast", "solve", "doctor"])
+def test_every_command_refuses_pickles(pickled, tmp_path, capsys, command):
+    out = [] if command == "doctor" else [f"--out={tmp_path / 'run'}"]
+    typed = [command, f"--model={pickled}", *out, *commands(pickled, tmp_path / "run")[command]]
+    assert cli.main(typed) == cli.DATA
+    assert (
+        "its weights are pickle files (pytorch_model.bin), which can run code when read; --allow-bin" in capsys.readouterr().err
+    )
+
+
+def test_allow_bin_trains_from_pickles(pickled, tmp_path, capsys):
+    typed = ["train", f"--model={pickled}", "--allow-bin", f"--out={tmp_path / 'run'}"]
+    assert cli.main([*typed, *commands(pickled, tmp_path / "run")["train"]]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["allow_bin"] is True
+
+
+def test_allow_bin_runs_no_code_and_prefers_safetensors(pickled, tmp_path):
+    weights = {name: x.clone() for name, x in load_model(pickled, allow_bin=True).state_dict().items()}  # they are mapped
+    with open(pickled / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"lm_head.weight": Code(tmp_path / "run by the pickle")}, file)
+    with pytest.raises(ValueError, match="cannot load a model"):
+        load_model(pickled, allow_bin=True)
+    assert not (tmp_path / "run by the pickle").exists()
+    save_file(weights, pickled / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(pickled, allow_bin=True).lm_head.weight, weights["lm_head.weight"])
+    assert not (tmp_path / "run by the pickle").exists()
+
+
+def test_no_code_of_a_folder_is_run_and_nobody_is_asked(folder, tmp_path, monkeypatch):
+    def asked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("builtins.input", asked)
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
+    config = json.loads((folder / "config.json").read_text())
+    remote = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": remote}))
+    with pytest.raises(ValueError, match="cannot load a config") as error:
+        load_config(folder)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '"x"', "{", 10**5 * "[", '{"model_type": 3}', '{"model_type": "llama", "vocab_size": "x"}']
+)
+def test_a_config_that_is_none(folder, content):
+    (folder / "config.json").write_text(content)
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=f"{folder}/config.json") as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", 10**5 * "["])
+def test_other_json_files_that_are_none(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}/{name}"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match=f"{folder}/{name}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/dev/zero", "a/b.safetensors", "..", ""])
+def test_an_index_names_files_of_its_own_folder(folder, shard):
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(ValueError, match=rf"model.safetensors.index.json must name files of its own folder, got '{shard}'"):
+        load_model(folder)
+
+
+def test_more_layers_than_tensors(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="config.json says 1000000000 layers, its weights are 21 tensors|layer_types"):
+        load_model(folder)
+
+
+def test_weights_that_lack_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder}: its weights lack lm_head.weight of a LlamaForCausalLM"):
+        load_model(folder)

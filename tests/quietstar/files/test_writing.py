@@ -1,0 +1,109 @@
+"""Files and folders that are replaced: nobody's are lost, and what killed processes left is removed."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from quietstar.data.records import write_records
+from quietstar.files import writing
+from quietstar.files.writing import beside, replaced, write_whole
+
+fork = multiprocessing.get_context("fork")
+
+
+def die_while_writing(path):
+    with write_records(path, {"x": ("int32", 0)}) as write:
+        write([{"x": 1}])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_export_leaves_nothing_after_the_next(tmp_path):
+    path = tmp_path / "thoughts.jsonl"
+    process = fork.Process(target=die_while_writing, args=(path,))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    mine = [tmp_path / name for name in (".thoughts.jsonl-notes", ".thoughts.jsonl-1.old", ".other.jsonl-1")]
+    for file in mine:
+        file.write_text("mine")
+    with beside(path) as one:
+        one.write_text("under way")
+        assert not left.exists()
+        with beside(path.with_suffix(".txt")) as other:
+            other.write_text("another")
+            assert one.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([path, path.with_suffix(".txt"), *mine])
+
+
+def test_a_file_that_a_living_process_writes_is_left_alone(tmp_path):
+    def write(pipe):
+        with beside(tmp_path / "x.json") as file:
+            file.write_text("theirs")
+            pipe.send(file.name)
+            pipe.recv()
+
+    pipe, theirs = fork.Pipe()
+    process = fork.Process(target=write, args=(theirs,), daemon=True)
+    process.start()
+    name = pipe.recv()
+    write_whole(tmp_path / "x.json", "ours")
+    assert (tmp_path / name).read_text() == "theirs"
+    pipe.send("end")
+    process.join()
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and (tmp_path / "x.json").read_text() == "theirs"
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "folder").symlink_to("there")
+    (tmp_path / "file").symlink_to("there/x.txt")
+    write_whole(tmp_path / "file", "text")
+    with replaced(tmp_path / "folder") as new:
+        (new / "y.txt").write_text("text")
+    assert os.readlink(tmp_path / "folder") == "there" and os.readlink(tmp_path / "file") == "there/x.txt"
+    assert sorted(os.listdir(tmp_path / "there")) == ["x.txt", "y.txt"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_there_at_every_moment_with_what_others_keep_in_it(tmp_path, monkeypatch, exchange):
+    """A kill at any system call that changes the folder's parent leaves a whole folder, where the system can exchange two."""
+    folder, seen = tmp_path / "model", []
+    (folder / "sub").mkdir(parents=True)
+    for name in ("notes.txt", "sub/notes.txt", "model.safetensors", "state.json"):
+        (folder / name).write_text("old")
+
+    def looked(function):
+        def wrapped(*args, **options):
+            seen.append(sorted(os.listdir(folder)) if folder.exists() else None)
+            found = function(*args, **options)
+            seen.append(sorted(os.listdir(folder)) if folder.exists() else None)
+            return found
+
+        return wrapped
+
+    monkeypatch.setattr(writing, "_exchange", looked(writing._exchange) if exchange else lambda *_: False)
+    monkeypatch.setattr(writing.os, "link", looked(os.link))
+    monkeypatch.setattr(writing.shutil, "rmtree", looked(writing.shutil.rmtree))
+    with replaced(folder) as new:
+        (new / "state.json").write_text("new")
+        (new / "sub").mkdir()
+        (new / "sub" / "x").write_text("new")
+    assert (folder / "state.json").read_text() == "new" and (folder / "sub" / "x").read_text() == "new"
+    assert (folder / "notes.txt").read_text() == (folder / "sub" / "notes.txt").read_text() == "old"
+    assert not (folder / "model.safetensors").exists() and os.listdir(tmp_path) == ["model"]
+    if exchange and writing._exchange(tmp_path, tmp_path):  # the system can
+        assert all(names is not None and {"notes.txt", "state.json"} <= set(names) for names in seen)
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refused(*args, **options):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(writing.os, "link", refused)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("notes")
+    with replaced(tmp_path / "model") as new:
+        (new / "x").write_text("x")
+    assert sorted(os.listdir(tmp_path / "model")) == ["notes.txt", "x"]

@@ -1,0 +1,158 @@
+"""Which folders are a run's checkpoints, what the files of one may hold, and which lines of the metrics are read."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import quietstar
+from quietstar.cli.loading import newest_checkpoint
+from quietstar.config import TrainConfig
+from quietstar.run import snapshots
+from quietstar.run.metrics import Metrics
+from quietstar.run.resume import find_checkpoint
+from quietstar.train import train
+
+CONFIG = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=3.0)
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+TEXTS = [{"input_ids": torch.arange(5) + i} for i in range(4)]
+
+
+@pytest.fixture
+def go(tiny, tmp_path):
+    """``go(steps)`` trains in tmp_path / "run"."""
+
+    def go(steps):
+        torch.manual_seed(0)
+        qs = quietstar.QuietStar(tiny("llama", **SMALL), CONFIG)
+        config = TrainConfig(out=str(tmp_path / "run"), steps=steps, batch_size=2, warmup=0, save_every=1, keep=1, eval_every=0)
+        return train(qs, TEXTS, config, progress=False)
+
+    return go
+
+
+def everything(folder):
+    """The content of every file, and where links go."""
+    return {
+        path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_only_step_and_digits_are_ours(go, tmp_path):
+    """Copies, notes and links beside the checkpoints are never removed, renamed or loaded."""
+    go(2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    ours = checkpoints / "step-000002"
+    for name in (
+        "step-000002-best",
+        "step-2",
+        "step-0000009",
+        "best",
+        ".step-000001.mine",
+        ".step-best",
+        ".git",
+        "step-٠٠٠٠٠٧",
+    ):
+        shutil.copytree(ours, checkpoints / name)
+    (checkpoints / "step-notes.txt").write_text("mine")
+    (checkpoints / ".step-000001").write_text("a file")
+    (checkpoints / "step-000000").write_text("a file")
+    (checkpoints / "step-000009").symlink_to("step-000002-best")
+    before = everything(checkpoints)
+    assert snapshots.every(tmp_path / "run") == [ours]
+    assert newest_checkpoint(str(tmp_path / "run")) == str(ours)
+    for name in (".step-000001-old", ".step-000003", "..step-000003-ab12cd_z"):
+        shutil.copytree(ours, checkpoints / name)
+    config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=2, warmup=0)
+    assert find_checkpoint("auto", config, CONFIG) == ours
+    state = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    qs = quietstar.QuietStar.from_pretrained(ours)
+    snapshots.save(tmp_path / "run", 3, qs, state, {"train": {}, "thoughts": {}}, keep=1)
+    after = everything(checkpoints)
+    mine = {path: content for path, content in before.items() if path.parts[0] != "step-000002"}
+    assert {path: content for path, content in after.items() if path.parts[0] != "step-000003"} == mine
+    assert snapshots.every(tmp_path / "run") == [checkpoints / "step-000003"]
+
+
+def test_a_file_in_the_place_of_a_checkpoint_stays(go, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-000001").write_text("mine")
+    with pytest.raises(OSError, match="step-000001"):
+        go(1)
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").read_text() == "mine"
+
+
+@pytest.fixture
+def saved(go, tmp_path):
+    go(1)
+    return snapshots.folder(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        ({"run.json": ["1", "x"]}, r"Expected int, got str"),
+        ({"run.json": [-1, "x"]}, r"Expected int >= 0"),
+        ({"run.json": 3}, "Expected array, got int"),
+        ({"/dev/zero": [0, "x"]}, "must name files of its own folder, got '/dev/zero'"),
+        ({"../run.json": [0, "x"]}, r"must name files of its own folder, got '../run.json'"),
+        ([], "Expected object, got array"),
+    ],
+)
+def test_a_manifest_that_is_none(saved, manifest, says):
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{saved}: manifest.json.*{says}"):
+        snapshots.check(saved)
+
+
+def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
+    (saved / "README.md").unlink()
+    (saved / "README.md").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="README.md: not a regular file"):
+        snapshots.check(saved)
+    (saved / "README.md").unlink()
+    with open(saved / "README.md", "wb") as file:
+        file.truncate(2**43)
+    with pytest.raises(ValueError, match="README.md is damaged: it has 8,796,093,022,208 bytes"):
+        snapshots.check(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"step": -1}, "Expected int >= 0"),
+        ({"step": "1"}, "Expected int, got str"),
+        ({"config": None}, "Expected object, got null"),
+        ({"config": {"train": [], "thoughts": {}}}, "Expected object, got array"),
+        ({"config": {"train": {}, "thoughts": {"thoughts": "2"}}}, "run.json: Expected int, got str"),
+    ],
+)
+def test_a_run_file_that_is_none_though_its_hash_fits(saved, tmp_path, change, says):
+    run = json.loads((saved / "run.json").read_text()) | change
+    (saved / "run.json").write_text(json.dumps(run))
+    content, manifest = (saved / "run.json").read_bytes(), json.loads((saved / "manifest.json").read_text())
+    manifest["run.json"] = [len(content), snapshots.sha256(saved / "run.json")]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=says) as error:
+        find_checkpoint(saved, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2, warmup=0), CONFIG)
+    assert "run.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["null", "[]", "3", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": 2', 10**5 * "["])
+def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n" + '{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: line 2"):
+        Metrics(path, 3, write=True)
+    assert path.read_text().endswith(line + '\n{"step": 3}\n')
+
+
+@pytest.mark.parametrize(("rest", "steps"), [("", [1, 2]), ('{"step": 3, "lo', [1, 2]), ('{"step": 3}', [1, 2, 3])])
+def test_half_a_line_at_the_end_is_dropped(tmp_path, rest, steps):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2}\n' + rest)
+    assert [line["step"] for line in Metrics(path, 3, write=True).lines] == steps
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == steps
