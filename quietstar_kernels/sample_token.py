@@ -28,7 +28,6 @@ def sample_token(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Draw one id per row. The same seed and counters give the same random numbers on every back end, split and device.
-
     logits = softcap(scale * (hidden · weightᵀ + bias)) / temperature; banned ids are left out of the softmax.
 
     The draw is a race of blocks of 128 ids, exact in distribution. For each row and block one Philox4x32-10 call: key
@@ -36,6 +35,8 @@ def sample_token(
     gives E = -log1p(-v), v = (word + 0.5) / 2^32, an Exp(1) variate; the block's score is log(sum of its weights) - log E
     and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
     of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
+
+    There is no derivative: asking for one raises NotImplementedError.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -90,4 +91,4 @@ def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, ban
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
 
 
-_forward = operator(_sample_token, _fake)
+_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode")
