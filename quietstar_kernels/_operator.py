@@ -43,7 +43,7 @@ def operator(
     op: OpOverload = getattr(torch.ops.quietstar, name).default
     _gradients[op] = Gradient = _gradient(op, function, setup_context, backward, instead)
     # Skips Function.apply, which inspects a signature in each call; only torch.func's transforms need it.
-    apply: Callable[..., Any] = super(torch.autograd.Function, Gradient).apply  # type: ignore[misc]  # missing in PyTorch's stub
+    apply: Callable[..., Any] = super(torch.autograd.Function, Gradient).apply  # type: ignore[misc]  # not in PyTorch's stub
 
     def autograd(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ def sample_token(
     and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
     of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
 
+    A row whose logits are not finite has id -1 and log-probability NaN, on every back end. That is a row in which a logit is NaN
+    or inf, be its id banned or not; or all are -inf, where some -inf alone have probability 0; or the log of the sum of
+    exp(logit) is beyond ±6.9e29. An infinite logit stays so under a soft cap. All rows are not finite if scale, softcap,
+    scale / softcap, 1 / temperature or their product overflows fp32. Nothing waits for the device.
+
     There is no derivative: asking for one raises NotImplementedError.
 
     Args:
@@ -51,7 +57,8 @@ def sample_token(
         backend: "auto", or the name of one, which runs or raises.
 
     Returns:
-        ids int64 [R] and logprob fp32 [R], the log-probability of the id under the distribution it was drawn from.
+        ids int64 [R] and logprob fp32 [R], the log-probability of the id under the distribution it was drawn from; -1 and NaN
+        for a row that is not finite.
 
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
@@ -83,6 +90,8 @@ def _sample_token(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    if head.overflows:
+        return hidden.new_full(hidden.shape[:1], -1, dtype=torch.int64), hidden.new_full(hidden.shape[:1], nan).float()
     return _dispatch.run("sample_token", backend, hidden, head, counters, seed)
 
 
