@@ -1,5 +1,7 @@
 """Models whose logits are not finite: thinking, generating, explaining and training name the place and the cause."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,28 +9,32 @@ import quietstar
 from quietstar.config import TrainConfig
 from quietstar.train import train
 
-CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2)
-BROKEN = "model.embed_tokens.weight"
+CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, embedding_init=3)
+BROKEN = "transformer.wte.weight"
 TEXTS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 3, 40, 4, 5, 6]])  # the model knows nothing of token 40
 MESSAGE = rf"^the model's logits are not finite at text 1, position 2: its weight {BROKEN} holds NaN or infinity$"
 
 
+def model_without(tiny, token, value=torch.nan, **changes):
+    """The embedding of the token is not finite, and the model's thoughts never hold it."""
+    model = tiny("gpt2", attn_pdrop=0.0, tie_word_embeddings=False, **changes)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, 10
+        model.lm_head.weight[token] = 0
+        model.lm_head.weight[token, 0] = -10
+        model.transformer.wte.weight[token] = value
+    return model
+
+
 @pytest.fixture
 def qs(tiny):
-    """The embedding of token 40 is NaN."""
-    return spoil(quietstar.QuietStar(tiny("llama", tie_word_embeddings=False), CONFIG))
-
-
-def spoil(qs, value=torch.nan):
-    with torch.no_grad():
-        qs.model.get_input_embeddings().weight[40] = value
-    return qs
+    return quietstar.QuietStar(model_without(tiny, 40), CONFIG, verify=False)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_think(tiny, greedy, value):
-    qs = spoil(quietstar.QuietStar(tiny("llama", tie_word_embeddings=False), CONFIG), value)
+    qs = quietstar.QuietStar(model_without(tiny, 40, value), CONFIG, verify=False)
     with pytest.raises(ValueError, match=MESSAGE):
         qs.think(TEXTS, greedy=greedy)
     assert (qs.think(TEXTS[:1], greedy=greedy).thought_ids >= 0).all()
@@ -38,9 +44,9 @@ def test_think(tiny, greedy, value):
 
 
 def test_thoughts_that_may_stop(tiny):
-    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, end_token_id=60, stop_threshold=0.5)
+    config = replace(CONFIG, end_token_id=60, stop_threshold=0.5)
     with pytest.raises(ValueError, match=MESSAGE):
-        spoil(quietstar.QuietStar(tiny("llama", tie_word_embeddings=False), config)).think(TEXTS)
+        quietstar.QuietStar(model_without(tiny, 40), config, verify=False).think(TEXTS)
 
 
 def test_an_overflow(tiny):
@@ -78,10 +84,8 @@ def test_generate_after_a_thought_that_is_not_the_model_s(tiny):
 
 
 def test_explain(tiny, byte_tokenizer):
-    model = tiny("llama", vocab_size=257, tie_word_embeddings=False)
-    qs = quietstar.QuietStar(model, CONFIG, byte_tokenizer)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[byte_tokenizer("c")["input_ids"][0]] = torch.nan
+    model = model_without(tiny, byte_tokenizer("c")["input_ids"][0], vocab_size=257)
+    qs = quietstar.QuietStar(model, CONFIG, byte_tokenizer, verify=False)
     message = f"^the model's logits are not finite at text 0, position 2: its weight {BROKEN} holds NaN or infinity$"
     for seed in (None, 0):
         with pytest.raises(ValueError, match=message):
