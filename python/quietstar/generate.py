@@ -18,6 +18,7 @@ from quietstar import checks
 from quietstar.hf.architectures import most_rows
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.finite import not_finite
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.packed import Thinker
@@ -179,6 +180,8 @@ class ThinkingModel(GenerationMixin):
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
                 logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)), logits)
+        if bool((broken := logits[:, 0].isnan()).any()):  # generate waits for the token anyway
+            raise not_finite(self.thinker.model, f"at text {int(broken.nonzero()[0])}, position {self.longest - 1}")
         for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])
@@ -241,6 +244,7 @@ class ThinkingModel(GenerationMixin):
             "end": thinker.end,
         }
         ids, lengths, ends = cache.run(("think", sampling), think, inputs)
+        ends = ends.masked_fill((ids < 0).any(-1)[..., None], torch.nan)  # that thought isn't the model's
         if self.thinking.on_thoughts is not None:
             on = checks.sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))

@@ -235,7 +235,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             checks.check_tensor("old_logprob", old_logprob, "B,P,N,T", tuple(thought_ids.shape), layout.device)
 
         targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
-        predicted = self.predict(PackedInputs(layout, input_ids, thought_ids, thought_lengths, targets))
+        predicted = self.predict(PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets))
         nll_compared = predicted.nll_compared
         if config.base_model != "current":
             with self._compared_with() as model:
@@ -250,7 +250,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             with self._compared_with() as model:
                 chunk = self.chunk_size(layout)
                 base_logprob = base_model.thought_logprob(
-                    model, self.lm_head, input_ids, thought_ids, layout, config.banned, chunk
+                    model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, chunk
                 )
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
@@ -262,7 +262,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
                 self.gate.at_anchors(predicted.text, layout), reward, targets, config.gate_cost, counts
             )
         return QuietStarOutput(
-            loss=loss,
+            loss=torch.where((on & (thought_ids < 0)).any(), torch.nan, loss),  # sampled from logits that are not finite
             loss_ce=loss_ce,
             policy_loss=policy_loss,
             nll_base=predicted.nll_base,
@@ -314,11 +314,11 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         Args:
             greedy: the most likely token at each step, the same for all N; default in evaluation mode.
 
-        Other arguments and errors are those of ``forward``.
+        Other arguments and errors are those of ``forward``; and a ValueError if the model's logits are not finite.
         """
         layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         greedy = not self.training if greedy is None else greedy
-        return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths)
+        return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
 
     def sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool

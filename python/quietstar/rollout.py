@@ -12,6 +12,7 @@ from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.finite import not_finite
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
@@ -23,7 +24,7 @@ class Thoughts:
     """Sampled thoughts.
 
     Attributes:
-        thought_ids: int64 [B,P,N,T]; 0 past the end of a thought.
+        thought_ids: int64 [B,P,N,T]; 0 past the end of a thought, -1 where the model's logits are not finite.
         logprob: fp32 [B,P,N,T], at the sampling temperature; likewise.
         thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
     """
@@ -47,6 +48,13 @@ class Thoughts:
         lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
         on = sampled(lengths, self.thought_ids.shape[-1])
         return Thoughts(torch.where(on, self.thought_ids, 0), torch.where(on, self.logprob, 0), lengths)
+
+    def checked(self, model: PreTrainedModel, layout: ThoughtLayout) -> Thoughts:
+        """The same; raises ValueError if an id is -1. Waits for the device."""
+        if bool((self.thought_ids < 0).any()):
+            b, p, *_ = (self.thought_ids < 0).nonzero()[0].tolist()
+            raise not_finite(model, f"at text {b}, position {int(layout.anchor[b, p])}")
+        return self
 
     def copies(self, N: int) -> Thoughts:
         """The only thought of each anchor, N times."""
@@ -225,11 +233,11 @@ def continue_thoughts(
         if step < T:
             counters[..., 3].fill_(step)
             ids[..., step], logprob[..., step] = head.sample(hidden, counters, seed, sampling.temperature, sampling.banned)
-            embeds = embed(ids[..., step].flatten(1))
+            embeds = embed(ids[..., step].flatten(1).clamp(min=0))
         if end is not None:
             embeds = torch.where((lengths == step).flatten(1)[..., None], end, embeds)
-    thoughts = Thoughts(ids, logprob)
-    return (thoughts if sampling.stop is None else thoughts.cut(lengths)), ends
+    thoughts = Thoughts(ids, logprob).cut(lengths)
+    return (replace(thoughts, thought_lengths=None) if sampling.stop is None else thoughts), ends
 
 
 def _goes_on(running: Tensor) -> bool:

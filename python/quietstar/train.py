@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from quietstar.config import TrainConfig
+from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
@@ -217,7 +218,7 @@ def _step(
         if update == 0:  # before the weights change: if another process is lost here, no step is half done
             line = figures.read(accelerator, figures.add_up(sums), counts, whole(norm))
             if not math.isfinite(line["loss"]):
-                raise FloatingPointError(f"train: the loss is {line['loss']} at step {step + 1}")
+                raise FloatingPointError(f"train: the loss is {line['loss']} at step {step + 1}: the model's {state(qs)}")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()

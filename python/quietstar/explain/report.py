@@ -20,6 +20,7 @@ from quietstar.explain.page import render
 from quietstar.explain.token_text import text_pieces, token_text
 from quietstar.explain.tokens import SAME, Alternative, ExplainedThought, ExplainedToken
 from quietstar.files.writing import write_whole
+from quietstar.hf.finite import not_finite
 from quietstar.hf.modules import dropout_off, unwrapped
 from quietstar.packed import PackedInputs, Thinker
 from quietstar.rollout import Sampling, sample_thoughts
@@ -94,8 +95,9 @@ def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None
     with dropout_off(thinker.model):
         parts = [_predict(thinker, input_ids, anchors, seed) for anchors in places.split(chunk)]
     found = {name: [row for part in parts for row in part[name].tolist()] for name in parts[0]}
-    if not torch.tensor([found["base"], [max(x) for x in found["mixed"]]]).isfinite().all():
-        raise ValueError(f"{type(thinker.model).__name__}: its losses on this text are not finite")
+    finite = torch.tensor([[base, *mixed] for base, mixed in zip(found["base"], found["mixed"], strict=True)]).isfinite().all(1)
+    if not finite.all():
+        raise not_finite(thinker.model, f"at position {int((~finite).nonzero()[0])}")
     return Report(_model(thinker.model), _settings(thinker.config, seed), _tokens(tokenizer, input_ids[0].tolist(), found))
 
 
@@ -135,7 +137,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, seed: int | N
     sequence_ids = checks.check_sequence_ids(None, input_ids)
     thoughts = sample_thoughts(
         thinker.model, thinker.lm_head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling
-    )
+    ).checked(thinker.model, layout)
     layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)

@@ -12,6 +12,7 @@ from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
+from quietstar.hf.finite import not_finite
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
@@ -103,6 +104,8 @@ def _compare(model: PreTrainedModel) -> VerifyReport:
             for place, anchor in enumerate(anchors[0].tolist())
         ]
     )
+    if not bool(true_text.isfinite().all() and true_thoughts.isfinite().all()):
+        raise not_finite(model, "on random tokens")
     return VerifyReport(
         text=_difference(text, true_text),
         thoughts=_difference(thoughts, true_thoughts),
