@@ -30,6 +30,7 @@ from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
 from quietstar.run import figures, snapshots
 from quietstar.run.batches import Batch, Example, collate, mix_seed, texts_of_step
+from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Metrics
 from quietstar.run.optimizers import make_optimizer
 from quietstar.run.processes import check_processes, check_same_step, in_any_process, naming_lost_processes, process_state
@@ -49,6 +50,7 @@ def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[T
     return out.loss, out
 
 
+@alone_in_out(TrainConfig)
 def train(
     qs: QuietStar,
     data: Sequence[Example],
@@ -75,7 +77,8 @@ def train(
 
     Raises:
         Interrupted: after a signal, once the checkpoint is written.
-        ValueError: no data, more processes than texts in a step, or a checkpoint that is damaged or has other settings.
+        ValueError: no data, more processes than texts in a step, a checkpoint that is damaged or has other settings, or another
+            run is writing to ``config.out``.
         FloatingPointError: the loss is not finite.
         OSError: a file could not be written; older checkpoints are not affected. ConnectionError, a subclass, if another
             process ended; finished steps are saved unless weights are sharded or updated several times per step.

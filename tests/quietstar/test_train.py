@@ -223,7 +223,7 @@ def test_no_checkpoint_there(run, tmp_path):
 
 
 def test_a_save_that_was_killed_is_cleaned_up(run, tmp_path):
-    rest = tmp_path / "run" / "checkpoints" / "..step-000002-x1y2"
+    rest = tmp_path / "run" / "checkpoints" / "..step-000002-x1y2z3_4"
     rest.mkdir(parents=True)
     (rest / "model.safetensors").write_bytes(b"half")
     run(steps=2, save_every=2)

@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from quietstar.checkpoints.tensors import find, read_file
+from quietstar.checkpoints.pretrained import load_model
+from quietstar.checkpoints.tensors import check_finite, find, read_file
+from quietstar.files.reading import read_json
 from quietstar.hf.adapters import NAME, check, fingerprint, require_peft
 from quietstar.hf.modules import unwrapped
 
@@ -23,6 +25,20 @@ from quietstar.hf.modules import unwrapped
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Fields of a saved config that depend on where and how it was saved.
 _ENVIRONMENT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "runtime_config"}
+
+
+class Fingerprint(msgspec.Struct):
+    """What ``quietstar.hf.adapters.fingerprint`` returns, from a file."""
+
+    shapes: str
+    dtype: str
+    sample: str
+
+
+class Base(msgspec.Struct):
+    """What adapter_config.json says about the base."""
+
+    base_model_name_or_path: str | None = None
 
 
 def save(model: Any, directory: Path) -> None:
@@ -34,7 +50,7 @@ def save(model: Any, directory: Path) -> None:
     model.save_pretrained(directory, save_embedding_layers=False)
 
 
-def load(path: str | os.PathLike, saved: dict[str, str], base: PreTrainedModel | str | None, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | os.PathLike, saved: Fingerprint, base: PreTrainedModel | str | None, **kwargs: Any) -> PreTrainedModel:
     """The adapters of a checkpoint on their base: ``base``, or the one that the checkpoint names.
 
     Args:
@@ -52,17 +68,19 @@ def load(path: str | os.PathLike, saved: dict[str, str], base: PreTrainedModel |
         if not name:
             raise ValueError(f"{path}: its adapters don't name their base: pass base=, a model, a folder or a hub name")
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", "use_safetensors": True, **kwargs})
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path}: its adapters' base {name} does not load (base= takes another): {reason}") from error
+            model = load_model(name, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{path}: its adapters' base {name} does not load (base= takes another): {error}") from error
     check(model)
     check_base(path, saved, model, fingerprint(model))
     config.inference_mode = False
     halved = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors.values())
     name = model.name_or_path or config.base_model_name_or_path
     config.base_model_name_or_path = None  # peft takes it from the model, and would warn if the config named another
-    with_adapters = require_peft().get_peft_model(model, config, autocast_adapter_dtype=not halved)
+    try:
+        with_adapters = require_peft().get_peft_model(model, config, autocast_adapter_dtype=not halved)
+    except Exception as error:  # whatever peft makes of a wrong type
+        raise _damaged(path, error) from error
     config.base_model_name_or_path = name
     _copy(tensors, with_adapters, path)
     return with_adapters
@@ -77,17 +95,31 @@ def restore(model: Any, path: str | os.PathLike) -> None:
     _copy(read_file(path, TENSORS), model, path)
 
 
-def check_base(path: str | os.PathLike, saved: dict[str, str], model: PreTrainedModel, own: dict[str, str]) -> None:
+def check_base(path: str | os.PathLike, saved: Fingerprint, model: PreTrainedModel, own: dict[str, str]) -> None:
     """Raises ValueError if ``own``, the fingerprint of ``model``, differs from the saved one by more than rounding."""
     name = unwrapped(model).name_or_path or type(unwrapped(model)).__name__
-    if own["shapes"] != saved["shapes"]:
+    if own["shapes"] != saved.shapes:
         raise ValueError(f"{path}: its adapters belong to another base: the layers of {name} have other names or shapes")
-    theirs, ours = (torch.frombuffer(bytearray(base64.b64decode(x["sample"])), dtype=torch.float32) for x in (saved, own))
+    theirs, ours = _sample(path, saved.sample), _sample(path, own["sample"])
     tolerance = 0.0
-    if saved["dtype"] != own["dtype"]:
-        tolerance = max(torch.finfo(getattr(torch, x["dtype"])).eps for x in (saved, own))
-    if not torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * 1e-3):
+    if saved.dtype != own["dtype"]:
+        tolerance = max(_precision(path, x) for x in (saved.dtype, own["dtype"]))
+    if len(theirs) != len(ours) or not torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance * 1e-3):
         raise ValueError(f"{path}: its adapters belong to another base: the weights of {name} have other values")
+
+
+def _sample(path: str | os.PathLike, text: str) -> Tensor:
+    try:
+        return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(f"{path}: the fingerprint of its adapters' base is damaged: {error}") from error
+
+
+def _precision(path: str | os.PathLike, dtype: str) -> float:
+    try:
+        return torch.finfo(getattr(torch, dtype)).eps
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: the fingerprint of its adapters' base must name a dtype of floats, got {dtype!r}") from error
 
 
 def _copy(tensors: dict[str, Tensor], model: Any, path: str | os.PathLike) -> None:
@@ -96,6 +128,7 @@ def _copy(tensors: dict[str, Tensor], model: Any, path: str | os.PathLike) -> No
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
         raise ValueError(f"{path}: {TENSORS} and {CONFIG} are not of the same adapters")
+    check_finite(path, TENSORS, tensors)
     set_peft_model_state_dict(model, tensors)
 
 
@@ -108,6 +141,12 @@ def _read_config(path: str | os.PathLike) -> Any:
     if file is None:
         raise ValueError(f"{path}: {CONFIG} is missing")
     try:
+        read_json(file, Base)
         return require_peft().PeftConfig.from_pretrained(os.path.dirname(file))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {CONFIG} is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: {CONFIG} is damaged: {reason}")

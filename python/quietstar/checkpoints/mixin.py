@@ -32,8 +32,8 @@ class CheckpointMixin(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
 
-        Of a model with adapters, those alone are written, as peft does it. Raises ValueError where weights of the base were
-        trained, which would be lost.
+        Of a model with adapters, those alone are written, as peft does it. Other files of the folder are kept, except the
+        weights of another checkpoint. Raises ValueError where weights of the base were trained, which would be lost.
         """
         native.save(self.contents(), directory)
 
@@ -47,6 +47,9 @@ class CheckpointMixin(nn.Module):
         from its ``max_thoughts``, and ``qs.thought_config`` may be replaced.
 
         Args:
+            verify: compare the SHA-256 of weights, config, vocabulary and thought parts with those that were saved, which takes
+                half a second for a gigabyte, and check that packed rows equal an ordinary forward, once per architecture.
+                False skips both, and loads a checkpoint whose config was edited; sizes of weights are compared all the same.
             base: for a checkpoint of adapters, what they belong to: a model, which gets them, a folder or a hub name; default
                 the one that the checkpoint names.
             kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
@@ -55,7 +58,7 @@ class CheckpointMixin(nn.Module):
             ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
                 base.
         """
-        contents = native.load(path, base, **kwargs)
+        contents = native.load(path, base, verify, **kwargs)
         qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
         native.restore(qs.contents().tensors, contents.tensors, path)
         return qs

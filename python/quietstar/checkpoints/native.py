@@ -2,107 +2,147 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quietstar.checkpoints import adapters, official
+from quietstar.checkpoints.card import CARD, card
 from quietstar.checkpoints.contents import Contents
-from quietstar.checkpoints.tensors import INDEX, WEIGHTS, check_vocabulary, find, locate_tensors, read_file
-from quietstar.config import ThoughtConfig
+from quietstar.checkpoints.pretrained import load_model, load_tokenizer
+from quietstar.checkpoints.tensors import check_finite, find, has_safetensors, read_file
+from quietstar.config import ThoughtConfig, renamed
+from quietstar.files.hashes import check_names, check_saved, sha256
+from quietstar.files.reading import as_type, read_json
 from quietstar.files.writing import replaced
-from quietstar.hf.modules import embeddings, unwrapped
+from quietstar.hf.modules import embeddings
 
-TENSORS, SETTINGS, CARD = "quietstar.safetensors", "quietstar.json", "README.md"
+TENSORS, SETTINGS = "quietstar.safetensors", "quietstar.json"
 FORMAT = 1
+# Files of text that people edit after saving, and that no number depends on while a model trains or thinks.
+EDITED = re.compile(r"README\.md|generation_config\.json|tokenizer_config\.json|special_tokens_map\.json|.*\.jinja")
+
+
+class Settings(msgspec.Struct):
+    """quietstar.json. Checkpoints from before there were hashes have the sizes of weights alone.
+
+    Attributes:
+        base: the fingerprint of the adapters' base.
+        files: sizes in bytes.
+        sha256: of files that must be as they were saved.
+        checksum: SHA-256 of all other settings.
+    """
+
+    model_type: str
+    thought_config: dict[str, Any]
+    base: adapters.Fingerprint | None = None
+    files: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
+    sha256: dict[str, str] = {}
+    checksum: str | None = None
 
 
 def save(contents: Contents, directory: str | os.PathLike) -> None:
     """Write everything into a temporary folder and rename it to ``directory``; a crash leaves the old or the new one intact."""
     with replaced(directory) as beside:
-        if contents.base is None:
-            contents.model.save_pretrained(beside)
-        else:
-            adapters.save(contents.model, beside)
-        if contents.tokenizer is not None:
-            contents.tokenizer.save_pretrained(beside)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
-        save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-        settings = {
-            "format": FORMAT,
-            "model_type": contents.model.config.model_type,
-            "thought_config": contents.config.to_dict(),
-            "base": contents.base,
-            "files": {file.name: file.stat().st_size for file in sorted(beside.glob("*.safetensors"))},
-        }
-        (beside / CARD).write_text(_card(contents))
-        (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        write(contents, beside)
+
+
+def write(contents: Contents, folder: Path) -> dict[str, str]:
+    """Write everything into an empty folder; returns the SHA-256 of the files that have one in ``SETTINGS``."""
+    if contents.base is None:
+        contents.model.save_pretrained(folder)
+    else:
+        adapters.save(contents.model, folder)
+    if contents.tokenizer is not None:
+        contents.tokenizer.save_pretrained(folder)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CARD).write_text(card(contents, TENSORS, SETTINGS), encoding="utf-8")
+    kept = [file for file in sorted(folder.iterdir()) if file.is_file() and not EDITED.fullmatch(file.name)]
+    hashes = {file.name: sha256(file) for file in kept}
+    settings = {
+        "format": FORMAT,
+        "model_type": contents.model.config.model_type,
+        "thought_config": contents.config.to_dict(),
+        "base": contents.base,
+        "files": {file.name: file.stat().st_size for file in kept},
+        "sha256": hashes,
+    }
+    (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n")
+    return hashes
+
+
+def _checksum(settings: dict[str, Any]) -> str:
+    others = {name: value for name, value in settings.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def thinks(path: str | os.PathLike) -> bool:
     """Whether a folder or hub name holds a model with its thought parts, ours or published."""
     if find(path, SETTINGS) is not None:
         return True
-    return any(find(path, name) for name in (WEIGHTS, INDEX)) and official.is_published(path)
+    return has_safetensors(path) and official.is_published(path)
 
 
-def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, **kwargs: Any) -> Contents:
+def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, verify: bool = True, **kwargs: Any) -> Contents:
     """What a checkpoint of ours or a published one holds.
 
     Args:
         base: what the checkpoint's adapters belong to, where it has adapters; default what it names.
+        verify: compare the hashes of a checkpoint of ours.
     """
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
         return official.load(path, **kwargs)
-    settings = _read_settings(path)
+    settings = _read_settings(path, verify)
     tensors = _read_thought_tensors(path)
-    if os.path.isdir(path):
-        _check_sizes(Path(path), settings.get("files", {}))
-    if settings.get("base"):
-        model = adapters.load(path, settings["base"], base, **kwargs)
+    if settings.base:
+        model = adapters.load(path, settings.base, base, **kwargs)
     elif base is not None:
         raise ValueError(f"{path}: base is for a checkpoint of adapters, and this one is a whole model")
     else:
-        model = _load_model(path, settings, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
-    return Contents(model, ThoughtConfig.from_dict(settings["thought_config"]), tokenizer, tensors, settings.get("base"))
+        model = load_model(path, **kwargs)
+        if model.config.model_type != settings.model_type:
+            wanted = f"{SETTINGS} belongs to a {settings.model_type}"
+            raise ValueError(f"{path}: {wanted}, the model is a {model.config.model_type}")
+    tokenizer = load_tokenizer(path) if find(path, "tokenizer_config.json") else None
+    return Contents(model, _thought_config(path, settings), tokenizer, tensors)
 
 
-def _load_model(path: str | os.PathLike, settings: dict[str, Any], **kwargs: Any) -> PreTrainedModel:
+def _thought_config(path: str | os.PathLike, settings: Settings) -> ThoughtConfig:
+    values, where = renamed(settings.thought_config), f"{path}: {SETTINGS}"
+    as_type(ThoughtConfig, values, f"{where}, thought_config")
     try:
-        vocabulary = AutoConfig.from_pretrained(path).get_text_config().vocab_size
-        check_vocabulary(path, locate_tensors(path), vocabulary)
-        model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", "use_safetensors": True, **kwargs})
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: the language model does not load: {error}") from error
-    if model.config.model_type != settings["model_type"]:
-        raise ValueError(f"{path}: {SETTINGS} belongs to a {settings['model_type']}, the model is a {model.config.model_type}")
-    return model
+        return ThoughtConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
-def restore_all(contents: Contents, path: str | os.PathLike) -> None:
+def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True) -> None:
     """Copy a checkpoint of the same model and config into the model of ``contents``."""
-    settings = _read_settings(path)
-    config = ThoughtConfig.from_dict(settings["thought_config"])
+    settings = _read_settings(path, verify)
+    config = _thought_config(path, settings)
     if config != contents.config:
         raise ValueError(f"{path}: it was made with another thought config: {config}")
-    if bool(settings.get("base")) != (contents.base is not None):
+    if bool(settings.base) != (contents.base is not None):
         kinds = ("a whole model", "adapters alone")
         kinds = kinds if contents.base is not None else kinds[::-1]
         raise ValueError(f"{path}: it holds {kinds[0]}, and this run trains {kinds[1]}")
-    if contents.base is not None:
-        adapters.check_base(path, settings["base"], contents.model, contents.base)
+    if settings.base and contents.base is not None:
+        adapters.check_base(path, settings.base, contents.model, contents.base)
         adapters.restore(contents.model, path)
         return restore(contents.tensors, _read_thought_tensors(path), path)
-    saved = load(path)
+    saved = load(path, verify=False)
     V, own = (len(embeddings(x).weight) for x in (saved.model, contents.model))
     if V != own:
         raise ValueError(f"{path}: it is of a vocabulary of {V} tokens, the model's has {own}")
@@ -117,9 +157,11 @@ def restore(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.P
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}")
+        if own[name].dtype != tensor.dtype:
+            warnings.warn(f"{path}: {name} is {tensor.dtype}, converted to {own[name].dtype}", stacklevel=2)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].data = tensor.to(own[name].device)
+            own[name].data = tensor.to(own[name].device, own[name].dtype)
 
 
 def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -142,57 +184,33 @@ def _tied(module: nn.Module) -> dict[str, str]:
     return {alias: name for alias, name in names.items() if alias != name}
 
 
-def _read_settings(path: str | os.PathLike) -> dict[str, Any]:
+def _read_settings(path: str | os.PathLike, verify: bool) -> Settings:
+    """The settings of a checkpoint whose files are all there.
+
+    Args:
+        verify: compare hashes too.
+    """
     file = find(path, SETTINGS)
     if file is None:
         raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint")
-    try:
-        settings = json.loads(Path(file).read_text())
-        known = settings["format"] == FORMAT and isinstance(settings["thought_config"], dict) and settings["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {SETTINGS} is damaged: {error}") from error
-    if not known:
-        raise ValueError(f"{path}: {SETTINGS} has format {settings['format']}, this version reads {FORMAT}")
+    where = f"{path}: {SETTINGS}"
+    values = read_json(file, dict[str, Any])
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{where} has format {values.get('format')}, this version reads {FORMAT}")
+    settings = as_type(Settings, values, f"{where} is damaged")
+    check_names(where, {**settings.files, **settings.sha256})
+    if not verify:
+        weights = {name: size for name, size in settings.files.items() if name.endswith(".safetensors")}
+        check_saved(path, partial(find, path), weights, {})
+        return settings
+    if settings.checksum not in (None, _checksum(values)):
+        raise ValueError(f"{where} is damaged: it is not what was saved")
+    check_saved(path, partial(find, path), settings.files, settings.sha256)
     return settings
 
 
 def _read_thought_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of ``TENSORS``; in older checkpoints those of the base model are named "reference"."""
-    return {re.sub(r"^reference\.", "base_model.", name): x for name, x in read_file(path, TENSORS).items()}
-
-
-def _check_sizes(directory: Path, sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        file = directory / name
-        if not file.exists():
-            raise ValueError(f"{directory}: {name} is missing")
-        if file.stat().st_size != size:
-            raise ValueError(f"{directory}: {name} is damaged: it has {file.stat().st_size} bytes, {size} were saved")
-
-
-def _card(contents: Contents) -> str:
-    config = contents.config
-    name = type(unwrapped(contents.model)).__name__
-    if contents.base is None:
-        what = "`AutoModelForCausalLM.from_pretrained` loads the language model alone"
-    else:
-        base = contents.model.name_or_path or name
-        what = f"These are adapters of peft, without the model that they belong to, {base}"
-    return f"""---
-library_name: transformers
-tags: [quiet-star]
----
-
-# {name} that thinks before every token
-
-A {name} trained with Quiet-STaR (arXiv 2403.09629) by quietstar-kernels: {config.thoughts} thoughts of
-{config.thought_tokens} tokens at every position, {config.lookahead} tokens predicted after each, preset `{config.preset}`.
-
-{what}; `quietstar.QuietStar.from_pretrained` loads all of it, with the
-mixing head and thought embeddings (`{TENSORS}`, `{SETTINGS}`).
-
-## Limits
-
-A thought need not be the reason for an answer: it was rewarded for making the next tokens likelier, nothing else. Nothing
-guards against harmful thoughts, and they are not meant to be shown as explanations.
-"""
+    tensors = {re.sub(r"^reference\.", "base_model.", name): x for name, x in read_file(path, TENSORS).items()}
+    check_finite(path, TENSORS, tensors)
+    return tensors

@@ -9,17 +9,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quietstar.checkpoints.contents import Contents
-from quietstar.checkpoints.tensors import check_vocabulary, find, locate_tensors, read_tensors
+from quietstar.checkpoints.pretrained import load_tokenizer, load_with_report
+from quietstar.checkpoints.tensors import check_finite, find, locate_tensors, read_tensors
 from quietstar.config import ThoughtConfig
+from quietstar.files.reading import read_json
 from quietstar.files.writing import replaced
 from quietstar.hf.modules import embeddings
 
@@ -44,6 +46,14 @@ _HEAD_KIND = {
 }
 
 
+class Published(msgspec.Struct):
+    """What config.json of a published checkpoint says about thoughts, if it does."""
+
+    n_ahead_talk: int = LOOKAHEAD
+    max_thoughts: int | None = None
+    n_passes: int = 2
+
+
 def is_published(path: str | os.PathLike) -> bool:
     """Whether a folder or hub name holds a model's weights and among them a published mixing head."""
     return any(name in NAMES for name in locate_tensors(path))
@@ -59,30 +69,31 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Contents:
     absent = [name for name in NAMES if name not in located]
     if absent:
         raise ValueError(f"{path}: not a whole published checkpoint: missing {', '.join(absent)}")
-    tensors = _own_names(read_tensors(path, located, NAMES), EMBEDDING_SCALE, EMBEDDING_SCALE)
+    stored = read_tensors(path, located, NAMES)
+    check_finite(path, "its weights", stored)
+    for name in _EMBEDDINGS:
+        if stored[name].ndim != 2:
+            raise ValueError(f"{path}: {name} must have shape [2,D], got {list(stored[name].shape)}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of unexpected tensors would list the thought parts
     try:
-        config = AutoConfig.from_pretrained(path)
-        check_vocabulary(path, located, config.get_text_config().vocab_size)
-        options = {"dtype": "auto", "use_safetensors": True, **kwargs}
-        model, info = cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: the language model does not load: {error}") from error
+        model, info = load_with_report(path, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
     _check_names(f"{path}: the weights do", model, info["missing_keys"], set(info["unexpected_keys"]) - set(NAMES))
-    tokenizer = AutoTokenizer.from_pretrained(path) if find(path, "tokenizer_config.json") else None
-    return Contents(model, _thought_config(config, tokenizer), tokenizer, tensors)
+    tokenizer = load_tokenizer(path) if find(path, "tokenizer_config.json") else None
+    published = read_json(str(find(path, "config.json")), Published)
+    tensors = _own_names(stored, EMBEDDING_SCALE, EMBEDDING_SCALE)
+    return Contents(model, _thought_config(published, tokenizer), tokenizer, tensors)
 
 
-def _thought_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> ThoughtConfig:
+def _thought_config(published: Published, tokenizer: PreTrainedTokenizerBase | None) -> ThoughtConfig:
     """The published n_ahead counts start, end and the text token too, and max_thoughts is n_ahead + n_ahead_talk + 1."""
-    lookahead = getattr(config, "n_ahead_talk", LOOKAHEAD)
-    ahead = getattr(config, "max_thoughts", 12 + lookahead + 1) - lookahead - 1
+    lookahead = published.n_ahead_talk
+    ahead = (12 + lookahead + 1 if published.max_thoughts is None else published.max_thoughts) - lookahead - 1
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     return ThoughtConfig(
-        thoughts=getattr(config, "n_passes", 2),
+        thoughts=published.n_passes,
         thought_tokens=max(1, ahead - 3),
         lookahead=lookahead,
         start_token_id=vocabulary.get(START),
@@ -113,7 +124,7 @@ def save(contents: Contents, directory: str | os.PathLike, max_shard_size: int |
         "rope_theta": model.config.rope_parameters["rope_theta"],
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
-    with replaced(directory, stale=("quietstar.json",)) as beside:
+    with replaced(directory) as beside:
         model.save_pretrained(beside, state_dict=state_dict(contents), max_shard_size=max_shard_size)
         if contents.tokenizer is not None:
             contents.tokenizer.save_pretrained(beside)

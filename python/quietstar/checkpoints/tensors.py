@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
+
+from quietstar.files.hashes import check_names
+from quietstar.files.reading import check_regular, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # The first of these that a checkpoint has gives the size of its vocabulary.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Index(msgspec.Struct):
+    """model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def find(path: str | os.PathLike, name: str) -> str | None:
@@ -48,14 +60,20 @@ def locate_tensors(path: str | os.PathLike) -> dict[str, str]:
         pickles = _find_pickles(path)
         raise ValueError(_pickle_message(path, pickles) if pickles else f"{path}: no {WEIGHTS} there")
     try:
-        shard_of = json.loads(Path(index).read_text())["weight_map"]
-        shards = {name: find(path, name) for name in sorted(set(shard_of.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shard_of = read_json(index, Index).weight_map
+    except ValueError as error:
         raise ValueError(f"{path}: {INDEX} is damaged: {error}") from error
+    check_names(f"{path}: {INDEX}", shard_of.values())
+    shards = {name: find(path, name) for name in sorted(set(shard_of.values()))}
     for name, shard in shards.items():
         if shard is None:
             raise ValueError(f"{path}: {name} is missing, which {INDEX} names")
     return {tensor: str(shards[name]) for tensor, name in shard_of.items()}
+
+
+def has_safetensors(path: str | os.PathLike) -> bool:
+    """Whether there are weights in safetensors."""
+    return any(find(path, name) for name in (WEIGHTS, INDEX))
 
 
 def read_file(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
@@ -77,6 +95,15 @@ def read_tensors(path: str | os.PathLike, located: Mapping[str, str], names: Ite
     return tensors
 
 
+def check_finite(path: str | os.PathLike, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a tensor of the file ``name`` that is not of floats, or not finite."""
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {key} in {name} must be of floats, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} in {name} has values that are not finite")
+
+
 def check_vocabulary(path: str | os.PathLike, located: Mapping[str, str], vocabulary: int) -> None:
     """Raises ValueError if the number of embeddings is not the config's vocabulary size."""
     name = next((name for suffix in EMBEDDINGS for name in located if name.endswith(suffix)), None)
@@ -90,6 +117,7 @@ def check_vocabulary(path: str | os.PathLike, located: Mapping[str, str], vocabu
 
 @contextmanager
 def _opened(path: str | os.PathLike, file: str) -> Iterator[safe_open]:
+    check_regular(file)
     try:
         with safe_open(file, "pt") as opened:
             yield opened
@@ -105,6 +133,7 @@ def _find_pickles(path: str | os.PathLike) -> list[str]:
 
 def _pickle_message(path: str | os.PathLike, names: list[str]) -> str:
     return (
-        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read: convert them with "
+        f"{path}: its weights are pickle files ({', '.join(names[:3])}), which can run code when read; --allow-bin reads those of a "
+        "plain language model with weights_only; else convert them with "
         f"safetensors.torch.save_file(torch.load(file, weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}})"
     )

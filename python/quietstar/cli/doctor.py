@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from tyro.conf import arg
 
+from quietstar.checkpoints.pretrained import load_config, load_model
 from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import load, newest_checkpoint
+from quietstar.cli.loading import newest_checkpoint
+from quietstar.cli.shared_options import AllowBin
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify
 from quietstar.memory.processes import (
@@ -48,6 +49,7 @@ class Doctor:
     sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="sharding over the processes")] = "no"
     anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
+    allow_bin: AllowBin = False
 
     def run(self) -> None:
         print(environment())
@@ -55,12 +57,12 @@ class Doctor:
             print(f"\n{self._training()}")
         if self.verify:
             path = newest_checkpoint(self.model)
-            model = load(self.model, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype))
+            model = load_model(path, self.allow_bin, dtype=self.dtype)
             print(f"thoughts against ordinary forward passes: {verify(model)}")
 
     def _training(self) -> str:
         """Tables of the memory that a step needs in each process, and of what the processes exchange."""
-        config = load(self.model, "model", lambda: AutoConfig.from_pretrained(newest_checkpoint(self.model)))
+        config = load_config(newest_checkpoint(self.model))
         if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
             raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
         try:

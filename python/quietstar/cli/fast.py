@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.shared_options import LanguageModel, ResumeRun, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, LanguageModel, ResumeRun, WeightsDtype
 from quietstar.cli.tables import table
 from quietstar.config import ThoughtConfig
 from quietstar.data.texts import DataConfig, load_data
@@ -22,10 +22,11 @@ class Fast:
     recipe: fast.Config
     model: LanguageModel
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
     def run(self) -> None:
-        model, tokenizer = read(self.model, self.dtype)
+        model, tokenizer = read(self.model, self.dtype, self.allow_bin)
         data = load_data(self.data, tokenizer, max(J for _, J in fast.stages(self.recipe.curriculum)))
         _, report = fast.fast(
             model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import ResumeRun, StartModel, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype
 from quietstar.cli.tables import table
 from quietstar.recipes import internalize, internalize_kd
 from quietstar.recipes.common.models import TaskConfig, load
@@ -28,10 +28,11 @@ class Internalize:
     ] = "stepwise"
     model: StartModel = ""
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
     def run(self) -> None:
-        model, task = load(self.model, self.task, self.dtype)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         if self.method == "kd":
             _, report = internalize_kd.distill(model, task, self.recipe, self.distillation, self.model, bool(self.resume))
             rows, saved = ["full chain", "shown states", "emulated states", "internalized"], internalize_kd.PAIR

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quietstar.checkpoints import native
-from quietstar.cli.errors import first_line
+from quietstar.checkpoints import native, pretrained
 from quietstar.config import ThoughtConfig
 from quietstar.model import QuietStar
 from quietstar.run import snapshots
@@ -23,15 +19,14 @@ def newest_checkpoint(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    return load(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(newest_checkpoint(name)))
+    return pretrained.load_tokenizer(newest_checkpoint(name))
 
 
-def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str) -> QuietStar:
+def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, allow_bin: bool = False) -> QuietStar:
     """Wrap a plain language model, or continue with ``thoughts`` from one that thinks already."""
     path = newest_checkpoint(name)
-    if not load(name, "model", lambda: native.thinks(path)):
-        model = load(name, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
-        return QuietStar(model, thoughts, tokenizer)
+    if not native.thinks(path):
+        return QuietStar(pretrained.load_model(path, allow_bin, dtype=dtype), thoughts, tokenizer)
     qs = QuietStar.from_pretrained(path, dtype=dtype)
     scale = qs.thought_config.embedding_scale
     if scale != thoughts.embedding_scale:
@@ -50,11 +45,3 @@ def text_tokenizer(qs: QuietStar) -> Any:
     if qs.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer")
     return qs.tokenizer
-
-
-def load(name: str, what: str, function: Callable[[], Any]) -> Any:
-    """What ``function`` returns; a ValueError of one line for the many ways in which transformers fails to load."""
-    try:
-        return function()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{name}: cannot load a {what} from this folder or hub name: {first_line(error)}") from error

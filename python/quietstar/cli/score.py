@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import ResumeRun, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, ResumeRun, WeightsDtype
 from quietstar.cli.tables import table
 from quietstar.recipes import score
 from quietstar.recipes.common.models import TaskConfig, load
@@ -24,10 +24,11 @@ class Score:
     recipe: score.Config
     model: Annotated[str, arg(help="hub name or folder of a causal language model that solves some of the problems")]
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
     def run(self) -> None:
-        model, task = load(self.model, self.task, self.dtype)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
         rows = [{"test problems": name, **figures} for name, figures in report.items()]
         print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, ('test problems', *COLUMNS))}")

@@ -14,6 +14,7 @@ Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest c
 LanguageModel = Annotated[str, arg(help="hub name or folder of a causal language model")]
 StartModel = Annotated[str, arg(help="hub name or folder of a causal language model; default a small untrained one")]
 WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precision only with LoRA, or without training")]
+AllowBin = Annotated[bool, arg(help="take weights from pickle files (.bin) too, read with weights_only")]
 ThinkWhen = Annotated[str, arg(help="always, never, or only where the model's entropy is above this number of nats")]
 ResumeRun = Annotated[Literal["", "auto"], arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import WeightsDtype
+from quietstar.cli.shared_options import AllowBin, WeightsDtype
 from quietstar.cli.tables import table
 from quietstar.recipes import solve
 from quietstar.recipes.common.models import TaskConfig, load
@@ -25,9 +25,10 @@ class Solve:
     model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
     verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
 
     def run(self) -> None:
-        model, task = load(self.model, self.task, self.dtype)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
         scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
         report = solve.solve(model, task, self.recipe, scorer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.shared_options import ResumeRun, StartModel, WeightsDtype, check_start
+from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_start
 from quietstar.cli.tables import table
 from quietstar.recipes import star
 from quietstar.recipes.common.models import TaskConfig, load
@@ -21,11 +21,12 @@ class Star:
     recipe: star.Config
     model: StartModel = ""
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
     def run(self) -> None:
         check_start(self.model, self.recipe.sft_steps)
-        model, task = load(self.model, self.task, self.dtype)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, reports = star.star(model, task, self.recipe, self.model, bool(self.resume))
         print(f"{task.name}\n{table(reports, COLUMNS)}")
         print(f"saved {Path(self.recipe.out) / f'round-{len(reports) - 1:02d}'}")

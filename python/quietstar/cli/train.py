@@ -16,6 +16,7 @@ from tyro.conf import arg
 from quietstar.cli.errors import RUNTIME, SAVED, Failure, first_line
 from quietstar.cli.loading import load_model, load_tokenizer
 from quietstar.cli.options import read_config
+from quietstar.cli.shared_options import AllowBin
 from quietstar.cli.tables import held_out_losses
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
@@ -23,12 +24,15 @@ from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
 from quietstar.run import snapshots
+from quietstar.run.lock import only_run_in
 from quietstar.run.processes import process_state
 from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted
 from quietstar.train import train
 
 CONFIG = "config.json"
+# Options of the command itself that its config file has.
+OWN = ("model", "dtype", "allow_bin", "compile", "gradient_checkpointing", "thoughts_from")
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Train:
     gradient_checkpointing: Annotated[bool, arg(help="recompute activations in the backward pass, to save memory")] = field(
         default=False, metadata=MAY_DIFFER
     )
+    allow_bin: AllowBin = field(default=False, metadata=MAY_DIFFER)
     thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
     config: Annotated[str, arg(help=f"JSON or YAML file of options, such as a run's {CONFIG}; typed options win")] = field(
         default="", metadata=MAY_DIFFER
@@ -56,11 +61,15 @@ class Train:
     )
 
     def run(self) -> None:
+        with only_run_in(self.train.out):
+            self._run()
+
+    def _run(self) -> None:
         check_folder(self.train.out, "checkpoints", bool(snapshots.every(self.train.out)), bool(self.resume))
         set_seed(self.train.seed)  # the mixing head's first weights are random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
-        qs = load_model(self.model, self.thoughts, tokenizer, self.dtype)
+        qs = load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -90,7 +99,7 @@ class Train:
 
     def options(self) -> dict[str, Any]:
         """All options by name, as ``--config`` takes them."""
-        own = {name: getattr(self, name) for name in ("model", "dtype", "compile", "gradient_checkpointing", "thoughts_from")}
+        own = {name: getattr(self, name) for name in OWN}
         return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
 
     def _print(self, text: str) -> None:

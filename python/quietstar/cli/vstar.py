@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.shared_options import ResumeRun, StartModel, WeightsDtype, check_start
+from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_start
 from quietstar.cli.tables import cell, table
 from quietstar.recipes import vstar
 from quietstar.recipes.common.models import TaskConfig, load
@@ -21,11 +21,12 @@ class VStar:
     recipe: vstar.Config
     model: StartModel = ""
     dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
     def run(self) -> None:
         check_start(self.model, self.recipe.sft_steps)
-        model, task = load(self.model, self.task, self.dtype)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, _, report = vstar.vstar(model, task, self.recipe, self.model, bool(self.resume))
         print(f"{task.name}\n{table(report['rounds'], COLUMNS)}")
         verifier = report["verifier"]

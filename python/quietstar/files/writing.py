@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quietstar.files.locking import FileLock
+
 __all__ = ["replaced", "write_whole"]
 
-# A checkpoint's weights and their index: those of the folder that is replaced never go with the new ones.
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+# The weights of a checkpoint and what belongs to them: those of the folder that is replaced never go with the new ones.
+_OF_WEIGHTS = re.compile(
+    r"(model(-[0-9]+-of-[0-9]+)?|adapter_model|quietstar)\.safetensors"
+    r"|model\.safetensors\.index\.json|adapter_config\.json|quietstar\.json"
+)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
@@ -23,41 +30,83 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 @contextmanager
 def beside(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name next to ``path`` to write a file to. It is renamed to ``path`` at the end; an error deletes it."""
-    path = Path(path)
+    """A temporary name next to ``path`` to write a file to. It is renamed to ``path`` at the end; an error deletes it.
+
+    What processes that were killed here have left is removed. A ``path`` that is a link stays one.
+    """
+    path = Path(os.path.realpath(path))
+    _remove_leftovers(path)
     file = path.with_name(f".{path.name}-{os.getpid()}")
+    while (lock := FileLock.acquire(file)) is None:
+        pass  # another process is removing what one with this id has left
     try:
         yield file
         os.replace(file, path)
     finally:
         file.unlink(missing_ok=True)
+        lock.release(remove=False)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that have ended, which no longer lock them."""
+    ours = re.compile(re.escape(f".{path.name}-") + "[0-9]+")
+    for file in path.parent.iterdir() if path.parent.is_dir() else ():
+        if ours.fullmatch(file.name) and file.is_file() and (lock := FileLock.acquire(file)):
+            lock.release(remove=lock.certain)
 
 
 @contextmanager
-def replaced(directory: str | os.PathLike, stale: Iterable[str] = ()) -> Iterator[Path]:
+def replaced(directory: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder that takes the place of ``directory`` at the end; a crash leaves either the old or the new one whole.
 
-    Other files of the old folder are moved to the new one, except weights, their index and files named in ``stale``.
+    Other files of the old folder are kept, except the weights of a checkpoint and what belongs to them. A ``directory`` that is
+    a link stays one.
     """
-    directory = Path(directory)
+    directory = Path(os.path.realpath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         new.chmod(0o755)
         yield new
-        _put_in_place(new, directory, set(stale))
+        _put_in_place(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _put_in_place(new: Path, directory: Path, stale: set[str]) -> None:
+def _put_in_place(new: Path, directory: Path) -> None:
     if not directory.exists():
         os.replace(new, directory)
         return
-    old = new.with_name(new.name + "-old")
-    os.replace(directory, old)
-    os.replace(new, directory)
-    for file in old.iterdir():
-        if not (directory / file.name).exists() and not file.name.endswith(WEIGHTS) and file.name not in stale:
-            os.replace(file, directory / file.name)
+    _keep_others(directory, new)
+    old = new
+    if not _exchange(new, directory):
+        old = new.with_name(new.name + "-old")
+        os.replace(directory, old)
+        os.replace(new, directory)
+    _keep_others(old, directory)  # what came in the meantime
     shutil.rmtree(old)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Link the files of ``old`` that ``new`` lacks into it, so that they are in either at any moment."""
+    for file in old.iterdir():
+        target = new / file.name
+        if file.is_dir() and not file.is_symlink():
+            if target.is_dir() or not os.path.lexists(target):
+                target.mkdir(exist_ok=True)
+                _keep_others(file, target)
+        elif not os.path.lexists(target) and not _OF_WEIGHTS.fullmatch(file.name):
+            _link(file, target)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step. Returns False where the system can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    return rename is not None and rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE

@@ -26,6 +26,7 @@ from quietstar.recipes.common.log import is_logging
 from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.batches import Example, mix_seed
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.train import train
 
@@ -69,6 +70,7 @@ def stages(curriculum: str) -> list[tuple[int, int]]:
     return found
 
 
+@alone_in_out(Config)
 def fast(
     model: PreTrainedModel,
     data: Sequence[Example],

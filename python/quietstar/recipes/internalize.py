@@ -30,6 +30,7 @@ from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
@@ -122,6 +123,7 @@ def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: i
     return icot_report.figures(task, rows, [completions[0] for completions in found], time.perf_counter() - began)
 
 
+@alone_in_out(Config)
 def internalize(
     model: PreTrainedModel, task: Task, config: Config | None = None, name: str = "", resume: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

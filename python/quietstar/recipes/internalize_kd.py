@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from quietstar.checkpoints.pretrained import load_model as load_language_model
 from quietstar.config import option
 from quietstar.files.writing import replaced, write_whole
 from quietstar.recipes import internalize as icot
@@ -34,6 +35,7 @@ from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
@@ -95,7 +97,7 @@ class Pair(nn.Module):
         folder = Path(folder)
         try:
             own = load_file(folder / STATES)
-            emulator, student = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("emulator", "student"))
+            emulator, student = (load_language_model(folder / name) for name in ("emulator", "student"))
             pair = cls(Emulator(emulator, len(own["emulator.mixture.weight"])), Student(student))
             missing = [key for key in pair.load_state_dict(own, strict=False).missing_keys if ".model." not in key]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -105,6 +107,7 @@ class Pair(nn.Module):
         return pair.eval()
 
 
+@alone_in_out(icot.Config)
 def distill(
     model: PreTrainedModel,
     task: Task,

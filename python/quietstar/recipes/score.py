@@ -32,6 +32,7 @@ from quietstar.recipes.common.rounds import save_model
 from quietstar.recipes.score_attempts import Attempts, attempt, plot, votes
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
@@ -147,6 +148,7 @@ def loss(
     return reinforce + held, torch.stack([divergence, divergence_second]).detach()
 
 
+@alone_in_out(Config)
 def score(
     model: PreTrainedModel,
     task: Task,

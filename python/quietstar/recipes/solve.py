@@ -31,6 +31,7 @@ from quietstar.recipes.solve_budgets import Chain, Spent, curve, lengths, oracle
 from quietstar.recipes.solve_compute_optimal import BINS, MEASURED, Drawn, compute_optimal
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
 
 Chains = Sequence[Sequence[Chain]]  # the chains of each problem
 
@@ -59,6 +60,7 @@ class Config(SFTConfig, Sampling):
         check("solve", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
 
 
+@alone_in_out(Config)
 def solve(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None = None) -> dict[str, Any]:
     """Measure all methods on the same test problems.
 

@@ -27,6 +27,7 @@ from quietstar.recipes.common.sampling import VLLM, Sampling, rollout
 from quietstar.recipes.common.sft import Example, SFTConfig, sft
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 
 
@@ -84,6 +85,7 @@ class KeptChain:
         return self.row.prompt_ids, self.ids
 
 
+@alone_in_out(Config)
 def star(
     model: PreTrainedModel, task: Task, config: Config, name: str = "", resume: bool = False
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:

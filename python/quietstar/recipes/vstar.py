@@ -42,6 +42,7 @@ from quietstar.recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar.recipes.tasks import Row, Task
 from quietstar.recipes.vstar_verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
 from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 
 VOTES: dict[str, Selector] = {"majority": majority, "weighted vote": weighted}
@@ -74,6 +75,7 @@ class Config(SFTConfig, Sampling, DPO):
         check("vstar", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
 
 
+@alone_in_out(Config)
 def vstar(
     model: PreTrainedModel, task: Task, config: Config, name: str = "", resume: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:

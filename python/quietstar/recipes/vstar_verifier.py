@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
 from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.ranges import check_positive
@@ -178,7 +179,7 @@ def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task)
             different models.
     """
     verifier = load_model(Path(path), model)
-    if AutoTokenizer.from_pretrained(path).get_vocab() != task.tokenizer.get_vocab():
+    if load_tokenizer(path).get_vocab() != task.tokenizer.get_vocab():
         raise ValueError(
             f"{path}: the verifier is of another base model: its tokens differ from those of {generator or 'the model'}"
         )

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
+
+from quietstar.files.reading import as_type, json_value, read_utf8
 from quietstar.files.writing import write_whole
 
 __all__ = ["Metrics"]
+
+
+class Line(msgspec.Struct):
+    """What every line has; the other figures depend on the run."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Metrics:
@@ -19,18 +29,19 @@ class Metrics:
 
     Attributes:
         lines: the figures of every step so far.
+
+    Raises:
+        ValueError: a whole line is not JSON, or has no step.
     """
 
     def __init__(self, path: Path, done: int, write: bool):
         self.path, self.write = path, write
         self.lines: list[dict[str, float]] = []
         if done and path.exists():
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    break  # half a line, from a run that was killed while writing it
-                if line["step"] <= done:
+            *whole, rest = read_utf8(path).split("\n")
+            for number, text in enumerate([*whole, *_if_whole(rest)], 1):
+                line = json_value(text, f"{path}: line {number}")
+                if as_type(Line, line, f"{path}: line {number}").step <= done:
                     self.lines.append(line)
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,3 +53,12 @@ class Metrics:
         if self.write:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _if_whole(rest: str) -> list[str]:
+    """What follows the last line break: nothing, or half a line from a run that was killed, which is dropped, or a line."""
+    try:
+        json.loads(rest)
+    except ValueError:
+        return []
+    return [rest]

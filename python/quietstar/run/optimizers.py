@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def _eight_bit(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.opti
     return AdamW8bit(weights, **options)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
 MAKERS = {"adamw": _adamw, "fused": _fused, "8bit": _eight_bit}
 
 
@@ -80,6 +82,33 @@ def _leaves(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def fits(saved: Any, own: Any) -> bool:
+    """Whether JSON values are such as an optimizer's own settings: the same names and lengths, finite numbers for numbers."""
+    if isinstance(own, dict):
+        return isinstance(saved, dict) and saved.keys() == own.keys() and all(fits(saved[name], own[name]) for name in own)
+    if isinstance(own, list | tuple):
+        return isinstance(saved, list) and len(saved) == len(own) and all(map(fits, saved, own))
+    if own is None or isinstance(own, bool):
+        return saved is None or isinstance(saved, bool)
+    number = type(saved) in (int, float) and math.isfinite(saved)
+    return number if isinstance(own, int | float) else type(saved) is type(own)
+
+
+def check_tensors(where: str, tensors: Mapping[str, Tensor], weights: Sequence[Tensor]) -> None:
+    """Raises ValueError, which begins with ``where``, for a state that is not of these weights. Blocks of 8 bits may be any."""
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        if not (index.isdecimal() and index.isascii() and int(index) < len(weights) and name):
+            raise ValueError(f"{where} has {key!r}, and there are {len(weights)} weights")
+        if name in MOMENTS:
+            shape, want = list(value.shape), list(weights[int(index)].shape)
+            if shape != want or not value.is_floating_point() or not value.isfinite().all():
+                raise ValueError(f"{where}: {key} must be finite floats of shape {want}, got {value.dtype} {shape}")
+            missing = [other for other in ("step", *MOMENTS) if f"{index}.{other}" not in tensors]
+            if missing:
+                raise ValueError(f"{where} lacks {index}.{missing[0]}")
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, Any]:

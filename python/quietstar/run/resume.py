@@ -103,7 +103,6 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
         if not path.is_dir():
             raise ValueError(f"train: no checkpoint at {path}")
         snapshots.check(path)
-    saved = json.loads((path / snapshots.RUN).read_text())["config"]
-    saved = saved["train"] | ThoughtConfig.from_dict(saved["thoughts"]).to_dict()
-    Settings.of(config, thoughts).check(path, saved)
+    saved = snapshots.read_run(path).config
+    Settings.of(config, thoughts).check(path, saved.train | ThoughtConfig.from_dict(saved.thoughts).to_dict())
     return path

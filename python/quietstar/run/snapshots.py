@@ -10,25 +10,51 @@ Weights and moments are stored whole even if they were sharded, so a run can be 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quietstar.checkpoints import native
+from quietstar.checkpoints.tensors import read_file
+from quietstar.files.hashes import check_names, check_saved, sha256
+from quietstar.files.reading import read_json
 from quietstar.model import QuietStar
-from quietstar.run.optimizers import from_tensors, to_tensors
+from quietstar.run.optimizers import check_tensors, fits, from_tensors, to_tensors
 from quietstar.run.sharding import gather, shard_like, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
+# The folders that saves write, and those that they leave when they are killed; older versions wrote ..step-000050-x1y2z3a4.
+# Whatever else a user keeps beside them is never read, renamed or removed.
+_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
+_LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?|\.\.step-[0-9]{6,}-[a-z0-9_]{8}(-old)?")
+
+
+Size = Annotated[int, msgspec.Meta(ge=0)]  # bytes
+
+
+class SavedConfig(msgspec.Struct):
+    """The configs in run.json, by the names of their fields."""
+
+    train: dict[str, Any]
+    thoughts: dict[str, Any]
+
+
+class Run(msgspec.Struct):
+    """run.json"""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    config: SavedConfig
+    optimizer: list[dict[str, Any]] = []
 
 
 def folder(out: str | os.PathLike, step: int) -> Path:
@@ -36,8 +62,14 @@ def folder(out: str | os.PathLike, step: int) -> Path:
 
 
 def every(out: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((Path(out) / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+    """The run's checkpoints, oldest first: folders called step-<number>, and nothing else that is there."""
+    checkpoints = Path(out) / "checkpoints"
+    steps = sorted(int(found[1]) for path in checkpoints.glob("step-*") if (found := _NAME.fullmatch(path.name)))
+    return [path for step in steps if _is_folder(path := folder(out, step))]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def save(
@@ -80,7 +112,7 @@ def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, confi
     _remove_leftovers(target.parent)
     try:
         _write(beside, step, qs, moments, config)
-        if target.exists():
+        if _is_folder(target):
             _remove(target)
         os.replace(beside, target)
     except SafetensorError as error:  # raised when the disk is full
@@ -90,12 +122,13 @@ def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, confi
 
 
 def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
-    qs.save_pretrained(beside)
+    beside.mkdir()
+    hashes = native.write(qs.contents(), beside)
     tensors, settings = moments
     save_file(tensors, beside / OPTIMIZER)
     run = {"step": step, "config": config, "optimizer": settings}
     (beside / RUN).write_text(json.dumps(run, indent=2) + "\n")
-    files = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
+    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(beside.iterdir())}
     (beside / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
     for file in beside.iterdir():
         with open(file, "rb") as opened:
@@ -111,22 +144,20 @@ def _remove(path: Path) -> None:
 
 def _remove_leftovers(checkpoints: Path) -> None:
     """Remove what saves that were killed or failed have left."""
-    for leftover in checkpoints.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for path in checkpoints.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and _is_folder(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check(path: Path) -> None:
     """Raises ValueError, naming the first file that is missing or not as it was written."""
     try:
-        files = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        files = read_json(path / MANIFEST, dict[str, tuple[Size, str]])
+    except ValueError as error:
         raise ValueError(f"{path}: {MANIFEST} is missing or damaged: {error}") from error
-    for name, fingerprint in files.items():
-        file = path / name
-        if not file.exists():
-            raise ValueError(f"{path}: {name} is missing")
-        if _fingerprint(file) != fingerprint:
-            raise ValueError(f"{path}: {name} is damaged: it is not the file that was saved")
+    check_names(f"{path}: {MANIFEST}", files)
+    sizes, hashes = ({name: saved[i] for name, saved in files.items()} for i in (0, 1))
+    check_saved(path, lambda name: str(path / name) if os.path.lexists(path / name) else None, sizes, hashes)
 
 
 def newest_whole(out: str | os.PathLike, on_damaged: Callable[[ValueError], Any] = lambda error: None) -> Path | None:
@@ -145,41 +176,41 @@ def newest_whole(out: str | os.PathLike, on_damaged: Callable[[ValueError], Any]
     return None
 
 
+def read_run(path: Path) -> Run:
+    """The run.json of a checkpoint. Raises ValueError if it is missing or damaged."""
+    return read_json(path / RUN, Run)
+
+
 def load(path: Path, qs: QuietStar) -> int:
-    """Load the model, before it is sharded; returns the number of finished steps.
+    """Load the model, before it is sharded, from a checkpoint that passed ``check``; returns the number of finished steps.
 
     Raises:
-        ValueError: the checkpoint is damaged or from another model.
+        ValueError: the checkpoint is from another model.
     """
-    check(path)
     try:
-        native.restore_all(qs.contents(), path)
+        native.restore_all(qs.contents(), path, verify=False)
     except RuntimeError as error:
         raise ValueError(f"{path}: it is from another model: {str(error).splitlines()[0]}") from error
-    return int(json.loads((path / RUN).read_text())["step"])
+    return read_run(path).step
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state. Its weights may be sharded."""
+    """Load the optimizer's state. Its weights may be sharded. Raises ValueError if the state is of other weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    groups = read_run(path).optimizer
+    if not fits(groups, optimizer.state_dict()["param_groups"]):
+        raise ValueError(f"{path}: {RUN} has the settings of another optimizer")
     tensors = {
-        key: shard_like(value, weights[int(key.partition(".")[0])])
-        for key, value in load_file(path / OPTIMIZER).items()
+        key: value
+        for key, value in read_file(path, OPTIMIZER).items()
         if not key.startswith("random.")  # in older checkpoints, from before dropout was a function of (seed, step)
     }
-    groups = json.loads((path / RUN).read_text())["optimizer"]
-    optimizer.load_state_dict({"state": from_tensors(tensors), "param_groups": groups})
+    check_tensors(f"{path}: {OPTIMIZER}", tensors, weights)
+    sharded = {key: shard_like(value, weights[int(key.partition(".")[0])]) for key, value in tensors.items()}
+    optimizer.load_state_dict({"state": from_tensors(sharded), "param_groups": groups})
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer, write: bool) -> Moments:
     state = optimizer.state_dict()
     tensors = {name: gather(value, write).contiguous() for name, value in to_tensors(state["state"]).items()}
     return tensors, state["param_groups"]
-
-
-def _fingerprint(file: Path) -> list:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return [file.stat().st_size, digest.hexdigest()]

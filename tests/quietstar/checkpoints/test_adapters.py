@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import quietstar
 from quietstar.checkpoints import native as checkpoint
+from quietstar.checkpoints.pretrained import load_model
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.hf import adapters
@@ -18,8 +19,9 @@ from quietstar.run import snapshots
 from quietstar.train import train
 
 pytest.importorskip("peft")
-sys.path.append(str(Path(__file__).parents[1] / "hf"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "hf")]
 from lora_models import CONFIG, IDS, RANK, gradients, lora, wrap
+from signing import sign
 
 
 @pytest.fixture
@@ -109,8 +111,36 @@ def test_a_damaged_or_missing_file_is_named(saved, file):
 def test_files_of_other_adapters_are_refused(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    sign(saved)
     with pytest.raises(ValueError, match="adapter_model.safetensors and adapter_config.json are not of the same adapters"):
         quietstar.QuietStar.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ({"sample": "?"}, "the fingerprint of its adapters' base is damaged"),
+        ({"sample": "AAAAAA=="}, "have other values"),
+        ({"dtype": "nothing"}, "must name a dtype of floats, got 'nothing'"),
+        ({"dtype": "int64"}, "must name a dtype of floats, got 'int64'"),
+        ({"shapes": 1}, r"Expected str, got int - at \$.base.shapes"),
+    ],
+)
+def test_a_fingerprint_that_is_none(saved, base, says):
+    settings = json.loads((saved / "quietstar.json").read_text())
+    settings["base"] |= base
+    sign(saved, settings)
+    with pytest.raises(ValueError, match=says):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_pickled_adapters_are_not_read(saved):
+    weights = saved / "adapter_model.safetensors"
+    weights.rename(saved / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+        quietstar.QuietStar.from_pretrained(saved)
+    with pytest.raises(ValueError, match="it holds adapters, which need their base"):
+        load_model(saved, allow_bin=True)
 
 
 def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):

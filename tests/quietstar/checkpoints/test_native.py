@@ -2,14 +2,20 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quietstar
 from quietstar.checkpoints import native as checkpoint
+
+sys.path.append(str(Path(__file__).parent))
+from signing import sign
 
 CONFIG = quietstar.ThoughtConfig(thought_tokens=3, lookahead=2, policy_weight=5.0)
 
@@ -114,11 +120,8 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_parts_of_another_model_are_refused(saved, tiny, tmp_path):
     quietstar.QuietStar(tiny("llama", hidden_size=32), CONFIG).save_pretrained(tmp_path / "other")
-    other = (tmp_path / "other" / "quietstar.safetensors").read_bytes()
-    (saved / "quietstar.safetensors").write_bytes(other)
-    settings = json.loads((saved / "quietstar.json").read_text())
-    settings["files"]["quietstar.safetensors"] = len(other)
-    (saved / "quietstar.json").write_text(json.dumps(settings))
+    (saved / "quietstar.safetensors").write_bytes((tmp_path / "other" / "quietstar.safetensors").read_bytes())
+    sign(saved)
     with pytest.raises(ValueError, match=r"must have shape \[64\], got \[32\]|must have shape"):
         quietstar.QuietStar.from_pretrained(saved)
 
@@ -133,6 +136,7 @@ def test_another_format_is_refused(saved):
 def test_weights_of_another_vocabulary_are_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
+    sign(saved)
     with pytest.raises(ValueError, match="its weights are of a vocabulary of 61 tokens, its config.json says 60"):
         quietstar.QuietStar.from_pretrained(saved)
 
@@ -148,3 +152,95 @@ def test_pickled_weights_are_refused(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="model.safetensors is missing|pickle files"):
         quietstar.QuietStar.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "quietstar.safetensors", "config.json"])
+def test_a_flipped_byte_is_refused(saved, file):
+    content = bytearray((saved / file).read_bytes())
+    content[-3] ^= 1
+    (saved / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{saved}: {file} is damaged: it is not the file that was saved"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_settings_that_were_edited_load_without_verification_alone(saved):
+    settings = json.loads((saved / "quietstar.json").read_text())
+    settings["thought_config"]["thought_tokens"] = 5
+    (saved / "quietstar.json").write_text(json.dumps(settings))
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    with pytest.raises(ValueError, match="quietstar.json is damaged: it is not what was saved"):
+        quietstar.QuietStar.from_pretrained(saved)
+    assert quietstar.QuietStar.from_pretrained(saved, verify=False).thought_config.thought_tokens == 5
+
+
+def test_texts_beside_the_weights_may_be_edited(saved, qs):
+    (saved / "README.md").write_text("mine")
+    (saved / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, qs(IDS, seed=1).loss)
+
+
+def test_a_checkpoint_from_before_there_were_hashes_loads(saved, qs):
+    settings = json.loads((saved / "quietstar.json").read_text())
+    del settings["sha256"], settings["checksum"]
+    settings["files"] = {name: size for name, size in settings["files"].items() if name.endswith(".safetensors")}
+    (saved / "quietstar.json").write_text(json.dumps(settings))
+    assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, qs(IDS, seed=1).loss)
+
+
+def test_hashes_are_of_every_file_that_numbers_depend_on(tiny, tmp_path, byte_tokenizer):
+    quietstar.QuietStar(tiny("llama", vocab_size=257), CONFIG, byte_tokenizer).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "quietstar.json").read_text())
+    assert settings["sha256"].keys() == settings["files"].keys()
+    assert settings["sha256"].keys() == {"config.json", "model.safetensors", "quietstar.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.to(torch.complex64), "must be of floats, got torch.complex64"),
+        (lambda x: x.long(), "must be of floats, got torch.int64"),
+        (lambda x: x * float("nan"), "has values that are not finite"),
+        (lambda x: x / 0, "has values that are not finite"),
+    ],
+)
+def test_thought_parts_that_are_no_finite_floats(saved, change, says):
+    tensors = load_file(saved / "quietstar.safetensors")
+    checkpoint.save_file(tensors | {"start_embedding": change(tensors["start_embedding"])}, saved / "quietstar.safetensors")
+    sign(saved)
+    with pytest.raises(ValueError, match=f"{saved}: start_embedding in quietstar.safetensors {says}"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_thought_parts_of_another_dtype_are_converted_with_a_warning(saved, qs):
+    tensors = load_file(saved / "quietstar.safetensors")
+    tensors["start_embedding"] = tensors["start_embedding"].double()
+    checkpoint.save_file(tensors, saved / "quietstar.safetensors")
+    sign(saved)
+    with pytest.warns(UserWarning, match="start_embedding is torch.float64, converted to torch.float32"):
+        again = quietstar.QuietStar.from_pretrained(saved)
+    assert torch.equal(again.start_embedding, qs.start_embedding)
+
+
+def test_weights_that_lack_a_tensor_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.norm.weight"]
+    checkpoint.save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    sign(saved)
+    with pytest.raises(ValueError, match="its weights lack model.norm.weight of a LlamaForCausalLM"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_a_users_files_survive_a_save(qs, saved, tmp_path):
+    mine = {"notes.txt": b"notes", "backup.safetensors": b"weights", ".git/config": b"git", "plots/a/b.png": b"picture"}
+    for name, content in mine.items():
+        (saved / name).parent.mkdir(parents=True, exist_ok=True)
+        (saved / name).write_bytes(content)
+    (saved / "link").symlink_to("/nowhere")
+    (saved / "model-00001-of-00002.safetensors").write_bytes(b"a shard of an earlier save")
+    (tmp_path / "by-another-name").symlink_to("model")
+    qs.save_pretrained(tmp_path / "by-another-name")
+    assert {name: (saved / name).read_bytes() for name in mine} == mine
+    assert os.readlink(saved / "link") == "/nowhere" and not (saved / "model-00001-of-00002.safetensors").exists()
+    assert (tmp_path / "by-another-name").is_symlink() and sorted(os.listdir(tmp_path)) == ["by-another-name", "model"]
+    assert torch.equal(quietstar.QuietStar.from_pretrained(saved).start_embedding, qs.start_embedding)

@@ -19,7 +19,7 @@ FREE = {
     ThoughtConfig: set(),
     AdapterConfig: set(),
     DataConfig: set(),
-    Train: {"compile", "gradient_checkpointing", "config", "resume"},
+    Train: {"allow_bin", "compile", "gradient_checkpointing", "config", "resume"},
     star.Config: {"out", "rounds", "engine", "batch_size"},
     vstar.Config: {"out", "rounds", "batch_size"},
     fast.Config: {"out", "save_every"},

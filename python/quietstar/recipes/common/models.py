@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
 from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
 
@@ -75,8 +75,8 @@ def small_model(
         return GPT2LMHeadModel(config)
 
 
-def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Task]:
-    """Model and task; an empty name is a small model from scratch.
+def load(name: str, config: TaskConfig, dtype: Dtype = "float32", allow_bin: bool = False) -> tuple[PreTrainedModel, Task]:
+    """Model and task; an empty name is a small model from scratch. See ``read`` for the arguments.
 
     Raises:
         ValueError: the model, its tokenizer or the task can't be loaded; one sentence.
@@ -84,23 +84,20 @@ def load(name: str, config: TaskConfig, dtype: Dtype = "float32") -> tuple[PreTr
     if not name:
         task = make_task(config)
         return small_model(task).to(getattr(torch, dtype)), task
-    model, tokenizer = read(name, dtype)
+    model, tokenizer = read(name, dtype, allow_bin)
     return model, make_task(config, tokenizer)
 
 
-def read(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Any]:
+def read(name: str, dtype: Dtype = "float32", allow_bin: bool = False) -> tuple[PreTrainedModel, Any]:
     """A causal language model and its tokenizer; on the GPU if there is one.
 
     Args:
         dtype: of the weights, whatever they were saved in. In half precision, small updates of all weights are rounded away.
+        allow_bin: also take weights from pickle files; no code in them is run.
 
     Raises:
         ValueError: there is no such model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: no model with a tokenizer loads from this folder or hub name: {reason}") from error
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, allow_bin, dtype=dtype)
     return (cast(Any, model).to("cuda") if torch.cuda.is_available() else model), tokenizer

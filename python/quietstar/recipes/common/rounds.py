@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from quietstar.checkpoints import pretrained
 from quietstar.files.reading import json_lines
 from quietstar.files.writing import replaced, write_whole
 from quietstar.recipes.common.log import LoggedMetrics, log_figures
 from quietstar.recipes.tasks import Task
+from quietstar.run.lock import LOCK
 from quietstar.run.resume import Settings, check_folder
 
 SETTINGS, REPORT = "recipe.json", "report.json"
@@ -38,7 +40,8 @@ class Rounds:
     def __init__(self, out: str | Path, settings: Settings, resume: bool):
         self.out = Path(out)
         path = self.out / SETTINGS
-        begun = path.exists() and len(list(self.out.iterdir())) > 1  # settings alone are from a run that failed at once
+        # Settings alone are from a run that failed at once.
+        begun = path.exists() and any(file.name not in (SETTINGS, LOCK) for file in self.out.iterdir())
         check_folder(out, SETTINGS, begun, resume)
         if begun:
             settings.check(self.out, read_json(path))
@@ -48,7 +51,7 @@ class Rounds:
     @property
     def done(self) -> int:
         """Finished rounds; 0 if there is only the initial model, -1 if there is nothing."""
-        return len(list(self.out.glob("round-*"))) - 1
+        return next(number for number in count() if not self.folder(number).is_dir()) - 1
 
     def folder(self, number: int) -> Path:
         return self.out / f"round-{number:02d}"
@@ -98,11 +101,7 @@ def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """A checkpoint, on the device and in the dtype of ``like``. Raises ValueError if it is missing or damaged."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no model loads from there: {str(error).strip().splitlines()[0]}") from error
-    return cast(Any, model).to(like.device)
+    return cast(Any, pretrained.load_model(folder, dtype=like.dtype)).to(like.device)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,0 +1,111 @@
+"""Language models, tokenizers and configs that transformers loads: the one place that calls it, with safe options.
+
+What is wrong with a file is found before transformers reads it, as far as that goes; after that, it may raise anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import msgspec
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from quietstar.checkpoints.tensors import check_vocabulary, find, has_safetensors, locate_tensors
+from quietstar.files.reading import check_regular, read_json
+
+__all__ = ["load_config", "load_model", "load_tokenizer"]
+
+T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class Config(msgspec.Struct):
+    """What config.json must be, whatever the architecture."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    vocab_size: Count = None
+    num_hidden_layers: Count = None
+
+
+JSON_FILES = {
+    "config.json": Config,
+    "generation_config.json": dict[str, Any],
+    "tokenizer_config.json": dict[str, Any],
+    "special_tokens_map.json": dict[str, Any],
+    "added_tokens.json": dict[str, int],
+    "adapter_config.json": dict[str, Any],
+}
+MOST = 2**30  # bytes of a tokenizer's file, which is read whole
+
+
+def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
+    """What ``function`` returns. Raises ValueError, in one sentence, for the many ways in which transformers fails to load."""
+    try:
+        return function()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: cannot load a {what} from this folder or hub name: {lines[0]}") from error
+
+
+def load_config(path: str | os.PathLike) -> Any:
+    """The config of a language model. Raises ValueError if it can't be loaded."""
+    _check_files(path)
+    return loading(path, "config", lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """A tokenizer. Raises ValueError if it can't be loaded."""
+    _check_files(path)
+    return loading(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+
+def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, all of whose weights are there.
+
+    Args:
+        allow_bin: take weights from pickle files where there are no safetensors; no code in them is run.
+        kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
+
+    Raises:
+        ValueError: weights that are missing, damaged, pickled or of another vocabulary or architecture.
+    """
+    model, info = load_with_report(path, allow_bin, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path}: its weights lack {', '.join(missing[:3])} of a {type(model).__name__}")
+    return model
+
+
+def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """As ``load_model``, with transformers' report of names that were missing or unexpected, which may be any."""
+    config = load_config(path).get_text_config()
+    if find(path, "adapter_config.json"):
+        raise ValueError(f"{path}: it holds adapters, which need their base: merge them into it, or train new ones")
+    if not allow_bin or has_safetensors(path):
+        located = locate_tensors(path)
+        check_vocabulary(path, located, config.vocab_size)
+        if config.num_hidden_layers > len(located):
+            raise ValueError(
+                f"{path}: config.json says {config.num_hidden_layers} layers, its weights are {len(located)} tensors"
+            )
+    options = {"dtype": "auto", "use_safetensors": None if allow_bin else True, "trust_remote_code": False, **kwargs}
+    loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
+    return cast(Any, loaded)
+
+
+def _check_files(path: str | os.PathLike) -> None:
+    if not os.path.isdir(path):
+        return
+    for file in Path(path).iterdir():
+        if file.name in JSON_FILES:
+            read_json(file, JSON_FILES[file.name])
+        elif file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
+            size = check_regular(file)
+            if file.suffix != ".safetensors" and size > MOST:
+                raise ValueError(f"{file}: {size:,} bytes are too many for a tokenizer's file, {MOST:,} are the most")
