@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.arguments.fields import check_at_least, check_types
 from quietstar.config import option
 from quietstar.run.batches import Example
 
@@ -47,9 +48,9 @@ class DataConfig:
     held_out_seed: int = option(0, "chooses the texts to hold out")
 
     def __post_init__(self) -> None:
+        check_types("DataConfig", self)
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"DataConfig: {name} must be {least} or more, got {getattr(self, name)!r}")
+            check_at_least("DataConfig", self, least, (name,))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, PreTrainedModel
 
+from quietstar.arguments.fields import check_positive
 from quietstar.config import option
 from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.ranges import check_positive
 from quietstar.recipes.common.rounds import REPORT, load_model
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import Scorer
