@@ -2,7 +2,7 @@
 
 A call may succeed. If it doesn't, it raises ValueError or TypeError with the name of an argument that was replaced, within
 20 seconds. A value that is right for itself and wrong beside the others, such as a tensor of another size, may be refused by
-the name of any argument.
+the name of any argument. A file may be refused by its own name, and its errors may be OSError.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -41,12 +42,14 @@ class Target:
         function: called with keyword arguments alone.
         good: makes arguments that work, anew for each call, since a call may change them.
         replaces: the arguments that are replaced; default all of them.
+        paths: those that are files or folders.
     """
 
     name: str
     function: Callable[..., Any]
     good: Callable[[], dict[str, Any]]
     replaces: Sequence[str] = ()
+    paths: Sequence[str] = ()
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Hostile(NamedTuple):
     text: str  # how to write it
     value: Any
     fits: bool = False  # right for itself, perhaps not beside the other arguments
+    inside: tuple[str, ...] = ()  # names inside the argument that an error may give instead
 
 
 class TooSlow(BaseException):
@@ -72,16 +76,21 @@ class TooSlow(BaseException):
 
 
 def public_functions(module: ModuleType) -> set[str]:
-    """What docs/api.md lists of a module: its functions, its classes' constructors and their documented methods."""
+    """Names of what docs/api.md lists of a module and that takes arguments: functions, constructors, documented methods."""
     found = set()
     for name in module.__all__:
         thing = getattr(module, name)
-        if callable(thing):
+        if inspect.isroutine(thing) or inspect.isclass(thing):
             found.add(name)
         if inspect.isclass(thing):
             members = {member: getattr(thing, member) for member in vars(thing) if not member.startswith("_")}
             found |= {f"{name}.{key}" for key, member in members.items() if inspect.isroutine(member) and member.__doc__}
-    return found
+    return {name for name in found if takes_arguments(module, name)}
+
+
+def takes_arguments(module: ModuleType, name: str) -> bool:
+    thing = attrgetter(name)(module)
+    return bool(inspect.signature(thing).parameters.keys() - {"self"})
 
 
 def attack(target: Target, calls: int, seed: int = 0, first: int = 0, seconds: float = SECONDS) -> Tally:
@@ -103,21 +112,33 @@ def attack_once(target: Target, seed: int, number: int, seconds: float, tally: T
     arguments = target.good()
     names = list(target.replaces or arguments)
     chosen = rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2, 3))))
-    hostile = {name: hostile_value(arguments[name], rng) for name in chosen}
+    parameters = inspect.signature(target.function).parameters
+    hostile = {}
+    for name in chosen:
+        hostile[name] = hostile_value(arguments[name], rng)
+        if hostile[name].value is None and name in parameters and parameters[name].default is None:
+            hostile[name] = hostile[name]._replace(fits=True)
     arguments.update({name: h.value for name, h in hostile.items()})
     may_name = set(arguments) if any(h.fits for h in hostile.values()) else set(chosen)
+    may_name |= {name for h in hostile.values() for name in h.inside}
+    paths = [arguments[name] for name in target.paths if name in may_name]
+    files = [text for path in paths if isinstance(path, str) for text in (path, repr(path)[1:-1])]
 
     call = f"{target.name}({', '.join(f'{name}={h.text}' for name, h in hostile.items())})  # seed {seed}, call {number}"
     start = time.monotonic()
     try:
         with time_limit(seconds):
             target.function(**arguments)
-    except (ValueError, TypeError) as error:
-        # Subclasses such as UnicodeEncodeError are what Python raises, not what a check does.
-        if type(error) in (ValueError, TypeError) and any(re.search(rf"\b{name}\b", str(error)) for name in may_name):
-            tally.refused += 1
-        else:
+    except OSError as error:
+        if not files:
             return f"{call}\n{described(error)}"
+        tally.refused += 1
+    except (ValueError, TypeError) as error:
+        named = any(re.search(rf"\b{name}\b", str(error)) for name in may_name) or any(x in str(error) for x in files)
+        # Subclasses such as UnicodeEncodeError are what Python raises, not what a check does.
+        if type(error) not in (ValueError, TypeError) or not named:
+            return f"{call}\n{described(error)}"
+        tally.refused += 1
     except TooSlow:
         return f"{call}\n    took more than {seconds:g} s"
     except Exception as error:
@@ -295,8 +316,8 @@ def sequences(good: Sequence | None, rng: random.Random) -> list[Hostile]:
     items = list(good or ())
     if items:
         item = hostile_value(items[0], rng)
-        pool += [Hostile(f"[{item.text}, *good]", [item.value, *items], item.fits)] * 4
-        pool += [Hostile(f"[*good[:-1], {item.text}]", [*items[:-1], item.value], item.fits)] * 4
+        pool += [Hostile(f"[{item.text}, *good]", [item.value, *items], item.fits, item.inside)] * 4
+        pool += [Hostile(f"[*good[:-1], {item.text}]", [*items[:-1], item.value], item.fits, item.inside)] * 4
         pool += [Hostile("good * 2", items * 2, True), Hostile("good[:1]", items[:1], True)]
     return pool
 
@@ -304,9 +325,9 @@ def sequences(good: Sequence | None, rng: random.Random) -> list[Hostile]:
 def mappings(good: Mapping | None, rng: random.Random) -> list[Hostile]:
     pool = [
         Hostile("{}", {}, good is not None),
-        Hostile("{'no such name': 1}", {"no such name": 1}),
-        Hostile("{1: 2}", {1: 2}),
-        Hostile("{None: None}", {None: None}),
+        Hostile("{'no such name': 1}", {"no such name": 1}, inside=("no such name",)),
+        Hostile("{1: 2}", {1: 2}, inside=("1",)),
+        Hostile("{None: None}", {None: None}, inside=("None",)),
         Hostile("[]", []),
         Hostile("[('x', 1)]", [("x", 1)]),
         Hostile("'x'", "x"),
@@ -317,7 +338,8 @@ def mappings(good: Mapping | None, rng: random.Random) -> list[Hostile]:
     if good:
         name = rng.choice(sorted(good))
         value = hostile_value(good[name], rng)
-        pool += [Hostile(f"{{**good, {name!r}: {value.text}}}", {**good, name: value.value}, value.fits)] * 8
+        text, changed = f"{{**good, {name!r}: {value.text}}}", {**good, name: value.value}
+        pool += [Hostile(text, changed, value.fits, (name, *value.inside))] * 8
     return pool
 
 
@@ -335,11 +357,10 @@ def objects(good: Any, rng: random.Random) -> list[Hostile]:
         Hostile("True", True),
         Hostile("object()", object()),
         Hostile("SimpleNamespace()", SimpleNamespace()),
-        Hostile("len", len),
-        Hostile("int", int),
         Hostile("tensor(3)", torch.tensor(3)),
-        Hostile("torch.nn.Linear(2, 2)", torch.nn.Linear(2, 2)),
     ]
+    if not callable(good) or isinstance(good, torch.nn.Module):  # what another function does with its arguments is its own
+        pool += [Hostile("len", len), Hostile("int", int), Hostile("torch.nn.Linear(2, 2)", torch.nn.Linear(2, 2))]
     if good is not None and not inspect.isroutine(good):
         pool.append(Hostile(type(good).__name__, type(good)))
     return pool

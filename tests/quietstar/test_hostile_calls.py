@@ -13,49 +13,44 @@ import torch
 import quietstar
 from quietstar import QuietStar, ThoughtConfig, Thoughts
 from quietstar.config import AdapterConfig, TrainConfig
-from quietstar.data.texts import DataConfig, json_lines, load_data
+from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts
 from quietstar.evaluation.anchor_choices import by_anchor_choice
 from quietstar.evaluation.difficulty import by_difficulty
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.losses import evaluate, summary, token_losses
-from quietstar.evaluation.questions import answers
-from quietstar.evaluation.questions.asking import Asking, ask, prompt
-from quietstar.evaluation.questions.reading import Question, parse, read_questions
+from quietstar.evaluation.questions.asking import Asking, ask
+from quietstar.evaluation.questions.reading import Question, read_questions
 from quietstar.evaluation.scoring import score_tokens
-from quietstar.hf import adapters
 from quietstar.objective import make_targets
 from quietstar.packed import PackedInputs
 from quietstar.recipes import fast, internalize, score, solve, star, vstar
-from quietstar.run.batches import collate, mix_seed, texts_of_step
 from quietstar.train import thought_loss, train
 from tests.hostile import Target, attack, public_functions
 
-# Modules whose public names are called from outside, and what is left out of them: records that hold what they are given, and
-# the inner parts of a run.
+# Modules with what is left out of them: records that hold what they are given, types, and helpers that no page names.
 MODULES = {
     "quietstar": "QuietStarOutput Report Thinker Thoughts VerifyReport",
-    "quietstar.config": "Dtype MAY_DIFFER option",
+    "quietstar.config": "option",
     "quietstar.train": "Interrupted Loss",
-    "quietstar.data.texts": "Data",
+    "quietstar.data.texts": "Data json_lines",
+    "quietstar.data.thoughts": "",
+    "quietstar.evaluation.anchor_choices": "",
+    "quietstar.evaluation.difficulty": "",
     "quietstar.evaluation.intervals": "",
     "quietstar.evaluation.losses": "TokenLosses",
-    "quietstar.evaluation.questions.answers": "STOP",
-    "quietstar.evaluation.questions.asking": "",
-    "quietstar.evaluation.questions.reading": "MARK Question",
-    "quietstar.hf.adapters": "",
-    "quietstar.run.batches": "Batch Example",
+    "quietstar.evaluation.questions.asking": "prompt",
+    "quietstar.evaluation.questions.reading": "Question parse",
+    "quietstar.evaluation.scoring": "",
 }
-# Without an __all__, but documented: of mix-ins, and functions that docs/*.md name.
-MORE = ["AutoSave.anchor_chunk", "AutoSave.graphs"]
 B, L, V, D = 2, 8, 257, 32
 N, T, J = 2, 2, 2
 TARGETS: dict[str, Callable[["World"], tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]] = {}
 
 
-def target(name, replaces=()):
+def target(name, replaces=(), paths=()):
     def add(make):
-        TARGETS[name] = lambda world: Target(name, *make(world), replaces)
+        TARGETS[name] = lambda world: Target(name, *make(world), replaces, paths)
         return make
 
     return add
@@ -174,22 +169,6 @@ def _(world):
     return lambda config: world.wrapper().add_adapters(config), lambda: {"config": AdapterConfig(lora_rank=2)}
 
 
-@target("QuietStar.merge_adapters")
-def _(world):
-    return lambda: adapted(world).merge_adapters(), dict
-
-
-@target("QuietStar.update_base_model")
-def _(world):
-    return world.wrapper(base_model="ema").update_base_model, dict
-
-
-def adapted(world):
-    qs = world.wrapper()
-    qs.add_adapters(AdapterConfig(lora_rank=2))
-    return qs
-
-
 def forward_arguments(world):
     # counts without a gradient are those of any batch
     thoughts = world.thoughts(3)
@@ -288,15 +267,14 @@ def _(world):
     }
 
 
-@target("QuietStar.generate, learned positions")
+@target("QuietStar.generate, learned positions", replaces=["input_ids", "max_new_tokens", "think"])
 def _(world):
     return partial(generate_two, world.learned), lambda: {
         "input_ids": world.ids(),
+        "attention_mask": torch.ones(B, L, dtype=torch.int64),
         "max_new_tokens": 2,
         "think": 0.5,
-        "temperature": 0.7,
         "do_sample": True,
-        "top_p": 0.9,
     }
 
 
@@ -321,19 +299,19 @@ def _(world):
     }
 
 
-@target("QuietStar.save_pretrained")
+@target("QuietStar.save_pretrained", paths=["directory"])
 def _(world):
     return world.qs.save_pretrained, lambda: {"directory": str(world.folder / "saved")}
 
 
-@target("QuietStar.from_pretrained")
+@target("QuietStar.from_pretrained", paths=["path"])
 def _(world):
     path = world.folder / "loaded"
     world.qs.save_pretrained(path)
     return QuietStar.from_pretrained, lambda: {"path": str(path), "verify": False}
 
 
-@target("QuietStar.save_official")
+@target("QuietStar.save_official", paths=["directory"])
 def _(world):
     qs = QuietStar(world.make_model("mistral", vocab_size=V), world.config(), verify=False)
     return qs.save_official, lambda: {"directory": str(world.folder / "official"), "max_shard_size": 100_000}
@@ -455,12 +433,7 @@ def _(world):
     return Thoughts.join, lambda: {"parts": [world.thoughts(), world.thoughts(3)]}
 
 
-@target("Report.to_dict")
-def _(world):
-    return world.qs.explain("some text").to_dict, dict
-
-
-@target("Report.save")
+@target("Report.save", paths=["path"])
 def _(world):
     return world.qs.explain("some text").save, lambda: {"path": str(world.folder / "report.html")}
 
@@ -470,19 +443,17 @@ def _(world):
     return quietstar.register_attention, lambda: {"without_layout": "sdpa"}
 
 
+@target("a model with thought_layout", replaces=["thought_layout"])
+def _(world):
+    model = world.model()
+    model.set_attn_implementation(quietstar.register_attention())
+    position_ids = world.layout.position_ids()
+    return model, lambda: {"input_ids": position_ids, "position_ids": position_ids, "thought_layout": world.layout}
+
+
 @target("verify")
 def _(world):
     return quietstar.verify, lambda: {"model": world.model()}
-
-
-@target("add")
-def _(world):
-    return adapters.add, lambda: {"model": world.model(), "config": AdapterConfig(lora_rank=2)}
-
-
-@target("merge")
-def _(world):
-    return adapters.merge, lambda: {"model": adapters.add(world.model(), AdapterConfig(lora_rank=2))}
 
 
 # Configs
@@ -515,11 +486,6 @@ def _(world):
     return ThoughtConfig.from_dict, lambda: {"values": dict(CONFIGS["ThoughtConfig"])}
 
 
-@target("ThoughtConfig.to_dict")
-def _(world):
-    return ThoughtConfig().to_dict, dict
-
-
 # Training and data
 
 
@@ -547,21 +513,6 @@ def _(world):
     }
 
 
-@target("collate")
-def _(world):
-    return collate, lambda: {"examples": world.examples(), "sequence_ids": [0, 1, 2, 3], "parts": 2}
-
-
-@target("mix_seed")
-def _(world):
-    return mix_seed, lambda: {"seed": 3, "step": 4}
-
-
-@target("texts_of_step")
-def _(world):
-    return texts_of_step, lambda: {"texts": 10, "batch_size": 4, "seed": 3, "step": 4}
-
-
 @target("load_data")
 def _(world):
     path = world.folder / "texts.jsonl"
@@ -570,14 +521,7 @@ def _(world):
     return load_data, lambda: {"config": config, "tokenizer": world.tokenizer, "lookahead": 2}
 
 
-@target("json_lines")
-def _(world):
-    path = world.folder / "lines.jsonl"
-    path.write_text("1\n2\n")
-    return lambda path: list(json_lines(path)), lambda: {"path": path}
-
-
-@target("export_thoughts")
+@target("export_thoughts", paths=["path"])
 def _(world):
     return export_thoughts, lambda: {
         "qs": world.qs,
@@ -588,7 +532,7 @@ def _(world):
     }
 
 
-@target("OfflineThoughts")
+@target("OfflineThoughts", paths=["path"])
 def _(world):
     path = str(world.folder / "offline.jsonl")
     export_thoughts(world.qs, world.examples(), path)
@@ -641,41 +585,11 @@ def _(world):
     return ask, lambda: {"qs": world.qs, "questions": world.questions(), "asking": asking, "progress": False}
 
 
-@target("prompt")
-def _(world):
-    return prompt, lambda: {"question": world.questions()[1]}
-
-
-@target("parse")
-def _(world):
-    return parse, lambda: {"row": {"question": "1+1?", "answer": "2"}, "where": "row"}
-
-
-@target("read_questions")
+@target("read_questions", paths=["source"])
 def _(world):
     path = world.folder / "questions.jsonl"
     path.write_text('{"question": "1+1?", "answer": "2"}\n' * 3)
     return read_questions, lambda: {"source": str(path), "split": "test", "limit": 2}
-
-
-@target("cut")
-def _(world):
-    return answers.cut, lambda: {"text": "2 Q: more", "stop": ["Q:"]}
-
-
-@target("extract")
-def _(world):
-    return answers.extract, lambda: {"text": "The answer is (A)", "choices": {"A": "this", "B": "that"}}
-
-
-@target("number")
-def _(world):
-    return answers.number, lambda: {"text": "$1,000"}
-
-
-@target("vote")
-def _(world):
-    return answers.vote, lambda: {"answers": ["A", "B", "A"]}
 
 
 @target("wilson")
@@ -713,5 +627,4 @@ def test_more_hostile_calls(name, world, record_property, monkeypatch):
 
 @pytest.mark.parametrize("module, left_out", MODULES.items())
 def test_every_public_function_is_attacked(module, left_out):
-    public = set(public_functions(importlib.import_module(module))) - set(left_out.split())
-    assert public <= TARGETS.keys()
+    assert public_functions(importlib.import_module(module)) - set(left_out.split()) <= TARGETS.keys()

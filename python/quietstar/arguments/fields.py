@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from quietstar.arguments.values import as_integer, as_number, shown, string
+from quietstar.arguments.values import as_integer, as_number, shown, unicode
 
 __all__ = ["check", "check_at_least", "check_choice", "check_positive", "check_types"]
 
@@ -31,7 +31,7 @@ def check_types(owner: str, config: Any) -> None:
             wanted = " or ".join(NAMES.get(kind, repr(kind)) for kind in kinds)
             raise ValueError(f"{owner}: {field.name} must be {wanted}, got {shown(value)}")
         if isinstance(found, str):
-            string(f"{owner}: {field.name}", found)
+            unicode(f"{owner}: {field.name}", found)
         object.__setattr__(config, field.name, found)
 
 

@@ -27,15 +27,17 @@ __all__ = [
     "integer",
     "items",
     "number",
-    "path",
+    "file_path",
     "refusal",
-    "string",
+    "seed_bits",
+    "unicode",
     "tensor",
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-SEEDS = (-(2**63), 2**64 - 1)  # 64 bits, signed or not
+MOST = torch.finfo(torch.float64).max
+MASKS = (*INTEGERS, torch.bool, torch.uint8)
 
 T = TypeVar("T")
 
@@ -70,6 +72,14 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
     return found
 
 
+def seed_bits(name: str, value: Any) -> int:
+    """64 bits, signed or not."""
+    found = as_integer(value)
+    if found is None or not -(2**63) <= found < 2**64:
+        raise refusal(name, "an integer of 64 bits", value)
+    return found
+
+
 def as_integer(value: Any) -> int | None:
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim > 0 or value.dtype == torch.bool)):
         return None
@@ -79,10 +89,10 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def number(name: str, value: Any, wanted: str = "a finite number", least: float = -math.inf) -> float:
+def number(name: str, value: Any, wanted: str = "a finite number", least: float = -MOST, above: float = -math.inf) -> float:
     """A finite number of any real type, but no bool."""
     found = as_number(value)
-    if found is None or not least <= found < math.inf:
+    if found is None or not (above < found <= MOST and least <= found):
         raise refusal(name, wanted, value)
     return found
 
@@ -109,7 +119,7 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> Any:
     return value
 
 
-def string(name: str, value: Any) -> str:
+def unicode(name: str, value: Any) -> str:
     """Text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a str, got {type(value).__name__}")
@@ -119,11 +129,11 @@ def string(name: str, value: Any) -> str:
     return value
 
 
-def path(name: str, value: Any) -> str:
+def file_path(name: str, value: Any) -> str:
     """A path that the file system can take."""
     if not isinstance(value, (str, os.PathLike)):
         raise refusal(name, "a path", value)
-    found = string(name, os.fspath(value))
+    found = unicode(name, os.fspath(value))
     if not found or "\0" in found:
         raise refusal(name, "a path", found)
     return found
@@ -155,28 +165,31 @@ def tensor(
     value: Any,
     letters: str,
     sizes: Mapping[str, int],
-    dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> Tensor:
     """A dense tensor.
 
     Args:
         letters: its dimensions, such as "B,L"; "...,D" is any number of them and D.
         sizes: those that are known, by letter.
+        device: of the model.
     """
     if not isinstance(value, Tensor):
         raise refusal(name, f"a tensor [{letters}]", value)
     if value.layout != torch.strided:
         raise refusal(name, f"a dense tensor [{letters}]", value)
-    keys, got = [key for key in letters.split(",") if key != "..."], list(value.shape)
-    own = got[-len(keys) :] if "..." in letters else got
+    keys = [key for key in letters.split(",") if key not in ("", "...")]
+    got, any_before = list(value.shape), "..." in letters
+    own = got[max(0, len(got) - len(keys)) :] if any_before else got
     if len(own) != len(keys) or any(sizes.get(key, size) != size for key, size in zip(keys, own, strict=True)):
-        known = ["..."] * ("..." in letters) + [str(sizes.get(key, "?")) for key in keys]
-        raise ValueError(f"{name} must have shape [{letters}]=[{', '.join(known)}], got {got}")
+        known = ["..."] * any_before + [str(sizes.get(key, "?")) for key in keys]
+        wanted = f"[{letters}]=[{', '.join(known)}]" if sizes else f"[{letters}]"
+        raise ValueError(f"{name} must have shape {wanted}, got {got}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the model's embeddings, got {value.device}")
     if dtypes is not None and value.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(_name, dtypes))}, got {_name(value.dtype)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device}, got {value.device}")
     return value
 
 

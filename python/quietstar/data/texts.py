@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.arguments.fields import check_at_least, check_types
+from quietstar.arguments.values import instance, integer
 from quietstar.config import option
 from quietstar.run.batches import Example
 
@@ -72,8 +73,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     Raises:
         ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
     """
+    instance("config", config, DataConfig)
+    instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    lookahead = integer("lookahead", lookahead, 1)
     if config.length < lookahead + 2:
-        raise ValueError(f"length must be at least J+2={lookahead + 2} to look {lookahead} ahead, got L={config.length}")
+        wanted = f"J+2={lookahead + 2} for a lookahead of {lookahead}"
+        raise ValueError(f"config: length must be at least {wanted}, got L={config.length}")
     ids = tokenize(read_texts(config), tokenizer)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.held_out_seed)).tolist()
     held = min(config.held_out, len(ids) // 10)
