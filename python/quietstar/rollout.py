@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.checks import sampled
+from quietstar.arguments.values import INTEGERS, instance, integer, items, tensor
+from quietstar.checks import check_range, sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
@@ -44,6 +45,10 @@ class Thoughts:
         """No thought longer than ``thought_lengths`` [B,P,N]; unchanged for None."""
         if thought_lengths is None:
             return self
+        ids = self.thought_ids
+        tensor("thought_lengths", thought_lengths, "B,P,N", dict(zip("BPN", ids.shape, strict=False)), ids.device, INTEGERS)
+        if ids.device.type == "cpu":  # elsewhere this would wait for the device
+            check_range("thought_lengths", thought_lengths, ids.shape[-1], "T")
         lengths = thought_lengths.long()
         lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
         on = sampled(lengths, self.thought_ids.shape[-1])
@@ -58,7 +63,7 @@ class Thoughts:
 
     def copies(self, N: int) -> Thoughts:
         """The only thought of each anchor, N times."""
-        lengths = self.thought_lengths
+        N, lengths = integer("N", N, 1, 65535), self.thought_lengths
         return Thoughts(
             self.thought_ids.expand(-1, -1, N, -1).contiguous(),
             self.logprob.expand(-1, -1, N, -1).contiguous(),
@@ -68,6 +73,9 @@ class Thoughts:
     @staticmethod
     def join(parts: list[Thoughts]) -> Thoughts:
         """The thoughts of all anchors, from those of consecutive runs of anchors."""
+        shapes = [instance("parts", part, Thoughts).thought_ids.shape for part in items("parts", parts, 1)]
+        if len({(B, N, T) for B, _, N, T in shapes}) > 1:
+            raise ValueError(f"parts must have the same B, N and T, got {[list(shape) for shape in shapes]}")
         lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
         return Thoughts(
             torch.cat([part.thought_ids for part in parts], 1),

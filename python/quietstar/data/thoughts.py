@@ -16,11 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.arguments.values import file_path, instance, integer, seed_bits
 from quietstar.checks import sampled
 from quietstar.data.records import Record, open_records, write_records
 from quietstar.model import QuietStar
 from quietstar.rollout import Thoughts
-from quietstar.run.batches import Example, batches_of, text_of
+from quietstar.run.batches import Example, batches_of, check_data, check_example, text_of
+
+__all__ = ["OfflineThoughts", "export_thoughts"]
 
 # Fields of a record: the type of their values, and how deeply lists nest them.
 FIELDS = {
@@ -67,8 +70,10 @@ def export_thoughts(
         ValueError: as in ``QuietStar.think``; the path has another ending, or is parquet and pyarrow is not installed.
         OSError: the file could not be written.
     """
-    tokenizer = tokenizer_hash(qs.tokenizer)
-    with write_records(path, FIELDS) as write:
+    tokenizer = tokenizer_hash(instance("qs", qs, QuietStar).tokenizer)
+    check_data("examples", examples)
+    seed, batch_size = seed_bits("seed", seed), integer("batch_size", batch_size, 1)
+    with write_records(file_path("path", path), FIELDS) as write:
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="thoughts", total=total, leave=False, disable=not progress):
@@ -110,7 +115,9 @@ class OfflineThoughts(Sequence[Example]):
     """
 
     def __init__(self, path: str | os.PathLike, examples: Sequence[Example], qs: QuietStar):
-        self.path, self.examples, self.config = Path(path), examples, qs.thought_config
+        check_data("examples", examples)
+        instance("qs", qs, QuietStar)
+        self.path, self.examples, self.config = Path(file_path("path", path)), examples, qs.thought_config
         self.vocabulary = qs.lm_head.linear.out_features
         self.tokenizer = tokenizer_hash(qs.tokenizer)
         self.records = open_records(path)
@@ -131,7 +138,7 @@ class OfflineThoughts(Sequence[Example]):
         numbers = array("q", bytes(8 * len(self.examples)))
         waiting: defaultdict[str, list[int]] = defaultdict(list)
         for i in reversed(range(len(self))):
-            waiting[text_hash(self.examples[i]["input_ids"])].append(i)
+            waiting[text_hash(check_example("examples", self.examples[i])["input_ids"])].append(i)
         first: tuple[int, set[str]] | None = None
         for number, record in self.records:
             where = self._where(number)

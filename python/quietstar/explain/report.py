@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import checks, objective
+from quietstar.arguments.values import file_path, unicode
 from quietstar.config import ThoughtConfig
 from quietstar.explain.page import render
 from quietstar.explain.token_text import text_pieces, token_text
@@ -78,12 +79,14 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the page, or ``to_dict()`` where the name ends in .json; atomically, so that no partial file is left."""
+        file_path("path", path)
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.html)
 
 
 @torch.no_grad()
 def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None) -> Report:
     """See ``QuietStar.explain``."""
+    seed = checks.check_seed(seed)
     input_ids = _tokenize(thinker, tokenizer, text)
     # Only the next token is looked at, and greedy thoughts are all the same.
     N = 1 if seed is None else thinker.config.thoughts
@@ -105,11 +108,7 @@ def _tokenize(thinker: Thinker, tokenizer: Any, text: str) -> Tensor:
     """int64 [1,L]."""
     if tokenizer is None:
         raise ValueError("explain needs a tokenizer: pass one to QuietStar")
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a str, got {type(text).__name__}")
-    broken = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
-    if broken is not None:
-        raise ValueError(f"text must be valid Unicode, character {broken} is half of a surrogate pair: {text[broken]!r}")
+    unicode("text", text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")

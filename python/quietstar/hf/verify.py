@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.architectures import check_architecture
+from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
@@ -55,7 +55,7 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     Raises:
         ValueError: the model type can't think, or its attention loses the layout.
     """
-    check_architecture(model.config)
+    check_model(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(WRAPPED_NAME)
     hand_on_layout(model)

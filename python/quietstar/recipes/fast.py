@@ -17,13 +17,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.arguments.fields import check_at_least, check_positive
 from quietstar.config import TrainConfig, option
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
 from quietstar.recipes.common.log import is_logging
-from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes import internalize_report as icot_report
@@ -25,7 +26,6 @@ from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import check_length, logprob
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check, check_at_least, check_positive
 from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.tasks import Row, Task
@@ -71,6 +71,7 @@ class Config:
     seed: int = option(0, "fixes problems, their order, and which rows lose more tokens")
 
     def __post_init__(self) -> None:
+        check_types("internalize", self)
         at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
         check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
         check_at_least("internalize", self, 1, at_least_one)

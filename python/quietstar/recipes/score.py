@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
@@ -27,7 +28,6 @@ from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import evaluating, padded
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check, check_at_least, check_positive
 from quietstar.recipes.common.rounds import save_model
 from quietstar.recipes.score_attempts import Attempts, attempt, plot, votes
 from quietstar.recipes.tasks import Row, Task
@@ -70,6 +70,7 @@ class Config:
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
+        check_types("score", self)
         none_allowed = ("first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains")
         check_at_least("score", self, 0, none_allowed)
         check_at_least("score", self, 1, ("problems", "samples", "max_new", "held_out", "batch_size", "save_every"))

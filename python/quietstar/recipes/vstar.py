@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.evaluation import evaluate, nothing_solved
 from quietstar.recipes.common.log import Pace, log_figures
-from quietstar.recipes.common.ranges import check, check_at_least
 from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, save_model
 from quietstar.recipes.common.sampling import Completion, Sampling, rollout
 from quietstar.recipes.common.selectors import (
@@ -67,6 +67,7 @@ class Config(SFTConfig, Sampling, DPO):
     test_samples: int = option(16, "N, solutions of each test problem")
 
     def __post_init__(self) -> None:
+        check_types("vstar", self)
         for part in (SFTConfig, Sampling, DPO):
             part.__post_init__(self)
         check_at_least("vstar", self, 1, ("rounds", "problems", "sft_problems", "steps", "test_problems"))

@@ -20,10 +20,10 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check_positive
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
 from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.ranges import check_positive
 from quietstar.recipes.common.rounds import REPORT, load_model
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import Scorer

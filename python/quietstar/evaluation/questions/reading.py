@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quietstar.arguments.values import file_path, integer, unicode
 from quietstar.data.texts import hub_rows
 from quietstar.evaluation.questions.answers import number
 from quietstar.files.reading import json_lines
@@ -51,7 +53,9 @@ def read_questions(source: str, split: str = "test", limit: int | None = None) -
     Raises:
         ValueError: there is no such file or data set, or no question in it; a line is broken or has no answer, and is named.
     """
-    path = Path(source)
+    path = Path(file_path("source", source))
+    unicode("split", split)
+    limit = None if limit is None else integer("limit", limit, 1, sys.maxsize)
     if path.suffix == ".jsonl":
         rows: Iterable[tuple[str, Any]] = ((f"{path}: line {i}", row) for i, row in json_lines(path))
     elif path.exists():
