@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import WeightsDtype
+from quietstar.cli.shared_options import WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.recipes import solve
 from quietstar.recipes.common.models import TaskConfig, load
@@ -27,6 +27,7 @@ class Solve:
     dtype: WeightsDtype = "float32"
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         model, task = load(self.model, self.task, self.dtype)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
         scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
