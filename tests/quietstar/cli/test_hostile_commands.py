@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +55,7 @@ def limits():
     def stop(*_):
         raise Hang(f"no end after {SECONDS} s")
 
-    used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before, limit = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limit[1]))
     signal.alarm(SECONDS)
