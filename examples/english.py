@@ -78,7 +78,7 @@ class Log:
     """metrics.jsonl, written line by line, so that a stopped run keeps what it measured."""
 
     def __init__(self, path: Path):
-        self.file = path.open("w", buffering=1)
+        self.file = path.open("w", buffering=1, encoding="utf-8")
         self.entries: list[dict] = []
 
     def add(self, **entry: float | str) -> None:
