@@ -47,6 +47,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         least("published", [figure(result, "published") for result in results], 0.90),
         least("published, above no reward", lead, 0.50),
+        least("paper", [figure(result, "paper") for result in results], 0.90),
         least("z-score", [figure(result, "z-score") for result in results], 0.85),
     ]
 
