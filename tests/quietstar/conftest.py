@@ -1,4 +1,4 @@
-"""Tiny random models of every listed architecture, small enough that a test can look at every row."""
+"""Tiny random models of every listed architecture, small enough to look at every row; and one that solves problems."""
 
 import pytest
 import torch
@@ -69,6 +69,22 @@ def byte_tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def solver():
+    """``(model, task)``: digit sums, about half of them right when sampled; copy the model before changing it."""
+    # Here, since most tests need none of it.
+    from quietstar.recipes.common.models import small_model
+    from quietstar.recipes.common.sft import SFTConfig, sft
+    from quietstar.recipes.tasks import Addition
+
+    task = Addition(1)
+    model = small_model(task, width=64, heads=2, positions=128)
+    rows = task.sample(600, "train", torch.Generator().manual_seed(0))
+    examples = [(row.hinted_ids if i % 3 == 0 else row.prompt_ids, task.completion_ids(row)) for i, row in enumerate(rows)]
+    sft(model, examples, 120, SFTConfig(learning_rate=3e-3, batch_tokens=600))
+    return model.eval(), task
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

@@ -13,13 +13,18 @@ from pathlib import Path
 
 from quietstar.files.locking import FileLock
 
-__all__ = ["replaced", "write_whole"]
+__all__ = ["put_back", "replaced", "write_whole"]
 
 # The weights of a checkpoint and what belongs to them: those of the folder that is replaced never go with the new ones.
 _OF_WEIGHTS = re.compile(
     r"(model(-[0-9]+-of-[0-9]+)?|adapter_model|quietstar)\.safetensors"
     r"|model\.safetensors\.index\.json|adapter_config\.json|quietstar\.json"
 )
+
+
+# How the names of temporary folders end, with the id of their process: one that is being written, and one that it replaces.
+NEW = r"([0-9]+)-[a-z0-9_]{8}"
+OLD = rf"{NEW}-old"
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
@@ -57,20 +62,55 @@ def _remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def replaced(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``directory`` at the end; a crash leaves either the old or the new one whole.
+    """A temporary folder that takes the place of ``directory`` at the end; an error leaves the old one whole.
 
     Other files of the old folder are kept, except the weights of a checkpoint and what belongs to them. A ``directory`` that is
-    a link stays one.
+    a link stays one. What processes that were killed here have left is removed, or put back.
     """
     directory = Path(os.path.realpath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    put_back(directory)
+    for old in _left_by_dead(directory, OLD):
+        _keep_others(old, directory)
+        shutil.rmtree(old)
+    for unfinished in _left_by_dead(directory, NEW):
+        shutil.rmtree(unfinished)
+    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-{os.getpid()}-", dir=directory.parent))
     try:
         new.chmod(0o755)
         yield new
         _put_in_place(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        put_back(directory)
+
+
+def put_back(directory: str | os.PathLike) -> None:
+    """Give a folder its name back if a process was killed between moving it away and putting the new one in its place.
+
+    Where the system can exchange two folders in one step, there is no such moment.
+    """
+    directory = Path(os.path.realpath(directory))
+    for old in _left_by_dead(directory, OLD):
+        if not directory.exists():
+            os.replace(old, directory)
+
+
+def _left_by_dead(directory: Path, form: str) -> list[Path]:
+    """The temporary folders for ``directory`` that no other process is writing."""
+    ours = re.compile(re.escape(f".{directory.name}-") + form)
+    found = [(path, ours.fullmatch(path.name)) for path in (directory.parent.iterdir() if directory.parent.is_dir() else ())]
+    return [path for path, match in found if match and path.is_dir() and not _is_another_process(int(match[1]))]
+
+
+def _is_another_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()  # in a container, a command has the same id each time
 
 
 def _put_in_place(new: Path, directory: Path) -> None:

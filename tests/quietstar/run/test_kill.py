@@ -1,53 +1,61 @@
-"""Runs that are killed: a signal saves within a step, and what SIGKILL leaves resumes to the numbers of an unbroken run."""
+"""Runs that are killed: a signal saves within a step, and what SIGKILL leaves resumes to what an unbroken run writes."""
 
+import importlib.util
 import json
-import multiprocessing
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from quietstar.cli import main as cli
 from quietstar.run import snapshots
 
-KILLS = 20
-TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
-SMALL = ["--no-pack", "--length=12", "--batch-size=4", "--thoughts=2", "--thought-tokens=2", "--lookahead=2", "--held-out=0"]
-SMALL += ["--learning-rate=1e-3", "--policy-weight=3", "--embedding-scale=1"]
+spec = importlib.util.spec_from_file_location("killing", Path(__file__).with_name("killing.py"))
+killing = sys.modules["killing"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(killing)
+
+TIMES = re.compile(r"seconds|\w+_per_second|speeds")
+TEXTS = "--data=../text.txt --no-pack --length=12"
+THOUGHTS = f"--model=../model {TEXTS} --thoughts=2 --policy-weight=3 --embedding-scale=1 --learning-rate=1e-3 --batch-size=4"
+TRAIN = f"train --out=run {THOUGHTS} --thought-tokens=2 --lookahead=2"
+PROBLEMS = "--out=run --model=../solver --task=addition --digits=1"
+OFTEN = "--save-every=2 --eval-every=2"
+COMMANDS = {
+    "train": f"{TRAIN} --held-out=4 --steps=16 {OFTEN}",
+    "star": f"star {PROBLEMS} --max-new=8 --rounds=4 --problems=20 --steps=4 --test-problems=8 --rationalize",
+    "vstar": f"vstar {PROBLEMS} --max-new=8 --rounds=3 --problems=20 --steps=3 --samples=4 --test-problems=8 --test-samples=4"
+    " --pair-batch=8 --updates=4",
+    "score": f"score {PROBLEMS} --max-new=8 --first-steps=5 --second-steps=5 --save-every=2 --problems=8 --held-out=4"
+    " --chains=1",
+    "internalize": f"internalize {PROBLEMS} --explicit-steps=0 --steps-per-token=2 --final-steps=6"
+    f" --rows=20 --held-out=8 --batch-size=4 {OFTEN}",
+    "fast": f"fast --out=run {THOUGHTS} --held-out=4 --curriculum=3-2,2-1 --steps=4 --plain-steps=6 --plain-rate=1e-3 {OFTEN}",
+    "export": f"export --out=run/thoughts.jsonl --model=../thinker {TEXTS} --batch-size=2",
+}
+KILLS = {"train": 10, "star": 7, "vstar": 7, "score": 7, "internalize": 7, "fast": 8, "export": 4}  # 50
 
 
 @pytest.fixture
-def home(tiny, tmp_path, monkeypatch):
-    """A folder with a model and a text; one thread, so that a busy machine only slows the tests down."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(["<end>", *alphabet])}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained("model")
+def home(tiny, byte_tokenizer, tmp_path):
+    """A folder with a model and a text."""
+    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of text" for i in range(50)))
     return tmp_path
 
 
-def arguments(out, **options):
-    typed = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return ["train", "--model=model", "--data=text.txt", *SMALL, f"--out={out}", *typed]
-
-
 def metrics(out):
-    """Whole lines of the metrics so far, without times."""
+    """Whole lines of the metrics so far."""
     try:
-        lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]
+        return (out / "metrics.jsonl").read_text().split("\n")[:-1]
     except FileNotFoundError:
         return []
-    return [{name: x for name, x in json.loads(line).items() if name not in TIMES} for line in lines]
 
 
 def wait_for(condition, seconds=120):
@@ -59,9 +67,10 @@ def wait_for(condition, seconds=120):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_within_a_step(home, number):
-    out = home / "run"
-    command = [sys.executable, "-m", "quietstar", *arguments("run", steps=100_000, save_every=100_000)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    out = home / "broken" / "run"
+    out.parent.mkdir()
+    command = [sys.executable, "-m", "quietstar", *TRAIN.split(), "--held-out=0", "--steps=100000", "--save-every=100000"]
+    process = subprocess.Popen(command, cwd=out.parent, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: len(metrics(out)) >= 2 or process.poll() is not None)
         before = len(metrics(out))
@@ -79,46 +88,111 @@ def test_a_signal_saves_within_a_step(home, number):
     assert f"saved run/checkpoints/{saved.name}" in last_line and "Traceback" not in err
 
 
+@pytest.fixture(scope="module")
+def commands():
+    """Runs commands, and kills them."""
+    running = killing.Commands()
+    yield running
+    running.close()
+
+
+class UsersFiles:
+    """What a user puts into a run's folders: notes, and copies of what is there under names of their own."""
+
+    NAMES = ("README.md", "notes.txt", "step-notes.txt", "round-notes.txt", "mine.safetensors", ".notes/mine.txt")
+
+    def __init__(self, out):
+        self.out, self.content = out, {}
+
+    def add(self):
+        """Notes in every folder of the run, apart from checkpoints that the run deletes; a copy of every folder."""
+        for folder in [self.out, *self.out.rglob("*")]:
+            name = folder.relative_to(self.out)
+            if not folder.is_dir() or re.search(r"(^|/)\.|-best", str(name)):
+                continue
+            copied = folder.with_name(f"{folder.name}-best")
+            if folder != self.out and not copied.exists():
+                shutil.copytree(folder, copied)
+                self.content |= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+            if not re.search(r"step-\d+", str(name)):
+                for path in (folder / name for name in self.NAMES):
+                    if not path.exists():
+                        path.parent.mkdir(exist_ok=True)
+                        path.write_text(f"mine: {path}")
+                        self.content[path] = path.read_bytes()
+
+    def check(self, in_place):
+        """Nothing of it is lost; in the middle of a save it may be in the folder that is being replaced."""
+        there = {path: path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
+        kept = there.items() if in_place else [(path, x) for path in self.content for x in there.values()]
+        assert [str(path) for path, _ in self.content.items() - kept] == []
+
+    def remove(self):
+        """So that what is left is the run's."""
+        for path in self.content:
+            path.unlink()
+            for folder in path.parents:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {name: without_times(x) for name, x in value.items() if not TIMES.fullmatch(name)}
+    return [without_times(x) for x in value] if isinstance(value, list) else value
+
+
+def content(out):
+    """What a run wrote, by path: weights and moments as bytes, JSON without times, of plots that they are there."""
+    readers = {
+        ".json": lambda path: without_times(json.loads(path.read_text())),
+        ".jsonl": lambda path: [without_times(json.loads(line)) for line in path.read_text().splitlines()],
+        ".png": lambda path: path.stat().st_size > 0,
+    }
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): readers.get(path.suffix, Path.read_bytes)(path) for path in files}
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments_the_losses_are_the_unbroken_runs(home):
-    """SIGKILL 20 times, from the first moment of a process to the middle of its steps and saves, resumed each time."""
-    context = multiprocessing.get_context("forkserver")  # a process starts in a tenth of a second, its imports done
-    context.set_forkserver_preload(["__main__", "quietstar.cli.main"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver, commands, name, record_property):
+    """Killed again and again, at random moments and right before random changes inside its saves, and resumed each time."""
+    arguments, generator = COMMANDS[name].split(), random.Random(name)
+    model, task = solver
+    model.save_pretrained(home / "solver")
+    task.tokenizer.save_pretrained(home / "solver")
+    if name == "export":
+        assert commands.run([*TRAIN.split(), "--held-out=0", "--steps=1"], home / "model").code == 0
+        (home / "thinker").symlink_to(home / "model/run")
+    else:
+        arguments.append("--resume")
 
-    def start(out):
-        process = context.Process(target=cli.main, args=([*arguments(out, steps=90, save_every=2), "--resume"],))
-        process.start()
-        return process
+    def start(folder, **kill):
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        return commands.run(arguments, folder, **kill)
 
-    unbroken = start("unbroken")
-    wait_for(lambda: metrics(home / "unbroken"))
-    began = time.monotonic()
-    unbroken.join(240)
-    stepping = time.monotonic() - began
-    assert unbroken.exitcode == 0
-    want = metrics(home / "unbroken")
-    assert [line["step"] for line in want] == list(range(1, 91))
-    began = time.monotonic()
-    start("unbroken").join(240)  # it has nothing left to do
-    starting = time.monotonic() - began
-
-    out, generator, killed = home / "broken", random.Random(0), []
-    for _ in range(KILLS):
-        process = start("broken")
-        time.sleep(generator.uniform(0, starting + stepping / 10))
-        alive = process.is_alive()
-        process.kill()
-        process.join()
-        done = snapshots.every(out)
-        for path in done:
-            snapshots.check(path)
-        killed.append((alive, done[-1].name if done else None))
-    assert sum(alive for alive, _ in killed) >= KILLS / 2, killed  # a machine that was busy before may be faster now
-    last = start("broken")
-    last.join(240)
-    assert last.exitcode == 0
-    assert metrics(out) == want, killed
-    assert [path.name for path in out.joinpath("checkpoints").iterdir() if path.name.startswith(".")] == []
-    first, second = (home / name / "checkpoints" / "step-000090" for name in ("unbroken", "broken"))
-    for name in ("model.safetensors", "quietstar.safetensors", "optimizer.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+    unbroken = start(home / "unbroken")
+    assert unbroken.code == 0, (home / "unbroken/output.txt").read_text()
+    want, killed, inside, runs = content(home / "unbroken/run"), 0, 0, 0
+    while killed < KILLS[name]:
+        runs += 1
+        folder, left, ended = home / f"broken-{runs}", len(unbroken.changes), None
+        users = UsersFiles(folder / "run")
+        while ended is None or ended.code:
+            kill = {}
+            if killed < KILLS[name]:  # soon enough that others can follow
+                soon = generator.uniform(0, left / 3)
+                kill = {"change": 1 + int(soon)} if killed % 3 else {"seconds": 0.01 + unbroken.seconds * soon / left}
+            ended = start(folder, **kill)
+            assert ended.code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
+            left = max(1, left - len(ended.changes))
+            users.check(in_place=ended.code == 0)
+            if ended.code:
+                killed += 1
+                inside += any(killing.in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
+                users.add()
+        users.remove()
+        assert content(folder / "run") == want
+    assert inside > killed / 3
+    record_property("table", f"SIGKILL, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from quietstar.files.reading import as_type, read_json
-from quietstar.files.writing import replaced
+from quietstar.files.writing import put_back, replaced
 from quietstar.recipes.common.log import LoggedMetrics
 from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted, Signals
@@ -58,6 +58,7 @@ class Progress:
 
     def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
+        put_back(self.folder)
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
