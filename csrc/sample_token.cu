@@ -12,7 +12,9 @@ namespace quietstar {
 constexpr int BLOCK = 128, GROUP = 16;  // ids of a block of the race, and of a group inside it
 constexpr int STEP = WARP * GROUP;      // columns that a warp takes at a time
 constexpr int MOST_THREADS = 512;
-constexpr float LOWEST = -1e30f;           // above -inf, so that differences are numbers
+constexpr float LOWEST = -1e30f;   // above -inf, so that differences are numbers
+constexpr float INFINITE = 1e30f;  // an LSE as large as this counts as infinite
+constexpr float TINY = 1e-30f;
 constexpr float BELOW_ONE = 1 - 0x1p-24f;  // the fp32 number before 1
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
@@ -72,7 +74,7 @@ struct Logits {
         }
         if (scale != 1) {
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i) y[i] = y[i] == -INFINITY ? y[i] : y[i] * scale;
+            for (int i = 0; i < GROUP; ++i) y[i] *= scale;
         }
     }
 
@@ -87,7 +89,7 @@ struct Logits {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const float capped = outer - 2 * outer * fast_reciprocal(fast_exp2(y[i] * inner) + 1);
-            y[i] = y[i] == -INFINITY ? y[i] : capped;
+            y[i] = capped + TINY * y[i];  // what is infinite stays so
         }
     }
 };
@@ -236,8 +238,10 @@ __global__ void __launch_bounds__(MOST_THREADS) race(SampleTokenArguments x) {
     }
     for (int i = 0; i < warps; ++i) result.join(all[i]);
     *state = {result.score, result.logit, result.top, result.total};
-    *id = result.token;
-    static_cast<float*>(x.logprob)[r] = (result.logit - result.top - fast_log2(result.total)) * LN_2;
+    const float lse = result.top + fast_log2(result.total);
+    const bool finite = fabsf(lse) < INFINITE;  // not if it is NaN
+    *id = finite ? result.token : -1;
+    static_cast<float*>(x.logprob)[r] = finite ? (result.logit - lse) * LN_2 : NAN;
 }
 
 void sample_token(const SampleTokenArguments& x, void* stream) {

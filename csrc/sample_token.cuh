@@ -12,14 +12,14 @@ struct SampleTokenArguments {
     const void* bias;      // fp32 [columns], or null
     const void* counters;  // int32 [R,4]
     void* state;           // fp32 [R,4], the result of the earlier chunks
-    void* ids;             // int64 [R], written after each chunk; final after the last
+    void* ids;             // int64 [R], written after each chunk; final after the last; -1: LSE not finite
     void* logprob;         // fp32 [R], the same
     int64_t logits_stride,
         counters_stride[2];  // in elements; logits_stride is a multiple of 4, logits and bias of 16 bytes
     int R, columns;
-    int first;         // the id of the first column, a multiple of 128; 0 starts the race
-    const void* seed;  // int64
-    float scale;
+    int first;          // the id of the first column, a multiple of 128; 0 starts the race
+    const void* seed;   // int64
+    float scale;        // above 0
     float softcap;      // 0: none
     float temperature;  // 0: the lowest-index argmax
 };

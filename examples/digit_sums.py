@@ -20,7 +20,6 @@ To see how Quiet-STaR is used, read sums/quiet_star.py. sums/__init__.py lists t
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -33,7 +32,7 @@ from sums.docs_page import write_docs
 from sums.evaluation import evaluate, measure_positions, some_thoughts
 from sums.pretraining import pretrain
 from sums.quiet_star import own_thoughts, predict, think_with
-from sums.results import describe_machine, earlier_seeds, write_json
+from sums.results import describe_machine, earlier_seeds, read_results, write_json
 from sums.runs import ALL_RUNS, EVERYWHERE, FORCED, PLAIN, QUICK_RUNS, QUIET_STAR, SHUFFLED, Run, Setting
 from sums.task import TEST_LINES, score, split_strings
 from sums.thresholds import check
@@ -98,7 +97,10 @@ def main() -> int:
     logging.disable_progress_bar()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.results:
-        results = json.loads(options.results.read_text())
+        try:
+            results = read_results(options.results)
+        except ValueError as error:
+            parser.error(str(error))
     else:
         results = {"quick": options.quick, **describe_machine()}
         if options.resume:

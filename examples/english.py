@@ -1,8 +1,11 @@
 """Quiet-STaR on real English, from scratch to thoughts in about two minutes on two CPU cores.
 
 Trains a tokenizer and a small Llama on the documentation that ships with every Python, wraps the model in
-quietstar.QuietStar, trains it to think before every token, and measures on held-out text how much the thoughts help.
-For a model this small they hardly help at all: this shows the loop at work, not a gain.
+quietstar.QuietStar and trains it to think before every token. On held-out text it then measures two gains: that of mixing in
+any thought, here one of another text at the same place, and that of the thought's content, its own against the other text's.
+A constant thought and a model trained as long without thoughts are measured beside them.
+
+For a model this small the content hardly helps at all: this shows the loop at work, not a gain.
 
     python examples/english.py
     python examples/english.py --seconds-lm 300 --seconds-thoughts 600 --out runs/longer
@@ -15,7 +18,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,7 +31,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.losses import evaluate
+from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
+from quietstar.evaluation.intervals import mean_interval
+from quietstar.evaluation.losses import token_losses
+from quietstar.run.batches import Example
 from quietstar_kernels import sample_token
 
 LENGTH = 64  # tokens in a text
@@ -78,7 +84,7 @@ class Log:
     """metrics.jsonl, written line by line, so that a stopped run keeps what it measured."""
 
     def __init__(self, path: Path):
-        self.file = path.open("w", buffering=1)
+        self.file = path.open("w", buffering=1, encoding="utf-8")
         self.entries: list[dict] = []
 
     def add(self, **entry: float | str) -> None:
@@ -111,15 +117,28 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     optimizer.zero_grad()
 
 
-def train_lm(model: LlamaForCausalLM, stream: Tensor, seconds: float, log: Log) -> None:
+def falling(spent: float) -> float:
+    """The learning rate for a new model, by the share of the time that has passed."""
+    return 3e-3 * min(1, 0.02 + 20 * spent) * (1 - 0.95 * spent)
+
+
+def steady(spent: float) -> float:
+    """The same for one that is trained further, with or without thoughts."""
+    return 3e-4 * min(1, 0.02 + 20 * spent)
+
+
+def train_lm(
+    model: LlamaForCausalLM, stream: Tensor, seconds: float, log: Log, phase: str, texts: int, rate: Callable[[float], float]
+) -> None:
+    """Plain training, on so many texts per step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
-    for spent, bar in until(seconds, "Language model"):
+    for spent, bar in until(seconds, phase):
         began = time.perf_counter()
-        ids = windows(stream, 16)
+        ids = windows(stream, texts)
         loss = model(ids, labels=ids).loss
-        update(optimizer, loss, rate=3e-3 * min(1, 0.02 + 20 * spent) * (1 - 0.95 * spent))
+        update(optimizer, loss, rate(spent))
         speed = ids.numel() / (time.perf_counter() - began)
-        log.add(phase="lm", loss=loss.item(), tokens_per_second=speed)
+        log.add(phase=phase, loss=loss.item(), tokens_per_second=speed)
         bar.set_postfix_str(f"loss {loss.item():.2f}, {speed:,.0f} tokens/s", refresh=False)
 
 
@@ -127,10 +146,10 @@ def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> N
     """Train with a thought at every position of every text."""
     qs.train()
     optimizer = torch.optim.AdamW(qs.parameters(), weight_decay=1e-3)
-    for spent, bar in until(seconds, "Quiet-STaR"):
+    for spent, bar in until(seconds, "thoughts"):
         began = time.perf_counter()
         out = qs(windows(stream, 4))
-        update(optimizer, out.loss, rate=3e-4 * min(1, 0.02 + 20 * spent))
+        update(optimizer, out.loss, steady(spent))
         speed = out.reward.numel() / (time.perf_counter() - began)
         values = {name: out[name].mean().item() for name in ("loss_ce", "policy_loss", "reward", "weight")}
         log.add(phase="thoughts", **values, thoughts_per_second=speed)
@@ -139,19 +158,85 @@ def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> N
     qs.eval()
 
 
-def show_losses(before: float, found: dict[str, float], log: Log) -> None:
-    """Print what ``quietstar.evaluation.losses.evaluate`` found after Quiet-STaR, and the base loss before it."""
-    gain, low, high = found["gain"], found["gain_low"], found["gain_high"]
-    print(f"\nHeld-out loss, nats per token, mean of {found['texts']} texts")
-    print(f"  language model               {before:.4f}")
-    print(f"  the same after Quiet-STaR    {found['base']:.4f}")
-    print(f"  mixed with its thoughts      {found['mixed']:.4f}")
-    print(f"Gain from thoughts, the difference of the last two: {gain:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}.")
-    if low <= 0 <= high:
-        print("The interval includes 0: no gain was measured.")
+@torch.no_grad()
+def plain_losses(model: LlamaForCausalLM, texts: list[Example]) -> Tensor:
+    """fp64 [texts], the loss of a token without thoughts, nats."""
+    return torch.stack([model(x["input_ids"][None], labels=x["input_ids"][None]).loss.double() for x in texts])
+
+
+def mixed_losses(qs: QuietStar, texts: list[Example]) -> dict[str, Tensor]:
+    """The same with thoughts: the model's own, greedy; another text's at the same places; its most frequent one everywhere."""
+    own = with_own_thoughts(qs, texts)
+    thoughts, counts = torch.cat([x["thought_ids"] for x in own]).unique(dim=0, return_counts=True)
+    constant = [{**x, "thought_ids": thoughts[counts.argmax()].expand_as(x["thought_ids"])} for x in own]
+    ways = {"own": own, "another": with_thoughts_of_another(own), "constant": constant}
+    found = {name: token_losses(qs, examples, progress=True) for name, examples in ways.items()}
+    return {name: losses.text.bincount(losses.mixed) / losses.text.bincount() for name, losses in found.items()}
+
+
+Gain = tuple[float, float, float]  # nats, with the ends of the 95 % interval over texts, each compared with itself
+
+
+def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
+    """What thoughts are worth, from the loss of each text [texts] in each way."""
+
+    def gain(control: str, way: str) -> Gain:
+        return mean_interval((losses[control] - losses[way]).tolist())
+
+    return {
+        "mixing": gain("base", "another"),
+        "content": gain("another", "own"),
+        "own over constant": gain("constant", "own"),
+        "over plain training": gain("plain", "own"),
+    }
+
+
+def verdict(found: dict[str, Gain]) -> str:
+    """Only content can help; a constant thought has none, so own thoughts must be better than that, too."""
+    signs = {name: (low > 0) - (high < 0) for name, (_, low, high) in found.items()}
+    if signs["content"] > 0 and signs["own over constant"] > 0:
+        said = "What was thought helped: own thoughts predict better than another text's, and than a constant one."
+    elif signs["content"] > 0:
+        said = "No gain from what was thought: another text's thoughts are worse, but a constant one is as good."
+    elif signs["content"] < 0:
+        said = "What was thought hurt: another text's thoughts predict better."
     else:
-        print(f"The interval does not include 0: in this run, thoughts {'helped' if gain > 0 else 'hurt'} a little.")
-    log.add(phase="held_out", before=before, **found)
+        said = "No gain from what was thought: another text's thoughts are as good, within the interval."
+    if signs["mixing"] > 0 and signs["content"] <= 0:
+        said += "\nWhat mixing gained comes from the mixing head and the extra steps, whatever was thought."
+    compared = {1: "predicts worse", 0: "predicts as well, within the interval", -1: "predicts better"}
+    return f"{said}\nThe model trained as long without thoughts {compared[signs['over plain training']]}."
+
+
+LOSSES = {
+    "before": "language model",
+    "plain": "trained as long without thoughts",
+    "base": "trained to think, but without a thought",
+    "own": "  with its own thoughts",
+    "another": "  with another text's thoughts",
+    "constant": "  with one constant thought",
+}
+GAINS = {
+    "mixing": "mixing: another text's thoughts, over none",
+    "content": "content: own thoughts, over another text's",
+    "own over constant": "own thoughts, over the constant one",
+    "over plain training": "own thoughts, over training without any",
+}
+
+
+def show_losses(losses: dict[str, Tensor], log: Log) -> None:
+    print(f"\nHeld-out loss, nats per token, mean of {len(losses['own'])} texts")
+    for name, words in LOSSES.items():
+        print(f"  {words:<44}{float(losses[name].mean()):8.4f}")
+    found = gains(losses)
+    print("\nGains, nats per token, with 95 % intervals")
+    for name, words in GAINS.items():
+        mean, low, high = found[name]
+        print(f"  {words:<44}{mean:+8.4f}  ({low:+.4f} to {high:+.4f})")
+    print(verdict(found))
+    log.add(phase="held_out", **{name: float(values.mean()) for name, values in losses.items()})
+    for name, (mean, low, high) in found.items():
+        log.add(phase="gain", of=name, gain=mean, low=low, high=high)
 
 
 def show_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> None:
@@ -205,22 +290,31 @@ def plot(log: Log, path: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    panels = [
-        ("lm", "loss", "language model: loss"),
-        ("thoughts", "loss_ce", "Quiet-STaR: cross entropy"),
-        ("thoughts", "reward", "Quiet-STaR: mean reward"),
-    ]
-    for axes, (phase, name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    training, thinking, last = figure.subplots(1, 3, width_ratios=(3, 3, 4))
+    for axes, phase, name, title in (
+        (training, "language model", "loss", "language model: loss"),
+        (thinking, "thoughts", "reward", "Quiet-STaR: mean reward"),
+    ):
         axes.plot([entry[name] for entry in log.entries if entry["phase"] == phase])
         axes.set(title=title, xlabel="step", ylabel="nats")
+    # The last gain, over plain training, is on another scale.
+    found = [entry for entry in log.entries if entry["phase"] == "gain"][-2::-1]
+    means = [entry["gain"] for entry in found]
+    whiskers = [entry["gain"] - entry["low"] for entry in found]
+    last.errorbar(means, [entry["of"] for entry in found], xerr=whiskers, fmt="o", capsize=3)
+    last.axvline(0, color="black", linewidth=0.8)
+    last.set(title="gains on held-out text, 95 % intervals", xlabel="nats per token", ylim=(-0.5, len(found) - 0.5))
+    last.locator_params(axis="x", nbins=5)
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds-lm", type=float, default=45, help="time to train the language model; default 45")
-    parser.add_argument("--seconds-thoughts", type=float, default=45, help="time to train it to think; default 45")
+    parser.add_argument("--seconds-lm", type=float, default=36, help="time to train the language model; default 36")
+    parser.add_argument(
+        "--seconds-thoughts", type=float, default=25, help="time to train it to think, and again without thoughts; default 25"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for weights, texts and sampling; default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/english"), help="folder for metrics, plot and checkpoint")
     args = parser.parse_args()
@@ -237,11 +331,15 @@ def main() -> None:
         f"{model.num_parameters() / 1e6:.1f} million parameters, vocabulary {len(tokenizer)}, {len(training):,} tokens of text"
     )
 
-    train_lm(model, training, args.seconds_lm, log)
+    train_lm(model, training, args.seconds_lm, log, "language model", 16, falling)
+    losses = {"before": plain_losses(model, texts)}
+    plain = copy.deepcopy(model)
+    train_lm(plain, new, args.seconds_thoughts, log, "no thoughts", 4, steady)
+    losses["plain"] = plain_losses(plain, texts)
     qs = QuietStar(model, THOUGHTS, tokenizer)
-    before = evaluate(qs, texts, progress=True)["base"]
     train_thoughts(qs, new, args.seconds_thoughts, log)
-    show_losses(before, evaluate(qs, texts, progress=True), log)
+    losses |= {"base": plain_losses(qs.model, texts), **mixed_losses(qs, texts)}
+    show_losses(losses, log)
 
     logging.disable_progress_bar()
     whole = next(text["input_ids"] for text in texts if len(text["input_ids"]) == LENGTH)

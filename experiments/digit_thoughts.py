@@ -67,7 +67,6 @@ def measure(model: LlamaForCausalLM, seed: int, size: str, out: Path, updates: i
     qs = trained(model, lines, seed, out, updates=updates, **fields)
     digits = held_out[: numbers["lines"]]
     thoughts = digit_sums.own_thoughts(qs, digits)
-    # docs/experiments.md has mixed logits for every variant, even for the paper's, which mixes log-probabilities in training.
-    found = digit_sums.predict(qs.with_config(replace(qs.thought_config, mixing="logits")), digits, thoughts)
+    found = digit_sums.predict(qs, digits, thoughts)
     score = digit_sums.score(found.mixed, digits)
     return {"accuracy": score["right"] / score["lines"], "loss": score["nll"], "mixing_weight": float(found.weight.mean())}

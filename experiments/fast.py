@@ -15,7 +15,6 @@ where a guess has 2.30 nats. Two tokens are too few for the running sums that th
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ import torch
 from experiments_checks import figure, least, most
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.files.reading import json_lines
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.fast import BEST, Config, fast, stages
@@ -125,7 +125,7 @@ def without_thoughts(
 ) -> tuple[dict[str, float], list[tuple[int, float]]]:
     """The plain model: loss and accuracy of its best checkpoint, loss at the end, and share of tokens with a reward."""
     best, loss = plain.train(copy.deepcopy(model), teacher, text.training, text.held_out, config)
-    lines = [json.loads(line) for line in (Path(config.out) / plain.PLAIN / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for _, line in json_lines(Path(config.out) / plain.PLAIN / "metrics.jsonl")]
     curve = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
     row = {"loss": loss, "accuracy": right(best, text), "times_plain": 1.0, "loss_at_the_end": curve[-1][1]}
     return row | {"rewarded": fmean(line["rewarded"] for line in lines)}, curve

@@ -8,12 +8,12 @@ chain.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from experiments_checks import figure, least
 
+from quietstar.files.reading import json_lines
 from quietstar.recipes import internalize as icot
 from quietstar.recipes import internalize_kd as icot_kd
 from quietstar.recipes.common.models import small_model
@@ -45,7 +45,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     direct = icot.Config(out=str(out / "direct"), explicit_steps=0, remove_all_beyond=0, final_steps=steps, **shared)
     _, alone = icot.internalize(model, task, direct, resume=True)
     result.append({"run": DIRECT, **{key: alone["internalized"][key] for key in columns}})
-    lines = map(json.loads, (out / "direct" / "metrics.jsonl").read_text().splitlines())
+    lines = (line for _, line in json_lines(out / "direct" / "metrics.jsonl"))
     result.append({"run": EARLY, "accuracy": next(line["accuracy"] for line in lines if line["step"] == student)})
     return {"rows": result, "emulation": report["emulation"]}
 

@@ -3,7 +3,8 @@ the thoughts close to the text. The base model that a reward is compared with (`
 since every advantage is a difference between the thoughts of one position. It matters for a divergence.
 
 Thoughts are at "=" only, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The weight of the
-policy term is 3 throughout, which suits the published objective; another variant might need another weight.
+policy term is 3 throughout, which suits the published objective; another variant might need another weight. Answers are
+predicted as in training: the preset "paper" mixes log-probabilities, which then don't add up to 1, with a weight from 0 to 1.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         least("published", [figure(result, "published") for result in results], 0.90),
         least("published, above no reward", lead, 0.50),
+        least("paper", [figure(result, "paper") for result in results], 0.90),
         least("z-score", [figure(result, "z-score") for result in results], 0.85),
     ]
 

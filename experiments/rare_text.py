@@ -96,9 +96,9 @@ def knowledge(model: LlamaForCausalLM, digits: Tensor, seed: int) -> dict[str, f
     return {"steps_known": float(steps.min()), "answer_known": float(probability[-2]), "right_before": right}
 
 
-def score(logits: Tensor, digits: Tensor) -> dict[str, float]:
-    """For logits [lines,1,V] of the answer: the share of lines whose most likely token is right, and the loss in nats."""
-    found = digit_sums.score(logits, digits)
+def score(logprobs: Tensor, digits: Tensor) -> dict[str, float]:
+    """Of log-probabilities [lines,1,V]: the share of lines whose most likely token is the answer, and the loss in nats."""
+    found = digit_sums.score(logprobs, digits)
     return {"accuracy": found["right"] / found["lines"], "loss": found["nll"]}
 
 
@@ -111,4 +111,4 @@ def answers(qs: QuietStar, digits: Tensor, thought_ids: Tensor) -> dict[str, flo
 @torch.no_grad()
 def plain_answers(model: LlamaForCausalLM, digits: Tensor) -> dict[str, float]:
     """``score`` of a model without thoughts."""
-    return score(model.eval()(direct_lines(digits)).logits[:, ANCHOR + COPIED, None], digits)
+    return score(model.eval()(direct_lines(digits)).logits[:, ANCHOR + COPIED, None].log_softmax(-1), digits)

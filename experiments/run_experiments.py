@@ -30,7 +30,7 @@ CURVES = ("doses", "objectives")  # of Quiet-STaR itself, with many runs each
 
 def names() -> list[str]:
     """The names of all experiments: the files here with a title."""
-    return sorted(path.stem for path in HERE.glob("*.py") if "\nTITLE = " in path.read_text())
+    return sorted(path.stem for path in HERE.glob("*.py") if "\nTITLE = " in path.read_text(encoding="utf-8"))
 
 
 def result_file(out: Path, name: str, size: str, seed: int) -> Path:
@@ -62,7 +62,7 @@ def start(name: str, seed: int, size: str, out: Path) -> int:
     log = result_file(out, name, size, seed).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     end = "done" if code == 0 else f"failed, see {log}"
     print(f"{name}, seed {seed}: {end}, {time.perf_counter() - began:.0f} s", flush=True)
@@ -96,11 +96,13 @@ def main() -> int:
 
     import experiments_report
 
+    from quietstar.files.reading import read_json
+
     measured: dict[str, list[dict[str, Any]]] = {}
     for name in names() if options.docs else chosen:
         files = sorted(result_file(options.out, name, size, 0).parent.glob("seed-*.json"))
         if files:
-            measured[name] = [json.loads(file.read_text()) for file in files]
+            measured[name] = [read_json(file, dict[str, Any]) for file in files]
     if not measured:
         return 1
     page, held = experiments_report.write(measured, size, options.docs or options.out / size)

@@ -10,7 +10,6 @@ over samples: of second attempts, or of as many first attempts as cost the same 
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from experiments_checks import figure, least, most
 from small_base import base
 
+from quietstar.files.reading import json_lines
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import load_model
 from quietstar.recipes.common.sampling import rollout
@@ -50,7 +50,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     def train(name: str, start: Any, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         folder = out / name.replace(" ", "-")
         _, report = score(copy.deepcopy(start), task, Config(out=str(folder), **shared, **options), resume=True, base=model)
-        return report, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return report, [line for _, line in json_lines(folder / "metrics.jsonl")]
 
     full, lines = train(SCORE, model, first_steps=stage, second_steps=stage, chains=numbers["chains"])
     half_way = load_model(out / SCORE / FIRST, model)  # the control starts from the same stage I

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
+
+LARGEST = 2.0**127 * (2 - 2**-23)  # fp32
 
 
 class AttentionOptions(NamedTuple):
@@ -25,6 +28,21 @@ class Head(NamedTuple):
     softcap: float | None
     temperature: float
     banned: list[int]
+
+    @property
+    def overflows(self) -> bool:
+        """Whether a factor between products and logits in bits is beyond fp32, so that no logit is a number."""
+        scale, temperature = abs(1.0 if self.scale is None else self.scale), self.temperature or 1.0
+        inner, outer = (scale, scale) if self.softcap is None else (scale / self.softcap, self.softcap)
+        return not 2 * math.log2(math.e) * max(scale, inner, outer, 1 / temperature, outer / temperature) <= LARGEST
+
+    def with_positive_scale(self, hidden: Tensor) -> tuple[Tensor, Head]:
+        """Hidden states and a head with the same logits, of which the largest belongs to the largest product."""
+        if self.scale is None or self.scale > 0:
+            return hidden, self
+        sign = -1 if self.scale < 0 else 0
+        bias = None if self.bias is None else sign * self.bias
+        return sign * hidden, self._replace(bias=bias, scale=abs(self.scale) or 1.0)
 
 
 class Saved(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import Checker, check_head
+from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import Head, Saved
 
 _OP = "linear_logprob"
@@ -35,7 +36,8 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
 
-    Differentiable in hidden, weight and bias, also through the entropy. Banned ids are left out of the softmax.
+    Differentiable in hidden, weight and bias, also through the entropy, in the ways that ``thought_attention`` is. Banned ids are
+    left out of the softmax.
 
     If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
     the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are
@@ -82,10 +84,10 @@ def linear_logprob(
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_scale is not None and any(wanted):
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
-        logprob, entropy, *_ = _joined(promised, *inputs, wanted, keep_bytes, backend)
+        logprob, entropy, *_ = call(_joined, promised, *inputs, wanted, keep_bytes, backend)
     else:
         keep = any(wanted) and backend != "reference" and _fits(hidden, check["V"], keep_bytes, backend)
-        logprob, entropy, *_ = _forward(*inputs, return_entropy, keep, backend)
+        logprob, entropy, *_ = call(_forward, *inputs, return_entropy, keep, backend)
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -105,6 +107,8 @@ def _wide(hidden: Tensor) -> torch.dtype:
 
 
 def _check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
+    while torch._C._functorch.is_functorch_wrapped_tensor(targets):  # in vmap: check the targets of all calls at once
+        targets = torch._C._functorch.get_unwrapped(targets)
     kept = targets[targets != IGNORED]
     outside = kept[(kept < 0) | (kept >= check["V"])]
     if outside.numel():
@@ -114,8 +118,7 @@ def _check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
             raise check.fail(f"targets must not hold a banned id, got {token}")
 
 
-@torch.library.custom_op("quietstar::linear_logprob", mutates_args=())
-def _forward(
+def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -134,15 +137,13 @@ def _forward(
     return *states, *((kept, kept_rows) if keep else _nothing(hidden, 2))
 
 
-@_forward.register_fake
-def _(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, keep, backend):
+def _fake(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, keep, backend):
     states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(4))
     kept = _dispatch.module(_OP, backend).empty_kept(hidden, weight) if keep else _nothing(hidden, 2)
     return *states, *kept
 
 
-@torch.library.custom_op("quietstar::linear_logprob_backward", mutates_args=())
-def _backward(
+def _linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -168,13 +169,11 @@ def _backward(
     return _present(hidden, _dispatch.run(f"{_OP}_backward", backend, *given))
 
 
-@_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, *arguments):
+def _fake_backward(grad_logprob, grad_entropy, hidden, weight, *arguments):
     return _fake_gradients(hidden, weight, arguments[-2])
 
 
-@torch.library.custom_op("quietstar::linear_logprob_joined", mutates_args=())
-def _joined(
+def _linear_logprob_joined(
     promised: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -196,14 +195,12 @@ def _joined(
     return logprob, entropy, *_present(hidden, grads)
 
 
-@_joined.register_fake
-def _(promised, hidden, weight, targets, bias, scale, softcap, temperature, banned, wanted, keep_bytes, backend):
+def _fake_joined(promised, hidden, weight, targets, bias, scale, softcap, temperature, banned, wanted, keep_bytes, backend):
     states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(2))
     return *states, *_fake_gradients(hidden, weight, wanted)
 
 
-@torch.library.custom_op("quietstar::linear_logprob_rescale", mutates_args=())
-def _rescale(
+def _linear_logprob_rescale(
     promised: Tensor, came: Tensor, targets: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients times the factor between ``promised`` and the gradient that ``came``, [1 or 2,R]; NaN if there is none.
@@ -225,8 +222,7 @@ def _rescale(
     return dhidden, dweight, dbias
 
 
-@_rescale.register_fake
-def _(promised, came, targets, dhidden, dweight, dbias):
+def _fake_rescale(promised, came, targets, dhidden, dweight, dbias):
     return torch.empty_like(dhidden), torch.empty_like(dweight), torch.empty_like(dbias)
 
 
@@ -255,8 +251,14 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]  # hidden, weight, bias
     if grad_logprob is None:
         grad_logprob = torch.zeros_like(ctx.saved_tensors[4])
-    grads = _backward(
-        grad_logprob, grad_entropy if ctx.return_entropy else None, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend
+    grads = call(
+        _backward,
+        grad_logprob,
+        grad_entropy if ctx.return_entropy else None,
+        *ctx.saved_tensors,
+        *ctx.options,
+        wanted,
+        ctx.backend,
     )
     dhidden, dweight, dbias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
     return dhidden, dweight, None, dbias, *[None] * 7
@@ -264,19 +266,22 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 
 def _setup_joined(ctx: Any, inputs: tuple, output: tuple) -> None:
     promised, _, _, targets, *_ = inputs
-    ctx.mark_non_differentiable(*output[len(promised) :])
+    ctx.mark_non_differentiable(*output[len(promised) : 2])  # not the gradients: theirs are refused, where constants are zero
     ctx.set_materialize_grads(False)  # no zeros for the gradients
     ctx.save_for_backward(promised, targets, *output[2:])
 
 
-def _autograd_joined(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Tensor) -> tuple:
+def _autograd_joined(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
     promised, targets, *grads = ctx.saved_tensors
     came = [torch.zeros_like(promised[0]) if x is None else x for x in (grad_logprob, grad_entropy)]
-    grads = _rescale(promised, torch.stack(came[: len(promised)]), targets, *grads)
+    grads = call(_rescale, promised, torch.stack(came[: len(promised)]), targets, *grads)
     wanted = [ctx.needs_input_grad[i] for i in (1, 2, 4)]
     dhidden, dweight, dbias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
     return None, dhidden, dweight, None, dbias, *[None] * 7
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-_joined.register_autograd(_autograd_joined, setup_context=_setup_joined)
+_INSTEAD = "quietstar_kernels.testing.plain_logprob has all, in dense PyTorch"
+_backward = operator(_linear_logprob_backward, _fake_backward, instead=_INSTEAD)
+_rescale = operator(_linear_logprob_rescale, _fake_rescale, instead=_INSTEAD)
+_forward = operator(_linear_logprob, _fake, _setup_context, _autograd, instead=_INSTEAD)
+_joined = operator(_linear_logprob_joined, _fake_joined, _setup_joined, _autograd_joined, instead=_INSTEAD)

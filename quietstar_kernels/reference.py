@@ -14,6 +14,7 @@ from quietstar_kernels._options import AttentionOptions, Head, Saved
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 
+INFINITE = 1e30  # an LSE as large as this, in bits, counts as infinite: kernels begin with -1e30 as the largest logit
 BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition
 GROUPS = 8  # the draw inside a block takes one of 8 groups of 16 columns first
 
@@ -107,14 +108,20 @@ def thought_decode(
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The block race over materialised logits [R,V]. Returns ids int64 [R] and their log-probabilities [R]."""
-    logits = final_logits(hidden, head._replace(temperature=head.temperature or 1.0))
+    logits = linear(hidden, head)
+    if head.softcap is not None:
+        logits = torch.where(logits.isinf(), logits, _softcap(logits, head.softcap))
+    logits[:, head.banned] -= math.inf  # a NaN stays one
+    logits = logits / (head.temperature or 1.0)
     block_max, block_lse = block_state(logits)
     if head.temperature == 0:
         ids = logits.argmax(-1)
     else:
         ids = race(block_max, block_lse, logits, counters, seed)
     lse = block_lse.logsumexp(-1)
-    return ids, (logits.gather(1, ids[:, None])[:, 0] - lse).float()
+    finite = lse.abs() < INFINITE / math.log2(math.e)
+    logprob = logits.gather(1, ids.clamp(max=logits.shape[1] - 1)[:, None])[:, 0] - lse
+    return torch.where(finite, ids, -1), torch.where(finite, logprob, math.nan).float()
 
 
 def linear_logprob(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ def sample_token(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Draw one id per row. The same seed and counters give the same random numbers on every back end, split and device.
-
     logits = softcap(scale * (hidden · weightᵀ + bias)) / temperature; banned ids are left out of the softmax.
 
     The draw is a race of blocks of 128 ids, exact in distribution. For each row and block one Philox4x32-10 call: key
@@ -36,6 +36,13 @@ def sample_token(
     gives E = -log1p(-v), v = (word + 0.5) / 2^32, an Exp(1) variate; the block's score is log(sum of its weights) - log E
     and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
     of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
+
+    A row whose logits are not finite has id -1 and log-probability NaN, on every back end. That is a row in which a logit is NaN
+    or inf, be its id banned or not; or all are -inf, where some -inf alone have probability 0; or the log of the sum of
+    exp(logit) is beyond ±6.9e29. An infinite logit stays so under a soft cap. All rows are not finite if scale, softcap,
+    scale / softcap, 1 / temperature or their product overflows fp32. Nothing waits for the device.
+
+    There is no derivative: asking for one raises NotImplementedError.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -50,7 +57,8 @@ def sample_token(
         backend: "auto", or the name of one, which runs or raises.
 
     Returns:
-        ids int64 [R] and logprob fp32 [R], the log-probability of the id under the distribution it was drawn from.
+        ids int64 [R] and logprob fp32 [R], the log-probability of the id under the distribution it was drawn from; -1 and NaN
+        for a row that is not finite.
 
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
@@ -82,6 +90,8 @@ def _sample_token(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     head = Head(weight, bias, scale, softcap, temperature, list(banned))
+    if head.overflows:
+        return hidden.new_full(hidden.shape[:1], -1, dtype=torch.int64), hidden.new_full(hidden.shape[:1], nan).float()
     return _dispatch.run("sample_token", backend, hidden, head, counters, seed)
 
 
@@ -90,4 +100,4 @@ def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, ban
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
 
 
-_forward = operator(_sample_token, _fake)
+_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode")

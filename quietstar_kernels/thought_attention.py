@@ -34,6 +34,9 @@ def thought_attention(
     Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
     long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
 
+    Gradients are those of reverse mode: ``backward``, ``torch.func.grad``, ``vjp`` and ``jacrev``. Forward mode and second
+    derivatives raise NotImplementedError. ``vmap`` runs one call after another.
+
     Args:
         q: [B,H,M,K], or [B,H,R,K] with ``query_rows="thoughts"``; fp32, fp16, bf16 or fp64.
         k: [B,G,M,K], H a multiple of G: query head h reads key head h // (H/G).
@@ -49,7 +52,7 @@ def thought_attention(
 
     Returns:
         out [B,H,rows,E] in q's dtype; a row that is off is 0. With ``return_lse`` also lse [B,H,rows], fp32 (fp64 for fp64
-        inputs), sinks included, -inf where a row is off, not differentiable.
+        inputs), sinks included, -inf where a row is off; a constant to autograd, and an error in ``torch.func.grad``.
 
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
@@ -146,12 +149,15 @@ def _fake_backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows,
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, anchor, lo, length, sinks, *ctx.rest = inputs
-    ctx.mark_non_differentiable(output[1])
+    if not torch._C._are_functorch_transforms_active():  # in which a gradient of it would be zero without a word
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the lse
     ctx.save_for_backward(q, k, v, *output, anchor, lo, length, sinks)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    if grad_lse is not None:
+        raise NotImplementedError(f"{_OP} has no derivative of lse: {_INSTEAD}")
     if grad_out is None:
         return (None,) * (7 + len(ctx.rest))
     q, k, v, out, lse, anchor, lo, length, sinks = ctx.saved_tensors
@@ -159,5 +165,6 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
     return dq, dk, dv, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
-_backward = operator(_thought_attention_backward, _fake_backward)
-_forward = operator(_thought_attention, _fake, _setup_context, _autograd)
+_INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
+_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD)
+_forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD)

@@ -30,6 +30,8 @@ def thought_decode(
 ) -> Tensor:
     """Row ``step`` of all P*N thoughts at once, as ``thought_attention`` would compute it.
 
+    It has no derivative: asking for one raises NotImplementedError.
+
     Args:
         q: [B,H,P*N,K], thought (p, n) at p*N + n; fp32, fp16, bf16 or fp64.
         k_text: [B,G,L,K], the text's keys.
@@ -115,4 +117,4 @@ def _fake(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 
-_forward = operator(_thought_decode, _fake)
+_forward = operator(_thought_decode, _fake, instead="thought_attention has one, in reverse mode")

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from quietstar import QuietStar, ThoughtConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -45,6 +48,26 @@ def test_thresholds_hold_for_the_mean(scripts):
     missing = checks.least("x", [0.9, None], 0.2)
     assert not missing["passed"] and missing["value"] == 0.9
     assert math.isnan(checks.most("x", [None], 0.2)["value"]) and not checks.most("x", [None], 0.2)["passed"]
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_digit_sums_are_measured_as_they_are_trained(scripts, monkeypatch, tmp_path, preset):
+    """Every variant's loss and weight are those of the wrapper's forward, mixed as in its training."""
+    digit_thoughts = scripts("digit_thoughts")
+    sums = digit_thoughts.digit_sums
+    config = ThoughtConfig(
+        preset=preset, thoughts=4, thought_tokens=4, lookahead=1, embedding_scale=1, embedding_init=sums.DASH
+    )
+    qs = QuietStar(sums.new_model(0), config).eval()
+    torch.nn.init.normal_(qs.mixing_head[-1].weight, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(digit_thoughts, "trained", lambda *arguments, **fields: qs)
+    found = digit_thoughts.measure(qs.model, 0, "tiny", tmp_path)
+
+    lines = sums.direct_lines(sums.split_strings(0)[1][: digit_thoughts.SIZES["tiny"]["lines"]])
+    with torch.no_grad():
+        out = qs(lines, anchors=torch.full((len(lines), 1), sums.AT_EQUALS))
+    assert found["loss"] == pytest.approx(float(out.nll_mix.mean()), abs=1e-5)
+    assert found["mixing_weight"] == pytest.approx(float(out.weight.mean()), abs=1e-5)
 
 
 def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ UNDER_KERNELS = {*sys.stdlib_module_names, "torch", "triton", "quietstar_kernels
 
 # Each floor may import those before it. A folder of `python/quietstar` is one room, as is a module beside them.
 FLOORS = (
-    {"_moved", "files", "output", "objective", "config"},
+    {"_moved", "arguments", "files", "output", "objective", "config"},
     {"checks", "hf"},
     {"packed", "rollout", "memory", "checkpoints"},
     {"anchors", "base_model", "chunks", "generate", "explain"},

@@ -16,7 +16,7 @@ def write_docs(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(results, folder / "digit_sums.json")
     draw(results, folder)
-    (folder / "digit-sums.md").write_text(docs_page(results))
+    (folder / "digit-sums.md").write_text(docs_page(results), encoding="utf-8")
 
 
 def docs_page(results: Results) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from quietstar import QuietStar
 from sums.quiet_star import own_thoughts, predict
@@ -56,9 +56,7 @@ def measure_positions(qs: QuietStar, digits: Tensor, seed: int) -> dict[str, lis
     for some in digits.split(512):
         prediction = predict(qs, some, own_thoughts(qs, some, EVERYWHERE.anchors, seed), EVERYWHERE.anchors)
         following = direct_lines(some)[:, 1:]
-        base, mixed = (
-            cross_entropy(x.transpose(1, 2), following, reduction="none") for x in (prediction.base, prediction.mixed)
-        )
+        base, mixed = (nll_loss(x.transpose(1, 2), following, reduction="none") for x in (prediction.base, prediction.mixed))
         weights.append(prediction.weight)
         gains.append(base - mixed)
     return {"w": torch.cat(weights).mean(0).tolist(), "gain": torch.cat(gains).mean(0).tolist()}

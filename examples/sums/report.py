@@ -36,7 +36,7 @@ def show(results: Results, folder: Path) -> None:
     """Print the tables; write results.json, plots and page.html into ``folder``."""
     write_json(results, folder / "results.json")
     plots = draw(results, folder)
-    (folder / "page.html").write_text(page(results, plots))
+    (folder / "page.html").write_text(page(results, plots), encoding="utf-8")
     print("\nResults on held-out lines: exact match with its 95 % interval, loss in nats. Chance: 0.100, loss 2.30.")
     print(as_text(*main_table(results)))
     if any(seed["positions"] for seed in results["seeds"]):

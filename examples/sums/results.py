@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quietstar.files.reading import as_type, read_json
 from quietstar.files.writing import write_whole
 
 Results = dict[str, Any]
@@ -29,7 +30,7 @@ def describe_machine() -> Results:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -42,11 +43,18 @@ def earlier_seeds(path: Path, now: Results) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    saved = json.loads(path.read_text())
+    saved = read_results(path)
     for name in now:
         if name != "seeds" and saved.get(name) != now[name]:
             raise ValueError(f"{path} was made with {name}={saved.get(name)!r}, not {now[name]!r}: take another --out")
     return saved["seeds"]
+
+
+def read_results(path: Path) -> Results:
+    """A results file. Raises ValueError if it is missing or is none."""
+    results = read_json(path, Results)
+    as_type(list[Results], results.get("seeds"), f"{path}: seeds")
+    return results
 
 
 def write_json(results: Results, path: Path) -> None:

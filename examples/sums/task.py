@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 # Tokens: the digits 0 to 9, then these.
 EQUALS, DASH, NEWLINE, PAUSE = 10, 11, 12, 13
@@ -73,11 +73,14 @@ def as_text(tokens: Tensor) -> str:
     return " ".join(SYMBOLS[token] for token in tokens.tolist())
 
 
-def score(logits: Tensor, digits: Tensor) -> dict[str, Any]:
-    """Mean loss (nats) and number of right answers, the most likely of all 14 tokens, from logits [lines,1,14]."""
+def score(logprobs: Tensor, digits: Tensor) -> dict[str, Any]:
+    """Mean loss (nats) and number of right answers, the most likely of all 14 tokens, from log-probabilities [lines,1,14].
+
+    They are taken as they are: mixed log-probabilities don't add up to 1, in the loss of training either.
+    """
     answers = running_sums(digits)[:, -1]
-    nll = cross_entropy(logits[:, 0], answers).item()
-    return {"nll": nll, "right": int((logits[:, 0].argmax(-1) == answers).sum()), "lines": len(digits)}
+    nll = nll_loss(logprobs[:, 0], answers).item()
+    return {"nll": nll, "right": int((logprobs[:, 0].argmax(-1) == answers).sum()), "lines": len(digits)}
 
 
 def right_thoughts(thought_ids: Tensor, digits: Tensor) -> float:

@@ -90,5 +90,5 @@ def train_plain(model: LlamaForCausalLM, setting: Setting, strings: Tensor, digi
     train_lm(model, lambda step: direct_lines(draw(strings, 4 * setting.lines, generator)), optimizer, rate, setting.steps)
     seconds = time.perf_counter() - began
     with torch.no_grad():
-        logits = model.eval()(direct_lines(digits)).logits[:, AT_EQUALS, None]
-    return {"sampled": score(logits, digits), "seconds": seconds}
+        logprobs = model.eval()(direct_lines(digits)).logits[:, AT_EQUALS, None].log_softmax(-1)
+    return {"sampled": score(logprobs, digits), "seconds": seconds}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from quietstar.arguments.values import instance
 from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.hf.cache import ChunkPass, LeafPass
 from quietstar.hf.decoder import decode_rows
@@ -113,6 +114,7 @@ class AnchorChunk:
 
     def size(self, thinker: Thinker, layout: ThoughtLayout, parameters: Iterable[Tensor]) -> int:
         """From 1 to P. ``parameters`` are those that are trained."""
+        instance("layout", layout, ThoughtLayout)
         if self.setting is None:
             return layout.P
         if self.setting != "auto":

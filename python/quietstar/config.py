@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quietstar.arguments.fields import check, check_at_least, check_choice, check_positive, check_types
+from quietstar.arguments.values import as_integer, choice, instance, refusal
 from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
 
 __all__ = ["MAY_DIFFER", "AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig", "option"]
@@ -59,19 +61,10 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_anchor_chunk(size: Any) -> None:
-    if size not in (None, "auto") and not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"anchor_chunk must be 1 or more, 'auto' or None, got {size!r}")
-
-
-class _Checked:
-    """Range checks that name the config, the field and its value."""
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {getattr(self, name)!r}")
-
-    def _choice(self, name: str, choices: Iterable[str]) -> None:
-        self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+    number = as_integer(size)
+    named = size is None or (isinstance(size, str) and size == "auto")
+    if not named and (number is None or number < 1):
+        raise refusal("anchor_chunk", "1 or more, 'auto' or None", size)
 
 
 def _described(functions: Mapping[str, Callable[..., Any]]) -> str:
@@ -80,7 +73,7 @@ def _described(functions: Mapping[str, Callable[..., Any]]) -> str:
 
 
 @dataclass
-class ThoughtConfig(_Checked):
+class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
     ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes.
@@ -123,27 +116,26 @@ class ThoughtConfig(_Checked):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._choice("preset", PRESETS)
-        for name, value in PRESETS[self.preset].items():
+        for name, value in PRESETS[choice("ThoughtConfig: preset", self.preset, PRESETS)].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        owner = "ThoughtConfig"
+        check_types(owner, self)
         for name in ("thoughts", "thought_tokens", "lookahead"):
-            self._check(name, isinstance(getattr(self, name), int) and 1 <= getattr(self, name) < 65536, "1 to 65,535")
-        for name in ("base_weight", "mix_weight", "policy_weight", "kl_weight", "entropy_weight"):
-            self._check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+            check(owner, self, name, 1 <= getattr(self, name) < 65536, "1 to 65,535")
+        check_at_least(owner, self, 0, ("base_weight", "mix_weight", "policy_weight", "kl_weight", "entropy_weight"))
         for name in ("ratio_clip", "base_model_decay"):
-            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
-        self._check("anchor_share", 0 < self.anchor_share <= 1, "above 0, 1 at most")
-        self._check("anchor_stride", isinstance(self.anchor_stride, int) and self.anchor_stride >= 1, "1 or more")
-        self._check("gate_cost", float("-inf") < self.gate_cost < float("inf"), "a number")
-        for name in ("policy_temperature", "embedding_scale"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "above 0")
-        self._check("stop_threshold", self.stop_threshold is None or 0 <= self.stop_threshold < 1, "None, or 0 to below 1")
-        self._choice("mixing", ("logits", "logprobs"))
-        self._choice("reward", REWARDS)
-        self._choice("advantage", ADVANTAGES)
-        self._choice("base_model", ("current", "frozen", "ema"))
-        self._choice("anchors", ("all", "random", "entropy", "every", "gate"))
+            check(owner, self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        check(owner, self, "anchor_share", 0 < self.anchor_share <= 1, "above 0, 1 at most")
+        check_at_least(owner, self, 1, ("anchor_stride",))
+        check_positive(owner, self, ("policy_temperature", "embedding_scale"))
+        stops = self.stop_threshold is None or 0 <= self.stop_threshold < 1
+        check(owner, self, "stop_threshold", stops, "None, or 0 to below 1")
+        check_choice(owner, self, "mixing", ("logits", "logprobs"))
+        check_choice(owner, self, "reward", REWARDS)
+        check_choice(owner, self, "advantage", ADVANTAGES)
+        check_choice(owner, self, "base_model", ("current", "frozen", "ema"))
+        check_choice(owner, self, "anchors", ("all", "random", "entropy", "every", "gate"))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -196,10 +188,10 @@ class ThoughtConfig(_Checked):
         Raises:
             ValueError: an unknown name, or a value out of range.
         """
-        values = renamed(values)
+        values = renamed(instance("ThoughtConfig: values", values, Mapping))
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(unknown))}")
+            raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(map(str, unknown)))}")
         return cls(**values)
 
 
@@ -217,18 +209,17 @@ class AdapterConfig:
     lora_dropout: float = option(0.0, "dropout before the adapters")
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lora_rank, int) and self.lora_rank >= 0):
-            raise ValueError(f"AdapterConfig: lora_rank must be 0 or more, got {self.lora_rank!r}")
-        if not all(name.strip() for name in self.lora_targets.split(",")):
-            raise ValueError(f"AdapterConfig: lora_targets must be names separated by commas, got {self.lora_targets!r}")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f"AdapterConfig: lora_alpha must be above 0, got {self.lora_alpha!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"AdapterConfig: lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}")
+        owner = "AdapterConfig"
+        check_types(owner, self)
+        check_at_least(owner, self, 0, ("lora_rank",))
+        named = all(name.strip() for name in self.lora_targets.split(","))
+        check(owner, self, "lora_targets", named, "names separated by commas")
+        check(owner, self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "above 0")
+        check(owner, self, "lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1")
 
 
 @dataclass
-class TrainConfig(_Checked):
+class TrainConfig:
     """A training run: optimizer, learning rate schedule, how often to evaluate and save, and where to.
 
     Raises:
@@ -260,16 +251,17 @@ class TrainConfig(_Checked):
     tracker: str = option("", "one of Accelerate's trackers: tensorboard, wandb, ...; empty for none", may_differ=True)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "updates", "save_every", "keep"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "1 or more")
+        owner = "TrainConfig"
         check_anchor_chunk(self.anchor_chunk)
-        for name in ("warmup", "eval_every", "weight_decay", "clip"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("learning_rate", self.learning_rate > 0, "above 0")
-        self._choice("schedule", ("constant", "linear", "cosine"))
-        self._choice("precision", ("no", "bf16", "fp16"))
-        self._choice("optimizer", OPTIMIZERS)
-        self._choice("sharding", ("no", "full_shard", "shard_grad_op"))
+        check_types(owner, self)
+        check_at_least(owner, self, 1, ("steps", "batch_size", "accumulation", "updates", "save_every", "keep"))
+        check_at_least(owner, self, 0, ("warmup", "eval_every", "weight_decay", "clip"))
+        check_positive(owner, self, ("learning_rate",))
+        check(owner, self, "seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
+        check_choice(owner, self, "schedule", ("constant", "linear", "cosine"))
+        check_choice(owner, self, "precision", ("no", "bf16", "fp16"))
+        check_choice(owner, self, "optimizer", OPTIMIZERS)
+        check_choice(owner, self, "sharding", ("no", "full_shard", "shard_grad_op"))
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""

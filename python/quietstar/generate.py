@@ -15,9 +15,11 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
+from quietstar.arguments import values
 from quietstar.hf.architectures import most_rows
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.finite import not_finite
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.packed import Thinker
@@ -46,14 +48,16 @@ class Thinking:
     on_thoughts: Callable[[Tensor], None] | None
 
     def __post_init__(self) -> None:
-        if isinstance(self.think, (int, float)) and not isinstance(self.think, bool):
-            fits = 0 <= self.think < math.inf
-        else:
-            fits = self.think in ("always", "never")
-        if not fits:
-            raise ValueError(f"generate: think must be 'always', 'never' or nats of entropy, 0 or more, got {self.think!r}")
-        if not isinstance(self.thoughts, int) or not 1 <= self.thoughts < 65536:
-            raise ValueError(f"generate: thoughts must be 1 to 65,535, got {self.thoughts!r}")
+        if not isinstance(self.think, str) or self.think not in ("always", "never"):
+            wanted = "'always', 'never' or nats of entropy, 0 or more"
+            self.think = values.number("generate: think", self.think, wanted, least=0)
+        self.thoughts = values.integer("generate: thoughts", self.thoughts, 1, 65535)
+        values.flag("generate: sample_thoughts", self.sample_thoughts)
+        self.seed = checks.check_seed(self.seed)
+        if self.sequence_ids is not None:
+            values.tensor("generate: sequence_ids", self.sequence_ids, "...", {}, dtypes=values.INTEGERS)
+        if self.on_thoughts is not None:
+            values.function("generate: on_thoughts", self.on_thoughts)
 
 
 @torch.no_grad()
@@ -62,6 +66,8 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
     model: Any = thinker.model
     attention_mask, config = options["attention_mask"], options.get("generation_config")
     checks.check_text(input_ids, attention_mask, thinker.config, embeddings(model))
+    if options.get("max_new_tokens") is not None:
+        options["max_new_tokens"] = values.integer("generate: max_new_tokens", options["max_new_tokens"], 1)
     with dropout_off(model):
         if thinking.think != "never":
             new_tokens = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
@@ -179,6 +185,8 @@ class ThinkingModel(GenerationMixin):
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
                 logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)), logits)
+        if bool((broken := logits[:, 0].isnan()).any()):  # generate waits for the token anyway
+            raise not_finite(self.thinker.model, f"at text {int(broken.nonzero()[0])}, position {self.longest - 1}")
         for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])
@@ -241,6 +249,7 @@ class ThinkingModel(GenerationMixin):
             "end": thinker.end,
         }
         ids, lengths, ends = cache.run(("think", sampling), think, inputs)
+        ends = ends.masked_fill((ids < 0).any(-1)[..., None], torch.nan)  # that thought isn't the model's
         if self.thinking.on_thoughts is not None:
             on = checks.sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))
@@ -257,4 +266,5 @@ class ThinkingModel(GenerationMixin):
         return max(needed, min(-(-wanted // ROOM) * ROOM, most))
 
     def _check_room(self, ahead: int = 0) -> None:
-        checks.check_room(self.thinker.model, self.limits, self.longest + ahead + self.thinker.config.thought_tokens + 2)
+        needed = self.longest + ahead + self.thinker.config.thought_tokens + 2
+        checks.check_room(self.thinker.model, self.limits, needed, "input_ids and max_new_tokens")

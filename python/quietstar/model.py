@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar import base_model, checks, objective
 from quietstar._moved import RenamedAttributes
 from quietstar.anchors import Candidates, Gate, choose
+from quietstar.arguments.values import flag, instance, refusal, seed_bits
 from quietstar.checkpoints import native
 from quietstar.checkpoints.mixin import CheckpointMixin
 from quietstar.chunks import AnchorChunk, predict_in_chunks
@@ -20,7 +21,7 @@ from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.explain.report import Report, explain
 from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
-from quietstar.hf.architectures import check_architecture
+from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder_mixin import DecoderMixin
 from quietstar.hf.graphs import EAGER, Graphs
@@ -73,15 +74,14 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         verify: bool = True,
     ):
         super().__init__()
-        self.thought_config = config = config or ThoughtConfig()
-        self.tokenizer = tokenizer
-        check_architecture(model.config)
+        check_model(model)
         adapters.check(model)
         embed = embeddings(model)
-        checks.check_special_ids(self.thought_config, len(embed.weight))
+        self.thought_config = config = checks.check_config(ThoughtConfig() if config is None else config, len(embed.weight))
+        self.tokenizer = checks.check_tokenizer(tokenizer)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
-        if verify:
+        if flag("verify", verify):
             verify_once(unwrapped(model))
         self._take(model)
         self.mixing_head = MixingHead(self.lm_head.linear.in_features, embed.weight.device)
@@ -100,7 +100,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         """The same weights, gate and base model under another config; nothing is copied."""
         one = object.__new__(type(self))  # copy.copy would make a new model of one that is sharded over processes
         one.__dict__.update(self.__dict__)
-        one.thought_config = config
+        one.thought_config = checks.check_config(config, len(embeddings(self.model).weight))
         return one
 
     @property
@@ -128,13 +128,13 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
 
     @graphs.setter
     def graphs(self, use: str | bool) -> None:
-        if use is not False and use != "auto":
-            raise ValueError(f"graphs must be 'auto' or False, got {use!r}")
+        if use is not False and not (isinstance(use, str) and use == "auto"):
+            raise refusal("graphs", "'auto' or False", use)
         self._graphs = Graphs() if use else None
 
     def use_config(self, config: ThoughtConfig) -> None:
         """Switch to another config: create the gate and the base model that it asks for, drop those that it doesn't."""
-        self.thought_config = config
+        self.thought_config = checks.check_config(config, len(embeddings(self.model).weight))
         if config.anchors != "gate":
             self.gate = None
         elif self.gate is None:
@@ -217,12 +217,11 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than
                 the look-ahead, or one whose thoughts pass the last learned position.
         """
-        config = self.thought_config
+        config, seed = self.thought_config, checks.check_seed(seed)
         if anchors is None and self.training and config.anchors != "all":
             seed = draw_seed() if seed is None else seed
             anchors = self.choose_anchors(input_ids, attention_mask, document_ids, sequence_ids, seed)
-        thinker = self.thinker
-        layout = thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
+        layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         checks.check_lookahead(layout, config)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         if thought_ids is None:
@@ -230,12 +229,12 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             thought_ids, thought_lengths = thoughts.thought_ids, thoughts.thought_lengths
             layout = checks.with_lengths(layout, thought_lengths, config)
         else:
+            checks.check_sequence_ids(sequence_ids, input_ids)
             checks.check_thought_ids(thought_ids, thought_lengths, layout, config, self.lm_head.linear.out_features)
-        if old_logprob is not None:
-            checks.check_tensor("old_logprob", old_logprob, "B,P,N,T", tuple(thought_ids.shape), layout.device)
+        checks.check_old_logprob(old_logprob, layout, config)
 
         targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
-        predicted = self.predict(PackedInputs(layout, input_ids, thought_ids, thought_lengths, targets))
+        predicted = self.predict(PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets))
         nll_compared = predicted.nll_compared
         if config.base_model != "current":
             with self._compared_with() as model:
@@ -243,14 +242,14 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             nll_compared = objective.at_anchors(nll_compared, layout, config.lookahead)
         reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward)
         advantage = objective.advantages(reward, targets, config.advantage)
-        counts = counts or objective.count(targets)
+        counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
         base_logprob = None
         if config.kl_weight:
             with self._compared_with() as model:
                 chunk = self.chunk_size(layout)
                 base_logprob = base_model.thought_logprob(
-                    model, self.lm_head, input_ids, thought_ids, layout, config.banned, chunk
+                    model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, chunk
                 )
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
@@ -262,7 +261,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
                 self.gate.at_anchors(predicted.text, layout), reward, targets, config.gate_cost, counts
             )
         return QuietStarOutput(
-            loss=loss,
+            loss=torch.where((on & (thought_ids < 0)).any(), torch.nan, loss),  # sampled from logits that are not finite
             loss_ce=loss_ce,
             policy_loss=policy_loss,
             nll_base=predicted.nll_base,
@@ -293,7 +292,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         """
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
         sequence_ids = checks.check_sequence_ids(sequence_ids, input_ids)
-        seed = draw_seed() if seed is None else seed
+        seed = draw_seed() if seed is None else seed_bits("seed", seed)
         candidates = Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=self.training)
         return choose(candidates)
 
@@ -314,17 +313,18 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         Args:
             greedy: the most likely token at each step, the same for all N; default in evaluation mode.
 
-        Other arguments and errors are those of ``forward``.
+        Other arguments and errors are those of ``forward``; and a ValueError if the model's logits are not finite.
         """
         layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
-        greedy = not self.training if greedy is None else greedy
-        return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths)
+        greedy = not self.training if greedy is None else flag("greedy", greedy)
+        return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
 
     def sample(
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
         """The thoughts of ``think``, at the places of a layout from ``thinker.layout``."""
-        size = self.chunk_size(layout)
+        checks.check_packed(layout, input_ids, self.thought_config, embeddings(self.model))
+        size, seed = self.chunk_size(layout), checks.check_seed(seed)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
         return sample_thoughts(
             self.model,
@@ -334,14 +334,14 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             layout,
             checks.check_sequence_ids(sequence_ids, input_ids),
             draw_seed() if seed is None else seed,
-            Sampling.of(self.thought_config, temperature=0.0 if greedy else 1.0),
+            Sampling.of(self.thought_config, temperature=0.0 if flag("greedy", greedy) else 1.0),
             anchor_chunk=size,
             run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because),
         )
 
     def predict(self, inputs: PackedInputs) -> Predictions:
         """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""
-        thinker, size = self.thinker, self.chunk_size(inputs.layout)
+        thinker, size = self.thinker, self.chunk_size(instance("inputs", inputs, PackedInputs).layout)
         if size < inputs.layout.P:
             return predict_in_chunks(thinker, inputs, size)
         return thinker.predict(inputs, *thinker.states(inputs.layout, inputs.input_ids, inputs.thought_ids))

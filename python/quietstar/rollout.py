@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.checks import sampled
+from quietstar.arguments.values import INTEGERS, instance, integer, items, tensor
+from quietstar.checks import check_range, sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.finite import not_finite
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
@@ -23,7 +25,7 @@ class Thoughts:
     """Sampled thoughts.
 
     Attributes:
-        thought_ids: int64 [B,P,N,T]; 0 past the end of a thought.
+        thought_ids: int64 [B,P,N,T]; 0 past the end of a thought, -1 where the model's logits are not finite.
         logprob: fp32 [B,P,N,T], at the sampling temperature; likewise.
         thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
     """
@@ -43,14 +45,25 @@ class Thoughts:
         """No thought longer than ``thought_lengths`` [B,P,N]; unchanged for None."""
         if thought_lengths is None:
             return self
+        ids = self.thought_ids
+        tensor("thought_lengths", thought_lengths, "B,P,N", dict(zip("BPN", ids.shape, strict=False)), ids.device, INTEGERS)
+        if ids.device.type == "cpu":  # elsewhere this would wait for the device
+            check_range("thought_lengths", thought_lengths, ids.shape[-1], "T")
         lengths = thought_lengths.long()
         lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
         on = sampled(lengths, self.thought_ids.shape[-1])
         return Thoughts(torch.where(on, self.thought_ids, 0), torch.where(on, self.logprob, 0), lengths)
 
+    def checked(self, model: PreTrainedModel, layout: ThoughtLayout) -> Thoughts:
+        """The same; raises ValueError if an id is -1. Waits for the device."""
+        if bool((self.thought_ids < 0).any()):
+            b, p, *_ = (self.thought_ids < 0).nonzero()[0].tolist()
+            raise not_finite(model, f"at text {b}, position {int(layout.anchor[b, p])}")
+        return self
+
     def copies(self, N: int) -> Thoughts:
         """The only thought of each anchor, N times."""
-        lengths = self.thought_lengths
+        N, lengths = integer("N", N, 1, 65535), self.thought_lengths
         return Thoughts(
             self.thought_ids.expand(-1, -1, N, -1).contiguous(),
             self.logprob.expand(-1, -1, N, -1).contiguous(),
@@ -60,6 +73,9 @@ class Thoughts:
     @staticmethod
     def join(parts: list[Thoughts]) -> Thoughts:
         """The thoughts of all anchors, from those of consecutive runs of anchors."""
+        shapes = [instance("parts", part, Thoughts).thought_ids.shape for part in items("parts", parts, 1)]
+        if len({(B, N, T) for B, _, N, T in shapes}) > 1:
+            raise ValueError(f"parts must have the same B, N and T, got {[list(shape) for shape in shapes]}")
         lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
         return Thoughts(
             torch.cat([part.thought_ids for part in parts], 1),
@@ -225,11 +241,11 @@ def continue_thoughts(
         if step < T:
             counters[..., 3].fill_(step)
             ids[..., step], logprob[..., step] = head.sample(hidden, counters, seed, sampling.temperature, sampling.banned)
-            embeds = embed(ids[..., step].flatten(1))
+            embeds = embed(ids[..., step].flatten(1).clamp(min=0))
         if end is not None:
             embeds = torch.where((lengths == step).flatten(1)[..., None], end, embeds)
-    thoughts = Thoughts(ids, logprob)
-    return (thoughts if sampling.stop is None else thoughts.cut(lengths)), ends
+    thoughts = Thoughts(ids, logprob).cut(lengths)
+    return (replace(thoughts, thought_lengths=None) if sampling.stop is None else thoughts), ends
 
 
 def _goes_on(running: Tensor) -> bool:

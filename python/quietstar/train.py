@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
+from quietstar.arguments.values import flag, function, instance, refusal
 from quietstar.config import TrainConfig
+from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
 from quietstar.run import figures, snapshots
-from quietstar.run.batches import Batch, Example, collate, mix_seed, texts_of_step
+from quietstar.run.batches import Batch, Example, check_data, collate, mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Metrics
 from quietstar.run.optimizers import make_optimizer
@@ -45,6 +47,8 @@ Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
 
 def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:
     """The Quiet-STaR objective on one part of a step's texts."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise refusal("thought_loss: batch", "a dict with input_ids", batch)
     out = model(**batch, counts=counts, seed=seed)
     return out.loss, out
 
@@ -82,7 +86,7 @@ def train(
         OSError: a file could not be written; older checkpoints are not affected. ConnectionError, a subclass, if another
             process ended; finished steps are saved unless weights are sharded or updated several times per step.
     """
-    _check(qs, data, config)
+    _check(qs, data, config, loss, evaluate, progress)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
     process_state()
@@ -154,9 +158,16 @@ def train(
     return metrics.lines
 
 
-def _check(qs: QuietStar, data: Sequence[Example], config: TrainConfig) -> None:
+def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: Any, progress: Any) -> None:
+    instance("train: qs", qs, QuietStar)
+    instance("train: config", config, TrainConfig)
+    check_data("train: data", data)
     if not len(data):
-        raise ValueError("train: there is no text to train on")
+        raise ValueError("train: data: there is no text to train on")
+    function("train: loss", loss)
+    if evaluate is not None:
+        function("train: evaluate", evaluate)
+    flag("train: progress", progress)
     if config.updates > 1 and not qs.thought_config.ratio_clip:
         raise ValueError(f"train: updates must be 1 where ratio_clip is 0, got {config.updates}")
     anchors = qs.thought_config.anchors
@@ -220,7 +231,7 @@ def _step(
         if update == 0:  # before the weights change: if another process is lost here, no step is half done
             line = figures.read(accelerator, figures.add_up(sums), counts, whole(norm))
             if not math.isfinite(line["loss"]):
-                raise FloatingPointError(f"train: the loss is {line['loss']} at step {step + 1}")
+                raise FloatingPointError(f"train: the loss is {line['loss']} at step {step + 1}: the model's {state(qs)}")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()
@@ -237,7 +248,7 @@ def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: Tr
     chosen = texts_of_step(len(data), config.batch_size, config.seed, step)
     # The same number of parts in each process, none of them empty: to gather sharded weights, all must run the model as often.
     each = min(config.accumulation, len(chosen) // ranks)
-    parts = collate([data[i] for i in chosen], chosen, ranks * each)[rank::ranks]
+    parts = collate([data[i] for i in chosen], chosen, ranks * each, "train: data")[rank::ranks]
     return [{name: x.to(accelerator.device) for name, x in part.items()} for part in parts]
 
 

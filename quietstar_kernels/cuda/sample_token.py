@@ -28,6 +28,7 @@ def serves(dtype: torch.dtype, **widths: int) -> str | None:
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``, for what ``serves`` does not refuse."""
+    hidden, head = head.with_positive_scale(hidden)
     weight, bias, scale, softcap, temperature, banned = head
     R, V = len(hidden), len(weight)
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
@@ -50,7 +51,7 @@ def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> 
             product(part, weight[first:last], logits)
             for token in banned:
                 if first <= token < last:
-                    logits[:, token - first].fill_(-math.inf)
+                    logits[:, token - first].sub_(math.inf)
             reduce(logits, None if bias is None else bias[first:last], *carried, seed, first, *options)
     return ids, logprob
 

@@ -43,7 +43,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     Returns:
         The score of the winning block [rows], in bits; the first id, in the tile, of the group that the draw falls in, int32
         [rows]; how far into that group it falls, as a sum of weights [rows]; the weights of the group [rows,16]; the sum of
-        all weights [rows]. A tile without weight has score -inf.
+        all weights [rows], NaN if one of them is. A tile without weight has score -inf.
     """
     ROWS: tl.constexpr = weights.shape[0]
     BLOCKS: tl.constexpr = weights.shape[1] // BLOCK
@@ -70,7 +70,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     rest = goal - tl.max(tl.where(passed, running, 0.0), 2)
     rest = tl.sum(tl.where(winner, rest, 0.0), 1)
     here = (group[None, :] == drawn[:, None]).to(tl.float32)
-    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(total, 1)
+    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(sums, 1)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quietstar_kernels import reference
 from quietstar_kernels._options import Head
 from quietstar_kernels.triton._launch import Launch, Tiles, cdiv, plan
 from quietstar_kernels.triton._race import BLOCK, GROUP, race, resolve
@@ -27,19 +28,18 @@ PROGRAMS = 4096  # dozens for each multiprocessor, so that few are idle at the e
 NEIGHBOURS = tl.constexpr(8)  # tiles of rows that read the same weights at the same time, all but one from L2
 BITS = tl.constexpr(math.log2(math.e))  # of one nat
 LOWEST = tl.constexpr(-1e30)
+INFINITE = tl.constexpr(reference.INFINITE)
 TINY = tl.constexpr(1e-30)
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.sample_token``."""
+    hidden, head = head.with_positive_scale(hidden)
     weight, bias, scale, softcap, temperature, banned = head
     R, V = hidden.shape[0], weight.shape[0]
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return ids, logprob
-    if scale is not None and scale <= 0:  # to the kernel, the largest product is the largest logit
-        sign = -1 if scale < 0 else 0
-        hidden, bias, scale = sign * hidden, None if bias is None else sign * bias, abs(scale) or 1.0
     hidden, weight = _aligned(hidden), _aligned(weight)
     inner, unit = _factors(scale, softcap, temperature or 1.0)
 
@@ -73,14 +73,14 @@ def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> 
 def _shift(weight: Tensor, bias: Tensor | None, banned: list[int], size: int) -> Tensor | None:
     """What is added to each product, fp32 [size]: the bias, and -inf for banned ids and those after the last.
 
-    Each banned id takes one fill, since copying the list would wait for the device.
+    Each banned id takes one kernel, since copying the list would wait for the device.
     """
     if bias is None and not banned:
         return None
     shift = weight.new_full((size,), -math.inf, dtype=torch.float32)
     shift[: len(weight)] = 0 if bias is None else bias
     for token in banned:
-        shift[token].fill_(-math.inf)
+        shift[token].sub_(math.inf)
     return shift
 
 
@@ -181,14 +181,16 @@ def _draw(
         acc = tl.broadcast_to(shift_v[None, :], [BLOCK_R, BLOCK_V])
         x = _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, DESCRIBED, BLOCK_D)
         if inner is not None:
-            # tanh to an absolute error of 2^-22, which needs few registers. The last term adds nothing, or -inf to -inf.
+            # tanh to an absolute error of 2^-22, which needs few registers. The last term keeps what is infinite, else adds nothing.
             x = 1.0 - 2.0 / (tl.exp2(x * (2 * BITS * inner)) + 1.0) + TINY * x
 
-        peak = tl.maximum(tl.max(x, 1), LOWEST)
+        peak = tl.max(x, 1)
+        level = tl.maximum(peak * unit, LOWEST)
         if GREEDY:
             argmax = first_id + tl.min(tl.where(x == peak[:, None], v[None, :], BLOCK_V), 1)
-            token = tl.where(peak > top, argmax, token)
-        weights = tl.exp2(x * unit - (peak * unit)[:, None])
+            token = tl.where(peak > best_score, argmax, token)
+            best_score = tl.maximum(peak, best_score)
+        weights = tl.exp2(x * unit - level[:, None])
         if GREEDY:
             weight_sum = tl.sum(weights, 1)
         else:
@@ -197,22 +199,20 @@ def _draw(
             n = tl.load(counter + 2 * stride_cw, mask=on, other=0)
             thought = (n << 16) + tl.load(counter + 3 * stride_cw, mask=on, other=0)
             score, start, rest, group, weight_sum = race(
-                weights, peak * unit, key, sequence, position, thought, tile * (BLOCK_V // BLOCK)
+                weights, level, key, sequence, position, thought, tile * (BLOCK_V // BLOCK)
             )
             wins = score > best_score
             best_score = tl.where(wins, score, best_score)
             token = tl.where(wins, first_id + start, token)
             best_rest = tl.where(wins, rest, best_rest)
             best_group = tl.where(wins[:, None], group, best_group)
-            best_level = tl.where(wins, peak * unit, best_level)
-        new = tl.maximum(top, peak)
-        total = total * tl.exp2((top - new) * unit) + weight_sum * tl.exp2((peak - new) * unit)
+            best_level = tl.where(wins, level, best_level)
+        new = tl.maximum(top, level)
+        total = total * tl.exp2(top - new) + weight_sum * tl.exp2(level - new)
         top = new
 
-    if GREEDY:
-        best_score = top
-        logit = top * unit
-    else:
+    logit = top
+    if not GREEDY:
         column, drawn = resolve(best_group, best_rest)
         token += column
         logit = best_level + tl.log2(tl.maximum(drawn, TINY))
@@ -220,7 +220,7 @@ def _draw(
     tl.store(at, best_score, mask=on)
     tl.store(at + size, token.to(tl.float32, bitcast=True), mask=on)
     tl.store(at + 2 * size, logit, mask=on)
-    tl.store(at + 3 * size, top * unit + tl.log2(tl.where(total == 0.0, TINY, total)), mask=on)
+    tl.store(at + 3 * size, top + tl.log2(tl.where(total == 0.0, TINY, total)), mask=on)
 
 
 @triton.jit(do_not_specialize=["R", "parts"])
@@ -249,5 +249,7 @@ def _choose(found, ids, logprob, R, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.co
     at = found + part.to(tl.int64) * R + rows
     token = tl.load(at + size, mask=on, other=0.0).to(tl.int32, bitcast=True)
     drawn = tl.load(at + 2 * size, mask=on, other=0.0)
-    tl.store(ids + rows, token.to(tl.int64), mask=on)
-    tl.store(logprob + rows, (drawn - top - tl.log2(tl.where(total == 0.0, TINY, total))) / BITS, mask=on)
+    lse = top + tl.log2(tl.where(total == 0.0, TINY, total))
+    finite = tl.abs(lse) < INFINITE
+    tl.store(ids + rows, tl.where(finite, token, -1).to(tl.int64), mask=on)
+    tl.store(logprob + rows, tl.where(finite, (drawn - lse) / BITS, float("nan")), mask=on)

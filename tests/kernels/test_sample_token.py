@@ -247,6 +247,94 @@ def test_edges(backend, device, shape, temperature):
     assert ids.tolist() == [0] * shape[0] and logprob.tolist() == [0.0] * shape[0]
 
 
+NOT_FINITE = {  # (what, ids, to what) is set in inputs of 333 ids, whose logits all differ: the rows that are then not finite
+    "NaN state": ("hidden", [3], math.nan, [3]),
+    "infinite state": ("hidden", [3], math.inf, [3]),
+    "NaN weight": ("weight", [200], math.nan, range(20)),
+    "NaN weight, last id": ("weight", [332], math.nan, range(20)),
+    "NaN bias": ("bias", [0], math.nan, range(20)),
+    "NaN bias, banned id": ("bias", [7], math.nan, range(20)),
+    "infinite bias": ("bias", [140], math.inf, range(20)),
+    "infinite bias, banned id": ("bias", [7], math.inf, range(20)),
+    "a bias of -inf": ("bias", [0, 140, 332], -math.inf, []),
+    "a block of -inf": ("bias", range(128, 256), -math.inf, []),
+    "all -inf": ("bias", range(333), -math.inf, range(20)),
+    "all but one -inf": ("bias", range(332), -math.inf, []),
+    "all far below": ("bias", range(333), -3e38, range(20)),
+    "all far above": ("bias", range(333), 3e38, range(20)),
+    "one far above": ("bias", [140], 3e38, range(20)),
+    "a block far below": ("bias", range(128, 256), -3e38, []),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_logits_that_are_not_finite(backend, device, case, temperature):
+    """They give id -1 and log-probability NaN, and change nothing in other rows."""
+    name, places, value, rows = NOT_FINITE[case]
+    inputs = make(0, 20, device=device)
+    options = {"temperature": temperature, "banned": (7, 11), "seed": 1, "backend": backend}
+    before, _ = sample_token(**inputs, **options)
+    inputs[name] = inputs[name].clone()
+    inputs[name][torch.tensor(places)] = value
+    ids, logprob = sample_token(**inputs, **options)
+    want = torch.isin(torch.arange(20), torch.tensor(list(rows), dtype=torch.int64))
+    assert torch.equal((ids == -1).cpu(), want) and torch.equal(logprob.isnan().cpu(), want)
+    assert logprob[~want].isfinite().all() and ((ids[~want] >= 0) & (ids[~want] < 333)).all()
+    if name == "hidden":
+        assert torch.equal(ids[~want], before[~want])
+    elif value == -math.inf or case == "a block far below":
+        assert not torch.isin(ids.cpu(), torch.tensor(places)).any()
+        inputs[name][torch.tensor(places)] = 0
+        masked = sample_token(**inputs, **(options | {"banned": sorted({7, 11, *places})}))[0] if not all(want) else ids
+        assert torch.equal(ids, masked)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 10, 333])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_infinite_logit_stays_so_under_a_soft_cap(backend, device, vocabulary, temperature):
+    inputs = make(0, 6, vocabulary=vocabulary, device=device)
+    inputs["hidden"][:, 0], inputs["weight"][:, 0] = 0, 1
+    inputs["hidden"][1, 0], inputs["hidden"][2, 0], inputs["hidden"][3, 0] = math.inf, -math.inf, math.nan
+    ids, logprob = sample_token(**inputs, seed=0, softcap=3.0, temperature=temperature, backend=backend)
+    assert ((ids == -1) == logprob.isnan()).all()
+    assert (ids == -1).tolist() == [False, True, True, True, False, False]
+
+
+OVERFLOWS = [
+    {"softcap": 1e39},
+    {"scale": 1e39},
+    {"scale": -1e39},
+    {"temperature": 1e-45},
+    {"temperature": 5e-324},
+    {"scale": 1e20, "temperature": 1e-20},
+    {"scale": 1e20, "softcap": 1e-20},
+    {"softcap": 1e20, "temperature": 1e-20},
+]
+
+
+@pytest.mark.parametrize("options", OVERFLOWS, ids=str)
+def test_options_that_overflow(backend, device, options):
+    """No row is finite, not even one whose products are all zero."""
+    inputs = make(0, 4, bias=False, device=device)
+    inputs["hidden"][0] = 0
+    for dtype in (torch.float32, torch.float64):
+        if serves(backend, device, dtype):
+            cast = inputs | {name: inputs[name].to(dtype) for name in ("hidden", "weight")}
+            ids, logprob = sample_token(**cast, seed=0, backend=backend, **options)
+            assert ids.tolist() == [-1] * 4 and logprob.isnan().all() and logprob.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"scale": 1e38}, {"temperature": 1e-38}, {"scale": -1e38}, {"scale": 1e31}], ids=str)
+def test_products_that_overflow(backend, device, options):
+    """A row without products keeps its distribution."""
+    inputs = make(0, 4, bias=False, device=device)
+    inputs["hidden"][0] = 0
+    ids, logprob = sample_token(**inputs, seed=0, backend=backend, **options)
+    assert ids[0] == sample_token(**inputs, seed=0, backend=backend)[0][0] and (ids[1:] == -1).all()
+    assert logprob[0].isfinite() and logprob[1:].isnan().all()
+
+
 def inside(x, before, after):
     """x as a part of wider rows."""
     return torch.nn.functional.pad(x, (before, after))[:, before : before + x.shape[1]]

@@ -244,7 +244,7 @@ def test_texts_that_name_their_own_anchors(run):
         ({"anchors": "some"}, "anchors must be one of all, random, entropy, every, gate, got 'some'"),
         ({"anchor_share": 0.0}, "anchor_share must be above 0, 1 at most, got 0.0"),
         ({"anchor_stride": 0}, "anchor_stride must be 1 or more, got 0"),
-        ({"gate_cost": float("nan")}, "gate_cost must be a number, got nan"),
+        ({"gate_cost": float("nan")}, "gate_cost must be a finite number, got nan"),
         ({"anchors": "gate", "reward": "likelihood"}, "reward must be gain where a gate weighs it .* got 'likelihood'"),
     ],
 )

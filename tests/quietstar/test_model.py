@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import quietstar
 
@@ -94,7 +95,10 @@ def test_a_token_outside_every_text_changes_nothing(qs):
 
 
 def test_embeddings_begin_with_the_token_that_is_named(tiny):
-    class Tokenizer:
+    class Tokenizer(PreTrainedTokenizerBase):
+        def __init__(self):
+            pass
+
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [5, 7] if text == "---" else []}
 

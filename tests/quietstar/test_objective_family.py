@@ -416,7 +416,7 @@ def test_metrics_are_those_of_fresh_thoughts(run):
     [
         ({"ratio_clip": 1.0}, "ratio_clip must be from 0 to below 1, got 1.0"),
         ({"kl_weight": -1.0}, "kl_weight must be 0 or more, got -1.0"),
-        ({"entropy_weight": float("inf")}, "entropy_weight must be 0 or more, got inf"),
+        ({"entropy_weight": float("inf")}, "entropy_weight must be a finite number, got inf"),
         ({"base_model": "old"}, "base_model must be one of current, frozen, ema, got 'old'"),
         ({"base_model_decay": 1.0}, "base_model_decay must be from 0 to below 1, got 1.0"),
         (

@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
         out = model(**batch, counts=counts, seed=seed)
         return out.loss * math.nan, out
 
-    with pytest.raises(FloatingPointError, match="step 1"):
+    with pytest.raises(FloatingPointError, match="^train: the loss is nan at step 1: the model's weights are finite$"):
         run(loss=loss)
     assert checkpoints(tmp_path / "run") == []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.arguments.values import FLOATS, file_path, instance, integer, number, refusal, tensor
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents
 
@@ -35,7 +37,7 @@ class CheckpointMixin(nn.Module):
         Of a model with adapters, those alone are written, as peft does it. Other files of the folder are kept, except the
         weights of another checkpoint. Raises ValueError where weights of the base were trained, which would be lost.
         """
-        native.save(self.contents(), directory)
+        native.save(self.contents(), file_path("directory", directory))
 
     @classmethod
     def from_pretrained(
@@ -58,7 +60,7 @@ class CheckpointMixin(nn.Module):
             ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
                 base.
         """
-        contents = native.load(path, base, verify, **kwargs)
+        contents = native.load(file_path("path", path), base, verify, **kwargs)
         try:
             qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
         except ValueError as error:
@@ -75,7 +77,11 @@ class CheckpointMixin(nn.Module):
         Raises:
             ValueError: not a Mistral, or a model that mixes log-probabilities: the published code knows neither.
         """
-        official.save(self.contents(), directory, max_shard_size)
+        if not isinstance(max_shard_size, str):
+            max_shard_size = integer("max_shard_size", max_shard_size, 1)
+        elif not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", max_shard_size):
+            raise refusal("max_shard_size", "bytes, or text such as 5GB", max_shard_size)
+        official.save(self.contents(), file_path("directory", directory), max_shard_size)
 
     def load_official_state_dict(self, state: Mapping[str, Tensor], embedding_scale: float = 100.0) -> None:
         """Load a published checkpoint's tensors by their published names, all of them or none.
@@ -88,4 +94,9 @@ class CheckpointMixin(nn.Module):
         Raises:
             ValueError: a name that is missing or unknown, or a shape that differs.
         """
+        if not instance("state", state, Mapping):
+            raise refusal("state", "a published checkpoint's tensors", state)
+        for name, x in state.items():
+            tensor(f"state: {name}", x, "...", {}, dtypes=FLOATS)
+        embedding_scale = number("embedding_scale", embedding_scale, "above 0", above=0)
         official.load_state_dict(self.contents(), state, embedding_scale)

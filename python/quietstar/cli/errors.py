@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-USAGE, DATA, RUNTIME, SAVED, STOPPED = 2, 3, 4, 75, 130
+import re
+
+import torch
+
+USAGE, DATA, RUNTIME, SAVED, STOPPED, PIPE = 2, 3, 4, 75, 130, 141
+
+# What PyTorch's allocator says on the CPU, and of a tensor that no memory could hold.
+_NO_MEMORY = re.compile(
+    r"not enough memory: you tried|can't allocate memory: you tried|Cannot allocate memory|Storage size calculation overflowed"
+    r"|numel: integer multiplication overflow"
+)
 
 
 class UsageError(Exception):
@@ -23,3 +33,21 @@ def first_line(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def runtime_failure(error: BaseException) -> str | None:
+    """What a failure at run time says, in one line; None for an error that should not have come this far."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    ):
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        return (
+            f"out of memory{f', {asked[1]} more were needed' if asked else ''}: quietstar doctor --model says what a step "
+            "needs; smaller batches, texts or thoughts need less"
+        )
+    return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for line ends, control characters and what can't be encoded."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

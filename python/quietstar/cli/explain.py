@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from quietstar.cli.loading import load_checkpoint
-from quietstar.cli.shared_options import Checkpoint
+from quietstar.cli.shared_options import Checkpoint, check_out_file
 from quietstar.files.reading import read_utf8
 
 
@@ -27,9 +26,10 @@ class Explain:
     def run(self) -> None:
         if bool(self.text) == bool(self.file):
             raise ValueError("explain takes a text or --file, one of the two")
-        if self.file and Path(self.file).resolve() in (Path(path).resolve() for path in self.out):
-            raise ValueError(f"--out must be another file than the text, got {self.file}")
-        report = load_checkpoint(self.model).explain(self.text or read_utf8(Path(self.file)), self.seed)
+        for path in self.out:
+            check_out_file(path, self.file)
+        text = self.text or read_utf8(self.file)
+        report = load_checkpoint(self.model).explain(text, self.seed)
         for path in self.out:
             report.save(path)
         print(f"{summary_text(report.summary)}\nwrote {' and '.join(self.out)}")

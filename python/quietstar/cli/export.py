@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint
+from quietstar.cli.shared_options import Checkpoint, check_out_file
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import export_thoughts
 
@@ -29,8 +28,7 @@ class Export:
     def run(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
-        if Path(self.out).resolve() == Path(self.data.data).resolve():
-            raise UsageError(f"--out must be another file than the texts, got {self.out}")
+        check_out_file(self.out, self.data.data)
         qs = load_checkpoint(self.model)
         examples = load_data(self.data, text_tokenizer(qs), qs.thought_config.lookahead).train
         export_thoughts(qs, examples, self.out, self.seed, self.batch_size, sys.stderr.isatty())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.shared_options import AllowBin, LanguageModel, ResumeRun, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, LanguageModel, ResumeRun, WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.config import ThoughtConfig
 from quietstar.data.texts import DataConfig, load_data
@@ -26,6 +26,7 @@ class Fast:
     resume: ResumeRun = ""
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         model, tokenizer = read(self.model, self.dtype, self.allow_bin)
         data = load_data(self.data, tokenizer, max(J for _, J in fast.stages(self.recipe.curriculum)))
         _, report = fast.fast(

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from quietstar.checks import pad_id
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, ThinkWhen, read_think
+from quietstar.cli.shared_options import Checkpoint, ThinkWhen, check_seed, read_think
 from quietstar.cli.thought_lines import ThoughtLines
 
 
@@ -36,6 +36,7 @@ class Generate:
         think = read_think(self.think)
         if self.temperature < 0:
             raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
+        check_seed(self.seed)
         qs = load_checkpoint(self.model)
         tokenizer = text_tokenizer(qs)
         inputs = tokenizer(self.prompt, return_tensors="pt").to(qs.start_embedding.device)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.recipes import internalize, internalize_kd
 from quietstar.recipes.common.models import TaskConfig, load
@@ -32,6 +32,7 @@ class Internalize:
     resume: ResumeRun = ""
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         if self.method == "kd":
             _, report = internalize_kd.distill(model, task, self.recipe, self.distillation, self.model, bool(self.resume))

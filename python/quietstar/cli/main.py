@@ -1,19 +1,33 @@
 """The command line. Each command is a file of this folder; ``COMMANDS`` lists them.
 
 Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
-130 stopped with nothing to save. Errors are one line on stderr.
+130 stopped with nothing to save, 141 nobody reads the output any more. Errors are one line on stderr.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from transformers.utils import logging
 
 from quietstar.cli.ask import Ask
 from quietstar.cli.doctor import Doctor
-from quietstar.cli.errors import DATA, RUNTIME, SAVED, STOPPED, USAGE, Failure, UsageError, first_line
+from quietstar.cli.errors import (
+    DATA,
+    PIPE,
+    RUNTIME,
+    SAVED,
+    STOPPED,
+    USAGE,
+    Failure,
+    UsageError,
+    first_line,
+    one_line,
+    runtime_failure,
+)
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
 from quietstar.cli.export import Export
@@ -51,21 +65,63 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
     logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no error
+            stream.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        code, text = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if text:
+            print(f"quietstar: {one_line(text)}", file=sys.stderr)
+        _flush()
+    except BrokenPipeError:
+        _drop_output()
+        return PIPE
+    except OSError as error:  # such as a disk that is full
+        _drop_output()
+        if not code:
+            print(f"quietstar: the output can't be written: {first_line(error)}", file=sys.stderr)
+        return code or RUNTIME
+    return code
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    """The exit code, and what to say about an error."""
     try:
         with on_terminal():
-            parse(COMMANDS, list(sys.argv[1:] if arguments is None else arguments)).run()
-        return 0
+            parse(COMMANDS, arguments).run()
+        return 0, ""
     except UsageError as error:
-        code, text = USAGE, str(error)
+        return USAGE, str(error)
     except Failure as error:
-        code, text = error.code, str(error)
+        return error.code, str(error)
     except ValueError as error:
-        code, text = DATA, first_line(error)
+        return DATA, first_line(error)
     except Interrupted as stop:
-        code, text = SAVED, f"{stop}; continue with --resume"
-    except (OSError, FloatingPointError) as error:
-        code, text = RUNTIME, first_line(error)
+        return SAVED, f"{stop}; continue with --resume"
+    except BrokenPipeError:
+        raise
+    except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        reason = runtime_failure(error)
+        if reason is None:
+            raise
+        return RUNTIME, reason
     except KeyboardInterrupt:
-        code, text = STOPPED, "stopped; nothing was saved since the last checkpoint or round"
-    print(f"quietstar: {text}", file=sys.stderr)
-    return code
+        return STOPPED, "stopped; nothing was saved since the last checkpoint or round"
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def _drop_output() -> None:
+    """Drop what can't be written, or the interpreter would try once more as it exits."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nothing, stream.fileno())
+    os.close(nothing)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
 
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
 from quietstar.config import OLD_NAMES, PRESETS, renamed
+from quietstar.files.reading import read_yaml
 
 # Options of a command that are now another command.
 MOVED = {
@@ -22,6 +23,8 @@ MOVED = {
     ("think", "export"): "quietstar export --out",
     ("think", "data"): "quietstar export --data",
 }
+
+LONGEST, LONG = 4096, ("prompt", "answer_prefix")  # characters of an option with its value; options that may be longer
 
 
 def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
@@ -33,13 +36,16 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     """
     typed = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     _check_moved(arguments[0] if arguments else "", typed)
+    arguments = _expand(arguments)
+    _check_texts(arguments)
     registry = ConstructorRegistry()
     registry.struct_rule(_struct_rule)
+    registry.primitive_rule(_number_rule)
     command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="quietstar",
         description="Quiet-STaR: language models that think before every token.",
-        args=_expand(arguments),
+        args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
@@ -51,12 +57,10 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Options by name from a JSON or YAML file."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not a config file: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a config file must map options to values, got {type(values).__name__}")
-    return renamed({str(name): value for name, value in values.items()})
+        values = read_yaml(path, dict[str, bool | int | float | str | None])
+    except ValueError as error:
+        raise UsageError(f"{error}; a config file must map options to values") from error
+    return renamed(values)
 
 
 def _check_moved(command: str, typed: set[str]) -> None:
@@ -66,6 +70,22 @@ def _check_moved(command: str, typed: set[str]) -> None:
             raise UsageError(f"quietstar {command} no longer takes {option}: use {MOVED[command, name]}")
         if name in OLD_NAMES:
             raise UsageError(f"{option} is now --{OLD_NAMES[name].replace('_', '-')}")
+
+
+def _check_texts(arguments: list[str]) -> None:
+    """Refuse what no tokenizer or file takes, and options so long that it would take minutes to find similar ones."""
+    for argument in arguments:
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:  # bytes that are not in the locale's encoding
+            raise UsageError(
+                f"{argument[:60]!a} is not UTF-8, or the locale is not: rename the file, or set LC_ALL=C.UTF-8"
+            ) from error
+        if "\0" in argument:
+            raise UsageError(f"{argument[:60]!a} has a zero byte")
+        if argument.startswith("-") and len(argument) > LONGEST and name not in LONG:
+            raise UsageError(f"{argument[:60]!a}... is too long: {LONGEST:,} characters are the most of an option")
 
 
 def _flat(command: Any) -> dict[str, Any]:
@@ -131,3 +151,24 @@ def _struct_rule(info: Any) -> StructConstructorSpec | None:
         for field in dataclasses.fields(config)
     ]
     return StructConstructorSpec(instantiate=make, fields=tuple(options))
+
+
+def _number_rule(info: Any) -> PrimitiveConstructorSpec | None:
+    """Integers of 64 bits and finite numbers: no option has a use for others, and few functions below take them."""
+    kind = info.type
+    if kind not in (int, float):
+        return None
+
+    def read(words: list[str]) -> int | float:
+        value = kind(words[0])
+        if not (-(2**63) <= value < 2**63 if kind is int else math.isfinite(value)):
+            raise ValueError(f"{words[0][:40]} is {'not finite' if kind is float else 'more than 64 bits'}")
+        return value
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: type(value) is kind or ("~" if kind is float and type(value) is int else False),
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import AllowBin, ResumeRun, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, ResumeRun, WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.recipes import score
 from quietstar.recipes.common.models import TaskConfig, load
@@ -28,6 +28,7 @@ class Score:
     resume: ResumeRun = ""
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
         rows = [{"test problems": name, **figures} for name, figures in report.items()]

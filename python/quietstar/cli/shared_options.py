@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,13 +33,46 @@ def read_think(think: str) -> str | float:
     return nats
 
 
-def check_report_file(out: str, source: str) -> None:
-    """Refuse an ``--out`` that can't hold JSON, or would overwrite the texts or questions of ``source``."""
-    path = Path(out)
-    if not path.parent.is_dir() or path.is_dir() or path.suffix in (".md", ".png"):
-        raise UsageError(f"--out must be a JSON file in an existing folder, got {out}")
-    if path.exists() and path.resolve() == Path(source).resolve():
+def check_out_file(out: str, source: str = "", what: str = "a file") -> None:
+    """Refuse an ``--out`` that can't be written, before hours of work are lost by it, or that would overwrite ``source``."""
+    path, wanted = Path(out), f"--out must be {what} in an existing folder, got {out}"
+    if not path.name or (os.path.lexists(path) and not path.is_file()):
+        raise UsageError(wanted)
+    trial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        trial.touch()
+        trial.unlink()
+    except FileNotFoundError as error:
+        raise UsageError(wanted) from error
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from error
+    if path.exists() and os.path.exists(source) and path.samefile(source):
         raise UsageError(f"--out must be another file than {source}")
+
+
+def check_report_file(out: str, source: str) -> None:
+    """``check_out_file`` for JSON, beside which a page or a plot gets the same name."""
+    if Path(out).suffix in (".md", ".png"):
+        raise UsageError(f"--out must be a JSON file in an existing folder, got {out}")
+    check_out_file(out, source, "a JSON file")
+
+
+def check_out_folder(out: str) -> None:
+    """Refuse an ``--out`` that is no folder and can't become one."""
+    path = Path(out)
+    try:
+        while path.name and not (path.exists() or path.is_symlink()):
+            path = path.parent
+        fits = path.is_dir() and os.access(path, os.W_OK)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from error
+    if not fits:
+        raise UsageError(f"--out must be a folder that can be written to, got {out}")
+
+
+def check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 4,294,967,295, got {seed}")
 
 
 def check_start(model: str, sft_steps: int) -> None:

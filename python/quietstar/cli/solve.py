@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from quietstar.cli.shared_options import AllowBin, WeightsDtype
+from quietstar.cli.shared_options import AllowBin, WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.recipes import solve
 from quietstar.recipes.common.models import TaskConfig, load
@@ -28,6 +28,7 @@ class Solve:
     allow_bin: AllowBin = False
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
         scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None

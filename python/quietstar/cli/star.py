@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_start
+from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
 from quietstar.cli.tables import table
 from quietstar.recipes import star
 from quietstar.recipes.common.models import TaskConfig, load
@@ -25,6 +25,7 @@ class Star:
     resume: ResumeRun = ""
 
     def run(self) -> None:
+        check_out_folder(self.recipe.out)
         check_start(self.model, self.recipe.sft_steps)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, reports = star.star(model, task, self.recipe, self.model, bool(self.resume))

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from accelerate.utils import set_seed
 from tyro.conf import arg
 
-from quietstar.cli.errors import RUNTIME, SAVED, Failure, first_line
+from quietstar.cli.errors import RUNTIME, SAVED, Failure, runtime_failure
 from quietstar.cli.loading import load_model, load_tokenizer
 from quietstar.cli.options import read_config
-from quietstar.cli.shared_options import AllowBin
+from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
 from quietstar.cli.tables import held_out_losses
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
@@ -61,6 +60,8 @@ class Train:
     )
 
     def run(self) -> None:
+        check_seed(self.train.seed)
+        check_out_folder(self.train.out)
         with only_run_in(self.train.out):
             self._run()
 
@@ -90,8 +91,11 @@ class Train:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
             raise Failure(SAVED, f"stopped by a signal; saved {stop.checkpoint}; continue with: {again}") from stop
-        except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-            raise Failure(RUNTIME, f"{first_line(error)}; {self._last_whole()}") from error
+        except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+            reason = runtime_failure(error)
+            if reason is None or isinstance(error, BrokenPipeError):
+                raise
+            raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
         if metrics and "eval_gain" in metrics[-1]:
             self._print(held_out_losses({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
         self._print(f"saved {snapshots.folder(self.train.out, self.train.steps)}")

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from quietstar.files.reading import json_value
+from quietstar.files.reading import as_type, check_regular, json_value
 from quietstar.files.writing import beside
 
 Record = dict[str, Any]
@@ -25,13 +25,15 @@ class Records(Protocol):
     """Records by number, counted from 1.
 
     Attributes:
+        path: the file.
         unit: what the numbers count: lines or rows.
     """
 
+    path: Path
     unit: str
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Number and value of each record, in order."""
+        """Number and value of each record, in order. Raises ValueError, naming the record, if it is damaged or no ``kind``."""
         ...
 
     def read(self, number: int) -> Any: ...
@@ -42,8 +44,8 @@ class JsonLines:
 
     unit = "line"
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, kind: Any):
+        self.path, self.kind = path, kind
         self.file = open(path, "rb")  # noqa: SIM115, read for as long as this object lives
         self.starts = array("q", accumulate(map(len, self.file), initial=0))
 
@@ -52,11 +54,15 @@ class JsonLines:
             self.file.seek(start)
             line = self.file.read(end - start)
             if line.strip():
-                yield number, json_value(line, f"{self.path}: line {number}")
+                yield number, self._value(number, line)
 
     def read(self, number: int) -> Any:
         self.file.seek(self.starts[number - 1])
-        return json_value(self.file.readline(), f"{self.path}: line {number}")
+        return self._value(number, self.file.readline())
+
+    def _value(self, number: int, line: bytes) -> Any:
+        where = f"{self.path}: line {number}"
+        return as_type(self.kind, json_value(line, where), where)
 
 
 class ParquetRows:
@@ -64,12 +70,12 @@ class ParquetRows:
 
     unit = "row"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kind: Any):
         parquet = _parquet(path)
-        self.path = path
+        self.path, self.kind = path, kind
         try:
             self.file = parquet.ParquetFile(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a parquet file: {error}") from error
         sizes = (self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups))
         self.starts = list(accumulate(sizes, initial=0))
@@ -80,7 +86,8 @@ class ParquetRows:
 
     def read(self, number: int) -> Any:
         group = bisect_right(self.starts, number - 1) - 1
-        return self.group(group).slice(number - 1 - self.starts[group], 1).to_pylist()[0]
+        row = self.group(group).slice(number - 1 - self.starts[group], 1).to_pylist()[0]
+        return as_type(self.kind, row, f"{self.path}: row {number}")
 
     def _read_group(self, group: int) -> Any:
         try:
@@ -90,15 +97,20 @@ class ParquetRows:
             raise ValueError(f"{self.path}: rows {first} to {last} are damaged: {error}") from error
 
 
-def open_records(path: str | os.PathLike) -> Records:
+def open_records(path: str | os.PathLike, kind: Any = Any) -> Records:
     """The records of a file.
 
+    Args:
+        kind: the type of a record, as in ``quietstar.files.reading``.
+
     Raises:
-        ValueError: the file has another ending, is missing or damaged, or is parquet and pyarrow is not installed.
+        ValueError: the file has another ending, is missing, damaged or no regular file, or is parquet and pyarrow is not
+            installed.
     """
     path = _checked(path)
+    check_regular(path)
     try:
-        return JsonLines(path) if path.suffix == ".jsonl" else ParquetRows(path)
+        return JsonLines(path, kind) if path.suffix == ".jsonl" else ParquetRows(path, kind)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
 
@@ -121,7 +133,7 @@ def write_records(path: str | os.PathLike, columns: dict[str, tuple[str, int]]) 
 @contextmanager
 def _writer(suffix: str, file: Path, columns: dict[str, tuple[str, int]]) -> Iterator[Write]:
     if suffix == ".jsonl":
-        with open(file, "w") as lines:
+        with open(file, "w", encoding="utf-8") as lines:
             yield lambda records: lines.writelines(json.dumps(record) + "\n" for record in records)
         return
     parquet = _parquet(file)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.arguments.fields import check_at_least, check_types
+from quietstar.arguments.values import instance, integer
 from quietstar.config import option
 from quietstar.files.reading import json_lines, read_utf8
 from quietstar.run.batches import Example
@@ -47,9 +49,9 @@ class DataConfig:
     held_out_seed: int = option(0, "chooses the texts to hold out")
 
     def __post_init__(self) -> None:
+        check_types("DataConfig", self)
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"DataConfig: {name} must be {least} or more, got {getattr(self, name)!r}")
+            check_at_least("DataConfig", self, least, (name,))
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     Raises:
         ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
     """
+    instance("config", config, DataConfig)
+    instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    lookahead = integer("lookahead", lookahead, 1)
     if config.length < lookahead + 2:
-        raise ValueError(f"length must be at least J+2={lookahead + 2} to look {lookahead} ahead, got L={config.length}")
+        wanted = f"J+2={lookahead + 2} for a lookahead of {lookahead}"
+        raise ValueError(f"config: length must be at least {wanted}, got L={config.length}")
     ids = tokenize(read_texts(config), tokenizer)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.held_out_seed)).tolist()
     held = min(config.held_out, len(ids) // 10)

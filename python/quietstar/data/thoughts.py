@@ -11,16 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.arguments.values import file_path, instance, integer, seed_bits
 from quietstar.checks import sampled
 from quietstar.data.records import Record, open_records, write_records
 from quietstar.model import QuietStar
 from quietstar.rollout import Thoughts
-from quietstar.run.batches import Example, batches_of, text_of
+from quietstar.run.batches import Example, batches_of, check_data, check_example, text_of
+
+__all__ = ["OfflineThoughts", "export_thoughts"]
 
 # Fields of a record: the type of their values, and how deeply lists nest them.
 FIELDS = {
@@ -31,6 +35,18 @@ FIELDS = {
     "logprob": ("float32", 3),
 }
 OPTIONAL = ("anchors", "logprob")
+
+
+class ThoughtRecord(msgspec.Struct):
+    """What must be in a file of thoughts; other fields are ignored."""
+
+    text: str
+    tokenizer: str
+    thought_ids: list[list[list[int]]]
+    anchors: list[int] | None = None
+    logprob: list[list[list[float]]] | None = None
+
+
 # How far above 0 rounding may put a log-probability.
 ROUNDING = 1e-3
 
@@ -67,8 +83,10 @@ def export_thoughts(
         ValueError: as in ``QuietStar.think``; the path has another ending, or is parquet and pyarrow is not installed.
         OSError: the file could not be written.
     """
-    tokenizer = tokenizer_hash(qs.tokenizer)
-    with write_records(path, FIELDS) as write:
+    tokenizer = tokenizer_hash(instance("qs", qs, QuietStar).tokenizer)
+    check_data("examples", examples)
+    seed, batch_size = seed_bits("seed", seed), integer("batch_size", batch_size, 1)
+    with write_records(file_path("path", path), FIELDS) as write:
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="thoughts", total=total, leave=False, disable=not progress):
@@ -110,10 +128,12 @@ class OfflineThoughts(Sequence[Example]):
     """
 
     def __init__(self, path: str | os.PathLike, examples: Sequence[Example], qs: QuietStar):
-        self.path, self.examples, self.config = Path(path), examples, qs.thought_config
+        check_data("examples", examples)
+        instance("qs", qs, QuietStar)
+        self.path, self.examples, self.config = Path(file_path("path", path)), examples, qs.thought_config
         self.vocabulary = qs.lm_head.linear.out_features
         self.tokenizer = tokenizer_hash(qs.tokenizer)
-        self.records = open_records(path)
+        self.records = open_records(path, ThoughtRecord)
         self.numbers = self._match()
 
     def __len__(self) -> int:
@@ -131,12 +151,12 @@ class OfflineThoughts(Sequence[Example]):
         numbers = array("q", bytes(8 * len(self.examples)))
         waiting: defaultdict[str, list[int]] = defaultdict(list)
         for i in reversed(range(len(self))):
-            waiting[text_hash(self.examples[i]["input_ids"])].append(i)
+            waiting[text_hash(check_example("examples", self.examples[i])["input_ids"])].append(i)
         first: tuple[int, set[str]] | None = None
         for number, record in self.records:
             where = self._where(number)
-            self._check_hashes(where, record)
-            digest = record["text"]
+            self._check_tokenizer(where, record.tokenizer)
+            digest = record.text
             if digest not in waiting:
                 raise ValueError(
                     f"{where} is about a text that the data does not have, or one that was cut differently: {digest[:12]}…"
@@ -146,7 +166,7 @@ class OfflineThoughts(Sequence[Example]):
             index = waiting[digest].pop()
             self._join(where, record, self.examples[index])
             numbers[index] = number
-            optional = {name for name in OPTIONAL if record.get(name) is not None}
+            optional = {name for name in OPTIONAL if getattr(record, name) is not None}
             first = first or (number, optional)
             if optional != first[1]:
                 name, other = min(optional ^ first[1]), f"{self.records.unit} {first[0]}"
@@ -161,34 +181,29 @@ class OfflineThoughts(Sequence[Example]):
             )
         return numbers
 
-    def _check_hashes(self, where: str, record: Any) -> None:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} must be an object with {', '.join(FIELDS)}, got {type(record).__name__}")
-        for name in ("text", "tokenizer"):
-            if not isinstance(record.get(name), str):
-                raise ValueError(f"{where}: {name} must be a hash, got {record.get(name)!r}")
-        if record["tokenizer"] != self.tokenizer:
-            here, there = (f"{x[:12]}…" if x else "none" for x in (self.tokenizer, record["tokenizer"]))
+    def _check_tokenizer(self, where: str, tokenizer: str) -> None:
+        if tokenizer != self.tokenizer:
+            here, there = (f"{x[:12]}…" if x else "none" for x in (self.tokenizer, tokenizer))
             raise ValueError(f"{where}: tokenizer must be the model's, {here}, got {there}")
 
-    def _join(self, where: str, record: Record, example: Example) -> Example:
+    def _join(self, where: str, record: ThoughtRecord, example: Example) -> Example:
         """The example with its record's thoughts, after a check of the record."""
         L, N, T = len(example["input_ids"]), self.config.thoughts, self.config.thought_tokens
         joined = {name: x for name, x in example.items() if name != "anchors"}
         P = L
-        if record.get("anchors") is not None:
-            anchors = _check_anchors(where, record["anchors"], L)
-            P = len(anchors)
-            joined["anchors"] = torch.tensor(anchors or [-1])
-        lengths, ids = _unpack(where, "thought_ids", record.get("thought_ids"), (P, N, T))
+        if record.anchors is not None:
+            _check_anchors(where, record.anchors, L)
+            P = len(record.anchors)
+            joined["anchors"] = torch.tensor(record.anchors or [-1])
+        lengths, ids = _unpack(where, "thought_ids", record.thought_ids, (P, N, T))
         self._check_ids(where, ids)
         joined["thought_lengths"] = torch.tensor(lengths or [[0] * N])
         on = sampled(joined["thought_lengths"], T)
         joined["thought_ids"] = torch.zeros(on.shape, dtype=torch.int64).masked_scatter(
             on, torch.tensor(ids, dtype=torch.int64)
         )
-        if record.get("logprob") is not None:
-            same, logprob = _unpack(where, "logprob", record["logprob"], (P, N, T))
+        if record.logprob is not None:
+            same, logprob = _unpack(where, "logprob", record.logprob, (P, N, T))
             if same != lengths:
                 raise ValueError(f"{where}: logprob must have a number for each token of thought_ids")
             _check_logprob(where, logprob)
@@ -196,45 +211,41 @@ class OfflineThoughts(Sequence[Example]):
                 joined["old_logprob"] = torch.zeros(on.shape).masked_scatter(on, torch.tensor(logprob))
         return joined
 
-    def _check_ids(self, where: str, ids: list[Any]) -> None:
+    def _check_ids(self, where: str, ids: list[int]) -> None:
         for i in ids:
-            if type(i) is not int or not 0 <= i < self.vocabulary:
+            if not 0 <= i < self.vocabulary:
                 raise ValueError(f"{where}: thought_ids must be from 0 to V-1={self.vocabulary - 1}, got {i!r}")
         for token in self.config.banned:
             if token in ids:
                 raise ValueError(f"{where}: thought_ids must not hold the start- or end-of-thought id {token}")
 
 
-def _check_anchors(where: str, anchors: Any, L: int) -> list[int]:
-    valid = isinstance(anchors, list) and all(type(place) is int and 0 <= place < L for place in anchors)
-    if not valid or any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
+def _check_anchors(where: str, anchors: list[int], L: int) -> None:
+    if not all(0 <= place < L for place in anchors) or any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
         raise ValueError(f"{where}: anchors must be positions from 0 to L-1={L - 1}, ascending, got {_short(anchors)}")
-    return anchors
 
 
-def _unpack(where: str, name: str, values: Any, shape: tuple[int, int, int]) -> tuple[list[list[int]], list[Any]]:
+def _unpack(
+    where: str, name: str, values: list[list[list[Any]]], shape: tuple[int, int, int]
+) -> tuple[list[list[int]], list[Any]]:
     """The lengths [P][N] of the thoughts in a field [P][N][at most T], and their values in one list."""
     P, N, T = shape
-    if not isinstance(values, list) or len(values) != P:
-        raise ValueError(f"{where}: {name} must have a list for each of P={P} anchors, got {_count(values)}")
+    if len(values) != P:
+        raise ValueError(f"{where}: {name} must have a list for each of P={P} anchors, got {len(values)}")
     for several in values:
-        if not isinstance(several, list) or len(several) != N:
-            raise ValueError(f"{where}: {name} must have N={N} thoughts at an anchor, got {_count(several)}")
+        if len(several) != N:
+            raise ValueError(f"{where}: {name} must have N={N} thoughts at an anchor, got {len(several)}")
         for one in several:
-            if not isinstance(one, list) or len(one) > T:
-                raise ValueError(f"{where}: {name} must have at most T={T} tokens in a thought, got {_count(one)}")
+            if len(one) > T:
+                raise ValueError(f"{where}: {name} must have at most T={T} tokens in a thought, got {len(one)}")
     lengths = [[len(one) for one in several] for several in values]
     return lengths, [x for several in values for one in several for x in one]
 
 
-def _check_logprob(where: str, values: list[Any]) -> None:
+def _check_logprob(where: str, values: list[float]) -> None:
     for value in values:
-        if type(value) not in (float, int) or not -math.inf < value <= ROUNDING:
+        if not -math.inf < value <= ROUNDING:
             raise ValueError(f"{where}: logprob must be log-probabilities, finite and at most 0, got {value!r}")
-
-
-def _count(values: Any) -> str:
-    return str(len(values)) if isinstance(values, list) else type(values).__name__
 
 
 def _short(value: Any) -> str:

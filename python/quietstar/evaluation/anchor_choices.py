@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from quietstar.anchors import CHOICES
+from quietstar.arguments.values import instance, integer
 from quietstar.evaluation.difficulty import format_gain, gain_of
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
-from quietstar.run.batches import Example, batches_of, text_of
+from quietstar.run.batches import Example, batches_of, check_data, text_of
+
+__all__ = ["by_anchor_choice"]
 
 
 def by_anchor_choice(
@@ -33,6 +36,10 @@ def by_anchor_choice(
         gain, gain_low and gain_high of these as in ``by_difficulty``, None where there are none; gain_of_all, their gain over
         all tokens.
     """
+    instance("qs", qs, QuietStar)
+    instance("losses", losses, TokenLosses)
+    batch_size = integer("batch_size", batch_size, 1)
+    check_data("examples", examples)
     rows = []
     for choice in CHOICES:
         if choice == "gate" and qs.gate is None:

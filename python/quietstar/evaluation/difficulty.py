@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from quietstar.arguments.values import instance
 from quietstar.evaluation.intervals import Z
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.files.writing import write_whole
+
+__all__ = ["by_difficulty"]
 
 GROUPS = 10
 Group = dict[str, Any]
@@ -30,6 +33,7 @@ def by_difficulty(losses: TokenLosses) -> dict[str, list[Group]]:
         as independent (a ratio of sums over texts), or None if all tokens are from one text. With fewer than ten tokens, each
         is its own group.
     """
+    instance("losses", losses, TokenLosses)
     return {"base": _tenths(losses, losses.base), "mean": _tenths(losses, (losses.base + losses.mixed) / 2)}
 
 

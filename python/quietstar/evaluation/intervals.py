@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quietstar.arguments.values import flag, integer, items, number
+
 __all__ = ["mean_interval", "paired", "wilson"]
 
 Z = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
@@ -18,7 +20,8 @@ def wilson(right: int, questions: int) -> tuple[float, float]:
     Raises:
         ValueError: there is no question, or there are more right answers than questions.
     """
-    if questions < 1 or not 0 <= right <= questions:
+    right, questions = integer("wilson: right", right), integer("wilson: questions", questions)
+    if not 0 <= right <= questions or questions < 1:
         raise ValueError(f"wilson: right must be from 0 to questions, and questions 1 or more, got {right} of {questions}")
     share, z2 = right / questions, Z * Z
     middle = (share + z2 / (2 * questions)) / (1 + z2 / questions)
@@ -38,8 +41,13 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float | i
     Raises:
         ValueError: there is no question, or the numbers of answers differ.
     """
+    for name, answers in (("first", first), ("second", second)):
+        for right in items(f"paired: {name}", answers):
+            flag(f"paired: {name}", right)
     if not first or len(first) != len(second):
-        raise ValueError(f"paired: both must have an answer to the same questions, got {len(first)} and {len(second)}")
+        raise ValueError(
+            f"paired: first and second must have an answer to the same questions, got {len(first)} and {len(second)}"
+        )
     n = len(first)
     both = sum(x and y for x, y in zip(first, second, strict=True))
     only_first, only_second = sum(first) - both, sum(second) - both
@@ -83,9 +91,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     Raises:
         ValueError: there are no values.
     """
-    if not values:
-        raise ValueError("mean_interval: there must be a value, got none")
-    x = torch.tensor(values, dtype=torch.float64)
+    if not items("mean_interval: values", values):
+        raise ValueError("mean_interval: there must be a value, got values=[]")
+    x = torch.tensor([number("mean_interval: values", value) for value in values], dtype=torch.float64)
     mean = float(x.mean())
     if len(x) == 1:
         return mean, None, None

@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quietstar import checks, objective
+from quietstar.arguments.values import flag, instance, integer
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.scoring import one_thought
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
-from quietstar.run.batches import Batch, Example, batches_of
+from quietstar.run.batches import Batch, Example, batches_of, check_data
 
 __all__ = ["TokenLosses", "evaluate", "summary", "token_losses"]
 
@@ -53,10 +54,10 @@ def evaluate(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, pr
 
 def summary(losses: TokenLosses) -> dict[str, float]:
     """What ``evaluate`` returns, from the losses of ``token_losses``."""
-    tokens = losses.text.bincount()
+    tokens = instance("losses", losses, TokenLosses).text.bincount()
     tokens, counts = tokens[tokens > 0], tokens > 0
     if len(tokens) < 2:
-        raise ValueError(f"evaluate: an interval needs at least 2 texts with something to predict, got {len(tokens)}")
+        raise ValueError(f"evaluate: examples: an interval needs at least 2 texts with something to predict, got {len(tokens)}")
     base, mixed = (losses.text.bincount(x)[counts] / tokens for x in (losses.base, losses.mixed))
     gain, low, high = mean_interval((base - mixed).tolist())
     assert low is not None and high is not None
@@ -73,6 +74,10 @@ def summary(losses: TokenLosses) -> dict[str, float]:
 
 def token_losses(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8, progress: bool = False) -> TokenLosses:
     """The losses that ``evaluate`` sums up; its arguments."""
+    instance("evaluate: qs", qs, QuietStar)
+    batch_size = integer("evaluate: batch_size", batch_size, 1)
+    check_data("evaluate: examples", examples)
+    flag("evaluate: progress", progress)
     parts = []
     with torch.no_grad(), dropout_off(qs):
         batches = batches_of(examples, batch_size, qs.start_embedding.device)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from quietstar import checks
+from quietstar.arguments.values import INTEGERS, instance, integer, items, number, tensor
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.model import QuietStar
+
+__all__ = ["one_thought", "score_tokens"]
 
 # At a time: thought rows of the packed forward, and logits.
 ROWS, LOGITS = 2**13, 2**24
@@ -60,7 +63,10 @@ def score_tokens(
     Raises:
         ValueError: those of ``QuietStar.forward``.
     """
-    one = one_thought(qs)
+    one = one_thought(instance("qs", qs, QuietStar))
+    _check(one, texts, places, allowed)
+    if not isinstance(think, str) or think not in ("always", "never"):
+        think = number("think", think, "'always', 'never' or nats of entropy, 0 or more", least=0)
     device = qs.start_embedding.device
     input_ids, attention_mask = _pad(texts, 0, device), _pad([[1] * len(text) for text in texts], 0, device)
     anchors = _pad([[place - 1 for place in row] for row in places], -1, device)
@@ -72,6 +78,23 @@ def score_tokens(
         (Scores(base[b, :n], base_first[b, :n]), Scores(mixed[b, :n], mixed_first[b, :n]))
         for b, n in enumerate(map(len, places))
     ]
+
+
+def _check(
+    one: QuietStar, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], allowed: Sequence[Tensor] | None
+) -> None:
+    V = one.lm_head.linear.out_features
+    for text in items("texts", texts, 1):
+        for token in items("texts", text):
+            integer("texts", token, 0, V - 1)
+    for name, rows in (("places", places), ("allowed", allowed)):
+        if (rows is not None or name == "places") and len(items(name, rows)) != len(texts):
+            raise ValueError(f"{name} must have a row for each of the {len(texts)} texts, got {len(rows)}")
+    for row, text in zip(places, texts, strict=True):
+        for place in items("places", row):
+            integer("places", place, 1, len(text) - 1)
+    for ids in allowed or ():
+        tensor("allowed", ids, "A", {}, one.start_embedding.device, INTEGERS)
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:

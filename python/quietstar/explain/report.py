@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import checks, objective
+from quietstar.arguments.values import file_path, unicode
 from quietstar.config import ThoughtConfig
 from quietstar.explain.page import render
 from quietstar.explain.token_text import text_pieces, token_text
 from quietstar.explain.tokens import SAME, Alternative, ExplainedThought, ExplainedToken
 from quietstar.files.writing import write_whole
+from quietstar.hf.finite import not_finite
 from quietstar.hf.modules import dropout_off, unwrapped
 from quietstar.packed import PackedInputs, Thinker
 from quietstar.rollout import Sampling, sample_thoughts
@@ -77,12 +79,14 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the page, or ``to_dict()`` where the name ends in .json; atomically, so that no partial file is left."""
+        file_path("path", path)
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else self.html)
 
 
 @torch.no_grad()
 def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None) -> Report:
     """See ``QuietStar.explain``."""
+    seed = checks.check_seed(seed)
     input_ids = _tokenize(thinker, tokenizer, text)
     # Only the next token is looked at, and greedy thoughts are all the same.
     N = 1 if seed is None else thinker.config.thoughts
@@ -94,8 +98,9 @@ def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None
     with dropout_off(thinker.model):
         parts = [_predict(thinker, input_ids, anchors, seed) for anchors in places.split(chunk)]
     found = {name: [row for part in parts for row in part[name].tolist()] for name in parts[0]}
-    if not torch.tensor([found["base"], [max(x) for x in found["mixed"]]]).isfinite().all():
-        raise ValueError(f"{type(thinker.model).__name__}: its losses on this text are not finite")
+    finite = torch.tensor([[base, *mixed] for base, mixed in zip(found["base"], found["mixed"], strict=True)]).isfinite().all(1)
+    if not finite.all():
+        raise not_finite(thinker.model, f"at position {int((~finite).nonzero()[0])}")
     return Report(_model(thinker.model), _settings(thinker.config, seed), _tokens(tokenizer, input_ids[0].tolist(), found))
 
 
@@ -103,11 +108,7 @@ def _tokenize(thinker: Thinker, tokenizer: Any, text: str) -> Tensor:
     """int64 [1,L]."""
     if tokenizer is None:
         raise ValueError("explain needs a tokenizer: pass one to QuietStar")
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a str, got {type(text).__name__}")
-    broken = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
-    if broken is not None:
-        raise ValueError(f"text must be valid Unicode, character {broken} is half of a surrogate pair: {text[broken]!r}")
+    unicode("text", text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
@@ -135,7 +136,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, seed: int | N
     sequence_ids = checks.check_sequence_ids(None, input_ids)
     thoughts = sample_thoughts(
         thinker.model, thinker.lm_head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling
-    )
+    ).checked(thinker.model, layout)
     layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)

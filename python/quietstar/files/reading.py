@@ -19,6 +19,7 @@ import yaml
 __all__ = ["as_type", "check_regular", "json_lines", "json_value", "read_json", "read_utf8", "read_yaml"]
 
 LARGEST = 64 * 2**20  # bytes of a settings file: one that is larger is none of ours
+LARGEST_YAML = 2**20  # it takes 40 times as long to read
 
 
 def check_regular(path: str | os.PathLike) -> int:
@@ -57,14 +58,20 @@ def read_json(path: str | os.PathLike, kind: Any = Any) -> Any:
 
 
 def read_yaml(path: str | os.PathLike, kind: Any = Any) -> Any:
-    """The value of a YAML or JSON file, as ``read_json``. Aliases are refused: a few lines of them can stand for gigabytes."""
-    _check_size(path)
+    """The value of a YAML or JSON file of at most 1 MiB, as ``read_json``.
+
+    Aliases are refused: a few lines of them can stand for gigabytes. So are tags, which name types.
+    """
+    _check_size(path, LARGEST_YAML)
+    text = read_utf8(path)
     try:
-        value = yaml.load(read_utf8(path), _WithoutAliases)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        value = yaml.load(text, _Plain)
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if "\\" in text:
+        _check_unicode(value, str(path))
     return as_type(kind, value, str(path))
 
 
@@ -81,14 +88,12 @@ def json_value(text: str | bytes, where: str) -> Any:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text)
-        if r"\ud" in text.lower():  # maybe half of a pair: no tokenizer takes that
-            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is not whole Unicode: half of a pair, {error.object[error.start]!a}") from error
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
+    if r"\ud" in text.lower():
+        _check_unicode(value, where)
     return value
 
 
@@ -102,14 +107,24 @@ def as_type(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: {str(error).replace('`', '')}") from error
 
 
-def _check_size(path: str | os.PathLike) -> None:
+def _check_size(path: str | os.PathLike, most: int = LARGEST) -> None:
     size = check_regular(path)
-    if size > LARGEST:
-        raise ValueError(f"{path}: {size:,} bytes are too many for a file of settings, {LARGEST:,} are the most")
+    if size > most:
+        raise ValueError(f"{path}: {size:,} bytes are too many for a file of settings, {most:,} are the most")
 
 
-class _WithoutAliases(yaml.SafeLoader):
+def _check_unicode(value: Any, where: str) -> None:
+    """Raises ValueError if a text in ``value`` has half of a surrogate pair: no tokenizer takes that, and no file."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not whole Unicode: half of a pair, {error.object[error.start]!a}") from error
+
+
+class _Plain(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1} has an alias, which is not supported")
+        event = self.peek_event()
+        for kind, has in (("an alias", self.check_event(yaml.AliasEvent)), ("a tag", getattr(event, "tag", None))):
+            if has:
+                raise yaml.YAMLError(f"line {event.start_mark.line + 1} has {kind}, which is not supported")
         return super().compose_node(parent, index)

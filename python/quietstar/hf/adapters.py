@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.arguments.values import refusal
 from quietstar.config import AdapterConfig
 from quietstar.hf.modules import unwrapped
 
@@ -55,6 +56,8 @@ def add(model: PreTrainedModel, config: PeftConfig | AdapterConfig) -> PreTraine
         ValueError: peft is not installed, the model already has adapters, or the config matches no layer.
     """
     peft = require_peft()
+    if not isinstance(config, (AdapterConfig, peft.PeftConfig)):
+        raise refusal("config", "an AdapterConfig or a PeftConfig", config)
     if there(model):
         raise ValueError("the model already has adapters; train them further, or merge them before adding new ones")
     wanted = _lora(config) if isinstance(config, AdapterConfig) else config

@@ -12,6 +12,9 @@ import sys
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from quietstar.arguments.values import refusal
+from quietstar.hf.modules import unwrapped
+
 _REASONS = {
     "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches": (
         "jamba nemotron_h qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text "
@@ -55,6 +58,13 @@ def check_architecture(config: PretrainedConfig) -> None:
         reason = "it is an encoder-decoder, not a causal language model"
     if reason is not None:
         raise ValueError(f"model type {config.model_type!r} cannot think: {reason}")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raises ValueError for anything but a transformers model, perhaps with adapters, of a type that can think."""
+    if not isinstance(model, nn.Module) or not isinstance(unwrapped(model), PreTrainedModel):
+        raise refusal("model", "a model of transformers", model)
+    check_architecture(model.config)
 
 
 def chunk_limit(config: PretrainedConfig) -> int | None:

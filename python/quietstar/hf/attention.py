@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from quietstar.arguments.values import refusal
 from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit
 from quietstar.hf.cache import PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
@@ -87,6 +88,8 @@ def _thought_forward(
     if dropout:
         _warn_dropout()
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+    if not hasattr(thought_pass, "attend"):
+        raise refusal("thought_layout", "a ThoughtLayout", thought_layout)
     check_row_count(module, max(query.shape[2], thought_pass.positions))
     window = sliding_window
     if isinstance(attention_mask, MaskArguments):
@@ -198,8 +201,8 @@ def register_attention(without_layout: str = "raise") -> str:
     Raises:
         ValueError: ``without_layout`` has another value.
     """
-    if without_layout not in ("raise", "sdpa"):
-        raise ValueError(f"register_attention: without_layout must be 'raise' or 'sdpa', got {without_layout!r}")
+    if not isinstance(without_layout, str) or without_layout not in ("raise", "sdpa"):
+        raise refusal("register_attention: without_layout", "'raise' or 'sdpa'", without_layout)
     _register(NAME, without_layout)
     return NAME
 

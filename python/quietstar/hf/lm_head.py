@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.hf.finite import not_finite
 from quietstar.hf.modules import backbone, dropout_off
 from quietstar_kernels import linear_logprob, sample_token
 
@@ -74,7 +75,7 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens.
 
     Raises:
-        ValueError: no kind of head that is known gives the model's logits.
+        ValueError: no kind of head that is known gives the model's logits, or these are not finite.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
@@ -91,6 +92,8 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     with torch.no_grad(), dropout_off(model):
         hidden = backbone(model)(**inputs).last_hidden_state
         truth = model(**inputs).logits.float()
+        if not bool(truth.isfinite().all()):
+            raise not_finite(model, "on its first tokens")
         tolerance = 1e-2 if linear.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for head in candidates:
             if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():

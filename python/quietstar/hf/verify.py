@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.architectures import check_architecture
+from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.cache import PackedPass, ThoughtStore
 from quietstar.hf.decoder import decode_rows
+from quietstar.hf.finite import not_finite
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, dropout_off, embeddings
 from quietstar_kernels import ThoughtLayout
@@ -54,7 +55,7 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     Raises:
         ValueError: the model type can't think, or its attention loses the layout.
     """
-    check_architecture(model.config)
+    check_model(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(WRAPPED_NAME)
     hand_on_layout(model)
@@ -103,6 +104,8 @@ def _compare(model: PreTrainedModel) -> VerifyReport:
             for place, anchor in enumerate(anchors[0].tolist())
         ]
     )
+    if not bool(true_text.isfinite().all() and true_thoughts.isfinite().all()):
+        raise not_finite(model, "on random tokens")
     return VerifyReport(
         text=_difference(text, true_text),
         thoughts=_difference(thoughts, true_thoughts),

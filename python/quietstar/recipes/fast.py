@@ -14,23 +14,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.arguments.fields import check_at_least, check_positive
 from quietstar.config import TrainConfig, option
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
 from quietstar.recipes import fast_plain as plain
 from quietstar.recipes import fast_report
 from quietstar.recipes.common.log import is_logging
-from quietstar.recipes.common.ranges import check_at_least, check_positive
-from quietstar.recipes.common.rounds import Rounds
+from quietstar.recipes.common.progress import Count
+from quietstar.recipes.common.rounds import Rounds, read_report
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.train import train
 
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
+
+
+class Chosen(msgspec.Struct):
+    """chosen.json: the figures of a stage's best checkpoint, in nats but for the first two and the last."""
+
+    thought_tokens: Count
+    lookahead: Count
+    base: float
+    mixed: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    score: float
 
 
 @dataclass
@@ -136,7 +151,7 @@ def run_stage(
     score: Callable[[QuietStar], float] | None,
 ) -> dict[str, Any]:
     """Run one stage and keep its best checkpoint in ``folder``/best; returns the figures of that checkpoint."""
-    chosen = json.loads((folder / CHOSEN).read_text()) if (folder / CHOSEN).exists() else None
+    chosen = read_report(folder / CHOSEN, Chosen) if (folder / CHOSEN).exists() else None
 
     def choose(qs: QuietStar) -> dict[str, float]:
         nonlocal chosen

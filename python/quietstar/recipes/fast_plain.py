@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import QuietStar
+from quietstar.arguments.fields import check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.evaluation.losses import token_losses
 from quietstar.files.writing import replaced
 from quietstar.recipes.common.logprobs import evaluating, positions
 from quietstar.recipes.common.optimization import adamw, clipped_step
-from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check_at_least, check_positive
+from quietstar.recipes.common.progress import Progress, State
 from quietstar.recipes.common.rounds import load_model
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
 from quietstar.run.resume import Settings
@@ -50,8 +50,15 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        check_types("fast", self)
         check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "plain_steps"))
         check_positive("fast", self, ("plain_rate", "plain_weight", "plain_temperature"))
+
+
+class RunState(State):
+    """Where a run is; ``best`` is the lowest held-out loss."""
+
+    best: float | None
 
 
 def train(
@@ -68,7 +75,7 @@ def train(
     """
     folder = Path(config.out) / MODEL
     texts = split_documents(data)
-    progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, resume=True)
+    progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, True, RunState)
     optimizer = adamw(student, config.plain_rate, weight_decay=0.0)
     if progress.begun:
         progress.load(student, optimizer)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes import internalize_report as icot_report
 from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import check_length, logprob
 from quietstar.recipes.common.optimization import adamw, clipped_step
-from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check, check_at_least, check_positive
+from quietstar.recipes.common.progress import Count, Progress, State
 from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.common.sampling import rollout
 from quietstar.recipes.tasks import Row, Task
@@ -71,6 +71,7 @@ class Config:
     seed: int = option(0, "fixes problems, their order, and which rows lose more tokens")
 
     def __post_init__(self) -> None:
+        check_types("internalize", self)
         at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
         check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
         check_at_least("internalize", self, 1, at_least_one)
@@ -80,6 +81,23 @@ class Config:
         check("internalize", self, "gate", 0 <= self.gate <= 1, "from 0 to 1")
         kept = self.keep_position and self.side == "right"
         check("internalize", self, "side", not kept, "left where keep_position is on")
+
+
+class RunState(State):
+    """Where a run is.
+
+    Attributes:
+        stage, done: finished stages, and updates of the current one.
+        best: figures of the best model of the last stage.
+        lines: figures of the finished stages.
+        chainless: whether no row of the latest batch had a chain left.
+    """
+
+    stage: Count
+    done: Count
+    best: icot_report.Figures | None
+    lines: list[icot_report.StageFigures]
+    chainless: bool
 
 
 @dataclass(frozen=True)
@@ -206,9 +224,9 @@ class Training:
     ):
         self.model, self.task, self.config, self.plan = model, task, config, plan
         self.training, self.valid = training, valid
-        begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": []}
+        begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
         settings = Settings.of(config, recipe="internalize", model=name, task=task.name)
-        self.progress = Progress(config.out, settings, begin, resume)
+        self.progress = Progress(config.out, settings, begin, resume, RunState)
         self.optimizer = self._new_optimizer()
         if self.progress.begun:
             self.progress.load(model, self.optimizer)
@@ -236,7 +254,7 @@ class Training:
     def _stage(self, stage: Stage, signals: Signals) -> dict[str, Any]:
         config, state, last = self.config, self.progress.state, stage is self.plan[-1]
         # As in the published code, not after a batch without chains: with few long chains left, a token more changes little.
-        if config.reset_optimizer and state["done"] == 0 and not state.get("chainless"):
+        if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
             self.optimizer = self._new_optimizer()
         gated = config.gate > 0 and not last
         most = stage.steps * (config.gate_rounds if gated else 1)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check_at_least, check_types
 from quietstar.checkpoints.pretrained import load_model as load_language_model
 from quietstar.config import option
 from quietstar.files.writing import replaced, write_whole
@@ -29,7 +30,6 @@ from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import evaluating, logprob, padded
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check_at_least
 from quietstar.recipes.common.rounds import save_model
 from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.internalize_states import Emulator, Student, diagonal, emulation_loss
@@ -58,6 +58,7 @@ class Config:
     components: int = option(1, "M, components of the emulator's mixture; more than 1 where a problem has several chains")
 
     def __post_init__(self) -> None:
+        check_types("internalize", self)
         check_at_least("internalize", self, 1, ("student_steps", "emulator_steps", "coupled_steps", "components"))
 
 

@@ -9,10 +9,39 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import msgspec
+
+from quietstar.files.reading import as_type
 from quietstar.recipes.common.evaluation import grade
 from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.common.progress import Count
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.tasks import Row, Task
+
+
+class Figures(msgspec.Struct):
+    """What ``figures`` returns and a plot shows."""
+
+    accuracy: float
+    digits: list[float]
+    tokens: float
+    problems_per_second: float
+    tokens_per_second: float
+
+
+class StageFigures(Figures, kw_only=True):
+    removed: Count
+    steps: Count
+
+
+class Line(msgspec.Struct):
+    """What ``losses`` reads in a line of metrics."""
+
+    step: Count
+    removed: Count
+    loss: float
+    first_token_loss: float
+
 
 POINTS = 200  # of the curve of the training loss, roughly
 
@@ -50,10 +79,11 @@ def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     "step" is the last of these updates.
     """
     width = max(1, math.ceil(len(lines) / POINTS))
-    parts = [list(some) for _, some in groupby(lines, lambda line: (line["removed"], (line["step"] - 1) // width))]
+    known = as_type(list[Line], lines, "metrics.jsonl")
+    parts = [list(some) for _, some in groupby(known, lambda line: (line.removed, (line.step - 1) // width))]
     return [
-        {name: some[-1][name] for name in ("step", "removed")}
-        | {name: fmean(line[name] for line in some) for name in ("loss", "first_token_loss")}
+        {name: getattr(some[-1], name) for name in ("step", "removed")}
+        | {name: fmean(getattr(line, name) for line in some) for name in ("loss", "first_token_loss")}
         for some in parts
     ]
 

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
 from quietstar.recipes.common.log import log_figures
 from quietstar.recipes.common.logprobs import evaluating, padded
 from quietstar.recipes.common.optimization import adamw, clipped_step
-from quietstar.recipes.common.progress import Progress
-from quietstar.recipes.common.ranges import check, check_at_least, check_positive
+from quietstar.recipes.common.progress import Progress, State
 from quietstar.recipes.common.rounds import save_model
-from quietstar.recipes.score_attempts import Attempts, attempt, plot, votes
+from quietstar.recipes.score_attempts import Attempts, Figures, attempt, plot, votes
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
@@ -70,6 +70,7 @@ class Config:
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
+        check_types("score", self)
         none_allowed = ("first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains")
         check_at_least("score", self, 0, none_allowed)
         check_at_least("score", self, 1, ("problems", "samples", "max_new", "held_out", "batch_size", "save_every"))
@@ -148,6 +149,12 @@ def loss(
     return reinforce + held, torch.stack([divergence, divergence_second]).detach()
 
 
+class RunState(State):
+    """Where a run is, and the figures of the base model and of each finished stage."""
+
+    report: dict[str, Figures]
+
+
 @alone_in_out(Config)
 def score(
     model: PreTrainedModel,
@@ -180,7 +187,7 @@ def score(
     config = config or Config()
     base = copy.deepcopy(base or model).eval().requires_grad_(False)
     settings = Settings.of(config, recipe="score", model=name, task=task.name)
-    progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume)
+    progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume, RunState)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     if progress.begun:
         progress.load(model, optimizer)

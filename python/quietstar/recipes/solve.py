@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
-from quietstar.recipes.common.ranges import check, check_at_least
 from quietstar.recipes.common.sampling import Completion, Sampling, rollout
 from quietstar.recipes.common.selectors import Sample, Selector, best, likeliest, majority, powers_of_two, weighted
 from quietstar.recipes.common.sft import Example, SFTConfig, sft
@@ -53,6 +53,7 @@ class Config(SFTConfig, Sampling):
     valid_problems: int = option(0, "validation problems, to choose the length of chains by difficulty; 0 leaves that out")
 
     def __post_init__(self) -> None:
+        check_types("solve", self)
         for part in (SFTConfig, Sampling):
             part.__post_init__(self)
         check_at_least("solve", self, 1, ("problems", "samples", "revise_problems"))

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.recipes.common.evaluation import evaluate, nothing_solved, share_of_right_chains
 from quietstar.recipes.common.log import Pace, log_figures
 from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.ranges import check, check_at_least, check_positive
 from quietstar.recipes.common.rounds import Rounds
 from quietstar.recipes.common.sampling import VLLM, Sampling, rollout
 from quietstar.recipes.common.sft import Example, SFTConfig, sft
@@ -63,6 +63,7 @@ class Config(SFTConfig, Sampling):
     test_problems: int = option(500, "test problems for the accuracy")
 
     def __post_init__(self) -> None:
+        check_types("star", self)
         for part in (SFTConfig, Sampling):
             part.__post_init__(self)
         check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems"))

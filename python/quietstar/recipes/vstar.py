@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
 from quietstar.recipes.common.evaluation import evaluate, nothing_solved
 from quietstar.recipes.common.log import Pace, log_figures
-from quietstar.recipes.common.ranges import check, check_at_least
-from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, save_model
+from quietstar.recipes.common.progress import Count
+from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, read_report, save_model
 from quietstar.recipes.common.sampling import Completion, Sampling, rollout
 from quietstar.recipes.common.selectors import (
     Selector,
@@ -67,12 +69,25 @@ class Config(SFTConfig, Sampling, DPO):
     test_samples: int = option(16, "N, solutions of each test problem")
 
     def __post_init__(self) -> None:
+        check_types("vstar", self)
         for part in (SFTConfig, Sampling, DPO):
             part.__post_init__(self)
         check_at_least("vstar", self, 1, ("rounds", "problems", "sft_problems", "steps", "test_problems"))
         check_at_least("vstar", self, 0, ("sft_steps",))
         check_at_least("vstar", self, 2, ("samples", "test_samples"))
         check("vstar", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
+
+
+class VerifierReport(msgspec.Struct):
+    """What the report of a verifier has, beside its losses.
+
+    Attributes:
+        rounds: how many rounds' solutions it has learnt from.
+    """
+
+    rounds: Count
+    pairs: Count
+    updates: Count
 
 
 @alone_in_out(Config)
@@ -99,7 +114,9 @@ def vstar(
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     rows = task.sample_with_chain(config.sft_problems, generator) if config.sft_steps else []
-    own = [{"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows]
+    own: list[Solution] = [
+        {"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows
+    ]
     if config.sft_steps and not own:
         raise ValueError("vstar: sft_steps needs problems with chains, but the data have none")
     base = fingerprint(model)
@@ -112,7 +129,7 @@ def vstar(
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()
         solutions = draw(run.model(number - 1, model), task, config, number)
-        before = [x for earlier in range(number) for x in run.rows(earlier, "solutions")]
+        before = [x for earlier in range(number) for x in run.rows(earlier, "solutions", Solution)]
         right = right_solutions(before + solutions)
         if not right:
             raise ValueError(f"vstar: round {number} has no right solution; the rounds before it are in {config.out}")
@@ -124,7 +141,7 @@ def vstar(
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
     last = run.model(config.rounds, model)
-    solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions")]
+    solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions", Solution)]
     verifier, learnt = train_or_load_verifier(run, model, task, config, solutions + own)
     written = write(last, task, test, config)
     found = compare(written, verifier, run.model(0, model), task, test, config)
@@ -176,7 +193,7 @@ def train_or_load_verifier(
     """The verifier of a run; trained unless the run already has one after as many rounds."""
     folder = run.out / "verifier"
     if folder.exists():
-        report = json.loads((folder / REPORT).read_text())
+        report = read_report(folder / REPORT, VerifierReport)
         if report["rounds"] == config.rounds:
             return load_model(folder, model), report
     pairs, held_out = (make_pairs(solutions, split, config.pairs, config.seed) for split in ("train", "valid"))

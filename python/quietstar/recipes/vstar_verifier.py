@@ -7,29 +7,45 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict, cast
 
+import msgspec
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check_positive
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
+from quietstar.files.reading import read_json
 from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.ranges import check_positive
 from quietstar.recipes.common.rounds import REPORT, load_model
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import Scorer
 from quietstar.recipes.tasks import Task
 
-Solution = dict[str, Any]  # prompt and ids: token ids; right: bool; split: of the problem
+
+class Solution(TypedDict):
+    """A solution, right or wrong; ``split`` is its problem's."""
+
+    prompt: list[int]
+    ids: list[int]
+    right: bool
+    split: str
+
+
+class Start(msgspec.Struct):
+    """What a report says about the model that the run started with."""
+
+    base: str | None = None
+
+
 Pair = tuple[list[int], list[int], list[int]]  # ids of a prompt, a right and a wrong solution
 
 
@@ -187,7 +203,7 @@ def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task)
         raise ValueError(
             f"{path}: the verifier is of another base model: its weights have other shapes than {generator or 'the model'}"
         )
-    bases = [json.loads(file.read_text()).get("base") for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
+    bases = [read_json(file, Start).base for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
         raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} started with {bases[1]}")
     return verifier

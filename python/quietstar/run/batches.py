@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from quietstar.arguments.values import refusal, tensor
 
 __all__ = ["Batch", "Example", "collate", "mix_seed", "texts_of_step"]
 
@@ -59,6 +61,16 @@ def _sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
     return rows[:, None] * length + torch.where(first, position, 0).cummax(1).values
 
 
+LETTERS = {
+    "input_ids": "L",
+    "attention_mask": "L",
+    "labels": "L",
+    "anchors": "P",
+    "document_ids": "L",
+    "thought_ids": "P,N,T",
+    "thought_lengths": "P,N",
+    "old_logprob": "P,N,T",
+}
 FILL = {
     "input_ids": 0,
     "attention_mask": 0,
@@ -71,13 +83,51 @@ FILL = {
 }
 
 
-def collate(examples: list[Example], sequence_ids: list[int], parts: int) -> list[Batch]:
+def check_data(name: str, data: Sequence[Example]) -> None:
+    """Raises ValueError for anything but examples by index; each is checked when it is read."""
+    by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not by_index or isinstance(data, (str, bytes, Mapping, Tensor, type)):
+        raise refusal(name, "examples by index", data)
+
+
+def check_example(name: str, example: Example) -> Example:
+    """Raises ValueError for anything but columns that ``collate`` knows."""
+    if not isinstance(example, Mapping) or "input_ids" not in example:
+        raise refusal(f"{name}: each example", "a dict with input_ids", example)
+    for column, values in example.items():
+        if column not in LETTERS:
+            raise ValueError(f"{name}: an example may have {', '.join(LETTERS)}, got {column!r}")
+        tensor(f"{name}: {column}", values, LETTERS[column], {})
+    return example
+
+
+def _check_alike(name: str, examples: Sequence[Example]) -> None:
+    """Raises ValueError unless the examples can be stacked once they are padded."""
+    first = check_example(name, examples[0])
+    for example in examples[1:]:
+        if check_example(name, example).keys() != first.keys():
+            raise ValueError(f"{name}: each example must have {', '.join(first)}, got {', '.join(example)}")
+        for column, x in example.items():
+            if x.shape[1:] != first[column].shape[1:] or x.dtype != first[column].dtype:
+                raise ValueError(f"{name}: {column} must be alike in all, got {_kind(first[column])} and {_kind(x)}")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def collate(examples: list[Example], sequence_ids: list[int], parts: int, name: str = "examples") -> list[Batch]:
     """Batches of the examples, padded on the right to the longest of all, so that the number of parts changes nothing.
 
     Args:
         sequence_ids: one for each example; thoughts are sampled from (seed, sequence id, position).
         parts: how many batches to split the examples into; empty ones are left out.
+        name: of the argument that the examples are from.
+
+    Raises:
+        ValueError: examples that can't be padded and stacked.
     """
+    _check_alike(name, examples)
     padded: Batch = {}
     examples = [{"attention_mask": torch.ones_like(x["input_ids"]), **x} for x in examples]
     for name in examples[0]:

@@ -168,8 +168,8 @@ LONG = {"anchors": [2, 6], "thought_ids": [[[5, 6, 7, 8], [8]], [[], [9]]]}
 BAD = {
     "not JSON": ("{", " is not JSON"),
     "not UTF-8": ('{"text": "\udce9"}', " is not JSON: 'utf-8'"),
-    "no object": ([1], " must be an object with text, tokenizer, anchors, thought_ids, logprob, got list"),
-    "no hash": ({"text": None}, ": text must be a hash, got None"),
+    "no object": ([1], ": Expected object, got array"),
+    "no hash": ({"text": None}, r": Expected str, got null - at \$.text"),
     "tokenizer": ({"tokenizer": "ab" * 32}, ": tokenizer must be the model's, none, got abababababab…"),
     "another text": (
         {"text": "ab" * 32},
@@ -178,18 +178,18 @@ BAD = {
     "twice": ({"text": text_hash(texts()[0]["input_ids"])}, " is about a text that already has its thoughts: "),
     "anchor": ({"anchors": [2, 8]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[2, 8\]"),
     "order": ({"anchors": [6, 2]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[6, 2\]"),
-    "no number": ({"anchors": [2, True]}, ": anchors must be positions"),
+    "no number": ({"anchors": [2, True]}, ": Expected int, got bool"),
     "places": ({"anchors": [2]}, ": thought_ids must have a list for each of P=1 anchors, got 2"),
     "thoughts": ({"thought_ids": [[[5], [8]], [[9]]]}, ": thought_ids must have N=2 thoughts at an anchor, got 1"),
-    "no list": ({"thought_ids": [[[5], 8], [[9], [9]]]}, ": thought_ids must have at most T=3 tokens in a thought, got int"),
+    "no list": ({"thought_ids": [[[5], 8], [[9], [9]]]}, r": Expected array, got int - at \$.thought_ids"),
     "length": (LONG, ": thought_ids must have at most T=3 tokens in a thought, got 4"),
-    "none": ({"thought_ids": None}, ": thought_ids must have a list for each of P=2 anchors, got NoneType"),
+    "none": ({"thought_ids": None}, r": Expected array, got null - at \$.thought_ids"),
     "vocabulary": ({"thought_ids": [[[5], [61]], [[], [9]]]}, ": thought_ids must be from 0 to V-1=60, got 61"),
     "negative": ({"thought_ids": [[[5], [-1]], [[], [9]]]}, ": thought_ids must be from 0 to V-1=60, got -1"),
-    "float": ({"thought_ids": [[[5], [1.0]], [[], [9]]]}, ": thought_ids must be from 0 to V-1=60, got 1.0"),
+    "float": ({"thought_ids": [[[5], [1.0]], [[], [9]]]}, r": Expected int, got float - at \$.thought_ids"),
     "banned": ({"thought_ids": [[[5], [60]], [[], [9]]]}, ": thought_ids must not hold the start- or end-of-thought id 60"),
     "logprob": ({"logprob": [[[-1.0], [-2.0]], [[], [-1.0]]]}, ": logprob must have a number for each token of thought_ids"),
-    "likelihood": ({"logprob": [[[1, 0, 0], [0]], [[], [0, 0]]]}, ": logprob must be log-probabilities, .* at most 0, got 1"),
+    "likelihood": ({"logprob": [[[1, 0, 0], [0]], [[], [0, 0]]]}, ": logprob must be log-probabilities, .* at most 0, got 1.0"),
     "only here": ({"logprob": LOGPROB}, ": logprob must be in every record or in none, and line 1 has none"),
     "missing": ("", r": no thoughts about 1 of the 2 texts, the first is example 1: "),
 }
@@ -310,7 +310,7 @@ def test_the_command_line_exports_and_trains(tiny, tmp_path, byte_tokenizer, mon
         ("think", *data): "no longer takes --data: use quietstar export --data",
         ("think", "Hello", *data, "--export=a.jsonl"): "no longer takes --data: use quietstar export --data",
         ("think", "--model=model", "--export=a.jsonl"): "no longer takes --export: use quietstar export --out",
-        ("export", *data, "--out=text.txt"): "another file than the texts",
+        ("export", *data, "--out=text.txt"): "another file than text.txt",
         ("export", *data, "--out=a.jsonl", "--batch-size=0"): "--batch-size must be 1 or more",
     }
     for arguments, message in refused.items():

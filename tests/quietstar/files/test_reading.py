@@ -86,8 +86,29 @@ def test_yaml_aliases_are_refused(tmp_path):
         read_yaml(tmp_path / "deep.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: !!python/object/apply:os.system [ls]", "line 1 has a tag"),
+        ("a: 1\nb: !!bool x", "line 2 has a tag"),
+        ("a: 2001-13-45", "not YAML: month must be in 1..12"),
+        ("a: 1" + 5000 * "0", "not YAML: Exceeds the limit"),
+        ('a: "\\ud800"', "half of a pair"),
+        ('a: !!binary "/w=="', "line 1 has a tag"),
+        ("? [a]\n: 1", "not YAML"),
+        ("{} {}", "not YAML"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path, text, says):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        read_yaml(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_of_settings_has_a_size_limit(tmp_path):
     with open(tmp_path / "run.json", "wb") as file:
         file.truncate(2**40)  # takes no space on the disk
-    with pytest.raises(ValueError, match="too many"):
-        read_json(tmp_path / "run.json")
+    for read in (read_json, read_yaml):
+        with pytest.raises(ValueError, match="too many"):
+            read(tmp_path / "run.json")

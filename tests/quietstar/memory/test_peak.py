@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-THOUGHTS = ["--length=32", "--batch-size=1", "--thoughts=2", "--thought-tokens=2", "--lookahead=2"]
-UNITS = {"MiB": 2**20, "GiB": 2**30}
+from quietstar import ThoughtConfig
+from quietstar.memory.step import human, step_memory
+
+B, L, THOUGHTS = 1, 32, ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2)
 
 
 def run(*arguments, home):
@@ -35,10 +37,12 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(byte_tokenizer, tmp_path, ch
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of a text that is long enough for this" for i in range(20)))
-    options = ["--model=model", *THOUGHTS, *(["--gradient-checkpointing"] if checkpointing else [])]
+    options = ["--model=model", f"--batch-size={B}", f"--length={L}", "--thoughts=2", "--thought-tokens=2", "--lookahead=2"]
+    options += ["--gradient-checkpointing"] if checkpointing else []
     printed, _ = run("doctor", *options, home=tmp_path)
-    size, unit = re.search(r"together, a process on a CPU +([0-9.]+) (\w+)", printed).groups()
-    estimated = float(size) * UNITS[unit]
+    libraries = float(re.search(r"Python and libraries +([0-9.]+) MiB", printed)[1]) * 2**20
+    estimated = step_memory(config, THOUGHTS, B, L).peak_on_cpu(libraries, checkpointing)
+    assert re.search(f"together, a process on a CPU +{human(estimated)}", printed)
     train = ["--data=text.txt", "--no-pack", "--held-out=0", "--steps=2", "--out=run"]
     _, measured = run("train", *options, *train, home=tmp_path)
     how = "checkpointed" if checkpointing else "not checkpointed"

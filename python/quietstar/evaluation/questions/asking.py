@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from quietstar.arguments.values import flag, instance, items
 from quietstar.evaluation.questions.answer_tokens import ScoredAnswer, encode, scored_answers
 from quietstar.evaluation.questions.answers import STOP, extract, vote
 from quietstar.evaluation.questions.continuations import batches_by_length, continue_texts
@@ -36,11 +37,14 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
         ValueError: before the first question is asked: there is no question, no tokenizer or one of another vocabulary, or
             questions are too long for the model's positions.
     """
-    asking = asking or Asking()
-    if qs.tokenizer is None:
+    asking = Asking() if asking is None else instance("asking", asking, Asking)
+    if instance("qs", qs, QuietStar).tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer")
-    if not questions:
-        raise ValueError("there is no question")
+    if not items("questions", questions):
+        raise ValueError("questions: there is no question")
+    for question in questions:
+        instance("questions", question, Question)
+    flag("progress", progress)
     prompts = [encode(qs, prompt(question) + asking.answer_prefix) for question in questions]
     scored = scored_answers(qs, [(prompt(question), question) for question in questions])
     _check_length(qs, prompts, scored, asking.max_new_tokens)

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from quietstar.arguments.values import file_path, integer, unicode
 from quietstar.data.texts import hub_rows
 from quietstar.evaluation.questions.answers import number
-from quietstar.files.reading import json_lines
+from quietstar.files.reading import as_type, json_lines
 
-__all__ = ["MARK", "Question", "parse", "read_questions"]
+__all__ = ["MARK", "Question", "Row", "parse", "question_of", "read_questions"]
 
 MARK = "####"  # precedes the value in an answer of GSM8K
+
+
+Value = str | int | float
+
+
+class Choice(msgspec.Struct):
+    label: Value
+    text: Value
+
+
+class Choices(msgspec.Struct):
+    label: list[Value]
+    text: list[Value]
+
+
+class Stem(msgspec.Struct):
+    stem: str
+    choices: list[str | Choice] | Choices | None = None
+
+
+class Row(msgspec.Struct):
+    """A row of the data, in one of the forms that ``read_questions`` describes; other fields are ignored."""
+
+    question: str | Stem
+    choices: list[str | Choice] | Choices | None = None
+    answer: Value | None = None
+    answerKey: Value | None = None
+    rationale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +83,9 @@ def read_questions(source: str, split: str = "test", limit: int | None = None) -
     Raises:
         ValueError: there is no such file or data set, or no question in it; a line is broken or has no answer, and is named.
     """
-    path = Path(source)
+    path = Path(file_path("source", source))
+    unicode("split", split)
+    limit = None if limit is None else integer("limit", limit, 1, sys.maxsize)
     if path.suffix == ".jsonl":
         rows: Iterable[tuple[str, Any]] = ((f"{path}: line {i}", row) for i, row in json_lines(path))
     elif path.exists():
@@ -66,42 +100,46 @@ def read_questions(source: str, split: str = "test", limit: int | None = None) -
 
 def parse(row: Any, where: str) -> Question:
     """The question in a row of the data. Raises ValueError if the row is invalid; its message begins with ``where``."""
-    fields: dict[str, Any] = row if isinstance(row, dict) else {}
-    asked = fields.get("question")
-    stem: dict[str, Any] = asked if isinstance(asked, dict) else {"stem": asked, "choices": fields.get("choices")}
-    text, choices = stem.get("stem"), stem.get("choices")
-    if not isinstance(text, str) or not text.strip():
+    return question_of(as_type(Row, row, where), where)
+
+
+def question_of(row: Row, where: str) -> Question:
+    """As ``parse``, for a row that has the right types."""
+    asked = row.question if isinstance(row.question, Stem) else Stem(row.question, row.choices)
+    text = asked.stem.strip()
+    if not text:
         raise ValueError(f"{where} has no text in a field 'question'")
-    answer = fields.get("answerKey", fields.get("answer"))
+    answer = row.answer if row.answerKey is None else row.answerKey
     if answer is None or answer == "":
         raise ValueError(f"{where} has no answer in a field 'answer' or 'answerKey'")
-    if choices is None:
+    if asked.choices is None:
         written = str(answer).split(MARK)[-1].strip()
         value = number(written)
         if value is None:
             raise ValueError(f"{where} has no choices, so its answer must be a number, got {written[:40]!r}")
-        return Question(text.strip(), {}, value, written)
-    labelled = _labelled(choices, where)
+        return Question(text, {}, value, written)
+    labelled = _labelled(asked.choices, where)
     label = _label(answer, labelled, where)
-    return Question(text.strip(), labelled, label, label)
+    return Question(text, labelled, label, label)
 
 
-def _labelled(choices: Any, where: str) -> dict[str, str]:
-    if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
-        pairs = list(zip(choices["label"], choices["text"], strict=False))
-    elif isinstance(choices, list) and all(isinstance(x, dict) and {"label", "text"} <= x.keys() for x in choices):
-        pairs = [(x["label"], x["text"]) for x in choices]
-    elif isinstance(choices, list) and len(choices) <= 26 and all(isinstance(x, str) for x in choices):
-        pairs = list(zip(string.ascii_uppercase, choices, strict=False))
+def _labelled(choices: list[str | Choice] | Choices, where: str) -> dict[str, str]:
+    if isinstance(choices, Choices):
+        labels, texts = choices.label, choices.text
     else:
-        raise ValueError(f"{where} has choices that are neither texts nor labels with texts")
-    labelled = {str(label): str(text).strip() for label, text in pairs}
-    if len(labelled) < 2 or len(labelled) < len(pairs):
-        raise ValueError(f"{where} must have two choices or more, with different labels, got {len(labelled)}")
+        labels = [
+            x.label if isinstance(x, Choice) else letter for x, letter in zip(choices, string.ascii_uppercase, strict=False)
+        ]
+        texts = [x.text if isinstance(x, Choice) else x for x in choices]
+    labelled = {str(label): str(text).strip() for label, text in zip(labels, texts, strict=False)}
+    if len(labelled) < 2 or not len(labelled) == len(labels) == len(texts):
+        raise ValueError(
+            f"{where} must have two choices or more, with different labels, got {len(texts)} with {len(labelled)} labels"
+        )
     return labelled
 
 
-def _label(answer: Any, choices: Mapping[str, str], where: str) -> str:
+def _label(answer: Value, choices: Mapping[str, str], where: str) -> str:
     if str(answer) in choices:
         return str(answer)
     if isinstance(answer, int) and 0 <= answer < len(choices):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quietstar.arguments.fields import check_at_least, check_positive, check_types
 from quietstar.generate import Thinking
 
 
@@ -34,8 +35,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         Thinking(self.think, 1, False, None, None, None)
-        for name, least in (("max_new_tokens", 1), ("votes", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Asking: {name} must be {least} or more, got {getattr(self, name)!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"Asking: temperature must be more than 0, got {self.temperature!r}")
+        check_types("Asking", self)
+        check_at_least("Asking", self, 1, ("max_new_tokens", "batch_size"))
+        check_at_least("Asking", self, 0, ("votes",))
+        check_positive("Asking", self, ("temperature",))

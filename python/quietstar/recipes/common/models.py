@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from quietstar.arguments.fields import check, check_types
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
 from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
@@ -28,8 +29,8 @@ class TaskConfig:
     data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.digits <= 18:
-            raise ValueError(f"TaskConfig: digits must be from 1 to 18, got {self.digits}")
+        check_types("TaskConfig", self)
+        check("TaskConfig", self, "digits", 1 <= self.digits <= 18, "from 1 to 18")
         if bool(self.data) == (self.task in GENERATED):
             raise ValueError(f"TaskConfig: data must be {'empty' if self.data else 'a file'} where task is {self.task!r}")
 

@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from quietstar.files.reading import as_type, read_json
 from quietstar.files.writing import put_back, replaced
 from quietstar.recipes.common.log import LoggedMetrics
 from quietstar.run.resume import Settings, check_folder
 from quietstar.run.signals import Interrupted, Signals
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class State(msgspec.Struct):
+    """What every recipe's state has: the number of finished updates."""
+
+    step: Count
+
+
+class Saved(msgspec.Struct):
+    """state.json"""
+
+    settings: dict[str, Any]
+    state: dict[str, Any]
 
 
 class Progress:
@@ -30,6 +46,7 @@ class Progress:
         settings: what a run must have in common with its continuation.
         state: the state of a new run, JSON values by name, which the recipe changes; "step" is the number of finished updates.
         resume: whether to continue a run that is in ``out``.
+        kind: what a saved state must have.
 
     Attributes:
         begun: whether there is such a run; ``load`` then loads it.
@@ -39,13 +56,14 @@ class Progress:
             damaged.
     """
 
-    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool):
+    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
         put_back(self.folder)
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
-            self.state = self._read()
+            self.state = state | self._read()
+            as_type(kind, self.state, f"{self.folder / STATE}: state")
         self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -75,7 +93,7 @@ class Progress:
                 save_model(module, str(beside / WEIGHTS))
                 save_file(tensors, beside / OPTIMIZER)
                 content = {"settings": self.settings.values, "state": self.state}
-                (beside / STATE).write_text(json.dumps(content, indent=2) + "\n")
+                (beside / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"{self.folder}: {error}") from error
 
@@ -87,10 +105,6 @@ class Progress:
             raise Interrupted(self.state["step"], self.folder)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads((self.folder / STATE).read_text())
-            saved, state = content["settings"], content["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}: {STATE} is missing or damaged: {error}") from error
-        self.settings.check(self.folder, saved)
-        return state
+        saved = read_json(self.folder / STATE, Saved)
+        self.settings.check(self.folder, saved.settings)
+        return saved.state

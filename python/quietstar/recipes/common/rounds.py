@@ -9,19 +9,34 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 
 from quietstar.checkpoints import pretrained
-from quietstar.files.reading import json_lines
+from quietstar.files.reading import as_type, json_lines, read_json
 from quietstar.files.writing import replaced, write_whole
 from quietstar.recipes.common.log import LoggedMetrics, log_figures
+from quietstar.recipes.common.progress import Count
 from quietstar.recipes.tasks import Task
 from quietstar.run.lock import LOCK
 from quietstar.run.resume import Settings, check_folder
 
 SETTINGS, REPORT = "recipe.json", "report.json"
 Rows = Sequence[Mapping[str, Any]]
+
+
+class Report(msgspec.Struct):
+    """What every round's report has.
+
+    Attributes:
+        base: the fingerprint of the model that the run started with; V-STaR's alone.
+    """
+
+    round: Count
+    accuracy: float
+    steps: Count = 0
+    base: str | None = None
 
 
 class Rounds:
@@ -44,7 +59,7 @@ class Rounds:
         begun = path.exists() and any(file.name not in (SETTINGS, LOCK) for file in self.out.iterdir())
         check_folder(out, SETTINGS, begun, resume)
         if begun:
-            settings.check(self.out, read_json(path))
+            settings.check(self.out, read_json(path, dict[str, Any]))
         self.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings.values, indent=2) + "\n")
 
@@ -57,14 +72,15 @@ class Rounds:
         return self.out / f"round-{number:02d}"
 
     def report(self, number: int) -> dict[str, Any]:
-        return read_json(self.folder(number) / REPORT)
+        return read_report(self.folder(number) / REPORT, Report)
 
     def reports(self) -> list[dict[str, Any]]:
         """The figures of the initial model and of all rounds."""
         return [self.report(number) for number in range(self.done + 1)]
 
-    def rows(self, number: int, name: str) -> list[dict[str, Any]]:
-        return [row for _, row in json_lines(self.folder(number) / f"{name}.jsonl")]
+    def rows(self, number: int, name: str, kind: Any = dict[str, Any]) -> list[Any]:
+        """The rows of a round's file, each of the type ``kind``."""
+        return [row for _, row in json_lines(self.folder(number) / f"{name}.jsonl", kind)]
 
     def model(self, number: int, like: PreTrainedModel) -> PreTrainedModel:
         """The model of a round, on the device and in the dtype of ``like``."""
@@ -81,12 +97,11 @@ class Rounds:
         log_figures(self.out, report)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file of a run. Raises ValueError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: missing or damaged: {error}") from error
+def read_report(path: Path, kind: Any) -> dict[str, Any]:
+    """All figures of a report. Raises ValueError if it is missing or damaged, or lacks what ``kind`` has."""
+    report = read_json(path)
+    as_type(kind, report, str(path))
+    return report
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
@@ -94,9 +109,10 @@ def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping
     with replaced(folder) as beside:
         model.save_pretrained(beside)
         task.tokenizer.save_pretrained(beside)
-        (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for name, several in rows.items():
-            (beside / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+            lines = "".join(json.dumps(row) + "\n" for row in several)
+            (beside / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from quietstar.arguments.fields import check, check_at_least
 from quietstar.config import option
 from quietstar.recipes.common.log import LOG, Pace
 from quietstar.recipes.common.logprobs import check_length, evaluating, padded, positions
-from quietstar.recipes.common.ranges import check, check_at_least
 from quietstar.recipes.tasks import Task
 from quietstar.run.batches import mix_seed
 

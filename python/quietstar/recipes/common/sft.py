@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from quietstar.arguments.fields import check_at_least, check_positive, check_types
 from quietstar.config import AdapterConfig, option
 from quietstar.hf.adapters import add, merge
 from quietstar.recipes.common.logprobs import logprob
 from quietstar.recipes.common.optimization import adamw
-from quietstar.recipes.common.ranges import check_at_least, check_positive
 from quietstar.run.batches import mix_seed
 
 Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
@@ -36,6 +36,7 @@ class SFTConfig(AdapterConfig):
     batch_tokens: int = option(1600, "most tokens in a batch, padding included; a longer example is a batch of its own")
 
     def __post_init__(self) -> None:
+        check_types("SFTConfig", self)
         AdapterConfig.__post_init__(self)
         check_positive("SFTConfig", self, ("learning_rate", "clip", "batch_tokens"))
         check_at_least("SFTConfig", self, 0, ("warmup", "weight_decay"))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.evaluation.questions import reading as questions
 from quietstar.evaluation.questions.answers import STOP, extract
-from quietstar.evaluation.questions.reading import Question, parse
 from quietstar.files.reading import json_lines
 from quietstar.recipes.tasks.base import Problem, Row, Task
 from quietstar.recipes.tasks.marks import MARK
@@ -59,15 +58,15 @@ class QuestionFile(Task):
 
     def _read(self, path: Path) -> list[tuple[str, Problem]]:
         rows = []
-        for number, value in json_lines(path):
-            problem = self.problem(value, parse(value, f"{path}: line {number}"))
+        for number, row in json_lines(path, questions.Row):
+            problem = self.problem(row, questions.question_of(row, f"{path}: line {number}"))
             rows.append((split_of(problem.prompt), problem))
         if not rows:
             raise ValueError(f"{path}: there is no question in it")
         return rows
 
     @abstractmethod
-    def problem(self, row: dict[str, Any], question: Question) -> Problem:
+    def problem(self, row: questions.Row, question: questions.Question) -> Problem:
         """The problem of one line of the file."""
 
 

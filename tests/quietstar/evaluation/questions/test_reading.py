@@ -63,8 +63,8 @@ BAD = {
     "empty": ("", "there is no question in it"),
     "blank": ("\n \n", "there is no question in it"),
     "not JSON": ('{"question": "a", "answer": 1}\n{"quest', "line 2 is not JSON"),
-    "not an object": ("[1]", "line 1 has no text in a field 'question'"),
-    "no question": ('{"answer": 1}', "line 1 has no text in a field 'question'"),
+    "not an object": ("[1]", "line 1: Expected object, got array"),
+    "no question": ('{"answer": 1}', "line 1: Object missing required field question"),
     "an empty one": ('{"question": " ", "answer": 1}', "line 1 has no text in a field 'question'"),
     "no answer": (
         '{"question": "a", "answer": 1}\n\n{"question": "b"}',
@@ -73,7 +73,16 @@ BAD = {
     "withheld": (json.dumps(CHOICE | {"answerKey": ""}), "line 1 has no answer"),
     "no number": ('{"question": "a", "answer": "#### x"}', "line 1 has no choices, so its answer must be a number, got 'x'"),
     "one choice": (json.dumps(CHOICE | {"choices": ["x"], "answer": 0}), "must have two choices or more"),
-    "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "choices that are neither"),
+    "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "array | null, got str - at $.choices"),
+    "odd labels": (
+        json.dumps(CHOICE | {"choices": {"label": 1, "text": 2}, "answer": 1}),
+        "line 1: Expected array, got int - at $.choices.label",
+    ),
+    "fewer labels": (
+        json.dumps(CHOICE | {"choices": {"label": ["A"], "text": ["x", "y"]}, "answer": "A"}),
+        "line 1 must have two choices or more",
+    ),
+    "an object as the answer": (json.dumps(CHOICE | {"answer": {}}), "got object - at $.answer"),
     "a label twice": (
         json.dumps(CHOICE | {"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answer": "A"}),
         "two choices or more, with different labels",
@@ -116,5 +125,5 @@ def test_the_hub(monkeypatch):
 def test_a_bad_row_of_the_hub(monkeypatch):
     fake = types.SimpleNamespace(load_dataset=lambda *names, **options: iter([{"text": "x"}]))
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    with pytest.raises(ValueError, match="some/data: row 1 has no text in a field 'question'"):
+    with pytest.raises(ValueError, match="some/data: row 1: Object missing required field question"):
         read_questions("some/data")

@@ -54,18 +54,36 @@ def test_a_run_that_failed_before_its_first_round_begins_anew(tmp_path):
         Rounds(tmp_path, Settings.of(recipe="star", shots=3), resume=True)
 
 
+DEEP = "[" * 100_000
+
+
 def test_a_damaged_file_of_a_run_is_named(tmp_path):
     run = Rounds(tmp_path, Settings.of(recipe="star"), resume=False)
     run.folder(0).mkdir()
     (run.folder(0) / "report.json").write_text('{"round": ')
     (run.folder(0) / "kept.jsonl").write_text('{"a": 1}\n{"a"')
-    with pytest.raises(ValueError, match="round-00/report.json: missing or damaged"):
+    with pytest.raises(ValueError, match="round-00/report.json is not JSON"):
         run.report(0)
     with pytest.raises(ValueError, match="round-00/kept.jsonl: line 2 is not JSON"):
         run.rows(0, "kept")
     (tmp_path / "recipe.json").write_text("")
-    with pytest.raises(ValueError, match="recipe.json: missing or damaged"):
+    with pytest.raises(ValueError, match="recipe.json is not JSON"):
         Rounds(tmp_path, Settings.of(recipe="star"), resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"round": 0}', '{"round": -1, "accuracy": 0.5}', DEEP, '{"round": 0, "accuracy": "x"}']
+)
+def test_a_report_of_another_form_is_named(tmp_path, content):
+    run = Rounds(tmp_path, Settings.of(recipe="star"), resume=False)
+    run.folder(0).mkdir()
+    (run.folder(0) / "report.json").write_text(content)
+    with pytest.raises(ValueError, match="round-00/report.json"):
+        run.log("star", 1)
+    if not content.startswith("{"):
+        (tmp_path / "recipe.json").write_text(content)
+        with pytest.raises(ValueError, match="recipe.json"):
+            Rounds(tmp_path, Settings.of(recipe="star"), resume=True)
 
 
 @pytest.mark.parametrize("command", ["star", "vstar"])

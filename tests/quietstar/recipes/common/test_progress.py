@@ -1,5 +1,6 @@
 """A recipe's state on disk is whole or refused, and a resumed run gives the same numbers."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -72,8 +73,28 @@ def test_a_run_of_other_settings_is_refused(saved, tmp_path):
 def test_a_damaged_file_is_named(saved, tmp_path, file):
     path = tmp_path / "progress" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="progress: .*damaged"):
+    with pytest.raises(ValueError, match="progress: .*damaged|state.json is not JSON"):
         begin(tmp_path, resume=True).load(model(), None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "[" * 100_000, '{"settings": [], "state": {}}', '{"settings": {}, "state": {"step": "x"}}'],
+)
+def test_a_state_of_another_form_is_named(saved, tmp_path, content):
+    (tmp_path / "progress" / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="progress"):
+        begin(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("step", [-1, None, 1.5, "x"])
+def test_a_state_that_no_run_can_have_is_named(saved, tmp_path, step):
+    path = tmp_path / "progress" / "state.json"
+    content = json.loads(path.read_text())
+    content["state"]["step"] = step
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"state.json: state: .* \$.step"):
+        begin(tmp_path, resume=True)
 
 
 def test_weights_of_another_model_are_refused(saved, tmp_path):

@@ -98,7 +98,9 @@ def test_problems_with_chains_are_found_among_many_without(tmp_path, byte_tokeni
     [
         ([QUESTIONS[0], {"question": "How many?"}], "line 2 has no answer"),
         ([], "there is no question in it"),
-        ([{"answer": "3"}], "line 1 has no text in a field 'question'"),
+        ([{"answer": "3"}], "line 1: Object missing required field question"),
+        ([{"question": "How many?", "answer": {}}], r"line 1: Expected .* got object - at \$.answer"),
+        ([{"question": "How many?", "answerKey": "3"}, {}], "line 2: Object missing"),
     ],
 )
 def test_a_malformed_file_is_refused_with_the_line_number(tmp_path, byte_tokenizer, rows, complaint):

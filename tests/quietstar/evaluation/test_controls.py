@@ -1,0 +1,56 @@
+"""Own thoughts are those that evaluation samples; another text's are at the same places."""
+
+import pytest
+import torch
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
+from quietstar.evaluation.losses import token_losses
+
+LENGTHS = (9, 12, 7)
+
+
+@pytest.fixture(params=[{}, {"end_token_id": 2, "stop_threshold": 0.02}], ids=["whole", "ragged"])
+def qs(tiny, request):
+    config = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3, **request.param)
+    qs = QuietStar(tiny("llama"), config, verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+@pytest.fixture
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
+
+
+def test_own_thoughts_are_those_of_the_evaluation(qs, texts):
+    own = with_own_thoughts(qs, texts, batch_size=2)
+    assert [tuple(x["thought_ids"].shape) for x in own] == [(length, 1, 3) for length in LENGTHS]
+    losses, same = token_losses(qs, texts), token_losses(qs, own)
+    torch.testing.assert_close(same.mixed, losses.mixed, atol=1e-5, rtol=0)
+    assert torch.equal(same.text, losses.text) and torch.equal(same.place, losses.place)
+    if qs.thought_config.stop_threshold is not None:
+        assert {0, 3} < set(torch.cat([x["thought_lengths"] for x in own]).flatten().tolist())
+
+
+def test_own_thoughts_at_chosen_places(qs, texts):
+    places = torch.tensor([2, 5, 6])
+    everywhere = with_own_thoughts(qs, texts)
+    chosen = with_own_thoughts(qs, [{**x, "anchors": places} for x in texts])
+    for some, every in zip(chosen, everywhere, strict=True):
+        assert torch.equal(some["thought_ids"], every["thought_ids"][places])
+
+
+def test_thoughts_of_another_are_at_the_same_places(qs, texts):
+    own = with_own_thoughts(qs, texts)
+    others = with_thoughts_of_another(own)
+    for name in own[0].keys() - {"input_ids"}:
+        first, second, third = (x[name] for x in own)
+        assert torch.equal(others[0][name], second[:9])
+        assert torch.equal(others[1][name], torch.cat([third, third[:5]]))  # where the other text has ended, from its start
+        assert torch.equal(others[2][name], first[:7])
+    assert [x["input_ids"] is y["input_ids"] for x, y in zip(own, others, strict=True)] == [True] * 3
+    assert not torch.allclose(token_losses(qs, own).mixed, token_losses(qs, others).mixed, atol=1e-3)
+    with pytest.raises(ValueError, match="examples must be 2 or more, got 1"):
+        with_thoughts_of_another(own[:1])
