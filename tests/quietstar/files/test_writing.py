@@ -107,3 +107,58 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     with replaced(tmp_path / "model") as new:
         (new / "x").write_text("x")
     assert sorted(os.listdir(tmp_path / "model")) == ["notes.txt", "x"]
+
+
+@pytest.mark.parametrize("moment", ["while it writes", "old folder moved away", "new folder in place"])
+def test_what_a_killed_process_left_of_a_folder_is_put_right(tmp_path, monkeypatch, moment):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("notes.txt", "state.json"):
+        (folder / name).write_text("old")
+    mine = [tmp_path / name for name in (".model-notes", ".model-1-mine", "model-best")]
+    for path in mine:
+        path.mkdir()
+
+    def die(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write():
+        monkeypatch.setattr(writing, "_exchange", lambda *_: False)  # with it there are only the first and the last moment
+        rename = os.replace
+        with replaced(folder) as new:
+            (new / "state.json").write_text("new")
+            if moment == "while it writes":
+                die()
+            if moment == "old folder moved away":
+                monkeypatch.setattr(writing.os, "replace", lambda one, other: die() if other == folder else rename(one, other))
+            monkeypatch.setattr(writing.shutil, "rmtree", die)
+
+    process = fork.Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and folder.exists() == (moment != "old folder moved away")
+    writing.put_back(folder)
+    assert (folder / "state.json").read_text() == ("new" if moment == "new folder in place" else "old")
+    with replaced(folder) as new:
+        (new / "state.json").write_text("newer")
+    assert sorted(tmp_path.iterdir()) == sorted([folder, *mine])
+    assert (folder / "notes.txt").read_text() == "old" and (folder / "state.json").read_text() == "newer"
+
+
+def test_a_folder_that_a_living_process_writes_is_left_alone(tmp_path):
+    def write(pipe):
+        with replaced(tmp_path / "model") as new:
+            (new / "x").write_text("theirs")
+            pipe.send(new.name)
+            pipe.recv()
+
+    pipe, theirs = fork.Pipe()
+    process = fork.Process(target=write, args=(theirs,), daemon=True)
+    process.start()
+    name = pipe.recv()
+    with replaced(tmp_path / "model") as new:
+        (new / "x").write_text("ours")
+    assert (tmp_path / name / "x").read_text() == "theirs" and (tmp_path / "model" / "x").read_text() == "ours"
+    pipe.send("end")
+    process.join()
+    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model" / "x").read_text() == "theirs"
