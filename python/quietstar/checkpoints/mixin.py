@@ -50,7 +50,7 @@ class CheckpointMixin(nn.Module):
 
         Args:
             verify: compare the SHA-256 of weights, config, vocabulary and thought parts with those that were saved, which takes
-                half a second for a gigabyte, and check that packed rows equal an ordinary forward, once per architecture.
+                0.6 seconds for a gigabyte, and check that packed rows equal an ordinary forward, once per architecture.
                 False skips both, and loads a checkpoint whose config was edited; sizes of weights are compared all the same.
             base: for a checkpoint of adapters, what they belong to: a model, which gets them, a folder or a hub name; default
                 the one that the checkpoint names.

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.card import CARD, card
 from quietstar.checkpoints.contents import Contents
-from quietstar.checkpoints.pretrained import load_model, load_tokenizer
-from quietstar.checkpoints.tensors import check_finite, find, has_safetensors, read_file
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
+from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, has_safetensors, locate_tensors, read_file
 from quietstar.config import ThoughtConfig, renamed
 from quietstar.files.hashes import check_names, check_saved, sha256
 from quietstar.files.reading import as_type, read_json
@@ -111,6 +111,7 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
     elif base is not None:
         raise ValueError(f"{path}: base is for a checkpoint of adapters, and this one is a whole model")
     else:
+        check_vocabulary(path, locate_tensors(path), load_config(path).get_text_config().vocab_size)
         model = load_model(path, **kwargs)
         if model.config.model_type != settings.model_type:
             wanted = f"{SETTINGS} belongs to a {settings.model_type}"

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quietstar.checkpoints.contents import Contents
-from quietstar.checkpoints.pretrained import load_tokenizer, load_with_report
-from quietstar.checkpoints.tensors import check_finite, find, locate_tensors, read_tensors
+from quietstar.checkpoints.pretrained import load_config, load_tokenizer, load_with_report
+from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, locate_tensors, read_tensors
 from quietstar.config import ThoughtConfig
 from quietstar.files.reading import read_json
 from quietstar.files.writing import replaced
@@ -74,6 +74,7 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Contents:
     for name in _EMBEDDINGS:
         if stored[name].ndim != 2:
             raise ValueError(f"{path}: {name} must have shape [2,D], got {list(stored[name].shape)}")
+    check_vocabulary(path, located, load_config(path).get_text_config().vocab_size)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of unexpected tensors would list the thought parts
     try:
