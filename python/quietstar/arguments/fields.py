@@ -23,7 +23,7 @@ def check_types(owner: str, config: Any) -> None:
 
     Integers may stand for numbers; bools are no integers; numbers are finite.
     """
-    hints = _hints(type(config))
+    hints = _hints(config.__class__)
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), _kinds(hints[field.name])
         found = next((x for x in (_converted(value, kind) for kind in kinds) if x is not MISSING), MISSING)

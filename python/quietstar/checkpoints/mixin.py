@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import FLOATS, file_path, instance, integer, number, refusal, tensor
+from quietstar.arguments.values import FLOATS, file_path, integer, mapping, number, refusal, tensor
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents
 
@@ -91,7 +91,7 @@ class CheckpointMixin(nn.Module):
         Raises:
             ValueError: a name that is missing or unknown, or a shape that differs.
         """
-        if not instance("state", state, Mapping):
+        if not mapping("state", state):
             raise refusal("state", "a published checkpoint's tensors", state)
         for name, x in state.items():
             tensor(f"state: {name}", x, "...", {}, dtypes=FLOATS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from quietstar import checks
-from quietstar.arguments.values import INTEGERS, instance, integer, items, number, tensor
+from quietstar.arguments.values import INTEGERS, instance, integer, items, number, refusal, tensor
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
@@ -85,16 +86,20 @@ def _check(
 ) -> None:
     V = one.lm_head.linear.out_features
     for text in items("texts", texts, 1):
-        for token in items("texts", text):
+        for token in items("texts", text, 1):
             integer("texts", token, 0, V - 1)
-    for name, rows in (("places", places), ("allowed", allowed)):
-        if (rows is not None or name == "places") and len(items(name, rows)) != len(texts):
+    for name, rows in {"places": places, "allowed": [None] * len(texts) if allowed is None else allowed}.items():
+        if len(items(name, rows)) != len(texts):
             raise ValueError(f"{name} must have a row for each of the {len(texts)} texts, got {len(rows)}")
     for row, text in zip(places, texts, strict=True):
         for place in items("places", row):
             integer("places", place, 1, len(text) - 1)
+        if any(b <= a for a, b in pairwise(row)):
+            raise refusal("places", "ascending", row)
     for ids in allowed or ():
         tensor("allowed", ids, "A", {}, one.start_embedding.device, INTEGERS)
+        if ids.device.type == "cpu":  # elsewhere this would wait for the device
+            checks.check_ids("allowed", ids, V)
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
