@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import FLOATS, file_path, integer, mapping, number, refusal, tensor
+from quietstar.arguments.values import FLOATS, file_path, flag, integer, mapping, number, refusal, tensor
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents
 
@@ -60,7 +60,7 @@ class CheckpointMixin(nn.Module):
             ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
                 base.
         """
-        contents = native.load(file_path("path", path), base, verify, **kwargs)
+        contents = native.load(file_path("path", path), base, flag("verify", verify), **kwargs)
         qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
         native.restore(qs.contents().tensors, contents.tensors, path)
         return qs

@@ -37,9 +37,8 @@ class Scores:
 
 def one_thought(qs: QuietStar) -> QuietStar:
     """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
-    one = replace(
-        qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0
-    )
+    config = instance("qs", qs, QuietStar).thought_config
+    one = replace(config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0)
     return qs.with_config(one)
 
 
@@ -64,7 +63,7 @@ def score_tokens(
     Raises:
         ValueError: those of ``QuietStar.forward``.
     """
-    one = one_thought(instance("qs", qs, QuietStar))
+    one = one_thought(qs)
     _check(one, texts, places, allowed)
     if not isinstance(think, str) or think not in ("always", "never"):
         think = number("think", think, "'always', 'never' or nats of entropy, 0 or more", least=0)
