@@ -135,15 +135,14 @@ def _thought_sizes(layout: ThoughtLayout, config: ThoughtConfig) -> dict[str, in
 def check_packed(
     layout: ThoughtLayout, input_ids: Tensor, config: ThoughtConfig, embed: nn.Embedding, thought_ids: Tensor | None = None
 ) -> None:
-    """Raises ValueError where a layout is not of the config, the text or the thoughts. Ids are read on a CPU alone."""
+    """Raises ValueError where a layout is not of the config, the text or the thoughts. The text is read on a CPU alone."""
     check_layout(layout, config)
     device, sizes = embed.weight.device, _thought_sizes(layout, config)
-    found = {"input_ids": tensor("input_ids", input_ids, "B,L", {"B": layout.B, "L": layout.L}, device, INTEGERS)}
+    tensor("input_ids", input_ids, "B,L", {"B": layout.B, "L": layout.L}, device, INTEGERS)
     if thought_ids is not None:
-        found["thought_ids"] = tensor("thought_ids", thought_ids, "B,P,N,T", sizes, device, INTEGERS)
-    for name, ids in found.items():
-        if device.type == "cpu":
-            check_ids(name, ids, len(embed.weight))
+        tensor("thought_ids", thought_ids, "B,P,N,T", sizes, device, INTEGERS)
+    if device.type == "cpu":
+        check_ids("input_ids", input_ids, len(embed.weight))
 
 
 def check_layout(layout: ThoughtLayout, config: ThoughtConfig) -> None:

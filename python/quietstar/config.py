@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quietstar.arguments.fields import check, check_at_least, check_choice, check_positive, check_types
-from quietstar.arguments.values import as_integer, choice, instance, refusal
+from quietstar.arguments.values import as_integer, choice, integer, mapping, refusal
 from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
 
 __all__ = ["MAY_DIFFER", "AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig", "option"]
@@ -188,7 +188,7 @@ class ThoughtConfig:
         Raises:
             ValueError: an unknown name, or a value out of range.
         """
-        values = renamed(instance("ThoughtConfig: values", values, Mapping))
+        values = renamed(mapping("ThoughtConfig: values", values))
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(map(str, unknown)))}")
@@ -265,6 +265,7 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
+        step = integer("TrainConfig.rate: step", step, 0)
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)

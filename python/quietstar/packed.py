@@ -140,7 +140,7 @@ class Thinker:
         if thought_lengths is not None:
             sizes = dict(zip("BPN", thought.shape, strict=False))
             tensor("thought_lengths", thought_lengths, "B,P,N", sizes, self.device, INTEGERS)
-            if self.device.type == "cpu":  # elsewhere this would wait for the device
+            if self.device.type == "cpu":
                 checks.check_range("thought_lengths", thought_lengths, self.config.thought_tokens, "T")
 
     def _check_targets(self, name: str, targets: Tensor, shape: torch.Size) -> None:
@@ -174,6 +174,8 @@ class Thinker:
         s = torch.arange(layout.S, device=tokens.device)
         # A shorter thought leaves out its last sampled tokens.
         tokens = tokens.gather(3, torch.where(s < end, s, s + T + 1 - end).clamp(max=layout.S - 1))
+        if self.device.type == "cpu":  # elsewhere this would wait for the device
+            checks.check_ids("thought_ids", tokens, len(embeddings(self.model).weight))
         embeds = torch.where((s == end)[..., None], self.end, embeddings(self.model)(tokens))
         return torch.where((s == 0)[:, None], self.start, embeds).flatten(1, 3)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.arguments.values import INTEGERS, instance, integer, items, tensor
-from quietstar.checks import check_range, sampled
+from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.cache import ThoughtStore
 from quietstar.hf.decoder import decode_rows, decode_step
@@ -47,8 +47,6 @@ class Thoughts:
             return self
         ids = self.thought_ids
         tensor("thought_lengths", thought_lengths, "B,P,N", dict(zip("BPN", ids.shape, strict=False)), ids.device, INTEGERS)
-        if ids.device.type == "cpu":  # elsewhere this would wait for the device
-            check_range("thought_lengths", thought_lengths, ids.shape[-1], "T")
         lengths = thought_lengths.long()
         lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
         on = sampled(lengths, self.thought_ids.shape[-1])

@@ -21,7 +21,7 @@ from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.losses import evaluate, summary, token_losses
 from quietstar.evaluation.questions.asking import Asking, ask
 from quietstar.evaluation.questions.reading import Question, read_questions
-from quietstar.evaluation.scoring import score_tokens
+from quietstar.evaluation.scoring import one_thought, score_tokens
 from quietstar.objective import make_targets
 from quietstar.packed import PackedInputs
 from quietstar.recipes import fast, internalize, score, solve, star, vstar
@@ -481,6 +481,11 @@ for name in CLASSES:
     target(name)(lambda world, name=name: (CLASSES[name], lambda: dict(CONFIGS[name])))
 
 
+@target("TrainConfig.rate")
+def _(world):
+    return TrainConfig(schedule="cosine").rate, lambda: {"step": 30}
+
+
 @target("ThoughtConfig.from_dict")
 def _(world):
     return ThoughtConfig.from_dict, lambda: {"values": dict(CONFIGS["ThoughtConfig"])}
@@ -577,6 +582,11 @@ def _(world):
         "think": "always",
         "allowed": [torch.arange(20), torch.arange(20)],
     }
+
+
+@target("one_thought")
+def _(world):
+    return one_thought, lambda: {"qs": world.qs}
 
 
 @target("ask")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,14 +18,16 @@ NAMES = {int: "an integer", float: "a finite number", bool: "True or False", str
 MISSING = object()
 
 
-def check_types(owner: str, config: Any) -> None:
+def check_types(owner: str, config: Any, infinite: Sequence[str] = ()) -> None:
     """Raises ValueError unless each field has a value of its annotated type; numbers become Python's own.
 
-    Integers may stand for numbers; bools are no integers; numbers are finite.
+    Integers may stand for numbers; bools are no integers; numbers are finite, but those of the fields in ``infinite``.
     """
-    hints = _hints(type(config))
+    hints = _hints(config.__class__)
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), _kinds(hints[field.name])
+        if field.name in infinite and value == math.inf:
+            continue
         found = next((x for x in (_converted(value, kind) for kind in kinds) if x is not MISSING), MISSING)
         if found is MISSING:
             wanted = " or ".join(NAMES.get(kind, repr(kind)) for kind in kinds)

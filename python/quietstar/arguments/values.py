@@ -26,6 +26,7 @@ __all__ = [
     "instance",
     "integer",
     "items",
+    "mapping",
     "number",
     "file_path",
     "refusal",
@@ -151,6 +152,12 @@ def instance(name: str, value: Any, cls: type[T]) -> T:
     return value
 
 
+def mapping(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise refusal(name, "a dict", value)
+    return value
+
+
 def items(name: str, value: Any, least: int = 0) -> Any:
     """A sequence that is neither text nor a tensor."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -198,4 +205,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _article(cls: type) -> str:
-    return "an" if cls.__name__[0] in "AEIO" else "a"
+    return "an" if cls.__name__[0] in "AEIOaeio" else "a"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import FLOATS, file_path, instance, integer, number, refusal, tensor
+from quietstar.arguments.values import FLOATS, file_path, flag, integer, mapping, number, refusal, tensor
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents
 
@@ -60,7 +60,7 @@ class CheckpointMixin(nn.Module):
             ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
                 base.
         """
-        contents = native.load(file_path("path", path), base, verify, **kwargs)
+        contents = native.load(file_path("path", path), base, flag("verify", verify), **kwargs)
         try:
             qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
         except ValueError as error:
@@ -94,7 +94,7 @@ class CheckpointMixin(nn.Module):
         Raises:
             ValueError: a name that is missing or unknown, or a shape that differs.
         """
-        if not instance("state", state, Mapping):
+        if not mapping("state", state):
             raise refusal("state", "a published checkpoint's tensors", state)
         for name, x in state.items():
             tensor(f"state: {name}", x, "...", {}, dtypes=FLOATS)

@@ -93,7 +93,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     """
     if not items("mean_interval: values", values):
         raise ValueError("mean_interval: there must be a value, got values=[]")
-    x = torch.tensor([number("mean_interval: values", value) for value in values], dtype=torch.float64)
+    x = torch.tensor(
+        [float(value) if isinstance(value, bool) else number("mean_interval: values", value) for value in values],
+        dtype=torch.float64,
+    )
     mean = float(x.mean())
     if len(x) == 1:
         return mean, None, None

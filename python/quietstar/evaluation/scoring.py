@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from quietstar import checks
-from quietstar.arguments.values import INTEGERS, instance, integer, items, number, tensor
+from quietstar.arguments.values import INTEGERS, instance, integer, items, number, refusal, tensor
 from quietstar.hf.cache import PackedPass
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
@@ -36,9 +37,8 @@ class Scores:
 
 def one_thought(qs: QuietStar) -> QuietStar:
     """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
-    one = replace(
-        qs.thought_config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0
-    )
+    config = instance("qs", qs, QuietStar).thought_config
+    one = replace(config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0)
     return qs.with_config(one)
 
 
@@ -63,7 +63,7 @@ def score_tokens(
     Raises:
         ValueError: those of ``QuietStar.forward``.
     """
-    one = one_thought(instance("qs", qs, QuietStar))
+    one = one_thought(qs)
     _check(one, texts, places, allowed)
     if not isinstance(think, str) or think not in ("always", "never"):
         think = number("think", think, "'always', 'never' or nats of entropy, 0 or more", least=0)
@@ -85,16 +85,20 @@ def _check(
 ) -> None:
     V = one.lm_head.linear.out_features
     for text in items("texts", texts, 1):
-        for token in items("texts", text):
+        for token in items("texts", text, 1):
             integer("texts", token, 0, V - 1)
-    for name, rows in (("places", places), ("allowed", allowed)):
-        if (rows is not None or name == "places") and len(items(name, rows)) != len(texts):
+    for name, rows in {"places": places, "allowed": [None] * len(texts) if allowed is None else allowed}.items():
+        if len(items(name, rows)) != len(texts):
             raise ValueError(f"{name} must have a row for each of the {len(texts)} texts, got {len(rows)}")
     for row, text in zip(places, texts, strict=True):
         for place in items("places", row):
             integer("places", place, 1, len(text) - 1)
+        if any(b <= a for a, b in pairwise(row)):
+            raise refusal("places", "ascending", row)
     for ids in allowed or ():
         tensor("allowed", ids, "A", {}, one.start_embedding.device, INTEGERS)
+        if ids.device.type == "cpu":  # elsewhere this would wait for the device
+            checks.check_ids("allowed", ids, V)
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:

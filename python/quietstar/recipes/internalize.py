@@ -71,7 +71,7 @@ class Config:
     seed: int = option(0, "fixes problems, their order, and which rows lose more tokens")
 
     def __post_init__(self) -> None:
-        check_types("internalize", self)
+        check_types("internalize", self, infinite=("smoothing",))
         at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
         check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
         check_at_least("internalize", self, 1, at_least_one)
