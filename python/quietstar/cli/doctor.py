@@ -29,6 +29,7 @@ from quietstar.memory.processes import (
 from quietstar.memory.step import human, memory_table, step_memory
 from quietstar_kernels import backends, cuda_library
 
+MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 
 
@@ -73,12 +74,14 @@ class Doctor:
             adapters = AdapterConfig(lora_rank=self.lora_rank, lora_targets=self.lora_targets)
         except ValueError as error:
             raise UsageError(str(error)) from error
+        rows = self.batch_size * self.length * (1 + thoughts.thoughts * thoughts.rows)
+        if rows > MOST_ROWS:
+            raise UsageError(f"--batch-size, --length and thoughts make {rows:,} rows, and {MOST_ROWS:,} are the most")
         dtype = getattr(torch, self.dtype)
         processes = Processes(self.processes, self.sharding, dtype, gathered_dtype(dtype, self.precision))
         memory = step_memory(config, thoughts, self.batch_size, self.length, processes.computed, self.anchor_chunk)
         weights = count_weights(config, adapters)
         memory = process_memory(memory, weights, processes)
-        rows = self.batch_size * self.length * (1 + thoughts.thoughts * thoughts.rows)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
         text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory, libraries, self.gradient_checkpointing)}"
         if self.processes > 1:

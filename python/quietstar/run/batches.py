@@ -11,6 +11,8 @@ from quietstar.arguments.values import refusal, tensor
 
 __all__ = ["Batch", "Example", "collate", "mix_seed", "texts_of_step"]
 
+MOST = 2**20  # texts of a step
+
 Example = dict[str, Tensor]
 Batch = dict[str, Tensor]
 
@@ -20,7 +22,12 @@ def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int
 
     Args:
         texts: how many texts there are.
+
+    Raises:
+        ValueError: a ``batch_size`` above ``MOST``.
     """
+    if batch_size > MOST:
+        raise refusal("batch_size", f"at most {MOST:,}", batch_size)
     chosen = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(position, texts)

@@ -53,7 +53,7 @@ INTS = 3 * ["0", "-1", "-5", str(2**63), str(10**30), str(-(10**30))] + [
     "None",
     "9" * 5000,
 ]
-LARGE = [str(x) for x in (2**31, 10**12, 2**62, 2**63 - 1)]
+LARGE = [str(x) for x in (10**6, 2**31, 10**12, 2**62, 2**63 - 1)]
 FLOATS = ["nan", "inf", "-inf", "1e308", "1e400", "1e-320", "-1", "-0.0", str(10**30), "9" * 400, "", "one", "1_0", "0"]
 TEXTS = [
     "",
@@ -239,7 +239,7 @@ def hostile_value(choose: random.Random, name: str, kind: str) -> str:
     if name in OUT:
         return choose.choice(WRITTEN)
     if kind == "int":
-        return choose.choice(INTS + LARGE * 2 if name in COSTLY else INTS)
+        return choose.choice(INTS + LARGE * 6 if name in COSTLY else INTS)
     if kind == "float":
         return choose.choice(FLOATS)
     if kind == "bool":
@@ -291,6 +291,12 @@ READ: dict[str, tuple[str, ...]] = {
     "options.json": ("train", "--config=options.json", "--out=new"),
     "options.yaml": ("train", "--config=options.yaml", "--out=new"),
     "run/config.json": ("train", "--config=run/config.json", "--resume"),
+    "run/checkpoints/step-000001/run.json": ("train", "--config=run/config.json", "--resume"),
+    "run/checkpoints/step-000001/manifest.json": ("train", "--config=run/config.json", "--resume"),
+    "run/checkpoints/step-000001/quietstar.json": line_of("think", GOOD["think"] | {"model": "run"}),
+    "run/metrics.jsonl": ("train", "--config=run/config.json", "--resume"),
+    "thinker/quietstar.json": line_of("think", GOOD["think"]),
+    "thinker/config.json": line_of("explain", GOOD["explain"]),
     "star/recipe.json": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto"}),
     "star/round-00/report.json": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto", "rounds": "2"}),
     "star/metrics.jsonl": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto", "rounds": "2"}),

@@ -1,5 +1,6 @@
-"""Commands as processes: a reader that goes away, a disk that is full, locales and arguments that are not UTF-8."""
+"""A reader that goes away, a disk that is full, and a locale that is not UTF-8."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,71 +9,71 @@ import pytest
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import errors
+from quietstar.cli.main import main
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 THINK = ["think", "--model=thinker", "Hi there"]
 
 
 @pytest.fixture
-def start(home, tiny, byte_tokenizer):
-    """``start(arguments, **environment)``: a process of quietstar in a folder with a model that thinks."""
+def thinker(home, tiny, byte_tokenizer):
     model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
     QuietStar(model, ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2), byte_tokenizer).save_pretrained("thinker")
     (home / "gruesse.txt").write_text("Grüße, 你好, 🙂.\n\n" * 40, encoding="utf-8")
 
-    def start(arguments, stdout=subprocess.PIPE, **environment):
-        command = [sys.executable, "-m", "quietstar", *arguments]
-        pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=home, env={**os.environ, **environment}, **pipes)
 
-    return start
-
-
-def lines(process):
-    """Exit code, output, and the lines on stderr that are not a progress bar."""
-    out, err = process.communicate(timeout=120)
-    shown = [line for line in err.decode().replace("\r", "\n").splitlines() if line and "step/s" not in line]
-    return process.returncode, (out or b"").decode(), shown
-
-
-def test_a_reader_that_goes_away_ends_a_command_silently(start):
-    """As in ``quietstar think ... | head``: while it prints, and when what it printed is written as it ends."""
-    many, few = start(["think", "--model=thinker", "Hi there " * 300]), start(THINK)
-    for process in (many, few):
-        process.stdout.close()
-        process.stdout = None
-    assert [lines(process) for process in (many, few)] == 2 * [(errors.PIPE, "", [])]
+@pytest.mark.parametrize("buffer", [1, -1])
+def test_a_reader_that_goes_away_ends_a_command_silently(thinker, monkeypatch, capsys, buffer):
+    """As in ``quietstar think ... | head``: while it prints, or when what it printed is written at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=buffer) as stdout:  # that it closes without an error is a part of the test
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(THINK) == errors.PIPE
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_to_a_full_disk_is_a_sentence(thinker, monkeypatch, capsys):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(THINK) == errors.RUNTIME
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "quietstar: the output can't be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [THINK, ["generate", "--model=thinker", "--prompt=Hi", "--max-new-tokens=20"]])
+def test_characters_that_the_terminal_lacks_are_escaped(thinker, monkeypatch, arguments):
+    printed = io.BytesIO()
+    with io.TextIOWrapper(printed, encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(arguments) == 0
+        monkeypatch.undo()
+        assert r"\ufffd" in printed.getvalue().decode("ascii")
+
+
 @pytest.mark.slow
-def test_output_to_a_full_disk(start):
-    with open("/dev/full", "wb") as full:
-        code, _, err = lines(start(THINK, stdout=full))
-    assert code == errors.RUNTIME and len(err) == 1 and "No space left on device" in err[0]
+def test_processes(thinker, home):
+    """The same in processes of their own, with what only those have: arguments in bytes, and the interpreter's end."""
 
+    def start(*arguments, **environment):
+        command, pipe = [sys.executable, "-m", "quietstar", *arguments], subprocess.PIPE
+        return subprocess.Popen(command, cwd=home, env={**os.environ, **environment}, stdout=pipe, stderr=pipe)
 
-def test_the_c_locale(start):
-    """ASCII alone on the terminal, and files are UTF-8 all the same."""
-    generate = start(["generate", "--model=thinker", "--prompt=Hi", "--max-new-tokens=20", "--show-thoughts"], **C_LOCALE)
-    data = ["--model=thinker", "--data=gruesse.txt", "--length=16", "--held-out=2"]
-    ask = start(["eval", *data, "--out=eval.json"], **C_LOCALE)
-    for process in (generate, ask):
-        code, out, err = lines(process)
-        assert code == 0 and out and out.isascii() and not any("Error" in line for line in err), err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("locale", ["C", "UTF-8"])
-def test_arguments_that_are_not_utf_8(start, locale):
-    environment = C_LOCALE if locale == "C" else {"LC_ALL": "C.UTF-8"}
+    closed = start(*THINK)
+    closed.stdout.close()
+    closed.stdout = None
+    read = start("eval", "--model=thinker", "--data=gruesse.txt", "--length=16", "--held-out=2", **C_LOCALE)
     wrong = [
-        [b"think", b"--model=thinker", b"caf\xe9"],
-        [b"generate", b"--model=thinker", b"--prompt=caf\xe9"],
-        [b"eval", b"--model=thinker", b"--data=caf\xe9.txt"],
-        [b"export", b"--model=thinker", b"--data=gruesse.txt", b"--out=caf\xe9.jsonl"],
-        [b"train", b"--model=thinker", b"--data=gruesse.txt", b"--out=caf\xe9"],
+        start(b"think", b"--model=thinker", b"caf\xe9"),
+        start("export", "--model=thinker", "--data=gruesse.txt", "--out=Grüße.jsonl", **C_LOCALE),
     ]
-    for arguments in wrong:
-        code, out, err = lines(start(arguments, **environment))
-        assert code == errors.USAGE and len(err) == 1 and "is not UTF-8" in err[0] and not out, (arguments, err)
+    codes, shown = [], []
+    for process in (closed, read, *wrong):
+        out, err = process.communicate(timeout=300)
+        codes.append(process.returncode)
+        shown.append((out or b"").decode("ascii") + err.decode("ascii"))
+    assert codes == [errors.PIPE, 0, errors.USAGE, errors.USAGE], shown
+    assert shown[0] == "" and "Traceback" not in "".join(shown)
+    assert all(text.startswith("quietstar: ") and "is not UTF-8" in text and text.count("\n") == 1 for text in shown[2:])
