@@ -334,7 +334,8 @@ def main() -> None:
     train_lm(model, training, args.seconds_lm, log, "language model", 16, falling)
     losses = {"before": plain_losses(model, texts)}
     plain = copy.deepcopy(model)
-    train_lm(plain, new, args.seconds_thoughts, log, "no thoughts", 4, steady)
+    # About as many updates as with thoughts, whose time goes into more texts per step instead.
+    train_lm(plain, new, args.seconds_thoughts, log, "no thoughts", 64, steady)
     losses["plain"] = plain_losses(plain, texts)
     qs = QuietStar(model, THOUGHTS, tokenizer)
     train_thoughts(qs, new, args.seconds_thoughts, log)
