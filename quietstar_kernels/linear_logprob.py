@@ -70,17 +70,17 @@ def linear_logprob(
             (on CPU; on a GPU a banned target gives -inf), or a back end that can't run.
     """
     check = Checker(_OP)
-    banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
-    check.tensor("targets", targets, "R", (torch.int64,), hidden.device)
-    check.positive("temperature", temperature)
+    scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
+    temperature = check.positive("temperature", temperature)
+    check.flag("return_entropy", return_entropy)
     if grad_scale is not None:
         check.tensor("grad_scale", grad_scale, "2,R" if return_entropy else "R", (_wide(hidden),), hidden.device)
-    if not isinstance(keep_bytes, int) or keep_bytes < 0:
-        raise check.fail(f"keep_bytes must be an integer of at least 0, got {keep_bytes!r}")
+    keep_bytes = check.integer("keep_bytes", keep_bytes, 0)
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(check, targets, banned)
+        _check_targets(check, targets, bans)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    inputs = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
+    inputs = (hidden, weight, targets, bias, scale, softcap, temperature, bans)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_scale is not None and any(wanted):
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]

@@ -64,17 +64,16 @@ def sample_token(
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
     check = Checker(_OP, **{"4": 4})
-    banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
-    check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device)
-    check.positive("temperature", temperature, zero=True)
+    scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device, "hidden")
+    temperature = check.positive("temperature", temperature, zero=True)
     if isinstance(seed, Tensor):
-        check.tensor("seed", seed, "", (torch.int64,), hidden.device)
-    elif not -(2**63) <= seed < 2**64:
-        raise check.fail(f"seed must be a 64-bit integer, got {seed}")
+        check.tensor("seed", seed, "", (torch.int64,), hidden.device, "hidden")
     else:
+        seed = check.integer("seed", seed, -(2**63), 2**64 - 1, "a 64-bit integer")
         seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=hidden.device)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    return call(_forward, hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
+    return call(_forward, hidden, weight, counters, seed, bias, scale, softcap, temperature, bans, backend)
 
 
 def _sample_token(
