@@ -17,6 +17,7 @@ from torch import Tensor
 
 INFINITE_WINDOW = 2**30  # no position id is as large
 LARGEST_INTEGER = 2**63 - 1
+IGNORED = -100  # a target that gets no log-probability
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -76,14 +77,15 @@ class Checker:
     def tensor(
         self,
         name: str,
-        value: Tensor,
+        value: Any,
         letters: str,
         dtype: Sequence[torch.dtype] | None = None,
         device: torch.device | None = None,
         like: str = "",
     ) -> None:
-        """``letters`` are the dimensions, comma-separated, such as ``"B,G,M,K"``; ``like`` names the argument that sets dtype and
-        device, for the error. Raises ValueError.
+        """``letters`` are the dimensions, comma-separated, such as ``"B,G,M,K"``. Raises ValueError.
+
+        ``like``, for the error: the argument that sets dtype and device.
         """
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {shown(value)}")
@@ -166,9 +168,11 @@ class Checker:
     def device(self, value: Any) -> torch.device:
         """The argument ``device``: a torch.device or the name of one."""
         try:
-            return torch.device(value) if isinstance(value, (str, torch.device)) else torch.device(None)
-        except (RuntimeError, TypeError):
-            raise self.fail(f"device must be a device such as cpu, cuda or cuda:1, got {shown(value)}") from None
+            if isinstance(value, (str, torch.device)):
+                return torch.device(value)
+        except RuntimeError:
+            pass
+        raise self.fail(f"device must be a device such as cpu, cuda or cuda:1, got {shown(value)}")
 
 
 def check_head(
@@ -209,3 +213,18 @@ def check_attention(check: Checker, keys: str, values: str, sinks: Tensor | None
     check.width("E", values)
     if sinks is not None:
         check.tensor("sinks", sinks, "H", FLOATS, device, "layout")
+
+
+def check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
+    """Checks their values, if reading these doesn't wait for a GPU."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(targets):  # in vmap: check the targets of all calls at once
+        targets = torch._C._functorch.get_unwrapped(targets)
+    kept = targets[targets != IGNORED]
+    outside = kept[(kept < 0) | (kept >= check["V"])]
+    if outside.numel():
+        raise check.fail(f"targets must be from 0 to V-1={check['V'] - 1} or -100, got {int(outside[0])}")
+    for token in banned:
+        if bool((kept == token).any()):
+            raise check.fail(f"targets must not hold a banned id, got {token}")

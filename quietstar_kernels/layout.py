@@ -40,6 +40,8 @@ class ThoughtLayout:
         check.tensor("lo", self.lo, "B,L", (torch.int32,))
         check.tensor("anchor", self.anchor, "B,P", (torch.int32,), self.lo.device)
         check.tensor("length", self.length, "B,P,N", (torch.int32,), self.lo.device)
+        if not check["N"]:
+            raise check.fail(f"length must have at least one thought, N=0 in shape {list(self.length.shape)}")
         _check_sizes(check, check["N"], self.rows)
 
     @property
@@ -311,7 +313,7 @@ def _check_sizes(check: Checker, thoughts: int, rows: int) -> None:
     N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
     B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
     if P and not L:
-        raise check.fail(f"anchors must have P=0 if the text has L=0 positions, got P={P}")
+        raise check.fail(f"anchors must have P=0 if lo or text_length has L=0, got P={P}")
     if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
         sizes = f"batch B={B:,}, text_length L={L:,}, P={P:,}, thoughts N={N:,}, rows S={S:,}"
         raise check.fail(f"L+P*N*S and B*P*N must be at most {MOST_ROWS:,}, got {M:,} and {B * P * N:,} with {sizes}")

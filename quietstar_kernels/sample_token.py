@@ -37,10 +37,10 @@ def sample_token(
     and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
     of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
 
-    A row whose logits are not finite has id -1 and log-probability NaN, on every back end. That is a row in which a logit is NaN
-    or inf, be its id banned or not; or all are -inf, where some -inf alone have probability 0; or the log of the sum of
-    exp(logit) is beyond ±6.9e29. An infinite logit stays so under a soft cap. All rows are not finite if scale, softcap,
-    scale / softcap, 1 / temperature or their product overflows fp32. Nothing waits for the device.
+    A row whose logits are not finite has id -1 and log-probability NaN, on every back end and without waiting for the device.
+    That is a row in which a logit is NaN or inf, whether its id is banned or not; in which all logits are -inf (where some are
+    not, those that are have probability 0); or in which the log of the sum of exp(logit) is beyond ±6.9e29. Infinite logits
+    stay so under a soft cap. No row is finite if scale, softcap, 1 / temperature or a product of them overflows fp32.
 
     There is no derivative: asking for one raises NotImplementedError.
 

@@ -79,7 +79,9 @@ def test_generate_after_a_thought_that_is_not_the_model_s(tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(qs.lm_head), "sample", third_is_broken)
-        with pytest.raises(ValueError, match="^the model's logits are not finite at text 0, position 5: its weights are finite"):
+        with pytest.raises(
+            ValueError, match="^the model's logits are not finite at text 0, position 5: its weights are finite"
+        ):
             qs.generate(TEXTS[:1], max_new_tokens=1)
 
 
