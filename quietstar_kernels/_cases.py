@@ -21,6 +21,7 @@ from quietstar_kernels import testing
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.linear_logprob import linear_logprob
 from quietstar_kernels.sample_token import sample_token
+from quietstar_kernels.testing import tolerance
 from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
 
@@ -153,7 +154,7 @@ FIRST_USE = JUDGES | {"thought_attention": _first_use(attention), "thought_decod
 
 def _worst(op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Any], *rest: Any, **options: Any) -> float:
     """The largest of all outputs and gradients."""
-    return max(_judge(**result) for result in testing._results(op, plain, inputs, *rest, **options))
+    return max(_judge(**result) for result in tolerance.results(op, plain, inputs, *rest, **options))
 
 
 def _judge(got: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: float = 0.0) -> float:

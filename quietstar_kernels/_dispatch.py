@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quietstar_kernels import _first_use, cpu, cuda, reference, triton
+from quietstar_kernels._checks import Checker, shown
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -31,12 +32,12 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     Args:
         widths: sizes by letter, where it depends on them whether a back end serves the op, or with which kernel.
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return _fastest(op, device, dtype, widths)
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {shown(backend)}")
     reason = BACKENDS[backend].why_not(op, device, dtype, **widths)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available: {reason}")
@@ -99,7 +100,7 @@ def run(function: str, backend: str, *arguments: Any) -> Any:
 
 def backends(device: torch.device | str = "cpu") -> list[dict[str, str]]:
     """One row per op and back end: ``{"op", "backend", "status"}``. The status is "available", or the reason why it is not."""
-    device = torch.device(device)
+    device = Checker("backends").device(device)
     return [
         {"op": op, "backend": backend, "status": why_not(op, backend, device) or "available"}
         for op in OPS

@@ -32,6 +32,8 @@ class Head(NamedTuple):
     @property
     def overflows(self) -> bool:
         """Whether a factor between products and logits in bits is beyond fp32, so that no logit is a number."""
+        if self.scale is None and self.softcap is None and not 0 < self.temperature < 1e-30:
+            return False
         scale, temperature = abs(1.0 if self.scale is None else self.scale), self.temperature or 1.0
         inner, outer = (scale, scale) if self.softcap is None else (scale / self.softcap, self.softcap)
         return not 2 * math.log2(math.e) * max(scale, inner, outer, 1 / temperature, outer / temperature) <= LARGEST

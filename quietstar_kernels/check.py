@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quietstar_kernels import _cases, _dispatch
+from quietstar_kernels._checks import check_instance
 from quietstar_kernels.layout import ThoughtLayout
 
 __all__ = ["check", "served"]
@@ -64,6 +65,7 @@ def ragged_thoughts(text: int) -> ThoughtLayout:
 
 def served(device: torch.device) -> tuple[str, ...]:
     """The reference, and what ``auto`` may take on ``device``."""
+    check_instance("served", "device", device, torch.device)
     return ("reference", *_dispatch.FASTEST_FIRST.get(device.type, ()))
 
 

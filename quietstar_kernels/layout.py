@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import INTEGERS, Checker
+from quietstar_kernels._checks import INTEGERS, Checker, check_instance
 
 _OP = "ThoughtLayout"
+MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,15 @@ class ThoughtLayout:
     lo: Tensor
     length: Tensor
     rows: int
+
+    def __post_init__(self) -> None:
+        check = Checker(_OP)
+        check.tensor("lo", self.lo, "B,L", (torch.int32,))
+        check.tensor("anchor", self.anchor, "B,P", (torch.int32,), self.lo.device)
+        check.tensor("length", self.length, "B,P,N", (torch.int32,), self.lo.device)
+        if not check["N"]:
+            raise check.fail(f"length must have at least one thought, N=0 in shape {list(self.length.shape)}")
+        _check_sizes(check, check["N"], self.rows)
 
     @property
     def B(self) -> int:
@@ -70,13 +80,15 @@ class ThoughtLayout:
     def every_position(
         cls, batch: int, text_length: int, thoughts: int, rows: int, device: torch.device | str | None = None
     ) -> ThoughtLayout:
-        """Every text position is an anchor: P = L, and anchor p is position p. Raises ValueError if a size is too small."""
-        _check_sizes(thoughts, rows)
-        if batch < 0 or text_length < 0:
-            raise ValueError(f"{_OP}: batch and text_length must not be negative, got {batch} and {text_length}")
+        """Every text position is an anchor: P = L, and anchor p is position p. Raises ValueError if a size is out of range."""
+        check = Checker(_OP)
+        batch, text_length = check.integer("batch", batch, 0), check.integer("text_length", text_length, 0)
+        check.sizes.update(B=batch, L=text_length, P=text_length)
+        _check_sizes(check, thoughts, rows)
+        device = None if device is None else check.device(device)
         anchor = torch.arange(text_length, dtype=torch.int32, device=device).repeat(batch, 1)
         length = torch.full((batch, text_length, thoughts), rows, dtype=torch.int32, device=device)
-        return cls(anchor, torch.zeros_like(anchor), length, rows)
+        return cls(anchor, torch.zeros_like(anchor), length, int(rows))
 
     @classmethod
     def at(
@@ -103,20 +115,27 @@ class ThoughtLayout:
         Raises:
             ValueError: an argument with a wrong size, shape, dtype or value.
         """
-        _check_sizes(thoughts, rows)
-        check = Checker(_OP, N=thoughts)
+        check = Checker(_OP)
         check.tensor("anchors", anchors, "B,P", INTEGERS)
+        if text_length is not None:
+            check.sizes["L"] = check.integer("text_length", text_length, 0)
+        elif lo is None:
+            raise check.fail("at() needs lo or text_length")
+        else:
+            check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
+        _check_sizes(check, thoughts, rows)
+        check.flag("validate", validate)
+        thoughts, rows = check["N"], int(rows)
         if lo is None:
-            if text_length is None or text_length < 0:
-                raise ValueError(f"{_OP}: at() needs lo or a text_length of 0 or more, got {text_length}")
-            lo = torch.zeros((check["B"], text_length), dtype=torch.int32, device=anchors.device)
-        elif text_length is not None:
-            check.sizes["L"] = text_length
+            lo = torch.zeros((check["B"], check["L"]), dtype=torch.int32, device=anchors.device)
         check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
         if length is None:
             length = torch.full((check["B"], check["P"], thoughts), rows, dtype=torch.int32, device=anchors.device)
+        elif isinstance(length, Tensor) and length.shape[2:] != (thoughts,):
+            raise check.fail(f"length must have shape [B,P,N] with thoughts N={thoughts}, got {list(length.shape)}")
         check.tensor("length", length, "B,P,N", INTEGERS, anchors.device)
         if validate:
+            check.has_values(anchors=anchors)
             _check_values(anchors, lo, length, rows)
         return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows)
 
@@ -131,7 +150,10 @@ class ThoughtLayout:
         Raises:
             ValueError: as in ``at``, or padding inside the text.
         """
-        Checker(_OP).tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
+        check = Checker(_OP)
+        check.tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
+        check.has_values(attention_mask=attention_mask)
+        _check_sizes(check, thoughts, rows)
         live = attention_mask != 0
         if live.numel():
             starts = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
@@ -151,7 +173,10 @@ class ThoughtLayout:
         Raises:
             ValueError: as in ``at``, or a document in two pieces.
         """
-        Checker(_OP).tensor("document_ids", document_ids, "B,L", INTEGERS)
+        check = Checker(_OP)
+        check.tensor("document_ids", document_ids, "B,L", INTEGERS)
+        check.has_values(document_ids=document_ids)
+        _check_sizes(check, thoughts, rows)
         if document_ids.numel():
             for row, ids in enumerate(document_ids):
                 runs = torch.unique_consecutive(ids)
@@ -218,6 +243,8 @@ class ThoughtLayout:
         check = Checker("ThoughtLayout.token_ids", B=self.B, L=self.L, P=self.P, N=self.N)
         check.tensor("input_ids", input_ids, "B,L", INTEGERS, self.device)
         check.tensor("thought_ids", thought_ids, "B,P,N,T", INTEGERS, self.device)
+        for name, token in (("start_id", start_id), ("end_id", end_id), ("pad_id", pad_id)):
+            check.integer(name, token)
         forced = self.S - check["T"] - 2
         if forced < 0:
             raise check.fail(f"rows S must be at least T+2={check['T'] + 2}, got {self.S}")
@@ -238,6 +265,7 @@ class ThoughtLayout:
 
         With a ``window`` W, a row at position id q sees only rows at position ids above q - W, both text and own rows.
         """
+        window = Checker("ThoughtLayout.dense_mask").window(window)
         B, L, R = self.B, self.L, self.R
         t = torch.arange(L, device=self.device)
         r = torch.arange(R, device=self.device)
@@ -259,10 +287,12 @@ class ThoughtLayout:
 
     def select(self, places: slice) -> ThoughtLayout:
         """The same text with only some of the anchors."""
+        check_instance("ThoughtLayout.select", "places", places, slice)
         return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
+        device = Checker("ThoughtLayout.to").device(device)
         anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
         return ThoughtLayout(anchor, lo, length, self.rows)
 
@@ -271,11 +301,23 @@ class ThoughtLayout:
         return f"ThoughtLayout({sizes}, device={self.device})"
 
 
-def _check_sizes(thoughts: int, rows: int) -> None:
-    if not isinstance(thoughts, int) or thoughts < 1:
-        raise ValueError(f"{_OP}: thoughts N must be an integer of at least 1, got {thoughts!r}")
-    if not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"{_OP}: rows S must be an integer of at least 1, got {rows!r}")
+def checked_layout(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> ThoughtLayout:
+    """The layout of a call whose layout was checked: an operator's arguments are its tensors."""
+    layout = object.__new__(ThoughtLayout)
+    layout.__dict__.update(anchor=anchor, lo=lo, length=length, rows=rows)
+    return layout
+
+
+def _check_sizes(check: Checker, thoughts: int, rows: int) -> None:
+    """Sets N. Where P is not set, every position is an anchor."""
+    N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
+    B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
+    if P and not L:
+        raise check.fail(f"anchors must have P=0 if lo or text_length has L=0, got P={P}")
+    if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
+        sizes = f"batch B={B:,}, text_length L={L:,}, P={P:,}, thoughts N={N:,}, rows S={S:,}"
+        raise check.fail(f"L+P*N*S and B*P*N must be at most {MOST_ROWS:,}, got {M:,} and {B * P * N:,} with {sizes}")
+    check.sizes["N"] = N
 
 
 def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> None:
@@ -288,7 +330,7 @@ def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> None
         "anchors must ascend, with -1 only at the end": (later != -1) & (later < anchor[:, :-1])
         | (later != -1) & (anchor[:, :-1] == -1),
         "lo must satisfy 0 <= lo[b,t] <= t": (lo < 0) | (lo > t),
-        f"length must be from 0 to S={rows}": (length < 0) | (length > rows),
+        f"length must be from 0 to rows S={rows}": (length < 0) | (length > rows),
     }
     broken = torch.stack([rule.any() for rule in rules.values()]).tolist()
     tensors = (anchor, anchor, lo, length)

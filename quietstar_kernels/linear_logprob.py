@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import Checker, check_head
+from quietstar_kernels._checks import IGNORED, Checker, check_head, check_targets
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import Head, Saved
 
 _OP = "linear_logprob"
-IGNORED = -100
 KEEP_BYTES = 2**28
 TOLERANCE = 1e-4
 
@@ -36,8 +35,8 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
 
-    Differentiable in hidden, weight and bias, also through the entropy, in the ways that ``thought_attention`` is. Banned ids are
-    left out of the softmax.
+    Differentiable in hidden, weight and bias, also through the entropy, in the ways that ``thought_attention`` is. Banned ids
+    are left out of the softmax.
 
     If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
     the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are
@@ -70,17 +69,16 @@ def linear_logprob(
             (on CPU; on a GPU a banned target gives -inf), or a back end that can't run.
     """
     check = Checker(_OP)
-    banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
-    check.tensor("targets", targets, "R", (torch.int64,), hidden.device)
-    check.positive("temperature", temperature)
+    scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
+    temperature = check.positive("temperature", temperature)
+    check.flag("return_entropy", return_entropy)
     if grad_scale is not None:
         check.tensor("grad_scale", grad_scale, "2,R" if return_entropy else "R", (_wide(hidden),), hidden.device)
-    if not isinstance(keep_bytes, int) or keep_bytes < 0:
-        raise check.fail(f"keep_bytes must be an integer of at least 0, got {keep_bytes!r}")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(check, targets, banned)
+    keep_bytes = check.integer("keep_bytes", keep_bytes, 0)
+    check_targets(check, targets, bans)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    inputs = (hidden, weight, targets, bias, scale, softcap, float(temperature), banned)
+    inputs = (hidden, weight, targets, bias, scale, softcap, temperature, bans)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if grad_scale is not None and any(wanted):
         promised = grad_scale.detach() if return_entropy else grad_scale.detach()[None]
@@ -104,18 +102,6 @@ def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> boo
 
 def _wide(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
-    while torch._C._functorch.is_functorch_wrapped_tensor(targets):  # in vmap: check the targets of all calls at once
-        targets = torch._C._functorch.get_unwrapped(targets)
-    kept = targets[targets != IGNORED]
-    outside = kept[(kept < 0) | (kept >= check["V"])]
-    if outside.numel():
-        raise check.fail(f"targets must be from 0 to V-1={check['V'] - 1} or -100, got {int(outside[0])}")
-    for token in banned:
-        if bool((kept == token).any()):
-            raise check.fail(f"targets must not hold a banned id, got {token}")
 
 
 def _linear_logprob(

@@ -37,10 +37,10 @@ def sample_token(
     and the best score wins. Word 1, u = (word + 0.5) / 2^32, picks inside the winner by inversion: the first of its 8 groups
     of 16 ids at which the running sum of weights passes u times the block's total, then the first id inside that group.
 
-    A row whose logits are not finite has id -1 and log-probability NaN, on every back end. That is a row in which a logit is NaN
-    or inf, be its id banned or not; or all are -inf, where some -inf alone have probability 0; or the log of the sum of
-    exp(logit) is beyond ±6.9e29. An infinite logit stays so under a soft cap. All rows are not finite if scale, softcap,
-    scale / softcap, 1 / temperature or their product overflows fp32. Nothing waits for the device.
+    A row whose logits are not finite has id -1 and log-probability NaN, on every back end and without waiting for the device.
+    That is a row in which a logit is NaN or inf, whether its id is banned or not; in which all logits are -inf (where some are
+    not, those that are have probability 0); or in which the log of the sum of exp(logit) is beyond ±6.9e29. Infinite logits
+    stay so under a soft cap. No row is finite if scale, softcap, 1 / temperature or a product of them overflows fp32.
 
     There is no derivative: asking for one raises NotImplementedError.
 
@@ -64,17 +64,16 @@ def sample_token(
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
     check = Checker(_OP, **{"4": 4})
-    banned = check_head(check, hidden, weight, bias, scale, softcap, banned)
-    check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device)
-    check.positive("temperature", temperature, zero=True)
+    scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device, "hidden")
+    temperature = check.positive("temperature", temperature, zero=True)
     if isinstance(seed, Tensor):
-        check.tensor("seed", seed, "", (torch.int64,), hidden.device)
-    elif not -(2**63) <= seed < 2**64:
-        raise check.fail(f"seed must be a 64-bit integer, got {seed}")
+        check.tensor("seed", seed, "", (torch.int64,), hidden.device, "hidden")
     else:
+        seed = check.integer("seed", seed, -(2**63), 2**64 - 1, "a 64-bit integer")
         seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=hidden.device)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
-    return call(_forward, hidden, weight, counters, seed, bias, scale, softcap, float(temperature), banned, backend)
+    return call(_forward, hidden, weight, counters, seed, bias, scale, softcap, temperature, bans, backend)
 
 
 def _sample_token(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import FLOATS, Checker
+from quietstar_kernels._checks import FLOATS, Checker, check_attention, check_instance, shown
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.layout import ThoughtLayout, checked_layout
 
 _OP = "thought_attention"
 
@@ -57,23 +57,21 @@ def thought_attention(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
+    check_instance(_OP, "layout", layout, ThoughtLayout)
     R = layout.R
     check = Checker(_OP, B=layout.B, M=layout.L + R, R=R)
-    if query_rows not in ("all", "thoughts"):
-        raise check.fail(f"query_rows must be 'all' or 'thoughts', got {query_rows!r}")
+    if not isinstance(query_rows, str) or query_rows not in ("all", "thoughts"):
+        raise check.fail(f"query_rows must be 'all' or 'thoughts', got {shown(query_rows)}")
     device = layout.device
-    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device)
-    check.tensor("k", k, "B,G,M,K", (q.dtype,), device)
-    check.tensor("v", v, "B,G,M,E", (q.dtype,), device)
-    check.head_groups()
-    check.width("K")
-    check.width("E")
+    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device, "layout")
+    check.tensor("k", k, "B,G,M,K", (q.dtype,), device, "q")
+    check.tensor("v", v, "B,G,M,E", (q.dtype,), device, "q")
+    check_attention(check, "k", "v", sinks, device)
     check.last_strides_one(q=q, k=k, v=v)
-    if sinks is not None:
-        check.tensor("sinks", sinks, "H", FLOATS, device)
-    check.window(window)
-    check.positive("scale", scale)
-    check.positive("softcap", softcap)
+    check.flag("return_lse", return_lse)
+    window = check.window(window)
+    scale = q.shape[-1] ** -0.5 if scale is None else check.positive("scale", scale)
+    softcap = check.positive_or_none("softcap", softcap)
     out, lse = call(
         _forward,
         q,
@@ -84,9 +82,9 @@ def thought_attention(
         layout.length,
         sinks,
         layout.rows,
-        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        scale,
         window,
-        None if softcap is None else float(softcap),
+        softcap,
         query_rows,
         _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
@@ -108,7 +106,7 @@ def _thought_attention(
     query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layout = ThoughtLayout(anchor, lo, length, rows)
+    layout = checked_layout(anchor, lo, length, rows)
     return _dispatch.run("thought_attention", backend, q, k, v, layout, AttentionOptions(scale, window, softcap, sinks))
 
 
@@ -135,7 +133,7 @@ def _thought_attention_backward(
     query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = ThoughtLayout(anchor, lo, length, rows)
+    layout = checked_layout(anchor, lo, length, rows)
     options = AttentionOptions(scale, window, softcap, sinks)
     grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, options)
     dq, dk, dv, dsinks = grads

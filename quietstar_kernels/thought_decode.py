@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import FLOATS, INTEGERS, Checker
+from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_attention, check_instance
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.layout import ThoughtLayout, checked_layout
 
 _OP = "thought_decode"
 
@@ -48,29 +48,24 @@ def thought_decode(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
+    check_instance(_OP, "layout", layout, ThoughtLayout)
     device, S = layout.device, layout.S
     check = Checker(_OP, B=layout.B, L=layout.L, S=S, **{"P*N": layout.P * layout.N})
-    check.tensor("q", q, "B,H,P*N,K", FLOATS, device)
+    check.tensor("q", q, "B,H,P*N,K", FLOATS, device, "layout")
     same = (q.dtype,)
-    check.tensor("k_text", k_text, "B,G,L,K", same, device)
-    check.tensor("v_text", v_text, "B,G,L,E", same, device)
-    check.tensor("k_own", k_own, "B,G,P*N,S,K", same, device)
-    check.tensor("v_own", v_own, "B,G,P*N,S,E", same, device)
-    check.head_groups()
-    check.width("K")
-    check.width("E")
+    check.tensor("k_text", k_text, "B,G,L,K", same, device, "q")
+    check.tensor("v_text", v_text, "B,G,L,E", same, device, "q")
+    check.tensor("k_own", k_own, "B,G,P*N,S,K", same, device, "q")
+    check.tensor("v_own", v_own, "B,G,P*N,S,E", same, device, "q")
+    check_attention(check, "k_text", "v_text", sinks, device)
     check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
-    if sinks is not None:
-        check.tensor("sinks", sinks, "H", FLOATS, device)
     if isinstance(step, Tensor):
-        check.tensor("step", step, "", INTEGERS, device)
-    elif not 0 <= step < S:
-        raise check.fail(f"step must be from 0 to S-1={S - 1}, got {step}")
+        check.tensor("step", step, "", INTEGERS, device, "layout")
     else:
-        step = torch.full((), step, dtype=torch.int32, device=device)
-    check.window(window)
-    check.positive("scale", scale)
-    check.positive("softcap", softcap)
+        step = torch.full((), check.integer("step", step, 0, S - 1, f"from 0 to S-1={S - 1}"), dtype=torch.int32, device=device)
+    window = check.window(window)
+    scale = q.shape[-1] ** -0.5 if scale is None else check.positive("scale", scale)
+    softcap = check.positive_or_none("softcap", softcap)
     return call(
         _forward,
         q,
@@ -84,9 +79,9 @@ def thought_decode(
         step,
         sinks,
         S,
-        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        scale,
         window,
-        None if softcap is None else float(softcap),
+        softcap,
         _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
 
@@ -108,7 +103,7 @@ def _thought_decode(
     softcap: float | None,
     backend: str,
 ) -> Tensor:
-    layout = ThoughtLayout(anchor, lo, length, rows)
+    layout = checked_layout(anchor, lo, length, rows)
     options = AttentionOptions(scale, window, softcap, sinks)
     return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, options)
 

@@ -181,7 +181,7 @@ def _draw(
         acc = tl.broadcast_to(shift_v[None, :], [BLOCK_R, BLOCK_V])
         x = _products(hidden, weight, acc, row, first_id, R, V, D, stride_h, stride_w, DESCRIBED, BLOCK_D)
         if inner is not None:
-            # tanh to an absolute error of 2^-22, which needs few registers. The last term keeps what is infinite, else adds nothing.
+            # tanh to an absolute error of 2^-22, which needs few registers. The last term keeps infinities.
             x = 1.0 - 2.0 / (tl.exp2(x * (2 * BITS * inner)) + 1.0) + TINY * x
 
         peak = tl.max(x, 1)

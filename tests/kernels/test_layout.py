@@ -150,15 +150,15 @@ BAD_AT = [
     ({"rows": 0}, "rows S must be an integer of at least 1, got 0"),
     ({"anchors": torch.zeros(2, dtype=torch.int32)}, "anchors must have shape [B,P]=[?,?], got [2]"),
     ({"anchors": torch.zeros(2, 2)}, "anchors must have dtype int32, int64, got float32"),
-    ({"anchors": [[0]]}, "anchors must be a tensor [B,P], got list"),
-    ({"text_length": None}, "at() needs lo or a text_length of 0 or more, got None"),
-    ({"text_length": -1}, "at() needs lo or a text_length of 0 or more, got -1"),
+    ({"anchors": [[0]]}, "anchors must be a tensor [B,P], got [[0]]"),
+    ({"text_length": None}, "at() needs lo or text_length"),
+    ({"text_length": -1}, "text_length must be an integer of at least 0, got -1"),
     ({"lo": LO[:, :3]}, "lo must have shape [B,L]=[2,4], got [2,3]"),
     ({"lo": LO[:1]}, "lo must have shape [B,L]=[2,4], got [1,4]"),
     ({"lo": LO.float()}, "lo must have dtype int32, int64, got float32"),
     ({"lo": LO.to("meta")}, "lo must be on cpu, got meta"),
     ({"length": LENGTH[:, :1]}, "length must have shape [B,P,N]=[2,2,2], got [2,1,2]"),
-    ({"length": LENGTH[..., :1]}, "length must have shape [B,P,N]=[2,2,2], got [2,2,1]"),
+    ({"length": LENGTH[..., :1]}, "length must have shape [B,P,N] with thoughts N=2, got [2, 2, 1]"),
     ({"length": LENGTH.double()}, "length must have dtype int32, int64, got float64"),
     ({"length": LENGTH.to("meta")}, "length must be on cpu, got meta"),
     ({"anchors": torch.tensor([[0, 2], [1, 4]])}, "anchors must be from -1 to L-1=3, broken at [1, 1] of shape [2, 2]"),
@@ -167,8 +167,8 @@ BAD_AT = [
     ({"anchors": torch.tensor([[-1, 2], [1, 3]])}, "anchors must ascend, with -1 only at the end, broken at [0, 0]"),
     ({"lo": LO + torch.tensor([0, 0, 3, 0])}, "lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 2] of shape [2, 4]"),
     ({"lo": LO - 1}, "lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 0]"),
-    ({"length": LENGTH + 1}, "length must be from 0 to S=3, broken at [0, 0, 0] of shape [2, 2, 2]"),
-    ({"length": LENGTH - 4}, "length must be from 0 to S=3, broken at [0, 0, 0]"),
+    ({"length": LENGTH + 1}, "length must be from 0 to rows S=3, broken at [0, 0, 0] of shape [2, 2, 2]"),
+    ({"length": LENGTH - 4}, "length must be from 0 to rows S=3, broken at [0, 0, 0]"),
 ]
 
 
@@ -185,8 +185,8 @@ def test_at_refuses(change, message):
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
 DOCUMENTS = torch.tensor([[0, 0, 1], [4, -1, -1]])
 BAD_BUILDS = [
-    (lambda: ThoughtLayout.every_position(-1, 2, 1, 1), "batch and text_length must not be negative, got -1 and 2"),
-    (lambda: ThoughtLayout.every_position(2, -2, 1, 1), "batch and text_length must not be negative, got 2 and -2"),
+    (lambda: ThoughtLayout.every_position(-1, 2, 1, 1), "batch must be an integer of at least 0, got -1"),
+    (lambda: ThoughtLayout.every_position(2, -2, 1, 1), "text_length must be an integer of at least 0, got -2"),
     (lambda: ThoughtLayout.every_position(2, 2, 0, 1), "thoughts N must be an integer of at least 1, got 0"),
     (lambda: ThoughtLayout.every_position(2, 2, 1, 0), "rows S must be an integer of at least 1, got 0"),
     (lambda: ThoughtLayout.from_padding(MASK[0], 1, 1), "attention_mask must have shape [B,L]=[?,?], got [3]"),

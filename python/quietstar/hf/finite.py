@@ -24,7 +24,7 @@ def state(model: nn.Module) -> str:
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that holds NaN or infinity; reads all weights, but only this process's part of sharded ones."""
+    """The first weight that holds NaN or infinity; of sharded weights only this process's part is read."""
     for name, weight in model.named_parameters():
         part = weight.to_local() if isinstance(weight, DTensor) else weight
         if part.is_floating_point() and not part.is_meta and not bool(part.isfinite().all()):

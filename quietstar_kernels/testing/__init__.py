@@ -1,0 +1,37 @@
+"""For testing these kernels and code that uses them: a tolerance rule, the ops in plain PyTorch, and random inputs.
+
+    generator = torch.Generator().manual_seed(0)
+    layout = random_layout(generator)
+    inputs = attention_inputs(generator, layout)
+    grad_out = torch.randn(..., generator=generator)
+    assert_op_close_as_plain(my_attention, plain_attention, inputs, (grad_out,), layout=layout)
+
+All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives the same test on every device.
+"""
+
+from quietstar_kernels.testing.inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+from quietstar_kernels.testing.layouts import LAYOUT_KINDS, random_layout
+from quietstar_kernels.testing.plain import plain_attention, plain_decode, plain_log_softmax, plain_logprob
+from quietstar_kernels.testing.tolerance import (
+    assert_close_as_plain,
+    assert_op_close_as_plain,
+    attention_magnitudes,
+    forward_backward,
+)
+
+__all__ = [
+    "LAYOUT_KINDS",
+    "assert_close_as_plain",
+    "assert_op_close_as_plain",
+    "attention_inputs",
+    "attention_magnitudes",
+    "decode_inputs",
+    "forward_backward",
+    "logprob_inputs",
+    "plain_attention",
+    "plain_decode",
+    "plain_log_softmax",
+    "plain_logprob",
+    "random_layout",
+    "sample_inputs",
+]

@@ -1,0 +1,98 @@
+"""Random layouts of every kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels._checks import Checker, shown
+from quietstar_kernels._typed import typed
+from quietstar_kernels.layout import ThoughtLayout
+
+MOST = 2**24  # thoughts
+LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", "no_anchors", "one")
+
+
+@typed
+def random_layout(
+    generator: torch.Generator,
+    kind: str | None = None,
+    max_batch: int = 3,
+    max_text: int = 12,
+    max_thoughts: int = 3,
+    max_rows: int = 5,
+    device: torch.device | str | None = None,
+) -> ThoughtLayout:
+    """A layout of random sizes, from 1 to the given ones.
+
+    Args:
+        generator: on CPU.
+        kind: one of ``LAYOUT_KINDS``, by default a random one: "every" position; chosen "anchors" with -1 at the end; padding
+            "left", "right" or "both"; packed "documents", some with padding; "any_lo" (legal, though no real text has it);
+            "ragged" thoughts; "no_anchors" (P = 0); "one" (all sizes 1). All but "every", "no_anchors" and "one" may also
+            have chosen anchors and ragged thoughts.
+
+    Raises:
+        ValueError: no such kind, or a size out of range.
+    """
+    check = Checker("random_layout")
+    device = None if device is None else check.device(device)
+    sizes = {"max_batch": max_batch, "max_text": max_text, "max_thoughts": max_thoughts, "max_rows": max_rows}
+    for name, size in sizes.items():
+        check.integer(name, size, 1, 4096)
+    if max_batch * max_text * max_thoughts > MOST:
+        raise check.fail(
+            f"max_batch * max_text * max_thoughts must be at most {MOST:,}, got {max_batch * max_text * max_thoughts:,}"
+        )
+    if kind is None:
+        kind = LAYOUT_KINDS[_integer(generator, 0, len(LAYOUT_KINDS) - 1)]
+    if kind not in LAYOUT_KINDS:
+        raise ValueError(f"random_layout: kind must be one of {', '.join(LAYOUT_KINDS)}, got {shown(kind)}")
+    if kind == "one":
+        return ThoughtLayout.every_position(1, 1, 1, 1, device)
+    B, L, N, S = (_integer(generator, 1, most) for most in (max_batch, max_text, max_thoughts, max_rows))
+    if kind == "every":
+        return ThoughtLayout.every_position(B, L, N, S, device)
+    anchors = None
+    if kind == "no_anchors":
+        anchors = torch.zeros(B, 0, dtype=torch.int32)
+    elif kind == "anchors" or _integer(generator, 0, 1):
+        anchors = _random_anchors(generator, B, L)
+    if kind in ("left", "right", "both"):
+        first = _integers(generator, 0, L, B) if kind != "right" else torch.zeros(B, dtype=torch.int64)
+        last = _integers(generator, 0, L, B) if kind != "left" else torch.full((B,), L)
+        first, last = torch.minimum(first, last), torch.maximum(first, last)
+        t = torch.arange(L)
+        layout = ThoughtLayout.from_padding((t >= first[:, None]) & (t < last[:, None]), N, S, anchors)
+    elif kind == "documents":
+        ids = torch.randint(0, 3, (B, L), generator=generator).eq(0).cumsum(1)
+        padded = _integers(generator, L // 2, 2 * L, B)
+        ids = ids.masked_fill(torch.arange(L) >= padded[:, None], -1)
+        layout = ThoughtLayout.from_documents(ids, N, S, anchors)
+    elif kind == "any_lo":
+        lo = (torch.rand(B, L, generator=generator) * torch.arange(1, L + 1)).long()
+        layout = ThoughtLayout.at(torch.arange(L).expand(B, L) if anchors is None else anchors, N, S, lo=lo)
+    else:
+        layout = ThoughtLayout.at(torch.arange(L).expand(B, L) if anchors is None else anchors, N, S, text_length=L)
+    if kind == "ragged" or _integer(generator, 0, 2) == 0:
+        length = torch.minimum(layout.length, torch.randint(0, S + 1, layout.length.shape, generator=generator))
+        layout = ThoughtLayout.at(layout.anchor, N, S, lo=layout.lo, length=length)
+    return layout if device is None else layout.to(device)
+
+
+def _random_anchors(generator: torch.Generator, B: int, L: int) -> Tensor:
+    """[B,P]: some positions of each row, ascending, then -1; P is sometimes one more than the longest row needs."""
+    chosen = torch.rand(B, L, generator=generator) < torch.rand(B, 1, generator=generator)
+    places = int(chosen.sum(1).max()) + _integer(generator, 0, 1)
+    anchors = torch.full((B, places), -1)
+    for row, positions in zip(anchors, chosen, strict=True):
+        row[: int(positions.sum())] = positions.nonzero()[:, 0]
+    return anchors
+
+
+def _integer(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _integers(generator: torch.Generator, low: int, high: int, count: int) -> Tensor:
+    return torch.randint(low, high + 1, (count,), generator=generator)

@@ -1,0 +1,150 @@
+"""The ops in plain dense PyTorch, every step in the dtype of the inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_attention, check_head, check_targets
+from quietstar_kernels._typed import typed
+from quietstar_kernels.layout import ThoughtLayout
+
+
+@typed
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThoughtLayout,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    query_rows: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """``thought_attention`` with ``return_lse`` in dense PyTorch, every step in q's dtype; differentiable by autograd."""
+    check = Checker("plain_attention", B=layout.B, M=layout.M, R=layout.R)
+    check.choice("query_rows", query_rows, ("all", "thoughts"))
+    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, layout.device, "layout")
+    check.tensor("k", k, "B,G,M,K", (q.dtype,), layout.device, "q")
+    check.tensor("v", v, "B,G,M,E", (q.dtype,), layout.device, "q")
+    _check_options(check, "k", "v", scale, softcap, sinks, layout)
+    skip = 0 if query_rows == "all" else layout.L
+    return _plain(q, k, v, layout.dense_mask(window)[:, skip:], scale, softcap, sinks)
+
+
+@typed
+def plain_decode(
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_own: Tensor,
+    v_own: Tensor,
+    layout: ThoughtLayout,
+    step: int | Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite."""
+    check = Checker("plain_decode", B=layout.B, L=layout.L, S=layout.S, **{"P*N": layout.P * layout.N})
+    check.tensor("q", q, "B,H,P*N,K", FLOATS, layout.device, "layout")
+    for name, x, letters in (
+        ("k_text", k_text, "B,G,L,K"),
+        ("v_text", v_text, "B,G,L,E"),
+        ("k_own", k_own, "B,G,P*N,S,K"),
+        ("v_own", v_own, "B,G,P*N,S,E"),
+    ):
+        check.tensor(name, x, letters, (q.dtype,), layout.device, "q")
+    _check_options(check, "k_text", "v_text", scale, softcap, sinks, layout)
+    if isinstance(step, Tensor):
+        check.tensor("step", step, "", INTEGERS)
+        check.has_values(step=step)
+        step = int(step)
+    check.integer("step", step, 0, layout.S - 1)
+    mask = layout.dense_mask(window)[:, layout.L :][:, step :: layout.S]
+    k, v = torch.cat([k_text, k_own.flatten(2, 3)], 2), torch.cat([v_text, v_own.flatten(2, 3)], 2)
+    return _plain(q, k, v, mask, scale, softcap, sinks)[0]
+
+
+def _check_options(
+    check: Checker,
+    keys: str,
+    values: str,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    layout: ThoughtLayout,
+) -> None:
+    check_attention(check, keys, values, sinks, layout.device)
+    check.positive_or_none("scale", scale)
+    check.positive_or_none("softcap", softcap)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B,H,rows,K] over k, v [B,G,keys,...] under a mask [B,rows,keys]; a row that sees nothing is off."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    on = mask.any(-1)[:, None]
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * torch.matmul(q, k.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    # A row that is off sees everything, so that nothing is NaN; its result is dropped.
+    scores = scores.masked_fill(~(mask[:, None] | ~on[..., None]), -math.inf)
+    if sinks is not None:
+        column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    # exp(score - lse) as in the op, in fp32 even for half precision; so does torch.softmax.
+    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+    lse = torch.logsumexp(wide, -1)
+    p = torch.exp(wide - lse[..., None])[..., : k.shape[2]].to(q.dtype)
+    return torch.matmul(p, v).masked_fill(~on[..., None], 0), lse.masked_fill(~on, -math.inf)
+
+
+@typed
+def plain_log_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    banned: Sequence[int] = (),
+) -> Tensor:
+    """The log of the distribution of ``sample_token`` and ``linear_logprob``, [R,V], every step in hidden's dtype."""
+    check = Checker("plain_log_softmax")
+    check_head(check, hidden, weight, bias, scale, softcap, banned)
+    check.positive("temperature", temperature)
+    logits = torch.matmul(hidden, weight.T)
+    if bias is not None:
+        logits = logits + bias
+    if scale is not None:
+        logits = scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    out = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+    out[list(banned)] = True
+    return torch.log_softmax(logits.masked_fill(out, -math.inf) / temperature, -1)
+
+
+@typed
+def plain_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``linear_logprob`` with ``return_entropy`` in dense PyTorch, every step in hidden's dtype; differentiable by autograd.
+
+    Args:
+        options: scale, softcap, temperature, banned.
+    """
+    logp = plain_log_softmax(hidden, weight, bias, **options)
+    check = Checker("plain_logprob", R=logp.shape[0], V=logp.shape[1])
+    check.tensor("targets", targets, "R", INTEGERS, hidden.device, "hidden")
+    check_targets(check, targets, [])
+    logprob = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0)
+    return logprob, -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)
