@@ -204,6 +204,8 @@ def verdict(found: dict[str, Gain]) -> str:
         said = "No gain from what was thought: another text's thoughts are as good, within the interval."
     if signs["mixing"] > 0 and signs["content"] <= 0:
         said += "\nWhat mixing gained comes from the mixing head and the extra steps, whatever was thought."
+    elif signs["mixing"] < 0:
+        said += "\nMixing alone hurt: with another text's thoughts the model predicts worse than with none."
     compared = {1: "predicts worse", 0: "predicts as well, within the interval", -1: "predicts better"}
     return f"{said}\nThe model trained as long without thoughts {compared[signs['over plain training']]}."
 
