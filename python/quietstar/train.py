@@ -114,6 +114,8 @@ def train(
     settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
     if config.tracker:
         accelerator.init_trackers("quietstar", config=settings["train"])
+    if checkpoint and resume == "auto" and accelerator.is_main_process:
+        snapshots.remove_old(checkpoint, config.keep)  # if the last save was killed before it did, and no other follows
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, write=accelerator.is_main_process)
     save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 

@@ -230,6 +230,15 @@ def test_a_save_that_was_killed_is_cleaned_up(run, tmp_path):
     assert [path.name for path in rest.parent.iterdir()] == ["step-000002"]
 
 
+def test_what_a_kill_after_the_last_save_left_is_removed(run, tmp_path):
+    """It came before older checkpoints were removed, or while one was: the next run has nothing to save."""
+    run(steps=3, save_every=1, keep=3)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-000001").rename(folder / ".step-000001-old")
+    run(steps=3, save_every=1, keep=1, resume="auto")
+    assert [path.name for path in folder.iterdir()] == ["step-000003"]
+
+
 def test_no_text(run):
     with pytest.raises(ValueError, match="no text to train on"):
         run(data=[])

@@ -65,7 +65,8 @@ class Doctor:
 
     def _training(self) -> str:
         """Tables of the memory that a step needs in each process, and of what the processes exchange."""
-        libraries = psutil.Process().memory_info().rss  # those of ``quietstar train``, which are loaded here too
+        # Those of ``quietstar train``, which are loaded here too.
+        libraries = psutil.Process().memory_info().rss
         config = load_config(newest_checkpoint(self.model))
         if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
             raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
@@ -83,7 +84,8 @@ class Doctor:
         weights = count_weights(config, adapters)
         memory = process_memory(memory, weights, processes)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
-        text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory, libraries, self.gradient_checkpointing)}"
+        table = memory_table(memory, libraries, self.gradient_checkpointing)
+        text = f"{self.model}: a training step on {size}, needs about\n{table}"
         if self.processes > 1:
             traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
             text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"

@@ -51,7 +51,7 @@ class StepMemory:
 
     @property
     def update_on_gpu(self) -> int:
-        """AdamW's temporaries where it updates all weights together: the denominators (torch.optim.adam, _multi_tensor_adam)."""
+        """AdamW's temporaries where it updates all weights together: denominators (torch.optim.adam._multi_tensor_adam)."""
         return self.moments // 2
 
     @property

@@ -95,11 +95,20 @@ def save(
         if write:
             _write_whole(target, step, qs, moments, config)
     if write:
-        paths = every(out)
-        newest = paths.index(target) + 1
-        for old in paths[: max(0, newest - keep)] + paths[newest:]:
-            _remove(old)
+        for later in every(out)[::-1]:
+            if later == target:
+                break
+            _remove(later)
+        remove_old(target, keep)
     return target
+
+
+def remove_old(newest: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints of a run up to one of them, and what saves that were killed have left."""
+    _remove_leftovers(newest.parent)
+    paths = every(newest.parent.parent)
+    for old in paths[: max(0, paths.index(newest) + 1 - keep)]:
+        _remove(old)
 
 
 # State tensors by "parameter index.name", and the settings of the parameter groups.

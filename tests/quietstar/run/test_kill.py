@@ -182,7 +182,7 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
         while ended is None or ended.code:
             kill = {}
             if killed < KILLS[name]:  # soon enough that others can follow
-                soon = generator.uniform(0, left / 3)
+                soon = generator.uniform(0, max(left / 3, 3))
                 kill = {"change": 1 + int(soon)} if killed % 3 else {"seconds": 0.01 + unbroken.seconds * soon / left}
             ended = start(folder, **kill)
             assert ended.code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
