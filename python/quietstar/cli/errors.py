@@ -45,6 +45,8 @@ def runtime_failure(error: BaseException) -> str | None:
             f"out of memory{f', {asked[1]} more were needed' if asked else ''}: quietstar doctor --model says what a step "
             "needs; smaller batches, texts or thoughts need less"
         )
+    if isinstance(error, RuntimeError) and "without overflow" in str(error):
+        return f"a number is too large for its dtype: {first_line(error)}"
     return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
 
 

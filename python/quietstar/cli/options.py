@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ MOVED = {
     ("think", "data"): "quietstar export --data",
 }
 
+LARGEST = 1e30
 LONGEST, LONG = 4096, ("prompt", "answer_prefix")  # characters of an option with its value; options that may be longer
 
 
@@ -154,15 +154,17 @@ def _struct_rule(info: Any) -> StructConstructorSpec | None:
 
 
 def _number_rule(info: Any) -> PrimitiveConstructorSpec | None:
-    """Integers of 64 bits and finite numbers: no option has a use for others, and few functions below take them."""
+    """Integers of 64 bits and numbers that float32 can hold: no option has a use for others, and few functions take them."""
     kind = info.type
     if kind not in (int, float):
         return None
 
     def read(words: list[str]) -> int | float:
         value = kind(words[0])
-        if not (-(2**63) <= value < 2**63 if kind is int else math.isfinite(value)):
-            raise ValueError(f"{words[0][:40]} is {'not finite' if kind is float else 'more than 64 bits'}")
+        if kind is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{words[0][:40]} has more than 64 bits")
+        if kind is float and not abs(value) <= LARGEST:
+            raise ValueError(f"{words[0][:40]} is not a number from -{LARGEST:g} to {LARGEST:g}")
         return value
 
     return PrimitiveConstructorSpec(

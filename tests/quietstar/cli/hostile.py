@@ -266,7 +266,7 @@ def wrong_lines(seed: int, count: int) -> list[Attack]:
                     choose.choice(["--", "--stpes=1", "--resume", "--config", "--model", "--no-model"]),
                 )
             case 2:
-                line.pop(choose.randrange(len(line)))
+                line.remove(choose.choice([word for word in line if not word.startswith("--data")]))
         attacks.append(Attack(tuple(line)))
     return attacks
 

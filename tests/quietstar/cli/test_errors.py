@@ -1,0 +1,42 @@
+"""Which errors are failures at run time, and how each is said in one line."""
+
+import os
+
+import pytest
+import torch
+
+from quietstar.cli.errors import one_line, runtime_failure
+
+
+def caught(function):
+    with pytest.raises(BaseException) as error:
+        function()
+    return error.value
+
+
+@pytest.mark.parametrize(
+    "function, says",
+    [
+        (lambda: torch.empty(2**50), "out of memory, 4503599627370496 bytes more were needed: quietstar doctor --model says"),
+        (lambda: torch.empty(2**62, 32), "out of memory: quietstar doctor --model says"),
+        (lambda: bytes(2**62), "out of memory: quietstar doctor --model says"),
+        (lambda: torch.ones(1).addcdiv_(torch.ones(1), torch.ones(1), value=1e300), "a number is too large for its dtype: "),
+        (lambda: os.stat("nowhere/x"), "No such file or directory: nowhere/x"),
+    ],
+)
+def test_a_failure_at_run_time_is_one_line(function, says):
+    text = runtime_failure(caught(function))
+    assert text.startswith(says) and "\n" not in text
+
+
+def test_memory_of_a_gpu():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    assert runtime_failure(error).startswith("out of memory, 2.00 GiB more were needed: ")
+
+
+def test_other_errors_are_none():
+    assert runtime_failure(RuntimeError("expected scalar type")) is None
+
+
+def test_one_line():
+    assert one_line("a\nb\x1b[31m \udce9 ü") == r"a\nb\x1b[31m \udce9 ü"
