@@ -40,7 +40,7 @@ MODULES = {
     "quietstar.evaluation.intervals": "",
     "quietstar.evaluation.losses": "TokenLosses",
     "quietstar.evaluation.questions.asking": "prompt",
-    "quietstar.evaluation.questions.reading": "Question parse",
+    "quietstar.evaluation.questions.reading": "MARK Question Row parse question_of",
     "quietstar.evaluation.scoring": "",
 }
 B, L, V, D = 2, 8, 257, 32
@@ -420,6 +420,11 @@ def _(world):
 @target("Thoughts.cut")
 def _(world):
     return world.thoughts().cut, lambda: {"thought_lengths": torch.ones(B, L, N, dtype=torch.int64)}
+
+
+@target("Thoughts.checked")
+def _(world):
+    return world.thoughts().checked, lambda: {"model": world.qs.model, "layout": world.layout}
 
 
 @target("Thoughts.copies")
