@@ -499,7 +499,7 @@ def _(world):
 # Training and data
 
 
-@target("train")
+@target("train", paths=["resume"])
 def _(world):
     config = TrainConfig(steps=1, batch_size=2, out=str(world.folder / "run"), warmup=0, eval_every=1, save_every=1)
     return train, lambda: {
@@ -508,6 +508,7 @@ def _(world):
         "config": replace(config),
         "loss": thought_loss,
         "evaluate": lambda qs: {},
+        "resume": "auto",
         "progress": False,
     }
 
