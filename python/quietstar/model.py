@@ -214,8 +214,8 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T, before its end; default T for all.
 
         Raises:
-            ValueError: a wrong shape, an id outside the vocabulary, a text that holds the start or end id, one shorter than
-                the look-ahead, or one whose thoughts pass the last learned position.
+            ValueError: a wrong type or shape, an id outside the vocabulary, a text that holds the start or end id, one
+                shorter than the look-ahead, or one whose thoughts pass the last learned position.
         """
         config, seed = self.thought_config, checks.check_seed(seed)
         if anchors is None and self.training and config.anchors != "all":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.arguments.values import INTEGERS, instance, integer, items, tensor
@@ -54,6 +54,8 @@ class Thoughts:
 
     def checked(self, model: PreTrainedModel, layout: ThoughtLayout) -> Thoughts:
         """The same; raises ValueError if an id is -1. Waits for the device."""
+        instance("model", model, nn.Module)
+        instance("layout", layout, ThoughtLayout)
         if bool((self.thought_ids < 0).any()):
             b, p, *_ = (self.thought_ids < 0).nonzero()[0].tolist()
             raise not_finite(model, f"at text {b}, position {int(layout.anchor[b, p])}")

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from quietstar.arguments.values import flag, function, instance, refusal
+from quietstar.arguments.values import file_path, flag, function, instance, refusal
 from quietstar.config import TrainConfig
 from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
 from quietstar.run import figures, snapshots
-from quietstar.run.batches import Batch, Example, check_data, collate, mix_seed, texts_of_step
+from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Metrics
 from quietstar.run.optimizers import make_optimizer
@@ -86,7 +86,7 @@ def train(
         OSError: a file could not be written; older checkpoints are not affected. ConnectionError, a subclass, if another
             process ended; finished steps are saved unless weights are sharded or updated several times per step.
     """
-    _check(qs, data, config, loss, evaluate, progress)
+    _check(qs, data, config, loss, evaluate, resume, progress)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
     process_state()
@@ -160,15 +160,18 @@ def train(
     return metrics.lines
 
 
-def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: Any, progress: Any) -> None:
+def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: Any, resume: Any, progress: Any) -> None:
     instance("train: qs", qs, QuietStar)
     instance("train: config", config, TrainConfig)
     check_data("train: data", data)
     if not len(data):
         raise ValueError("train: data: there is no text to train on")
+    check_example("train: data", data[0])
     function("train: loss", loss)
     if evaluate is not None:
         function("train: evaluate", evaluate)
+    if resume is not None:
+        file_path("train: resume", resume)
     flag("train: progress", progress)
     if config.updates > 1 and not qs.thought_config.ratio_clip:
         raise ValueError(f"train: updates must be 1 where ratio_clip is 0, got {config.updates}")

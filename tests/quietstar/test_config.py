@@ -1,10 +1,12 @@
+import math
 import re
 from dataclasses import fields
 
+import numpy
 import pytest
 
 from quietstar import ThoughtConfig
-from quietstar.config import PRESETS
+from quietstar.config import PRESETS, TrainConfig
 from quietstar.objective import ADVANTAGES, REWARDS
 
 
@@ -47,8 +49,13 @@ def test_every_registered_choice_is_accepted_and_explained(registry, name):
         ({"thoughts": 0}, "thoughts must be 1 to 65,535, got 0"),
         ({"thought_tokens": 0}, "thought_tokens must be 1"),
         ({"lookahead": 0}, "lookahead must be 1"),
-        ({"thoughts": 2.0}, "thoughts must be"),
+        ({"thoughts": 2.0}, "thoughts must be an integer, got 2.0"),
+        ({"thoughts": True}, "thoughts must be an integer, got True"),
+        ({"anchor_stride": 1.5}, "anchor_stride must be an integer, got 1.5"),
+        ({"policy_temperature": math.nan}, "policy_temperature must be a finite number, got nan"),
+        ({"embedding_init": 1.5}, "embedding_init must be an integer or text or None, got 1.5"),
         ({"preset": "best"}, "preset must be one of official, paper, got 'best'"),
+        ({"preset": ["x"]}, r"preset must be one of official, paper, got \['x'\]"),
         ({"policy_temperature": 0}, "policy_temperature must be above 0"),
         ({"policy_weight": -1}, "policy_weight must be 0 or more"),
         ({"embedding_scale": 0}, "embedding_scale must be above 0"),
@@ -59,6 +66,31 @@ def test_every_registered_choice_is_accepted_and_explained(registry, name):
         ({"thoughts": 1, "advantage": "zscore"}, "thoughts must be at least 2"),
     ],
 )
-def test_a_value_out_of_range_is_named(changes, message):
+def test_a_value_out_of_range_or_of_another_type_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         ThoughtConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number, got nan"),
+        ({"clip": math.inf}, "clip must be a finite number, got inf"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a finite number, got '0.1'"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"steps": 1.5}, "steps must be an integer, got 1.5"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"seed": -1}, "seed must be 0 to .*, got -1"),
+        ({"eval_every": math.nan}, "eval_every must be an integer, got nan"),
+        ({"schedule": ["linear"]}, r"schedule must be text, got \['linear'\]"),
+        ({"out": "\ud800"}, "out must be valid Unicode"),
+    ],
+)
+def test_a_run_has_settings_of_the_right_types(changes, message):
+    with pytest.raises(ValueError, match=f"TrainConfig: {message}"):
+        TrainConfig(**changes)
+
+
+def test_integers_may_stand_for_numbers_and_numpy_for_both():
+    config = TrainConfig(learning_rate=1, steps=numpy.int64(3))
+    assert config.learning_rate == 1 and type(config.steps) is int

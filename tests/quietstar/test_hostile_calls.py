@@ -40,7 +40,7 @@ MODULES = {
     "quietstar.evaluation.intervals": "",
     "quietstar.evaluation.losses": "TokenLosses",
     "quietstar.evaluation.questions.asking": "prompt",
-    "quietstar.evaluation.questions.reading": "Question parse",
+    "quietstar.evaluation.questions.reading": "MARK Question Row parse question_of",
     "quietstar.evaluation.scoring": "",
 }
 B, L, V, D = 2, 8, 257, 32
@@ -422,6 +422,11 @@ def _(world):
     return world.thoughts().cut, lambda: {"thought_lengths": torch.ones(B, L, N, dtype=torch.int64)}
 
 
+@target("Thoughts.checked")
+def _(world):
+    return world.thoughts().checked, lambda: {"model": world.qs.model, "layout": world.layout}
+
+
 @target("Thoughts.copies")
 def _(world):
     one = Thoughts(world.thoughts().thought_ids[:, :, :1], world.thoughts().logprob[:, :, :1])
@@ -494,7 +499,7 @@ def _(world):
 # Training and data
 
 
-@target("train")
+@target("train", paths=["resume"])
 def _(world):
     config = TrainConfig(steps=1, batch_size=2, out=str(world.folder / "run"), warmup=0, eval_every=1, save_every=1)
     return train, lambda: {
@@ -503,6 +508,7 @@ def _(world):
         "config": replace(config),
         "loss": thought_loss,
         "evaluate": lambda qs: {},
+        "resume": "auto",
         "progress": False,
     }
 

@@ -163,6 +163,13 @@ BAD_CALLS = {
     "anchor rows": (dict(anchors=torch.tensor([[3]])), "anchors must have shape"),
     "document shape": (dict(document_ids=torch.zeros(2, 3)), "document_ids must have shape"),
     "split document": (dict(document_ids=torch.tensor([[0, 1, 0] + [2] * 9] * 2)), "one in two pieces"),
+    "seed": (dict(seed=1.5), "seed must be an integer of 64 bits, got 1.5"),
+    "seed of 65 bits": (dict(seed=2**64), "seed must be an integer of 64 bits, got 18446744073709551616"),
+    "counts": (dict(counts=[]), r"counts must be a Counts, got \[\]"),
+    "list of ids": (dict(input_ids=[[1, 2, 3]]), r"input_ids must be a tensor \[B,L\], got \[\[1, 2, 3\]\]"),
+    "float anchors": (dict(anchors=torch.tensor([[3.0]] * 2)), "anchors must be int32 or int64, got float32"),
+    "float documents": (dict(document_ids=torch.zeros(2, 12)), "document_ids must be int32 or int64, got float32"),
+    "float sequences": (dict(sequence_ids=torch.tensor([0.5, 1.5])), "sequence_ids must be int32 or int64, got float32"),
     "sequence shape": (dict(sequence_ids=torch.zeros(3)), "sequence_ids must have shape"),
 }
 
@@ -173,6 +180,14 @@ def test_bad_input_gets_one_sentence(qs, name):
     with pytest.raises(ValueError, match=message) as raised:
         qs(**{"input_ids": text(), **changes})
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("config", [[], {}, "", quietstar.ThoughtConfig])
+def test_a_config_of_another_type_is_refused(qs, config):
+    with pytest.raises(ValueError, match="config must be a ThoughtConfig, got"):
+        quietstar.QuietStar(qs.model, config)
+    with pytest.raises(ValueError, match="config must be a ThoughtConfig, got"):
+        qs.with_config(config)
 
 
 def test_a_text_holding_the_start_or_end_id_is_refused(tiny):

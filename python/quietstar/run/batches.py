@@ -68,25 +68,16 @@ def _sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
     return rows[:, None] * length + torch.where(first, position, 0).cummax(1).values
 
 
-LETTERS = {
-    "input_ids": "L",
-    "attention_mask": "L",
-    "labels": "L",
-    "anchors": "P",
-    "document_ids": "L",
-    "thought_ids": "P,N,T",
-    "thought_lengths": "P,N",
-    "old_logprob": "P,N,T",
-}
-FILL = {
-    "input_ids": 0,
-    "attention_mask": 0,
-    "labels": -100,
-    "anchors": -1,
-    "document_ids": -1,
-    "thought_ids": 0,
-    "thought_lengths": 0,
-    "old_logprob": 0,
+# What an example may hold: the dimensions of a column, and what pads it.
+COLUMNS = {
+    "input_ids": ("L", 0),
+    "attention_mask": ("L", 0),
+    "labels": ("L", -100),
+    "anchors": ("P", -1),
+    "document_ids": ("L", -1),
+    "thought_ids": ("P,N,T", 0),
+    "thought_lengths": ("P,N", 0),
+    "old_logprob": ("P,N,T", 0),
 }
 
 
@@ -102,9 +93,9 @@ def check_example(name: str, example: Example) -> Example:
     if not isinstance(example, Mapping) or "input_ids" not in example:
         raise refusal(f"{name}: each example", "a dict with input_ids", example)
     for column, values in example.items():
-        if column not in LETTERS:
-            raise ValueError(f"{name}: an example may have {', '.join(LETTERS)}, got {column!r}")
-        tensor(f"{name}: {column}", values, LETTERS[column], {})
+        if column not in COLUMNS:
+            raise ValueError(f"{name}: an example may have {', '.join(COLUMNS)}, got {column!r}")
+        tensor(f"{name}: {column}", values, COLUMNS[column][0], {})
     return example
 
 
@@ -123,24 +114,25 @@ def _kind(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-def collate(examples: list[Example], sequence_ids: list[int], parts: int, name: str = "examples") -> list[Batch]:
+def collate(examples: list[Example], sequence_ids: list[int], parts: int, argument: str = "examples") -> list[Batch]:
     """Batches of the examples, padded on the right to the longest of all, so that the number of parts changes nothing.
 
     Args:
         sequence_ids: one for each example; thoughts are sampled from (seed, sequence id, position).
         parts: how many batches to split the examples into; empty ones are left out.
-        name: of the argument that the examples are from.
+        argument: what an error calls the examples.
 
     Raises:
         ValueError: examples that can't be padded and stacked.
     """
-    _check_alike(name, examples)
+    _check_alike(argument, examples)
     padded: Batch = {}
     examples = [{"attention_mask": torch.ones_like(x["input_ids"]), **x} for x in examples]
     for name in examples[0]:
         longest = max(len(x[name]) for x in examples)
         rows = [
-            torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), FILL[name])]) for x in examples
+            torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), COLUMNS[name][1])])
+            for x in examples
         ]
         padded[name] = torch.stack(rows)
     padded["sequence_ids"] = _sequence_ids(torch.tensor(sequence_ids), padded.get("document_ids"))

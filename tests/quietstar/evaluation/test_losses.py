@@ -101,3 +101,19 @@ def test_it_leaves_model_mode_and_generator_alone(qs):
 def test_no_interval_from_one_text(qs, count):
     with pytest.raises(ValueError, match=f"needs at least 2 texts with something to predict, got {count}"):
         evaluate(qs, texts()[:count])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
+        ({"examples": torch.zeros(2, 3)}, "examples must be examples by index, got a tensor"),
+        ({"examples": [[1, 2, 3]]}, r"each example must be a dict with input_ids, got \[1, 2, 3\]"),
+        ({"examples": [{"input_ids": [1, 2, 3]}]}, r"input_ids must be a tensor \[L\], got \[1, 2, 3\]"),
+        ({"examples": [{"input_ids": torch.arange(5), "weight": 1}]}, "an example may have input_ids, .*, got 'weight'"),
+    ],
+)
+def test_bad_arguments(qs, changes, message):
+    with pytest.raises(ValueError, match=f"^evaluate: .*{message}" if "batch_size" in changes else message):
+        evaluate(**{"qs": qs, "examples": texts(), **changes})
