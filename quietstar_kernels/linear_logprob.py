@@ -38,6 +38,9 @@ def linear_logprob(
     Differentiable in hidden, weight and bias, also through the entropy, in the ways that ``thought_attention`` is. Banned ids
     are left out of the softmax.
 
+    A logit of NaN or inf makes the results of its row NaN, and no other row's; banned ids don't count, nor does what a soft cap
+    makes finite. The log-probability of a target of -100 stays 0. A row of which all logits are -inf has no defined result.
+
     If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
     the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are
     kept: the forward computes the gradients of hidden, weight and bias, and the backward multiplies them by one number.

@@ -34,6 +34,8 @@ def thought_attention(
     Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
     long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
 
+    A key or value that holds NaN or infinity makes the rows that see it NaN, a query that does its own row, and no others.
+
     Gradients are those of reverse mode: ``backward``, ``torch.func.grad``, ``vjp`` and ``jacrev``. Forward mode and second
     derivatives raise NotImplementedError. ``vmap`` runs one call after another.
 

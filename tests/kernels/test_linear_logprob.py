@@ -1,6 +1,7 @@
 """linear_logprob: error rule, gradcheck, opcheck, compile, targets that don't count, chunks, one compile for all sizes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -264,6 +265,28 @@ def test_expanded_gradients(backend, device):
     logprob, entropy = op(**(inputs | {"hidden": leaf}))
     (logprob.sum() + entropy.sum()).backward()
     assert torch.equal(leaf.grad, want["hidden"])
+
+
+NOT_FINITE = {  # (what, row or id, to what) is set: the rows whose results are then NaN
+    "NaN state": ("hidden", 1, math.nan, [1]),
+    "infinite state": ("hidden", 1, math.inf, [1]),
+    "NaN weight": ("weight", 30, math.nan, [0, 1, 2, 3]),
+    "infinite weight": ("weight", 30, math.inf, [0, 1, 2, 3]),
+    "infinite bias": ("bias", 30, math.inf, [0, 1, 2, 3]),
+    "NaN bias, banned id": ("bias", 7, math.nan, []),
+    "a bias of -inf": ("bias", 30, -math.inf, []),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_logits_that_are_not_finite(backend, device, case):
+    name, place, value, rows = NOT_FINITE[case]
+    inputs = logprob_inputs(torch.Generator().manual_seed(0), 4, 8, 50, bias=True, banned=(7,), device=device)
+    inputs["targets"] = torch.tensor([0, 1, 2, -100], device=device)
+    inputs[name][place] = value
+    logprob, entropy = linear_logprob(**inputs, banned=(7,), return_entropy=True, backend=backend)
+    assert entropy.isnan().nonzero().flatten().tolist() == rows
+    assert logprob.isnan().nonzero().flatten().tolist() == [row for row in rows if row < 3] and logprob[3] == 0
 
 
 @pytest.mark.slow
