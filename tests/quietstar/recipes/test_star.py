@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(capsys, tmp_path):
         (["--rounds=0"], "star: rounds must be 1 or more, got 0"),
         (["--task=gsm8k"], "TaskConfig: data must be a file where task is 'gsm8k'"),
         ([], "a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model"),
-        (["--model=nowhere/nothing", "--sft-steps=1"], "nowhere/nothing: no model with a tokenizer loads"),
+        (["--model=nowhere/nothing", "--sft-steps=1"], "nowhere/nothing: cannot load a tokenizer"),
     ],
 )
 def test_bad_options_are_one_sentence(capsys, tmp_path, options, sentence):

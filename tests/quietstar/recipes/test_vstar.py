@@ -236,7 +236,7 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     smaller = small_model(task, width=32, heads=2, positions=128)
     with pytest.raises(ValueError, match="the verifier is of another base model: its weights have other shapes than the model"):
         load_verifier(str(tmp_path / "verifier"), "", smaller, task)
-    with pytest.raises(ValueError, match="no model loads from there"):
+    with pytest.raises(ValueError, match="nothing: not a folder, nor a hub model that can be reached"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)
 
 
