@@ -565,12 +565,14 @@ def _(world):
 
 @target("summary")
 def _(world):
-    return summary, lambda: {"losses": world.losses()}
+    losses = world.losses()
+    return summary, lambda: {"losses": losses}
 
 
 @target("by_difficulty")
 def _(world):
-    return by_difficulty, lambda: {"losses": world.losses()}
+    losses = world.losses()
+    return by_difficulty, lambda: {"losses": losses}
 
 
 @target("by_anchor_choice")
