@@ -83,7 +83,8 @@ class Doctor:
         weights = count_weights(config, adapters)
         memory = process_memory(memory, weights, processes)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
-        text = f"{self.model}: a training step on {size}, needs about\n{memory_table(memory, libraries, self.gradient_checkpointing)}"
+        needs = memory_table(memory, libraries, self.gradient_checkpointing)
+        text = f"{self.model}: a training step on {size}, needs about\n{needs}"
         if self.processes > 1:
             traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
             text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"
