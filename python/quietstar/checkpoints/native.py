@@ -79,7 +79,7 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
         "files": {file.name: file.stat().st_size for file in kept},
         "sha256": hashes,
     }
-    (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n")
+    (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n", encoding="utf-8")
     return hashes
 
 

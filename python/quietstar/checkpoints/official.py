@@ -130,7 +130,10 @@ def save(contents: Contents, directory: str | os.PathLike, max_shard_size: int |
         if contents.tokenizer is not None:
             contents.tokenizer.save_pretrained(beside)
         file = Path(beside) / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **published}, indent=2, sort_keys=True) + "\n")
+        file.write_text(
+            json.dumps({**json.loads(file.read_text(encoding="utf-8")), **published}, indent=2, sort_keys=True) + "\n",
+            encoding="utf-8",
+        )
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Metrics:
         """Append the figures of a step."""
         self.lines.append(line)
         if self.write:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 

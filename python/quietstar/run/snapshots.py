@@ -136,9 +136,9 @@ def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dic
     tensors, settings = moments
     save_file(tensors, beside / OPTIMIZER)
     run = {"step": step, "config": config, "optimizer": settings}
-    (beside / RUN).write_text(json.dumps(run, indent=2) + "\n")
+    (beside / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(beside.iterdir())}
-    (beside / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
+    (beside / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
     for file in beside.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
