@@ -223,6 +223,8 @@ class ThoughtLayout:
         text = self.text_position_ids()
         if self.R == 0:
             return text
+        if self.L == 0:  # all thoughts are off
+            return text.new_zeros(self.B, self.R)
         s = torch.arange(self.S, device=self.device).repeat(self.P * self.N)
         thought = text.gather(1, self.row_anchor()) + 1 + s
         return torch.cat([text, thought.masked_fill(~self.live().flatten(1), 0)], 1)
@@ -250,6 +252,8 @@ class ThoughtLayout:
             raise check.fail(f"rows S must be at least T+2={check['T'] + 2}, got {self.S}")
         if self.R == 0:
             return input_ids.long()
+        if self.L == 0:  # all thoughts are off
+            return torch.full((self.B, self.R), pad_id, dtype=torch.int64, device=self.device)
         shape = (self.B, self.P, self.N)
         following = self.anchor.long()[:, :, None] + torch.arange(1, forced + 1, device=self.device)
         inside = (following < self.L) & (self.anchor >= 0)[:, :, None]
@@ -272,7 +276,7 @@ class ThoughtLayout:
         s, thought = r % self.S, r // self.S
         seen = torch.zeros((B, self.M, self.M), dtype=torch.bool, device=self.device)
         seen[:, :L, :L] = (t[None, None, :] >= self.lo[:, :, None]) & (t[None, None, :] <= t[None, :, None])
-        if R:
+        if R and L:  # else nothing is on
             seen[:, L:, :L] = seen[:, :L, :L].gather(1, self.row_anchor()[:, :, None].expand(B, R, L))
             seen[:, L:, L:] = (thought[:, None] == thought[None, :]) & (s[None, :] <= s[:, None])
             seen[:, L:] &= self.live().flatten(1)[:, :, None]
@@ -312,8 +316,6 @@ def _check_sizes(check: Checker, thoughts: int, rows: int) -> None:
     """Sets N. Where P is not set, every position is an anchor."""
     N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
     B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
-    if P and not L:
-        raise check.fail(f"anchors must have P=0 if lo or text_length has L=0, got P={P}")
     if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
         sizes = f"batch B={B:,}, text_length L={L:,}, P={P:,}, thoughts N={N:,}, rows S={S:,}"
         raise check.fail(f"L+P*N*S and B*P*N must be at most {MOST_ROWS:,}, got {M:,} and {B * P * N:,} with {sizes}")

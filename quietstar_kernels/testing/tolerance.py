@@ -94,6 +94,9 @@ def forward_backward(
     if (wanted_shapes := [list(grad.shape) for grad in grad_outputs]) != got:
         raise ValueError(f"forward_backward: grad_outputs must have the shapes of the outputs, {got}, got {wanted_shapes}")
     judged = outputs[: len(grad_outputs)]
+    for grad, output in zip(grad_outputs, judged, strict=True):
+        if grad.device != output.device:
+            raise ValueError(f"forward_backward: grad_outputs must be on {output.device}, got {grad.device}")
     grads = [grad.to(output.dtype) for grad, output in zip(grad_outputs, judged, strict=True)]
     result = torch.autograd.grad(judged, list(wanted.values()), grads, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in outputs], dict(zip(wanted, result, strict=True))

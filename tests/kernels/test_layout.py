@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout
+from quietstar_kernels import ThoughtLayout, thought_attention
 from quietstar_kernels.testing import LAYOUT_KINDS, random_layout
 
 SEEDS = range(12)
@@ -244,3 +244,15 @@ def test_token_ids_refuses(change, message):
     ThoughtLayout.at(**AT).token_ids(**fine, start_id=1, end_id=2, pad_id=0)
     with pytest.raises(ValueError, match=r"^ThoughtLayout.token_ids: " + re.escape(message)):
         ThoughtLayout.at(**AT).token_ids(**(fine | change), start_id=1, end_id=2, pad_id=0)
+
+
+def test_thoughts_without_text():
+    """All of them are off."""
+    layout = ThoughtLayout.at(torch.full((2, 3), -1), 2, 4, text_length=0)
+    assert layout.position_ids().tolist() == [[0] * 24] * 2
+    assert not layout.dense_mask().any() and layout.dense_mask(2).shape == (2, 24, 24)
+    empty, thoughts = torch.zeros(2, 0, dtype=torch.int64), torch.ones(2, 3, 2, 2, dtype=torch.int64)
+    assert layout.token_ids(empty, thoughts, 5, 6, 7).tolist() == [[7] * 24] * 2
+    for backend in ("reference", "cpu"):
+        out = thought_attention(*torch.ones(3, 2, 4, 24, 8), layout, backend=backend)
+        assert out.shape == (2, 4, 24, 8) and not out.any()
