@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -78,7 +78,25 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
             return out
         longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
         checks.check_room(model, checks.learned_positions(model), longest)
+        options["logits_processor"] = [FiniteLogits(model), *(options.get("logits_processor") or ())]
         return model.generate(input_ids, **options)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Names the model's state where a logit is NaN, from which transformers would draw anything."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_finite(self.model, scores, input_ids.shape[1] - 1)
+        return scores
+
+
+def check_finite(model: PreTrainedModel, logits: Tensor, position: int) -> None:
+    """Raises ValueError if a logit [B,V] is NaN. Waits for the device, as ``generate`` does after each token anyway."""
+    if bool((broken := logits.isnan().any(-1)).any()):
+        raise not_finite(model, f"at text {int(broken.nonzero()[0])}, position {position}")
 
 
 def _without_cache(options: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
@@ -185,8 +203,7 @@ class ThinkingModel(GenerationMixin):
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
                 logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)), logits)
-        if bool((broken := logits[:, 0].isnan()).any()):  # generate waits for the token anyway
-            raise not_finite(self.thinker.model, f"at text {int(broken.nonzero()[0])}, position {self.longest - 1}")
+        check_finite(self.thinker.model, logits, self.longest - 1)
         for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])

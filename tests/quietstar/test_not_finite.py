@@ -60,7 +60,9 @@ def test_an_overflow(tiny):
         qs.think(TEXTS)
 
 
-@pytest.mark.parametrize("options", [{}, {"think": 0.0}, {"sample_thoughts": True, "thoughts": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"think": 0.0}, {"think": "never"}, {"sample_thoughts": True, "thoughts": 2, "do_sample": True}], ids=str
+)
 def test_generate(qs, options):
     ids, mask = torch.tensor([[3, 4, 5], [0, 40, 3]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
     with pytest.raises(ValueError, match=MESSAGE):
