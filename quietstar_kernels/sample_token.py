@@ -29,6 +29,7 @@ def sample_token(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Draw one id per row. The same seed and counters give the same random numbers on every back end, split and device.
+
     logits = softcap(scale * (hidden · weightᵀ + bias)) / temperature; banned ids are left out of the softmax.
 
     The draw is a race of blocks of 128 ids, exact in distribution. For each row and block one Philox4x32-10 call: key
