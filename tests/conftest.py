@@ -17,10 +17,21 @@ if not torch.cuda.is_available():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the tables that tests recorded: ``record_property("table", text)``, also from other processes."""
+    """Print what tests recorded, also in other processes.
+
+    ``record_property("table", text)`` is printed; of ``record_property("counts", [title, {name: count}])`` the sums are.
+    """
+    sums: dict[str, dict[str, int]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
                 for name, value in report.user_properties:
                     if name == "table":
                         terminalreporter.write_line(value)
+                    elif name == "counts":
+                        title, counts = value
+                        total = sums.setdefault(title, dict.fromkeys(counts, 0))
+                        for what, count in counts.items():
+                            total[what] += count
+    for title, counts in sums.items():
+        terminalreporter.write_line(f"{title}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))

@@ -60,8 +60,9 @@ class Tally:
     refused: int = 0
     broken: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        return f"{self.calls} calls, {self.refused} refused by name, {len(self.broken)} broke the rule"
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"tried": self.calls, "refused by name": self.refused, "broke the rule": len(self.broken)}
 
 
 class Hostile(NamedTuple):

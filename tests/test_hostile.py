@@ -41,7 +41,7 @@ def test_a_function_that_checks_its_arguments_passes():
     tally = attack(Target("checked", checked, good), 300)
     assert not tally.broken
     assert tally.calls == 300 and tally.refused > 200
-    assert str(tally) == f"300 calls, {tally.refused} refused by name, 0 broke the rule"
+    assert tally.counts == {"tried": 300, "refused by name": tally.refused, "broke the rule": 0}
 
 
 @pytest.mark.parametrize("function", [unnamed, unchecked])

@@ -310,9 +310,9 @@ def run(name, checkpoints, tmp_path, part, record_property):
         if result not in HELD:
             bad.append(f"{file}, {damage.__name__}{', signed' * hashes_fit}: {result}")
         shutil.rmtree(path)
-    line = ", ".join(f"{counts[kind]} {kind}" for kind in (*HELD, "not held"))
-    record_property("table", f"damaged checkpoints, {name}: {len(chosen)} tried: {line}")
-    assert not bad, "\n".join([line, *bad])
+    found = {kind: counts[kind] for kind in (*HELD, "not held")}
+    record_property("counts", ["damaged checkpoints", {"tried": len(chosen), **found}])
+    assert not bad, "\n".join([str(found), *bad])
 
 
 NAMES = ("whole", "sharded", "snapshot", "plain", "adapters")
