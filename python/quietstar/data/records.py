@@ -126,6 +126,8 @@ def write_records(path: str | os.PathLike, columns: dict[str, tuple[str, int]]) 
         ValueError: the file has another ending, or is parquet and pyarrow is not installed.
     """
     path = _checked(path)
+    if path.suffix == ".parquet":
+        _parquet(path)
     with beside(path) as file, _writer(path.suffix, file, columns) as write:
         yield write
 
