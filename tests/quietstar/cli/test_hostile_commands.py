@@ -24,6 +24,8 @@ from quietstar.data.thoughts import ThoughtRecord  # noqa: E402
 from quietstar.evaluation.questions.reading import read_questions  # noqa: E402
 from quietstar.recipes.tasks import GSM8K, CommonsenseQA  # noqa: E402
 
+pytest.importorskip("pyarrow")  # thoughts in parquet are among the files
+
 SECONDS = 20
 CODES = (0, 2, 3, 4)
 MEMORY = 6 * 2**30  # bytes that a command may ask for
@@ -112,8 +114,6 @@ def test_the_commands_work_before_they_are_attacked(command, template, tmp_path,
     code, wrong = outcome(hostile.Attack(hostile.line_of(command, hostile.GOOD[command])), capfd)
     assert code in ((0, 3) if command in ("vstar", "score", "solve") else (0,)) and not wrong, wrong
 
-
-pytest.importorskip("pyarrow")  # thoughts in parquet are among the files
 
 LINES, FILES = "command lines", "damaged files"
 
