@@ -331,8 +331,8 @@ def test_120_hostile_pages(open_page, browser, tmp_path):
     page = open_page(report(WORDS), java_script_enabled=True)
     for number in range(120):
         texts = [hostile() for _ in range(draw.randint(3, 12))]
-        shown = report(texts, thoughts=draw.randint(1, 2))
-        shown.model["name"] = shown.settings["preset"] = hostile()
+        shown = replace(report(texts, thoughts=draw.randint(1, 2)), model={**MODEL, "name": hostile()})
+        shown.settings["preset"] = hostile()
         data = re.search(r'id="data">(.*?)</script>', shown.html, re.DOTALL)[1]
         assert data.isascii() and not set("<>&") & set(data), (number, texts)
         shown.save(tmp_path / "0.html")
