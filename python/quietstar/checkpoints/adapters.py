@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +27,8 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _ENVIRONMENT = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "runtime_config"}
 
 
-class Fingerprint(msgspec.Struct):
+@dataclass
+class Fingerprint:
     """What ``quietstar.hf.adapters.fingerprint`` returns, from a file."""
 
     shapes: str
@@ -35,7 +36,8 @@ class Fingerprint(msgspec.Struct):
     sample: str
 
 
-class Base(msgspec.Struct):
+@dataclass
+class Base:
     """What adapter_config.json says about the base."""
 
     base_model_name_or_path: str | None = None

@@ -7,11 +7,11 @@ import json
 import os
 import re
 import warnings
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ FORMAT = 1
 EDITED = re.compile(r"README\.md|generation_config\.json|tokenizer_config\.json|special_tokens_map\.json|.*\.jinja")
 
 
-class Settings(msgspec.Struct):
+@dataclass
+class Settings:
     """quietstar.json. Checkpoints from before there were hashes have the sizes of weights alone.
 
     Attributes:
@@ -47,9 +48,13 @@ class Settings(msgspec.Struct):
     model_type: str
     thought_config: dict[str, Any]
     base: adapters.Fingerprint | None = None
-    files: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
-    sha256: dict[str, str] = {}
+    files: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     checksum: str | None = None
+
+    def __post_init__(self) -> None:
+        if any(size < 0 for size in self.files.values()):
+            raise ValueError("files must have sizes of 0 or more")
 
 
 def save(contents: Contents, directory: str | os.PathLike) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ _HEAD_KIND = {
 }
 
 
-class Published(msgspec.Struct):
+@dataclass
+class Published:
     """What config.json of a published checkpoint says about thoughts, if it does."""
 
     n_ahead_talk: int = LOOKAHEAD

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -20,19 +20,24 @@ from quietstar.files.reading import check_regular, read_json
 __all__ = ["load_config", "load_model", "load_tokenizer"]
 
 T = TypeVar("T")
-Count = Annotated[int, msgspec.Meta(ge=0)] | None
 
 
-class Config(msgspec.Struct):
+@dataclass
+class Config:
     """What config.json must be, whatever the architecture."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
-    vocab_size: Count = None
-    num_hidden_layers: Count = None
+    vocab_size: int | None = None
+    num_hidden_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.vocab_size or 0, self.num_hidden_layers or 0) < 0:
+            raise ValueError("vocab_size and num_hidden_layers must be 0 or more")
 
 
-class TokenizerConfig(msgspec.Struct):
+@dataclass
+class TokenizerConfig:
     """What tokenizer_config.json must be, whatever the tokenizer."""
 
     tokenizer_class: str | None = None

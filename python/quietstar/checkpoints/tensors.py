@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,7 +24,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Index(msgspec.Struct):
+@dataclass
+class Index:
     """model.safetensors.index.json: the file of each tensor."""
 
     weight_map: dict[str, str]

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
 
 __all__ = ["as_type", "check_regular", "json_lines", "json_value", "read_json", "read_utf8", "read_yaml"]
@@ -101,6 +100,8 @@ def as_type(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as ``kind``. Raises ValueError, which begins with ``where`` and names the place, if it is something else."""
     if kind is Any:
         return value
+    import msgspec  # here: a model runs where it is not installed, as long as no file is read
+
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
