@@ -54,8 +54,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     # A masked sum instead of tl.cumsum, which would move the sums to another layout.
     sums = tl.sum(grouped, 2)
     counts = (group[:, None] <= group[None, :]) & (group[:, None] * GROUP // BLOCK == group[None, :] * GROUP // BLOCK)
-    counts = counts.to(tl.float32)[None, :, :]  # a factor: a NaN then reaches all sums of its row
-    running = tl.reshape(tl.sum(sums[:, :, None] * counts, 1), [ROWS, BLOCKS, BLOCK // GROUP])
+    running = tl.reshape(tl.sum(tl.where(counts[None, :, :], sums[:, :, None], 0.0), 1), [ROWS, BLOCKS, BLOCK // GROUP])
     total = tl.max(running, 2)
 
     word0, word1, _, _ = tl.philox(seed, sequence[:, None], position[:, None], thought[:, None], block + first_block)
@@ -71,7 +70,7 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     rest = goal - tl.max(tl.where(passed, running, 0.0), 2)
     rest = tl.sum(tl.where(winner, rest, 0.0), 1)
     here = (group[None, :] == drawn[:, None]).to(tl.float32)
-    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(total, 1)
+    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(sums, 1)
 
 
 @triton.jit
