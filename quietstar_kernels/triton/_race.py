@@ -70,7 +70,8 @@ def race(weights, level, seed, sequence, position, thought, first_block):
     rest = goal - tl.max(tl.where(passed, running, 0.0), 2)
     rest = tl.sum(tl.where(winner, rest, 0.0), 1)
     here = (group[None, :] == drawn[:, None]).to(tl.float32)
-    return score, drawn * GROUP, rest, tl.sum(grouped * here[:, :, None], 1), tl.sum(sums, 1)
+    chosen = tl.sum(grouped * here[:, :, None], 1)  # NaN if any weight of the column is, in whichever group
+    return score, drawn * GROUP, rest, chosen, tl.sum(total, 1) + 0.0 * tl.sum(chosen, 1)
 
 
 @triton.jit
