@@ -9,8 +9,6 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-
 from quietstar_kernels._checks import as_integer, as_number, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,9 +46,7 @@ def fits(value: Any, hint: Any) -> bool:
         return math.isfinite(as_number(value))
     if hint is int:
         return as_integer(value) is not None
-    if hint is torch.device:
-        return isinstance(value, torch.device)
-    if origin is Callable or hint is Callable or origin is Callable[..., Any]:
+    if Callable in (origin, hint):
         return callable(value)
     if origin is Sequence:
         return isinstance(value, (list, tuple, range)) and all(fits(item, parts[0]) for item in value)

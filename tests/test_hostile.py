@@ -56,4 +56,4 @@ def test_one_that_does_not_is_found(function):
 
 def test_a_slow_call_is_found():
     tally = attack(Target("slow", slow, good, replaces=["count"]), 3, seconds=0.05)
-    assert len(tally.broken) == 3 and "took more than 0.05 s" in tally.broken[0]
+    assert len(tally.broken) == 3 and "no end after" in tally.broken[0]

@@ -22,7 +22,7 @@ from quietstar.checkpoints.card import CARD, card
 from quietstar.checkpoints.contents import Contents
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, has_safetensors, locate_tensors, read_file
-from quietstar.config import ThoughtConfig, renamed
+from quietstar.config import ThoughtConfig
 from quietstar.files.hashes import check_names, check_saved, sha256
 from quietstar.files.reading import as_type, read_json
 from quietstar.files.writing import replaced
@@ -127,7 +127,6 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
 
 def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:
     """The config of a file. Raises ValueError, which begins with ``where``, for wrong types, names or ranges."""
-    as_type(ThoughtConfig, renamed(values), where)
     try:
         return ThoughtConfig.from_dict(values)
     except ValueError as error:

@@ -1,40 +1,29 @@
 """Wrong command lines and damaged files: a sentence and an exit code, never a traceback or a hang."""
 
 import os
-import resource
-import signal
-import sys
-import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
-import hostile  # noqa: E402
-
-from quietstar.cli.errors import DATA, RUNTIME, USAGE  # noqa: E402
-from quietstar.cli.main import main  # noqa: E402
-from quietstar.cli.options import UsageError, read_config  # noqa: E402
-from quietstar.data.records import open_records  # noqa: E402
-from quietstar.data.texts import DataConfig, read_texts  # noqa: E402
-from quietstar.data.thoughts import ThoughtRecord  # noqa: E402
-from quietstar.evaluation.questions.reading import read_questions  # noqa: E402
-from quietstar.recipes.tasks import GSM8K, CommonsenseQA  # noqa: E402
+from quietstar.cli.errors import DATA, RUNTIME, USAGE
+from quietstar.cli.main import main
+from quietstar.cli.options import UsageError, read_config
+from quietstar.data.records import open_records
+from quietstar.data.texts import DataConfig, read_texts
+from quietstar.data.thoughts import ThoughtRecord
+from quietstar.evaluation.questions.reading import read_questions
+from quietstar.recipes.tasks import GSM8K, CommonsenseQA
+from tests.limits import Hang, limits
+from tests.quietstar.cli import wrong_commands
 
 pytest.importorskip("pyarrow")  # thoughts in parquet are among the files
 
-SECONDS = 20
+PATIENCE = 6  # a command takes seconds even if nothing is wrong, and others may take most of the machine
 CODES = (0, 2, 3, 4)
-MEMORY = 6 * 2**30  # bytes that a command may ask for
 BARS = ("it/s", "step/s", "s/it", "?step")
 MADE: list[Path] = []  # the template, made once
-
-
-class Hang(BaseException):
-    """A command takes too long."""
 
 
 def run_well(arguments):
@@ -49,42 +38,18 @@ def template(tiny, byte_tokenizer, tmp_path_factory):
         os.chdir(folder)
         try:
             model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
-            hostile.make_template(folder, model, byte_tokenizer, run_well)
+            wrong_commands.make_template(folder, model, byte_tokenizer, run_well)
         finally:
             os.chdir(before)
         MADE.append(folder)
     return MADE[0]
 
 
-@contextmanager
-def limits():
-    """In this context, a hang is an error, and so is a lot of memory."""
-
-    began = time.monotonic(), time.process_time()
-
-    def stop(*_):
-        seconds, of_cpu = time.monotonic() - began[0], time.process_time() - began[1]
-        if max(of_cpu, seconds / 6) > SECONDS:  # others may take most of the machine
-            raise Hang(f"no end after {seconds:.0f} s, {of_cpu:.0f} s of a CPU")
-        signal.alarm(1)
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    before, limit = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limit[1]))
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, limit)
-        signal.signal(signal.SIGALRM, before)
-
-
 def outcome(attack, capfd):
     """The exit code of an attack, and what broke the rule, or an empty text."""
     capfd.readouterr()
     try:
-        with limits():
+        with limits(patience=PATIENCE):
             code = main(attack.arguments)
     except SystemExit as end:
         code = end.code
@@ -106,12 +71,12 @@ def outcome(attack, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", hostile.GOOD)
+@pytest.mark.parametrize("command", wrong_commands.GOOD)
 def test_the_commands_work_before_they_are_attacked(command, template, tmp_path, monkeypatch, capfd):
     """Apart from those that need a model that solves problems; they get as far as the first ones."""
-    hostile.make_folder(template, tmp_path / "here")
+    wrong_commands.make_folder(template, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    code, wrong = outcome(hostile.Attack(hostile.line_of(command, hostile.GOOD[command])), capfd)
+    code, wrong = outcome(wrong_commands.Attack(wrong_commands.line_of(command, wrong_commands.GOOD[command])), capfd)
     assert code in ((0, 3) if command in ("vstar", "score", "solve") else (0,)) and not wrong, wrong
 
 
@@ -122,19 +87,19 @@ LINES, FILES = "command lines", "damaged files"
     "kind, seed, count",
     [
         (LINES, 0, 42),
-        (FILES, 0, len(hostile.READ)),
+        (FILES, 0, len(wrong_commands.READ)),
         pytest.param(LINES, 1, 42, marks=pytest.mark.slow),
         *(pytest.param(LINES, seed, 56, marks=pytest.mark.slow) for seed in (2, 3, 4)),
-        *(pytest.param(FILES, seed, 2 * len(hostile.READ), marks=pytest.mark.slow) for seed in (1, 2)),
+        *(pytest.param(FILES, seed, 2 * len(wrong_commands.READ), marks=pytest.mark.slow) for seed in (1, 2)),
     ],
 )
 def test_every_wrong_command_ends_in_a_sentence(kind, seed, count, template, tmp_path, monkeypatch, capfd, record_property):
     monkeypatch.chdir(template)
-    attacks = (hostile.wrong_lines if kind == LINES else hostile.damaged_files)(seed, count)
+    attacks = (wrong_commands.wrong_lines if kind == LINES else wrong_commands.damaged_files)(seed, count)
     codes, broken = Counter(), []
     for i, attack in enumerate(attacks):
         folder = tmp_path / str(i)
-        hostile.make_folder(template, folder)
+        wrong_commands.make_folder(template, folder)
         monkeypatch.chdir(folder)
         if attack.damage is not None:
             (folder / attack.damage[0]).write_bytes(attack.damage[1])
@@ -163,13 +128,13 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, record_property):
     name, read = READERS[reader]
-    contents = {**hostile.HOSTILE_JSON, **hostile.HOSTILE_YAML, **hostile.HOSTILE_BYTES}
+    contents = {**wrong_commands.HOSTILE_JSON, **wrong_commands.HOSTILE_YAML, **wrong_commands.HOSTILE_BYTES}
     refused, broken = 0, []
     for kind, content in contents.items():
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         try:
-            with limits():
+            with limits(patience=PATIENCE):
                 read(*(str(path), byte_tokenizer)[: 2 if reader in ("GSM8K", "CommonsenseQA") else 1])
         except (ValueError, UsageError) as error:
             refused += 1
@@ -210,10 +175,10 @@ def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, rec
     ],
 )
 def test_what_is_said(arguments, code, says, template, tmp_path, monkeypatch, capfd):
-    hostile.make_folder(template, tmp_path / "here")
+    wrong_commands.make_folder(template, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     try:
-        with limits():
+        with limits(patience=PATIENCE):
             got = main(arguments)
     except SystemExit as end:
         got = end.code
