@@ -127,7 +127,7 @@ def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
         ({"step": "1"}, "Expected int, got str"),
         ({"config": None}, "Expected object, got null"),
         ({"config": {"train": [], "thoughts": {}}}, "Expected object, got array"),
-        ({"config": {"train": {}, "thoughts": {"thoughts": "2"}}}, "run.json: Expected int, got str"),
+        ({"config": {"train": {}, "thoughts": {"thoughts": "2"}}}, "run.json: ThoughtConfig: thoughts must be an integer, got"),
     ],
 )
 def test_a_run_file_that_is_none_though_its_hash_fits(saved, tmp_path, change, says):
