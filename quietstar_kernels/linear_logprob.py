@@ -39,7 +39,8 @@ def linear_logprob(
     are left out of the softmax.
 
     A logit of NaN or inf makes the results of its row NaN, and no other row's; banned ids don't count, nor does what a soft cap
-    makes finite. The log-probability of a target of -100 stays 0. A row of which all logits are -inf has no defined result.
+    makes finite. A logit of -inf under a soft cap is -softcap, or stays -inf, depending on the back end. The log-probability of
+    a target of -100 stays 0. A row of which all logits are -inf has no defined result.
 
     If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
     the backward computes them again, which is a fourth product. With ``grad_scale`` there are three products and no logits are

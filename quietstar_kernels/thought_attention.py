@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import FLOATS, Checker, check_attention, check_instance, shown
+from quietstar_kernels._checks import FLOATS, Checker, check_attention, check_instance
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.layout import ThoughtLayout, checked_layout
@@ -34,7 +34,8 @@ def thought_attention(
     Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
     long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
 
-    A key or value that holds NaN or infinity makes the rows that see it NaN, a query that does its own row, and no others.
+    NaN in a key or value, or infinity in a value, makes the rows that see it NaN; NaN in a query makes its own row NaN.
+    Infinity in a key or query may do so too. No other row changes.
 
     Gradients are those of reverse mode: ``backward``, ``torch.func.grad``, ``vjp`` and ``jacrev``. Forward mode and second
     derivatives raise NotImplementedError. ``vmap`` runs one call after another.
@@ -62,8 +63,7 @@ def thought_attention(
     check_instance(_OP, "layout", layout, ThoughtLayout)
     R = layout.R
     check = Checker(_OP, B=layout.B, M=layout.L + R, R=R)
-    if not isinstance(query_rows, str) or query_rows not in ("all", "thoughts"):
-        raise check.fail(f"query_rows must be 'all' or 'thoughts', got {shown(query_rows)}")
+    check.choice("query_rows", query_rows, ("all", "thoughts"))
     device = layout.device
     check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device, "layout")
     check.tensor("k", k, "B,G,M,K", (q.dtype,), device, "q")

@@ -38,7 +38,7 @@ ATTENTION = [
     ({"q": zeros(4, 11, 8)}, "q must have shape [B,H,M,K]=[2,?,11,?], got [4,11,8]"),
     ({"q": None}, "q must be a tensor [B,H,M,K], got NoneType"),
     ({"query_rows": "thoughts"}, "q must have shape [B,H,R,K]=[2,?,8,?], got [2,4,11,8]"),
-    ({"query_rows": "text"}, "query_rows must be 'all' or 'thoughts', got 'text'"),
+    ({"query_rows": "text"}, "query_rows must be one of all, thoughts, got 'text'"),
     ({"k": zeros(2, 2, 8, 8)}, "k must have shape [B,G,M,K]=[2,?,11,8], got [2,2,8,8]"),
     ({"k": zeros(2, 2, 11, 7)}, "k must have shape [B,G,M,K]=[2,?,11,8], got [2,2,11,7]"),
     ({"v": zeros(2, 4, 11, 6)}, "v must have shape [B,G,M,E]=[2,2,11,?], got [2,4,11,6]"),

@@ -57,11 +57,11 @@ def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, dev
         assert torch.equal(grads["sinks"], grads_changed["sinks"]), f"row {row}: dsinks"
 
 
-def poisoned(inputs, bad, names=("q", "k", "v")):
-    """The inputs with NaN in packed rows ``bad`` [B,M]; q may hold the last rows only."""
+def poisoned(inputs, bad, names=("q", "k", "v"), poison=torch.nan):
+    """The inputs with NaN, or other ``poison``, in packed rows ``bad`` [B,M]; q may hold the last rows only."""
     rows = inputs["q"].shape[2]
     where = {name: bad[:, bad.shape[1] - rows :] if name == "q" else bad for name in names}
-    return inputs | {name: inputs[name].masked_fill(where[name][:, None, :, None], torch.nan) for name in names}
+    return inputs | {name: inputs[name].masked_fill(where[name][:, None, :, None], poison) for name in names}
 
 
 def assert_same_where(good, bad, keep, what):
@@ -118,10 +118,11 @@ def test_nan_in_padded_text(backend, side, query_rows, softcap, device, narrow):
     assert torch.equal(grads["sinks"], bad_grads["sinks"]), "dsinks"
 
 
+@pytest.mark.parametrize(("names", "poison"), [(("k", "v"), torch.nan), (("v",), torch.inf), (("v",), -torch.inf)])
 @pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("place", ["text", "thought"])
-def test_nan_that_a_row_sees(backend, place, options, device, narrow):
-    """One row of k and v holds NaN: the rows that see it are NaN, forward and dq, and no other."""
+def test_nan_that_a_row_sees(backend, place, options, names, poison, device, narrow):
+    """One row of k and v holds NaN, or one of v infinity: the rows that see it are NaN, forward and dq, and no other."""
     generator = torch.Generator().manual_seed(6)
     layout = random_layout(generator, "anchors", 1, 40, 2, 3, device=device)
     inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True)
@@ -129,7 +130,7 @@ def test_nan_that_a_row_sees(backend, place, options, device, narrow):
     row = 5 if place == "text" else layout.L + 4
     bad = torch.arange(layout.M, device=device)[None] == row
     grad_out = torch.randn(*inputs["q"].shape[:3], narrow[1], generator=generator).to(device)
-    out, lse, grads = run(backend, layout, poisoned(inputs, bad, ("k", "v")), grad_out, **options)
+    out, lse, grads = run(backend, layout, poisoned(inputs, bad, names, poison), grad_out, **options)
     sees = mask[:, None, :, row].expand_as(lse)
     assert sees.any() and not sees.all()
     assert torch.equal(lse.isnan(), sees)

@@ -142,10 +142,11 @@ def _read_config(path: str | os.PathLike) -> Any:
     file = find(path, CONFIG)
     if file is None:
         raise ValueError(f"{path}: {CONFIG} is missing")
+    peft = require_peft()
     try:
         read_json(file, Base)
-        return require_peft().PeftConfig.from_pretrained(os.path.dirname(file))
-    except Exception as error:
+        return peft.PeftConfig.from_pretrained(os.path.dirname(file))
+    except Exception as error:  # whatever peft makes of a wrong type
         raise _damaged(path, error) from error
 
 

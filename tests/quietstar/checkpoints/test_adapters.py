@@ -234,3 +234,9 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     assert len(compiled) == 1 and adapters.there(compiled[0].model)
     assert cli.main(["train", "--model=../run", "--data=../text.txt", "--out=else", "--lora-rank=2", *small]) == cli.DATA
     assert "already has adapters" in capsys.readouterr().err
+
+
+def test_without_peft_the_files_are_not_called_damaged(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="^adapters need peft: pip install"):
+        quietstar.QuietStar.from_pretrained(saved)
