@@ -16,7 +16,7 @@ from quietstar.cli.errors import RUNTIME, SAVED, Failure, runtime_failure
 from quietstar.cli.loading import load_model, load_tokenizer
 from quietstar.cli.options import read_config
 from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
-from quietstar.cli.tables import held_out_losses
+from quietstar.cli.train_summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
@@ -86,7 +86,7 @@ class Train:
         try:
             self._print(f"{len(data.train):,} examples to train on, {len(data.held_out):,} texts held out, to {self.train.out}")
             self._write_config()
-            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None)
+            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
@@ -96,9 +96,8 @@ class Train:
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
             raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
-        if metrics and "eval_gain" in metrics[-1]:
-            self._print(held_out_losses({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
-        self._print(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+        if process_state().is_main_process:
+            print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
 
     def options(self) -> dict[str, Any]:
