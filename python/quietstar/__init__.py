@@ -8,7 +8,7 @@ from typing import Any
 import quietstar._moved  # noqa: F401  old module names: errors that give the new ones
 
 # What the train extra installs, by the names of modules; kernels alone do without.
-NEEDED = {"transformers", "accelerate", "safetensors", "tqdm", "numpy", "tyro", "yaml", "msgspec", "psutil"}
+NEEDED = {"transformers", "tokenizers", "accelerate", "safetensors", "tqdm", "numpy", "tyro", "yaml", "msgspec", "psutil"}
 
 try:
     from quietstar.config import ThoughtConfig

@@ -136,7 +136,7 @@ def _check_command(arguments: list[str]) -> None:
     name = arguments[0]
     if name in COMMANDS or name.startswith("-"):
         return
-    similar = get_close_matches(name[:100], COMMANDS, n=1)
+    similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
     advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
     raise UsageError(f"there is no command {name[:100]}: {advice}")
 

@@ -12,7 +12,7 @@ from quietstar.run.processes import process_state
 
 __all__ = ["Interrupted", "Signals"]
 
-STOPS = "{name}: the run stops after this step, and saves it"
+STOPS = "{name}: stopping after this step, and saving"
 ASKS = "still in this step; another Ctrl-C ends the run at once, and loses the steps since the last save"
 
 
@@ -50,7 +50,7 @@ class Signals:
         if self._presses > 2:
             raise KeyboardInterrupt
         again = self._presses == 2 and number == signal.SIGINT
-        self._say(ASKS if again else STOPS.format(name=signal.Signals(number).name))
+        self._say(ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else "SIGTERM"))
 
     def _say(self, text: str) -> None:
         """Written past ``sys.stderr``, which the signal may have found in the middle of a write and can't be entered twice."""
