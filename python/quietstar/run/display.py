@@ -27,7 +27,7 @@ class Display:
 
     def __init__(self, steps: int, done: int, shown: bool):
         self._shown = shown
-        self._other_columns = len(f"{steps}/{steps} {'bar'} ETA 12:34:56")
+        self._other_columns = len(f"{steps}/{steps} | ETA 12:34:56")  # with the shortest bar
         form = "{n_fmt}/{total_fmt} {bar} ETA {remaining}{desc}"
         self._bar = tqdm(total=steps, initial=done, disable=not shown, dynamic_ncols=True, bar_format=form)
 
@@ -43,7 +43,7 @@ class Display:
             return
         columns, text = self._bar.format_dict["ncols"], ""
         for name, form in FIGURES.items():
-            longer = f"{text}  {form(line[name])}"
+            longer = f"{text} {form(line[name])}"
             if not isinstance(columns, int) or len(longer) + self._other_columns <= columns:
                 text = longer
         self._bar.set_description_str(text, refresh=False)

@@ -17,6 +17,7 @@ import pytest
 from quietstar import QuietStar
 from quietstar.cli import errors
 from quietstar.run import plot, snapshots
+from quietstar.run.display import Display
 
 
 @contextmanager
@@ -50,16 +51,25 @@ def terminal(monkeypatch, columns):
     result.append(b"".join(written).decode())
 
 
-@pytest.mark.parametrize("columns, figures", [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward"), (40, "loss_ce")])
+@pytest.mark.parametrize("columns, figures", [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward weight"), (40, "loss_ce")])
 def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     with terminal(monkeypatch, columns) as screen:
         train("--out=run", "--data=text.txt", "--no-pack")
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", screen[0])]
     bars = [line for line in lines if " ETA " in line]
     assert bars and max(map(len, bars)) <= columns
-    assert bars[0].startswith("0/4 ") and re.match(r"4/4 █+ ETA 00:00  loss_ce \d\.\d{3}", bars[-1])
+    assert bars[0].startswith("0/4 ") and re.match(r"4/4 █+ ETA 00:00 loss_ce \d\.\d{3}", bars[-1])
     assert re.findall(r"loss_ce|reward|weight|th/s", bars[-1]) == figures.split()
     assert all(len(line) <= 80 for line in lines if "/model.safetensors" not in line)
+
+
+def test_long_numbers_fit_too(monkeypatch):
+    with terminal(monkeypatch, 80) as screen, Display(9_999, 0, shown=True) as display:
+        for _ in range(2):
+            display.step({"loss_ce": 10.1234, "reward": -0.1234, "weight": -0.1234, "thoughts_per_second": 12_345.6})
+    bars = [line for line in screen[0].split("\r") if " ETA " in line]
+    assert max(map(len, bars)) <= 80
+    assert bars[-1].strip().endswith(" loss_ce 10.123 reward -0.123 weight -0.123 12.3k th/s")
 
 
 def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch):
