@@ -11,13 +11,14 @@ import sys
 import termios
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from quietstar import QuietStar
 from quietstar.cli import errors
 from quietstar.run import plot, snapshots
-from quietstar.run.display import Display
+from quietstar.run.display import FIGURES, Display
 
 
 @contextmanager
@@ -70,6 +71,12 @@ def test_long_numbers_fit_too(monkeypatch):
     bars = [line for line in screen[0].split("\r") if " ETA " in line]
     assert max(map(len, bars)) <= 80
     assert bars[-1].strip().endswith(" loss_ce 10.123 reward -0.123 weight -0.123 12.3k th/s")
+
+
+def test_the_page_about_metrics_names_what_the_bar_shows():
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    told = re.search(r"The progress bar shows .*?\.", page, re.S)[0]
+    assert set(re.findall(r"`(\w+)`", told)) == {"ETA", *FIGURES}
 
 
 def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch):
