@@ -52,7 +52,10 @@ def terminal(monkeypatch, columns):
     result.append(b"".join(written).decode())
 
 
-@pytest.mark.parametrize("columns, figures", [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward weight"), (40, "loss_ce")])
+WIDTHS = [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward weight"), (40, "loss_ce")]
+
+
+@pytest.mark.parametrize("columns, figures", WIDTHS)
 def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     with terminal(monkeypatch, columns) as screen:
         train("--out=run", "--data=text.txt", "--no-pack")
