@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 from quietstar.files.writing import write_whole
@@ -62,8 +63,9 @@ def _training(axes: Any, lines: Sequence[Line], name: str, unit: str, label: str
     half = len(values) // SMOOTHED // 2
     if half:
         axes.plot(steps, values, color=GREY, linewidth=0.6, alpha=0.5, zorder=2)
-        around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-        values = [sum(part) / len(part) for part in around]
+        totals = [0.0, *accumulate(values)]
+        around = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+        values = [(totals[end] - totals[start]) / (end - start) for start, end in around]
     axes.plot(steps, values, color=GREY, linewidth=1.6, zorder=2, label=label)
     axes.set_ylabel(unit)
 
