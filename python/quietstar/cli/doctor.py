@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from tyro.conf import arg
 

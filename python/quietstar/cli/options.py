@@ -45,7 +45,7 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="quietstar",
-        description="Quiet-STaR: language models that think before every token.",
+        description="Quiet-STaR: language models that think before every token. --version, alone, prints versions.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,

@@ -21,7 +21,8 @@ from quietstar.cli.errors import DATA, RUNTIME, SAVED, Failure, runtime_failure
 from quietstar.cli.loading import load_model
 from quietstar.cli.options import read_config
 from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
-from quietstar.cli.tables import held_out_losses, held_out_text
+from quietstar.cli.tables import held_out_text
+from quietstar.cli.train_summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.held_out import check_held_out, describe
 from quietstar.data.texts import Data, DataConfig, load_data
@@ -94,7 +95,7 @@ class Train:
         try:
             self._print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")
             self._write_config()
-            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None)
+            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
@@ -104,9 +105,8 @@ class Train:
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
             raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
-        if metrics and "eval_gain" in metrics[-1]:
-            self._print(held_out_losses({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
-        self._print(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+        if process_state().is_main_process:
+            print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
 
     def options(self) -> dict[str, Any]:
