@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar.arguments.values import file_path, flag, function, instance, refusal
-from quietstar.config import TrainConfig
+from quietstar.config import TrainConfig, step_size_warning
 from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
@@ -92,6 +93,8 @@ def train(
     """
     _check(qs, data, config, loss, evaluate, resume, progress)
     flag("train: evaluate_first", evaluate_first)
+    if warning := step_size_warning(qs.thought_config, config.learning_rate):
+        warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
     process_state()
