@@ -28,6 +28,7 @@ from quietstar.cli.errors import (
     first_line,
     one_line,
     runtime_failure,
+    short_warnings,
 )
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
@@ -107,7 +108,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     """The exit code, and what to say about an error."""
     try:
         _check_command(arguments)
-        with on_terminal():
+        with on_terminal(), short_warnings():
             parse(COMMANDS, arguments).run()
         return 0, ""
     except UsageError as error:

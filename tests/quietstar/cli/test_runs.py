@@ -141,7 +141,6 @@ def test_the_preset_for_small_models_comes_with_a_learning_rate(home, quietstar)
     assert (config["learning_rate"], config["policy_weight"], config["embedding_scale"]) == (1e-3, 10, 1)
 
 
-@pytest.mark.filterwarnings("error")
 def test_steps_that_are_too_large_for_the_policy_weight_are_warned_about(train):
     with pytest.warns(UserWarning, match=r"policy_weight of 1e\+06 belongs to a learning rate of 1e-06: with 0.001"):
         train("--out=run", "--policy-weight=1e6", "--steps=1")
