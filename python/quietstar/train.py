@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +25,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from quietstar.arguments.values import file_path, flag, function, instance, refusal
-from quietstar.config import TrainConfig
+from quietstar.config import TrainConfig, step_size_warning
 from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
@@ -87,6 +88,8 @@ def train(
             process ended; finished steps are saved unless weights are sharded or updated several times per step.
     """
     _check(qs, data, config, loss, evaluate, resume, progress)
+    if warning := step_size_warning(qs.thought_config, config.learning_rate):
+        warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
     process_state()
