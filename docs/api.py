@@ -53,7 +53,7 @@ PARTS = {
         "quietstar.recipes.common.evaluation",
         "quietstar.recipes.common.selectors",
     ),
-    "Files": ("quietstar.files.reading", "quietstar.files.writing"),
+    "Files": ("quietstar.files.reading", "quietstar.files.writing", "quietstar.files.pictures"),
     "Kernels": ("quietstar_kernels", "quietstar_kernels.testing"),
 }
 PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_kernels.testing")  # their names are headings as they are
