@@ -15,7 +15,7 @@ from quietstar.arguments.fields import check, check_at_least, check_choice, chec
 from quietstar.arguments.values import as_integer, choice, integer, mapping, refusal
 from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
 
-__all__ = ["MAY_DIFFER", "AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig", "option", "step_size_warning"]
+__all__ = ["MAY_DIFFER", "AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig", "option"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # of a model's weights
 
@@ -108,7 +108,7 @@ class ThoughtConfig:
     lookahead: int = option(4, "J, next tokens predicted after a thought")
     preset: str = option(
         "official",
-        "official, paper, or small (for small models at a learning rate of 1e-3): fills the fields below that are None",
+        "official, paper or small (small models, learning rate 1e-3): fills the fields below that are None",
     )
     mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
     reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")

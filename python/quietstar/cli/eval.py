@@ -72,9 +72,9 @@ class Eval:
 
     def _check_unseen(self, trained_on: Sequence[TrainedOn], data: Data) -> None:
         if not data.held_out:
+            why = f"the {data.repeated} held-out texts occur in training too" if data.repeated else "no text is held out"
             raise ValueError(
-                f"{self.data.data}: nothing of its {data.texts:,} texts is held out; --all measures all of them, "
-                "--held-out=N holds out some of them"
+                f"{self.data.data}: {why} (of {data.texts:,}, held-out {self.data.held_out}): --all measures all texts"
             )
         if not trained_on:
             print(

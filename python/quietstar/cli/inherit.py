@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +39,7 @@ def for_source(values: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Print on stderr what is not as in the checkpoint; in the first of several processes."""
+    """Print what is not as in the checkpoint; in the first of several processes."""
     if os.environ.get("RANK", "0") != "0":
         return
     changed = [
@@ -49,7 +48,7 @@ def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any
         if name in used and used[name] != value and not (name == "data" and _same_file(used[name], value))
     ]
     if changed:
-        print(f"not as in {model}: {', '.join(changed)}", file=sys.stderr)
+        print(f"not as in {model}: {', '.join(changed)}")
 
 
 def _chosen(names: Mapping[str, Any], command: str, values: Mapping[str, Any]) -> dict[str, Any]:
