@@ -10,18 +10,60 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULES = ("quietstar", "quietstar_kernels", "quietstar_kernels.testing")
+PARTS = {
+    "": ("quietstar",),
+    "Training": (
+        "quietstar.config",
+        "quietstar.train",
+        "quietstar.objective",
+        "quietstar.run.batches",
+        "quietstar.run.signals",
+        "quietstar.data.texts",
+        "quietstar.data.thoughts",
+        "quietstar.memory.step",
+        "quietstar.memory.processes",
+    ),
+    "Evaluation": (
+        "quietstar.evaluation.losses",
+        "quietstar.evaluation.controls",
+        "quietstar.evaluation.difficulty",
+        "quietstar.evaluation.anchor_choices",
+        "quietstar.evaluation.intervals",
+        "quietstar.evaluation.scoring",
+        "quietstar.evaluation.questions.asking",
+        "quietstar.evaluation.questions.reading",
+    ),
+    "Recipes": (
+        "quietstar.recipes.tasks",
+        "quietstar.recipes.star",
+        "quietstar.recipes.vstar",
+        "quietstar.recipes.vstar_verifier",
+        "quietstar.recipes.solve",
+        "quietstar.recipes.internalize",
+        "quietstar.recipes.score",
+        "quietstar.recipes.fast",
+        "quietstar.recipes.common.models",
+        "quietstar.recipes.common.sft",
+        "quietstar.recipes.common.evaluation",
+        "quietstar.recipes.common.selectors",
+    ),
+    "Files": ("quietstar.files.reading", "quietstar.files.writing", "quietstar.files.pictures"),
+    "Kernels": ("quietstar_kernels", "quietstar_kernels.testing"),
+}
+PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_kernels.testing")  # their names are headings as they are
+MODULES = [module for part in PARTS.values() for module in part]
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 INTRODUCTION = """\
 # API
 
-All public names of both packages. [docs/api.py](api.py) generates this page from their docstrings. The letters in shapes are
-explained in the [dimension key](#package-quietstar_kernels)."""
+All public names of both packages, and of the modules that the docs and examples import. [docs/api.py](api.py) generates this
+page from their docstrings. The letters in shapes are explained in the [dimension key](#package-quietstar_kernels)."""
 WIDTH = 100  # of a signature; a longer one gets one line per parameter
 
 
@@ -32,18 +74,35 @@ class Bare(str):
 
 
 def page() -> str:
-    modules = [importlib.import_module(name) for name in MODULES]
-    contents = [line for module in modules for line in table_of_contents(module)]
-    blocks = [block for module in modules for block in module_blocks(module)]
+    contents = [line for part, names in PARTS.items() for line in table_of_contents(part, names)]
+    blocks = [block for name in MODULES for block in module_blocks(importlib.import_module(name))]
     return "\n\n".join([INTRODUCTION, "\n".join(contents), *blocks]) + "\n"
 
 
-def table_of_contents(module: ModuleType) -> Iterator[str]:
-    yield f"- {link(f'Package {module.__name__}')}"
-    for name in module.__all__:
-        thing = getattr(module, name)
-        methods = [link(f"{name}.{method}", method) for method in public_methods(thing)] if inspect.isclass(thing) else []
-        yield f"  - {': '.join([link(name), ', '.join(methods)] if methods else [link(name)])}"
+def table_of_contents(part: str, modules: Iterable[str]) -> Iterator[str]:
+    """A line per name of a package, and per module of the others."""
+    if part:
+        yield f"- {part}"
+    indent = "  " if part else ""
+    for module in map(importlib.import_module, modules):
+        names = {name: link(heading(module, name), name) for name in module.__all__}
+        if module.__name__ not in PACKAGES:
+            yield f"{indent}- {link(title(module), module.__name__)}: {', '.join(names.values())}"
+            continue
+        yield f"{indent}- {link(title(module))}"
+        for name, to_name in names.items():
+            thing = getattr(module, name)
+            methods = [link(f"{name}.{method}", method) for method in public_methods(thing)] if inspect.isclass(thing) else []
+            yield f"{indent}  - {': '.join([to_name, ', '.join(methods)] if methods else [to_name])}"
+
+
+def title(module: ModuleType) -> str:
+    return f"{'Package' if module.__name__ in PACKAGES else 'Module'} {module.__name__}"
+
+
+def heading(module: ModuleType, name: str) -> str:
+    """Unique on the page."""
+    return name if module.__name__ in PACKAGES else f"{module.__name__.rpartition('.')[2]}.{name}"
 
 
 def link(heading: str, text: str = "") -> str:
@@ -52,47 +111,65 @@ def link(heading: str, text: str = "") -> str:
 
 
 def module_blocks(module: ModuleType) -> Iterator[str]:
-    yield f"## Package {module.__name__}"
+    yield f"## {title(module)}"
     yield markdown(module.__doc__)
     for name in module.__all__:
-        thing = getattr(module, name)
-        yield f"### {name}"
-        if inspect.isclass(thing):
-            yield from class_blocks(thing)
-        elif callable(thing):
-            yield from (signature(name, thing), markdown(thing.__doc__))
+        thing, full = getattr(module, name), heading(module, name)
+        yield f"### {full}"
+        elsewhere = first_home(module, thing)
+        if elsewhere:
+            yield f"The same as {link(heading(elsewhere, name), f'{elsewhere.__name__}.{name}')}."
+        elif inspect.isclass(thing):
+            yield from class_blocks(thing, full)
+        elif inspect.isroutine(thing):
+            yield from (signature(full, thing), markdown(thing.__doc__))
         else:
             yield f"`{thing!r}`"
 
 
-def class_blocks(cls: type) -> Iterator[str]:
-    if not dataclasses.is_dataclass(cls):
-        yield signature(cls.__name__, cls)
+def first_home(module: ModuleType, thing: Any) -> ModuleType | None:
+    """The module earlier on the page that has the same class or function, if any."""
+    if not (inspect.isclass(thing) or inspect.isroutine(thing)):
+        return None
+    earlier = map(importlib.import_module, MODULES[: MODULES.index(module.__name__)])
+    return next((other for other in earlier if any(getattr(other, name) is thing for name in other.__all__)), None)
+
+
+def class_blocks(cls: type, name: str) -> Iterator[str]:
+    if not dataclasses.is_dataclass(cls) and not issubclass(cls, (tuple, dict, Exception)):
+        yield signature(name, cls)
     yield markdown(cls.__doc__)
-    options = [field for field in dataclasses.fields(cls) if field.metadata] if dataclasses.is_dataclass(cls) else []
+    options = [field for field in dataclasses.fields(cls) if "help" in field.metadata] if dataclasses.is_dataclass(cls) else []
     if options:
         fields = [f"- `{field.name}: {field.type} = {field.default!r}`: {prose(field.metadata['help'])}" for field in options]
         yield "\n".join(["Fields:", "", *fields])
-    properties = {name: member for name, member in vars(cls).items() if isinstance(member, property)}
-    described = [f"- `{name}`: {prose(member.__doc__)}" for name, member in properties.items() if member.__doc__]
-    sizes = ", ".join(f"`{name}`" for name, member in properties.items() if not member.__doc__)
+    properties = {key: member for key, member in vars(cls).items() if isinstance(member, property)}
+    described = [f"- `{key}`: {prose(member.__doc__)}" for key, member in properties.items() if member.__doc__]
+    sizes = ", ".join(f"`{key}`" for key, member in properties.items() if not member.__doc__)
     if properties:
         yield "\n".join(["Properties:", "", *([f"- {sizes}"] if sizes else []), *described])
-    for name, method in public_methods(cls).items():
-        yield f"#### {cls.__name__}.{name}"
-        yield signature(f"{cls.__name__}.{name}", method)
+    for key, method in public_methods(cls).items():
+        yield f"#### {name}.{key}"
+        yield signature(f"{name}.{key}", method)
         yield markdown(method.__doc__)
 
 
+@cache
+def on_page(cls: type) -> bool:
+    return any(getattr(module, name) is cls for module in map(importlib.import_module, MODULES) for name in module.__all__)
+
+
 def public_methods(cls: type) -> dict[str, Any]:
-    """The methods that the class itself defines and documents. Class methods are bound to the class."""
-    members = {name: getattr(cls, name) for name in vars(cls) if not name.startswith("_")}
+    """The methods that the class documents, with those of bases of ours that the page leaves out. Class methods are bound."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("quietstar") and (base is cls or not on_page(base))]
+    members = {name: getattr(cls, name) for base in ours for name in vars(base) if not name.startswith("_")}
     return {name: member for name, member in members.items() if inspect.isroutine(member) and member.__doc__}
 
 
 def signature(name: str, function: Any) -> str:
     found = inspect.signature(function)
-    kept = [p.replace(annotation=bare(p.annotation)) for p in found.parameters.values() if p.name != "self"]
+    kept = [p.replace(annotation=bare(p.annotation), default=named(p.default)) for p in found.parameters.values()]
+    kept = [p for p in kept if p.name != "self"]
     parameters = [str(p) for p in kept]
     kinds = [p.kind for p in kept]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
@@ -106,6 +183,13 @@ def signature(name: str, function: Any) -> str:
 
 def bare(annotation: Any) -> Any:
     return Bare(annotation) if isinstance(annotation, str) else annotation
+
+
+def named(default: Any) -> Any:
+    """A function by its name, and without its address."""
+    if not inspect.isfunction(default):
+        return default
+    return Bare("..." if default.__name__ == "<lambda>" else default.__name__)
 
 
 def markdown(docstring: str) -> str:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quietstar_kernels import ThoughtLayout, sample_token, thought_attention
+from quietstar_kernels import ThoughtLayout, sample_thoughts, thought_attention
 
 B, L, N, T, J = 4, 48, 2, 3, 2  # batch, text tokens, thoughts per position, sampled tokens, tokens predicted after them
 S = T + J + 1  # rows of a thought: start, T sampled tokens, end, J-1 tokens of the text
@@ -62,32 +62,12 @@ class GPT(nn.Module):
         return self.norm(x)
 
 
-def thought_rows(hidden: Tensor, layout: ThoughtLayout) -> Tensor:
-    """The thoughts' rows [B,P,N,S,D] of packed hidden states [B,M,D]."""
-    return hidden[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
-
-
-@torch.no_grad()
-def sample_thoughts(model: GPT, text: Tensor, layout: ThoughtLayout, seed: int) -> Tensor:
-    """Ids [B,P,N,T], sampled in T packed forward passes, however many positions there are."""
-    shape = (layout.B, layout.P, layout.N)
-    thoughts = torch.zeros((*shape, T), dtype=torch.long)
-    sequence, position, n = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
-    for s in range(T):
-        hidden = thought_rows(model(layout.token_ids(text, thoughts, START, END, pad_id=0), layout), layout)[:, :, :, s]
-        counters = torch.stack([sequence, position, n, torch.full(shape, s)], -1).int()  # these and the seed fix the draw
-        ids, _ = sample_token(hidden.flatten(0, 2), model.head.weight, counters.flatten(0, 2), seed, banned=[START, END])
-        thoughts[..., s] = ids.view(shape)
-    return thoughts
-
-
 def losses(model: GPT, text: Tensor, thoughts: Tensor, layout: ThoughtLayout) -> tuple[Tensor, Tensor]:
     """Cross entropy of the text, and of the J tokens after each thought's anchor, in nats per byte."""
     hidden = model(layout.token_ids(text, thoughts, START, END, pad_id=0), layout)
     text_loss = F.cross_entropy(model.head(hidden[:, : L - 1]).flatten(0, 1), text[:, 1:].flatten())
-    logits = model.head(thought_rows(hidden, layout)[:, :, :, T + 1 :])  # [B,P,N,J,V], from the end row and those after it
-    targets = F.pad(text, (0, J), value=-100).unfold(1, J, 1)[:, 1:]  # [B,P,J], anchor t: tokens t+1 to t+J
-    thought_loss = F.cross_entropy(logits.flatten(0, 3), targets[:, :, None].expand(-1, -1, N, -1).flatten())
+    logits = model.head(layout.predicting(hidden, J))  # [B,P,N,J,V], from the end row and those after it
+    thought_loss = F.cross_entropy(logits.flatten(0, -2), layout.targets(text, J).flatten())
     return text_loss, thought_loss
 
 
@@ -95,8 +75,8 @@ def losses(model: GPT, text: Tensor, thoughts: Tensor, layout: ThoughtLayout) ->
 def largest_difference(model: GPT, text: Tensor, thoughts: Tensor, layout: ThoughtLayout) -> float:
     """Largest difference of any logit between the packed forward pass and ordinary ones over text prefix + thought."""
     ids = layout.token_ids(text, thoughts, START, END, pad_id=0)
-    packed = model.head(thought_rows(model(ids, layout), layout))
-    tokens = ids[:, L:].unflatten(1, (L, N, S))
+    _, packed = layout.split(model.head(model(ids, layout)))
+    _, tokens = layout.split(ids)
     worst = 0.0
     for t in range(L):
         for n in range(N):
@@ -115,7 +95,7 @@ def main() -> int:
     for step in range(STEPS):
         starts = torch.randint(len(corpus) - L, (B, 1))
         text = corpus[starts + torch.arange(L)]
-        thoughts = sample_thoughts(model, text, layout, seed=step)
+        thoughts, _ = sample_thoughts(model, model.head.weight, layout, text, T, START, seed=step, banned=[START, END])
         text_loss, thought_loss = losses(model, text, thoughts, layout)
         optimizer.zero_grad()
         (text_loss + thought_loss).backward()

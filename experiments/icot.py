@@ -93,13 +93,12 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    def stages(across: str) -> dict[str, Any]:
-        """For each run that loses its chain token by token, a curve per seed."""
-        return {
-            name: [[(stage[across], stage["accuracy"]) for stage in result["stages"][name]] for result in results]
-            for name in results[0]["stages"]
-        }
-
+    stages = {  # of each run that loses its chain token by token
+        name: [[(stage["removed"], stage["accuracy"]) for stage in result["stages"][name]] for result in results]
+        for name in results[0]["stages"]
+    }
+    runs = [row["run"] for row in results[0]["rows"]]
+    speeds = {run: [[(figure(result, run, "problems_per_second"), figure(result, run))] for result in results] for run in runs}
     training = [result["training"] for result in results]
     marks = [a["step"] for a, b in zip(training[0], training[0][1:], strict=False) if a["removed"] != b["removed"]]
     losses = {
@@ -107,20 +106,20 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         for name in ("first_token_loss", "loss")
     }
     digits = {name: [list(enumerate(result["digits"][name], 1)) for result in results] for name in results[0]["digits"]}
-    bars = {row["run"]: [figure(result, row["run"]) for result in results] for row in results[0]["rows"]}
+    bars = {run: [figure(result, run) for result in results] for run in runs}
     panels(
         path,
         TITLE,
         [
-            Panel("tokens of the chain that are gone", "accuracy on held-out problems", stages("removed")),
-            Panel("problems a second", "accuracy on held-out problems", stages("problems_per_second")),
+            Panel("tokens of the chain that are gone", "accuracy on held-out problems", stages),
+            Panel("problems a second", "accuracy on test problems", speeds),
             Panel(f"update, {KEPT}", "training loss, nats", losses, marks=marks),
             Panel("digit of the answer, units first", "accuracy on test problems", digits),
             Panel("accuracy on test problems", "", bars=bars),
         ],
     )
     return (
-        "Accuracy at the end of each stage, against the tokens removed and against the speed; the training loss, with a "
-        "line where a token is removed; accuracy of each digit of the answer, and of whole answers. Thin lines and dots "
-        "are seeds, thick lines and bars their mean"
+        "Accuracy at the end of each stage, against the tokens removed; accuracy and speed after training; the training "
+        "loss, with a line where a token is removed; accuracy of each digit of the answer, and of whole answers. Thin lines "
+        "and small dots are seeds, thick lines, large dots and bars their mean"
     )

@@ -19,6 +19,7 @@ from quietstar_kernels._dispatch import backends
 from quietstar_kernels.cuda._library import cuda_library
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.linear_logprob import linear_logprob
+from quietstar_kernels.sample_thoughts import sample_thoughts
 from quietstar_kernels.sample_token import sample_token
 from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "cuda_library",
     "linear_logprob",
+    "sample_thoughts",
     "sample_token",
     "thought_attention",
     "thought_decode",

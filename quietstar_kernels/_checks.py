@@ -104,6 +104,13 @@ class Checker:
         if value.layout is not torch.strided:
             raise self.fail(f"{name} must be a dense tensor, got one of layout {str(value.layout).removeprefix('torch.')}")
 
+    def leading(self, name: str, value: Any, letters: str) -> None:
+        """Checks the first dimensions of a tensor of any dtype, whose sizes are known; any others may follow."""
+        known = tuple(self.sizes[key] for key in letters.split(","))
+        if not isinstance(value, Tensor) or value.shape[: len(known)] != known or value.layout is not torch.strided:
+            sizes = ",".join(map(str, known))
+            raise self.fail(f"{name} must be a dense tensor of shape [{letters},...]=[{sizes},...], got {shown(value)}")
+
     def has_values(self, **tensors: Tensor) -> None:
         for name, value in tensors.items():
             if value.is_meta:

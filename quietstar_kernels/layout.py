@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import INTEGERS, Checker, check_instance
+from quietstar_kernels._checks import IGNORED, INTEGERS, Checker, check_instance
 
 _OP = "ThoughtLayout"
 MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
@@ -263,6 +263,67 @@ class ThoughtLayout:
         thought = torch.cat([mark.fill_(start_id), thought_ids.long(), torch.full_like(mark, end_id), text], -1)
         thought = torch.where((self.anchor >= 0)[:, :, None, None], thought, pad_id)
         return torch.cat([input_ids.long(), thought.flatten(1)], 1)
+
+    def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the text [B,L,...] and of the thoughts [B,P,N,S,...]: views of ``packed``, such as hidden states.
+
+        Args:
+            packed: [B,M,...], of any dtype.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        Checker("ThoughtLayout.split", B=self.B, M=self.M).leading("packed", packed, "B,M")
+        text, thoughts = packed.split([self.L, self.R], 1)
+        return text, thoughts.unflatten(1, (self.P, self.N, self.S))
+
+    def predicting(self, packed: Tensor, lookahead: int) -> Tensor:
+        """The rows [B,P,N,J,...] that predict the J tokens after each anchor: the end row of a thought, and those after it.
+
+        ``targets`` are what they predict:
+
+            logits = head(layout.predicting(hidden, J))  # [B,P,N,J,V]
+            loss = F.cross_entropy(logits.flatten(0, -2), layout.targets(text, J).flatten())
+
+        Args:
+            packed: [B,M,...], of any dtype.
+            lookahead: J, from 1 to S.
+
+        Raises:
+            ValueError: a wrong shape or number.
+        """
+        check = Checker("ThoughtLayout.predicting", B=self.B, M=self.M)
+        check.leading("packed", packed, "B,M")
+        return self.split(packed)[1][:, :, :, self.S - self._lookahead(check, lookahead) :]
+
+    def targets(self, labels: Tensor, lookahead: int) -> Tensor:
+        """int64 [B,P,N,J]: the labels of the J positions after each anchor.
+
+        They are -100 after the end of the text, in another document, and where the row that predicts them is off. A layout
+        doesn't know padding on the right: set its labels to -100.
+
+        Args:
+            labels: integer [B,L], the ids of the text; -100 stays.
+            lookahead: J, from 1 to S.
+
+        Raises:
+            ValueError: a wrong shape, dtype or number.
+        """
+        check = Checker("ThoughtLayout.targets", B=self.B, L=self.L)
+        check.tensor("labels", labels, "B,L", INTEGERS, self.device)
+        J = self._lookahead(check, lookahead)
+        if self.L == 0:  # all thoughts are off
+            return torch.full((self.B, self.P, self.N, J), IGNORED, dtype=torch.int64, device=self.device)
+        anchor = self.anchor.long()[:, :, None]
+        ahead = anchor + torch.arange(1, J + 1, device=self.device)  # [B,P,J]
+        index = ahead.clamp(0, self.L - 1).flatten(1)
+        label, lo = (x.long().gather(1, index).view(ahead.shape) for x in (labels, self.lo))
+        there = (ahead < self.L) & (lo <= anchor)
+        on = there[:, :, None] & self.live()[..., self.S - J :]
+        return torch.where(on, label[:, :, None], IGNORED)
+
+    def _lookahead(self, check: Checker, lookahead: int) -> int:
+        return check.integer("lookahead", lookahead, 1, self.S, f"from 1 to S={self.S}")
 
     def dense_mask(self, window: int | None = None) -> Tensor:
         """bool [B,M,M], True where the row sees the column. This is the definition, for tests and plots of small sizes.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.evaluation.intervals import wilson
+from quietstar.files.pictures import legend_below, save
 from sums.results import POSITIONS, Results, exact_match, how_scored, pooled, total
 from sums.runs import SHUFFLED
 
@@ -54,11 +55,11 @@ def draw_controls(results: Results, folder: Path) -> Path:
             axes.barh(place, middle, xerr=[[middle - low], [high - middle]], color=color, ecolor="black", capsize=2)
             axes.plot([exact_match(row, how) for row in rows], [place] * len(rows), "k.", ms=3)
         axes.axvline(CHANCE, color="tab:red", lw=1, ls="--", label="chance")
-        axes.legend(loc="lower right")
         axes.set_yticks(range(len(runs)), [group["run"] for group in runs])
         axes.set(title=f"thoughts {setting}", xlabel="exact match, held-out", xlim=(0, 1))
         axes.invert_yaxis()
-    return save(figure, folder / "digit_sums_controls.png")
+    legend_below(figure)
+    return saved(figure, folder / "digit_sums_controls.png")
 
 
 def draw_learning(results: Results, folder: Path) -> Path:
@@ -75,10 +76,10 @@ def draw_learning(results: Results, folder: Path) -> Path:
                 values = [[point[key] for point in curve] for curve in seeds]
                 draw_seeds(axes, [point["step"] for point in seeds[0]], values, f"C{number}", run)
             axes.set(xlabel="step", ylabel=label, ylim=(-0.02, 1.02))
-        panels[0][column].axhline(CHANCE, color="tab:red", lw=1, ls="--")
+        panels[0][column].axhline(CHANCE, color="tab:red", lw=1, ls="--", label="chance")
         panels[0][column].set_title(f"thoughts {setting}")
-        panels[1][column].legend(fontsize=7, loc="center right")
-    return save(figure, folder / "digit_sums_learning.png")
+    legend_below(figure)
+    return saved(figure, folder / "digit_sums_learning.png")
 
 
 def draw_seeds(axes: Any, steps: list[int], seeds: list[list[float]], color: str, label: str) -> None:
@@ -99,9 +100,9 @@ def draw_positions(results: Results, folder: Path) -> Path:
         axes.axhline(0, color="black", lw=0.8)
         axes.set_xticks(range(len(POSITIONS)), POSITIONS)
         axes.set(ylabel=label, xlabel="position")
-    return save(figure, folder / "digit_sums_where.png")
+    return saved(figure, folder / "digit_sums_where.png")
 
 
-def save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+def saved(figure: Any, path: Path) -> Path:
+    save(figure, path)
     return path

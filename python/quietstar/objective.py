@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quietstar_kernels import ThoughtLayout
 
+__all__ = ["Counts"]
+
 IGNORED = -100
 
 

@@ -183,9 +183,7 @@ class Thinker:
         """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D]."""
         rows = self.thought_rows(layout, input_ids, thought_ids)  # checks the arguments
         embeds = torch.cat([embeddings(self.model)(input_ids), rows], 1)
-        hidden = decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
-        text, thought = hidden.split([layout.L, layout.R], 1)
-        return text, thought.unflatten(1, (layout.P, layout.N, layout.S))
+        return layout.split(decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout)))
 
     def base_states(self, layout: ThoughtLayout, text: Tensor) -> Tensor:
         """Text states [B,P,J,D] at the positions that predict the targets of each anchor."""

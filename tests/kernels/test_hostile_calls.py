@@ -13,6 +13,7 @@ from quietstar_kernels import (
     cuda_library,
     linear_logprob,
     philox,
+    sample_thoughts,
     sample_token,
     testing,
     thought_attention,
@@ -83,6 +84,21 @@ target(
         "keep_bytes": 2**20,
     },
 )
+target(
+    "sample_thoughts",
+    sample_thoughts,
+    lambda: {
+        "forward": lambda ids, layout: torch.sin(ids[..., None] + torch.arange(8.0)),
+        "weight": torch.randn(33, 8, generator=generator()),
+        "layout": layout(),
+        "input_ids": torch.arange(B * L).view(B, L),
+        "thought_tokens": T,
+        "start_id": 1,
+        "seed": 3,
+        "sequence_ids": torch.arange(B),
+        **HEAD,
+    },
+)
 target("backends", backends, lambda: {"device": "cpu"})
 target("cuda_library", cuda_library, lambda: {})
 
@@ -133,6 +149,9 @@ target(
         "pad_id": 0,
     },
 )
+target("ThoughtLayout.split", layout().split, lambda: {"packed": torch.zeros(B, layout().M, 3)})
+target("ThoughtLayout.predicting", layout().predicting, lambda: {"packed": torch.zeros(B, layout().M, 3), "lookahead": 2})
+target("ThoughtLayout.targets", layout().targets, lambda: {"labels": torch.arange(B * L).view(B, L), "lookahead": 2})
 target("ThoughtLayout.dense_mask", layout().dense_mask, lambda: {"window": 4})
 target("ThoughtLayout.select", layout().select, lambda: {"places": slice(0, 2)})
 target("ThoughtLayout.to", layout().to, lambda: {"device": "cpu"})

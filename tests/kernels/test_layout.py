@@ -47,6 +47,58 @@ def sees(layout, b, index, column, window):
 
 
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_split_and_predicting(kind):
+    """Every row of a tensor of row numbers arrives at its (p, n, s); the last J rows of a thought predict."""
+    for seed in SEEDS:
+        layout = random_layout(torch.Generator().manual_seed(seed), kind)
+        B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
+        rows = torch.arange(layout.M).expand(B, -1)
+        text, thoughts = layout.split(rows)
+        assert torch.equal(text, torch.arange(L).expand(B, L))
+        assert thoughts.shape == (B, P, N, S)
+        for i, row in enumerate(rows_of(layout)[L:]):
+            assert (thoughts[(slice(None), *row)] == L + i).all(), f"seed {seed}"
+        strided = torch.stack([rows, -rows], 2)[..., None].expand(-1, -1, -1, 3)
+        for lookahead in range(1, S + 1):
+            assert torch.equal(layout.predicting(rows, lookahead), thoughts[..., S - lookahead :])
+            assert torch.equal(layout.predicting(strided, lookahead)[..., 1, 2], -thoughts[..., S - lookahead :])
+
+
+def target_of(layout, b, p, n, j, J, labels):
+    """The label of the j-th of the J tokens after an anchor."""
+    t = int(layout.anchor[b, p])
+    ahead = t + j
+    if not is_on(layout, b, (p, n, layout.S - J + j - 1)) or ahead >= layout.L or int(layout.lo[b, ahead]) > t:
+        return -100
+    return int(labels[b, ahead])
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_targets(kind):
+    for seed in SEEDS:
+        generator = torch.Generator().manual_seed(seed)
+        layout = random_layout(generator, kind)
+        labels = torch.randint(0, 80, (layout.B, layout.L), generator=generator)
+        for J in range(1, layout.S + 1):
+            got = layout.targets(labels.int(), J)
+            assert got.shape == (layout.B, layout.P, layout.N, J) and got.dtype == torch.int64
+            places = torch.cartesian_prod(*map(torch.arange, got.shape)).tolist()
+            want = [target_of(layout, b, p, n, j + 1, J, labels) for b, p, n, j in places]
+            assert got.flatten().tolist() == want, f"seed {seed}"
+
+
+def test_targets_of_documents_and_padding():
+    none = [-100, -100]
+    documents = ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 4)
+    left = ThoughtLayout.from_padding(torch.tensor([[0, 1, 1, 1]]), 1, 4)
+    right = ThoughtLayout.from_padding(torch.tensor([[1, 1, 1, 0]]), 1, 4)
+    labels = torch.tensor([[5, 6, 7, 8]])
+    assert documents.targets(labels, 2)[0, :, 0].tolist() == [[6, -100], none, [8, -100], none]
+    assert left.targets(labels, 2)[0, :, 0].tolist() == [none, [7, 8], [8, -100], none]
+    assert right.targets(labels.where(labels < 8, -100), 2)[0, :, 0].tolist() == [[6, 7], [7, -100], none, none]
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_dense_mask_is_the_predicate(kind, window):
     for seed in SEEDS:
@@ -246,6 +298,25 @@ def test_token_ids_refuses(change, message):
         ThoughtLayout.at(**AT).token_ids(**(fine | change), start_id=1, end_id=2, pad_id=0)
 
 
+PACKED = "packed must be a dense tensor of shape [B,M,...]=[2,16,...], got "
+BAD_ROWS = [
+    (lambda layout: layout.split(torch.zeros(2, 15, 3)), f"split: {PACKED}a tensor [2, 15, 3] of float32"),
+    (lambda layout: layout.split(torch.zeros(2)), f"split: {PACKED}a tensor [2] of float32"),
+    (lambda layout: layout.split(None), f"split: {PACKED}NoneType"),
+    (lambda layout: layout.predicting(torch.zeros(3, 16), 1), f"predicting: {PACKED}a tensor [3, 16] of float32"),
+    (lambda layout: layout.predicting(torch.zeros(2, 16), 0), "predicting: lookahead must be from 1 to S=3, got 0"),
+    (lambda layout: layout.targets(torch.zeros(2, 4).long(), 4), "targets: lookahead must be from 1 to S=3, got 4"),
+    (lambda layout: layout.targets(torch.zeros(2, 5).long(), 1), "targets: labels must have shape [B,L]=[2,4], got [2,5]"),
+    (lambda layout: layout.targets(torch.zeros(2, 4), 1), "targets: labels must have dtype int32, int64, got float32"),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD_ROWS, ids=[message for _, message in BAD_ROWS])
+def test_split_predicting_and_targets_refuse(call, message):
+    with pytest.raises(ValueError, match="^ThoughtLayout." + re.escape(message)):
+        call(ThoughtLayout.at(**AT))
+
+
 def test_thoughts_without_text():
     """All of them are off."""
     layout = ThoughtLayout.at(torch.full((2, 3), -1), 2, 4, text_length=0)
@@ -253,6 +324,8 @@ def test_thoughts_without_text():
     assert not layout.dense_mask().any() and layout.dense_mask(2).shape == (2, 24, 24)
     empty, thoughts = torch.zeros(2, 0, dtype=torch.int64), torch.ones(2, 3, 2, 2, dtype=torch.int64)
     assert layout.token_ids(empty, thoughts, 5, 6, 7).tolist() == [[7] * 24] * 2
+    assert layout.predicting(torch.ones(2, 24, 5), 2).shape == (2, 3, 2, 2, 5)
+    assert torch.equal(layout.targets(empty, 2), torch.full((2, 3, 2, 2), -100))
     for backend in ("reference", "cpu"):
         out = thought_attention(*torch.ones(3, 2, 4, 24, 8), layout, backend=backend)
         assert out.shape == (2, 4, 24, 8) and not out.any()

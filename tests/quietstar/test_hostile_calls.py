@@ -14,7 +14,7 @@ import quietstar
 from quietstar import QuietStar, ThoughtConfig, Thoughts
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
-from quietstar.data.thoughts import OfflineThoughts, export_thoughts
+from quietstar.data.thoughts import OfflineThoughts, export_thoughts, text_hash, tokenizer_hash
 from quietstar.evaluation.anchor_choices import by_anchor_choice
 from quietstar.evaluation.difficulty import by_difficulty
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
@@ -541,6 +541,16 @@ def _(world):
         "seed": 5,
         "batch_size": 2,
     }
+
+
+@target("text_hash")
+def _(world):
+    return text_hash, lambda: {"input_ids": world.ids()[0]}
+
+
+@target("tokenizer_hash")
+def _(world):
+    return tokenizer_hash, lambda: {"tokenizer": world.tokenizer}
 
 
 @target("OfflineThoughts", paths=["path"])

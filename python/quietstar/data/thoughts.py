@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.arguments.values import file_path, instance, integer, seed_bits
+from quietstar.arguments.values import INTEGERS, file_path, instance, integer, seed_bits, tensor
 from quietstar.checks import sampled
 from quietstar.data.records import Record, open_records, write_records
 from quietstar.model import QuietStar
 from quietstar.rollout import Thoughts
 from quietstar.run.batches import Example, batches_of, check_data, check_example, text_of
 
-__all__ = ["OfflineThoughts", "export_thoughts"]
+__all__ = ["OfflineThoughts", "export_thoughts", "text_hash", "tokenizer_hash"]
 
 # Fields of a record: the type of their values, and how deeply lists nest them.
 FIELDS = {
@@ -52,14 +52,25 @@ ROUNDING = 1e-3
 
 
 def text_hash(input_ids: Tensor) -> str:
-    """The id of a text [L]: the SHA-256, in hex, of its token ids in decimal, separated by spaces."""
+    """The id of a text [L]: the SHA-256, in hex, of its token ids in decimal, separated by spaces.
+
+    Raises:
+        ValueError: not a tensor of integers.
+    """
+    if tensor("input_ids", input_ids, "L", {}, dtypes=INTEGERS).is_meta:
+        raise ValueError("input_ids must have values, got a tensor on meta")
     return _sha256(" ".join(map(str, input_ids.tolist())))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The id of a vocabulary: the SHA-256, in hex, of a line "id token" per token, by id; empty without a tokenizer."""
+    """The id of a vocabulary: the SHA-256, in hex, of a line "id token" per token, by id; empty without a tokenizer.
+
+    Raises:
+        ValueError: another object.
+    """
     if tokenizer is None:
         return ""
+    instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
     return _sha256("".join(f"{i} {token}\n" for i, token in sorted((i, token) for token, i in tokenizer.get_vocab().items())))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from quietstar.arguments.values import instance
 from quietstar.evaluation.intervals import Z
 from quietstar.evaluation.losses import TokenLosses
-from quietstar.files.writing import write_whole
+from quietstar.files.pictures import legend_above, save
 
 __all__ = ["by_difficulty"]
 
@@ -93,23 +92,21 @@ def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
     gains = [group["gain"] for group in groups]
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.bar(range(len(groups)), gains, width=0.74, color="#9ec3dc", zorder=2, label="by the loss without a thought")
+    axes.bar(range(len(groups)), gains, width=0.74, color="#9ec3dc", zorder=2, label="sorted by the loss without a thought")
     _whiskers(axes, groups, -0.14, "#3a6d8c")
     points = [group["gain"] for group in tenths["mean"]]
     places = [i + 0.14 for i in range(len(points))]
-    axes.plot(places, points, "D", color="#c0563b", markersize=5, zorder=4, label="by the mean of both losses")
+    axes.plot(places, points, "D", color="#c0563b", markersize=5, zorder=4, label="sorted by the mean of both losses")
     _whiskers(axes, tenths["mean"], 0.14, "#c0563b")
     axes.axhline(0, color="#222222", linewidth=0.8, zorder=2)
     axes.set_xticks(range(len(groups)), [f"{x['easiest']:.2g}\nto {x['hardest']:.2g}" for x in groups], fontsize=8)
     axes.set_xlabel("tenths of the tokens, easiest on the left, by loss without a thought (nats)")
     axes.set_ylabel("gain from thinking (nats per token)")
-    axes.set_title(f"Where thinking helps: {sum(group['tokens'] for group in groups):,} tokens, 95 % intervals over texts")
+    figure.suptitle(f"Where thinking helps: {sum(group['tokens'] for group in groups):,} tokens, 95 % intervals over texts")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="tokens sorted", frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    write_whole(path, picture.getvalue())
+    legend_above(axes, 7.5)
+    save(figure, path)
 
 
 def _whiskers(axes: Any, groups: list[Group], shift: float, color: str) -> None:

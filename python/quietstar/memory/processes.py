@@ -16,6 +16,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.memory.step import StepMemory, human
 
+__all__ = [
+    "Processes",
+    "StepTraffic",
+    "Weights",
+    "chunk_count",
+    "count_weights",
+    "gathered_dtype",
+    "process_memory",
+    "step_traffic",
+    "traffic_table",
+]
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -181,6 +193,7 @@ def gathered_dtype(dtype: torch.dtype, precision: str) -> torch.dtype:
 
 
 def traffic_table(traffic: StepTraffic, processes: Processes) -> str:
+    """What each process sends in a step, as a table to print."""
     rows = {
         "weights gathered": traffic.all_gather,
         "gradients summed and sharded": traffic.reduce_scatter,

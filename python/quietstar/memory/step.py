@@ -16,6 +16,8 @@ from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
 
+__all__ = ["StepMemory", "human", "memory_table", "step_memory"]
+
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
 # Logits that the CPU and GPU heads compute at a time (the reference keeps all), and how many such buffers exist at once.

@@ -32,6 +32,8 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.train import train
 
+__all__ = ["Config", "fast"]
+
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
 
 

@@ -34,6 +34,8 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
+__all__ = ["Config", "internalize"]
+
 MODEL, STAGES, DIRECT, NAME = "model", "stages", "direct", "internalize"  # what a run writes; the last is .json and .png
 EXTRA_TOKENS = 8  # that an answer may be longer than the right one
 

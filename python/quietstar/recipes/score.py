@@ -36,6 +36,8 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
+__all__ = ["Config", "score"]
+
 FIRST, MODEL, REPORT, PLOT = "first-stage", "model", "score.json", "score.png"  # files of a run
 
 

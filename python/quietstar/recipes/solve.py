@@ -33,6 +33,8 @@ from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 
+__all__ = ["Config", "draw", "solve"]
+
 Chains = Sequence[Sequence[Chain]]  # the chains of each problem
 
 

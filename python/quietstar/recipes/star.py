@@ -30,6 +30,8 @@ from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 
+__all__ = ["Config", "star"]
+
 
 @dataclass
 class Config(SFTConfig, Sampling):

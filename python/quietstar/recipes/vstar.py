@@ -47,6 +47,8 @@ from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 
+__all__ = ["Config", "draw", "vstar"]
+
 VOTES: dict[str, Selector] = {"majority": majority, "weighted vote": weighted}
 
 

@@ -30,6 +30,8 @@ from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import Scorer
 from quietstar.recipes.tasks import Task
 
+__all__ = ["Solution", "train_outcome", "verdict_scorer"]
+
 
 class Solution(TypedDict):
     """A solution, right or wrong; ``split`` is its problem's."""

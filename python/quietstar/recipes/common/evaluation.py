@@ -12,6 +12,8 @@ from quietstar.evaluation.intervals import wilson
 from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.tasks import Row, Task
 
+__all__ = ["evaluate"]
+
 
 def evaluate(
     model: PreTrainedModel,

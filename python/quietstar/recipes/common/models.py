@@ -13,6 +13,8 @@ from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
 from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
 
+__all__ = ["TaskConfig", "load", "make_task", "small_model"]
+
 GENERATED = ("multiplication", "addition", "stories")
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quietstar.files.writing import write_whole
+from quietstar.files.pictures import legend_above, save
 
 Points = Sequence[tuple[float, float]]
 
@@ -45,36 +44,51 @@ def panels(path: Path, title: str, plots: Sequence[Panel]) -> None:
         return
     rows = math.ceil(len(plots) / 3)
     columns = math.ceil(len(plots) / rows)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if len(plots) > 1 else (7.5, 4.6), layout="constrained")
+    width, height = (4.2, 4.0) if len(plots) > 1 else (7.5, 5.0)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     figure.suptitle(title)
     for number, panel in enumerate(plots, 1):
         axes: Any = figure.add_subplot(rows, columns, number)
-        for place in panel.marks:
-            axes.axvline(place, color="#bbbbbb", linewidth=0.6)
-        for i, (name, seeds) in enumerate(panel.curves.items()):
-            for points in seeds if len(seeds) > 1 else ():
-                thin = "-" if len(points) > 1 else "."
-                axes.plot(*zip(*points, strict=True), thin, color=f"C{i}", linewidth=0.6, markersize=3, alpha=0.5)
-            mean = [[fmean(values) for values in zip(*place, strict=True)] for place in zip(*seeds, strict=True)]
-            axes.plot(*zip(*mean, strict=True), "o-" if len(mean) < 50 else "-", color=f"C{i}", markersize=3, label=name)
-        for i, (name, values) in enumerate(panel.bars.items()):
-            axes.barh(name, fmean(values), color=f"C{i}", alpha=0.5)
-            axes.plot(values, [name] * len(values), "o", color=f"C{i}", markersize=3)
-        if panel.bars:
-            axes.invert_yaxis()
-        if panel.log:
-            axes.set_xscale("log", base=2)
-        elif panel.curves and all(x == int(x) for seeds in panel.curves.values() for points in seeds for x, _ in points):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if panel.share:
-            axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel(panel.x_label)
-        axes.set_ylabel(panel.y_label)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if panel.curves:
-            axes.legend(frameon=False, fontsize=8)
-    picture = BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    write_whole(path, picture.getvalue())
+        draw(axes, panel)
+        legend_above(axes, width - 0.8)
+    save(figure, path)
+
+
+def draw(axes: Any, panel: Panel) -> None:
+    for place in panel.marks:
+        axes.axvline(place, color="#bbbbbb", linewidth=0.6)
+    for i, (name, seeds) in enumerate(panel.curves.items()):
+        draw_curves(axes, name, seeds, f"C{i}")
+    for i, (name, values) in enumerate(panel.bars.items()):
+        axes.barh(name, fmean(values), color=f"C{i}", alpha=0.5)
+        axes.plot(values, [name] * len(values), "o", color=f"C{i}", markersize=3)
+    if panel.bars:
+        axes.invert_yaxis()
+    if panel.log:
+        axes.set_xscale("log", base=2)
+    elif panel.curves and all(x == int(x) for seeds in panel.curves.values() for points in seeds for x, _ in points):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.share:
+        axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(axes: Any, name: str, seeds: Sequence[Points], color: str) -> None:
+    """The seeds and their mean, as lines where x has one direction; else, as with speeds, lines would be a tangle of points."""
+    mean = [(fmean(x for x, _ in place), fmean(y for _, y in place)) for place in zip(*seeds, strict=True)]
+    lines = has_one_direction([mean, *seeds])
+    if len(seeds) > 1:
+        for points in seeds:
+            axes.plot(*zip(*points, strict=True), "-" if lines else ".", color=color, linewidth=0.6, markersize=3, alpha=0.5)
+    style = ("o-" if len(mean) < 50 else "-") if lines else "o"
+    axes.plot(*zip(*mean, strict=True), style, color=color, markersize=3, label=name)
+
+
+def has_one_direction(seeds: Sequence[Points]) -> bool:
+    """Whether there are several points, and x only grows in all seeds, or only falls."""
+    steps = [after - before for points in seeds for (before, _), (after, _) in zip(points, points[1:], strict=False)]
+    return bool(steps) and (min(steps) >= 0 or max(steps) <= 0)

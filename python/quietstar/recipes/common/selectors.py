@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+__all__ = ["Sample", "best", "likeliest", "majority", "weighted"]
+
 T = TypeVar("T")
 ORDERS = 16  # random orders of a problem's samples, used where there are too many subsets of size k to try all
 

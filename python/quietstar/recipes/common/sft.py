@@ -18,6 +18,8 @@ from quietstar.recipes.common.logprobs import logprob
 from quietstar.recipes.common.optimization import adamw
 from quietstar.run.batches import mix_seed
 
+__all__ = ["SFTConfig", "sft"]
+
 Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
 
 

@@ -1,7 +1,7 @@
 """Problems whose answers can be checked, most of them with a worked chain of thought: one file per kind of problem.
 
 To add a task, subclass ``base.Task``, ``generated.Generated`` or ``question_file.QuestionFile`` and list it in
-``recipes/common/models.py``.
+``quietstar.recipes.common.models``.
 """
 
 from quietstar.recipes.tasks.arithmetic import Addition, Multiplication

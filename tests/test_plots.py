@@ -1,0 +1,104 @@
+"""Legends of all plots lie beside the axes, where they hide no curve, and inside the picture."""
+
+import importlib
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure  # noqa: E402
+
+from benchmarks.report import plots as benchmark_plots  # noqa: E402
+from quietstar.evaluation import difficulty  # noqa: E402
+from quietstar.recipes.common import plots as recipe_plots  # noqa: E402
+from quietstar.recipes.common.plots import Panel  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that a test saves."""
+    figures = []
+    save = Figure.savefig
+
+    def kept(figure, *arguments, **options):
+        save(figure, *arguments, **options)
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
+
+
+def check(figures, trimmed=False):
+    """``trimmed``: whether the file is cut to what is drawn, so that legends may lie outside the figure."""
+    for figure in figures:
+        figure.canvas.draw()
+        areas = [axes.get_window_extent() for axes in figure.axes]
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        boxes = [legend.get_window_extent() for legend in legends]
+        for box in boxes:
+            assert not any(box.overlaps(area) for area in areas)
+            assert box.width > 0
+            if not trimmed:
+                assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    return sum(len(figure.legends) + sum(axes.get_legend() is not None for axes in figure.axes) for figure in figures)
+
+
+LONG = ("sum of five, the published loss", "sum of five, the text's token", "no thoughts, plain training", "chains of 16")
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_recipes(count, drawn, tmp_path):
+    curves = {name: [[(x, x * seed * i) for x in range(6)] for seed in (1, 2)] for i, name in enumerate(LONG)}
+    plots = [
+        Panel("round", "accuracy", curves, marks=[1, 3]),
+        Panel("tokens", "accuracy", {name: curves[name] for name in LONG[-1:]}, share=True),
+        Panel("update", "loss, nats", curves, log=True),
+        Panel("accuracy", "", bars={name: [0.1, 0.7] for name in LONG}),
+        Panel("tokens", "accuracy", {str(i): [[(i, i)]] for i in range(9)}),
+    ]
+    recipe_plots.panels(tmp_path / "x.png", "A title", plots[:count])
+    assert check(drawn) == count - (count > 3)
+
+
+def test_points_whose_x_turns_back_are_not_joined(drawn, tmp_path):
+    speeds = {"curve": [[(0, 0), (1, 2), (2, 3)], [(0, 1), (1, 1), (3, 2)]], "tangle": [[(0, 0), (2, 1)], [(3, 2), (1, 3)]]}
+    recipe_plots.panels(tmp_path / "x.png", "A title", [Panel("problems per second", "accuracy", speeds)])
+    styles = [line.get_linestyle() for line in drawn[0].axes[0].lines]
+    assert styles == ["-", "-", "-", "None", "None", "None"]
+
+
+def test_difficulty(drawn, tmp_path):
+    group = {"tokens": 9, "gain": 0.4, "gain_low": -0.1, "gain_high": 0.9, "easiest": 1.0, "hardest": 2.5}
+    difficulty.draw({"base": [group] * 10, "mean": [{**group, "gain_low": None}] * 10}, tmp_path / "x.png")
+    assert check(drawn) == 1
+
+
+def test_digit_sums(drawn, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    plots = importlib.import_module("sums.plots")
+    results = json.loads((ROOT / "docs/digit_sums.json").read_text())
+    assert len(plots.draw(results, tmp_path)) == 3
+    assert check(drawn) == 2
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda path: path.stem)
+def test_benchmarks(file, drawn, tmp_path):
+    benchmark_plots.draw(json.loads(file.read_text()), tmp_path, file.stem)
+    assert check(drawn, trimmed=True)
+
+
+def test_mask(drawn, tmp_path):
+    runpy.run_path(str(ROOT / "docs/draw_mask.py"))["draw"](tmp_path / "mask.png")
+    assert check(drawn, trimmed=True) == 1
+
+
+@pytest.mark.parametrize("name", ["doses", "fast", "icot", "icot_kd", "objectives", "rare", "score", "star", "verifier"])
+def test_plots_of_experiments_are_panels(name):
+    """So that what holds for ``panels`` holds for them."""
+    source = (ROOT / f"experiments/{name}.py").read_text()
+    assert "panels(" in source and "matplotlib" not in source
