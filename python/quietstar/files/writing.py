@@ -135,6 +135,7 @@ def _keep_others(old: Path, new: Path) -> None:
             if target.is_dir() or not os.path.lexists(target):
                 target.mkdir(exist_ok=True)
                 _keep_others(file, target)
+                shutil.copystat(file, target)  # who sorts folders by age finds the same order
         elif not os.path.lexists(target) and not _OF_WEIGHTS.fullmatch(file.name):
             _link(file, target)
 
