@@ -42,8 +42,8 @@ def pad_texts(examples: list[Mapping[str, Any]]) -> Batch:
     """A data collator: pads texts of different lengths on the right, labels with -100.
 
     Args:
-        examples: what ``quietstar.train.train`` takes, as tensors or lists: input_ids [L] and optionally attention_mask, labels,
-            anchors, document_ids, thought_ids [P,N,T].
+        examples: what ``quietstar.train.train`` takes, as tensors or lists: input_ids [L] and optionally attention_mask,
+            labels, anchors, document_ids, thought_ids [P,N,T].
 
     Raises:
         ValueError: examples that can't be padded and stacked.
@@ -96,6 +96,8 @@ class ThoughtTrainer(Trainer):
             data_collator is None and isinstance(self.data_collator, DataCollatorWithPadding)
         ):
             self.data_collator = pad_texts
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False  # every weight is used
         self.model_accepts_loss_kwargs = True  # so that a loss that is divided by counts of the step isn't divided again
         self.add_callback(_FollowWeights())
         self._interval = Interval()
@@ -104,7 +106,7 @@ class ThoughtTrainer(Trainer):
         """As in ``Trainer``. True resumes from the newest checkpoint that was written to its end."""
         self._interval = Interval()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
+            resume_from_checkpoint = str(newest_checkpoint(str(self.args.output_dir)))
         return super().train(resume_from_checkpoint, *more, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -128,10 +130,12 @@ class ThoughtTrainer(Trainer):
     def _seed(self) -> int:
         return mix_seed(self.args.seed, self.state.global_step)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Counts | None = None
-    ) -> Any:
-        """The thought objective on a part of a step; its own means where ``num_items_in_batch`` is None."""
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The thought objective on a part of a step.
+
+        Args:
+            num_items_in_batch: the ``Counts`` of the step, which divide the losses; None for the part's own means.
+        """
         out = model(**inputs, counts=num_items_in_batch, seed=self._seed())
         loss = out.loss
         if num_items_in_batch is not None:
@@ -162,8 +166,15 @@ class ThoughtTrainer(Trainer):
         labels = texts.get("labels", texts["input_ids"]) if self.compute_metrics else None
         return rows[:, 1].mean(), rows, labels
 
-    def evaluation_loop(self, *more: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        output = super().evaluation_loop(*more, metric_key_prefix=metric_key_prefix, **options)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output: Any = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is not None:  # with batch_eval_metrics they are not kept
             base, mixed, tokens = np.concatenate(output.predictions).reshape(-1, 3).astype(float).T  # from one array or several
             base, mixed = base[tokens > 0], mixed[tokens > 0]
@@ -175,7 +186,7 @@ class ThoughtTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = self.args.output_dir if output_dir is None else output_dir
+        folder = str(output_dir or self.args.output_dir)
         contents = self.model.contents()
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             contents = replace(contents, tokenizer=self.processing_class)

@@ -1,5 +1,6 @@
-"""transformers' and TRL's trainers on the wrapper: what they write loads, and a run that was killed goes on as if it had not been."""
+"""transformers' and TRL's trainers on the wrapper: what they write loads, and a killed run goes on as if nothing had been."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,9 @@ THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight":
 
 def make_qs(dropout=0.0, **fields):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **SIZES, resid_pdrop=dropout, attn_pdrop=0, embd_pdrop=0))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", **SIZES, resid_pdrop=dropout, attn_pdrop=0, embd_pdrop=0)
+    )
     return QuietStar(model, ThoughtConfig(**{**THOUGHTS, **fields}), verify=False)
 
 
@@ -44,7 +47,9 @@ def make_trainer(folder, qs, kind=ThoughtTrainer, **options):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return kind(qs, TrainingArguments(str(folder), **{**usual, **options}), train_dataset=rows(12), eval_dataset=rows(5, seed=1))
+    return kind(
+        qs, TrainingArguments(str(folder), **{**usual, **options}), train_dataset=rows(12), eval_dataset=rows(5, seed=1)
+    )
 
 
 def logged(trainer, *names):
@@ -61,7 +66,7 @@ RESUMED = {"dropout": 0.1, "base_model": "ema", "base_model_decay": 0.5}
 
 def test_a_killed_run_goes_on(tmp_path):
     """Killed inside a save: the losses after it, and the weights, are those of a run that was not."""
-    ended = subprocess.run([sys.executable, __file__, str(tmp_path / "killed")], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, __file__, "killed", str(tmp_path / "killed")], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert (tmp_path / "killed/checkpoint-4").is_dir()
     assert newest_checkpoint(tmp_path / "killed") == tmp_path / "killed/checkpoint-2"
@@ -125,20 +130,42 @@ def test_adapters(tmp_path):
     assert same(resumed.model, whole.model)
 
 
+FIGURES = ("loss", "policy_loss", "reward", "weight", "grad_norm")
+THREE_STEPS = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+
+
+def assert_close(got, wanted):
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "fields", [{}, {"anchors": "gate", "gate_cost": 0.01}, {"stop_threshold": 0.03, "end_token_id": END}], ids=["all", "gate", "stopping"]
+    "fields",
+    [{}, {"anchors": "gate", "gate_cost": 0.01}, {"stop_threshold": 0.03, "end_token_id": END}],
+    ids=["all", "gate", "stopping"],
 )
 def test_accumulation_changes_rounding_alone(tmp_path, fields):
     """Texts of different lengths: each mean is over the whole step, and each text thinks the same in any part of it."""
-    names = ("loss", "policy_loss", "reward", "weight", "grad_norm")
-    options = {"max_steps": 3, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
-    whole = make_trainer(tmp_path, make_qs(**fields), per_device_train_batch_size=4, **options)
-    parts = make_trainer(
-        tmp_path, make_qs(**fields), per_device_train_batch_size=1, gradient_accumulation_steps=4, **options
-    )
+    whole = make_trainer(tmp_path, make_qs(**fields), per_device_train_batch_size=4, **THREE_STEPS)
+    steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, **THREE_STEPS}
+    parts = make_trainer(tmp_path, make_qs(**fields), **steps)
     whole.train()
     parts.train()
-    torch.testing.assert_close(torch.tensor(logged(parts, *names)), torch.tensor(logged(whole, *names)), rtol=1e-3, atol=1e-6)
+    assert_close(logged(parts, *FIGURES), logged(whole, *FIGURES))
+
+
+@pytest.mark.slow
+def test_processes_change_rounding_alone(tmp_path):
+    whole = make_trainer(tmp_path / "one", make_qs(), per_device_train_batch_size=4, **THREE_STEPS)
+    whole.train()
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run([sys.executable, *launch, __file__, "processes", str(tmp_path / "two")], check=True, timeout=240)
+    lines = json.loads((tmp_path / "two/checkpoint-3/trainer_state.json").read_text())["log_history"]
+    assert_close([[line[name] for name in FIGURES] for line in lines if "loss" in line], logged(whole, *FIGURES))
+    found = [line["eval_gain"] for line in lines if "eval_gain" in line]
+    assert_close(found, [whole.evaluate()["eval_gain"]])
+    saved = QuietStar.from_pretrained(tmp_path / "two", verify=False)
+    for one, other in zip(saved.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_the_log(tmp_path):
@@ -200,7 +227,9 @@ def sums():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<end>", *map(str, range(30))])}, unk_token="<pad>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<pad>", "<end>", *map(str, range(30))])}, unk_token="<pad>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
     return tokenizer, Dataset.from_list([{"prompt": f"{i} {i + 1} ", "completion": f"{2 * i + 1} 7"} for i in range(8)])
@@ -217,7 +246,7 @@ def test_sft(tmp_path, sums):
     arguments = SFTConfig(str(tmp_path), **usual, logging_steps=1, save_steps=1, activation_checkpointing=True)
     options = {"train_dataset": data, "eval_dataset": data, "processing_class": tokenizer}
     qs = make_qs()
-    with pytest.raises(AttributeError, match=r"^QuietStar has no generation_config, .* with ThoughtTrainer from quietstar.trainer$"):
+    with pytest.raises(AttributeError, match=r"^QuietStar has no generation_config, .* quietstar\.trainer$"):
         SFTTrainer(qs, arguments, **options)
 
     trainer = ThoughtSFTTrainer(qs, arguments, **options)
@@ -251,5 +280,13 @@ def run_until_killed(folder):
     trainer.train()
 
 
+def run_in_processes(folder):
+    options = {"per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3, **THREE_STEPS}
+    trainer = make_trainer(folder, make_qs(), **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.end()
+
+
 if __name__ == "__main__":
-    run_until_killed(sys.argv[1])
+    {"killed": run_until_killed, "processes": run_in_processes}[sys.argv[1]](sys.argv[2])

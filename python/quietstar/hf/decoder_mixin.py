@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.modules import backbone
 
-
 # What TRL's trainers read of a model, before they give it a loss of their own.
 OF_TRL = ("generation_config", "add_model_tags")
 
