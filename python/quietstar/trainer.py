@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, default_data_collator
 
-from quietstar.arguments.values import instance
+from quietstar.arguments.values import instance, items, refusal
 from quietstar.checkpoints import native
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.losses import token_losses
@@ -30,7 +30,7 @@ from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
 from quietstar.run import figures
-from quietstar.run.batches import Batch, collate, make_sequence_ids, mix_seed
+from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
 from quietstar.run.parts import decide, same_length
 
 __all__ = ["ThoughtTrainer", "pad_texts"]
@@ -48,9 +48,18 @@ def pad_texts(examples: list[Mapping[str, Any]]) -> Batch:
     Raises:
         ValueError: examples that can't be padded and stacked.
     """
-    rows = [{name: torch.as_tensor(x) for name, x in example.items()} for example in examples]
-    (batch,) = collate(rows, list(range(len(rows))), 1)
+    rows = [_as_tensors(example) for example in items("pad_texts: examples", examples, least=1)]
+    (batch,) = collate(rows, list(range(len(rows))), 1, "pad_texts: examples")
     return batch
+
+
+def _as_tensors(example: Mapping[str, Any]) -> Example:
+    if not isinstance(example, Mapping):
+        raise refusal("pad_texts: examples: each", "a dict with input_ids", example)
+    try:
+        return {name: torch.as_tensor(x) for name, x in example.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"pad_texts: examples: a column must be numbers: {str(error).splitlines()[0]}") from error
 
 
 class ThoughtTrainer(Trainer):

@@ -24,10 +24,11 @@ THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight":
 
 def make_qs(dropout=0.0, **fields):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gpt2", **SIZES, resid_pdrop=dropout, attn_pdrop=0, embd_pdrop=0)
-    )
-    return QuietStar(model, ThoughtConfig(**{**THOUGHTS, **fields}), verify=False)
+    config = AutoConfig.for_model("gpt2", **SIZES, resid_pdrop=dropout, attn_pdrop=0, embd_pdrop=0)
+    model = AutoModelForCausalLM.from_config(config)
+    qs = QuietStar(model, ThoughtConfig(**{**THOUGHTS, **fields}), verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 1)  # so that thoughts change something
+    return qs
 
 
 def rows(texts, seed=0):
