@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import AdapterConfig
 from quietstar.evaluation.losses import evaluate
+from quietstar.evaluation.scoring import one_thought
 from quietstar.trainer import ThoughtTrainer, newest_checkpoint, pad_texts
 
 V = 41
@@ -190,6 +191,15 @@ def test_the_log(tmp_path):
         assert found[f"eval_{name}"] == pytest.approx(wanted[name], abs=1e-6)
     assert found["eval_loss"] == pytest.approx(wanted["mixed"], abs=1e-6)
     assert each.predict(rows(3)).predictions[:, 2].tolist() == [7, 8, 9]  # tokens that are predicted
+
+
+def test_mixed_precision(tmp_path):
+    """accelerate gives the model a forward of its own; the copies that evaluation makes must not run with its config."""
+    trainer = make_trainer(tmp_path, make_qs(), bf16=True, max_steps=1)
+    trainer.train()
+    assert "forward" in vars(trainer.model)
+    assert one_thought(trainer.model)(torch.arange(1, 9)[None]).thought_ids.shape == (1, 8, 1, 2)
+    assert abs(trainer.evaluate()["eval_gain"]) > 0
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
