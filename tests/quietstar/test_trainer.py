@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from quietstar import QuietStar, ThoughtConfig
@@ -193,7 +194,15 @@ def test_the_log(tmp_path):
     assert each.predict(rows(3)).predictions[:, 2].tolist() == [7, 8, 9]  # tokens that are predicted
 
 
-def test_mixed_precision(tmp_path):
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """A precision is the whole process's: it must end with the test."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as TrainingArguments does, for good
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision(tmp_path, fresh_accelerate):
     """accelerate gives the model a forward of its own; the copies that evaluation makes must not run with its config."""
     trainer = make_trainer(tmp_path, make_qs(), bf16=True, max_steps=1)
     trainer.train()
