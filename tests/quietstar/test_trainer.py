@@ -255,7 +255,7 @@ def sums():
     return tokenizer, Dataset.from_list([{"prompt": f"{i} {i + 1} ", "completion": f"{2 * i + 1} 7"} for i in range(8)])
 
 
-def test_sft(tmp_path, sums):
+def test_sft(tmp_path, sums, fresh_accelerate):  # in bf16, which is SFTConfig's default
     from trl import SFTConfig, SFTTrainer
 
     class ThoughtSFTTrainer(ThoughtTrainer, SFTTrainer):
