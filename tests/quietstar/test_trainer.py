@@ -195,9 +195,8 @@ def test_the_log(tmp_path):
 
 
 @pytest.fixture
-def fresh_accelerate(monkeypatch):
+def fresh_accelerate():
     """A precision is the whole process's: it must end with the test."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as TrainingArguments does, for good
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
