@@ -23,7 +23,7 @@ FLOORS = (
     {"model"},
     {"__init__"},
     {"run", "data", "evaluation"},
-    {"train", "recipes"},
+    {"train", "trainer", "recipes"},
     {"cli"},
     {"__main__"},
 )

@@ -99,7 +99,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
     def with_config(self, config: ThoughtConfig) -> QuietStar:
         """The same weights, gate and base model under another config; nothing is copied."""
         one = object.__new__(type(self))  # copy.copy would make a new model of one that is sharded over processes
-        one.__dict__.update(self.__dict__)
+        vars(one).update({name: x for name, x in vars(self).items() if name != "forward"})  # accelerate's, bound to this one
         one.thought_config = checks.check_config(config, len(embeddings(self.model).weight))
         return one
 

@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quietstar.arguments.values import file_path, flag, function, instance, refusal
 from quietstar.config import TrainConfig, step_size_warning
@@ -35,6 +34,7 @@ from quietstar.run.display import Display
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Metrics
 from quietstar.run.optimizers import make_optimizer
+from quietstar.run.parts import decide
 from quietstar.run.processes import check_processes, check_same_step, in_any_process, naming_lost_processes, process_state
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import find_strategy, shard, whole
@@ -203,12 +203,7 @@ def _step(
     parts = _parts_of_step(accelerator, data, config, step)
     torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
     model.train()
-    with accelerator.autocast():
-        if qs.thought_config.anchors != "all":
-            parts = _same_width(accelerator, [part | {"anchors": _choose_anchors(qs, part, seed)} for part in parts])
-        if qs.thought_config.stop_threshold is not None:  # only sampling shows how many tokens there are to count
-            parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
-    counts = figures.total_counts(accelerator, [_count(qs, part) for part in parts])
+    parts, counts = decide(accelerator, qs, parts, seed)
 
     line: dict[str, float] = {}
     for update in range(config.updates):
@@ -247,30 +242,6 @@ def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: Tr
     each = min(config.accumulation, len(chosen) // ranks)
     parts = collate([data[i] for i in chosen], chosen, ranks * each, "train: data")[rank::ranks]
     return [{name: x.to(accelerator.device) for name, x in part.items()} for part in parts]
-
-
-def _choose_anchors(qs: QuietStar, part: Batch, seed: int) -> Tensor:
-    return qs.choose_anchors(part["input_ids"], part["attention_mask"], part.get("document_ids"), part["sequence_ids"], seed)
-
-
-def _same_width(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
-    """Pads the anchors to the same number in each part of each process, so that all compute the same number of chunks."""
-    width = torch.tensor(max(part["anchors"].shape[1] for part in parts), device=accelerator.device)
-    most = int(accelerator.gather(width).max())
-    return [part | {"anchors": pad(part["anchors"], (0, most - part["anchors"].shape[1]), value=-1)} for part in parts]
-
-
-def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
-    names = ("input_ids", "attention_mask", "anchors", "document_ids", "sequence_ids")
-    inputs: dict[str, Any] = {name: part[name] for name in names if name in part}
-    thoughts = qs.think(**inputs, seed=seed)
-    assert thoughts.thought_lengths is not None
-    return {"thought_ids": thoughts.thought_ids, "thought_lengths": thoughts.thought_lengths}
-
-
-def _count(qs: QuietStar, part: Batch) -> Counts:
-    names = ("input_ids", "attention_mask", "labels", "anchors", "document_ids", "thought_lengths")
-    return qs.count_targets(**{name: part[name] for name in names if name in part})
 
 
 def _thoughts_of(out: QuietStarOutput) -> Batch:

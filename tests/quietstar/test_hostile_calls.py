@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar import QuietStar, ThoughtConfig, Thoughts
+from quietstar import QuietStar, ThoughtConfig, Thoughts, trainer
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts, text_hash, tokenizer_hash
@@ -33,6 +33,8 @@ MODULES = {
     "quietstar": "QuietStarOutput Report Thinker Thoughts VerifyReport",
     "quietstar.config": "option",
     "quietstar.train": "Interrupted Loss",
+    # Its arguments are those of transformers' Trainer, which refuses them in its own words.
+    "quietstar.trainer": " ".join(name for name in public_functions(trainer) if name.startswith("ThoughtTrainer")),
     "quietstar.data.texts": "Data json_lines",
     "quietstar.data.thoughts": "",
     "quietstar.evaluation.anchor_choices": "",
@@ -561,6 +563,11 @@ def _(world):
 
 
 # Evaluation
+
+
+@target("pad_texts")
+def _(world):
+    return trainer.pad_texts, lambda: {"examples": world.examples()}
 
 
 @target("evaluate")

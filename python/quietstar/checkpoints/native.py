@@ -114,6 +114,7 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
     """
     path = checkpoint_of(path)
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
+        _check_not_bare(path)
         return official.load(path, **kwargs)
     settings = _read_settings(path, verify)
     tensors = _read_thought_tensors(path)
@@ -230,6 +231,15 @@ def _read_settings(path: str | os.PathLike, verify: bool) -> Settings:
         raise ValueError(f"{where} is damaged: it is not what was saved")
     check_saved(path, partial(find, path), settings.files, settings.sha256)
     return settings
+
+
+def _check_not_bare(path: str | os.PathLike) -> None:
+    """Raises ValueError for what transformers' own Trainer writes of a wrapper: all tensors under the wrapper's names."""
+    if any(name.startswith("mixing_head.") for name in locate_tensors(path)):
+        raise ValueError(
+            f"{path}: a state dict without configs, as a plain Trainer writes it: make the model anew and use its "
+            "load_state_dict, and train with quietstar.trainer.ThoughtTrainer, whose checkpoints load"
+        )
 
 
 def _read_thought_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -130,13 +130,20 @@ def _put_in_place(new: Path, directory: Path) -> None:
 def _keep_others(old: Path, new: Path) -> None:
     """Link the files of ``old`` that ``new`` lacks into it, so that they are in either at any moment."""
     for file in old.iterdir():
-        target = new / file.name
-        if file.is_dir() and not file.is_symlink():
-            if target.is_dir() or not os.path.lexists(target):
-                target.mkdir(exist_ok=True)
-                _keep_others(file, target)
-        elif not os.path.lexists(target) and not _OF_WEIGHTS.fullmatch(file.name):
-            _link(file, target)
+        if file.is_dir() or not _OF_WEIGHTS.fullmatch(file.name):
+            _keep(file, new / file.name)
+
+
+def _keep(file: Path, target: Path) -> None:
+    """Link a file, or all of a folder, which may hold another checkpoint."""
+    if file.is_dir() and not file.is_symlink():
+        if target.is_dir() or not os.path.lexists(target):
+            target.mkdir(exist_ok=True)
+            for inner in file.iterdir():
+                _keep(inner, target / inner.name)
+            shutil.copystat(file, target)  # some remove the oldest of the folders
+    elif not os.path.lexists(target):
+        _link(file, target)
 
 
 def _link(file: Path, target: Path) -> None:

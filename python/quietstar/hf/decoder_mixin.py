@@ -1,4 +1,4 @@
-"""Gradient checkpointing and compilation of the decoder, as methods of the wrapper."""
+"""What others do with a transformers model and the wrapper hands on: gradient checkpointing, compilation, TRL's settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.modules import backbone
 
+# What TRL's trainers read of a model, before they give it a loss of their own.
+OF_TRL = ("generation_config", "add_model_tags")
+
 
 class DecoderMixin(nn.Module):
     """For a module whose ``model`` is the language model."""
 
     model: PreTrainedModel
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_TRL:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}, which TRL's trainers need: use `class ThoughtSFTTrainer(ThoughtTrainer, "
+                "SFTTrainer): pass` with ThoughtTrainer from quietstar.trainer"
+            )
+        return super().__getattr__(name)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
         """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quietstar.arguments.values import refusal, tensor
 
-__all__ = ["Batch", "Example", "collate", "mix_seed", "texts_of_step"]
+__all__ = ["Batch", "Example", "collate", "make_sequence_ids", "mix_seed", "texts_of_step"]
 
 MOST = 2**20  # texts of a step
 
@@ -55,7 +55,7 @@ def mix_seed(seed: int, step: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-def _sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
+def make_sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
     """An id for each row [B], or for each packed document [B,L], so that no two of them share random numbers.
 
     A document's id is made of its row and the position of its first token.
@@ -63,7 +63,7 @@ def _sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
     if document_ids is None:
         return rows
     length = document_ids.shape[1]
-    position = torch.arange(length)
+    position = torch.arange(length, device=rows.device)
     first = document_ids.diff(prepend=document_ids[:, :1] - 1) != 0
     return rows[:, None] * length + torch.where(first, position, 0).cummax(1).values
 
@@ -135,7 +135,7 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int, argume
             for x in examples
         ]
         padded[name] = torch.stack(rows)
-    padded["sequence_ids"] = _sequence_ids(torch.tensor(sequence_ids), padded.get("document_ids"))
+    padded["sequence_ids"] = make_sequence_ids(torch.tensor(sequence_ids), padded.get("document_ids"))
     cuts = [len(examples) * i // parts for i in range(parts + 1)]
     return [{name: x[a:b] for name, x in padded.items()} for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
 

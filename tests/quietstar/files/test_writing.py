@@ -162,3 +162,18 @@ def test_a_folder_that_a_living_process_writes_is_left_alone(tmp_path):
     pipe.send("end")
     process.join()
     assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model" / "x").read_text() == "theirs"
+
+
+def test_checkpoints_inside_a_folder_keep_their_weights_and_their_age(tmp_path):
+    """A Trainer keeps its checkpoints in the folder that it saves the last model to, and removes the oldest."""
+    inner = tmp_path / "out/checkpoint-2"
+    inner.mkdir(parents=True)
+    for folder in (inner.parent, inner):
+        (folder / "model.safetensors").write_text("old")
+        (folder / "quietstar.json").write_text("old")
+    os.utime(inner, (1000, 1000))
+    with replaced(tmp_path / "out") as beside:
+        (beside / "quietstar.json").write_text("new")
+    assert sorted(path.name for path in inner.parent.iterdir()) == ["checkpoint-2", "quietstar.json"]
+    assert sorted(path.name for path in inner.iterdir()) == ["model.safetensors", "quietstar.json"]
+    assert (inner / "quietstar.json").read_text() == "old" and inner.stat().st_mtime == 1000

@@ -1,0 +1,279 @@
+"""transformers' Trainer for the wrapper: its objective over a whole step, its figures in the log, its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, default_data_collator
+
+from quietstar.arguments.values import instance, items, refusal
+from quietstar.checkpoints import native
+from quietstar.evaluation.intervals import mean_interval
+from quietstar.evaluation.losses import token_losses
+from quietstar.hf.decoder_mixin import OF_TRL
+from quietstar.hf.finite import state
+from quietstar.model import QuietStar
+from quietstar.objective import Counts
+from quietstar.output import QuietStarOutput
+from quietstar.run import figures
+from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
+from quietstar.run.parts import decide, same_length
+
+__all__ = ["ThoughtTrainer", "pad_texts"]
+
+EVALUATED = ("input_ids", "attention_mask", "labels", "anchors", "document_ids")
+
+
+def pad_texts(examples: list[Mapping[str, Any]]) -> Batch:
+    """A data collator: pads texts of different lengths on the right, labels with -100.
+
+    Args:
+        examples: what ``quietstar.train.train`` takes, as tensors or lists: input_ids [L] and optionally attention_mask,
+            labels, anchors, document_ids, thought_ids [P,N,T].
+
+    Raises:
+        ValueError: examples that can't be padded and stacked.
+    """
+    rows = [_as_tensors(example) for example in items("pad_texts: examples", examples, least=1)]
+    (batch,) = collate(rows, list(range(len(rows))), 1, "pad_texts: examples")
+    return batch
+
+
+def _as_tensors(example: Mapping[str, Any]) -> Example:
+    if not isinstance(example, Mapping):
+        raise refusal("pad_texts: examples: each", "a dict with input_ids", example)
+    try:
+        return {name: torch.as_tensor(x) for name, x in example.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"pad_texts: examples: a column must be numbers: {str(error).splitlines()[0]}") from error
+
+
+class ThoughtTrainer(Trainer):
+    """``transformers.Trainer`` for a ``QuietStar``; arguments as there. For TRL, inherit from this first:
+    ``class ThoughtSFTTrainer(ThoughtTrainer, SFTTrainer): pass``.
+
+    Checkpoints are what ``QuietStar.save_pretrained`` writes, beside the Trainer's own files. Thoughts are sampled from
+    ``args.seed``, the step and the text's place in it, and losses are means over the whole step: neither a resumed run nor
+    other numbers of accumulation steps or processes change them by more than rounding and dropout.
+
+    The log has, for the steps since its last line: loss_ce, policy_loss, reward, advantage and weight as in ``metrics.jsonl``,
+    thoughts_per_second and tokens_per_second. Evaluation compares the loss of the next token after one greedy thought,
+    eval_loss, with eval_base, the one without: eval_gain is the difference, and eval_gain_low to eval_gain_high its 95 %
+    interval over texts. All are means over texts, nats. ``predict`` returns both losses and the number of tokens, [texts,3].
+
+    Args:
+        data_collator: default ``pad_texts``; under TRL its own.
+
+    Raises:
+        ValueError: a model that isn't a QuietStar, or an option that has no meaning for its objective; sharded weights.
+        FloatingPointError: the loss is not finite when it is logged.
+    """
+
+    model: Any
+
+    def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, *more: Any, **options: Any):
+        with _seen_by_trl(model):
+            super().__init__(model, args, data_collator, *more, **options)
+        name = type(self).__name__
+        instance(f"{name}: model", self.model, QuietStar)
+        for refused, why in (
+            (self.is_fsdp_enabled or self.is_deepspeed_enabled, "weights can't be sharded here, but `quietstar train` does it"),
+            (self.args.n_gpu > 1, "several GPUs need a process each: start with torchrun or accelerate launch"),
+            (getattr(self, "padding_free", False), "a row must hold one text: turn packing and padding_free off"),
+            (getattr(self.args, "loss_type", "nll") != "nll", "the loss is the thought objective's: leave out loss_type"),
+            (self.compute_loss_func, "the loss is the thought objective's: leave out compute_loss_func"),
+            (self.label_smoother, "the loss is the thought objective's: leave out label_smoothing_factor"),
+        ):
+            if refused:
+                raise ValueError(f"{name}: {why}")
+        # Trainer's own defaults don't pad labels.
+        if self.data_collator is default_data_collator or (
+            data_collator is None and isinstance(self.data_collator, DataCollatorWithPadding)
+        ):
+            self.data_collator = pad_texts
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False  # every weight is used
+        self.model_accepts_loss_kwargs = True  # so that a loss that is divided by counts of the step isn't divided again
+        self.add_callback(_FollowWeights())
+        self._interval = Interval()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **options: Any) -> Any:
+        """As in ``Trainer``. True resumes from the newest checkpoint that was written to its end."""
+        self._interval = Interval()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(str(self.args.output_dir)))
+        return super().train(resume_from_checkpoint, *more, **options)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The parts of a step, and what its losses are divided by."""
+        batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
+        if not batches:
+            return [], None
+        parts = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
+        parts = [self._numbered(i, part) for i, part in enumerate(same_length(self.accelerator, parts))]
+        self.model.train()
+        parts, counts = decide(self.accelerator, self.model, parts, self._seed())
+        self._interval.begin_step(counts)
+        return parts, counts
+
+    def _numbered(self, i: int, part: Batch) -> Batch:
+        """This process's part ``i`` of a step, its texts numbered as in one batch of the whole step."""
+        first = (i * self.accelerator.num_processes + self.accelerator.process_index) * self.args.train_batch_size
+        rows = first + torch.arange(len(part["input_ids"]), device=part["input_ids"].device)
+        return part | {"sequence_ids": make_sequence_ids(rows, part.get("document_ids"))}
+
+    def _seed(self) -> int:
+        return mix_seed(self.args.seed, self.state.global_step)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The thought objective on a part of a step.
+
+        Args:
+            num_items_in_batch: the ``Counts`` of the step, which divide the losses; None for the part's own means.
+        """
+        out = model(**inputs, counts=num_items_in_batch, seed=self._seed())
+        loss = out.loss
+        if num_items_in_batch is not None:
+            self._interval.add(out, inputs)
+            loss = loss * self.accelerator.num_processes  # DDP averages, but the loss is divided by counts of all processes
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
+        if "loss" in logs:  # neither an evaluation nor the summary at the end
+            found = self._interval.end(self.accelerator)
+            if not math.isfinite(found.pop("loss")):
+                at = f"at step {self.state.global_step} or before"
+                raise FloatingPointError(f"{type(self).__name__}: the loss is not finite {at}: the model's {state(self.model)}")
+            logs.update(found)
+        super().log(logs, *more, **options)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of each text the loss of the next token without a thought and with one, and the number of tokens: [B,3]."""
+        texts = {name: x for name, x in self._prepare_inputs(inputs).items() if name in EVALUATED}
+        B = len(texts["input_ids"])
+        with self.accelerator.autocast():
+            losses = token_losses(self.model, [{name: x[i] for name, x in texts.items()} for i in range(B)], B)
+        tokens = losses.text.bincount(minlength=B)
+        sums = [losses.text.bincount(x, minlength=B) for x in (losses.base, losses.mixed)]
+        rows = torch.stack([*(x / tokens.clamp(min=1) for x in sums), tokens], 1).to(self.args.device, torch.float32)
+        labels = texts.get("labels", texts["input_ids"]) if self.compute_metrics else None
+        return rows[:, 1].mean(), rows, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output: Any = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if output.predictions is not None:  # with batch_eval_metrics they are not kept
+            base, mixed, tokens = np.concatenate(output.predictions).reshape(-1, 3).astype(float).T  # from one array or several
+            base, mixed = base[tokens > 0], mixed[tokens > 0]
+            gain, low, high = mean_interval((base - mixed).tolist())
+            found = {"loss": mixed.mean(), "base": base.mean(), "gain": gain, "gain_low": low, "gain_high": high}
+            output.metrics.update({f"{metric_key_prefix}_{name}": float(x) for name, x in found.items() if x is not None})
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
+        contents = self.model.contents()
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            contents = replace(contents, tokenizer=self.processing_class)
+        native.save(contents, folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        native.restore_all(self.model.contents(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        native.restore_all(self.model.contents(), self.state.best_model_checkpoint or "")
+
+
+class Interval:
+    """What adds up between two lines of the log."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.steps = 0
+        self.counts: Counts | None = None
+        self.sums: dict[str, Tensor] | None = None
+
+    def begin_step(self, counts: Counts) -> None:
+        if self.counts is None:
+            self.began = time.perf_counter()  # not at the last line, after which there may be an evaluation
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.steps += 1
+
+    def add(self, out: QuietStarOutput, part: Batch) -> None:
+        sums = figures.sums_of(out.loss, out, part)
+        self.sums = figures.add_up([sums] if self.sums is None else [self.sums, sums])
+
+    def end(self, accelerator: Accelerator) -> dict[str, float]:
+        """The figures of all processes, per step, text or second; begins anew."""
+        assert self.counts is not None and self.sums is not None
+        line = figures.read(accelerator, self.sums, self.counts, torch.zeros(()))
+        seconds = time.perf_counter() - self.began
+        found = {name: line[name] / self.steps for name in ("loss", "loss_ce", "policy_loss")}
+        names = ("reward", "advantage", "weight", "divergence", "anchor_share")
+        found |= {name: line[name] for name in names if name in line}
+        found |= {f"{name}_per_second": line[name] / seconds for name in ("tokens", "thoughts")}
+        self.__init__()  # type: ignore[misc]
+        return found
+
+
+class _FollowWeights(TrainerCallback):
+    """Lets an averaged base model follow the weights."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        model.update_base_model()
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path:
+    """The Trainer's newest checkpoint that is whole: its trainer_state.json, written last, can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = {int(found[1]): path for path in Path(folder).glob("checkpoint-*") if (found := re.search(r"-(\d+)$", path.name))}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    raise ValueError(f"{folder}: there is no whole checkpoint to resume from")
+
+
+@contextmanager
+def _seen_by_trl(model: Any) -> Iterator[None]:
+    """TRL's trainers set ids and tags in a transformers model, and give it a forward for their own loss: here both are the
+    language model's, and the wrapper keeps its forward."""
+    if not isinstance(model, QuietStar):
+        yield
+        return
+    vars(model).update({name: getattr(model.model, name) for name in OF_TRL})
+    try:
+        yield
+    finally:
+        for name in (*OF_TRL, "forward"):
+            vars(model).pop(name, None)
