@@ -21,10 +21,12 @@ PARTS = {
     "Training": (
         "quietstar.config",
         "quietstar.train",
+        "quietstar.trainer",
         "quietstar.objective",
         "quietstar.run.batches",
         "quietstar.run.signals",
         "quietstar.data.texts",
+        "quietstar.data.held_out",
         "quietstar.data.thoughts",
         "quietstar.memory.step",
         "quietstar.memory.processes",

@@ -13,6 +13,7 @@ import torch
 import quietstar
 from quietstar import QuietStar, ThoughtConfig, Thoughts, trainer
 from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.data.held_out import check_held_out, data_config, describe
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts, text_hash, tokenizer_hash
 from quietstar.evaluation.anchor_choices import by_anchor_choice
@@ -36,6 +37,7 @@ MODULES = {
     # Its arguments are those of transformers' Trainer, which refuses them in its own words.
     "quietstar.trainer": " ".join(name for name in public_functions(trainer) if name.startswith("ThoughtTrainer")),
     "quietstar.data.texts": "Data json_lines",
+    "quietstar.data.held_out": "TrainedOn",
     "quietstar.data.thoughts": "",
     "quietstar.evaluation.anchor_choices": "",
     "quietstar.evaluation.difficulty": "",
@@ -532,6 +534,31 @@ def _(world):
     path.write_text('{"text": "some text, long enough"}\n' * 20)
     config = DataConfig(data=str(path), length=8, held_out=1)
     return load_data, lambda: {"config": config, "tokenizer": world.tokenizer, "lookahead": 2}
+
+
+@target("describe")
+def _(world):
+    config, data = held_out_data(world)
+    return describe, lambda: {"config": config, "data": data, "base": "some/model"}
+
+
+@target("data_config")
+def _(world):
+    config, data = held_out_data(world)
+    return data_config, lambda: {"run": describe(config, data, "some/model")}
+
+
+@target("check_held_out")
+def _(world):
+    config, data = held_out_data(world)
+    return check_held_out, lambda: {"trained_on": [describe(config, data, "some/model")], "config": config, "data": data}
+
+
+def held_out_data(world):
+    path = world.folder / "lines.jsonl"
+    path.write_text("".join(f'{{"text": "some text, long enough, {i}"}}\n' for i in range(20)))
+    config = DataConfig(data=str(path), length=8, held_out=2)
+    return config, load_data(config, world.tokenizer, 2)
 
 
 @target("export_thoughts", paths=["path"])

@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from quietstar.arguments.values import instance, items, refusal
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.data.splitting import whole_texts
 from quietstar.data.texts import Data, DataConfig, in_blocks, read_texts, texts_hash
 
-__all__ = ["check_held_out", "data_config", "describe"]
+__all__ = ["TrainedOn", "check_held_out", "data_config", "describe"]
 
 
 def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
@@ -20,7 +21,10 @@ def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
     Args:
         base: the model that the run begins with, a folder or a hub name.
     """
-    values = dataclasses.asdict(config)
+    instance("describe: data", data, Data)
+    if not isinstance(base, str):
+        raise refusal("describe: base", "a name", base)
+    values = dataclasses.asdict(instance("describe: config", config, DataConfig))
     if os.path.exists(config.data):
         values["data"] = os.path.abspath(config.data)
     return TrainedOn(base, values, data.texts, data.sha256, len(data.held_out))
@@ -28,6 +32,7 @@ def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
 
 def data_config(run: TrainedOn) -> DataConfig:
     """The data of a run. Raises ValueError for a description that is not of this version."""
+    instance("data_config: run", run, TrainedOn)
     known = {field.name for field in dataclasses.fields(DataConfig)}
     if unknown := run.data.keys() - known:
         raise ValueError(f"trained_on: DataConfig: unknown field {', '.join(sorted(unknown))}")
@@ -55,6 +60,10 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
     Raises:
         ValueError: it was trained on some of them; the message says how many, and what differs from its run.
     """
+    for run in items("check_held_out: trained_on", trained_on):
+        instance("check_held_out: trained_on: each", run, TrainedOn)
+    instance("check_held_out: config", config, DataConfig)
+    instance("check_held_out: data", data, Data)
     unknown = []
     for run in trained_on:
         same = data.sha256 == run.sha256
