@@ -61,7 +61,7 @@ class Config(SFTConfig, Sampling):
         "transformers", "what generates the chains of the training problems", may_differ=True
     )
     test_problems: int = option(500, "test problems for the accuracy")
-    valid_problems: int = option(500, "validation problems, by which the best round is chosen")
+    valid_problems: int = option(400, "validation problems, by which the best round is chosen")
 
     def __post_init__(self) -> None:
         check_types("star", self)
