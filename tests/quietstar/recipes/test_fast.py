@@ -54,7 +54,7 @@ def test_bad_curricula(curriculum):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"plain_steps": 0}, "plain_steps must be 1 or more, got 0"),
+        ({"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         ({"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
         ({"warmup": -1}, "warmup must be 0 or more, got -1"),
     ],
@@ -239,6 +239,22 @@ def test_the_plain_model_is_not_worse_than_its_start(run):
     assert report["plain"] == report["base"]
 
 
+def test_the_plain_model_is_trained_in_proportion_to_the_stages(run, tmp_path):
+    assert Config().plain_updates == 300 and Config(steps=6).plain_updates == 12 and Config(plain_steps=7).plain_updates == 7
+    run(steps=2, plain_steps=None)
+    assert len((tmp_path / "run/plain/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_weight_of_the_plain_loss_is_not_in_the_figures(run, tmp_path):
+    """Nor does AdamW see it, beyond rounding: there is nothing that it could be too large for."""
+    losses = []
+    for weight in (1.0, 1e6):
+        run(str(weight), plain_weight=weight, plain_rate=1e-4)
+        lines = (tmp_path / str(weight) / "plain/metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+
+
 def test_a_stage_continues_from_the_best_checkpoint(run, monkeypatch):
     """The scores make the first of two evaluations the better one."""
     began, judged, original = [], [], recipe.train
@@ -287,9 +303,12 @@ def test_command(tiny, byte_tokenizer, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(40)))
     options = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}", "--length=16"]
     options += ["--held-out=4", "--curriculum=3-2,2-1", "--steps=2", "--eval-every=2", "--plain-steps=2", "--batch-size=2"]
+    options += ["--plain-rate=0.5", "--objective=likelihood"]  # which makes it worse
     assert cli.main(["fast", *options]) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert f"{tmp_path / 'run/plain'}: 2 updates of a model without thoughts\n" in progress
     assert "held-out loss without thoughts" in shown and "times_plain" in shown
+    assert "no update of the model without thoughts lowered its held-out loss, so it is saved as it was before" in shown
     assert (tmp_path / "run" / "model" / "tokenizer_config.json").exists()
     assert cli.main(["fast", *options]) == 3
     assert capsys.readouterr().err.count("\n") == 1
