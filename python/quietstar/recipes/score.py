@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -40,8 +39,7 @@ from quietstar.run.signals import Signals
 
 START, FIRST, MODEL, REPORT, PLOT = "two-turns", "first-stage", "model", "score.json", "score.png"  # files of a run
 NO_SECOND_ATTEMPT = (
-    "score: the model never answers when it is asked again, so there is nothing to reward: "
-    "--two-turn-steps 200 first teaches it to make a second attempt"
+    "score: no second attempt is right, so there is nothing to reward: two_turn_steps=200 first teaches the model to make one"
 )
 
 
@@ -216,7 +214,7 @@ def score(
                 if step == state["step"] and end not in state["report"]:
                     state["report"][end] = evaluate(model, base, task, test, config)
                     log_figures(f"{config.out}, {end}", state["report"][end])
-                    if step == 0 and not state["report"][end]["answered_second"]:
+                    if step == 0 and not state["report"][end]["accuracy_second"]:
                         LOG.warning(NO_SECOND_ATTEMPT)
             if state["step"] == ends["stage I"]:
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
@@ -250,8 +248,7 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     """Greedy attempts at test problems, compared with each other and with votes.
 
     Returns:
-        What ``Attempts.figures`` returns; answered_second, the share of second attempts with an answer that can be read;
-        changes, which is ``Attempts.histogram``; divergence_first and divergence_second,
+        What ``Attempts.figures`` returns; changes, which is ``Attempts.histogram``; divergence_first and divergence_second,
         nats per token; and ``votes`` of attempts at ``config.temperature``.
     """
     greedy = attempt(model, task, test, config.sampling(0.0), config.seed)
@@ -262,7 +259,6 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     first, second = (nats / greedy.tokens()).tolist()
     return {
         **greedy.figures(),
-        "answered_second": fmean(task.answer(*x) is not None for x in zip(test, greedy.second, strict=True)),
         "changes": greedy.histogram(),
         "divergence_first": first,
         "divergence_second": second,

@@ -295,10 +295,9 @@ def test_the_warm_up_teaches_to_answer_again(run, tmp_path, caplog):
     """What the divergence is measured from is the model after the warm-up, also in a continued run."""
     warm = {"two_turn_steps": 60, "two_turn_problems": 200, "two_turn_rate": 2e-3}
     cold, warmed = (run(out, **changes)[1]["base"] for out, changes in (("cold", {}), ("warm", warm)))
-    assert cold["answered_second"] == cold["accuracy_second"] == 0
-    assert warmed["answered_second"] > 0.5 and warmed["accuracy_second"] > 0
+    assert cold["accuracy_second"] == 0 < warmed["accuracy_second"]
     assert warmed["divergence_first"] == pytest.approx(0, abs=1e-6)
-    assert caplog.messages == [recipe.NO_SECOND_ATTEMPT] and "--two-turn-steps 200" in recipe.NO_SECOND_ATTEMPT
+    assert caplog.messages == [recipe.NO_SECOND_ATTEMPT] and "two_turn_steps=200" in recipe.NO_SECOND_ATTEMPT
     AutoModelForCausalLM.from_pretrained(tmp_path / "warm/two-turns")
 
 
