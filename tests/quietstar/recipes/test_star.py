@@ -149,7 +149,7 @@ def test_the_best_round_is_chosen_on_validation_problems_and_linked(scripted, so
     model, task = solver
     scripted(is_even)
     save_model(tmp_path / "model", model, task, {})
-    monkeypatch.setattr(recipe, "measure", of_rounds([(0.3, 0.3), (0.5, 0.4), (0.5, 0.6), (0.1, 0.9)]))
+    monkeypatch.setattr(recipe, "measure", of_rounds([(0.5, 0.6), (0.5, 0.4), (0.3, 0.5), (0.1, 0.9)]))
     run = tmp_path / "run"
     options = ["--task=addition", "--digits=1", f"--model={tmp_path / 'model'}", f"--out={run}", "--problems=40", "--steps=1"]
     assert cli.main(["star", *options, "--rounds=2"]) == 0
@@ -183,8 +183,8 @@ def test_where_there_are_no_links_a_line_says_so(scripted, solver, tmp_path, mon
 
 
 def test_a_run_from_before_there_were_validation_problems():
-    old = {"round": 0, "accuracy": 0.9}
-    assert best_round([old, old]) == 0 and best_round([old, {**old, "valid_accuracy": 0.1}]) == 1
+    old, new = {"accuracy": 0.9}, {"accuracy": 0.9, "valid_accuracy": 0.0}
+    assert best_round([old, old]) == 1 and best_round([new, old]) == best_round([old, new, old]) - 1 == 0
 
 
 def test_a_grader_that_never_matches_is_reported_after_the_first_batch(solver, tmp_path, monkeypatch):

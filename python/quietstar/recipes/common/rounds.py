@@ -104,13 +104,13 @@ class Rounds:
 
 
 def best_round(reports: Sequence[Mapping[str, Any]]) -> int:
-    """The first of the rounds with the highest accuracy on validation problems; 0 is the start.
+    """The last of the rounds with the highest accuracy on validation problems; 0 is the start.
 
     Chosen by its test problems, the accuracy of the best round would be too high: the best of several is also the luckiest.
     """
     known = [report.get("valid_accuracy") for report in reports]
     values = [-1.0 if value is None else value for value in known]
-    return values.index(max(values))
+    return max(range(len(values)), key=lambda i: (values[i], i))
 
 
 def link(path: Path, target: str) -> None:
