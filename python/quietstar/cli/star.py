@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quietstar.cli.rounds import saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
-from quietstar.cli.tables import saved_rounds, table
+from quietstar.cli.tables import table
 from quietstar.recipes import star
 from quietstar.recipes.common.models import TaskConfig, load
 

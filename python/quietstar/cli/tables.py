@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from quietstar.recipes.common.rounds import BEST, best_round
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -20,17 +17,6 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def saved_rounds(out: str, reports: Sequence[Mapping[str, Any]]) -> str:
-    """Which round of a recipe is best, and where it is."""
-    best = best_round(reports)
-    folder, report = Path(out) / f"round-{best:02d}", reports[best]
-    link = Path(out) / BEST
-    saved = f"{link}, which is {folder.name}" if link.is_symlink() else str(folder)
-    return (
-        f"best on validation problems: round {best}, which solves {report['accuracy']:.1%} of the test problems\nsaved {saved}"
-    )
 
 
 def held_out_losses(figures: Mapping[str, float]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quietstar.cli.rounds import saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
-from quietstar.cli.tables import cell, saved_rounds, table
+from quietstar.cli.tables import cell, table
 from quietstar.recipes import vstar
 from quietstar.recipes.common.models import TaskConfig, load
 
