@@ -2,6 +2,6 @@
 
 import sys
 
-from quietstar.cli.main import main
+from quietstar.cli.entry import main
 
 sys.exit(main())

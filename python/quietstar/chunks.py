@@ -129,6 +129,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil  # comes with accelerate; a GPU does without
+    import psutil  # a GPU does without
 
     return psutil.virtual_memory().available

@@ -26,6 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_weight": 0.5,
         "mix_weight": 0.5,
         "policy_temperature": 3.0,
+        "policy_weight": 1e6,
+        "embedding_scale": 100.0,
     },
     "paper": {
         "mixing": "logprobs",
@@ -33,8 +35,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_weight": 0.0,
         "mix_weight": 1.0,
         "policy_temperature": 1.0,
+        "policy_weight": 1e6,
+        "embedding_scale": 100.0,
     },
 }
+# As published, but for small models and large steps, which show an effect in a hundred steps; of docs/digit-sums.md.
+PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
+# What ``quietstar train`` takes with a preset, besides.
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {"small": {"learning_rate": 1e-3}}
+# A learning rate times a policy weight from here on, ten times the published 1e-6 times 1e6, makes most losses explode.
+LARGE_STEP = 10.0
 
 OPTIMIZERS = ("adamw", "fused", "8bit")  # made by quietstar.run.optimizers
 
@@ -72,11 +82,22 @@ def _described(functions: Mapping[str, Callable[..., Any]]) -> str:
     return "; ".join(f"{name}: {(function.__doc__ or '').partition(chr(10))[0]}" for name, function in functions.items())
 
 
+def step_size_warning(thoughts: ThoughtConfig, learning_rate: float) -> str:
+    """A sentence on steps that are likely too large for the policy weight; empty for others."""
+    if learning_rate * thoughts.policy_weight < 0.999 * LARGE_STEP:
+        return ""
+    return (
+        f"a policy_weight of {thoughts.policy_weight:g} belongs to a learning rate of {1 / thoughts.policy_weight:.0e}: with "
+        f"{learning_rate:g} the loss may explode; the preset small has a weight for 1e-3"
+    )
+
+
 @dataclass
 class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
-    ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes.
+    ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes. ``small`` is ``official`` with
+    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -85,12 +106,15 @@ class ThoughtConfig:
     thoughts: int = option(2, "N, thoughts sampled at each anchor")
     thought_tokens: int = option(9, "T, sampled tokens in a thought")
     lookahead: int = option(4, "J, next tokens predicted after a thought")
-    preset: str = option("official", "official or paper: fills the fields below that are None")
+    preset: str = option(
+        "official",
+        "official, paper or small (small models, learning rate 1e-3): fills the fields below that are None",
+    )
     mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
     reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")
     base_weight: float = option(None, "weight of the cross entropy without thoughts")
     mix_weight: float = option(None, "weight of the cross entropy with thoughts")
-    policy_weight: float = option(1e6, "weight of the REINFORCE term")
+    policy_weight: float = option(None, "weight of the REINFORCE term; it belongs to a learning rate")
     policy_temperature: float = option(None, "temperature of the thoughts' log-probability in the REINFORCE term")
     advantage: str = option("relu", f"from rewards to advantages. {_described(ADVANTAGES)}")
     ratio_clip: float = option(0.0, "PPO's clip range, for several updates on the same thoughts; 0 is REINFORCE")
@@ -107,7 +131,7 @@ class ThoughtConfig:
     start_token_id: int | None = option(None, "id of a start-of-thought token, if the vocabulary has one")
     end_token_id: int | None = option(None, "id of an end-of-thought token, if the vocabulary has one")
     stop_threshold: float | None = option(None, "end a thought when the probability of end_token_id exceeds this; None: never")
-    embedding_scale: float = option(100.0, "the start and end vectors are this times their parameters")
+    embedding_scale: float = option(None, "the start and end vectors are this times their parameters")
     embedding_init: int | str | None = option(None, "token id or text whose embedding initialises the start and end vectors")
 
     def __new__(cls, *values: Any, **fields: Any) -> ThoughtConfig:

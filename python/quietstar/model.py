@@ -57,9 +57,9 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         anchor_chunk: how many anchors of each text think at a time, to save memory; None is all, "auto" by free memory.
         graphs: "auto" replays rollouts as CUDA graphs on a GPU, where they can be captured; False turns it off and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
-        base_model: a copy of the language model, for a ``base_model`` that is frozen or ema, else None. A frozen one of a model
-            with adapters is the model without them, and needs no copy.
+        base_model: a copy of the language model, for a ``base_model`` that is ema, or frozen without adapters; else None.
         base: a fingerprint of the weights that the adapters belong to, None where there are no adapters.
+        trained_on: the texts of the training runs so far, written by ``quietstar train`` and saved with the model.
 
     Raises:
         ValueError: a model type that can't think, or that fails the check, with the reason; adapters that thoughts can't

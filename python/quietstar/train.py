@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,16 +22,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 
 from quietstar.arguments.values import file_path, flag, function, instance, refusal
-from quietstar.config import TrainConfig
+from quietstar.config import TrainConfig, step_size_warning
 from quietstar.hf.finite import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.output import QuietStarOutput
 from quietstar.run import figures, snapshots
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
+from quietstar.run.display import Display
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Metrics
 from quietstar.run.optimizers import make_optimizer
@@ -62,6 +63,7 @@ def train(
     evaluate: Callable[[QuietStar], dict[str, float]] | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
+    evaluate_first: bool = False,
 ) -> list[dict[str, float]]:
     """Train ``qs`` in place.
 
@@ -74,6 +76,9 @@ def train(
         loss: the loss of one part of a step; default the Quiet-STaR objective.
         evaluate: called every ``config.eval_every`` steps, without gradients and in evaluation mode.
         resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one, or the path of a checkpoint.
+        progress: show a bar, and a line for each evaluation.
+        evaluate_first: call ``evaluate`` before the first step too, unless ``config.eval_every`` is 0; the line of step 1 has
+            the results as eval_0_*.
 
     Returns:
         The metrics of every step since the start of the run.
@@ -87,6 +92,9 @@ def train(
             process ended; finished steps are saved unless weights are sharded or updated several times per step.
     """
     _check(qs, data, config, loss, evaluate, resume, progress)
+    flag("train: evaluate_first", evaluate_first)
+    if warning := step_size_warning(qs.thought_config, config.learning_rate):
+        warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
     process_state()
@@ -119,13 +127,12 @@ def train(
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, write=accelerator.is_main_process)
     save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 
-    with (
-        Signals() as signals,
-        tqdm(total=config.steps, initial=done, unit="step", disable=not (progress and accelerator.is_main_process)) as bar,
-    ):
+    evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None
+    with Display(config.steps, done, progress and accelerator.is_main_process) as display, Signals() as signals:
         finished = done
         try:
             with naming_lost_processes():
+                before = evaluated(display, 0, "eval_0_") if evaluated and evaluate_first and not done else {}
                 for step in range(done, config.steps):
                     started = time.perf_counter()
                     line = _step(accelerator, model, optimizer, data, config, loss, step)
@@ -134,12 +141,12 @@ def train(
                     line["tokens_per_second"] = line.pop("tokens") / line["seconds"]
                     line["thoughts_per_second"] = line.pop("thoughts") / line["seconds"]
                     last = finished == config.steps
-                    if evaluate is not None and config.eval_every and (finished % config.eval_every == 0 or last):
-                        with accelerator.autocast():
-                            line |= _evaluate(qs, evaluate)
-                    metrics.add({"step": finished, **line})
+                    display.step(line)
+                    if evaluated and (finished % config.eval_every == 0 or last):
+                        line |= evaluated(display, finished, "eval_")
+                    metrics.add({"step": finished, **line, **before})
+                    before = {}
                     accelerator.log(line, step=finished)
-                    _show(bar, line)
                     stop = in_any_process(accelerator, signals.caught)
                     if finished % config.save_every == 0 or last or stop:
                         save(finished, write=accelerator.is_main_process)
@@ -178,21 +185,6 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
     anchors = qs.thought_config.anchors
     if anchors != "all" and not {"anchors", "thought_ids"}.isdisjoint(data[0]):
         raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {anchors!r}")
-
-
-SHOWN = {
-    "loss_ce": "{:.3f}",
-    "policy_loss": "{:.2e}",
-    "reward": "{:.3f}",
-    "weight": "{:.3f}",
-    "tokens_per_second": "{:.0f}",
-    "thoughts_per_second": "{:.0f}",
-}
-
-
-def _show(bar: tqdm, line: dict[str, float]) -> None:
-    bar.set_postfix_str(" ".join(f"{name} {form.format(line[name])}" for name, form in SHOWN.items() if name in line))
-    bar.update()
 
 
 def _step(
@@ -287,8 +279,17 @@ def _thoughts_of(out: QuietStarOutput) -> Batch:
     return {name: x for name, x in inputs.items() if x is not None}
 
 
-def _evaluate(qs: QuietStar, evaluate: Callable[[QuietStar], dict[str, float]]) -> dict[str, float]:
+def _evaluate(
+    accelerator: Accelerator,
+    qs: QuietStar,
+    evaluate: Callable[[QuietStar], dict[str, float]],
+    display: Display,
+    step: int,
+    prefix: str,
+) -> dict[str, float]:
+    """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
     qs.eval()
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():
         scores = evaluate(qs)
-    return {f"eval_{name}": value for name, value in scores.items()}
+    display.evaluation(step, scores)
+    return {f"{prefix}{name}": value for name, value in scores.items()}

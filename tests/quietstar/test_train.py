@@ -30,12 +30,12 @@ DATA = [
 def run(tiny, tmp_path):
     """``run(out, ...)`` trains a new model of the same weights; returns the metrics without times."""
 
-    def run(out="run", model="llama", data=DATA, resume=None, loss=None, evaluate=None, **changes):
+    def run(out="run", model="llama", data=DATA, resume=None, loss=None, evaluate=None, first=False, **changes):
         qs = QuietStar(tiny(model, **({"attn_pdrop": 0.0} if model == "gpt2" else {})), CONFIG, verify=False)
         settings = {"steps": 6, "batch_size": 6, "learning_rate": 1e-3, "warmup": 2, "save_every": 2, "keep": 3, **changes}
         config = TrainConfig(out=str(tmp_path / out), **settings)
         given = {} if loss is None else {"loss": loss}
-        lines = train(qs, data, config, evaluate=evaluate, resume=resume, progress=False, **given)
+        lines = train(qs, data, config, evaluate=evaluate, resume=resume, progress=False, evaluate_first=first, **given)
         return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
     return run
@@ -273,6 +273,26 @@ def test_evaluation_when_asked_for_and_at_the_end(run):
     assert [line["step"] for line in with_scores if line.get("eval_score") == 7.0] == [2, 4, 5]
     without = run("without", steps=5)
     assert [{name: x for name, x in line.items() if name != "eval_score"} for line in with_scores] == without
+
+
+def test_an_evaluation_before_the_first_step_changes_no_step(run, tmp_path, capfd):
+    calls = []
+
+    def evaluate(qs):
+        assert not qs.training and not torch.is_grad_enabled()
+        torch.rand(3)  # may use random numbers of its own
+        calls.append(1)
+        return {"score": len(calls)}
+
+    lines = run("with", steps=4, evaluate=evaluate, eval_every=2, first=True)
+    assert [lines[0]["eval_0_score"], lines[1]["eval_score"], lines[3]["eval_score"]] == [1, 2, 3]
+    without = run("without", steps=4)
+    assert [{name: x for name, x in line.items() if not name.endswith("_score")} for line in lines] == without
+    assert capfd.readouterr() == ("", "")  # progress=False
+    shutil.rmtree(tmp_path / "with" / "checkpoints" / "step-000004")
+    resumed = run("with", steps=4, evaluate=evaluate, eval_every=2, first=True, resume="auto")
+    assert resumed[0]["eval_0_score"] == 1 and len(calls) == 4
+    assert run("none", steps=1, evaluate=evaluate, eval_every=0, first=True) == without[:1]
 
 
 def test_the_schedules():

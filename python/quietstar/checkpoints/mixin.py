@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from quietstar.arguments.values import FLOATS, file_path, flag, integer, mapping, number, refusal, tensor
 from quietstar.checkpoints import native, official
-from quietstar.checkpoints.contents import Contents
+from quietstar.checkpoints.contents import Contents, TrainedOn
+from quietstar.checkpoints.places import checkpoint_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,11 +26,12 @@ class CheckpointMixin(nn.Module):
     thought_config: Any
     tokenizer: Any
     base: Any
+    trained_on: tuple[TrainedOn, ...] = ()
 
     def contents(self) -> Contents:
         """What a checkpoint of this model holds; the tensors are the parameters themselves."""
         tensors: dict[str, Tensor] = {name: x for name, x in self.named_parameters() if not name.startswith("model.")}
-        return Contents(self.model, self.thought_config, self.tokenizer, tensors, self.base)
+        return Contents(self.model, self.thought_config, self.tokenizer, tensors, self.base, self.trained_on)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
@@ -43,7 +45,8 @@ class CheckpointMixin(nn.Module):
     def from_pretrained(
         cls, path: str | os.PathLike, verify: bool = True, base: PreTrainedModel | str | None = None, **kwargs: Any
     ) -> Self:
-        """Load what ``save_pretrained`` wrote, or a published checkpoint, from a folder or a hub name.
+        """Load what ``save_pretrained`` wrote, or a published checkpoint, from a folder or a hub name; of a run's folder, the
+        newest checkpoint.
 
         Nothing is initialised anew. A published checkpoint doesn't say how long its thoughts are: ``thought_tokens`` is taken
         from its ``max_thoughts``, and ``qs.thought_config`` may be replaced.
@@ -60,12 +63,14 @@ class CheckpointMixin(nn.Module):
             ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
                 base.
         """
-        contents = native.load(file_path("path", path), base, flag("verify", verify), **kwargs)
+        path = checkpoint_of(file_path("path", path))
+        contents = native.load(path, base, flag("verify", verify), **kwargs)
         try:
             qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         native.restore(qs.contents().tensors, contents.tensors, path)
+        qs.trained_on = contents.trained_on
         return qs
 
     def save_official(self, directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.card import CARD, card
-from quietstar.checkpoints.contents import Contents
+from quietstar.checkpoints.contents import Contents, TrainedOn
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, has_safetensors, locate_tensors, read_file
 from quietstar.config import ThoughtConfig
@@ -42,6 +43,7 @@ class Settings:
         base: the fingerprint of the adapters' base.
         files: sizes in bytes.
         sha256: of files that must be as they were saved.
+        trained_on: the texts of the runs that the model comes from.
         checksum: SHA-256 of all other settings.
     """
 
@@ -50,6 +52,7 @@ class Settings:
     base: adapters.Fingerprint | None = None
     files: dict[str, int] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    trained_on: tuple[TrainedOn, ...] = ()
     checksum: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
         "base": contents.base,
         "files": {file.name: file.stat().st_size for file in kept},
         "sha256": hashes,
+        "trained_on": [asdict(run) for run in contents.trained_on],
     }
     (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n", encoding="utf-8")
     return hashes
@@ -95,6 +99,7 @@ def _checksum(settings: dict[str, Any]) -> str:
 
 def thinks(path: str | os.PathLike) -> bool:
     """Whether a folder or hub name holds a model with its thought parts, ours or published."""
+    path = checkpoint_of(path)
     if find(path, SETTINGS) is not None:
         return True
     return has_safetensors(path) and official.is_published(path)
@@ -107,6 +112,7 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
         base: what the checkpoint's adapters belong to, where it has adapters; default what it names.
         verify: compare the hashes of a checkpoint of ours.
     """
+    path = checkpoint_of(path)
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
         return official.load(path, **kwargs)
     settings = _read_settings(path, verify)
@@ -122,7 +128,19 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
             wanted = f"{SETTINGS} belongs to a {settings.model_type}"
             raise ValueError(f"{path}: {wanted}, the model is a {model.config.model_type}")
     tokenizer = load_tokenizer(path) if find(path, "tokenizer_config.json") else None
-    return Contents(model, read_thought_config(settings.thought_config, f"{path}: {SETTINGS}"), tokenizer, tensors)
+    config = read_thought_config(settings.thought_config, f"{path}: {SETTINGS}")
+    return Contents(model, config, tokenizer, tensors, trained_on=settings.trained_on)
+
+
+def read_description(path: str | os.PathLike) -> tuple[ThoughtConfig, tuple[TrainedOn, ...]]:
+    """What a checkpoint of ours says about itself, without its weights: how it thinks, and what it was trained on.
+
+    Raises:
+        ValueError: it is no checkpoint of ours, or is damaged.
+    """
+    path = checkpoint_of(path)
+    settings = _read_settings(path, verify=False)
+    return read_thought_config(settings.thought_config, f"{path}: {SETTINGS}"), settings.trained_on
 
 
 def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.tensors import find, has_safetensors, locate_tensors
 from quietstar.files.reading import check_regular, read_json
 
@@ -67,13 +68,15 @@ def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
 
 
 def load_config(path: str | os.PathLike) -> Any:
-    """The config of a language model. Raises ValueError if it can't be loaded."""
+    """The config of a language model; names are those of ``checkpoint_of``. Raises ValueError if it can't be loaded."""
+    path = checkpoint_of(path)
     _check_files(path)
     return loading(path, "config", lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
     """A tokenizer. Raises ValueError if it can't be loaded."""
+    path = checkpoint_of(path)
     _check_files(path)
     return loading(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
@@ -96,6 +99,7 @@ def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) 
 
 def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """As ``load_model``, with transformers' report of names that were missing or unexpected, which may be any."""
+    path = checkpoint_of(path)
     if find(path, "adapter_config.json"):
         raise ValueError(f"{path}: it holds adapters, which need their base: merge them into it, or train new ones")
     config = load_config(path).get_text_config()

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model
 from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import newest_checkpoint
 from quietstar.cli.shared_options import AllowBin
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify
@@ -59,15 +58,14 @@ class Doctor:
         if self.model:
             print(f"\n{self._training()}")
         if self.verify:
-            path = newest_checkpoint(self.model)
-            model = load_model(path, self.allow_bin, dtype=self.dtype)
+            model = load_model(self.model, self.allow_bin, dtype=self.dtype)
             print(f"thoughts against ordinary forward passes: {verify(model)}")
 
     def _training(self) -> str:
         """Tables of the memory that a step needs in each process, and of what the processes exchange."""
         # Those of ``quietstar train``, which are loaded here too.
         libraries = psutil.Process().memory_info().rss
-        config = load_config(newest_checkpoint(self.model))
+        config = load_config(self.model)
         if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
             raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
         try:

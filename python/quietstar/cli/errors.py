@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +51,17 @@ def runtime_failure(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "without overflow" in str(error):
         return f"a number is too large for its dtype: {first_line(error)}"
     return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Print warnings without the place in the code that they are from."""
+    form = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = form
 
 
 def one_line(text: str) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
+from quietstar.checkpoints.contents import TrainedOn
+from quietstar.checkpoints.places import checkpoint_of, run_of
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_report_file
-from quietstar.cli.tables import held_out_losses
-from quietstar.data.texts import DataConfig, load_data
+from quietstar.cli.tables import held_out_losses, held_out_text
+from quietstar.data.held_out import check_held_out
+from quietstar.data.texts import Data, DataConfig, load_data
 from quietstar.evaluation import anchor_choices, difficulty
 from quietstar.evaluation.losses import summary, token_losses
 from quietstar.files.writing import write_whole
@@ -22,29 +27,71 @@ from quietstar.files.writing import write_whole
 
 @dataclass
 class Eval:
-    """Measure the gain from thoughts on held-out text. For questions, see ask."""
+    """Measure the gain from thoughts on held-out text; of a run, on what it held out. For questions, see ask."""
 
     model: Checkpoint
     data: DataConfig
-    all: Annotated[bool, arg(help="use every text of the data, if the model was not trained on it")] = False
+    all: Annotated[bool, arg(help="use every text of the data, also those that the model was trained on")] = False
     batch_size: Annotated[int, arg(help="texts at a time")] = 8
-    out: Annotated[str, arg(help="JSON file of the results; the plot gets the same name with .png")] = "eval.json"
+    out: Annotated[
+        str,
+        arg(help="JSON file of the results, with a plot beside it; default a new one in the run's folder, or here"),
+    ] = ""
 
     def run(self) -> None:
-        check_report_file(self.out, self.data.data)
+        if self.out:
+            check_report_file(self.out, self.data.data)
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
         qs = load_checkpoint(self.model)
-        config = replace(self.data, pack=False, held_out=0) if self.all else self.data
+        config = replace(self.data, pack=False, held_out=0, held_out_split="") if self.all else self.data
         data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
+        if not self.all:
+            self._check_unseen(qs.trained_on, data)
         examples = data.train if self.all else data.held_out
+        which = f"all {len(examples):,} texts" if self.all else held_out_text(data)
+        print(f"{config.data}: {which}, {config.length} tokens of each at most")
         losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
         by_choice = anchor_choices.by_anchor_choice(qs, examples, losses, self.batch_size)
         print(f"{held_out_losses(figures)}\n{difficulty.text(tenths)}\n{anchor_choices.text(by_choice)}")
-        values = {"model": self.model, **asdict(self.data), **figures, "by_difficulty": tenths, "by_anchor_choice": by_choice}
-        write_whole(self.out, json.dumps(values, indent=2) + "\n")
+        values = {
+            "model": self.model,
+            **asdict(config),
+            "all": self.all,
+            **figures,
+            "by_difficulty": tenths,
+            "by_anchor_choice": by_choice,
+        }
+        written = [Path(self.out) if self.out else new_report(self.model)]
+        write_whole(written[0], json.dumps(values, indent=2) + "\n")
         if difficulty.can_draw():
-            difficulty.draw(tenths, Path(self.out).with_suffix(".png"))
-        else:
-            print("no plot: matplotlib is not installed")
+            written.append(written[0].with_suffix(".png"))
+            difficulty.draw(tenths, written[1])
+        print(f"wrote {' and '.join(map(str, written))}" + ("" if written[1:] else "; no plot: matplotlib is not installed"))
+
+    def _check_unseen(self, trained_on: Sequence[TrainedOn], data: Data) -> None:
+        if not data.held_out:
+            why = f"the {data.repeated} held-out texts occur in training too" if data.repeated else "no text is held out"
+            raise ValueError(
+                f"{self.data.data}: {why} (of {data.texts:,}, held-out {self.data.held_out}): --all measures all texts"
+            )
+        if not trained_on:
+            print(
+                f"{self.model} doesn't say what it was trained on: make sure that it was not these texts",
+                file=sys.stderr,
+            )
+        try:
+            unknown = check_held_out(trained_on, self.data, data)
+        except ValueError as error:
+            raise ValueError(f"{self.model}: {error}: leave out these options, or measure all texts with --all") from error
+        for sentence in unknown:
+            print(f"{self.model}: {sentence}", file=sys.stderr)
+
+
+def new_report(model: str) -> Path:
+    """A file that is not there yet: in the run's folder, named after the checkpoint, or in the working folder."""
+    run = run_of(model)
+    stem = f"eval-{Path(checkpoint_of(model)).name}" if run else "eval"
+    names = (f"{stem}.json" if number == 1 else f"{stem}-{number}.json" for number in count(1))
+    return next(path for name in names if not (path := (run or Path()) / name).exists())

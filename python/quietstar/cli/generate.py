@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from accelerate.utils import set_seed
 from transformers import TextStreamer
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from quietstar.checks import pad_id
 from quietstar.cli.errors import UsageError
@@ -21,7 +21,8 @@ class Generate:
     """Continue a text, thinking before each token; print the new text as it comes."""
 
     model: Checkpoint
-    prompt: Annotated[str, arg(metavar="TEXT", help="the text to continue")]
+    text: Positional[Annotated[str, arg(metavar="TEXT", help="the text to continue; or use --prompt")]] = ""
+    prompt: Annotated[str, arg(metavar="TEXT", help="the same as TEXT, which may then begin with a dash")] = ""
     think: ThinkWhen = "always"
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
     sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
@@ -33,13 +34,15 @@ class Generate:
     seed: Annotated[int | None, arg(help="seed of all that is sampled; default a new one each time")] = None
 
     def run(self) -> None:
+        if bool(self.text) == bool(self.prompt):
+            raise ValueError("generate takes a text or --prompt, one of the two")
         think = read_think(self.think)
         if self.temperature < 0:
             raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
         check_seed(self.seed)
         qs = load_checkpoint(self.model)
         tokenizer = text_tokenizer(qs)
-        inputs = tokenizer(self.prompt, return_tensors="pt").to(qs.start_embedding.device)
+        inputs = tokenizer(self.text or self.prompt, return_tensors="pt").to(qs.start_embedding.device)
         if not inputs["input_ids"].numel():
             raise ValueError("the prompt has no tokens")
         if self.seed is not None:

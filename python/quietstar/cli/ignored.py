@@ -42,7 +42,7 @@ def _from_hub(o: Any) -> bool:
 
 
 DATA = [
-    Rule("split hub_texts", lambda o: not _from_hub(o), "with a file or the built-in text"),
+    Rule("split hub_texts held_out_split", lambda o: not _from_hub(o), "with a file or the built-in text"),
     Rule("text_field", lambda o: o.data == "builtin" or o.data.endswith(".txt"), "with a .txt file or the built-in text"),
     Rule("held_out_seed", lambda o: o.held_out == 0, "with --held-out=0"),
 ]
@@ -85,10 +85,9 @@ RULES: dict[str, list[Rule]] = {
             "without --temperature above 0 or --sample-thoughts",
         ),
     ],
-    "explain": [],
+    "explain": [Rule("held_out", lambda o: bool(o.text or o.file), "with a text")],
     "eval": [
-        Rule("pack held_out held_out_seed", lambda o: o.all, "with --all"),
-        Rule("pack", lambda o: not o.data.endswith(".txt"), "unless --data is a .txt file: held-out texts are not packed"),
+        Rule("pack held_out held_out_seed held_out_split", lambda o: o.all, "with --all"),
         *DATA,
     ],
     "ask": [

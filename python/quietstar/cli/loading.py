@@ -9,25 +9,13 @@ import torch
 from quietstar.checkpoints import native, pretrained
 from quietstar.config import ThoughtConfig
 from quietstar.model import QuietStar
-from quietstar.run import snapshots
-
-
-def newest_checkpoint(name: str) -> str:
-    """The newest checkpoint where ``name`` is a run's folder, else ``name``."""
-    checkpoints = snapshots.every(name)
-    return str(checkpoints[-1]) if checkpoints else name
-
-
-def load_tokenizer(name: str) -> Any:
-    return pretrained.load_tokenizer(newest_checkpoint(name))
 
 
 def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, allow_bin: bool = False) -> QuietStar:
     """Wrap a plain language model, or continue with ``thoughts`` from one that thinks already."""
-    path = newest_checkpoint(name)
-    if not native.thinks(path):
-        return QuietStar(pretrained.load_model(path, allow_bin, dtype=dtype), thoughts, tokenizer)
-    qs = QuietStar.from_pretrained(path, dtype=dtype)
+    if not native.thinks(name):
+        return QuietStar(pretrained.load_model(name, allow_bin, dtype=dtype), thoughts, tokenizer)
+    qs = QuietStar.from_pretrained(name, dtype=dtype)
     scale = qs.thought_config.embedding_scale
     if scale != thoughts.embedding_scale:
         raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
@@ -37,7 +25,7 @@ def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, a
 
 def load_checkpoint(name: str) -> QuietStar:
     """A model that thinks, in evaluation mode, on the GPU if there is one."""
-    qs = QuietStar.from_pretrained(newest_checkpoint(name)).eval()
+    qs = QuietStar.from_pretrained(name).eval()
     return qs.to("cuda") if torch.cuda.is_available() else qs
 
 

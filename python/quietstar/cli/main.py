@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from io import TextIOWrapper
 
 from transformers.utils import logging
@@ -27,6 +28,7 @@ from quietstar.cli.errors import (
     first_line,
     one_line,
     runtime_failure,
+    short_warnings,
 )
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
@@ -61,6 +63,23 @@ COMMANDS = {
     "fast": Fast,
 }
 
+# How to let a shell complete commands and options; no Markdown.
+COMPLETION = """\
+The Tab key completes commands and options after one of these, which need a new shell to take effect:
+
+bash, where the package bash-completion is installed
+    folder=~/.local/share/bash-completion/completions; mkdir -p $folder
+    quietstar --tyro-write-completion bash $folder/quietstar
+
+zsh, with fpath+=(~/.zfunc) before compinit in ~/.zshrc
+    mkdir -p ~/.zfunc
+    quietstar --tyro-write-completion zsh ~/.zfunc/_quietstar
+
+fish
+    mkdir -p ~/.config/fish/completions
+    quietstar --tyro-write-completion fish ~/.config/fish/completions/quietstar.fish
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
@@ -88,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> tuple[int, str]:
     """The exit code, and what to say about an error."""
     try:
-        with on_terminal():
+        _check_command(arguments)
+        with on_terminal(), short_warnings():
             parse(COMMANDS, arguments).run()
         return 0, ""
     except UsageError as error:
@@ -108,6 +128,18 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         return RUNTIME, reason
     except KeyboardInterrupt:
         return STOPPED, "stopped; nothing was saved since the last checkpoint or round"
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Raises UsageError if there is no command, or none of this name."""
+    if not arguments:
+        raise UsageError(f"name a command: {', '.join(COMMANDS)}; quietstar --help says what each does")
+    name = arguments[0]
+    if name in COMMANDS or name.startswith("-"):
+        return
+    similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
+    advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
+    raise UsageError(f"there is no command {name[:100]}: {advice}")
 
 
 def _flush() -> None:

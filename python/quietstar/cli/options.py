@@ -13,7 +13,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Str
 
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
-from quietstar.config import OLD_NAMES, PRESETS, renamed
+from quietstar.cli.inherit import for_source, inherited, report_changes
+from quietstar.config import OLD_NAMES, PRESETS, TRAIN_PRESETS, renamed
 from quietstar.files.reading import read_yaml
 
 # Options of a command that are now another command.
@@ -36,21 +37,22 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     """
     typed = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     _check_moved(arguments[0] if arguments else "", typed)
-    arguments = _expand(arguments)
     _check_texts(arguments)
+    arguments, from_model = _expand(arguments)
     registry = ConstructorRegistry()
     registry.struct_rule(_struct_rule)
     registry.primitive_rule(_number_rule)
     command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="quietstar",
-        description="Quiet-STaR: language models that think before every token.",
+        description="Quiet-STaR: language models that think before every token. --version, alone, prints versions.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
     name = next(name for name, kind in commands.items() if isinstance(command, kind))
     check_ignored(name, _flat(command), typed)
+    report_changes(getattr(command, "model", ""), from_model, _flat(command))
     return command
 
 
@@ -97,9 +99,12 @@ def _flat(command: Any) -> dict[str, Any]:
     return values
 
 
-def _expand(arguments: list[str]) -> list[str]:
-    """Put a config file's options before the typed ones, which win, and auto after --resume alone."""
+def _expand(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Put options before the typed ones, which win: those of a config file, before these a preset's, and first what is taken
+    over from the model, which is returned too. And auto after --resume alone."""
     expanded: list[str] = []
+    given: dict[str, Any] = {}  # what is typed or in a config file
+    from_file: list[str] = []
     for i, argument in enumerate(arguments):
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
         expanded.append(argument)
@@ -107,8 +112,20 @@ def _expand(arguments: list[str]) -> list[str]:
             expanded.append("auto")
         name, _, value = argument.partition("=")
         if name == "--config":
-            expanded[1:1] = _as_typed(read_config(value or following))
-    return expanded
+            options = read_config(value or following)
+            from_file = _as_typed(options)
+            given = options | given
+        elif name in ("--model", "--data", "--preset"):
+            given[name[2:]] = value or following
+    command = arguments[0] if arguments else ""
+    if {"-h", "--help"}.intersection(arguments):
+        return expanded, {}
+    values = inherited(command, str(given.get("model", "")))
+    from_model = for_source(values, str(given.get("data", "")))
+    preset = given.get("preset", values.get("preset"))
+    of_preset = TRAIN_PRESETS.get(preset, {}) if command == "train" and isinstance(preset, str) else {}
+    expanded[1:1] = _as_typed(from_model) + _as_typed(of_preset) + from_file
+    return expanded, values
 
 
 def _as_typed(values: dict[str, Any]) -> list[str]:

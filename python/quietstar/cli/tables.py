@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quietstar.data.texts import Data
+
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A line for each row; values that a row lacks are left empty."""
@@ -17,6 +19,15 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def held_out_text(data: Data) -> str:
+    """How much of the data is held out, and why it is not more."""
+    held = f"{len(data.held_out):,} texts held out"
+    tokens = sum(len(x["input_ids"]) for x in data.held_out)
+    if data.held_out:
+        held += f" ({tokens:,} tokens)"
+    return held + (f", {data.repeated} more occur in training, word for word" if data.repeated else "")
 
 
 def held_out_losses(figures: Mapping[str, float]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +14,18 @@ from typing import Annotated, Any
 from accelerate.utils import set_seed
 from tyro.conf import arg
 
-from quietstar.cli.errors import RUNTIME, SAVED, Failure, runtime_failure
-from quietstar.cli.loading import load_model, load_tokenizer
+from quietstar.checkpoints import native
+from quietstar.checkpoints.contents import TrainedOn
+from quietstar.checkpoints.pretrained import load_tokenizer
+from quietstar.cli.errors import DATA, RUNTIME, SAVED, Failure, runtime_failure
+from quietstar.cli.loading import load_model
 from quietstar.cli.options import read_config
 from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
-from quietstar.cli.tables import held_out_losses
+from quietstar.cli.tables import held_out_text
+from quietstar.cli.train_summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
-from quietstar.data.texts import DataConfig, load_data
+from quietstar.data.held_out import check_held_out, describe
+from quietstar.data.texts import Data, DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
@@ -71,6 +78,8 @@ class Train:
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
+        self._check_unseen(qs.trained_on, data)
+        qs.trained_on = (*qs.trained_on, describe(self.data, data, self.model))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -82,11 +91,11 @@ class Train:
         if len(data.held_out) >= 2:
             size = max(1, self.train.batch_size // self.train.accumulation)
             evaluation = partial(evaluate, examples=data.held_out, batch_size=size)
-        self._check_same_run()
+        self._check_same_run(qs.trained_on)
         try:
-            self._print(f"{len(data.train):,} examples to train on, {len(data.held_out):,} texts held out, to {self.train.out}")
+            self._print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")
             self._write_config()
-            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None)
+            metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
@@ -96,9 +105,8 @@ class Train:
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
             raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
-        if metrics and "eval_gain" in metrics[-1]:
-            self._print(held_out_losses({name.removeprefix("eval_"): value for name, value in metrics[-1].items()}))
-        self._print(f"saved {snapshots.folder(self.train.out, self.train.steps)}")
+        if process_state().is_main_process:
+            print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
 
     def options(self) -> dict[str, Any]:
@@ -115,12 +123,27 @@ class Train:
             Path(self.train.out).mkdir(parents=True, exist_ok=True)
             write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
 
-    def _check_same_run(self) -> None:
+    def _check_unseen(self, trained_on: Sequence[TrainedOn], data: Data) -> None:
+        """What earlier runs trained on would say nothing about held-out text."""
+        try:
+            unknown = check_held_out(trained_on, self.data, data)
+        except ValueError as error:
+            raise ValueError(f"{self.model}: {error}: leave these options as they were, or add --held-out=0") from error
+        for sentence in unknown:
+            self._print(f"{self.model}: {sentence}")
+
+    def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
         run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
         if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
             return
         Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
+        for path in reversed(snapshots.every(run)):
+            with suppress(ValueError):  # a damaged one is passed over when the run continues, too
+                _, before = native.read_description(path)
+                if before and before[-1].sha256 != trained_on[-1].sha256:
+                    raise Failure(DATA, f"{run}: {self.data.data} has changed since the run began: resume needs it as it was")
+                break
 
     def _last_whole(self) -> str:
         path = snapshots.newest_whole(self.train.out)

@@ -5,9 +5,10 @@ Problems with chains of thought are in ``quietstar.recipes``, questions in ``qui
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.arguments.fields import check_at_least, check_types
 from quietstar.arguments.values import instance, integer
 from quietstar.config import option
+from quietstar.data.splitting import FEW, LEAST, Split, random_order, split_blocks, split_texts
 from quietstar.files.reading import json_lines, read_utf8
 from quietstar.run.batches import Example
 
@@ -45,8 +47,9 @@ class DataConfig:
         True, "fill each example with several texts; otherwise one text per example, and each line of a .txt is a text"
     )
     length: int = option(256, "L, tokens in an example")
-    held_out: int = option(64, "texts held out for evaluation, at most a tenth of all")
+    held_out: int = option(64, "texts to hold out for evaluation, at most a tenth of all, or two of fewer than 20; 0 for none")
     held_out_seed: int = option(0, "chooses the texts to hold out")
+    held_out_split: str = option("", "split of a hub data set whose texts are held out; default some of --split")
 
     def __post_init__(self) -> None:
         check_types("DataConfig", self)
@@ -56,16 +59,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on, and held-out examples of one text each, cut to L tokens."""
+    """Examples to train on, and held-out examples of one text each, cut to L tokens.
+
+    Attributes:
+        held_out_texts: the text that each held-out example is from, whole.
+        texts: how many texts there were.
+        sha256: of all these texts in order.
+        repeated: held-out texts that training has too, word for word; they are not among ``held_out``.
+    """
 
     train: list[Example]
     held_out: list[Example]
+    held_out_texts: list[str]
+    texts: int
+    sha256: str
+    repeated: int
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead: int) -> Data:
     """Read, tokenize and split texts. Each ends with an end-of-text token if the tokenizer has one.
 
-    Whole texts are held out at random. Packed examples have document_ids, so that no text sees another.
+    Texts are held out at random: see ``DataConfig`` and docs/evaluation.md. Packed examples have document_ids, so that no text
+    sees another.
 
     Args:
         lookahead: J. Examples have at least J + 2 tokens; unless texts are packed, shorter ones are left out.
@@ -79,22 +94,56 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     if config.length < lookahead + 2:
         wanted = f"J+2={lookahead + 2} for a lookahead of {lookahead}"
         raise ValueError(f"config: length must be at least {wanted}, got L={config.length}")
-    ids = tokenize(read_texts(config), tokenizer)
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.held_out_seed)).tolist()
-    held = min(config.held_out, len(ids) // 10)
-    held_out, training = [ids[i] for i in order[:held]], [ids[i] for i in order[held:]]
+    texts = read_texts(config)
+    split = _split(config, texts, tokenizer)
     least = lookahead + 2
-    data = Data(
-        train=packed(training, config.length, least) if config.pack else alone(training, config.length, least),
-        held_out=alone(held_out, config.length, least),
-    )
-    if not data.train:
-        longest = sum(map(len, training)) if config.pack else max(map(len, training))
+    training = packed(split.train, config.length, least) if config.pack else alone(split.train, config.length, least)
+    if not training:
+        longest = sum(map(len, split.train)) if config.pack else max(map(len, split.train))
         raise ValueError(
             f"{config.data}: the text is shorter than the look-ahead: it has {longest} tokens, and looking {lookahead} tokens "
             f"ahead needs {least}"
         )
-    return data
+    held = [(ids, texts[i]) for ids, i in zip(split.held_out, split.sources, strict=True) if len(ids) >= least]
+    trained = set() if split.in_blocks else {texts[i] for i in set(range(len(texts))) - set(split.sources)}
+    new = [(ids, text) for ids, text in held if text not in trained]
+    return Data(
+        train=training,
+        held_out=alone([ids for ids, _ in new], config.length, least),
+        held_out_texts=[text for _, text in new],
+        texts=len(texts),
+        sha256=texts_hash(texts),
+        repeated=len(held) - len(new),
+    )
+
+
+def in_blocks(config: DataConfig, texts: int) -> bool:
+    """Whether blocks are held out instead of whole texts, since there are too few of these."""
+    few = FEW if Path(config.data).suffix == ".txt" else LEAST
+    return config.pack and not config.held_out_split and texts < few
+
+
+def texts_hash(texts: list[str]) -> str:
+    """SHA-256 of texts in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
+def _split(config: DataConfig, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Split:
+    """Tokenize and split the texts; those of a hub data set's ``held_out_split`` are added to them."""
+    ids = tokenize(texts, tokenizer)
+    if config.held_out_split:
+        others = _hub_texts(replace(config, split=config.held_out_split))
+        held = random_order(len(others), config.held_out_seed)[: config.held_out]
+        sources = [len(texts) + i for i in held]
+        texts += others
+        return Split(ids, tokenize([others[i] for i in held], tokenizer) if held else [], sources)
+    if in_blocks(config, len(texts)):
+        return split_blocks(ids, config.held_out, config.held_out_seed, config.length)
+    return split_texts(ids, config.held_out, config.held_out_seed)
 
 
 def read_texts(config: DataConfig) -> list[str]:

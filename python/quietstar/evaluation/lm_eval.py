@@ -26,7 +26,6 @@ from quietstar.evaluation.questions.continuations import batches_by_length, cont
 from quietstar.evaluation.scoring import score_tokens
 from quietstar.generate import Thinking
 from quietstar.model import QuietStar
-from quietstar.run import snapshots
 
 logger = logging.getLogger(__name__)
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks have for the same number
@@ -68,9 +67,7 @@ class QuietStarLM(TemplateLM):
         self._device = torch.device(device or "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             self._device = torch.device("cpu")
-        checkpoints = snapshots.every(pretrained)  # of a run's folder
-        path = checkpoints[-1] if checkpoints else pretrained
-        self.qs = QuietStar.from_pretrained(path, dtype=dtype).eval().to(self._device)
+        self.qs = QuietStar.from_pretrained(pretrained, dtype=dtype).eval().to(self._device)
         if self.qs.tokenizer is None:
             raise ValueError(f"{pretrained}: the checkpoint has no tokenizer")
         self.name, self.think, self.batch_size, self.max_gen_toks = pretrained, think, int(batch_size), int(max_gen_toks)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quietstar.checkpoints import native
+from quietstar.checkpoints.places import every, folder, is_folder
 from quietstar.checkpoints.tensors import read_file
 from quietstar.files.hashes import check_names, check_saved, sha256
 from quietstar.files.reading import read_json
@@ -33,9 +34,7 @@ from quietstar.run.optimizers import check_tensors, fits, from_tensors, to_tenso
 from quietstar.run.sharding import gather, shard_like, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
-# The folders that saves write, and those that they leave when they are killed; older versions wrote ..step-000050-x1y2z3a4.
-# Whatever else a user keeps beside them is never read, renamed or removed.
-_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
+# What saves leave when they are killed; older versions wrote ..step-000050-x1y2z3a4.
 _LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?|\.\.step-[0-9]{6,}-[a-z0-9_]{8}(-old)?")
 
 
@@ -55,21 +54,6 @@ class Run(msgspec.Struct):
     step: Annotated[int, msgspec.Meta(ge=0)]
     config: SavedConfig
     optimizer: list[dict[str, Any]] = []
-
-
-def folder(out: str | os.PathLike, step: int) -> Path:
-    return Path(out) / "checkpoints" / f"step-{step:06d}"
-
-
-def every(out: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints, oldest first: folders called step-<number>, and nothing else that is there."""
-    checkpoints = Path(out) / "checkpoints"
-    steps = sorted(int(found[1]) for path in checkpoints.glob("step-*") if (found := _NAME.fullmatch(path.name)))
-    return [path for step in steps if _is_folder(path := folder(out, step))]
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def save(
@@ -121,7 +105,7 @@ def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, confi
     _remove_leftovers(target.parent)
     try:
         _write(beside, step, qs, moments, config)
-        if _is_folder(target):
+        if is_folder(target):
             _remove(target)
         os.replace(beside, target)
     except SafetensorError as error:  # raised when the disk is full
@@ -154,7 +138,7 @@ def _remove(path: Path) -> None:
 def _remove_leftovers(checkpoints: Path) -> None:
     """Remove what saves that were killed or failed have left."""
     for path in checkpoints.iterdir():
-        if _LEFTOVER.fullmatch(path.name) and _is_folder(path):
+        if _LEFTOVER.fullmatch(path.name) and is_folder(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quietstar
+from quietstar.checkpoints import pretrained
 from quietstar.cli import loading
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
@@ -158,7 +159,7 @@ def load_checkpoint(path):
 
 def load_plain(path):
     torch.manual_seed(0)  # for the mixing head
-    tokenizer = loading.load_tokenizer(str(path))
+    tokenizer = pretrained.load_tokenizer(str(path))
     return state_of(loading.load_model(str(path), CONFIG, tokenizer, "float32"))
 
 

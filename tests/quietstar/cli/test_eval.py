@@ -7,7 +7,7 @@ import pytest
 
 def test_eval(home, quietstar, trained):
     metrics = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-    code, out, _ = quietstar("eval", "--model=run", "--data=text.txt", "--length=16", "--held-out=4", "--out=eval.json")
+    code, out, _ = quietstar("eval", "--model=run", "--out=eval.json")
     figures = json.loads((home / "eval.json").read_text())
     assert code == 0 and f"{figures['base']:.4f}" in out
     everywhere = figures["by_anchor_choice"][0]
@@ -15,7 +15,7 @@ def test_eval(home, quietstar, trained):
     assert {name: metrics[-1][f"eval_{name}"] for name in ("base", "mixed", "gain")} == pytest.approx(
         {name: figures[name] for name in ("base", "mixed", "gain")}, abs=1e-6
     )
-    quietstar("eval", "--model=run", "--data=text.txt", "--length=16", "--all")
+    quietstar("eval", "--model=run", "--all", "--out=eval.json")
     assert json.loads((home / "eval.json").read_text())["texts"] == 40
 
 

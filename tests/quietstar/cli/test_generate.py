@@ -24,6 +24,8 @@ def test_generate(home, quietstar, byte_tokenizer):
     plain = qs.generate(ids, think="never", **options)[0, 9:]
     assert out == tokenizer.decode(plain, skip_special_tokens=True) + "\n" and not torch.equal(plain, tokens)
 
+    assert quietstar("generate", "--model=thinks", "Hello you", "--max-new-tokens=6", "--think=never")[1] == out
+
     shown = ("generate", "--model=thinks", "--prompt=Hello you", "--max-new-tokens=6", "--show-thoughts")
     lines = quietstar(*shown)[1].splitlines()
     assert [line[18:] for line in lines] == [repr(tokenizer.decode(each[0, 0])) for each in thoughts]
@@ -38,5 +40,8 @@ def test_generate(home, quietstar, byte_tokenizer):
     for options in (("--prompt=",), ("--prompt=a", "--sample-thoughts", "--thoughts=0"), ("--prompt=a", "--max-new-tokens=0")):
         code, out, err = quietstar("generate", "--model=thinks", *options)
         assert code == errors.DATA and len(err) == 1
+    for texts in ((), ("Hello", "--prompt=you")):
+        code, _, err = quietstar("generate", "--model=thinks", *texts)
+        assert code == errors.DATA and err == ["quietstar: generate takes a text or --prompt, one of the two"]
     code, out, _ = quietstar("generate", "--help")
     assert code == 0 and "--show-thoughts" in out and "nats" in out

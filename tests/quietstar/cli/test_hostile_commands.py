@@ -22,7 +22,7 @@ pytest.importorskip("pyarrow")  # thoughts in parquet are among the files
 
 PATIENCE = 6  # a command takes seconds even if nothing is wrong, and others may take most of the machine
 CODES = (0, 2, 3, 4)
-BARS = ("it/s", "step/s", "s/it", "?step")
+BARS = ("it/s", "s/it", " ETA ")
 MADE: list[Path] = []  # the template, made once
 
 

@@ -18,7 +18,7 @@ CASES = [
     ("eval", ["--all", "--held-out=8"], "with --all", ["--no-all"]),
     ("eval", ["--all", "--held-out-seed=8"], "with --all", ["--no-all"]),
     ("eval", ["--data=a.txt", "--all", "--no-pack"], "with --all", ["--no-all"]),
-    ("eval", ["--data=a.jsonl", "--pack"], "unless --data is a .txt file", ["--data=a.txt"]),
+    ("explain", ["text", "--held-out=1"], "with a text", None),
     ("ask", ["--temperature=1"], "without --votes", ["--votes=3"]),
     ("ask", ["--seed=1"], "without --votes", ["--votes=3"]),
     ("ask", ["--questions-split=validation"], "with a file", ["--questions=openai/gsm8k:main"]),
@@ -119,7 +119,7 @@ def test_every_rule_names_options_of_its_command_and_has_a_case():
 
 
 def options_of(command):
-    arguments = {"think": ["--model=m", "text"], "explain": ["--model=m", "text"]}
+    arguments = {"think": ["--model=m", "text"]}
     made = parse(COMMANDS, [command, *arguments.get(command, REQUIRED.get(command, ["--model=m"]))])
     for name, value in vars(made).items():
         yield from vars(value) if hasattr(value, "__dataclass_fields__") else [name]

@@ -19,7 +19,7 @@ THINK = ["think", "--model=thinker", "Hi there"]
 def thinker(home, tiny, byte_tokenizer):
     model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
     QuietStar(model, ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2), byte_tokenizer).save_pretrained("thinker")
-    (home / "gruesse.txt").write_text("Grüße, 你好, 🙂.\n\n" * 40, encoding="utf-8")
+    (home / "gruesse.txt").write_text("".join(f"Grüße {i}, 你好, 🙂.\n\n" for i in range(40)), encoding="utf-8")
 
 
 @pytest.mark.parametrize("buffer", [1, -1])

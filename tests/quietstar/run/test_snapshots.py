@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.cli.loading import newest_checkpoint
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
 from quietstar.run.metrics import Metrics
@@ -63,7 +63,7 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     (checkpoints / "step-000009").symlink_to("step-000002-best")
     before = everything(checkpoints)
     assert snapshots.every(tmp_path / "run") == [ours]
-    assert newest_checkpoint(str(tmp_path / "run")) == str(ours)
+    assert checkpoint_of(str(tmp_path / "run")) == str(ours)
     for name in (".step-000001-old", ".step-000003", "..step-000003-ab12cd_z"):
         shutil.copytree(ours, checkpoints / name)
     config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=2, warmup=0)

@@ -1,0 +1,42 @@
+"""The installed command ``quietstar``: all that works before the libraries are there or loaded."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from quietstar import NEEDED
+
+PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code, as ``quietstar.cli.main.main`` does."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--version"], ["-V"]):
+        print(versions())
+        return 0
+    try:
+        from quietstar.cli.main import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(
+            f"quietstar: the command needs {error.name}, of the train extra: pip install 'quietstar-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    return run(words)
+
+
+def versions() -> str:
+    """The versions of what a result depends on, in one line."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join([*found, f"Python {platform.python_version()}"])

@@ -1,0 +1,85 @@
+"""A picture of a run's metrics."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+
+from quietstar.files.writing import write_whole
+
+Line = Mapping[str, float]
+GREY, BLUE, RED = "#8c8c8c", "#2f6f9f", "#c0563b"
+SMOOTHED = 20  # as many parts of a run are averaged
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:
+    """Write a .png of the lines of a metrics file: losses, gain, reward and weight against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    (loss, gain), (reward, weight) = figure.subplots(2, 2, sharex=True)
+    _training(loss, lines, "loss_ce", "nats per token", "loss_ce in training")
+    evaluations = evaluations_of(lines)
+    _held_out(loss, gain, evaluations)
+    _training(reward, lines, "reward", "nats", "reward of the thoughts")
+    _training(weight, lines, "weight", "mean weight on the thought", "mixing weight")
+    for axes in (gain, reward, weight):
+        axes.axhline(0, color="#222222", linewidth=0.8, zorder=1)
+    for axes in (reward, weight):
+        axes.set_xlabel("step")
+    for axes in (loss, gain, reward, weight):
+        axes.grid(color="#e4e4e4", linewidth=0.6, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:  # above the curves, never on them
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())
+
+
+def evaluations_of(lines: Sequence[Line]) -> list[dict[str, float]]:
+    """The evaluations on held-out text among the lines, the one before the first step included, each with its step."""
+    found = []
+    for line in lines:
+        for step, prefix in ((0, "eval_0_"), (line["step"], "eval_")):
+            if f"{prefix}gain_low" in line:
+                names = ("base", "mixed", "gain", "gain_low", "gain_high", "texts", "tokens")
+                found.append({"step": step, **{name: line[f"{prefix}{name}"] for name in names}})
+    return found
+
+
+def _training(axes: Any, lines: Sequence[Line], name: str, unit: str, label: str) -> None:
+    """Each step as a thin line, and the mean of the steps around it as a thick one."""
+    steps, values = [line["step"] for line in lines], [line[name] for line in lines]
+    half = len(values) // SMOOTHED // 2
+    if half:
+        axes.plot(steps, values, color=GREY, linewidth=0.6, alpha=0.5, zorder=2)
+        totals = [0.0, *accumulate(values)]
+        around = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+        values = [(totals[end] - totals[start]) / (end - start) for start, end in around]
+    axes.plot(steps, values, color=GREY, linewidth=1.6, zorder=2, label=label)
+    axes.set_ylabel(unit)
+
+
+def _held_out(loss: Any, gain: Any, evaluations: Sequence[Line]) -> None:
+    gain.set_ylabel("nats per token")
+    if not evaluations:
+        gain.text(0.5, 0.6, "no evaluation on held-out text", ha="center", transform=gain.transAxes, color=GREY)
+        return
+    steps = [scores["step"] for scores in evaluations]
+    loss.plot(steps, [scores["base"] for scores in evaluations], "o-", color=BLUE, markersize=3, label="held out, no thoughts")
+    loss.plot(
+        steps, [scores["mixed"] for scores in evaluations], "o-", color=RED, markersize=3, label="held out, with thoughts"
+    )
+    low, high = ([scores[name] for scores in evaluations] for name in ("gain_low", "gain_high"))
+    gain.fill_between(steps, low, high, color=RED, alpha=0.2, linewidth=0, zorder=2, label="95 % interval over texts")
+    gain.plot(steps, [scores["gain"] for scores in evaluations], "o-", color=RED, markersize=3, label="gain from thoughts")

@@ -1,0 +1,173 @@
+"""What a run shows on a terminal: a bar that fits, evaluations, what Ctrl-C does, and the summary with its picture."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from quietstar import QuietStar
+from quietstar.cli import errors
+from quietstar.run import plot, snapshots
+from quietstar.run.display import FIGURES, Display
+
+
+@contextmanager
+def terminal(monkeypatch, columns):
+    """A pseudo-terminal as stdout and stderr; gives a list whose only entry, at the end, is all that was written to it."""
+    controller, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    written, result = [], []
+
+    def read():
+        try:
+            while part := os.read(controller, 4096):
+                written.append(part)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before = os.dup(2)
+    os.dup2(end, 2)  # signals are answered past sys.stderr
+    try:
+        with open(end, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            patch.setattr(sys, "stderr", screen)
+            yield result
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+    reader.join()
+    os.close(controller)
+    result.append(b"".join(written).decode())
+
+
+WIDTHS = [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward weight"), (40, "loss_ce")]
+
+
+@pytest.mark.parametrize("columns, figures", WIDTHS)
+def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
+    with terminal(monkeypatch, columns) as screen:
+        train("--out=run", "--data=text.txt", "--no-pack")
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", screen[0])]
+    bars = [line for line in lines if " ETA " in line]
+    assert bars and max(map(len, bars)) <= columns
+    assert bars[0].startswith("0/4 ") and re.match(r"4/4 █+ ETA 00:00 loss_ce \d\.\d{3}", bars[-1])
+    assert re.findall(r"loss_ce|reward|weight|th/s", bars[-1]) == figures.split()
+    assert all(len(line) <= 80 for line in lines if "/model.safetensors" not in line)
+
+
+def test_long_numbers_fit_too(monkeypatch):
+    with terminal(monkeypatch, 80) as screen, Display(9_999, 0, shown=True) as display:
+        for _ in range(2):
+            display.step({"loss_ce": 10.1234, "reward": -0.1234, "weight": -0.1234, "thoughts_per_second": 12_345.6})
+    bars = [line for line in screen[0].split("\r") if " ETA " in line]
+    assert max(map(len, bars)) <= 80
+    assert bars[-1].strip().endswith(" loss_ce 10.123 reward -0.123 weight -0.123 12.3k th/s")
+
+
+def test_the_page_about_metrics_names_what_the_bar_shows():
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    told = re.search(r"The progress bar shows .*?\.", page, re.S)[0]
+    assert set(re.findall(r"`(\w+)`", told)) == {"ETA", *FIGURES}
+
+
+def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch):
+    with terminal(monkeypatch, 80) as screen:
+        train("--out=run", "--no-pack")
+    shown = re.findall(r"\rstep (\d+): held-out loss (\S+), thinking (\S+), gain (\S+) \((\S+) to (\S+)\)\r\n", screen[0])
+    lines = read(home / "run" / "metrics.jsonl")
+    want = [(0, lines[0], "eval_0_"), (2, lines[1], "eval_"), (4, lines[3], "eval_")]
+    names = {"base": ".3f", "mixed": ".3f", "gain": "+.3f", "gain_low": "+.3f", "gain_high": "+.3f"}
+    assert shown == [(str(n), *(f"{x[f'{prefix}{name}']:{form}}" for name, form in names.items())) for n, x, prefix in want]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def pressed(train, monkeypatch):
+    """``pressed(*signals)``: the exit code of a run that gets them in its second step, what it shows, and what it saved."""
+
+    def run(*signals):
+        calls, original = [], QuietStar.count_targets
+
+        def interrupted(*arguments, **options):
+            calls.append(1)
+            for number in signals if len(calls) == 2 else ():
+                signal.raise_signal(number)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch, terminal(monkeypatch, 80) as screen:
+            patch.setattr(QuietStar, "count_targets", interrupted)
+            code, _, _ = train("--out=run", "--save-every=4")
+        return code, screen[0], [path.name for path in snapshots.every("run")]
+
+    return run
+
+
+STOPS = "stopping after this step, and saving"
+ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last save"
+
+
+@pytest.mark.parametrize(
+    "signals, says",
+    [
+        ([signal.SIGINT], [f"Ctrl-C: {STOPS}"]),
+        ([signal.SIGTERM], [f"SIGTERM: {STOPS}"]),
+        ([signal.SIGINT] * 2, [f"Ctrl-C: {STOPS}", ASKS]),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], [f"SIGTERM: {STOPS}", f"Ctrl-C: {STOPS}", ASKS]),
+    ],
+)
+def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):
+    code, said, saved = pressed(*signals)
+    assert code == errors.SAVED and saved == ["step-000002"]
+    places = [said.index(text) for text in [*says, "stopped by a signal"]]
+    assert places == sorted(places)
+    assert said.count(STOPS) + said.count(ASKS) == len(says)
+
+
+def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
+    code, said, saved = pressed(*[signal.SIGINT] * 3)
+    assert code == errors.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
+
+
+def test_the_summary(home, train):
+    code, out, err = train("--out=run", "--no-pack")
+    assert code == 0 and not err
+    first, *_, last = read(home / "run" / "metrics.jsonl")
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines() if line.startswith("  ")}
+    assert rows["language model"] == [f"{first['eval_0_base']:.4f}", f"{last['eval_base']:.4f}"]
+    assert rows["gain from thoughts"] == [f"{first['eval_0_gain']:+.4f}", f"{last['eval_gain']:+.4f}"]
+    assert rows["reward"] == [f"{first['reward']:.4f}", f"{last['reward']:.4f}"]
+    assert {"weight", "loss_ce", "thoughts/s"} <= set(rows) and "training, 4 steps in " in out
+    assert f"{last['eval_gain_low']:+.4f} to {last['eval_gain_high']:+.4f}" in out
+    assert "\n  run/checkpoints/step-000004\n  run/metrics.jsonl\n  run/metrics.png\nnext\n" in out
+    assert "\n  quietstar eval --model run\n" in out and '\n  quietstar generate --model run "Some text"' in out
+    assert (home / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_evaluations_or_matplotlib(home, train, monkeypatch):
+    monkeypatch.setattr(plot, "can_draw", lambda: False)
+    code, out, _ = train("--out=my run", "--eval-every=0")
+    assert code == 0 and "none was evaluated" in out and "--held-out" in out and "gain" not in out
+    assert "no metrics.png: matplotlib is not installed" in out and not (home / "my run" / "metrics.png").exists()
+    assert "quietstar eval --model 'my run' --data OTHER.txt --all" in out
+
+
+def test_a_picture_of_a_run_that_evaluated_nothing(tmp_path):
+    figures = dict.fromkeys(("loss_ce", "reward", "weight"), 1.0)
+    for steps in (1, 100):
+        plot.draw([{"step": step + 1, **figures} for step in range(steps)], tmp_path / "metrics.png")
+        assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
