@@ -231,12 +231,16 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     assert fingerprint(verifier) == fingerprint(model)
     with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other started with two"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best").symlink_to("../other")
+    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*run started with two"):
+        load_verifier(str(tmp_path / "verifier"), str(tmp_path / "run"), model, task)
     with pytest.raises(ValueError, match="the verifier is of another base model: its tokens differ"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
     smaller = small_model(task, width=32, heads=2, positions=128)
     with pytest.raises(ValueError, match="the verifier is of another base model: its weights have other shapes than the model"):
         load_verifier(str(tmp_path / "verifier"), "", smaller, task)
-    with pytest.raises(ValueError, match="nothing: not a folder, nor a hub model that can be reached"):
+    with pytest.raises(ValueError, match="nothing: there is no such folder"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)
 
 
