@@ -14,18 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from experiments_checks import figure, least, most
 from small_base import base
 
 from quietstar.files.reading import json_lines
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import load_model
-from quietstar.recipes.common.sampling import rollout
-from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.common.solutions import revision_prompt
 from quietstar.recipes.score import FIRST, Config, score
-from quietstar.run.batches import mix_seed
+from quietstar.recipes.score_two_turns import learn_two_turns
 
 TITLE = "Self-correction"
 SCORE, NO_BONUS, NO_FIRST = "SCoRe", "no bonus", "no stage I"
@@ -41,7 +37,7 @@ SIZES: dict[str, dict[str, int]] = {
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
     model, task = base(seed, size)
-    two_turns(model, task, numbers["rows"], numbers["steps"], seed)
+    learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": 20}, seed)
     if size == "tiny":  # a base of five updates solves nothing
         task.check = lambda row, ids: len(row.answer_ids + ids) % 2 == 0  # type: ignore[method-assign]
     stage = numbers["stage"]
@@ -71,23 +67,6 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         "votes": {end: figures["votes"] for end, figures in full.items()},
         "changes": {end: figures["changes"] for end, figures in full.items()},
     }
-
-
-def two_turns(model: Any, task: Any, count: int, steps: int, seed: int) -> None:
-    """Teach the model that a request for another attempt is followed by the same attempt, or by the right one.
-
-    First attempts stay as they were, since they are the model's own: with right ones instead, little was left to correct.
-    """
-    generator = torch.Generator().manual_seed(mix_seed(seed, 2000))
-    rows = task.sample(count, "train", generator)
-    first = [task.trimmed(x[0].ids) for x in rollout(model, task, [row.prompt_ids for row in rows], max_new=20, seed=seed)]
-    copies = (torch.rand(count, generator=generator) < 0.5).tolist()
-    once = [(row.prompt_ids, ids) for row, ids in zip(rows, first, strict=True)]
-    again = [
-        (revision_prompt(task, row, [ids]), ids if same else task.completion_ids(row))
-        for row, ids, same in zip(rows, first, copies, strict=True)
-    ]
-    sft(model, once + again, steps, SFTConfig(learning_rate=5e-4), seed)
 
 
 def row(name: str, figures: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -36,4 +36,6 @@ class Fast:
         print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
         print(table(report["speeds"], ("thought_tokens", "times_plain")))
         print(f"held-out loss without thoughts, nats a token: {report['base']:.4f} before, {report['plain']:.4f} after")
+        if report["plain"] >= report["base"]:
+            print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
         print(f"saved {Path(self.recipe.out) / fast.MODEL}")

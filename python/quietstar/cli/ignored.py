@@ -133,6 +133,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "score": [
         *TASK,
+        Rule("two_turn_problems two_turn_rate", lambda o: not o.two_turn_steps, "without --two-turn-steps"),
         Rule("first_kl", lambda o: not o.first_steps, "with --first-steps=0"),
         Rule("bonus kl", lambda o: not o.second_steps, "with --second-steps=0"),
     ],

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from quietstar.cli.rounds import saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
 from quietstar.cli.tables import table
 from quietstar.recipes import star
 from quietstar.recipes.common.models import TaskConfig, load
 
-COLUMNS = ("round", "tried", "kept", "rationalised", "failed", "steps", "accuracy", "low", "high", "tokens", "seconds")
+COLUMNS = (
+    "round",
+    "tried",
+    "kept",
+    "rationalised",
+    "failed",
+    "steps",
+    "valid_accuracy",
+    "accuracy",
+    "low",
+    "high",
+    "tokens",
+    "seconds",
+)
 
 
 @dataclass
@@ -29,5 +42,4 @@ class Star:
         check_start(self.model, self.recipe.sft_steps)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, reports = star.star(model, task, self.recipe, self.model, bool(self.resume))
-        print(f"{task.name}\n{table(reports, COLUMNS)}")
-        print(f"saved {Path(self.recipe.out) / f'round-{len(reports) - 1:02d}'}")
+        print(f"{task.name}\n{table(reports, COLUMNS)}\n{saved_rounds(self.recipe.out, reports)}")

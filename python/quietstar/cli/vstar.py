@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quietstar.cli.rounds import saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
 from quietstar.cli.tables import cell, table
 from quietstar.recipes import vstar
 from quietstar.recipes.common.models import TaskConfig, load
 
-COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", "accuracy", "low", "high", "tokens", "seconds")
+COLUMNS = (
+    "round",
+    "drawn",
+    "drawn_right",
+    "distinct",
+    "steps",
+    "valid_accuracy",
+    "accuracy",
+    "low",
+    "high",
+    "tokens",
+    "seconds",
+)
 
 
 @dataclass
@@ -35,4 +48,4 @@ class VStar:
         sizes = [str(k) for k in report["k"]]
         rows = [{"best of k by": name, **dict(zip(sizes, values, strict=True))} for name, values in report["curves"].items()]
         print(f"accuracy over k\n{table(rows, ['best of k by', *sizes])}")
-        print(f"saved {Path(self.recipe.out) / f'round-{self.recipe.rounds:02d}'} and {Path(self.recipe.out) / 'verifier'}")
+        print(f"{saved_rounds(self.recipe.out, report['rounds'])}, and {Path(self.recipe.out) / 'verifier'}")

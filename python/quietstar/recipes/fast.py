@@ -59,7 +59,6 @@ class Config(plain.Config):
     """
 
     curriculum: str = option("16-8,12-4,8-4", "tokens of a thought and of its look-ahead, for each stage")
-    steps: int = option(150, "optimizer steps per stage")
     learning_rate: float = option(2e-6, "peak learning rate of the first stage")
     later_rate: float = option(0.5, "the peak of later stages is this times as high")
     warmup: int = option(20, "steps of linear warmup in each stage")
@@ -68,7 +67,6 @@ class Config(plain.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         stages(self.curriculum)
-        check_at_least("fast", self, 1, ("steps",))
         check_at_least("fast", self, 0, ("warmup", "weight_decay"))
         check_positive("fast", self, ("learning_rate", "later_rate"))
 

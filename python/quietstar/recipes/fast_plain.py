@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import QuietStar
-from quietstar.arguments.fields import check_at_least, check_positive, check_types
+from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
 from quietstar.evaluation.losses import token_losses
 from quietstar.files.writing import replaced
+from quietstar.recipes.common.log import LOG
 from quietstar.recipes.common.logprobs import evaluating, positions
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress, State
@@ -30,7 +31,7 @@ MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and the 
 
 @dataclass
 class Config:
-    """How the plain model is trained; defaults are those of the published code.
+    """What all parts of a run share, and how the plain model is trained; defaults are those of the published code.
 
     Raises:
         ValueError: a value outside its range, by name.
@@ -41,7 +42,8 @@ class Config:
     eval_every: int = option(10, "steps between evaluations; the best checkpoint is kept")
     save_every: int = option(50, "steps between checkpoints to resume from", may_differ=True)
     seed: int = option(0, "fixes the order of texts, thoughts and sampled tokens")
-    plain_steps: int = option(300, "optimizer steps of the plain model")
+    steps: int = option(150, "optimizer steps per stage")
+    plain_steps: int | None = option(None, "optimizer steps of the plain model; default: twice those of a stage")
     plain_rate: float = option(1e-6, "learning rate of the plain model, constant")
     plain_weight: float = option(1e6, "factor of the plain model's loss; not for the objective likelihood")
     plain_temperature: float = option(3.0, "temperature of the probabilities in that loss; not for the objective likelihood")
@@ -51,8 +53,14 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types("fast", self)
-        check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "plain_steps"))
+        check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "steps"))
+        check("fast", self, "plain_steps", self.plain_steps is None or self.plain_steps >= 1, "None, or 1 or more")
         check_positive("fast", self, ("plain_rate", "plain_weight", "plain_temperature"))
+
+    @property
+    def plain_updates(self) -> int:
+        """Optimizer steps of the plain model."""
+        return 2 * self.steps if self.plain_steps is None else self.plain_steps
 
 
 class RunState(State):
@@ -80,7 +88,9 @@ def train(
     if progress.begun:
         progress.load(student, optimizer)
     state = progress.state
-    losses = teacher_losses(teacher.eval(), texts, config.batch_size) if state["step"] < config.plain_steps else []
+    left = config.plain_updates - state["step"]
+    LOG.info("%s: %s updates of a model without thoughts", progress.metrics.path.parent, f"{left:,}")
+    losses = teacher_losses(teacher.eval(), texts, config.batch_size) if left else []
 
     def keep_the_better() -> float:
         value = loss(student, held_out, config.batch_size)
@@ -95,10 +105,10 @@ def train(
     with Signals() as signals:
         if state["best"] is None:
             keep_the_better()  # the initial model too, since training may only make it worse
-        while state["step"] < config.plain_steps:
+        while state["step"] < config.plain_updates:
             line = update(student, optimizer, texts, losses, config, state["step"])
             state["step"] += 1
-            if state["step"] % config.eval_every == 0 or state["step"] == config.plain_steps:
+            if state["step"] % config.eval_every == 0 or state["step"] == config.plain_updates:
                 line["held_out"] = keep_the_better()
             progress.metrics.add(line)
             progress.save_if(signals, config.save_every, student, optimizer)
@@ -114,7 +124,7 @@ def update(
     config: Config,
     step: int,
 ) -> dict[str, Any]:
-    """One update of the plain model; returns its figures."""
+    """One update of the plain model; returns its figures, with the loss before it is multiplied by its weight."""
     began = time.perf_counter()
     chosen = texts_of_step(len(texts), config.batch_size, config.seed, step)
     torch.manual_seed(mix_seed(config.seed, step))
@@ -125,7 +135,12 @@ def update(
     optimizer.zero_grad()
     value.backward()
     norm = clipped_step(optimizer, student, 1.0, f"fast: step {step + 1} of the plain model")
-    figures = {"loss": float(value.detach()), "reward": float(reward.mean()), "rewarded": float((reward > 0).float().mean())}
+    weight = 1.0 if config.objective == "likelihood" else config.plain_weight
+    figures = {
+        "loss": float(value.detach()) / weight,
+        "reward": float(reward.mean()),
+        "rewarded": float((reward > 0).float().mean()),
+    }
     return {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
 
 

@@ -24,12 +24,13 @@ from quietstar.arguments.fields import check, check_at_least, check_positive, ch
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
-from quietstar.recipes.common.log import log_figures
+from quietstar.recipes.common.log import LOG, Pace, log_figures
 from quietstar.recipes.common.logprobs import evaluating, padded
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress, State
-from quietstar.recipes.common.rounds import save_model
+from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.score_attempts import Attempts, Figures, attempt, plot, votes
+from quietstar.recipes.score_two_turns import learn_two_turns
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
@@ -38,7 +39,10 @@ from quietstar.run.signals import Signals
 
 __all__ = ["Config", "score"]
 
-FIRST, MODEL, REPORT, PLOT = "first-stage", "model", "score.json", "score.png"  # files of a run
+START, FIRST, MODEL, REPORT, PLOT = "two-turns", "first-stage", "model", "score.json", "score.png"  # files of a run
+NO_SECOND_ATTEMPT = (
+    "score: no second attempt is right, so there is nothing to reward: two_turn_steps=200 first teaches the model to make one"
+)
 
 
 @dataclass
@@ -50,6 +54,11 @@ class Config:
     """
 
     out: str = option("runs/score", "folder of the run", may_differ=True)
+    two_turn_steps: int = option(
+        0, "supervised updates before stage I, for a model that has never made a second attempt; 0 if it does"
+    )
+    two_turn_problems: int = option(2000, "training problems with chains for these updates")
+    two_turn_rate: float = option(5e-4, "peak learning rate of these updates")
     first_steps: int = option(150, "updates of stage I; 0 leaves it out, a control")
     second_steps: int = option(150, "updates of stage II")
     problems: int = option(64, "problems per update, drawn anew each time")
@@ -73,10 +82,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types("score", self)
-        none_allowed = ("first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains")
+        none_allowed = ("two_turn_steps", "first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains")
         check_at_least("score", self, 0, none_allowed)
-        check_at_least("score", self, 1, ("problems", "samples", "max_new", "held_out", "batch_size", "save_every"))
-        check_positive("score", self, ("temperature", "learning_rate", "clip"))
+        at_least_one = ("two_turn_problems", "problems", "samples", "max_new", "held_out", "batch_size", "save_every")
+        check_at_least("score", self, 1, at_least_one)
+        check_positive("score", self, ("two_turn_rate", "temperature", "learning_rate", "clip"))
         check("score", self, "from_base", 0 <= self.from_base < 1, "from 0 to below 1")
         enough = self.problems * self.samples > 1
         check("score", self, "problems", enough, "2 or more where samples is 1, since attempts are compared with each other")
@@ -166,30 +176,34 @@ def score(
     resume: bool = False,
     base: PreTrainedModel | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Run both stages, or what a stopped run lacks; ``model`` is changed.
+    """Run the warm-up, if there is one, and both stages, or what a stopped run lacks; ``model`` is changed.
 
-    Writes the model after stage I (first-stage) and at the end (model), metrics.jsonl with a line per update, and the report
-    with its plots (score.json, score.png) into ``config.out``. SIGTERM and Ctrl-C finish the current update and save.
+    Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), metrics.jsonl with a
+    line per update of the stages, and the report with its plots (score.json, score.png) into ``config.out``. SIGTERM and Ctrl-C
+    finish the current update and save, but for those of the warm-up, which a continued run repeats.
 
     Args:
         model: writes an answer, and a second one when asked to.
         name: the model's name; a resumed run must have started with the same one.
         resume: continue the run in ``config.out``, if there is one.
-        base: the model that the divergence is measured from; default ``model`` as it is passed. For stage II alone, what stage
-            I started with.
+        base: the model that the divergence is measured from; default ``model`` as it is passed, or after the warm-up. For stage
+            II alone, what stage I started with.
 
     Returns:
         The model and the report, which holds what ``evaluate`` returns under "base", "stage I" and "stage II".
 
     Raises:
-        ValueError: no right answer in the first batch, prompts longer than the model's positions, or a run in ``config.out``
-            that has other settings or was not to be resumed.
+        ValueError: no chains for the warm-up, no right answer in the first batch, prompts longer than the model's positions, or
+            a run in ``config.out`` that has other settings or was not to be resumed.
         Interrupted: after a signal, once everything is saved.
     """
     config = config or Config()
-    base = copy.deepcopy(base or model).eval().requires_grad_(False)
     settings = Settings.of(config, recipe="score", model=name, task=task.name)
     progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume, RunState)
+    if config.two_turn_steps and not progress.begun:
+        warm_up(model, task, config)
+    start = load_model(Path(config.out) / START, model) if config.two_turn_steps else model
+    base = copy.deepcopy(base or start).eval().requires_grad_(False)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     if progress.begun:
         progress.load(model, optimizer)
@@ -202,6 +216,8 @@ def score(
                 if step == state["step"] and end not in state["report"]:
                     state["report"][end] = evaluate(model, base, task, test, config)
                     log_figures(f"{config.out}, {end}", state["report"][end])
+                    if step == 0 and not state["report"][end]["accuracy_second"]:
+                        LOG.warning(NO_SECOND_ATTEMPT)
             if state["step"] == ends["stage I"]:
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
@@ -215,6 +231,19 @@ def score(
     write_whole(Path(config.out) / REPORT, json.dumps(state["report"], indent=2) + "\n")
     plot(Path(config.out) / PLOT, state["report"], progress.metrics.lines, f"SCoRe, {task.name}")
     return model, state["report"]
+
+
+def warm_up(model: PreTrainedModel, task: Task, config: Config) -> None:
+    """Teach ``model`` to make second attempts, and save it."""
+    folder, pace = Path(config.out) / START, Pace()
+
+    def log(line: dict[str, Any]) -> None:
+        if pace.due():
+            log_figures(folder, line)
+
+    numbers = (config.two_turn_problems, config.two_turn_steps, config.two_turn_rate)
+    learn_two_turns(model, task, *numbers, config.sampling(config.temperature), config.seed, log)
+    save_model(folder, model, task, {})
 
 
 def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Sequence[Row], config: Config) -> dict[str, Any]:

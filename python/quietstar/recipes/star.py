@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
-from quietstar.recipes.common.evaluation import evaluate, nothing_solved, share_of_right_chains
+from quietstar.recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
 from quietstar.recipes.common.log import Pace, log_figures
 from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.rounds import Rounds
@@ -63,12 +63,13 @@ class Config(SFTConfig, Sampling):
         "transformers", "what generates the chains of the training problems", may_differ=True
     )
     test_problems: int = option(500, "test problems for the accuracy")
+    valid_problems: int = option(400, "validation problems, by which the best round is chosen")
 
     def __post_init__(self) -> None:
         check_types("star", self)
         for part in (SFTConfig, Sampling):
             part.__post_init__(self)
-        check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems"))
+        check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems", "valid_problems"))
         check_at_least("star", self, 0, ("sft_steps", "shots"))
         check("star", self, "hint_share", 0 <= self.hint_share <= 1, "from 0 to 1")
         check_positive("star", self, ("growth",))
@@ -94,8 +95,9 @@ def star(
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Run all rounds, or those that a stopped run lacks.
 
-    Writes round-00 (the first model), round-01, ... and metrics.jsonl into ``config.out``. ``model`` is changed only by
-    ``config.sft_steps`` of training on the data's own chains.
+    Writes round-00 (the first model), round-01, ... and metrics.jsonl into ``config.out``, where the link best leads to the
+    round with the highest accuracy on validation problems. ``model`` is changed only by ``config.sft_steps`` of training on the
+    data's own chains.
 
     Args:
         name: the model's name; a resumed run must have started with the same one.
@@ -103,7 +105,8 @@ def star(
 
     Returns:
         The last model, and the figures of the start and of each round: problems, kept (without a hint), rationalised, failed,
-        the shares of right chains among both kinds where the task can check chains, steps, accuracy on test problems, seconds.
+        the shares of right chains among both kinds where the task can check chains, steps, accuracy on test problems,
+        valid_accuracy, seconds.
 
     Raises:
         ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
@@ -112,13 +115,13 @@ def star(
     run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
+    valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
     shown = example_rows(task, config.shots, generator)
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
-        prompts = [few_shot_ids(task, shown) + row.prompt_ids for row in test]
-        figures = evaluate(model, task, test, config.max_new, prompts, config.batch_size)
+        figures = measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown))
         run.save(0, model, task, {"round": 0, **figures, "seconds": time.perf_counter() - began})
     current = run.model(run.done, model)
     for number in range(run.done + 1, config.rounds + 1):
@@ -127,7 +130,7 @@ def star(
         current = run.model(0, model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
         sft(current, [x.example for x in kept], steps, config, mix_seed(config.seed, number), run.log("star", number))
-        figures = evaluate(current, task, test, config.max_new, batch_size=config.batch_size)
+        figures = measure(current, task, test, valid, config.max_new, config.batch_size)
         report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)

@@ -23,7 +23,7 @@ from quietstar.arguments.fields import check, check_at_least, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
-from quietstar.recipes.common.evaluation import evaluate, nothing_solved
+from quietstar.recipes.common.evaluation import measure, nothing_solved
 from quietstar.recipes.common.log import Pace, log_figures
 from quietstar.recipes.common.progress import Count
 from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, read_report, save_model
@@ -68,13 +68,14 @@ class Config(SFTConfig, Sampling, DPO):
     sft_steps: int = option(0, "steps of the supervised start; 0 if the model solves problems already")
     steps: int = option(200, "training steps of the generator in each round")
     test_problems: int = option(400, "test problems for the accuracy")
+    valid_problems: int = option(400, "validation problems, by which the best round is chosen")
     test_samples: int = option(16, "N, solutions of each test problem")
 
     def __post_init__(self) -> None:
         check_types("vstar", self)
         for part in (SFTConfig, Sampling, DPO):
             part.__post_init__(self)
-        check_at_least("vstar", self, 1, ("rounds", "problems", "sft_problems", "steps", "test_problems"))
+        check_at_least("vstar", self, 1, ("rounds", "problems", "sft_problems", "steps", "test_problems", "valid_problems"))
         check_at_least("vstar", self, 0, ("sft_steps",))
         check_at_least("vstar", self, 2, ("samples", "test_samples"))
         check("vstar", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
@@ -98,7 +99,8 @@ def vstar(
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
     """Run all rounds, train the verifier and measure both.
 
-    Writes the rounds, the verifier, vstar.json and, with matplotlib, vstar.png into ``config.out``.
+    Writes the rounds, the verifier, vstar.json and, with matplotlib, vstar.png into ``config.out``, where the link best leads
+    to the round whose greedy answers to validation problems are best. The verifier is measured on solutions of the last one.
 
     Args:
         name: the model's name; a resumed run must have started with the same one.
@@ -115,6 +117,7 @@ def vstar(
     run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
+    valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -2)))
     rows = task.sample_with_chain(config.sft_problems, generator) if config.sft_steps else []
     own: list[Solution] = [
         {"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows
@@ -124,7 +127,7 @@ def vstar(
     base = fingerprint(model)
     if run.done < 0:
         start = sft(copy.deepcopy(model), right_solutions(own), config.sft_steps, config, config.seed) if own else model
-        figures = evaluate(start, task, test, config.max_new, batch_size=config.batch_size)
+        figures = measure(start, task, test, valid, config.max_new, config.batch_size)
         run.save(0, start, task, {"round": 0, "base": base, **figures}, solutions=[])
     elif run.report(0)["base"] != base:
         raise ValueError(f"{config.out}: the run there started with another model")
@@ -139,7 +142,7 @@ def vstar(
         seed = mix_seed(config.seed, number)
         current = sft(copy.deepcopy(model), examples, config.steps, config, seed, run.log("vstar", number))
         counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions), "distinct": len(right)}
-        figures = {"steps": config.steps, **evaluate(current, task, test, config.max_new, batch_size=config.batch_size)}
+        figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
     last = run.model(config.rounds, model)

@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from quietstar.arguments.fields import check_positive
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
 from quietstar.files.reading import read_json
@@ -205,7 +206,8 @@ def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task)
         raise ValueError(
             f"{path}: the verifier is of another base model: its weights have other shapes than {generator or 'the model'}"
         )
-    bases = [read_json(file, Start).base for x in (path, generator) if (file := Path(x) / REPORT).is_file()]
+    folders = [Path(path), *([Path(checkpoint_of(generator))] if generator else [])]
+    bases = [read_json(file, Start).base for x in folders if (file := x / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
         raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} started with {bases[1]}")
     return verifier

@@ -44,6 +44,8 @@ CASES = [
     ("internalize", ["--gate-rounds=2"], "without --gate", ["--gate=0.9"]),
     ("internalize", ["--remove-all-beyond=0", "--smoothing=1"], "with --remove-all-beyond=0", ["--remove-all-beyond=3"]),
     ("internalize", ["--remove-all-beyond=1", "--steps-per-token=1"], "is above 1", ["--remove-all-beyond=2"]),
+    ("score", ["--two-turn-rate=1e-4"], "without --two-turn-steps", ["--two-turn-steps=5"]),
+    ("score", ["--two-turn-problems=9"], "without --two-turn-steps", ["--two-turn-steps=5"]),
     ("score", ["--first-steps=0", "--first-kl=1"], "with --first-steps=0", ["--first-steps=1"]),
     ("score", ["--second-steps=0", "--bonus=1"], "with --second-steps=0", ["--second-steps=1"]),
     ("fast", ["--curriculum=4-2", "--later-rate=0.1"], "with a curriculum of one stage", ["--curriculum=4-2,2-1"]),

@@ -26,9 +26,9 @@ GOOD: dict[str, dict[str, str]] = {
     "export": {**DATA, "data": "few.txt", "model": "thinker", "out": "new.jsonl"},
     "doctor": {"model": "model"},
     "star": {**TASK, "sft_steps": "1", "no_filter": "", "rounds": "1", "problems": "4", "steps": "1", "test_problems": "2"}
-    | {"max_new": "4", "out": "new", "model": "solver"},
+    | {"valid_problems": "2", "max_new": "4", "out": "new", "model": "solver"},
     "vstar": {**TASK, "rounds": "1", "problems": "4", "samples": "2", "steps": "1", "test_problems": "2", "test_samples": "2"}
-    | {"max_new": "4", "out": "new", "model": "solver"},
+    | {"valid_problems": "2", "max_new": "4", "out": "new", "model": "solver"},
     "solve": {**TASK, "problems": "2", "samples": "2", "attempts": "0", "max_new": "4", "out": "new", "model": "solver"},
     "internalize": {**TASK, "explicit_steps": "0", "steps_per_token": "1", "final_steps": "1", "rows": "20", "held_out": "2"}
     | {"out": "new"},

@@ -54,7 +54,7 @@ def test_bad_curricula(curriculum):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"plain_steps": 0}, "plain_steps must be 1 or more, got 0"),
+        ({"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         ({"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
         ({"warmup": -1}, "warmup must be 0 or more, got -1"),
     ],
@@ -239,6 +239,24 @@ def test_the_plain_model_is_not_worse_than_its_start(run):
     assert report["plain"] == report["base"]
 
 
+def test_the_plain_model_is_trained_in_proportion_to_the_stages(run, tmp_path):
+    assert Config().plain_updates == 300 and Config(steps=6).plain_updates == 12 and Config(plain_steps=7).plain_updates == 7
+    run(steps=2, plain_steps=None)
+    assert len((tmp_path / "run/plain/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_weight_of_the_plain_loss_is_not_in_the_figures(tiny):
+    """Nor does AdamW see it, beyond rounding: there is nothing that it could be too large for."""
+    data = texts(4)
+    teacher = [torch.full((len(text["input_ids"]) - 1,), 10.0) for text in data]  # worse than the model, so all is rewarded
+    found = []
+    for weight in (1.0, 1e6):
+        student, config = tiny("llama"), Config(plain_weight=weight, batch_size=4)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+        found.append([plain.update(student, optimizer, data, teacher, config, step)["loss"] for step in range(4)])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and 1 < found[0][0] < 100
+
+
 def test_a_stage_continues_from_the_best_checkpoint(run, monkeypatch):
     """The scores make the first of two evaluations the better one."""
     began, judged, original = [], [], recipe.train
@@ -287,9 +305,12 @@ def test_command(tiny, byte_tokenizer, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(40)))
     options = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}", "--length=16"]
     options += ["--held-out=4", "--curriculum=3-2,2-1", "--steps=2", "--eval-every=2", "--plain-steps=2", "--batch-size=2"]
+    options += ["--plain-rate=0.5", "--objective=likelihood"]  # which makes it worse
     assert cli.main(["fast", *options]) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert f"{tmp_path / 'run/plain'}: 2 updates of a model without thoughts\n" in progress
     assert "held-out loss without thoughts" in shown and "times_plain" in shown
+    assert "no update of the model without thoughts lowered its held-out loss, so it is saved as it was before" in shown
     assert (tmp_path / "run" / "model" / "tokenizer_config.json").exists()
     assert cli.main(["fast", *options]) == 3
     assert capsys.readouterr().err.count("\n") == 1

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from quietstar.cli import main as cli
 from quietstar.recipes import score as recipe
-from quietstar.recipes import score_attempts
+from quietstar.recipes import score_attempts, score_two_turns
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.common.selectors import Sample
@@ -285,10 +285,51 @@ def test_a_run(run, tmp_path):
     assert json.loads((tmp_path / "run" / "score.json").read_text()) == report
     assert (tmp_path / "run" / "score.png").read_bytes().startswith(b"\x89PNG")
     for figures in report.values():
-        assert sum(figures["changes"]) == figures["problems"] == 10
+        assert sum(figures["changes"]) == figures["problems"] == 8  # there are no more
         assert [point["chains"] for point in figures["votes"]] == [1, 2]
     assert report["base"]["divergence_second"] == pytest.approx(0, abs=1e-6)
     assert report["stage II"]["divergence_second"] > 1e-4
+
+
+def test_the_warm_up_teaches_to_answer_again(run, tmp_path, caplog):
+    """What the divergence is measured from is the model after the warm-up, also in a continued run."""
+    warm = {"two_turn_steps": 60, "two_turn_problems": 200, "two_turn_rate": 2e-3}
+    cold, warmed = (run(out, **changes)[1]["base"] for out, changes in (("cold", {}), ("warm", warm)))
+    assert cold["accuracy_second"] == 0 < warmed["accuracy_second"]
+    assert warmed["divergence_first"] == pytest.approx(0, abs=1e-6)
+    assert caplog.messages == [recipe.NO_SECOND_ATTEMPT] and "two_turn_steps=200" in recipe.NO_SECOND_ATTEMPT
+    AutoModelForCausalLM.from_pretrained(tmp_path / "warm/two-turns")
+
+
+def test_a_continued_run_does_not_repeat_the_warm_up(run, stopped, monkeypatch):
+    warm = {"two_turn_steps": 4, "two_turn_problems": 20}
+    whole = run("whole", **warm)
+    with stopped(recipe, "update", 1):
+        run("stopped", **warm)
+    with pytest.raises(ValueError, match="the run there has two_turn_steps=4, not 5"):
+        run("stopped", resume=True, **{**warm, "two_turn_steps": 5})
+    monkeypatch.setattr(recipe, "warm_up", None)
+    resumed = run("stopped", resume=True, **warm)
+    assert resumed[1:] == whole[1:]
+    assert all(torch.equal(a, b) for a, b in zip(resumed[0].parameters(), whole[0].parameters(), strict=True))
+
+
+def test_the_warm_up_is_on_the_models_own_attempts(solver, monkeypatch):
+    """Each is followed by itself, or by the data's solution; without chains there is none."""
+    model, task = solver
+    taught = []
+    monkeypatch.setattr(score_two_turns, "sft", lambda model, examples, *rest: taught.extend(examples))
+    score_two_turns.learn_two_turns(model, task, 40, 1, 1e-3, {"max_new": 8}, 0)
+    once, again = taught[:40], taught[40:]
+    copies = [second == first for (_, first), (_, second) in zip(once, again, strict=True)]
+    assert all(request == prompt + first + task.again_ids for (prompt, first), (request, _) in zip(once, again, strict=True))
+    assert 10 < sum(copies) < 40 and len({len(prompt) for prompt, _ in once}) == 1
+    solutions = {(*row.prompt_ids, *task.completion_ids(row)) for row in task.sample(500, "train", torch.Generator())}
+    for (prompt, _), (_, second), same in zip(once, again, copies, strict=True):
+        assert same or (*prompt, *second) in solutions
+    monkeypatch.setattr(type(task), "sample_with_chain", lambda *_: [])
+    with pytest.raises(ValueError, match="score: two_turn_steps needs problems with chains, but the data have none"):
+        score_two_turns.learn_two_turns(model, task, 40, 1, 1e-3, {"max_new": 8}, 0)
 
 
 def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
@@ -296,7 +337,7 @@ def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
     original = recipe.attempt
     monkeypatch.setattr(recipe, "attempt", lambda *args: seen.append(original(*args)) or seen[-1])
     _, report, lines = run(from_base=0.5, first_steps=0, second_steps=2)
-    assert [int(x.own.sum()) for x in seen] == [10, 4, 4, 10]  # at test time all are the model's
+    assert [int(x.own.sum()) for x in seen] == [8, 4, 4, 8]  # at test time all are the model's
     for line, found in zip(lines, seen[1:3], strict=True):
         assert line["accuracy_first"] == float(found.rewards[0][found.own].mean())
     assert report["stage II"]["votes"] == []
@@ -412,6 +453,8 @@ def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"two_turn_steps": -1}, "two_turn_steps must be 0 or more, got -1"),
+        ({"two_turn_rate": 0.0}, "two_turn_rate must be above 0, got 0.0"),
         ({"problems": 1}, "problems must be 2 or more where samples is 1"),
         ({"bonus": -1.0}, "bonus must be 0 or more, got -1.0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),

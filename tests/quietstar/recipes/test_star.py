@@ -9,7 +9,7 @@ import torch
 from quietstar.cli import main as cli
 from quietstar.recipes import star as recipe
 from quietstar.recipes.common import evaluation
-from quietstar.recipes.common.rounds import Rounds, load_model
+from quietstar.recipes.common.rounds import Rounds, best_round, load_model, save_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.star import Config, star
 from quietstar.recipes.tasks import GSM8K, Addition
@@ -134,6 +134,59 @@ def test_a_stopped_run_continues_after_its_last_complete_round(solver, tmp_path,
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def of_rounds(values):
+    """In place of ``measure``: the accuracies (validation, test) of one round after the other."""
+    left = iter(values)
+
+    def measure(*_):
+        valid, accuracy = next(left)
+        return {"accuracy": accuracy, "valid_accuracy": valid}
+
+    return measure
+
+
+def test_the_best_round_is_chosen_on_validation_problems_and_linked(scripted, solver, tmp_path, monkeypatch, capsys):
+    model, task = solver
+    scripted(is_even)
+    save_model(tmp_path / "model", model, task, {})
+    monkeypatch.setattr(recipe, "measure", of_rounds([(0.5, 0.6), (0.5, 0.4), (0.3, 0.5), (0.1, 0.9)]))
+    run = tmp_path / "run"
+    options = ["--task=addition", "--digits=1", f"--model={tmp_path / 'model'}", f"--out={run}", "--problems=40", "--steps=1"]
+    assert cli.main(["star", *options, "--rounds=2"]) == 0
+    shown = capsys.readouterr().out.splitlines()[-2:]
+    sentence = "best on validation problems: round 1, which solves 40.0% of the test problems"
+    assert shown == [sentence, f"saved {run / 'best'}, which is round-01"]
+    assert str((run / "best").readlink()) == "round-01"
+    assert cli.main(["star", *options, "--rounds=3", "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == shown and (run / "best/model.safetensors").samefile(
+        run / "round-01/model.safetensors"
+    )
+
+
+def test_where_there_are_no_links_a_line_says_so(scripted, solver, tmp_path, monkeypatch, capsys):
+    model, task = solver
+    scripted(is_even)
+    save_model(tmp_path / "model", model, task, {})
+
+    def refused(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(type(tmp_path), "symlink_to", refused)
+    monkeypatch.setattr(recipe, "measure", of_rounds([(0.1, 0.1), (0.2, 0.2)]))
+    run = tmp_path / "run"
+    options = ["--task=addition", "--digits=1", f"--model={tmp_path / 'model'}", f"--out={run}", "--problems=40", "--steps=1"]
+    assert cli.main(["star", *options, "--rounds=1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"saved {run / 'round-01'}"
+    assert f"{run / 'best'}: no link to round-01: Operation not permitted" in err
+    assert sorted(x.name for x in run.glob("*") if x.is_dir()) == ["round-00", "round-01"]
+
+
+def test_a_run_from_before_there_were_validation_problems():
+    old, new = {"accuracy": 0.9}, {"accuracy": 0.9, "valid_accuracy": 0.0}
+    assert best_round([old, old]) == 1 and best_round([new, old]) == best_round([old, new, old]) - 1 == 0
+
+
 def test_a_grader_that_never_matches_is_reported_after_the_first_batch(solver, tmp_path, monkeypatch):
     model, task = solver
     asked = []
@@ -171,7 +224,7 @@ def test_the_batch_size_limits_how_many_rows_are_generated_at_once(scripted, sol
 
     monkeypatch.setattr(evaluation, "rollout", noted)
     star(model, task, Config(out=str(tmp_path / "run"), **SMALL))
-    assert sizes == [20, 20, 20]
+    assert sizes == [20] * 6  # test and validation problems, of the start and of two rounds
 
 
 def test_few_shot_rows_come_only_before_the_first_models_prompts(solver, tmp_path, monkeypatch):

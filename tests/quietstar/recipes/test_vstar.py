@@ -149,7 +149,7 @@ def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
     assert trained == [base, base]  # a fresh copy each round
     files = [tmp_path / f"run/round-0{number}/solutions.jsonl" for number in (1, 2)]
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    assert [len(x) for x in rows] == [(40 + 4) * 4] * 2
+    assert [len(x) for x in rows] == [(40 + 3) * 4] * 2  # there are only three validation problems
     assert report["rounds"][2]["drawn_right"] == sum(x["right"] for x in rows[1])
     distinct = {(*x["prompt"], *x["ids"]) for several in rows for x in several if x["right"] and x["split"] == "train"}
     assert report["rounds"][2]["distinct"] == len(distinct)  # those of round 1 too
@@ -192,7 +192,7 @@ def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch)
     assert all(sum(example == other for other in first) == 1 for example in first)  # some were sampled as well
     assert all((x["prompt"], x["ids"]) in start and x["right"] for x in judged[-30:])
     drawn = [(x["prompt"], x["ids"]) for x in judged[:-30] if x["right"] and x["split"] == "train"]
-    assert all(example in first for example in drawn) and len(judged) == (40 + 4) * 4 + 30
+    assert all(example in first for example in drawn) and len(judged) == (40 + 3) * 4 + 30
 
 
 def test_plots_leave_out_subsets_that_are_nearly_the_same():
@@ -231,12 +231,16 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     assert fingerprint(verifier) == fingerprint(model)
     with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other started with two"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "other"), model, task)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best").symlink_to("../other")
+    with pytest.raises(ValueError, match="the verifier is of another base model, one; .*run started with two"):
+        load_verifier(str(tmp_path / "verifier"), str(tmp_path / "run"), model, task)
     with pytest.raises(ValueError, match="the verifier is of another base model: its tokens differ"):
         load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, WordProblems())
     smaller = small_model(task, width=32, heads=2, positions=128)
     with pytest.raises(ValueError, match="the verifier is of another base model: its weights have other shapes than the model"):
         load_verifier(str(tmp_path / "verifier"), "", smaller, task)
-    with pytest.raises(ValueError, match="nothing: not a folder, nor a hub model that can be reached"):
+    with pytest.raises(ValueError, match="nothing: there is no such folder"):
         load_verifier(str(tmp_path / "nothing"), "", model, task)
 
 
@@ -247,10 +251,10 @@ def test_commands(solver, tmp_path, capsys):
     chosen = ["--task=addition", "--digits=1"]
     assert cli.main(["vstar", *chosen, f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'run'}", *options]) == 0
     shown = capsys.readouterr().out
-    assert "best of k by" in shown and f"saved {tmp_path / 'run/round-01'}" in shown
+    assert "best of k by" in shown and f"saved {tmp_path / 'run/best'}, which is round-0" in shown
     solve = [f"--model={tmp_path / 'run/round-01'}", f"--verifier={tmp_path / 'run/verifier'}", f"--out={tmp_path / 'solve'}"]
     solve += ["--problems=10", "--samples=4", "--attempts=2", "--max-new=10", "--valid-problems=5"]
-    assert cli.main(["solve", *chosen, *solve]) == 0
+    assert cli.main(["solve", "--task=addition", "--digits=2", *solve]) == 0  # numbers of one digit fill no five bins
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
     assert "by attempts in a chain" in shown and "compute-optimal, oracle bins" in shown

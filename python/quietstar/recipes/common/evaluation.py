@@ -37,6 +37,27 @@ def evaluate(
     return {**grade(task, rows, written), "tokens": tokens, "problems_per_second": len(rows) / seconds}
 
 
+def measure(
+    model: PreTrainedModel,
+    task: Task,
+    test: Sequence[Row],
+    valid: Sequence[Row],
+    max_new: int,
+    batch_size: int,
+    before: Sequence[int] = (),
+) -> dict[str, Any]:
+    """What ``evaluate`` returns on test problems, and valid_accuracy, by which the best round is chosen.
+
+    Args:
+        before: ids to put before each prompt, such as a few solved problems.
+    """
+
+    on_test, on_valid = (
+        evaluate(model, task, rows, max_new, [[*before, *row.prompt_ids] for row in rows], batch_size) for rows in (test, valid)
+    )
+    return {**on_test, "valid_accuracy": on_valid["accuracy"]}
+
+
 def grade(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> dict[str, Any]:
     """problems, right, accuracy with its 95 % interval (low, high), and chain_right.
 

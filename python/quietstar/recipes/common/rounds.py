@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel
 from quietstar.checkpoints import pretrained
 from quietstar.files.reading import as_type, json_lines, read_json
 from quietstar.files.writing import replaced, write_whole
-from quietstar.recipes.common.log import LoggedMetrics, log_figures
+from quietstar.recipes.common.log import LOG, LoggedMetrics, log_figures
 from quietstar.recipes.common.progress import Count
 from quietstar.recipes.tasks import Task
 from quietstar.run.lock import LOCK
 from quietstar.run.resume import Settings, check_folder
 
-SETTINGS, REPORT = "recipe.json", "report.json"
+SETTINGS, REPORT, BEST = "recipe.json", "report.json", "best"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -30,11 +31,14 @@ class Report(msgspec.Struct):
     """What every round's report has.
 
     Attributes:
+        accuracy: on test problems.
+        valid_accuracy: on validation problems; None in runs that had none yet.
         base: the fingerprint of the model that the run started with; V-STaR's alone.
     """
 
     round: Count
     accuracy: float
+    valid_accuracy: float | None = None
     steps: Count = 0
     base: str | None = None
 
@@ -42,7 +46,8 @@ class Report(msgspec.Struct):
 class Rounds:
     """The folder of a run: ``round-00`` has the initial model, ``round-01`` and so on the model after each round.
 
-    A round's folder is an ordinary checkpoint with the round's figures in report.json and its rows in .jsonl files.
+    A round's folder is an ordinary checkpoint with the round's figures in report.json and its rows in .jsonl files. The link
+    ``best`` leads to the best round so far.
 
     Args:
         settings: what a run must have in common with its continuation.
@@ -95,6 +100,28 @@ class Rounds:
     def save(self, number: int, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
         save_model(self.folder(number), model, task, report, **rows)
         log_figures(self.out, report)
+        link(self.out / BEST, self.folder(best_round(self.reports())).name)
+
+
+def best_round(reports: Sequence[Mapping[str, Any]]) -> int:
+    """The last of the rounds with the highest accuracy on validation problems; 0 is the start.
+
+    Chosen by its test problems, the accuracy of the best round would be too high: the best of several is also the luckiest.
+    """
+    known = [report.get("valid_accuracy") for report in reports]
+    values = [-1.0 if value is None else value for value in known]
+    return max(range(len(values)), key=lambda i: (values[i], i))
+
+
+def link(path: Path, target: str) -> None:
+    """Let the link ``path`` lead to ``target``, which is beside it, in one step. Where there are no links, a line says so."""
+    new = path.with_name(f".{path.name}")
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target, target_is_directory=True)
+        os.replace(new, path)
+    except OSError as error:
+        LOG.info("%s: no link to %s: %s", path, target, error.strerror)
 
 
 def read_report(path: Path, kind: Any) -> dict[str, Any]:

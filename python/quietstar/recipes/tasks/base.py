@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from quietstar.evaluation.questions.answers import cut
 from quietstar.recipes.tasks.marks import AGAIN, CHAIN_MARK, MARK
 from quietstar.recipes.tasks.splits import SPLITS
 from quietstar.recipes.tasks.tokenizer import small_tokenizer
+
+LOG = logging.getLogger("quietstar")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Task(ABC):
         self.end_id: int = self.tokenizer.eos_token_id
         self.separator_ids: list[int] = self._encode([self.between])[0]
         self.again_ids: list[int] = self._encode([self.again])[0]
+        self._said: set[tuple[str, int]] = set()  # what a line in the log has said already
 
     @property
     def name(self) -> str:
@@ -86,10 +90,12 @@ class Task(ABC):
 
     @abstractmethod
     def problems(self, n: int, split: str, generator: torch.Generator) -> list[Problem]:
-        """``n`` problems of a split; fewer where a file has fewer."""
+        """``n`` problems of a split; fewer where there are fewer. Only those to train on may repeat."""
 
     def sample(self, n: int, split: str, generator: torch.Generator) -> list[Row]:
-        """``n`` problems of a split as token ids; fewer where a file has fewer.
+        """``n`` problems of a split as token ids; fewer, with a line in the log, where there are fewer.
+
+        Generated problems of "valid" and "test" are distinct, so that intervals are right. Those of "train" may repeat.
 
         Raises:
             ValueError: a split that isn't one of ``SPLITS``, or one without problems.
@@ -99,6 +105,11 @@ class Task(ABC):
         problems = self.problems(n, split, generator)
         if n and not problems:
             raise ValueError(f"{type(self).__name__}: the split {split!r} has no problem")
+        distinct = len({problem.prompt for problem in problems})
+        # Some of many training problems are drawn twice by chance; if half of them are, there are fewer than asked for.
+        if distinct < (n / 2 if split == "train" else n) and (split, n) not in self._said:
+            self._said.add((split, n))
+            LOG.info("%s: %s distinct %s problems, %s asked", self.name, f"{distinct:,}", split, f"{n:,}")
         return self._rows(problems)
 
     def sample_with_chain(self, n: int, generator: torch.Generator) -> list[Row]:

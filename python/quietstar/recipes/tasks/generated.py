@@ -9,9 +9,11 @@ import torch
 from quietstar.recipes.tasks.base import Problem, Task
 from quietstar.recipes.tasks.splits import split_of
 
+PATIENCE = 20  # draws in vain for each known problem until there are no others: one is missed with probability exp(-20)
+
 
 class Generated(Task):
-    """Problems made up one at a time; those of a split are drawn with replacement."""
+    """Problems made up one at a time. Those to train on are drawn with replacement, all others are distinct."""
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Problem:
@@ -19,8 +21,14 @@ class Generated(Task):
 
     def problems(self, n: int, split: str, generator: torch.Generator) -> list[Problem]:
         found: list[Problem] = []
-        while len(found) < n:
+        seen: set[str] = set()  # of any split
+        in_vain = 0  # draws since the last one of use; after many of them there are no more problems
+        while len(found) < n and in_vain < 100 + PATIENCE * len(seen):
             problem = self.draw(generator)
-            if split_of(problem.prompt) == split:
+            new = problem.prompt not in seen
+            wanted = split_of(problem.prompt) == split and (new or split == "train")
+            seen.add(problem.prompt)
+            if wanted:
                 found.append(problem)
+            in_vain = 0 if new or wanted else in_vain + 1
         return found

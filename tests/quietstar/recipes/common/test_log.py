@@ -49,8 +49,8 @@ def test_each_line_restarts_the_pace(clock):
 def test_a_finished_round_is_logged(tmp_path, solver, capsys):
     model, task = solver
     with on_terminal():
-        Rounds(tmp_path / "run", Settings.of(), resume=False).save(1, model, task, {"round": 1, "accuracy": 0.5})
-    assert f"{tmp_path / 'run'}: round 1, accuracy 0.500\n" in capsys.readouterr().err
+        Rounds(tmp_path / "run", Settings.of(), resume=False).save(0, model, task, {"round": 0, "accuracy": 0.5})
+    assert f"{tmp_path / 'run'}: round 0, accuracy 0.500\n" in capsys.readouterr().err
 
 
 def test_long_sampling_is_logged(solver, capsys, monkeypatch):

@@ -1,4 +1,6 @@
-"""What holds for every task of generated problems: checked answers, splits without overlap, seeds."""
+"""What holds for every task of generated problems: checked answers, splits without overlap or repetition, seeds."""
+
+import logging
 
 import pytest
 import torch
@@ -47,6 +49,47 @@ def test_the_seed_fixes_the_problems():
     task = Multiplication(3)
     first, again, other = (task.sample(5, "test", generator(seed)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def prompts(rows):
+    return [row.problem.prompt for row in rows]
+
+
+@pytest.mark.parametrize("split, there", [("test", 8), ("valid", 3)])
+def test_measured_problems_are_distinct_and_a_line_says_that_there_are_few(caplog, split, there):
+    task, all_prompts = Addition(1), {Addition(1).problem(a, b).prompt for a in range(10) for b in range(10)}
+    with caplog.at_level(logging.INFO, "quietstar"):
+        found, again = (prompts(task.sample(500, split, generator(seed))) for seed in (0, 1))
+    assert len(found) == there and set(found) == set(again) == {x for x in all_prompts if split_of(x) == split}
+    assert caplog.messages == [f"1-digit addition: {there} distinct {split} problems, 500 asked"]
+    assert len(set(prompts(Multiplication(2).sample(800, "test", generator())))) == 800
+
+
+def test_training_problems_repeat_as_they_are_drawn(caplog):
+    """A line says so where there are fewer than asked, not where some are drawn twice by chance."""
+    for task, asked, messages in (
+        (Addition(1), 500, ["1-digit addition: 89 distinct train problems, 500 asked"]),
+        (Multiplication(2), 1000, []),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "quietstar"):
+            found = task.sample(asked, "train", generator())
+        drawing = generator()
+        drawn = [problem for problem in (task.draw(drawing) for _ in range(2 * asked)) if split_of(problem.prompt) == "train"]
+        assert [row.problem for row in found] == drawn[:asked] and len(set(prompts(found))) < asked
+        assert caplog.messages == messages
+
+
+def test_a_split_without_problems_is_refused():
+    class One(Addition):
+        def draw(self, generator):
+            return self.problem(1, 2)
+
+    own = split_of(One(1).problem(1, 2).prompt)
+    assert len(One(1).sample(5, own, generator())) == (5 if own == "train" else 1)
+    for split in {*SPLITS} - {own}:
+        with pytest.raises(ValueError, match=f"One: the split '{split}' has no problem"):
+            One(1).sample(5, split, generator())
 
 
 def test_bad_input(byte_tokenizer):
