@@ -17,7 +17,7 @@ from quietstar.checkpoints.places import checkpoint_of, run_of
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_report_file
-from quietstar.cli.tables import held_out_losses, held_out_text
+from quietstar.cli.tables import held_out_losses, held_out_text, source_name
 from quietstar.data.held_out import check_held_out
 from quietstar.data.texts import Data, DataConfig, load_data
 from quietstar.evaluation import anchor_choices, difficulty
@@ -50,7 +50,7 @@ class Eval:
             self._check_unseen(qs.trained_on, data)
         examples = data.train if self.all else data.held_out
         which = f"all {len(examples):,} texts" if self.all else held_out_text(data)
-        print(f"{config.data}: {which}, {config.length} tokens of each at most")
+        print(f"{source_name(config.data)}: {which}, {config.length} tokens of each at most")
         losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
         by_choice = anchor_choices.by_anchor_choice(qs, examples, losses, self.batch_size)

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_out_file
+from quietstar.cli.tables import source_name
 from quietstar.data.held_out import check_held_out, data_config
 from quietstar.data.texts import load_data
 from quietstar.files.reading import read_utf8
@@ -51,7 +52,7 @@ class Explain:
         check_held_out(qs.trained_on, config, data)
         if self.held_out >= len(data.held_out):
             raise ValueError(f"{self.model}: its run held out {len(data.held_out)} texts, so there is no text {self.held_out}")
-        print(f"text {self.held_out} of the {len(data.held_out)} that the run held out, from {config.data}")
+        print(f"text {self.held_out} of the {len(data.held_out)} that the run held out, from {source_name(config.data)}")
         return tokenizer.decode(data.held_out[self.held_out]["input_ids"], skip_special_tokens=True)
 
 

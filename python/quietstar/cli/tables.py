@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quietstar.data.texts import Data
@@ -19,6 +20,12 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def source_name(data: str) -> str:
+    """The name of a data set; of a file in the working folder, or below it, without the folders above."""
+    path = Path(data)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else data
 
 
 def held_out_text(data: Data) -> str:

@@ -1,0 +1,82 @@
+"""The tutorial: every command is run, in order and in one folder, and prints what the page says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "tutorial.md"
+DECIMAL = re.compile(r"[+-]?\d+\.\d+(?!\w)")
+# What depends on the machine alone: the time of a run, and its speed.
+TIMES = re.compile(r"(?<= steps in ).*$|(?<=thoughts/s).*$")
+
+
+def steps(text):
+    """What a reader does: ("type", command, what it prints) for each command, ("save", file, code) for each python block."""
+    for language, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            name, code = block.split("\n", 1)
+            yield "save", name.removeprefix("# "), code
+            continue
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, printed = part.partition("\n")
+            yield "type", command, printed
+
+
+def close(one, other):
+    """Decimals that may differ between machines: training with samples amplifies rounding."""
+    return abs(float(one) - float(other)) <= 0.1 + 0.2 * abs(float(other))
+
+
+def differs(printed, documented):
+    """The first line that isn't as documented; "..." stands for any lines."""
+    before, dots, after = documented.partition("\n...\n")
+    lines = printed.splitlines()
+    wanted = before.splitlines()
+    if dots:
+        tail = after.splitlines()
+        lines = lines[: len(wanted)] + lines[len(lines) - len(tail) :]
+        wanted += tail
+    if len(lines) != len(wanted):
+        return f"{len(lines)} lines instead of {len(wanted)}"
+    for line, want in zip(lines, wanted, strict=True):
+        line, want = TIMES.sub("", line), TIMES.sub("", want)
+        numbers = DECIMAL.findall(line), DECIMAL.findall(want)
+        same = DECIMAL.sub("N", line).split() == DECIMAL.sub("N", want).split() and all(map(close, *numbers))
+        if not same:
+            return f"{line!r} instead of {want!r}"
+    return None
+
+
+def test_a_difference_is_found():
+    wanted = "loss 1.55\n...\nwrote a.json\n"
+    assert differs("loss 1.60\nmore\nwrote a.json\n", wanted) is None
+    assert "loss 2.60" in differs("loss 2.60\nmore\nwrote a.json\n", wanted)
+    assert "wrote b.json" in differs("loss 1.55\nwrote b.json\n", wanted)
+    assert differs("one\ntwo\n", "one\n") == "2 lines instead of 1"
+    assert differs("100 steps in 3 s\n  thoughts/s 7 8\n", "100 steps in 1 min 2 s\n  thoughts/s  1000   2\n") is None
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    home = tmp_path / "tutorial"
+    home.mkdir()
+    path = f"{ROOT / 'python'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
+    found = list(steps(PAGE.read_text()))
+    assert len(found) >= 8
+    for kind, command, printed in found:
+        if kind == "save":
+            (home / command).write_text(printed)
+            continue
+        words = re.sub("^quietstar ", "python -m quietstar ", command)
+        words = re.sub("^python ", f"{sys.executable} ", words)
+        run = subprocess.run(words, shell=True, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
+        assert run.returncode == 0, f"{command}\n{run.stderr[-2000:]}"
+        assert not (wrong := differs(run.stdout, printed)), f"{command}: {wrong}"
+    assert (home / "page.html").exists() and (home / "runs/sums/metrics.png").exists()
