@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 
 from quietstar.arguments.values import instance, items, refusal
 from quietstar.checkpoints import native
+from quietstar.config import step_size_warning
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.losses import token_losses
 from quietstar.hf.decoder_mixin import OF_TRL
@@ -114,6 +116,8 @@ class ThoughtTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **options: Any) -> Any:
         """As in ``Trainer``. True resumes from the newest checkpoint that was written to its end."""
         self._interval = Interval()
+        if warning := step_size_warning(self.model.thought_config, self.args.learning_rate):
+            warnings.warn(f"{type(self).__name__}: {warning}", stacklevel=2)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(str(self.args.output_dir)))
         return super().train(resume_from_checkpoint, *more, **options)

@@ -100,6 +100,12 @@ def test_saving_into_the_folder_of_checkpoints_keeps_their_ages(tmp_path):
     assert [folder.stat().st_mtime for folder in folders] == [1000, 999]
 
 
+def test_steps_that_are_too_large_are_warned_about(tmp_path):
+    trainer = make_trainer(tmp_path, make_qs(policy_weight=1e6), max_steps=1)
+    with pytest.warns(UserWarning, match=r"ThoughtTrainer: a policy_weight of 1e\+06 .* with 0.01 the loss may explode"):
+        trainer.train()
+
+
 def test_the_best_model_is_loaded(tmp_path):
     """Here the first: the metric is read the wrong way round."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
