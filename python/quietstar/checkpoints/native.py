@@ -133,15 +133,22 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
     return Contents(model, config, tokenizer, tensors, trained_on=settings.trained_on)
 
 
-def read_description(path: str | os.PathLike) -> tuple[ThoughtConfig, tuple[TrainedOn, ...]]:
-    """What a checkpoint of ours says about itself, without its weights: how it thinks, and what it was trained on.
+def read_description(path: str | os.PathLike) -> tuple[ThoughtConfig, tuple[TrainedOn, ...]] | None:
+    """What a checkpoint of ours says about itself: how it thinks, and what it was trained on. Its weights are not looked for.
+
+    Returns:
+        None where there is no ``SETTINGS``, as for a plain language model or a published checkpoint.
 
     Raises:
-        ValueError: it is no checkpoint of ours, or is damaged.
+        ValueError: ``SETTINGS`` is damaged, or the path is neither a folder nor a hub model that can be reached.
     """
     path = checkpoint_of(path)
-    settings = _read_settings(path, verify=False)
-    return read_thought_config(settings.thought_config, f"{path}: {SETTINGS}"), settings.trained_on
+    file = find(path, SETTINGS)
+    if file is None:
+        return None
+    where = f"{path}: {SETTINGS}"
+    settings = as_type(Settings, read_json(file, dict[str, Any]), f"{where} is damaged")
+    return read_thought_config(settings.thought_config, where), settings.trained_on
 
 
 def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:

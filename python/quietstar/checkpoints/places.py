@@ -48,8 +48,9 @@ def checkpoint_of(name: str | os.PathLike) -> str:
         return text
     if checkpoints := every(path):
         return str(checkpoints[-1])
-    found = next((path / result for result in RESULTS if (path / result / CONFIG).is_file()), path)
-    return str(found)
+    if (path / CONFIG).is_file():
+        return text
+    return next((str(path / result) for result in RESULTS if (path / result / CONFIG).is_file()), text)
 
 
 def run_of(name: str | os.PathLike) -> Path | None:

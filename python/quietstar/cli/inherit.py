@@ -18,16 +18,18 @@ OF_SOURCE = ("data", "text_field", "split", "hub_texts", "held_out_split")
 
 
 def inherited(command: str, model: str) -> dict[str, Any]:
-    """Options by name from the description of the checkpoint ``model``; none where it has none, or can't be read."""
-    if not model or command not in {**DATA, **THOUGHTS}:
+    """Options by name from the description of the checkpoint ``model``; none where it has none.
+
+    Raises:
+        ValueError: the description is damaged, or there is no such model.
+    """
+    if not model or model.startswith("-") or command not in {**DATA, **THOUGHTS}:
         return {}
-    try:
-        if not native.thinks(model):
-            return {}
-        thoughts, runs = native.read_description(model)
-        data = asdict(data_config(runs[-1])) if runs else {}
-    except (ValueError, OSError):  # the command says what is wrong when it loads the model
+    description = native.read_description(model)
+    if description is None:
         return {}
+    thoughts, runs = description
+    data = asdict(data_config(runs[-1])) if runs else {}
     return _chosen(THOUGHTS, command, thoughts.to_dict()) | _chosen(DATA, command, data)
 
 

@@ -140,7 +140,8 @@ class Train:
         Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
         for path in reversed(snapshots.every(run)):
             with suppress(ValueError):  # a damaged one is passed over when the run continues, too
-                _, before = native.read_description(path)
+                description = native.read_description(path)
+                before = description[1] if description else ()
                 if before and before[-1].sha256 != trained_on[-1].sha256:
                     raise Failure(DATA, f"{run}: {self.data.data} has changed since the run began: resume needs it as it was")
                 break

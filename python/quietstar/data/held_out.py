@@ -16,7 +16,7 @@ __all__ = ["TrainedOn", "check_held_out", "data_config", "describe"]
 
 
 def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
-    """The description of a run on ``data``, for ``QuietStar.trained_on``.
+    """The description of a run on ``data``. Code of your own that trains a model adds it to ``QuietStar.trained_on``.
 
     Args:
         base: the model that the run begins with, a folder or a hub name.

@@ -29,6 +29,7 @@ def report(home, name="run/eval-step-000004.json"):
 
 def test_a_run_describes_itself(run):
     thoughts, (trained_on,) = native.read_description(run)
+    assert native.read_description("model") is None
     assert thoughts.policy_weight == 3 and trained_on.base == "model"
     data = {"data": str(run.parent / "a.jsonl"), "length": 24, "held_out": 5, "pack": True}
     assert data.items() <= trained_on.data.items()
