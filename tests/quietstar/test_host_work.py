@@ -66,5 +66,5 @@ def test_the_training_loop_reads_once_a_step(tiny, tmp_path, anchors, more):
         out = str(tmp_path / f"{parts} {steps}")
         with Reads() as counted:
             train(qs, data, TrainConfig(out=out, steps=steps, batch_size=4, accumulation=parts), progress=False)
-        reads[parts, steps] = sum(counted.files[name] for name in ("train.py", "figures.py", "processes.py"))
+        reads[parts, steps] = sum(counted.files[name] for name in ("train.py", "parts.py", "figures.py", "processes.py"))
     assert reads[1, 3] == reads[4, 3] == reads[1, 1] + 2 * (1 + more)

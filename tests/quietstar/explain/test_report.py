@@ -283,7 +283,7 @@ def test_help_of_the_command(capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], cli.DATA, "a text or --file, one of the two"),
+        ([], cli.DATA, "a text or --file"),
         ([TEXT, "--file=text.txt"], cli.DATA, "a text or --file, one of the two"),
         (["--file=no.txt"], cli.DATA, "no.txt: No such file"),
         (["--file=text.txt", "--out", "page.html", "./text.txt"], cli.USAGE, "--out must be another file than text.txt"),
