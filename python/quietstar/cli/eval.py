@@ -15,10 +15,9 @@ from tyro.conf import arg
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.places import checkpoint_of, run_of
 from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import load_checkpoint, text_tokenizer
+from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_report_file
 from quietstar.cli.tables import held_out_losses, held_out_text, source_name
-from quietstar.data.held_out import check_held_out
 from quietstar.data.texts import Data, DataConfig, load_data
 from quietstar.evaluation import anchor_choices, difficulty
 from quietstar.evaluation.losses import summary, token_losses
@@ -81,12 +80,7 @@ class Eval:
                 f"{self.model} doesn't say what it was trained on: make sure that it was not these texts",
                 file=sys.stderr,
             )
-        try:
-            unknown = check_held_out(trained_on, self.data, data)
-        except ValueError as error:
-            raise ValueError(f"{self.model}: {error}: leave out these options, or measure all texts with --all") from error
-        for sentence in unknown:
-            print(f"{self.model}: {sentence}", file=sys.stderr)
+        check_unseen(self.model, trained_on, self.data, data, "leave out these options, or measure all texts with --all")
 
 
 def new_report(model: str) -> Path:

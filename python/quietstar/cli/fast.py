@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quietstar.checkpoints import native
+from quietstar.cli.loading import check_unseen
 from quietstar.cli.shared_options import AllowBin, LanguageModel, ResumeRun, WeightsDtype, check_out_folder
 from quietstar.cli.tables import table
 from quietstar.config import ThoughtConfig
@@ -29,6 +31,8 @@ class Fast:
         check_out_folder(self.recipe.out)
         model, tokenizer = read(self.model, self.dtype, self.allow_bin)
         data = load_data(self.data, tokenizer, max(J for _, J in fast.stages(self.recipe.curriculum)))
+        if description := native.read_description(self.model):
+            check_unseen(self.model, description[1], self.data, data, "leave these options as they were")
         _, report = fast.fast(
             model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
         )

@@ -11,7 +11,7 @@ from quietstar.checkpoints import native
 from quietstar.data.held_out import data_config
 
 # Names of the options that each command takes over; None stands for all of that kind.
-DATA: dict[str, Any] = {"train": None, "eval": None, "export": None, "doctor": ("length",)}
+DATA: dict[str, Any] = {"train": None, "eval": None, "export": None, "fast": None, "doctor": ("length",)}
 THOUGHTS: dict[str, Any] = {"train": None, "doctor": ("thoughts", "thought_tokens", "lookahead")}
 # How a run reads its data, not what it reads: another file has fields and splits of its own.
 OF_SOURCE = ("data", "text_field", "split", "hub_texts", "held_out_split")

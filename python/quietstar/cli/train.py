@@ -18,14 +18,14 @@ from quietstar.checkpoints import native
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.cli.errors import DATA, RUNTIME, SAVED, Failure, runtime_failure
-from quietstar.cli.loading import load_model
+from quietstar.cli.loading import check_unseen, load_model
 from quietstar.cli.options import read_config
 from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
 from quietstar.cli.tables import held_out_text
 from quietstar.cli.train_summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
-from quietstar.data.held_out import check_held_out, describe
-from quietstar.data.texts import Data, DataConfig, load_data
+from quietstar.data.held_out import describe
+from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
@@ -78,7 +78,7 @@ class Train:
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
-        self._check_unseen(qs.trained_on, data)
+        check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
         qs.trained_on = (*qs.trained_on, describe(self.data, data, self.model))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
@@ -122,15 +122,6 @@ class Train:
         if process_state().is_main_process and not snapshots.every(self.train.out):
             Path(self.train.out).mkdir(parents=True, exist_ok=True)
             write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
-
-    def _check_unseen(self, trained_on: Sequence[TrainedOn], data: Data) -> None:
-        """What earlier runs trained on would say nothing about held-out text."""
-        try:
-            unknown = check_held_out(trained_on, self.data, data)
-        except ValueError as error:
-            raise ValueError(f"{self.model}: {error}: leave these options as they were, or add --held-out=0") from error
-        for sentence in unknown:
-            self._print(f"{self.model}: {sentence}")
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""

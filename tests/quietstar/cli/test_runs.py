@@ -112,6 +112,14 @@ def test_training_goes_on_with_the_settings_of_the_checkpoint(lines, run, quiets
     assert code == errors.DATA and "among those that the model was trained on" in err[-1] and "--held-out=0" in err[-1]
 
 
+def test_fast_takes_the_runs_data(lines, run, quietstar):
+    code, _, err = quietstar("fast", "--model=run", "--out=fast", "--held-out-seed=3")
+    assert code == errors.DATA and "among those that the model was trained on" in err[-1]
+    short = ["--curriculum=2-2", "--steps=1", "--plain-steps=1", "--batch-size=4"]
+    code, out, err = quietstar("fast", "--model=run", "--out=fast", *short)
+    assert code == 0 and "held-out loss without thoughts" in out, err
+
+
 def test_a_run_does_not_continue_on_changed_texts(lines, run, quietstar):
     with open(lines / "a.jsonl", "a") as file:
         file.write('{"text": "One more line."}\n')
