@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from tyro.conf import Positional
 
-from quietstar.cli import main
+from quietstar.cli import inherit, main
 from quietstar.config import PRESETS
 
 KINDS = {int: "integer", float: "number", str: "text"}
@@ -41,6 +41,12 @@ again, or a changed one:
 ```sh
 quietstar train --config runs/first/config.json --out runs/second --steps 200
 ```
+
+## Models and runs
+
+`--model` takes a folder or a name on the hub. The folder of a run stands for its newest checkpoint, that of a recipe for its best
+round or its result. A checkpoint knows the data of its run, what was held out, and how it thinks: {inheriting} take from
+there what nobody types, and print what is typed otherwise. `--preset small` of `train` brings its learning rate along.
 
 ## Resuming
 
@@ -85,6 +91,7 @@ def page() -> str:
         contents="\n".join(f"- [{name}](#quietstar-{name}): {summary(command)}" for name, command in main.COMMANDS.items()),
         exit_codes="\n".join(table(("code", "meaning"), exit_codes())),
         may_differ=", ".join(f"`--{option.name}`" for option in options_of(main.COMMANDS["train"]) if not option.fixed),
+        inheriting=", ".join(f"`{name}`" for name in inherit.DATA),
         resumable=", ".join(f"`{name}`" for name, command in main.COMMANDS.items() if "resume" in names_of(command)),
         completion=completion(),
         commands="\n\n".join(block for name, command in main.COMMANDS.items() for block in command_blocks(name, command)),
