@@ -44,9 +44,10 @@ quietstar train --config runs/first/config.json --out runs/second --steps 200
 
 ## Models and runs
 
-`--model` takes a folder or a name on the hub. The folder of a run stands for its newest checkpoint, that of a recipe for its best
-round or its result. A checkpoint knows the data of its run, what was held out, and how it thinks: {inheriting} take from
-there what nobody types, and print what is typed otherwise. `--preset small` of `train` brings its learning rate along.
+`--model` takes a folder or a name on the hub. The folder of a run stands for its newest checkpoint, that of a recipe for its
+best round or its result. A checkpoint knows the data of its run, what was held out, and how it thinks. These commands take from
+there what nobody types, and print what is typed otherwise: {inheriting}. `explain` without a text takes one that was held out.
+`--preset small` of `train` brings its learning rate along.
 
 ## Resuming
 

@@ -67,6 +67,7 @@ def same(one, other):
 RESUMED = {"dropout": 0.1, "base_model": "ema", "base_model_decay": 0.5}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     """Killed inside a save: the losses after it, and the weights, are those of a run that was not."""
     ended = subprocess.run([sys.executable, __file__, "killed", str(tmp_path / "killed")], capture_output=True, text=True)
