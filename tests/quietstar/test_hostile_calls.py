@@ -14,7 +14,7 @@ import quietstar
 from quietstar import QuietStar, ThoughtConfig, Thoughts, trainer
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.data.held_out import check_held_out, data_config, describe
-from quietstar.data.texts import DataConfig, load_data
+from quietstar.data.texts import DataConfig, load_all, load_data
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts, text_hash, tokenizer_hash
 from quietstar.evaluation.anchor_choices import by_anchor_choice
 from quietstar.evaluation.difficulty import by_difficulty
@@ -534,6 +534,12 @@ def _(world):
     path.write_text('{"text": "some text, long enough"}\n' * 20)
     config = DataConfig(data=str(path), length=8, held_out=1)
     return load_data, lambda: {"config": config, "tokenizer": world.tokenizer, "lookahead": 2}
+
+
+@target("load_all")
+def _(world):
+    config, _ = held_out_data(world)
+    return load_all, lambda: {"config": config, "tokenizer": world.tokenizer, "lookahead": 2}
 
 
 @target("describe")

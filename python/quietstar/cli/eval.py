@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_report_file
 from quietstar.cli.tables import held_out_losses, held_out_text, source_name
-from quietstar.data.texts import Data, DataConfig, load_data
+from quietstar.data.texts import Data, DataConfig, load_all, load_data
 from quietstar.evaluation import anchor_choices, difficulty
 from quietstar.evaluation.losses import summary, token_losses
 from quietstar.files.writing import write_whole
@@ -43,20 +43,22 @@ class Eval:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
         qs = load_checkpoint(self.model)
-        config = replace(self.data, pack=False, held_out=0, held_out_split="") if self.all else self.data
-        data = load_data(config, text_tokenizer(qs), qs.thought_config.lookahead)
-        if not self.all:
+        cut = self.data, text_tokenizer(qs), qs.thought_config.lookahead
+        if self.all:
+            examples = load_all(*cut)
+            which = f"all {len(examples):,} texts"
+        else:
+            data = load_data(*cut)
             self._check_unseen(qs.trained_on, data)
-        examples = data.train if self.all else data.held_out
-        which = f"all {len(examples):,} texts" if self.all else held_out_text(data)
-        print(f"{source_name(config.data)}: {which}, {config.length} tokens of each at most")
+            examples, which = data.held_out, held_out_text(data)
+        print(f"{source_name(self.data.data)}: {which}, {self.data.length} tokens of each at most")
         losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
         by_choice = anchor_choices.by_anchor_choice(qs, examples, losses, self.batch_size)
         print(f"{held_out_losses(figures)}\n{difficulty.text(tenths)}\n{anchor_choices.text(by_choice)}")
         values = {
             "model": self.model,
-            **asdict(config),
+            **asdict(self.data),
             "all": self.all,
             **figures,
             "by_difficulty": tenths,

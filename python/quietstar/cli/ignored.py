@@ -87,7 +87,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "explain": [Rule("held_out", lambda o: bool(o.text or o.file), "with a text")],
     "eval": [
-        Rule("pack held_out held_out_seed held_out_split", lambda o: o.all, "with --all"),
+        Rule("held_out held_out_seed held_out_split", lambda o: o.all, "with --all"),
         *DATA,
     ],
     "ask": [

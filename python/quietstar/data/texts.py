@@ -24,7 +24,7 @@ from quietstar.data.splitting import FEW, LEAST, Split, random_order, split_bloc
 from quietstar.files.reading import json_lines, read_utf8
 from quietstar.run.batches import Example
 
-__all__ = ["Data", "DataConfig", "json_lines", "load_data"]
+__all__ = ["Data", "DataConfig", "json_lines", "load_all", "load_data"]
 
 FILES = (".txt", ".jsonl")
 
@@ -88,22 +88,13 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
     Raises:
         ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
     """
-    instance("config", config, DataConfig)
-    instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
-    lookahead = integer("lookahead", lookahead, 1)
-    if config.length < lookahead + 2:
-        wanted = f"J+2={lookahead + 2} for a lookahead of {lookahead}"
-        raise ValueError(f"config: length must be at least {wanted}, got L={config.length}")
+    least = _least(config, tokenizer, lookahead)
     texts = read_texts(config)
     split = _split(config, texts, tokenizer)
-    least = lookahead + 2
     training = packed(split.train, config.length, least) if config.pack else alone(split.train, config.length, least)
     if not training:
-        longest = sum(map(len, split.train)) if config.pack else max(map(len, split.train))
-        raise ValueError(
-            f"{config.data}: the text is shorter than the look-ahead: it has {longest} tokens, and looking {lookahead} tokens "
-            f"ahead needs {least}"
-        )
+        lengths = [len(x) for x in split.train]
+        raise _too_short(config, sum(lengths) if config.pack else max(lengths), lookahead)
     held = [(ids, texts[i]) for ids, i in zip(split.held_out, split.sources, strict=True) if len(ids) >= least]
     trained = set() if split.in_blocks else {texts[i] for i in set(range(len(texts))) - set(split.sources)}
     new = [(ids, text) for ids, text in held if text not in trained]
@@ -114,6 +105,40 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
         texts=len(texts),
         sha256=texts_hash(texts),
         repeated=len(held) - len(new),
+    )
+
+
+def load_all(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead: int) -> list[Example]:
+    """Every text as an example of its own, cut to L tokens, to evaluate on; where ``load_data`` holds out blocks, every block.
+
+    Arguments and errors are those of ``load_data``.
+    """
+    least = _least(config, tokenizer, lookahead)
+    texts = read_texts(config)
+    ids = tokenize(texts, tokenizer)
+    if in_blocks(config, len(texts)):
+        ids = [block for x in ids for block in x.split(config.length)]
+    examples = alone(ids, config.length, least)
+    if not examples:
+        raise _too_short(config, max(map(len, ids)), lookahead)
+    return examples
+
+
+def _least(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead: int) -> int:
+    """The fewest tokens of an example."""
+    instance("config", config, DataConfig)
+    instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    least = integer("lookahead", lookahead, 1) + 2
+    if config.length < least:
+        wanted = f"J+2={least} for a lookahead of {lookahead}"
+        raise ValueError(f"config: length must be at least {wanted}, got L={config.length}")
+    return least
+
+
+def _too_short(config: DataConfig, longest: int, lookahead: int) -> ValueError:
+    return ValueError(
+        f"{config.data}: the text is shorter than the look-ahead: it has {longest} tokens, and looking {lookahead} tokens "
+        f"ahead needs {lookahead + 2}"
     )
 
 

@@ -17,7 +17,7 @@ CASES = [
     ("generate", ["--seed=1"], "without --temperature above 0 or --sample-thoughts", ["--sample-thoughts"]),
     ("eval", ["--all", "--held-out=8"], "with --all", ["--no-all"]),
     ("eval", ["--all", "--held-out-seed=8"], "with --all", ["--no-all"]),
-    ("eval", ["--data=a.txt", "--all", "--no-pack"], "with --all", ["--no-all"]),
+    ("eval", ["--data=a.txt", "--all", "--held-out=3"], "with --all", ["--no-all"]),
     ("explain", ["text", "--held-out=1"], "with a text", None),
     ("ask", ["--temperature=1"], "without --votes", ["--votes=3"]),
     ("ask", ["--seed=1"], "without --votes", ["--votes=3"]),

@@ -132,6 +132,8 @@ def test_a_text_file_without_paragraphs_is_evaluated(home, train, quietstar):
     code, out, err = train("--data=book.txt", "--out=book")
     assert code == 0 and "gain from thoughts" in out, err
     assert quietstar("eval", "--model=book")[0] == 0
+    code, out, err = quietstar("eval", "--model=book", "--all")
+    assert code == 0 and report(home, "book/eval-step-000004-2.json")["texts"] > 100, err
 
 
 def test_a_local_folder_that_is_missing_is_said_at_once(lines, run, quietstar):
