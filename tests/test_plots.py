@@ -14,6 +14,7 @@ from benchmarks.report import plots as benchmark_plots  # noqa: E402
 from quietstar.evaluation import difficulty  # noqa: E402
 from quietstar.recipes.common import plots as recipe_plots  # noqa: E402
 from quietstar.recipes.common.plots import Panel  # noqa: E402
+from quietstar.run import plot as metrics_plot  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +77,15 @@ def test_difficulty(drawn, tmp_path):
     group = {"tokens": 9, "gain": 0.4, "gain_low": -0.1, "gain_high": 0.9, "easiest": 1.0, "hardest": 2.5}
     difficulty.draw({"base": [group] * 10, "mean": [{**group, "gain_low": None}] * 10}, tmp_path / "x.png")
     assert check(drawn) == 1
+
+
+def test_a_run(drawn, tmp_path):
+    lines = [{"step": step, "loss_ce": 3.0, "reward": 0.1 * step, "weight": 0.1} for step in range(1, 60)]
+    gain = {"base": 3.0, "mixed": 2.5, "gain": 0.5, "gain_low": 0.4, "gain_high": 0.6, "texts": 9, "tokens": 90}
+    for line in lines[::20]:
+        line |= {f"eval_{name}": value for name, value in gain.items()}
+    metrics_plot.draw(lines, tmp_path / "metrics.png")
+    assert check(drawn) == 4
 
 
 def test_digit_sums(drawn, tmp_path, monkeypatch):

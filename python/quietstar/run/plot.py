@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
-from quietstar.files.writing import write_whole
+from quietstar.files.pictures import legend_above, save
 
 Line = Mapping[str, float]
 GREY, BLUE, RED = "#8c8c8c", "#2f6f9f", "#c0563b"
+WIDTH = 9  # inches
 SMOOTHED = 20  # as many parts of a run are averaged
 
 
@@ -25,7 +25,7 @@ def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:
     """Write a .png of the lines of a metrics file: losses, gain, reward and weight against steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
     (loss, gain), (reward, weight) = figure.subplots(2, 2, sharex=True)
     _training(loss, lines, "loss_ce", "nats per token", "loss_ce in training")
     evaluations = evaluations_of(lines)
@@ -39,11 +39,8 @@ def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:
     for axes in (loss, gain, reward, weight):
         axes.grid(color="#e4e4e4", linewidth=0.6, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:  # above the curves, never on them
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, borderaxespad=0.2)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_whole(path, picture.getvalue())
+        legend_above(axes, WIDTH / 2)
+    save(figure, path)
 
 
 def evaluations_of(lines: Sequence[Line]) -> list[dict[str, float]]:
