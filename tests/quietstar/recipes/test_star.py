@@ -9,7 +9,7 @@ import torch
 from quietstar.cli import main as cli
 from quietstar.recipes import star as recipe
 from quietstar.recipes.common import evaluation
-from quietstar.recipes.common.rounds import Rounds, best_round, load_model, save_model
+from quietstar.recipes.common.rounds import Rounds, best_round, link, load_model, save_model
 from quietstar.recipes.common.sampling import Completion
 from quietstar.recipes.star import Config, star
 from quietstar.recipes.tasks import GSM8K, Addition
@@ -180,6 +180,12 @@ def test_where_there_are_no_links_a_line_says_so(scripted, solver, tmp_path, mon
     assert out.splitlines()[-1] == f"saved {run / 'round-01'}"
     assert f"{run / 'best'}: no link to round-01: Operation not permitted" in err
     assert sorted(x.name for x in run.glob("*") if x.is_dir()) == ["round-00", "round-01"]
+
+
+def test_what_a_user_calls_best_is_not_replaced(tmp_path):
+    (tmp_path / "best").write_text("mine")
+    link(tmp_path / "best", "round-01")
+    assert (tmp_path / "best").read_text() == "mine"
 
 
 def test_a_run_from_before_there_were_validation_problems():

@@ -105,10 +105,10 @@ class UsersFiles:
         self.out, self.content = out, {}
 
     def add(self):
-        """Notes in every folder of the run, apart from checkpoints that the run deletes; a copy of every folder."""
+        """Notes in every folder of the run, apart from links and checkpoints that the run deletes; a copy of every folder."""
         for folder in [self.out, *self.out.rglob("*")]:
             name = folder.relative_to(self.out)
-            if not folder.is_dir() or re.search(r"(^|/)\.|-best", str(name)):
+            if not folder.is_dir() or folder.is_symlink() or re.search(r"(^|/)\.|-best", str(name)):
                 continue
             copied = folder.with_name(f"{folder.name}-best")
             if folder != self.out and not copied.exists():

@@ -321,7 +321,7 @@ def test_the_command_line_under_launchers(folder, launcher):
     command = [sys.executable, "-m", *LAUNCHERS[launcher], *arguments("run", "--steps=2", "--save-every=2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved run/checkpoints/step-000002") == 1
+    assert done.stdout.count("\nwrote\n  run/checkpoints/step-000002\n") == 1
     (saved,) = snapshots.every("run")
     snapshots.check(saved)
 

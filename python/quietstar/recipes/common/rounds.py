@@ -114,7 +114,10 @@ def best_round(reports: Sequence[Mapping[str, Any]]) -> int:
 
 
 def link(path: Path, target: str) -> None:
-    """Let the link ``path`` lead to ``target``, which is beside it, in one step. Where there are no links, a line says so."""
+    """Let the link ``path`` lead to ``target``, which is beside it, in one step. Where that can't be, a line says so."""
+    if path.exists() and not path.is_symlink():
+        LOG.info("%s: no link to %s: it is a file or a folder of somebody else", path, target)
+        return
     new = path.with_name(f".{path.name}")
     try:
         new.unlink(missing_ok=True)
