@@ -72,6 +72,7 @@ def test_typed_options_win_and_what_differs_is_printed(lines, run, quietstar):
 
 
 def test_eval_says_what_it_wrote_and_overwrites_nothing(lines, run, quietstar):
+    pytest.importorskip("matplotlib")
     for name in ("run/eval-step-000004.json", "run/eval-step-000004-2.json"):
         _, out, _ = quietstar("eval", "--model=run")
         assert f"wrote {name}" in out and (lines / name).exists() and (lines / name).with_suffix(".png").exists()

@@ -144,6 +144,7 @@ def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
 
 
 def test_the_summary(home, train):
+    pytest.importorskip("matplotlib")
     code, out, err = train("--out=run", "--no-pack")
     assert code == 0 and not err
     first, *_, last = read(home / "run" / "metrics.jsonl")
@@ -167,6 +168,7 @@ def test_without_evaluations_or_matplotlib(home, train, monkeypatch):
 
 
 def test_a_picture_of_a_run_that_evaluated_nothing(tmp_path):
+    pytest.importorskip("matplotlib")
     figures = dict.fromkeys(("loss_ce", "reward", "weight"), 1.0)
     for steps in (1, 100):
         plot.draw([{"step": step + 1, **figures} for step in range(steps)], tmp_path / "metrics.png")
