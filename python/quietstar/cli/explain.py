@@ -9,10 +9,10 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import load_checkpoint, text_tokenizer
+from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
 from quietstar.cli.shared_options import Checkpoint, check_out_file
 from quietstar.cli.tables import source_name
-from quietstar.data.held_out import check_held_out, data_config
+from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
 from quietstar.files.reading import read_utf8
 from quietstar.model import QuietStar
@@ -49,7 +49,7 @@ class Explain:
             raise ValueError(f"{self.model}: it doesn't say what its run held out: give explain a text or --file")
         config, tokenizer = data_config(qs.trained_on[-1]), text_tokenizer(qs)
         data = load_data(config, tokenizer, qs.thought_config.lookahead)
-        check_held_out(qs.trained_on, config, data)
+        check_unseen(self.model, qs.trained_on, config, data, "give explain a text or --file")
         if self.held_out >= len(data.held_out):
             raise ValueError(f"{self.model}: its run held out {len(data.held_out)} texts, so there is no text {self.held_out}")
         print(f"text {self.held_out} of the {len(data.held_out)} that the run held out, from {source_name(config.data)}")

@@ -8,6 +8,8 @@ from typing import Any
 
 from quietstar.recipes.common.rounds import BEST, best_round
 
+MEASURED = ("valid_accuracy", "accuracy", "low", "high", "tokens", "seconds")  # columns of a round's figures
+
 
 def saved_rounds(out: str, reports: Sequence[Mapping[str, Any]]) -> str:
     """Which round of a recipe is best, and where it is."""

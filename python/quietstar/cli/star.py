@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quietstar.cli.rounds import saved_rounds
+from quietstar.cli.rounds import MEASURED, saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
 from quietstar.cli.tables import table
 from quietstar.recipes import star
 from quietstar.recipes.common.models import TaskConfig, load
 
-COLUMNS = (
-    "round",
-    "tried",
-    "kept",
-    "rationalised",
-    "failed",
-    "steps",
-    "valid_accuracy",
-    "accuracy",
-    "low",
-    "high",
-    "tokens",
-    "seconds",
-)
+COLUMNS = ("round", "tried", "kept", "rationalised", "failed", "steps", *MEASURED)
 
 
 @dataclass

@@ -5,25 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietstar.cli.rounds import saved_rounds
+from quietstar.cli.rounds import MEASURED, saved_rounds
 from quietstar.cli.shared_options import AllowBin, ResumeRun, StartModel, WeightsDtype, check_out_folder, check_start
 from quietstar.cli.tables import cell, table
 from quietstar.recipes import vstar
 from quietstar.recipes.common.models import TaskConfig, load
 
-COLUMNS = (
-    "round",
-    "drawn",
-    "drawn_right",
-    "distinct",
-    "steps",
-    "valid_accuracy",
-    "accuracy",
-    "low",
-    "high",
-    "tokens",
-    "seconds",
-)
+COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", *MEASURED)
 
 
 @dataclass

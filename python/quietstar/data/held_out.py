@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from quietstar.arguments.values import instance, items, refusal
 from quietstar.checkpoints.contents import TrainedOn
@@ -24,10 +25,8 @@ def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
     instance("describe: data", data, Data)
     if not isinstance(base, str):
         raise refusal("describe: base", "a name", base)
-    values = dataclasses.asdict(instance("describe: config", config, DataConfig))
-    if os.path.exists(config.data):
-        values["data"] = os.path.abspath(config.data)
-    return TrainedOn(base, values, data.texts, data.sha256, len(data.held_out))
+    fields = _fields(instance("describe: config", config, DataConfig))
+    return TrainedOn(base, fields, data.texts, data.sha256, len(data.held_out))
 
 
 def data_config(run: TrainedOn) -> DataConfig:
@@ -41,10 +40,8 @@ def data_config(run: TrainedOn) -> DataConfig:
 
 def differences(run: TrainedOn, config: DataConfig) -> list[str]:
     """What of the data is not as in a run, such as "length 256 instead of 48"."""
-    own = dataclasses.asdict(config)
-    if os.path.exists(config.data):
-        own["data"] = os.path.abspath(config.data)
-    return [f"{name} {value} instead of {run.data[name]}" for name, value in own.items() if run.data.get(name, value) != value]
+    own = _fields(config).items()
+    return [f"{name} {value} instead of {run.data[name]}" for name, value in own if run.data.get(name, value) != value]
 
 
 def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Data) -> list[str]:
@@ -83,6 +80,12 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
                 f"{seen} of the {len(data.held_out)} texts held out here are among those that the model was trained on ({why})"
             )
     return unknown
+
+
+def _fields(config: DataConfig) -> dict[str, Any]:
+    """By name; a file by its whole path."""
+    values = dataclasses.asdict(config)
+    return values | {"data": os.path.abspath(config.data)} if os.path.exists(config.data) else values
 
 
 def _trained(run: TrainedOn, texts: list[str]) -> list[str]:

@@ -93,8 +93,7 @@ echo "${COMPREPLY[@]}"
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_shell_completes_commands_and_options(tmp_path, capsys):
-    newer = metadata.version("tyro") != "1.0.12"  # the oldest doesn't know fish
-    for shell in ("bash", "zsh", "fish")[: 2 + newer]:
+    for shell in ("bash", "zsh", "fish"):
         assert f"--tyro-write-completion {shell} " in COMPLETION
         with pytest.raises(SystemExit) as end:
             main(["--tyro-write-completion", shell, str(tmp_path / shell)])

@@ -51,7 +51,6 @@ def measure(
     Args:
         before: ids to put before each prompt, such as a few solved problems.
     """
-
     on_test, on_valid = (
         evaluate(model, task, rows, max_new, [[*before, *row.prompt_ids] for row in rows], batch_size) for rows in (test, valid)
     )
