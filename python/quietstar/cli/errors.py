@@ -55,11 +55,13 @@ def runtime_failure(error: BaseException) -> str | None:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """Print warnings without the place in the code that they are from."""
+    """Print warnings without the place in the code that they are from; leave out what libraries say to each other's authors."""
     form = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         warnings.formatwarning = form
 

@@ -1,11 +1,12 @@
 """Which errors are failures at run time, and how each is said in one line."""
 
 import os
+import warnings
 
 import pytest
 import torch
 
-from quietstar.cli.errors import one_line, runtime_failure
+from quietstar.cli.errors import one_line, runtime_failure, short_warnings
 
 
 def caught(function):
@@ -40,3 +41,10 @@ def test_other_errors_are_none():
 
 def test_one_line():
     assert one_line("a\nb\x1b[31m \udce9 ü") == r"a\nb\x1b[31m \udce9 ü"
+
+
+def test_warnings_for_authors_of_libraries_are_left_out(recwarn):
+    with short_warnings():
+        warnings.warn("an option will be renamed", FutureWarning, stacklevel=1)
+        warnings.warn("the steps are large", stacklevel=1)
+    assert [str(each.message) for each in recwarn] == ["the steps are large"]

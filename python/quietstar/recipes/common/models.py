@@ -71,7 +71,7 @@ def small_model(
         attn_pdrop=0.0,
         bos_token_id=task.end_id,
         eos_token_id=task.end_id,
-        pad_token_id=task.tokenizer.pad_token_id,
+        # No pad_token_id: GPT-2 would warn of a missing mask in ``generate``, which leaves out one of ones.
     )
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from quietstar.recipes.common.logprobs import likelihoods, logprob
 from quietstar.recipes.common.models import small_model
@@ -119,3 +120,13 @@ def test_vllm_that_is_not_installed(monkeypatch):
 def test_bad_options():
     with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 1.5"):
         Sampling(top_p=1.5)
+
+
+def test_a_small_model_does_not_warn_of_a_mask_that_it_was_given(stories, monkeypatch):
+    task, model, prompts = stories
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    same_length = [prompts[0]] * 8  # so that the mask is one of ones
+    written = rollout(model, task, same_length, max_new=12)
+    assert len({len(several[0].ids) for several in written}) > 1  # rows that have ended are padded
+    assert not said
