@@ -46,7 +46,8 @@ quietstar train --config runs/first/config.json --out runs/second --steps 200
 
 `--model` takes a folder or a name on the hub. The folder of a run stands for its newest checkpoint, that of a recipe for its
 best round or its result. A checkpoint knows the data of its run, what was held out, and how it thinks. These commands take from
-there what nobody types, and print what is typed otherwise: {inheriting}. `explain` without a text takes one that was held out.
+there what nobody types, and print what is typed otherwise: {inheriting}.
+`explain` without a text takes one that was held out.
 `--preset small` of `train` brings its learning rate along.
 
 ## Resuming
