@@ -312,6 +312,8 @@ def run_in_processes(folder):
     trainer.train()
     trainer.save_model()
     trainer.end()
+    # Not past destructors: that of DDP waits for Gloo's threads and these for the GIL, which it holds (pytorch/pytorch#56297).
+    os._exit(0)
 
 
 if __name__ == "__main__":
