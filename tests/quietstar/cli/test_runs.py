@@ -99,6 +99,17 @@ def test_explain_and_export_take_the_runs_data(lines, run, quietstar):
     assert max(len(line["thought_ids"]) for line in metrics) == 24
 
 
+def test_explain_checks_what_was_held_out(lines, run, quietstar):
+    quietstar("train", "--model=run", "--data=text.txt", "--out=more", "--steps=1", "--batch-size=4", "--no-pack")
+    texts = (lines / "a.jsonl").read_text().splitlines()
+    (lines / "a.jsonl").write_text("\n".join(reversed(texts)))
+    code, _, err = quietstar("explain", "--model=run", "--out=page.html")
+    assert code == errors.DATA and "a.jsonl has changed since): give explain a text or --file" in err[-1]
+    (lines / "a.jsonl").unlink()
+    code, _, err = quietstar("explain", "--model=more", "--out=page.html")
+    assert code == 0 and err[-1].startswith("more: the texts of an earlier run can't be read, so they were not compared: ")
+
+
 def test_training_goes_on_with_the_settings_of_the_checkpoint(lines, run, quietstar):
     code, out, err = quietstar("train", "--model=run", "--out=more", "--steps=2", "--batch-size=4")
     assert code == 0, err
