@@ -1,59 +1,105 @@
-"""Writes docs/experiments.md from results: for each experiment a table of methods and controls, a plot and the thresholds."""
+"""Writes docs/experiments.md from results: a table of the claims, then for each experiment its runs, a plot, the thresholds."""
 
 from __future__ import annotations
 
 import importlib
-import platform
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 from typing import Any
 
-import torch
+from experiments_checks import Check, margin
+from experiments_results import Result, Results
 
-from quietstar.evaluation.intervals import mean_interval
 from quietstar.files.writing import write_whole
 
-Result = dict[str, Any]
+LONG = "full"  # the size whose results stand in a part of their own
 
 
-def write(results: dict[str, list[Result]], size: str, folder: Path) -> tuple[Path, bool]:
-    """Write the page. Returns its path and whether every threshold was met."""
+def write(results: dict[str, Results], folder: Path) -> tuple[Path, bool]:
+    """Write the page of results by size. Returns its path and whether every threshold was met."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts, summary, held, seconds = [], [], True, 0.0
-    for name, seeds in results.items():
-        experiment = importlib.import_module(name)
-        checks = experiment.check(seeds)
-        missed = [check["what"] for check in checks if not check["passed"]]
-        held &= not missed
-        seconds += sum(result["seconds"] for result in seeds)
-        link = f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})"
-        summary.append([link, f"{len(checks) - len(missed)} of {len(checks)}", "; ".join(missed)])
-        parts.append(section(experiment, name, seeds, checks, folder))
+    parts, claims, held = [], [], True
+    for size in sorted(results, key=lambda size: size == LONG):
+        if size == LONG and results[size]:
+            parts.append(long_introduction(results[size]))
+        for name, seeds in results[size].items():
+            experiment = importlib.import_module(name)
+            checks = experiment.check(seeds)
+            held &= all(check["passed"] for check in checks)
+            suffix = f"_{LONG}" if size == LONG else ""
+            parts.append(section(experiment, seeds, checks, folder / f"experiments_{name}{suffix}.png", bool(suffix)))
+            if size != LONG:
+                claims += claim_lines(experiment, checks)
     page = folder / "experiments.md"
-    write_whole(page, "\n\n".join([introduction(size, seconds, summary), *parts]) + "\n")
+    short = [seeds for size, found in results.items() if size != LONG for seeds in found.values()]
+    write_whole(page, "\n\n".join([introduction(short, claims), *parts]) + "\n")
     return page, held
 
 
-def introduction(size: str, seconds: float, summary: list[list[str]]) -> str:
-    curves = "python experiments/run_experiments.py doses objectives --docs docs    # Quiet-STaR's own curves"
-    commands = "make experiments-full" if size == "full" else f"make experiments\n{curves}"
+def introduction(results: list[list[Result]], claims: list[list[str]]) -> str:
     return f"""# Experiments
 
-This page compares each recipe with its controls, on problems that a small model can learn from scratch. What did not work is
-here, too. The page is written by
+Does each method show here what its paper claims for it? Every experiment compares a method with its controls, on problems that
+a small model learns in minutes. What did not work is here, too, with the reason where we found it.
+
+{markdown(["method", "claim", "ours", "best control", "gap", "wanted", "holds"], claims)}
+
+A gap is taken seed by seed: method and control start from the same model and see the same problems. It is the mean over the
+seeds, with a 95 % interval by Student's t, which is wide for three seeds. A claim holds if the mean gap to each of its controls
+reaches what was wanted, which was fixed before the run; the table shows the best of the controls. How to repeat all of it:
 
 ```sh
-{commands}
+make experiments                                               # at most 90 minutes on two idle cores
+python experiments/run_experiments.py doses objectives rare --docs docs    # Quiet-STaR's own curves
+make experiments-full                                          # five seeds and the long runs; hours
 ```
 
-Figures are means over the seeds, with a 95 % interval over the seeds. A threshold is met if the mean meets it. Speeds are
-rough: two experiments ran at once, next to other work.
+A run that was stopped, or killed, goes on where it was. [experiments.json](experiments.json) has every figure of this page by
+seed, with dates and versions. {cost(results)}"""
 
-{markdown(["experiment", "thresholds met", "not met"], summary)}
 
-In total {seconds / 60:.0f} minutes of one core, with torch {torch.__version__} on {platform.machine()}, one thread per
-process."""
+def cost(results: list[list[Result]]) -> str:
+    """What was measured with what, and how long it took."""
+    seeds = [result for several in results for result in several]
+    minutes = sum(result["seconds"] for result in seeds) / 60
+    return f"In total {minutes:.0f} minutes of one core{made_with(seeds)}, one thread per process."
+
+
+def made_with(seeds: list[Result]) -> str:
+    """Dates, versions and machines of results, which older ones don't have."""
+    dates = sorted({result["date"] for result in seeds if "date" in result})
+    versions = sorted(
+        {f"torch {result['versions']['torch']} on {result['machine']}" for result in seeds if "versions" in result}
+    )
+    between = f", {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}" if dates else ""
+    return between + (f", with {' and '.join(versions)}" if versions else "")
+
+
+def long_introduction(results: Results) -> str:
+    seeds = [result for several in results.values() for result in several]
+    return f"# Long runs\n\nThe same with longer training{made_with(seeds)}."
+
+
+def claim_lines(experiment: ModuleType, checks: list[Check]) -> list[list[str]]:
+    """For each claim a line with the best of its controls."""
+    lines = []
+    for claim in dict.fromkeys(check["claim"] for check in checks if "claim" in check):
+        several = [check for check in checks if check.get("claim") == claim]
+        best = min(several, key=lambda check: check["value"])
+        holds = all(check["passed"] for check in several)
+        lines.append(
+            [
+                f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})",
+                claim,
+                _mean(best["ours"], False),
+                f"{best['control']}: {_mean(best['theirs'], False)}",
+                _mean(best["values"], False),
+                best["wanted"],
+                "yes" if holds else "**no**",
+            ]
+        )
+    return lines
 
 
 def anchor(title: str) -> str:
@@ -61,18 +107,17 @@ def anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
-def section(experiment: ModuleType, name: str, seeds: list[Result], checks: list[Result], folder: Path) -> str:
+def section(experiment: ModuleType, seeds: list[Result], checks: list[Check], picture: Path, long: bool) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
     blocks = [
-        f"## {experiment.TITLE}",
-        *(paragraph.replace("\n", " ") for paragraph in paragraphs),
+        f"## {experiment.TITLE}{', long' if long else ''}",
+        *(paragraph.replace("\n", " ") for paragraph in paragraphs if not long),
         rows_table(seeds),
         checks_table(checks),
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each.",
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each{made_with(seeds)}.",
     ]
     if hasattr(experiment, "plot"):
-        picture = folder / f"experiments_{name}.png"
         caption = experiment.plot(seeds, picture)
         blocks.insert(-2, f"![{caption}]({picture.name})")
     return "\n\n".join(blocks)
@@ -89,11 +134,11 @@ def rows_table(seeds: list[Result]) -> str:
     return markdown(["run", *(key.replace("_", " ") for key in columns)], lines)
 
 
-def checks_table(checks: list[Result]) -> str:
+def checks_table(checks: list[Check]) -> str:
     lines = []
     for x in checks:
         each = " ".join("none" if value is None else f"{value:.3f}" for value in x["values"])
-        lines.append([x["what"], f"{x['value']:.3f}", x["wanted"], "yes" if x["passed"] else "**no**", each])
+        lines.append([x["what"], _mean(x["values"], False), x["wanted"], "yes" if x["passed"] else "**no**", each])
     return markdown(["threshold", "mean", "wanted", "met", "each seed"], lines)
 
 
@@ -112,7 +157,7 @@ def _mean(values: list[Any], counts: bool) -> str:
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return ""
-    mean, low, high = mean_interval(numbers)
     if counts:
-        return f"{mean:,.0f}"
-    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ± {(high - low) / 2:.3f}"
+        return f"{fmean(numbers):,.0f}"
+    half = margin(numbers)
+    return f"{fmean(numbers):.3f}" if half is None else f"{fmean(numbers):.3f} ± {half:.3f}"

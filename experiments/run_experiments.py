@@ -1,12 +1,13 @@
-"""Runs the acceptance experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
+"""Runs the experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
 
-    python experiments/run_experiments.py                three seeds of each recipe, about an hour on two cores
+    python experiments/run_experiments.py                three seeds of each recipe, at most 90 minutes on two idle cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --full         all of them, with longer training and five seeds
 
 Every seed of every experiment is a process with one thread. Results are kept in runs/experiments, so a stopped run continues
-where it stopped, and --docs writes a page of all results there.
+where it stopped. With --docs they also replace those in docs/experiments.json, of which the page is written; --seeds 0 runs
+nothing and only writes the page.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from experiments_results import FILE, described, merged, read_results, result_file  # noqa: E402, from this folder
+
 SIZES = ("tiny", "quick", "full")
 SEEDS = {"tiny": 1, "quick": 3, "full": 5}
-CURVES = ("doses", "objectives")  # of Quiet-STaR itself, with many runs each
+CURVES = ("doses", "objectives", "rare")  # of Quiet-STaR itself, with many runs each
 
 
 def names() -> list[str]:
@@ -33,26 +37,29 @@ def names() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if "\nTITLE = " in path.read_text(encoding="utf-8"))
 
 
-def result_file(out: Path, name: str, size: str, seed: int) -> Path:
-    return out / size / name / f"seed-{seed}.json"
-
-
 def run_one(name: str, seed: int, size: str, out: Path) -> None:
-    """Run one seed of one experiment in this process."""
+    """Run one seed of one experiment in this process, unless it is done.
+
+    A run that was killed may have left this process's double behind, which is waited for.
+    """
     import torch
     from transformers.utils import logging
 
+    from quietstar.files.locking import FileLock
     from quietstar.files.writing import write_whole
 
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    began = time.process_time()
     file = result_file(out, name, size, seed)
     folder = file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    result = importlib.import_module(name).run(seed, size, folder)
-    result = {"seed": seed, **result, "seconds": time.process_time() - began}
-    write_whole(file, json.dumps(result, indent=1) + "\n")
+    while not (lock := FileLock.acquire(file.with_suffix(".lock"))):
+        time.sleep(1)
+    if not file.exists():
+        torch.set_num_threads(1)
+        logging.disable_progress_bar()
+        began = time.process_time()
+        result = importlib.import_module(name).run(seed, size, folder)
+        write_whole(file, json.dumps(described(result, seed, time.process_time() - began), indent=1) + "\n")
+    lock.release(remove=True)
 
 
 def start(name: str, seed: int, size: str, out: Path) -> int:
@@ -71,14 +78,14 @@ def start(name: str, seed: int, size: str, out: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"any of {', '.join(names())}; default all but {' and '.join(CURVES)}")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(names())}; default all but {', '.join(CURVES)}")
     parser.add_argument("--full", action="store_true", help="all of them, with longer training and five seeds")
     parser.add_argument("--size", choices=SIZES, help="tiny only shows that everything runs; default quick")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3, or 5 with --full")
     parser.add_argument("--seed", type=int, help="only this seed, in this process")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
-    parser.add_argument("--docs", type=Path, help="write experiments.md and its plots into this folder")
+    parser.add_argument("--docs", type=Path, help=f"also keep results in {FILE} of this folder, and write experiments.md there")
     options = parser.parse_args()
     size = options.size or ("full" if options.full else "quick")
     unknown = sorted(set(options.names) - set(names()))
@@ -89,27 +96,24 @@ def main() -> int:
         for name in chosen:
             run_one(name, options.seed, size, options.out)
         return 0
-    seeds = range(options.seeds or SEEDS[size])
+    seeds = range(SEEDS[size] if options.seeds is None else options.seeds)
     jobs = [(name, seed) for seed in seeds for name in chosen if not result_file(options.out, name, size, seed).exists()]
+    print(f"{len(jobs)} to run, {len(seeds) * len(chosen) - len(jobs)} done before", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = list(pool.map(lambda job: start(*job, size, options.out), jobs))
 
     import experiments_report
 
-    from quietstar.files.reading import read_json
-
-    measured: dict[str, list[dict[str, Any]]] = {}
-    for name in names() if options.docs else chosen:
-        files = sorted(result_file(options.out, name, size, 0).parent.glob("seed-*.json"))
-        if files:
-            measured[name] = [read_json(file, dict[str, Any]) for file in files]
-    if not measured:
+    found = read_results(options.out, size, chosen)
+    folder = options.docs or options.out / size
+    folder.mkdir(parents=True, exist_ok=True)
+    results = merged(folder / FILE, size, found)
+    if not any(results.values()):
         return 1
-    page, held = experiments_report.write(measured, size, options.docs or options.out / size)
+    page, held = experiments_report.write(results, folder)
     print(f"wrote {page}")
     return 1 if any(codes) or not held else 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     sys.exit(main())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.files.locking import FileLock
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -33,9 +34,11 @@ def test_it_runs_and_is_reported(scripts, tmp_path, name):
     run = scripts("run_experiments")
     run.run_one(name, 0, "tiny", tmp_path / "results")
     result = json.loads((tmp_path / "results/tiny" / name / "seed-0.json").read_text())
-    page, _ = scripts("experiments_report").write({name: [result, {**result, "seed": 1}]}, "tiny", tmp_path / "page")
+    assert {"seed", "date", "seconds", "versions", "machine"} <= result.keys()
+    both = {name: [result, {**result, "seed": 1}]}
+    page, _ = scripts("experiments_report").write({"tiny": both, "full": both}, tmp_path / "page")
     text = page.read_text()
-    assert f"## {scripts(name).TITLE}" in text and "| threshold |" in text
+    assert f"## {scripts(name).TITLE}\n" in text and f"## {scripts(name).TITLE}, long\n" in text and "| threshold |" in text
     for row in result["rows"]:
         assert f"| {row['run']} |" in text
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in page.parent.glob("*.png"))
@@ -70,9 +73,33 @@ def test_digit_sums_are_measured_as_they_are_trained(scripts, monkeypatch, tmp_p
     assert found["mixing_weight"] == pytest.approx(float(out.weight.mean()), abs=1e-5)
 
 
-def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
-    run = scripts("run_experiments")
-    asked = []
+def test_gaps_are_taken_seed_by_seed(scripts):
+    checks = scripts("experiments_checks")
+    results = [
+        {"rows": [{"run": "ours", "x": x}, {"run": "one", "x": y}, {"run": "two", "x": 0.0}]} for x, y in ((3, 2), (7, 4))
+    ]
+    one, two = checks.gaps("ours is better", results, "ours", ["one", "two"], 2.5, "x")
+    assert one["values"] == [1, 3] and one["theirs"] == [2, 4] and not one["passed"]
+    assert two["values"] == [3, 7] and two["passed"] and two["claim"] == "ours is better"
+    (less,) = checks.gaps("ours is less", results, "two", ["one"], 2.5, "x", less=True)
+    assert less["values"] == [2, 4] and less["passed"]
+    results[0]["rows"][0]["x"] = None
+    assert not checks.gaps("", results, "ours", ["two"], 0, "x")[0]["passed"]
+    assert checks.margin([1.0]) is None
+    assert checks.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+
+
+def test_the_first_table_has_the_best_control_of_each_claim(scripts):
+    report, checks = scripts("experiments_report"), scripts("experiments_checks")
+    rows = [{"run": "ours", "accuracy": 0.9}, {"run": "weak", "accuracy": 0.1}, {"run": "strong", "accuracy": 0.7}]
+    found = checks.gaps("it helps", [{"rows": rows}], "ours", ["weak", "strong"], 0.3)
+    ((method, *line),) = report.claim_lines(scripts("star"), found)
+    assert method == "[STaR](#star)"
+    assert line == ["it helps", "0.900", "strong: 0.700", "0.200", ">= 0.3", "**no**"]
+
+
+def recorded(run, asked):
+    """In place of a process, which notes what it was asked for and writes a result."""
 
     def start(name, seed, size, out):
         asked.append((name, seed))
@@ -82,27 +109,53 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
         file.write_text(json.dumps(result))
         return 0
 
-    monkeypatch.setattr(run, "start", start)
-    monkeypatch.setattr(scripts("star"), "check", lambda results: [])
-    monkeypatch.delattr(scripts("star"), "plot")
-    monkeypatch.setattr(sys, "argv", ["run_experiments.py", "star", "--out", str(tmp_path), "--seeds", "2"])
-    assert run.main() == 0 and sorted(asked) == [("star", 0), ("star", 1)]
-    run.result_file(tmp_path, "star", "quick", 1).unlink()
-    assert run.main() == 0 and asked[2:] == [("star", 1)]
-    text = (tmp_path / "quick/experiments.md").read_text()
-    assert "| base | 0.500 ± 0.000 |" in text and "2 seeds, 1.0 minutes of a core each" in text
+    return start
+
+
+def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
+    run = scripts("run_experiments")
+    asked = []
+    monkeypatch.setattr(run, "start", recorded(run, asked))
+    for name in ("star", "icot"):
+        monkeypatch.setattr(scripts(name), "check", lambda results: [])
+        monkeypatch.delattr(scripts(name), "plot")
+    arguments = ["run_experiments.py", "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
+
+    def main(*more):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        return run.main()
+
+    assert main("star", "--seeds", "2") == 0 and sorted(asked) == [("star", 0), ("star", 1)]
+    run.result_file(tmp_path / "runs", "star", "quick", 1).unlink()
+    assert main("star", "--seeds", "2") == 0 and asked[2:] == [("star", 1)]
+    page, stored = tmp_path / "docs/experiments.md", tmp_path / "docs/experiments.json"
+    assert "| base | 0.500 ± 0.000 |" in page.read_text() and "2 seeds, 1.0 minutes of a core each" in page.read_text()
+    assert [result["seed"] for result in json.loads(stored.read_text())["quick"]["star"]] == [0, 1]
+
+    # What stands on the page stays there when something else is run elsewhere.
+    arguments[2] = str(tmp_path / "other")
+    assert main("icot", "--seeds", "1") == 0 and asked[3:] == [("icot", 0)]
+    text = page.read_text()
+    assert "## STaR" in text and "1 seed, 1.0" in text and "## Stepwise internalisation" in text
+    page.unlink()
+    assert main("--seeds", "0") == 0 and page.read_text() == text and len(asked) == 4
     assert set(run.CURVES) <= set(run.names())
-    run.result_file(tmp_path, "star", "quick", 0).unlink()
-    docs = tmp_path / "docs"
-    monkeypatch.setattr(
-        sys, "argv", ["run_experiments.py", "icot", "--seeds", "1", "--out", str(tmp_path), "--docs", str(docs)]
-    )
-    monkeypatch.setattr(scripts("icot"), "check", lambda results: [])
-    monkeypatch.delattr(scripts("icot"), "plot")
-    assert run.main() == 0 and asked[3:] == [("icot", 0)]
-    text = (docs / "experiments.md").read_text()
-    assert "## STaR" in text and "1 seed, 1.0" in text and "[Stepwise internalisation](#stepwise-internalisation)" in text
-    monkeypatch.setattr(sys, "argv", ["run_experiments.py", "nothing"])
     with pytest.raises(SystemExit):
-        run.main()
+        main("nothing")
     assert "there is no experiment nothing" in capsys.readouterr().err
+
+
+def test_a_seed_that_another_process_is_at_is_waited_for(scripts, tmp_path, monkeypatch):
+    """A killed run may leave its processes behind; the next one must not work in the same folder."""
+    run = scripts("run_experiments")
+    file = run.result_file(tmp_path, "star", "tiny", 0)
+    file.parent.mkdir(parents=True)
+    other = FileLock.acquire(file.with_suffix(".lock"))
+
+    def finish(seconds):
+        file.write_text("{}")
+        other.release(remove=True)
+
+    monkeypatch.setattr(run.time, "sleep", finish)
+    run.run_one("star", 0, "tiny", tmp_path)
+    assert file.read_text() == "{}" and not file.with_suffix(".lock").exists()

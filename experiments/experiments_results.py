@@ -1,0 +1,48 @@
+"""Results of experiments: a file per seed in the run's folder, and all that stand on the page in one file beside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quietstar.files.reading import read_json
+from quietstar.files.writing import write_whole
+
+Result = dict[str, Any]
+Results = dict[str, list[Result]]  # by name of the experiment, in order of the seeds
+
+FILE = "experiments.json"
+PACKAGES = ("quietstar-kernels", "torch", "transformers")
+
+
+def result_file(out: Path, name: str, size: str, seed: int) -> Path:
+    return out / size / name / f"seed-{seed}.json"
+
+
+def described(result: Result, seed: int, seconds: float) -> Result:
+    """A result with what is needed to judge it: its seed, when and in what time of a core it was measured, and with what."""
+    versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {"seed": seed, "date": date, "seconds": seconds, "versions": versions, "machine": platform.machine(), **result}
+
+
+def read_results(out: Path, size: str, names: list[str]) -> Results:
+    """The results in the folder of a run, of the experiments that have any."""
+    files = {name: sorted((out / size / name).glob("seed-*.json"), key=_seed) for name in names}
+    return {name: [read_json(file, dict[str, Any]) for file in found] for name, found in files.items() if found}
+
+
+def merged(file: Path, size: str, found: Results) -> dict[str, Results]:
+    """All results by size, those in ``file`` and these, which replace all seeds of an experiment; ``file`` then holds them."""
+    stored: dict[str, Results] = read_json(file, dict[str, Any]) if file.exists() else {}
+    stored[size] = dict(sorted((stored.get(size, {}) | found).items()))
+    write_whole(file, json.dumps(stored, separators=(",", ":")).replace('{"seed"', '\n{"seed"') + "\n")
+    return stored
+
+
+def _seed(file: Path) -> int:
+    return int(file.stem.split("-")[1])
