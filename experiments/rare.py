@@ -34,7 +34,6 @@ SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of what may follow
     "full": {"pretraining": 1200, "longer": 300, "warm": 500, "share": 100, "steps": 100, "lines": 2048},
 }
 ASIDES = 512  # in the warm start
-LONGER = 4  # extra rounds of pretraining at most, while a model has not learnt the steps
 ALWAYS, WARM = "10 % always", "10 % always, warm start"
 LEARNT = {0.2: "learnt, then 20 %", 0.1: "learnt, then 10 %", 0.02: "learnt, then 2 %"}
 PUBLISHED, NEXT, REHEARSAL, NO_REWARD = "published", "look-ahead 1", "rehearsal", "rehearsal, no reward"
@@ -89,20 +88,13 @@ def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
     numbers = SIZES[size]
     digits = held_out[: numbers["lines"]]
 
-    def after(
-        model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0, shift: int = 0
-    ) -> LlamaForCausalLM:
+    def after(model: LlamaForCausalLM, share: float, stage: str, peak: float, asides: int = 0) -> LlamaForCausalLM:
         model = copy.deepcopy(model)
-        rare_text.read(model, strings, share, numbers[stage], peak, seed + shift, asides)
+        rare_text.read(model, strings, share, numbers[stage], peak, seed, asides)
         return model
 
-    new = digit_sums.new_model(seed)
-    always = after(new, 0.1, "pretraining", 3e-3)
-    learnt = after(new, digit_sums.HELPFUL, "pretraining", 3e-3)
-    for shift in range(1, LONGER + 1):
-        if rare_text.knowledge(learnt, digits, seed)["steps_known"] >= digit_sums.RIGHT_STEPS:
-            break
-        learnt = after(learnt, digit_sums.HELPFUL, "longer", 1e-3, shift=shift)
+    always = after(digit_sums.new_model(seed), 0.1, "pretraining", 3e-3)
+    learnt = rare_text.learnt(strings, digits, seed, numbers["pretraining"], numbers["longer"])
     found = {ALWAYS: (always, 0.1), WARM: (after(always, 0.1, "warm", 3e-3, ASIDES), 0.1)}
     return found | {name: (after(learnt, share, "share", 1e-3), share) for share, name in LEARNT.items()}
 

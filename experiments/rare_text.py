@@ -20,6 +20,7 @@ from quietstar.train import Loss
 COPIED = 2  # digits before the answer
 LOOKAHEAD = COPIED + 1  # tokens from "=" to the answer
 ANCHOR = digit_sums.AT_EQUALS
+LONGER = 4  # extra rounds of pretraining at most, while a model has not learnt the steps
 
 
 def with_copy(lines: Tensor) -> Tensor:
@@ -67,6 +68,17 @@ def read(model: LlamaForCausalLM, strings: Tensor, share: float, steps: int, pea
     config = TrainConfig(learning_rate=peak, steps=steps, schedule="cosine")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     digit_sums.train_lm(model, lines, optimizer, config.rate, steps)
+
+
+def learnt(strings: Tensor, digits: Tensor, seed: int, steps: int, longer: int) -> LlamaForCausalLM:
+    """A model that knows the steps: read with ``HELPFUL`` asides, and as often ``longer`` steps more as that needs."""
+    model = digit_sums.new_model(seed)
+    read(model, strings, digit_sums.HELPFUL, steps, 3e-3, seed)
+    for shift in range(1, LONGER + 1):
+        if knowledge(model, digits, seed)["steps_known"] >= digit_sums.RIGHT_STEPS:
+            break
+        read(model, strings, digit_sums.HELPFUL, longer, 1e-3, seed + shift)
+    return model
 
 
 def read_direct(model: LlamaForCausalLM, strings: Tensor, steps: int, seed: int) -> None:

@@ -1,0 +1,77 @@
+"""How far ahead must a reward look, and how long must a thought be? The answer of these digit sums comes third, as in
+`4 1 9 3 5 = 4 1 2`, after a copy of two digits that needs no thought. So a look-ahead of three tokens is the first that reaches
+it, and the running sums of the text need three tokens or more.
+
+Quiet-STaR learns with each look-ahead and each length from the same model, at "=" only, 4 thoughts, 100 steps of 64 lines.
+Accuracy and loss are those of the answer, with the held-out line's own greedy thought. The gain over the same model without a
+thought has two parts: "mixing" is what another line's thought gains, and "content" what the own one gains over that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rare_text
+import torch
+from digit_thoughts import SETTING, digit_sums, trained
+from experiments_checks import figure, gaps, least
+
+from quietstar.recipes.common.plots import Panel, panels
+
+TITLE = "Quiet-STaR: look-ahead and length"
+LOOKAHEADS = {"tiny": (1, 3), "quick": (1, 2, 3, 4), "full": (1, 2, 3, 4)}
+TOKENS = {"tiny": (2,), "quick": (2, 3, 4), "full": (1, 2, 3, 4, 6, 8)}
+SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, and as often more as needed; of training; lines to measure on
+    "tiny": {"pretraining": 2, "longer": 2, "steps": 2, "lines": 20},
+    "quick": {"pretraining": 1200, "longer": 300, "steps": 100, "lines": 1024},
+    "full": {"pretraining": 1200, "longer": 300, "steps": 300, "lines": 2048},
+}
+REACHED = "look-ahead 3, 4 tokens"
+SHORT = ("look-ahead 1, 4 tokens", "look-ahead 2, 4 tokens", "look-ahead 3, 2 tokens")
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    strings, held_out = digit_sums.split_strings(seed)
+    numbers = SIZES[size]
+    digits = held_out[: numbers["lines"]]
+    model = rare_text.learnt(strings, digits, seed, numbers["pretraining"], numbers["longer"])
+    generator = torch.Generator().manual_seed(seed)
+    lines = rare_text.examples(digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator))
+    rows = []
+    for J in LOOKAHEADS[size]:
+        for T in TOKENS[size]:
+            qs = trained(model, lines, seed, out / f"{J}-{T}", lookahead=J, thought_tokens=T)
+            rows.append({"run": f"look-ahead {J}, {T} tokens", "lookahead": J, "tokens": T, **measured(qs, digits)})
+    return {"rows": rows}
+
+
+def measured(qs: Any, digits: torch.Tensor) -> dict[str, float]:
+    """Accuracy and loss of the answer, and both parts of its gain over this model without a thought, nats."""
+    thoughts = digit_sums.own_thoughts(qs, digits)
+    own, another = (rare_text.answers(qs, digits, ids) for ids in (thoughts, thoughts.roll(1, 0)))
+    base = rare_text.plain_answers(qs.model, digits)["loss"]
+    return own | {"mixing": base - another["loss"], "content": another["loss"] - own["loss"]}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    claim = "a gain appears where the look-ahead reaches the answer and the thought has room for the steps"
+    content = [figure(result, REACHED, "content") for result in results]
+    return [*gaps(claim, results, REACHED, SHORT, 0.5), least(f"{REACHED}, gain of content, nats", content, 1.0)]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def curves(name: str) -> dict[str, Any]:
+        lengths = dict.fromkeys(row["tokens"] for row in results[0]["rows"])
+        return {
+            f"{T} tokens": [[(row["lookahead"], row[name]) for row in x["rows"] if row["tokens"] == T] for x in results]
+            for T in lengths
+        }
+
+    ahead = "look-ahead, tokens"
+    panels(
+        path,
+        TITLE,
+        [Panel(ahead, "accuracy", curves("accuracy"), share=True), Panel(ahead, "gain of content, nats", curves("content"))],
+    )
+    return "Accuracy of the answer and gain of content against the look-ahead, by the tokens of a thought; thin lines are seeds"
