@@ -1,0 +1,209 @@
+"""The page of natural_text.py: every arm on every measure, and the gains of thinking, each over what it must be compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from natural_text_evaluation import BASE
+from natural_text_settings import Experiment
+
+from quietstar.evaluation.intervals import mean_interval
+from quietstar.files.pictures import save
+from quietstar.files.reading import read_json
+from quietstar.files.writing import write_whole
+
+# Of one model and one measure: for each seed a value for each text or question.
+Scores = list[list[float]]
+
+LOSS = "held-out loss"
+MEASURES = {
+    LOSS: "nats per token",
+    "GSM8K, probability": "of the right answer, among answer tokens",
+    "GSM8K, exact match": "of the greedy answer",
+    "CommonsenseQA, probability": "of the right answer, among answer tokens",
+    "CommonsenseQA, exact match": "of the greedy answer",
+}
+TASKS = {"gsm8k": "GSM8K", "commonsense_qa": "CommonsenseQA"}
+START, PLAIN = "base model", "trained without thoughts"
+WITHOUT, OWN, ANOTHER = "without a thought", "own thoughts", "another text's thoughts"
+CONSTANT, RANDOM = "one constant thought", "random tokens"
+WAYS = {"base": WITHOUT, "own": OWN, "another": ANOTHER, "constant": CONSTANT, "random": RANDOM}
+# Each gain of an arm that thinks: of the first over the second. Both parts first, then what own thoughts must beat besides.
+GAINS = {
+    "thinking": (OWN, WITHOUT),
+    "- of mixing": (ANOTHER, WITHOUT),
+    "- of content": (OWN, ANOTHER),
+    "over one constant thought": (OWN, CONSTANT),
+    "over random tokens": (OWN, RANDOM),
+    "over training without thoughts": (OWN, PLAIN),
+    "over the base model": (OWN, START),
+}
+NEEDED = ("- of content", "over one constant thought", "over training without thoughts")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over texts or questions of the mean over seeds, with its 95 % interval over texts or questions."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: list[float]
+
+    @classmethod
+    def of(cls, scores: Scores) -> Figure:
+        return cls(*mean_interval([fmean(unit) for unit in zip(*scores, strict=True)]), [fmean(seed) for seed in scores])
+
+    @classmethod
+    def gain(cls, first: Scores, second: Scores, less: bool) -> Figure:
+        """What the first gain over the second, text by text; with ``less``, smaller values are better."""
+        sign = -1 if less else 1
+        pairs = zip(first, second * len(first) if len(second) == 1 else second, strict=True)
+        return cls.of([[sign * (x - y) for x, y in zip(one, other, strict=True)] for one, other in pairs])
+
+
+def write(e: Experiment) -> str:
+    """Write report.md, results.json and, with matplotlib, report.png; returns the page."""
+    rows = {name: {measure: Figure.of(scores) for measure, scores in row.items()} for name, row in collect(e).items()}
+    gains = {arm: gains_of(e, arm) for arm in e.arms if arm != "plain"}
+    values = {
+        "rows": {name: {measure: vars(figure) for measure, figure in row.items()} for name, row in rows.items()},
+        "gains": {arm: {f"{name}: {m}": vars(x) for (name, m), x in found.items()} for arm, found in gains.items()},
+    }
+    write_whole(e.folder / "results.json", json.dumps(values, indent=1) + "\n")
+    drawn = bool(gains) and draw(gains, e.folder / "report.png")
+    page = "\n\n".join(sections(e, rows, gains, drawn)) + "\n"
+    write_whole(e.folder / "report.md", page)
+    return page
+
+
+def collect(e: Experiment) -> dict[str, dict[str, Scores]]:
+    """The scores of each row of the first table, by measure."""
+    rows = {START: of_model([read(e, BASE)], "base")}
+    for arm in e.arms:
+        found = [read(e, f"{arm}-{seed}") for seed in range(e.seeds)]
+        if arm == "plain":
+            rows[PLAIN] = of_model(found, "base")
+        else:
+            rows |= {f"{arm}, {name}": of_model(found, way) for way, name in WAYS.items()}
+    return rows
+
+
+def read(e: Experiment, name: str) -> dict[str, Any]:
+    """What was measured of one model: losses, and the questions of each task."""
+    folder, found = e.folder / name, {}
+    found["losses"] = read_json(folder / "losses.json", dict[str, Any])
+    for task in TASKS:
+        blocks = [read_json(path, dict[str, Any])["questions"] for path in sorted(folder.glob(f"{task}-*.json"))]
+        found[task] = [question for block in blocks for question in block]
+    return found
+
+
+def of_model(found: list[dict[str, Any]], way: str) -> dict[str, Scores]:
+    """The scores with one kind of thoughts; questions are asked without thoughts and with own ones alone."""
+    scores = {LOSS: [one["losses"][way] for one in found]}
+    mode = {"base": "base", "own": "thinking"}.get(way)
+    for task, title in TASKS.items() if mode else ():
+        scores[f"{title}, probability"] = [[q[mode]["probability"] for q in one[task]] for one in found]
+        scores[f"{title}, exact match"] = [[float(q[mode]["extracted"] == q["answer"]) for q in one[task]] for one in found]
+    return scores
+
+
+def gains_of(e: Experiment, arm: str) -> dict[tuple[str, str], Figure]:
+    """The gains of an arm, by name and measure, where both sides were measured."""
+    rows, found = collect(e), {}
+    for name, (first, second) in GAINS.items():
+        one, other = rows[f"{arm}, {first}"], rows.get(second) or rows.get(f"{arm}, {second}", {})
+        for measure in MEASURES:
+            if measure in one and measure in other:
+                found[name, measure] = Figure.gain(one[measure], other[measure], less=measure == LOSS)
+    return found
+
+
+def sections(
+    e: Experiment, rows: dict[str, dict[str, Figure]], gains: dict[str, dict[tuple[str, str], Figure]], drawn: bool
+) -> Iterator[str]:
+    data = read_json(e.folder / "data.json", dict[str, Any])
+    asked = " and ".join(f"{data[task]:,} questions of {title}" for task, title in TASKS.items())
+    tokens = e.steps * e.batch_size * e.length
+    yield "# Quiet-STaR on natural text"
+    yield (
+        f"Model `{e.model}`, text `{e.data}`. Each arm is trained {e.seeds} times on {tokens:,} tokens in {e.steps:,} steps. "
+        f"{data['held_out']:,} held-out texts, {asked}, zero-shot. Means over seeds, with 95 % intervals over texts or "
+        f"questions. All phases took {hours(e):.2f} hours."
+    )
+    yield table(["", *MEASURES], [[name, *(cell(row.get(m), m) for m in MEASURES)] for name, row in rows.items()])
+    yield "\n".join(f"- {name}: {what}" for name, what in MEASURES.items())
+    for arm, found in gains.items():
+        yield f"## What thinking gains: {arm}"
+        if drawn:
+            yield f"![The gains with their intervals](report.png)" if arm == next(iter(gains)) else ""
+        names = list(dict.fromkeys(name for name, _ in found))
+        yield table(["gain", *MEASURES], [[n, *(cell(found.get((n, m)), m, "+") for m in MEASURES)] for n in names])
+        yield verdict(found)
+        if e.seeds > 1:
+            content = found["- of content", LOSS]
+            yield f"Gain of content by seed: {', '.join(f'{seed:+.4f}' for seed in content.seeds)}."
+
+
+def verdict(found: dict[tuple[str, str], Figure]) -> str:
+    """Thinking helped if own thoughts predict held-out text better than everything in ``NEEDED``."""
+    compared = {name: found[name, LOSS] for name in NEEDED if (name, LOSS) in found}
+    failed = [name.removeprefix("- ") for name, gain in compared.items() if gain.low is None or gain.low <= 0]
+    if len(compared) < len(NEEDED):
+        return "Whether thinking helped can't be said: there is no arm `plain` to compare it with."
+    if failed:
+        return f"Thinking is not shown to help on held-out text. Not above 0 with its interval: gain {', '.join(failed)}."
+    return "Thinking helped on held-out text: its gains of content, over a constant thought and over plain training are above 0."
+
+
+def hours(e: Experiment) -> float:
+    """Of all phases, without what was lost when one was stopped; for training the sum of its steps."""
+    results = [read_json(path, dict[str, Any]) for path in e.folder.glob("*/*.json") if path.name != "options.json"]
+    return sum(x.get("training_seconds", x.get("seconds", 0)) for x in results) / 3600
+
+
+def cell(figure: Figure | None, measure: str, sign: str = "") -> str:
+    if figure is None:
+        return ""
+    scale, digits = (1, 4) if measure == LOSS else (100, 1)
+    mean, *ends = (None if x is None else f"{scale * x:{sign}.{digits}f}" for x in (figure.mean, figure.low, figure.high))
+    return f"{mean}{'' if scale == 1 else ' %'}" + (f" ({ends[0]} to {ends[1]})" if ends[0] else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(gains: dict[str, dict[tuple[str, str], Figure]], path: Path) -> bool:
+    """A plot of the gains in held-out loss, and one of those in the answers; False without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(11, 4), layout="constrained")
+    for axes, of_loss in zip(picture.subplots(1, 2), (True, False), strict=True):
+        for number, (arm, found) in enumerate(gains.items()):
+            chosen = {
+                (name if of_loss else f"{name}: {measure}"): figure
+                for (name, measure), figure in found.items()
+                if (measure == LOSS) == of_loss and (of_loss or name in ("thinking", "over training without thoughts"))
+            }
+            means = [figure.mean * (1 if of_loss else 100) for figure in chosen.values()]
+            half = [(figure.high or figure.mean) - figure.mean for figure in chosen.values()]
+            places = [place + 0.2 * number for place in range(len(chosen))]
+            axes.errorbar(means, places, xerr=[x * (1 if of_loss else 100) for x in half], fmt="o", capsize=3, label=arm)
+            axes.set_yticks(range(len(chosen)), chosen)
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel("gain on held-out text, nats per token" if of_loss else "gain, points")
+    picture.axes[0].legend(frameon=False)
+    save(picture, path)
+    return True
