@@ -30,6 +30,7 @@ import tyro
 from natural_text_cost import Machine, cost
 from natural_text_settings import Experiment
 from natural_text_tiny import TINY, with_files
+from transformers.utils import logging
 from tyro.conf import OmitArgPrefixes, arg
 
 from quietstar.checkpoints.pretrained import load_tokenizer
@@ -79,7 +80,8 @@ def freeze_data(e: Experiment) -> dict[str, Any]:
     asked = {}
     for task, split in SPLITS.items():
         source = getattr(e, task)
-        rows = [row for _, row in json_lines(Path(source))] if source.endswith(".jsonl") else hub_rows(source, split, e.questions)
+        of_file = source.endswith(".jsonl")
+        rows = [row for _, row in json_lines(Path(source))] if of_file else hub_rows(source, split, e.questions)
         write_rows(e.folder / f"{task}.jsonl", rows[: e.questions])
         asked[task] = len(rows[: e.questions])
     config = DataConfig(str(e.texts_file), length=e.length, held_out=e.held_out)
@@ -144,6 +146,7 @@ class Command:
 
 
 def main(arguments: list[str]) -> int:
+    logging.disable_progress_bar()
     tiny = "--tiny" in arguments  # known before the rest is read, since the defaults depend on it
     command = tyro.cli(Command, args=arguments, default=Command(TINY if tiny else Experiment(), tiny=tiny))
     e = with_files(command.experiment) if tiny else command.experiment
@@ -157,6 +160,7 @@ def main(arguments: list[str]) -> int:
             began = time.perf_counter()
             found = phase.work()
             seconds = time.perf_counter() - began
+            phase.result.parent.mkdir(exist_ok=True)
             write_whole(phase.result, json.dumps({"seconds": seconds, **found}) + "\n")
             print(f"{phase.result}: done, {seconds:.0f} s", flush=True)
     print(natural_text_report.write(e))
@@ -164,4 +168,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"natural_text.py: {error}")

@@ -19,7 +19,7 @@ from quietstar.checkpoints.pretrained import load_config
 from quietstar.memory.processes import Processes, count_weights, gathered_dtype, process_memory
 from quietstar.memory.step import human, step_memory
 
-# Where nothing is read before the estimate: GSM8K's test split and CommonsenseQA's validation split, and a guess of their prompts.
+# The questions of GSM8K's test split and CommonsenseQA's validation split, and a guess of how long a prompt is.
 QUESTIONS = {"gsm8k": 1319, "commonsense_qa": 1221}
 PROMPT = 128  # tokens
 CONTROLS = 4  # own thoughts, another text's, constant, random
@@ -120,7 +120,7 @@ def memory(e: Experiment, config: Any) -> str:
     peak = process_memory(step, count_weights(config), processes).peak(e.checkpointing)
     checkpoint = 3 * count_weights(config).bytes(torch.float32)
     return (
-        f"memory, as quietstar doctor estimates it: {human(peak)} on each GPU, for {texts} texts of {e.length} tokens at a time\n"
+        f"memory, as quietstar doctor estimates it: {human(peak)} on each GPU, {texts} texts of {e.length} tokens at a time\n"
         f"disk: {human((len(e.arms) * e.seeds + 1) * checkpoint)} for checkpoints with their optimizer state"
     )
 
@@ -152,8 +152,7 @@ def hours(e: Experiment, config: Any, machine: Machine) -> str:
             "",
             "An estimate, not a measurement. Hours are the larger of two: the operations at "
             f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s,",
-            f"and the passes in a row, each of {model.layers} layers at {machine.layer_ms:g} ms. Answers are taken to have full "
-            "length, and prompts",
-            f"{PROMPT} tokens. Reading data, saving and the evaluations during training come on top.",
+            f"and the passes in a row, each of {model.layers} layers at {machine.layer_ms:g} ms. Answers are taken to have "
+            f"full length,\nand prompts {PROMPT} tokens. Reading data, saving and the evaluations during training come on top.",
         ]
     )

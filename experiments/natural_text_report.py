@@ -1,4 +1,4 @@
-"""The page of natural_text.py: every arm on every measure, and the gains of thinking, each over what it must be compared with."""
+"""The page of natural_text.py: every arm on every measure, and what thinking gains over each of its controls."""
 
 from __future__ import annotations
 
@@ -140,10 +140,10 @@ def sections(
     )
     yield table(["", *MEASURES], [[name, *(cell(row.get(m), m) for m in MEASURES)] for name, row in rows.items()])
     yield "\n".join(f"- {name}: {what}" for name, what in MEASURES.items())
+    if drawn:
+        yield "![Gains of thinking with their intervals](report.png)"
     for arm, found in gains.items():
         yield f"## What thinking gains: {arm}"
-        if drawn:
-            yield f"![The gains with their intervals](report.png)" if arm == next(iter(gains)) else ""
         names = list(dict.fromkeys(name for name, _ in found))
         yield table(["gain", *MEASURES], [[n, *(cell(found.get((n, m)), m, "+") for m in MEASURES)] for n in names])
         yield verdict(found)
@@ -155,12 +155,16 @@ def sections(
 def verdict(found: dict[tuple[str, str], Figure]) -> str:
     """Thinking helped if own thoughts predict held-out text better than everything in ``NEEDED``."""
     compared = {name: found[name, LOSS] for name in NEEDED if (name, LOSS) in found}
-    failed = [name.removeprefix("- ") for name, gain in compared.items() if gain.low is None or gain.low <= 0]
+    failed = [short(name) for name, gain in compared.items() if gain.low is None or gain.low <= 0]
     if len(compared) < len(NEEDED):
         return "Whether thinking helped can't be said: there is no arm `plain` to compare it with."
     if failed:
         return f"Thinking is not shown to help on held-out text. Not above 0 with its interval: gain {', '.join(failed)}."
-    return "Thinking helped on held-out text: its gains of content, over a constant thought and over plain training are above 0."
+    return f"Thinking helped on held-out text. Above 0 with their intervals: gain {', '.join(map(short, NEEDED))}."
+
+
+def short(name: str) -> str:
+    return name.removeprefix("- ")
 
 
 def hours(e: Experiment) -> float:

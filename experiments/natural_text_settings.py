@@ -46,9 +46,7 @@ class Experiment:
     steps: Annotated[int, arg(help="optimizer steps")] = 1000
     batch_size: Annotated[int, arg(help="texts per step, over all GPUs")] = 8
     accumulation: Annotated[int, arg(help="parts of a step, to save memory")] = field(default=1, metadata=MAY_DIFFER)
-    checkpointing: Annotated[bool, arg(help="recompute activations, to save memory")] = field(
-        default=True, metadata=MAY_DIFFER
-    )
+    checkpointing: Annotated[bool, arg(help="recompute activations, to save memory")] = field(default=True, metadata=MAY_DIFFER)
     save_every: Annotated[int, arg(help="steps between checkpoints")] = field(default=100, metadata=MAY_DIFFER)
     precision: Annotated[Literal["no", "bf16"], arg(help="of training and evaluation; weights are trained in fp32")] = "bf16"
     gpus: Annotated[int, arg(help="GPUs to train on; evaluation uses one")] = field(default=1, metadata=MAY_DIFFER)

@@ -59,7 +59,10 @@ def with_files(e: Experiment) -> Experiment:
 def sum_of(i: int) -> dict[str, object]:
     """A question in the form of GSM8K."""
     a, b = 3 + i, 5 + 7 * i
-    return {"question": f"Ann has {a} pens and buys {b}. How many has she?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
+    return {
+        "question": f"Ann has {a} pens and buys {b}. How many has she?",
+        "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}",
+    }
 
 
 def larger_of(i: int) -> dict[str, object]:
