@@ -70,8 +70,9 @@ class Figure:
 
 def write(e: Experiment) -> str:
     """Write report.md, results.json and, with matplotlib, report.png; returns the page."""
-    rows = {name: {measure: Figure.of(scores) for measure, scores in row.items()} for name, row in collect(e).items()}
-    gains = {arm: gains_of(e, arm) for arm in e.arms if arm != "plain"}
+    scores = collect(e)
+    rows = {name: {measure: Figure.of(values) for measure, values in row.items()} for name, row in scores.items()}
+    gains = {arm: gains_of(scores, arm) for arm in e.arms if arm != "plain"}
     values = {
         "rows": {name: {measure: vars(figure) for measure, figure in row.items()} for name, row in rows.items()},
         "gains": {arm: {f"{name}: {m}": vars(x) for (name, m), x in found.items()} for arm, found in gains.items()},
@@ -115,9 +116,9 @@ def of_model(found: list[dict[str, Any]], way: str) -> dict[str, Scores]:
     return scores
 
 
-def gains_of(e: Experiment, arm: str) -> dict[tuple[str, str], Figure]:
+def gains_of(rows: dict[str, dict[str, Scores]], arm: str) -> dict[tuple[str, str], Figure]:
     """The gains of an arm, by name and measure, where both sides were measured."""
-    rows, found = collect(e), {}
+    found = {}
     for name, (first, second) in GAINS.items():
         one, other = rows[f"{arm}, {first}"], rows.get(second) or rows.get(f"{arm}, {second}", {})
         for measure in MEASURES:
