@@ -13,7 +13,7 @@ from typing import Any
 from natural_text_evaluation import BASE
 from natural_text_settings import Experiment
 
-from quietstar.evaluation.intervals import mean_interval
+from quietstar.evaluation.intervals import mean_interval, wilson
 from quietstar.files.pictures import save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
@@ -29,6 +29,7 @@ MEASURES = {
     "CommonsenseQA, probability": "of the right answer, among answer tokens",
     "CommonsenseQA, exact match": "of the greedy answer",
 }
+SHARES = ("GSM8K, exact match", "CommonsenseQA, exact match")
 TASKS = {"gsm8k": "GSM8K", "commonsense_qa": "CommonsenseQA"}
 START, PLAIN = "base model", "trained without thoughts"
 WITHOUT, OWN, ANOTHER = "without a thought", "own thoughts", "another text's thoughts"
@@ -49,7 +50,10 @@ NEEDED = ("- of content", "over one constant thought", "over training without th
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over texts or questions of the mean over seeds, with its 95 % interval over texts or questions."""
+    """A mean over texts or questions of the mean over seeds, with its 95 % interval over texts or questions.
+
+    The interval of a share of right answers is Wilson's, others are normal approximations.
+    """
 
     mean: float
     low: float | None
@@ -57,8 +61,12 @@ class Figure:
     seeds: list[float]
 
     @classmethod
-    def of(cls, scores: Scores) -> Figure:
-        return cls(*mean_interval([fmean(unit) for unit in zip(*scores, strict=True)]), [fmean(seed) for seed in scores])
+    def of(cls, scores: Scores, share: bool = False) -> Figure:
+        units = [fmean(unit) for unit in zip(*scores, strict=True)]
+        mean, low, high = mean_interval(units)
+        if share:
+            low, high = wilson(round(mean * len(units)), len(units))
+        return cls(mean, low, high, [fmean(seed) for seed in scores])
 
     @classmethod
     def gain(cls, first: Scores, second: Scores, less: bool) -> Figure:
@@ -71,7 +79,9 @@ class Figure:
 def write(e: Experiment) -> str:
     """Write report.md, results.json and, with matplotlib, report.png; returns the page."""
     scores = collect(e)
-    rows = {name: {measure: Figure.of(values) for measure, values in row.items()} for name, row in scores.items()}
+    rows = {
+        name: {measure: Figure.of(values, measure in SHARES) for measure, values in row.items()} for name, row in scores.items()
+    }
     gains = {arm: gains_of(scores, arm) for arm in e.arms if arm != "plain"}
     values = {
         "rows": {name: {measure: vars(figure) for measure, figure in row.items()} for name, row in rows.items()},

@@ -9,25 +9,26 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from quietstar import ThoughtConfig
-from quietstar.config import MAY_DIFFER, Dtype
+from quietstar.config import MAY_DIFFER, Dtype, TrainConfig
 
-Arm = Literal["plain", "official", "paper", "no-reinforce"]
+Arm = Literal["plain", "official", "paper", "small", "no-reinforce"]
 
 # What the arms train with. The plain one has the text's own loss alone; its single thought a text is not trained.
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"thoughts": 1, "thought_tokens": 1, "anchors": "every", "base_weight": 1, "mix_weight": 0, "policy_weight": 0},
     "official": {"preset": "official"},
     "paper": {"preset": "paper"},
+    "small": {"preset": "small"},
     "no-reinforce": {"preset": "official", "policy_weight": 0},
 }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Model, data, arms and lengths. Learning rate, warm-up and weight decay are those of ``quietstar train``.
+    """Model, data, arms and lengths. Warm-up, schedule and weight decay are those of ``quietstar train``.
 
     Raises:
-        ValueError: a number below 1, or an arm twice.
+        ValueError: a number of 0 or less, or an arm twice.
     """
 
     out: Annotated[str, arg(help="folder of the experiment")] = field(default="runs/natural-text", metadata=MAY_DIFFER)
@@ -45,6 +46,7 @@ class Experiment:
     lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = ThoughtConfig.lookahead
     steps: Annotated[int, arg(help="optimizer steps")] = 1000
     batch_size: Annotated[int, arg(help="texts per step, over all GPUs")] = 8
+    learning_rate: Annotated[float, arg(help="of all arms; 1e-3 with the arm small")] = TrainConfig.learning_rate
     accumulation: Annotated[int, arg(help="parts of a step, to save memory")] = field(default=1, metadata=MAY_DIFFER)
     checkpointing: Annotated[bool, arg(help="recompute activations, to save memory")] = field(default=True, metadata=MAY_DIFFER)
     save_every: Annotated[int, arg(help="steps between checkpoints")] = field(default=100, metadata=MAY_DIFFER)
@@ -61,8 +63,8 @@ class Experiment:
     def __post_init__(self) -> None:
         for number in fields(self):
             value = getattr(self, number.name)
-            if type(value) is int and value < 1:
-                raise ValueError(f"Experiment: {number.name} must be 1 or more, got {value}")
+            if type(value) in (int, float) and value <= 0:
+                raise ValueError(f"Experiment: {number.name} must be above 0, got {value}")
         if len(set(self.arms)) < len(self.arms):
             raise ValueError(f"Experiment: arms must be different, got {', '.join(self.arms)}")
         for arm in self.arms:
@@ -88,7 +90,8 @@ class Experiment:
 
     def training(self, arm: str, seed: int, out: Path) -> dict[str, Any]:
         """The options of ``quietstar train`` for one arm, by name."""
-        shared = ("model", "held_out", "length", "steps", "batch_size", "accumulation", "save_every", "precision")
+        shared = ("model", "held_out", "length", "steps", "batch_size", "accumulation", "learning_rate")
+        shared += ("save_every", "precision")
         return {name: getattr(self, name) for name in shared} | {
             **self.thought_config(arm).to_dict(),
             "data": str(self.texts_file),
