@@ -141,7 +141,7 @@ class Command:
 
     experiment: OmitArgPrefixes[Experiment]
     machine: OmitArgPrefixes[Machine] = field(default_factory=Machine)
-    tiny: Annotated[bool, arg(help="a random model and a few texts, on a CPU; changes the defaults above")] = False
+    tiny: Annotated[bool, arg(help="a random model and a few texts instead of these defaults, on a CPU")] = False
     cost: Annotated[bool, arg(help="print what the experiment would cost, and run nothing")] = False
 
 
