@@ -13,6 +13,7 @@ result would mean.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def freeze_data(e: Experiment) -> dict[str, Any]:
 def train(e: Experiment, arm: str, seed: int) -> dict[str, Any]:
     """``quietstar train``, which resumes from its last checkpoint, in this process or in one for each GPU."""
     evaluation.model.cache_clear()
+    gc.collect()  # of the training before, what refers to itself in a circle
     out = e.folder / f"{arm}-{seed}"
     options = out / "options.json"
     out.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,12 @@ class Machine:
     """What the estimate assumes of a GPU."""
 
     tflops: Annotated[float, arg(help="for --cost: peak of a GPU in bf16; the H100 SXM's by its data sheet")] = 989.0
+    tflops_fp32: Annotated[float, arg(help="for --cost: the same in fp32, for evaluation")] = 67.0
     utilization: Annotated[float, arg(help="for --cost: share of the peak that large batches reach, an assumption")] = 0.25
     layer_ms: Annotated[float, arg(help="for --cost: time of a layer where it waits for launches, an assumption")] = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("tflops", "utilization", "layer_ms"):
+        for name in ("tflops", "tflops_fp32", "utilization", "layer_ms"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Machine: {name} must be above 0, got {getattr(self, name)}")
 
@@ -138,10 +139,12 @@ def hours(e: Experiment, config: Any, machine: Machine) -> str:
         rows.append(("held-out texts, with all thoughts", models, model.losses(e, T, CONTROLS)))
         both = ((task, model.answers(e, task, T) + model.answers(e, task, 0)) for task in QUESTIONS)
         rows += [(f"{task}, with and without", models, work) for task, work in both]
-    speed, wait = machine.tflops * 1e12 * machine.utilization, machine.layer_ms / 1000 * model.layers
+    wait = machine.layer_ms / 1000 * model.layers
     lines = [f"{'':<36}{'times':>6}{'PFLOP each':>12}{'in a row':>10}{'GPU hours':>11}"]
     total = 0.0
     for name, times, work in rows:
+        in_bf16 = e.precision == "bf16" and name.startswith("training")
+        speed = 1e12 * machine.utilization * (machine.tflops if in_bf16 else machine.tflops_fp32)
         spent = times * max(work.operations / speed, work.passes * wait) / 3600
         total += spent
         lines.append(f"{name:<36}{times:>6}{work.operations / 1e15:>12,.1f}{work.passes:>10,}{spent:>11.2f}")
@@ -151,7 +154,7 @@ def hours(e: Experiment, config: Any, machine: Machine) -> str:
             *lines,
             "",
             "An estimate, not a measurement. Hours are the larger of two: the operations at "
-            f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s,",
+            f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s in bf16 or {machine.tflops_fp32:g} in fp32,",
             f"and the passes in a row, each of {model.layers} layers at {machine.layer_ms:g} ms. Answers are taken to have "
             f"full length,\nand prompts {PROMPT} tokens. Reading data, saving and the evaluations during training come on top.",
         ]

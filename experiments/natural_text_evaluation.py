@@ -12,7 +12,7 @@ from natural_text_settings import Experiment
 
 from quietstar import QuietStar
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.cli.loading import load_model
+from quietstar.cli.loading import load_checkpoint, load_model
 from quietstar.evaluation.control_thoughts import with_constant_thoughts, with_random_thoughts
 from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
 from quietstar.evaluation.losses import TokenLosses, token_losses
@@ -25,13 +25,15 @@ BASE = "base"  # the name of the model that nothing was trained of
 
 @lru_cache(maxsize=1)
 def model(e: Experiment, name: str) -> QuietStar:
-    """The model of the folder ``name``, to evaluate; kept until another is asked for, or ``model.cache_clear()``."""
+    """The model of the folder ``name``, fp32, to evaluate; kept until another is asked for, or ``model.cache_clear()``.
+
+    In bf16, most of the small steps that it was trained with would be rounded away.
+    """
     model.cache_clear()  # before, or two would be on the GPU at once
-    if name == BASE:
-        qs = load_model(e.model, e.thought_config("plain"), load_tokenizer(e.model), e.dtype)
-    else:
-        qs = QuietStar.from_pretrained(e.folder / name, dtype=e.dtype)
-    return qs.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if name != BASE:
+        return load_checkpoint(str(e.folder / name))
+    qs = load_model(e.model, e.thought_config("plain"), load_tokenizer(e.model), "float32").eval()
+    return qs.to("cuda") if torch.cuda.is_available() else qs
 
 
 def held_out_losses(qs: QuietStar, texts: Sequence[Example], thinks: bool, batch_size: int) -> dict[str, list[float]]:

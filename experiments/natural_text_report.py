@@ -13,6 +13,7 @@ from typing import Any
 from natural_text_evaluation import BASE
 from natural_text_settings import Experiment
 
+from quietstar.cli.entry import versions
 from quietstar.evaluation.intervals import mean_interval, wilson
 from quietstar.files.pictures import save
 from quietstar.files.reading import read_json
@@ -84,6 +85,7 @@ def write(e: Experiment) -> str:
     }
     gains = {arm: gains_of(scores, arm) for arm in e.arms if arm != "plain"}
     values = {
+        "versions": versions(),
         "rows": {name: {measure: vars(figure) for measure, figure in row.items()} for name, row in rows.items()},
         "gains": {arm: {f"{name}: {m}": vars(x) for (name, m), x in found.items()} for arm, found in gains.items()},
     }
@@ -147,7 +149,7 @@ def sections(
     yield (
         f"Model `{e.model}`, text `{e.data}`. Each arm is trained {e.seeds} times on {tokens:,} tokens in {e.steps:,} steps. "
         f"{data['held_out']:,} held-out texts, {asked}, zero-shot. Means over seeds, with 95 % intervals over texts or "
-        f"questions. All phases took {hours(e):.2f} hours."
+        f"questions. All phases took {hours(e):.2f} hours, with {versions()}."
     )
     yield table(["", *MEASURES], [[name, *(cell(row.get(m), m) for m in MEASURES)] for name, row in rows.items()])
     yield "\n".join(f"- {name}: {what}" for name, what in MEASURES.items())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from quietstar import ThoughtConfig
-from quietstar.config import MAY_DIFFER, Dtype, TrainConfig
+from quietstar.config import MAY_DIFFER, TrainConfig
 
 Arm = Literal["plain", "official", "paper", "small", "no-reinforce"]
 
@@ -50,7 +50,7 @@ class Experiment:
     accumulation: Annotated[int, arg(help="parts of a step, to save memory")] = field(default=1, metadata=MAY_DIFFER)
     checkpointing: Annotated[bool, arg(help="recompute activations, to save memory")] = field(default=True, metadata=MAY_DIFFER)
     save_every: Annotated[int, arg(help="steps between checkpoints")] = field(default=100, metadata=MAY_DIFFER)
-    precision: Annotated[Literal["no", "bf16"], arg(help="of training and evaluation; weights are trained in fp32")] = "bf16"
+    precision: Annotated[Literal["no", "bf16"], arg(help="of training; weights and evaluation are in fp32")] = "bf16"
     gpus: Annotated[int, arg(help="GPUs to train on; evaluation uses one")] = field(default=1, metadata=MAY_DIFFER)
     gsm8k: Annotated[str, arg(help="questions: a data set on the hub or a .jsonl file")] = "openai/gsm8k:main"
     commonsense_qa: Annotated[str, arg(help="the same, of its split validation")] = "tau/commonsense_qa"
@@ -78,11 +78,6 @@ class Experiment:
     def texts_file(self) -> Path:
         """The texts as they were read at first, so that a data set that changes changes nothing."""
         return self.folder / "texts.jsonl"
-
-    @property
-    def dtype(self) -> Dtype:
-        """Of the weights in evaluation."""
-        return "bfloat16" if self.precision == "bf16" else "float32"
 
     def thought_config(self, arm: str) -> ThoughtConfig:
         own = {"thoughts": self.thoughts, "thought_tokens": self.thought_tokens, "lookahead": self.lookahead}

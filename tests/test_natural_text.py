@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 COMMAND = [sys.executable, str(FOLDER / "natural_text.py"), "--tiny", "--seeds=1", "--steps=8"]
@@ -112,7 +112,7 @@ def test_cost_grows_with_what_is_asked_for(scripts, tiny):
     assert operations(replace(tiny, checkpointing=True)) > operations(tiny)
     assert operations(tiny) > 5 * operations(tiny, tiny.thought_config("plain"))
     text = costs.cost(tiny, costs.Machine())
-    assert "An estimate, not a measurement" in text and "25% of 989 TFLOP/s" in text
+    assert "An estimate, not a measurement" in text and "25% of 989 TFLOP/s in bf16" in text
     slow = costs.hours(tiny, config, costs.Machine(layer_ms=3.6e6))  # an hour for each layer of each pass
     assert "gsm8k, without thoughts" in slow
     line = next(line for line in slow.splitlines() if line.startswith("gsm8k, without"))
@@ -185,3 +185,15 @@ def test_killed_and_resumed_it_measures_the_same(tmp_path):
     assert "What thinking gains: small" in (whole / "report.md").read_text()
     other = subprocess.run([*COMMAND, f"--out={whole}", "--steps=9"], env=ENVIRONMENT, capture_output=True, text=True)
     assert other.returncode and "the run there has steps=8, not 9" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_page_has_the_cost_of_today(scripts, tmp_path):
+    """With the sizes in the published config.json of Qwen3-0.6B-Base, since nothing is downloaded here."""
+    page = (FOLDER.parent / "docs/natural-text.md").read_text()
+    on_page = page.split("<!-- cost: begin")[1].split("```")[1].strip()
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936}
+    Qwen3Config(**sizes, **heads).save_pretrained(tmp_path)
+    costs, settings = scripts("natural_text_cost"), scripts("natural_text_settings")
+    assert costs.cost(settings.Experiment(model=str(tmp_path)), costs.Machine()).strip() == on_page
