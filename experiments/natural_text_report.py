@@ -15,7 +15,7 @@ from natural_text_settings import Experiment
 
 from quietstar.cli.entry import versions
 from quietstar.evaluation.intervals import mean_interval, wilson
-from quietstar.files.pictures import save
+from quietstar.files.pictures import legend_below, save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
 
@@ -36,17 +36,18 @@ START, PLAIN = "base model", "trained without thoughts"
 WITHOUT, OWN, ANOTHER = "without a thought", "own thoughts", "another text's thoughts"
 CONSTANT, RANDOM = "one constant thought", "random tokens"
 WAYS = {"base": WITHOUT, "own": OWN, "another": ANOTHER, "constant": CONSTANT, "random": RANDOM}
+OVER_PLAIN = "over training without thoughts"
 # Each gain of an arm that thinks: of the first over the second. Both parts first, then what own thoughts must beat besides.
 GAINS = {
-    "thinking": (OWN, WITHOUT),
-    "- of mixing": (ANOTHER, WITHOUT),
-    "- of content": (OWN, ANOTHER),
+    "of thinking": (OWN, WITHOUT),
+    "of mixing": (ANOTHER, WITHOUT),
+    "of content": (OWN, ANOTHER),
     "over one constant thought": (OWN, CONSTANT),
     "over random tokens": (OWN, RANDOM),
-    "over training without thoughts": (OWN, PLAIN),
+    OVER_PLAIN: (OWN, PLAIN),
     "over the base model": (OWN, START),
 }
-NEEDED = ("- of content", "over one constant thought", "over training without thoughts")
+NEEDED = ("of content", "over one constant thought", OVER_PLAIN)
 
 
 @dataclass(frozen=True)
@@ -159,25 +160,21 @@ def sections(
         yield f"## What thinking gains: {arm}"
         names = list(dict.fromkeys(name for name, _ in found))
         yield table(["gain", *MEASURES], [[n, *(cell(found.get((n, m)), m, "+") for m in MEASURES)] for n in names])
-        yield verdict(found)
+        yield f"In nats per token, and in percentage points. Thinking is mixing and content together. {verdict(found)}"
         if e.seeds > 1:
-            content = found["- of content", LOSS]
+            content = found["of content", LOSS]
             yield f"Gain of content by seed: {', '.join(f'{seed:+.4f}' for seed in content.seeds)}."
 
 
 def verdict(found: dict[tuple[str, str], Figure]) -> str:
     """Thinking helped if own thoughts predict held-out text better than everything in ``NEEDED``."""
     compared = {name: found[name, LOSS] for name in NEEDED if (name, LOSS) in found}
-    failed = [short(name) for name, gain in compared.items() if gain.low is None or gain.low <= 0]
+    failed = [name for name, gain in compared.items() if gain.low is None or gain.low <= 0]
     if len(compared) < len(NEEDED):
         return "Whether thinking helped can't be said: there is no arm `plain` to compare it with."
     if failed:
         return f"Thinking is not shown to help on held-out text. Not above 0 with its interval: gain {', '.join(failed)}."
-    return f"Thinking helped on held-out text. Above 0 with their intervals: gain {', '.join(map(short, NEEDED))}."
-
-
-def short(name: str) -> str:
-    return name.removeprefix("- ")
+    return f"Thinking helped on held-out text. Above 0 with their intervals: gain {', '.join(NEEDED)}."
 
 
 def hours(e: Experiment) -> float:
@@ -187,11 +184,16 @@ def hours(e: Experiment) -> float:
 
 
 def cell(figure: Figure | None, measure: str, sign: str = "") -> str:
+    """A figure of the first table; with a ``sign``, a gain, in nats or percentage points."""
     if figure is None:
         return ""
     scale, digits = (1, 4) if measure == LOSS else (100, 1)
-    mean, *ends = (None if x is None else f"{scale * x:{sign}.{digits}f}" for x in (figure.mean, figure.low, figure.high))
-    return f"{mean}{'' if scale == 1 else ' %'}" + (f" ({ends[0]} to {ends[1]})" if ends[0] else "")
+    ends = [] if figure.low is None or figure.high is None else [figure.low, figure.high]
+    if not sign and measure != LOSS:  # a normal approximation may end beyond 0 and 1
+        ends = [min(max(end, 0), 1) for end in ends]
+    mean, *shown = (f"{scale * x:{sign}.{digits}f}" for x in (figure.mean, *ends))
+    unit = "" if sign or measure == LOSS else " %"
+    return f"{mean}{unit} ({' to '.join(shown)})" if shown else f"{mean}{unit}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -200,27 +202,36 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(gains: dict[str, dict[tuple[str, str], Figure]], path: Path) -> bool:
-    """A plot of the gains in held-out loss, and one of those in the answers; False without matplotlib."""
+    """A plot of the gains on held-out text, and two of those in the answers; False without matplotlib."""
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(11, 4), layout="constrained")
-    for axes, of_loss in zip(picture.subplots(1, 2), (True, False), strict=True):
+    # The gain over the base model is mostly that of more text, on a scale of its own.
+    of_text = {name: (name, LOSS) for name in GAINS if name != "over the base model"}
+    asked = [measure for measure in MEASURES if measure != LOSS]
+    plots = {
+        "held-out text": of_text,
+        "answers, over no thoughts": {measure: ("of thinking", measure) for measure in asked},
+        "answers, over plain training": {measure: (OVER_PLAIN, measure) for measure in asked},
+    }
+    picture = Picture(figsize=(13, 3.5), layout="constrained")
+    for axes, (title, bars) in zip(picture.subplots(1, len(plots)), plots.items(), strict=True):
         for number, (arm, found) in enumerate(gains.items()):
-            chosen = {
-                (name if of_loss else f"{name}: {measure}"): figure
-                for (name, measure), figure in found.items()
-                if (measure == LOSS) == of_loss and (of_loss or name in ("thinking", "over training without thoughts"))
-            }
-            means = [figure.mean * (1 if of_loss else 100) for figure in chosen.values()]
-            half = [(figure.high or figure.mean) - figure.mean for figure in chosen.values()]
-            places = [place + 0.2 * number for place in range(len(chosen))]
-            axes.errorbar(means, places, xerr=[x * (1 if of_loss else 100) for x in half], fmt="o", capsize=3, label=arm)
-            axes.set_yticks(range(len(chosen)), chosen)
+            shown = [(place + 0.2 * number, found[key]) for place, key in enumerate(bars.values()) if key in found]
+            if not shown:
+                continue
+            scale = 1 if bars is of_text else 100
+            means = [scale * figure.mean for _, figure in shown]
+            ends = [0 if figure.high is None else scale * (figure.high - figure.mean) for _, figure in shown]
+            axes.errorbar(means, [place for place, _ in shown], xerr=ends, fmt="o", capsize=3, label=arm)
+        axes.set_yticks(range(len(bars)), bars)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("gain on held-out text, nats per token" if of_loss else "gain, points")
-    picture.axes[0].legend(frameon=False)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("gain, nats per token" if bars is of_text else "gain, points")
+        axes.locator_params(axis="x", nbins=4)
+    if len(gains) > 1:
+        legend_below(picture)
     save(picture, path)
     return True

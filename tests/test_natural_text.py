@@ -136,8 +136,8 @@ def test_what_the_gains_say(scripts):
     rows = {name: {report.LOSS: scores} for name, scores in losses.items()}
     found = report.gains_of(rows, "official")
     means = {name: round(figure.mean, 3) for (name, _), figure in found.items()}
-    assert means["thinking"] == pytest.approx(means["- of mixing"] + means["- of content"])
-    assert means["- of content"] == 0.1 and means["over the base model"] == 0.297
+    assert means["of thinking"] == pytest.approx(means["of mixing"] + means["of content"])
+    assert means["of content"] == 0.1 and means["over the base model"] == 0.297
     assert report.verdict(found).startswith("Thinking helped")
     assert found["over random tokens", report.LOSS].low < 0  # not needed for the verdict
     rows["official, own thoughts"] = rows["official, another text's thoughts"]
