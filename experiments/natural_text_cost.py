@@ -7,6 +7,7 @@ Nothing here is measured. A multiplication and an addition are two operations. A
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from quietstar.memory.step import human, step_memory
 QUESTIONS = {"gsm8k": 1319, "commonsense_qa": 1221}
 PROMPT = 128  # tokens
 CONTROLS = 4  # own thoughts, another text's, constant, random
+EVALUATIONS = 5  # before the first step and after each quarter; with own thoughts and another text's
 
 
 @dataclass(frozen=True)
@@ -113,38 +115,46 @@ def cost(e: Experiment, machine: Machine) -> str:
 
 
 def memory(e: Experiment, config: Any) -> str:
-    """Of a training step with thoughts on each GPU; the arms differ little."""
+    """Of training with thoughts on each GPU, and of evaluation; the arms differ little."""
     thoughts = e.thought_config(next((arm for arm in e.arms if arm != "plain"), "plain"))
     texts = max(1, math.ceil(e.batch_size / (e.gpus * e.accumulation)))
     processes = Processes(e.gpus, "no", torch.float32, gathered_dtype(torch.float32, e.precision))
-    step = step_memory(config, thoughts, texts, e.length, processes.computed)
-    peak = process_memory(step, count_weights(config), processes).peak(e.checkpointing)
-    checkpoint = 3 * count_weights(config).bytes(torch.float32)
-    return (
-        f"memory, as quietstar doctor estimates it: {human(peak)} on each GPU, {texts} texts of {e.length} tokens at a time\n"
-        f"disk: {human((len(e.arms) * e.seeds + 1) * checkpoint)} for checkpoints with their optimizer state"
+    weights = count_weights(config)
+    step = process_memory(step_memory(config, thoughts, texts, e.length, processes.computed), weights, processes)
+    one = ThoughtConfig(thoughts=1, thought_tokens=e.thought_tokens, lookahead=1)
+    held_out = step_memory(config, one, e.eval_batch, e.length)
+    checkpoint = 3 * weights.bytes(torch.float32)
+    return "\n".join(
+        [
+            f"memory of training: {human(step.peak(e.checkpointing))} on each GPU, {texts} texts at a time",
+            f"memory of evaluation: {human(held_out.weights + held_out.rollout)}, {e.eval_batch} texts at a time",
+            f"disk: {human((len(e.arms) * e.seeds + 1) * checkpoint)} for checkpoints with their optimizer state",
+        ]
     )
 
 
+def works(e: Experiment, model: Model) -> Iterator[tuple[str, int, Work, str]]:
+    """What is done, how often, the work of each time, and its precision."""
+    T, arms = e.thought_tokens, {arm: e.thought_config(arm) for arm in e.arms}
+    models = e.seeds * sum(arm != "plain" for arm in arms)
+    others = 1 + e.seeds * len(arms) - models  # the base model and the plain ones
+    for arm, thoughts in arms.items():
+        yield f"training, {arm}", e.seeds, e.steps * model.step(e, thoughts), e.precision
+    yield "held-out texts, during training", EVALUATIONS * e.seeds * len(arms), model.losses(e, T, 2), e.precision
+    yield "held-out texts, without thoughts", others, model.losses(e, 1, 1), "no"
+    yield "held-out texts, with all thoughts", models, model.losses(e, T, CONTROLS), "no"
+    for task in QUESTIONS:
+        without = model.answers(e, task, 0)
+        yield f"{task}, without thoughts", others, without, "no"
+        yield f"{task}, with and without", models, without + model.answers(e, task, T), "no"
+
+
 def hours(e: Experiment, config: Any, machine: Machine) -> str:
-    model, T = Model.of(config), e.thought_tokens
-    arms = {arm: e.thought_config(arm) for arm in e.arms}
-    thinking = [arm for arm in arms if arm != "plain"]
-    others = 1 + e.seeds * (len(arms) - len(thinking))  # the base model and the plain ones
-    rows = [(f"training, {arm}", e.seeds, e.steps * model.step(e, thoughts)) for arm, thoughts in arms.items()]
-    rows.append(("held-out texts, without thoughts", others, model.losses(e, 1, 1)))
-    rows += [(f"{task}, without thoughts", others, model.answers(e, task, 0)) for task in QUESTIONS]
-    if thinking:
-        models = e.seeds * len(thinking)
-        rows.append(("held-out texts, with all thoughts", models, model.losses(e, T, CONTROLS)))
-        both = ((task, model.answers(e, task, T) + model.answers(e, task, 0)) for task in QUESTIONS)
-        rows += [(f"{task}, with and without", models, work) for task, work in both]
+    model, total = Model.of(config), 0.0
     wait = machine.layer_ms / 1000 * model.layers
     lines = [f"{'':<36}{'times':>6}{'PFLOP each':>12}{'in a row':>10}{'GPU hours':>11}"]
-    total = 0.0
-    for name, times, work in rows:
-        in_bf16 = e.precision == "bf16" and name.startswith("training")
-        speed = 1e12 * machine.utilization * (machine.tflops if in_bf16 else machine.tflops_fp32)
+    for name, times, work, precision in works(e, model):
+        speed = 1e12 * machine.utilization * (machine.tflops if precision == "bf16" else machine.tflops_fp32)
         spent = times * max(work.operations / speed, work.passes * wait) / 3600
         total += spent
         lines.append(f"{name:<36}{times:>6}{work.operations / 1e15:>12,.1f}{work.passes:>10,}{spent:>11.2f}")
@@ -154,8 +164,9 @@ def hours(e: Experiment, config: Any, machine: Machine) -> str:
             *lines,
             "",
             "An estimate, not a measurement. Hours are the larger of two: the operations at "
-            f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s in bf16 or {machine.tflops_fp32:g} in fp32,",
-            f"and the passes in a row, each of {model.layers} layers at {machine.layer_ms:g} ms. Answers are taken to have "
-            f"full length,\nand prompts {PROMPT} tokens. Reading data, saving and the evaluations during training come on top.",
+            f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s in bf16",
+            f"and {machine.tflops_fp32:g} in fp32, and the passes in a row, each of {model.layers} layers at "
+            f"{machine.layer_ms:g} ms. Answers are taken to have",
+            f"full length, and prompts {PROMPT} tokens. Reading data and saving come on top.",
         ]
     )
