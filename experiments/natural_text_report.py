@@ -162,8 +162,13 @@ def sections(
         yield table(["gain", *MEASURES], [[n, *(cell(found.get((n, m)), m, "+") for m in MEASURES)] for n in names])
         yield f"In nats per token, and in percentage points. Thinking is mixing and content together. {verdict(found)}"
         if e.seeds > 1:
-            content = found["of content", LOSS]
-            yield f"Gain of content by seed: {', '.join(f'{seed:+.4f}' for seed in content.seeds)}."
+            yield f"By seed: {by_seed(found)}. The intervals are over texts, so they don't hold what seeds differ by."
+
+
+def by_seed(found: dict[tuple[str, str], Figure]) -> str:
+    """The gains in ``NEEDED`` on held-out text, for each seed."""
+    gains = {name: found[name, LOSS].seeds for name in NEEDED if (name, LOSS) in found}
+    return "; ".join(f"{name} {', '.join(f'{seed:+.4f}' for seed in seeds)}" for name, seeds in gains.items())
 
 
 def verdict(found: dict[tuple[str, str], Figure]) -> str:
