@@ -1,0 +1,199 @@
+"""The experiment on natural text: settings, cost and report, and all of it at the smallest size, killed and resumed."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+COMMAND = [sys.executable, str(FOLDER / "natural_text.py"), "--tiny", "--seeds=1", "--steps=8"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import a script of experiments/ by name, as the scripts import each other."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def tiny(scripts, tmp_path):
+    """The smallest experiment, with its files, in a folder of its own."""
+    script = scripts("natural_text_tiny")
+    return script.with_files(replace(script.TINY, out=str(tmp_path), seeds=1))
+
+
+def test_settings_are_checked(scripts):
+    settings = scripts("natural_text_settings")
+    for fields, message in (
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"gpus": -1}, "gpus must be above 0, got -1"),
+        ({"arms": ("plain", "plain")}, "arms must be different, got plain, plain"),
+        ({"arms": ("paper",), "thoughts": 1}, "thoughts must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.Experiment(**fields)
+
+
+def test_arms_differ_as_they_say(scripts):
+    e = scripts("natural_text_settings").Experiment()
+    plain, official, paper, unrewarded = map(e.thought_config, ("plain", "official", "paper", "no-reinforce"))
+    assert (plain.base_weight, plain.mix_weight, plain.policy_weight) == (1, 0, 0)
+    assert official.preset == "official" and official.policy_weight == 1e6
+    assert paper.preset == "paper" and paper.mixing == "logprobs"
+    assert unrewarded == replace(official, policy_weight=0.0)
+    # Texts of fewer than J + 2 tokens are left out, so all arms must look ahead as far to have the same texts.
+    assert len({x.lookahead for x in (plain, official, paper)}) == 1
+
+
+def test_the_plain_arm_trains_the_text_alone(scripts, tiny):
+    """The loss of its objective is the language model's own, and the mixing head gets no gradient."""
+    evaluation = scripts("natural_text_evaluation")
+    qs = evaluation.model(tiny, evaluation.BASE).train()
+    ids = torch.randint(1, 250, (2, tiny.length), generator=torch.Generator().manual_seed(0))
+    out = qs(ids, anchors=torch.zeros(2, 1, dtype=torch.int64), seed=0)
+    assert out.loss.item() == pytest.approx(qs.model(ids, labels=ids).loss.item(), abs=1e-5)
+    out.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in qs.mixing_head.parameters())
+
+
+def test_losses_are_those_of_the_evaluation(scripts, tiny):
+    from quietstar.evaluation.losses import evaluate
+
+    evaluation = scripts("natural_text_evaluation")
+    qs = evaluation.model(tiny, evaluation.BASE)
+    qs.use_config(tiny.thought_config("small"))
+    torch.nn.init.normal_(qs.mixing_head[-1].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    texts = [{"input_ids": torch.randint(1, 250, (length,), generator=generator)} for length in (20, 32, 9)]
+    found, whole = evaluation.held_out_losses(qs, texts, True, 2), evaluate(qs, texts)
+    assert sum(found["base"]) / 3 == pytest.approx(whole["base"], abs=1e-5)
+    assert sum(found["own"]) / 3 == pytest.approx(whole["mixed"], abs=1e-5)
+    assert len({round(sum(found[way]), 6) for way in ("own", "another", "constant", "random")}) == 4
+    assert evaluation.held_out_losses(qs, texts, False, 2) == {"base": pytest.approx(found["base"], abs=1e-5)}
+
+
+def test_operations_are_those_that_pytorch_counts(scripts):
+    costs = scripts("natural_text_cost")
+    config = LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
+    ids = torch.zeros(2, 48, dtype=torch.int64)
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # PyTorch doesn't count every kernel of the others
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False)
+    expected = 2 * costs.Model.of(config).forward(48, 48, 48).operations  # two texts, whose rows see all 48
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_cost_grows_with_what_is_asked_for(scripts, tiny):
+    costs = scripts("natural_text_cost")
+    config = costs.load_config(tiny.model)
+    model, thoughts = costs.Model.of(config), tiny.thought_config("small")
+
+    def operations(e, thoughts=thoughts):
+        return model.step(e, thoughts).operations
+
+    assert operations(replace(tiny, batch_size=6)) == pytest.approx(3 * operations(tiny))
+    assert operations(replace(tiny, checkpointing=True)) > operations(tiny)
+    assert operations(tiny) > 5 * operations(tiny, tiny.thought_config("plain"))
+    text = costs.cost(tiny, costs.Machine())
+    assert "An estimate, not a measurement" in text and "25% of 989 TFLOP/s in bf16" in text
+    slow = costs.hours(tiny, config, costs.Machine(layer_ms=3.6e6))  # an hour for each layer of each pass
+    assert "gsm8k, without thoughts" in slow
+    line = next(line for line in slow.splitlines() if line.startswith("gsm8k, without"))
+    passes = math.ceil(1319 / tiny.eval_batch) * tiny.gsm8k_tokens
+    assert float(line.split()[-1].replace(",", "")) == 2 * passes * config.num_hidden_layers
+    with pytest.raises(ValueError, match="utilization must be above 0, got 0"):
+        costs.Machine(utilization=0)
+
+
+def test_what_the_gains_say(scripts):
+    report = scripts("natural_text_report")
+    losses = {
+        "base model": [[3.0, 2.0, 4.0]],
+        "trained without thoughts": [[2.9, 1.9, 3.91], [2.9, 1.89, 3.9]],
+        "official, without a thought": [[2.9, 1.9, 3.9]] * 2,
+        "official, own thoughts": [[2.7, 1.71, 3.7]] * 2,
+        "official, another text's thoughts": [[2.8, 1.8, 3.81]] * 2,
+        "official, one constant thought": [[2.8, 1.81, 3.8]] * 2,
+        "official, random tokens": [[3.3, 1.7, 3.9]] * 2,
+    }
+    rows = {name: {report.LOSS: scores} for name, scores in losses.items()}
+    found = report.gains_of(rows, "official")
+    means = {name: round(figure.mean, 3) for (name, _), figure in found.items()}
+    assert means["of thinking"] == pytest.approx(means["of mixing"] + means["of content"])
+    assert means["of content"] == 0.1 and means["over the base model"] == 0.297
+    assert report.verdict(found).startswith("Thinking helped")
+    assert found["over random tokens", report.LOSS].low < 0  # not needed for the verdict
+    rows["official, own thoughts"] = rows["official, another text's thoughts"]
+    said = report.verdict(report.gains_of(rows, "official"))
+    assert said.endswith("Not above 0 with its interval: gain of content, over one constant thought.")
+    del rows["trained without thoughts"]
+    assert "can't be said" in report.verdict(report.gains_of(rows, "official"))
+
+
+def figures(folder):
+    """All that was measured, without the times it took."""
+    found = {path.relative_to(folder): json.loads(path.read_text()) for path in folder.glob("*/*-*.json")}
+    found |= {path.relative_to(folder): json.loads(path.read_text()) for path in folder.glob("*/losses.json")}
+    for values in found.values():
+        del values["seconds"]
+    return found, json.loads((folder / "results.json").read_text())
+
+
+def kill_once_there(path, out):
+    """Start the experiment in ``out`` and end it with SIGKILL as soon as ``path`` is there."""
+    process = subprocess.Popen([*COMMAND, f"--out={out}"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < limit, f"{path} was not written"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_measures_the_same(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_once_there(killed / "base/gsm8k-00000.json", killed)  # between phases
+    assert not (killed / "plain-0").exists()
+    kill_once_there(killed / "small-0/checkpoints/step-000002/manifest.json", killed)  # in the middle of training
+    assert not (killed / "results.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("base/*.json")}
+    for out in (killed, whole):
+        done = subprocess.run([*COMMAND, f"--out={out}"], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again
+    assert figures(killed) == figures(whole)
+    for name in ("report.md", "report.png"):
+        assert (whole / name).stat().st_size
+    assert "What thinking gains: small" in (whole / "report.md").read_text()
+    other = subprocess.run([*COMMAND, f"--out={whole}", "--steps=9"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert other.returncode and "the run there has steps=8, not 9" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_page_has_the_cost_of_today(scripts, tmp_path):
+    """With the sizes in the published config.json of Qwen3-0.6B-Base, since nothing is downloaded here."""
+    page = (FOLDER.parent / "docs/natural-text.md").read_text()
+    on_page = page.split("<!-- cost: begin")[1].split("```")[1].strip()
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936}
+    Qwen3Config(**sizes, **heads).save_pretrained(tmp_path)
+    costs, settings = scripts("natural_text_cost"), scripts("natural_text_settings")
+    assert costs.cost(settings.Experiment(model=str(tmp_path)), costs.Machine()).strip() == on_page
