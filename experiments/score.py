@@ -5,9 +5,10 @@ right answers than it fixes wrong ones. Four controls each leave out a step: the
 I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the
 base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from
 the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
-ones learn from 8,000 attempts or pairs of attempts.
+ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second attempt's
+own reward, which the bonus makes 11 times as large.
 
-Accuracy is that of greedy attempts at test problems; sampled delta and sampled revised are from the last updates. Fixed,
+Accuracy is that of greedy attempts at test problems. Sampled delta is that of two pairs of samples at each of them. Fixed,
 broken, revised (another answer, right or wrong) and edited (anything but a copy) are shares of all problems. Divergence is that
 of the first attempt, nats per token. Votes are over samples: of second attempts, or of as many first attempts as cost the same
 number of tokens as both attempts.
@@ -16,7 +17,7 @@ number of tokens as both attempts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,19 +25,24 @@ from typing import Any
 import torch
 from experiments_checks import figure, gaps, least, most
 from small_base import base
+from transformers import PreTrainedModel
 
 from quietstar.files.reading import json_lines
+from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.rounds import load_model
+from quietstar.recipes.common.rounds import load_model, save_model
 from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.score import FIRST, Config, evaluate, score
+from quietstar.recipes.score import Config, evaluate, score
+from quietstar.recipes.score_attempts import attempt
 from quietstar.recipes.score_baselines import corrected, paired
 from quietstar.recipes.score_two_turns import learn_two_turns
+from quietstar.recipes.tasks import Multiplication, Task
 
 TITLE = "Self-correction"
 BASE, STAGE_ONE, SCORE = "base", "after stage I", "SCoRe"
 NO_BONUS, NO_FIRST, SINGLE, OFFLINE = "no bonus", "no stage I", "single-turn RL", "the base's first attempts"
 PAIRS, STAR = "Pair-SFT", "STaR on second attempts"
+COLUMNS = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised", "edited")
 CONTROLS = (PAIRS, STAR, SINGLE, NO_FIRST, NO_BONUS)
 # Updates of stage I and II, problems per update and in the test, chains that vote; problems and updates that the base learns
 # second attempts from, and problems that the supervised controls attempt.
@@ -45,87 +51,72 @@ SIZES: dict[str, dict[str, int]] = {
     "quick": {"first": 120, "second": 40, "problems": 32, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
     "full": {"first": 400, "second": 150, "problems": 32, "held_out": 800, "chains": 16, "rows": 2000, "steps": 200},
 }
-ATTEMPTED, SAMPLES, MAX_NEW = 2000, 4, 20
-RATE = 3e-4
-LAST = 20  # updates, whose samples are averaged
+SHARED: dict[str, Any] = {"samples": 4, "max_new": 20, "learning_rate": 3e-4, "save_every": 20}
+KL = 0.01  # for a reward of 1
+ATTEMPTED = 2000  # problems that the supervised controls learn from
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
     first, second = numbers["first"], numbers["second"]
-    model, task = base(seed, size)
-    learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": MAX_NEW}, seed)
-    if size == "tiny":  # a base of five updates solves nothing
-        task.check = lambda row, ids: len(row.answer_ids + ids) % 2 == 0  # type: ignore[method-assign]
-    shared: dict[str, Any] = {
-        "problems": numbers["problems"],
-        "samples": SAMPLES,
-        "held_out": numbers["held_out"],
-        "max_new": MAX_NEW,
-        "learning_rate": RATE,
-        "save_every": 20,
-        "seed": seed,
-    }
+    model, task = two_turn_base(seed, size, out)
+    test = task.sample(numbers["held_out"], "test", torch.Generator().manual_seed(seed))
+    shared = {**SHARED, **{name: numbers[name] for name in ("problems", "held_out")}, "seed": seed}
+    result: dict[str, Any] = {"rows": [], "delta": {}, "by_attempt": {}, "votes": {}, "changes": {}}
 
-    def train(name: str, start: Any, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def report(name: str, trained: PreTrainedModel, figures: dict[str, Any]) -> None:
+        sampled = attempt(trained, task, test * 2, {"max_new": SHARED["max_new"]}, seed).figures()
+        found = {"run": name, **{column: figures[column] for column in COLUMNS}}
+        found |= {"sampled_delta": sampled["delta"], "divergence": figures["divergence_first"]}
+        if figures["votes"]:
+            last = figures["votes"][-1]
+            found |= {"vote_of_corrected": last["corrected"], "vote_in_parallel": last["parallel"]}
+        result["rows"].append(found)
+        for curve, figure_name in (("by_attempt", "accuracy_by_attempt"), ("votes", "votes"), ("changes", "changes")):
+            result[curve][name] = figures[figure_name]
+
+    def reinforced(name: str, start: PreTrainedModel, **options: Any) -> PreTrainedModel:
         folder = out / name.replace(" ", "-").replace("'", "")
         config = Config(out=str(folder), **{"chains": 0, **shared, **options})
-        _, report = score(copy.deepcopy(start), task, config, resume=True, base=model)
-        return report, [line for _, line in json_lines(folder / "metrics.jsonl")]
+        trained, reports = score(copy.deepcopy(start), task, config, resume=True, base=model)
+        if not result["rows"]:
+            report(BASE, model, reports["base"])
+        report(name, trained, reports[list(reports)[-1]])
+        result["delta"][name] = [line["delta"] for _, line in json_lines(folder / "metrics.jsonl")]
+        return trained
 
-    def supervised(examples_of: Callable[..., Any]) -> dict[str, Any]:
-        problems = task.sample(numbers.get("attempted", ATTEMPTED), "train", torch.Generator().manual_seed(seed))
-        examples = examples_of(model, task, problems, SAMPLES, {"max_new": MAX_NEW}, seed)
-        trained = sft(copy.deepcopy(model), examples, first + second, SFTConfig(learning_rate=RATE), seed)
-        test = task.sample(numbers["held_out"], "test", torch.Generator().manual_seed(seed))
-        return evaluate(trained, model, task, test, Config(chains=0, **shared))
+    def supervised(name: str, examples_of: Callable[..., Any]) -> None:
+        rows = task.sample(numbers.get("attempted", ATTEMPTED), "train", torch.Generator().manual_seed(seed))
+        examples = examples_of(model, task, rows, SHARED["samples"], {"max_new": SHARED["max_new"]}, seed)
+        trained = sft(copy.deepcopy(model), examples, first + second, SFTConfig(SHARED["learning_rate"]), seed)
+        report(name, trained, evaluate(trained, model, task, test, Config(chains=0, **shared)))
 
-    full, lines = train(SCORE, model, first_steps=first, second_steps=second, chains=numbers["chains"])
-    half_way = load_model(out / SCORE / FIRST, model)  # the controls of stage II start from the same stage I
-    later = {
-        NO_BONUS: train(NO_BONUS, half_way, first_steps=0, second_steps=second, bonus=0.0),
-        OFFLINE: train(OFFLINE, half_way, first_steps=0, second_steps=second, from_base=1.0),
-        NO_FIRST: train(NO_FIRST, model, first_steps=0, second_steps=first + second),
-        SINGLE: train(SINGLE, model, first_steps=0, second_steps=first + second, single_turn=True),
-    }
-    rows = [
-        row(BASE, full["base"]),
-        row(STAGE_ONE, full["stage I"], lines[:first]),
-        row(SCORE, full["stage II"], lines),
-        *(row(name, report["stage II"], after) for name, (report, after) in later.items()),
-        row(PAIRS, supervised(paired)),
-        row(STAR, supervised(corrected)),
-    ]
-    for found in rows:
-        found["rise"] = found["delta"] - rows[0]["delta"]
-    return {
-        "rows": rows,
-        "delta": {
-            SCORE: [line["delta"] for line in lines],
-            NO_BONUS: [line["delta"] for line in [*lines[:first], *later[NO_BONUS][1]]],
-            **{name: [line["delta"] for line in later[name][1]] for name in (NO_FIRST, SINGLE)},
-        },
-        "by_attempt": {
-            **{name: full[end]["accuracy_by_attempt"] for name, end in ((BASE, "base"), (SCORE, "stage II"))},
-            **{name: later[name][0]["stage II"]["accuracy_by_attempt"] for name in (NO_FIRST, SINGLE)},
-        },
-        "votes": {end: figures["votes"] for end, figures in full.items()},
-        "changes": {end: figures["changes"] for end, figures in full.items()},
-    }
+    votes, bonus = numbers["chains"], Config().bonus
+    half_way = reinforced(STAGE_ONE, model, first_steps=first, second_steps=0, kl=KL, chains=votes)
+    later = {"first_steps": 0, "second_steps": second, "kl": KL * (1 + bonus)}
+    reinforced(SCORE, half_way, **later, chains=votes)
+    reinforced(NO_BONUS, half_way, **{**later, "kl": KL}, bonus=0.0)
+    reinforced(OFFLINE, half_way, **later, from_base=1.0)
+    reinforced(NO_FIRST, model, **{**later, "second_steps": first + second})
+    reinforced(SINGLE, model, first_steps=0, second_steps=first + second, kl=KL, single_turn=True)
+    supervised(PAIRS, paired)
+    supervised(STAR, corrected)
+    return result
 
 
-def row(name: str, figures: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The row of a model, from its test figures and from the last updates that led to it."""
-    columns = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised", "edited")
-    found = {"run": name, **{column: figures[column] for column in columns}}
-    last = lines[-LAST:]
-    if last:
-        found["sampled_delta"] = fmean(line["delta"] for line in last)
-        found["sampled_revised"] = fmean(line["revised"] for line in last)
-    found["divergence"] = figures["divergence_first"]
-    if figures["votes"]:
-        found |= {"vote_of_corrected": figures["votes"][-1]["corrected"], "vote_in_parallel": figures["votes"][-1]["parallel"]}
-    return found
+def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Task]:
+    """The model that all runs start from, and the task."""
+    numbers = SIZES[size]
+    if (out / BASE).exists():
+        task = Multiplication(2)
+        model = load_model(out / BASE, small_model(task))
+    else:
+        model, task = base(seed, size)
+        learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": SHARED["max_new"]}, seed)
+        save_model(out / BASE, model, task, {})
+    if size == "tiny":  # a base of five updates solves nothing
+        task.check = lambda row, ids: len(row.answer_ids + ids) % 2 == 0  # type: ignore[method-assign]
+    return model, task
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,22 +135,23 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    steps = len(results[0]["delta"][SCORE])
-    width = max(1, steps // 16)
-    starts = range(0, steps - width + 1, width)
-    curves = {
-        name: [[(i, fmean(result["delta"][name][i : i + width])) for i in starts] for result in results]
-        for name in results[0]["delta"]
-    }
+    first, second = (len(results[0]["delta"][name]) for name in (STAGE_ONE, SCORE))
+    width = max(1, (first + second) // 16)
+    curves: dict[str, list[Any]] = {}
+    for name in (STAGE_ONE, SCORE, NO_BONUS, NO_FIRST, SINGLE):
+        begin = first if name in (SCORE, NO_BONUS) else 0
+        deltas = [result["delta"][name] for result in results]
+        starts = range(0, len(deltas[0]) - width + 1, width)
+        curves[name] = [[(begin + i, fmean(each[i : i + width])) for i in starts] for each in deltas]
     in_a_row = {
-        name: [list(enumerate(result["by_attempt"][name], 1)) for result in results] for name in results[0]["by_attempt"]
+        name: [list(enumerate(result["by_attempt"][name], 1)) for result in results]
+        for name in (BASE, STAGE_ONE, SCORE, NO_BONUS, NO_FIRST, SINGLE)
     }
-    panels(
-        path,
-        TITLE,
-        [
-            Panel("update", "second less first attempt's accuracy, sampled", curves),
-            Panel("attempt", "accuracy on test problems", in_a_row),
-        ],
+    plots = [
+        Panel("update", "second less first attempt's accuracy, sampled", curves, marks=[first]),
+        Panel("attempt", "accuracy on test problems", in_a_row),
+    ]
+    panels(path, TITLE, plots)
+    return (
+        f"What the second attempt gains over the first in training, means of {width} updates; and up to five attempts in a row"
     )
-    return f"What the second attempt gains over the first in training, means of {width} updates; attempts in a row after it"

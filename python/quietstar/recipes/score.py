@@ -21,7 +21,7 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
+from quietstar.arguments.fields import check, check_at_least, check_positive
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
@@ -60,7 +60,7 @@ class Config(Objective):
     two_turn_steps: int = option(
         0, "supervised updates before stage I, for a model that has never made a second attempt; 0 if it does"
     )
-    two_turn_problems: int = option(2000, "training problems with chains for these updates")
+    two_turn_problems: int = option(2000, "training problems that it attempts twice for these updates")
     two_turn_rate: float = option(5e-4, "peak learning rate of these updates")
     first_steps: int = option(150, "updates of stage I; 0 leaves it out, a control")
     second_steps: int = option(150, "updates of stage II")
@@ -85,7 +85,6 @@ class Config(Objective):
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
-        check_types("score", self)
         Objective.__post_init__(self)
         none_allowed = ("two_turn_steps", "first_steps", "second_steps", "weight_decay", "chains")
         check_at_least("score", self, 0, none_allowed)

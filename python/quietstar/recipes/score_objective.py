@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.arguments.fields import check_at_least
+from quietstar.arguments.fields import check_at_least, check_types
 from quietstar.config import option
 from quietstar.recipes.common.logprobs import likelihoods, logprob, padded
 from quietstar.recipes.score_attempts import Attempts
@@ -39,6 +39,7 @@ class Objective:
     standardise: bool = option(False, "divide the advantages of each attempt by their standard deviation over the batch")
 
     def __post_init__(self) -> None:
+        check_types("score", self)
         check_at_least("score", self, 0, ("bonus", "kl", "first_kl"))
 
     def weights(self, stage: int) -> Tensor:
