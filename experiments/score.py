@@ -5,8 +5,8 @@ right answers than it fixes wrong ones. Four controls each leave out a step: the
 I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the
 base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from
 the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
-ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second attempt's
-own reward, which the bonus makes 11 times as large.
+ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
+attempt's own reward, which the bonus makes 11 times as large.
 
 Accuracy is that of greedy attempts at test problems. Sampled delta is that of two pairs of samples at each of them. Fixed,
 broken, revised (another answer, right or wrong) and edited (anything but a copy) are shares of all problems. Divergence is that
@@ -47,7 +47,7 @@ CONTROLS = (PAIRS, STAR, SINGLE, NO_FIRST, NO_BONUS)
 # Updates of stage I and II, problems per update and in the test, chains that vote; problems and updates that the base learns
 # second attempts from, and problems that the supervised controls attempt.
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"first": 1, "second": 1, "problems": 4, "held_out": 10, "chains": 2, "rows": 40, "steps": 2, "attempted": 40},
+    "tiny": {"first": 1, "second": 1, "problems": 2, "held_out": 5, "chains": 1, "rows": 10, "steps": 1, "attempted": 5},
     "quick": {"first": 120, "second": 40, "problems": 32, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
     "full": {"first": 400, "second": 150, "problems": 32, "held_out": 800, "chains": 16, "rows": 2000, "steps": 200},
 }
@@ -88,7 +88,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     def supervised(name: str, examples_of: Callable[..., Any]) -> None:
         rows = task.sample(numbers.get("attempted", ATTEMPTED), "train", torch.Generator().manual_seed(seed))
         examples = examples_of(model, task, rows, SHARED["samples"], {"max_new": SHARED["max_new"]}, seed)
-        trained = sft(copy.deepcopy(model), examples, first + second, SFTConfig(SHARED["learning_rate"]), seed)
+        trained = sft(copy.deepcopy(model), examples, first + second, SFTConfig(learning_rate=SHARED["learning_rate"]), seed)
         report(name, trained, evaluate(trained, model, task, test, Config(chains=0, **shared)))
 
     votes, bonus = numbers["chains"], Config().bonus
@@ -152,6 +152,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         Panel("attempt", "accuracy on test problems", in_a_row),
     ]
     panels(path, TITLE, plots)
-    return (
-        f"What the second attempt gains over the first in training, means of {width} updates; and up to five attempts in a row"
-    )
+    return f"What the second attempt gains over the first in training, means of {width} updates; and five attempts in a row"
