@@ -160,7 +160,7 @@ def score(
         progress.load(model, optimizer)
     test = task.sample(config.held_out, "test", torch.Generator().manual_seed(config.seed))
     total = config.first_steps + config.second_steps
-    ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total}
+    ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total if config.second_steps else None}
     with Signals() as signals, evaluating(model):  # no dropout: attempts are scored by the model that wrote them
         while True:
             if state["step"] in ends.values() and state["best"]:

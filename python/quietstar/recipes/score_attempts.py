@@ -145,19 +145,16 @@ def attempt(
 def accuracy_by_attempt(
     model: PreTrainedModel, task: Task, attempts: Attempts, count: int, sampling: Mapping[str, Any], seed: int
 ) -> list[float]:
-    """The accuracy of each of ``count`` attempts in a row; every one sees those before it, four at most.
+    """The accuracy of each of ``count`` attempts in a row. As in training, an attempt sees the one before it and no others.
 
     Args:
         attempts: the first two.
     """
-    earlier = [[task.trimmed(x), task.trimmed(y)] for x, y in zip(attempts.first, attempts.second, strict=True)]
-    found = attempts.rewards.mean(1).tolist()
+    found, latest = attempts.rewards.mean(1).tolist(), attempts.second
     for number in range(2, count):
-        requests = [revision_prompt(task, row, before) for row, before in zip(attempts.rows, earlier, strict=True)]
-        written = [x.ids for (x,) in rollout(model, task, requests, **sampling, seed=mix_seed(seed, number + 2))]
-        found.append(fmean(map(task.check, attempts.rows, written)))
-        for before, ids in zip(earlier, written, strict=True):
-            before.append(task.trimmed(ids))
+        requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(attempts.rows, latest, strict=True)]
+        latest = [x.ids for (x,) in rollout(model, task, requests, **sampling, seed=mix_seed(seed, number + 2))]
+        found.append(fmean(map(task.check, attempts.rows, latest)))
     return found
 
 

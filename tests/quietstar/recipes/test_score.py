@@ -493,7 +493,7 @@ def test_evaluate_is_of_greedy_attempts(solver):
     assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
 
 
-def test_every_attempt_sees_up_to_four_before_it(solver, monkeypatch):
+def test_every_attempt_sees_the_one_before(solver, monkeypatch):
     """The third and the fifth are right here, all others wrong."""
     model, task = solver
     rows = task.sample(4, "test", torch.Generator().manual_seed(1))
@@ -507,10 +507,9 @@ def test_every_attempt_sees_up_to_four_before_it(solver, monkeypatch):
     monkeypatch.setattr(score_attempts, "rollout", rollout)
     both = attempt(model, task, rows, SAMPLING, 0)
     assert accuracy_by_attempt(model, task, both, 6, SAMPLING, 0) == [0, 0, 1, 0, 1, 0]
-    wrong, again = [3, task.end_id], task.again_ids
-    right = task.completion_ids(rows[0])
-    assert asked[2][0] == rows[0].prompt_ids + (wrong + again) * 2
-    assert asked[5][0] == rows[0].prompt_ids + wrong + again + right + again + wrong + again + right + again
+    for row, *prompts in zip(rows, *asked[2:], strict=True):
+        wrong, right = [3, task.end_id], task.completion_ids(row)
+        assert prompts == [row.prompt_ids + ids + task.again_ids for ids in (wrong, right, wrong, right)]
 
 
 @pytest.mark.parametrize("rewards, kept", [([0.1, 0.9, 0.5, 0.2], 4), ([0.1, 0.2, 0.5, 0.9], 8), ([0.5, 0.5, 0.5, 0.5], 2)])
