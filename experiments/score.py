@@ -1,116 +1,155 @@
 """A model answers 2 x 2-digit multiplications, is asked to look again, and learns by reinforcement to correct itself (SCoRe).
-The controls leave out the bonus for improving on the first attempt, or the first stage.
 
-The base was trained on second attempts that either copy the first attempt or give the right chain, half and half, after its own
-samples. Accuracy is that of greedy attempts at test problems; sampled delta and sampled revised are from the last updates.
-Fixed, broken, revised (another answer, right or wrong) and edited (anything but a copy) are shares of all problems. Votes are
-over samples: of second attempts, or of as many first attempts as cost the same number of tokens as both attempts.
+Its base takes no notice of its first attempt: it was trained on pairs of independent samples of its own, so it breaks more
+right answers than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt, stage
+I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the
+base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from
+the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
+ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
+attempt's own reward, which the bonus makes 11 times as large.
+
+Accuracy is that of greedy attempts at test problems. Sampled delta is that of two pairs of samples at each of them. Fixed,
+broken, revised (another answer, right or wrong) and edited (anything but a copy) are shares of all problems. Divergence is that
+of the first attempt, nats per token. Votes are over samples: of second attempts, or of as many first attempts as cost the same
+number of tokens as both attempts.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments_checks import figure, least, most
+import torch
+from experiments_checks import figure, gaps, least, most
 from small_base import base
+from transformers import PreTrainedModel
 
 from quietstar.files.reading import json_lines
+from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.rounds import load_model
-from quietstar.recipes.score import FIRST, Config, score
+from quietstar.recipes.common.rounds import load_model, save_model
+from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.score import Config, evaluate, score
+from quietstar.recipes.score_attempts import attempt
+from quietstar.recipes.score_baselines import corrected, paired
 from quietstar.recipes.score_two_turns import learn_two_turns
+from quietstar.recipes.tasks import Multiplication, Task
 
 TITLE = "Self-correction"
-SCORE, NO_BONUS, NO_FIRST = "SCoRe", "no bonus", "no stage I"
-BASE, STAGE_ONE = "base", "after stage I"
-# Updates per stage, problems per update and in the test, chains that vote; rows and updates of the base.
+BASE, STAGE_ONE, SCORE = "base", "after stage I", "SCoRe"
+NO_BONUS, NO_FIRST, SINGLE, OFFLINE = "no bonus", "no stage I", "single-turn RL", "the base's first attempts"
+PAIRS, STAR = "Pair-SFT", "STaR on second attempts"
+COLUMNS = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised", "edited")
+CONTROLS = (PAIRS, STAR, SINGLE, NO_FIRST, NO_BONUS)
+# Updates of stage I and II, problems per update and in the test, chains that vote; problems and updates that the base learns
+# second attempts from, and problems that the supervised controls attempt.
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"stage": 1, "problems": 8, "held_out": 10, "chains": 2, "rows": 40, "steps": 2},
-    "quick": {"stage": 150, "problems": 64, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
-    "full": {"stage": 400, "problems": 64, "held_out": 800, "chains": 16, "rows": 2000, "steps": 200},
+    "tiny": {"first": 1, "second": 1, "problems": 2, "held_out": 5, "chains": 1, "rows": 10, "steps": 1, "attempted": 5},
+    "quick": {"first": 120, "second": 40, "problems": 32, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
+    "full": {"first": 400, "second": 150, "problems": 32, "held_out": 800, "chains": 16, "rows": 2000, "steps": 200},
 }
+SHARED: dict[str, Any] = {"samples": 4, "max_new": 20, "learning_rate": 3e-4, "save_every": 20}
+KL = 0.01  # for a reward of 1
+ATTEMPTED = 2000  # problems that the supervised controls learn from
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
-    model, task = base(seed, size)
-    learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": 20}, seed)
+    first, second = numbers["first"], numbers["second"]
+    model, task = two_turn_base(seed, size, out)
+    test = task.sample(numbers["held_out"], "test", torch.Generator().manual_seed(seed))
+    shared = {**SHARED, **{name: numbers[name] for name in ("problems", "held_out")}, "seed": seed}
+    result: dict[str, Any] = {"rows": [], "delta": {}, "by_attempt": {}, "votes": {}, "changes": {}}
+
+    def report(name: str, trained: PreTrainedModel, figures: dict[str, Any]) -> None:
+        sampled = attempt(trained, task, test * 2, {"max_new": SHARED["max_new"]}, seed).figures()
+        found = {"run": name, **{column: figures[column] for column in COLUMNS}}
+        found |= {"sampled_delta": sampled["delta"], "divergence": figures["divergence_first"]}
+        if figures["votes"]:
+            last = figures["votes"][-1]
+            found |= {"vote_of_corrected": last["corrected"], "vote_in_parallel": last["parallel"]}
+        result["rows"].append(found)
+        for curve, figure_name in (("by_attempt", "accuracy_by_attempt"), ("votes", "votes"), ("changes", "changes")):
+            result[curve][name] = figures[figure_name]
+
+    def reinforced(name: str, start: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        folder = out / name.replace(" ", "-").replace("'", "")
+        config = Config(out=str(folder), **{"chains": 0, **shared, **options})
+        trained, reports = score(copy.deepcopy(start), task, config, resume=True, base=model)
+        if not result["rows"]:
+            report(BASE, model, reports["base"])
+        report(name, trained, reports[list(reports)[-1]])
+        result["delta"][name] = [line["delta"] for _, line in json_lines(folder / "metrics.jsonl")]
+        return trained
+
+    def supervised(name: str, examples_of: Callable[..., Any]) -> None:
+        rows = task.sample(numbers.get("attempted", ATTEMPTED), "train", torch.Generator().manual_seed(seed))
+        examples = examples_of(model, task, rows, SHARED["samples"], {"max_new": SHARED["max_new"]}, seed)
+        trained = sft(copy.deepcopy(model), examples, first + second, SFTConfig(learning_rate=SHARED["learning_rate"]), seed)
+        report(name, trained, evaluate(trained, model, task, test, Config(chains=0, **shared)))
+
+    votes, bonus = numbers["chains"], Config().bonus
+    half_way = reinforced(STAGE_ONE, model, first_steps=first, second_steps=0, kl=KL, chains=votes)
+    later = {"first_steps": 0, "second_steps": second, "kl": KL * (1 + bonus)}
+    reinforced(SCORE, half_way, **later, chains=votes)
+    reinforced(NO_BONUS, half_way, **{**later, "kl": KL}, bonus=0.0)
+    reinforced(OFFLINE, half_way, **later, from_base=1.0)
+    reinforced(NO_FIRST, model, **{**later, "second_steps": first + second})
+    reinforced(SINGLE, model, first_steps=0, second_steps=first + second, kl=KL, single_turn=True)
+    supervised(PAIRS, paired)
+    supervised(STAR, corrected)
+    return result
+
+
+def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Task]:
+    """The model that all runs start from, and the task."""
+    numbers = SIZES[size]
+    if (out / BASE).exists():
+        task = Multiplication(2)
+        model = load_model(out / BASE, small_model(task))
+    else:
+        model, task = base(seed, size)
+        learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": SHARED["max_new"]}, seed)
+        save_model(out / BASE, model, task, {})
     if size == "tiny":  # a base of five updates solves nothing
         task.check = lambda row, ids: len(row.answer_ids + ids) % 2 == 0  # type: ignore[method-assign]
-    stage = numbers["stage"]
-    shared: dict[str, Any] = {"problems": numbers["problems"], "held_out": numbers["held_out"], "max_new": 20, "seed": seed}
-
-    def train(name: str, start: Any, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        folder = out / name.replace(" ", "-")
-        _, report = score(copy.deepcopy(start), task, Config(out=str(folder), **shared, **options), resume=True, base=model)
-        return report, [line for _, line in json_lines(folder / "metrics.jsonl")]
-
-    full, lines = train(SCORE, model, first_steps=stage, second_steps=stage, chains=numbers["chains"])
-    half_way = load_model(out / SCORE / FIRST, model)  # the control starts from the same stage I
-    no_bonus, after = train(NO_BONUS, half_way, first_steps=0, second_steps=stage, bonus=0.0, chains=0)
-    no_first, alone = train(NO_FIRST, model, first_steps=0, second_steps=2 * stage, chains=0)
-    return {
-        "rows": [
-            row(BASE, full["base"], []),
-            row(STAGE_ONE, full["stage I"], lines[stage // 2 : stage]),
-            row(SCORE, full["stage II"], lines[-max(1, stage // 2) :]),
-            row(NO_BONUS, no_bonus["stage II"], after[-max(1, stage // 2) :]),
-            row(NO_FIRST, no_first["stage II"], alone[-max(1, stage // 2) :]),
-        ],
-        "delta": {
-            name: [line["delta"] for line in several]
-            for name, several in ((SCORE, lines), (NO_BONUS, lines[:stage] + after), (NO_FIRST, alone))
-        },
-        "votes": {end: figures["votes"] for end, figures in full.items()},
-        "changes": {end: figures["changes"] for end, figures in full.items()},
-    }
-
-
-def row(name: str, figures: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a model, from its test figures and from the last updates that led to it."""
-    columns = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised", "edited")
-    found = {"run": name, **{column: figures[column] for column in columns}}
-    if lines:
-        found["sampled_delta"] = fmean(line["delta"] for line in lines)
-        found["sampled_revised"] = fmean(line["revised"] for line in lines)
-        found["divergence"] = fmean(line["divergence_first"] for line in lines)
-    if figures["votes"]:
-        last = figures["votes"][-1]
-        found |= {"vote_of_corrected": last["corrected"], "vote_in_parallel": last["parallel"]}
-    return found
+    return model, task
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def of(run: str, name: str) -> list[float]:
-        return [figure(result, run, name) for result in results]
-
     def change(name: str, run: str, other: str) -> list[float]:
-        return [x - y for x, y in zip(of(run, name), of(other, name), strict=True)]
+        return [figure(result, run, name) - figure(result, other, name) for result in results]
 
-    first = [abs(x) for x in change("accuracy_first", STAGE_ONE, BASE)]
+    claim = "Reinforced over two turns, a model that lost by being asked again gains by it."
     return [
-        most("stage I, divergence of the first attempt, nats per token", of(STAGE_ONE, "divergence"), 0.05),
-        most("stage I, change of the first attempt's accuracy", first, 0.05),
+        most("base, second above first attempt", [figure(result, BASE, "delta") for result in results], 0.0),
+        *gaps(claim, results, SCORE, [BASE], 0.02, "delta"),
+        *gaps("Every step counts: that gain is larger than without it.", results, SCORE, CONTROLS, 0.0, "delta"),
+        *gaps("Fewer right answers are broken.", results, SCORE, [BASE], 0.01, "broken", less=True),
+        most("stage I, divergence of the first attempt", [figure(result, STAGE_ONE, "divergence") for result in results], 0.05),
         least("stage I, rise of the second attempt's accuracy", change("accuracy_second", STAGE_ONE, BASE), 0.05),
-        least("SCoRe, second above first attempt, greedy", of(SCORE, "delta"), 0.0),
-        least("the same, sampled", of(SCORE, "sampled_delta"), 0.01),
-        least("SCoRe, that difference above the one without the bonus", change("delta", SCORE, NO_BONUS), 0.0),
-        least("the same, sampled", change("sampled_delta", SCORE, NO_BONUS), 0.0),
-        least("SCoRe, share of answers revised above the one without stage I", change("revised", SCORE, NO_FIRST), 0.0),
-        least("the same, sampled", change("sampled_revised", SCORE, NO_FIRST), 0.0),
     ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    steps = len(results[0]["delta"][SCORE])
-    width = max(1, steps // 30)
-    starts = range(0, steps - width + 1, width)
-    curves = {
-        name: [[(i, fmean(result["delta"][name][i : i + width])) for i in starts] for result in results]
-        for name in (SCORE, NO_BONUS, NO_FIRST)
+    first, second = (len(results[0]["delta"][name]) for name in (STAGE_ONE, SCORE))
+    width = max(1, (first + second) // 16)
+    curves: dict[str, list[Any]] = {}
+    for name in (STAGE_ONE, SCORE, NO_BONUS, NO_FIRST, SINGLE):
+        begin = first if name in (SCORE, NO_BONUS) else 0
+        deltas = [result["delta"][name] for result in results]
+        starts = range(0, len(deltas[0]) - width + 1, width)
+        curves[name] = [[(begin + i, fmean(each[i : i + width])) for i in starts] for each in deltas]
+    in_a_row = {
+        name: [list(enumerate(result["by_attempt"][name], 1)) for result in results]
+        for name in (BASE, STAGE_ONE, SCORE, NO_BONUS, NO_FIRST, SINGLE)
     }
-    panels(path, TITLE, [Panel("update", "second less first attempt's accuracy, sampled", curves)])
-    return f"What the second attempt gains over the first in training, means of {width} updates; thin lines are seeds"
+    plots = [
+        Panel("update", "second less first attempt's accuracy, sampled", curves, marks=[first]),
+        Panel("attempt", "accuracy on test problems", in_a_row),
+    ]
+    panels(path, TITLE, plots)
+    return f"What the second attempt gains over the first in training, means of {width} updates; and five attempts in a row"

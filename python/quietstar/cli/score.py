@@ -31,6 +31,11 @@ class Score:
         check_out_folder(self.recipe.out)
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         _, report = score.score(model, task, self.recipe, self.model, bool(self.resume))
-        rows = [{"test problems": name, **figures} for name, figures in report.items()]
-        print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, ('test problems', *COLUMNS))}")
+        later = [f"attempt {number}" for number in range(3, self.recipe.attempts + 1)]
+        rows = [
+            {"test problems": name, **figures, **dict(zip(later, figures["accuracy_by_attempt"][2:], strict=True))}
+            for name, figures in report.items()
+        ]
+        columns = ("test problems", *COLUMNS, *later)
+        print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, columns)}")
         print(f"saved {Path(self.recipe.out) / score.MODEL}")

@@ -3,7 +3,7 @@
 The second attempt sees the first and a fixed request to look again, which does not say whether the first was right. Stage I
 rewards only the second attempt and keeps the first close to the base model, so that there are still mistakes to correct. Stage
 II rewards both, and the second one more for what it improves on the first; without that bonus a model learns to answer once and
-repeat it.
+repeat it. What both stages optimise is in ``score_objective``; what they are compared with, in ``score_baselines``.
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
+from quietstar.arguments.fields import check, check_at_least, check_positive
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common.evaluation import nothing_solved
 from quietstar.recipes.common.log import LOG, Pace, log_figures
-from quietstar.recipes.common.logprobs import evaluating, padded
+from quietstar.recipes.common.logprobs import evaluating
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress, State
 from quietstar.recipes.common.rounds import load_model, save_model
-from quietstar.recipes.score_attempts import Attempts, Figures, attempt, plot, votes
+from quietstar.recipes.score_attempts import Figures, accuracy_by_attempt, attempt, plot, votes
+from quietstar.recipes.score_objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
 from quietstar.recipes.score_two_turns import learn_two_turns
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
@@ -39,15 +41,16 @@ from quietstar.run.signals import Signals
 
 __all__ = ["Config", "score"]
 
-START, FIRST, MODEL, REPORT, PLOT = "two-turns", "first-stage", "model", "score.json", "score.png"  # files of a run
+START, BEST, FIRST, MODEL = "two-turns", "best", "first-stage", "model"  # checkpoints of a run
+REPORT, PLOT = "score.json", "score.png"
 NO_SECOND_ATTEMPT = (
     "score: no second attempt is right, so there is nothing to reward: two_turn_steps=200 first teaches the model to make one"
 )
 
 
 @dataclass
-class Config:
-    """The options of SCoRe; the bonus and the weights of both divergences are those of the code of BY571/SCoRe.
+class Config(Objective):
+    """The options of SCoRe.
 
     Raises:
         ValueError: a value outside its range, by name.
@@ -57,18 +60,15 @@ class Config:
     two_turn_steps: int = option(
         0, "supervised updates before stage I, for a model that has never made a second attempt; 0 if it does"
     )
-    two_turn_problems: int = option(2000, "training problems with chains for these updates")
+    two_turn_problems: int = option(2000, "training problems that it attempts twice for these updates")
     two_turn_rate: float = option(5e-4, "peak learning rate of these updates")
     first_steps: int = option(150, "updates of stage I; 0 leaves it out, a control")
     second_steps: int = option(150, "updates of stage II")
-    problems: int = option(64, "problems per update, drawn anew each time")
-    samples: int = option(1, "attempts at each problem; several are compared with each other, one with the rest of the batch")
-    bonus: float = option(10.0, "alpha: the second attempt also earns this times its reward minus the first's; 0 is a control")
-    kl: float = option(0.01, "beta 1, weight of the divergence of both attempts from the base model in stage II")
-    first_kl: float = option(0.1, "beta 2, weight of the divergence of the first attempt from the base model in stage I")
-    credit: Literal["turn", "joint"] = option("turn", "turn: the first attempt earns its own reward; joint: also the second's")
-    standardise: bool = option(False, "divide the advantages of each attempt by their standard deviation over the batch")
-    from_base: float = option(0.0, "share of training's first attempts that the base model writes, for more kinds of mistakes")
+    problems: int = option(32, "problems per update, drawn anew each time")
+    samples: int = option(4, "attempts at each problem; several are compared with each other, one with the rest of the batch")
+    from_base: float = option(
+        0.0, "share of training's first attempts that the base model writes, for more kinds of mistakes; 1 is a control"
+    )
     temperature: float = option(1.0, "sampling temperature of the attempts in training, and of those that vote")
     max_new: int = option(64, "most tokens in an attempt")
     learning_rate: float = option(1e-4, "learning rate of AdamW, constant")
@@ -77,17 +77,24 @@ class Config:
     held_out: int = option(400, "test problems for the accuracy of both attempts")
     chains: int = option(4, "pairs of attempts at each of them that vote, against as many parallel tokens; 0 for none")
     batch_size: int = option(256, "attempts at once, in sampling and in training; fewer take less memory")
-    save_every: int = option(50, "updates between checkpoints", may_differ=True)
+    attempts: int = option(5, "attempts in a row at each test problem, for the accuracy of each; 2 or more")
+    keep: Literal["best", "last"] = option(
+        "best", "checkpoint that a stage ends with. best: that of the highest training reward, over the updates since the last"
+    )
+    save_every: int = option(50, "updates between checkpoints")
     seed: int = option(0, "fixes problems and attempts")
 
     def __post_init__(self) -> None:
-        check_types("score", self)
-        none_allowed = ("two_turn_steps", "first_steps", "second_steps", "bonus", "kl", "first_kl", "weight_decay", "chains")
+        Objective.__post_init__(self)
+        none_allowed = ("two_turn_steps", "first_steps", "second_steps", "weight_decay", "chains")
         check_at_least("score", self, 0, none_allowed)
         at_least_one = ("two_turn_problems", "problems", "samples", "max_new", "held_out", "batch_size", "save_every")
         check_at_least("score", self, 1, at_least_one)
         check_positive("score", self, ("two_turn_rate", "temperature", "learning_rate", "clip"))
-        check("score", self, "from_base", 0 <= self.from_base < 1, "from 0 to below 1")
+        check("score", self, "from_base", 0 <= self.from_base <= 1, "from 0 to 1")
+        check("score", self, "attempts", self.attempts >= 2, "2 or more")
+        alone = not (self.single_turn and self.first_steps)
+        check("score", self, "first_steps", alone, "0 with single_turn, since stage I rewards second attempts")
         enough = self.problems * self.samples > 1
         check("score", self, "problems", enough, "2 or more where samples is 1, since attempts are compared with each other")
 
@@ -96,74 +103,17 @@ class Config:
         return {"temperature": temperature, "max_new": self.max_new, "batch_size": self.batch_size}
 
 
-def returns(rewards: Tensor, stage: int, config: Config) -> Tensor:
-    """What the attempts earn, [2,R], given which of them are right.
+class Checkpoint(msgspec.Struct):
+    """A checkpoint of the stage under way, and the mean reward of the updates that led to it from the one before."""
 
-    In stage I the first attempt earns nothing; in stage II the second one earns the bonus. What the bonus subtracts for a right
-    first attempt is the same for every second attempt that follows it. With credit by turn it therefore changes no expected
-    gradient: the gradient of the second attempt's own reward is 1 + bonus times as large, and that is all.
-    """
-    first, second = rewards
-    if stage == 1:
-        first = torch.zeros_like(first)
-    else:
-        second = second + config.bonus * (second - first)
-    return torch.stack([first + second if config.credit == "joint" else first, second])
-
-
-def advantages(returns: Tensor, samples: int, standardise: bool = False) -> Tensor:
-    """Returns [2,R] minus the mean of the other samples of the problem, or of the other problems if there is one sample each.
-
-    With ``standardise`` the advantages of each attempt have variance 1, unless all are 0, as the first attempt's are in stage
-    I. A bonus then only decides which second attempts are better, and no longer how much more they count than the first ones.
-    """
-    groups = returns.unflatten(1, (-1, samples)) if samples > 1 else returns[:, None]
-    n = groups.shape[2]
-    found = ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
-    deviation = found.std(1, correction=0, keepdim=True)  # their mean is 0
-    return found / deviation.where(deviation > 1e-6, 1) if standardise else found
-
-
-def logprob_and_divergence(
-    model: PreTrainedModel, base: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """Log-probability [R] of each completion, and the divergence [R] of the model from the base, summed over its tokens.
-
-    The divergence is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)), with a gradient.
-    """
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-    ids, mask = (x.to(model.device) for x in padded(rows))
-    begin = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    written = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=model.device) >= begin[:, None])
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    logprob = model(**inputs).logits[:, :-1][written].float().log_softmax(-1)
-    with torch.no_grad():
-        other = base(**inputs).logits[:, :-1][written].float().log_softmax(-1)
-    chosen = logprob.gather(1, ids[:, 1:][written][:, None])[:, 0]
-    divergence = (logprob.exp() * (logprob - other)).sum(-1)
-    row, nothing = written.nonzero()[:, 0], chosen.new_zeros(len(rows))
-    return nothing.index_add(0, row, chosen), nothing.index_add(0, row, divergence)
-
-
-def loss(
-    model: PreTrainedModel, base: PreTrainedModel, attempts: Attempts, advantage: Tensor, stage: int, config: Config
-) -> tuple[Tensor, Tensor]:
-    """The loss of each problem [R], and the divergence of both attempts [2,R], which has no gradient.
-
-    First attempts that the base model wrote are not reinforced, since REINFORCE's gradient is an expectation over the model's
-    own samples. They are what the second attempt responds to, and one more place where the model is kept close to the base.
-    """
-    advantage = (advantage * torch.stack([attempts.own, torch.ones_like(attempts.own)])).to(model.device)
-    logprob, divergence = logprob_and_divergence(model, base, attempts.prompts, attempts.first)
-    logprob_second, divergence_second = logprob_and_divergence(model, base, attempts.requests, attempts.second)
-    reinforce = -advantage[0] * logprob - advantage[1] * logprob_second
-    held = config.first_kl * divergence if stage == 1 else config.kl * (divergence + divergence_second)
-    return reinforce + held, torch.stack([divergence, divergence_second]).detach()
+    step: Annotated[int, msgspec.Meta(ge=1)]
+    reward: float
 
 
 class RunState(State):
-    """Where a run is, and the figures of the base model and of each finished stage."""
+    """Where a run is, the best checkpoint of the stage, and the figures of the base model and of each finished stage."""
 
+    best: Checkpoint | None
     report: dict[str, Figures]
 
 
@@ -178,9 +128,10 @@ def score(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Run the warm-up, if there is one, and both stages, or what a stopped run lacks; ``model`` is changed.
 
-    Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), metrics.jsonl with a
-    line per update of the stages, and the report with its plots (score.json, score.png) into ``config.out``. SIGTERM and Ctrl-C
-    finish the current update and save, but for those of the warm-up, which a continued run repeats.
+    Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), the best checkpoint of
+    the latest stage (best), metrics.jsonl with a line per update of the stages, and the report with its plots (score.json,
+    score.png) into ``config.out``. SIGTERM and Ctrl-C finish the current update and save, but for those of the warm-up, which a
+    continued run repeats.
 
     Args:
         model: writes an answer, and a second one when asked to.
@@ -199,7 +150,7 @@ def score(
     """
     config = config or Config()
     settings = Settings.of(config, recipe="score", model=name, task=task.name)
-    progress = Progress(config.out, settings, {"step": 0, "report": {}}, resume, RunState)
+    progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
     if config.two_turn_steps and not progress.begun:
         warm_up(model, task, config)
     start = load_model(Path(config.out) / START, model) if config.two_turn_steps else model
@@ -209,9 +160,11 @@ def score(
         progress.load(model, optimizer)
     test = task.sample(config.held_out, "test", torch.Generator().manual_seed(config.seed))
     total = config.first_steps + config.second_steps
-    ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total}
+    ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total if config.second_steps else None}
     with Signals() as signals, evaluating(model):  # no dropout: attempts are scored by the model that wrote them
         while True:
+            if state["step"] in ends.values() and state["best"]:
+                model.load_state_dict(load_model(Path(config.out) / BEST, model).state_dict())
             for end, step in ends.items():
                 if step == state["step"] and end not in state["report"]:
                     state["report"][end] = evaluate(model, base, task, test, config)
@@ -219,12 +172,15 @@ def score(
                     if step == 0 and not state["report"][end]["accuracy_second"]:
                         LOG.warning(NO_SECOND_ATTEMPT)
             if state["step"] == ends["stage I"]:
+                state["best"] = None
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
             if state["step"] == total:
                 break
             progress.metrics.add(update(model, base, optimizer, task, config, state["step"]))
             state["step"] += 1
+            if config.keep == "best" and (state["step"] % config.save_every == 0 or state["step"] in ends.values()):
+                keep_best(model, task, config, state, progress.metrics.lines)
             progress.save_if(signals, config.save_every, model, optimizer)
     save_model(Path(config.out) / MODEL, model, task, state["report"])
     progress.save(model, optimizer)
@@ -246,21 +202,37 @@ def warm_up(model: PreTrainedModel, task: Task, config: Config) -> None:
     save_model(folder, model, task, {})
 
 
+def keep_best(
+    model: PreTrainedModel, task: Task, config: Config, state: dict[str, Any], lines: Sequence[Mapping[str, Any]]
+) -> None:
+    """Save a checkpoint if the reward since the one before is the highest of the stage.
+
+    The reward is that of both attempts without the bonus, which shapes the gradient and is highest where first attempts fail.
+    """
+    since = (state["step"] - 1) // config.save_every * config.save_every
+    reward = fmean(line["reward"] for line in lines if line["step"] > since and line["stage"] == lines[-1]["stage"])
+    if state["best"] is None or reward > state["best"]["reward"]:
+        state["best"] = {"step": state["step"], "reward": reward}
+        save_model(Path(config.out) / BEST, model, task, state["best"])
+
+
 def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Sequence[Row], config: Config) -> dict[str, Any]:
     """Greedy attempts at test problems, compared with each other and with votes.
 
     Returns:
-        What ``Attempts.figures`` returns; changes, which is ``Attempts.histogram``; divergence_first and divergence_second,
-        nats per token; and ``votes`` of attempts at ``config.temperature``.
+        What ``Attempts.figures`` returns; accuracy_by_attempt; changes, which is ``Attempts.histogram``; divergence_first and
+        divergence_second, nats per token; and ``votes`` of attempts at ``config.temperature``.
     """
     greedy = attempt(model, task, test, config.sampling(0.0), config.seed)
     nats = torch.zeros(2)
     with torch.no_grad():
         for part in greedy.parts(config.batch_size):
-            nats += loss(model, base, part, torch.zeros_like(part.rewards), 2, config)[1].sum(1).cpu()
+            for turn, (prompts, completions) in enumerate(part.turns()):
+                nats[turn] += logprob_and_divergence(model, base, prompts, completions)[1].sum().cpu()
     first, second = (nats / greedy.tokens()).tolist()
     return {
         **greedy.figures(),
+        "accuracy_by_attempt": accuracy_by_attempt(model, task, greedy, config.attempts, config.sampling(0.0), config.seed),
         "changes": greedy.histogram(),
         "divergence_first": first,
         "divergence_second": second,
@@ -284,28 +256,35 @@ def update(
     attempts = attempt(model, task, rows, config.sampling(config.temperature), seed, base, config.from_base)
     if step == 0 and not attempts.rewards.any():
         raise ValueError(f"score: {nothing_solved(task, rows, attempts.first)}")
-    earned = returns(attempts.rewards, stage, config)
-    advantage = advantages(earned, config.samples, config.standardise)
+    rewards = config.rewards(attempts.rewards, stage)
+    divergence = torch.zeros_like(rewards)
+    if config.kl_in == "reward":
+        divergence = log_ratios(base, attempts, config.batch_size)
+        rewards = rewards - config.weights(stage)[:, None] * divergence
+    advantage = advantages(config.returns(rewards), config.samples, config.standardise)
     optimizer.zero_grad()
     losses, divergences = [], []
     for part, part_advantage in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
-        value, divergence = loss(model, base, part, part_advantage, stage, config)
+        value, at_tokens = loss(model, base, part, part_advantage, stage, config)
         (value.sum() / len(rows)).backward()
         losses.append(value.detach())
-        divergences.append(divergence)
+        divergences.append(at_tokens.cpu())
     norm = clipped_step(optimizer, model, config.clip, f"score: update {step + 1}")
-    tokens, own = attempts.tokens(), attempts.own.nonzero()[:, 0].tolist()
-    first, second = (torch.cat(divergences, 1).sum(1).cpu() / tokens).tolist()
+    tokens = attempts.tokens()
+    own = attempts.own.nonzero()[:, 0].tolist() or range(len(rows))
+    first, second = ((divergence + torch.cat(divergences, 1)).sum(1) / tokens).tolist()
     return {
         "step": step + 1,
         "stage": stage,
         "loss": float(torch.cat(losses).mean()),
-        "return_first": float(earned[0].mean()),
-        "return_second": float(earned[1].mean()),
+        "reward": float(config.earned(attempts.rewards, stage).sum(0).mean()),  # without bonus and divergence
+        "reward_first": float(rewards[0].mean()),
+        "reward_second": float(rewards[1].mean()),
         "divergence_first": first,  # nats per token
         "divergence_second": second,
         **{name: x for name, x in attempts.part(own).figures().items() if name not in ("problems", "low", "high")},
         "grad_norm": norm,
+        "tokens_first": int(tokens[0]),
         "tokens": int(tokens.sum()),
         "seconds": time.perf_counter() - began,
     }

@@ -1,4 +1,4 @@
-"""Two attempts at each problem, as SCoRe makes them; their figures and plots; and votes for as many tokens, for comparison."""
+"""Attempts at a problem, two as in SCoRe's training or more in a row; their figures and plots; and votes, to compare with."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Attempts:
         prompts, first: ids of the problem and of the first attempt.
         requests, second: ids of everything before the second attempt, and of that attempt.
         rewards: [2,R], 1 where an attempt is right.
+        logprob: [2,R], the log-probability of each attempt under the model that wrote it.
         own: bool [R], whether the model wrote the first attempt itself, rather than the base model.
         revised: bool [R], whether the second attempt's answer differs from the first's.
     """
@@ -45,6 +46,7 @@ class Attempts:
     requests: list[list[int]]
     second: list[list[int]]
     rewards: Tensor
+    logprob: Tensor
     own: Tensor
     revised: Tensor
 
@@ -53,13 +55,18 @@ class Attempts:
         ids = (self.prompts, self.first, self.requests, self.second)
         prompts, first, requests, second = ([x[i] for i in indices] for x in ids)
         rows = [self.rows[i] for i in indices]
-        flags = (x[..., indices] for x in (self.rewards, self.own, self.revised))
+        flags = (x[..., indices] for x in (self.rewards, self.logprob, self.own, self.revised))
         return Attempts(rows, prompts, first, requests, second, *flags)
 
     def parts(self, size: int) -> Iterator[Attempts]:
         """All attempts, ``size`` problems at a time."""
         for indices in torch.arange(len(self.first)).split(size):
             yield self.part(indices.tolist())
+
+    def turns(self) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+        """Of the first and of the second attempts: the ids before each, and its own."""
+        yield self.prompts, self.first
+        yield self.requests, self.second
 
     def tokens(self) -> Tensor:
         """Number of tokens of all first and of all second attempts, [2]."""
@@ -117,19 +124,38 @@ def attempt(
     by_base = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(seed, 2)))[: int(share * len(rows))]
     own = torch.ones(len(rows), dtype=torch.bool)
     own[by_base] = False
-    first: list[list[int]] = [[] for _ in rows]
+    written: list[Completion] = [Completion([], [])] * len(rows)
     for number, writer, mask in ((0, model, own), (3, base, ~own)):
         places = mask.nonzero()[:, 0].tolist()
         if writer is not None and places:
-            written = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
-            for i, completions in zip(places, written, strict=True):
-                first[i] = completions[0].ids
+            found = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
+            for i, completions in zip(places, found, strict=True):
+                written[i] = completions[0]
+    first = [x.ids for x in written]
     requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
-    second = [completions[0].ids for completions in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
+    again = [completions[0] for completions in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
+    second = [x.ids for x in again]
+    logprob = torch.tensor([[sum(x.logprob) for x in completions] for completions in (written, again)])
     right = [[task.check(row, ids) for row, ids in zip(rows, attempts, strict=True)] for attempts in (first, second)]
     rewards = torch.tensor(right, dtype=torch.float32)
     revised = torch.tensor([task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)])
-    return Attempts(rows, prompts, first, requests, second, rewards, own, revised)
+    return Attempts(rows, prompts, first, requests, second, rewards, logprob, own, revised)
+
+
+def accuracy_by_attempt(
+    model: PreTrainedModel, task: Task, attempts: Attempts, count: int, sampling: Mapping[str, Any], seed: int
+) -> list[float]:
+    """The accuracy of each of ``count`` attempts in a row. As in training, an attempt sees the one before it and no others.
+
+    Args:
+        attempts: the first two.
+    """
+    found, latest = attempts.rewards.mean(1).tolist(), attempts.second
+    for number in range(2, count):
+        requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(attempts.rows, latest, strict=True)]
+        latest = [x.ids for (x,) in rollout(model, task, requests, **sampling, seed=mix_seed(seed, number + 2))]
+        found.append(fmean(map(task.check, attempts.rows, latest)))
+    return found
 
 
 def votes(
@@ -196,6 +222,7 @@ class Figures(msgspec.Struct):
     problems: Annotated[int, msgspec.Meta(ge=1)]
     accuracy_first: float
     accuracy_second: float
+    accuracy_by_attempt: list[float]
     changes: list[int]
     votes: list[dict[str, float]]
 
@@ -228,6 +255,7 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
         for name, spent in (("corrected", "tokens"), ("parallel", "tokens_parallel")):
             if figures["votes"]:
                 bought[f"{end}, {name}"] = [[(x[spent], x[name]) for x in figures["votes"]]]
+    in_a_row = {end: [list(enumerate(figures["accuracy_by_attempt"], 1))] for end, figures in report.items()}
     edges = [(i + 0.5) / BINS for i in range(BINS)]
     histogram = {
         end: [[(x, count / figures["problems"]) for x, count in zip(edges, figures["changes"], strict=True)]]
@@ -242,6 +270,7 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
             over("divergence_first", "divergence_second"),
             marks=ends,
         ),
+        Panel("attempt", "accuracy on test problems", in_a_row),
         Panel("share of tokens that the second attempt changes", "share of test problems", histogram),
         Panel("tokens generated per problem", "accuracy of the majority vote", bought),
     ]

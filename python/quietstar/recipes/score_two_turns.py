@@ -25,28 +25,22 @@ def learn_two_turns(
     seed: int,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> None:
-    """Teach the model that a request for another attempt is followed by the same attempt, or by the data's own solution.
+    """Teach the model that a request for another attempt is followed by another attempt.
 
-    First attempts stay as they were, since they are the model's own: with right ones instead, little is left to correct.
+    Both attempts are the model's own, drawn independently of each other. So it still makes the mistakes that are to be
+    corrected, and its second attempts take no notice of the first: they break right answers as often as they fix wrong ones.
+    Like a model that was never trained to correct itself, it gains nothing from being asked again.
 
     Args:
         model: changed in place.
-        problems: training problems with chains, of which it samples a first attempt each.
+        problems: training problems, at which it makes two attempts each.
         sampling: the arguments of ``rollout``, except the seed.
         log: called with the figures of every update.
-
-    Raises:
-        ValueError: no problem has a chain.
     """
-    generator = torch.Generator().manual_seed(mix_seed(seed, 2000))
-    rows = task.sample_with_chain(problems, generator)
-    if not rows:
-        raise ValueError("score: two_turn_steps needs problems with chains, but the data have none")
-    first = [task.trimmed(x[0].ids) for x in rollout(model, task, [row.prompt_ids for row in rows], **sampling, seed=seed)]
-    copies = (torch.rand(len(rows), generator=generator) < 0.5).tolist()
-    once = [(row.prompt_ids, ids) for row, ids in zip(rows, first, strict=True)]
-    again = [
-        (revision_prompt(task, row, [ids]), ids if same else task.completion_ids(row))
-        for row, ids, same in zip(rows, first, copies, strict=True)
-    ]
-    sft(model, once + again, steps, SFTConfig(learning_rate=learning_rate), seed, log)
+    rows = task.sample(problems, "train", torch.Generator().manual_seed(mix_seed(seed, 2000)))
+    pairs = rollout(model, task, [row.prompt_ids for row in rows], 2, **sampling, seed=seed)
+    examples = []
+    for row, pair in zip(rows, pairs, strict=True):
+        first, second = (task.trimmed(completion.ids) for completion in pair)
+        examples += [(row.prompt_ids, first), (revision_prompt(task, row, [first]), second)]
+    sft(model, examples, steps, SFTConfig(learning_rate=learning_rate), seed, log)

@@ -1,6 +1,7 @@
 """SCoRe: what each attempt earns, which gradient each stage has, and how a run resumes."""
 
 import copy
+import dataclasses
 import json
 from statistics import fmean
 
@@ -13,11 +14,12 @@ from quietstar.cli import main as cli
 from quietstar.recipes import score as recipe
 from quietstar.recipes import score_attempts, score_two_turns
 from quietstar.recipes.common.models import small_model
-from quietstar.recipes.common.sampling import Completion
+from quietstar.recipes.common.sampling import Completion, rollout
 from quietstar.recipes.common.selectors import Sample
 from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.score import Config, advantages, evaluate, logprob_and_divergence, loss, returns, score
-from quietstar.recipes.score_attempts import Attempts, attempt, reaching, votes
+from quietstar.recipes.score import Config, evaluate, score
+from quietstar.recipes.score_attempts import Attempts, accuracy_by_attempt, attempt, reaching, votes
+from quietstar.recipes.score_objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
 from quietstar.recipes.tasks import Addition
 
 SAMPLING = {"temperature": 1.0, "max_new": 8, "batch_size": 256}
@@ -41,8 +43,16 @@ def moved(model, by=0.05):
 @pytest.fixture
 def run(solver, tmp_path):
     def start(out="run", resume=False, model=None, task=None, base=None, **changes):
-        numbers = {"first_steps": 3, "second_steps": 3, "problems": 8, "max_new": 8, "held_out": 10}
-        config = Config(out=str(tmp_path / out), save_every=100, **{**numbers, "chains": 0, **changes})
+        numbers = {
+            "save_every": 100,
+            "first_steps": 3,
+            "second_steps": 3,
+            "problems": 8,
+            "samples": 2,
+            "max_new": 8,
+            "held_out": 10,
+        }
+        config = Config(out=str(tmp_path / out), **{**numbers, "chains": 0, "attempts": 2, **changes})
         model, report = score(copy.deepcopy(model or solver[0]), task or Addition(1), config, resume=resume, base=base)
         lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
         return model, report, [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
@@ -58,7 +68,7 @@ def made(first, second, rewards=None, own=None, prompts=None):
     rewards = torch.ones(2, R) if rewards is None else rewards
     own = torch.ones(R, dtype=torch.bool) if own is None else own
     revised = torch.tensor([x != y for x, y in zip(first, second, strict=True)], dtype=torch.bool)
-    return Attempts([None] * R, prompts, first, requests, second, rewards, own, revised)
+    return Attempts([None] * R, prompts, first, requests, second, rewards, torch.zeros(2, R), own, revised)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +79,14 @@ def made(first, second, rewards=None, own=None, prompts=None):
         (2, {"bonus": 10.0}, [0, 0, 1, 1], [0, 11, -10, 1]),
         (2, {"bonus": 10.0, "credit": "joint"}, [0, 11, -9, 2], [0, 11, -10, 1]),
         (1, {"credit": "joint"}, [0, 1, 0, 1], [0, 1, 0, 1]),
+        (2, {"single_turn": True}, [0, 0, 1, 1], [0, 0, 0, 0]),
     ],
 )
 def test_what_attempts_earn(stage, changes, first, second):
     """Wrong twice, wrong then right, right then wrong, right twice."""
-    rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
-    assert returns(rewards, stage, Config(**changes)).tolist() == [first, second]
+    right = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    objective = Objective(**changes)
+    assert objective.returns(objective.rewards(right, stage)).tolist() == [first, second]
 
 
 def test_advantages_compare_with_the_others():
@@ -86,14 +98,15 @@ def test_advantages_compare_with_the_others():
 
 def test_standardised_advantages_have_variance_one():
     """For each attempt separately, in the same places and with the same sign; equal returns still give 0."""
-    rewards = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    right = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    objective = Objective()
     for samples in (1, 4):
-        plain, found = (advantages(returns(rewards, 2, Config()), samples, flag) for flag in (False, True))
+        plain, found = (advantages(objective.rewards(right, 2), samples, flag) for flag in (False, True))
         torch.testing.assert_close(found.var(1, correction=0), torch.ones(2))
         ratio = found / plain.where(plain != 0, 1)
         torch.testing.assert_close(ratio, ratio.max(1, keepdim=True).values.expand_as(ratio) * (plain != 0))
         assert plain[1].var() > 9 * plain[0].var()
-        assert advantages(returns(rewards, 1, Config()), samples, True)[0].tolist() == [0.0] * 24
+        assert advantages(objective.rewards(right, 1), samples, True)[0].tolist() == [0.0] * 24
         assert advantages(torch.full((2, 24), 1.1), samples, True).abs().max() < 1e-6  # rounding is not scaled up
 
 
@@ -192,29 +205,35 @@ def attempts(first=FIRST, second=SECOND, own=None):
 def test_the_loss_is_reinforce_and_the_divergence():
     model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
-    config = Config(kl=0.3, first_kl=0.7)
+    objective = Objective(kl=0.3, first_kl=0.7, kl_in="loss")
     (p1, kl1), (p2, kl2) = (
         logprob_and_divergence(model, base_model, PROMPTS, FIRST),
         logprob_and_divergence(model, base_model, attempts().requests, SECOND),
     )
     policy = -advantage[0] * p1 - advantage[1] * p2
-    for stage, held in ((1, 0.7 * kl1), (2, 0.3 * (kl1 + kl2))):
-        found, divergence = loss(model, base_model, attempts(), advantage, stage, config)
+    for stage, held in ((1, 0.7 * kl1 + 0.3 * kl2), (2, 0.3 * (kl1 + kl2))):
+        found, divergence = loss(model, base_model, attempts(), advantage, stage, objective)
         torch.testing.assert_close(found, policy + held)
         torch.testing.assert_close(divergence, torch.stack([kl1, kl2]))
         assert not divergence.requires_grad
+        in_reward, nothing = loss(model, base_model, attempts(), advantage, stage, Objective())
+        torch.testing.assert_close(in_reward, policy)
+        assert nothing.abs().max() == 0
+    single, divergence = loss(model, base_model, attempts(), advantage, 2, Objective(kl=0.3, kl_in="loss", single_turn=True))
+    torch.testing.assert_close(single, -advantage[0] * p1 + 0.3 * kl1)
+    assert divergence[1].abs().max() == 0
 
 
 def test_in_stage_one_only_the_second_attempt_is_reinforced():
     """And the divergence from the base model has no gradient yet, since the model equals it."""
     model, base_model = tiny(), tiny()
-    rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    config = Config(first_kl=0.1)
-    first_stage, second_stage = (advantages(returns(rewards, stage, config), 1) for stage in (1, 2))
+    right = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    objective = Objective(first_kl=0.1, kl_in="loss")
+    first_stage, second_stage = (advantages(objective.rewards(right, stage), 1) for stage in (1, 2))
     assert first_stage[0].abs().max() == 0 < second_stage[0].abs().max()
 
     def of_stage(stage, advantage, first):
-        return gradient(loss(model, base_model, attempts(first), advantage, stage, config)[0].sum(), model)
+        return gradient(loss(model, base_model, attempts(first), advantage, stage, objective)[0].sum(), model)
 
     other = [[9, 9], [9], [9, 9, 9]]
     same, changed = (of_stage(1, first_stage, first) for first in (FIRST, other))
@@ -227,12 +246,11 @@ def test_first_attempts_of_the_base_have_no_policy_gradient():
     model, base_model = tiny(), moved(tiny())
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
     own = torch.tensor([True, False, True])
+    objective = Objective(kl=0.3, kl_in="loss")
 
     def policy(own, advantage):
         """The gradient without the divergence's."""
-        both, held = (
-            loss(model, base_model, attempts(own=own), x, 2, Config(kl=0.3))[0].sum() for x in (advantage, 0 * advantage)
-        )
+        both, held = (loss(model, base_model, attempts(own=own), x, 2, objective)[0].sum() for x in (advantage, 0 * advantage))
         return gradient(both, model) - gradient(held, model)
 
     without = advantage * torch.tensor([[1, 0, 1], [1, 1, 1]])
@@ -240,7 +258,7 @@ def test_first_attempts_of_the_base_have_no_policy_gradient():
     assert (policy(None, advantage) - policy(None, without)).abs().max() > 1e-2
     alone = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     assert policy(own, alone).abs().max() == 0 < policy(None, alone).abs().max()
-    held = [loss(model, base_model, attempts(own=x), 0 * advantage, 2, Config(kl=0.3))[0] for x in (None, own)]
+    held = [loss(model, base_model, attempts(own=x), 0 * advantage, 2, objective)[0] for x in (None, own)]
     torch.testing.assert_close(*held)
     assert held[0][1] > 1e-3
 
@@ -251,12 +269,43 @@ def test_the_divergence_pulls_the_first_attempt_back():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     nothing, found = torch.zeros(2, 3), []
     for _ in range(20):
-        value, divergence = loss(model, base_model, attempts(), nothing, 1, Config(first_kl=1.0))
+        value, divergence = loss(model, base_model, attempts(), nothing, 1, Objective(first_kl=1.0, kl_in="loss"))
         optimizer.zero_grad()
         value.sum().backward()
         optimizer.step()
         found.append(float(divergence[0].sum()))
     assert found[-1] < 0.5 * found[0]
+
+
+def test_the_divergence_in_the_reward_is_that_of_whole_attempts():
+    """Over all attempts of two tokens: in expectation its gradient is the divergence's, that at each token is not."""
+    model, base_model = tiny(), moved(tiny(), 0.2)
+    V = model.config.vocab_size
+    both = [[i, j] for i in range(V) for j in range(V)]
+    every = made(both, both, prompts=[[5]] * len(both))
+    logprob, divergence = logprob_and_divergence(model, base_model, every.prompts, both)
+    other, _ = logprob_and_divergence(base_model, model, every.prompts, both)
+    p = logprob.exp()
+    at_tokens = torch.autograd.grad((p.detach() * divergence).sum(), list(model.parameters()), retain_graph=True)
+    exact = gradient((p * (logprob - other.detach())).sum(), model)
+
+    every.logprob[:] = logprob.detach()
+    ratio = log_ratios(base_model, every, 100)[0]
+    torch.testing.assert_close(ratio, (logprob - other).detach().float(), atol=1e-5, rtol=1e-4)
+    value, _ = loss(model, base_model, every, torch.stack([-ratio, 0 * ratio]), 2, Objective())
+    weighted = gradient((p.detach() * value).sum(), model)
+    torch.testing.assert_close(weighted, exact, atol=1e-5, rtol=1e-4)
+    assert (torch.cat([g.flatten() for g in at_tokens]) - exact).norm() > 0.05 * exact.norm()
+
+
+def test_the_divergence_lowers_the_reward(run, monkeypatch):
+    """By its weight times the log-ratio of the attempt: beta 2 and beta 1 in stage I, beta 1 twice in stage II."""
+    given = []
+    monkeypatch.setattr(recipe, "advantages", lambda returns, *rest: given.append(returns) or advantages(returns, *rest))
+    monkeypatch.setattr(recipe, "log_ratios", lambda base, attempts, size: torch.ones_like(attempts.rewards))
+    for kl_in in ("reward", "loss"):
+        run(kl_in, kl_in=kl_in, first_steps=1, second_steps=1, bonus=0.0, kl=0.125, first_kl=0.25)
+    assert [x.min(1).values.tolist() for x in given] == [[-0.25, -0.125], [-0.125, -0.125], [0, 0], [0, 0]]
 
 
 def test_the_batch_size_changes_only_rounding(run, monkeypatch):
@@ -273,11 +322,14 @@ def test_the_batch_size_changes_only_rounding(run, monkeypatch):
 
 
 def test_a_run(run, tmp_path):
-    model, report, lines = run(samples=2, chains=2)
+    model, report, lines = run(chains=2, attempts=3)
     assert list(report) == ["base", "stage I", "stage II"]
     assert [line["stage"] for line in lines] == [1, 1, 1, 2, 2, 2]
-    assert all(line["return_first"] == 0 for line in lines[:3])
-    assert lines[0]["divergence_first"] == pytest.approx(0, abs=1e-6) and lines[-1]["divergence_first"] > 0
+    for line in lines[:3]:
+        assert line["reward_first"] == pytest.approx(-0.1 * line["divergence_first"] * line["tokens_first"] / 16, abs=1e-5)
+        assert line["reward"] == line["accuracy_second"]
+    assert lines[3]["reward"] == lines[3]["accuracy_first"] + lines[3]["accuracy_second"]
+    assert lines[0]["divergence_first"] == pytest.approx(0, abs=1e-5) and lines[-1]["divergence_first"] > 0
     for name in ("first-stage", "model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -287,6 +339,8 @@ def test_a_run(run, tmp_path):
     for figures in report.values():
         assert sum(figures["changes"]) == figures["problems"] == 8  # there are no more
         assert [point["chains"] for point in figures["votes"]] == [1, 2]
+        both = [figures["accuracy_first"], figures["accuracy_second"]]
+        assert figures["accuracy_by_attempt"][:2] == both and len(figures["accuracy_by_attempt"]) == 3
     assert report["base"]["divergence_second"] == pytest.approx(0, abs=1e-6)
     assert report["stage II"]["divergence_second"] > 1e-4
 
@@ -294,7 +348,9 @@ def test_a_run(run, tmp_path):
 def test_the_warm_up_teaches_to_answer_again(run, tmp_path, caplog):
     """What the divergence is measured from is the model after the warm-up, also in a continued run."""
     warm = {"two_turn_steps": 60, "two_turn_problems": 200, "two_turn_rate": 2e-3}
-    cold, warmed = (run(out, **changes)[1]["base"] for out, changes in (("cold", {}), ("warm", warm)))
+    task = Addition(1)
+    task.problems = lambda n, split, generator: Addition.problems(task, n, "train", generator)  # there are few others
+    cold, warmed = (run(out, task=task, **changes)[1]["base"] for out, changes in (("cold", {}), ("warm", warm)))
     assert cold["accuracy_second"] == 0 < warmed["accuracy_second"]
     assert warmed["divergence_first"] == pytest.approx(0, abs=1e-6)
     assert caplog.messages == [recipe.NO_SECOND_ATTEMPT] and "two_turn_steps=200" in recipe.NO_SECOND_ATTEMPT
@@ -315,21 +371,17 @@ def test_a_continued_run_does_not_repeat_the_warm_up(run, stopped, monkeypatch):
 
 
 def test_the_warm_up_is_on_the_models_own_attempts(solver, monkeypatch):
-    """Each is followed by itself, or by the data's solution; without chains there is none."""
+    """Each is followed by another one, drawn independently of it."""
     model, task = solver
     taught = []
     monkeypatch.setattr(score_two_turns, "sft", lambda model, examples, *rest: taught.extend(examples))
-    score_two_turns.learn_two_turns(model, task, 40, 1, 1e-3, {"max_new": 8}, 0)
-    once, again = taught[:40], taught[40:]
-    copies = [second == first for (_, first), (_, second) in zip(once, again, strict=True)]
+    score_two_turns.learn_two_turns(model, task, 40, 1, 1e-3, {"max_new": 8, "temperature": 1.0}, 0)
+    once, again = taught[::2], taught[1::2]
+    assert len(once) == len(again) == 40 and len({len(prompt) for prompt, _ in once}) == 1
     assert all(request == prompt + first + task.again_ids for (prompt, first), (request, _) in zip(once, again, strict=True))
-    assert 10 < sum(copies) < 40 and len({len(prompt) for prompt, _ in once}) == 1
-    solutions = {(*row.prompt_ids, *task.completion_ids(row)) for row in task.sample(500, "train", torch.Generator())}
-    for (prompt, _), (_, second), same in zip(once, again, copies, strict=True):
-        assert same or (*prompt, *second) in solutions
-    monkeypatch.setattr(type(task), "sample_with_chain", lambda *_: [])
-    with pytest.raises(ValueError, match="score: two_turn_steps needs problems with chains, but the data have none"):
-        score_two_turns.learn_two_turns(model, task, 40, 1, 1e-3, {"max_new": 8}, 0)
+    drawn = rollout(model, task, [prompt for prompt, _ in once], 2, max_new=8, temperature=1.0, seed=0)
+    assert [[first, second] for (_, first), (_, second) in zip(once, again, strict=True)] == [[x.ids for x in k] for k in drawn]
+    assert any(first != second for (_, first), (_, second) in zip(once, again, strict=True))
 
 
 def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
@@ -337,16 +389,40 @@ def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
     original = recipe.attempt
     monkeypatch.setattr(recipe, "attempt", lambda *args: seen.append(original(*args)) or seen[-1])
     _, report, lines = run(from_base=0.5, first_steps=0, second_steps=2)
-    assert [int(x.own.sum()) for x in seen] == [8, 4, 4, 8]  # at test time all are the model's
+    assert [int(x.own.sum()) for x in seen] == [8, 8, 8, 8]  # at test time all are the model's
     for line, found in zip(lines, seen[1:3], strict=True):
         assert line["accuracy_first"] == float(found.rewards[0][found.own].mean())
     assert report["stage II"]["votes"] == []
 
 
+def test_all_first_attempts_can_be_the_bases(run):
+    """Only second attempts are then trained on; the figures are over all problems."""
+    _, _, lines = run(from_base=1.0, first_steps=0, second_steps=2)
+    assert all(line["accuracy_first"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert all(line["divergence_first"] == pytest.approx(0, abs=1e-5) for line in lines)
+
+
+def test_in_a_single_turn_second_attempts_are_not_trained_on(run, monkeypatch):
+    """Whatever they are: another model's second attempts lead to the same weights."""
+    numbers = {"single_turn": True, "first_steps": 0, "second_steps": 2}
+    plain, report, _ = run("plain", **numbers)
+    original = recipe.attempt
+
+    def other(*args):
+        found = original(*args)
+        shorter = [ids[:1] for ids in found.second]
+        return dataclasses.replace(found, second=shorter, rewards=found.rewards * torch.tensor([[1.0], [0.0]]))
+
+    monkeypatch.setattr(recipe, "attempt", other)
+    changed, _, lines = run("changed", **numbers)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), changed.parameters(), strict=True))
+    assert list(report) == ["base", "stage II"] and all(line["reward"] == line["accuracy_first"] for line in lines)
+
+
 def test_standardised_advantages_are_trained_on(run):
     (_, _, plain), (_, _, scaled) = (run(out, standardise=out == "scaled", first_steps=0) for out in ("plain", "scaled"))
-    assert plain[0]["return_second"] == scaled[0]["return_second"]  # the attempts are the same
-    assert plain[0]["grad_norm"] > 2 * scaled[0]["grad_norm"]
+    assert plain[0]["reward_second"] == scaled[0]["reward_second"]  # the attempts are the same
+    assert plain[0]["grad_norm"] > 1.5 * scaled[0]["grad_norm"]
 
 
 def sample(right, tokens, logprob=-1.0):
@@ -412,8 +488,50 @@ def test_evaluate_is_of_greedy_attempts(solver):
     found = evaluate(moved(model, 0.02), model, task, test, config)
     greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
     assert found.items() >= greedy.figures().items()
+    assert len(found["accuracy_by_attempt"]) == config.attempts
     _, nats = logprob_and_divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
     assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
+
+
+def test_every_attempt_sees_the_one_before(solver, monkeypatch):
+    """The third and the fifth are right here, all others wrong."""
+    model, task = solver
+    rows = task.sample(4, "test", torch.Generator().manual_seed(1))
+    asked = []
+
+    def rollout(model, task, prompts, **rest):
+        asked.append(prompts)
+        right = len(asked) in (3, 5)
+        return [[Completion(task.completion_ids(row) if right else [3, task.end_id], [-1.0])] for row in rows]
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    both = attempt(model, task, rows, SAMPLING, 0)
+    assert accuracy_by_attempt(model, task, both, 6, SAMPLING, 0) == [0, 0, 1, 0, 1, 0]
+    for row, *prompts in zip(rows, *asked[2:], strict=True):
+        wrong, right = [3, task.end_id], task.completion_ids(row)
+        assert prompts == [row.prompt_ids + ids + task.again_ids for ids in (wrong, right, wrong, right)]
+
+
+@pytest.mark.parametrize("rewards, kept", [([0.1, 0.9, 0.5, 0.2], 4), ([0.1, 0.2, 0.5, 0.9], 8), ([0.5, 0.5, 0.5, 0.5], 2)])
+def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_path, monkeypatch, rewards, kept):
+    """The reward is that since the checkpoint before; the first stage's, however high, does not count in the second."""
+
+    def update(model, base, optimizer, task, config, step):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        reward = 5.0 if step < 2 else rewards[(step - 2) // 2] + 0.01 * (-1) ** step
+        return {"step": step + 1, "stage": 1 if step < 2 else 2, "reward": reward}
+
+    monkeypatch.setattr(recipe, "update", update)
+    monkeypatch.setattr(recipe, "evaluate", lambda *_: {"accuracy_second": 1.0})
+    monkeypatch.setattr(recipe, "plot", lambda *_: None)
+    numbers = {"first_steps": 2, "second_steps": 8, "save_every": 2}
+    begin = next(solver[0].parameters())
+    for keep, updates in (("best", 2 + kept), ("last", 10)):
+        model, _, _ = run(keep, keep=keep, **numbers)
+        for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path / keep / "model")):
+            torch.testing.assert_close(next(found.parameters()), begin + updates)
+    assert (tmp_path / "best/best").exists() and not (tmp_path / "last/best").exists()
 
 
 def test_without_stage_one(run):
@@ -428,10 +546,10 @@ def test_stage_two_alone_is_kept_close_to_what_stage_one_started_from(run, solve
 
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_a_resumed_run_gives_the_same_numbers(run, stopped, step):
-    whole, report, lines = run("whole")
+    whole, report, lines = run("whole", save_every=2)
     with stopped(recipe, "update", step):
-        run("stopped")
-    model, again, resumed = run("stopped", resume=True)
+        run("stopped", save_every=2)
+    model, again, resumed = run("stopped", save_every=2, resume=True)
     assert resumed == lines and again == report
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
@@ -445,7 +563,7 @@ def test_an_existing_run(run):
 
 
 def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
-    with pytest.raises(ValueError, match="score: none of the first 8 problems is solved, so there is nothing to learn from"):
+    with pytest.raises(ValueError, match="score: none of the first 16 problems is solved, so there is nothing to learn from"):
         run(model=small_model(Addition(1), width=32, heads=2))
     assert not (tmp_path / "run" / "model").exists()
 
@@ -455,11 +573,16 @@ def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
     [
         ({"two_turn_steps": -1}, "two_turn_steps must be 0 or more, got -1"),
         ({"two_turn_rate": 0.0}, "two_turn_rate must be above 0, got 0.0"),
-        ({"problems": 1}, "problems must be 2 or more where samples is 1"),
+        ({"problems": 1, "samples": 1}, "problems must be 2 or more where samples is 1"),
         ({"bonus": -1.0}, "bonus must be 0 or more, got -1.0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"max_new": 0}, "max_new must be 1 or more, got 0"),
-        ({"from_base": 1.0}, "from_base must be from 0 to below 1, got 1.0"),
+        ({"from_base": 1.1}, "from_base must be from 0 to 1, got 1.1"),
+        ({"kl": -0.1}, "kl must be 0 or more, got -0.1"),
+        ({"kl_in": "both"}, "kl_in must be 'reward' or 'loss', got 'both'"),
+        ({"keep": "first"}, "keep must be 'best' or 'last', got 'first'"),
+        ({"attempts": 1}, "attempts must be 2 or more, got 1"),
+        ({"single_turn": True}, "first_steps must be 0 with single_turn, since stage I rewards second attempts, got 150"),
         ({"chains": -1}, "chains must be 0 or more, got -1"),
     ],
 )
@@ -473,9 +596,18 @@ def test_command(solver, tmp_path, capsys):
     model.save_pretrained(tmp_path / "base")
     task.tokenizer.save_pretrained(tmp_path / "base")
     options = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--max-new=8"]
-    options += ["--first-steps=1", "--second-steps=1", "--problems=8", "--held-out=4", "--chains=1", "--standardise"]
+    options += [
+        "--first-steps=1",
+        "--second-steps=1",
+        "--problems=8",
+        "--held-out=4",
+        "--chains=1",
+        "--standardise",
+        "--attempts=3",
+    ]
     assert cli.main(["score", *options]) == 0
-    assert "stage II" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stage II" in printed and "attempt 3" in printed
     assert cli.main(["score", *options]) == 3
     assert cli.main(["score", *options, "--model=nothing/there"]) == 3
     assert capsys.readouterr().err.count("\n") == 2
@@ -492,7 +624,7 @@ def test_in_stage_one_the_divergence_keeps_the_first_attempt(solver, tmp_path):
     sft(model, once + again, 40, SFTConfig(learning_rate=1e-3, batch_tokens=600))
     divergence, second = [], []
     for hold in (0.1, 0.0):
-        shared = {"first_kl": hold, "learning_rate": 2e-3, "max_new": 8, "held_out": 10, "chains": 0}
+        shared = {"kl_in": "loss", "first_kl": hold, "learning_rate": 2e-3, "max_new": 8, "held_out": 10, "chains": 0}
         config = Config(out=str(tmp_path / str(hold)), first_steps=40, second_steps=0, **shared)
         score(copy.deepcopy(model), task, config)
         lines = [json.loads(line) for line in (tmp_path / str(hold) / "metrics.jsonl").read_text().splitlines()]
