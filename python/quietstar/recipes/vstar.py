@@ -63,7 +63,8 @@ class Config(SFTConfig, Sampling, DPO):
     out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier", may_differ=True)
     rounds: int = option(3, "how often to draw solutions and train the generator on the right ones", may_differ=True)
     problems: int = option(2000, "training problems to sample solutions of, in each round")
-    samples: int = option(8, "solutions of each problem")
+    fresh_problems: bool = option(False, "draw other problems in each round; the paper keeps to the same ones")
+    samples: int = option(16, "solutions of each problem in each round")
     sft_problems: int = option(2000, "problems whose own chains the supervised start learns from")
     sft_steps: int = option(0, "steps of the supervised start; 0 if the model solves problems already")
     steps: int = option(200, "training steps of the generator in each round")
@@ -161,7 +162,7 @@ def vstar(
 
 def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> list[Solution]:
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
-    generator = torch.Generator().manual_seed(mix_seed(config.seed, number))
+    generator = torch.Generator().manual_seed(mix_seed(config.seed, number if config.fresh_problems else 1))
     found: list[Solution] = []
     pace = Pace()
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
