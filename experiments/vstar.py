@@ -1,142 +1,148 @@
-"""Which of several solutions to a problem should be chosen? Compared are the choices of a verifier that learnt from right and
-wrong solutions of other problems (V-STaR), of one that learnt to say whether a solution is right ("outcome"), and of one that
-learnt from shuffled labels; votes; and the likeliest solution. Shuffled labels teach a verifier to trust likely solutions less,
-so that it ranks below chance.
+"""V-STaR beside the baselines of its paper (arXiv 2402.06457), at 48 samples of each training problem in all.
 
-A second question is what the same number of tokens buys when attempts revise each other: in long chains, and in chains whose
-length is chosen for each difficulty on validation problems. All figures are for 16 solutions. The samples are from the base
-model, which is also the verifier's reference model in DPO, at temperature 1. A verifier sees no pair twice.
+V-STaR draws 16 samples of each problem in three rounds, trains a fresh copy of the base on all right ones after each, and in the
+end a verifier on pairs of right and wrong ones. Without rounds ("one round"), all 48 samples are the base's. SFT is the base, RFT
+the generator after one round, STaR that after three; they answer by majority, and all others by what their verifier chooses.
+
+All answers are chosen from 16 solutions of the same test problems. All verifiers by DPO take equally many updates, without
+seeing a pair twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from experiments_checks import figure, least, most
+from experiments_checks import figure, gaps, least, most
 from small_base import base
+from transformers import PreTrainedModel
 
-from quietstar.recipes import solve as test_time
-from quietstar.recipes import solve_compute_optimal as compute_optimal
+from quietstar.files.reading import json_lines
+from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.selectors import auc, best_of, score
+from quietstar.recipes.common.selectors import auc, best, likeliest, majority, score
 from quietstar.recipes.common.sft import SFTConfig
-from quietstar.recipes.common.solutions import likelihood_scorer, to_samples
-from quietstar.recipes.vstar import Config, compare, draw, reliable_points, write
-from quietstar.recipes.vstar_verifier import make_pairs, measure_pairs, train_outcome, train_verifier, verdict_scorer
+from quietstar.recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar.recipes.tasks import Row, Task
+from quietstar.recipes.vstar import Config, vstar, write
+from quietstar.recipes.vstar_verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
 from quietstar.run.batches import mix_seed
 
-TITLE = "V-STaR and test-time compute"
-K = 16  # solutions to choose from
+TITLE = "V-STaR"
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"problems": 40, "samples": 4, "updates": 3, "test_problems": 20, "test_samples": K},
-    "quick": {"problems": 7000, "samples": 8, "updates": 900, "test_problems": 400, "test_samples": 64},
-    "full": {"problems": 9000, "samples": 8, "updates": 1800, "test_problems": 800, "test_samples": 128},
+    "tiny": {"problems": 20, "rounds": 2, "samples": 2, "steps": 2, "updates": 2, "pair_batch": 4, "test_problems": 10},
+    "quick": {"problems": 1500, "updates": 600, "test_problems": 800},
+    "full": {"problems": 5000, "updates": 1500, "test_problems": 800},
 }
-SPENT: dict[str, dict[str, Any]] = {
-    "tiny": {"problems": 20, "valid_problems": 10, "revise_steps": 0},
-    "quick": {"problems": 300, "valid_problems": 400, "revise_steps": 500, "revise_problems": 3000, "learning_rate": 1e-3},
-    "full": {"problems": 800, "valid_problems": 1600, "revise_steps": 600, "revise_problems": 3000, "learning_rate": 1e-3},
-}
-VERIFIER, OUTCOME, SHUFFLED = "verifier", "verifier, outcome", "verifier, shuffled labels"
-PARALLEL, CHAINS = "parallel, by the reviser", "sequential, verifier"
-SPLITS = (PARALLEL, CHAINS, compute_optimal.ONE, compute_optimal.PREDICTED, compute_optimal.MEASURED)
+OUTCOME_STEPS = {"tiny": 10, "quick": 800, "full": 4000}
+BETAS: dict[str, tuple[float, ...]] = {"tiny": (), "quick": (), "full": (0.02, 0.5)}  # of DPO, beside 0.1
+BATCH = 1024  # solutions to generate or to score at once
+RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
+OUTCOME, SHUFFLED = "V-STaR, outcome verifier", "V-STaR, shuffled labels"
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     model, task = base(seed, size)
-    config = Config(**SIZES[size], max_new=20, seed=seed, beta=0.1, verifier_rate=3e-4, pair_batch=32, pairs=16)
-    solutions = draw(model, task, config, 2)  # a round other than the first, which stops where nothing is right
     if size == "tiny":  # a base of five updates solves nothing
-        solutions = [{**x, "right": i % 3 == 0} for i, x in enumerate(solutions)]
-    pairs, held_out = (make_pairs(solutions, split, config.pairs, seed) for split in ("train", "valid"))
-    # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
-    shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs[: len(pairs) // 6 * 2])]
+        task.check = lambda row, ids: sum(ids) % 3 == 0
+    config = Config(out=str(out / "three-rounds"), max_new=20, batch_size=BATCH, seed=seed, **SIZES[size])
+    once = replace(config, out=str(out / "one-round"), rounds=1, samples=config.rounds * config.samples)
+    generator, verifier, report = vstar(model, task, config, resume=True)
+    generator_once, verifier_once, report_once = vstar(model, task, once, resume=True)
 
     test = task.sample(config.test_problems, "test", torch.Generator().manual_seed(mix_seed(seed, 5)))
-    written = write(model, task, test, config)
-    result: dict[str, Any] = {"rows": [], "pairs": len(pairs)}
-    verifiers = {}
-    for name, some, N in ((VERIFIER, pairs, config.test_samples), (SHUFFLED, shuffled, K)):
-        verifiers[name], losses = train_verifier(model, task, some, config, seed)
-        found = compare([several[:N] for several in written], verifiers[name], model, task, test, config)
-        at = found["k"].index(K)
-        figures = {"accuracy": found["curves"]["verifier"][at], "auc": found["auc"], "auc_ratio": found["auc_ratio"]}
-        measured = measure_pairs(verifiers[name], model, held_out, config.beta, config.batch_size)
-        result["rows"].append({"run": name, **figures, "updates": len(losses), **measured})
-        result = {"k": found["k"], "curves": found["curves"]} | result
-    updates = config.updates // 3  # which see about as many solutions as there are in the pairs
-    verdicts = train_outcome(model, task, solutions, updates, SFTConfig(), seed)
-    samples = to_samples(task, test, written, verdict_scorer(verdicts, task))
-    scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
-    accuracy = fmean(best_of(K, *x) for x in zip(scores, right, strict=True))
-    result["rows"].append({"run": OUTCOME, "accuracy": accuracy, "auc": auc(scores, right), "updates": updates})
-    for name in ("verifier, ratio", "verifier, mean", "weighted vote", "majority", "generator", "one sample", "oracle"):
-        result["rows"].append({"run": name, "accuracy": result["curves"][name][at]})
+    by_base, by_once, by_star, by_verifier = (
+        Generated(x, task, test, config) for x in (model, generator_once, generator, verifier)
+    )
+    own, own_once = likelihood_scorer(verifier, BATCH), likelihood_scorer(verifier_once, BATCH)
+    rows = [
+        {"run": "SFT", **by_base.voted()},
+        {"run": RFT, **by_once.voted()},
+        {"run": STAR, **by_star.voted()},
+        {"run": VERIFICATION, **by_base.chosen(own_once)},
+        {"run": ONE, **by_once.chosen(own_once)},
+        {"run": VSTAR, **by_star.chosen(own)},
+        {"run": "V-STaR, verifier of one round", **by_star.chosen(own_once)},
+        {"run": "verifier as generator", **by_verifier.voted()},
+    ]
+    solutions = drawn(Path(config.out), config.rounds)
+    outcome = train_outcome(model, task, solutions, OUTCOME_STEPS[size], SFTConfig(learning_rate=1e-3), seed)
+    rows.append({"run": OUTCOME, **by_star.chosen(verdict_scorer(outcome, task, BATCH))})
+    pairs = make_pairs(solutions, "train", config.pairs, seed)
+    # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
+    shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs)]
+    rows.append({"run": SHUFFLED, **by_star.chosen(of_pairs(model, task, shuffled, config))})
+    for beta in BETAS[size]:
+        scorer = of_pairs(model, task, pairs, replace(config, beta=beta))
+        rows.append({"run": f"V-STaR, beta {beta}", **by_star.chosen(scorer)})
+    return {"rows": rows, "k": report["k"], "curves": {VSTAR: report["curves"], ONE: report_once["curves"]}}
 
-    spending = test_time.Config(out=str(out / "test_time"), samples=K, attempts=K, max_new=20, seed=seed, **SPENT[size])
-    report = test_time.solve(model, task, spending, likelihood_scorer(verifiers[VERIFIER]))
-    result |= {"test_time": report["curves"], "greedy": report["greedy"], "splits": report["splits"]}
-    result["rows"].append({"run": "greedy", "accuracy": report["greedy"]["accuracy"]})
-    for name in (*SPLITS, "sequential, majority", "sequential, last"):
-        result["rows"].append({"run": name, "accuracy": report["curves"][name][-1]["accuracy"]})
-    return result
+
+class Generated:
+    """Solutions of the test problems by one generator, and how many are right with different choices among them."""
+
+    def __init__(self, model: PreTrainedModel, task: Task, test: Sequence[Row], config: Config):
+        self.task, self.test = task, test
+        self.written = write(model, task, test, config)
+        self.greedy = evaluate(model, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
+
+    def voted(self) -> dict[str, Any]:
+        """The accuracy of the majority, and what the generator can do without a verifier."""
+        samples = to_samples(self.task, self.test, self.written)
+        return {
+            "accuracy": fmean(majority(x).right for x in samples),
+            "greedy": self.greedy,
+            "one_sample": fmean(fmean(x.right for x in several) for several in samples),
+            "likeliest": fmean(likeliest(x).right for x in samples),
+            "best_possible": fmean(any(x.right for x in several) for several in samples),
+        }
+
+    def chosen(self, scorer: Scorer) -> dict[str, Any]:
+        """The accuracy of a verifier's choice, and its AUC."""
+        samples = to_samples(self.task, self.test, self.written, scorer)
+        scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
+        return {"accuracy": fmean(best(x).right for x in samples), "auc": auc(scores, right)}
+
+
+def drawn(folder: Path, rounds: int) -> list[Solution]:
+    """The solutions of all rounds of a run."""
+    files = [folder / f"round-{number:02d}" / "solutions.jsonl" for number in range(1, rounds + 1)]
+    return [row for file in files for _, row in json_lines(file, Solution)]
+
+
+def of_pairs(model: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: Config) -> Scorer:
+    """A new verifier that has learnt from these pairs."""
+    return likelihood_scorer(train_verifier(model, task, pairs, config, config.seed)[0], BATCH)
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def above(run: str, other: str) -> list[float]:
-        return [figure(result, run) - figure(result, other) for result in results]
+    def above(run: str, other: str, name: str = "accuracy") -> list[float]:
+        return [figure(result, run) - figure(result, other, name) for result in results]
 
-    shuffled = [figure(result, SHUFFLED, "auc_ratio") for result in results]
+    claim = "a verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts"
     return [
-        least("verifier, above the majority", above(VERIFIER, "majority"), 0.08),
-        least("verifier, above the generator's choice", above(VERIFIER, "generator"), 0.04),
-        least("verifier, AUC", [figure(result, VERIFIER, "auc") for result in results], 0.80),
-        least("majority, above one sample", above("majority", "one sample"), 0.08),
-        least("generator's choice, above one sample", above("generator", "one sample"), 0.12),
-        most("verifier of shuffled labels, AUC of what it added to the reference model", shuffled, 0.55),
+        *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, OUTCOME), 0.02),
+        least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
+        least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
+        least("outcome verifier, above one sample", above(OUTCOME, STAR, "one_sample"), 0.0),
+        most("shuffled labels, above one sample", above(SHUFFLED, STAR, "one_sample"), 0.02),
+        most("verifier as generator, above V-STaR", above("verifier as generator", VSTAR), 0.0),
     ]
 
 
-def by_difficulty(results: list[dict[str, Any]]) -> dict[str, list[list[tuple[float, float]]]]:
-    """For each length of chains, a curve per seed over the difficulties that all seeds have."""
-    measured = [[row for row in result["splits"] if row["bins"] == compute_optimal.MEASURED] for result in results]
-    common = set.intersection(*({row["difficulty"] for row in rows} for rows in measured))
-    return {
-        f"chains of {length}": [
-            [(row["difficulty"], row["accuracy"][length]) for row in rows if row["difficulty"] in common] for rows in measured
-        ]
-        for length in measured[0][0]["accuracy"]
-    }
-
-
-def over_tokens(results: list[dict[str, Any]], names: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
-    """A curve per seed for each of these methods, and the point of the greedy answer."""
-    points = {name: [result["test_time"][name] for result in results] for name in names}
-    points["greedy"] = [[result["greedy"]] for result in results]
-    return {name: [[(x["tokens"], x["accuracy"]) for x in seed] for seed in seeds] for name, seeds in points.items()}
-
-
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    shown = ("oracle", "verifier", "weighted vote", "majority", "generator", "one sample")
-    over_k = [reliable_points(result["k"], result["curves"]) for result in results]
-    side_by_side = ("oracle", "best of k", "weighted vote", "majority", "likeliest")
-    panels(
-        path,
-        TITLE,
-        [
-            Panel("k, solutions to choose from", "accuracy", {name: [x[name] for x in over_k] for name in shown}, log=True),
-            Panel("tokens generated a problem", "accuracy", over_tokens(results, side_by_side), log=True),
-            Panel("tokens generated a problem", "accuracy", over_tokens(results, (*SPLITS, "sequential, majority")), log=True),
-            Panel("difficulty, by the share of right samples", "accuracy at the largest budget", by_difficulty(results)),
-        ],
-    )
+    def over_k(run: str, curve: str) -> list[list[tuple[int, float]]]:
+        return [list(zip(result["k"], result["curves"][run][curve], strict=True)) for result in results]
+
+    curves = {f"{run}, {curve}": over_k(run, curve) for run in (VSTAR, ONE) for curve in ("oracle", "verifier", "majority")}
+    accuracy = {row["run"]: [figure(result, row["run"]) for result in results] for row in results[0]["rows"]}
+    k = Panel("k, solutions to choose from", "accuracy", curves, log=True)
+    panels(path, TITLE, [k, Panel("accuracy with 16 solutions", "", bars=accuracy)])
     return (
-        "Accuracy of the solution chosen from k; accuracy over tokens, side by side and in chains; and accuracy for each "
-        "difficulty, by the length of chains. Thin lines are seeds, thick lines their mean. Curves over k end at half of "
-        "the solutions drawn, those of votes at a quarter: closer to all of them a curve averages over too few choices to "
-        "show that it turns down"
+        "Accuracy on test problems over the number of solutions to choose from, after three rounds of 16 samples and after one "
+        "of 48; and with 16 solutions for all methods. Thin lines and dots are seeds, thick lines and bars their mean"
     )

@@ -10,6 +10,7 @@ import torch
 
 from quietstar.cli import main as cli
 from quietstar.recipes import vstar as recipe
+from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.rounds import fingerprint, save_model
@@ -30,6 +31,7 @@ from quietstar.recipes.vstar_verifier import (
     verdict,
     verdict_scorer,
 )
+from quietstar.run.batches import mix_seed
 
 SMALL = {"rounds": 2, "problems": 40, "samples": 4, "steps": 3, "test_problems": 20, "test_samples": 4, "max_new": 10}
 SMALL |= {"batch_size": 80, "batch_tokens": 300, "pair_batch": 8, "updates": 4}
@@ -194,6 +196,8 @@ def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
     distinct = {(*x["prompt"], *x["ids"]) for several in rows for x in several if x["right"] and x["split"] == "train"}
     assert report["rounds"][2]["distinct"] == len(distinct)  # those of round 1 too
     assert report["verifier"]["pairs"] == len(make_pairs(rows[0] + rows[1], "train", 16, 0)) > 20
+    answers = evaluate(verifier, task, task.sample(20, "test", torch.Generator().manual_seed(mix_seed(0, 0))), 10)
+    assert report["verifier"]["accuracy"] == answers["accuracy"]
     assert set(report["curves"]) >= {"verifier", "verifier, ratio", "majority", "generator", "oracle", "one sample"}
     for name, values in report["curves"].items():
         assert len(values) == len(report["k"]) == 3, name
