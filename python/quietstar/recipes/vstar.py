@@ -23,7 +23,7 @@ from quietstar.arguments.fields import check, check_at_least, check_types
 from quietstar.config import option
 from quietstar.files.writing import write_whole
 from quietstar.recipes.common import plots
-from quietstar.recipes.common.evaluation import measure, nothing_solved
+from quietstar.recipes.common.evaluation import evaluate, measure, nothing_solved
 from quietstar.recipes.common.log import Pace, log_figures
 from quietstar.recipes.common.progress import Count
 from quietstar.recipes.common.rounds import REPORT, Rounds, fingerprint, load_model, read_report, save_model
@@ -63,7 +63,8 @@ class Config(SFTConfig, Sampling, DPO):
     out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier", may_differ=True)
     rounds: int = option(3, "how often to draw solutions and train the generator on the right ones", may_differ=True)
     problems: int = option(2000, "training problems to sample solutions of, in each round")
-    samples: int = option(8, "solutions of each problem")
+    fresh_problems: bool = option(False, "draw other problems in each round; the paper keeps to the same ones")
+    samples: int = option(16, "solutions of each problem in each round")
     sft_problems: int = option(2000, "problems whose own chains the supervised start learns from")
     sft_steps: int = option(0, "steps of the supervised start; 0 if the model solves problems already")
     steps: int = option(200, "training steps of the generator in each round")
@@ -107,8 +108,9 @@ def vstar(
         resume: continue after the last complete round in ``config.out``, if there is one.
 
     Returns:
-        Generator, verifier and the report: rounds; verifier (number of pairs, first and last loss, and on held-out pairs the
-        loss and the share in the right order); k and curves, accuracies over k; and auc and auc_ratio on test solutions.
+        Generator, verifier and the report: rounds; verifier (number of pairs, first and last loss, on held-out pairs the loss
+        and the share in the right order, and the accuracy of its own greedy answers); k and curves, accuracies over k; and auc
+        and auc_ratio on test solutions.
 
     Raises:
         ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
@@ -150,6 +152,7 @@ def vstar(
     verifier, learnt = train_or_load_verifier(run, model, task, config, solutions + own)
     written = write(last, task, test, config)
     found = compare(written, verifier, run.model(0, model), task, test, config)
+    learnt["accuracy"] = evaluate(verifier, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
     report = {"rounds": run.reports(), "verifier": learnt, **found}
     write_whole(run.out / "vstar.json", json.dumps(report, indent=2) + "\n")
     title = f"{task.name}, {len(test)} test problems"
@@ -161,7 +164,7 @@ def vstar(
 
 def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> list[Solution]:
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
-    generator = torch.Generator().manual_seed(mix_seed(config.seed, number))
+    generator = torch.Generator().manual_seed(mix_seed(config.seed, number if config.fresh_problems else 1))
     found: list[Solution] = []
     pace = Pace()
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):

@@ -10,13 +10,14 @@ import itertools
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
@@ -25,9 +26,11 @@ from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
 from quietstar.files.reading import read_json
-from quietstar.recipes.common.logprobs import likelihoods
+from quietstar.recipes.common.logprobs import likelihoods, logprob
+from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.rounds import REPORT, load_model
-from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.common.selectors import auc
+from quietstar.recipes.common.sft import SFTConfig, token_batches
 from quietstar.recipes.common.solutions import Scorer
 from quietstar.recipes.tasks import Task
 
@@ -163,15 +166,76 @@ def measure_pairs(
 
 
 def train_outcome(
-    reference: PreTrainedModel, task: Task, solutions: Sequence[Solution], steps: int, config: SFTConfig, seed: int
+    reference: PreTrainedModel,
+    task: Task,
+    solutions: Sequence[Solution],
+    steps: int,
+    config: SFTConfig,
+    seed: int,
+    language_weight: float = 1.0,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> PreTrainedModel:
     """A copy of the reference model that has learnt, from each distinct training solution, to say after it whether it is right.
 
-    ``verdict_scorer`` scores with it.
+    The loss is the cross entropy of the verdict and, beside it, of the right solutions as in language modelling (arXiv
+    2402.06457, section 2.2; arXiv 2110.14168 has both, too). Such a verifier soon overfits: its AUC on the solutions of
+    validation problems is measured ten times, and the best weights are kept. ``verdict_scorer`` scores with it.
+
+    Args:
+        solutions: of training and validation problems; without any of the latter the last weights are kept.
+        language_weight: of the cross entropy of right solutions; 0 leaves it out.
+        log: called with step and loss of each update and, where it was measured, valid_auc.
+
+    Raises:
+        ValueError: no training solutions, or a negative weight.
+        FloatingPointError: a gradient that is not finite.
     """
-    right = {(*x["prompt"], *x["ids"]): x["right"] for x in solutions if x["split"] == "train"}
-    examples = [(list(ids), verdict(task, answer)) for ids, answer in right.items()]
-    return sft(copy.deepcopy(reference), examples, steps, config, seed)
+    if language_weight < 0:
+        raise ValueError(f"train_outcome: language_weight must be at least 0, got {language_weight}")
+    examples = list({(*x["prompt"], *x["ids"]): x for x in solutions if x["split"] == "train"}.values())
+    if not examples:
+        raise ValueError("train_outcome: there is no solution of a training problem")
+    held_out = [x for x in solutions if x["split"] == "valid"]
+    verifier = copy.deepcopy(reference).train()
+    best, best_auc = verifier, -1.0
+    optimizer = adamw(verifier, config.learning_rate, config.weight_decay)
+    batches = token_batches([len(x["prompt"]) + len(x["ids"]) + 1 for x in examples], config.batch_tokens, seed)
+    for step in range(steps):
+        loss = outcome_loss(verifier, task, [examples[i] for i in next(batches)], language_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        clipped_step(optimizer, verifier, config.clip, f"train_outcome: update {step + 1}")
+        line: dict[str, Any] = {"step": step + 1, "loss": float(loss.detach())}
+        if (step + 1) % max(1, steps // 10) == 0 and (value := outcome_auc(verifier, task, held_out)) is not None:
+            line["valid_auc"] = value
+            if value > best_auc:
+                best, best_auc = copy.deepcopy(verifier), value
+        log(line)
+    return best.eval()
+
+
+def outcome_loss(verifier: PreTrainedModel, task: Task, batch: Sequence[Solution], language_weight: float) -> Tensor:
+    """Cross entropy of the verdicts, in nats per solution, plus the weighted one of right solutions, in nats per token."""
+    verdicts = [verdict(task, x["right"]) for x in batch]
+    completions = [x["ids"] + ids for x, ids in zip(batch, verdicts, strict=True)]
+    values, mask = logprob(verifier, [x["prompt"] for x in batch], completions)
+    written = torch.tensor([len(x["ids"]) for x in batch], device=mask.device)[:, None]
+    is_text = torch.arange(mask.shape[1], device=mask.device) < written
+    right_text = is_text & torch.tensor([x["right"] for x in batch], device=mask.device)[:, None]
+    language = -values[right_text].sum() / right_text.sum().clamp(min=1)
+    return -values[mask & ~is_text].sum() / len(batch) + language_weight * language
+
+
+def outcome_auc(verifier: PreTrainedModel, task: Task, solutions: Sequence[Solution]) -> float | None:
+    """How often the verdict prefers a right solution to a wrong one of its problem; None without such pairs."""
+    yes = verdict(task, True)
+    scores = likelihoods(verifier, [x["prompt"] + x["ids"] for x in solutions], [yes] * len(solutions))
+    problems: defaultdict[tuple[int, ...], list[tuple[float, bool]]] = defaultdict(list)
+    for x, value in zip(solutions, scores, strict=True):
+        problems[tuple(x["prompt"])].append((value, x["right"]))
+    return auc(*([[pair[i] for pair in several] for several in problems.values()] for i in (0, 1)))
 
 
 def verdict(task: Task, right: bool) -> list[int]:

@@ -10,13 +10,12 @@ import torch
 
 from quietstar.cli import main as cli
 from quietstar.recipes import vstar as recipe
-from quietstar.recipes import vstar_verifier as verifier_recipe
+from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.rounds import fingerprint, save_model
 from quietstar.recipes.common.sampling import rollout
-from quietstar.recipes.common.selectors import auc
-from quietstar.recipes.common.sft import SFTConfig, sft
+from quietstar.recipes.common.sft import SFTConfig
 from quietstar.recipes.tasks import Addition, Multiplication, WordProblems
 from quietstar.recipes.vstar import Config, vstar
 from quietstar.recipes.vstar_verifier import (
@@ -25,11 +24,14 @@ from quietstar.recipes.vstar_verifier import (
     load_verifier,
     make_pairs,
     measure_pairs,
+    outcome_auc,
+    outcome_loss,
     train_outcome,
     train_verifier,
     verdict,
     verdict_scorer,
 )
+from quietstar.run.batches import mix_seed
 
 SMALL = {"rounds": 2, "problems": 40, "samples": 4, "steps": 3, "test_problems": 20, "test_samples": 4, "max_new": 10}
 SMALL |= {"batch_size": 80, "batch_tokens": 300, "pair_batch": 8, "updates": 4}
@@ -106,30 +108,70 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
     assert measure_pairs(two, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_a_verifier_of_verdicts(solver, monkeypatch):
+@pytest.fixture(scope="module")
+def graded(solver):
+    """The solver's solutions, each of them once as of a training problem and once as of a held-out one."""
     model, task = solver
     rows = task.sample(60, "train", torch.Generator().manual_seed(3))
     written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
-    graded = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
-    solutions = [solution(row.prompt_ids, ids, task.check(row, ids)) for row, ids in graded]
-    taught = []
-    monkeypatch.setattr(
-        verifier_recipe, "sft", lambda model, examples, *rest: taught.extend(examples) or sft(model, examples, *rest)
-    )
-    config = SFTConfig(learning_rate=2e-3, batch_tokens=1000)
-    verifier = train_outcome(model, task, [*solutions, solution([1], [2], True, "valid")], 60, config, 0)
+    solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
+    return [solution(row.prompt_ids, ids, task.check(row, ids), split) for split in ("train", "valid") for row, ids in solved]
+
+
+def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded):
+    model, task = solver
+    lines = []
+    config = SFTConfig(learning_rate=5e-3, batch_tokens=1000)
+    verifier = train_outcome(model, task, graded, 60, config, 0, log=lines.append)
     yes, no = verdict(task, True), verdict(task, False)
     assert task.tokenizer.decode(yes) == "1" and task.tokenizer.decode(no) == "0"
-    expected = {(*x["prompt"], *x["ids"]): yes if x["right"] else no for x in solutions}
-    assert len(taught) == len(expected) and {tuple(ids): end for ids, end in taught} == expected
-    scores = verdict_scorer(verifier, task, 100)(*map(list, zip(*graded, strict=True)))
-    row, ids = graded[5]
+    measured = [line["valid_auc"] for line in lines if "valid_auc" in line]
+    train, held_out = ([x for x in graded if x["split"] == split] for split in ("train", "valid"))
+    assert len(lines) == 60 and len(measured) == 10
+    assert outcome_auc(verifier, task, held_out) == max(measured) > max(0.8, outcome_auc(model, task, held_out))
+    worse = [{**x, "right": not x["right"]} if x["split"] == "valid" else x for x in graded]
+    first = train_outcome(model, task, worse, 60, config, 0)  # the more it learns, the worse it is at these
+    assert outcome_auc(first, task, train) < outcome_auc(verifier, task, train) - 0.1
+    row, ids = task.sample(1, "train", torch.Generator().manual_seed(3))[0], train[0]["ids"]
     with torch.no_grad():
         logprob = verifier(torch.tensor([row.prompt_ids + ids])).logits[0, -1].float().log_softmax(-1)
-    assert scores[5] == pytest.approx(float(logprob[yes[0]]), abs=1e-5)
-    right = [x["right"] for x in solutions]
-    before = verdict_scorer(model, task)(*map(list, zip(*graded, strict=True)))
-    assert auc([scores], [right]) > max(0.8, auc([before], [right]))
+    assert verdict_scorer(verifier, task, 100)([row], [ids]) == [pytest.approx(float(logprob[yes[0]]), abs=1e-5)]
+
+
+def test_the_loss_of_verdicts_and_of_right_solutions(solver, graded):
+    model, task = solver
+    batch = [next(x for x in graded if x["right"] == right) for right in (True, False)]
+    ends = [x["ids"] + verdict(task, x["right"]) for x in batch]
+    of_verdicts = [
+        likelihoods(model, [x["prompt"] + x["ids"]], [end[len(x["ids"]) :]])[0] for x, end in zip(batch, ends, strict=True)
+    ]
+    of_text = likelihoods(model, [batch[0]["prompt"]], [batch[0]["ids"]])[0] / len(batch[0]["ids"])  # of the right one alone
+    for weight in (0.0, 0.5):
+        expected = -sum(of_verdicts) / 2 - weight * of_text
+        assert float(outcome_loss(model, task, batch, weight).detach()) == pytest.approx(expected, abs=1e-5)
+    only_wrong = outcome_loss(model, task, [batch[1]], 1.0).detach()
+    assert float(only_wrong) == pytest.approx(-of_verdicts[1], abs=1e-5)
+
+
+def test_verdicts_without_held_out_problems_or_solutions(solver, graded):
+    model, task = solver
+    train = [x for x in graded if x["split"] == "train"]
+    verifier = train_outcome(model, task, train, 2, SFTConfig(), 0)
+    assert fingerprint(verifier) != fingerprint(model)
+    with pytest.raises(ValueError, match="train_outcome: there is no solution of a training problem"):
+        train_outcome(model, task, [x for x in graded if x["split"] == "valid"], 2, SFTConfig(), 0)
+    with pytest.raises(ValueError, match="train_outcome: language_weight must be at least 0, got -1"):
+        train_outcome(model, task, train, 2, SFTConfig(), 0, language_weight=-1)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_round_draws_new_samples_of_the_same_problems_or_of_others(solver, tmp_path, fresh):
+    model, task = solver
+    config = Config(out=str(tmp_path), fresh_problems=fresh, **SMALL)
+    first, second = (recipe.draw(model, task, config, number) for number in (1, 2))
+    prompts = [[x["prompt"] for x in several] for several in (first, second)]
+    assert (prompts[0] == prompts[1]) is not fresh
+    assert [x["ids"] for x in first] != [x["ids"] for x in second]
 
 
 def test_there_is_at_most_one_pass_over_the_pairs(solver, pairs):
@@ -154,6 +196,8 @@ def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
     distinct = {(*x["prompt"], *x["ids"]) for several in rows for x in several if x["right"] and x["split"] == "train"}
     assert report["rounds"][2]["distinct"] == len(distinct)  # those of round 1 too
     assert report["verifier"]["pairs"] == len(make_pairs(rows[0] + rows[1], "train", 16, 0)) > 20
+    answers = evaluate(verifier, task, task.sample(20, "test", torch.Generator().manual_seed(mix_seed(0, 0))), 10)
+    assert report["verifier"]["accuracy"] == answers["accuracy"]
     assert set(report["curves"]) >= {"verifier", "verifier, ratio", "majority", "generator", "oracle", "one sample"}
     for name, values in report["curves"].items():
         assert len(values) == len(report["k"]) == 3, name

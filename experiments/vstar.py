@@ -1,0 +1,148 @@
+"""V-STaR beside the baselines of its paper (arXiv 2402.06457), at 48 samples of each training problem in all.
+
+V-STaR draws 16 samples of each problem in three rounds, trains a fresh copy of the base on all right ones after each, and in the
+end a verifier on pairs of right and wrong ones. Without rounds ("one round"), all 48 samples are the base's. SFT is the base, RFT
+the generator after one round, STaR that after three; they answer by majority, and all others by what their verifier chooses.
+
+All answers are chosen from 16 solutions of the same test problems. All verifiers by DPO take equally many updates, without
+seeing a pair twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from experiments_checks import figure, gaps, least, most
+from small_base import base
+from transformers import PreTrainedModel
+
+from quietstar.files.reading import json_lines
+from quietstar.recipes.common.evaluation import evaluate
+from quietstar.recipes.common.plots import Panel, panels
+from quietstar.recipes.common.selectors import auc, best, likeliest, majority, score
+from quietstar.recipes.common.sft import SFTConfig
+from quietstar.recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar.recipes.tasks import Row, Task
+from quietstar.recipes.vstar import Config, vstar, write
+from quietstar.recipes.vstar_verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
+from quietstar.run.batches import mix_seed
+
+TITLE = "V-STaR"
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"problems": 20, "rounds": 2, "samples": 2, "steps": 2, "updates": 2, "pair_batch": 4, "test_problems": 10},
+    "quick": {"problems": 1500, "updates": 600, "test_problems": 800},
+    "full": {"problems": 5000, "updates": 1500, "test_problems": 800},
+}
+OUTCOME_STEPS = {"tiny": 10, "quick": 800, "full": 4000}
+BETAS: dict[str, tuple[float, ...]] = {"tiny": (), "quick": (), "full": (0.02, 0.5)}  # of DPO, beside 0.1
+BATCH = 1024  # solutions to generate or to score at once
+RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
+OUTCOME, SHUFFLED = "V-STaR, outcome verifier", "V-STaR, shuffled labels"
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    model, task = base(seed, size)
+    if size == "tiny":  # a base of five updates solves nothing
+        task.check = lambda row, ids: sum(ids) % 3 == 0
+    config = Config(out=str(out / "three-rounds"), max_new=20, batch_size=BATCH, seed=seed, **SIZES[size])
+    once = replace(config, out=str(out / "one-round"), rounds=1, samples=config.rounds * config.samples)
+    generator, verifier, report = vstar(model, task, config, resume=True)
+    generator_once, verifier_once, report_once = vstar(model, task, once, resume=True)
+
+    test = task.sample(config.test_problems, "test", torch.Generator().manual_seed(mix_seed(seed, 5)))
+    by_base, by_once, by_star, by_verifier = (
+        Generated(x, task, test, config) for x in (model, generator_once, generator, verifier)
+    )
+    own, own_once = likelihood_scorer(verifier, BATCH), likelihood_scorer(verifier_once, BATCH)
+    rows = [
+        {"run": "SFT", **by_base.voted()},
+        {"run": RFT, **by_once.voted()},
+        {"run": STAR, **by_star.voted()},
+        {"run": VERIFICATION, **by_base.chosen(own_once)},
+        {"run": ONE, **by_once.chosen(own_once)},
+        {"run": VSTAR, **by_star.chosen(own)},
+        {"run": "V-STaR, verifier of one round", **by_star.chosen(own_once)},
+        {"run": "verifier as generator", **by_verifier.voted()},
+    ]
+    solutions = drawn(Path(config.out), config.rounds)
+    outcome = train_outcome(model, task, solutions, OUTCOME_STEPS[size], SFTConfig(learning_rate=1e-3), seed)
+    rows.append({"run": OUTCOME, **by_star.chosen(verdict_scorer(outcome, task, BATCH))})
+    pairs = make_pairs(solutions, "train", config.pairs, seed)
+    # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
+    shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs)]
+    rows.append({"run": SHUFFLED, **by_star.chosen(of_pairs(model, task, shuffled, config))})
+    for beta in BETAS[size]:
+        scorer = of_pairs(model, task, pairs, replace(config, beta=beta))
+        rows.append({"run": f"V-STaR, beta {beta}", **by_star.chosen(scorer)})
+    return {"rows": rows, "k": report["k"], "curves": {VSTAR: report["curves"], ONE: report_once["curves"]}}
+
+
+class Generated:
+    """Solutions of the test problems by one generator, and how many are right with different choices among them."""
+
+    def __init__(self, model: PreTrainedModel, task: Task, test: Sequence[Row], config: Config):
+        self.task, self.test = task, test
+        self.written = write(model, task, test, config)
+        self.greedy = evaluate(model, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
+
+    def voted(self) -> dict[str, Any]:
+        """The accuracy of the majority, and what the generator can do without a verifier."""
+        samples = to_samples(self.task, self.test, self.written)
+        return {
+            "accuracy": fmean(majority(x).right for x in samples),
+            "greedy": self.greedy,
+            "one_sample": fmean(fmean(x.right for x in several) for several in samples),
+            "likeliest": fmean(likeliest(x).right for x in samples),
+            "best_possible": fmean(any(x.right for x in several) for several in samples),
+        }
+
+    def chosen(self, scorer: Scorer) -> dict[str, Any]:
+        """The accuracy of a verifier's choice, and its AUC."""
+        samples = to_samples(self.task, self.test, self.written, scorer)
+        scores, right = ([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right))
+        return {"accuracy": fmean(best(x).right for x in samples), "auc": auc(scores, right)}
+
+
+def drawn(folder: Path, rounds: int) -> list[Solution]:
+    """The solutions of all rounds of a run."""
+    files = [folder / f"round-{number:02d}" / "solutions.jsonl" for number in range(1, rounds + 1)]
+    return [row for file in files for _, row in json_lines(file, Solution)]
+
+
+def of_pairs(model: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: Config) -> Scorer:
+    """A new verifier that has learnt from these pairs."""
+    return likelihood_scorer(train_verifier(model, task, pairs, config, config.seed)[0], BATCH)
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def above(run: str, other: str, name: str = "accuracy") -> list[float]:
+        return [figure(result, run) - figure(result, other, name) for result in results]
+
+    claim = "a verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts"
+    return [
+        *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, OUTCOME), 0.02),
+        least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
+        least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
+        least("outcome verifier, above one sample", above(OUTCOME, STAR, "one_sample"), 0.0),
+        most("shuffled labels, above one sample", above(SHUFFLED, STAR, "one_sample"), 0.02),
+        most("verifier as generator, above V-STaR", above("verifier as generator", VSTAR), 0.0),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def over_k(run: str, curve: str) -> list[list[tuple[int, float]]]:
+        return [list(zip(result["k"], result["curves"][run][curve], strict=True)) for result in results]
+
+    curves = {f"{run}, {curve}": over_k(run, curve) for run in (VSTAR, ONE) for curve in ("oracle", "verifier", "majority")}
+    accuracy = {row["run"]: [figure(result, row["run"]) for result in results] for row in results[0]["rows"]}
+    k = Panel("k, solutions to choose from", "accuracy", curves, log=True)
+    panels(path, TITLE, [k, Panel("accuracy with 16 solutions", "", bars=accuracy)])
+    return (
+        "Accuracy on test problems over the number of solutions to choose from, after three rounds of 16 samples and after one "
+        "of 48; and with 16 solutions for all methods. Thin lines and dots are seeds, thick lines and bars their mean"
+    )
