@@ -28,11 +28,15 @@ class TaskConfig:
 
     task: Literal["multiplication", "addition", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
     digits: int = option(2, "digits of each operand of a multiplication or an addition")
+    other_digits: int | None = option(None, "digits of the second operand of a multiplication; default as many as the first")
     data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
         check_types("TaskConfig", self)
         check("TaskConfig", self, "digits", 1 <= self.digits <= 18, "from 1 to 18")
+        other = self.other_digits
+        fits = other is None or (self.task == "multiplication" and 1 <= other <= 18)
+        check("TaskConfig", self, "other_digits", fits, "None, or in a multiplication from 1 to 18")
         if bool(self.data) == (self.task in GENERATED):
             raise ValueError(f"TaskConfig: data must be {'empty' if self.data else 'a file'} where task is {self.task!r}")
 
@@ -44,7 +48,7 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
         ValueError: a task that reads a file without a tokenizer, or a file that can't be used.
     """
     if config.task == "multiplication":
-        return Multiplication(config.digits, tokenizer)
+        return Multiplication(config.digits, config.other_digits, tokenizer)
     if config.task == "addition":
         return Addition(config.digits, tokenizer)
     if config.task == "stories":

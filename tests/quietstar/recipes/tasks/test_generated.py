@@ -99,4 +99,4 @@ def test_bad_input(byte_tokenizer):
         Addition(0)
     byte_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="Multiplication: the tokenizer has no end-of-text token"):
-        Multiplication(2, byte_tokenizer)
+        Multiplication(2, tokenizer=byte_tokenizer)
