@@ -107,3 +107,9 @@ def test_digits_of_the_second_operand():
     for changes in ({"other_digits": 0}, {"other_digits": 2, "task": "addition"}):
         with pytest.raises(ValueError, match="other_digits must be None, or in a multiplication from 1 to 18"):
             TaskConfig(**changes)
+
+
+def test_digits_of_a_sum():
+    assert make_task(TaskConfig(task="sums", digits=5)).name == "sums of 5 digits"
+    with pytest.raises(ValueError, match="digits must be from 2 to 18, got 1"):
+        TaskConfig(task="sums", digits=1)
