@@ -59,7 +59,7 @@ class Config:
     side: Literal["left", "right"] = option("left", "which end of the chain is removed first: left or right")
     remove_all_beyond: int | None = option(None, "the whole chain is removed once this many tokens are; 0: no chain at all")
     keep_position: bool = option(False, "what follows a removed token keeps its position; for chains of equal length")
-    gate: float = option(0.0, "a stage continues until this share of held-out answers is right; 0: follow the schedule alone")
+    gate: float = option(0.0, "a stage, or a phase of kd, lasts until this share of held-out answers is right; 0: no gate")
     gate_rounds: int = option(4, "with a gate, a stage takes at most this many times its scheduled length")
     compare: bool = option(False, "also train without any chain for as many updates; the result must beat this")
     learning_rate: float = option(1e-3, "learning rate of AdamW, constant; published: 5e-5 for GPT-2, 1e-5 for 4B and 7B")

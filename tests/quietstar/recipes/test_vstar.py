@@ -59,7 +59,7 @@ def test_right_solutions_are_trained_on_once():
 
 @pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
 def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
-    task = Multiplication(2, byte_tokenizer) if task == "bytes" else task
+    task = Multiplication(2, tokenizer=byte_tokenizer) if task == "bytes" else task
     rows = task.sample(20, "train", torch.Generator().manual_seed(0))
     for row, other in zip(rows, rows[1:], strict=False):
         pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))

@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from quietstar.arguments.fields import check, check_types
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
-from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
+from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, DigitSums, Multiplication, Task, WordProblems
 
 __all__ = ["TaskConfig", "load", "make_task", "small_model"]
 
-GENERATED = ("multiplication", "addition", "stories")
+GENERATED = ("multiplication", "addition", "sums", "stories")
 
 
 @dataclass
@@ -26,13 +26,18 @@ class TaskConfig:
         ValueError: a value outside its range, by name, or a task that reads a file without one.
     """
 
-    task: Literal["multiplication", "addition", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
-    digits: int = option(2, "digits of each operand of a multiplication or an addition")
+    task: Literal["multiplication", "addition", "sums", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
+    digits: int = option(2, "digits of each operand of a multiplication or an addition; digits of a sum, 2 or more")
+    other_digits: int | None = option(None, "digits of the second operand of a multiplication; default as many as the first")
     data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
         check_types("TaskConfig", self)
-        check("TaskConfig", self, "digits", 1 <= self.digits <= 18, "from 1 to 18")
+        least = 2 if self.task == "sums" else 1
+        check("TaskConfig", self, "digits", least <= self.digits <= 18, f"from {least} to 18")
+        other = self.other_digits
+        fits = other is None or (self.task == "multiplication" and 1 <= other <= 18)
+        check("TaskConfig", self, "other_digits", fits, "None, or in a multiplication from 1 to 18")
         if bool(self.data) == (self.task in GENERATED):
             raise ValueError(f"TaskConfig: data must be {'empty' if self.data else 'a file'} where task is {self.task!r}")
 
@@ -44,9 +49,11 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
         ValueError: a task that reads a file without a tokenizer, or a file that can't be used.
     """
     if config.task == "multiplication":
-        return Multiplication(config.digits, tokenizer)
+        return Multiplication(config.digits, config.other_digits, tokenizer)
     if config.task == "addition":
         return Addition(config.digits, tokenizer)
+    if config.task == "sums":
+        return DigitSums(config.digits, tokenizer)
     if config.task == "stories":
         return WordProblems(tokenizer)
     if tokenizer is None:

@@ -7,6 +7,7 @@ To add a task, subclass ``base.Task``, ``generated.Generated`` or ``question_fil
 from quietstar.recipes.tasks.arithmetic import Addition, Multiplication
 from quietstar.recipes.tasks.base import Problem, Row, Task
 from quietstar.recipes.tasks.commonsense import CommonsenseQA
+from quietstar.recipes.tasks.digit_sums import DigitSums
 from quietstar.recipes.tasks.gsm8k import GSM8K
 from quietstar.recipes.tasks.splits import SPLITS
 from quietstar.recipes.tasks.stories import WordProblems
@@ -15,6 +16,7 @@ from quietstar.recipes.tasks.tokenizer import small_tokenizer
 __all__ = [
     "Addition",
     "CommonsenseQA",
+    "DigitSums",
     "GSM8K",
     "Multiplication",
     "Problem",

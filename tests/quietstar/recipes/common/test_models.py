@@ -100,3 +100,16 @@ def test_bad_options():
         TaskConfig(task="addition", data="x.jsonl")
     with pytest.raises(ValueError, match="needs a model with a tokenizer"):
         make_task(TaskConfig(task="gsm8k", data="x.jsonl"))
+
+
+def test_digits_of_the_second_operand():
+    assert make_task(TaskConfig(digits=3, other_digits=2)).name == "3 x 2-digit multiplication"
+    for changes in ({"other_digits": 0}, {"other_digits": 2, "task": "addition"}):
+        with pytest.raises(ValueError, match="other_digits must be None, or in a multiplication from 1 to 18"):
+            TaskConfig(**changes)
+
+
+def test_digits_of_a_sum():
+    assert make_task(TaskConfig(task="sums", digits=5)).name == "sums of 5 digits"
+    with pytest.raises(ValueError, match="digits must be from 2 to 18, got 1"):
+        TaskConfig(task="sums", digits=1)

@@ -31,6 +31,23 @@ def test_chain_lengths_are_the_published_ones(digits, tokens):
     assert len(row.cot_ids) == tokens and len(row.answer_ids) == 2 * digits
 
 
+def test_operands_of_different_lengths():
+    task = Multiplication(3, 2)
+    problem = task.problem(407, 86)  # 407 * 6 = 2442, 407 * 80 = 32560, together 35002
+    assert problem.prompt == "7 0 4 * 6 8 ||"
+    assert (problem.chain, problem.right) == (" 2 4 4 2 + 0 6 5 2 3", "20053")
+    assert {(len(row.prompt_ids), len(row.cot_ids)) for row in task.sample(50, "train", generator())} == {(7, 10)}
+    assert task.name == "3 x 2-digit multiplication" and Multiplication(2, 2).name == "2-digit multiplication"
+    one = Multiplication(2, 3).problem(11, 999)
+    assert one.chain.split(" + ") == [" 9 9 0", "0 9 9 0 ( 9 8 0 1 )", "0 0 9 9 0"]
+
+
+@pytest.mark.parametrize("operands", [(0,), (19,), (2, 0), (2, "3")])
+def test_bad_lengths(operands):
+    with pytest.raises(ValueError, match=f"(digits|other) must be from 1 to 18, got {operands[-1]!r}"):
+        Multiplication(*operands)
+
+
 def test_addition_carries():
     problem = Addition(3).problem(964, 289)  # 4+9 = 13, 6+8+1 = 15, 9+2+1 = 12
     assert problem.chain.split() == ["3", "1", "5", "1", "2", "1"]

@@ -5,10 +5,15 @@ import logging
 import pytest
 import torch
 
-from quietstar.recipes.tasks import SPLITS, Addition, Multiplication, WordProblems
+from quietstar.recipes.tasks import SPLITS, Addition, DigitSums, Multiplication, WordProblems
 from quietstar.recipes.tasks.splits import split_of
 
-GENERATED = {"multiplication": lambda: Multiplication(2), "addition": lambda: Addition(3), "stories": WordProblems}
+GENERATED = {
+    "multiplication": lambda: Multiplication(2),
+    "addition": lambda: Addition(3),
+    "sums": DigitSums,
+    "stories": WordProblems,
+}
 
 
 def generator(seed=0):
@@ -99,4 +104,4 @@ def test_bad_input(byte_tokenizer):
         Addition(0)
     byte_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="Multiplication: the tokenizer has no end-of-text token"):
-        Multiplication(2, byte_tokenizer)
+        Multiplication(2, tokenizer=byte_tokenizer)
