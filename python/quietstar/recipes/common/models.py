@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from quietstar.arguments.fields import check, check_types
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
-from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Task, WordProblems
+from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, Multiplication, Scratchpad, Task, WordProblems
 
 __all__ = ["TaskConfig", "load", "make_task", "small_model"]
 
-GENERATED = ("multiplication", "addition", "stories")
+GENERATED = ("multiplication", "addition", "scratchpad", "stories")
 
 
 @dataclass
@@ -26,8 +26,10 @@ class TaskConfig:
         ValueError: a value outside its range, by name, or a task that reads a file without one.
     """
 
-    task: Literal["multiplication", "addition", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
-    digits: int = option(2, "digits of each operand of a multiplication or an addition")
+    task: Literal["multiplication", "addition", "scratchpad", "stories", "gsm8k", "csqa"] = option(
+        "multiplication", "which problems"
+    )
+    digits: int = option(2, "digits of each operand of a multiplication or an addition; most digits for scratchpad")
     data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
         return Multiplication(config.digits, tokenizer)
     if config.task == "addition":
         return Addition(config.digits, tokenizer)
+    if config.task == "scratchpad":
+        return Scratchpad(config.digits, tokenizer)
     if config.task == "stories":
         return WordProblems(tokenizer)
     if tokenizer is None:

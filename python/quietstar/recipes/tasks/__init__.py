@@ -8,6 +8,7 @@ from quietstar.recipes.tasks.arithmetic import Addition, Multiplication
 from quietstar.recipes.tasks.base import Problem, Row, Task
 from quietstar.recipes.tasks.commonsense import CommonsenseQA
 from quietstar.recipes.tasks.gsm8k import GSM8K
+from quietstar.recipes.tasks.scratchpad import Scratchpad
 from quietstar.recipes.tasks.splits import SPLITS
 from quietstar.recipes.tasks.stories import WordProblems
 from quietstar.recipes.tasks.tokenizer import small_tokenizer
@@ -20,6 +21,7 @@ __all__ = [
     "Problem",
     "Row",
     "SPLITS",
+    "Scratchpad",
     "Task",
     "WordProblems",
     "small_tokenizer",
