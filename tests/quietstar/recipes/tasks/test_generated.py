@@ -5,10 +5,15 @@ import logging
 import pytest
 import torch
 
-from quietstar.recipes.tasks import SPLITS, Addition, Multiplication, WordProblems
+from quietstar.recipes.tasks import SPLITS, Addition, Multiplication, Scratchpad, WordProblems
 from quietstar.recipes.tasks.splits import split_of
 
-GENERATED = {"multiplication": lambda: Multiplication(2), "addition": lambda: Addition(3), "stories": WordProblems}
+GENERATED = {
+    "multiplication": lambda: Multiplication(2),
+    "addition": lambda: Addition(3),
+    "scratchpad": Scratchpad,
+    "stories": WordProblems,
+}
 
 
 def generator(seed=0):
