@@ -100,3 +100,25 @@ def direct_answers(model: PreTrainedModel, task: Task, seed: int, sizes: dict[st
     test = task.sample(sizes["test_problems"], "test", torch.Generator().manual_seed(mix_seed(seed, 0)))
     report = evaluate(direct, task, test, MAX_NEW)
     return row([list(report["by_kind"].values())], report)
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    sooner = "With rationalisation, sums of three digits are learnt in fewer rounds"
+    better = "Learning from its own right chains beats learning from answers alone, and from all chains"
+    return [
+        *gaps(sooner, results, RATIONALISED, [PLAIN, REHEARSED], 1, "rounds_to_3_digits", less=True),
+        *gaps(better, results, RATIONALISED, [DIRECT, NO_FILTER], 0.1),
+        least("not rationalised, above direct answers", above(results, PLAIN, DIRECT), 0.1),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def over_rounds(length: int) -> dict[str, list[list[tuple[float, float]]]]:
+        return {
+            name: [[(i, digits[length - 1]) for i, digits in enumerate(result["by_digits"][name])] for result in results]
+            for name in RUNS
+        }
+
+    shown = [Panel("round", f"accuracy, {length} digits", over_rounds(length), share=True) for length in range(2, DIGITS + 1)]
+    panels(path, TITLE, shown)
+    return "Accuracy on test sums of each length after each round; thin lines are seeds, thick lines their mean"
