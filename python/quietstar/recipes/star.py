@@ -137,8 +137,21 @@ def star(
         kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
         current = run.model(0, model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
-        sft(current, training_examples(kept, config, number), steps, config, mix_seed(config.seed, number), run.log("star", number))
-        report = {"round": number, **counts, "steps": steps, **measured(current, number), "seconds": time.perf_counter() - began}
+        sft(
+            current,
+            training_examples(kept, config, number),
+            steps,
+            config,
+            mix_seed(config.seed, number),
+            run.log("star", number),
+        )
+        report = {
+            "round": number,
+            **counts,
+            "steps": steps,
+            **measured(current, number),
+            "seconds": time.perf_counter() - began,
+        }
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
     return current, run.reports()
