@@ -1,6 +1,6 @@
 """STaR on its authors' problems: sums of two numbers of one to five digits, with a scratchpad. The base has been trained on the
-scratchpads of short sums and of few long ones, half of them with the answer as a hint. It solves many sums of one and two digits
-and hardly any longer ones.
+scratchpads of short sums and of few long ones, half of them with the answer as a hint. It solves many sums of one and two
+digits and hardly any longer ones.
 """
 
 from __future__ import annotations

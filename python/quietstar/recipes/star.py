@@ -117,11 +117,11 @@ def star(
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
-    examples = example_rows(task, config.shots, generator)
+    few_shot = example_rows(task, config.shots, generator)
 
     def shown(number: int) -> list[Row]:
         """The examples before the prompts of the model of a round; round 0 is the first model."""
-        return examples if number == 0 or config.keep_shots else []
+        return few_shot if number == 0 or config.keep_shots else []
 
     def measured(model: PreTrainedModel, number: int) -> dict[str, Any]:
         return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown(number)))
@@ -137,21 +137,10 @@ def star(
         kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
         current = run.model(0, model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
-        sft(
-            current,
-            training_examples(kept, config, number),
-            steps,
-            config,
-            mix_seed(config.seed, number),
-            run.log("star", number),
-        )
-        report = {
-            "round": number,
-            **counts,
-            "steps": steps,
-            **measured(current, number),
-            "seconds": time.perf_counter() - began,
-        }
+        examples = training_examples(kept, config, number)
+        sft(current, examples, steps, config, mix_seed(config.seed, number), run.log("star", number))
+        figures = measured(current, number)
+        report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
     return current, run.reports()
