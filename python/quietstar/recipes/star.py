@@ -44,16 +44,21 @@ class Config(SFTConfig, Sampling):
     out: str = option("runs/star", "folder of the run", may_differ=True)
     rounds: int = option(4, "how often to collect chains and train on them", may_differ=True)
     problems: int = option(4000, "training problems to try in each round, drawn anew each time")
-    steps: int = option(60, "training steps of the first round")
+    steps: int = option(40, "training steps of the first round")
     growth: float = option(1.2, "each round trains this many times as long as the one before")
     sft_steps: int = option(0, "steps of supervised training on the data's own chains, before the first round")
     hint_share: float = option(
         0.0, "share of that training's rows that show the answer, which teaches a small model to use a hint"
     )
-    shots: int = option(0, "examples with chains before each prompt of the first model, a few-shot start")
+    warmup: int = option(100, "steps of linear warmup in each round")
+    shots: int = option(0, "examples with chains before each prompt, for a model that was not trained on chains")
+    keep_shots: bool = option(True, "show them in every round, not only to the first model; they are never trained on")
     rationalize: bool = option(False, "retry unsolved problems with the answer as a hint, and keep chains that reach it")
     rationale_check: Literal["no", "chain", "likelihood"] = option(
         "no", "keep such a chain only if it is right, where the task can check that, or if it is likely without the hint"
+    )
+    hint_rehearsal: float = option(
+        0.0, "share of the kept chains to train on a second time with the hint, or a small model forgets how to use one"
     )
     least_likelihood: float = option(-0.5, "mean log-probability per token, without the hint, that counts as likely")
     filter: bool = option(True, "keep only solutions with the right answer; off is a control")
@@ -71,7 +76,8 @@ class Config(SFTConfig, Sampling):
             part.__post_init__(self)
         check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems", "valid_problems"))
         check_at_least("star", self, 0, ("sft_steps", "shots"))
-        check("star", self, "hint_share", 0 <= self.hint_share <= 1, "from 0 to 1")
+        for name in ("hint_share", "hint_rehearsal"):
+            check("star", self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         check_positive("star", self, ("growth",))
 
 
@@ -82,11 +88,6 @@ class KeptChain:
     row: Row
     ids: list[int]
     hinted: bool
-
-    @property
-    def example(self) -> Example:
-        """Prompt and completion; the prompt never has the hint."""
-        return self.row.prompt_ids, self.ids
 
 
 @alone_in_out(Config)
@@ -116,21 +117,29 @@ def star(
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
-    shown = example_rows(task, config.shots, generator)
+    few_shot = example_rows(task, config.shots, generator)
+
+    def shown(number: int) -> list[Row]:
+        """The examples before the prompts of the model of a round; round 0 is the first model."""
+        return few_shot if number == 0 or config.keep_shots else []
+
+    def measured(model: PreTrainedModel, number: int) -> dict[str, Any]:
+        return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown(number)))
+
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
-        figures = measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown))
-        run.save(0, model, task, {"round": 0, **figures, "seconds": time.perf_counter() - began})
+        run.save(0, model, task, {"round": 0, **measured(model, 0), "seconds": time.perf_counter() - began})
     current = run.model(run.done, model)
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()
-        kept, counts = collect(current, task, config, number, shown if number == 1 else [], run.folder(number - 1))
+        kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
         current = run.model(0, model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
-        sft(current, [x.example for x in kept], steps, config, mix_seed(config.seed, number), run.log("star", number))
-        figures = measure(current, task, test, valid, config.max_new, config.batch_size)
+        examples = training_examples(kept, config, number)
+        sft(current, examples, steps, config, mix_seed(config.seed, number), run.log("star", number))
+        figures = measured(current, number)
         report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
@@ -216,6 +225,13 @@ def write(
     before = few_shot_ids(task, shown, hinted)
     prompts = [before + (row.hinted_ids if hinted else row.prompt_ids) for row in rows]
     return [task.trimmed(x[0].ids) for x in rollout(writer, task, prompts, seed=seed, **config.sampling)]
+
+
+def training_examples(kept: Sequence[KeptChain], config: Config, number: int) -> list[Example]:
+    """The kept chains after prompts without the hint, then ``config.hint_rehearsal`` of them again after prompts with it."""
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(mix_seed(mix_seed(config.seed, number), -1)))
+    again = [kept[i] for i in order[: round(config.hint_rehearsal * len(kept))].tolist()]
+    return [(x.row.prompt_ids, x.ids) for x in kept] + [(x.row.hinted_ids, x.ids) for x in again]
 
 
 def checked_rationales(

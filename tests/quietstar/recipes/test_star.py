@@ -233,23 +233,50 @@ def test_the_batch_size_limits_how_many_rows_are_generated_at_once(scripted, sol
     assert sizes == [20] * 6  # test and validation problems, of the start and of two rounds
 
 
-def test_few_shot_rows_come_only_before_the_first_models_prompts(solver, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", [True, False])
+def test_few_shot_rows_come_before_every_prompt_or_only_the_first_models_and_are_not_trained_on(
+    scripted, solver, tmp_path, monkeypatch, keep
+):
     model, task = solver
-    prompts = {}
+    write = recipe.write
+    trained = scripted(is_even)
+    prompts, measured = [], []
 
     def rollout(model, task, several, **rest):
-        prompts.setdefault(len(prompts), several)
+        prompts.append(several)
         row = task.sample(1, "train", torch.Generator().manual_seed(0))[0]
         return [[Completion(task.completion_ids(row), [0.0])] for _ in several]
 
+    def measure(model, task, test, valid, max_new, batch_size, before):
+        measured.append(before)
+        return {"accuracy": 0.5, "valid_accuracy": 0.5}
+
+    monkeypatch.setattr(recipe, "write", write)
     monkeypatch.setattr(recipe, "rollout", rollout)
+    monkeypatch.setattr(recipe, "measure", measure)
     monkeypatch.setattr(Addition, "check", lambda *_: True)
-    star(model, task, Config(out=str(tmp_path / "run"), shots=2, **{**SMALL, "batch_size": 40}))
+    star(model, task, Config(out=str(tmp_path / "run"), shots=2, keep_shots=keep, **{**SMALL, "batch_size": 40}))
     shown = recipe.example_rows(task, 2, _after_the_test_rows(task))
     before = [x for row in shown for x in row.prompt_ids + task.completion_ids(row)]
-    assert len(before) == 20
-    assert all(ids[: len(before)] == before for ids in prompts[0])
-    assert all(len(ids) == 4 for ids in prompts[1])
+    later = before if keep else []
+    assert len(before) == 20 and measured == [before, later, later]
+    assert [{tuple(ids[:-4]) for ids in several} for several in prompts] == [{tuple(before)}, {tuple(later)}]
+    assert {len(prompt) for examples, _, _ in trained for prompt, _ in examples} == {4}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_kept_chains_is_rehearsed_with_the_hint(solver, share):
+    _, task = solver
+    rows = task.sample(40, "train", torch.Generator().manual_seed(1))
+    kept = [recipe.KeptChain(row, task.completion_ids(row), i % 2 == 0) for i, row in enumerate(rows)]
+    config = Config(hint_rehearsal=share)
+    examples = recipe.training_examples(kept, config, number=1)
+    plain, rehearsed = examples[:40], examples[40:]
+    assert plain == [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    assert len(rehearsed) == 40 * share
+    assert all(example in [(row.hinted_ids, task.completion_ids(row)) for row in rows] for example in rehearsed)
+    assert recipe.training_examples(kept, config, number=1) == examples
+    assert share in (0, 1) or recipe.training_examples(kept, config, number=2) != examples
 
 
 def _after_the_test_rows(task):
@@ -314,6 +341,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(capsys, tmp_path):
     "options, sentence",
     [
         (["--rounds=0"], "star: rounds must be 1 or more, got 0"),
+        (["--hint-rehearsal=1.5"], "star: hint_rehearsal must be from 0 to 1, got 1.5"),
         (["--task=gsm8k"], "TaskConfig: data must be a file where task is 'gsm8k'"),
         ([], "a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model"),
         (["--model=nowhere/nothing", "--sft-steps=1"], "nowhere/nothing: cannot load a tokenizer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,18 +59,21 @@ def measure(
 
 
 def grade(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> dict[str, Any]:
-    """problems, right, accuracy with its 95 % interval (low, high), and chain_right.
+    """problems, right, accuracy with its 95 % interval (low, high), by_kind and chain_right.
 
-    chain_right is the share of right chains among the right answers; None where the task can't check chains.
+    by_kind has the accuracy of each kind of problem and is empty where the task has one kind. chain_right is the share of right
+    chains among the right answers; None where the task can't check chains.
     """
     solved = [(row, x.ids) for row, x in zip(rows, written, strict=True) if task.check(row, x.ids)]
     low, high = wilson(len(solved), len(rows))
+    asked, right = (Counter(row.problem.kind for row in several) for several in (rows, [row for row, _ in solved]))
     return {
         "problems": len(rows),
         "right": len(solved),
         "accuracy": len(solved) / len(rows),
         "low": low,
         "high": high,
+        "by_kind": {kind: right[kind] / n for kind, n in sorted(asked.items()) if kind},
         "chain_right": share_of_right_chains(task, solved),
     }
 

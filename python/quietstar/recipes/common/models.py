@@ -11,11 +11,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from quietstar.arguments.fields import check, check_types
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
-from quietstar.recipes.tasks import GSM8K, Addition, CommonsenseQA, DigitSums, Multiplication, Task, WordProblems
+from quietstar.recipes.tasks import (
+    GSM8K,
+    Addition,
+    CommonsenseQA,
+    DigitSums,
+    Multiplication,
+    Scratchpad,
+    Task,
+    WordProblems,
+)
 
 __all__ = ["TaskConfig", "load", "make_task", "small_model"]
 
-GENERATED = ("multiplication", "addition", "sums", "stories")
+GENERATED = ("multiplication", "addition", "scratchpad", "sums", "stories")
 
 
 @dataclass
@@ -26,8 +35,12 @@ class TaskConfig:
         ValueError: a value outside its range, by name, or a task that reads a file without one.
     """
 
-    task: Literal["multiplication", "addition", "sums", "stories", "gsm8k", "csqa"] = option("multiplication", "which problems")
-    digits: int = option(2, "digits of each operand of a multiplication or an addition; digits of a sum, 2 or more")
+    task: Literal["multiplication", "addition", "scratchpad", "sums", "stories", "gsm8k", "csqa"] = option(
+        "multiplication", "which problems"
+    )
+    digits: int = option(
+        2, "digits of each operand of a multiplication or an addition; most digits for scratchpad; digits of a sum, 2 or more"
+    )
     other_digits: int | None = option(None, "digits of the second operand of a multiplication; default as many as the first")
     data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
 
@@ -52,6 +65,8 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
         return Multiplication(config.digits, config.other_digits, tokenizer)
     if config.task == "addition":
         return Addition(config.digits, tokenizer)
+    if config.task == "scratchpad":
+        return Scratchpad(config.digits, tokenizer)
     if config.task == "sums":
         return DigitSums(config.digits, tokenizer)
     if config.task == "stories":

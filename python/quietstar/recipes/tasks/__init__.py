@@ -9,6 +9,7 @@ from quietstar.recipes.tasks.base import Problem, Row, Task
 from quietstar.recipes.tasks.commonsense import CommonsenseQA
 from quietstar.recipes.tasks.digit_sums import DigitSums
 from quietstar.recipes.tasks.gsm8k import GSM8K
+from quietstar.recipes.tasks.scratchpad import Scratchpad
 from quietstar.recipes.tasks.splits import SPLITS
 from quietstar.recipes.tasks.stories import WordProblems
 from quietstar.recipes.tasks.tokenizer import small_tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "Problem",
     "Row",
     "SPLITS",
+    "Scratchpad",
     "Task",
     "WordProblems",
     "small_tokenizer",

@@ -29,6 +29,7 @@ class Problem:
         chain, answer: as the model should write them; the chain is empty where the data have none.
         right: the right answer, in the form that ``Task.answer`` returns.
         choices: the text of each choice by its label; empty where the answer is written out.
+        kind: groups problems whose accuracies are reported apart, such as those of one length; empty where there is one group.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Problem:
     answer: str
     right: str
     choices: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,11 @@ class Task(ABC):
 
     def completion_ids(self, row: Row) -> list[int]:
         """What should follow the row's prompt: chain, separator, answer and end-of-text token."""
-        return row.cot_ids + self.separator_ids + row.answer_ids + [self.end_id]
+        return row.cot_ids + self.direct_ids(row)
+
+    def direct_ids(self, row: Row) -> list[int]:
+        """The same without the chain: what a model learns that answers directly."""
+        return self.separator_ids + row.answer_ids + [self.end_id]
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, up to but without the end-of-text token or a stop string."""

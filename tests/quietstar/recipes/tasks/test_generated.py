@@ -5,12 +5,13 @@ import logging
 import pytest
 import torch
 
-from quietstar.recipes.tasks import SPLITS, Addition, DigitSums, Multiplication, WordProblems
+from quietstar.recipes.tasks import SPLITS, Addition, DigitSums, Multiplication, Scratchpad, WordProblems
 from quietstar.recipes.tasks.splits import split_of
 
 GENERATED = {
     "multiplication": lambda: Multiplication(2),
     "addition": lambda: Addition(3),
+    "scratchpad": Scratchpad,
     "sums": DigitSums,
     "stories": WordProblems,
 }
