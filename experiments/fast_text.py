@@ -12,6 +12,7 @@ sampled: it takes ``DROPPED`` to the fourth power.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from digit_thoughts import digit_sums
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar
 from quietstar.evaluation.scoring import one_thought
+from quietstar.files.writing import replaced
 
 DROPPED = 0.06  # the probability that a first copy is left out
 ASIDE = digit_sums.AT_EQUALS + 2  # the aside's first token, after "=" and the dash
@@ -38,8 +40,14 @@ def mixed_lines(digits: Tensor, generator: torch.Generator) -> Tensor:
     return lines.gather(1, order).where(kept, digit_sums.PAUSE)
 
 
-def pretrain(strings: Tensor, seed: int, steps: int) -> LlamaForCausalLM:
-    """A model that has read 256 of these lines in each step. The learning rate falls from 3e-3 to 5 % of it along a cosine."""
+def pretrained(seed: int, steps: int, folder: Path) -> LlamaForCausalLM:
+    """A model that has read 256 of these lines in each step; kept in ``folder`` for a run that is resumed.
+
+    The learning rate falls from 3e-3 to 5 % of it along a cosine.
+    """
+    if folder.exists():
+        return LlamaForCausalLM.from_pretrained(folder)
+    strings, _ = digit_sums.split_strings(seed)
     model, generator = digit_sums.new_model(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     digit_sums.train_lm(
@@ -49,6 +57,8 @@ def pretrain(strings: Tensor, seed: int, steps: int) -> LlamaForCausalLM:
         lambda step: 3e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))),
         steps,
     )
+    with replaced(folder) as beside:
+        model.save_pretrained(beside)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from quietstar import QuietStar, checks
+from quietstar import QuietStar
 from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example, collate
 
@@ -26,9 +26,8 @@ def next_token_logprobs(teacher: QuietStar, texts: Sequence[Example]) -> Tensor:
     anchors = pad_sequence([row.nonzero()[:, 0] for row in on], True, -1)
     parts = []
     for some in anchors.split(max(1, ROWS // (len(texts) * one.thought_config.rows)), 1):
-        layout = one.thinker.layout(ids, mask, some)
-        thoughts = one.sample(layout, ids, None, 0, greedy=True)
-        layout = checks.with_lengths(layout, thoughts.thought_lengths, one.thought_config)
+        thoughts = one.think(ids, mask, anchors=some, seed=0, greedy=True)
+        layout = one.thinker.layout(ids, mask, some, thought_lengths=thoughts.thought_lengths)
         text, thought = one.thinker.states(layout, ids, thoughts.thought_ids)
         parts.append(one.thinker.end_states(thought, thoughts.thought_lengths)[:, :, 0, 0])
     h_thought = torch.cat(parts, 1)[anchors >= 0]
