@@ -1,29 +1,18 @@
-"""Fast Quiet-STaR shortens thoughts from six tokens to four, three and two. Each stage continues from the previous one. The
-control trains with two tokens from the start, for as many updates. A last stage should then move what was learnt into a plain
-model that never thinks; its control is plain training for as many updates.
-
-Down to three tokens nothing is lost. At two, the curriculum is no better than two tokens from the start: one seed of three
-finds its own way to think in two tokens, and finds it sooner when it starts with two. The result of the last stage is negative.
-The published loss rewards a token only where the plain model predicts it better than the thinking model does, so it teaches
-nothing that thoughts are good for. This is not because the sum is out of a plain model's reach: where the answer is the sum of
-only the first two digits, plain training learns it and the published loss doesn't.
-
-The text is the digit sums of examples/digit_sums.py, which need a thought. The loss is that of the answer on held-out lines,
-where a guess has 2.30 nats. Two tokens are too few for the running sums that the text shows.
-"""
+"""Fast Quiet-STaR: a curriculum of shorter and shorter thoughts, then a plain model that never thinks."""
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import fast_text
 import torch
-from experiments_checks import figure, least, most
+from digit_thoughts import digit_sums
+from experiments_checks import figure, gaps, least, most
+from torch import Tensor
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.files.reading import json_lines
@@ -32,49 +21,62 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.fast import BEST, Config, fast, stages
 from quietstar.run.batches import Example
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import sums as digit_sums  # noqa: E402, of examples
-
 TITLE = "Shorter thoughts, then none"
-CURRICULUM = "6-1,4-1,3-1,2-1"
+CURRICULUM = "8-1,7-1,6-1,5-1,4-1"
 TOKENS = [T for T, _ in stages(CURRICULUM)]
-DIRECT = {"tiny": (2,), "quick": (2,), "full": (6, 4, 3, 2)}  # tokens of thoughts that don't become shorter
-PLAIN = {"the published loss": "sampled", "the text's token": "observed", "plain training": "likelihood"}
-SUM, FIRST = "sum of five", "sum of the first two"  # of the digits: the answer
-SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of the plain model; lines to measure on
-    "tiny": {"pretraining": 2, "stage": 2, "plain": 2, "lines": 20},
-    "quick": {"pretraining": 600, "stage": 100, "plain": 150, "lines": 1024},
-    "full": {"pretraining": 600, "stage": 300, "plain": 300, "lines": 2048},
+SHORTEST = TOKENS[-1]
+DIRECT = f"{SHORTEST} tokens from the start"
+SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of the plain model; lines to choose and measure by
+    "tiny": {"pretraining": 1, "stage": 1, "plain": 1, "valid": 4, "test": 20},
+    "quick": {"pretraining": 600, "stage": 100, "plain": 100, "valid": 256, "test": 1024},
+    "full": {"pretraining": 600, "stage": 200, "plain": 300, "valid": 256, "test": 2048},
+}
+
+# The last step, on the sum of the first two digits: what the plain model starts as, and what it learns from.
+BASE, THINKING, CHECKPOINT = "first two, base", "first two, thinking", "first two, the checkpoint as it is"
+PUBLISHED, DISTILLED, DISTILLED_ON = "first two, published loss", "first two, distilled", "first two, checkpoint distilled"
+PLAIN = "first two, plain training"
+LAST: dict[str, dict[str, Any]] = {
+    PUBLISHED: {"objective": "sampled"},
+    "first two, checkpoint and published loss": {"objective": "sampled", "plain_start": "curriculum"},
+    "first two, checkpoint and paper's formula": {
+        "objective": "observed",
+        "plain_start": "curriculum",
+        "clamp_reward": False,
+    },
+    DISTILLED: {"objective": "distil"},
+    DISTILLED_ON: {"objective": "distil", "plain_start": "curriculum"},
+    PLAIN: {"objective": "likelihood"},
 }
 
 
 @dataclass
 class Text:
-    """Lines to train on and held-out ones, as the recipe takes them, and the digits of the held-out lines."""
+    """Lines to train on, held-out lines to choose checkpoints by, and others to measure on, with their answers [lines]."""
 
     training: Sequence[Example]
-    held_out: Sequence[Example]
-    digits: torch.Tensor
-
-    @property
-    def answers(self) -> torch.Tensor:
-        return torch.stack([line["input_ids"][digit_sums.AT_EQUALS + 1] for line in self.held_out])
+    valid: Sequence[Example]
+    test: Sequence[Example]
+    digits: Tensor
+    answers: Tensor
 
 
-def make_text(seed: int, lines: int, steps: int, answer: str) -> Text:
-    training, test = digit_sums.split_strings(seed)
+def make_text(seed: int, size: str, first_two: bool = False) -> Text:
+    """Lines without an aside; their answer is the sum of all five digits or of the first two."""
+    numbers, (strings, held_out) = SIZES[size], digit_sums.split_strings(seed)
     generator = torch.Generator().manual_seed(seed)
-    digits = digit_sums.draw(training, 64 * steps, generator), test[:lines]
-    both = [digit_sums.DirectLines(x, digit_sums.EQUALS_ONLY, "own", generator) for x in digits]
-    for some, x in zip(both, digits, strict=True) if answer == FIRST else ():
-        some.tensors["input_ids"][:, digit_sums.AT_EQUALS + 1] = digit_sums.running_sums(x)[:, 0]
-    return Text(*both, digits[1])
+    drawn = digit_sums.draw(strings, 64 * numbers["stage"] * len(TOKENS), generator)
+    digits = drawn, *held_out[: numbers["valid"] + numbers["test"]].split([numbers["valid"], numbers["test"]])
+    lines = [digit_sums.DirectLines(x, digit_sums.EQUALS_ONLY, "own", generator) for x in digits]
+    answer = digit_sums.AT_EQUALS + 1
+    for some, x in zip(lines, digits, strict=True):
+        some.tensors["input_ids"][:, answer] = digit_sums.running_sums(x)[:, 0 if first_two else -1]
+    return Text(*lines, digits[-1], lines[-1].tensors["input_ids"][:, answer])
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
-    model, gate = digit_sums.pretrain(*digit_sums.split_strings(seed), seed, numbers["pretraining"])
-    text, easier = (make_text(seed, numbers["lines"], numbers["stage"], answer) for answer in (SUM, FIRST))
+    model = fast_text.pretrained(seed, numbers["pretraining"], out / "base")
     thoughts = ThoughtConfig(thoughts=4, policy_weight=3.0, embedding_scale=1.0, embedding_init=digit_sums.DASH)
     config = Config(
         out=str(out / "curriculum"),
@@ -82,127 +84,130 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         steps=numbers["stage"],
         batch_size=64,
         learning_rate=1e-3,
-        eval_every=max(1, numbers["stage"] // 5),
+        later_rate=1.0,
+        eval_every=max(1, numbers["stage"] // 4),
         save_every=numbers["stage"],
-        plain_steps=numbers["plain"],
+        plain_steps=1,  # on this text there is nothing that a plain model could learn
         plain_rate=1e-3,
         plain_weight=1.0,
         seed=seed,
     )
-    _, report = fast(model, text.training, text.held_out, thoughts, config, resume=True)
-    times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
-    rows: list[dict[str, Any]] = [{"run": "base", "loss": report["base"], "accuracy": right(model, text), "times_plain": 1.0}]
+    text = make_text(seed, size)
+    as_long = replace(config, out=str(out / "direct"), curriculum=f"{SHORTEST}-1", steps=len(TOKENS) * config.steps)
+    ways = {"curriculum, {} tokens": config, "{} tokens from the start": as_long}
+    rows: list[dict[str, Any]] = [{"run": "base", **without_thoughts(model, text), "times_plain": 1.0}]
+    for name, settings in ways.items():
+        _, report = fast(model, text.training, text.valid, thoughts, settings, resume=True)
+        times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
+        for folder, (T, _) in zip(folders(settings), stages(settings.curriculum), strict=True):
+            qs = QuietStar.from_pretrained(folder)
+            complete = fast_text.complete_thoughts(qs, text.digits, seed)
+            figures = {**with_thoughts(qs, text), "complete_thoughts": complete, "times_plain": times[T]}
+            rows.append({"run": name.format(T), **figures})
+    config = replace(config, out=str(out), plain_steps=numbers["plain"])
+    last, curves = last_step(model, make_text(seed, size, first_two=True), thoughts, config)
+    return {"rows": rows + last, "plain": curves}
 
-    def add(run: str, found: dict[str, Any], folder: Path) -> None:
-        """Add the row of a stage."""
-        accuracy = right_with_thoughts(QuietStar.from_pretrained(folder / BEST), text)
-        rows.append({"run": run, "loss": found["mixed"], "accuracy": accuracy, "times_plain": times[found["thought_tokens"]]})
 
-    for i, stage in enumerate(report["stages"]):
-        add(f"curriculum, {TOKENS[i]} tokens", stage, out / "curriculum" / f"stage-{i + 1}-{TOKENS[i]}-1")
-    as_long = replace(config, steps=len(TOKENS) * config.steps, eval_every=len(TOKENS) * config.eval_every, plain_steps=1)
-    for T in DIRECT[size]:
-        own = replace(as_long, out=str(out / f"direct-{T}"), curriculum=f"{T}-1")
-        _, alone = fast(model, text.training, text.held_out, thoughts, own, resume=True)
-        add(f"{T} tokens from the start", alone["stages"][0], out / f"direct-{T}" / f"stage-1-{T}-1")
-
-    shortest = replace(config, out=str(out / "easier"), curriculum="2-1", steps=max(1, config.steps // 2))
-    fast(model, easier.training, easier.held_out, thoughts, shortest, resume=True)
+def last_step(
+    model: Any, text: Text, thoughts: ThoughtConfig, config: Config
+) -> tuple[list[dict[str, Any]], dict[str, list[tuple[int, float]]]]:
+    """Rows and loss curves of the plain models, where the answer is the sum of the first two digits, and of their controls."""
+    out = Path(config.out)
+    thinking = replace(config, out=str(out / "first-two"), curriculum="2-1", plain_steps=1)
+    fast(model, text.training, text.valid, thoughts, thinking, resume=True)
+    teacher = QuietStar.from_pretrained(folders(thinking)[0])
+    as_it_is = plain.initial(model, teacher, replace(config, plain_start="curriculum"))
+    rows = [
+        {"run": BASE, **without_thoughts(model, text)},
+        {"run": THINKING, **with_thoughts(teacher, text)},
+        {"run": CHECKPOINT, **without_thoughts(as_it_is, text)},
+    ]
     curves = {}
-    for answer, some, settings in ((SUM, text, config), (FIRST, easier, shortest)):
-        (folder,) = Path(settings.out).glob("stage-*-2-1")
-        teacher = QuietStar.from_pretrained(folder / BEST)
-        for name, objective in PLAIN.items():  # ``fast`` has trained the first of them already
-            other = {"out": f"{settings.out}-{objective}", "objective": objective}
-            own = replace(settings, **other if objective != settings.objective else {})
-            row, curves[f"{answer}, {name}"] = without_thoughts(model, teacher, some, own)
-            rows.append({"run": f"{answer}, no thoughts, {name}", **row})
-    return {"rows": rows, "pretraining_passed": gate["passed"], "plain": curves}
+    for number, (name, changes) in enumerate(LAST.items()):
+        own = replace(config, out=str(out / f"plain-{number}"), **changes)
+        best, _ = plain.train(plain.initial(model, teacher, own), teacher, text.training, text.valid, own)
+        lines = [line for _, line in json_lines(Path(own.out) / plain.PLAIN / "metrics.jsonl")]
+        curves[name] = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
+        rewarded = {"rewarded": fmean(line["rewarded"] for line in lines)} if own.reinforces else {}
+        rows.append({"run": name, **without_thoughts(best, text), "loss_at_the_end": curves[name][-1][1], **rewarded})
+    return rows, curves
 
 
-def without_thoughts(
-    model: Any, teacher: QuietStar, text: Text, config: Config
-) -> tuple[dict[str, float], list[tuple[int, float]]]:
-    """The plain model: loss and accuracy of its best checkpoint, loss at the end, and share of tokens with a reward."""
-    best, loss = plain.train(copy.deepcopy(model), teacher, text.training, text.held_out, config)
-    lines = [line for _, line in json_lines(Path(config.out) / plain.PLAIN / "metrics.jsonl")]
-    curve = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
-    row = {"loss": loss, "accuracy": right(best, text), "times_plain": 1.0, "loss_at_the_end": curve[-1][1]}
-    return row | {"rewarded": fmean(line["rewarded"] for line in lines)}, curve
+def folders(config: Config) -> list[Path]:
+    """The best checkpoint of each stage of a run."""
+    return [Path(config.out) / f"stage-{i}-{T}-{J}" / BEST for i, (T, J) in enumerate(stages(config.curriculum), 1)]
 
 
 @torch.no_grad()
-def right(model: Any, text: Text) -> float:
-    """The share of held-out lines for which the answer is a plain model's most likely token."""
-    logits, answers, _ = plain.predictions(model.eval(), [text.held_out[i] for i in range(len(text.held_out))])
-    return float((logits.argmax(-1) == answers).float().mean())
+def without_thoughts(model: Any, text: Text) -> dict[str, float]:
+    logits, _, _ = plain.predictions(model.eval(), [text.test[i] for i in range(len(text.test))])
+    return score(logits.log_softmax(-1), text.answers)
 
 
-def right_with_thoughts(qs: QuietStar, text: Text) -> float:
+def with_thoughts(qs: QuietStar, text: Text) -> dict[str, float]:
     found = digit_sums.predict(qs.eval(), text.digits, digit_sums.own_thoughts(qs, text.digits))
-    return float((found.mixed[:, 0].argmax(-1) == text.answers).float().mean())
+    return score(found.mixed[:, 0], text.answers)
+
+
+def score(logprob: Tensor, answers: Tensor) -> dict[str, float]:
+    """Loss in nats and accuracy of log-probabilities [lines,V]."""
+    right = logprob.argmax(-1) == answers
+    return {"loss": -float(logprob.gather(1, answers[:, None]).mean()), "accuracy": float(right.float().mean())}
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def loss(run: str) -> list[float]:
-        return [figure(result, run, "loss") for result in results]
-
-    def less(run: str, other: str) -> list[float]:
-        return [y - x for x, y in zip(loss(run), loss(other), strict=True)]
-
-    published, likelihood = ({answer: f"{answer}, no thoughts, {name}" for answer in (SUM, FIRST)} for name in list(PLAIN)[::2])
+    shortest = f"curriculum, {SHORTEST} tokens"
+    claim = "Thoughts that become shorter step by step still reach the answer where thoughts as short from the start don't."
+    plainly = "A model that never thinks learns from the predictions of one that does, and not from the published reward."
+    distilled = gaps(plainly, results, DISTILLED, [BASE, PUBLISHED], 0.2)
+    rewarded = [figure(result, PUBLISHED, "rewarded") for result in results]
     return [
-        least(
-            "two tokens, nats less after the curriculum than from the start",
-            less("curriculum, 2 tokens", "2 tokens from the start"),
-            0.02,
-        ),
-        most("six tokens, loss", loss("curriculum, 6 tokens"), 0.6),
-        least("negative: plain training, nats less than the published loss", less(likelihood[SUM], published[SUM]), 0.02),
-        most("the sum of the first two digits is in reach: plain training, loss", loss(likelihood[FIRST]), 0.2),
-        least("negative there too: plain training, nats less", less(likelihood[FIRST], published[FIRST]), 0.02),
-        most(
-            "share of tokens that the published loss rewards there",
-            [figure(result, published[FIRST], "rewarded") for result in results],
-            0.05,
-        ),
+        *gaps(claim, results, shortest, [DIRECT], 0.2),
+        *distilled,
+        *gaps(plainly, results, DISTILLED_ON, [CHECKPOINT], 0.2),
+        least("the thinking model on the first two digits", [figure(result, THINKING) for result in results], 0.9),
+        most("share of tokens that the published loss rewards there", rewarded, 0.05),
     ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    measured = {row["run"] for row in results[0]["rows"]}
-    ways = {"curriculum": "curriculum, {} tokens", "from the start": "{} tokens from the start", "base": "base"}
-    ways |= {f"no thoughts, {name}": f"{SUM}, no thoughts, {name}" for name in list(PLAIN)[::2]}
+    ways = {
+        "curriculum": [f"curriculum, {T} tokens" for T in TOKENS],
+        "from the start": [DIRECT],
+        "no thoughts": ["base"],
+    }
 
-    def curves(across: str, up: str) -> dict[str, Any]:
-        """For each way of training, its points over the lengths of thoughts that were measured."""
-        found: dict[str, Any] = {}
-        for name, form in ways.items():
-            runs = [run for run in dict.fromkeys(form.format(T) for T in TOKENS) if run in measured]
-            found[name] = [[point(result, run, across, up) for run in runs] for result in results]
-        return found
+    def curves(up: str, across: str = "") -> dict[str, Any]:
+        """For each way of training, its points over the lengths of thoughts, or over another figure."""
+        return {
+            name: [
+                [(figure(result, run, across) if across else tokens(run), figure(result, run, up)) for run in runs]
+                for result in results
+            ]
+            for name, runs in ways.items()
+        }
 
-    tokens = "tokens of a thought"
+    without = [BASE, CHECKPOINT, *LAST]
     panels(
         path,
         TITLE,
         [
-            Panel(tokens, "loss of the answer, nats", curves(tokens, "loss")),
-            Panel(tokens, "accuracy", curves(tokens, "accuracy")),
-            Panel("seconds a token, times those without thoughts", "accuracy", curves("times_plain", "accuracy")),
+            Panel("tokens of a thought", "accuracy, sum of five digits", curves("accuracy"), share=True),
+            Panel("seconds a token, times those without thoughts", "accuracy", curves("accuracy", "times_plain"), share=True),
             Panel(
-                "update of the plain model",
-                "loss of the answer, nats",
-                {name: [result["plain"][name] for result in results] for name in results[0]["plain"]},
+                "accuracy without thoughts, sum of the first two",
+                "",
+                bars={run.partition(", ")[2]: [figure(result, run) for result in results] for run in without},
             ),
         ],
     )
     return (
-        "Loss and accuracy of the answer on held-out lines against the length of thoughts and against their cost, and the "
-        "plain model's loss during training; thin lines are seeds, thick lines their mean"
+        "Accuracy on held-out lines against the length of thoughts and against their cost, and without thoughts after the last "
+        "step; thin lines and dots are seeds, thick lines and bars their mean"
     )
 
 
-def point(result: dict[str, Any], run: str, across: str, up: str) -> tuple[float, float]:
-    number = next((word for word in run.split() if word.isdigit()), "0")
-    return float(number) if across.startswith("tokens") else figure(result, run, across), figure(result, run, up)
+def tokens(run: str) -> int:
+    """The number in a run's name; 0 without one."""
+    return next((int(word) for word in run.split() if word.isdigit()), 0)

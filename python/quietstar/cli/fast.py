@@ -39,7 +39,8 @@ class Fast:
         print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
         print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
         print(table(report["speeds"], ("thought_tokens", "times_plain")))
-        print(f"held-out loss without thoughts, nats a token: {report['base']:.4f} before, {report['plain']:.4f} after")
-        if report["plain"] >= report["base"]:
+        losses = "{base:.4f} of the original model, {start:.4f} before and {plain:.4f} after the last step".format(**report)
+        print(f"held-out loss without thoughts, nats a token: {losses}")
+        if report["plain"] >= report["start"]:
             print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
         print(f"saved {Path(self.recipe.out) / fast.MODEL}")

@@ -142,6 +142,10 @@ RULES: dict[str, list[Rule]] = {
         *THOUGHTS,
         Rule("thought_tokens lookahead", lambda o: True, "here: --curriculum sets it"),
         Rule("later_rate", lambda o: "," not in o.curriculum, "with a curriculum of one stage"),
-        Rule("plain_weight plain_temperature", lambda o: o.objective == "likelihood", "with --objective=likelihood"),
+        Rule(
+            "plain_weight plain_temperature clamp_reward",
+            lambda o: o.objective not in ("sampled", "observed"),
+            "unless --objective is sampled or observed",
+        ),
     ],
 }

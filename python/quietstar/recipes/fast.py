@@ -54,11 +54,14 @@ class Chosen(msgspec.Struct):
 class Config(plain.Config):
     """The options of the curriculum and of the plain model; defaults are those of the published code.
 
+    Its script (huangwei200012/Fast-Quiet-STaR, run_sh/fast_quiet_star_mistral.sh) has the stages 16-8, 12-4 and 8-4. The first
+    number of each is ``n_ahead``, which also counts start, end and the text's token, so T is 3 less: 13, 9 and 5.
+
     Raises:
         ValueError: a value outside its range, by name.
     """
 
-    curriculum: str = option("16-8,12-4,8-4", "tokens of a thought and of its look-ahead, for each stage")
+    curriculum: str = option("13-8,9-4,5-4", "tokens of a thought and of its look-ahead, for each stage")
     learning_rate: float = option(2e-6, "peak learning rate of the first stage")
     later_rate: float = option(0.5, "the peak of later stages is this times as high")
     warmup: int = option(20, "steps of linear warmup in each stage")
@@ -72,14 +75,14 @@ class Config(plain.Config):
 
 
 def stages(curriculum: str) -> list[tuple[int, int]]:
-    """(T, J) of each stage, from text such as "16-8,12-4"; raises ValueError if it can't be read or thoughts grow longer."""
+    """(T, J) of each stage, from text such as "13-8,9-4"; raises ValueError if it can't be read or thoughts grow longer."""
     try:
         pairs = [tuple(int(x) for x in stage.split("-")) for stage in curriculum.replace(" ", "").split(",")]
         found = [(T, J) for T, J in pairs]
     except ValueError:
         found = []
     if not found or min(min(stage) for stage in found) < 1:
-        raise ValueError(f"fast: curriculum must be stages like 16-8,12-4,8-4, got {curriculum!r}")
+        raise ValueError(f"fast: curriculum must be stages like 13-8,9-4,5-4, got {curriculum!r}")
     if any(later[0] > earlier[0] for earlier, later in zip(found, found[1:], strict=False)):
         raise ValueError(f"fast: curriculum must not have thoughts that grow longer, got {curriculum!r}")
     return found
@@ -99,7 +102,7 @@ def fast(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
-    Writes stage-1-16-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
+    Writes stage-1-13-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
     and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM and Ctrl-C finish the current step
     and save.
 
@@ -113,9 +116,9 @@ def fast(
         resume: continue the run in ``config.out``, if there is one.
 
     Returns:
-        The plain model and the report: "base" and "plain", held-out losses of the original model and of the plain one;
-        "stages", what was chosen in each; "positions", where thoughts help and what is rewarded; all in nats per token. And
-        "speeds", the cost of thoughts of each length.
+        The plain model and the report: "base", "start" and "plain", held-out losses without thoughts of the original model and
+        of the plain one before and after its training; "stages", what was chosen in each; "positions", where thoughts help and
+        what is rewarded; all in nats per token. And "speeds", the cost of thoughts of each length.
 
     Raises:
         ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that has other settings or was not to be
@@ -133,8 +136,10 @@ def fast(
         folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
         report["stages"].append(run_stage(qs, data, held_out, config, folder, number, score))
         qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
-    student, report["plain"] = plain.train(copy.deepcopy(model), qs, data, held_out, config)
-    report["positions"] = fast_report.by_position(model, student, qs, held_out, config.batch_size)
+    before = plain.initial(model, qs, config)
+    report["start"] = plain.loss(before, held_out, config.batch_size)
+    student, report["plain"] = plain.train(copy.deepcopy(before), qs, data, held_out, config)
+    report["positions"] = fast_report.by_position(before, student, qs, held_out, config)
     report["speeds"] = fast_report.speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
     write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
     fast_report.plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
@@ -159,7 +164,7 @@ def run_stage(
         figures["score"] = score(qs) if score else -figures["mixed"]
         if chosen is None or figures["score"] > chosen["score"]:
             size = {"thought_tokens": qs.thought_config.thought_tokens, "lookahead": qs.thought_config.lookahead}
-            chosen = {**size, **figures}
+            chosen = size | {name: figures[name] for name in ("base", "mixed", "gain", "gain_low", "gain_high", "score")}
             qs.save_pretrained(folder / BEST)
             write_whole(folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
         return figures

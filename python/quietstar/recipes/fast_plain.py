@@ -1,7 +1,8 @@
-"""The last step of Fast Quiet-STaR: a language model that never thinks is trained against the losses of one that does."""
+"""The last step of Fast Quiet-STaR: a language model that never thinks learns from one that does."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ from transformers import PreTrainedModel
 from quietstar import QuietStar
 from quietstar.arguments.fields import check, check_at_least, check_positive, check_types
 from quietstar.config import option
-from quietstar.evaluation.losses import token_losses
 from quietstar.files.writing import replaced
 from quietstar.recipes.common.log import LOG
 from quietstar.recipes.common.logprobs import evaluating, positions
 from quietstar.recipes.common.optimization import adamw, clipped_step
 from quietstar.recipes.common.progress import Progress, State
 from quietstar.recipes.common.rounds import load_model
-from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
+from quietstar.recipes.fast_teacher import next_token_logprobs, padded, target_mask
+from quietstar.run.batches import Example, mix_seed, texts_of_step
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
@@ -32,6 +33,9 @@ MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and the 
 @dataclass
 class Config:
     """What all parts of a run share, and how the plain model is trained; defaults are those of the published code.
+
+    The paper's own formula (arXiv 2505.17746, by a summary of it: unverified) is ``plain_start="curriculum"``,
+    ``objective="observed"`` and ``clamp_reward=False``. The objective distil is ours.
 
     Raises:
         ValueError: a value outside its range, by name.
@@ -43,12 +47,20 @@ class Config:
     save_every: int = option(50, "steps between checkpoints to resume from", may_differ=True)
     seed: int = option(0, "fixes the order of texts, thoughts and sampled tokens")
     steps: int = option(150, "optimizer steps per stage")
+    plain_start: Literal["base", "curriculum"] = option(
+        "base", "what the plain model begins as: the original model, or the last stage's without its thoughts"
+    )
     plain_steps: int | None = option(None, "optimizer steps of the plain model; default: twice those of a stage")
     plain_rate: float = option(1e-6, "learning rate of the plain model, constant")
-    plain_weight: float = option(1e6, "factor of the plain model's loss; not for the objective likelihood")
-    plain_temperature: float = option(3.0, "temperature of the probabilities in that loss; not for the objective likelihood")
-    objective: Literal["sampled", "observed", "likelihood"] = option(
-        "sampled", "reinforce a token sampled from the plain model, or the text's; likelihood: plain training, a control"
+    plain_weight: float = option(1e6, "factor of the plain model's loss; for the objectives sampled and observed")
+    plain_temperature: float = option(3.0, "temperature of the probabilities in that loss")
+    clamp_reward: bool = option(
+        True, "set rewards below 0 to 0; off, a token that the thinking model predicts better becomes less likely"
+    )
+    objective: Literal["sampled", "observed", "distil", "likelihood"] = option(
+        "sampled",
+        "reinforce a token sampled from the plain model, or the text's (observed); distil: cross entropy to the thinking "
+        "model's predictions; likelihood: plain training, a control",
     )
 
     def __post_init__(self) -> None:
@@ -56,6 +68,11 @@ class Config:
         check_at_least("fast", self, 1, ("batch_size", "eval_every", "save_every", "steps"))
         check("fast", self, "plain_steps", self.plain_steps is None or self.plain_steps >= 1, "None, or 1 or more")
         check_positive("fast", self, ("plain_rate", "plain_weight", "plain_temperature"))
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the objective rewards tokens; the others are cross entropies."""
+        return self.objective in ("sampled", "observed")
 
     @property
     def plain_updates(self) -> int:
@@ -69,6 +86,14 @@ class RunState(State):
     best: float | None
 
 
+def initial(model: PreTrainedModel, teacher: QuietStar, config: Config) -> PreTrainedModel:
+    """The plain model before its training: a copy of ``model``, with the teacher's weights if ``plain_start`` says so."""
+    student = copy.deepcopy(model)
+    if config.plain_start == "curriculum":
+        student.load_state_dict(teacher.model.state_dict())
+    return student
+
+
 def train(
     student: PreTrainedModel,
     teacher: QuietStar,
@@ -76,7 +101,7 @@ def train(
     held_out: Sequence[Example],
     config: Config,
 ) -> tuple[PreTrainedModel, float]:
-    """Train ``student`` in place, without thoughts, against the teacher's loss at each token; keep the best by held-out loss.
+    """Train ``student`` in place, without thoughts, on the teacher's predictions; keep the best by held-out loss.
 
     Returns:
         The best model and its held-out loss.
@@ -90,7 +115,7 @@ def train(
     state = progress.state
     left = config.plain_updates - state["step"]
     LOG.info("%s: %s updates of a model without thoughts", progress.metrics.path.parent, f"{left:,}")
-    losses = teacher_losses(teacher.eval(), texts, config.batch_size) if left else []
+    teacher.eval()
 
     def keep_the_better() -> float:
         value = loss(student, held_out, config.batch_size)
@@ -106,7 +131,7 @@ def train(
         if state["best"] is None:
             keep_the_better()  # the initial model too, since training may only make it worse
         while state["step"] < config.plain_updates:
-            line = update(student, optimizer, texts, losses, config, state["step"])
+            line = update(student, optimizer, teacher, texts, config, state["step"])
             state["step"] += 1
             if state["step"] % config.eval_every == 0 or state["step"] == config.plain_updates:
                 line["held_out"] = keep_the_better()
@@ -119,27 +144,28 @@ def train(
 def update(
     student: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
+    teacher: QuietStar,
     texts: Sequence[Example],
-    losses: Sequence[Tensor],
     config: Config,
     step: int,
 ) -> dict[str, Any]:
     """One update of the plain model; returns its figures, with the loss before it is multiplied by its weight."""
     began = time.perf_counter()
-    chosen = texts_of_step(len(texts), config.batch_size, config.seed, step)
+    chosen = [texts[i] for i in texts_of_step(len(texts), config.batch_size, config.seed, step)]
+    thinking = next_token_logprobs(teacher, chosen)
     torch.manual_seed(mix_seed(config.seed, step))
     with evaluating(student):  # no dropout: tokens are scored by the model that they were sampled from
-        logits, targets, _ = predictions(student, [texts[i] for i in chosen])
+        logits, targets, _ = predictions(student, chosen)
     logprob = logits.log_softmax(-1)
-    value, reward = objective(logprob, targets, torch.cat([losses[i] for i in chosen]).to(logprob.device), config)
+    value, earned = objective(logprob, targets, thinking.to(logprob.device), config)
     optimizer.zero_grad()
     value.backward()
     norm = clipped_step(optimizer, student, 1.0, f"fast: step {step + 1} of the plain model")
-    weight = 1.0 if config.objective == "likelihood" else config.plain_weight
+    weight = config.plain_weight if config.reinforces else 1.0
     figures = {
         "loss": float(value.detach()) / weight,
-        "reward": float(reward.mean()),
-        "rewarded": float((reward > 0).float().mean()),
+        "reward": float(earned.mean()),
+        "rewarded": float((earned > 0).float().mean()),
     }
     return {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
 
@@ -153,37 +179,29 @@ def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config)
     Args:
         logprob: [tokens,V], with a gradient.
         targets: int64 [tokens], the text's tokens.
-        teacher: [tokens], the thinking model's loss, nats.
+        teacher: [tokens,V], the thinking model's log-probabilities.
     """
-    nll = -logprob.gather(1, targets[:, None])[:, 0]
-    reward = torch.relu(teacher - nll.detach())
+    nll, thinking = (-x.gather(1, targets[:, None])[:, 0] for x in (logprob, teacher))
+    earned = reward(thinking, nll.detach(), config)
     if config.objective == "likelihood":
-        return nll.mean(), reward
+        return nll.mean(), earned
+    if config.objective == "distil":
+        return -(teacher.exp() * logprob).sum(1).mean(), earned
     action = targets if config.objective == "observed" else logprob.detach().exp().multinomial(1)[:, 0]
     chosen = (logprob / config.plain_temperature).log_softmax(-1).gather(1, action[:, None])[:, 0]
-    return -config.plain_weight * (reward * chosen).mean(), reward
+    return -config.plain_weight * (earned * chosen).mean(), earned
+
+
+def reward(thinking: Tensor, plain: Tensor, config: Config) -> Tensor:
+    """The reward [tokens] of the plain model, from the losses of both models [tokens], nats."""
+    return torch.relu(thinking - plain) if config.clamp_reward else thinking - plain
 
 
 def predictions(model: PreTrainedModel, texts: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits fp32 [tokens,V], targets [tokens] and the index of the text [tokens], one text after another."""
-    (batch,) = collate([{"input_ids": x["input_ids"], **_mask(x)} for x in texts], list(range(len(texts))), 1)
-    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    on = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=ids.device)
-    for row, text in enumerate(texts):
-        on[row, : len(text["input_ids"]) - 1] = target_mask(text).to(on.device)
+    ids, mask, on = padded(texts, model.device)
     logits = model(ids, attention_mask=mask, position_ids=positions(mask, 1), use_cache=False).logits[:, :-1]
     return logits[on].float(), ids[:, 1:][on], on.nonzero()[:, 0]
-
-
-def target_mask(text: Example) -> Tensor:
-    """bool [L-1], the positions whose next token is a target, as in training with thoughts."""
-    ids = text["input_ids"]
-    on = (text.get("labels", ids)[1:] != -100) & (text.get("attention_mask", torch.ones_like(ids))[1:] != 0)
-    if "anchors" in text:
-        thinks = torch.zeros(len(ids), dtype=torch.bool)
-        thinks[text["anchors"][text["anchors"] >= 0].long()] = True
-        on &= thinks[:-1]
-    return on
 
 
 def split_documents(data: Sequence[Example]) -> list[Example]:
@@ -200,15 +218,6 @@ def split_documents(data: Sequence[Example]) -> list[Example]:
             texts.append(text)
             begin = end
     return [text for text in texts if len(text["input_ids"]) >= 3 and bool(target_mask(text).any())]
-
-
-def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int) -> list[Tensor]:
-    """The loss of each target token after a greedy thought, fp32, for each text.
-
-    Only these losses are kept, not the logits.
-    """
-    found = token_losses(teacher, texts, batch_size)
-    return list(found.mixed.float().split(found.text.bincount(minlength=len(texts)).tolist()))
 
 
 def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> float:
@@ -230,7 +239,3 @@ def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int)
             parts.append((nll.double().cpu(), start + row.cpu()))
     nll, text_index = (torch.cat(column) for column in zip(*parts, strict=True))
     return nll, text_index
-
-
-def _mask(text: Example) -> Example:
-    return {"attention_mask": text.get("attention_mask", torch.ones_like(text["input_ids"]))}

@@ -58,7 +58,7 @@ def _generate(qs: QuietStar, ids: Tensor, new: int, think: str) -> float:
 
 
 def by_position(
-    base: PreTrainedModel, student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], batch_size: int
+    before: PreTrainedModel, student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], config: plain.Config
 ) -> list[dict[str, float]]:
     """Means over texts at each position: what a thought there gains, and the reward of the plain model's tokens.
 
@@ -66,10 +66,10 @@ def by_position(
         position; texts, how many have that position; gain of the teacher's greedy thought, nats; reward_before and
         reward_after, of the plain model before and after its training.
     """
-    found = token_losses(teacher.eval(), texts, batch_size)
+    found = token_losses(teacher.eval(), texts, config.batch_size)
     columns = {"gain": found.base - found.mixed}
-    for name, model in (("reward_before", base), ("reward_after", student)):
-        columns[name] = torch.relu(found.mixed - plain.token_nll(model, texts, batch_size)[0])
+    for name, model in (("reward_before", before), ("reward_after", student)):
+        columns[name] = plain.reward(found.mixed, plain.token_nll(model, texts, config.batch_size)[0], config)
     counts = found.place.bincount()
     sums = {name: found.place.bincount(values) for name, values in columns.items()}
     return [

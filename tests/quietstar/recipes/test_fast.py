@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.evaluation.losses import evaluate
+from quietstar.evaluation.scoring import score_tokens
 from quietstar.recipes import fast as recipe
 from quietstar.recipes import fast_plain as plain
-from quietstar.recipes import fast_report
+from quietstar.recipes import fast_report, fast_teacher
 from quietstar.recipes.common import plots
 from quietstar.recipes.fast import Config, fast, stages
 
@@ -41,7 +42,7 @@ def run(tiny, tmp_path, monkeypatch):
 
 
 def test_the_curriculum_is_parsed():
-    assert stages(Config().curriculum) == [(16, 8), (12, 4), (8, 4)]
+    assert stages(Config().curriculum) == [(13, 8), (9, 4), (5, 4)]
     assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
 
 
@@ -57,6 +58,9 @@ def test_bad_curricula(curriculum):
         ({"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         ({"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
         ({"warmup": -1}, "warmup must be 0 or more, got -1"),
+        ({"plain_start": "teacher"}, "plain_start must be"),
+        ({"objective": "imitate"}, "objective must be"),
+        ({"clamp_reward": 0}, "clamp_reward must be"),
     ],
 )
 def test_bad_numbers(changes, message):
@@ -67,13 +71,19 @@ def test_bad_numbers(changes, message):
 # The plain model
 
 
+def likely(targets, nll, V=7):
+    """Log-probabilities [tokens,V] that give the targets these losses."""
+    p = torch.exp(-nll)[:, None]
+    return ((1 - p) / (V - 1)).expand(-1, V).scatter(1, targets[:, None], p).log()
+
+
 def test_the_published_loss_reinforces_a_sampled_token():
     torch.manual_seed(0)
     logits = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
     targets, teacher = torch.randint(7, (50,)), torch.rand(50, dtype=torch.float64) * 4
     config = Config(plain_weight=10.0, plain_temperature=3.0)
     torch.manual_seed(5)
-    value, reward = plain.objective(logits.log_softmax(-1), targets, teacher, config)
+    value, reward = plain.objective(logits.log_softmax(-1), targets, likely(targets, teacher), config)
     torch.manual_seed(5)
     actions = logits.detach().softmax(-1).multinomial(1)[:, 0].tolist()
     expected = 0.0
@@ -92,8 +102,9 @@ def test_on_average_over_the_sampled_token_the_published_loss_only_sharpens():
     p, config = logits.detach().softmax(-1), Config(objective="observed", plain_weight=2.0, plain_temperature=3.0)
     mean = torch.zeros_like(p)
     for token in range(7):
-        logprob = logits.log_softmax(-1)
-        value, reward = plain.objective(logprob, torch.tensor([token]), 0.5 - logprob[0, token].detach()[None], config)
+        logprob, target = logits.log_softmax(-1), torch.tensor([token])
+        teacher = likely(target, 0.5 - logprob[0, target].detach())
+        value, reward = plain.objective(logprob, target, teacher, config)
         assert float(reward) == pytest.approx(0.5)
         mean += p[0, token] * torch.autograd.grad(value, logits)[0]
     torch.testing.assert_close(mean, 2.0 * 0.5 * ((logits.detach() / 3).softmax(-1) - p) / 3)
@@ -101,18 +112,42 @@ def test_on_average_over_the_sampled_token_the_published_loss_only_sharpens():
 
 def test_other_objectives():
     logprob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64).log().requires_grad_()
-    targets, teacher = torch.tensor([0, 1]), torch.tensor([2.0, 1.0], dtype=torch.float64)
-    observed, reward = plain.objective(logprob, targets, teacher, Config(objective="observed", plain_weight=1.0))
-    gain = 2 - torch.tensor(2.0).log().double()  # the second token is the teacher's: nothing is earned there
+    targets, teacher = torch.tensor([0, 1]), torch.tensor([[0.2, 0.4, 0.4], [0.3, 0.7, 0.0]], dtype=torch.float64)
+    observed, reward = plain.objective(logprob, targets, teacher.log(), Config(objective="observed", plain_weight=1.0))
+    gain = torch.tensor(0.5 / 0.2).log().double()  # the second token is the teacher's: nothing is earned there
     torch.testing.assert_close(reward, torch.stack([gain, gain * 0]))
     torch.testing.assert_close(observed, -(gain * (logprob[0] / 3).log_softmax(-1)[0]) / 2)
-    likelihood, _ = plain.objective(logprob, targets, teacher, Config(objective="likelihood"))
+    likelihood, _ = plain.objective(logprob, targets, teacher.log(), Config(objective="likelihood"))
     torch.testing.assert_close(likelihood, -(logprob[0, 0] + logprob[1, 1]) / 2)
+    distil, _ = plain.objective(logprob, targets, teacher.log(), Config(objective="distil", plain_weight=5.0))
+    torch.testing.assert_close(distil, -(teacher * logprob).sum() / 2)
+
+
+def test_distilling_moves_towards_the_teacher_where_nothing_is_rewarded():
+    """The gradient of the cross entropy is the difference of the probabilities; that of the published loss is 0."""
+    logits, targets = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (5,))
+    teacher = likely(targets, torch.full((5,), 0.01, dtype=torch.float64))
+    for objective, wanted in (("distil", (logits.detach().softmax(-1) - teacher.exp()) / 5), ("sampled", 0 * logits.detach())):
+        value, reward = plain.objective(logits.log_softmax(-1), targets, teacher, Config(objective=objective))
+        assert int((reward > 0).sum()) == 0
+        torch.testing.assert_close(torch.autograd.grad(value, logits)[0], wanted)
+
+
+def test_without_the_clamp_a_token_that_the_teacher_predicts_better_becomes_less_likely():
+    logits, target = torch.zeros(1, 7, dtype=torch.float64, requires_grad=True), torch.tensor([2])
+    teacher, step = likely(target, torch.tensor([0.1], dtype=torch.float64)), {}
+    for clamp in (True, False):
+        config = Config(objective="observed", clamp_reward=clamp, plain_weight=1.0)
+        value, reward = plain.objective(logits.log_softmax(-1), target, teacher, config)
+        step[clamp] = -float(torch.autograd.grad(value, logits)[0][0, 2])
+        assert float(reward) == pytest.approx(0 if clamp else 0.1 - torch.tensor(7.0).log().item())
+    assert step[True] == 0 and step[False] < -0.1
 
 
 def test_no_reward_no_gradient():
     logits = torch.randn(5, 7, requires_grad=True)
-    value, _ = plain.objective(logits.log_softmax(-1), torch.zeros(5).long(), torch.zeros(5), Config())
+    targets = torch.zeros(5).long()
+    value, _ = plain.objective(logits.log_softmax(-1), targets, likely(targets, torch.zeros(5)), Config())
     value.backward()
     assert logits.grad.abs().max() == 0
 
@@ -127,26 +162,41 @@ def test_packed_texts_are_split_into_documents():
     assert last["anchors"] == 1
 
 
-def test_the_teachers_losses_are_those_of_its_greedy_thoughts(tiny):
-    qs = QuietStar(tiny("llama"), ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2), verify=False).eval()
+@pytest.mark.parametrize("rows", [8192, 12], ids=["at once", "in parts"])
+@pytest.mark.parametrize("mixing", ["logits", "logprobs"])
+def test_what_the_teacher_predicts_after_its_greedy_thoughts(tiny, monkeypatch, mixing, rows):
+    monkeypatch.setattr(fast_teacher, "ROWS", rows)
+    config = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, mixing=mixing)
+    qs = QuietStar(tiny("llama"), config, verify=False).eval()
     torch.nn.init.normal_(qs.mixing_head[4].weight)
     data = texts(5)
     data[2]["anchors"] = torch.tensor([1, 4, 6, -1])
-    found = plain.teacher_losses(qs, data[:2], 2) + plain.teacher_losses(qs, data[2:3], 2)
-    for text, losses in zip(data, found, strict=False):
-        out = qs(text["input_ids"][None], anchors=text.get("anchors", torch.arange(len(text["input_ids"])))[None])
-        places = plain.target_mask(text)
-        anchors = text.get("anchors", torch.arange(len(places)))
-        torch.testing.assert_close(losses, out.nll_mix[0, : len(anchors[anchors >= 0]), 0, 0].detach())
-        assert int(places.sum()) == len(losses)
+    found = fast_teacher.next_token_logprobs(qs, data)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)))
+    targets = [text["input_ids"][1:][fast_teacher.target_mask(text)] for text in data]
+    own = found.gather(1, torch.cat(targets)[:, None])[:, 0].split([len(x) for x in targets])
+    for text, logprob in zip(data, own, strict=True):
+        places = (fast_teacher.target_mask(text).nonzero()[:, 0] + 1).tolist()
+        ((_, mixed),) = score_tokens(qs, [text["input_ids"].tolist()], [places])
+        torch.testing.assert_close(logprob, mixed.logprob)
+
+
+def test_the_plain_model_starts_as_the_base_or_as_the_last_stage(tiny):
+    model, qs = tiny("llama"), QuietStar(tiny("llama"), THOUGHTS, verify=False)
+    torch.nn.init.normal_(qs.model.lm_head.weight)
+    for start, like in (("base", model), ("curriculum", qs.model)):
+        student = plain.initial(model, qs, Config(plain_start=start))
+        assert type(student) is type(model) and student.lm_head.weight is not like.lm_head.weight
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), like.parameters(), strict=True))
 
 
 def test_which_tokens_are_targets():
     text = {"input_ids": torch.arange(6), "attention_mask": torch.tensor([1, 1, 1, 1, 1, 0])}
-    assert plain.target_mask(text).tolist() == [True, True, True, True, False]
+    assert fast_teacher.target_mask(text).tolist() == [True, True, True, True, False]
     labels = torch.tensor([-100, -100, 2, 3, -100, 5])
-    assert plain.target_mask({**text, "labels": labels}).tolist() == [False, True, True, False, False]
-    assert plain.target_mask({**text, "anchors": torch.tensor([1, 3, 4, -1])}).tolist() == [False, True, False, True, False]
+    assert fast_teacher.target_mask({**text, "labels": labels}).tolist() == [False, True, True, False, False]
+    thinks = torch.tensor([1, 3, 4, -1])
+    assert fast_teacher.target_mask({**text, "anchors": thinks}).tolist() == [False, True, False, True, False]
 
 
 def test_the_plain_loss_is_measured_like_the_loss_with_thoughts(tiny):
@@ -175,7 +225,7 @@ def test_what_is_rewarded_at_each_position(tiny):
             with_thought, without = out.nll_mix[0, i, 0, 0].detach(), out.nll_base[0, place].detach()
             own = [-model(ids[None]).logits[0, place].detach().log_softmax(-1)[ids[place + 1]] for model in (base, student)]
             expected.setdefault(place, []).append([without - with_thought, *(max(0, with_thought - x) for x in own)])
-    found = fast_report.by_position(base, student, qs, held_out, 2)
+    found = fast_report.by_position(base, student, qs, held_out, Config(batch_size=2))
     assert [(x["position"], x["texts"]) for x in found] == [(place, len(expected[place])) for place in sorted(expected)]
     assert {x["texts"] for x in found} == {1, 2, 3}
     for x in found:
@@ -236,7 +286,14 @@ def test_each_stage_has_its_thoughts_and_the_plain_model_has_none(run, tmp_path)
 def test_the_plain_model_is_not_worse_than_its_start(run):
     """At this learning rate every update makes it worse."""
     _, report = run(plain_rate=0.5, objective="likelihood")
-    assert report["plain"] == report["base"]
+    assert report["plain"] == report["start"] == report["base"]
+
+
+def test_the_plain_model_starts_where_the_curriculum_ended(run):
+    """At this learning rate an update makes it worse, so the start is kept."""
+    one = {"curriculum": "2-1", "steps": 1, "eval_every": 1, "plain_steps": 1}
+    _, report = run(plain_rate=0.5, objective="likelihood", plain_start="curriculum", **one)
+    assert report["plain"] == report["start"] == pytest.approx(report["stages"][-1]["base"]) != report["base"]
 
 
 def test_the_plain_model_is_trained_in_proportion_to_the_stages(run, tmp_path):
@@ -245,15 +302,19 @@ def test_the_plain_model_is_trained_in_proportion_to_the_stages(run, tmp_path):
     assert len((tmp_path / "run/plain/metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_weight_of_the_plain_loss_is_not_in_the_figures(tiny):
+def test_the_weight_of_the_plain_loss_is_not_in_the_figures(tiny, monkeypatch):
     """Nor does AdamW see it, beyond rounding: there is nothing that it could be too large for."""
-    data = texts(4)
-    teacher = [torch.full((len(text["input_ids"]) - 1,), 10.0) for text in data]  # worse than the model, so all is rewarded
+
+    def bad_teacher(_, some):  # worse than the model, so all is rewarded
+        targets = torch.cat([text["input_ids"][1:] for text in some])
+        return likely(targets, torch.full((len(targets),), 10.0), V=61)
+
+    monkeypatch.setattr(plain, "next_token_logprobs", bad_teacher)
     found = []
     for weight in (1.0, 1e6):
         student, config = tiny("llama"), Config(plain_weight=weight, batch_size=4)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-        found.append([plain.update(student, optimizer, data, teacher, config, step)["loss"] for step in range(4)])
+        found.append([plain.update(student, optimizer, None, texts(4), config, step)["loss"] for step in range(4)])
     assert found[0] == pytest.approx(found[1], rel=1e-3) and 1 < found[0][0] < 100
 
 
