@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.recipes.tasks.base import Problem
 from quietstar.recipes.tasks.generated import Generated
-from quietstar.recipes.tasks.marks import CHAIN_MARK, TARGET
+from quietstar.recipes.tasks.marks import CHAIN_MARK, MARK, TARGET
 
 
 class Arithmetic(Generated):
@@ -57,6 +57,7 @@ class Multiplication(Arithmetic):
     """
 
     sign = "*"
+    step_marks = ("+", "(", MARK)  # each partial product and each running sum is a step
 
     def solve(self, a: int, b: int) -> tuple[str, str]:
         pieces, total = [], 0
