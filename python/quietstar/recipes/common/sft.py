@@ -78,9 +78,8 @@ def sft(
         values, mask = logprob(trained, [prompt for prompt, _ in batch], [completion for _, completion in batch])
         return -values.sum() / mask.sum(), int(mask.sum())
 
-    return fine_tune(
-        model, [len(prompt) + len(completion) for prompt, completion in examples], loss_of, steps, config, seed, log
-    )
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+    return fine_tune(model, lengths, loss_of, steps, config, seed, log)
 
 
 def fine_tune(
