@@ -43,15 +43,16 @@ OUTCOME, NO_ROLLOUTS = "weighted vote, outcome verifier", "weighted vote, withou
 CHAINS = ("sequential, verifier", "sequential, majority", "sequential, last")
 EASY, HARD = (1, 2), (3, 4, 5)
 FOUR, ALL = 2, -1  # places of the budgets of 4 solutions and of all
-# Rows and updates of the base: a piece of training at a time, until it solves ENOUGH of the validation problems.
+# Digits of both factors; rows and updates of the base, in pieces until it solves ENOUGH of the validation problems.
 BASE: dict[str, dict[str, int]] = {
-    "tiny": {"rows": 100, "start": 3, "pieces": 0},
-    "quick": {"rows": 8000, "start": 250, "pieces": 40},
-    "full": {"rows": 8000, "start": 250, "pieces": 40},
+    "tiny": {"digits": 2, "rows": 100, "start": 3, "pieces": 0},
+    "quick": {"digits": 3, "rows": 8000, "start": 250, "pieces": 40},
+    "full": {"digits": 3, "rows": 8000, "start": 250, "pieces": 40},
 }
 ENOUGH, PIECE = 0.3, 10
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
+        "max_new": 14,
         "samples": 4,
         "problems": 10,
         "valid_problems": 5,
@@ -65,11 +66,12 @@ SIZES: dict[str, dict[str, int]] = {
         "judge_steps": 1,
     },
     "quick": {
+        "max_new": 33,
         "samples": 16,
         "problems": 300,
         "valid_problems": 100,
-        "process_problems": 1000,
-        "process_samples": 4,
+        "process_problems": 3000,
+        "process_samples": 2,
         "rollouts": 4,
         "process_steps": 300,
         "revise_problems": 500,
@@ -78,6 +80,7 @@ SIZES: dict[str, dict[str, int]] = {
         "judge_steps": 150,
     },
     "full": {
+        "max_new": 33,
         "samples": 16,
         "problems": 1000,
         "valid_problems": 500,
@@ -94,9 +97,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
-    task = Multiplication(3)
-    options: dict[str, Any] = {"max_new": 33, "learning_rate": 1e-3, "batch_tokens": 2600, "seed": seed}
-    config = test_time.Config(out=str(out / "solve"), attempts=16, **options, **SIZES[size])
+    task = Multiplication(BASE[size]["digits"])
+    options: dict[str, Any] = {"learning_rate": 1e-3, "batch_tokens": 2600, "seed": seed}
+    config = test_time.Config(out=str(out / "solve"), attempts=8, **options, **SIZES[size])
     model, larger = base(task, seed, size, out)
     if size == "tiny":  # a base of a few updates solves nothing
         task.answer = lambda row, ids: row.problem.right if sum(ids) % 3 else "0"  # type: ignore[method-assign]

@@ -81,14 +81,12 @@ def binned(valid: Samples, test: Samples, difficulty: Callable[[Sequence[Sample]
 
 def choose(spent: Mapping[str, Sequence[Spent]], problem_bins: Sequence[int]) -> list[str]:
     """Each bin's best strategy, the first one in a tie; a bin without problems gets the one that is best overall."""
-
-    def best(of: Callable[[Sequence[Spent]], float]) -> str:
-        return max(spent, key=lambda strategy: of(spent[strategy]))
-
-    everywhere = best(lambda several: fmean(x.right for x in several))
-    return [
-        best(lambda several, x=x: mean_of(several, problem_bins, x)) if x in problem_bins else everywhere for x in range(BINS)
-    ]
+    found = []
+    for x in range(BINS):
+        problems = [i for i, own in enumerate(problem_bins) if own == x] or range(len(problem_bins))
+        means = {strategy: fmean(several[i].right for i in problems) for strategy, several in spent.items()}
+        found.append(max(means, key=means.__getitem__))
+    return found
 
 
 def mean_of(spent: Sequence[Spent], problem_bins: Sequence[int], x: int) -> float:

@@ -161,8 +161,9 @@ def searched(
         if name == BEAM or lookahead:
             # Each step ahead costs as much as a step, so that there are fewer candidates, as in the paper.
             sizes = [powers_of_two(max(1, k // (1 + lookahead)))[-1] for k in powers_of_two(config.samples)]
-            runs = [
-                search(model, task, rows, value, N, min(N, config.beam_width), config, lookahead if N > 1 else 0) for N in sizes
-            ]
-            tables[name] = [[Spent(weighted(x.samples).right, x.tokens) for x in found] for found in runs]
+            runs = {
+                N: search(model, task, rows, value, N, min(N, config.beam_width), config, lookahead if N > 1 else 0)
+                for N in set(sizes)
+            }
+            tables[name] = [[Spent(weighted(x.samples).right, x.tokens) for x in runs[N]] for N in sizes]
     return tables
