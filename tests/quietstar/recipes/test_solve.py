@@ -83,8 +83,8 @@ def test_ways_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch):
 def test_search_spends_as_much_as_independent_solutions(solver, tmp_path):
     """At every budget the solutions have one length here; a look ahead costs about as much as a step."""
     model, task = solver
-    options = {"process_steps": 5, "process_problems": 40, "process_samples": 2, "rollouts": 2, "learning_rate": 1e-3}
-    config = Config(out=str(tmp_path), problems=10, samples=8, attempts=0, max_new=10, beam_width=2, **options)
+    options = {"process_steps": 2, "process_problems": 20, "process_samples": 1, "rollouts": 1, "learning_rate": 1e-3}
+    config = Config(out=str(tmp_path), problems=6, samples=4, attempts=0, max_new=10, beam_width=2, **options)
     report = solve(model, task, config)
     curves = report["curves"]
     for name in ("beam search", "look-ahead search", "weighted vote, process verifier"):

@@ -99,6 +99,17 @@ def test_the_best_weights_on_held_out_problems_are_kept(monkeypatch):
     assert same == [False, True, False, False]
 
 
+@pytest.mark.slow  # peft is slow to import
+def test_adapters_are_merged_into_the_verifier(tiny):
+    task, solutions = digits_after(60, torch.Generator().manual_seed(0))
+    model = tiny("llama", vocab_size=len(task.tokenizer))
+    config = SFTConfig(learning_rate=3e-2, warmup=1, batch_tokens=300, lora_rank=2)
+    verifier, losses = train_values(model, task, solutions, 20, config, 0)
+    assert list(verifier.state_dict()) == list(model.state_dict()) and min(losses) < losses[0]
+    held_out = [x for x in solutions if x.problem % 10 == 0]
+    assert recipe.held_out_loss(verifier, task, held_out) == pytest.approx(min(losses), abs=1e-4)
+
+
 def test_a_scorer_is_the_value_after_the_last_token(solver):
     model, task = solver
     rows = task.sample(3, "test", torch.Generator().manual_seed(1))
