@@ -41,6 +41,18 @@ def _from_hub(o: Any) -> bool:
     return o.data != "builtin" and not o.data.endswith((".txt", ".jsonl"))
 
 
+def _revises(o: Any) -> bool:
+    return bool(o.attempts and (o.revise_steps or o.judge_steps))
+
+
+def _searches(o: Any) -> bool:
+    return bool(o.process_steps or o.process_verifier)
+
+
+def _trains_process(o: Any) -> bool:
+    return bool(o.process_steps and not o.process_verifier)
+
+
 DATA = [
     Rule("split hub_texts held_out_split", lambda o: not _from_hub(o), "with a file or the built-in text"),
     Rule("text_field", lambda o: o.data == "builtin" or o.data.endswith(".txt"), "with a .txt file or the built-in text"),
@@ -115,8 +127,16 @@ RULES: dict[str, list[Rule]] = {
     "vstar": [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")],
     "solve": [
         *TASK,
-        Rule("revise_steps valid_problems", lambda o: not o.attempts, "with --attempts=0"),
-        Rule(f"{SFT} revise_problems", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),
+        Rule("revise_steps judge_steps", lambda o: not o.attempts, "with --attempts=0"),
+        Rule("revise_samples", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),
+        Rule("history", lambda o: not (o.judge_steps and o.attempts), "without --judge-steps"),
+        Rule("revise_problems", lambda o: not _revises(o), "without --revise-steps or --judge-steps"),
+        Rule("process_steps", lambda o: bool(o.process_verifier), "with --process-verifier"),
+        Rule("process_problems process_samples rollouts", lambda o: not _trains_process(o), "without --process-steps"),
+        Rule("beam_width lookahead", lambda o: not _searches(o), "without --process-steps or --process-verifier"),
+        Rule(
+            SFT, lambda o: not (_revises(o) or _trains_process(o)), "without --revise-steps, --judge-steps or --process-steps"
+        ),
         *LORA,
     ],
     "internalize": [

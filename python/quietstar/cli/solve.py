@@ -18,12 +18,14 @@ from quietstar.recipes.vstar_verifier import load_verifier
 
 @dataclass
 class Solve:
-    """Compare uses of more tokens on test problems: votes, best of k, revisions."""
+    """Compare uses of more tokens on test problems: votes, best of k, search, revisions."""
 
     task: TaskConfig
     recipe: solve.Config
     model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
     verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
+    process_verifier: Annotated[str, arg(help="the folder process of another run of solve, instead of training one")] = ""
+    larger: Annotated[str, arg(help="a larger model to compare with, at equal FLOPs; default none")] = ""
     dtype: WeightsDtype = "float32"
     allow_bin: AllowBin = False
 
@@ -32,12 +34,16 @@ class Solve:
         model, task = load(self.model, self.task, self.dtype, self.allow_bin)
         verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
         scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
-        report = solve.solve(model, task, self.recipe, scorer)
+        process = load_verifier(self.process_verifier, self.model, model, task) if self.process_verifier else None
+        larger = load(self.larger, self.task, self.dtype, self.allow_bin) if self.larger else None
+        report = solve.solve(model, task, self.recipe, scorer, process, larger)
         rows = [{"method": "greedy", **report["greedy"]}]
+        rows += [{"method": "larger model, greedy", **report["larger"]["greedy"]}] if larger else []
         rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]
         print(f"{task.name}, {report['problems']} test problems; budget and tokens are per problem")
         print(table(rows, ("method", "budget", "tokens", "accuracy", "low", "high")))
-        if splits := [{**row, **row["accuracy"]} for row in report.get("splits", [])]:
-            print("accuracy at the largest budget, by attempts in a chain")
-            print(table(splits, ("bins", "difficulty", "problems", "chosen", *splits[0]["accuracy"])))
+        if chosen := report.get("chosen"):
+            print("chosen on validation problems for the largest budget, and its accuracy on test problems")
+            shown = [{**row, "accuracy": row["accuracy"][row["chosen"]]} for row in chosen]
+            print(table(shown, ("kind", "bins", "difficulty", "problems", "chosen", "accuracy")))
         print(f"wrote {Path(self.recipe.out) / 'test_time.json'}")

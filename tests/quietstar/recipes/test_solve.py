@@ -1,77 +1,27 @@
-"""Test-time compute: equal budgets, chains of revisions, and what a reviser learns from."""
+"""Test-time compute: all methods at equal budgets."""
 
 import json
-import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quietstar.recipes import solve as recipe
-from quietstar.recipes.common.sampling import Completion
+from quietstar.recipes.common.models import small_model
+from quietstar.recipes.common.rounds import load_model
 from quietstar.recipes.common.selectors import Sample, majority
-from quietstar.recipes.common.solutions import revision_prompt
-from quietstar.recipes.solve import Config, revisions, solve
+from quietstar.recipes.solve import Config, draw, solve
+from quietstar.recipes.solve_compute_optimal import DIFFICULTIES, PREDICTED, compute_optimal
+from quietstar.recipes.solve_methods import spend_all
 from quietstar.recipes.tasks import Addition
-
-
-def test_revisions_end_in_the_right_solution_after_wrong_ones(solver):
-    _, task = solver
-    row, other, third = task.sample(3, "train", torch.Generator().manual_seed(1))
-    right = task.completion_ids(row)
-    near = right[:-2] + [x for x in other.answer_ids if x != right[-2]][:1] + [task.end_id]
-    far = [task.separator_ids[0], third.prompt_ids[0], task.end_id]
-    written = [Completion(ids, [0.0] * len(ids)) for ids in (right, far, near)]
-    if task.check(row, near):
-        pytest.skip("the other answer is the same one")
-    counts = set()
-    for seed in range(40):
-        [(prompt, target)] = revisions(task, row, written, random.Random(seed))
-        assert target == right
-        shown = [ids for ids in ([], [far], [near], [far, near]) if revision_prompt(task, row, ids) == prompt]
-        assert len(shown) == 1  # with both, the more similar one comes last
-        counts.add(len(shown[0]))
-    assert counts == {0, 1, 2}
-    assert revisions(task, row, written[1:], random.Random(0)) == []
-
-
-@pytest.mark.parametrize("valid_problems, until", [(0, [8]), (5, [8, 4, 2, 2, 1, 1, 1, 1])])
-def test_an_attempt_sees_the_last_four_of_its_own_chain(solver, monkeypatch, valid_problems, until):
-    model, task = solver
-    rows = task.sample(2, "test", torch.Generator().manual_seed(1))
-    asked, prompt_of = [], {}
-
-    def rollout(model, task, prompts, **rest):
-        asked.append(len(prompts))
-        written = []
-        for number, prompt in enumerate(prompts):
-            attempt = [3 + len(asked), 3 + number, task.end_id]
-            prompt_of[tuple(attempt)] = prompt
-            written.append([Completion(attempt, [-1.0] * 3)])
-        return written
-
-    answers = []
-
-    def to_samples(task, owners, chains, scorer):
-        answers.extend(zip(owners, chains, strict=True))
-        return [[Sample(str(x.ids), False, 3, -1.0) for x in chain] for chain in chains]
-
-    monkeypatch.setattr(recipe, "rollout", rollout)
-    monkeypatch.setattr(recipe, "to_samples", to_samples)
-    chains = recipe.revise(model, task, rows, Config(samples=8, attempts=9, valid_problems=valid_problems))
-    assert [[len(chain) for chain in several] for several in chains] == [until, until]
-    assert asked == [2 * sum(n > number for n in until) for number in range(8)]
-    assert [chain for several in chains for chain in several] == to_samples(
-        task, *zip(*answers[: 2 * len(until)], strict=True), None
-    )
-    for row, chain in answers:
-        for number, x in enumerate(chain):
-            before = [id_ for y in chain[max(0, number - 4) : number] for id_ in y.ids + task.again_ids]
-            assert prompt_of[tuple(x.ids)] == row.prompt_ids + before
+from quietstar.run.batches import mix_seed
 
 
 def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
     model, task = solver
-    config = Config(out=str(tmp_path), problems=8, samples=8, attempts=4, revise_steps=5, revise_problems=30, max_new=10)
+    config = Config(
+        out=str(tmp_path), problems=8, samples=8, attempts=4, revise_steps=5, revise_problems=30, revise_samples=8, max_new=10
+    )
     report = solve(model, task, config)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [len(x) for x in samples] == [8] * 8
@@ -91,37 +41,74 @@ def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
     assert any(bought_all) and abs(report["curves"]["majority"][-1]["accuracy"] - sum(votes) / 8) < 0.2
     assert json.loads((tmp_path / "test_time.json").read_text())["greedy"] == report["greedy"]
     assert set(report["greedy"]) == {"accuracy", "low", "high", "tokens"}
-    assert "splits" not in report
+    assert not {"chosen", "by_difficulty", "larger"} & set(report)
 
 
-def test_splits_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch):
+def test_ways_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch):
     model, task = solver[0], Addition(2)  # there are only three validation problems with one digit
     asked = []
     sample = Addition.sample
     monkeypatch.setattr(Addition, "sample", lambda self, n, split, x: asked.append((n, split)) or sample(self, n, split, x))
-    drawn = []
-    chosen = recipe.compute_optimal
-    monkeypatch.setattr(recipe, "compute_optimal", lambda *x: drawn.extend(x[:2]) or chosen(*x))
-    config = Config(out=str(tmp_path), problems=20, samples=4, attempts=4, valid_problems=10, max_new=10)
-    report = solve(model, task, config, lambda rows, solutions: [-float(sum(ids)) for ids in solutions])
-    assert asked == [(20, "test"), (10, "valid")]
-    assert [(len(x.samples), len(x.chains)) for x in drawn] == [(10, 10), (20, 20)]
-    assert all([len(chain) for chain in each] == [4, 2, 1, 1] for x in drawn for each in x.chains)
-    first = [[chain[0] for chain in each] for each in drawn[1].chains]
-    assert first != [list(each) for each in drawn[1].samples]  # the samples that measure difficulty are not the chains
-    names = {"parallel, by the reviser", "sequential, verifier", "one split for all", "compute-optimal"}
-    assert names | {"compute-optimal, oracle bins"} <= set(report["curves"])
-    assert sum(row["problems"] for row in report["splits"] if row["bins"] == "compute-optimal") == 20
-    for name, points in report["curves"].items():
-        assert len(points) == 3, name
+    spent = []
+    monkeypatch.setattr(recipe, "spend_all", lambda *x: spent.append(spend_all(*x)) or spent[-1])
+    chosen = []
+    monkeypatch.setattr(recipe, "compute_optimal", lambda *x: chosen.append(x) or compute_optimal(*x))
+    options = {"problems": 12, "samples": 2, "attempts": 2, "valid_problems": 10, "max_new": 10, "beam_width": 2}
+    scorer = lambda rows, solutions: [-float(sum(ids)) for ids in solutions]  # noqa: E731
+    report = solve(model, task, Config(out=str(tmp_path), **options), scorer, process=model)
+    assert asked == [(12, "test"), (10, "valid")]
+    [(test, chains), (valid, valid_chains)] = spent
+    assert [len(chains), len(valid_chains)] == [12, 10]
+    assert all([len(chain) for chain in each] == [2, 1] for each in [*chains, *valid_chains])
+    assert list(test) == list(valid) == ["parallel", "search", "sequential", "splits"]
+    assert [x[2:] for x in chosen] == [(valid[kind], test[kind]) for kind in ("search", "splits")]
+    samples = [[Sample(**x) for x in json.loads(line)] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all(len(x[1]) == 12 and x[1] != samples for x in chosen)  # difficulty is not measured on what is spent
+    assert set(report["curves"]) == {
+        *("one sample", "majority", "likeliest", "best of k", "weighted vote", "oracle", "beam search", "look-ahead search"),
+        *("best of k, process verifier", "weighted vote, process verifier"),
+        *("sequential, majority", "sequential, last", "sequential, verifier", "chains of 1", "chains of 2"),
+        *(f"{name}, {kind}" for name in DIFFICULTIES for kind in ("search", "splits")),
+    }
+    assert sum(row["problems"] for row in report["chosen"] if row["bins"] == PREDICTED and row["kind"] == "splits") == 12
+    assert sum(row["problems"] for row in report["by_difficulty"]) == 12
     shown = []
     monkeypatch.setattr(recipe.plots, "panels", lambda path, title, panels: shown.extend(panels))
     recipe.plot(report, tmp_path / "test_time.png")
-    assert set(shown[0].curves) == {*recipe.selectors(True), "oracle", "greedy"}
     assert set(shown[0].curves) | set(shown[1].curves) == {*report["curves"], "greedy"}
-    for panel, row in zip(shown[2:], [x for x in report["splits"] if "oracle" in x["bins"]], strict=True):
-        assert list(panel.bars) == ["chains of 1", "chains of 2", "chains of 4"]
-        assert [x for [x] in panel.bars.values()] == list(row["accuracy"].values())
+    assert "beam search" in shown[0].curves and "chains of 2" in shown[1].curves
+    assert set(shown[2].curves) < set(shown[0].curves) and set(shown[3].curves) < set(shown[1].curves)
+
+
+def test_search_spends_as_much_as_independent_solutions(solver, tmp_path):
+    """At every budget the solutions have one length here; a look ahead costs about as much as a step."""
+    model, task = solver
+    options = {"process_steps": 2, "process_problems": 20, "process_samples": 1, "rollouts": 1, "learning_rate": 1e-3}
+    config = Config(out=str(tmp_path), problems=6, samples=4, attempts=0, max_new=10, beam_width=2, **options)
+    report = solve(model, task, config)
+    curves = report["curves"]
+    for name in ("beam search", "look-ahead search", "weighted vote, process verifier"):
+        assert all(x["tokens"] <= 1.3 * x["budget"] for x in curves[name]), name
+    again = load_model(tmp_path / "process", model)
+    reused = solve(model, task, replace(config, out=str(tmp_path / "again"), process_steps=0), process=again)
+    assert reused["curves"] == curves
+    assert not (tmp_path / "again" / "process").exists()
+
+
+def test_a_larger_model_gets_fewer_solutions(solver, tmp_path):
+    model, task = solver
+    larger = small_model(task, width=128, heads=2, positions=128)
+    times = larger.num_parameters() / model.num_parameters()
+    config = Config(out=str(tmp_path), problems=6, samples=8, attempts=0, max_new=10)
+    report = solve(model, task, config, larger=(larger, task))
+    assert report["larger"]["times"] == times and 3 < times < 4
+    points = report["curves"]["larger model, majority"]
+    assert points[-1]["tokens"] <= points[-1]["budget"] or points[-1]["tokens"] == points[0]["tokens"]
+    alone = draw(larger, task, task.sample(6, "test", torch.Generator().manual_seed(mix_seed(0, 0))), config, None)
+    assert points[0]["tokens"] == pytest.approx(times * sum(x.tokens for each in alone for x in each) / 48, rel=0.1)
+    same = solve(model, task, replace(config, out=str(tmp_path / "same")), larger=(model, task))
+    assert same["larger"]["greedy"] == same["greedy"]
+    assert same["curves"]["larger model, majority"] == same["curves"]["majority"]
 
 
 def test_a_chain_that_grows_too_long_keeps_the_samples(solver, tmp_path):
@@ -142,7 +129,7 @@ def test_nothing_to_choose_from(solver, tmp_path, monkeypatch):
 
 def test_bad_options(solver, monkeypatch):
     model, task = solver
-    monkeypatch.setattr(recipe, "rollout", None)  # refused before anything is sampled
+    monkeypatch.setattr(recipe, "write", None)  # refused before anything is sampled
     with pytest.raises(ValueError, match="valid_problems=4 must be 5 or more, and the data must have as many: got 4"):
         solve(model, Addition(2), Config(valid_problems=4))
     monkeypatch.setattr(Addition, "problems", lambda self, n, split, generator: [self.problem(1, 2)] * (3 if n == 20 else n))
@@ -150,6 +137,12 @@ def test_bad_options(solver, monkeypatch):
         solve(model, task, Config(valid_problems=20))
     with pytest.raises(ValueError, match="solve: valid_problems must be 0 or more, got -1"):
         Config(valid_problems=-1)
+    with pytest.raises(ValueError, match="solve: beam_width must be a power of 2, got 3"):
+        Config(beam_width=3)
+    with pytest.raises(ValueError, match="solve: rollouts must be 1 or more, got 0"):
+        Config(rollouts=0)
+    with pytest.raises(ValueError, match="solve: lookahead must be 0 or more, got -1"):
+        Config(lookahead=-1)
     with pytest.raises(ValueError, match="temperature must be above 0, or all samples are one, got 0"):
         Config(temperature=0)
     with pytest.raises(ValueError, match="solve: samples must be 1 or more, got 0"):

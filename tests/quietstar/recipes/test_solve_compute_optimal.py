@@ -1,20 +1,24 @@
-"""Which split of a budget is chosen for which difficulty."""
+"""Which way of spending is chosen for which difficulty."""
 
 import dataclasses
 
 import pytest
 
 from quietstar.recipes.common.selectors import Sample
-from quietstar.recipes.solve_budgets import lengths
-from quietstar.recipes.solve_compute_optimal import MEASURED, ONE, PREDICTED, Drawn, compute_optimal, measured, predicted
+from quietstar.recipes.solve_budgets import Spent, curve
+from quietstar.recipes.solve_compute_optimal import (
+    MEASURED,
+    ONE,
+    PREDICTED,
+    by_difficulty,
+    compute_optimal,
+    measured,
+    predicted,
+)
 
 
 def several(*parts):
     return [Sample(answer, answer == "8", tokens, -1.0) for answer, tokens in parts]
-
-
-def any_right(samples):
-    return max(samples, key=lambda x: x.right)
 
 
 def test_difficulties():
@@ -26,35 +30,34 @@ def test_difficulties():
 
 
 def problem(easy, looks_easy):
-    """The fourth attempt of a chain is right for easy problems, the first one of the last chain for hard ones."""
+    """Samples, and what two ways reach: chains solve easy problems and searches hard ones, both only with the larger budget."""
     samples = [Sample("8", i < 4 if easy else i < 1, 2, -1.0, -1.0 if looks_easy else -9.0) for i in range(4)]
-    chains = [[Sample("3", False, 2, -1.0)] * n for n in lengths(4, 4)]
-    right = Sample("8", True, 2, -1.0)
-    if easy:
-        chains[0] = [*chains[0][:3], right]
-    else:
-        chains[3] = [right]
-    return samples, chains
+    return samples, {"chains": [0.0, float(easy)], "search": [0.0, float(not easy)]}
 
 
 def drawn(problems):
-    return Drawn(*zip(*[problem(*x) for x in problems], strict=True))
+    samples, ways = zip(*[problem(*x) for x in problems], strict=True)
+    tables = {name: [[Spent(way[name][i], 2.0 * (i + 1)) for way in ways] for i in range(2)] for name in ways[0]}
+    return samples, tables
 
 
-def test_each_difficulty_has_the_split_that_validation_problems_chose():
-    valid = drawn([(True, True)] * 6 + [(False, False)] * 4)
-    test = drawn([(True, True)] * 3 + [(False, False)] * 4 + [(True, False)] * 2 + [(False, True)])
-    curves, rows = compute_optimal(valid, test, any_right, [2, 4, 8])
-    last = {name: points[-1]["accuracy"] for name, points in curves.items()}
+VALID = [(True, True)] * 6 + [(False, False)] * 4
+
+
+def test_each_difficulty_has_the_way_that_validation_problems_chose():
+    valid, tried = drawn(VALID)
+    test, tested = drawn([(True, True)] * 3 + [(False, False)] * 4 + [(True, False)] * 2 + [(False, True)])
+    found, rows = compute_optimal(valid, test, tried, tested)
+    points = {name: curve(table, [2, 4]) for name, table in found.items()}
+    last = {name: several[-1]["accuracy"] for name, several in points.items()}
     assert last == {ONE: pytest.approx(0.5), PREDICTED: pytest.approx(0.7), MEASURED: 1.0}
-    assert all(point["tokens"] == point["budget"] for points in curves.values() for point in points)
-    assert [point["budget"] for point in curves[PREDICTED]] == [2, 4, 8]
-    found = {(row["bins"], row["chosen"]): (row["problems"], row["accuracy"]) for row in rows}
-    assert found == {
-        (PREDICTED, 4): (4, {"1": 0.25, "2": 0.0, "4": 0.75}),
-        (PREDICTED, 1): (6, {"1": pytest.approx(4 / 6), "2": 0.0, "4": pytest.approx(2 / 6)}),
-        (MEASURED, 4): (5, {"1": 0.0, "2": 0.0, "4": 1.0}),
-        (MEASURED, 1): (5, {"1": 1.0, "2": 0.0, "4": 0.0}),
+    assert all(point["tokens"] == point["budget"] for several in points.values() for point in several)
+    shown = {(row["bins"], row["chosen"]): (row["problems"], row["accuracy"]) for row in rows}
+    assert shown == {
+        (PREDICTED, "chains"): (4, {"chains": 0.75, "search": 0.25}),
+        (PREDICTED, "search"): (6, {"chains": pytest.approx(2 / 6), "search": pytest.approx(4 / 6)}),
+        (MEASURED, "chains"): (5, {"chains": 1.0, "search": 0.0}),
+        (MEASURED, "search"): (5, {"chains": 0.0, "search": 1.0}),
     }
     for name in (PREDICTED, MEASURED):
         difficulties = [row["difficulty"] for row in rows if row["bins"] == name]
@@ -62,14 +65,22 @@ def test_each_difficulty_has_the_split_that_validation_problems_chose():
 
 
 def test_test_problems_choose_nothing():
-    valid = drawn([(True, True)] * 6 + [(False, False)] * 4)
-    shown = drawn([(True, True), (False, False)])
-    wrong = [[[dataclasses.replace(x, right=False) for x in chain] for chain in chains] for chains in shown.chains]
-    chosen = [
-        [row["chosen"] for row in compute_optimal(valid, Drawn(shown.samples, chains), any_right, [2, 4, 8])[1]]
-        for chains in (shown.chains, wrong)
-    ]
-    assert chosen[0] == chosen[1] == [4, 1, 4, 1]
-    samples = [[dataclasses.replace(x, right=not x.right) for x in several] for several in shown.samples]
-    curves = [compute_optimal(valid, Drawn(x, shown.chains), any_right, [2, 4, 8])[0] for x in (shown.samples, samples)]
+    valid, tried = drawn(VALID)
+    test, tested = drawn([(True, True), (False, False)])
+    wrong = {name: [[Spent(1 - x.right, x.tokens) for x in spent] for spent in table] for name, table in tested.items()}
+    chosen = [[row["chosen"] for row in compute_optimal(valid, test, tried, x)[1]] for x in (tested, wrong)]
+    assert chosen[0] == chosen[1] == ["chains", "search", "chains", "search"]
+    samples = [[dataclasses.replace(x, right=not x.right) for x in some] for some in test]
+    curves = [compute_optimal(valid, x, tried, tested)[0] for x in (test, samples)]
     assert curves[0][PREDICTED] == curves[1][PREDICTED] and curves[0][MEASURED] != curves[1][MEASURED]
+
+
+def test_by_difficulty_has_every_budget_of_every_method():
+    valid, _ = drawn(VALID)
+    test, tested = drawn([(True, True)] * 3 + [(False, False)])
+    rows = by_difficulty(valid, test, tested)
+    assert [(row["problems"], row["accuracy"]) for row in rows] == [
+        (3, {"chains": [0.0, 1.0], "search": [0.0, 0.0]}),
+        (1, {"chains": [0.0, 0.0], "search": [0.0, 1.0]}),
+    ]
+    assert rows[0]["difficulty"] < rows[1]["difficulty"]

@@ -31,7 +31,7 @@ def evaluate(
     """
     began = time.perf_counter()
     prompts = [row.prompt_ids for row in rows] if prompts is None else prompts
-    options = {"temperature": 0, "max_new": max_new, "batch_size": batch_size}
+    options: dict[str, Any] = {"temperature": 0, "max_new": max_new, "batch_size": batch_size}
     written = [completions[0] for completions in rollout(model, task, prompts, **options)]
     seconds = time.perf_counter() - began
     tokens = sum(len(x.ids) for x in written) / len(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -76,7 +76,15 @@ class VLLM:
         self.engine = vllm.LLM(model=path)
 
     def rollout(
-        self, task: Task, prompts: Sequence[list[int]], k: int, temperature: float, top_p: float, max_new: int, seed: int
+        self,
+        task: Task,
+        prompts: Sequence[list[int]],
+        k: int,
+        temperature: float,
+        top_p: float,
+        max_new: int,
+        seed: int,
+        ends: Collection[int] = (),
     ) -> list[list[Completion]]:
         sampling = self.vllm.SamplingParams(
             n=k,
@@ -85,7 +93,7 @@ class VLLM:
             max_tokens=max_new,
             seed=seed,
             stop=list(task.stop),
-            stop_token_ids=[task.end_id],
+            stop_token_ids=[task.end_id, *ends],
             include_stop_str_in_output=True,
             logprobs=0,  # only of the chosen token
         )
@@ -112,6 +120,7 @@ def rollout(
     seed: int = 0,
     batch_size: int = 256,
     shift: int = 0,
+    ends: Collection[int] = (),
 ) -> list[list[Completion]]:
     """``k`` completions of each prompt.
 
@@ -120,12 +129,13 @@ def rollout(
         seed: together with the batch size it fixes the samples; torch's random state stays as it was.
         batch_size: rows at once, ``k`` rows per prompt; prompts of similar length share a batch.
         shift: added to the positions of the completion; not supported with vLLM.
+        ends: tokens that end a completion, besides the end-of-text token; such as ``Task.step_ids``, for a single step.
 
     Raises:
         ValueError: a prompt that, with ``max_new`` tokens, is longer than the model's positions.
     """
     if isinstance(model, VLLM):
-        return model.rollout(task, prompts, k, temperature, top_p, max_new, seed)
+        return model.rollout(task, prompts, k, temperature, top_p, max_new, seed, ends)
     check_length(model, max(map(len, prompts), default=0) + max_new + shift)
     rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -149,14 +159,14 @@ def rollout(
                 attention_mask=mask.long(),
                 position_ids=positions(mask, len(ids[0])),
                 max_new_tokens=max_new,
-                eos_token_id=task.end_id,
+                eos_token_id=[task.end_id, *ends],
                 pad_token_id=task.end_id,
                 logits_processor=LogitsProcessorList([recorder]),
                 **options,
             )
             logprobs = recorder.finish(out).tolist()
             for i, written, logprob in zip(chosen, out[:, ids.shape[1] :].tolist(), logprobs, strict=True):
-                length = written.index(task.end_id) + 1 if task.end_id in written else len(written)
+                length = next((j for j, x in enumerate(written, 1) if x == task.end_id or x in ends), len(written))
                 found[i].append(Completion(written[:length], logprob[:length]))
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Sample", "best", "likeliest", "majority", "weighted"]
+__all__ = ["Sample", "best", "hierarchical", "likeliest", "majority", "weighted"]
 
 T = TypeVar("T")
 ORDERS = 16  # random orders of a problem's samples, used where there are too many subsets of size k to try all
@@ -54,12 +54,17 @@ def best(samples: Sequence[Sample]) -> Sample:
 
 
 def weighted(samples: Sequence[Sample]) -> Sample:
-    """A sample with the answer that has the most probability under the verifier.
+    """Best-of-N weighted: the best sample with the answer that has the most probability under the verifier.
 
     The verifier's scores are log-probabilities; the probabilities of samples with the same answer are added up.
     """
     groups = by_answer(samples)
-    return max(groups, key=lambda group: log_sum([score(x) for x in group]))[0] if groups else samples[0]
+    return best(max(groups, key=lambda group: log_sum([score(x) for x in group]))) if groups else samples[0]
+
+
+def hierarchical(chains: Sequence[Sequence[Sample]]) -> Sample:
+    """``weighted`` within each chain of revisions, then among the chains' choices (arXiv 2408.03314, appendix I)."""
+    return weighted([weighted(chain) for chain in chains])
 
 
 def by_answer(samples: Sequence[Sample]) -> list[list[Sample]]:

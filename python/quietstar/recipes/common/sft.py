@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.arguments.fields import check_at_least, check_positive, check_types
@@ -71,42 +72,54 @@ def sft(
     config = config or SFTConfig()
     if not examples:
         raise ValueError("sft: there is no example to train on")
+
+    def loss_of(trained: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
+        batch = [examples[i] for i in chosen]
+        values, mask = logprob(trained, [prompt for prompt, _ in batch], [completion for _, completion in batch])
+        return -values.sum() / mask.sum(), int(mask.sum())
+
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+    return fine_tune(model, lengths, loss_of, steps, config, seed, log)
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    lengths: Sequence[int],
+    loss_of: Callable[[PreTrainedModel, Sequence[int]], tuple[Tensor, int]],
+    steps: int,
+    config: SFTConfig,
+    seed: int = 0,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> PreTrainedModel:
+    """Train ``model`` in place on examples of these lengths, as ``sft`` does, by a loss of one's own.
+
+    Args:
+        loss_of: from the model, or its adapters, and the numbers of a batch's examples to the loss and the number of tokens.
+        log: called after every update, with the figures that ``sft`` names.
+    """
     training = model.training
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # used by new adapters and by dropout
         torch.manual_seed(mix_seed(seed, -1))
         trained = add(model, config) if config.lora_rank else model
-        _train(trained, examples, steps, config, seed, log)
+        optimizer = adamw(trained, config.learning_rate, config.weight_decay)
+        batches = token_batches(lengths, config.batch_tokens, seed)
+        trained.train()
+        for step in range(steps):
+            began = time.perf_counter()
+            loss, tokens = loss_of(trained, next(batches))
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), config.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            optimizer.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"sft: the loss is {value} at step {step + 1}")
+            figures = {"grad_norm": float(norm), "learning_rate": config.rate(step), "tokens": tokens}
+            log({"step": step + 1, "loss": value, **figures, "seconds": time.perf_counter() - began})
     return (merge(trained) if config.lora_rank else model).train(training)
-
-
-def _train(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    steps: int,
-    config: SFTConfig,
-    seed: int,
-    log: Callable[[dict[str, Any]], None],
-) -> None:
-    optimizer = adamw(model, config.learning_rate, config.weight_decay)
-    batches = token_batches([len(prompt) + len(completion) for prompt, completion in examples], config.batch_tokens, seed)
-    model.train()
-    for step in range(steps):
-        began = time.perf_counter()
-        batch = [examples[i] for i in next(batches)]
-        values, mask = logprob(model, [prompt for prompt, _ in batch], [completion for _, completion in batch])
-        loss = -values.sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"sft: the loss is {value} at step {step + 1}")
-        figures = {"grad_norm": float(norm), "learning_rate": config.rate(step), "tokens": int(mask.sum())}
-        log({"step": step + 1, "loss": value, **figures, "seconds": time.perf_counter() - began})
 
 
 def token_batches(lengths: Sequence[int], tokens: int, seed: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.recipes.tasks.base import Problem
 from quietstar.recipes.tasks.generated import Generated
-from quietstar.recipes.tasks.marks import CHAIN_MARK, TARGET
+from quietstar.recipes.tasks.marks import CHAIN_MARK, MARK, TARGET
 
 
 class Arithmetic(Generated):
@@ -65,6 +65,7 @@ class Multiplication(Arithmetic):
     """
 
     sign = "*"
+    step_marks = ("+", "(", MARK)  # each partial product and each running sum is a step
 
     def __init__(self, digits: int, other: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None):
         super().__init__(digits, tokenizer)

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Task(ABC):
 
     symbols: Sequence[str] = ()  # words of the small tokenizer
     stop: Sequence[str] = ()  # strings that end an answer, besides the end-of-text token
+    step_marks: Sequence[str] = (MARK,)  # a token that contains one of these ends a step of a solution
     between = f" {MARK}"  # between chain and answer
     again = f" {AGAIN} {CHAIN_MARK}"  # follows a solution and asks for another, without saying whether it was right
 
@@ -125,6 +127,17 @@ class Task(ABC):
     def direct_ids(self, row: Row) -> list[int]:
         """The same without the chain: what a model learns that answers directly."""
         return self.separator_ids + row.answer_ids + [self.end_id]
+
+    @cached_property
+    def step_ids(self) -> frozenset[int]:
+        """The tokens that end a step of a solution, besides the end-of-text token."""
+        texts = (self.tokenizer.decode([i]) for i in range(len(self.tokenizer)))
+        return frozenset(i for i, text in enumerate(texts) if any(mark in text for mark in self.step_marks))
+
+    def step_ends(self, ids: Sequence[int]) -> list[int]:
+        """The length of a solution up to the end of each of its steps, the last of which is its whole length."""
+        ends = [i for i, x in enumerate(ids, 1) if x in self.step_ids and i < len(ids)]
+        return [*ends, len(ids)]
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, up to but without the end-of-text token or a stop string."""

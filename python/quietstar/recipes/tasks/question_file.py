@@ -25,6 +25,7 @@ class QuestionFile(Task):
     """
 
     stop = STOP
+    step_marks = ("\n",)
     between = f"\n{MARK}"
     again = "\n\nThere may be a mistake above. Solve it once more.\nA:"
 

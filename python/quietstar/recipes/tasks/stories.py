@@ -8,7 +8,7 @@ import torch
 
 from quietstar.recipes.tasks.base import Problem
 from quietstar.recipes.tasks.generated import Generated
-from quietstar.recipes.tasks.marks import CHAIN_MARK, TARGET
+from quietstar.recipes.tasks.marks import CHAIN_MARK, MARK, TARGET
 
 
 class WordProblems(Generated):
@@ -21,6 +21,7 @@ class WordProblems(Generated):
     things = ("pens", "books", "coins", "apples", "cards", "shells")
     gains = ("buys", "finds", "gets")
     losses = ("loses", "sells", "eats")
+    step_marks = (";", MARK)
     symbols = [*"0123456789+-=;.?", "has", "and", "then", "how", "many", *people, *things, *gains, *losses]
 
     def draw(self, generator: torch.Generator) -> Problem:
