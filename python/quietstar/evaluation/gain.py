@@ -55,14 +55,14 @@ def format_gain(figures: Figures, name: str = "gain", digits: int = 3) -> str:
 def verdict(figures: Figures) -> str:
     """In words, what the intervals of ``mean_gains`` allow to say: "helped" or "hurt" of content alone."""
     if "content" not in figures:
-        return "whether what was thought helped is not known: another text's thoughts were not tried"
+        return "not known whether what was thought helped: no other text's thoughts were tried"
     content, mixing = _sign(figures, "content"), _sign(figures, "mixing")
     if content > 0:
         return "what was thought helped: own thoughts predict better than another text's"
     if content < 0:
         said = "what was thought hurt: another text's thoughts predict better"
     else:
-        said = "what was thought made no difference: another text's thoughts predict as well, within the interval"
+        said = "what was thought made no difference: another text's thoughts do as well"
     return said + ("\nthe gain is from mixing, whatever is thought" if mixing > 0 else "")
 
 

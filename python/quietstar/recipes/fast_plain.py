@@ -207,7 +207,7 @@ def teacher_losses(teacher: QuietStar, texts: Sequence[Example], batch_size: int
 
     Only these losses are kept, not the logits.
     """
-    found = token_losses(teacher, texts, batch_size)
+    found = token_losses(teacher, texts, batch_size, controls=False)
     return list(found.mixed.float().split(found.text.bincount(minlength=len(texts)).tolist()))
 
 

@@ -54,7 +54,9 @@ def test_means_and_intervals(qs, batch_size):
     close(figures, want)
     assert figures["texts"] == 5 and figures["tokens"] == sum(LENGTHS) - 5
     assert figures.keys() == want.keys() | {"texts", "tokens"}
-    assert figures["gain"] == pytest.approx(figures["mixing"] + figures["content"], abs=1e-12) and abs(figures["content"]) > 1e-4
+    assert (
+        figures["gain"] == pytest.approx(figures["mixing"] + figures["content"], abs=1e-12) and abs(figures["content"]) > 1e-4
+    )
 
 
 def test_without_controls(qs, monkeypatch):
