@@ -78,13 +78,13 @@ def with_thoughts_of_another(examples: Sequence[Example]) -> list[Example]:
 
 
 def _places(example: Example) -> Tensor:
-    """int64 [P], the positions that think, -1 in unused places."""
-    return example["anchors"] if "anchors" in example else torch.arange(len(example["input_ids"]))
+    """int64 [P], the positions that think, -1 in unused places; on the CPU."""
+    return example["anchors"].long().cpu() if "anchors" in example else torch.arange(len(example["input_ids"]))
 
 
 def _used(example: Example) -> Tensor:
-    """bool [P], whether a place is on text."""
+    """bool [P], whether a place is on text; on the CPU."""
     places = _places(example)
     if "attention_mask" not in example:
         return places >= 0
-    return (places >= 0) & (example["attention_mask"] != 0)[places.clamp(min=0).long()]
+    return (places >= 0) & (example["attention_mask"].cpu() != 0)[places.clamp(min=0)]

@@ -84,8 +84,8 @@ def can_draw() -> bool:
 
 
 def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
-    """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, with its content as a point where that is
-    known, and another point for each by the mean."""
+    """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, on it the content where that is known,
+    and a point for each by the mean."""
     from matplotlib.figure import Figure
 
     groups = tenths["base"]

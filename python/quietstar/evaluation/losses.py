@@ -87,18 +87,18 @@ def token_losses(
     check_data("evaluate: examples", examples)
     flag("evaluate: progress", progress)
     flag("evaluate: controls", controls)
-    losses, own = _measure(qs, examples, batch_size, progress, keep=controls)
+    losses, own = measure(qs, examples, batch_size, progress, keep=controls)
     if not can_swap(own):
         return losses
     # The thoughts sampled above, so that this costs a forward alone.
-    others, _ = _measure(qs, with_thoughts_of_another(own), batch_size, progress, keep=False)
+    others, _ = measure(qs, with_thoughts_of_another(own), batch_size, progress, keep=False)
     return replace(losses, another=others.mixed)
 
 
-def _measure(
+def measure(
     qs: QuietStar, examples: Sequence[Example], batch_size: int, progress: bool, keep: bool
 ) -> tuple[TokenLosses, list[Example]]:
-    """The losses of all examples and, to ``keep``, the examples with their thoughts."""
+    """The losses of all examples without controls and, to ``keep``, the examples with their thoughts."""
     parts, thinking = [], []
     with torch.no_grad(), dropout_off(qs):
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
