@@ -31,7 +31,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
+from quietstar.evaluation.controls import with_own_thoughts
+from quietstar.evaluation.gain import verdict as verdict_of
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.losses import token_losses
 from quietstar.run.batches import Example
@@ -169,9 +170,10 @@ def mixed_losses(qs: QuietStar, texts: list[Example]) -> dict[str, Tensor]:
     own = with_own_thoughts(qs, texts)
     thoughts, counts = torch.cat([x["thought_ids"] for x in own]).unique(dim=0, return_counts=True)
     constant = [{**x, "thought_ids": thoughts[counts.argmax()].expand_as(x["thought_ids"])} for x in own]
-    ways = {"own": own, "another": with_thoughts_of_another(own), "constant": constant}
-    found = {name: token_losses(qs, examples, progress=True) for name, examples in ways.items()}
-    return {name: losses.text.bincount(losses.mixed) / losses.text.bincount() for name, losses in found.items()}
+    losses = token_losses(qs, own, progress=True)
+    found = {"own": losses.mixed, "another": losses.another}
+    found["constant"] = token_losses(qs, constant, progress=True, controls=False).mixed
+    return {name: losses.text.bincount(x) / losses.text.bincount() for name, x in found.items()}
 
 
 Gain = tuple[float, float, float]  # nats, with the ends of the 95 % interval over texts, each compared with itself
@@ -193,21 +195,14 @@ def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
 
 def verdict(found: dict[str, Gain]) -> str:
     """Only content can help; a constant thought has none, so own thoughts must be better than that, too."""
+    ends = ("", "_low", "_high")
+    parts = {f"{part}{end}": x for part in ("mixing", "content") for end, x in zip(ends, found[part], strict=True)}
+    said = verdict_of(parts)
     signs = {name: (low > 0) - (high < 0) for name, (_, low, high) in found.items()}
-    if signs["content"] > 0 and signs["own over constant"] > 0:
-        said = "What was thought helped: own thoughts predict better than another text's, and than a constant one."
-    elif signs["content"] > 0:
-        said = "No gain from what was thought: another text's thoughts are worse, but a constant one is as good."
-    elif signs["content"] < 0:
-        said = "What was thought hurt: another text's thoughts predict better."
-    else:
-        said = "No gain from what was thought: another text's thoughts are as good, within the interval."
-    if signs["mixing"] > 0 and signs["content"] <= 0:
-        said += "\nWhat mixing gained comes from the mixing head and the extra steps, whatever was thought."
-    elif signs["mixing"] < 0:
-        said += "\nMixing alone hurt: with another text's thoughts the model predicts worse than with none."
+    if signs["content"] > 0 and signs["own over constant"] <= 0:
+        said = "no gain from what was thought: another text's thoughts are worse, but a constant one is as good"
     compared = {1: "predicts worse", 0: "predicts as well, within the interval", -1: "predicts better"}
-    return f"{said}\nThe model trained as long without thoughts {compared[signs['over plain training']]}."
+    return f"{said}\nthe model trained as long without thoughts {compared[signs['over plain training']]}"
 
 
 LOSSES = {

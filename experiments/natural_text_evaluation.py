@@ -44,7 +44,7 @@ def held_out_losses(qs: QuietStar, texts: Sequence[Example], thinks: bool, batch
     """
     if not thinks:
         shortest = qs.with_config(replace(qs.thought_config, thought_tokens=1))  # its thoughts are made, and not used
-        return {"base": of_each_text(losses := token_losses(shortest, texts, batch_size), losses.base)}
+        return {"base": of_each_text(losses := token_losses(shortest, texts, batch_size, controls=False), losses.base)}
     own = with_own_thoughts(qs, texts, batch_size)
     ways = {
         "own": own,
@@ -52,7 +52,7 @@ def held_out_losses(qs: QuietStar, texts: Sequence[Example], thinks: bool, batch
         "constant": with_constant_thoughts(own),
         "random": with_random_thoughts(own, qs.lm_head.linear.out_features),
     }
-    found = {way: token_losses(qs, examples, batch_size) for way, examples in ways.items()}
+    found = {way: token_losses(qs, examples, batch_size, controls=False) for way, examples in ways.items()}
     without = {"base": of_each_text(found["own"], found["own"].base)}
     return without | {way: of_each_text(losses, losses.mixed) for way, losses in found.items()}
 

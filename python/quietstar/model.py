@@ -379,8 +379,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             on_thoughts: called with the thoughts before a token that some text thinks for, int64 [B,N,T]; -1 in texts
                 that don't and past the end of a thought.
             options: of transformers' ``generate``: do_sample, temperature, top_p, eos_token_id, streamer,
-                stopping_criteria, logits_processor, generation_config, ... With thoughts there are no beams, no assistant
-                and no other cache.
+                stopping_criteria, logits_processor, generation_config, ... Thoughts allow no beams, assistants or other caches.
 
         Raises:
             ValueError: those of ``forward`` on the text; padding on the right; an option that has no meaning with thoughts.
@@ -389,17 +388,18 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         options |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
-    def explain(self, text: str, seed: int | None = None) -> Report:
+    def explain(self, text: str, seed: int | None = None, another: str | None = None) -> Report:
         """Report what thinking does to each token: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
 
         Args:
             text: at least 3 tokens of the tokenizer that QuietStar was given.
             seed: samples N thoughts before each token; default one greedy thought.
+            another: the text whose thoughts are the control for content; default this text, from half of it further on.
 
         Raises:
             ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.
         """
-        return explain(self.thinker, self.tokenizer, text, seed)
+        return explain(self.thinker, self.tokenizer, text, seed, another)
 
     def count_targets(
         self,

@@ -11,21 +11,23 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, default_data_collator
 
-from quietstar.arguments.values import instance, items, refusal
+from quietstar.arguments.values import flag, instance, items, refusal
 from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
-from quietstar.evaluation.intervals import mean_interval
-from quietstar.evaluation.losses import token_losses
+from quietstar.evaluation.controls import can_swap, with_thoughts_of_another
+from quietstar.evaluation.gain import mean_gains
+from quietstar.evaluation.losses import TokenLosses, measure
 from quietstar.hf.decoder_mixin import OF_TRL
 from quietstar.hf.finite import state
 from quietstar.model import QuietStar
@@ -75,10 +77,13 @@ class ThoughtTrainer(Trainer):
     The log has, for the steps since its last line: loss_ce, policy_loss, reward, advantage and weight as in ``metrics.jsonl``,
     thoughts_per_second and tokens_per_second. Evaluation compares the loss of the next token after one greedy thought,
     eval_loss, with eval_base, the one without: eval_gain is the difference, and eval_gain_low to eval_gain_high its 95 %
-    interval over texts. All are means over texts, nats. ``predict`` returns both losses and the number of tokens, [texts,3].
+    interval over texts. eval_mixing and eval_content are its parts, from a second pass with another text's thoughts (see
+    ``quietstar.evaluation.losses.evaluate``). All are means over texts, nats. ``predict`` returns both losses and the number of
+    tokens, [texts,3].
 
     Args:
         data_collator: default ``pad_texts``; under TRL its own.
+        controls: whether evaluations tell the gain of content from that of mixing.
 
     Raises:
         ValueError: a model that isn't a QuietStar, or an option that has no meaning for its objective; sharded weights.
@@ -87,11 +92,21 @@ class ThoughtTrainer(Trainer):
 
     model: Any
 
-    def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, *more: Any, **options: Any):
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        *more: Any,
+        controls: bool = True,
+        **options: Any,
+    ):
         with _seen_by_trl(model):
             super().__init__(model, args, data_collator, *more, **options)
         name = type(self).__name__
         instance(f"{name}: model", self.model, QuietStar)
+        self.controls = flag(f"{name}: controls", controls)
+        self._thought: list[list[Example]] = []  # by this process in an evaluation: the texts of each batch with their thoughts
         for refused, why in (
             (self.is_fsdp_enabled or self.is_deepspeed_enabled, "weights can't be sharded here, but `quietstar train` does it"),
             (self.args.n_gpu > 1, "several GPUs need a process each: start with torchrun or accelerate launch"),
@@ -169,15 +184,33 @@ class ThoughtTrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of each text the loss of the next token without a thought and with one, and the number of tokens: [B,3]."""
-        texts = {name: x for name, x in self._prepare_inputs(inputs).items() if name in EVALUATED}
-        B = len(texts["input_ids"])
+        inputs = self._prepare_inputs(inputs)
+        texts = {name: x.cpu() for name, x in inputs.items() if name in EVALUATED}
+        B = len(inputs["input_ids"])
         with self.accelerator.autocast():
-            losses = token_losses(self.model, [{name: x[i] for name, x in texts.items()} for i in range(B)], B)
-        tokens = losses.text.bincount(minlength=B)
-        sums = [losses.text.bincount(x, minlength=B) for x in (losses.base, losses.mixed)]
-        rows = torch.stack([*(x / tokens.clamp(min=1) for x in sums), tokens], 1).to(self.args.device, torch.float32)
-        labels = texts.get("labels", texts["input_ids"]) if self.compute_metrics else None
+            examples = [{name: x[i] for name, x in texts.items()} for i in range(B)]
+            losses, thought = measure(self.model, examples, B, progress=False, keep=self.controls)
+        self._thought.append(thought)
+        means = [_text_means(x, losses, B) for x in (losses.base, losses.mixed)]
+        rows = torch.stack([*means, losses.text.bincount(minlength=B)], 1).to(self.args.device, torch.float32)
+        labels = inputs.get("labels", inputs["input_ids"]) if self.compute_metrics else None
         return rows[:, 1].mean(), rows, labels
+
+    def _with_another(self, texts: int) -> Tensor | None:
+        """The loss of each text with another's thoughts, fp64 [texts]; None where there are not two texts that think.
+
+        The other text is chosen among those of all batches and processes, in the order of the data.
+        """
+        examples = _in_turn(gather_object([self._thought]))
+        examples = [example for batch in examples for example in batch][:texts]  # the last ones may be repeated
+        if not can_swap(examples):
+            return None
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        own = with_thoughts_of_another(examples)[rank::ranks]
+        with self.accelerator.autocast():
+            losses, _ = measure(self.model, own, self.args.eval_batch_size, progress=False, keep=False)
+        means = _text_means(losses.mixed, losses, len(own)).tolist()
+        return torch.tensor(_in_turn(gather_object([means])), dtype=torch.float64)
 
     def evaluation_loop(
         self,
@@ -187,13 +220,17 @@ class ThoughtTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        self._thought = []
         output: Any = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.predictions is not None:  # with batch_eval_metrics they are not kept
-            base, mixed, tokens = np.concatenate(output.predictions).reshape(-1, 3).astype(float).T  # from one array or several
-            base, mixed = base[tokens > 0], mixed[tokens > 0]
-            gain, low, high = mean_interval((base - mixed).tolist())
-            found = {"loss": mixed.mean(), "base": base.mean(), "gain": gain, "gain_low": low, "gain_high": high}
+            rows = np.concatenate(output.predictions).reshape(-1, 3).astype(float)  # from one array or several
+            base, mixed, tokens = torch.from_numpy(rows).unbind(1)
+            another = self._with_another(len(rows)) if self.controls else None
+            some = tokens > 0
+            gains = mean_gains(base[some], mixed[some], None if another is None else another[some])
+            found = {"loss": mixed[some].mean(), "base": base[some].mean()} | gains
             output.metrics.update({f"{metric_key_prefix}_{name}": float(x) for name, x in found.items() if x is not None})
+        self._thought = []
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -266,6 +303,16 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
             continue
         return path
     raise ValueError(f"{folder}: there is no whole checkpoint to resume from")
+
+
+def _text_means(values: Tensor, losses: TokenLosses, texts: int) -> Tensor:
+    """fp64 [texts], the mean of a loss over the tokens of each text; 0 for a text without any."""
+    return losses.text.bincount(values, minlength=texts) / losses.text.bincount(minlength=texts).clamp(min=1)
+
+
+def _in_turn(lists: list[list]) -> list:
+    """The items of several lists, one of each at a time: the order in which they were dealt to processes."""
+    return [item for items in zip_longest(*lists) for item in items if item is not None]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,8 +172,9 @@ def test_processes_change_rounding_alone(tmp_path):
     subprocess.run([sys.executable, *launch, __file__, "processes", str(tmp_path / "two")], check=True, timeout=240)
     lines = json.loads((tmp_path / "two/checkpoint-3/trainer_state.json").read_text())["log_history"]
     assert_close([[line[name] for name in FIGURES] for line in lines if "loss" in line], logged(whole, *FIGURES))
-    found = [line["eval_gain"] for line in lines if "eval_gain" in line]
-    assert_close(found, [whole.evaluate()["eval_gain"]])
+    want = whole.evaluate()
+    for name in ("eval_gain", "eval_content", "eval_content_low"):
+        assert_close([line[name] for line in lines if name in line], [want[name]])
     saved = QuietStar.from_pretrained(tmp_path / "two", verify=False)
     for one, other in zip(saved.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
@@ -195,10 +197,26 @@ def test_the_log(tmp_path):
 
     found = each.evaluate()
     wanted = evaluate(each.model, [{"input_ids": torch.tensor(row["input_ids"])} for row in rows(5, seed=1)])
-    for name in ("base", "gain", "gain_low", "gain_high"):
+    for name in ("base", *(f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high"))):
         assert found[f"eval_{name}"] == pytest.approx(wanted[name], abs=1e-6)
     assert found["eval_loss"] == pytest.approx(wanted["mixed"], abs=1e-6)
     assert each.predict(rows(3)).predictions[:, 2].tolist() == [7, 8, 9]  # tokens that are predicted
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_another_text_is_chosen_among_all_batches(tmp_path, size):
+    """Of different lengths, so that padding depends on the batches."""
+    trainer = make_trainer(tmp_path, make_qs(), per_device_eval_batch_size=size)
+    torch.nn.init.normal_(trainer.model.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
+    found = trainer.evaluate()
+    wanted = evaluate(trainer.model, [{"input_ids": torch.tensor(row["input_ids"])} for row in rows(5, seed=1)])
+    assert abs(wanted["content"]) > 1e-4
+    for name in ("mixing", "content", "content_low"):
+        assert found[f"eval_{name}"] == pytest.approx(wanted[name], abs=1e-6)
+    without = partial(ThoughtTrainer, controls=False)
+    alone = make_trainer(tmp_path, trainer.model, without, per_device_eval_batch_size=size).evaluate()
+    assert "eval_content" not in alone and alone["eval_gain"] == found["eval_gain"]
+    assert "eval_content" not in trainer.evaluate(rows(1))
 
 
 @pytest.fixture
@@ -242,6 +260,8 @@ def test_what_is_refused(tmp_path):
         make_trainer(tmp_path, make_qs().model)
     with pytest.raises(ValueError, match="leave out label_smoothing_factor"):
         make_trainer(tmp_path, make_qs(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="^ThoughtTrainer: controls must be True or False, got 2$"):
+        make_trainer(tmp_path, make_qs(), partial(ThoughtTrainer, controls=2))
     with pytest.raises(ValueError, match="there is no whole checkpoint"):
         make_trainer(tmp_path, make_qs()).train(resume_from_checkpoint=True)
 

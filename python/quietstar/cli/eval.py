@@ -16,7 +16,7 @@ from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.places import checkpoint_of, run_of
 from quietstar.cli.errors import UsageError
 from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, check_report_file
+from quietstar.cli.shared_options import Checkpoint, Controls, check_report_file
 from quietstar.cli.tables import held_out_losses, held_out_text, source_name
 from quietstar.data.texts import Data, DataConfig, load_all, load_data
 from quietstar.evaluation import anchor_choices, difficulty
@@ -32,6 +32,7 @@ class Eval:
     data: DataConfig
     all: Annotated[bool, arg(help="use every text of the data, also those that the model was trained on")] = False
     batch_size: Annotated[int, arg(help="texts at a time")] = 8
+    controls: Controls = True
     out: Annotated[
         str,
         arg(help="JSON file of the results, with a plot beside it; default a new one in the run's folder, or here"),
@@ -52,7 +53,7 @@ class Eval:
             self._check_unseen(qs.trained_on, data)
             examples, which = data.held_out, held_out_text(data)
         print(f"{source_name(self.data.data)}: {which}, {self.data.length} tokens of each at most")
-        losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty())
+        losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty(), self.controls)
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
         by_choice = anchor_choices.by_anchor_choice(qs, examples, losses, self.batch_size)
         print(f"{held_out_losses(figures)}\n{difficulty.text(tenths)}\n{anchor_choices.text(by_choice)}")

@@ -14,6 +14,7 @@ from quietstar.cli.shared_options import Checkpoint, check_out_file
 from quietstar.cli.tables import source_name
 from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
+from quietstar.evaluation.gain import PARTS, format_gain
 from quietstar.files.reading import read_utf8
 from quietstar.model import QuietStar
 
@@ -27,6 +28,10 @@ class Explain:
     file: Annotated[str, arg(help="a UTF-8 file with the text")] = ""
     held_out: Annotated[int, arg(help="which of the texts that the run held out, from 0")] = 0
     out: Annotated[tuple[str, ...], arg(help="pages to write; all numbers where the name ends in .json")] = ("explain.html",)
+    another: Annotated[
+        str,
+        arg(help="the text whose thoughts are the control; default another that was held out, or TEXT from half of it on"),
+    ] = ""
     seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest tokens")] = None
 
     def run(self) -> None:
@@ -38,28 +43,35 @@ class Explain:
             check_out_file(path, self.file)
         text = read_utf8(self.file) if self.file else self.text
         qs = load_checkpoint(self.model)
-        report = qs.explain(text or self._held_out_text(qs), self.seed)
+        another = self.another or None
+        if not text:
+            text, other = self._held_out_texts(qs)
+            another = another or other
+        report = qs.explain(text, self.seed, another)
         for path in self.out:
             report.save(path)
         print(f"{summary_text(report.summary)}\nwrote {' and '.join(self.out)}")
 
-    def _held_out_text(self, qs: QuietStar) -> str:
-        """As much of it as the run would evaluate."""
+    def _held_out_texts(self, qs: QuietStar) -> tuple[str, str | None]:
+        """As much of the text as the run would evaluate, and of one to compare its thoughts with, if there is one."""
         if not qs.trained_on:
             raise ValueError(f"{self.model}: it doesn't say what its run held out: give explain a text or --file")
         config, tokenizer = data_config(qs.trained_on[-1]), text_tokenizer(qs)
         data = load_data(config, tokenizer, qs.thought_config.lookahead)
         check_unseen(self.model, qs.trained_on, config, data, "give explain a text or --file")
-        if self.held_out >= len(data.held_out):
-            raise ValueError(f"{self.model}: its run held out {len(data.held_out)} texts, so there is no text {self.held_out}")
-        print(f"text {self.held_out} of the {len(data.held_out)} that the run held out, from {source_name(config.data)}")
-        return tokenizer.decode(data.held_out[self.held_out]["input_ids"], skip_special_tokens=True)
+        n = len(data.held_out)
+        if self.held_out >= n:
+            raise ValueError(f"{self.model}: its run held out {n} texts, so there is no text {self.held_out}")
+        print(f"text {self.held_out} of the {n} that the run held out, from {source_name(config.data)}")
+        chosen = [self.held_out, (self.held_out + n // 2) % n]
+        one, other = (tokenizer.decode(data.held_out[i]["input_ids"], skip_special_tokens=True) for i in chosen)
+        return one, other if n > 1 else None
 
 
 def summary_text(figures: Mapping[str, float]) -> str:
-    low, high = figures["gain_low"], figures["gain_high"]
+    gains = "\n".join(f"  {sign} {name:<8}{format_gain(figures, name, 4)}" for sign, name in zip(" =+", PARTS, strict=True))
     return (
-        f"loss of {figures['tokens']:,} tokens {figures['base']:.4f} nats without thoughts, {figures['mixed']:.4f} with them: "
-        f"gain {figures['gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; "
-        f"{figures['helped']:.0%} of the tokens helped, {figures['hurt']:.0%} hurt"
+        f"loss of {figures['tokens']:,} tokens, nats: {figures['base']:.4f} without thoughts, {figures['another']:.4f} with "
+        f"another's, {figures['mixed']:.4f} with its own; 95 % intervals\n{gains}\n"
+        f"{figures['helped']:.0%} of the tokens helped by what was thought, {figures['hurt']:.0%} hurt"
     )

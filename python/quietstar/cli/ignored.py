@@ -84,7 +84,8 @@ RULES: dict[str, list[Rule]] = {
         *DATA,
         *THOUGHTS,
         *LORA,
-        Rule("eval_every", lambda o: o.held_out < 2, "unless --held-out is 2 or more"),
+        Rule("eval_every controls", lambda o: o.held_out < 2, "unless --held-out is 2 or more"),
+        Rule("controls", lambda o: not o.eval_every, "with --eval-every=0"),
     ],
     "think": [],
     "generate": [

@@ -18,6 +18,9 @@ WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precisi
 AllowBin = Annotated[bool, arg(help="take weights from pickle files (.bin) too, read with weights_only")]
 ThinkWhen = Annotated[str, arg(help="always, never, or only where the model's entropy is above this number of nats")]
 ResumeRun = Annotated[Literal["", "auto"], arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
+Controls = Annotated[
+    bool, arg(help="predict with another text's thoughts too, to tell the gain of content from that of mixing")
+]
 
 
 def read_think(think: str) -> str | float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.data.texts import Data
+from quietstar.evaluation.gain import format_gain, verdict
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -37,11 +38,13 @@ def held_out_text(data: Data) -> str:
     return held + (f", {data.repeated} more occur in training, word for word" if data.repeated else "")
 
 
+LOSSES = {"base": "language model", "another": "with another's thoughts", "mixed": "with thoughts"}
+GAINS = {"gain": "gain from thoughts", "mixing": "  = mixing, any thought", "content": "  + content, what was thought"}
+
+
 def held_out_losses(figures: Mapping[str, float]) -> str:
-    low, high = figures["gain_low"], figures["gain_high"]
-    return (
-        f"held-out loss, nats a token, {figures['tokens']:,} tokens of {figures['texts']} texts\n"
-        f"  language model      {figures['base']:.4f}\n"
-        f"  with thoughts       {figures['mixed']:.4f}\n"
-        f"  gain from thoughts  {figures['gain']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
-    )
+    """The losses and gains of ``quietstar.evaluation.losses.evaluate``, and what they say."""
+    lines = [f"held-out loss, nats a token, {figures['tokens']:,} tokens of {figures['texts']} texts"]
+    lines += [f"  {label:<31} {figures[name]:.4f}" for name, label in LOSSES.items() if name in figures]
+    lines += [f"  {label:<31}{format_gain(figures, name, 4)}" for name, label in GAINS.items() if name in figures]
+    return "\n".join([*lines, verdict(figures)])

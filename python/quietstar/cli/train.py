@@ -20,7 +20,7 @@ from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.cli.errors import DATA, RUNTIME, SAVED, Failure, runtime_failure
 from quietstar.cli.loading import check_unseen, load_model
 from quietstar.cli.options import read_config
-from quietstar.cli.shared_options import AllowBin, check_out_folder, check_seed
+from quietstar.cli.shared_options import AllowBin, Controls, check_out_folder, check_seed
 from quietstar.cli.tables import held_out_text
 from quietstar.cli.train_summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
@@ -38,7 +38,7 @@ from quietstar.train import train
 
 CONFIG = "config.json"
 # Options of the command itself that its config file has.
-OWN = ("model", "dtype", "allow_bin", "compile", "gradient_checkpointing", "thoughts_from")
+OWN = ("model", "dtype", "allow_bin", "compile", "gradient_checkpointing", "thoughts_from", "controls")
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Train:
         default=False, metadata=MAY_DIFFER
     )
     allow_bin: AllowBin = field(default=False, metadata=MAY_DIFFER)
+    controls: Controls = field(default=True, metadata=MAY_DIFFER)
     thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
     config: Annotated[str, arg(help=f"JSON or YAML file of options, such as a run's {CONFIG}; typed options win")] = field(
         default="", metadata=MAY_DIFFER
@@ -90,7 +91,7 @@ class Train:
         evaluation = None
         if len(data.held_out) >= 2:
             size = max(1, self.train.batch_size // self.train.accumulation)
-            evaluation = partial(evaluate, examples=data.held_out, batch_size=size)
+            evaluation = partial(evaluate, examples=data.held_out, batch_size=size, controls=self.controls)
         self._check_same_run(qs.trained_on)
         try:
             self._print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from quietstar.evaluation.gain import PARTS, verdict
 from quietstar.run import plot, snapshots
 
 FIGURES = ("loss_ce", "reward", "weight", "thoughts_per_second")
@@ -37,12 +38,19 @@ NOTHING_HELD_OUT = (
 def _held_out(evaluations: Sequence[Mapping[str, float]]) -> str:
     first, last = evaluations[0], evaluations[-1]
     rows = [("language model", "base", ".4f"), ("with thoughts", "mixed", ".4f"), ("gain from thoughts", "gain", "+.4f")]
+    rows += [(f"  {sign} {name}", name, "+.4f") for sign, name in (("=", "mixing"), ("+", "content")) if name in last]
+    parts = [name for name in PARTS if name in last]
     return "\n".join(
         [
             f"loss on held-out text, nats a token, {last['tokens']:,} tokens of {last['texts']} texts",
             _row("", f"step {first['step']}", f"step {last['step']}"),
-            *(_row(label, f"{first[name]:{form}}", f"{last[name]:{form}}") for label, name, form in rows),
-            f"  95 % interval of the gain at step {last['step']}: {last['gain_low']:+.4f} to {last['gain_high']:+.4f}",
+            *(
+                _row(label, f"{first[name]:{form}}" if name in first else "", f"{last[name]:{form}}")
+                for label, name, form in rows
+            ),
+            f"  95 % intervals at step {last['step']}:",
+            *(f"    {name:<8} {last[f'{name}_low']:+.4f} to {last[f'{name}_high']:+.4f}" for name in parts),
+            verdict(last),
         ]
     )
 

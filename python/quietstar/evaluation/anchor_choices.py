@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quietstar.anchors import CHOICES
 from quietstar.arguments.values import instance, integer
-from quietstar.evaluation.difficulty import format_gain, gain_of
+from quietstar.evaluation.difficulty import gain_of
+from quietstar.evaluation.gain import PARTS, format_gain
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
@@ -33,14 +34,14 @@ def by_anchor_choice(
 
     Returns:
         For each choice: anchors, its name; tokens, how many have a thought before them, and their share of all; base, mixed,
-        gain, gain_low and gain_high of these as in ``by_difficulty``, None where there are none; gain_of_all, their gain over
-        all tokens.
+        gain, its parts and their intervals for these as in ``by_difficulty``, None where there are none; gain_of_all, their
+        gain over all tokens.
     """
     instance("qs", qs, QuietStar)
     instance("losses", losses, TokenLosses)
     batch_size = integer("batch_size", batch_size, 1)
     check_data("examples", examples)
-    rows = []
+    rows, parts = [], PARTS if losses.another is not None else PARTS[:1]
     for choice in CHOICES:
         if choice == "gate" and qs.gate is None:
             continue
@@ -50,7 +51,7 @@ def by_anchor_choice(
             "anchors": choice,
             "share": share,
             "tokens": 0,
-            **dict.fromkeys(("base", "mixed", "gain", "gain_low", "gain_high")),
+            **dict.fromkeys(("base", "mixed", *(f"{part}{end}" for part in parts for end in ("", "_low", "_high")))),
         }
         row |= gain_of(losses, chosen) if len(chosen) else {}
         rows.append(row | {"gain_of_all": share * (row["gain"] or 0.0)})
@@ -74,11 +75,12 @@ def _thinks(qs: QuietStar, choice: str, examples: Sequence[Example], losses: Tok
 
 def text(rows: list[dict[str, Any]]) -> str:
     """A line for each choice."""
+    parts = ("gain", "content") if "content" in rows[0] else ("gain",)
     lines = ["gain from thoughts, nats a token, by where the model thinks, with 95 % intervals"]
-    lines.append(f"  {'':<10}{'thoughts':>9}{'share':>8}{'of all tokens':>15}  of those after a thought")
+    header = f"  {'':<9}{'thoughts':>8}{'share':>7}{'of all':>9}  {'after a thought':<27}"
+    lines.append(header + ("of it content" if parts[1:] else ""))
     for row in rows:
-        gain = format_gain(row) if row["tokens"] else ""
-        lines.append(
-            f"  {row['anchors']:<10}{row['tokens']:>9,}{row['share']:>8.0%}{row['gain_of_all']:>+15.4f}  {gain}".rstrip()
-        )
-    return "\n".join(lines)
+        line = f"  {row['anchors']:<9}{row['tokens']:>8,}{row['share']:>7.0%}{row['gain_of_all']:>+9.4f}  "
+        cells = "".join(f"{format_gain(row, part):<27}" for part in parts) if row["tokens"] else ""
+        lines.append(f"{line}{cells}".rstrip())
+    return "\n".join(line.rstrip() for line in lines)

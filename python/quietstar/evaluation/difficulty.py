@@ -1,4 +1,4 @@
-"""Where thinking helps: the gain on tokens that are easy for the language model and on those that surprise it."""
+"""Where thinking pays: the gain and its parts on tokens that are easy for the language model and on those that surprise it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from quietstar.arguments.values import instance
+from quietstar.evaluation.gain import format_gain, parts_of
 from quietstar.evaluation.intervals import Z
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.files.pictures import legend_above, save
@@ -16,6 +17,7 @@ from quietstar.files.pictures import legend_above, save
 __all__ = ["by_difficulty"]
 
 GROUPS = 10
+COLUMNS = {"gain": "gain", "content": "of it content"}
 Group = dict[str, Any]
 
 
@@ -24,13 +26,14 @@ def by_difficulty(losses: TokenLosses) -> dict[str, list[Group]]:
 
     "base" sorts tokens by the base model's loss. This favours any other prediction on the hardest tokens, and the base model on
     the easiest, even when both are equally good, because those tokens were selected for the base model's bad or good luck.
-    "mean" sorts by the mean of both losses, which favours neither.
+    "mean" sorts by the mean of both losses, which favours neither. The gain of content compares two other predictions, so it is
+    "base" that favours neither of these.
 
     Returns:
         Under "base" and "mean", for each tenth: tokens, their number; easiest and hardest, the range of the sorted loss, nats;
         base, mixed and gain, means in nats; gain_low and gain_high, a 95 % interval of the gain that treats texts, not tokens,
-        as independent (a ratio of sums over texts), or None if all tokens are from one text. With fewer than ten tokens, each
-        is its own group.
+        as independent (a ratio of sums over texts), or None if all tokens are from one text. Where the losses have controls,
+        also mixing and content, the parts of the gain, with theirs. With fewer than ten tokens, each is its own group.
     """
     instance("losses", losses, TokenLosses)
     return {"base": _tenths(losses, losses.base), "mean": _tenths(losses, (losses.base + losses.mixed) / 2)}
@@ -43,40 +46,36 @@ def _tenths(losses: TokenLosses, loss: Tensor) -> list[Group]:
 
 
 def gain_of(losses: TokenLosses, tokens: Tensor) -> Group:
-    """The figures of ``by_difficulty`` for these tokens: tokens, base, mixed, gain, gain_low and gain_high."""
+    """The figures of ``by_difficulty`` for these tokens: tokens, base, mixed, gain, gain_low, gain_high, mixing, ..."""
     base, mixed = losses.base[tokens], losses.mixed[tokens]
-    mean = (base - mixed).mean()
     _, text_index = losses.text[tokens].unique(return_inverse=True)
-    deviations = text_index.bincount(base - mixed - mean)  # summed over each text; they add up to 0
-    low = high = None
-    if len(deviations) > 1:
-        margin = Z * float((deviations.square().sum() * len(deviations) / (len(deviations) - 1)).sqrt()) / len(tokens)
-        low, high = float(mean) - margin, float(mean) + margin
-    return {
-        "tokens": len(tokens),
-        "base": float(base.mean()),
-        "mixed": float(mixed.mean()),
-        "gain": float(mean),
-        "gain_low": low,
-        "gain_high": high,
-    }
+    group: Group = {"tokens": len(tokens), "base": float(base.mean()), "mixed": float(mixed.mean())}
+    for name, values in parts_of(base, mixed, None if losses.another is None else losses.another[tokens]).items():
+        mean, margin = float(values.mean()), _margin(values - values.mean(), text_index)
+        low, high = (None, None) if margin is None else (mean - margin, mean + margin)
+        group |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return group
+
+
+def _margin(deviations: Tensor, text_index: Tensor) -> float | None:
+    """Half the width of the interval of a mean, from each token's deviation from it; None where all are of one text."""
+    sums = text_index.bincount(deviations)  # over each text; they add up to 0
+    if len(sums) == 1:
+        return None
+    return Z * float((sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt()) / len(deviations)
 
 
 def text(tenths: dict[str, list[Group]]) -> str:
-    """A line for each tenth."""
+    """A line for each tenth, sorted in each way."""
     lines = ["gain from thoughts in nats per token, for tenths of the tokens, with 95 % intervals"]
-    lines.append(f"  {'by their loss without a thought':<48}by the mean of both losses")
-    for pair in zip(tenths["base"], tenths["mean"], strict=True):
-        cells = [f"{group['easiest']:7.3f} to {group['hardest']:6.3f}  {format_gain(group)}" for group in pair]
-        lines.append(f"{cells[0]:<50}{cells[1]}")
+    for way, words in {"base": "by loss without a thought", "mean": "by the mean of both losses"}.items():
+        groups = tenths[way]
+        parts = [part for part in ("gain", "content") if way == "base" and groups and part in groups[0]] or ["gain"]
+        lines.append(f"  {words:<28}" + "".join(f"{COLUMNS[part]:<28}" for part in parts).rstrip())
+        for group in groups:
+            cells = "".join(f"{format_gain(group, part):<28}" for part in parts)
+            lines.append(f"  {group['easiest']:9.3f} to {group['hardest']:7.3f}       {cells}".rstrip())
     return "\n".join(lines)
-
-
-def format_gain(group: Group) -> str:
-    """The gain and, if there is one, its interval."""
-    if group["gain_low"] is None:
-        return f"{group['gain']:+.3f}"
-    return f"{group['gain']:+.3f} ({group['gain_low']:+.3f} to {group['gain_high']:+.3f})"
 
 
 def can_draw() -> bool:
@@ -85,7 +84,8 @@ def can_draw() -> bool:
 
 
 def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
-    """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, a point for each by the mean."""
+    """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, on it the content where that is known,
+    and a point for each by the mean."""
     from matplotlib.figure import Figure
 
     groups = tenths["base"]
@@ -93,24 +93,29 @@ def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(groups)), gains, width=0.74, color="#9ec3dc", zorder=2, label="sorted by the loss without a thought")
-    _whiskers(axes, groups, -0.14, "#3a6d8c")
-    points = [group["gain"] for group in tenths["mean"]]
-    places = [i + 0.14 for i in range(len(points))]
-    axes.plot(places, points, "D", color="#c0563b", markersize=5, zorder=4, label="sorted by the mean of both losses")
-    _whiskers(axes, tenths["mean"], 0.14, "#c0563b")
+    _whiskers(axes, groups, "gain", -0.2, "#3a6d8c")
+    if "content" in groups[0]:
+        _points(axes, groups, "content", 0, "#2d7d46", "o", "of it content, own thoughts over another text's")
+    _points(axes, tenths["mean"], "gain", 0.2, "#c0563b", "D", "sorted by the mean of both losses")
     axes.axhline(0, color="#222222", linewidth=0.8, zorder=2)
     axes.set_xticks(range(len(groups)), [f"{x['easiest']:.2g}\nto {x['hardest']:.2g}" for x in groups], fontsize=8)
     axes.set_xlabel("tenths of the tokens, easiest on the left, by loss without a thought (nats)")
     axes.set_ylabel("gain from thinking (nats per token)")
-    figure.suptitle(f"Where thinking helps: {sum(group['tokens'] for group in groups):,} tokens, 95 % intervals over texts")
+    figure.suptitle(f"Where thinking pays: {sum(group['tokens'] for group in groups):,} tokens, 95 % intervals over texts")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     legend_above(axes, 7.5)
     save(figure, path)
 
 
-def _whiskers(axes: Any, groups: list[Group], shift: float, color: str) -> None:
+def _points(axes: Any, groups: list[Group], part: str, shift: float, color: str, marker: str, label: str) -> None:
+    places = [i + shift for i in range(len(groups))]
+    axes.plot(places, [group[part] for group in groups], marker, color=color, markersize=5, zorder=4, label=label)
+    _whiskers(axes, groups, part, shift, color)
+
+
+def _whiskers(axes: Any, groups: list[Group], part: str, shift: float, color: str) -> None:
     for i, group in enumerate(groups):
-        if group["gain_low"] is not None:
-            margin = group["gain"] - group["gain_low"]
-            axes.errorbar(i + shift, group["gain"], margin, fmt="none", ecolor=color, capsize=3, zorder=3)
+        if group[f"{part}_low"] is not None:
+            margin = group[part] - group[f"{part}_low"]
+            axes.errorbar(i + shift, group[part], margin, fmt="none", ecolor=color, capsize=3, zorder=3)

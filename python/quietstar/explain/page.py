@@ -19,7 +19,7 @@ from typing import Any
 
 from quietstar.explain.tokens import SAME, ExplainedToken
 
-# Where the colours change. Class h3 is hurt by 1 nat or more, z about the same, p3 helped by 1 or more.
+# Where the colours change. Class h3 is a loss of 1 nat or more, z about the same, p3 a gain of 1 or more.
 EDGES = (-1.0, -0.3, -SAME, SAME, 0.3, 1.0)
 CLASSES = ("h3", "h2", "h1", "z", "p1", "p2", "p3")
 FIRST = "first"  # the class of the first token, which nothing predicts
@@ -54,20 +54,19 @@ def describe(model: dict[str, Any], settings: dict[str, Any], tokens: list[Expla
     thoughts = "one thought" if one else f"{settings['thoughts']} thoughts"
     stopped = any(len(thought.ids) < T for token in tokens for thought in token.thoughts)
     how = "the likeliest tokens" if settings["seed"] is None else f"sampled with seed {settings['seed']}"
+    of = "this text's, from half of it further on" if settings["another"] is None else "another text's, at the same places"
     return (
         f"{model['class']}{named}, {_count(model['parameters'])} weights, {model['dtype']}. Before every token {thoughts} of "
-        f"{'up to ' if stopped else ''}{T} tokens{'' if one else ' each'}, {how}. Preset {settings['preset']}, mixing "
-        f"{settings['mixing']}."
+        f"{'up to ' if stopped else ''}{T} tokens{'' if one else ' each'}, {how}. The other thoughts are {of}. Preset "
+        f"{settings['preset']}, mixing {settings['mixing']}."
     )
 
 
 def figures(summary: dict[str, Any]) -> dict[str, str]:
+    gains = [f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")]
     return {
-        "gain": signed(summary["gain"]),
-        "gain_low": signed(summary["gain_low"]),
-        "gain_high": signed(summary["gain_high"]),
-        "base": f"{summary['base']:.3f}",
-        "mixed": f"{summary['mixed']:.3f}",
+        **{name: signed(summary[name]) for name in gains},
+        **{name: f"{summary[name]:.3f}" for name in ("base", "another", "mixed")},
         "tokens": f"{summary['tokens']:,}",
         "helped": f"{100 * summary['helped']:.0f} %",
         "hurt": f"{100 * summary['hurt']:.0f} %",
@@ -99,7 +98,7 @@ def colour(gain: float | None) -> str:
 
 def _span(token: ExplainedToken) -> str:
     shown = html.escape(visible(token.text)).replace(MARK, "<i>").replace(UNMARK, "</i>")
-    return f'<span class="{colour(token.gain)}">{shown}</span>'
+    return f'<span class="{colour(token.content)}">{shown}</span>'
 
 
 def _encodable(text: str) -> str:
@@ -111,14 +110,14 @@ def _legend(tokens: list[ExplainedToken]) -> str:
     """A cell for each colour with how many tokens have it, then the edges between the cells."""
     counts = dict.fromkeys(CLASSES, 0)
     for token in tokens[1:]:
-        counts[colour(token.gain)] += 1
+        counts[colour(token.content)] += 1
     cells = "".join(f'<span class="{name}">{count}</span>' for name, count in counts.items())
     edges = "".join(f"<span>{edge:+g}</span>".replace("-", "−") for edge in EDGES)
     return f'<div class="cells">{cells}</div><div class="edges">{edges}</div>'
 
 
 def _data(tokens: list[ExplainedToken]) -> dict[str, Any]:
-    """What the script shows, short: each token's text once, then rows of numbers."""
+    """What the script shows, short: each token's text once, then rows of numbers and the colours to choose from."""
     strings: dict[int, str] = {}
 
     def top(alternatives: list) -> list:
@@ -130,10 +129,11 @@ def _data(tokens: list[ExplainedToken]) -> dict[str, Any]:
         for thought in token.thoughts:
             strings.update(zip(thought.ids, thought.tokens, strict=True))
         thoughts = [[_short(x.weight), _short(x.mixed), x.ids, top(x.top)] for x in token.thoughts]
-        surprise = [_short(x) for x in (token.base, token.mixed, token.gain) if x is not None]
+        surprise = [_short(x) for x in (token.base, token.another, token.mixed) if x is not None]
         rows.append([token.id, surprise, thoughts, top(token.top)])
     texts = {token: visible(text, spaces=" +") for token, text in sorted(strings.items())}
-    return {"rows": rows, "texts": texts}
+    colours = {part: [colour(getattr(token, part)) for token in tokens] for part in ("content", "gain")}
+    return {"rows": rows, "texts": texts, "colours": colours}
 
 
 def _short(number: float) -> float:

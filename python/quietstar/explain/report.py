@@ -24,9 +24,10 @@ from quietstar.files.writing import write_whole
 from quietstar.hf.finite import not_finite
 from quietstar.hf.modules import dropout_off, unwrapped
 from quietstar.packed import PackedInputs, Thinker
-from quietstar.rollout import Sampling, sample_thoughts
+from quietstar.rollout import Sampling, Thoughts, sample_thoughts
 
-FORMAT = 1
+FORMAT = 2
+LOSSES, GAINS = ("base", "mixed", "another"), ("gain", "mixing", "content")
 TOP = 5  # likeliest tokens shown
 # At a time: thought rows of the packed forward, and logits of the likeliest tokens.
 ROWS, LOGITS = 2**13, 2**24
@@ -38,7 +39,8 @@ class Report:
 
     Attributes:
         model: class, model_type, name (where it was loaded from, may be empty), parameters, dtype.
-        settings: preset, mixing, thoughts (of each token), thought_tokens, seed (None: greedy thoughts).
+        settings: preset, mixing, thoughts (of each token), thought_tokens, seed (None: greedy thoughts), another (the other
+            text; None: this one, from half of it further on).
         tokens: every token of the text.
     """
 
@@ -50,22 +52,20 @@ class Report:
     def summary(self) -> dict[str, float | int]:
         """Means over the predicted tokens, nats.
 
-        Keys: tokens, how many were predicted; base, mixed, gain, their means; gain_low and gain_high, the 95 % interval of the
-        gain, as if tokens were independent; helped and hurt, the shares of tokens whose gain is 0.05 or more from 0.
+        Keys: tokens, how many were predicted; base, mixed, another, gain, mixing and content, their means; gain_low, gain_high,
+        mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped and hurt, the shares of tokens
+        whose gain of content is 0.05 or more from 0.
         """
-        predicted = [(x.base, x.mixed, x.gain) for x in self.tokens if x.gain is not None]
-        base, mixed, gain = torch.tensor(predicted, dtype=torch.float64).unbind(1)
-        mean, margin = float(gain.mean()), 1.96 * float(gain.std()) / len(gain) ** 0.5
-        return {
-            "tokens": len(gain),
-            "base": float(base.mean()),
-            "mixed": float(mixed.mean()),
-            "gain": mean,
-            "gain_low": mean - margin,
-            "gain_high": mean + margin,
-            "helped": float((gain >= SAME).double().mean()),
-            "hurt": float((gain < -SAME).double().mean()),
-        }
+        predicted = self.tokens[1:]
+        summary: dict[str, float | int] = {"tokens": len(predicted)}
+        for name in (*LOSSES, *GAINS):
+            values = torch.tensor([getattr(token, name) for token in predicted], dtype=torch.float64)
+            summary[name] = mean = float(values.mean())
+            if name in GAINS:
+                margin = 1.96 * float(values.std()) / len(values) ** 0.5
+                summary |= {f"{name}_low": mean - margin, f"{name}_high": mean + margin}
+        helped, hurt = values >= SAME, values < -SAME  # of the last, the content
+        return summary | {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
 
     @property
     def html(self) -> str:
@@ -84,75 +84,100 @@ class Report:
 
 
 @torch.no_grad()
-def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None) -> Report:
+def explain(thinker: Thinker, tokenizer: Any, text: str, seed: int | None = None, another: str | None = None) -> Report:
     """See ``QuietStar.explain``."""
     seed = checks.check_seed(seed)
-    input_ids = _tokenize(thinker, tokenizer, text)
+    input_ids = _tokenize(thinker, tokenizer, "text", text)
+    other_ids = input_ids if another is None else _tokenize(thinker, tokenizer, "another", another)
     # Only the next token is looked at, and greedy thoughts are all the same.
     N = 1 if seed is None else thinker.config.thoughts
     thinker = replace(thinker, config=replace(thinker.config, thoughts=N, lookahead=1, reward="gain", advantage="relu"))
-    _check_length(thinker, input_ids.shape[1])
 
-    chunk = max(1, ROWS // (N * thinker.config.rows))
-    places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
     with dropout_off(thinker.model):
-        parts = [_predict(thinker, input_ids, anchors, seed) for anchors in places.split(chunk)]
+        own = _think(thinker, input_ids, seed, sequence_id=0)
+        other = own if another is None else _think(thinker, other_ids, seed, sequence_id=1)
+        P = input_ids.shape[1] - 1
+        places = torch.arange(P, device=input_ids.device)
+        taken = (places + (P // 2 if another is None else 0)) % (other_ids.shape[1] - 1)
+        parts = [
+            _predict(thinker, input_ids, anchors, _side_by_side(own, anchors, other, taken[anchors]))
+            for anchors in places.split(max(1, ROWS // (2 * N * thinker.config.rows)))
+        ]
     found = {name: [row for part in parts for row in part[name].tolist()] for name in parts[0]}
     finite = torch.tensor([[base, *mixed] for base, mixed in zip(found["base"], found["mixed"], strict=True)]).isfinite().all(1)
     if not finite.all():
         raise not_finite(thinker.model, f"at position {int((~finite).nonzero()[0])}")
-    return Report(_model(thinker.model), _settings(thinker.config, seed), _tokens(tokenizer, input_ids[0].tolist(), found))
+    tokens = _tokens(tokenizer, input_ids[0].tolist(), found)
+    return Report(_model(thinker.model), _settings(thinker.config, seed) | {"another": another}, tokens)
 
 
-def _tokenize(thinker: Thinker, tokenizer: Any, text: str) -> Tensor:
+def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str) -> Tensor:
     """int64 [1,L]."""
     if tokenizer is None:
         raise ValueError("explain needs a tokenizer: pass one to QuietStar")
-    unicode("text", text)
+    unicode(name, text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 3:
-        raise ValueError(f"text must have at least 3 tokens, got {len(ids)}")
+        raise ValueError(f"{name} must have at least 3 tokens, got {len(ids)}")
     V = thinker.lm_head.linear.out_features
     if max(ids) >= V:
         raise ValueError(f"the tokenizer is of another model: it gives id {max(ids)}, and the vocabulary has {V} tokens")
+    # Rotary positions have no end, but past the longest of the model's training its predictions say nothing.
+    limit = getattr(thinker.model.config.get_text_config(), "max_position_embeddings", None)
+    room = len(ids) + thinker.config.thought_tokens + 1  # the thought before the last token begins one place earlier
+    if limit and room > limit:
+        raise ValueError(
+            f"{name} is too long: its {len(ids)} tokens and thoughts need {room} positions, "
+            f"and {type(thinker.model).__name__} has {limit}"
+        )
     return torch.tensor([ids], dtype=torch.int64, device=thinker.device)
 
 
-def _check_length(thinker: Thinker, L: int) -> None:
-    """Rotary positions have no end, but past the longest of the model's training its predictions say nothing."""
-    limit = getattr(thinker.model.config.get_text_config(), "max_position_embeddings", None)
-    room = L + thinker.config.rows - 1  # the thought before the last token begins one place earlier
-    if limit and room > limit:
-        raise ValueError(
-            f"text is too long: its {L} tokens and thoughts need {room} positions, "
-            f"and {type(thinker.model).__name__} has {limit}"
-        )
-
-
-def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, seed: int | None) -> dict[str, Tensor]:
-    """Numbers [P,...] for the tokens after ``anchors`` [P]: everything that a report says about each."""
-    layout = thinker.layout(input_ids, anchors=anchors[None])
+def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: int) -> Thoughts:
+    """The thoughts at all places of a text but its last."""
+    places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
     sampling = Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0)
-    sequence_ids = checks.check_sequence_ids(None, input_ids)
-    thoughts = sample_thoughts(
-        thinker.model, thinker.lm_head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling
-    ).checked(thinker.model, layout)
+    sequence_ids = checks.check_sequence_ids(torch.tensor([sequence_id], device=input_ids.device), input_ids)
+    parts = []
+    for anchors in places.split(max(1, ROWS // (thinker.config.thoughts * thinker.config.rows))):
+        layout = thinker.layout(input_ids, anchors=anchors[None])
+        model, head = thinker.model, thinker.lm_head
+        thoughts = sample_thoughts(model, head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling)
+        parts.append(thoughts.checked(model, layout))
+    return Thoughts.join(parts)
+
+
+def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:
+    """At each place its own N thoughts, then those of the other text at the place that is taken for it: 2 N."""
+    pairs = [(x[:, places], y[:, taken]) for x, y in ((own.thought_ids, other.thought_ids), (own.logprob, other.logprob))]
+    lengths = None
+    if own.thought_lengths is not None and other.thought_lengths is not None:
+        lengths = torch.cat([own.thought_lengths[:, places], other.thought_lengths[:, taken]], 2)
+    return Thoughts(*(torch.cat(pair, 2) for pair in pairs), lengths)
+
+
+def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Thoughts) -> dict[str, Tensor]:
+    """Numbers [P,...] for the tokens after ``anchors`` [P]: everything that a report says about each."""
+    N = thinker.config.thoughts
+    thinker = replace(thinker, config=replace(thinker.config, thoughts=2 * N))
+    layout = thinker.layout(input_ids, anchors=anchors[None])
     layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
     text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
     predicted = thinker.predict(inputs, text, thought)
 
-    h_base, h_thought = text[0, anchors], thinker.end_states(thought, thoughts.thought_lengths)[0, :, :, 0]  # [P,D], [P,N,D]
-    size = max(1, LOGITS // (thinker.lm_head.linear.out_features * (1 + 2 * layout.N)))
+    h_base, h_thought = text[0, anchors], thinker.end_states(thought, thoughts.thought_lengths)[0, :, :N, 0]  # [P,D], [P,N,D]
+    size = max(1, LOGITS // (thinker.lm_head.linear.out_features * (1 + 2 * N)))
     tops = [_top(thinker, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
     base_top, base_p, mixed_top, mixed_p = (torch.cat(column) for column in zip(*tops, strict=True))
     return {
         "base": predicted.nll_base[0, anchors],
-        "mixed": predicted.nll_mix[0, :, :, 0],
-        "weight": predicted.weight[0, :, :, 0],
-        "thought_ids": thoughts.thought_ids[0],
-        "length": thoughts.lengths[0],
+        "mixed": predicted.nll_mix[0, :, :N, 0],
+        "another": predicted.nll_mix[0, :, N:, 0].mean(-1),
+        "weight": predicted.weight[0, :, :N, 0],
+        "thought_ids": thoughts.thought_ids[0, :, :N],
+        "length": thoughts.lengths[0, :, :N],
         "base_top": base_top,
         "base_p": base_p,
         "mixed_top": mixed_top,
@@ -190,12 +215,15 @@ def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[Expl
         )
 
     pieces = text_pieces(tokenizer, ids)
-    tokens = [ExplainedToken(ids[0], pieces[0], None, None, None, [], [])]
-    for place, base in enumerate(found["base"]):
+    nothing = dict.fromkeys((*LOSSES, *GAINS))
+    tokens = [ExplainedToken(ids[0], pieces[0], **nothing, thoughts=[], top=[])]
+    for place, (base, another) in enumerate(zip(found["base"], found["another"], strict=True)):
         thoughts = [thought(place, n) for n in range(len(found["mixed"][place]))]
         mixed = sum(x.mixed for x in thoughts) / len(thoughts)
+        losses = {"base": base, "mixed": mixed, "another": another}
+        gains = {"gain": base - mixed, "mixing": base - another, "content": another - mixed}
         likeliest = top(found["base_top"][place], found["base_p"][place])
-        tokens.append(ExplainedToken(ids[place + 1], pieces[place + 1], base, mixed, base - mixed, thoughts, likeliest))
+        tokens.append(ExplainedToken(ids[place + 1], pieces[place + 1], **losses, **gains, thoughts=thoughts, top=likeliest))
     return tokens
 
 

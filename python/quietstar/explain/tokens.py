@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SAME = 0.05  # nats: a gain nearer to 0 than this counts as neither help nor harm
+SAME = 0.05  # nats: a gain of content nearer to 0 than this counts as neither help nor harm
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class ExplainedToken:
 
     Attributes:
         text: what the token adds to the text. The first parts of a character of several tokens show their bytes, as ⟨E2⟩.
-        base, mixed: -log p of the token without thoughts and with one, nats; mixed is the mean over the thoughts. None for the
-            first token, which nothing predicts.
+        base, mixed, another: -log p of the token without thoughts, with one and with another's, nats; means over the thoughts.
+            None for the first token, which nothing predicts, as are the gains.
         gain: base - mixed.
+        mixing: base - another, what any thought gains.
+        content: another - mixed, what its own thought gains over another's; gain = mixing + content.
         thoughts: one, or several sampled ones.
         top: the likeliest tokens without a thought, the likeliest first.
     """
@@ -53,6 +55,9 @@ class ExplainedToken:
     text: str
     base: float | None
     mixed: float | None
+    another: float | None
     gain: float | None
+    mixing: float | None
+    content: float | None
     thoughts: list[ExplainedThought]
     top: list[Alternative]

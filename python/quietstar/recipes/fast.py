@@ -160,7 +160,7 @@ def run_stage(
 
     def choose(qs: QuietStar) -> dict[str, float]:
         nonlocal chosen
-        figures = evaluate(qs, held_out, config.batch_size)
+        figures = evaluate(qs, held_out, config.batch_size, controls=False)
         figures["score"] = score(qs) if score else -figures["mixed"]
         if chosen is None or figures["score"] > chosen["score"]:
             size = {"thought_tokens": qs.thought_config.thought_tokens, "lookahead": qs.thought_config.lookahead}

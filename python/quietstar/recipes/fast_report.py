@@ -66,7 +66,7 @@ def by_position(
         position; texts, how many have that position; gain of the teacher's greedy thought, nats; reward_before and
         reward_after, of the plain model before and after its training.
     """
-    found = token_losses(teacher.eval(), texts, config.batch_size)
+    found = token_losses(teacher.eval(), texts, config.batch_size, controls=False)
     columns = {"gain": found.base - found.mixed}
     for name, model in (("reward_before", before), ("reward_after", student)):
         columns[name] = plain.reward(found.mixed, plain.token_nll(model, texts, config.batch_size)[0], config)

@@ -57,11 +57,15 @@ class Display:
 
 
 def _gain(scores: Mapping[str, float]) -> str:
-    """The figures of ``quietstar.evaluation.losses.evaluate``, in few enough characters for 80 columns."""
-    return (
-        f"held-out loss {scores['base']:.3f}, thinking {scores['mixed']:.3f}, "
-        f"gain {scores['gain']:+.3f} ({scores['gain_low']:+.3f} to {scores['gain_high']:+.3f})"
-    )
+    """The figures of ``quietstar.evaluation.losses.evaluate``, in lines of few enough characters for 80 columns."""
+    line = f"held-out loss {scores['base']:.3f}, thinking {scores['mixed']:.3f}, gain {_interval(scores, 'gain')}"
+    if "content_low" in scores:
+        line += f"\n  = mixing {_interval(scores, 'mixing')} + content {_interval(scores, 'content')}"
+    return line
+
+
+def _interval(scores: Mapping[str, float], name: str) -> str:
+    return f"{scores[name]:+.3f} ({scores[f'{name}_low']:+.3f} to {scores[f'{name}_high']:+.3f})"
 
 
 def _all(scores: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from quietstar.files.pictures import legend_above, save
 
 Line = Mapping[str, float]
-GREY, BLUE, RED = "#8c8c8c", "#2f6f9f", "#c0563b"
+GREY, BLUE, RED, GREEN = "#8c8c8c", "#2f6f9f", "#c0563b", "#2d7d46"
 WIDTH = 9  # inches
 SMOOTHED = 20  # as many parts of a run are averaged
 
@@ -22,7 +22,7 @@ def can_draw() -> bool:
 
 
 def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:
-    """Write a .png of the lines of a metrics file: losses, gain, reward and weight against steps."""
+    """Write a .png of the lines of a metrics file: losses, gain and its parts, reward and weight against steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
@@ -47,10 +47,10 @@ def evaluations_of(lines: Sequence[Line]) -> list[dict[str, float]]:
     """The evaluations on held-out text among the lines, the one before the first step included, each with its step."""
     found = []
     for line in lines:
-        for step, prefix in ((0, "eval_0_"), (line["step"], "eval_")):
-            if f"{prefix}gain_low" in line:
-                names = ("base", "mixed", "gain", "gain_low", "gain_high", "texts", "tokens")
-                found.append({"step": step, **{name: line[f"{prefix}{name}"] for name in names}})
+        scores = {name: value for name, value in line.items() if name.startswith("eval_")}
+        first = {name.removeprefix("eval_0_"): value for name, value in scores.items() if name.startswith("eval_0_")}
+        later = {name.removeprefix("eval_"): value for name, value in scores.items() if not name.startswith("eval_0_")}
+        found += [{"step": step, **x} for step, x in ((0, first), (line["step"], later)) if "gain_low" in x]
     return found
 
 
@@ -68,7 +68,7 @@ def _training(axes: Any, lines: Sequence[Line], name: str, unit: str, label: str
 
 
 def _held_out(loss: Any, gain: Any, evaluations: Sequence[Line]) -> None:
-    gain.set_ylabel("nats per token")
+    gain.set_ylabel("nats per token, 95 % intervals")
     if not evaluations:
         gain.text(0.5, 0.6, "no evaluation on held-out text", ha="center", transform=gain.transAxes, color=GREY)
         return
@@ -77,6 +77,16 @@ def _held_out(loss: Any, gain: Any, evaluations: Sequence[Line]) -> None:
     loss.plot(
         steps, [scores["mixed"] for scores in evaluations], "o-", color=RED, markersize=3, label="held out, with thoughts"
     )
-    low, high = ([scores[name] for scores in evaluations] for name in ("gain_low", "gain_high"))
-    gain.fill_between(steps, low, high, color=RED, alpha=0.2, linewidth=0, zorder=2, label="95 % interval over texts")
-    gain.plot(steps, [scores["gain"] for scores in evaluations], "o-", color=RED, markersize=3, label="gain from thoughts")
+    _part(gain, evaluations, "gain", RED, "gain from thoughts")
+    parts = [scores for scores in evaluations if "content_low" in scores]  # a run may have gone on with controls
+    if parts:
+        _part(gain, parts, "mixing", BLUE, "of mixing: another text's thoughts")
+        _part(gain, parts, "content", GREEN, "of content: own over another's")
+
+
+def _part(axes: Any, evaluations: Sequence[Line], name: str, color: str, label: str) -> None:
+    """A gain, or a part of it, as a line in its 95 % interval over texts."""
+    steps = [scores["step"] for scores in evaluations]
+    low, high = ([scores[f"{name}_{end}"] for scores in evaluations] for end in ("low", "high"))
+    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, zorder=2)
+    axes.plot(steps, [scores[name] for scores in evaluations], "o-", color=color, markersize=3, label=label)

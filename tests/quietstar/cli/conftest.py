@@ -31,7 +31,7 @@ def quietstar(home, capsys):
             code = end.code
         out, err = capsys.readouterr()
         lines = err.replace("\r", "\n").splitlines()  # a bar's return leaves an empty one
-        return code, out, [line for line in lines if line.strip() and not re.search(r"it/s| ETA |^step \d", line)]
+        return code, out, [line for line in lines if line.strip() and not re.search(r"it/s| ETA |^step \d|^  = mixing ", line)]
 
     return run
 

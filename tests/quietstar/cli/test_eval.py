@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from quietstar.evaluation.gain import verdict
+
 
 def test_eval(home, quietstar, trained):
     metrics = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -12,11 +14,23 @@ def test_eval(home, quietstar, trained):
     assert code == 0 and f"{figures['base']:.4f}" in out
     everywhere = figures["by_anchor_choice"][0]
     assert everywhere["tokens"] == figures["tokens"] and f"{everywhere['gain_of_all']:+.4f}" in out
-    assert {name: metrics[-1][f"eval_{name}"] for name in ("base", "mixed", "gain")} == pytest.approx(
-        {name: figures[name] for name in ("base", "mixed", "gain")}, abs=1e-6
+    names = ("base", "mixed", "another", "gain", "mixing", "content", "content_low")
+    assert {name: metrics[-1][f"eval_{name}"] for name in names} == pytest.approx(
+        {name: figures[name] for name in names}, abs=1e-6
     )
+    parts = {"gain from thoughts": "gain", "= mixing, any thought": "mixing", "+ content, what was thought": "content"}
+    for words, name in parts.items():
+        interval = f"({figures[f'{name}_low']:+.4f} to {figures[f'{name}_high']:+.4f})"
+        assert f"{words} {figures[name]:+.4f} {interval}" in " ".join(out.split())
+    assert verdict(figures) in out and "content" in everywhere and "content" in figures["by_difficulty"]["base"][0]
     quietstar("eval", "--model=run", "--all", "--out=eval.json")
     assert json.loads((home / "eval.json").read_text())["texts"] == 40
+
+
+def test_without_controls(home, quietstar, trained):
+    code, out, _ = quietstar("eval", "--model=run", "--out=eval.json", "--no-controls")
+    assert code == 0 and "mixing" not in out and "content" not in out and "not known whether what was thought helped" in out
+    assert "content" not in json.loads((home / "eval.json").read_text())
 
 
 @pytest.mark.parametrize(

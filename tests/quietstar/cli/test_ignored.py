@@ -91,6 +91,7 @@ CASES += [
         "--verify",
     )
 ]
+CASES += [("train", ["--eval-every=0", "--no-controls"], "with --eval-every=0", ["--eval-every=9"])]
 REQUIRED = {
     "generate": ["--model=m", "--prompt=a"],
     "ask": ["--model=m", "--questions=q.jsonl"],

@@ -17,6 +17,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.cli import errors
+from quietstar.cli.train_summary import finish
 from quietstar.run import plot, snapshots
 from quietstar.run.display import FIGURES, Display
 
@@ -82,14 +83,21 @@ def test_the_page_about_metrics_names_what_the_bar_shows():
     assert set(re.findall(r"`(\w+)`", told)) == {"ETA", *FIGURES}
 
 
-def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch):
+@pytest.mark.parametrize("option, parts", [("--controls", ["gain", "mixing", "content"]), ("--no-controls", ["gain"])])
+def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch, option, parts):
     with terminal(monkeypatch, 80) as screen:
-        train("--out=run", "--no-pack")
-    shown = re.findall(r"\rstep (\d+): held-out loss (\S+), thinking (\S+), gain (\S+) \((\S+) to (\S+)\)\r\n", screen[0])
+        train("--out=run", "--no-pack", option)
     lines = read(home / "run" / "metrics.jsonl")
-    want = [(0, lines[0], "eval_0_"), (2, lines[1], "eval_"), (4, lines[3], "eval_")]
-    names = {"base": ".3f", "mixed": ".3f", "gain": "+.3f", "gain_low": "+.3f", "gain_high": "+.3f"}
-    assert shown == [(str(n), *(f"{x[f'{prefix}{name}']:{form}}" for name, form in names.items())) for n, x, prefix in want]
+    for n, x, prefix in [(0, lines[0], "eval_0_"), (2, lines[1], "eval_"), (4, lines[3], "eval_")]:
+        base, mixed = (f"{x[prefix + name]:.3f}" for name in ("base", "mixed"))
+        gain, *others = (
+            f"{name} {x[prefix + name]:+.3f} ({x[f'{prefix}{name}_low']:+.3f} to {x[f'{prefix}{name}_high']:+.3f})"
+            for name in parts
+        )
+        want = [f"step {n}: held-out loss {base}, thinking {mixed}, {gain}"]
+        want += [f"  = {others[0]} + {others[1]}"] if others else []
+        assert "\r" + "".join(f"{line}\r\n" for line in want) in screen[0] and max(map(len, want)) <= 80
+    assert [name for name in ("mixing", "content") if f"{name} " in screen[0]] == parts[1:]
 
 
 def read(path):
@@ -151,12 +159,25 @@ def test_the_summary(home, train):
     rows = {line[:20].strip(): line[20:].split() for line in out.splitlines() if line.startswith("  ")}
     assert rows["language model"] == [f"{first['eval_0_base']:.4f}", f"{last['eval_base']:.4f}"]
     assert rows["gain from thoughts"] == [f"{first['eval_0_gain']:+.4f}", f"{last['eval_gain']:+.4f}"]
+    for sign, part in {"=": "mixing", "+": "content"}.items():
+        assert rows[f"{sign} {part}"] == [f"{first[f'eval_0_{part}']:+.4f}", f"{last[f'eval_{part}']:+.4f}"]
+        assert f"{part:<8} {last[f'eval_{part}_low']:+.4f} to {last[f'eval_{part}_high']:+.4f}" in out
     assert rows["reward"] == [f"{first['reward']:.4f}", f"{last['reward']:.4f}"]
     assert {"weight", "loss_ce", "thoughts/s"} <= set(rows) and "training, 4 steps in " in out
     assert f"{last['eval_gain_low']:+.4f} to {last['eval_gain_high']:+.4f}" in out
     assert "\n  run/checkpoints/step-000004\n  run/metrics.jsonl\n  run/metrics.png\nnext\n" in out
     assert "\n  quietstar eval --model run\n" in out and '\n  quietstar generate --model run "Some text"' in out
+    assert "\nwhat was thought " in out
     assert (home / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_goes_on_with_controls(home, trained):
+    """Its first evaluations have no parts, in the summary and in the picture."""
+    lines = read(home / "run" / "metrics.jsonl")
+    before = ("eval_0_mixing", "eval_0_content", "eval_0_another")
+    lines[0] = {name: x for name, x in lines[0].items() if not name.startswith(before)}
+    rows = {line[:20].strip(): line[20:].split() for line in finish("run", lines).splitlines() if line.startswith("  ")}
+    assert len(rows["gain from thoughts"]) == 2 and len(rows["= mixing"]) == len(rows["+ content"]) == 1
 
 
 def test_without_evaluations_or_matplotlib(home, train, monkeypatch):

@@ -1,6 +1,7 @@
 """The gain from thoughts for each anchor choice, against sums over each text by itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_counts_and_gains(tiny, batch_size):
         assert row["gain"] == pytest.approx(float(gains.mean()), abs=1e-5)
         assert row["gain_of_all"] == pytest.approx(float(gains.sum()) / total, abs=1e-5)
         assert row["gain_low"] < row["gain"] < row["gain_high"]
+        assert row["gain"] == pytest.approx(row["mixing"] + row["content"], abs=1e-9)
     assert rows["random"]["tokens"] == sum(math.ceil(0.3 * (length - 1)) for length in LENGTHS)
     assert rows["all"]["tokens"] == summary(losses)["tokens"]
 
@@ -74,10 +76,13 @@ def test_a_closed_gate_and_a_missing_one(tiny):
     losses = token_losses(qs, texts())
     rows = by_anchor_choice(qs, texts(), losses)
     assert rows[-1] == {"anchors": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
-        ("base", "mixed", "gain", "gain_low", "gain_high")
+        ("base", "mixed", *(f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")))
     )
     lines = text(rows).splitlines()
     assert len(lines) == 7 and lines[-1].split() == ["gate", "0", "0%", "+0.0000"]
     assert lines[2].split()[:4] == ["all", "44", "100%", f"{rows[0]['gain']:+.4f}"]
+    assert "content" in lines[1] and max(map(len, lines)) <= 96
+    alone = text(by_anchor_choice(qs, texts(), replace(losses, another=None))).splitlines()
+    assert "content" not in alone[1] and all(line.startswith(some) for line, some in zip(lines[2:], alone[2:], strict=True))
     without = wrap(tiny).eval()
     assert [row["anchors"] for row in by_anchor_choice(without, texts(), losses)] == ["all", "random", "entropy", "every"]

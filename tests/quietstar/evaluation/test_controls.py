@@ -52,5 +52,28 @@ def test_thoughts_of_another_are_at_the_same_places(qs, texts):
         assert torch.equal(others[2][name], first[:7])
     assert [x["input_ids"] is y["input_ids"] for x, y in zip(own, others, strict=True)] == [True] * 3
     assert not torch.allclose(token_losses(qs, own).mixed, token_losses(qs, others).mixed, atol=1e-3)
-    with pytest.raises(ValueError, match="examples must be 2 or more, got 1"):
-        with_thoughts_of_another(own[:1])
+
+
+def numbered(places, **columns):
+    """An example of six tokens whose thoughts are numbered by their place in the list."""
+    thoughts = torch.arange(len(places))[:, None, None] + 10 * len(places)
+    return {"input_ids": torch.arange(6), "anchors": torch.tensor(places), "thought_ids": thoughts, **columns}
+
+
+def test_neighbours_are_not_each_others_other_text():
+    """They may be parts of one document; each text's thoughts are used once."""
+    examples = [numbered(range(count)) for count in (1, 2, 3, 4, 5)]
+    first = [int(x["thought_ids"][0, 0, 0]) // 10 for x in with_thoughts_of_another(examples)]
+    assert first == [3, 4, 5, 1, 2]
+
+
+def test_unused_places_and_padding_neither_give_nor_take_a_thought():
+    padded = numbered([0, 1, 4], attention_mask=torch.tensor([0, 1, 1, 1, 1, 1]))  # thoughts 30, 31 and 32
+    unused = numbered([2, 3, 5, -1])  # 40 to 43
+    nowhere = numbered([-1, -1])
+    one, none, other = with_thoughts_of_another([padded, nowhere, unused])
+    assert one["thought_ids"].flatten().tolist() == [30, 40, 41]
+    assert other["thought_ids"].flatten().tolist() == [31, 32, 31, 43]
+    assert none is nowhere
+    with pytest.raises(ValueError, match="examples must be 2 or more that think, got 1"):
+        with_thoughts_of_another([padded, nowhere])

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,18 @@ def test_two_equally_good_predictions_gain_nothing_by_the_mean():
     assert sum(group["gain_low"] < 0 < group["gain_high"] for group in tenths["mean"]) >= 8
 
 
+def test_the_content_is_fair_where_the_loss_without_a_thought_sorts():
+    """Two equally good thoughts, neither of which that loss knows."""
+    generator = torch.Generator().manual_seed(3)
+    difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
+    base, mixed, another = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(3))
+    tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200, torch.arange(4000) // 200, another))
+    assert sum(group["content_low"] < 0 < group["content_high"] for group in tenths["base"]) >= 8
+    assert tenths["mean"][0]["content_low"] > 0 > tenths["mean"][-1]["content_high"]
+    for group in tenths["base"] + tenths["mean"]:
+        assert group["gain"] == pytest.approx(group["mixing"] + group["content"])
+
+
 def test_tenths_share_all_tokens():
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(1003, generator=generator, dtype=torch.float64)
@@ -72,11 +85,16 @@ def test_interval_covers_the_gain_when_texts_differ():
     assert 178 <= hits <= 199
 
 
-def test_text_and_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("another", [None, LOSSES.mixed.flip(0)], ids=["gain alone", "with its content"])
+def test_text_and_picture(tmp_path, monkeypatch, another):
     monkeypatch.setattr(difficulty, "GROUPS", 3)
-    groups = difficulty.by_difficulty(LOSSES)
+    groups = difficulty.by_difficulty(replace(LOSSES, another=another))
     lines = difficulty.text(groups).splitlines()
-    assert len(lines) == 5 and lines[-1].split()[:5] == ["4.000", "to", "5.000", "+2.000", "(-1.920"]
+    assert len(lines) == 9 and max(map(len, lines)) <= 88
+    hardest = lines[4].split()
+    assert hardest[:5] == ["4.000", "to", "5.000", "+2.000", "(-1.920"]
+    assert hardest[7:8] == ([] if another is None else [f"{groups['base'][2]['content']:+.3f}"])
+    assert ("content" in lines[1]) is (another is not None) and "content" not in lines[5]
     difficulty.draw(groups, tmp_path / "gain.png")
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 

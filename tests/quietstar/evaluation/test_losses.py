@@ -23,27 +23,83 @@ def qs(tiny, request):
     return qs
 
 
+@torch.no_grad()
 def by_hand(qs, examples):
-    """Means over each text, from a separate forward with all N thoughts and J targets."""
-    base, mixed = [], []
-    for example in examples:
-        with torch.no_grad():
-            out = qs.eval()(**{name: x[None] for name, x in example.items()})
-        base.append(out.nll_base.double().mean())
-        mixed.append(out.nll_mix[0, :-1, 0, 0].double().mean())
-    return torch.stack(base), torch.stack(mixed)
+    """Means over each text, from a separate forward with all N thoughts and J targets: without a thought, with its own, and
+    with those of the text two further on."""
+    outs = [qs.eval()(**{name: x[None] for name, x in example.items()}) for example in examples]
+    base = torch.stack([out.nll_base.double().mean() for out in outs])
+    mixed = torch.stack([out.nll_mix[0, :-1, 0, 0].double().mean() for out in outs])
+    another = []
+    for i, example in enumerate(examples):
+        thoughts = outs[(i + 2) % len(outs)].thought_ids
+        thoughts = thoughts[:, torch.arange(len(example["input_ids"])) % thoughts.shape[1]]
+        out = qs(example["input_ids"][None], thought_ids=thoughts)
+        another.append(out.nll_mix[0, :-1, 0, 0].double().mean())
+    return base, mixed, torch.stack(another)
+
+
+def close(figures, want):
+    assert {name: figures[name] for name in want} == pytest.approx({name: float(x) for name, x in want.items()}, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_means_and_interval(qs, batch_size):
-    base, mixed = by_hand(qs, texts())
+def test_means_and_intervals(qs, batch_size):
+    base, mixed, another = by_hand(qs, texts())
     figures = evaluate(qs, texts(), batch_size)
-    gain = base - mixed
-    margin = 1.96 * gain.std() / len(gain) ** 0.5
-    want = {"base": base.mean(), "mixed": mixed.mean(), "gain": gain.mean()}
-    want |= {"gain_low": gain.mean() - margin, "gain_high": gain.mean() + margin}
-    assert {name: figures[name] for name in want} == pytest.approx({name: float(x) for name, x in want.items()}, abs=1e-5)
+    want = {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()}
+    for name, values in {"gain": base - mixed, "mixing": base - another, "content": another - mixed}.items():
+        margin = 1.96 * values.std() / len(values) ** 0.5
+        want |= {name: values.mean(), f"{name}_low": values.mean() - margin, f"{name}_high": values.mean() + margin}
+    close(figures, want)
     assert figures["texts"] == 5 and figures["tokens"] == sum(LENGTHS) - 5
+    assert figures.keys() == want.keys() | {"texts", "tokens"}
+    assert (
+        figures["gain"] == pytest.approx(figures["mixing"] + figures["content"], abs=1e-12) and abs(figures["content"]) > 1e-4
+    )
+
+
+def test_without_controls(qs, monkeypatch):
+    """The same to the last bit, with half the forwards; thoughts are sampled once either way."""
+    calls, forward, sample = [], QuietStar.forward, QuietStar.sample
+    monkeypatch.setattr(QuietStar, "forward", lambda *args, **options: calls.append("forward") or forward(*args, **options))
+    monkeypatch.setattr(QuietStar, "sample", lambda *args, **options: calls.append("sample") or sample(*args, **options))
+    figures = evaluate(qs, texts(), controls=False)
+    assert calls == ["forward", "sample"]
+    whole = evaluate(qs, texts())
+    assert calls[2:] == ["forward", "sample", "forward"]
+    assert figures == {name: whole[name] for name in figures} and "content" not in figures
+
+
+def test_a_single_text_has_no_other(qs):
+    assert token_losses(qs, texts()[:1]).another is None
+    assert token_losses(qs, []).another is None
+    assert token_losses(qs, texts()[:2]).another is not None
+
+
+def test_another_texts_thoughts_in_packed_documents(qs):
+    """Of another row, whose documents are others."""
+    examples = [{**x, "document_ids": (torch.arange(len(x["input_ids"])) >= 4).long()} for x in texts()[:2]]
+    with torch.no_grad():
+        one, other = [qs.eval()(**{name: x[None] for name, x in example.items()}) for example in examples]
+        out = qs(**{name: x[None] for name, x in examples[0].items()}, thought_ids=other.thought_ids[:, :9])
+    losses = token_losses(qs, examples)
+    predicted = [0, 1, 2, 4, 5, 6, 7]  # position 3 ends its document
+    assert losses.place[losses.text == 0].tolist() == predicted
+    torch.testing.assert_close(losses.another[losses.text == 0], out.nll_mix[0, predicted, 0, 0].double(), atol=1e-5, rtol=0)
+    assert not torch.allclose(losses.another, losses.mixed, atol=1e-3)
+
+
+def test_thoughts_that_the_examples_bring(qs):
+    """They are used as the own ones, and swapped."""
+    generator = torch.Generator().manual_seed(5)
+    given = [{**x, "thought_ids": torch.randint(3, 61, (len(x["input_ids"]), 1, 3), generator=generator)} for x in texts()[:2]]
+    losses = token_losses(qs, given)
+    for name, thoughts in {"mixed": given[0]["thought_ids"], "another": given[1]["thought_ids"][:9]}.items():
+        with torch.no_grad():
+            out = qs.eval()(given[0]["input_ids"][None], thought_ids=thoughts[None].expand(-1, -1, 2, -1))
+        wanted = out.nll_mix[0, :-1, 0, 0].double()
+        torch.testing.assert_close(getattr(losses, name)[losses.text == 0], wanted, atol=1e-5, rtol=0)
 
 
 def test_the_loss_of_every_token(qs):
@@ -62,14 +118,15 @@ def test_texts_with_nothing_to_predict_are_left_out(qs):
     for i in (0, 2, 3, 4):
         examples[i]["labels"] = examples[i]["input_ids"]
     figures = evaluate(qs, examples)
-    base, mixed = by_hand(qs, [example for i, example in enumerate(examples) if i != 1])
+    base, mixed, _ = by_hand(qs, [example for i, example in enumerate(examples) if i != 1])
     assert figures["texts"] == 4 and figures["tokens"] == sum(LENGTHS) - 5 - (LENGTHS[1] - 1)
     assert (figures["base"], figures["mixed"]) == pytest.approx((float(base.mean()), float(mixed.mean())), abs=1e-5)
 
 
 def test_an_untrained_wrapper_gains_nothing(tiny):
     figures = evaluate(QuietStar(tiny("llama"), CONFIG, verify=False), texts())
-    assert [abs(figures[name]) < 1e-6 for name in ("gain", "gain_low", "gain_high")] == [True] * 3
+    names = [f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")]
+    assert all(abs(figures[name]) < 1e-6 for name in names)
 
 
 def test_only_the_anchors_and_their_own_document_count(qs):
@@ -108,6 +165,7 @@ def test_no_interval_from_one_text(qs, count):
     [
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
+        ({"controls": 1}, "controls must be True or False, got 1"),
         ({"examples": torch.zeros(2, 3)}, "examples must be examples by index, got a tensor"),
         ({"examples": [[1, 2, 3]]}, r"each example must be a dict with input_ids, got \[1, 2, 3\]"),
         ({"examples": [{"input_ids": [1, 2, 3]}]}, r"input_ids must be a tensor \[L\], got \[1, 2, 3\]"),
@@ -115,5 +173,5 @@ def test_no_interval_from_one_text(qs, count):
     ],
 )
 def test_bad_arguments(qs, changes, message):
-    with pytest.raises(ValueError, match=f"^evaluate: .*{message}" if "batch_size" in changes else message):
+    with pytest.raises(ValueError, match=f"^evaluate: .*{message}" if {"batch_size", "controls"} & set(changes) else message):
         evaluate(**{"qs": qs, "examples": texts(), **changes})

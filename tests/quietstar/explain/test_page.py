@@ -21,8 +21,9 @@ from quietstar.explain.report import Alternative, ExplainedThought, ExplainedTok
 ROOT = Path(__file__).parents[3]
 MODEL = {"class": "LlamaForCausalLM", "model_type": "llama", "name": "/home/me/runs/tiny", "parameters": 1_380_000}
 MODEL["dtype"] = "float32"
-SETTINGS = {"preset": "official", "mixing": "logits", "thoughts": 1, "thought_tokens": 2, "seed": None}
+SETTINGS = {"preset": "official", "mixing": "logits", "thoughts": 1, "thought_tokens": 2, "seed": None, "another": None}
 WORDS = ["The", " sum", " of", " 12", " and", " 30", " is", " 42", ",", "\n", " which", " nobody", " doubts", "."]
+MIXING = 0.25
 GAINS = [None, -1.5, -0.5, -0.1, 0.0, 0.1, 0.5, 1.5]
 ATTACKS = [
     "</script><script>attacked = 1</script>",
@@ -38,7 +39,7 @@ ATTACKS = [
 
 
 def report(texts, gains=GAINS, thoughts=1):
-    """A report with these texts as tokens, and each other's as thoughts and likeliest tokens."""
+    """A report with these texts as tokens, these gains of content, and each other's as thoughts and likeliest tokens."""
 
     def alternatives(i, share):
         return [Alternative((i + k) % len(texts), texts[(i + k) % len(texts)], share / (k + 1)) for k in range(5)]
@@ -48,12 +49,13 @@ def report(texts, gains=GAINS, thoughts=1):
         own = [texts[x] for x in ids]
         return ExplainedThought(ids, own, "".join(own), 0.25 + n, mixed, alternatives(i + 1, 0.3))
 
-    tokens = [ExplainedToken(0, texts[0], None, None, None, [], [])]
+    tokens = [ExplainedToken(0, texts[0], *[None] * 6, [], [])]
     for i in range(1, len(texts)):
-        gain = gains[1 + (i - 1) % (len(gains) - 1)]
-        base, mixed = 3.0, 3.0 - gain
+        content = gains[1 + (i - 1) % (len(gains) - 1)]
+        base, another, mixed = 3.0, 3.0 - MIXING, 3.0 - MIXING - content
         own = [thought(i, n, mixed) for n in range(thoughts)]
-        tokens.append(ExplainedToken(i, texts[i], base, mixed, gain, own, alternatives(i, 0.2)))
+        parts = (base, mixed, another, base - mixed, MIXING, content)
+        tokens.append(ExplainedToken(i, texts[i], *parts, own, alternatives(i, 0.2)))
     return Report(MODEL, {**SETTINGS, "thoughts": thoughts, "seed": 7 if thoughts > 1 else None}, tokens)
 
 
@@ -111,16 +113,18 @@ def test_click_shows_what_the_report_has(open_page):
     assert page.locator("#text > span").all_inner_texts()[7] == " 42"
     token(page, 7).click()
     cells = page.locator("#panel td").all_inner_texts()
-    base, mixed = shown.tokens[7].base, shown.tokens[7].mixed
-    percent = [f"{100 * math.exp(-x):#.2g} %".replace(". ", " ") for x in (base, mixed)]
-    assert cells == [percent[0], f"{base:.2f}", "", percent[1], f"{mixed:.2f}", "0.25"]
+    losses = shown.tokens[7].base, shown.tokens[7].another, shown.tokens[7].mixed
+    percent = [f"{100 * math.exp(-x):#.2g} %".replace(". ", " ") for x in losses]
+    weights = ("", "", "0.25")
+    assert cells == [x for row in zip(percent, [f"{x:.2f}" for x in losses], weights, strict=True) for x in row]
     text = panel(page)
-    assert "·42" in text and "token 8 of 14, id 7" in text and "Thinking helped: gain +1.50 nats" in text
+    assert "·42" in text and "token 8 of 14, id 7" in text and "What was thought helped: +1.50 nats" in text
+    assert "content +1.50 and mixing +0.25 are a gain of +1.75" in text
     assert page.locator(".thought .token").all_inner_texts() == ["·42", "·which"]
     without, with_it = (page.locator(".tops ol").nth(i).inner_text().split() for i in (0, 1))
     assert without[:4] == ["·42", "◂", "20", "%"] and "◂" in with_it and with_it[:3] == [",", "30", "%"]
     token(page, 1).click()
-    assert "Thinking hurt: gain −1.50 nats" in panel(page)
+    assert "What was thought hurt: −1.50 nats" in panel(page)
     token(page, 0).click()
     assert "nothing predicts it" in panel(page)
 
@@ -128,7 +132,7 @@ def test_click_shows_what_the_report_has(open_page):
 def test_several_thoughts(open_page):
     page = open_page(report(WORDS, thoughts=3))
     token(page, 2).click()
-    assert [page.locator("#panel th").nth(i).inner_text() for i in range(5, 8)] == [f"with thought {n}" for n in (1, 2, 3)]
+    assert [page.locator("#panel th").nth(i).inner_text() for i in range(6, 9)] == [f"with thought {n}" for n in (1, 2, 3)]
     assert page.locator(".thought").count() == 3 and page.locator(".tops ol").count() == 4
     assert "3 thoughts of 2 tokens each, sampled with seed 7" in page.locator(".model").inner_text()
 
@@ -165,7 +169,7 @@ def test_keyboard(open_page):
     keys.press("ArrowRight")
     assert page.evaluate(place) == 1 and "token 2 of" in panel(page)
     label = page.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert label == "sum, Thinking hurt, gain −1.50 nats, probability 5.0 % to 1.1 %"
+    assert label == "sum, What was thought hurt, content −1.50 and mixing +0.25 nats, probability 5.0 % to 1.4 %"
     keys.press("ArrowLeft")
     keys.press("ArrowLeft")
     assert page.evaluate(place) == 0
@@ -265,7 +269,7 @@ def test_signs_without_colour(open_page):
 def test_legend_and_summary(open_page):
     shown = report(WORDS)
     page = open_page(shown)
-    counts = [sum(colour(x.gain) == name for x in shown.tokens[1:]) for name in CLASSES]
+    counts = [sum(colour(x.content) == name for x in shown.tokens[1:]) for name in CLASSES]
     assert page.locator(".cells span").all_inner_texts() == [str(count) for count in counts] and sum(counts) == len(WORDS) - 1
     assert page.locator(".edges span").all_inner_texts() == [f"{edge:+g}".replace("-", "−") for edge in EDGES]
     cells = page.locator(".cells span").evaluate_all("(all) => all.map((x) => x.getBoundingClientRect().right)")
@@ -277,8 +281,30 @@ def test_legend_and_summary(open_page):
     summary = shown.summary
     for part in ("runs/tiny", "1.38 million weights", "one thought of 2 tokens", f"{100 * summary['helped']:.0f} %"):
         assert part in head
-    assert f"{summary['gain']:+.3f}".replace("-", "−") in head and f"{summary['gain_low']:+.3f}".replace("-", "−") in head
+    for name in ("gain", "mixing", "content", "content_low"):
+        assert f"{summary[name]:+.3f}".replace("-", "−") in head
     assert "/home/me" not in shown.html
+
+
+def test_the_colours_show_either_part(open_page):
+    shown = report(WORDS)
+    page = open_page(shown)
+    for label, name in (("the whole gain", "gain"), ("the gain of content", "content")):
+        page.get_by_label(label).check()
+        want = [colour(getattr(x, name)) for x in shown.tokens]
+        assert page.locator("#text > span").evaluate_all("(all) => all.map((x) => x.className)") == want
+        assert page.locator(".cells span").all_inner_texts() == [str(want.count(x)) for x in CLASSES]
+    token(page, 7).click()
+    page.get_by_label("the whole gain").check()
+    assert page.locator("[aria-selected=true]").count() == 1 and "·42" in panel(page)
+
+
+@pytest.mark.parametrize(
+    "other, said", [(None, "this text's, from half of it further on"), ("A text.", "another text's, at the")]
+)
+def test_the_page_says_whose_the_other_thoughts_are(other, said):
+    shown = report(WORDS)
+    assert said in describe(shown.model, {**shown.settings, "another": other}, shown.tokens)
 
 
 def test_model_text_is_data(open_page):

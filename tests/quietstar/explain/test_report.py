@@ -48,7 +48,9 @@ def test_values_are_those_of_the_forward(qs, rows, monkeypatch):
     with torch.no_grad():
         out = qs(ids)
     assert [token.id for token in tokens] == ids[0].tolist() and len(tokens) == len(TEXT.encode())
-    assert (tokens[0].base, tokens[0].mixed, tokens[0].gain, tokens[0].thoughts, tokens[0].top) == (None, None, None, [], [])
+    first = tokens[0]
+    assert {first.base, first.mixed, first.another, first.gain, first.mixing, first.content} == {None}
+    assert first.thoughts == first.top == []
     for t, token in enumerate(tokens[1:]):
         (thought,) = token.thoughts
         assert token.base == pytest.approx(float(out.nll_base[0, t]), abs=1e-5)
@@ -57,6 +59,28 @@ def test_values_are_those_of_the_forward(qs, rows, monkeypatch):
         assert thought.weight == pytest.approx(float(out.weight[0, t, 0, 0]), abs=1e-5)
         assert thought.ids == out.thought_ids[0, t, 0].tolist()
         assert thought.text == qs.tokenizer.decode(thought.ids)
+
+
+@pytest.mark.parametrize("rows", [2**13, 20], ids=["at once", "in parts"])
+@pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("other", [None, "Another text", "A text that is longer than the one explained"])
+def test_another_texts_thoughts_at_the_same_places(qs, rows, seed, other, monkeypatch):
+    """Without another text, those of the text itself from half of it further on."""
+    monkeypatch.setattr(explain, "ROWS", rows)
+    report, ids = qs.explain(TEXT, seed, other), ids_of(qs)
+    P = ids.shape[1] - 1
+    sequence_ids = torch.tensor([0 if other is None else 1])
+    thoughts = qs.think(ids_of(qs, other or TEXT), seed=seed or 0, greedy=seed is None, sequence_ids=sequence_ids).thought_ids
+    thoughts = thoughts[:, :-1]  # the last place predicts nothing
+    taken = (torch.arange(P + 1) + (0 if other else P // 2)) % thoughts.shape[1]
+    with torch.no_grad():
+        out = qs(ids, thought_ids=thoughts[:, taken])
+    for t, token in enumerate(report.tokens[1:]):
+        assert token.another == pytest.approx(float(out.nll_mix[0, t, :, 0].mean()), abs=1e-5)
+        assert (token.mixing, token.content) == (token.base - token.another, token.another - token.mixed)
+        assert token.gain == pytest.approx(token.mixing + token.content)
+    assert report.settings["another"] == other
+    assert max(abs(token.content) for token in report.tokens[1:]) > 0.01
 
 
 @pytest.mark.parametrize("rows", [2**13, 20], ids=["at once", "in parts"])
@@ -128,14 +152,16 @@ def test_texts_of_tokens(qs):
 
 def test_summary(qs):
     report = qs.explain(TEXT)
-    base, mixed, gain = (
-        torch.tensor([getattr(token, name) for token in report.tokens[1:]], dtype=torch.float64)
-        for name in ("base", "mixed", "gain")
-    )
-    mean, margin = float(gain.mean()), float(1.96 * gain.std() / len(gain) ** 0.5)
-    want = {"tokens": len(gain), "base": float(base.mean()), "mixed": float(mixed.mean()), "gain": mean}
-    want |= {"gain_low": mean - margin, "gain_high": mean + margin}
-    want |= {"helped": float((gain >= SAME).double().mean()), "hurt": float((gain < -SAME).double().mean())}
+    values = {
+        name: torch.tensor([getattr(token, name) for token in report.tokens[1:]], dtype=torch.float64)
+        for name in ("base", "mixed", "another", "gain", "mixing", "content")
+    }
+    want = {"tokens": len(values["gain"])} | {name: float(x.mean()) for name, x in values.items()}
+    for name in ("gain", "mixing", "content"):
+        margin = float(1.96 * values[name].std() / len(values[name]) ** 0.5)
+        want |= {f"{name}_low": want[name] - margin, f"{name}_high": want[name] + margin}
+    helped, hurt = values["content"] >= SAME, values["content"] < -SAME
+    want |= {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
     assert report.summary == pytest.approx(want)
     assert 0 < report.summary["hurt"] and set(report.summary) == set(want)
 
@@ -153,9 +179,10 @@ def test_to_dict(qs):
     }
     config = qs.thought_config
     expected = {"preset": config.preset, "mixing": config.mixing, "thoughts": 2, "thought_tokens": 3, "seed": 1}
+    expected["another"] = None
     assert values["settings"] == expected
     token = values["tokens"][1]
-    assert list(token) == ["id", "text", "base", "mixed", "gain", "thoughts", "top"]
+    assert list(token) == ["id", "text", "base", "mixed", "another", "gain", "mixing", "content", "thoughts", "top"]
     assert list(token["thoughts"][0]) == ["ids", "tokens", "text", "weight", "mixed", "top"]
     assert list(token["top"][0]) == ["id", "text", "probability"]
 
@@ -201,6 +228,12 @@ def test_the_longest_text(tiny, name):
     assert len(qs.explain("a" * 124).tokens) == 124
     with pytest.raises(ValueError, match="125 tokens and thoughts need 129 positions"):
         qs.explain("a" * 125)
+
+
+@pytest.mark.parametrize("other, message", [("ab", "another must have at least 3 tokens, got 2"), (3, "another must be a str")])
+def test_a_bad_control(qs, other, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        qs.explain(TEXT, another=other)
 
 
 def test_no_tokenizer(tiny):
@@ -267,9 +300,12 @@ def test_command(command, tmp_path):
     report = QuietStar.from_pretrained("model").explain(TEXT)
     code, out, err = command(TEXT, "--out", "page.html", "page.json")
     assert code == 0, err
-    assert f"{report.summary['base']:.4f} nats without thoughts" in out[0] and out[-1] == "wrote page.html and page.json"
+    assert f"{report.summary['base']:.4f} without thoughts" in out[0] and out[-1] == "wrote page.html and page.json"
+    assert [line.split()[-4] for line in out[1:4]] == [f"{report.summary[name]:+.4f}" for name in ("gain", "mixing", "content")]
     assert json.loads((tmp_path / "page.json").read_text()) == report.to_dict()
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == report.html
+    assert command(TEXT, "--another=Another text", "--out=page.json")[0] == 0
+    assert json.loads((tmp_path / "page.json").read_text())["settings"]["another"] == "Another text"
     assert command("--file=text.txt", "--seed=3")[0] == 0
     assert (tmp_path / "explain.html").read_text(encoding="utf-8") == QuietStar.from_pretrained("model").explain(TEXT, 3).html
 

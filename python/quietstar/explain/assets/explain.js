@@ -1,5 +1,5 @@
 "use strict";
-const { rows, texts } = JSON.parse(document.getElementById("data").textContent);
+const { rows, texts, colours } = JSON.parse(document.getElementById("data").textContent);
 const text = document.getElementById("text");
 const panel = document.getElementById("panel");
 const details = document.getElementById("details");
@@ -7,6 +7,8 @@ const close = document.getElementById("close");
 const tokens = Array.from(text.children);
 const place = new Map(tokens.map((token, i) => [token, i]));
 const hint = details.firstElementChild;
+const part = document.getElementById("part");
+const cells = Array.from(document.querySelectorAll(".cells span"));
 let tabbable = 0; // the token that Tab reaches
 let shown = -1; // the token in the panel
 let pinned = false; // it stays when the mouse goes elsewhere
@@ -23,7 +25,7 @@ tokens.forEach((token, i) => {
 
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : p >= 1e-6 ? (100 * p).toPrecision(2) : "< 0.0001") + " %";
-const verdict = (i) => ({ h: "Thinking hurt", z: "About the same", p: "Thinking helped" })[tokens[i].className[0]];
+const verdict = (i) => ({ h: "What was thought hurt", z: "What was thought made no difference", p: "What was thought helped" })[colours.content[i][0]];
 
 function make(tag, className, content) {
   const element = document.createElement(tag);
@@ -62,12 +64,16 @@ function topList(title, i, [ids, probabilities], surprise) {
   return make("div", "", [make("h3", "", title), make("ol", "", lines)]);
 }
 
-function figures(base, thoughts, numbered) {
+// The parts of the gain from the surprise without a thought, with another one and with its own.
+const gains = ([base, another, mixed]) => ({ content: another - mixed, mixing: base - another, gain: base - mixed });
+
+function figures([base, another], thoughts, numbered) {
   const line = (tag, cells) => make("tr", "", cells.map((cell, k) => make(k ? tag : "th", "", cell)));
   const numbers = (surprise) => [percent(Math.exp(-surprise)), surprise.toFixed(2)];
   return make("table", "", [
     line("th", ["", "probability", "surprise", "weight"]),
     line("td", ["without thought", ...numbers(base), ""]),
+    line("td", ["with another", ...numbers(another), ""]),
     ...thoughts.map(([weight, mixed], n) => line("td", [`with thought${numbered(n)}`, ...numbers(mixed), weight.toFixed(2)])),
   ]);
 }
@@ -76,12 +82,14 @@ function describe(i) {
   const [id, surprise, thoughts, top] = rows[i];
   const head = [make("h2", "", make("bdi", "token", ownText(i))), make("p", "hint", `token ${i + 1} of ${tokens.length}, id ${id}`)];
   if (!surprise.length) return [...head, make("p", "", "The first token: nothing comes before it, so nothing predicts it.")];
-  const [base, , gain] = surprise;
+  const [base] = surprise;
+  const { content, mixing, gain } = gains(surprise);
   const numbered = (n) => (thoughts.length > 1 ? ` ${n + 1}` : "");
   return [
     ...head,
-    make("p", "gain", `${verdict(i)}: gain ${signed(gain)} nats`),
-    figures(base, thoughts, numbered),
+    make("p", "gain", `${verdict(i)}: ${signed(content)} nats`),
+    make("p", "hint", `content ${signed(content)} and mixing ${signed(mixing)} are a gain of ${signed(gain)}`),
+    figures(surprise, thoughts, numbered),
     ...thoughts.flatMap(([, , ids], n) => [make("h3", "", `Thought${numbered(n)} before it`), make("p", "thought", ids.map(tokenText))]),
     make("div", "tops", [
       topList("Likeliest without", i, top, base),
@@ -94,9 +102,20 @@ function label(i) {
   const [, surprise] = rows[i];
   const name = tokens[i].textContent.trim() || "space";
   if (!surprise.length) return `${name}, the first token`;
-  const [base, mixed, gain] = surprise;
-  return `${name}, ${verdict(i)}, gain ${signed(gain)} nats, probability ${percent(Math.exp(-base))} to ${percent(Math.exp(-mixed))}`;
+  const [base, , mixed] = surprise;
+  const { content, mixing } = gains(surprise);
+  const change = `probability ${percent(Math.exp(-base))} to ${percent(Math.exp(-mixed))}`;
+  return `${name}, ${verdict(i)}, content ${signed(content)} and mixing ${signed(mixing)} nats, ${change}`;
 }
+
+// Colour the text by one part of the gain, and count the colours in the legend.
+function paint(name) {
+  tokens.forEach((token, i) => { token.className = colours[name][i]; });
+  for (const cell of cells) cell.textContent = colours[name].filter((colour) => colour === cell.className).length;
+}
+
+part.hidden = false;
+part.addEventListener("change", (event) => paint(event.target.value));
 
 function show(i) {
   if (i === shown) return;
