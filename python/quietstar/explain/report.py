@@ -149,11 +149,14 @@ def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: i
 
 def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:
     """At each place its own N thoughts, then those of the other text at the place that is taken for it: 2 N."""
-    pairs = [(x[:, places], y[:, taken]) for x, y in ((own.thought_ids, other.thought_ids), (own.logprob, other.logprob))]
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([x[:, places], y[:, taken]], 2)
+
     lengths = None
     if own.thought_lengths is not None and other.thought_lengths is not None:
-        lengths = torch.cat([own.thought_lengths[:, places], other.thought_lengths[:, taken]], 2)
-    return Thoughts(*(torch.cat(pair, 2) for pair in pairs), lengths)
+        lengths = both(own.thought_lengths, other.thought_lengths)
+    return Thoughts(both(own.thought_ids, other.thought_ids), both(own.logprob, other.logprob), lengths)
 
 
 def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Thoughts) -> dict[str, Tensor]:
