@@ -56,16 +56,17 @@ class Report:
         mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped and hurt, the shares of tokens
         whose gain of content is 0.05 or more from 0.
         """
-        predicted = self.tokens[1:]
-        summary: dict[str, float | int] = {"tokens": len(predicted)}
-        for name in (*LOSSES, *GAINS):
-            values = torch.tensor([getattr(token, name) for token in predicted], dtype=torch.float64)
-            summary[name] = mean = float(values.mean())
-            if name in GAINS:
-                margin = 1.96 * float(values.std()) / len(values) ** 0.5
-                summary |= {f"{name}_low": mean - margin, f"{name}_high": mean + margin}
-        helped, hurt = values >= SAME, values < -SAME  # of the last, the content
-        return summary | {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
+        values = {
+            name: torch.tensor([getattr(token, name) for token in self.tokens[1:]], dtype=torch.float64)
+            for name in (*LOSSES, *GAINS)
+        }
+        summary: dict[str, float | int] = {"tokens": len(self.tokens) - 1}
+        summary |= {name: float(x.mean()) for name, x in values.items()}
+        for name in GAINS:
+            margin = 1.96 * float(values[name].std()) / len(values[name]) ** 0.5
+            summary |= {f"{name}_low": summary[name] - margin, f"{name}_high": summary[name] + margin}
+        shares = {"helped": values["content"] >= SAME, "hurt": values["content"] < -SAME}
+        return summary | {name: float(x.double().mean()) for name, x in shares.items()}
 
     @property
     def html(self) -> str:
