@@ -33,6 +33,7 @@ PARTS = {
     ),
     "Evaluation": (
         "quietstar.evaluation.losses",
+        "quietstar.evaluation.gain",
         "quietstar.evaluation.controls",
         "quietstar.evaluation.difficulty",
         "quietstar.evaluation.anchor_choices",

@@ -29,12 +29,12 @@ from typing import Any
 import sums.report as report  # before torch: sums sets environment variables that torch reads
 import torch
 from sums.docs_page import write_docs
-from sums.evaluation import evaluate, measure_positions, some_thoughts
+from sums.evaluation import evaluate, measure_gain, measure_positions, some_thoughts
 from sums.pretraining import pretrain
-from sums.quiet_star import own_thoughts, predict, think_with
+from sums.quiet_star import think_with
 from sums.results import describe_machine, earlier_seeds, read_results, write_json
 from sums.runs import ALL_RUNS, EVERYWHERE, FORCED, PLAIN, QUICK_RUNS, QUIET_STAR, SHUFFLED, Run, Setting
-from sums.task import TEST_LINES, score, split_strings
+from sums.task import TEST_LINES, split_strings
 from sums.thresholds import check
 from sums.training import train_plain, train_thoughts
 from transformers.utils import logging
@@ -53,7 +53,7 @@ def run_seed(
     digits = held_out[:test_lines]
     model, gate = pretrain(strings, held_out, seed, pretraining_steps)
     report.print_gate(seed, gate)
-    result: dict[str, Any] = {"seed": seed, "pretraining": gate, "rows": [], "positions": None, "thoughts": {}}
+    result: dict[str, Any] = {"seed": seed, "pretraining": gate, "rows": [], "gains": {}, "positions": None, "thoughts": {}}
 
     def add(setting: Setting, name: str, **row: Any) -> None:
         result["rows"].append({"setting": setting.name, "run": name, **row})
@@ -65,8 +65,8 @@ def run_seed(
             qs, training = train_thoughts(model, setting, run, strings, held_out, seed, folder)
             add(setting, run.name, **evaluate(qs, run, digits, seed), **training)
             if run is QUIET_STAR:
-                shuffled = own_thoughts(qs, digits).roll(1, 0)
-                add(setting, SHUFFLED, greedy=score(predict(qs, digits, shuffled).mixed, digits))
+                scores, result["gains"][setting.name] = measure_gain(qs, digits)
+                add(setting, SHUFFLED, greedy=scores)
                 before = think_with(model, setting, run, seed)
                 add(setting, FORCED, **evaluate(before, run, digits, seed, forced=True))
                 result["thoughts"][setting.name] = some_thoughts(before, qs, held_out[-8:], seed)

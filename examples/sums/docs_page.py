@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sums.plots import draw
 from sums.report import machine, verdict
@@ -19,6 +20,11 @@ def write_docs(results: Results, folder: Path) -> None:
     (folder / "digit-sums.md").write_text(docs_page(results), encoding="utf-8")
 
 
+def mean_loss(rows: list[dict[str, Any]]) -> float:
+    """Of greedy thoughts, nats."""
+    return sum(row["greedy"]["nll"] for row in rows) / len(rows)
+
+
 def docs_page(results: Results) -> str:
     def share(setting: Setting, run: str, how: str = "sampled") -> str:
         right, lines = total(runs[setting.name, run], how)
@@ -27,6 +33,7 @@ def docs_page(results: Results) -> str:
     runs = {(group["setting"], group["run"]): group["rows"] for group in pooled(results)}
     best, everywhere = (share(setting, QUIET_STAR.name) for setting in (EQUALS_ONLY, EVERYWHERE))
     shuffled = share(EQUALS_ONLY, SHUFFLED, "greedy")
+    own, other = (mean_loss(runs[EQUALS_ONLY.name, run]) for run in (QUIET_STAR.name, SHUFFLED))
     frozen, rehearsed, plain = (share(EQUALS_ONLY, run) for run in (FROZEN.name, NO_REINFORCE_REHEARSED.name, PLAIN))
     lines = results["seeds"][0]["rows"][0]["sampled"]["lines"]
     return f"""# Digit sums: does thinking help?
@@ -74,7 +81,8 @@ for the running sums. Its reward is how much it improves the prediction.
 The runs:
 
 - **Another line's thoughts**: the trained model, given the greedy thoughts of other lines. It gets {shuffled}, so what counts
-  is what a thought says, not the computation it costs.
+  is what a thought says, not the computation it costs. The loss is {other:.2f} with them and {own:.2f} with the
+  model's own greedy ones, so the gain of content is {other - own:.2f} nats.
 - **Pause tokens, random digits**: thoughts of the same length that say nothing, in training and evaluation.
 - **Untrained thoughts, w = 1**: the answer from what the pretrained model writes after the dash, before any training.
 - **Frozen model, mixing head trained**: the best use of these untrained thoughts, {frozen}.

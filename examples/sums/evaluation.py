@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from quietstar import QuietStar
+from quietstar.evaluation.gain import mean_gains
 from sums.quiet_star import own_thoughts, predict
 from sums.runs import EVERYWHERE, Run
 from sums.task import AT_EQUALS, PAUSE, STEPS, as_text, direct_lines, right_thoughts, running_sums, score
@@ -48,6 +49,16 @@ def evaluate(qs: QuietStar, run: Run, digits: Tensor, seed: int, forced: bool = 
         row["right_thoughts"] = right_thoughts(thoughts["sampled"], digits)
         row["distinct_thoughts"] = len(thoughts["greedy"].flatten(1).unique(dim=0))
     return row
+
+
+def measure_gain(qs: QuietStar, digits: Tensor) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Scores with another line's greedy thoughts at "=", and the gain of the own ones in its two parts, nats."""
+    own = own_thoughts(qs, digits)
+    with_own, with_another = predict(qs, digits, own), predict(qs, digits, own.roll(1, 0))
+    answers = running_sums(digits)[:, -1]
+    ways = (with_own.base, with_own.mixed, with_another.mixed)
+    losses = (nll_loss(x[:, 0], answers, reduction="none").double() for x in ways)
+    return score(with_another.mixed, digits), mean_gains(*losses)
 
 
 def measure_positions(qs: QuietStar, digits: Tensor, seed: int) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sums.plots import draw
 from sums.results import Results, exact_match, write_json
-from sums.tables import as_html, as_text, checks_table, main_table, positions_table, thoughts_table
+from sums.tables import as_html, as_text, checks_table, gains_table, main_table, positions_table, thoughts_table
 
 
 def print_gate(seed: int, gate: dict[str, Any]) -> None:
@@ -39,6 +39,10 @@ def show(results: Results, folder: Path) -> None:
     (folder / "page.html").write_text(page(results, plots), encoding="utf-8")
     print("\nResults on held-out lines: exact match with its 95 % interval, loss in nats. Chance: 0.100, loss 2.30.")
     print(as_text(*main_table(results)))
+    header, gains = gains_table(results)
+    if gains:
+        print("\nWhat thinking gains at the answer, nats; only content is due to what was thought")
+        print(as_text(header, gains))
     if any(seed["positions"] for seed in results["seeds"]):
         print("\nWhere it learnt to think, with a thought at every position")
         print(as_text(*positions_table(results)))
@@ -68,6 +72,7 @@ def page(results: Results, plots: list[Path]) -> str:
         f"<p>{html.escape(verdict(results))}</p>",
         f"<p>{html.escape(machine(results))}</p>",
         as_html(*main_table(results)),
+        "<h2>What thinking gains at the answer, nats</h2>" + as_html(*gains_table(results)) if gains_table(results)[1] else "",
         images,
         "<h2>Thoughts on held-out lines</h2>",
         as_html(*thoughts_table(results)),

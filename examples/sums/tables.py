@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from quietstar.evaluation.gain import PARTS, format_gain
 from quietstar.evaluation.intervals import wilson
 from sums.results import POSITIONS, Results, exact_match, how_scored, pooled, total
 
@@ -69,6 +70,16 @@ def thoughts_table(results: Results) -> tuple[list[str], Rows]:
         for t in (next(iter(first.values())) if first else [])
     ]
     return header, body
+
+
+def gains_table(results: Results) -> tuple[list[str], Rows]:
+    """The gain of the answer's thought and its two parts, nats, with 95 % intervals over lines; empty in older results."""
+    body = [
+        [setting, f"seed {seed['seed']}", *(format_gain(gains, part, 2) for part in PARTS)]
+        for seed in results["seeds"]
+        for setting, gains in seed.get("gains", {}).items()
+    ]
+    return ["thoughts", "", "gain", "= mixing, another line's thought", "+ content, own over another's"], body
 
 
 def positions_table(results: Results) -> tuple[list[str], Rows]:

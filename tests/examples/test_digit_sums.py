@@ -150,11 +150,15 @@ def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, caps
     assert len(seed["rows"]) == sum(map(len, runs.values())) + 3 * len(runs)
     assert [point["step"] for point in seed["rows"][0]["curve"]] == [1, 2, 3]
     assert len(seed["positions"]["w"]) == 7
+    assert seed["gains"].keys() == {setting.name for setting in runs}
+    for found in seed["gains"].values():
+        assert found["gain"] == pytest.approx(found["mixing"] + found["content"])
     assert not all(check["passed"] for check in seed["checks"])  # three steps teach nothing, and the checks say so
 
     results = {**sums.results.describe_machine(), "seeds": [seed]}
     digit_sums.report.show(results, tmp_path)
-    assert "FAIL" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FAIL" in said and "What thinking gains at the answer" in said
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["seeds"][0]["rows"][0]["run"] == "Quiet-STaR"
     pytest.importorskip("matplotlib")

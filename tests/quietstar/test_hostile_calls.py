@@ -289,7 +289,7 @@ def generate_two(qs, **arguments):
 
 @target("QuietStar.explain")
 def _(world):
-    return world.qs.explain, lambda: {"text": "some text", "seed": 5}
+    return world.qs.explain, lambda: {"text": "some text", "seed": 5, "another": "another text"}
 
 
 @target("QuietStar.count_targets")
@@ -605,12 +605,19 @@ def _(world):
 
 @target("evaluate")
 def _(world):
-    return evaluate, lambda: {"qs": world.qs, "examples": world.examples(), "batch_size": 2, "progress": False}
+    return evaluate, lambda: {
+        "qs": world.qs,
+        "examples": world.examples(),
+        "batch_size": 2,
+        "progress": False,
+        "controls": True,
+    }
 
 
 @target("token_losses")
 def _(world):
-    return token_losses, lambda: {"qs": world.qs, "examples": world.examples(), "batch_size": 2, "progress": False}
+    options = {"batch_size": 2, "progress": False, "controls": True}
+    return token_losses, lambda: {"qs": world.qs, "examples": world.examples(), **options}
 
 
 @target("summary")

@@ -94,7 +94,7 @@ def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
     axes = figure.subplots()
     axes.bar(range(len(groups)), gains, width=0.74, color="#9ec3dc", zorder=2, label="sorted by the loss without a thought")
     _whiskers(axes, groups, "gain", -0.2, "#3a6d8c")
-    if "content" in groups[0]:
+    if any("content" in group for group in groups):
         _points(axes, groups, "content", 0, "#2d7d46", "o", "of it content, own thoughts over another text's")
     _points(axes, tenths["mean"], "gain", 0.2, "#c0563b", "D", "sorted by the mean of both losses")
     axes.axhline(0, color="#222222", linewidth=0.8, zorder=2)

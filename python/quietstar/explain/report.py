@@ -56,16 +56,17 @@ class Report:
         mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped and hurt, the shares of tokens
         whose gain of content is 0.05 or more from 0.
         """
-        predicted = self.tokens[1:]
-        summary: dict[str, float | int] = {"tokens": len(predicted)}
-        for name in (*LOSSES, *GAINS):
-            values = torch.tensor([getattr(token, name) for token in predicted], dtype=torch.float64)
-            summary[name] = mean = float(values.mean())
-            if name in GAINS:
-                margin = 1.96 * float(values.std()) / len(values) ** 0.5
-                summary |= {f"{name}_low": mean - margin, f"{name}_high": mean + margin}
-        helped, hurt = values >= SAME, values < -SAME  # of the last, the content
-        return summary | {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
+        values = {
+            name: torch.tensor([getattr(token, name) for token in self.tokens[1:]], dtype=torch.float64)
+            for name in (*LOSSES, *GAINS)
+        }
+        summary: dict[str, float | int] = {"tokens": len(self.tokens) - 1}
+        summary |= {name: float(x.mean()) for name, x in values.items()}
+        for name in GAINS:
+            margin = 1.96 * float(values[name].std()) / len(values[name]) ** 0.5
+            summary |= {f"{name}_low": summary[name] - margin, f"{name}_high": summary[name] + margin}
+        shares = {"helped": values["content"] >= SAME, "hurt": values["content"] < -SAME}
+        return summary | {name: float(x.double().mean()) for name, x in shares.items()}
 
     @property
     def html(self) -> str:
@@ -149,11 +150,14 @@ def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: i
 
 def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:
     """At each place its own N thoughts, then those of the other text at the place that is taken for it: 2 N."""
-    pairs = [(x[:, places], y[:, taken]) for x, y in ((own.thought_ids, other.thought_ids), (own.logprob, other.logprob))]
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([x[:, places], y[:, taken]], 2)
+
     lengths = None
     if own.thought_lengths is not None and other.thought_lengths is not None:
-        lengths = torch.cat([own.thought_lengths[:, places], other.thought_lengths[:, taken]], 2)
-    return Thoughts(*(torch.cat(pair, 2) for pair in pairs), lengths)
+        lengths = both(own.thought_lengths, other.thought_lengths)
+    return Thoughts(both(own.thought_ids, other.thought_ids), both(own.logprob, other.logprob), lengths)
 
 
 def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Thoughts) -> dict[str, Tensor]:

@@ -163,6 +163,7 @@ def test_keyboard(open_page):
     place = "Array.from(document.getElementById('text').children).indexOf(document.activeElement)"
     box = "(({left, right, top}) => [(left + right) / 2, top])(document.activeElement.getBoundingClientRect())"
     keys = page.keyboard
+    keys.press("Tab")  # the switch of the colours
     keys.press("Tab")
     assert page.evaluate(place) == 0 and "nothing predicts it" in panel(page)
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
