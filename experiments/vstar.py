@@ -36,10 +36,10 @@ from quietstar.run.batches import mix_seed
 TITLE = "V-STaR"
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"problems": 20, "rounds": 2, "samples": 2, "steps": 2, "updates": 2, "pair_batch": 4, "test_problems": 10},
-    "quick": {"problems": 5000, "samples": 4, "updates": 450, "test_problems": 600},
+    "quick": {"problems": 4000, "samples": 4, "updates": 350, "test_problems": 500},
     "full": {"problems": 5000, "updates": 1500, "test_problems": 800},
 }
-OUTCOME_STEPS = {"tiny": 10, "quick": 600, "full": 4000}
+OUTCOME_STEPS = {"tiny": 10, "quick": 400, "full": 4000}
 BETAS: dict[str, tuple[float, ...]] = {"tiny": (), "quick": (), "full": (0.02, 0.5)}  # of DPO, beside 0.1
 BATCH = 1024  # solutions to generate or to score at once
 RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
