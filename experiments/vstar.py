@@ -1,14 +1,14 @@
 """V-STaR beside the baselines of its paper (arXiv 2402.06457), with as many samples of each training problem for all of them.
 
 In three rounds, V-STaR draws 4 samples of each problem and trains a fresh copy of the base on all right ones so far; then a
-verifier learns from pairs of right and wrong ones. In one round, the base draws all 12 samples at once. SFT is the base, RFT the
-generator of one round, STaR that of three, and all of them answer by majority. The others choose by a verifier; verification is
-the base with that of one round. The paper has 16 samples a round, as has the full size, but here a verifier needs more problems
-rather than more samples.
+verifier learns from pairs of right and wrong ones. In one round, the base draws all 12 samples at once. SFT is the base, RFT
+the generator of one round, STaR that of three, and all of them answer by majority. The others choose by a verifier;
+verification is the base with that of one round. The paper has 16 samples a round, as has the full size, but here a verifier
+needs more problems rather than more samples.
 
 All answers are chosen from 16 solutions of the same test problems. All verifiers by DPO take equally many updates, without
-seeing a pair twice. Chance for a verifier is one distinct solution, not one sample: right solutions are often equal, and equal
-ones have one score, so that many different wrong ones compete with one right one.
+seeing a pair twice. Chance for a verifier is one distinct solution, not one sample: right solutions are often equal, and
+equal ones have one score, so that many different wrong ones compete with one right one.
 """
 
 from __future__ import annotations
