@@ -115,8 +115,8 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
 def graded(solver):
     """The solver's solutions, each of them once as of a training problem and once as of a held-out one."""
     model, task = solver
-    rows = task.sample(60, "train", torch.Generator().manual_seed(3))
-    written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
+    rows = task.sample(30, "train", torch.Generator().manual_seed(3))
+    written = rollout(model, task, [row.prompt_ids for row in rows], 6, max_new=10)
     solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
     return [solution(row.prompt_ids, ids, task.check(row, ids), split) for split in ("train", "valid") for row, ids in solved]
 
@@ -124,7 +124,7 @@ def graded(solver):
 def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded):
     model, task = solver
     lines = []
-    config = SFTConfig(learning_rate=5e-3, batch_tokens=1000)
+    config = SFTConfig(learning_rate=5e-3, batch_tokens=500)
     verifier = train_outcome(model, task, graded, 60, config, 0, log=lines.append)
     yes, no = verdict(task, True), verdict(task, False)
     assert task.tokenizer.decode(yes) == "1" and task.tokenizer.decode(no) == "0"
@@ -133,7 +133,7 @@ def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded)
     assert len(lines) == 60 and len(measured) == 10
     assert outcome_auc(verifier, task, held_out) == max(measured) > max(0.8, outcome_auc(model, task, held_out))
     worse = [{**x, "right": not x["right"]} if x["split"] == "valid" else x for x in graded]
-    first = train_outcome(model, task, worse, 60, config, 0)  # the more it learns, the worse it is at these
+    first = train_outcome(model, task, worse, 40, config, 0)  # the more it learns, the worse it is at these
     assert outcome_auc(first, task, train) < outcome_auc(verifier, task, train) - 0.1
     row, ids = task.sample(1, "train", torch.Generator().manual_seed(3))[0], train[0]["ids"]
     with torch.no_grad():
