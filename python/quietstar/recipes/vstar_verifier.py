@@ -236,10 +236,12 @@ def outcome_auc(verifier: PreTrainedModel, task: Task, solutions: Sequence[Solut
     """How often the verdict prefers a right solution to a wrong one of its problem; None without such pairs."""
     yes = verdict(task, True)
     scores = likelihoods(verifier, [x["prompt"] + x["ids"] for x in solutions], [yes] * len(solutions))
-    problems: defaultdict[tuple[int, ...], list[tuple[float, bool]]] = defaultdict(list)
+    by_prompt: defaultdict[tuple[int, ...], tuple[list[float], list[bool]]] = defaultdict(lambda: ([], []))
     for x, value in zip(solutions, scores, strict=True):
-        problems[tuple(x["prompt"])].append((value, x["right"]))
-    return auc(*([[pair[i] for pair in several] for several in problems.values()] for i in (0, 1)))
+        values, right = by_prompt[tuple(x["prompt"])]
+        values.append(value)
+        right.append(x["right"])
+    return auc([values for values, _ in by_prompt.values()], [right for _, right in by_prompt.values()])
 
 
 def verdict(task: Task, right: bool) -> list[int]:
