@@ -143,7 +143,8 @@ def vstar(
         examples = right_solutions(own + before + solutions)
         seed = mix_seed(config.seed, number)
         current = sft(copy.deepcopy(model), examples, config.steps, config, seed, run.log("vstar", number))
-        counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions), "distinct": len(right)}
+        counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions)}
+        counts["distinct"] = len({(*prompt, *ids) for prompt, ids in right})
         figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
@@ -190,9 +191,8 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
 
 
 def right_solutions(solutions: Sequence[Solution]) -> list[Example]:
-    """The right solutions of training problems, without duplicates."""
-    found = {(tuple(x["prompt"]), tuple(x["ids"])): None for x in solutions if x["right"] and x["split"] == "train"}
-    return [(list(prompt), list(ids)) for prompt, ids in found]
+    """The right solutions of training problems, as often as they were drawn; see ``make_pairs``."""
+    return [(x["prompt"], x["ids"]) for x in solutions if x["right"] and x["split"] == "train"]
 
 
 def train_or_load_verifier(

@@ -74,20 +74,24 @@ class DPO:
 
 
 def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) -> list[Pair]:
-    """Pairs of a right and a wrong solution of one problem of the split, without duplicates, in random order.
+    """Different pairs of a right and a wrong solution of one problem of the split, in random order.
+
+    A solution is chosen as often as it was drawn. Those with a right answer after a wrong chain are rare, but differ from each
+    other: if each counted once, they would be most of the right ones where many samples of short solutions are drawn.
 
     Args:
         most: pairs per problem at most.
     """
-    by_prompt: defaultdict[tuple[int, ...], tuple[set, set]] = defaultdict(lambda: (set(), set()))
+    by_prompt: defaultdict[tuple[int, ...], tuple[list, list]] = defaultdict(lambda: ([], []))
     for x in solutions:
         if x["split"] == split:
-            by_prompt[tuple(x["prompt"])][not x["right"]].add(tuple(x["ids"]))
+            by_prompt[tuple(x["prompt"])][not x["right"]].append(tuple(x["ids"]))
     choose = random.Random(seed)
     pairs: list[Pair] = []
     for prompt, (right, wrong) in by_prompt.items():
         candidates = list(itertools.product(sorted(right), sorted(wrong)))
-        pairs += [(list(prompt), list(x), list(y)) for x, y in choose.sample(candidates, min(most, len(candidates)))]
+        chosen = dict.fromkeys(choose.sample(candidates, min(most, len(candidates))))
+        pairs += [(list(prompt), list(x), list(y)) for x, y in chosen]
     choose.shuffle(pairs)
     return pairs
 
@@ -175,7 +179,7 @@ def train_outcome(
     language_weight: float = 1.0,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> PreTrainedModel:
-    """A copy of the reference model that has learnt, from each distinct training solution, to say after it whether it is right.
+    """A copy of the reference model that has learnt to say after a solution whether it is right.
 
     The loss is the cross entropy of the verdict and, beside it, of the right solutions as in language modelling (arXiv
     2402.06457, section 2.2; arXiv 2110.14168 has both, too). Such a verifier soon overfits: its AUC on the solutions of
@@ -192,7 +196,7 @@ def train_outcome(
     """
     if language_weight < 0:
         raise ValueError(f"train_outcome: language_weight must be at least 0, got {language_weight}")
-    examples = list({(*x["prompt"], *x["ids"]): x for x in solutions if x["split"] == "train"}.values())
+    examples = [x for x in solutions if x["split"] == "train"]
     if not examples:
         raise ValueError("train_outcome: there is no solution of a training problem")
     held_out = [x for x in solutions if x["split"] == "valid"]
@@ -232,10 +236,12 @@ def outcome_auc(verifier: PreTrainedModel, task: Task, solutions: Sequence[Solut
     """How often the verdict prefers a right solution to a wrong one of its problem; None without such pairs."""
     yes = verdict(task, True)
     scores = likelihoods(verifier, [x["prompt"] + x["ids"] for x in solutions], [yes] * len(solutions))
-    problems: defaultdict[tuple[int, ...], list[tuple[float, bool]]] = defaultdict(list)
+    by_prompt: defaultdict[tuple[int, ...], tuple[list[float], list[bool]]] = defaultdict(lambda: ([], []))
     for x, value in zip(solutions, scores, strict=True):
-        problems[tuple(x["prompt"])].append((value, x["right"]))
-    return auc(*([[pair[i] for pair in several] for several in problems.values()] for i in (0, 1)))
+        values, right = by_prompt[tuple(x["prompt"])]
+        values.append(value)
+        right.append(x["right"])
+    return auc([values for values, _ in by_prompt.values()], [right for _, right in by_prompt.values()])
 
 
 def verdict(task: Task, right: bool) -> list[int]:

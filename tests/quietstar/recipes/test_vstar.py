@@ -48,13 +48,16 @@ def test_pairs_are_the_product_of_right_and_wrong_solutions_of_a_problem():
     pairs = make_pairs(solutions, "train", 16, 0)
     assert sorted(pairs) == [([1], [x], [y]) for x, y in itertools.product((0, 1), (2, 3, 4))]
     assert make_pairs(solutions, "valid", 16, 0) == [([4], [5], [6])]
-    few = make_pairs(solutions, "train", 4, 0)
-    assert len(few) == 4 and all(pair in pairs for pair in few)
+    few = make_pairs(solutions, "train", 3, 0)
+    assert 1 <= len(few) <= 3 and all(pair in pairs for pair in few)
 
 
-def test_right_solutions_are_trained_on_once():
+def test_solutions_count_as_often_as_they_were_drawn():
     solutions = [solution([1], [2], True)] * 3 + [solution([1], [3], False), solution([1], [4], True, "valid")]
-    assert recipe.right_solutions(solutions) == [([1], [2])]
+    assert recipe.right_solutions(solutions) == [([1], [2])] * 3
+    problems = [[solution([i], [0], True)] * 15 + [solution([i], [1], True), solution([i], [2], False)] for i in range(200)]
+    pairs = make_pairs([x for problem in problems for x in problem], "train", 1, 0)
+    assert len(pairs) == 200 and 2 <= sum(right == [1] for _, right, _ in pairs) <= 30  # one in 16, where half would be 100
 
 
 @pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
@@ -112,8 +115,8 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
 def graded(solver):
     """The solver's solutions, each of them once as of a training problem and once as of a held-out one."""
     model, task = solver
-    rows = task.sample(60, "train", torch.Generator().manual_seed(3))
-    written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
+    rows = task.sample(30, "train", torch.Generator().manual_seed(3))
+    written = rollout(model, task, [row.prompt_ids for row in rows], 6, max_new=10)
     solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
     return [solution(row.prompt_ids, ids, task.check(row, ids), split) for split in ("train", "valid") for row, ids in solved]
 
@@ -121,7 +124,7 @@ def graded(solver):
 def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded):
     model, task = solver
     lines = []
-    config = SFTConfig(learning_rate=5e-3, batch_tokens=1000)
+    config = SFTConfig(learning_rate=5e-3, batch_tokens=500)
     verifier = train_outcome(model, task, graded, 60, config, 0, log=lines.append)
     yes, no = verdict(task, True), verdict(task, False)
     assert task.tokenizer.decode(yes) == "1" and task.tokenizer.decode(no) == "0"
@@ -130,7 +133,7 @@ def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded)
     assert len(lines) == 60 and len(measured) == 10
     assert outcome_auc(verifier, task, held_out) == max(measured) > max(0.8, outcome_auc(model, task, held_out))
     worse = [{**x, "right": not x["right"]} if x["split"] == "valid" else x for x in graded]
-    first = train_outcome(model, task, worse, 60, config, 0)  # the more it learns, the worse it is at these
+    first = train_outcome(model, task, worse, 40, config, 0)  # the more it learns, the worse it is at these
     assert outcome_auc(first, task, train) < outcome_auc(verifier, task, train) - 0.1
     row, ids = task.sample(1, "train", torch.Generator().manual_seed(3))[0], train[0]["ids"]
     with torch.no_grad():
@@ -233,7 +236,6 @@ def test_the_datas_own_chains_are_right_solutions(solver, tmp_path, monkeypatch)
     vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1, "sft_steps": 2, "sft_problems": 30}))
     start, first = taught
     assert start == first[: len(start)] and 1 < len(start) <= 30
-    assert all(sum(example == other for other in first) == 1 for example in first)  # some were sampled as well
     assert all((x["prompt"], x["ids"]) in start and x["right"] for x in judged[-30:])
     drawn = [(x["prompt"], x["ids"]) for x in judged[:-30] if x["right"] and x["split"] == "train"]
     assert all(example in first for example in drawn) and len(judged) == (40 + 3) * 4 + 30
