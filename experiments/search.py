@@ -34,7 +34,7 @@ from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import to_samples
 from quietstar.recipes.solve_budgets import alone, curve, from_all, measure
 from quietstar.recipes.solve_methods import BEAM, BEST, LOOKAHEAD, WEIGHTED, write
-from quietstar.recipes.solve_values import Valued, Verifier, outcomes, roll_out, train_values, value_scorer
+from quietstar.recipes.solve_values import Valued, outcomes, roll_out, train_values, value_scorer
 from quietstar.recipes.tasks import Multiplication, Task
 from quietstar.run.batches import mix_seed
 
@@ -112,7 +112,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     budgets = [point["budget"] for point in report["curves"]["majority"]]
     ranked = {}
     for name, verifier in verifiers.items():
-        samples = to_samples(task, test, written, value_scorer(Verifier(verifier, model)))
+        samples = to_samples(task, test, written, value_scorer(verifier, task))
         ranked[name] = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
         result["curves"][name] = curve(measure([alone(x) for x in samples], from_all(weighted), budgets), budgets)
     result["rows"] = [
@@ -170,8 +170,8 @@ def learn_values(model: PreTrainedModel, task: Task, config: test_time.Config, o
             OUTCOME: lambda: outcomes(solutions()),
             NO_ROLLOUTS: lambda: [replace(x, values=x.values[-1:] * len(x.ends)) for x in solutions()],
         }[name]()
-        verifier, losses = train_values(model, labels, config.process_steps, config, config.seed)
-        return verifier.model, {"solutions": len(labels), "held_out_losses": losses}
+        verifier, losses = train_values(model, task, labels, config.process_steps, config, config.seed)
+        return verifier, {"solutions": len(labels), "held_out_losses": losses}
 
     folders = {WEIGHTED: "process", OUTCOME: "outcome", NO_ROLLOUTS: "without-rollouts"}
     return {name: kept(out / folder, task, partial(learn, name))[0] for name, folder in folders.items()}

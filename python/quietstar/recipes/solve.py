@@ -29,7 +29,7 @@ from quietstar.recipes.solve_budgets import Spent, Table, curve, oracle, summary
 from quietstar.recipes.solve_compute_optimal import BINS, by_difficulty, compute_optimal
 from quietstar.recipes.solve_methods import Models, Spending, Tables, chain_lengths, side_by_side, spend_all, write
 from quietstar.recipes.solve_revisions import train_chain_verifier, train_reviser
-from quietstar.recipes.solve_values import Verifier, roll_out, train_values
+from quietstar.recipes.solve_values import roll_out, train_values
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
@@ -84,7 +84,7 @@ def solve(
 
     Args:
         scorer: of a verifier; without one, the methods that need it are left out.
-        process: a process verifier that started as ``model``, such as that of an earlier run, instead of a new one.
+        process: a process verifier, such as that of an earlier run, instead of a new one.
         larger: another model, and the same problems in its tokens. A token of it counts as many tokens as its weights are
             times those of ``model``, so that its budgets are equal in FLOPs (2 per weight and token, arXiv 2408.03314,
             section 7).
@@ -144,9 +144,8 @@ def validation_rows(task: Task, config: Config) -> list[Row]:
 
 def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None) -> Models:
     """The models that ``config`` asks for."""
-    verifier = Verifier(process, model) if process else None
-    if config.process_steps and verifier is None:
-        verifier = train_process_verifier(model, task, config)
+    if config.process_steps and process is None:
+        process = train_process_verifier(model, task, config)
     reviser, judge = model, None
     if config.attempts and (config.revise_steps or config.judge_steps):
         rows = task.sample(config.revise_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
@@ -157,15 +156,15 @@ def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
             judge = train_chain_verifier(
                 reviser, model, task, rows, attempts, config.judge_steps, config, config, config.history
             )
-    return Models(model, scorer, verifier, reviser, judge)
+    return Models(model, scorer, process, reviser, judge)
 
 
-def train_process_verifier(model: PreTrainedModel, task: Task, config: Config) -> Verifier:
+def train_process_verifier(model: PreTrainedModel, task: Task, config: Config) -> PreTrainedModel:
     """A process verifier of the model's solutions, which is saved in the folder process of ``config.out``."""
     rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
     solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
-    process, losses = train_values(model, solutions, config.process_steps, config, config.seed)
-    save_model(Path(config.out) / "process", process.model, task, {"solutions": len(solutions), "held_out_losses": losses})
+    process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
+    save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
     return process
 
 
@@ -206,7 +205,7 @@ def choose(
     elsewhere = replace(config, seed=mix_seed(config.seed, -3))
     tried, _ = spend_all(models, task, valid_rows, write(models.model, task, valid_rows, elsewhere), elsewhere, budgets)
     # Other samples than those that are spent, which would already know how they end.
-    scorer = models.any_scorer(config.batch_size)
+    scorer = models.any_scorer(task, config.batch_size)
     again = replace(config, seed=mix_seed(config.seed, -5))
     valid, test = (draw(models.model, task, several, again, scorer) for several in (valid_rows, rows))
     found: dict[str, Table] = {}

@@ -25,7 +25,7 @@ from quietstar.recipes.common.solutions import Scorer, to_samples
 from quietstar.recipes.solve_budgets import Chains, ChainSelector, Spent, Table, alone, from_all, lengths, measure, split
 from quietstar.recipes.solve_revisions import revise
 from quietstar.recipes.solve_search import search
-from quietstar.recipes.solve_values import Verifier, value_scorer, values
+from quietstar.recipes.solve_values import value_scorer, values
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 
@@ -68,13 +68,13 @@ class Models:
 
     model: PreTrainedModel
     scorer: Scorer | None
-    process: Verifier | None
+    process: PreTrainedModel | None
     reviser: PreTrainedModel
-    judge: Verifier | None
+    judge: PreTrainedModel | None
 
-    def any_scorer(self, batch_size: int) -> Scorer | None:
+    def any_scorer(self, task: Task, batch_size: int) -> Scorer | None:
         """The scorer of solutions or, without one, the process verifier's."""
-        return self.scorer or (value_scorer(self.process, batch_size) if self.process else None)
+        return self.scorer or (value_scorer(self.process, task, batch_size) if self.process else None)
 
 
 Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
@@ -104,7 +104,7 @@ def spend_all(
     if not config.attempts:
         return tables, []
     until = chain_lengths(config)
-    scorer = models.any_scorer(config.batch_size)
+    scorer = models.any_scorer(task, config.batch_size)
     chains = revise(models.reviser, task, rows, until, config, scorer, models.judge)
     scored = bool(scorer or models.judge)
     picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
@@ -146,7 +146,7 @@ def selectors(scored: bool) -> dict[str, Selector]:
 
 def searched(
     model: PreTrainedModel,
-    process: Verifier,
+    process: PreTrainedModel,
     task: Task,
     rows: Sequence[Row],
     written: Sequence[Sequence[Completion]],
@@ -154,9 +154,9 @@ def searched(
     budgets: Sequence[float],
 ) -> dict[str, Table]:
     """A process verifier's choice among these solutions, and the searches that it leads."""
-    scored = [alone(x) for x in to_samples(task, rows, written, value_scorer(process, config.batch_size))]
+    scored = [alone(x) for x in to_samples(task, rows, written, value_scorer(process, task, config.batch_size))]
     tables = {name: measure(scored, from_all(pick), budgets) for name, pick in ((BEST, best), (WEIGHTED, weighted))}
-    value = partial(values, process, batch_size=config.batch_size)
+    value = partial(values, process, task, batch_size=config.batch_size)
     for name, lookahead in {BEAM: 0, LOOKAHEAD: config.lookahead}.items():
         if name == BEAM or lookahead:
             # Each step ahead costs as much as a step, so that there are fewer candidates, as in the paper.

@@ -16,7 +16,7 @@ from quietstar.recipes.common.sampling import Completion, Sampling, rollout
 from quietstar.recipes.common.sft import Example, SFTConfig, sft
 from quietstar.recipes.common.solutions import VISIBLE_ATTEMPTS, Scorer, revision_prompt, to_samples
 from quietstar.recipes.solve_budgets import Chains
-from quietstar.recipes.solve_values import Valued, Verifier, train_values, values
+from quietstar.recipes.solve_values import Valued, train_values, values
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 
@@ -32,7 +32,7 @@ def revise(
     until: Sequence[int],
     sampling: Sampling,
     scorer: Scorer | None = None,
-    judge: Verifier | None = None,
+    judge: PreTrainedModel | None = None,
 ) -> Chains:
     """Chains of attempts at each row.
 
@@ -47,7 +47,7 @@ def revise(
     if judge:
         attempts = [[task.trimmed(x.ids) for x in chain] for chain in chains]
         prompts, solutions = with_history(task, owners, attempts)
-        scores = iter(values(judge, prompts, solutions, sampling.batch_size))
+        scores = iter(values(judge, task, prompts, solutions, sampling.batch_size))
         found = [[replace(x, score=next(scores)) for x in chain] for chain in found]
     return [found[start : start + len(until)] for start in range(0, len(found), len(until))]
 
@@ -156,8 +156,8 @@ def train_chain_verifier(
     sft_config: SFTConfig,
     sampling: Sampling,
     history: bool = True,
-) -> Verifier:
-    """A verifier that starts as ``start`` and has learnt from chains of the reviser whether an attempt is right.
+) -> PreTrainedModel:
+    """A copy of ``start`` that has learnt from chains of the reviser whether an attempt is right.
 
     The paper trains this outcome verifier because one that learnt from the first model's solutions judges revisions less well
     (appendix J).
@@ -174,5 +174,5 @@ def train_chain_verifier(
         for i, (prompt, ids) in enumerate(zip(prompts, solutions, strict=True))
         if task.answer(row := rows[i // attempts], ids) is not None
     ]
-    verifier, _ = train_values(start, learnt, steps, sft_config, sampling.seed)
+    verifier, _ = train_values(start, task, learnt, steps, sft_config, sampling.seed)
     return verifier

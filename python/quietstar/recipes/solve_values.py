@@ -1,9 +1,8 @@
 """Verifiers that value a solution, or the beginning of one: how likely is it that the model, going on from there, ends right?
 
 A process verifier learns the value of each step from rollouts (Math-Shepherd, arXiv 2312.08935; arXiv 2408.03314, section 5.1
-and appendix D), an outcome verifier that of whole solutions alone. The log-odds of the value are what the tokens so far have
-gained in log-probability over the model that the verifier started as, times a constant (arXiv 2412.01981). A verifier is
-therefore an ordinary language model, which already knows what the right next token would be, and needs no depth to look for it.
+and appendix D), an outcome verifier that of whole solutions alone. The value is read off the language model's own head: after
+the step, the probability of the verdict 1 against 0 as the next token. A verifier is therefore an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import PreTrainedModel
 
-from quietstar.recipes.common.logprobs import evaluating, logprob
+from quietstar.recipes.common.logprobs import completion_logits, evaluating
 from quietstar.recipes.common.sampling import Sampling, rollout
 from quietstar.recipes.common.sft import SFTConfig, fine_tune
 from quietstar.recipes.common.solutions import Scorer
 from quietstar.recipes.tasks import Row, Task
 from quietstar.run.batches import mix_seed
 
-__all__ = ["Valued", "Verifier", "outcomes", "roll_out", "train_values", "value_scorer", "values"]
+__all__ = ["Valued", "outcomes", "roll_out", "train_values", "value_scorer", "values"]
 
 CHECKS = 10  # how often the held-out loss is measured in a training
-BETA = 3.0  # log-odds per nat; with less, the values of likely steps, whose log-probability can't grow by much, stay small
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,6 @@ class Valued:
     ids: list[int]
     ends: list[int]
     values: list[float]
-
-
-@dataclass(frozen=True)
-class Verifier:
-    """A model whose likelihoods are values.
-
-    Attributes:
-        reference: the model that it started as.
-    """
-
-    model: PreTrainedModel
-    reference: PreTrainedModel
 
 
 def roll_out(
@@ -100,9 +86,9 @@ def outcomes(solutions: Sequence[Valued]) -> list[Valued]:
 
 
 def train_values(
-    reference: PreTrainedModel, solutions: Sequence[Valued], steps: int, config: SFTConfig, seed: int
-) -> tuple[Verifier, list[float]]:
-    """A verifier that has learnt the values by cross entropy, and its losses on held-out solutions.
+    model: PreTrainedModel, task: Task, solutions: Sequence[Valued], steps: int, config: SFTConfig, seed: int
+) -> tuple[PreTrainedModel, list[float]]:
+    """A copy of the model that has learnt the values by cross entropy, and its losses on held-out solutions.
 
     Every tenth problem is held out. The weights are those with the lowest held-out loss, which is measured ten times
     (arXiv 2408.03314, appendix D).
@@ -114,32 +100,32 @@ def train_values(
     shown = [x for x in solutions if x.problem % 10]
     if not (held_out and shown):
         raise ValueError(f"solve: a verifier needs solutions of more problems: {len(shown)} to train, {len(held_out)} held out")
-    model = copy.deepcopy(reference)
+    verifier = copy.deepcopy(model)
     losses: list[float] = []
     best: list[Tensor] = []
 
     def loss_of(trained: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
         wanted = [shown[i] for i in chosen]
-        return cross_entropy(Verifier(trained, reference), wanted).mean(), sum(len(x.ends) for x in wanted)
+        return cross_entropy(trained, task, wanted).mean(), sum(len(x.ends) for x in wanted)
 
     def keep_best(line: dict[str, Any]) -> None:
         if line["step"] % max(1, steps // CHECKS) and line["step"] < steps:
             return
-        weights = [p for p in model.parameters() if p.requires_grad]
-        losses.append(held_out_loss(Verifier(model, reference), held_out))
+        weights = [p for p in verifier.parameters() if p.requires_grad]
+        losses.append(held_out_loss(verifier, task, held_out))
         if losses[-1] == min(losses):
             best[:] = [p.detach().clone() for p in weights]
         if line["step"] == steps:
             for p, value in zip(weights, best, strict=True):
                 p.data.copy_(value)
 
-    model = fine_tune(model, [len(x.prompt) + len(x.ids) for x in shown], loss_of, steps, config, seed, keep_best)
-    return Verifier(model.eval(), reference), losses
+    verifier = fine_tune(verifier, [len(x.prompt) + len(x.ids) for x in shown], loss_of, steps, config, seed, keep_best)
+    return verifier.eval(), losses
 
 
-def cross_entropy(verifier: Verifier, solutions: Sequence[Valued]) -> Tensor:
+def cross_entropy(verifier: PreTrainedModel, task: Task, solutions: Sequence[Valued]) -> Tensor:
     """Of the verifier's values with those to learn, in nats, for every step of the solutions."""
-    logits = value_logits(verifier, [x.prompt for x in solutions], [x.ids for x in solutions])
+    logits = value_logits(verifier, task, [x.prompt for x in solutions], [x.ids for x in solutions])
     rows = [i for i, x in enumerate(solutions) for _ in x.ends]
     columns = [end for x in solutions for end in x.ends]
     wanted = torch.tensor([value for x in solutions for value in x.values], device=logits.device)
@@ -147,35 +133,37 @@ def cross_entropy(verifier: Verifier, solutions: Sequence[Valued]) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(verifier: Verifier, solutions: Sequence[Valued], batch_size: int = 256) -> float:
+def held_out_loss(verifier: PreTrainedModel, task: Task, solutions: Sequence[Valued], batch_size: int = 256) -> float:
     """The mean cross entropy."""
-    with evaluating(verifier.model):
+    with evaluating(verifier):
         batches = [solutions[start : start + batch_size] for start in range(0, len(solutions), batch_size)]
-        return float(torch.cat([cross_entropy(verifier, batch) for batch in batches]).mean())
+        return float(torch.cat([cross_entropy(verifier, task, batch) for batch in batches]).mean())
 
 
-def value_logits(verifier: Verifier, prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> Tensor:
+def value_logits(verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> Tensor:
     """The log-odds of a right end [R,T+1], after each number of a solution's tokens."""
-    own, _ = logprob(verifier.model, prompts, solutions)
-    with torch.no_grad(), evaluating(verifier.reference):
-        before, _ = logprob(verifier.reference, prompts, solutions)
-    return pad(BETA * (own - before).cumsum(1), (1, 0))
+    # A tokenizer may put a space of its own before the digit.
+    no, yes = (task.tokenizer(f" {verdict}", add_special_tokens=False)["input_ids"][-1] for verdict in (0, 1))
+    logits, _, _ = completion_logits(verifier, prompts, solutions)
+    return logits[..., yes] - logits[..., no]
 
 
 @torch.no_grad()
-def values(verifier: Verifier, prompts: Sequence[list[int]], begun: Sequence[list[int]], batch_size: int = 256) -> list[float]:
+def values(
+    verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], begun: Sequence[list[int]], batch_size: int = 256
+) -> list[float]:
     """The log-probability that each solution, whole or only begun, ends right."""
     order = sorted(range(len(begun)), key=lambda i: -len(prompts[i]) - len(begun[i]))
     found = [0.0] * len(begun)
-    with evaluating(verifier.model):
+    with evaluating(verifier):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            logits = value_logits(verifier, [prompts[i] for i in chosen], [begun[i] for i in chosen])
+            logits = value_logits(verifier, task, [prompts[i] for i in chosen], [begun[i] for i in chosen])
             for i, row in zip(chosen, logsigmoid(logits), strict=True):
                 found[i] = float(row[len(begun[i])])
     return found
 
 
-def value_scorer(verifier: Verifier, batch_size: int = 256) -> Scorer:
+def value_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Scorer:
     """Scores a solution by its value after the last step, which the paper found best (appendix E)."""
-    return lambda rows, solutions: values(verifier, [row.prompt_ids for row in rows], solutions, batch_size)
+    return lambda rows, solutions: values(verifier, task, [row.prompt_ids for row in rows], solutions, batch_size)

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from quietstar.recipes import solve_revisions as recipe
-from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.sampling import Completion, Sampling
 from quietstar.recipes.common.selectors import Sample
 from quietstar.recipes.common.sft import SFTConfig
 from quietstar.recipes.common.solutions import revision_prompt
 from quietstar.recipes.solve_methods import Spending, chain_lengths
 from quietstar.recipes.solve_revisions import edit_distance, revise, revisions, train_chain_verifier, train_reviser
-from quietstar.recipes.solve_values import Verifier, value_scorer, values
+from quietstar.recipes.solve_values import value_scorer, values
 
 
 def table_distance(a, b):
@@ -100,14 +99,13 @@ def test_a_judge_scores_an_attempt_after_the_earlier_ones(solver):
     model, task = solver
     rows = task.sample(2, "test", torch.Generator().manual_seed(1))
     sampling = Sampling(max_new=8)
-    verifier = Verifier(small_model(task, width=64, heads=2, positions=128), model)
-    scorer = value_scorer(verifier)
-    plain, judged = (revise(model, task, rows, [3], sampling, scorer, judge) for judge in (None, verifier))
+    scorer = value_scorer(model, task)
+    plain, judged = (revise(model, task, rows, [3], sampling, scorer, judge) for judge in (None, model))
     written = recipe.write_chains(model, task, rows, [3, 3], sampling)
     for row, chain, [one], [other] in zip(rows, written, plain, judged, strict=True):
         attempts = [task.trimmed(x.ids) for x in chain]
         prompts = [revision_prompt(task, row, attempts[:number]) for number in range(3)]
-        assert [x.score for x in other] == pytest.approx(values(verifier, prompts, attempts), abs=1e-5)
+        assert [x.score for x in other] == pytest.approx(values(model, task, prompts, attempts), abs=1e-5)
         assert [x.score for x in one] == pytest.approx(scorer([row] * 3, attempts), abs=1e-5)
         assert one[0].score == pytest.approx(other[0].score, abs=1e-5) and one[2].score != pytest.approx(other[2].score)
         assert [(x.answer, x.tokens) for x in one] == [(x.answer, x.tokens) for x in other]
@@ -121,7 +119,7 @@ def test_what_a_judge_learns(solver, monkeypatch, history):
     chains = [*right, [Completion(task.completion_ids(rows[0]), []), Completion([3], [])]]  # wrong, then unreadable
     learnt = []
     monkeypatch.setattr(recipe, "write_chains", lambda *_: chains)
-    monkeypatch.setattr(recipe, "train_values", lambda model, several, *_: learnt.extend(several) or (model, []))
+    monkeypatch.setattr(recipe, "train_values", lambda model, task, several, *_: learnt.extend(several) or (model, []))
     train_chain_verifier(model, model, task, rows, 2, 1, SFTConfig(), Sampling(max_new=10), history)
     assert [x.problem for x in learnt] == [0, 0, 1, 1, 2]
     assert [x.values[0] for x in learnt] == [1, 1, 1, 1, float(task.check(rows[2], task.completion_ids(rows[0])))]

@@ -28,6 +28,27 @@ def logprob(
     Raises:
         ValueError: a prompt and completion longer than the model's positions.
     """
+    logits, after, mask = completion_logits(model, prompts, completions, shift)
+    predicted = logits[:, :-1]
+    chosen = predicted.gather(2, after[..., None])[..., 0] - predicted.logsumexp(-1)
+    return chosen.where(mask, 0), mask
+
+
+def completion_logits(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    shift: Tensor | int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits after the prompts and after each token of the completions, in one forward pass, with a gradient.
+
+    Returns:
+        logits: [R,T+1,V] fp32; at t, after t tokens of the completion.
+        after, mask: the completions' ids and where there are any, as ``padded`` returns them.
+
+    Raises:
+        ValueError: a prompt and completion longer than the model's positions.
+    """
     before, before_mask = padded(prompts, left=True)
     after, mask = padded(completions)
     check_length(model, before.shape[1] + after.shape[1])
@@ -37,9 +58,7 @@ def logprob(
     T = after.shape[1]
     position_ids = positions(attended, before.shape[1], shift)
     out = model(ids, attention_mask=attended.long(), position_ids=position_ids, use_cache=False, logits_to_keep=T + 1)
-    predicted = out.logits[:, -T - 1 : -1].float()
-    chosen = predicted.gather(2, after[..., None])[..., 0] - predicted.logsumexp(-1)
-    return chosen.where(mask, 0), mask
+    return out.logits[:, -T - 1 :].float(), after, mask
 
 
 @torch.no_grad()
