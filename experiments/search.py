@@ -68,16 +68,16 @@ SIZES: dict[str, dict[str, int]] = {
     "quick": {
         "max_new": 33,
         "samples": 16,
-        "problems": 300,
-        "valid_problems": 100,
-        "process_problems": 3000,
+        "problems": 200,
+        "valid_problems": 60,
+        "process_problems": 2000,
         "process_samples": 2,
         "rollouts": 4,
-        "process_steps": 300,
-        "revise_problems": 500,
+        "process_steps": 150,
+        "revise_problems": 300,
         "revise_samples": 16,
-        "revise_steps": 200,
-        "judge_steps": 150,
+        "revise_steps": 150,
+        "judge_steps": 100,
     },
     "full": {
         "max_new": 33,
@@ -98,7 +98,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     task = Multiplication(BASE[size]["digits"])
-    options: dict[str, Any] = {"learning_rate": 1e-3, "batch_tokens": 2600, "seed": seed}
+    options: dict[str, Any] = {"learning_rate": 5e-4, "batch_tokens": 2600, "seed": seed}
     config = test_time.Config(out=str(out / "solve"), attempts=8, **options, **SIZES[size])
     model, larger = base(task, seed, size, out)
     if size == "tiny":  # a base of a few updates solves nothing
