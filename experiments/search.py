@@ -32,7 +32,7 @@ from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import REPORT, load_model, save_model
-from quietstar.recipes.common.selectors import auc, score, weighted
+from quietstar.recipes.common.selectors import auc, best, score, weighted
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import to_samples
 from quietstar.recipes.solve_budgets import alone, curve, from_all, measure
@@ -75,9 +75,9 @@ SIZES: dict[str, dict[str, int]] = {
         "samples": 16,
         "problems": 200,
         "valid_problems": 60,
-        "process_problems": 2000,
-        "process_samples": 2,
-        "rollouts": 4,
+        "process_problems": 4000,
+        "process_samples": 1,
+        "rollouts": 2,
         "process_steps": 150,
         "revise_problems": 300,
         "revise_samples": 16,
@@ -89,9 +89,9 @@ SIZES: dict[str, dict[str, int]] = {
         "samples": 16,
         "problems": 1000,
         "valid_problems": 500,
-        "process_problems": 4000,
-        "process_samples": 8,
-        "rollouts": 8,
+        "process_problems": 20000,
+        "process_samples": 2,
+        "rollouts": 4,
         "process_steps": 1500,
         "revise_problems": 2000,
         "revise_samples": 64,
@@ -115,10 +115,11 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     test = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(seed, 0)))  # those of ``solve``
     written = write(model, task, test, config)
     budgets = [point["budget"] for point in report["curves"]["majority"]]
-    ranked = {}
+    judged = {}
     for name, verifier in verifiers.items():
         samples = to_samples(task, test, written, value_scorer(verifier, task))
-        ranked[name] = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
+        ranked = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
+        judged[name] = {"auc": ranked, "best": fmean(best(several).right for several in samples)}
         result["curves"][name] = curve(measure([alone(x) for x in samples], from_all(weighted), budgets), budgets)
     result["rows"] = [
         {
@@ -127,7 +128,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
             "four": points[FOUR]["accuracy"],
             **by_half(report["by_difficulty"], name),
             "tokens": points[ALL]["tokens"],
-            "auc": ranked.get(name),
+            **judged.get(name, {}),
         }
         for name, points in result["curves"].items()
     ]
@@ -219,13 +220,17 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
     best_vote = "A vote weighted by a process verifier solves more problems than a majority of as many solutions."
-    process = "A process verifier, which learnt the value of steps from rollouts, chooses better than an outcome verifier."
+    process = (
+        "A process verifier, which learnt the value of steps from rollouts, ranks solutions better than an outcome verifier."
+    )
     beam = "With the tokens of four solutions, beam search solves more hard problems than best-of-N weighted."
     sequential, in_parallel = "sequential, verifier", "chains of 1"
     return [
-        *gaps(best_vote, results, WEIGHTED, ["majority"], 0.05),
-        *gaps(process, results, WEIGHTED, [OUTCOME], 0.02),
+        *gaps(best_vote, results, WEIGHTED, ["majority"], 0.02),
+        *gaps(process, results, WEIGHTED, [OUTCOME], 0.02, name="auc"),
         *gaps(beam, results, BEAM, [WEIGHTED], 0.05, name="four_hard"),
+        least("process verifier less outcome verifier, weighted vote", gap(WEIGHTED, OUTCOME), 0.0),
+        least("process verifier less outcome verifier, best of k", gap(WEIGHTED, OUTCOME, "best"), 0.0),
         least("process verifier, weighted vote less best of k", gap(WEIGHTED, BEST), -0.01),
         least("beam search less look-ahead search", gap(BEAM, LOOKAHEAD), 0.0),
         least("beam search less the same by likelihood, four solutions", gap(BEAM, LIKELIHOOD, "four"), 0.0),
