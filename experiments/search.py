@@ -220,9 +220,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
     best_vote = "A vote weighted by a process verifier solves more problems than a majority of as many solutions."
-    process = (
-        "A process verifier, which learnt the value of steps from rollouts, ranks solutions better than an outcome verifier."
-    )
+    process = "A process verifier, which learnt from rollouts, ranks solutions better than an outcome verifier."
     beam = "With the tokens of four solutions, beam search solves more hard problems than best-of-N weighted."
     sequential, in_parallel = "sequential, verifier", "chains of 1"
     return [
