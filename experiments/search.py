@@ -4,9 +4,10 @@ multiplication, whose solutions have five steps, solves a problem with as many t
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,
 whether the whole is right; and the control "without rollouts" has learnt that after every step. Step by step: the process
-verifier leads beam search and look-ahead search, whose tokens ahead are counted. In sequence: attempts revise each other, after
-training on trajectories of wrong attempts and a right one, and a verifier that sees the earlier attempts chooses. A model with
-three times the weights, which has learnt from the same examples, answers with as many FLOPs.
+verifier leads beam search and look-ahead search, whose tokens ahead are counted; a control goes by likelihood alone. In
+sequence: attempts revise each other, after training on trajectories of wrong attempts and a right one, and a verifier that
+sees the earlier attempts chooses. A model with three times the weights, which has learnt from the same examples, answers with
+as many FLOPs.
 
 A problem is easy or hard by the share of right answers among other samples of it: difficulties 1 and 2 of 5, or 3 to 5.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,19 +28,22 @@ from transformers import PreTrainedModel
 from quietstar.files.reading import read_json
 from quietstar.recipes import solve as test_time
 from quietstar.recipes.common.evaluation import evaluate
+from quietstar.recipes.common.logprobs import likelihoods
 from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import REPORT, load_model, save_model
-from quietstar.recipes.common.selectors import auc, score, weighted
+from quietstar.recipes.common.selectors import auc, best, score, weighted
 from quietstar.recipes.common.sft import SFTConfig, sft
 from quietstar.recipes.common.solutions import to_samples
 from quietstar.recipes.solve_budgets import alone, curve, from_all, measure
 from quietstar.recipes.solve_methods import BEAM, BEST, LOOKAHEAD, WEIGHTED, write
+from quietstar.recipes.solve_search import search
 from quietstar.recipes.solve_values import Valued, outcomes, roll_out, train_values, value_scorer
-from quietstar.recipes.tasks import Multiplication, Task
+from quietstar.recipes.tasks import Multiplication, Row, Task
 from quietstar.run.batches import mix_seed
 
 TITLE = "Test-time compute"
+LIKELIHOOD = "beam search by likelihood"
 OUTCOME, NO_ROLLOUTS = "weighted vote, outcome verifier", "weighted vote, without rollouts"
 CHAINS = ("sequential, verifier", "sequential, majority", "sequential, last")
 EASY, HARD = (1, 2), (3, 4, 5)
@@ -68,25 +73,25 @@ SIZES: dict[str, dict[str, int]] = {
     "quick": {
         "max_new": 33,
         "samples": 16,
-        "problems": 300,
-        "valid_problems": 100,
-        "process_problems": 3000,
-        "process_samples": 2,
-        "rollouts": 4,
-        "process_steps": 300,
-        "revise_problems": 500,
+        "problems": 200,
+        "valid_problems": 60,
+        "process_problems": 4000,
+        "process_samples": 1,
+        "rollouts": 2,
+        "process_steps": 150,
+        "revise_problems": 300,
         "revise_samples": 16,
-        "revise_steps": 200,
-        "judge_steps": 150,
+        "revise_steps": 150,
+        "judge_steps": 100,
     },
     "full": {
         "max_new": 33,
         "samples": 16,
         "problems": 1000,
         "valid_problems": 500,
-        "process_problems": 4000,
-        "process_samples": 8,
-        "rollouts": 8,
+        "process_problems": 20000,
+        "process_samples": 2,
+        "rollouts": 4,
         "process_steps": 1500,
         "revise_problems": 2000,
         "revise_samples": 64,
@@ -98,7 +103,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     task = Multiplication(BASE[size]["digits"])
-    options: dict[str, Any] = {"learning_rate": 1e-3, "batch_tokens": 2600, "seed": seed}
+    options: dict[str, Any] = {"learning_rate": 5e-4, "batch_tokens": 2600, "seed": seed}
     config = test_time.Config(out=str(out / "solve"), attempts=8, **options, **SIZES[size])
     model, larger = base(task, seed, size, out)
     if size == "tiny":  # a base of a few updates solves nothing
@@ -110,10 +115,11 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     test = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(seed, 0)))  # those of ``solve``
     written = write(model, task, test, config)
     budgets = [point["budget"] for point in report["curves"]["majority"]]
-    ranked = {}
+    judged = {}
     for name, verifier in verifiers.items():
         samples = to_samples(task, test, written, value_scorer(verifier, task))
-        ranked[name] = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
+        ranked = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
+        judged[name] = {"auc": ranked, "best": fmean(best(several).right for several in samples)}
         result["curves"][name] = curve(measure([alone(x) for x in samples], from_all(weighted), budgets), budgets)
     result["rows"] = [
         {
@@ -122,13 +128,23 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
             "four": points[FOUR]["accuracy"],
             **by_half(report["by_difficulty"], name),
             "tokens": points[ALL]["tokens"],
-            "auc": ranked.get(name),
+            **judged.get(name, {}),
         }
         for name, points in result["curves"].items()
     ]
+    result["rows"].append({"run": LIKELIHOOD, **by_likelihood(model, task, test, config)})
     for name, figures in (("greedy", report["greedy"]), ("larger model, greedy", report["larger"]["greedy"])):
         result["rows"].append({"run": name, "accuracy": figures["accuracy"], "tokens": figures["tokens"]})
     return result
+
+
+def by_likelihood(model: PreTrainedModel, task: Task, rows: list[Row], config: test_time.Config) -> dict[str, float]:
+    """Beam search without a verifier, with the budgets of four solutions and of all: log-likelihoods are the values."""
+    found = {}
+    for name, N in (("four", 4), ("accuracy", config.samples)):
+        value = partial(likelihoods, model)
+        found[name] = fmean(weighted(x.samples).right for x in search(model, task, rows, value, N, config.beam_width, config))
+    return found
 
 
 def base(task: Task, seed: int, size: str, out: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -204,15 +220,19 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
     best_vote = "A vote weighted by a process verifier solves more problems than a majority of as many solutions."
-    process = "A process verifier, which learnt the value of steps from rollouts, chooses better than an outcome verifier."
+    process = "A process verifier, which learnt from rollouts, ranks solutions better than an outcome verifier."
     beam = "With the tokens of four solutions, beam search solves more hard problems than best-of-N weighted."
     sequential, in_parallel = "sequential, verifier", "chains of 1"
     return [
-        *gaps(best_vote, results, WEIGHTED, ["majority"], 0.05),
-        *gaps(process, results, WEIGHTED, [OUTCOME], 0.02),
+        *gaps(best_vote, results, WEIGHTED, ["majority"], 0.02),
+        *gaps(process, results, WEIGHTED, [OUTCOME], 0.02, name="auc"),
         *gaps(beam, results, BEAM, [WEIGHTED], 0.05, name="four_hard"),
+        least("process verifier less outcome verifier, weighted vote", gap(WEIGHTED, OUTCOME), 0.0),
+        least("process verifier less outcome verifier, best of k", gap(WEIGHTED, OUTCOME, "best"), 0.0),
         least("process verifier, weighted vote less best of k", gap(WEIGHTED, BEST), -0.01),
         least("beam search less look-ahead search", gap(BEAM, LOOKAHEAD), 0.0),
+        least("beam search less the same by likelihood, four solutions", gap(BEAM, LIKELIHOOD, "four"), 0.0),
+        least("process verifier, weighted vote less the likeliest", gap(WEIGHTED, "likeliest"), 0.0),
         least("process verifier less one that learnt without rollouts", gap(WEIGHTED, NO_ROLLOUTS), 0.0),
         least("chains of revisions, verifier less majority", gap(sequential, "sequential, majority"), 0.0),
         least("chains of revisions less parallel attempts of the reviser", gap(sequential, in_parallel), 0.0),

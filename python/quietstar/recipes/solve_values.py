@@ -1,8 +1,10 @@
 """Verifiers that value a solution, or the beginning of one: how likely is it that the model, going on from there, ends right?
 
 A process verifier learns the value of each step from rollouts (Math-Shepherd, arXiv 2312.08935; arXiv 2408.03314, section 5.1
-and appendix D), an outcome verifier that of whole solutions alone. The value is read off the language model's own head: after
-the step, the probability of the verdict 1 against 0 as the next token. A verifier is therefore an ordinary checkpoint.
+and appendix D), an outcome verifier that of whole solutions alone. The log-odds of a value have two parts: the log-likelihood
+of all tokens so far, for whether there is a mistake in them, and what the language model's head says after the last one, for
+what is still to come. Without the first part, a model of two layers learnt nothing: to judge a step from its last token, it
+would have to predict each token, compare it with the one that is there, and gather the results, one layer after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 from transformers import PreTrainedModel
 
 from quietstar.recipes.common.logprobs import completion_logits, evaluating
@@ -142,10 +144,11 @@ def held_out_loss(verifier: PreTrainedModel, task: Task, solutions: Sequence[Val
 
 def value_logits(verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> Tensor:
     """The log-odds of a right end [R,T+1], after each number of a solution's tokens."""
-    # A tokenizer may put a space of its own before the digit.
-    no, yes = (task.tokenizer(f" {verdict}", add_special_tokens=False)["input_ids"][-1] for verdict in (0, 1))
-    logits, _, _ = completion_logits(verifier, prompts, solutions)
-    return logits[..., yes] - logits[..., no]
+    logits, ids, mask = completion_logits(verifier, prompts, solutions)
+    tokens = logits[:, :-1].log_softmax(-1).gather(2, ids[..., None])[..., 0].where(mask, 0)
+    # Two tokens that don't follow a step, so that their logits are free to say something else.
+    verdict = logits[..., task.again_ids[0]] - logits[..., task.end_id]
+    return pad(tokens.cumsum(1), (1, 0)) + verdict
 
 
 @torch.no_grad()
