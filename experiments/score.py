@@ -109,14 +109,14 @@ def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Tas
     """The model that all runs start from, and the task."""
     numbers = SIZES[size]
     if (out / BASE).exists():
-        task = Multiplication(2)
+        task: Task = Multiplication(2)
         model = load_model(out / BASE, small_model(task))
     else:
         model, task = base(seed, size)
         learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": SHARED["max_new"]}, seed)
         save_model(out / BASE, model, task, {})
     if size == "tiny":  # a base of five updates solves nothing
-        task.check = lambda row, ids: len(row.answer_ids + ids) % 2 == 0  # type: ignore[method-assign]
+        task.check = lambda row, ids: (len(row.answer_ids) + len(ids)) % 2 == 0  # type: ignore[method-assign]
     return model, task
 
 
