@@ -156,7 +156,8 @@ RULES: dict[str, list[Rule]] = {
         *TASK,
         Rule("two_turn_problems two_turn_rate", lambda o: not o.two_turn_steps, "without --two-turn-steps"),
         Rule("first_kl", lambda o: not o.first_steps, "with --first-steps=0"),
-        Rule("bonus kl", lambda o: not o.second_steps, "with --second-steps=0"),
+        Rule("bonus", lambda o: not o.second_steps, "with --second-steps=0"),
+        Rule("bonus credit", lambda o: o.single_turn, "with --single-turn"),
     ],
     "fast": [
         *DATA,

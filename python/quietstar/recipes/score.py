@@ -256,12 +256,10 @@ def update(
     attempts = attempt(model, task, rows, config.sampling(config.temperature), seed, base, config.from_base)
     if step == 0 and not attempts.rewards.any():
         raise ValueError(f"score: {nothing_solved(task, rows, attempts.first)}")
-    rewards = config.rewards(attempts.rewards, stage)
-    divergence = torch.zeros_like(rewards)
-    if config.kl_in == "reward":
-        divergence = log_ratios(base, attempts, config.batch_size)
-        rewards = rewards - config.weights(stage)[:, None] * divergence
-    advantage = advantages(config.returns(rewards), config.samples, config.standardise)
+    in_reward = config.kl_in == "reward"
+    divergence = log_ratios(base, attempts, config.batch_size) if in_reward else torch.zeros_like(attempts.rewards)
+    earned = config.returns(attempts.rewards, stage, config.weights(stage)[:, None] * divergence)
+    advantage = advantages(earned, config.samples, config.standardise)
     optimizer.zero_grad()
     losses, divergences = [], []
     for part, part_advantage in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
@@ -278,8 +276,8 @@ def update(
         "stage": stage,
         "loss": float(torch.cat(losses).mean()),
         "reward": float(config.earned(attempts.rewards, stage).sum(0).mean()),  # without bonus and divergence
-        "reward_first": float(rewards[0].mean()),
-        "reward_second": float(rewards[1].mean()),
+        "return_first": float(earned[0].mean()),
+        "return_second": float(earned[1].mean()),
         "divergence_first": first,  # nats per token
         "divergence_second": second,
         **{name: x for name, x in attempts.part(own).figures().items() if name not in ("problems", "low", "high")},

@@ -36,9 +36,8 @@ def paired(
     examples: Examples = []
     written = rollout(model, task, [row.prompt_ids for row in rows], samples, **sampling, seed=seed)
     for row, completions in zip(rows, written, strict=True):
-        right, wrong = [], []
-        for completion in completions:
-            (right if task.check(row, completion.ids) else wrong).append(task.trimmed(completion.ids))
+        right = [task.trimmed(x.ids) for x in completions if task.check(row, x.ids)]
+        wrong = [task.trimmed(x.ids) for x in completions if not task.check(row, x.ids)]
         examples += [(revision_prompt(task, row, [first]), second) for first, second in zip(wrong, right, strict=False)]
     return examples
 

@@ -53,6 +53,8 @@ CASES = [
     ("score", ["--two-turn-problems=9"], "without --two-turn-steps", ["--two-turn-steps=5"]),
     ("score", ["--first-steps=0", "--first-kl=1"], "with --first-steps=0", ["--first-steps=1"]),
     ("score", ["--second-steps=0", "--bonus=1"], "with --second-steps=0", ["--second-steps=1"]),
+    ("score", ["--first-steps=0", "--single-turn", "--bonus=1"], "with --single-turn", ["--no-single-turn"]),
+    ("score", ["--first-steps=0", "--single-turn", "--credit=joint"], "with --single-turn", ["--no-single-turn"]),
     ("fast", ["--curriculum=4-2", "--later-rate=0.1"], "with a curriculum of one stage", ["--curriculum=4-2,2-1"]),
     ("fast", ["--objective=likelihood", "--plain-weight=1"], "unless --objective is sampled", ["--objective=observed"]),
     ("fast", ["--objective=distil", "--no-clamp-reward"], "unless --objective is sampled", ["--objective=sampled"]),

@@ -76,8 +76,8 @@ def made(first, second, rewards=None, own=None, prompts=None):
     [
         (1, {}, [0, 0, 0, 0], [0, 1, 0, 1]),
         (2, {"bonus": 0.0}, [0, 0, 1, 1], [0, 1, 0, 1]),
-        (2, {"bonus": 10.0}, [0, 0, 1, 1], [0, 11, -10, 1]),
-        (2, {"bonus": 10.0, "credit": "joint"}, [0, 11, -9, 2], [0, 11, -10, 1]),
+        (2, {"bonus": 10.0}, [0, 0, 1, 1], [0, 11, 0, 11]),
+        (2, {"bonus": 10.0, "credit": "joint"}, [0, 11, -9, 2], [0, 11, 0, 11]),
         (1, {"credit": "joint"}, [0, 1, 0, 1], [0, 1, 0, 1]),
         (2, {"single_turn": True}, [0, 0, 1, 1], [0, 0, 0, 0]),
     ],
@@ -86,7 +86,23 @@ def test_what_attempts_earn(stage, changes, first, second):
     """Wrong twice, wrong then right, right then wrong, right twice."""
     right = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
     objective = Objective(**changes)
-    assert objective.returns(objective.rewards(right, stage)).tolist() == [first, second]
+    assert objective.returns(right, stage, torch.zeros(2, 4)).tolist() == [first, second]
+    penalty = torch.tensor([[0.5], [0.25]]).expand(2, 4)
+    both = 0.75 if objective.credit == "joint" else 0.5
+    assert objective.returns(right, stage, penalty).tolist() == [[x - both for x in first], [x - 0.25 for x in second]]
+
+
+def test_what_is_left_out_of_the_bonus_is_noise():
+    """The same for all second attempts that follow a first, so that the advantages vary less around the same mean."""
+    right = (torch.rand(2, 40_000, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    found = Objective().returns(right, 2, torch.zeros(2, 1))[1]
+    shaped = right[1] + 10 * (right[1] - right[0])
+    torch.testing.assert_close(found - shaped, 10 * right[0])
+    ours, papers = (advantages(torch.stack([x, x]), 4)[1] for x in (found, shaped))
+    for again in (0.0, 1.0):
+        chosen = right[1] == again
+        torch.testing.assert_close(ours[chosen].mean(), papers[chosen].mean(), atol=0.1, rtol=0.0)
+    assert ours.var() < 0.6 * papers.var()
 
 
 def test_advantages_compare_with_the_others():
@@ -101,12 +117,12 @@ def test_standardised_advantages_have_variance_one():
     right = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
     objective = Objective()
     for samples in (1, 4):
-        plain, found = (advantages(objective.rewards(right, 2), samples, flag) for flag in (False, True))
+        plain, found = (advantages(objective.returns(right, 2, 0 * right), samples, flag) for flag in (False, True))
         torch.testing.assert_close(found.var(1, correction=0), torch.ones(2))
         ratio = found / plain.where(plain != 0, 1)
         torch.testing.assert_close(ratio, ratio.max(1, keepdim=True).values.expand_as(ratio) * (plain != 0))
         assert plain[1].var() > 9 * plain[0].var()
-        assert advantages(objective.rewards(right, 1), samples, True)[0].tolist() == [0.0] * 24
+        assert advantages(objective.returns(right, 1, 0 * right), samples, True)[0].tolist() == [0.0] * 24
         assert advantages(torch.full((2, 24), 1.1), samples, True).abs().max() < 1e-6  # rounding is not scaled up
 
 
@@ -229,7 +245,7 @@ def test_in_stage_one_only_the_second_attempt_is_reinforced():
     model, base_model = tiny(), tiny()
     right = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     objective = Objective(first_kl=0.1, kl_in="loss")
-    first_stage, second_stage = (advantages(objective.rewards(right, stage), 1) for stage in (1, 2))
+    first_stage, second_stage = (advantages(objective.returns(right, stage, 0 * right), 1) for stage in (1, 2))
     assert first_stage[0].abs().max() == 0 < second_stage[0].abs().max()
 
     def of_stage(stage, advantage, first):
@@ -326,7 +342,7 @@ def test_a_run(run, tmp_path):
     assert list(report) == ["base", "stage I", "stage II"]
     assert [line["stage"] for line in lines] == [1, 1, 1, 2, 2, 2]
     for line in lines[:3]:
-        assert line["reward_first"] == pytest.approx(-0.1 * line["divergence_first"] * line["tokens_first"] / 16, abs=1e-5)
+        assert line["return_first"] == pytest.approx(-0.1 * line["divergence_first"] * line["tokens_first"] / 16, abs=1e-5)
         assert line["reward"] == line["accuracy_second"]
     assert lines[3]["reward"] == lines[3]["accuracy_first"] + lines[3]["accuracy_second"]
     assert lines[0]["divergence_first"] == pytest.approx(0, abs=1e-5) and lines[-1]["divergence_first"] > 0
@@ -421,8 +437,8 @@ def test_in_a_single_turn_second_attempts_are_not_trained_on(run, monkeypatch):
 
 def test_standardised_advantages_are_trained_on(run):
     (_, _, plain), (_, _, scaled) = (run(out, standardise=out == "scaled", first_steps=0) for out in ("plain", "scaled"))
-    assert plain[0]["reward_second"] == scaled[0]["reward_second"]  # the attempts are the same
-    assert plain[0]["grad_norm"] > 1.5 * scaled[0]["grad_norm"]
+    assert plain[0]["return_second"] == scaled[0]["return_second"]  # the attempts are the same
+    assert scaled[0]["grad_norm"] > 1.5 * plain[0]["grad_norm"]
 
 
 def sample(right, tokens, logprob=-1.0):
