@@ -38,7 +38,7 @@ MORE = {
 }
 SIZES: dict[str, tuple[tuple[int, int, int, int], int, int]] = {  # updates of each phase; rows, problems
     "tiny": ((2, 2, 2, 2), 50, 10),
-    "quick": ((800, 800, 1400, 3000), 40_000, 500),
+    "quick": ((400, 400, 2000, 2600), 40_000, 500),
     "full": ((1200, 1500, 1500, 6000), 40_000, 1000),
 }
 
