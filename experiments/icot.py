@@ -41,7 +41,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 DIGITS = {"tiny": (2, 1), "quick": (3, 2), "full": (3, 3)}
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"explicit_steps": 0, "steps_per_token": 1, "final_steps": 2, "held_out": 10, "rows": 100},
-    "quick": {"explicit_steps": 1000, "steps_per_token": 250, "final_steps": 1250, "held_out": 500, "rows": 40_000},
+    "quick": {"explicit_steps": 1000, "steps_per_token": 250, "final_steps": 1250, "held_out": 400, "rows": 40_000},
     "full": {"explicit_steps": 2000, "steps_per_token": 450, "final_steps": 3000, "held_out": 1000, "rows": 200_000},
 }
 

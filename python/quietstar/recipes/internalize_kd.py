@@ -129,8 +129,8 @@ def distill(
     Args:
         model: what all three start from.
         config: ``explicit_steps`` are the teacher's updates; options about removing tokens have no effect here. With a
-            ``gate``, teacher and student train on until that share of held-out answers is right, for at most ``gate_rounds``
-            times their updates. If it is never reached, a line in the log says so, and the next phase begins all the same.
+            ``gate``, teacher and student train on until that share of held-out answers is right, measured every ``eval_every``
+            updates, for at most ``gate_rounds`` times as long. If it never is, the log says so, and the next phase begins.
         name: the model's name; a resumed run must have started with the same one.
         resume: continue the run in ``config.out``, if there is one.
 
