@@ -23,7 +23,7 @@ from quietstar import QuietStar
 from quietstar.evaluation.scoring import one_thought
 from quietstar.files.writing import replaced
 
-DROPPED = 0.06  # the probability that a first copy is left out
+DROPPED = 0.1  # the probability that a first copy is left out
 ASIDE = digit_sums.AT_EQUALS + 2  # the aside's first token, after "=" and the dash
 WIDTH = 2 * digit_sums.STEPS  # tokens of a whole aside
 
