@@ -20,7 +20,7 @@ from quietstar.evaluation.questions.asking import Asking, ask
 from quietstar.evaluation.questions.reading import Question
 from quietstar.run.batches import Example
 
-BASE = "base"  # the name of the model that nothing was trained of
+BASE = "base"  # the name of the model that all arms begin with
 
 
 @lru_cache(maxsize=1)

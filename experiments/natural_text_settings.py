@@ -39,8 +39,10 @@ class Experiment:
     texts: Annotated[int, arg(help="texts to read from the start of a data set on the hub")] = 10_000
     held_out: Annotated[int, arg(help="texts that are held out, at most a tenth of all")] = 512
     length: Annotated[int, arg(help="L, tokens of a text")] = 256
-    arms: Annotated[tuple[Arm, ...], arg(help="ways to train; plain is without thoughts")] = ("plain", "official")
-    seeds: Annotated[int, arg(help="how often each arm is trained")] = 3
+    arms: Annotated[tuple[Arm, ...], arg(help="ways to train; plain is without thoughts")] = field(
+        default=("plain", "official"), metadata=MAY_DIFFER
+    )
+    seeds: Annotated[int, arg(help="how often each arm is trained")] = field(default=3, metadata=MAY_DIFFER)
     thoughts: Annotated[int, arg(help="N, thoughts sampled at every position")] = ThoughtConfig.thoughts
     thought_tokens: Annotated[int, arg(help="T, tokens in a thought")] = ThoughtConfig.thought_tokens
     lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = ThoughtConfig.lookahead

@@ -168,7 +168,7 @@ def kill_once_there(path, out):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_measures_the_same(tmp_path):
+def test_killed_and_resumed_it_measures_the_same(scripts, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kill_once_there(killed / "base/gsm8k-00000.json", killed)  # between phases
     assert not (killed / "plain-0").exists()
@@ -183,6 +183,10 @@ def test_killed_and_resumed_it_measures_the_same(tmp_path):
     for name in ("report.md", "report.png"):
         assert (whole / name).stat().st_size
     assert "What thinking gains: small" in (whole / "report.md").read_text()
+    script = scripts("natural_text")
+    e = replace(scripts("natural_text_tiny").TINY, out=str(whole), steps=8, seeds=2)
+    left = [phase.result.relative_to(whole).parts[0] for phase in script.phases(e) if not phase.result.exists()]
+    assert set(left) == {"plain-1", "small-1"}  # another seed only adds to what is there
     other = subprocess.run([*COMMAND, f"--out={whole}", "--steps=9"], env=ENVIRONMENT, capture_output=True, text=True)
     assert other.returncode and "the run there has steps=8, not 9" in other.stderr
 
