@@ -8,6 +8,10 @@ the second attempts that fixed the first. All have as many updates, and those by
 ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
 attempt's own reward, which the bonus makes 11 times as large.
 
+SCoRe gains over the steps it is made of, but not over everything: training both attempts without the bonus solves more, since
+both share one skill, and supervision of second attempts alone (Pair-SFT) or stage I alone leaves first attempts worse, so that
+there is more to gain.
+
 Accuracy, delta (second less first), fixed, broken and revised (another answer, right or wrong) are shares of pairs of samples,
 two at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence
 is that of the first attempt, nats per token. Votes are over samples: of second attempts, or of as many first attempts as cost
