@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,7 @@ PARTS = {
         "quietstar.evaluation.losses",
         "quietstar.evaluation.gain",
         "quietstar.evaluation.controls",
+        "quietstar.evaluation.control_thoughts",
         "quietstar.evaluation.difficulty",
         "quietstar.evaluation.anchor_choices",
         "quietstar.evaluation.intervals",
@@ -146,7 +147,7 @@ def class_blocks(cls: type, name: str) -> Iterator[str]:
     if options:
         fields = [f"- `{field.name}: {field.type} = {field.default!r}`: {prose(field.metadata['help'])}" for field in options]
         yield "\n".join(["Fields:", "", *fields])
-    properties = {key: member for key, member in vars(cls).items() if isinstance(member, property)}
+    properties = {key: member for key, member in vars(cls).items() if isinstance(member, (property, cached_property))}
     described = [f"- `{key}`: {prose(member.__doc__)}" for key, member in properties.items() if member.__doc__]
     sizes = ", ".join(f"`{key}`" for key, member in properties.items() if not member.__doc__)
     if properties:
@@ -166,7 +167,8 @@ def public_methods(cls: type) -> dict[str, Any]:
     """The methods that the class documents, with those of bases of ours that the page leaves out. Class methods are bound."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("quietstar") and (base is cls or not on_page(base))]
     members = {name: getattr(cls, name) for base in ours for name in vars(base) if not name.startswith("_")}
-    return {name: member for name, member in members.items() if inspect.isroutine(member) and member.__doc__}
+    methods = {name: x for name, x in members.items() if inspect.isroutine(x) and not isinstance(x, cached_property)}
+    return {name: method for name, method in methods.items() if method.__doc__}
 
 
 def signature(name: str, function: Any) -> str:
