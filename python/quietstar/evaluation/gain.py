@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quietstar.evaluation.intervals import mean_interval
 
-__all__ = ["format_gain", "mean_gains", "parts_of", "verdict"]
+__all__ = ["PARTS", "format_gain", "mean_gains", "parts_of", "verdict"]
 
 PARTS = ("gain", "mixing", "content")
 Figures = Mapping[str, float | None]

@@ -39,6 +39,8 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.run.signals import Signals
 
+__all__ = ["Config", "distill"]
+
 MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; the last is .json and .png
 BATCH = 256  # problems at once in evaluation
 Loss = Callable[[Sequence[Row]], Tensor]

@@ -18,6 +18,8 @@ from quietstar.recipes.common.logprobs import check_length, evaluating, padded, 
 from quietstar.recipes.tasks import Task
 from quietstar.run.batches import mix_seed
 
+__all__ = ["VLLM", "Completion", "Sampling", "rollout"]
+
 
 @dataclass
 class Sampling:
