@@ -75,8 +75,10 @@ def test_points_whose_x_turns_back_are_not_joined(drawn, tmp_path):
 
 def test_difficulty(drawn, tmp_path):
     group = {"tokens": 9, "gain": 0.4, "gain_low": -0.1, "gain_high": 0.9, "easiest": 1.0, "hardest": 2.5}
-    difficulty.draw({"base": [group] * 10, "mean": [{**group, "gain_low": None}] * 10}, tmp_path / "x.png")
-    assert check(drawn) == 1
+    parts = {"content": 0.1, "content_low": 0.0, "content_high": 0.2}
+    for number, both in enumerate((group, group | parts), 1):
+        difficulty.draw({"base": [both] * 10, "mean": [{**both, "gain_low": None}] * 10}, tmp_path / "x.png")
+        assert check(drawn) == number
 
 
 def test_a_run(drawn, tmp_path):
@@ -84,6 +86,8 @@ def test_a_run(drawn, tmp_path):
     gain = {"base": 3.0, "mixed": 2.5, "gain": 0.5, "gain_low": 0.4, "gain_high": 0.6, "texts": 9, "tokens": 90}
     for line in lines[::20]:
         line |= {f"eval_{name}": value for name, value in gain.items()}
+    for line in lines[20::20]:
+        line |= {f"eval_{name}{end}": 0.3 for name in ("mixing", "content") for end in ("", "_low", "_high")}
     metrics_plot.draw(lines, tmp_path / "metrics.png")
     assert check(drawn) == 4
 
