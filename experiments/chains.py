@@ -109,7 +109,7 @@ def written(model: Any, digits: Tensor, draws: int, **options: Any) -> dict[str,
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    claim = f"with thoughts before the steps of written chains, a vote of {VOTERS} is right more often"
+    claim = f"With thoughts before the steps of written chains, a vote of {VOTERS} is right more often."
     return gaps(claim, results, THINKING, [BASE, PLAIN], 0.07, "vote")
 
 

@@ -66,7 +66,7 @@ def measured(qs: Any, digits: torch.Tensor) -> dict[str, float]:
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    claim = "a gain appears where the look-ahead reaches the answer and the thought has room for the steps"
+    claim = "A gain appears where the look-ahead reaches the answer and the thought has room for the steps."
     content = [figure(result, REACHED, "content") for result in results]
     return [
         *gaps(claim, results, REACHED, SHORT, 0.5),

@@ -116,8 +116,8 @@ def direct_answers(model: PreTrainedModel, task: Task, seed: int, sizes: dict[st
 
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    sooner = "With rationalisation, sums of three digits are learnt in fewer rounds"
-    better = "Learning from right chains of its own beats learning from answers alone, and from all its chains"
+    sooner = "With rationalisation, sums of three digits are learnt in fewer rounds."
+    better = "Learning from right chains of its own beats learning from answers alone, and from all its chains."
     return [
         *gaps(sooner, results, RATIONALISED, [PLAIN], 1, ROUNDS, less=True),
         *gaps(better, results, RATIONALISED, [DIRECT, NO_FILTER], 0.1),

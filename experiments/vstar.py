@@ -132,7 +132,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def above(run: str, other: str, name: str = "accuracy") -> list[float]:
         return [figure(result, run) - figure(result, other, name) for result in results]
 
-    claim = "a verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts"
+    claim = "A verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts."
     return [
         *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, OUTCOME), 0.02),
         least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
