@@ -21,8 +21,8 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.run.batches import Example
 
 TITLE = "Quiet-STaR: look-ahead and length"
-LOOKAHEADS = {"tiny": (1, 3), "quick": (1, 2, 3, 4), "full": (1, 2, 3, 4)}
-TOKENS = {"tiny": (2,), "quick": (2, 4), "full": (2, 3, 4, 6)}
+LOOKAHEADS = {"tiny": (1, 2, 3, 4), "quick": (1, 2, 3, 4), "full": (1, 2, 3, 4)}
+TOKENS = {"tiny": (2, 4), "quick": (2, 4), "full": (2, 3, 4, 6)}
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, and as often more as needed; of training; lines to measure on
     "tiny": {"pretraining": 2, "longer": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 1200, "longer": 300, "steps": 100, "lines": 1024},

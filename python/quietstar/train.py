@@ -32,7 +32,7 @@ from quietstar.run import figures, snapshots
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
 from quietstar.run.display import Display
 from quietstar.run.lock import alone_in_out
-from quietstar.run.metrics import Metrics
+from quietstar.run.metrics import Metrics, TrainingLine
 from quietstar.run.optimizers import make_optimizer
 from quietstar.run.parts import decide
 from quietstar.run.processes import check_processes, check_same_step, in_any_process, naming_lost_processes, process_state
@@ -124,7 +124,7 @@ def train(
         accelerator.init_trackers("quietstar", config=settings["train"])
     if checkpoint and resume == "auto" and accelerator.is_main_process:
         snapshots.remove_old(checkpoint, config.keep)  # if the last save was killed before it did, and no other follows
-    metrics = Metrics(Path(config.out) / "metrics.jsonl", done, write=accelerator.is_main_process)
+    metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
     save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 
     evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None

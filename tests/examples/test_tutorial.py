@@ -16,15 +16,11 @@ TIMES = re.compile(r"(?<= steps in ).*$|(?<=thoughts/s).*$")
 
 
 def steps(text):
-    """What a reader does: ("type", command, what it prints) for each command, ("save", file, code) for each python block."""
-    for language, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if language == "python":
-            name, code = block.split("\n", 1)
-            yield "save", name.removeprefix("# "), code
-            continue
+    """What a reader types: each command, and what it prints."""
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, printed = part.partition("\n")
-            yield "type", command, printed
+            yield command, printed
 
 
 def close(one, other):
@@ -69,11 +65,8 @@ def test_the_tutorial(tmp_path):
     path = f"{ROOT / 'python'}{os.pathsep}{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
     found = list(steps(PAGE.read_text()))
-    assert len(found) >= 8
-    for kind, command, printed in found:
-        if kind == "save":
-            (home / command).write_text(printed)
-            continue
+    assert len(found) >= 7
+    for command, printed in found:
         words = re.sub("^quietstar ", "python -m quietstar ", command)
         words = re.sub("^python ", f"{sys.executable} ", words)
         run = subprocess.run(words, shell=True, cwd=home, env=environment, capture_output=True, text=True, timeout=900)

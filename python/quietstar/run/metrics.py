@@ -11,7 +11,7 @@ import msgspec
 from quietstar.files.reading import as_type, json_value, read_utf8
 from quietstar.files.writing import write_whole
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "TrainingLine"]
 
 
 class Line(msgspec.Struct):
@@ -20,28 +20,39 @@ class Line(msgspec.Struct):
     step: Annotated[int, msgspec.Meta(ge=0)]
 
 
+class TrainingLine(Line):
+    """What ``train`` writes in every line, and its summary reads."""
+
+    seconds: float
+    loss_ce: float
+    reward: float
+    weight: float
+    thoughts_per_second: float
+
+
 class Metrics:
     """``metrics.jsonl``, one line per step. A resumed run drops the lines after its checkpoint.
 
     Args:
         done: steps of the checkpoint that the run continues from; 0 starts a new file.
         write: whether this process writes the file; the others only keep the lines.
+        kind: what every line must have.
 
     Attributes:
         lines: the figures of every step so far.
 
     Raises:
-        ValueError: a whole line is not JSON, or has no step.
+        ValueError: a whole line is not JSON, or lacks a figure of ``kind``.
     """
 
-    def __init__(self, path: Path, done: int, write: bool):
+    def __init__(self, path: Path, done: int, write: bool, kind: type[Line] = Line):
         self.path, self.write = path, write
         self.lines: list[dict[str, float]] = []
         if done and path.exists():
             *whole, rest = read_utf8(path).split("\n")
             for number, text in enumerate([*whole, *_if_whole(rest)], 1):
                 line = json_value(text, f"{path}: line {number}")
-                if as_type(Line, line, f"{path}: line {number}").step <= done:
+                if as_type(kind, line, f"{path}: line {number}").step <= done:
                     self.lines.append(line)
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)

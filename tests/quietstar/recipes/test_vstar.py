@@ -303,7 +303,7 @@ def test_commands(solver, tmp_path, capsys):
     assert cli.main(["solve", "--task=addition", "--digits=2", *solve]) == 0  # numbers of one digit fill no five bins
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
-    assert "by attempts in a chain" in shown and "compute-optimal, oracle bins" in shown
+    assert "chains of 2" in shown and "compute-optimal, oracle bins, splits" in shown
     assert (tmp_path / "solve/test_time.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["vstar", *chosen, "--temperature=0"]) == 2
     assert "temperature must be above 0, or all samples are one" in capsys.readouterr().err

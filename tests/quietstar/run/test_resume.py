@@ -19,11 +19,11 @@ FREE = {
     ThoughtConfig: set(),
     AdapterConfig: set(),
     DataConfig: set(),
-    Train: {"allow_bin", "compile", "gradient_checkpointing", "config", "resume"},
+    Train: {"allow_bin", "compile", "gradient_checkpointing", "config", "resume", "controls"},
     star.Config: {"out", "rounds", "engine", "batch_size"},
     vstar.Config: {"out", "rounds", "batch_size"},
     fast.Config: {"out", "save_every"},
-    score.Config: {"out", "save_every"},
+    score.Config: {"out"},
     internalize.Config: {"out", "save_every"},
     internalize_kd.Config: set(),
 }

@@ -11,7 +11,7 @@ import quietstar
 from quietstar.checkpoints.places import checkpoint_of
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
-from quietstar.run.metrics import Metrics
+from quietstar.run.metrics import Metrics, TrainingLine
 from quietstar.run.resume import find_checkpoint
 from quietstar.train import train
 
@@ -148,6 +148,14 @@ def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
     with pytest.raises(ValueError, match="metrics.jsonl: line 2"):
         Metrics(path, 3, write=True)
     assert path.read_text().endswith(line + '\n{"step": 3}\n')
+
+
+def test_a_line_without_a_figure_that_training_reads(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = {name: 1.0 for name in TrainingLine.__struct_fields__}
+    path.write_text(json.dumps({**whole, "step": 1}) + '\n{"step": 2, "loss_ce": 1.0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: line 2: .*seconds"):
+        Metrics(path, 2, write=True, kind=TrainingLine)
 
 
 @pytest.mark.parametrize(("rest", "steps"), [("", [1, 2]), ('{"step": 3, "lo', [1, 2]), ('{"step": 3}', [1, 2, 3])])
