@@ -4,8 +4,7 @@ makes in an aside, as in `= - 5 4 - 4 - 7 2 - 2`.
 
 The model writes chains without thoughts and, after Quiet-STaR on lines without asides, with a thought of two tokens before each
 step. The control is plain training on as many lines without asides, four times the batch. Of 8 chains, sampled at temperature
-1, accuracy is that of their answers, and the vote is for the answer most of them have. With "another line's thoughts" each
-step has the thought that belongs to another line.
+1, accuracy is that of their answers, and the vote is for the answer most of them have.
 """
 
 from __future__ import annotations
