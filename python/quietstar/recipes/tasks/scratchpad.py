@@ -16,7 +16,8 @@ class Scratchpad(Generated):
 
     STaR's problems (arXiv 2203.14465, section 4.1), whose form is that of arXiv 2112.00114. Numbers have their most significant
     digit first, so that an answer without a scratchpad must begin with the digit that depends on all carries. The scratchpad
-    adds from the right. Each step has the two digits, the digit of their sum and the carry. The hint is the sum.
+    adds from the right. Each step has the two digits, the digit of their sum and the carry. The hint is the sum, and stands
+    before the problem, so that problem and scratchpad are as far apart as without it.
 
     Raises:
         ValueError: ``digits`` outside 1 to 18.
@@ -49,7 +50,7 @@ class Scratchpad(Generated):
         asked, answer = f"{spaced_digits(a)} + {spaced_digits(b)}", spaced_digits(a + b)
         return Problem(
             f"{asked} {CHAIN_MARK}",
-            f"{asked} {TARGET} {answer} {CHAIN_MARK}",
+            f"{TARGET} {answer} {asked} {CHAIN_MARK}",
             f" {' '.join(steps)}",
             f" {answer}",
             str(a + b),
