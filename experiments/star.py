@@ -32,13 +32,13 @@ PIECES, PIECE, ENOUGH = 30, 50, 0.8  # the base's updates, until it solves this 
 RATIONALISED, PLAIN, NO_FILTER, DIRECT = "rationalised", "not rationalised", "no filter", "direct answers"
 RUNS: dict[str, dict[str, Any]] = {
     RATIONALISED: {"rationalize": True, "hint_rehearsal": 0.5},
-    "rationalised, right chains": {"rationalize": True, "hint_rehearsal": 0.5, "rationale_check": "chain"},
+    "rationalised, no rehearsal": {"rationalize": True},
     "rationalised, no restart": {"rationalize": True, "hint_rehearsal": 0.5, "restart": False},
     PLAIN: {},
     NO_FILTER: {"filter": False},
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {  # of size full
-    "rationalised, no rehearsal": {"rationalize": True},
+    "rationalised, right chains": {"rationalize": True, "hint_rehearsal": 0.5, "rationale_check": "chain"},
     "not rationalised, rehearsal": {"hint_rehearsal": 0.5},
     "not rationalised, temperature 1": {"temperature": 1.0},
 }
