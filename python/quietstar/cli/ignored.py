@@ -143,7 +143,11 @@ RULES: dict[str, list[Rule]] = {
     "internalize": [
         *TASK,
         Rule(f"{STEPWISE} compare eval_every", lambda o: o.method == "kd", "with --method=kd"),
-        Rule("student_steps emulator_steps coupled_steps components", lambda o: o.method != "kd", "without --method=kd"),
+        Rule(
+            "student_steps emulator_steps coupled_steps coupled_rate components",
+            lambda o: o.method != "kd",
+            "without --method=kd",
+        ),
         Rule("gate_rounds", lambda o: not o.gate, "without --gate"),
         Rule(
             "explicit_steps smoothing reset_optimizer side gate gate_rounds",

@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.arguments.fields import check_at_least, check_types
+from quietstar.arguments.fields import check_at_least, check_positive, check_types
 from quietstar.checkpoints.pretrained import load_model as load_language_model
 from quietstar.config import option
 from quietstar.files.writing import replaced, write_whole
@@ -42,6 +42,7 @@ from quietstar.run.signals import Signals
 __all__ = ["Config", "distill"]
 
 MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; the last is .json and .png
+COUPLED = "coupled"  # the phase that trains both together
 BATCH = 256  # problems at once in evaluation
 Loss = Callable[[Sequence[Row]], Tensor]
 Measured = Callable[[], dict[str, Any]]
@@ -61,11 +62,16 @@ class Config:
     student_steps: int = option(1500, "updates of the student that is shown the teacher's states")
     emulator_steps: int = option(1500, "updates of the emulator, which predicts these states from the prompt")
     coupled_steps: int = option(6000, "updates of both together, on the answer")
+    coupled_rate: float = option(
+        0.3,
+        "learning rate of that phase, times the others'; as high as theirs (1, as published) a small model does not converge",
+    )
     components: int = option(1, "M, components of the emulator's mixture; more than 1 where a problem has several chains")
 
     def __post_init__(self) -> None:
         check_types("internalize", self)
         check_at_least("internalize", self, 1, ("student_steps", "emulator_steps", "coupled_steps", "components"))
+        check_positive("internalize", self, ("coupled_rate",))
 
 
 class Pair(nn.Module):
@@ -161,7 +167,8 @@ def distill(
 
     def train(number: int, phase: str, module: nn.Module, steps: int, loss: Loss, measured: Measured | None = None) -> int:
         progress = Progress(Path(config.out) / phase, settings, {"step": 0, "passed": False}, resume)
-        return train_phase(progress, module, steps, loss, training, config, mix_seed(config.seed, number), measured)
+        own = replace(config, learning_rate=config.learning_rate * kd.coupled_rate) if phase == COUPLED else config
+        return train_phase(progress, module, steps, loss, training, own, mix_seed(config.seed, number), measured)
 
     def shown(rows: Sequence[Row]) -> Tensor:
         return teacher_states(teacher, task, rows)
@@ -198,7 +205,7 @@ def distill(
     found("emulated states", steps, evaluate(pair, task, test))
     with torch.no_grad():
         report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
-    steps = train(3, "coupled", pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
+    steps = train(3, COUPLED, pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
     found("internalized", steps, evaluate(pair, task, test))
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")

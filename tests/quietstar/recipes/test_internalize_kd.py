@@ -251,6 +251,16 @@ def test_bad_input(run):
         run(resume=True, components=2)
     with pytest.raises(ValueError, match="coupled_steps must be 1 or more, got 0"):
         Config(coupled_steps=0)
+    with pytest.raises(ValueError, match="coupled_rate must be above 0, got 0"):
+        Config(coupled_rate=0.0)
+
+
+def test_the_last_phase_has_its_own_rate(run):
+    """A tenth of the rate moves the weights about a tenth as far in one update of AdamW."""
+    start = {name: x.clone() for name, x in run(coupled_steps=1, coupled_rate=1e-6)[0].named_parameters()}
+    far, near = (run(coupled_steps=1, coupled_rate=rate)[0] for rate in (1.0, 0.1))
+    moved = [sum(float((x - start[name]).abs().sum()) for name, x in pair.named_parameters()) for pair in (far, near)]
+    assert moved[1] == pytest.approx(moved[0] / 10, rel=0.05)
 
 
 def test_a_model_whose_layers_are_in_no_list():
