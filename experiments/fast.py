@@ -94,7 +94,7 @@ def make_text(seed: int, size: str, first_two: bool = False) -> Text:
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
     model = fast_text.pretrained(seed, numbers["pretraining"], out / "base")
-    thoughts = ThoughtConfig(thoughts=4, policy_weight=3.0, embedding_scale=1.0, embedding_init=digit_sums.DASH)
+    thoughts = ThoughtConfig(thoughts=4, policy_weight=10.0, embedding_scale=1.0, embedding_init=digit_sums.DASH)
     config = Config(
         out=str(out / "curriculum"),
         curriculum=CURRICULUM,

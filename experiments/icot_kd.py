@@ -1,7 +1,7 @@
 """ICoT-KD replaces the words of the chain with hidden states. First, a student that is shown a teacher's states learns to
 answer from the prompt. Then an emulator has to predict these states from the prompt alone. Finally both are trained together,
-at 0.3 times the learning rate: at the full rate, as published, the pair is no better after 2,600 updates than before. This phase
-takes a third of the updates here and up to three quarters in the published schedule.
+at 0.3 times the learning rate. At the full rate, as published, the pair is no better after 2,600 updates than before. This
+takes a third of the updates here, and up to three quarters in the published schedule.
 
 The task is the last digit of the sum of five digits. The chain has four running sums, and the states are taken along the chain
 as the layers go up, so that of six layers four have one running sum each to say. The control is the same model, trained on

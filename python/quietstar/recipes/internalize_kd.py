@@ -64,7 +64,7 @@ class Config:
     coupled_steps: int = option(6000, "updates of both together, on the answer")
     coupled_rate: float = option(
         0.3,
-        "learning rate of that phase, times the others'; as high as theirs (1, as published) a small model does not converge",
+        "that phase's learning rate, times that of the others; with 1, as published, a small model doesn't converge",
     )
     components: int = option(1, "M, components of the emulator's mixture; more than 1 where a problem has several chains")
 
