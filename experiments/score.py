@@ -129,9 +129,11 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [figure(result, run, name) - figure(result, other, name) for result in results]
 
     claim = "Reinforced over two turns, a model that lost by being asked again gains by it, and more than without any step."
+    supervised = "Its second attempts are right more often than those that supervision teaches."
     first = [figure(result, STAGE_ONE, "divergence") for result in results]
     return [
         *gaps(claim, results, SCORE, [BASE, *CONTROLS], 0.02, "delta"),
+        *gaps(supervised, results, SCORE, [BASE, PAIRS, STAR], 0.02, "accuracy_second"),
         *gaps("It breaks fewer right answers.", results, SCORE, [BASE], 0.02, "broken", less=True),
         most("base, delta", [figure(result, BASE, "delta") for result in results], 0.0),
         most("stage I, divergence of the first attempt, nats per token", first, 0.06),
