@@ -50,7 +50,7 @@ class Scratchpad(Generated):
         asked, answer = f"{spaced_digits(a)} + {spaced_digits(b)}", spaced_digits(a + b)
         return Problem(
             f"{asked} {CHAIN_MARK}",
-            f"{TARGET} {answer} {asked} {CHAIN_MARK}",
+            f"{TARGET} {answer} {CHAIN_MARK} {asked} {CHAIN_MARK}",
             f" {' '.join(steps)}",
             f" {answer}",
             str(a + b),

@@ -13,7 +13,7 @@ from quietstar.recipes.tasks import Scratchpad
 
 def test_the_scratchpad_adds_from_the_right_and_carries():
     problem = Scratchpad().problem(964, 289)
-    assert problem.prompt == "9 6 4 + 2 8 9 ||" and problem.hinted == "Target: 1 2 5 3 9 6 4 + 2 8 9 ||"
+    assert problem.prompt == "9 6 4 + 2 8 9 ||" and problem.hinted == "Target: 1 2 5 3 || 9 6 4 + 2 8 9 ||"
     assert problem.chain == " 4 9 3 1 6 8 5 1 9 2 2 1" and problem.answer == " 1 2 5 3"  # 13, 6+8+1 = 15, 9+2+1 = 12
     assert problem.right == "1253" and problem.kind == "3 digits"
 
