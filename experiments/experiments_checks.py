@@ -32,15 +32,17 @@ def gaps(
     bound: float,
     name: str = "accuracy",
     less: bool = False,
+    control_name: str = "",
 ) -> list[Check]:
     """A claim in the page's first table: the figure ``name`` of ``run`` is above each control's by ``bound``.
 
-    The gap is taken seed by seed. With ``less``, the figure should be below the control's.
+    The gap is taken seed by seed. With ``less``, the figure should be below the control's; with ``control_name``, the control's
+    figure is this other one.
     """
     ours = [figure(result, run, name) for result in results]
     found = []
     for control in controls:
-        theirs = [figure(result, control, name) for result in results]
+        theirs = [figure(result, control, control_name or name) for result in results]
         pairs = zip(ours, theirs, strict=True)
         values = [None if x is None or y is None else (y - x if less else x - y) for x, y in pairs]
         what = f"{run}, {name.replace('_', ' ')} {'below' if less else 'above'} {control}"

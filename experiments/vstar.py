@@ -138,8 +138,10 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     shuffled = [row for row in results[0]["rows"] if row["run"] == SHUFFLED]  # not in the quick size
     claim = "A verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts."
+    voted = "A vote that the verifier weighs is better than a plain one."
     return [
         *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, OUTCOME), 0.02),
+        *gaps(voted, results, VSTAR, [STAR], 0.02, "weighted_vote", control_name="accuracy"),
         least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
         least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
         least("outcome verifier, above one distinct solution", above(OUTCOME, STAR, "one_distinct"), 0.02),
