@@ -9,6 +9,10 @@ needs more problems rather than more samples: 7,000 are nearly all that there ar
 A generator takes 60 updates a round. With 200 it knows more than a verifier that starts from the base and learns from a
 third of the pairs: STaR's vote then has 0.78, and V-STaR 0.67 (one seed).
 
+An outcome verifier learns from the same solutions whether they are right. Read off as a verdict after the solution, as usual,
+this is beyond two layers, which would have to predict each token, compare it, and gather the results; so another one adds the
+verdict to the solution's log-likelihood.
+
 All answers are chosen from 16 solutions of the same test problems. The verifiers by DPO see each pair once. Chance for a
 verifier is one distinct solution, not one sample: right solutions are often equal, and equal ones have one score, so that many
 different wrong ones compete with one right one.
@@ -33,6 +37,7 @@ from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.selectors import auc, best, likeliest, majority, score, weighted
 from quietstar.recipes.common.sft import SFTConfig
 from quietstar.recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar.recipes.solve_values import Valued, train_values, value_scorer
 from quietstar.recipes.tasks import Row, Task
 from quietstar.recipes.vstar import Config, vstar, write
 from quietstar.recipes.vstar_verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
@@ -48,7 +53,8 @@ OUTCOME_STEPS = {"tiny": 10, "quick": 400, "full": 4000}
 BETAS: dict[str, tuple[float, ...]] = {"tiny": (), "quick": (), "full": (0.02, 0.5)}  # of DPO, beside 0.1
 BATCH = 1024  # solutions to generate or to score at once
 RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
-OUTCOME, SHUFFLED = "V-STaR, outcome verifier", "V-STaR, shuffled labels"
+VERDICT, OUTCOME = "V-STaR, verdicts", "V-STaR, verdicts and likelihood"
+SHUFFLED = "V-STaR, shuffled labels"
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -77,7 +83,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     ]
     solutions = drawn(Path(config.out), config.rounds)
     outcome = train_outcome(model, task, solutions, OUTCOME_STEPS[size], SFTConfig(learning_rate=1e-3), seed)
-    rows.append({"run": OUTCOME, **by_star.chosen(verdict_scorer(outcome, task, BATCH))})
+    rows.append({"run": VERDICT, **by_star.chosen(verdict_scorer(outcome, task, BATCH))})
+    valued, _ = train_values(model, task, whole(solutions), OUTCOME_STEPS[size], SFTConfig(), seed)
+    rows.append({"run": OUTCOME, **by_star.chosen(value_scorer(valued, task, BATCH))})
     pairs = make_pairs(solutions, "train", config.pairs, seed)
     if size != "quick":
         # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
@@ -127,6 +135,18 @@ def drawn(folder: Path, rounds: int) -> list[Solution]:
     return [row for file in files for _, row in json_lines(file, Solution)]
 
 
+def whole(solutions: Sequence[Solution]) -> list[Valued]:
+    """Training solutions whose value is 1 or 0, right or wrong, at their end."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [
+        Valued(
+            numbers.setdefault(tuple(x["prompt"]), len(numbers)), x["prompt"], x["ids"], [len(x["ids"])], [float(x["right"])]
+        )
+        for x in solutions
+        if x["split"] == "train"
+    ]
+
+
 def of_pairs(model: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: Config) -> Scorer:
     """A new verifier that has learnt from these pairs."""
     return likelihood_scorer(train_verifier(model, task, pairs, config, config.seed)[0], BATCH)
@@ -140,11 +160,11 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     claim = "A verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts."
     voted = "A vote that the verifier weighs is better than a plain one."
     return [
-        *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, OUTCOME), 0.02),
+        *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, VERDICT, OUTCOME), 0.02),
         *gaps(voted, results, VSTAR, [STAR], 0.02, "weighted_vote", control_name="accuracy"),
         least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
         least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
-        least("outcome verifier, above one distinct solution", above(OUTCOME, STAR, "one_distinct"), 0.02),
+        least("verdicts and likelihood, above one distinct solution", above(OUTCOME, STAR, "one_distinct"), 0.02),
         *(most("shuffled labels, above one distinct solution", above(SHUFFLED, STAR, "one_distinct"), 0.02) for _ in shuffled),
         most("verifier as generator, above V-STaR", above("verifier as generator", VSTAR), 0.0),
     ]
