@@ -137,14 +137,9 @@ def drawn(folder: Path, rounds: int) -> list[Solution]:
 
 def whole(solutions: Sequence[Solution]) -> list[Valued]:
     """Training solutions whose value is 1 or 0, right or wrong, at their end."""
-    numbers: dict[tuple[int, ...], int] = {}
-    return [
-        Valued(
-            numbers.setdefault(tuple(x["prompt"]), len(numbers)), x["prompt"], x["ids"], [len(x["ids"])], [float(x["right"])]
-        )
-        for x in solutions
-        if x["split"] == "train"
-    ]
+    shown = [x for x in solutions if x["split"] == "train"]
+    problem = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(x["prompt"]) for x in shown))}
+    return [Valued(problem[tuple(x["prompt"])], x["prompt"], x["ids"], [len(x["ids"])], [float(x["right"])]) for x in shown]
 
 
 def of_pairs(model: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: Config) -> Scorer:
