@@ -139,9 +139,11 @@ def direct_answers(model: PreTrainedModel, task: Task, seed: int, sizes: dict[st
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sooner = "With rationalisation, sums of three digits are learnt in fewer rounds."
+    longer = "It is what reaches sums of four digits."
     better = "Learning from right chains of its own beats learning from answers alone, and from all its chains."
     return [
         *gaps(sooner, results, RATIONALISED, [PLAIN], 1, ROUNDS, less=True),
+        *gaps(longer, results, RATIONALISED, [PLAIN, NO_FILTER], 0.2, "4_digits"),
         *gaps(better, results, RATIONALISED, [DIRECT, NO_FILTER], 0.1),
         least("not rationalised, above direct answers", [figure(x, PLAIN) - figure(x, DIRECT) for x in results], 0.1),
         least("not rationalised, above no filter", [figure(x, PLAIN) - figure(x, NO_FILTER) for x in results], 0.05),
