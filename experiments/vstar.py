@@ -152,11 +152,15 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [figure(result, run) - figure(result, other, name) for result in results]
 
     shuffled = [row for row in results[0]["rows"] if row["run"] == SHUFFLED]  # not in the quick size
-    claim = "A verifier from all rounds chooses better than votes, a verifier from one round and one of verdicts."
+    claim = "A verifier's choice among the solutions of all rounds is better than STaR's vote."
+    rounds = "Verifier and generator of three rounds are better than those of one."
+    pairs = "Pairs teach a verifier more than verdicts do."
     voted = "A vote that the verifier weighs is better than a plain one."
     return [
-        *gaps(claim, results, VSTAR, (STAR, VERIFICATION, ONE, VERDICT, OUTCOME), 0.02),
+        *gaps(claim, results, VSTAR, [STAR], 0.02),
         *gaps(voted, results, VSTAR, [STAR], 0.02, "weighted_vote", control_name="accuracy"),
+        *gaps(rounds, results, VSTAR, [VERIFICATION, ONE], 0.02),
+        *gaps(pairs, results, VSTAR, [VERDICT, OUTCOME], 0.02),
         least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
         least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
         least("verdicts and likelihood, above one distinct solution", above(OUTCOME, STAR, "one_distinct"), 0.02),
