@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from experiments_checks import figure, gaps, least
+from small_base import relative_model
 from transformers import PreTrainedModel
 
 from quietstar.files.reading import read_json
 from quietstar.recipes import solve as test_time
 from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.models import small_model
 from quietstar.recipes.common.plots import Panel, panels
 from quietstar.recipes.common.rounds import REPORT, load_model, save_model
 from quietstar.recipes.common.selectors import auc, best, score, weighted
@@ -79,9 +79,9 @@ SIZES: dict[str, dict[str, int]] = {
         "process_samples": 1,
         "rollouts": 2,
         "process_steps": 150,
-        "revise_problems": 300,
-        "revise_samples": 16,
-        "revise_steps": 150,
+        "revise_problems": 1000,
+        "revise_samples": 8,
+        "revise_steps": 200,
         "judge_steps": 100,
     },
     "full": {
@@ -156,7 +156,7 @@ def base(task: Task, seed: int, size: str, out: Path) -> tuple[PreTrainedModel, 
     options: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.01, "batch_tokens": 2600}
 
     def learn() -> tuple[PreTrainedModel, dict[str, Any]]:
-        model = sft(small_model(task, seed=seed), examples, numbers["start"], SFTConfig(**options), seed)
+        model = sft(relative_model(task, seed=seed), examples, numbers["start"], SFTConfig(**options), seed)
         pieces = 0
         while pieces < numbers["pieces"] and evaluate(model, task, valid, max_new=33)["accuracy"] < ENOUGH:
             sft(model, examples, PIECE, SFTConfig(**options, warmup=0), mix_seed(seed, pieces))
@@ -164,7 +164,7 @@ def base(task: Task, seed: int, size: str, out: Path) -> tuple[PreTrainedModel, 
         return model, {"updates": numbers["start"] + PIECE * pieces}
 
     def learn_larger() -> tuple[PreTrainedModel, dict[str, Any]]:
-        return sft(small_model(task, layers=3, width=192, seed=seed), examples, updates, SFTConfig(**options), seed), {}
+        return sft(relative_model(task, layers=3, width=192, seed=seed), examples, updates, SFTConfig(**options), seed), {}
 
     model, report = kept(out / "base", task, learn)
     updates = report["updates"]
@@ -200,7 +200,7 @@ def kept(
     if not folder.exists():
         model, report = make()
         save_model(folder, model, task, report)
-    return load_model(folder, small_model(task)).eval(), read_json(folder / REPORT, dict[str, Any])
+    return load_model(folder, relative_model(task)).eval(), read_json(folder / REPORT, dict[str, Any])
 
 
 def by_half(rows: list[dict[str, Any]], name: str) -> dict[str, float | None]:

@@ -1,9 +1,10 @@
-"""The model that experiments start from: 2 x 2-digit multiplication, learnt from chains until about half is right."""
+"""Models that experiments start from: one that has learnt 2 x 2-digit multiplication from chains until about half is right, and
+an untrained one with relative positions."""
 
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.models import small_model
@@ -15,6 +16,25 @@ STEPS = {"tiny": 5, "quick": 200, "full": 200}
 MORE, PIECE = 24, 25  # additional pieces of training at most, and updates in each
 ENOUGH = 0.45  # share of held-out problems to solve; some seeds need twice the updates of others
 HINTED = 0.3  # share of the rows that show the answer, so that the model can use a hint
+
+
+def relative_model(task: Task, layers: int = 2, width: int = 128, seed: int = 0) -> LlamaForCausalLM:
+    """As ``small_model``, but a Llama: what it has learnt at one place it can do at others, such as after a hint."""
+    config = LlamaConfig(
+        vocab_size=len(task.tokenizer),
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=(3 * width) ** -0.5,
+        bos_token_id=task.end_id,
+        eos_token_id=task.end_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
 def base(seed: int, size: str) -> tuple[PreTrainedModel, Task]:

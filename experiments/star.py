@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from experiments_checks import figure, gaps, least
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from small_base import relative_model
+from transformers import PreTrainedModel
 
 from quietstar.recipes.common.evaluation import evaluate
 from quietstar.recipes.common.plots import Panel, panels
@@ -53,7 +54,7 @@ TRAINING = {"learning_rate": 1e-3, "warmup": 20, "batch_tokens": 1600}
 def base(seed: int, size: str) -> tuple[PreTrainedModel, Task]:
     """A model of 0.4 million weights that solves most short sums, and the task."""
     task = Scratchpad(DIGITS)
-    model = new_model(task, seed)
+    model = relative_model(task, seed=seed)
     generator = torch.Generator().manual_seed(mix_seed(seed, 1000))
     rows = task.sample(200 if size == "tiny" else 12000, "train", generator)
     hinted, long = (torch.rand(len(rows), generator=generator).tolist() for _ in range(2))
@@ -71,26 +72,6 @@ def base(seed: int, size: str) -> tuple[PreTrainedModel, Task]:
         if evaluate(model, task, held_out, MAX_NEW)["accuracy"] >= ENOUGH:
             break
     return model, task
-
-
-def new_model(task: Task, seed: int) -> LlamaForCausalLM:
-    """A Llama from scratch for the task's tokens."""
-    width = 128
-    config = LlamaConfig(
-        vocab_size=len(task.tokenizer),
-        hidden_size=width,
-        intermediate_size=352,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=(3 * width) ** -0.5,
-        bos_token_id=task.end_id,
-        eos_token_id=task.end_id,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
