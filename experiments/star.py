@@ -28,7 +28,7 @@ DIGITS = 5
 ROUNDS = "rounds_to_half_of_3_digits"
 MAX_NEW = 4 * DIGITS + DIGITS + 3  # scratchpad, mark, sum, end
 HINTED = 0.5  # share of the base's training sums that show the answer; these are of all lengths
-SHORT, LONG = ("1 digit", "2 digits"), 0.1  # the lengths of the others, and the share of longer ones among which they are
+SHORT, LONG = ("1 digit", "2 digits"), 0.02  # the lengths of the others, and the share of longer ones among which they are
 PIECES, PIECE, ENOUGH = 30, 50, 0.8  # the base's updates, until it solves this share of short sums; seeds differ
 RATIONALISED, PLAIN, NO_FILTER, DIRECT = "rationalised", "not rationalised", "no filter", "direct answers"
 RUNS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ MORE_RUNS: dict[str, dict[str, Any]] = {  # of size full
 }
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"rounds": 1, "problems": 60, "steps": 2, "test_problems": 20, "valid_problems": 10},
-    "quick": {"rounds": 3, "problems": 2000, "steps": 300, "test_problems": 500, "valid_problems": 50},
+    "quick": {"rounds": 2, "problems": 2000, "steps": 300, "test_problems": 500, "valid_problems": 50},
     "full": {"rounds": 8, "problems": 3000, "steps": 300, "test_problems": 1000, "valid_problems": 50},
 }
 TRAINING = {"learning_rate": 1e-3, "warmup": 20, "batch_tokens": 1600}
