@@ -48,6 +48,7 @@ def test_a_rehearsal_never_writes_among_the_results(capsys):
     assert "--rehearse needs --results" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stages_called_alone_add_up(tmp_path, capsys, monkeypatch):
     """With the CPU back end, which is faster than Triton's interpreter."""
     monkeypatch.setattr(gpu, "REHEARSAL", {})
@@ -83,6 +84,7 @@ run_stage(Stage("step", [step]), Results(Path(path), torch.device("cpu")))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     """SIGKILL the command's process group while a benchmark runs, then run another stage into the same folder."""
     step = benchmark(results, "sample_token", "linear_logprob", "step")

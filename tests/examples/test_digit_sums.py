@@ -138,6 +138,7 @@ def test_equals_is_rewarded_wherever_it_thinks(sums, strings) -> None:
         assert int(qs.count_targets(**batch).places) == 4 * setting.thoughts * (setting.anchors.index(sums.AT_EQUALS) + 1)
 
 
+@pytest.mark.slow
 def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, capsys) -> None:
     real_gate = sums.pretraining.measure_gate
     monkeypatch.setattr(sums.pretraining, "measure_gate", lambda *args: {**real_gate(*args), "passed": True})

@@ -115,7 +115,9 @@ def test_plan_is_what_runs(name, group, products):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter runs")
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "documents" else name for name in LAYOUTS]
+)
 def test_backward_plan_is_what_runs(name, products):
     layout, options = LAYOUTS[name]
     options = {"window": None, "query_rows": "all"} | options
