@@ -73,7 +73,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run
 
-experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; at most 90 minutes on two idle cores
+experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; about an hour and a half on two idle cores
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours

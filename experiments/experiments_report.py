@@ -50,7 +50,7 @@ seeds, with a 95 % interval by Student's t, which is wide for three seeds. A cla
 reaches what was wanted, which was fixed before the run; the table shows the best of the controls. How to repeat all of it:
 
 ```sh
-make experiments                                               # at most 90 minutes on two idle cores
+make experiments                                               # about 90 minutes on two idle cores
 python experiments/run_experiments.py doses objectives rare --docs docs    # Quiet-STaR's own curves
 make experiments-full                                          # five seeds and the long runs; hours
 ```
@@ -63,7 +63,9 @@ def cost(results: list[list[Result]]) -> str:
     """What was measured with what, and how long it took."""
     seeds = [result for several in results for result in several]
     minutes = sum(result["seconds"] for result in seeds) / 60
-    return f"In total {minutes:.0f} minutes of one core{made_with(seeds)}, one thread per process."
+    parts = sum(result.get("resumed", False) for result in seeds)
+    missing = f" Of {parts} seeds that were stopped and resumed only the last part is counted." if parts else ""
+    return f"In total {minutes:.0f} minutes of one core{made_with(seeds)}, one thread per process.{missing}"
 
 
 def made_with(seeds: list[Result]) -> str:

@@ -23,11 +23,15 @@ def result_file(out: Path, name: str, size: str, seed: int) -> Path:
     return out / size / name / f"seed-{seed}.json"
 
 
-def described(result: Result, seed: int, seconds: float) -> Result:
-    """A result with what is needed to judge it: its seed, when and in what time of a core it was measured, and with what."""
+def described(result: Result, seed: int, seconds: float, resumed: bool) -> Result:
+    """A result with what is needed to judge it: its seed, when and in what time of a core it was measured, and with what.
+
+    The time of a run that was stopped and resumed is that of its last part.
+    """
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     date = datetime.now(timezone.utc).date().isoformat()
-    return {"seed": seed, "date": date, "seconds": seconds, "versions": versions, "machine": platform.machine(), **result}
+    cost = {"seconds": seconds, "resumed": resumed}
+    return {"seed": seed, "date": date, **cost, "versions": versions, "machine": platform.machine(), **result}
 
 
 def read_results(out: Path, size: str, names: list[str]) -> Results:

@@ -1,8 +1,9 @@
 """ICoT-KD replaces the words of the chain with hidden states. First, a student that is shown a teacher's states learns to
 answer from the prompt. Then an emulator has to predict these states from the prompt alone. Finally both are trained together,
-at 0.3 times the learning rate. At the full rate, as published, the pair is no better after 2,600 updates than before. Nor is it
-at the lower one if the emulator has taken only 1,000 updates: then one bit of the answer is never found. So the emulator takes
-most of the updates here, where the published schedule gives up to three quarters to the last phase.
+at 0.3 times the learning rate. At the full rate, as published, the pair is no better after 2,600 updates than before. Nor is
+it at the lower one if the emulator has taken only 1,000 updates: then one bit of the answer is never found. So the emulator
+takes most of the updates here, which was enough in one seed of two, where the published schedule gives up to three quarters to
+the last phase.
 
 The task is the last digit of the sum of five digits. The chain has four running sums, and the states are taken along the chain
 as the layers go up, so that of six layers four have one running sum each to say. The control is the same model, trained on

@@ -1,6 +1,6 @@
 """Runs the experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
 
-    python experiments/run_experiments.py                three seeds of each recipe, at most 90 minutes on two idle cores
+    python experiments/run_experiments.py                three seeds of each recipe, about 90 minutes on two idle cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --full         all of them, with longer training and five seeds
@@ -50,6 +50,7 @@ def run_one(name: str, seed: int, size: str, out: Path) -> None:
 
     file = result_file(out, name, size, seed)
     folder = file.with_suffix("")
+    resumed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     while not (lock := FileLock.acquire(file.with_suffix(".lock"))):
         time.sleep(1)
@@ -58,7 +59,7 @@ def run_one(name: str, seed: int, size: str, out: Path) -> None:
         logging.disable_progress_bar()
         began = time.process_time()
         result = importlib.import_module(name).run(seed, size, folder)
-        write_whole(file, json.dumps(described(result, seed, time.process_time() - began), indent=1) + "\n")
+        write_whole(file, json.dumps(described(result, seed, time.process_time() - began, resumed), indent=1) + "\n")
     lock.release(remove=True)
 
 

@@ -1,17 +1,17 @@
 """A model answers 2 x 2-digit multiplications, is asked to look again, and learns by reinforcement to correct itself (SCoRe).
 
 Its base takes no notice of its first attempt: it was trained on pairs of independent samples of its own, so it breaks more
-right answers than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt, stage
-I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the
-base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from
-the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
-ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
-attempt's own reward, which the bonus makes 11 times as large. With 0.1 times as much, stage II changes little, and no stage I
-is as good (one seed).
+right answers than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt,
+stage I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are
+the base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR
+from the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the
+supervised ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the
+second attempt's own reward, which the bonus makes 11 times as large. With 0.1 times as much, stage II changes little, and no
+stage I is as good (one seed).
 
-SCoRe gains over the steps it is made of, but not over everything: training both attempts without the bonus solves more, since
-both share one skill, and supervision of second attempts alone (Pair-SFT) or stage I alone leaves first attempts worse, so that
-there is more to gain.
+In the one seed so far SCoRe gains over the base, over training without the bonus and over a single turn, but not over training
+without stage I. Training both attempts without the bonus solves more, since both share one skill; supervision of second
+attempts alone (Pair-SFT) or stage I alone leaves first attempts worse, so that there is more to gain.
 
 Accuracy, delta (second less first), fixed, broken and revised (another answer, right or wrong) are shares of pairs of samples,
 two at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence

@@ -1,6 +1,9 @@
 """Two threads and no network, here and in the processes that tests start; set before torch is imported."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Small operations on a busy machine: a thread that waits lets go of its core.
@@ -8,12 +11,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then; read when quietstar_kernels.triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import a script of experiments/ by name, as the scripts import each other."""
+    folder = Path(__file__).parents[1] / "experiments"
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def pytest_terminal_summary(terminalreporter):

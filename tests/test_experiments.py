@@ -1,6 +1,5 @@
 """Every experiment runs at its smallest size, and the page about it is written; what they measure is docs/experiments.md."""
 
-import importlib
 import json
 import math
 import sys
@@ -13,15 +12,6 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.files.locking import FileLock
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Import a script of experiments/ by name, as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 def experiments():

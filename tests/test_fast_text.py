@@ -1,23 +1,15 @@
 """The text of experiments/fast.py: its lines are what its docstring shows, and complete thoughts are counted as said."""
 
-import importlib
-import sys
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "experiments"
-
 
 @pytest.fixture
-def text(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("fast_text")
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+def text(scripts):
+    return scripts("fast_text")
 
 
 def test_a_line_is_an_answer_alone_or_after_an_aside_whose_first_copies_may_lack(text):

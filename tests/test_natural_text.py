@@ -1,6 +1,5 @@
 """The experiment on natural text: settings, cost and report, and all of it at the smallest size, killed and resumed."""
 
-import importlib
 import json
 import math
 import os
@@ -19,15 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 FOLDER = Path(__file__).parents[1] / "experiments"
 COMMAND = [sys.executable, str(FOLDER / "natural_text.py"), "--tiny", "--seeds=1", "--steps=8"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Import a script of experiments/ by name, as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 from transformers import PreTrainedModel
 
-from quietstar.recipes.common.logprobs import completion_logits, evaluating
+from quietstar.recipes.common.logprobs import completion_logits, evaluating, longest_first
 from quietstar.recipes.common.sampling import Sampling, rollout
 from quietstar.recipes.common.sft import SFTConfig, fine_tune
 from quietstar.recipes.common.solutions import Scorer
@@ -156,11 +156,9 @@ def values(
     verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], begun: Sequence[list[int]], batch_size: int = 256
 ) -> list[float]:
     """The log-probability that each solution, whole or only begun, ends right."""
-    order = sorted(range(len(begun)), key=lambda i: -len(prompts[i]) - len(begun[i]))
     found = [0.0] * len(begun)
     with evaluating(verifier):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in longest_first(prompts, begun, batch_size):
             logits = value_logits(verifier, task, [prompts[i] for i in chosen], [begun[i] for i in chosen])
             for i, row in zip(chosen, logsigmoid(logits), strict=True):
                 found[i] = float(row[len(begun[i])])

@@ -66,15 +66,20 @@ def likelihoods(
     model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int = 256
 ) -> list[float]:
     """The log-probability of each completion, summed over its tokens."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(completions[i]))
     found = [0.0] * len(prompts)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in longest_first(prompts, completions, batch_size):
             values, _ = logprob(model, [prompts[i] for i in chosen], [completions[i] for i in chosen])
             for i, value in zip(chosen, values.sum(1).tolist(), strict=True):
                 found[i] = value
     return found
+
+
+def longest_first(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """The rows' numbers in batches, long rows first: those of a batch need little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(completions[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
