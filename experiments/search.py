@@ -75,7 +75,7 @@ SIZES: dict[str, dict[str, int]] = {
         "samples": 16,
         "problems": 200,
         "valid_problems": 60,
-        "process_problems": 4000,
+        "process_problems": 3000,
         "process_samples": 1,
         "rollouts": 2,
         "process_steps": 150,
