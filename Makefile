@@ -17,7 +17,8 @@ CPP := $(wildcard $(foreach folder,csrc tests/emulation,$(addprefix $(folder)/*.
 demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 
 # Most tests keep one core busy: a process for each, but not so many that memory runs out.
-SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal
+# A test that hangs ends after 15 minutes with the stacks of its threads, and is named; the others go on.
+SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 .PHONY: help setup build demo test test-all test-lowest lint bench experiments experiments-full gpu gpu-rehearsal wheel clean
 
