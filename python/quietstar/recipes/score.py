@@ -175,6 +175,7 @@ def score(
                 state["best"] = None
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
+                progress.save(model, optimizer)  # before stage II overwrites the best checkpoint
             if state["step"] == total:
                 break
             progress.metrics.add(update(model, base, optimizer, task, config, state["step"]))

@@ -570,6 +570,36 @@ def test_a_resumed_run_gives_the_same_numbers(run, stopped, step):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("saves", [0, 1, 2, 3])
+def test_a_run_killed_after_its_best_checkpoint_and_before_its_state(run, monkeypatch, saves):
+    """Each stage's first checkpoint is its best; the kill is as the state is saved, after as many saves."""
+
+    def update(model, base, optimizer, task, config, step):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        return {"step": step + 1, "stage": 1 if step < 3 else 2, "reward": 1 / (step + 1)}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        done.append(arguments)
+        if len(done) > saves:
+            raise Killed
+        save(*arguments)
+
+    monkeypatch.setattr(recipe, "update", update)
+    monkeypatch.setattr(recipe, "plot", lambda *_: None)
+    whole, *figures = run("whole", save_every=2)
+    save, done = recipe.Progress.save, []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(recipe.Progress, "save", killed)
+        run("killed", save_every=2)
+    model, *resumed = run("killed", save_every=2, resume=True)
+    assert resumed == figures
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
 def test_an_existing_run(run):
     run()
     with pytest.raises(ValueError, match="a run is there already"):

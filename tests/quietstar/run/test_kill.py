@@ -193,6 +193,8 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
                 inside += any(killing.in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
                 users.add()
         users.remove()
-        assert content(folder / "run") == want
+        found = content(folder / "run")
+        differ = [name for name in want.keys() | found.keys() if want.get(name) != found.get(name)]
+        assert differ == []  # names, since pytest would take hours to show how weights differ
     assert inside > killed / 3
     record_property("table", f"SIGKILL, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end")
