@@ -1,10 +1,14 @@
-"""Thoughts within a written chain. A line is five digits and a chain of two sums, as in `4 1 9 3 5 = 4 2`: the last digit of
-the sum of three, then of all five, the answer. Each step of the chain needs more than one addition, which the text sometimes
-makes in an aside, as in `= - 5 4 - 4 - 7 2 - 2`.
+"""Thoughts within a written chain. A line is five digits and a chain of two sums, as in `4 1 9 3 5 = 7 2`: the last digit of
+the sum of four, then of all five, the answer. The first step needs three additions, which the text sometimes makes in an aside,
+as in `= - 5 4 7 - 7 2`; the second is one addition more, which the model writes without help.
 
-The model writes chains without thoughts and, after Quiet-STaR on lines without asides, with a thought of two tokens before each
-step. The control is plain training on as many lines without asides, four times the batch. Of 8 chains, sampled at temperature
-1, accuracy is that of their answers, and the vote is for the answer most of them have.
+The model writes chains without thoughts and, after Quiet-STaR on lines without asides, with a thought of three tokens before
+each step. The control is plain training on as many lines without asides, four times the batch. Of 8 chains, sampled at
+temperature 1, accuracy is that of their answers, and the vote is for the answer most of them have.
+
+Where the second step also needs a thought, as in `4 1 9 3 5 = 4 2`, it depends on the seed. A model whose text has asides
+before both steps learns to write the second one only after the first, which is not there when it thinks: in a seed where
+thoughts gained nothing, none of the second asides was right without the first, and nine of ten after it.
 """
 
 from __future__ import annotations
@@ -26,11 +30,12 @@ from quietstar.run.batches import Example
 TITLE = "Quiet-STaR: thoughts within a chain"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on
     "tiny": {"pretraining": 2, "steps": 2, "lines": 20},
-    "quick": {"pretraining": 2000, "steps": 100, "lines": 512},
-    "full": {"pretraining": 2000, "steps": 300, "lines": 2048},
+    "quick": {"pretraining": 1000, "steps": 100, "lines": 512},
+    "full": {"pretraining": 1000, "steps": 300, "lines": 2048},
 }
 VOTERS = 8
-SUMS = (1, 3)  # of the running sums, those that a chain writes
+SUMS = (2, 3)  # of the running sums, those that a chain writes
+TOKENS = 3  # of an aside and of a thought: the first running sums
 ANCHORS = (digit_sums.AT_EQUALS, digit_sums.AT_EQUALS + 1)  # before the two steps
 THINKING, BASE, PLAIN = "thoughts", "no thoughts, before training", "no thoughts, as many updates, 4 times the batch"
 
@@ -42,13 +47,13 @@ def chain_lines(digits: Tensor) -> Tensor:
 
 
 def text(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """The text to pretrain on, [lines,17]: chains, of which 60 % have asides; 40 % of these help, and others repeat digits."""
+    """The text to pretrain on, [lines,14]: chains, 60 % with an aside, of which 40 % help and the others repeat digits."""
     kind, luck = torch.rand(2, len(digits), 1, generator=generator)
     asides = torch.where(luck < digit_sums.HELPFUL, digit_sums.running_sums(digits), digits[:, : digit_sums.STEPS])
     plain, dash = chain_lines(digits), digit_sums.column(digits, digit_sums.DASH)
-    parts = [plain[:, :6], dash, asides[:, :2], dash, plain[:, 6:7], dash, asides[:, 2:], dash, plain[:, 7:]]
-    fill = digit_sums.column(digits, digit_sums.PAUSE).expand(-1, 8)
-    return torch.where(kind < digit_sums.DIRECT, torch.cat([plain, fill], 1), torch.cat(parts, 1))
+    fill = digit_sums.column(digits, digit_sums.PAUSE).expand(-1, TOKENS + 2)
+    aside = torch.cat([plain[:, :6], dash, asides[:, :TOKENS], dash, plain[:, 6:]], 1)
+    return torch.where(kind < digit_sums.DIRECT, torch.cat([plain, fill], 1), aside)
 
 
 class Lines(Sequence[Example]):
@@ -75,7 +80,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     batch = 4 * SETTING.lines
     read(plain, lambda: chain_lines(digit_sums.draw(strings, batch, generator)), numbers["steps"], 1e-3)
     lines = Lines(digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator))
-    qs = trained(model, lines, seed, out, thought_tokens=len(SUMS))
+    qs = trained(model, lines, seed, out, thought_tokens=TOKENS)
     rows = [
         {"run": BASE, **written(model, digits, seed)},
         {"run": PLAIN, **written(plain, digits, seed)},
@@ -109,7 +114,7 @@ def written(model: Any, digits: Tensor, draws: int, **options: Any) -> dict[str,
 
 def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     claim = f"With thoughts before the steps of written chains, a vote of {VOTERS} is right more often."
-    return gaps(claim, results, THINKING, [BASE, PLAIN], 0.07, "vote")
+    return gaps(claim, results, THINKING, [BASE, PLAIN], 0.2, "vote")
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
