@@ -3,6 +3,9 @@ write a scratchpad towards an answer that it is shown, for sums of all lengths; 
 
 It is a Llama, whose positions are relative. With learned positions, as GPT-2 has them, such a base takes three times as many
 updates.
+
+Rationalisation decides. Two parts of the recipe do not help here. Without rehearsal of hints, the last model hardly uses them
+any more, but the accuracy is higher. Going on from the latest model is better than starting again from the base in each round.
 """
 
 from __future__ import annotations
