@@ -47,7 +47,8 @@ def gaps(
         values = [None if x is None or y is None else (y - x if less else x - y) for x, y in pairs]
         what = f"{run}, {name.replace('_', ' ')} {'below' if less else 'above'} {control}"
         found.append(
-            least(what, values, bound) | {"claim": claim, "ours": ours, "control": control, "theirs": theirs, "less": less}
+            least(what, values, bound)
+            | {"claim": claim, "bound": bound, "ours": ours, "control": control, "theirs": theirs, "less": less}
         )
     return found
 

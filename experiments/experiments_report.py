@@ -46,11 +46,12 @@ a small model learns in minutes. What did not work is here, too, with the reason
 {markdown(["method", "claim", "ours", "best control", "gap", "wanted", "holds"], claims)}
 
 A gap is taken seed by seed: method and control start from the same model and see the same problems. It is the mean over the
-seeds, with a 95 % interval by Student's t, which is wide for three seeds. A claim holds if the mean gap to each of its controls
-reaches what was wanted, which was fixed before the run; the table shows the best of the controls. How to repeat all of it:
+seeds, with a 95 % interval by Student's t, which is wide for three seeds. A claim holds if the gap to each of its controls
+reaches what was wanted, in each seed or on average; the table shows the best of the controls. What was wanted was fixed before
+the run, but the settings were found with one or two of the same seeds ([log](log.md)). How to repeat all of it:
 
 ```sh
-make experiments                                               # about 90 minutes on two idle cores
+make experiments                                               # about 95 minutes on two idle cores
 python experiments/run_experiments.py doses objectives rare --docs docs    # Quiet-STaR's own curves
 make experiments-full                                          # five seeds and the long runs; hours
 ```
@@ -90,6 +91,7 @@ def claim_lines(experiment: ModuleType, checks: list[Check]) -> list[list[str]]:
         several = [check for check in checks if check.get("claim") == claim]
         best = min(several, key=lambda check: check["value"])
         holds = all(check["passed"] for check in several)
+        each = all(value is not None and value >= check["bound"] for check in several for value in check["values"])
         lines.append(
             [
                 f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})",
@@ -98,7 +100,7 @@ def claim_lines(experiment: ModuleType, checks: list[Check]) -> list[list[str]]:
                 f"{best['control']}: {_mean(best['theirs'], False)}",
                 _mean(best["values"], False),
                 best["wanted"],
-                "yes" if holds else "**no**",
+                ("yes" if each else "on average") if holds else "**no**",
             ]
         )
     return lines

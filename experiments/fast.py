@@ -214,7 +214,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
             Panel("tokens of a thought", "accuracy, sum of five digits", curves("accuracy"), share=True),
             Panel("seconds a token, times those without thoughts", "accuracy", curves("accuracy", "times_plain"), share=True),
             Panel(
-                "accuracy without thoughts, sum of the first two",
+                "accuracy without thoughts, first two",
                 "",
                 bars={run.partition(", ")[2]: [figure(result, run) for result in results] for run in without},
             ),

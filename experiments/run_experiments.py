@@ -1,6 +1,6 @@
 """Runs the experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
 
-    python experiments/run_experiments.py                three seeds of each recipe, about 90 minutes on two idle cores
+    python experiments/run_experiments.py                three seeds of each recipe, about 95 minutes on two idle cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --full         all of them, with longer training and five seeds

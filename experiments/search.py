@@ -11,11 +11,11 @@ as many FLOPs.
 
 A problem is easy or hard by the share of right answers among other samples of it: difficulties 1 and 2 of 5, or 3 to 5.
 
-A vote that the process verifier weighs is better than a majority. It also ranks solutions better than the outcome verifier, but
-by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones: of those
-here nearly no sample is right, so that there are few steps to prefer. Most of that gain is there with likelihood alone.
-Revisions gain nothing. In training only wrong attempts come before another one, and the model departs from right ones, too: the
-last of a chain of 16 is almost never right.
+A vote that the process verifier weighs is better than a majority. It also ranks solutions better than the outcome verifier,
+but by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones: of
+those here nearly no sample is right, so that there are few steps to prefer. Most of that gain is there with likelihood alone.
+Revisions gain nothing. In training only wrong attempts come before another one, and the model departs from right ones, too:
+the last of a chain of 16 is almost never right.
 """
 
 from __future__ import annotations

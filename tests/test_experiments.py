@@ -82,10 +82,16 @@ def test_gaps_are_taken_seed_by_seed(scripts):
 def test_the_first_table_has_the_best_control_of_each_claim(scripts):
     report, checks = scripts("experiments_report"), scripts("experiments_checks")
     rows = [{"run": "ours", "accuracy": 0.9}, {"run": "weak", "accuracy": 0.1}, {"run": "strong", "accuracy": 0.7}]
-    found = checks.gaps("it helps", [{"rows": rows}], "ours", ["weak", "strong"], 0.3)
-    ((method, *line),) = report.claim_lines(scripts("star"), found)
+    worse = [{"run": "ours", "accuracy": 0.7}, *rows[1:]]
+
+    def table(seeds, bound):
+        return report.claim_lines(scripts("star"), checks.gaps("it helps", seeds, "ours", ["weak", "strong"], bound))
+
+    ((method, *line),) = table([{"rows": rows}], 0.3)
     assert method == "[STaR](#star)"
     assert line == ["it helps", "0.900", "strong: 0.700", "0.200", ">= 0.3", "**no**"]
+    assert table([{"rows": rows}], 0.1)[0][-1] == "yes"
+    assert table([{"rows": rows}, {"rows": worse}], 0.1)[0][-1] == "on average"
 
 
 def recorded(run, asked):
