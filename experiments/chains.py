@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from digit_thoughts import SETTING, digit_sums, trained
-from experiments_checks import gaps
+from experiments_checks import figure, gaps
 from torch import Tensor
 
 from quietstar.config import TrainConfig
@@ -118,11 +118,11 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    runs = [row["run"] for row in results[0]["rows"]]
+    runs = {"before training": BASE, "plain training": PLAIN, "thoughts": THINKING}
 
     def bars(name: str) -> dict[str, list[float]]:
-        return {run: [row[name] for result in results for row in result["rows"] if row["run"] == run] for run in runs}
+        return {label: [figure(result, run, name) for result in results] for label, run in runs.items()}
 
-    shown = {"accuracy": "a sampled chain is right", "vote": f"a vote of {VOTERS} is right"}
+    shown = {"accuracy": "single chains, accuracy", "vote": f"votes of {VOTERS}, accuracy"}
     panels(path, TITLE, [Panel(label, "", bars=bars(name)) for name, label in shown.items()])
     return "Share of right answers of single chains and of votes; dots are seeds"
