@@ -10,6 +10,8 @@ sees the earlier attempts chooses. A model with three times the weights, which h
 as many FLOPs.
 
 A problem is easy or hard by the share of right answers among other samples of it: difficulties 1 and 2 of 5, or 3 to 5.
+Accuracies are those with the tokens of 16 solutions, "four" those with the tokens of four, and "best" those of the solution
+that a verifier ranks first.
 
 A vote that the process verifier weighs is better than a majority. It also ranks solutions better than the outcome verifier,
 but by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones: of

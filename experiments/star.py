@@ -2,7 +2,7 @@
 write a scratchpad towards an answer that it is shown, for sums of all lengths; without it, for sums of one and two digits.
 
 It is a Llama, whose positions are relative. With learned positions, as GPT-2 has them, such a base takes three times as many
-updates.
+updates. There are two rounds, so that three to half of the sums of three digits means never.
 
 Rationalisation decides. Two parts of the recipe do not help here. Without rehearsal of hints, the last model hardly uses them
 any more, but the accuracy is higher. Going on from the latest model is better than starting again from the base in each round.
