@@ -11,7 +11,7 @@ updates STaR's vote is as good as V-STaR (0.77), and with 200, and half of the p
 
 An outcome verifier learns from the same solutions whether they are right. Read off as a verdict after the solution, as usual,
 this is beyond two layers, which would have to predict each token, compare it, and gather the results; so another one adds the
-verdict to the solution's log-likelihood.
+verdict to the solution's log-likelihood. That one is nearly as good as V-STaR, and better in one seed of three.
 
 All answers are chosen from 16 solutions of the same test problems. The verifiers by DPO see each pair once. Chance for a
 verifier is one distinct solution, not one sample: right solutions are often equal, and equal ones have one score, so that many
