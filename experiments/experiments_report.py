@@ -41,7 +41,8 @@ def introduction(results: list[list[Result]], claims: list[list[str]]) -> str:
     return f"""# Experiments
 
 Does each method show here what its paper claims for it? Every experiment compares a method with its controls, on problems that
-a small model learns in minutes. What did not work is here, too, with the reason where we found it.
+a small model learns in minutes. What did not work is here, too, with the reason where we found it. Quiet-STaR itself has
+pages of its own: [digit sums](digit-sums.md), with every control, and [natural text](natural-text.md).
 
 {markdown(["method", "claim", "ours", "best control", "gap", "wanted", "holds"], claims)}
 
