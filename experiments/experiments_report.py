@@ -66,7 +66,7 @@ def cost(results: list[list[Result]]) -> str:
     seeds = [result for several in results for result in several]
     minutes = sum(result["seconds"] for result in seeds) / 60
     parts = sum(result.get("resumed", False) for result in seeds)
-    missing = f" Of {parts} seeds that were stopped and resumed only the last part is counted." if parts else ""
+    missing = f" For {parts} of the seeds, stopped and resumed, only the last part is counted." if parts else ""
     return f"In total {minutes:.0f} minutes of one core{made_with(seeds)}, one thread per process.{missing}"
 
 
