@@ -48,8 +48,8 @@ pages of its own: [digit sums](digit-sums.md), with every control, and [natural 
 
 A gap is taken seed by seed: method and control start from the same model and see the same problems. It is the mean over the
 seeds, with a 95 % interval by Student's t, which is wide for three seeds. A claim holds if the gap to each of its controls
-reaches what was wanted, in each seed or on average; the table shows the best of the controls. What was wanted was fixed before
-the run, but the settings were found with one or two of the same seeds ([log](log.md)). How to repeat all of it:
+reaches what was wanted, in each seed or on average; the table shows the best of the controls. Settings, claims
+and what was wanted were found with one or two of the same seeds ([log](log.md)). How to repeat all of it:
 
 ```sh
 make experiments                                               # about 95 minutes on two idle cores
