@@ -8,10 +8,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c
 LOWEST := .venv-lowest
 REHEARSAL := .venv-rehearsal
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
+BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
     $(addprefix tests/quietstar/,test_model.py test_rollout.py test_golden.py test_generate.py hf/test_drop_in.py \
     hf/test_architectures.py checkpoints/test_native.py cli)
-CPP := $(wildcard $(foreach folder,csrc tests/emulation,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
+CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_library,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
 demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
@@ -32,17 +33,18 @@ setup: $(READY)  ## make .venv with everything; quick when nothing changed
 
 # No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first. And no CUDA:
 # most machines with nvcc that make a .venv have no GPU, and the tests compile once for themselves.
-$(READY): setup.py pyproject.toml constraints.txt Makefile
+$(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*)
 	@echo "Setting up $(VENV): some minutes the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	        echo "Python 3.10 or newer is needed, and $(PYTHON) is not: name one with PYTHON=..." >&2; exit 1; }; \
 	    $(PYTHON) -m venv --clear $(VENV); }
-	@$(PIP) setuptools wheel torch
-	@QUIETSTAR_BUILD=python $(PIP) --no-build-isolation -e '.[train,dev]'
+	@$(PIP) setuptools wheel torch ninja
+	@PATH="$(abspath $(BIN)):$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP) --no-build-isolation -e '.[train,dev]'
+	@$(BIN)/python -c 'from quietstar_kernels import cpu_library; print(cpu_library())'
 	@touch $@
 
-build: $(READY)  ## the CUDA back end, compiled into this folder; needs nvcc
+build: $(READY)  ## the CUDA and CPU back ends, compiled into this folder; needs nvcc
 	QUIETSTAR_BUILD=cuda $(BIN)/python setup.py -q build_ext --inplace
 
 demo: $(READY)  ## digit sums, where thinking helps, then the English that ships with Python
@@ -61,8 +63,8 @@ test-lowest: $(LOWEST)/.ready  ## core tests with the oldest versions of what th
 $(LOWEST)/.ready: setup.py pyproject.toml constraints-lowest.txt
 	@echo "Setting up $(LOWEST), the oldest versions: some minutes the first time."
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	@$(PIP_LOWEST) setuptools wheel torch
-	@QUIETSTAR_BUILD=python $(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
+	@$(PIP_LOWEST) setuptools wheel torch ninja
+	@PATH="$(abspath $(LOWEST))/bin:$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
 	@touch $@
 
 lint: $(READY)  ## ruff, mypy, clang-format
@@ -104,6 +106,7 @@ wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
-clean:  ## remove build outputs and caches; what .venv* hold stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quietstar_kernels/cuda/*.so
+clean:  ## remove build outputs and caches; what .venv* hold stays, and make setup compiles again
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quietstar_kernels/*/*.so
+	rm -f $(READY)
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,9 +1,11 @@
-"""What pyproject.toml can't say: the CUDA back end, one library compiled from csrc/ with nvcc and ninja.
+"""What pyproject.toml can't say: two libraries compiled from csrc/ with ninja, one for CPUs and one, with nvcc, for GPUs.
 
-QUIETSTAR_BUILD=auto    compile if nvcc, ninja and PyTorch are found, else install pure Python with a one-line notice (default)
-QUIETSTAR_BUILD=cuda    compile, or stop with the reason
+QUIETSTAR_BUILD=auto    compile what the tools found here can compile, and say in a line what is left out (default)
+QUIETSTAR_BUILD=cpu     compile the library for CPUs alone, or stop with the reason
+QUIETSTAR_BUILD=cuda    compile both, or stop with the reason
 QUIETSTAR_BUILD=python  pure Python
-TORCH_CUDA_ARCH_LIST    what to compile for, as PyTorch reads it; default ARCHITECTURES
+CXX                     the C++ compiler of the library for CPUs; default c++
+TORCH_CUDA_ARCH_LIST    what GPUs to compile for, as PyTorch reads it; default ARCHITECTURES
 CUDA_HOME               the toolkit, default that of the nvcc on PATH
 
 pip builds in an isolated environment without PyTorch, unless it is called with --no-build-isolation.
@@ -11,6 +13,7 @@ pip builds in an isolated environment without PyTorch, unless it is called with 
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,14 +29,24 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # the PTX is for later GPUs
+# The instruction sets of processors that csrc/cpu/ is compiled for; the library chooses one when it is loaded.
+SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    SETS["avx512"] = [*SETS["avx2"], *(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")), "-mprefer-vector-width=512"]
 ERROR = re.compile(r"\b(error|fatal)\s*[:#]|undefined reference|cannot find", re.IGNORECASE)  # of compilers and linkers
 OLDEST = 8  # compute capability of the first GPUs with the instructions that the kernels use
-COMPILE = [
-    "-std=c++17 -O3 --threads 2 -Xptxas=-v -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",  # one binary for PyTorch 2.10 and everything later
-]
-# Static, so that the import needs no CUDA. Without --no-as-needed libtorch.so goes, and with it the way to the CUDA stream.
-LINK = "-shared -cudart=static -Xlinker=-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
+STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # one binary for PyTorch 2.10 and everything later
+COMPILE_CUDA = "-std=c++17 -O3 --threads 2 -Xptxas=-v -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
+COMPILE_CPU = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden -Wall -Wno-psabi"
+# CUDA's runtime is static, so that the import needs no CUDA. Without --no-as-needed libtorch.so goes, and with it the way to the
+# CUDA stream.
+LINK_CUDA = "-shared -cudart=static -Xlinker=-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
+LINK_CPU = "-shared -Wl,-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
+
+
+def cxx() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
 
 
 def nvcc() -> str | None:
@@ -50,17 +63,27 @@ def torch_folder() -> Path | None:
     return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
 
 
-def missing_for_cuda() -> str | None:
+def missing_for_both() -> str | None:
     """Why nothing can be compiled here; None if it can."""
     if sys.platform != "linux":
-        return f"the CUDA back end is for Linux, this is {sys.platform}"
-    if not nvcc():
-        return f"there is no nvcc in {os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else "there is no nvcc on PATH"
+        return f"it is for Linux, this is {sys.platform}"
     if not ninja():
         return "ninja is not installed"
     if not torch_folder():
         return "PyTorch can't be imported; where it is installed, --no-build-isolation lets pip see it"
     return None
+
+
+def missing_for_cpu() -> str | None:
+    if not cxx():
+        return f"there is no {os.environ.get('CXX') or 'c++'} on PATH"
+    return missing_for_both()
+
+
+def missing_for_cuda() -> str | None:
+    if not nvcc():
+        return f"there is no nvcc in {os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else "there is no nvcc on PATH"
+    return missing_for_both()
 
 
 def architectures() -> list[str]:
@@ -78,30 +101,50 @@ def architectures() -> list[str]:
     return names
 
 
-def ninja_file(sources: list[str], library: Path) -> str:
-    """The sources to ``library``, linked twice: the first link tells which symbols are too new for manylinux_2_28."""
-    torch = torch_folder()
+def cuda_ninja_file(sources: list[str], library: Path) -> str:
     names = architectures()
     codes = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in names]
-    flags = [*COMPILE, f"-isystem {quoted(torch / 'include')}", f"-DQUIETSTAR_ARCHITECTURES='\"{' '.join(names)}\"'", *codes]
-    objects = [f"{Path(source).name}.o" for source in sources]
+    built_for = f"-DQUIETSTAR_ARCHITECTURES='\"{' '.join(names)}\"'"
+    flags = " ".join([COMPILE_CUDA, built_for, *codes])
+    return ninja_file(nvcc(), {f"{Path(source).name}.o": (source, flags) for source in sources}, LINK_CUDA, library)
+
+
+def cpu_ninja_file(sources: list[str], library: Path) -> str:
+    """kernels.cpp is compiled once for each instruction set, in a namespace of its name."""
+    objects = {}
+    for source in sources:
+        if Path(source).name == "kernels.cpp":
+            for name, flags in SETS.items():
+                objects[f"{name}.o"] = (source, " ".join([COMPILE_CPU, f"-DQUIETSTAR_SET={name}", *flags]))
+        else:
+            objects[f"{Path(source).name}.o"] = (source, COMPILE_CPU)
+    return ninja_file(cxx(), objects, LINK_CPU, library)
+
+
+def ninja_file(compiler: str, objects: dict[str, tuple[str, str]], link: str, library: Path) -> str:
+    """Objects, with their sources and flags, to ``library``; linked twice: the first link tells which symbols are too new for
+    manylinux_2_28."""
+    torch = torch_folder()
     lines = [
-        f"nvcc = {quoted(nvcc())}",
-        f"compile_flags = {' '.join(flags)}",
-        f"link_flags = -L{quoted(torch / 'lib')} {LINK}",
+        f"compiler = {quoted(compiler)}",
+        f"common = {STABLE} -isystem {quoted(torch / 'include')}",
+        f"link_flags = -L{quoted(torch / 'lib')} {link}",
         "rule compile",
-        "  command = $nvcc -c $in -o $out $compile_flags -MD -MF $out.d > $out.log 2>&1 || { cat $out.log; exit 1; }",
+        "  command = $compiler -c $in -o $out $common $flags -MD -MF $out.d > $out.log 2>&1 || { cat $out.log; exit 1; }",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $nvcc $in -o $out $link_flags $more",
+        "  command = $compiler $in -o $out $link_flags $more",
         "rule stand_ins",
         f"  command = {quoted(sys.executable)} {quoted(ROOT / 'csrc/old_glibc.py')} $in $out",
-        *(f"build {name}: compile {escaped(ROOT / source)}" for name, source in zip(objects, sources, strict=True)),
+    ]
+    for name, (source, flags) in objects.items():
+        lines += [f"build {name}: compile {escaped(ROOT / source)}", f"  flags = {flags}"]
+    lines += [
         f"build first.so: link {' '.join(objects)}",
         "build stand_ins.txt: stand_ins first.so",
         f"build {escaped(library)}: link {' '.join(objects)} | stand_ins.txt",
-        "  more = --options-file stand_ins.txt",
+        "  more = $$(cat stand_ins.txt)",
         f"default {escaped(library)}",
     ]
     return "\n".join(lines) + "\n"
@@ -122,14 +165,16 @@ class BuildExt(build_ext):
         return fullname.replace(".", os.sep) + ".abi3.so"  # whatever the Python that builds
 
     def build_extension(self, ext: Extension) -> None:
-        library, folder = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve()
+        backend = ext.name.split(".")[-2]
+        library, folder = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve() / backend
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(ext.sources, library))
-        compile_all([ninja(), "-C", str(folder)], verbose=self.verbose > 0)
+        write = {"cpu": cpu_ninja_file, "cuda": cuda_ninja_file}[backend]
+        (folder / "build.ninja").write_text(write(ext.sources, library))
+        compile_all([ninja(), "-C", str(folder)], BACKENDS[backend], verbose=self.verbose > 0)
 
 
-def compile_all(command: list[str], verbose: bool) -> None:
+def compile_all(command: list[str], what: str, verbose: bool) -> None:
     """Run ninja; where it fails, stop with what the compiler said and, in the last line, its first error."""
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as running:
@@ -140,13 +185,14 @@ def compile_all(command: list[str], verbose: bool) -> None:
     if running.returncode:
         hidden = [] if verbose else [line for line in said if not re.match(r"\[\d+/\d+\] ", line)]
         first = next((line.strip() for line in said if ERROR.search(line)), "the lines above say why")
-        sys.exit(f"{''.join(hidden)}The CUDA back end does not compile: {first}; QUIETSTAR_BUILD=python installs without it.")
+        sys.exit(f"{''.join(hidden)}The {what} does not compile: {first}; QUIETSTAR_BUILD=python installs without it.")
 
 
 class BuildPy(build_py):
     def run(self) -> None:
-        if lacking and wanted == "auto":
-            print(f"quietstar-kernels is installed without its CUDA back end: {lacking}.", file=sys.stderr)
+        for backend, reason in lacking.items():
+            if reason and wanted == "auto":
+                print(f"quietstar-kernels is installed without its {BACKENDS[backend]}: {reason}.", file=sys.stderr)
         super().run()
 
 
@@ -156,16 +202,25 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-wanted = os.environ.get("QUIETSTAR_BUILD", "auto")
-if wanted not in ("auto", "cuda", "python"):
-    sys.exit(f"QUIETSTAR_BUILD must be auto, cuda or python, got {wanted!r}.")
-lacking = None if wanted == "python" else missing_for_cuda()
-if wanted == "cuda" and lacking:
-    sys.exit(f"QUIETSTAR_BUILD=cuda: {lacking}.")
-compiled = wanted != "python" and not lacking
+BACKENDS = {"cpu": "CPU library", "cuda": "CUDA back end"}
+NEEDED = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "python": []}
 
-sources = sorted(str(path.relative_to(ROOT)) for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").glob(pattern))
+wanted = os.environ.get("QUIETSTAR_BUILD", "auto")
+if wanted not in NEEDED:
+    sys.exit(f"QUIETSTAR_BUILD must be auto, cpu, cuda or python, got {wanted!r}.")
+lacking = {"cpu": missing_for_cpu(), "cuda": missing_for_cuda()}
+for backend in NEEDED[wanted]:
+    if lacking[backend]:
+        sys.exit(f"QUIETSTAR_BUILD={wanted}: {lacking[backend]}.")
+compiled = [name for name in lacking if not lacking[name]] if wanted == "auto" else NEEDED[wanted]
+
+
+def sources(backend: str) -> list[str]:
+    folder, patterns = (ROOT / "csrc/cpu", ["*.cpp"]) if backend == "cpu" else (ROOT / "csrc", ["*.cpp", "*.cu"])
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in folder.glob(pattern))
+
+
 setup(
-    ext_modules=[Extension("quietstar_kernels.cuda._C", sources)] if compiled else [],
+    ext_modules=[Extension(f"quietstar_kernels.{backend}._C", sources(backend)) for backend in compiled],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel},
 )

@@ -4,8 +4,8 @@
 
 glibc 2.34 moved the functions of libpthread, libdl and librt to libc.so.6. A program that is linked against it requires their
 version GLIBC_2.34, which an older glibc doesn't have, although newer ones still have the old versions too. So this writes empty
-libraries with the three old names, which define the old version of everything that LIBRARY needs, and writes the nvcc options
-that link with them to FLAGS. FLAGS stays empty on an older glibc, which needs nothing, and on processors other than
+libraries with the three old names, which define the old version of everything that LIBRARY needs, and writes the options of
+nvcc or c++ that link with them to FLAGS. FLAGS stays empty on an older glibc, which needs nothing, and on processors other than
 x86-64, where the old versions have other names.
 """
 
@@ -32,7 +32,7 @@ def main(library: Path, flags: Path) -> None:
         here = [name for name in left if name.startswith(beginning)]
         left = [name for name in left if name not in here]
         if here:
-            options.append(f"-Xlinker=--no-as-needed,{stand_in(folder / home, here)}")
+            options.append(f"-Xlinker {stand_in(folder / home, here)}")
     if "__libc_single_threaded" in missed:  # since 2.32, for std::shared_ptr; "no" is always a correct answer
         options.append(str(one_variable(folder)))
     flags.write_text("\n".join(options) + "\n")

@@ -16,6 +16,7 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 
 from quietstar_kernels import _cases, _first_use
 from quietstar_kernels._dispatch import backends
+from quietstar_kernels.cpu._library import cpu_library
 from quietstar_kernels.cuda._library import cuda_library
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.linear_logprob import linear_logprob
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ThoughtLayout",
     "backends",
+    "cpu_library",
     "cuda_library",
     "linear_logprob",
     "sample_thoughts",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quietstar_kernels import __version__, _dispatch, backends, check, cuda_library
+from quietstar_kernels import __version__, _dispatch, backends, check, cpu_library, cuda_library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +49,7 @@ def show_backends() -> None:
 
 def show_versions() -> None:
     print(f"quietstar_kernels {__version__} · torch {torch.__version__} · Python {platform.python_version()}")
+    print(cpu_library())
     print(cuda_library())
 
 

@@ -1,4 +1,7 @@
-"""Back end for CPUs: no dense mask and no tensor of R*V. One file per op."""
+"""Back end for CPUs: no dense mask and no tensor of R*V. One file per op.
+
+Attention and decoding run in a library compiled from csrc/cpu/. Where there is none, and in fp64, they run in PyTorch: ``plain``.
+"""
 
 from __future__ import annotations
 

@@ -1,23 +1,18 @@
-"""thought_attention on CPUs: the own part of all thoughts first, then the text by flash attention, a chunk of rows at a time.
-
-The rows of a chunk are viewed as [B,G,h,c,s,K]: h query heads share a key head, and there are c thoughts of s rows (for text,
-c rows and s = 1). To the text part (h,c,s) are rows, so that keys are never repeated.
-Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
-"""
+"""thought_attention on CPUs, csrc/cpu/forward.hpp and backward.hpp: this allocates what they write."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.cpu._chunks import chunks, dense, split
-from quietstar_kernels.cpu._own import own_backward, own_forward, own_mask
-from quietstar_kernels.cpu._parts import add_sinks, join, per_head, sees_text, text_backward, text_forward, without_poison
+from quietstar_kernels.cpu import _library
+from quietstar_kernels.cpu.plain import thought_attention as plain
 from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.reference import wide
+
+WIDTH = 16  # of rows of partial sums: a multiple of this, as in csrc/cpu/backward.hpp
+PARTS = 16  # of all heads together at least, for threads to share; a number that depended on them would change the last bits
+TILE = 112  # query rows for which a part of its own is worth it
 
 
 def thought_attention(
@@ -28,40 +23,14 @@ def thought_attention(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
-    G, L, S = k.shape[1], layout.L, layout.S
-    out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=wide(q[:0]).dtype)
-    lse = out.new_empty(q.shape[:3])
-    if q.numel() == 0:
-        return out.to(q.dtype), lse
-    k, v, bad = without_poison(k, v)
-    k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
-    mask = own_mask(S, options.window, lse)
-    own = slice(q.shape[2] - layout.R, None)  # the thought rows, among the query rows
-    own_forward(q[:, :, own], k[:, :, L:], v[:, :, L:], out[:, :, own], lse[:, :, own], mask, options)
-    live = layout.live().flatten(1, 2)
-    ragged = not live.all()
-    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
-        rows = split(wide(q[:, :, chunk.rows]), G, chunk.s)
-        o, l = (split(x[:, :, chunk.rows], G, chunk.s) for x in (out, lse))
-        o_text, l_text = text_forward(rows, k_text, v_text, chunk, options)
-        if chunk.thoughts is None:
-            o.copy_(o_text)
-            l.copy_(l_text)
-        else:
-            join(o, l, o_text, l_text)
-        if options.sinks is not None:
-            add_sinks(o, l, options.sinks)
-        if bad is not None:
-            poisoned = sees_text(bad[:, :, :L], chunk)
-            if chunk.thoughts is not None:
-                poisoned = poisoned | _sees_own(bad[:, :, _own_rows(chunk.thoughts, layout)], mask, S)
-            o.masked_fill_(poisoned[..., None], math.nan)
-            l.masked_fill_(poisoned, math.nan)
-        if ragged and chunk.thoughts is not None:
-            off = ~live[:, None, None, chunk.thoughts]
-            o.masked_fill_(off[..., None], 0)
-            l.masked_fill_(off, -math.inf)
-    return out.to(q.dtype), lse
+    if not _library.serves(q.dtype):
+        return plain.thought_attention(q, k, v, layout, options)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _library.ops().thought_attention(
+        *map(with_rows, (q, k, v)), *tensors(layout), sinks(options), out, lse, layout.S, *numbers(options)
+    )
+    return out, lse
 
 
 def thought_attention_backward(
@@ -74,73 +43,40 @@ def thought_attention_backward(
     layout: ThoughtLayout,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
-    G, L, S, sinks = k.shape[1], layout.L, layout.S, options.sinks
-    if q.numel() == 0:
-        none = None if sinks is None else torch.zeros_like(sinks)
-        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
-    dtype = (q.dtype, k.dtype, v.dtype)
-    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-    dsinks = lse.new_zeros(q.shape[1])
-    k, v, _ = without_poison(k, v)
-    k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
-    delta = _row_sums(grad_out, out, lse)
-    # Rows that are off (lse -inf) or have seen a NaN must add nothing to the gradients of the keys.
-    dropped = None
-    if not (lse.sum() + delta.sum()).isfinite():
-        dropped = ~(lse.isfinite() & delta.isfinite())
-        not_a_number = dropped & (lse != -math.inf)
-        grad_out, q, out = (x.masked_fill(dropped[..., None], 0) for x in (grad_out, q, out))
-        lse, delta = lse.masked_fill(dropped, math.inf), delta.masked_fill(dropped, 0)
-    own = slice(q.shape[2] - layout.R, None)  # the thought rows, among the query rows
-    own_backward(
-        grad_out[:, :, own],
-        q[:, :, own],
-        k[:, :, L:],
-        v[:, :, L:],
-        delta[:, :, own],
-        lse[:, :, own],
-        dq[:, :, own],
-        dk[:, :, L:],
-        dv[:, :, L:],
-        own_mask(S, options.window, lse),
-        options,
-    )
-    dk_text, dv_text = torch.zeros_like(k_text), torch.zeros_like(v_text)
-    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
-        g, rows, o, d, l = (split(wide(x[:, :, chunk.rows]), G, chunk.s) for x in (grad_out, q, out, delta, lse))
-        dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, d, l, chunk, options)
-        dk_text[:, :, chunk.keys] += dkc
-        dv_text[:, :, chunk.keys] += dvc
-        dqc = split(dq[:, :, chunk.rows], G, chunk.s)
-        if chunk.thoughts is None:
-            dqc.copy_(dq_text)
-        else:
-            dqc += dq_text
-        if sinks is not None:
-            dsinks -= (torch.exp(per_head(sinks, l) - l) * d).sum((0, 3, 4)).flatten()
-    if dropped is not None:
-        dq.masked_fill_(not_a_number[..., None], math.nan)
-    dk[:, :, :L], dv[:, :, :L] = dk_text, dv_text
-    dq, dk, dv = (x.to(wanted) for x, wanted in zip((dq, dk, dv), dtype, strict=True))
-    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
+    """As ``reference.thought_attention_backward``."""
+    if not _library.serves(q.dtype):
+        return plain.thought_attention_backward(grad_out, q, k, v, out, lse, layout, options)
+    B, H, rows, K = q.shape
+    G, E = k.shape[1], v.shape[-1]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    parts = min(-(-PARTS // max(B * G, 1)), -(-rows * H // (G * TILE)) or 1)
+    # One part alone may sum the gradients of the text where they are returned.
+    in_place = parts == 1 and q.dtype == torch.float32 and K % WIDTH == 0 and E % WIDTH == 0
+    width = sum(-(-x // WIDTH) * WIDTH for x in (K, E))
+    sums = q.new_empty((B, G, parts, layout.S + (0 if in_place else layout.L), width), dtype=torch.float32)
+    dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float32)
+    _library.ops().thought_attention_backward(
+        *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *tensors(layout), sinks(options), dq, dk, dv, sums, dsinks,
+        layout.S, parts, *numbers(options),
+    )  # fmt: skip
+    if dsinks is None or options.sinks is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, dsinks.sum((0, 2)).flatten().to(options.sinks.dtype)
 
 
-def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
-    """rowsum(grad_out * out) [B,H,rows], a head at a time, so that the product stays in the cache."""
-    delta = torch.empty_like(like)
-    for b in range(len(out)):
-        for h in range(out.shape[1]):
-            torch.sum(wide(grad_out[b, h]) * wide(out[b, h]), -1, out=delta[b, h])
-    return delta
+def with_rows(x: Tensor) -> Tensor:
+    """``x``, or a copy if the numbers of a row don't lie side by side, as in the gradient of a sum."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _own_rows(thoughts: slice, layout: ThoughtLayout) -> slice:
-    """The rows of these thoughts among the packed rows."""
-    return slice(layout.L + thoughts.start * layout.S, layout.L + thoughts.stop * layout.S)
+def tensors(layout: ThoughtLayout) -> tuple[Tensor, Tensor, Tensor]:
+    return layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
 
 
-def _sees_own(bad: Tensor, mask: Tensor, S: int) -> Tensor:
-    """bool [B,G,1,c,S]: the rows that see one of the own rows bad [B,G,c*S]."""
-    bad = bad.unflatten(2, (-1, 1, S))
-    return (bad & (mask == 0)).any(-1)[:, :, None]
+def sinks(options: AttentionOptions) -> Tensor | None:
+    return None if options.sinks is None else options.sinks.float().contiguous()
+
+
+def numbers(options: AttentionOptions) -> tuple[float, int, float]:
+    """Scale, window and soft cap; 0 where there is none."""
+    return options.scale, options.window or 0, options.softcap or 0.0

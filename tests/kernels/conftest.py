@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
 
 from quietstar_kernels import _cases, _dispatch, _first_use
+from quietstar_kernels.cpu import _library as cpu_library
 from quietstar_kernels.cuda import _library
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
+BACKENDS = ["reference", "cpu", "cpu in PyTorch", "triton", "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,11 +35,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
-    metafunc.parametrize("backend", [name for name in BACKENDS if serves(name, op)])
+    metafunc.parametrize("backend", [name for name in BACKENDS if serves(name, op)], indirect=True)
 
 
 def serves(backend: str, op: str) -> bool:
-    return backend in ("reference", "cpu") or importlib.util.find_spec(f"quietstar_kernels.{backend}.{op}") is not None
+    folder = {"cpu in PyTorch": "cpu.plain"}.get(backend, backend)
+    return backend in ("reference", "cpu") or importlib.util.find_spec(f"quietstar_kernels.{folder}.{op}") is not None
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name that the op is called with. "cpu" is compiled, if there is a library; "cpu in PyTorch" runs without it."""
+    if request.param == "cpu in PyTorch":
+        monkeypatch.setattr(cpu_library, "missing", lambda: "a test leaves it out")
+        return "cpu"
+    return request.param
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_module_prints_every_back_end():
     printed = python("-m", "quietstar_kernels")
     lines = printed.splitlines()
     assert lines[0].startswith(f"quietstar_kernels {quietstar_kernels.__version__} · torch {torch.__version__}")
-    assert lines[1] == quietstar_kernels.cuda_library()
+    assert lines[1:3] == [quietstar_kernels.cpu_library(), quietstar_kernels.cuda_library()]
     for row in backends("cpu"):
         assert f"  {row['op']:<18} {row['backend']:<10} {row['status']}" in lines
 

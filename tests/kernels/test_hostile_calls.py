@@ -10,6 +10,7 @@ from quietstar_kernels import (
     ThoughtLayout,
     backends,
     check,
+    cpu_library,
     cuda_library,
     linear_logprob,
     philox,
@@ -100,6 +101,7 @@ target(
     },
 )
 target("backends", backends, lambda: {"device": "cpu"})
+target("cpu_library", cpu_library, lambda: {})
 target("cuda_library", cuda_library, lambda: {})
 
 ANCHORS = {"anchors": torch.tensor([[0, 2, 5], [1, 4, -1]])}

@@ -26,7 +26,7 @@ from quietstar.memory.processes import (
     traffic_table,
 )
 from quietstar.memory.step import human, memory_table, step_memory
-from quietstar_kernels import backends, cuda_library
+from quietstar_kernels import backends, cpu_library, cuda_library
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
@@ -94,7 +94,7 @@ def environment() -> str:
     """Versions, devices, and which back end serves each operation on each device, or why none does."""
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in PACKAGES]
-    lines.append(cuda_library())
+    lines += [cpu_library(), cuda_library()]
     threads = torch.get_num_threads()
     devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
     for i in range(torch.cuda.device_count()):

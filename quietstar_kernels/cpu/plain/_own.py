@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.cpu._parts import scores_of
+from quietstar_kernels.cpu.plain._parts import scores_of
 from quietstar_kernels.reference import wide
 
 SCORES = 2**18  # at a time: 1 MB of fp32, which fits a core's cache

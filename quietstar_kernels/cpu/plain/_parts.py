@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.cpu._chunks import Chunk
+from quietstar_kernels.cpu.plain._chunks import Chunk
 from quietstar_kernels.reference import wide
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

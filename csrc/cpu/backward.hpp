@@ -1,0 +1,252 @@
+// Gradients of attention in one pass over the rows: five products for a tile of rows and a block of keys.
+//
+// A part of a head's units sums its share of the text's dk and dv, in an order that depends on sizes alone;
+// `finish` adds up the parts. The own keys of a thought belong to one unit.
+#pragma once
+#include "forward.hpp"
+
+namespace quietstar {
+namespace QUIETSTAR_SET {
+
+constexpr int BACKWARD_TILE =
+    112;  // rows: q and grad_out are read again for each block of keys, from the L1 cache
+
+struct BackwardSpace {
+    KeyBlock keys;
+    alignas(64) float v_panels[KEYS * 256];
+    float q[BACKWARD_TILE * STRIDE];
+    float grad[BACKWARD_TILE * STRIDE];
+    float dq[BACKWARD_TILE * STRIDE];
+    float weights[BACKWARD_TILE * STRIDE];
+    float dscores[BACKWARD_TILE * STRIDE];
+    float row[STRIDE];
+    float lse[BACKWARD_TILE];
+    float delta[BACKWARD_TILE];  // rowsum(grad_out * out)
+    Tile tile;
+};
+
+// Where the gradients of some keys are summed: rows of k's and v's, in floats.
+struct Sums {
+    float *dk, *dv;
+    int64_t dk_stride, dv_stride;
+
+    Sums at(int64_t row) const { return {dk + row * dk_stride, dv + row * dv_stride, dk_stride, dv_stride}; }
+};
+
+constexpr int WIDTH = 16;  // rows of `Backward::sums` have multiples of this
+
+inline Sums sums_of(const Backward& call, int64_t pair, int64_t part) {
+    const int64_t width = round_up(call.K, WIDTH) + round_up(call.E, WIDTH);
+    const int64_t rows = (call.in_place ? 0 : call.layout.L) + call.layout.S;
+    float* const first = call.sums + (pair * call.parts + part) * rows * width;
+    return {first, first + round_up(call.K, WIDTH), width, width};
+}
+
+inline Sums text_sums_of(const Backward& call, int64_t pair, int64_t part) {
+    if (!call.in_place) return sums_of(call, pair, part).at(call.layout.S);
+    const int64_t batch = pair / call.G, group = pair % call.G;
+    return {(float*)row_of(call.dk, call.dtype, batch, group, 0),
+            (float*)row_of(call.dv, call.dtype, batch, group, 0), call.dk.row, call.dv.row};
+}
+
+inline void clear(const Sums& sums, int64_t rows, int64_t K, int64_t E) {
+    for (int64_t i = 0; i < rows; ++i) {
+        memset(sums.dk + i * sums.dk_stride, 0, 4 * round_up(K, WIDTH));
+        memset(sums.dv + i * sums.dv_stride, 0, 4 * round_up(E, WIDTH));
+    }
+}
+
+// Weights of row r from its scores, and the gradient of the scores from that of the weights.
+inline void differentiate_row(BackwardSpace& space, int r, int end, const int32_t* position,
+                              const Options& options) {
+    float* const weights = space.weights + r * STRIDE;
+    float* const dscores = space.dscores + r * STRIDE;
+    const float cap = options.softcap, lse = space.lse[r], delta = space.delta[r];
+    for (int column = 0; column < end; column += LANES) {
+        Vec x = load(weights + column), slope = splat(options.scale);
+        if (cap > 0) {
+            const Vec y = tanh(x * (options.scale / cap));
+            x = y * cap;
+            slope = slope * (1 - y * y);
+        } else {
+            x = x * options.scale;
+        }
+        Vec p = exp2((x - lse) * LOG2_E);
+        Vec ds = p * (load(dscores + column) - delta) * slope;
+        if (!sees_all(space.tile, r, column, position)) {
+            const Ints seen = visible(space.tile, r, column, position);
+            p = select(seen, p, Vec{});
+            ds = select(seen, ds, Vec{});
+        }
+        store(weights + column, p);
+        store(dscores + column, ds);
+    }
+}
+
+// to [keys,width] += weights [rows,keys] transposed times x [rows,width].
+inline void add_to_keys(float* to, int64_t stride, const float* weights, const float* x, int keys, int rows,
+                        int64_t width) {
+    const int wide = round_up(width, LANES);
+    const Blocks blocks(0, keys);
+    for (int column = 0; column < wide; column += PANEL)
+        for (int key = 0; key < keys; key += blocks.size)
+            block_of<true>(blocks.rows(key), wide - column > LANES)(
+                weights + key, x + column, STRIDE, to + key * stride + column, stride, rows, nullptr, true);
+}
+
+// The gradients of rows r0..r1 and the block of keys.
+inline void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
+                          const Options& options, const Sums& sums) {
+    const Tile& tile = space.tile;
+    const int all = end_of(tile, r0, r1);
+    if (all == 0) return;
+    multiply_keys(space.weights, space.q, space.keys.k_panels, tile, r0, r1, K);
+    multiply_keys(space.dscores, space.grad, space.v_panels, tile, r0, r1, E);
+    const Blocks blocks(r0, r1);
+    for (int r = r0; r < r1; r += blocks.size) {
+        const int rows = blocks.rows(r), end = round_up(end_of(tile, r, r + rows), LANES);
+        for (int i = r; i < r + rows; ++i) {
+            differentiate_row(space, i, end, position, options);
+            for (int column = end; column < all; column += LANES) {
+                store(space.weights + i * STRIDE + column, Vec{});
+                store(space.dscores + i * STRIDE + column, Vec{});
+            }
+        }
+    }
+    add_values(space.dq, space.dscores, space.keys.k, tile, r0, r1, K, nullptr);
+    add_to_keys(sums.dk, sums.dk_stride, space.dscores + r0 * STRIDE, space.q + r0 * STRIDE, all, r1 - r0, K);
+    add_to_keys(sums.dv, sums.dv_stride, space.weights + r0 * STRIDE, space.grad + r0 * STRIDE, all, r1 - r0,
+                E);
+}
+
+inline void read_tile(const Backward& call, BackwardSpace& space, const Cut& cut, const Piece& piece,
+                      double* dsinks) {
+    Tile& tile = space.tile;
+    const int64_t all_rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
+    tile.rows = 0;
+    for (int64_t i = piece.begin; i < piece.end; ++i) {
+        int32_t head;
+        int64_t row;
+        const int r = tile.rows;
+        const bool on =
+            add_row(tile, cut, call.layout, call.text_rows, call.options.window, -1, piece, i, head, row);
+        char* const dq = row_of(call.dq, call.dtype, tile.batch, head, row);
+        if (!on) {
+            fill_row(dq, 0, call.dtype, call.K);
+            continue;
+        }
+        float* const grad = space.grad + r * STRIDE;
+        read_row(grad, row_of(call.grad_out, call.dtype, tile.batch, head, row), call.dtype, call.E);
+        read_row(space.row, row_of(call.out, call.dtype, tile.batch, head, row), call.dtype, call.E);
+        read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype, call.K);
+        Vec products{};
+        for (int e = 0; e < call.E; e += LANES) products += load(grad + e) * load(space.row + e);
+        const float delta = sum(products), lse = call.lse[(tile.batch * call.H + head) * all_rows + row];
+        if (!((delta + lse) * 0 == 0)) {  // it has seen a NaN, and adds nothing to the gradients of the keys
+            fill_row(dq, NAN, call.dtype, call.K);
+            --tile.rows;
+            continue;
+        }
+        space.delta[r] = delta;
+        space.lse[r] = lse;
+        memset(space.dq + r * STRIDE, 0, 4 * round_up(call.K, LANES));
+        if (dsinks) dsinks[i % cut.heads] -= (double)(expf(call.options.sinks[head] - lse) * delta);
+    }
+}
+
+inline void read_all(const Backward& call, BackwardSpace& space, int64_t first, int count) {
+    const Tile& tile = space.tile;
+    const Source k = {row_of(call.k, call.dtype, tile.batch, tile.group, first),
+                      call.k.row * size_of(call.dtype)};
+    const Source v = {row_of(call.v, call.dtype, tile.batch, tile.group, first),
+                      call.v.row * size_of(call.dtype)};
+    read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
+    to_panels(space.v_panels, space.keys.v, count, (int)call.E);
+}
+
+inline void write_keys(const Backward& call, int64_t batch, int64_t group, int64_t first, int64_t count,
+                       const Sums& sums) {
+    for (int64_t i = 0; i < count; ++i) {
+        write_row(row_of(call.dk, call.dtype, batch, group, first + i), sums.dk + i * sums.dk_stride, 1,
+                  call.dtype, call.K);
+        write_row(row_of(call.dv, call.dtype, batch, group, first + i), sums.dv + i * sums.dv_stride, 1,
+                  call.dtype, call.E);
+    }
+}
+
+// The own keys of the tile's thoughts, and, with the last piece of a unit, their dk and dv.
+inline void differentiate_own(const Backward& call, BackwardSpace& space, const Cut& cut, int64_t unit,
+                              int64_t part, const Sums& own) {
+    Tile& tile = space.tile;
+    const Layout& layout = call.layout;
+    const int64_t begin = unit * cut.per_unit,
+                  end = begin + cut.per_unit < cut.thoughts ? begin + cut.per_unit : cut.thoughts;
+    int r0 = 0;
+    for (int64_t thought = begin; thought < end; ++thought) {
+        const int64_t first = layout.L + thought * layout.S;
+        const bool on = r0 < tile.rows && tile.thought[r0] == thought;
+        const int r1 = on ? end_of_thought(tile, r0) : r0;
+        if (part == 0) clear(own, layout.S, call.K, call.E);
+        for (int key = 0; on && key <= tile.own[r1 - 1]; key += KEYS) {
+            const int left = tile.own[r1 - 1] + 1 - key, count = left < KEYS ? left : KEYS;
+            bound_by_own(tile, r0, r1, key, count, call.options.window);
+            if (end_of(tile, r0, r1) == 0) continue;
+            read_all(call, space, first + key, count);
+            differentiate(space, r0, r1, call.K, call.E, nullptr, call.options, own.at(key));
+        }
+        if (part + 1 == cut.pieces) write_keys(call, tile.batch, tile.group, first, layout.S, own);
+        r0 = r1;
+    }
+}
+
+inline void backward(const Backward& call, int64_t item, char* workspace) {
+    BackwardSpace& space = *(BackwardSpace*)workspace;
+    Tile& tile = space.tile;
+    const Layout& layout = call.layout;
+    const Cut cut(layout, call.H / call.G, call.G, call.text_rows, false, BACKWARD_TILE);
+    const int64_t pairs = layout.B * call.G, pair = item % pairs, first_unit = item / pairs;
+    tile.batch = pair / call.G;
+    tile.group = pair % call.G;
+    const Sums own = sums_of(call, pair, first_unit), text = text_sums_of(call, pair, first_unit);
+    clear(text, layout.L, call.K, call.E);
+    double dsinks[256] = {};
+    for (int64_t unit = first_unit; unit < cut.units(); unit += call.parts)
+        for (int64_t part = 0; part < cut.tiles_of(unit); ++part) {
+            read_tile(call, space, cut, cut.piece(unit, part), call.dsinks ? dsinks : nullptr);
+            if (unit < cut.thought_units) differentiate_own(call, space, cut, unit, part, own);
+            const Seen seen = text_of(tile, layout, call.options.window);
+            for (int begin = seen.first; begin < seen.end; begin += KEYS) {
+                const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
+                read_all(call, space, begin, count);
+                const int32_t* const position =
+                    read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);
+                bound_by_text(tile, begin, count);
+                differentiate(space, 0, tile.rows, call.K, call.E, position, call.options, text.at(begin));
+            }
+            for (int r = 0; r < tile.rows; ++r)
+                write_row(row_of(call.dq, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
+                          space.dq + r * STRIDE, 1, call.dtype, call.K);
+        }
+    for (int64_t h = 0; call.dsinks && h < cut.heads; ++h)
+        call.dsinks[(pair * call.parts + first_unit) * cut.heads + h] = (float)dsinks[h];
+}
+
+// Adds up the parts of a head's text, always in the same order.
+inline void finish(const Backward& call, int64_t pair) {
+    if (call.in_place) return;
+    const Layout& layout = call.layout;
+    const int wide_k = round_up(call.K, WIDTH), wide_e = round_up(call.E, WIDTH);
+    const Sums all = text_sums_of(call, pair, 0);
+    for (int64_t part = 1; part < call.parts; ++part) {
+        const Sums more = text_sums_of(call, pair, part);
+        for (int64_t i = 0; i < layout.L; ++i) {
+            const Sums to = all.at(i), from = more.at(i);
+            for (int c = 0; c < wide_k; c += LANES) store(to.dk + c, load(to.dk + c) + load(from.dk + c));
+            for (int c = 0; c < wide_e; c += LANES) store(to.dv + c, load(to.dv + c) + load(from.dv + c));
+        }
+    }
+    write_keys(call, pair / call.G, pair % call.G, 0, layout.L, all);
+}
+
+}  // namespace QUIETSTAR_SET
+}  // namespace quietstar

@@ -1,0 +1,182 @@
+// The only file that depends on PyTorch, and only on its stable ABI: one library serves PyTorch 2.10 and all
+// later versions.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "arguments.hpp"
+#include "choose.hpp"
+
+namespace quietstar {
+namespace {
+
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& x) {
+    using torch::headeronly::ScalarType;
+    return x.scalar_type() == ScalarType::Float  ? Dtype::FLOAT
+           : x.scalar_type() == ScalarType::Half ? Dtype::HALF
+                                                 : Dtype::BFLOAT16;
+}
+
+Rows rows(const Tensor& x) {
+    Rows found = {(char*)x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+    if (x.dim() == 5) found.own = x.stride(3);
+    return found;
+}
+
+Layout layout_of(const Tensor& anchor, const Tensor& lo, const Tensor& length, int64_t S) {
+    return {(const int32_t*)anchor.const_data_ptr(),
+            (const int32_t*)lo.const_data_ptr(),
+            (const int32_t*)length.const_data_ptr(),
+            lo.size(0),
+            lo.size(1),
+            anchor.size(1),
+            length.size(2),
+            S};
+}
+
+Options options_of(double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+    return {(float)scale, window, (float)softcap, sinks ? (const float*)sinks->const_data_ptr() : nullptr};
+}
+
+// A thread's workspace, which it keeps for its next call.
+char* workspace(int64_t bytes) {
+    struct Free {
+        void operator()(char* memory) const { std::free(memory); }
+    };
+    thread_local std::unique_ptr<char, Free> memory;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset();
+        size = 0;
+        memory.reset((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        if (!memory) throw std::bad_alloc();
+        size = bytes;
+    }
+    return memory.get();
+}
+
+// Calls run(i, workspace) for i from 0 to count - 1. Threads take the next item when they are done with one,
+// so that a thread whose core is busy with something else takes fewer. Exceptions may not cross the stable
+// ABI.
+template <class Run>
+void for_each(int64_t count, int64_t bytes, const Run& run) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    torch::stable::parallel_for(
+        0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+            try {
+                char* const memory = workspace(bytes);
+                for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i, memory);
+            } catch (const std::exception&) {
+                failed = true;
+            }
+        });
+    if (failed) throw std::bad_alloc();
+}
+
+void thought_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor anchor, const Tensor lo,
+                       const Tensor length, const std::optional<Tensor> sinks, Tensor out, Tensor lse,
+                       int64_t S, double scale, int64_t window, double softcap) {
+    const Kernels& kernels = chosen();
+    Forward call{};
+    call.q = rows(q), call.k = rows(k), call.v = rows(v), call.out = rows(out);
+    call.lse = (float*)lse.mutable_data_ptr();
+    call.layout = layout_of(anchor, lo, length, S);
+    call.options = options_of(scale, window, softcap, sinks);
+    call.H = q.size(1), call.G = k.size(1), call.K = q.size(3), call.E = v.size(3);
+    call.text_rows = q.size(2) - call.layout.P * call.layout.N * S;
+    call.step = -1;
+    call.dtype = dtype_of(q);
+    for_each(kernels.forward_items(call), kernels.forward_bytes,
+             [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
+}
+
+void thought_attention_backward(const Tensor grad_out, const Tensor q, const Tensor k, const Tensor v,
+                                const Tensor out, const Tensor lse, const Tensor anchor, const Tensor lo,
+                                const Tensor length, const std::optional<Tensor> sinks, Tensor dq, Tensor dk,
+                                Tensor dv, Tensor sums, std::optional<Tensor> dsinks, int64_t S,
+                                int64_t parts, double scale, int64_t window, double softcap) {
+    const Kernels& kernels = chosen();
+    Backward call{};
+    call.grad_out = rows(grad_out), call.q = rows(q), call.k = rows(k), call.v = rows(v),
+    call.out = rows(out);
+    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
+    call.lse = (const float*)lse.const_data_ptr();
+    call.sums = (float*)sums.mutable_data_ptr();
+    call.dsinks = dsinks ? (float*)dsinks->mutable_data_ptr() : nullptr;
+    call.layout = layout_of(anchor, lo, length, S);
+    call.options = options_of(scale, window, softcap, sinks);
+    call.H = q.size(1), call.G = k.size(1), call.K = q.size(3), call.E = v.size(3);
+    call.text_rows = q.size(2) - call.layout.P * call.layout.N * S;
+    call.parts = parts;
+    call.in_place = sums.size(3) == S;
+    call.dtype = dtype_of(q);
+    const int64_t pairs = call.layout.B * call.G;
+    // The last of a head's parts to end adds them up.
+    const std::unique_ptr<std::atomic<int64_t>[]> ended(new std::atomic<int64_t>[pairs]());
+    for_each(pairs * parts, kernels.backward_bytes, [&](int64_t item, char* memory) {
+        kernels.backward(call, item, memory);
+        if (ended[item % pairs].fetch_add(1, std::memory_order_acq_rel) + 1 == parts)
+            kernels.finish(call, item % pairs);
+    });
+}
+
+void thought_decode(const Tensor q, const Tensor k_text, const Tensor v_text, const Tensor k_own,
+                    const Tensor v_own, const Tensor anchor, const Tensor lo, const Tensor length,
+                    const std::optional<Tensor> sinks, Tensor out, int64_t step, double scale, int64_t window,
+                    double softcap) {
+    const Kernels& kernels = chosen();
+    Forward call{};
+    call.q = rows(q), call.k = rows(k_text), call.v = rows(v_text), call.out = rows(out);
+    call.k_own = rows(k_own), call.v_own = rows(v_own);
+    call.layout = layout_of(anchor, lo, length, k_own.size(3));
+    call.options = options_of(scale, window, softcap, sinks);
+    call.H = q.size(1), call.G = k_text.size(1), call.K = q.size(3), call.E = v_text.size(3);
+    call.step = step;
+    call.dtype = dtype_of(q);
+    for_each(kernels.forward_items(call), kernels.forward_bytes,
+             [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
+}
+
+}  // namespace
+}  // namespace quietstar
+
+STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
+    library.def(
+        "thought_attention(Tensor q, Tensor k, Tensor v, Tensor anchor, Tensor lo, Tensor length, Tensor? "
+        "sinks, "
+        "Tensor(a!) out, Tensor(b!) lse, int S, float scale, int window, float softcap) -> ()");
+    library.def(
+        "thought_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor anchor, "
+        "Tensor lo, Tensor length, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
+        "sums, "
+        "Tensor(e!)? dsinks, int S, int parts, float scale, int window, float softcap) -> ()");
+    library.def(
+        "thought_decode(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, Tensor anchor, "
+        "Tensor lo, "
+        "Tensor length, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, float softcap) -> "
+        "()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels_cpu, CPU, library) {
+    library.impl("thought_attention", TORCH_BOX(&quietstar::thought_attention));
+    library.impl("thought_attention_backward", TORCH_BOX(&quietstar::thought_attention_backward));
+    library.impl("thought_decode", TORCH_BOX(&quietstar::thought_decode));
+}
+
+// quietstar_kernels/cpu/_library.py calls this through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* quietstar_cpu_kernels() {
+    return quietstar::chosen().name;
+}

@@ -1,0 +1,269 @@
+// Attention of a tile's rows with one online softmax: the own keys of each thought first, then the text, a
+// block at a time.
+#pragma once
+#include <math.h>
+
+#include "tile.hpp"
+
+namespace quietstar {
+namespace QUIETSTAR_SET {
+
+// What forward and backward keep of a block of keys.
+struct KeyBlock {
+    alignas(64) float k[KEYS * STRIDE];
+    float v[KEYS * STRIDE];
+    float k_panels[KEYS * 256];
+    int32_t position[KEYS + LANES];
+    bool bad[KEYS];  // has a NaN or an infinity, and is 0 here
+    bool any_bad;
+};
+
+struct ForwardSpace {
+    KeyBlock keys;
+    alignas(64) float q[TILE * STRIDE];
+    float out[TILE * STRIDE];
+    float scores[TILE * STRIDE];
+    float top[TILE];    // the largest score so far
+    float total[TILE];  // the sum of exp(score - top)
+    float factor[TILE];
+    Tile tile;
+};
+
+inline void read_keys(KeyBlock& keys, Source k, Source v, int count, int64_t K, int64_t E, Dtype dtype) {
+    memset(keys.bad, 0, sizeof keys.bad);
+    const bool bad_k = read_block(keys.k, k, count, dtype, K, keys.bad);
+    const bool bad_v = read_block(keys.v, v, count, dtype, E, keys.bad);
+    keys.any_bad = bad_k || bad_v;
+    if (keys.any_bad) {
+        zero_rows(keys.k, keys.bad, count, K);
+        zero_rows(keys.v, keys.bad, count, E);
+    }
+    to_panels(keys.k_panels, keys.k, count, (int)K);
+}
+
+// The position ids of text keys, where a window needs them.
+inline const int32_t* read_positions(KeyBlock& keys, const Layout& layout, int64_t batch, int64_t window,
+                                     int begin, int count) {
+    if (!window) return nullptr;
+    const int32_t* const lo = layout.lo + batch * layout.L + begin;
+    for (int i = 0; i < count; ++i) keys.position[i] = begin + i - lo[i];
+    for (int i = count; i < round_up(count, LANES); ++i) keys.position[i] = 0;
+    return keys.position;
+}
+
+// to [rows r0..r1, keys] = x [rows,width] times panels, as far as a row of each block sees.
+inline void multiply_keys(float* to, const float* x, const float* panels, const Tile& tile, int r0, int r1,
+                          int64_t width) {
+    const int wide = round_up(width, LANES), end = end_of(tile, r0, r1);
+    for (int key = 0; key < end; key += PANEL) {
+        const Blocks blocks(r0, r1);
+        for (int r = r0; r < r1; r += blocks.size) {
+            const int rows = blocks.rows(r), left = end_of(tile, r, r + rows) - key;
+            if (left <= 0) continue;
+            float* const block = to + r * STRIDE + key;
+            block_of<false>(rows, left > LANES)(x + r * STRIDE, panels + key * wide, PANEL, block, STRIDE,
+                                                width, nullptr, false);
+        }
+    }
+}
+
+// to [rows r0..r1,width] = factor * to + weights [rows,keys] times values [keys,width].
+inline void add_values(float* to, const float* weights, const float* values, const Tile& tile, int r0, int r1,
+                       int64_t width, const float* factor) {
+    const int wide = round_up(width, LANES);
+    const Blocks blocks(r0, r1);
+    for (int column = 0; column < wide; column += PANEL)
+        for (int r = r0; r < r1; r += blocks.size) {
+            const int rows = blocks.rows(r), depth = end_of(tile, r, r + rows);
+            if (depth == 0) continue;
+            block_of<false>(rows, wide - column > LANES)(weights + r * STRIDE, values + column, STRIDE,
+                                                         to + r * STRIDE + column, STRIDE, depth,
+                                                         factor ? factor + r : nullptr, true);
+        }
+}
+
+QUIETSTAR_INLINE float exp2_of(float x) { return exp2(splat(x))[0]; }
+
+// Scores of row r become weights, up to `end` keys.
+inline void softmax_row(ForwardSpace& space, int r, int end, const int32_t* position,
+                        const Options& options) {
+    float* const scores = space.scores + r * STRIDE;
+    const float cap = options.softcap, before = space.top[r];
+    Vec tops = splat(-INFINITY);
+    for (int column = 0; column < end; column += LANES) {
+        Vec x = load(scores + column);
+        if (cap > 0) x = tanh(x * (options.scale / cap));
+        if (!sees_all(space.tile, r, column, position))
+            x = select(visible(space.tile, r, column, position), x, splat(-INFINITY));
+        store(scores + column, x);
+        tops = larger(tops, x);
+    }
+    const float found = largest(tops), top = found > before ? found : before;
+    const float least = top == -INFINITY ? 0 : top;  // a row that has seen nothing yet
+    const float unit = (cap > 0 ? cap : options.scale) * LOG2_E;
+    Vec totals{};
+    for (int column = 0; column < end; column += LANES) {
+        const Vec p = exp2((load(scores + column) - least) * unit);
+        store(scores + column, p);
+        totals += p;
+    }
+    const float factor = exp2_of((before - least) * unit);
+    space.factor[r] = factor;
+    space.total[r] = space.total[r] * factor + sum(totals);
+    space.top[r] = top;
+}
+
+// Rows r0..r1 attend to the block of keys, within the tile's bounds.
+inline void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
+                   const Options& options) {
+    Tile& tile = space.tile;
+    const KeyBlock& keys = space.keys;
+    multiply_keys(space.scores, space.q, keys.k_panels, tile, r0, r1, K);
+    const Blocks blocks(r0, r1);
+    for (int r = r0; r < r1; r += blocks.size) {
+        const int rows = blocks.rows(r), end = end_of(tile, r, r + rows);
+        if (end == 0) continue;
+        for (int i = r; i < r + rows; ++i) softmax_row(space, i, end, position, options);
+    }
+    add_values(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor);
+    if (keys.any_bad)
+        for (int r = r0; r < r1; ++r)
+            for (int j = tile.from[r]; j < tile.to[r]; ++j)
+                if (keys.bad[j] && (!position || position[j] > tile.oldest[r])) tile.poisoned[r] = true;
+}
+
+// Notes where a row is and what it sees; false if it is off.
+inline bool add_row(Tile& tile, const Cut& cut, const Layout& layout, int64_t text_rows, int64_t window,
+                    int64_t step, const Piece& piece, int64_t i, int32_t& head, int64_t& row) {
+    head = (int32_t)(tile.group * cut.heads + i % cut.heads);
+    const int64_t place = i / cut.heads;
+    int64_t t = place, thought = -1, s = -1;
+    if (piece.text) {
+        row = place;
+    } else {
+        s = step >= 0 ? step : place % layout.S;
+        thought = step >= 0 ? place : place / layout.S;
+        row = text_rows + place;
+        t = layout.anchor[tile.batch * layout.P + thought / layout.N];
+        if (t < 0 || s >= layout.length[tile.batch * layout.P * layout.N + thought]) return false;
+    }
+    const int r = tile.rows++;
+    const int32_t lo = layout.lo[tile.batch * layout.L + t];
+    tile.query_head[r] = head;
+    tile.query_row[r] = row;
+    tile.thought[r] = (int32_t)thought;
+    tile.own[r] = (int32_t)s;
+    tile.first[r] = lo;
+    tile.end[r] = (int32_t)t + 1;
+    const int64_t oldest = t - lo + 1 + s - window;
+    tile.oldest[r] = (int32_t)(oldest < INT32_MIN ? INT32_MIN : oldest);
+    tile.poisoned[r] = false;
+    return true;
+}
+
+// The end of the rows that belong to the thought of row r.
+inline int end_of_thought(const Tile& tile, int r) {
+    int end = r + 1;
+    while (end < tile.rows && tile.thought[end] == tile.thought[r]) ++end;
+    return end;
+}
+
+inline int64_t forward_items(const Forward& call) {
+    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, call.step >= 0);
+    return cut.tiles() * call.layout.B * call.G;
+}
+
+inline void finish_row(const Forward& call, ForwardSpace& space, int r) {
+    const Tile& tile = space.tile;
+    const float unit = call.options.softcap > 0 ? call.options.softcap : call.options.scale;
+    float lse = space.top[r] * unit + logf(space.total[r]), factor = 1 / space.total[r];
+    if (call.options.sinks) {
+        const float sink = call.options.sinks[tile.query_head[r]], alone = lse;
+        const float most = sink > lse ? sink : lse;
+        lse = most + log1pf(expf(-fabsf(sink - lse)));
+        factor *= expf(alone - lse);
+    }
+    if (tile.poisoned[r]) lse = factor = NAN;
+    char* const to = row_of(call.out, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]);
+    write_row(to, space.out + r * STRIDE, factor, call.dtype, call.E);
+    const int64_t rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
+    if (call.lse) call.lse[(tile.batch * call.H + tile.query_head[r]) * rows + tile.query_row[r]] = lse;
+}
+
+inline void forward(const Forward& call, int64_t item, char* workspace) {
+    ForwardSpace& space = *(ForwardSpace*)workspace;
+    Tile& tile = space.tile;
+    const Layout& layout = call.layout;
+    const Options& options = call.options;
+    const bool decode = call.step >= 0;
+    const Cut cut(layout, call.H / call.G, call.G, call.text_rows, decode);
+    const int64_t pairs = layout.B * call.G;
+    int64_t index = item / pairs;
+    // The last thoughts see most: they come first, so that the threads end at the same time.
+    index = index < cut.thought_units * cut.pieces ? cut.thought_units * cut.pieces - 1 - index : index;
+    const bool text = index >= cut.thought_units * cut.pieces;
+    const Piece piece = text ? cut.piece(index - cut.thought_units * cut.pieces + cut.thought_units, 0)
+                             : cut.piece(index / cut.pieces, index % cut.pieces);
+    tile.batch = item % pairs / call.G;
+    tile.group = item % pairs % call.G;
+    tile.rows = 0;
+    for (int64_t i = piece.begin; i < piece.end; ++i) {
+        int32_t head;
+        int64_t row;
+        const int r = tile.rows;
+        if (add_row(tile, cut, layout, call.text_rows, options.window, call.step, piece, i, head, row)) {
+            read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype,
+                     call.K);
+            continue;
+        }
+        fill_row(row_of(call.out, call.dtype, tile.batch, head, row), 0, call.dtype, call.E);
+        const int64_t rows = call.text_rows + layout.P * layout.N * layout.S;
+        if (call.lse) call.lse[(tile.batch * call.H + head) * rows + row] = -INFINITY;
+    }
+    for (int r = 0; r < tile.rows; ++r) {
+        memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
+        space.top[r] = -INFINITY;
+        space.total[r] = 0;
+    }
+
+    for (int r0 = 0, r1; !text && r0 < tile.rows; r0 = r1) {
+        r1 = end_of_thought(tile, r0);
+        const int64_t thought = tile.thought[r0];
+        const int64_t first = layout.L + thought * layout.S;
+        for (int begin = 0; begin <= tile.own[r1 - 1]; begin += KEYS) {
+            const int left = tile.own[r1 - 1] + 1 - begin, count = left < KEYS ? left : KEYS;
+            bound_by_own(tile, r0, r1, begin, count, options.window);
+            if (end_of(tile, r0, r1) == 0) continue;
+            const Source k =
+                decode ? Source{row_of(call.k_own, call.dtype, tile.batch, tile.group, thought, begin),
+                                call.k_own.own * size_of(call.dtype)}
+                       : Source{row_of(call.k, call.dtype, tile.batch, tile.group, first + begin),
+                                call.k.row * size_of(call.dtype)};
+            const Source v =
+                decode ? Source{row_of(call.v_own, call.dtype, tile.batch, tile.group, thought, begin),
+                                call.v_own.own * size_of(call.dtype)}
+                       : Source{row_of(call.v, call.dtype, tile.batch, tile.group, first + begin),
+                                call.v.row * size_of(call.dtype)};
+            read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
+            attend(space, r0, r1, call.K, call.E, nullptr, options);
+        }
+    }
+
+    const Seen seen = text_of(tile, layout, options.window);
+    for (int begin = seen.first; begin < seen.end; begin += KEYS) {
+        const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
+        const Source k = {row_of(call.k, call.dtype, tile.batch, tile.group, begin),
+                          call.k.row * size_of(call.dtype)};
+        const Source v = {row_of(call.v, call.dtype, tile.batch, tile.group, begin),
+                          call.v.row * size_of(call.dtype)};
+        read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
+        const int32_t* const position =
+            read_positions(space.keys, layout, tile.batch, options.window, begin, count);
+        bound_by_text(tile, begin, count);
+        attend(space, 0, tile.rows, call.K, call.E, position, options);
+    }
+    for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
+}
+
+}  // namespace QUIETSTAR_SET
+}  // namespace quietstar

@@ -1,0 +1,52 @@
+"""The compiled library, next to this file: loaded once, at the first call that can use it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = Path(__file__).parent / "_C.abi3.so"
+PURE = "this install has none; build it with QUIETSTAR_BUILD=cpu, which needs a C++17 compiler"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    """Registers its functions with PyTorch. Raises OSError."""
+    torch.ops.load_library(FILE)
+    library = ctypes.CDLL(str(FILE))  # the same one again, which only adds a reference
+    library.quietstar_cpu_kernels.restype = ctypes.c_char_p
+    return library
+
+
+def ops() -> Any:
+    """The namespace of the compiled functions, one for each op."""
+    return torch.ops.quietstar_kernels_cpu
+
+
+@functools.cache
+def missing() -> str | None:
+    """None if there is a library and it loads; else the reason, in words."""
+    if not FILE.exists():
+        return PURE
+    try:
+        _load()
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether compiled code computes in ``dtype`` here."""
+    return dtype in DTYPES and missing() is None
+
+
+def cpu_library() -> str:
+    """One line: which library the CPU back end has loaded and for which instructions, or why it runs in PyTorch alone."""
+    if reason := missing():
+        return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {reason}"
+    return f"CPU library {FILE}, running its code for {_load().quietstar_cpu_kernels().decode()}"
