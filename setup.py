@@ -39,8 +39,8 @@ OLDEST = 8  # compute capability of the first GPUs with the instructions that th
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # one binary for PyTorch 2.10 and everything later
 COMPILE_CUDA = "-std=c++17 -O3 --threads 2 -Xptxas=-v -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 COMPILE_CPU = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden -Wall -Wno-psabi"
-# CUDA's runtime is static, so that the import needs no CUDA. Without --no-as-needed libtorch.so goes, and with it the way to the
-# CUDA stream.
+# CUDA's runtime is static, so that the import needs no CUDA. Without --no-as-needed libtorch.so goes, and with it the way to
+# the CUDA stream.
 LINK_CUDA = "-shared -cudart=static -Xlinker=-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
 LINK_CPU = "-shared -Wl,-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
 

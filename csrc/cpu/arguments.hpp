@@ -52,6 +52,19 @@ struct Backward {
     Dtype dtype;
 };
 
+// Rows of logits, before bias, scale, soft cap and temperature.
+struct Sample {
+    const float* logits;      // [R,V]
+    const float* bias;        // [V], or null
+    const int32_t* counters;  // [R,4]
+    const int64_t* banned;
+    int64_t* ids;
+    float* logprob;
+    int64_t logits_stride, counters_stride, R, V, bans;
+    uint64_t seed;
+    float scale, softcap, temperature;  // softcap 0: none
+};
+
 // Items of a call are independent, except that `Backward::finish` sums what the parts of a head have left.
 struct Kernels {
     const char* name;
@@ -59,7 +72,8 @@ struct Kernels {
     void (*forward)(const Forward&, int64_t item, char* workspace);
     void (*backward)(const Backward&, int64_t item, char* workspace);  // B*G*parts items
     void (*finish)(const Backward&, int64_t item);                     // B*G items
-    int64_t forward_bytes, backward_bytes;                             // of a thread's workspace
+    void (*sample)(const Sample&, int64_t row);
+    int64_t forward_bytes, backward_bytes;  // of a thread's workspace
 };
 
 }  // namespace quietstar

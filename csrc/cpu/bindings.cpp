@@ -149,6 +149,28 @@ void thought_decode(const Tensor q, const Tensor k_text, const Tensor v_text, co
              [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
 }
 
+void sample_token(const Tensor logits, const std::optional<Tensor> bias, const Tensor counters,
+                  const std::optional<Tensor> banned, const Tensor seed, Tensor ids, Tensor logprob,
+                  double scale, double softcap, double temperature) {
+    constexpr int64_t ROWS = 8;  // of an item
+    const Kernels& kernels = chosen();
+    Sample call{};
+    call.logits = (const float*)logits.const_data_ptr();
+    call.bias = bias ? (const float*)bias->const_data_ptr() : nullptr;
+    call.counters = (const int32_t*)counters.const_data_ptr();
+    call.banned = banned ? (const int64_t*)banned->const_data_ptr() : nullptr;
+    call.bans = banned ? banned->size(0) : 0;
+    call.ids = (int64_t*)ids.mutable_data_ptr();
+    call.logprob = (float*)logprob.mutable_data_ptr();
+    call.logits_stride = logits.stride(0), call.counters_stride = counters.stride(0);
+    call.R = logits.size(0), call.V = logits.size(1);
+    call.seed = *(const uint64_t*)seed.const_data_ptr();
+    call.scale = (float)scale, call.softcap = (float)softcap, call.temperature = (float)temperature;
+    for_each((call.R + ROWS - 1) / ROWS, 0, [&](int64_t item, char*) {
+        for (int64_t r = item * ROWS; r < std::min(call.R, (item + 1) * ROWS); ++r) kernels.sample(call, r);
+    });
+}
+
 }  // namespace
 }  // namespace quietstar
 
@@ -164,6 +186,10 @@ STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
         "sums, "
         "Tensor(e!)? dsinks, int S, int parts, float scale, int window, float softcap) -> ()");
     library.def(
+        "sample_token(Tensor logits, Tensor? bias, Tensor counters, Tensor? banned, Tensor seed, Tensor(a!) "
+        "ids, "
+        "Tensor(b!) logprob, float scale, float softcap, float temperature) -> ()");
+    library.def(
         "thought_decode(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, Tensor anchor, "
         "Tensor lo, "
         "Tensor length, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, float softcap) -> "
@@ -174,6 +200,7 @@ STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels_cpu, CPU, library) {
     library.impl("thought_attention", TORCH_BOX(&quietstar::thought_attention));
     library.impl("thought_attention_backward", TORCH_BOX(&quietstar::thought_attention_backward));
     library.impl("thought_decode", TORCH_BOX(&quietstar::thought_decode));
+    library.impl("sample_token", TORCH_BOX(&quietstar::sample_token));
 }
 
 // quietstar_kernels/cpu/_library.py calls this through ctypes.

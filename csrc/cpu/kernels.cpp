@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, under the name QUIETSTAR_SET.
 #include "backward.hpp"
 #include "forward.hpp"
+#include "sample.hpp"
 
 namespace quietstar {
 
@@ -9,8 +10,9 @@ namespace quietstar {
 
 namespace QUIETSTAR_SET {
 extern const Kernels kernels;
-const Kernels kernels = {QUIETSTAR_NAME(QUIETSTAR_SET), forward_items,        forward, backward, finish,
-                         sizeof(ForwardSpace),          sizeof(BackwardSpace)};
+const Kernels kernels = {
+    QUIETSTAR_NAME(QUIETSTAR_SET), forward_items,        forward, backward, finish, sample,
+    sizeof(ForwardSpace),          sizeof(BackwardSpace)};
 }  // namespace QUIETSTAR_SET
 
 }  // namespace quietstar

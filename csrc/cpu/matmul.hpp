@@ -78,21 +78,16 @@ struct Blocks {
 };
 
 // a0 b0 a1 b1 ..., the first half and the second one.
-#if defined(__clang__)
-#define QUIETSTAR_ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define QUIETSTAR_ZIP(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
 QUIETSTAR_INLINE void zip(Vec a, Vec b, Vec& first, Vec& second) {
 #if defined(__AVX512F__)
-    first = QUIETSTAR_ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    second = QUIETSTAR_ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    first = QUIETSTAR_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    second = QUIETSTAR_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX2__)
-    first = QUIETSTAR_ZIP(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    second = QUIETSTAR_ZIP(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    first = QUIETSTAR_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    second = QUIETSTAR_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
-    first = QUIETSTAR_ZIP(a, b, 0, 4, 1, 5);
-    second = QUIETSTAR_ZIP(a, b, 2, 6, 3, 7);
+    first = QUIETSTAR_SHUFFLE(a, b, 0, 4, 1, 5);
+    second = QUIETSTAR_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 

@@ -10,37 +10,65 @@ constexpr int KEYS = 128;  // keys of a block
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::FLOAT ? 4 : 2; }
 
-// Copies `width` numbers and adds zeros up to a multiple of LANES. False if there is a NaN or an infinity
-// among them.
-inline bool read_row(float* to, const char* from, Dtype dtype, int64_t width) {
-    const int wide = round_up(width, LANES);
-    if (dtype == Dtype::FLOAT) {
-        memcpy(to, from, 4 * width);
-    } else {
-        const uint16_t* const halves = (const uint16_t*)from;
-        if (dtype == Dtype::BFLOAT16)
-            for (int64_t i = 0; i < width; ++i) to[i] = bf16_to_float(halves[i]);
-        else
-            for (int64_t i = 0; i < width; ++i) to[i] = fp16_to_float(halves[i]);
-    }
-    for (int i = (int)width; i < wide; ++i) to[i] = 0;
-    Vec zeros{};
-    for (int i = 0; i < wide; i += LANES) zeros += load(to + i) * 0.0f;
-    return sum(zeros) == 0;
+// The numbers i..i+LANES of a row in memory.
+template <Dtype DTYPE>
+QUIETSTAR_INLINE Vec numbers(const char* row, int64_t i) {
+    if constexpr (DTYPE == Dtype::FLOAT) return load((const float*)row + i);
+    const Halves halves = load((const uint16_t*)row + i);
+    return DTYPE == Dtype::BFLOAT16 ? bf16_to_floats(halves) : fp16_to_floats(halves);
 }
 
-// factor * from, rounded to nearest.
-inline void write_row(char* to, const float* from, float factor, Dtype dtype, int64_t width) {
-    if (dtype == Dtype::FLOAT) {
-        float* const floats = (float*)to;
-        for (int64_t i = 0; i < width; ++i) floats[i] = factor * from[i];
-        return;
-    }
-    uint16_t* const halves = (uint16_t*)to;
-    if (dtype == Dtype::BFLOAT16)
-        for (int64_t i = 0; i < width; ++i) halves[i] = float_to_bf16(factor * from[i]);
+template <Dtype DTYPE>
+QUIETSTAR_INLINE void put_numbers(char* row, int64_t i, Vec x) {
+    if constexpr (DTYPE == Dtype::FLOAT)
+        store((float*)row + i, x);
     else
-        for (int64_t i = 0; i < width; ++i) halves[i] = float_to_fp16(factor * from[i]);
+        store((uint16_t*)row + i, DTYPE == Dtype::BFLOAT16 ? floats_to_bf16(x) : floats_to_fp16(x));
+}
+
+template <Dtype DTYPE>
+QUIETSTAR_INLINE Vec read_row_of(float* to, const char* from, int64_t width) {
+    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
+    Vec zeros{};
+    for (int64_t i = 0; i < width; i += LANES) {
+        char last[4 * LANES] = {};
+        const bool whole = i + LANES <= width;
+        if (!whole) memcpy(last, from + i * SIZE, (width - i) * SIZE);
+        const Vec x = whole ? numbers<DTYPE>(from, i) : numbers<DTYPE>(last, 0);
+        store(to + i, x);
+        zeros += x * 0.0f;
+    }
+    return zeros;
+}
+
+template <Dtype DTYPE>
+QUIETSTAR_INLINE void write_row_of(char* to, const float* from, float factor, int64_t width) {
+    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Vec x = load(from + i) * factor;
+        if (i + LANES <= width) {
+            put_numbers<DTYPE>(to, i, x);
+        } else {
+            char last[4 * LANES];
+            put_numbers<DTYPE>(last, 0, x);
+            memcpy(to + i * SIZE, last, (width - i) * SIZE);
+        }
+    }
+}
+
+// Copies `width` numbers and adds zeros up to a multiple of LANES. The sum of what it returns is 0, or NaN if
+// there is a NaN or an infinity among them.
+QUIETSTAR_INLINE Vec read_row(float* to, const char* from, Dtype dtype, int64_t width) {
+    if (dtype == Dtype::FLOAT) return read_row_of<Dtype::FLOAT>(to, from, width);
+    if (dtype == Dtype::BFLOAT16) return read_row_of<Dtype::BFLOAT16>(to, from, width);
+    return read_row_of<Dtype::HALF>(to, from, width);
+}
+
+// factor * from, rounded to nearest; `from` has a multiple of LANES.
+inline void write_row(char* to, const float* from, float factor, Dtype dtype, int64_t width) {
+    if (dtype == Dtype::FLOAT) return write_row_of<Dtype::FLOAT>(to, from, factor, width);
+    if (dtype == Dtype::BFLOAT16) return write_row_of<Dtype::BFLOAT16>(to, from, factor, width);
+    write_row_of<Dtype::HALF>(to, from, factor, width);
 }
 
 inline void fill_row(char* to, float value, Dtype dtype, int64_t width) {
@@ -59,17 +87,18 @@ struct Source {
     int64_t stride;  // bytes
 };
 
-// Copies the rows, and zeros up to a multiple of LANES rows. A row with a NaN or an infinity becomes 0, and
-// is marked in `bad`.
+// Copies the rows, and zeros up to a multiple of LANES rows. Marks rows with a NaN or an infinity in `bad`,
+// if there are any.
 inline bool read_block(float* to, Source from, int count, Dtype dtype, int64_t width, bool* bad) {
-    bool any = false;
-    for (int i = 0; i < count; ++i) {
-        float* const row = to + i * STRIDE;
-        if (!read_row(row, from.first + i * from.stride, dtype, width)) bad[i] = any = true;
-    }
+    Vec zeros{};
+    for (int i = 0; i < count; ++i)
+        zeros += read_row(to + i * STRIDE, from.first + i * from.stride, dtype, width);
     for (int i = count; i < round_up(count, LANES); ++i)
         memset(to + i * STRIDE, 0, 4 * round_up(width, LANES));
-    return any;
+    if (sum(zeros) == 0) return false;
+    for (int i = 0; i < count; ++i)
+        if (!(sum(read_row(to + i * STRIDE, from.first + i * from.stride, dtype, width)) == 0)) bad[i] = true;
+    return true;
 }
 
 inline void zero_rows(float* x, const bool* which, int count, int64_t width) {

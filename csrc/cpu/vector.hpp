@@ -23,8 +23,16 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+// The lanes of (a, b) with the given numbers.
+#if defined(__clang__)
+#define QUIETSTAR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define QUIETSTAR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 QUIETSTAR_INLINE Vec load(const float* from) {
     Vec x;
@@ -38,7 +46,14 @@ QUIETSTAR_INLINE Ints load(const int32_t* from) {
     return x;
 }
 
+QUIETSTAR_INLINE Halves load(const uint16_t* from) {
+    Halves x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
 QUIETSTAR_INLINE void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+QUIETSTAR_INLINE void store(uint16_t* to, Halves x) { memcpy(to, &x, sizeof x); }
 
 QUIETSTAR_INLINE Vec splat(float x) { return x - Vec{}; }
 QUIETSTAR_INLINE Ints splat(int32_t x) { return x - Ints{}; }
@@ -60,20 +75,31 @@ QUIETSTAR_INLINE Vec select(Ints mask, Vec a, Vec b) { return mask ? a : b; }
 QUIETSTAR_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 QUIETSTAR_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
+// combine(x[0], x[1], ...), in an order that depends on LANES alone.
+template <class Combine>
+QUIETSTAR_INLINE float reduce(Vec x, Combine combine) {
+#if defined(__AVX512F__)
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+#elif defined(__AVX2__)
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 2, 3, 4, 5, 6, 7, 0, 1));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 1, 2, 3, 4, 5, 6, 7, 0));
+#else
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 2, 3, 0, 1));
+    x = combine(x, QUIETSTAR_SHUFFLE(x, x, 1, 2, 3, 0));
+#endif
+    return x[0];
+}
+
 QUIETSTAR_INLINE float sum(Vec x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-    return lane[0];
+    return reduce(x, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });
 }
 
 QUIETSTAR_INLINE float largest(Vec x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) lane[i] = lane[i + step] > lane[i] ? lane[i + step] : lane[i];
-    return lane[0];
+    return reduce(x, [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
 // 2^x for x <= 126; 0 from -126.5 on; NaN stays NaN. Cephes' polynomial, 1.7e-7 relative.
@@ -110,66 +136,45 @@ QUIETSTAR_INLINE Vec tanh(Vec x) {
     return select(size < 0.625f, small, bits_to_floats(floats_to_bits(large) | sign));
 }
 
-QUIETSTAR_INLINE float bf16_to_float(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
+QUIETSTAR_INLINE Vec bf16_to_floats(Halves x) {
+    return bits_to_floats(__builtin_convertvector(x, Ints) << 16);
 }
 
 // To the nearest, ties to even; NaN stays NaN.
-QUIETSTAR_INLINE uint16_t float_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+QUIETSTAR_INLINE Halves floats_to_bf16(Vec x) {
+    const Ints bits = floats_to_bits(x);
+    const Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+    return __builtin_convertvector(x == x ? rounded : splat(0x7fc0), Halves);
 }
 
-#if defined(__F16C__)
-QUIETSTAR_INLINE float fp16_to_float(uint16_t x) { return _cvtsh_ss(x); }
-QUIETSTAR_INLINE uint16_t float_to_fp16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-#elif defined(__aarch64__)
-QUIETSTAR_INLINE float fp16_to_float(uint16_t x) {
-    __fp16 y;
-    memcpy(&y, &x, 2);
-    return y;
+#if defined(__AVX512F__)
+QUIETSTAR_INLINE Vec fp16_to_floats(Halves x) { return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x); }
+QUIETSTAR_INLINE Halves floats_to_fp16(Vec x) {
+    return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-QUIETSTAR_INLINE uint16_t float_to_fp16(float x) {
-    const __fp16 y = (__fp16)x;
-    uint16_t bits;
-    memcpy(&bits, &y, 2);
-    return bits;
+#elif defined(__F16C__)
+QUIETSTAR_INLINE Vec fp16_to_floats(Halves x) { return (Vec)_mm256_cvtph_ps((__m128i)x); }
+QUIETSTAR_INLINE Halves floats_to_fp16(Vec x) {
+    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-QUIETSTAR_INLINE float fp16_to_float(uint16_t x) {
-    const uint32_t size = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-    float y;
-    memcpy(&y, &size, 4);
-    y *= 5.192296858534828e33f;  // 2^112: the exponents of the two formats differ by that
-    uint32_t bits;
-    memcpy(&bits, &y, 4);
-    if (size >= 0x0f800000) bits = size | 0x7f800000;  // infinity and NaN
-    bits |= sign;
-    memcpy(&y, &bits, 4);
-    return y;
+QUIETSTAR_INLINE Vec fp16_to_floats(Halves x) {
+    const Ints wide = __builtin_convertvector(x, Ints), size = (wide & 0x7fff) << 13;
+    const Vec y =
+        bits_to_floats(size) * 5.192296858534828e33f;  // 2^112: the exponents of the formats differ by that
+    const Ints bits = size >= 0x0f800000 ? size | 0x7f800000 : floats_to_bits(y);  // infinity and NaN
+    return bits_to_floats(bits | ((wide & 0x8000) << 16));
 }
 
 // To the nearest, ties to even; NaN stays NaN.
-QUIETSTAR_INLINE uint16_t float_to_fp16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to infinity
-    if (size < 0x38800000) {                                   // subnormal: an addition rounds
-        float y;
-        memcpy(&y, &size, 4);
-        y += 0.5f;
-        uint32_t shifted;
-        memcpy(&shifted, &y, 4);
-        return (uint16_t)(sign | (shifted - 0x3f000000));
-    }
-    return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
+QUIETSTAR_INLINE Halves floats_to_fp16(Vec x) {
+    const Ints bits = floats_to_bits(x), size = bits & INT32_MAX;
+    const Ints normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+    const Ints subnormal = floats_to_bits(bits_to_floats(size) + 0.5f) - 0x3f000000;  // the addition rounds
+    Ints half = size < 0x38800000 ? subnormal : normal;
+    half = size >= 0x477ff000 ? splat(0x7c00) : half;  // rounds to infinity
+    half = size > 0x7f800000 ? splat(0x7e00) : half;
+    return __builtin_convertvector(half | ((bits >> 16) & 0x8000), Halves);
 }
 #endif
 

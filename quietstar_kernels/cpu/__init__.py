@@ -1,6 +1,6 @@
 """Back end for CPUs: no dense mask and no tensor of R*V. One file per op.
 
-Attention and decoding run in a library compiled from csrc/cpu/. Where there is none, and in fp64, they run in PyTorch: ``plain``.
+Attention and decoding run in a library compiled from csrc/cpu/. Where there is none, and in fp64, PyTorch runs them: ``plain``.
 """
 
 from __future__ import annotations

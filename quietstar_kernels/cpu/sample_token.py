@@ -1,4 +1,4 @@
-"""sample_token on CPUs: the reference, a bounded number of rows at a time."""
+"""sample_token on CPUs: PyTorch's matmul, and csrc/cpu/sample.hpp, which draws from the logits in one pass over them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,35 @@ from torch import Tensor
 
 from quietstar_kernels import reference
 from quietstar_kernels._options import Head
+from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu._head import row_chunks
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.sample_token``: the same draws, since a row's draw depends on its own counters alone."""
+    """As ``reference.sample_token``, a bounded number of rows at a time: a row's draw depends on its own counters alone."""
     ids = hidden.new_empty(len(hidden), dtype=torch.int64)
     logprob = hidden.new_empty(len(hidden), dtype=torch.float32)
     head = head._replace(weight=reference.wide(head.weight))
+    draw = _draw if _library.serves(hidden.dtype) else reference.sample_token
     for rows in row_chunks(len(hidden), len(head.weight)):
-        ids[rows], logprob[rows] = reference.sample_token(hidden[rows], head, counters[rows], seed)
+        ids[rows], logprob[rows] = draw(hidden[rows], head, counters[rows], seed)
+    return ids, logprob
+
+
+def _draw(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias, scale, softcap, temperature, banned = head
+    logits = hidden.float() @ weight.T
+    ids, logprob = hidden.new_empty(len(hidden), dtype=torch.int64), logits.new_empty(len(hidden))
+    _library.ops().sample_token(
+        logits,
+        None if bias is None else bias.float().contiguous(),
+        counters.contiguous(),
+        torch.tensor(banned) if banned else None,
+        seed,
+        ids,
+        logprob,
+        1.0 if scale is None else scale,
+        softcap or 0.0,
+        temperature,
+    )
     return ids, logprob
