@@ -44,7 +44,7 @@ struct Backward {
     Rows grad_out, q, k, v, out, dq, dk, dv;
     const float* lse;  // [B,H,rows] contiguous
     float* sums;       // [B,G,parts,S + L,K' + E'], without L if `in_place`; K' and E' are multiples of 16
-    float* dsinks;     // [B,G,parts,H/G], or null
+    double* dsinks;    // [B,G,parts,H/G], or null
     Layout layout;
     Options options;
     int64_t H, G, K, E, text_rows, parts;

@@ -209,10 +209,11 @@ inline void backward(const Backward& call, int64_t item, char* workspace) {
     tile.group = pair % call.G;
     const Sums own = sums_of(call, pair, first_unit), text = text_sums_of(call, pair, first_unit);
     clear(text, layout.L, call.K, call.E);
-    double dsinks[256] = {};
+    double* const dsinks = call.dsinks ? call.dsinks + (pair * call.parts + first_unit) * cut.heads : nullptr;
+    for (int64_t h = 0; dsinks && h < cut.heads; ++h) dsinks[h] = 0;
     for (int64_t unit = first_unit; unit < cut.units(); unit += call.parts)
         for (int64_t part = 0; part < cut.tiles_of(unit); ++part) {
-            read_tile(call, space, cut, cut.piece(unit, part), call.dsinks ? dsinks : nullptr);
+            read_tile(call, space, cut, cut.piece(unit, part), dsinks);
             if (unit < cut.thought_units) differentiate_own(call, space, cut, unit, part, own);
             const Seen seen = text_of(tile, layout, call.options.window);
             for (int begin = seen.first; begin < seen.end; begin += KEYS) {
@@ -227,8 +228,6 @@ inline void backward(const Backward& call, int64_t item, char* workspace) {
                 write_row(row_of(call.dq, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
                           space.dq + r * STRIDE, 1, call.dtype, call.K);
         }
-    for (int64_t h = 0; call.dsinks && h < cut.heads; ++h)
-        call.dsinks[(pair * call.parts + first_unit) * cut.heads + h] = (float)dsinks[h];
 }
 
 // Adds up the parts of a head's text, always in the same order.

@@ -5,16 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <exception>
-#include <memory>
-#include <new>
 #include <optional>
 
-#include "arguments.hpp"
-#include "choose.hpp"
+#include "run.hpp"
 
 namespace quietstar {
 namespace {
@@ -28,11 +21,12 @@ Dtype dtype_of(const Tensor& x) {
                                                  : Dtype::BFLOAT16;
 }
 
-Rows rows(const Tensor& x) {
-    Rows found = {(char*)x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-    if (x.dim() == 5) found.own = x.stride(3);
-    return found;
+Rows rows(const Tensor& x, const void* data) {
+    return {(char*)data, x.stride(0), x.stride(1), x.stride(2), x.dim() == 5 ? x.stride(3) : 0};
 }
+
+Rows read(const Tensor& x) { return rows(x, x.const_data_ptr()); }
+Rows write(const Tensor& x) { return rows(x, x.mutable_data_ptr()); }
 
 Layout layout_of(const Tensor& anchor, const Tensor& lo, const Tensor& length, int64_t S) {
     return {(const int32_t*)anchor.const_data_ptr(),
@@ -49,48 +43,21 @@ Options options_of(double scale, int64_t window, double softcap, const std::opti
     return {(float)scale, window, (float)softcap, sinks ? (const float*)sinks->const_data_ptr() : nullptr};
 }
 
-// A thread's workspace, which it keeps for its next call.
-char* workspace(int64_t bytes) {
-    struct Free {
-        void operator()(char* memory) const { std::free(memory); }
-    };
-    thread_local std::unique_ptr<char, Free> memory;
-    thread_local int64_t size = 0;
-    if (size < bytes) {
-        memory.reset();
-        size = 0;
-        memory.reset((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-        if (!memory) throw std::bad_alloc();
-        size = bytes;
-    }
-    return memory.get();
-}
+// PyTorch's threads, as many as it is set to use.
+struct Parallel {
+    static int64_t threads() { return torch::stable::get_num_threads(); }
 
-// Calls run(i, workspace) for i from 0 to count - 1. Threads take the next item when they are done with one,
-// so that a thread whose core is busy with something else takes fewer. Exceptions may not cross the stable
-// ABI.
-template <class Run>
-void for_each(int64_t count, int64_t bytes, const Run& run) {
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    torch::stable::parallel_for(
-        0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-            try {
-                char* const memory = workspace(bytes);
-                for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i, memory);
-            } catch (const std::exception&) {
-                failed = true;
-            }
-        });
-    if (failed) throw std::bad_alloc();
-}
+    template <class Work>
+    void operator()(int64_t count, const Work& work) const {
+        torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { work(); });
+    }
+};
 
 void thought_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor anchor, const Tensor lo,
                        const Tensor length, const std::optional<Tensor> sinks, Tensor out, Tensor lse,
                        int64_t S, double scale, int64_t window, double softcap) {
-    const Kernels& kernels = chosen();
     Forward call{};
-    call.q = rows(q), call.k = rows(k), call.v = rows(v), call.out = rows(out);
+    call.q = read(q), call.k = read(k), call.v = read(v), call.out = write(out);
     call.lse = (float*)lse.mutable_data_ptr();
     call.layout = layout_of(anchor, lo, length, S);
     call.options = options_of(scale, window, softcap, sinks);
@@ -98,8 +65,7 @@ void thought_attention(const Tensor q, const Tensor k, const Tensor v, const Ten
     call.text_rows = q.size(2) - call.layout.P * call.layout.N * S;
     call.step = -1;
     call.dtype = dtype_of(q);
-    for_each(kernels.forward_items(call), kernels.forward_bytes,
-             [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
+    run(Parallel(), call);
 }
 
 void thought_attention_backward(const Tensor grad_out, const Tensor q, const Tensor k, const Tensor v,
@@ -107,14 +73,13 @@ void thought_attention_backward(const Tensor grad_out, const Tensor q, const Ten
                                 const Tensor length, const std::optional<Tensor> sinks, Tensor dq, Tensor dk,
                                 Tensor dv, Tensor sums, std::optional<Tensor> dsinks, int64_t S,
                                 int64_t parts, double scale, int64_t window, double softcap) {
-    const Kernels& kernels = chosen();
     Backward call{};
-    call.grad_out = rows(grad_out), call.q = rows(q), call.k = rows(k), call.v = rows(v),
-    call.out = rows(out);
-    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
+    call.grad_out = read(grad_out), call.q = read(q), call.k = read(k), call.v = read(v),
+    call.out = read(out);
+    call.dq = write(dq), call.dk = write(dk), call.dv = write(dv);
     call.lse = (const float*)lse.const_data_ptr();
     call.sums = (float*)sums.mutable_data_ptr();
-    call.dsinks = dsinks ? (float*)dsinks->mutable_data_ptr() : nullptr;
+    call.dsinks = dsinks ? (double*)dsinks->mutable_data_ptr() : nullptr;
     call.layout = layout_of(anchor, lo, length, S);
     call.options = options_of(scale, window, softcap, sinks);
     call.H = q.size(1), call.G = k.size(1), call.K = q.size(3), call.E = v.size(3);
@@ -122,38 +87,27 @@ void thought_attention_backward(const Tensor grad_out, const Tensor q, const Ten
     call.parts = parts;
     call.in_place = sums.size(3) == S;
     call.dtype = dtype_of(q);
-    const int64_t pairs = call.layout.B * call.G;
-    // The last of a head's parts to end adds them up.
-    const std::unique_ptr<std::atomic<int64_t>[]> ended(new std::atomic<int64_t>[pairs]());
-    for_each(pairs * parts, kernels.backward_bytes, [&](int64_t item, char* memory) {
-        kernels.backward(call, item, memory);
-        if (ended[item % pairs].fetch_add(1, std::memory_order_acq_rel) + 1 == parts)
-            kernels.finish(call, item % pairs);
-    });
+    run(Parallel(), call);
 }
 
 void thought_decode(const Tensor q, const Tensor k_text, const Tensor v_text, const Tensor k_own,
                     const Tensor v_own, const Tensor anchor, const Tensor lo, const Tensor length,
                     const std::optional<Tensor> sinks, Tensor out, int64_t step, double scale, int64_t window,
                     double softcap) {
-    const Kernels& kernels = chosen();
     Forward call{};
-    call.q = rows(q), call.k = rows(k_text), call.v = rows(v_text), call.out = rows(out);
-    call.k_own = rows(k_own), call.v_own = rows(v_own);
+    call.q = read(q), call.k = read(k_text), call.v = read(v_text), call.out = write(out);
+    call.k_own = read(k_own), call.v_own = read(v_own);
     call.layout = layout_of(anchor, lo, length, k_own.size(3));
     call.options = options_of(scale, window, softcap, sinks);
     call.H = q.size(1), call.G = k_text.size(1), call.K = q.size(3), call.E = v_text.size(3);
     call.step = step;
     call.dtype = dtype_of(q);
-    for_each(kernels.forward_items(call), kernels.forward_bytes,
-             [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
+    run(Parallel(), call);
 }
 
 void sample_token(const Tensor logits, const std::optional<Tensor> bias, const Tensor counters,
                   const std::optional<Tensor> banned, const Tensor seed, Tensor ids, Tensor logprob,
                   double scale, double softcap, double temperature) {
-    constexpr int64_t ROWS = 8;  // of an item
-    const Kernels& kernels = chosen();
     Sample call{};
     call.logits = (const float*)logits.const_data_ptr();
     call.bias = bias ? (const float*)bias->const_data_ptr() : nullptr;
@@ -166,9 +120,7 @@ void sample_token(const Tensor logits, const std::optional<Tensor> bias, const T
     call.R = logits.size(0), call.V = logits.size(1);
     call.seed = *(const uint64_t*)seed.const_data_ptr();
     call.scale = (float)scale, call.softcap = (float)softcap, call.temperature = (float)temperature;
-    for_each((call.R + ROWS - 1) / ROWS, 0, [&](int64_t item, char*) {
-        for (int64_t r = item * ROWS; r < std::min(call.R, (item + 1) * ROWS); ++r) kernels.sample(call, r);
-    });
+    run(Parallel(), call);
 }
 
 }  // namespace

@@ -18,8 +18,27 @@ struct KeyBlock {
     bool any_bad;
 };
 
+// Rows that will be read soon. The text keeps the processor busy and the memory idle, own caches are the
+// other way round: so each product of a block asks for some of them.
+struct Ahead {
+    static constexpr int MOST = 1024, AT_A_TIME = 6;
+    const char* rows[MOST];
+    int64_t bytes;
+    int count, next;
+
+    void add(const char* row) {
+        if (count < MOST) rows[count++] = row;
+    }
+    void some() {
+        const int end = next + AT_A_TIME < count ? next + AT_A_TIME : count;
+        for (; next < end; ++next)
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[next] + i, 0, 2);
+    }
+};
+
 struct ForwardSpace {
     KeyBlock keys;
+    Ahead ahead;
     alignas(64) float q[TILE * STRIDE];
     float out[TILE * STRIDE];
     float scores[TILE * STRIDE];
@@ -53,13 +72,14 @@ inline const int32_t* read_positions(KeyBlock& keys, const Layout& layout, int64
 
 // to [rows r0..r1, keys] = x [rows,width] times panels, as far as a row of each block sees.
 inline void multiply_keys(float* to, const float* x, const float* panels, const Tile& tile, int r0, int r1,
-                          int64_t width) {
+                          int64_t width, Ahead* ahead = nullptr) {
     const int wide = round_up(width, LANES), end = end_of(tile, r0, r1);
     for (int key = 0; key < end; key += PANEL) {
         const Blocks blocks(r0, r1);
         for (int r = r0; r < r1; r += blocks.size) {
             const int rows = blocks.rows(r), left = end_of(tile, r, r + rows) - key;
             if (left <= 0) continue;
+            if (ahead) ahead->some();
             float* const block = to + r * STRIDE + key;
             block_of<false>(rows, left > LANES)(x + r * STRIDE, panels + key * wide, PANEL, block, STRIDE,
                                                 width, nullptr, false);
@@ -69,13 +89,14 @@ inline void multiply_keys(float* to, const float* x, const float* panels, const 
 
 // to [rows r0..r1,width] = factor * to + weights [rows,keys] times values [keys,width].
 inline void add_values(float* to, const float* weights, const float* values, const Tile& tile, int r0, int r1,
-                       int64_t width, const float* factor) {
+                       int64_t width, const float* factor, Ahead* ahead = nullptr) {
     const int wide = round_up(width, LANES);
     const Blocks blocks(r0, r1);
     for (int column = 0; column < wide; column += PANEL)
         for (int r = r0; r < r1; r += blocks.size) {
             const int rows = blocks.rows(r), depth = end_of(tile, r, r + rows);
             if (depth == 0) continue;
+            if (ahead) ahead->some();
             block_of<false>(rows, wide - column > LANES)(weights + r * STRIDE, values + column, STRIDE,
                                                          to + r * STRIDE + column, STRIDE, depth,
                                                          factor ? factor + r : nullptr, true);
@@ -118,14 +139,14 @@ inline void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, co
                    const Options& options) {
     Tile& tile = space.tile;
     const KeyBlock& keys = space.keys;
-    multiply_keys(space.scores, space.q, keys.k_panels, tile, r0, r1, K);
+    multiply_keys(space.scores, space.q, keys.k_panels, tile, r0, r1, K, &space.ahead);
     const Blocks blocks(r0, r1);
     for (int r = r0; r < r1; r += blocks.size) {
         const int rows = blocks.rows(r), end = end_of(tile, r, r + rows);
         if (end == 0) continue;
         for (int i = r; i < r + rows; ++i) softmax_row(space, i, end, position, options);
     }
-    add_values(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor);
+    add_values(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor, &space.ahead);
     if (keys.any_bad)
         for (int r = r0; r < r1; ++r)
             for (int j = tile.from[r]; j < tile.to[r]; ++j)
@@ -173,6 +194,11 @@ inline int64_t forward_items(const Forward& call) {
     return cut.tiles() * call.layout.B * call.G;
 }
 
+inline float* lse_of(const Forward& call, int64_t batch, int64_t head, int64_t row) {
+    const int64_t rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
+    return call.lse + (batch * call.H + head) * rows + row;
+}
+
 inline void finish_row(const Forward& call, ForwardSpace& space, int r) {
     const Tile& tile = space.tile;
     const float unit = call.options.softcap > 0 ? call.options.softcap : call.options.scale;
@@ -186,70 +212,45 @@ inline void finish_row(const Forward& call, ForwardSpace& space, int r) {
     if (tile.poisoned[r]) lse = factor = NAN;
     char* const to = row_of(call.out, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]);
     write_row(to, space.out + r * STRIDE, factor, call.dtype, call.E);
-    const int64_t rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
-    if (call.lse) call.lse[(tile.batch * call.H + tile.query_head[r]) * rows + tile.query_row[r]] = lse;
+    if (call.lse) *lse_of(call, tile.batch, tile.query_head[r], tile.query_row[r]) = lse;
 }
 
-inline void forward(const Forward& call, int64_t item, char* workspace) {
-    ForwardSpace& space = *(ForwardSpace*)workspace;
-    Tile& tile = space.tile;
+// Own key s of a thought.
+inline Source own_keys(const Forward& call, const Tile& tile, const Rows& packed, const Rows& cache,
+                       int64_t thought, int64_t s) {
     const Layout& layout = call.layout;
-    const Options& options = call.options;
-    const bool decode = call.step >= 0;
-    const Cut cut(layout, call.H / call.G, call.G, call.text_rows, decode);
-    const int64_t pairs = layout.B * call.G;
-    int64_t index = item / pairs;
-    // The last thoughts see most: they come first, so that the threads end at the same time.
-    index = index < cut.thought_units * cut.pieces ? cut.thought_units * cut.pieces - 1 - index : index;
-    const bool text = index >= cut.thought_units * cut.pieces;
-    const Piece piece = text ? cut.piece(index - cut.thought_units * cut.pieces + cut.thought_units, 0)
-                             : cut.piece(index / cut.pieces, index % cut.pieces);
-    tile.batch = item % pairs / call.G;
-    tile.group = item % pairs % call.G;
+    const int64_t size = size_of(call.dtype);
+    if (call.step >= 0)
+        return {row_of(cache, call.dtype, tile.batch, tile.group, thought, s), cache.own * size};
+    return {row_of(packed, call.dtype, tile.batch, tile.group, layout.L + thought * layout.S + s),
+            packed.row * size};
+}
+
+// Reads the tile's queries. Rows that are off get their result here.
+inline void read_queries(const Forward& call, ForwardSpace& space, const Cut& cut, const Piece& piece) {
+    Tile& tile = space.tile;
     tile.rows = 0;
     for (int64_t i = piece.begin; i < piece.end; ++i) {
         int32_t head;
         int64_t row;
         const int r = tile.rows;
-        if (add_row(tile, cut, layout, call.text_rows, options.window, call.step, piece, i, head, row)) {
+        if (add_row(tile, cut, call.layout, call.text_rows, call.options.window, call.step, piece, i, head,
+                    row)) {
             read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype,
                      call.K);
-            continue;
-        }
-        fill_row(row_of(call.out, call.dtype, tile.batch, head, row), 0, call.dtype, call.E);
-        const int64_t rows = call.text_rows + layout.P * layout.N * layout.S;
-        if (call.lse) call.lse[(tile.batch * call.H + head) * rows + row] = -INFINITY;
-    }
-    for (int r = 0; r < tile.rows; ++r) {
-        memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
-        space.top[r] = -INFINITY;
-        space.total[r] = 0;
-    }
-
-    for (int r0 = 0, r1; !text && r0 < tile.rows; r0 = r1) {
-        r1 = end_of_thought(tile, r0);
-        const int64_t thought = tile.thought[r0];
-        const int64_t first = layout.L + thought * layout.S;
-        for (int begin = 0; begin <= tile.own[r1 - 1]; begin += KEYS) {
-            const int left = tile.own[r1 - 1] + 1 - begin, count = left < KEYS ? left : KEYS;
-            bound_by_own(tile, r0, r1, begin, count, options.window);
-            if (end_of(tile, r0, r1) == 0) continue;
-            const Source k =
-                decode ? Source{row_of(call.k_own, call.dtype, tile.batch, tile.group, thought, begin),
-                                call.k_own.own * size_of(call.dtype)}
-                       : Source{row_of(call.k, call.dtype, tile.batch, tile.group, first + begin),
-                                call.k.row * size_of(call.dtype)};
-            const Source v =
-                decode ? Source{row_of(call.v_own, call.dtype, tile.batch, tile.group, thought, begin),
-                                call.v_own.own * size_of(call.dtype)}
-                       : Source{row_of(call.v, call.dtype, tile.batch, tile.group, first + begin),
-                                call.v.row * size_of(call.dtype)};
-            read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
-            attend(space, r0, r1, call.K, call.E, nullptr, options);
+            memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
+            space.top[r] = -INFINITY;
+            space.total[r] = 0;
+        } else {
+            fill_row(row_of(call.out, call.dtype, tile.batch, head, row), 0, call.dtype, call.E);
+            if (call.lse) *lse_of(call, tile.batch, head, row) = -INFINITY;
         }
     }
+}
 
-    const Seen seen = text_of(tile, layout, options.window);
+inline void attend_to_text(const Forward& call, ForwardSpace& space) {
+    Tile& tile = space.tile;
+    const Seen seen = text_of(tile, call.layout, call.options.window);
     for (int begin = seen.first; begin < seen.end; begin += KEYS) {
         const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
         const Source k = {row_of(call.k, call.dtype, tile.batch, tile.group, begin),
@@ -258,10 +259,63 @@ inline void forward(const Forward& call, int64_t item, char* workspace) {
                           call.v.row * size_of(call.dtype)};
         read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
         const int32_t* const position =
-            read_positions(space.keys, layout, tile.batch, options.window, begin, count);
+            read_positions(space.keys, call.layout, tile.batch, call.options.window, begin, count);
         bound_by_text(tile, begin, count);
-        attend(space, 0, tile.rows, call.K, call.E, position, options);
+        attend(space, 0, tile.rows, call.K, call.E, position, call.options);
     }
+}
+
+inline void attend_to_own(const Forward& call, ForwardSpace& space) {
+    Tile& tile = space.tile;
+    for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
+        r1 = end_of_thought(tile, r0);
+        const int end = tile.own[r1 - 1] + 1;
+        for (int begin = 0; begin < end; begin += KEYS) {
+            const int count = end - begin < KEYS ? end - begin : KEYS;
+            bound_by_own(tile, r0, r1, begin, count, call.options.window);
+            if (end_of(tile, r0, r1) == 0) continue;
+            const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], begin);
+            const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], begin);
+            read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
+            attend(space, r0, r1, call.K, call.E, nullptr, call.options);
+        }
+    }
+}
+
+// The own keys that the tile's rows see, in the order in which they are read.
+inline void look_ahead(const Forward& call, ForwardSpace& space) {
+    const Tile& tile = space.tile;
+    Ahead& ahead = space.ahead;
+    ahead.count = ahead.next = 0;
+    ahead.bytes = (call.K < call.E ? call.K : call.E) * size_of(call.dtype);
+    for (int r0 = 0; r0 < tile.rows; r0 = end_of_thought(tile, r0)) {
+        const int end = tile.own[end_of_thought(tile, r0) - 1] + 1;
+        const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], 0);
+        const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], 0);
+        for (int s = 0; s < end; ++s) {
+            ahead.add(k.first + s * k.stride);
+            ahead.add(v.first + s * v.stride);
+        }
+    }
+}
+
+// One tile. The last thoughts see most: they come first, so that the threads end at the same time.
+inline void forward(const Forward& call, int64_t item, char* workspace) {
+    ForwardSpace& space = *(ForwardSpace*)workspace;
+    Tile& tile = space.tile;
+    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, call.step >= 0);
+    const int64_t pairs = call.layout.B * call.G, thought_tiles = cut.thought_units * cut.pieces;
+    const int64_t index = item / pairs, last = thought_tiles - 1 - index;
+    const bool text = index >= thought_tiles;
+    tile.batch = item % pairs / call.G;
+    tile.group = item % pairs % call.G;
+    read_queries(call, space, cut,
+                 text ? cut.piece(index - thought_tiles + cut.thought_units, 0)
+                      : cut.piece(last / cut.pieces, last % cut.pieces));
+    space.ahead.count = space.ahead.next = 0;
+    if (!text) look_ahead(call, space);
+    attend_to_text(call, space);
+    if (!text) attend_to_own(call, space);
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
 }
 

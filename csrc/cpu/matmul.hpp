@@ -30,25 +30,24 @@ void multiply_block(const float* a, const float* b, int64_t b_stride, float* c, 
         for (int n = 0; n < NV; ++n) sums[r][n] = Vec{};
     for (int64_t d = 0; d < depth; ++d) {
         Vec x[NV];
-#pragma GCC unroll 2
+        QUIETSTAR_UNROLL
         for (int n = 0; n < NV; ++n) x[n] = load(b + n * LANES);
-#pragma GCC unroll 16
+        QUIETSTAR_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             const Vec y = splat(TRANSPOSED ? a[r] : a[r * STRIDE]);
-#pragma GCC unroll 2
+            QUIETSTAR_UNROLL
             for (int n = 0; n < NV; ++n) sums[r][n] += y * x[n];
         }
         a += TRANSPOSED ? STRIDE : 1;
         b += b_stride;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) {
-            float* const to = c + r * c_stride + n * LANES;
-            if (add) sums[r][n] += factor ? factor[r] * load(to) : load(to);
-            store(to, sums[r][n]);
-        }
+    QUIETSTAR_UNROLL
+    for (int r = 0; r < ROWS; ++r) QUIETSTAR_UNROLL
+    for (int n = 0; n < NV; ++n) {
+        float* const to = c + r * c_stride + n * LANES;
+        if (add) sums[r][n] += factor ? factor[r] * load(to) : load(to);
+        store(to, sums[r][n]);
+    }
 }
 
 using MultiplyBlock = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, const float*,
@@ -93,12 +92,12 @@ QUIETSTAR_INLINE void zip(Vec a, Vec b, Vec& first, Vec& second) {
 
 // A square of LANES rows, transposed: as many rounds of zips as LANES has bits.
 QUIETSTAR_INLINE void transpose(Vec (&x)[LANES]) {
-#pragma GCC unroll 4
+    QUIETSTAR_UNROLL
     for (int done = 1; done < LANES; done *= 2) {
         Vec y[LANES];
-#pragma GCC unroll 8
+        QUIETSTAR_UNROLL
         for (int i = 0; i < LANES / 2; ++i) zip(x[i], x[i + LANES / 2], y[2 * i], y[2 * i + 1]);
-#pragma GCC unroll 16
+        QUIETSTAR_UNROLL
         for (int i = 0; i < LANES; ++i) x[i] = y[i];
     }
 }

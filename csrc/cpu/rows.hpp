@@ -73,7 +73,7 @@ inline void write_row(char* to, const float* from, float factor, Dtype dtype, in
 
 inline void fill_row(char* to, float value, Dtype dtype, int64_t width) {
     float row[256];
-    for (int64_t i = 0; i < width; ++i) row[i] = value;
+    for (int i = 0; i < round_up(width, LANES); ++i) row[i] = value;
     write_row(to, row, 1, dtype, width);
 }
 

@@ -12,6 +12,13 @@
 
 #define QUIETSTAR_INLINE inline __attribute__((always_inline))
 
+// Before a loop over a few registers.
+#if defined(__clang__)
+#define QUIETSTAR_UNROLL _Pragma("unroll")
+#else
+#define QUIETSTAR_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace quietstar {
 namespace QUIETSTAR_SET {
 

@@ -54,7 +54,7 @@ def thought_attention_backward(
     in_place = parts == 1 and q.dtype == torch.float32 and K % WIDTH == 0 and E % WIDTH == 0
     width = sum(-(-x // WIDTH) * WIDTH for x in (K, E))
     sums = q.new_empty((B, G, parts, layout.S + (0 if in_place else layout.L), width), dtype=torch.float32)
-    dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float32)
+    dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float64)
     _library.ops().thought_attention_backward(
         *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *tensors(layout), sinks(options), dq, dk, dv, sums, dsinks,
         layout.S, parts, *numbers(options),

@@ -1,0 +1,201 @@
+// Runs csrc/cpu/ without PyTorch on random cases, on one thread and on three, for sanitizers to watch. Every
+// tensor has a memory of its own with exactly its size. Prints a hash of all results, which must not depend
+// on the number of threads.
+//
+//     grid THREADS CASES
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmath>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "run.hpp"
+
+using namespace quietstar;
+
+struct Threads {
+    int64_t count;
+    int64_t threads() const { return count; }
+
+    template <class Work>
+    void operator()(int64_t n, const Work& work) const {
+        std::vector<std::thread> running;
+        for (int64_t i = 0; i < n; ++i) running.emplace_back([&] { work(); });
+        for (std::thread& thread : running) thread.join();
+    }
+};
+
+struct Random {
+    std::mt19937 engine;
+    int64_t below(int64_t n) { return (int64_t)(engine() % (uint64_t)n); }
+    float normal() { return std::normal_distribution<float>()(engine); }
+    template <class T>
+    T pick(std::initializer_list<T> choices) {
+        return choices.begin()[below((int64_t)choices.size())];
+    }
+};
+
+struct Memory {
+    std::unique_ptr<char[]> data;
+    size_t size;
+    explicit Memory(size_t bytes) : data(new char[bytes]), size(bytes) {
+        memset(data.get(), 0xff, bytes);
+    }  // NaN
+    char* get() const { return data.get(); }
+};
+
+uint64_t hash = 14695981039346656037u;
+
+void add_to_hash(const Memory& memory) {
+    for (size_t i = 0; i < memory.size; ++i) hash = (hash ^ (unsigned char)memory.get()[i]) * 1099511628211u;
+}
+
+// [B,heads,rows,width], or [B,heads,rows,own,width], contiguous or with the heads inside the rows.
+struct Made {
+    Memory memory;
+    Rows rows;
+    Made(Random& random, Dtype dtype, int64_t B, int64_t heads, int64_t count, int64_t own, int64_t width,
+         bool fill)
+        : memory((size_t)(B * heads * count * own * width) * (dtype == Dtype::FLOAT ? 4 : 2)) {
+        const bool inside = own == 1 && random.below(2);
+        rows = {memory.get(), heads * count * own * width, inside ? width : count * own * width,
+                inside ? heads * width : own * width, own > 1 ? width : 0};
+        for (int64_t i = 0; fill && i < B * heads * count * own * width; ++i) {
+            const float x = random.normal();
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            if (dtype == Dtype::FLOAT)
+                memcpy(memory.get() + 4 * i, &x, 4);
+            else  // some bf16, or some fp16 below 1
+                ((uint16_t*)memory.get())[i] = dtype == Dtype::BFLOAT16
+                                                   ? (uint16_t)(bits >> 16)
+                                                   : (uint16_t)(bits % 0x3c00 | (bits >> 16 & 0x8000));
+        }
+    }
+};
+
+void check_written(const char* what, const Made& made, Dtype dtype, int seed) {
+    const size_t size = dtype == Dtype::FLOAT ? 4 : 2;
+    for (size_t i = 0; i < made.memory.size; i += size)
+        if (memcmp(made.memory.get() + i, "\xff\xff\xff\xff", size) == 0) {
+            fprintf(stderr, "case %d: %s is not written at %zu\n", seed, what, i / size);
+            exit(1);
+        }
+}
+
+void attention(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const int64_t B = 1 + random.below(2), L = random.pick({0, 1, 9, 40, 40, 150}), N = 1 + random.below(3);
+    const int64_t P = L ? random.below(L < 12 ? L + 2 : 12) : random.below(2);
+    const int64_t S = random.pick({1, 2, 5, 14, 20, 140}), G = 1 + random.below(2),
+                  heads = random.pick({1, 2, 4});
+    const int64_t K = random.pick({1, 16, 40, 64, 256}), E = random.pick({1, 16, 24, 64, 256}), H = G * heads;
+    const Dtype dtype = random.pick({Dtype::FLOAT, Dtype::FLOAT, Dtype::BFLOAT16, Dtype::HALF});
+    const int64_t text_rows = random.below(3) ? L : 0, rows = text_rows + P * N * S, keys = L + P * N * S;
+
+    // The last thought of a text may be cut, and anchors may be unused.
+    std::unique_ptr<int32_t[]> anchor(new int32_t[B * P]), lo(new int32_t[B * L]),
+        length(new int32_t[B * P * N]);
+    for (int64_t b = 0; b < B; ++b) {
+        const int64_t start = L ? random.below(L) : 0;
+        for (int64_t t = 0; t < L; ++t) lo[b * L + t] = (int32_t)(t < start ? 0 : start);
+        int64_t t = 0;
+        for (int64_t p = 0; p < P; ++p) {
+            t += L ? random.below(L / P + 2) : 0;
+            anchor[b * P + p] = t < L ? (int32_t)t : -1;
+        }
+    }
+    for (int64_t i = 0; i < B * P * N; ++i) length[i] = (int32_t)(random.below(3) ? S : random.below(S + 1));
+    std::unique_ptr<float[]> sinks(new float[H]);
+    for (int64_t h = 0; h < H; ++h) sinks[h] = random.normal();
+    const Layout layout = {anchor.get(), lo.get(), length.get(), B, L, P, N, S};
+    const Options options = {0.3f, random.pick<int64_t>({0, 0, 3, 60}), random.pick({0.0f, 0.0f, 2.0f}),
+                             random.below(2) ? sinks.get() : nullptr};
+
+    Made q(random, dtype, B, H, rows, 1, K, true), k(random, dtype, B, G, keys, 1, K, true);
+    Made v(random, dtype, B, G, keys, 1, E, true), grad(random, dtype, B, H, rows, 1, E, true);
+    Made out(random, dtype, B, H, rows, 1, E, false), dq(random, dtype, B, H, rows, 1, K, false);
+    Made dk(random, dtype, B, G, keys, 1, K, false), dv(random, dtype, B, G, keys, 1, E, false);
+    Memory lse((size_t)(4 * B * H * rows));
+    if (random.below(4) == 0 && k.memory.size)
+        memset(k.memory.get(), 0xff, dtype == Dtype::FLOAT ? 4 : 2);  // a NaN
+    const Threads parallel{threads};
+
+    Forward forward{};
+    forward.q = q.rows, forward.k = k.rows, forward.v = v.rows, forward.out = out.rows;
+    forward.lse = (float*)lse.get();
+    forward.layout = layout, forward.options = options;
+    forward.H = H, forward.G = G, forward.K = K, forward.E = E;
+    forward.text_rows = text_rows, forward.step = -1, forward.dtype = dtype;
+    run(parallel, forward);
+    check_written("out", out, dtype, seed);
+
+    Backward backward{};
+    const int64_t parts = 1 + random.below(4);
+    const bool in_place = parts == 1 && dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0;
+    Memory sums(
+        (size_t)(4 * B * G * parts * (S + (in_place ? 0 : L)) * ((K + 15) / 16 + (E + 15) / 16) * 16));
+    Memory dsinks((size_t)(8 * B * G * parts * heads));
+    backward.grad_out = grad.rows, backward.q = q.rows, backward.k = k.rows, backward.v = v.rows;
+    backward.out = out.rows, backward.dq = dq.rows, backward.dk = dk.rows, backward.dv = dv.rows;
+    backward.lse = (float*)lse.get(), backward.sums = (float*)sums.get();
+    backward.dsinks = options.sinks ? (double*)dsinks.get() : nullptr;
+    backward.layout = layout, backward.options = options;
+    backward.H = H, backward.G = G, backward.K = K, backward.E = E;
+    backward.text_rows = text_rows, backward.parts = parts, backward.in_place = in_place,
+    backward.dtype = dtype;
+    run(parallel, backward);
+    check_written("dq", dq, dtype, seed);
+    check_written("dk", dk, dtype, seed);
+    check_written("dv", dv, dtype, seed);
+    for (const Memory* memory : {&out.memory, &lse, &dq.memory, &dk.memory, &dv.memory}) add_to_hash(*memory);
+    if (options.sinks) add_to_hash(dsinks);
+
+    Made row(random, dtype, B, H, P * N, 1, K, true), result(random, dtype, B, H, P * N, 1, E, false);
+    Made k_text(random, dtype, B, G, L, 1, K, true), v_text(random, dtype, B, G, L, 1, E, true);
+    Made k_own(random, dtype, B, G, P * N, S, K, true), v_own(random, dtype, B, G, P * N, S, E, true);
+    Forward decode = forward;
+    decode.q = row.rows, decode.k = k_text.rows, decode.v = v_text.rows, decode.out = result.rows;
+    decode.k_own = k_own.rows, decode.v_own = v_own.rows;
+    decode.lse = nullptr, decode.text_rows = 0, decode.step = random.below(S);
+    run(parallel, decode);
+    check_written("a decode's out", result, dtype, seed);
+    add_to_hash(result.memory);
+}
+
+void sampling(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const int64_t R = random.pick({0, 1, 30}), V = random.pick({1, 127, 128, 1000});
+    Memory logits((size_t)(4 * R * V)), bias((size_t)(4 * V)), counters((size_t)(16 * R));
+    Memory ids((size_t)(8 * R)), logprob((size_t)(4 * R));
+    for (int64_t i = 0; i < R * V; ++i) ((float*)logits.get())[i] = random.normal();
+    for (int64_t i = 0; i < V; ++i) ((float*)bias.get())[i] = random.normal();
+    for (int64_t i = 0; i < 4 * R; ++i) ((int32_t*)counters.get())[i] = (int32_t)random.below(1 << 16);
+    std::unique_ptr<int64_t[]> banned(new int64_t[1]{V / 2});
+    Sample call{};
+    call.logits = (float*)logits.get(), call.counters = (int32_t*)counters.get();
+    call.bias = random.below(2) ? (float*)bias.get() : nullptr;
+    call.banned = banned.get(), call.bans = V > 1 ? random.below(2) : 0;
+    call.ids = (int64_t*)ids.get(), call.logprob = (float*)logprob.get();
+    call.logits_stride = V, call.counters_stride = 4, call.R = R, call.V = V, call.seed = random.engine();
+    call.scale = 0.7f, call.softcap = random.pick({0.0f, 2.0f}),
+    call.temperature = random.pick({0.0f, 0.7f, 1.0f});
+    run(Threads{threads}, call);
+    for (int64_t r = 0; r < R; ++r)
+        if (((int64_t*)ids.get())[r] < 0 || ((int64_t*)ids.get())[r] >= V) exit(2);
+    add_to_hash(ids);
+    add_to_hash(logprob);
+}
+
+int main(int, char** words) {
+    const int64_t threads = atoll(words[1]);
+    for (int seed = 0; seed < atoi(words[2]); ++seed) {
+        attention(seed, threads);
+        sampling(seed, threads);
+    }
+    printf("%s %016llx\n", chosen().name, (unsigned long long)hash);
+}
