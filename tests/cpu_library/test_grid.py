@@ -1,0 +1,86 @@
+"""The compiled library for CPUs without PyTorch: random cases by every instruction set, with sanitizers and two compilers."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import grid  # noqa: E402
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")
+CASES = {"plain": 200, "address": 60, "thread": 20}
+
+
+def runs_here(name):
+    """Whether the processor has the instruction set: the library falls back to another one if not."""
+    return grid.run(grid.build(), name, 1, 0).stdout.startswith(name + " ")
+
+
+def results(program, name, threads, cases):
+    done = grid.run(program, name, threads, cases)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", grid.SETS)
+def test_results_do_not_depend_on_the_number_of_threads(name):
+    if not runs_here(name):
+        pytest.skip(f"this processor has no {name}")
+    assert len({results(grid.build(), name, threads, CASES["plain"]) for threads in (1, 2, 5)}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", grid.SETS)
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_sanitizers_find_nothing(kind, name):
+    if not runs_here(name):
+        pytest.skip(f"this processor has no {name}")
+    results(grid.build(kind=kind), name, 3, CASES[kind])
+
+
+@pytest.mark.slow
+def test_two_compilers_give_the_same_bits():
+    if shutil.which("clang++") is None:
+        pytest.skip("there is no clang++ on PATH")
+    for name in filter(runs_here, grid.SETS):
+        assert results(grid.build("clang++"), name, 2, 100) == results(grid.build("g++"), name, 2, 100)
+
+
+WHOLE = "const bool whole = i + LANES <= width;"
+BUGS = {  # a sanitizer, what it says, and the change
+    "the last numbers of a row are read as a whole vector": (
+        "address",
+        "ERROR: AddressSanitizer: ",
+        ("rows.hpp", WHOLE, "const bool whole = true;"),
+    ),
+    "a key after the last is read": (
+        "address",
+        "ERROR: AddressSanitizer: ",
+        ("rows.hpp", "i < count; ++i)\n        zeros +=", "i <= count; ++i)\n        zeros +="),
+    ),
+    "parts are added up before all have ended": (
+        "thread",
+        "data race",
+        ("run.hpp", "std::memory_order_acq_rel) + 1 == call.parts", "std::memory_order_acq_rel) == 0"),
+    ),
+    "a row is not written": (
+        "plain",
+        "is not written",
+        ("forward.hpp", "r < tile.rows; ++r) finish_row", "r + 1 < tile.rows; ++r) finish_row"),
+    ),
+    "the end of a thread orders nothing": (
+        "thread",
+        "data race",
+        ("run.hpp", "std::memory_order_acq_rel", "std::memory_order_relaxed"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_found(name):
+    kind, said, bug = BUGS[name]
+    done = grid.run(grid.build(kind=kind, bug=bug), "baseline", 3, CASES[kind])
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
