@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_kernels import ThoughtLayout, _dispatch
 from quietstar_kernels._options import AttentionOptions, Head, Saved
+from quietstar_kernels.cpu import _library
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 
 R, V = 4096, 8192
@@ -27,6 +28,13 @@ class LargestOutput(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
         return result
+
+
+@pytest.fixture(params=["compiled", "in PyTorch"])
+def way(request, monkeypatch):
+    """How the CPU back end computes attention, decoding and sampling: without its library in the second case."""
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(_library, "missing", lambda: "a test leaves it out")
 
 
 def seeded(seed):
@@ -47,11 +55,11 @@ def test_the_reference_is_seen_to_be_dense():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_sample_token(softcap, temperature):
+def test_sample_token(way, softcap, temperature):
     hidden, weight, bias, counters = sample_inputs(seeded(0), R, 4, V, bias=True).values()
     head = Head(weight, bias, None, softcap, temperature, [3])
     with LargestOutput() as largest:
-        backend_functions("sample_token").sample_token(hidden, head, counters, 0)
+        backend_functions("sample_token").sample_token(hidden, head, counters, torch.tensor(0))
     assert V <= largest.numel <= R * V // SHARE
 
 
@@ -102,7 +110,7 @@ def test_linear_logprob_in_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])
-def test_thought_attention(options):
+def test_thought_attention(way, options):
     """With one head, so that the number of heads can't hide a tensor of R*L per head."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
@@ -118,7 +126,7 @@ def test_thought_attention(options):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_thought_decode(softcap):
+def test_thought_decode(way, softcap):
     """Decoding may make a tensor of all thoughts and all text, P*N*L, but not of all packed rows, P*N*(L+R)."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)

@@ -1,9 +1,10 @@
-"""QUIETSTAR_BUILD: what is built without nvcc, and the message that gives the reason."""
+"""QUIETSTAR_BUILD: what is built with which tools, and the message that gives the reason."""
 
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ sys.path.append(str(Path(__file__).parent))
 from cuda_wheel import copy_sources
 
 pytestmark = pytest.mark.slow
-NO_NVCC = "there is no nvcc on PATH"
+NO_NVCC, NO_CXX = "there is no nvcc on PATH", "there is no c++ on PATH"
+TOOLS = ("cat", "cc", "c++", "ninja", "as", "ld", "nm")
+WITHOUT_CXX = tuple(tool for tool in TOOLS if tool != "c++")
 COMPILER_SAYS = """csrc/x.cu(5): warning #177-D: variable "error" was declared but never referenced
 
 csrc/x.cu(7): error: identifier "y" is undefined
@@ -29,11 +32,11 @@ def sources(tmp_path_factory):
     return folder
 
 
-def build(sources, to, python=(sys.executable,), quiet=True, **environment):
+def build(sources, to, python=(sys.executable,), quiet=True, tools_of=TOOLS, **environment):
     """Build a wheel without nvcc on PATH. Returns its exit code, its output and the wheel's name."""
     tools = to / "bin"
     tools.mkdir(parents=True)
-    for tool in ("cat", "cc", "c++", "ninja"):
+    for tool in tools_of:
         if found := shutil.which(tool):
             (tools / tool).symlink_to(found)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "TORCH", "QUIETSTAR"))}
@@ -48,12 +51,27 @@ def build(sources, to, python=(sys.executable,), quiet=True, **environment):
     return done.returncode, done.stdout + done.stderr, [path.name for path in to.glob("*.whl")]
 
 
-@pytest.mark.parametrize("switch, said", [("auto", NO_NVCC), ("python", "")])
-def test_pure_python(switch, said, sources, tmp_path):
-    code, output, (wheel,) = build(sources, tmp_path / "out", QUIETSTAR_BUILD=switch)
+WITHOUT = "quietstar-kernels is installed without its {}: {}."
+
+
+@pytest.mark.parametrize("switch", ["auto", "python"])
+def test_pure_python(switch, sources, tmp_path):
+    tools = WITHOUT_CXX if switch == "auto" else TOOLS
+    code, output, (wheel,) = build(sources, tmp_path / "out", tools_of=tools, QUIETSTAR_BUILD=switch)
     assert code == 0 and wheel.endswith("-py3-none-any.whl")
-    sentences = [line for line in output.splitlines() if "CUDA" in line]
-    assert sentences == ([f"quietstar-kernels is installed without its CUDA back end: {said}."] if said else [])
+    sentences = [line for line in output.splitlines() if "without" in line]
+    both = [WITHOUT.format("CPU library", NO_CXX), WITHOUT.format("CUDA back end", NO_NVCC)]
+    assert sentences == (both if switch == "auto" else [])
+
+
+@pytest.mark.parametrize("switch", ["auto", "cpu"])
+def test_the_cpu_library_alone(switch, sources, tmp_path):
+    code, output, (wheel,) = build(sources, tmp_path / "out", QUIETSTAR_BUILD=switch)
+    assert code == 0 and "-py3-none-linux_" in wheel
+    with zipfile.ZipFile(tmp_path / "out" / wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == ["quietstar_kernels/cpu/_C.abi3.so"]
+    sentences = [line for line in output.splitlines() if "without" in line]
+    assert sentences == ([WITHOUT.format("CUDA back end", NO_NVCC)] if switch == "auto" else [])
 
 
 def test_pure_python_in_an_environment_of_pips_own(sources, tmp_path):
@@ -72,7 +90,8 @@ def test_pure_python_in_an_environment_of_pips_own(sources, tmp_path):
     [
         ({"QUIETSTAR_BUILD": "cuda"}, f"QUIETSTAR_BUILD=cuda: {NO_NVCC}."),
         ({"QUIETSTAR_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "QUIETSTAR_BUILD=cuda: there is no nvcc in /nowhere/bin."),
-        ({"QUIETSTAR_BUILD": "all"}, "QUIETSTAR_BUILD must be auto, cuda or python, got 'all'."),
+        ({"QUIETSTAR_BUILD": "cpu", "CXX": "no-compiler"}, "QUIETSTAR_BUILD=cpu: there is no no-compiler on PATH."),
+        ({"QUIETSTAR_BUILD": "all"}, "QUIETSTAR_BUILD must be auto, cpu, cuda or python, got 'all'."),
     ],
 )
 def test_one_sentence_where_it_can_not(environment, said, sources, tmp_path):
@@ -97,14 +116,15 @@ def failing_toolkit(folder):
 )
 def test_architectures_that_can_not_be(listed, said, sources, tmp_path):
     chosen = {"CUDA_HOME": str(failing_toolkit(tmp_path)), "TORCH_CUDA_ARCH_LIST": listed}
-    code, output, wheels = build(sources, tmp_path / "out", **chosen)
+    code, output, wheels = build(sources, tmp_path / "out", tools_of=WITHOUT_CXX, **chosen)
     assert code == 1 and output.strip().splitlines()[-1] == said and not wheels
 
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_source_that_does_not_compile(quiet, sources, tmp_path):
     """Then nothing else is installed instead, and the whole output of the compiler is shown, once."""
-    code, output, wheels = build(sources, tmp_path / "out", quiet=quiet, CUDA_HOME=str(failing_toolkit(tmp_path)))
+    chosen = {"CUDA_HOME": str(failing_toolkit(tmp_path))}
+    code, output, wheels = build(sources, tmp_path / "out", quiet=quiet, tools_of=WITHOUT_CXX, **chosen)
     lines = output.strip().splitlines()
     failed = sum(line.startswith("FAILED: ") for line in lines)
     assert code == 1 and not wheels and failed and output.count(COMPILER_SAYS) == failed

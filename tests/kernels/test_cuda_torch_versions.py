@@ -38,7 +38,7 @@ def torch_headers(version):
 
 
 def undefined(version, folder):
-    """Compile ``KNOWS_TORCH`` by setup.py with a version of PyTorch. Returns the names it needs from other libraries."""
+    """Compile both ``KNOWS_TORCH`` by setup.py with a version of PyTorch. Returns the names they need from other libraries."""
     if shutil.which("nvcc") is None or shutil.which("ninja") is None:
         pytest.skip("there is no nvcc or no ninja on PATH")
     headers = torch_headers(version)
@@ -50,20 +50,29 @@ def undefined(version, folder):
     build = [sys.executable, "setup.py", "-q", "build_ext", f"--build-temp={folder}", f"--build-lib={folder}"]
     path = f"{one_object.parent}{os.pathsep}{os.environ['PATH']}"
     run(build, folder, PATH=path, PYTHONPATH=str(headers), QUIETSTAR_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a")
-    assert f"{headers}/torch/include/" in run(["ninja", "-t", "deps", f"{KNOWS_TORCH}.o"], folder)  # not the installed ones
-    return set(run(["nm", "--undefined-only", "--format=just-symbols", f"{KNOWS_TORCH}.o"], folder).split())
+    found = {}
+    for backend in ("cpu", "cuda"):
+        deps = run(["ninja", "-t", "deps", f"{KNOWS_TORCH}.o"], folder / backend)
+        assert f"{headers}/torch/include/" in deps  # not the installed ones
+        names = run(["nm", "--undefined-only", "--format=just-symbols", f"{KNOWS_TORCH}.o"], folder / backend)
+        found[backend] = set(names.split())
+    return found
 
 
 def test_one_source_knows_torch():
-    assert [path.name for path in (ROOT / "csrc").glob("*.c*") if "<torch/" in path.read_text()] == [KNOWS_TORCH]
+    for folder in (ROOT / "csrc", ROOT / "csrc/cpu"):
+        files = [path for pattern in ("*.c*", "*.h*") for path in folder.glob(pattern) if path.is_file()]
+        assert [path.name for path in files if "<torch/" in path.read_text()] == [KNOWS_TORCH]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles(version, tmp_path):
-    assert "aoti_torch_get_current_cuda_stream" in undefined(version, tmp_path)
+    found = undefined(version, tmp_path)
+    assert "aoti_torch_get_current_cuda_stream" in found["cuda"] and "torch_parallel_for" in found["cpu"]
 
 
 def test_the_newest_needs_no_name_that_the_oldest_lacks(tmp_path):
     oldest, newest = (undefined(version, tmp_path / version) for version in (VERSIONS[0], VERSIONS[-1]))
-    asked = {name for name in newest if "torch" in name}
-    assert asked and asked <= oldest
+    for backend, names in newest.items():
+        asked = {name for name in names if "torch" in name}
+        assert asked and asked <= oldest[backend]
