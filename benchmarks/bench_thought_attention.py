@@ -8,6 +8,10 @@ Every position of the text thinks, one call has the rows of text and thoughts, a
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -139,14 +143,32 @@ def on_one_thread(case: AttentionCase) -> Attention:
     return alone
 
 
+def beside_a_neighbour(case: AttentionCase) -> Attention:
+    """A forward while another process computes as well, which is stopped before and afterwards."""
+    attend = ours(case)
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    neighbour.send_signal(signal.SIGSTOP)
+
+    def beside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        neighbour.send_signal(signal.SIGCONT)
+        try:
+            return attend(q, k, v)
+        finally:
+            neighbour.send_signal(signal.SIGSTOP)
+
+    weakref.finalize(beside, neighbour.kill)
+    return beside
+
+
 OURS = Peer("thought_attention", ours, package=PACKAGE)
 SPLITS = [Peer(f"in {n} calls", lambda case, n=n: in_parts(case, n), PACKAGE) for n in (2, 4)]
 ONE_THREAD = Peer("one thread", on_one_thread, PACKAGE)
+NEIGHBOUR = Peer("one busy neighbour", beside_a_neighbour, PACKAGE)
 
 
 def candidates(case: AttentionCase) -> list[Peer]:
-    """The peers. In the grids "batch" and "threads" ours is compared with itself."""
-    return {"batch": SPLITS, "threads": [ONE_THREAD]}.get(case.grid, PEERS)
+    """The peers. In the grids "batch", "threads" and "neighbour" ours is compared with itself."""
+    return {"batch": SPLITS, "threads": [ONE_THREAD], "neighbour": [NEIGHBOUR]}.get(case.grid, PEERS)
 
 
 def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
@@ -164,6 +186,8 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
     if gpu:  # a long text first, where a kernel is at its best
         yield from vary("text", L=2048, B=1)
     yield from vary("headline")
+    if not gpu:
+        yield replace(head, grid="neighbour")
     lengths = ([512, 1024, 4096] if full else [512]) if gpu else [64, 128, 512, *([1024, 2048] if full else [])]
     for L in lengths:
         yield from vary("text", L=L, B=max(1, 2048 // L) if gpu else 1)

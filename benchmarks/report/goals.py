@@ -15,6 +15,7 @@ from benchmarks.report.results_file import RowDict
 ATTENTION, DECODE = "thought_attention", "thought_decode"
 FORWARD, BOTH = "forward", "forward+backward"
 FLEX, FLASH, DENSE = "FlexAttention, compiled", "FlexAttention, FLASH", "SDPA, dense mask"
+PREFIX = "flash prefix + own block (PyTorch)"
 
 Keep = Callable[[RowDict], bool]  # which rows a goal is about
 Reached = Callable[[list[RowDict]], float | None]  # the value that the rows give, None if nothing was measured
@@ -59,6 +60,10 @@ def _at(test: Callable[[int], bool]) -> Keep:
 _LONG, _SHORT, _ALL = _at(lambda L: L >= 2048), _at(lambda L: L <= 512), _at(lambda L: True)
 
 
+def _is_64(L: int) -> bool:
+    return L == 64
+
+
 def _from_256(row: RowDict) -> bool:
     return row["sizes"]["L"] >= 256
 
@@ -99,6 +104,11 @@ def worst(
 def over(peer: str, op: str, what: str, keep: Keep = _any) -> Reached:
     """How many times faster ours is than the peer whose name starts like this."""
     return worst("times_ours", op, what, keep, _named(peer))
+
+
+def beside(what: str) -> Reached:
+    """How much longer the attention's forward takes beside something else."""
+    return worst("times_ours", ATTENTION, FORWARD, of=_named(what), pick=max)
 
 
 def with_logits_kept(column: str) -> Reached:
@@ -178,13 +188,19 @@ GPU = [
     Goal("thoughts at all positions, speedup over naive sampling", 100, over("naive", "naive", "thoughts", _headline)),
 ]
 CPU = [
-    Goal("attention forward, speedup over compiled FlexAttention", 1.3, over(FLEX, ATTENTION, FORWARD)),
+    Goal("attention forward, share of floor", 0.6, worst("of_floor", ATTENTION, FORWARD, _headline), units.percent),
+    Goal("attention forward, speedup over compiled FlexAttention", 2.5, over(FLEX, ATTENTION, FORWARD)),
     Goal("attention forward, L >= 256, speedup over dense SDPA", 15, over(DENSE, ATTENTION, FORWARD, _from_256)),
-    Goal(
-        "attention forward + backward, L >= 256, speedup over dense SDPA",
-        25,
-        over(DENSE, ATTENTION, BOTH, _from_256),
-    ),
+    Goal("attention forward, speedup over flash prefix + own block", 2.5, over(PREFIX, ATTENTION, FORWARD, _headline)),
+    Goal("attention forward + backward, share of floor", 0.5, worst("of_floor", ATTENTION, BOTH, _headline), units.percent),
+    Goal("attention forward + backward, speedup over flash prefix + own block", 2, over(PREFIX, ATTENTION, BOTH, _headline)),
+    Goal("attention forward + backward, L >= 256, speedup over dense SDPA", 30, over(DENSE, ATTENTION, BOTH, _from_256)),
+    Goal("attention forward, L 64, speedup over flash prefix + own block", 2, over(PREFIX, ATTENTION, FORWARD, _at(_is_64))),
+    Goal("attention forward, a busy neighbour, time over idle time", 2.2, beside("one busy neighbour"), at_most=True),
+    Goal("decode step, share of floor", 0.55, worst("of_floor", DECODE, FORWARD, _headline), units.percent),
+    Goal("decode step, speedup over the fastest peer", 2.5, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
+    Goal("rollout, speedup over the published schedule", 1.8, over("published schedule", "step", "rollout", _headline)),
+    Goal("linear_logprob, speedup over matmul, cross_entropy", 1, over("matmul, cross_entropy", "linear_logprob", BOTH)),
     Goal("thoughts at all positions, speedup over naive sampling", 20, over("naive", "naive", "thoughts", _headline)),
     Goal("thoughts at all positions, speedup over careful naive sampling", 10, over("careful", "naive", "thoughts", _headline)),
 ]

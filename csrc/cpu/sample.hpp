@@ -26,6 +26,19 @@ inline void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
     }
 }
 
+// glibc has newer versions of exp and log than manylinux_2_28 may ask for, but not of these.
+inline double exponential(double x) { return expm1(x) + 1; }  // to 1e-16 absolutely, for x <= 0
+
+inline double logarithm(double x) {
+    int exponent;
+    double part = frexp(x, &exponent);
+    if (part < 0.7071067811865476) {
+        part *= 2;
+        --exponent;
+    }
+    return exponent * 0.6931471805599453 + log1p(part - 1);
+}
+
 inline double to_unit(uint32_t word) { return (word + 0.5) / 4294967296.0; }
 
 // The logits of ids first..first+IDS of a row, -inf after the last; returns the largest, which is not NaN.
@@ -102,12 +115,12 @@ inline void sample(const Sample& call, int64_t r) {
         Vec sums{};
         for (int i = 0; i < IDS; i += LANES) sums += exp2((load(logits + i) - level) * LOG2_E);
         const float weight = sum(sums);
-        const double lse = level + log((double)weight);
+        const double lse = level + logarithm(weight);
         if (lse > most) {
-            total = total * exp(most - lse) + 1;
+            total = total * exponential(most - lse) + 1;
             most = lse;
         } else if (weight != 0) {
-            total += exp(lse - most);  // NaN stays NaN
+            total += exponential(lse - most);  // NaN stays NaN
         }
         if (call.temperature == 0) {
             if (top > best) {
@@ -119,14 +132,14 @@ inline void sample(const Sample& call, int64_t r) {
         uint32_t words[4] = {(uint32_t)counter[0], (uint32_t)counter[1],
                              ((uint32_t)counter[2] << 16) + (uint32_t)counter[3], (uint32_t)(first / IDS)};
         philox(words, (uint32_t)call.seed, (uint32_t)(call.seed >> 32));
-        const double score = lse - log(-log1p(-to_unit(words[0])));
+        const double score = lse - logarithm(-log1p(-to_unit(words[0])));
         if (score > best) {
             best = score;
             winner = first;
             fraction = to_unit(words[1]);
         }
     }
-    const double lse = most + log(total);
+    const double lse = most + logarithm(total);
     const bool finite = fabs(lse) < INFINITE;
     int place = 0;
     if (finite) {

@@ -22,9 +22,9 @@ ENTRY = re.compile(
 )
 
 
-def library():
+def library(backend="cuda"):
     with zipfile.ZipFile(wheel()) as archive:
-        return Path(archive.extract("quietstar_kernels/cuda/_C.abi3.so", built() / "unpacked"))
+        return Path(archive.extract(f"quietstar_kernels/{backend}/_C.abi3.so", built() / "unpacked"))
 
 
 def wheel():
@@ -33,7 +33,7 @@ def wheel():
 
 
 def test_nothing_spills(record_property):
-    logs = list((built() / "build/wheel/build").glob("temp*/*.log"))
+    logs = list((built() / "build/wheel/build").glob("temp*/cuda/*.log"))
     text = "\n".join(path.read_text() for path in logs)
     assert "warning" not in text
     entries = [match.groupdict() for match in ENTRY.finditer(text)]
@@ -61,7 +61,9 @@ def test_one_wheel_for_all_of_python(tmp_path):
     assert re.fullmatch(r"quietstar_kernels-[\d.]+-py3-none-manylinux_2_28_x86_64\.whl", wheel().name)
     with zipfile.ZipFile(wheel()) as archive:
         names = archive.namelist()
-        assert sum(name.endswith(".so") for name in names) == 1  # no library of PyTorch or CUDA was packed with it
+        libraries = {f"quietstar_kernels/{backend}/_C.abi3.so" for backend in ("cpu", "cuda")}
+        assert {name for name in names if name.endswith(".so")} == libraries  # no library of PyTorch or CUDA was packed with it
+        assert wheel().stat().st_size < 5e6
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata
     assert {"quietstar_kernels/__init__.py", "quietstar/__init__.py", "quietstar/explain/assets/explain.js"} <= {*names}
@@ -72,7 +74,7 @@ def test_source_distribution_has_what_a_build_needs():
     (archive,) = (built() / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    sources = {str(path.relative_to(built())) for path in (built() / "csrc").iterdir()}
+    sources = {str(path.relative_to(built())) for path in (built() / "csrc").rglob("*") if path.is_file()}
     assert sources <= names and not any(name.endswith(".so") for name in names)
 
 
@@ -85,6 +87,14 @@ def test_what_the_library_needs():
     undefined = run(["nm", "-D", "--undefined-only", library()], built())
     assert "w aoti_torch_get_current_cuda_stream" in undefined  # weak: PyTorch for CPUs doesn't have it
     assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py)", undefined)  # only the C interface of PyTorch
+
+
+def test_what_the_cpu_library_needs():
+    symbols = run(["nm", "-D", "--defined-only", library("cpu")], built())
+    assert re.findall(r" T (\w+)", symbols) == ["quietstar_cpu_kernels"]
+    undefined = run(["nm", "-D", "--undefined-only", library("cpu")], built())
+    assert " U torch_parallel_for" in undefined
+    assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py|GOMP|omp_)", undefined)  # only the C interface of PyTorch
 
 
 HERE = """
@@ -163,6 +173,7 @@ def test_the_import_is_quick(tmp_path):
 @pytest.mark.parametrize("command", [["-m", "quietstar_kernels"], ["-m", "quietstar", "doctor"]], ids=" ".join)
 def test_it_tells_which_library_it_loaded(command, tmp_path):
     lines = bare_python(*command, folder=tmp_path).splitlines()
+    assert any(re.match(r"CPU library .*/bare/.*, running its code for \w+", line) for line in lines)
     assert any(re.match(r"CUDA library .*, built with CUDA .* for sm_80, ", line) for line in lines)
     assert "  thought_decode     cuda       no CUDA device: these tensors are on cpu" in lines
     assert "  linear_logprob     cuda       it has no kernel for linear_logprob" in lines
