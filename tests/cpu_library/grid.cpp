@@ -1,6 +1,7 @@
 // Runs csrc/cpu/ without PyTorch on random cases, on one thread and on three, for sanitizers to watch. Every
 // tensor has a memory of its own with exactly its size. Prints a hash of all results, which must not depend
-// on the number of threads.
+// on the number of threads, and the sum of the sizes of those in fp32, which hardly depends on the
+// instructions.
 //
 //     grid THREADS CASES
 #include <stdio.h>
@@ -52,6 +53,16 @@ uint64_t hash = 14695981039346656037u;
 
 void add_to_hash(const Memory& memory) {
     for (size_t i = 0; i < memory.size; ++i) hash = (hash ^ (unsigned char)memory.get()[i]) * 1099511628211u;
+}
+
+double size = 0;
+
+void add_to_size(const Memory& memory) {
+    for (size_t i = 0; i < memory.size; i += 4) {
+        float x;
+        memcpy(&x, memory.get() + i, 4);
+        if (std::isfinite(x)) size += std::fabs(x);
+    }
 }
 
 // [B,heads,rows,width], or [B,heads,rows,own,width], contiguous or with the heads inside the rows.
@@ -154,6 +165,8 @@ void attention(int seed, int64_t threads) {
     check_written("dv", dv, dtype, seed);
     for (const Memory* memory : {&out.memory, &lse, &dq.memory, &dk.memory, &dv.memory}) add_to_hash(*memory);
     if (options.sinks) add_to_hash(dsinks);
+    if (dtype == Dtype::FLOAT)
+        for (const Made* made : {&out, &dq, &dk, &dv}) add_to_size(made->memory);
 
     Made row(random, dtype, B, H, P * N, 1, K, true), result(random, dtype, B, H, P * N, 1, E, false);
     Made k_text(random, dtype, B, G, L, 1, K, true), v_text(random, dtype, B, G, L, 1, E, true);
@@ -197,5 +210,5 @@ int main(int, char** words) {
         attention(seed, threads);
         sampling(seed, threads);
     }
-    printf("%s %016llx\n", chosen().name, (unsigned long long)hash);
+    printf("%s %016llx %.9g\n", chosen().name, (unsigned long long)hash, size);
 }

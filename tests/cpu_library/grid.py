@@ -25,6 +25,10 @@ SANITIZERS = {
 LIMITS = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}  # of ATEN_CPU_CAPABILITY
 
 
+ARM = "aarch64-linux-gnu-g++"  # a cross compiler, whose programs an emulator runs
+EMULATOR = "qemu-aarch64-static"
+
+
 def build(compiler: str = "g++", kind: str = "plain", bug: tuple[str, str, str] | None = None) -> Path:
     """The program; ``bug`` is a file of csrc/cpu/, and what is replaced in it by what."""
     texts = {path.name: path.read_text() for path in sorted([*SOURCES.iterdir(), HERE / "grid.cpp"])}
@@ -40,14 +44,15 @@ def build(compiler: str = "g++", kind: str = "plain", bug: tuple[str, str, str] 
     folder.mkdir(parents=True)
     for name, text in texts.items():
         (folder / name).write_text(text)
-    flags = [compiler, *FLAGS, *SANITIZERS[kind]]
+    flags = [compiler, *FLAGS, *SANITIZERS[kind], *["-static"] * (compiler == ARM)]
+    sets = {"baseline": []} if compiler == ARM else SETS
     commands = [
-        [*flags, f"-DQUIETSTAR_SET={name}", *more, "-c", "kernels.cpp", "-o", f"{name}.o"] for name, more in SETS.items()
+        [*flags, f"-DQUIETSTAR_SET={name}", *more, "-c", "kernels.cpp", "-o", f"{name}.o"] for name, more in sets.items()
     ]
     for running in [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) for command in commands]:
         said = running.communicate()[1]
         assert running.returncode == 0 and not said, said
-    subprocess.run([*flags, "choose.cpp", "grid.cpp", *(f"{name}.o" for name in SETS), "-o", "grid"], cwd=folder, check=True)
+    subprocess.run([*flags, "choose.cpp", "grid.cpp", *(f"{name}.o" for name in sets), "-o", "grid"], cwd=folder, check=True)
     (folder / "grid").chmod(0o755)
     program.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder / "grid", program)
@@ -58,4 +63,5 @@ def build(compiler: str = "g++", kind: str = "plain", bug: tuple[str, str, str] 
 def run(program: Path, name: str, threads: int, cases: int) -> subprocess.CompletedProcess[str]:
     """stdout names the instruction set and the hash of all results."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": LIMITS[name], "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program, str(threads), str(cases)], env=environment, capture_output=True, text=True)
+    emulator = [EMULATOR] * (program.read_bytes()[18] == 183)  # the ELF header's machine: Arm
+    return subprocess.run([*emulator, program, str(threads), str(cases)], env=environment, capture_output=True, text=True)

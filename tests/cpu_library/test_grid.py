@@ -31,6 +31,28 @@ def test_results_do_not_depend_on_the_number_of_threads(name):
     assert len({results(grid.build(), name, threads, CASES["plain"]) for threads in (1, 2, 5)}) == 1
 
 
+def size(text):
+    return float(text.split()[2])
+
+
+def test_instruction_sets_agree():
+    sizes = [size(results(grid.build(), name, 2, 60)) for name in filter(runs_here, grid.SETS)]
+    assert sizes[0] > 1e4 and max(sizes) - min(sizes) < 1e-6 * sizes[0]
+
+
+@pytest.mark.slow
+def test_on_arm():
+    """With NEON, in an emulator."""
+    for tool in (grid.ARM, grid.EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"there is no {tool} on PATH")
+    program = grid.build(grid.ARM)
+    one, three = (results(program, "baseline", threads, 60) for threads in (1, 3))
+    assert one == three
+    here = size(results(grid.build(), "baseline", 1, 60))
+    assert abs(size(one) - here) < 1e-6 * here
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", grid.SETS)
 @pytest.mark.parametrize("kind", ["address", "thread"])
