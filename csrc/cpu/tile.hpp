@@ -74,7 +74,7 @@ struct Seen {
     int32_t first, end;
 };
 
-// The text that the rows from..to see at all.
+// The text that at least one of the tile's rows sees.
 inline Seen text_of(const Tile& tile, const Layout& layout, int64_t window) {
     Seen seen = {INT32_MAX, 0};
     int32_t oldest = INT32_MAX;
