@@ -128,24 +128,22 @@ void sample_token(const Tensor logits, const std::optional<Tensor> bias, const T
 
 STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
     library.def(
-        "thought_attention(Tensor q, Tensor k, Tensor v, Tensor anchor, Tensor lo, Tensor length, Tensor? "
-        "sinks, "
-        "Tensor(a!) out, Tensor(b!) lse, int S, float scale, int window, float softcap) -> ()");
+        "thought_attention(Tensor q, Tensor k, Tensor v, Tensor anchor, Tensor lo, Tensor length, "
+        "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, int S, float scale, int window, float softcap) -> "
+        "()");
     library.def(
         "thought_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "Tensor anchor, "
-        "Tensor lo, Tensor length, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
-        "sums, "
-        "Tensor(e!)? dsinks, int S, int parts, float scale, int window, float softcap) -> ()");
-    library.def(
-        "sample_token(Tensor logits, Tensor? bias, Tensor counters, Tensor? banned, Tensor seed, Tensor(a!) "
-        "ids, "
-        "Tensor(b!) logprob, float scale, float softcap, float temperature) -> ()");
+        "Tensor anchor, Tensor lo, Tensor length, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) "
+        "dv, "
+        "Tensor(d!) sums, Tensor(e!)? dsinks, int S, int parts, float scale, int window, float softcap) "
+        "-> ()");
     library.def(
         "thought_decode(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, Tensor anchor, "
-        "Tensor lo, "
-        "Tensor length, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, float softcap) -> "
-        "()");
+        "Tensor lo, Tensor length, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, "
+        "float softcap) -> ()");
+    library.def(
+        "sample_token(Tensor logits, Tensor? bias, Tensor counters, Tensor? banned, Tensor seed, "
+        "Tensor(a!) ids, Tensor(b!) logprob, float scale, float softcap, float temperature) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels_cpu, CPU, library) {

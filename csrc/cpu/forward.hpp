@@ -1,5 +1,5 @@
-// Attention of a tile's rows with one online softmax: the own keys of each thought first, then the text, a
-// block at a time.
+// Attention of a tile's rows with one online softmax: the text first, a block of keys at a time, then the own
+// keys of each thought.
 #pragma once
 #include <math.h>
 
@@ -286,7 +286,6 @@ inline void attend_to_own(const Forward& call, ForwardSpace& space) {
 inline void look_ahead(const Forward& call, ForwardSpace& space) {
     const Tile& tile = space.tile;
     Ahead& ahead = space.ahead;
-    ahead.count = ahead.next = 0;
     ahead.bytes = (call.K < call.E ? call.K : call.E) * size_of(call.dtype);
     for (int r0 = 0; r0 < tile.rows; r0 = end_of_thought(tile, r0)) {
         const int end = tile.own[end_of_thought(tile, r0) - 1] + 1;

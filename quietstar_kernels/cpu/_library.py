@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from quietstar_kernels._shared_library import why_missing
+
 FILE = Path(__file__).parent / "_C.abi3.so"
 PURE = "this install has none; build it with QUIETSTAR_BUILD=cpu, which needs a C++17 compiler"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,13 +33,7 @@ def ops() -> Any:
 @functools.cache
 def missing() -> str | None:
     """None if there is a library and it loads; else the reason, in words."""
-    if not FILE.exists():
-        return PURE
-    try:
-        _load()
-    except OSError as error:
-        return f"its library does not load: {error}"
-    return None
+    return why_missing(FILE, PURE, _load)
 
 
 def serves(dtype: torch.dtype) -> bool:

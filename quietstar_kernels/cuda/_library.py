@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from quietstar_kernels._shared_library import why_missing
+
 FILE = Path(__file__).parent / "_C.abi3.so"
 PURE = "this install is pure Python; build it with QUIETSTAR_BUILD=cuda for the CUDA library"
 
@@ -42,13 +44,7 @@ def built_for() -> tuple[str, tuple[str, ...]]:
 @functools.cache
 def missing() -> str | None:
     """None if there is a library and it loads; else the reason, in words."""
-    if not FILE.exists():
-        return PURE
-    try:
-        _load()
-    except OSError as error:
-        return f"its library does not load: {error}"
-    return None
+    return why_missing(FILE, PURE, _load)
 
 
 def cuda_library() -> str:
