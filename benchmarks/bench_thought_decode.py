@@ -78,13 +78,13 @@ class DecodeCase(PackedCase):
 
 
 def ours(case: DecodeCase, backend: str = "auto") -> Attention:
-    layout, L = case.layout, case.L
+    layout, text_and_own = case.layout, (case.L, case.M - case.L)
     step = torch.tensor(case.step, dtype=torch.int32, device=case.device)
+    own = (case.B, case.G, case.rows, case.S, case.K)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (k_text, v_text), (k_own, v_own) = ([x[:, :, rows] for x in (k, v)] for rows in (slice(L), slice(L, None)))
-        k_own, v_own = (x.unflatten(2, (L * case.N, case.S)) for x in (k_own, v_own))
-        return thought_decode(q, k_text, v_text, k_own, v_own, layout, step, backend=backend)
+        (k_text, k_own), (v_text, v_own) = k.split(text_and_own, 2), v.split(text_and_own, 2)
+        return thought_decode(q, k_text, v_text, k_own.view(own), v_own.view(own), layout, step, backend=backend)
 
     return attend
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <math.h>
 
+#include "decode.hpp"
 #include "tile.hpp"
 
 namespace quietstar {
@@ -21,7 +22,7 @@ struct KeyBlock {
 // Rows that will be read soon. The text keeps the processor busy and the memory idle, own caches are the
 // other way round: so each product of a block asks for some of them.
 struct Ahead {
-    static constexpr int MOST = 1024, AT_A_TIME = 6;
+    static constexpr int MOST = 1024, AT_A_TIME = 8;
     const char* rows[MOST];
     int64_t bytes;
     int count, next;
@@ -282,6 +283,33 @@ inline void attend_to_own(const Forward& call, ForwardSpace& space) {
     }
 }
 
+// The same in a decoding step, where all rows of a thought see the same keys.
+inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space) {
+    Tile& tile = space.tile;
+    const int64_t window = call.options.window, end = call.step + 1;
+    const int64_t first = window && window < end ? end - window : 0;
+    for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
+        r1 = end_of_thought(tile, r0);
+        for (int64_t begin = first; begin < end; begin += KEYS) {
+            const int count = end - begin < KEYS ? (int)(end - begin) : KEYS;
+            const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], begin);
+            const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], begin);
+            bound_by_own(tile, r0, r1, (int32_t)begin, count, window);
+            for (int r = r0; r < r1; r += FEW) {
+                const int rows = r1 - r < FEW ? r1 - r : FEW;
+                const OwnProducts products = own_products(call.dtype, rows);
+                float *const q = space.q + r * STRIDE, *const scores = space.scores + r * STRIDE;
+                float* const out = space.out + r * STRIDE;
+                space.ahead.some();
+                const bool good_k = products.multiply(scores, q, k, count, call.K);
+                for (int i = r; i < r + rows; ++i) softmax_row(space, i, count, nullptr, call.options);
+                const bool good_v = products.add(out, scores, space.factor + r, v, count, call.E);
+                for (int i = r; i < r + rows; ++i) tile.poisoned[i] |= !good_k || !good_v;
+            }
+        }
+    }
+}
+
 // The own keys that the tile's rows see, in the order in which they are read.
 inline void look_ahead(const Forward& call, ForwardSpace& space) {
     const Tile& tile = space.tile;
@@ -314,7 +342,7 @@ inline void forward(const Forward& call, int64_t item, char* workspace) {
     space.ahead.count = space.ahead.next = 0;
     if (!text) look_ahead(call, space);
     attend_to_text(call, space);
-    if (!text) attend_to_own(call, space);
+    if (!text) call.step < 0 ? attend_to_own(call, space) : attend_to_own_in_place(call, space);
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
 }
 

@@ -102,6 +102,18 @@ QUIETSTAR_INLINE void transpose(Vec (&x)[LANES]) {
     }
 }
 
+// Lane i is the sum of x[i]. Destroys x.
+QUIETSTAR_INLINE Vec sums_of(Vec (&x)[LANES]) {
+    QUIETSTAR_UNROLL
+    for (int half = LANES / 2; half > 0; half /= 2) QUIETSTAR_UNROLL
+    for (int i = 0; i < half; ++i) {
+        Vec first, second;
+        zip(x[i], x[i + half], first, second);
+        x[i] = first + second;
+    }
+    return x[0];
+}
+
 // Rows x [count,width], to panels [count/PANEL][width][PANEL]; x has zeros up to multiples of LANES both
 // ways.
 inline void to_panels(float* panels, const float* x, int count, int width) {

@@ -18,6 +18,16 @@ QUIETSTAR_INLINE Vec numbers(const char* row, int64_t i) {
     return DTYPE == Dtype::BFLOAT16 ? bf16_to_floats(halves) : fp16_to_floats(halves);
 }
 
+// The same; 0 from `width` on.
+template <Dtype DTYPE>
+QUIETSTAR_INLINE Vec numbers(const char* row, int64_t i, int64_t width) {
+    if (i + LANES <= width) return numbers<DTYPE>(row, i);
+    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
+    char last[4 * LANES] = {};
+    if (i < width) memcpy(last, row + i * SIZE, (width - i) * SIZE);
+    return numbers<DTYPE>(last, 0);
+}
+
 template <Dtype DTYPE>
 QUIETSTAR_INLINE void put_numbers(char* row, int64_t i, Vec x) {
     if constexpr (DTYPE == Dtype::FLOAT)
@@ -28,13 +38,9 @@ QUIETSTAR_INLINE void put_numbers(char* row, int64_t i, Vec x) {
 
 template <Dtype DTYPE>
 QUIETSTAR_INLINE Vec read_row_of(float* to, const char* from, int64_t width) {
-    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
     Vec zeros{};
     for (int64_t i = 0; i < width; i += LANES) {
-        char last[4 * LANES] = {};
-        const bool whole = i + LANES <= width;
-        if (!whole) memcpy(last, from + i * SIZE, (width - i) * SIZE);
-        const Vec x = whole ? numbers<DTYPE>(from, i) : numbers<DTYPE>(last, 0);
+        const Vec x = numbers<DTYPE>(from, i, width);
         store(to + i, x);
         zeros += x * 0.0f;
     }
