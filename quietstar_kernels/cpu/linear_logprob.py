@@ -36,9 +36,11 @@ def linear_logprob(
     states = weight.new_empty(4, R)
     buffer = weight.new_empty(R if keep else chunk_rows(R, V), V)
     gaps = weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
+    if keep:  # one product: that of few rows by a large vocabulary is up to 1.7 times slower
+        softmax.products(hidden, buffer)
     for rows in row_chunks(R, V):
-        out = buffer[rows] if keep else buffer[: rows.stop - rows.start]
-        softmax.weights(hidden[rows], targets[rows], out, gaps, states[:, rows])
+        out = buffer[rows] if keep else softmax.products(hidden[rows], buffer[: rows.stop - rows.start])
+        softmax.weights(out, targets[rows], gaps, states[:, rows])
     picked, entropy, largest, log_total = (state.clone() for state in states)
     logprob = torch.where(targets == -100, 0, picked)
     return logprob, entropy, largest, log_total, *((buffer, picked[:, None]) if keep else (None, None))
@@ -88,8 +90,8 @@ def linear_logprob_joined(
     buffer = weight.new_empty(chunk_rows(R, V), V)
     gaps = None if grad_entropy is None else torch.empty_like(buffer)
     for rows in row_chunks(R, V):
-        d = buffer[: rows.stop - rows.start]
-        softmax.weights(hidden[rows], targets[rows], d, gaps, states[:, rows])
+        d = softmax.products(hidden[rows], buffer[: rows.stop - rows.start])
+        softmax.weights(d, targets[rows], gaps, states[:, rows])
         softmax.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
         gradients.add(rows, d)
     return torch.where(targets == -100, 0, states[0]), states[1].clone(), *gradients.result()
@@ -112,10 +114,13 @@ class _Softmax:
         self.inner = scale / temperature if softcap is None else scale / softcap
         self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
 
-    def weights(self, hidden: Tensor, targets: Tensor, out: Tensor, gaps: Tensor | None, states: Tensor) -> None:
-        """Fills out [rows,V] and states; the entropy only with ``gaps``, a buffer for differences to the largest logit."""
-        x = out if gaps is None else gaps[: len(out)]
-        torch.mm(wide(hidden), self.weight.T, out=x)
+    def products(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Writes hidden · weight to out [rows,V]."""
+        return torch.mm(wide(hidden), self.weight.T, out=out)
+
+    def weights(self, x: Tensor, targets: Tensor, gaps: Tensor | None, states: Tensor) -> None:
+        """Products x [rows,V] become weights in place. Fills states; the entropy only with ``gaps``, a buffer for differences
+        to the largest logit."""
         if self.bias is not None:
             x += self.bias
         if self.inner != 1:
@@ -126,11 +131,11 @@ class _Softmax:
         picked, entropy, largest, log_total = states
         picked.copy_(x.gather(1, targets.clamp(min=0)[:, None])[:, 0])
         largest.copy_(x.amax(-1))
-        torch.exp(x.sub_(largest[:, None]), out=out)
-        total = out.sum(-1)
+        gap = torch.sub(x, largest[:, None], out=x if gaps is None else gaps[: len(x)])
+        total = torch.exp(gap, out=x).sum(-1)
         log_total.copy_(total.log())
         picked.sub_(largest).sub_(log_total)
-        entropy.copy_(log_total - x.clamp_(min=LEAST).mul_(out).sum(-1) / total) if gaps is not None else entropy.zero_()
+        entropy.copy_(log_total - gap.clamp_(min=LEAST).mul_(x).sum(-1) / total) if gaps is not None else entropy.zero_()
 
     def gradient(
         self,
