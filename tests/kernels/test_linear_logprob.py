@@ -54,7 +54,7 @@ def make(seed, shape, device, dtype=torch.float32, bias=True, **options):
 
 def small_chunks(monkeypatch, backend):
     """Chunks of 2^12 logits, in Triton at least 256 ids wide."""
-    monkeypatch.setattr("quietstar_kernels.cpu._head.LOGITS", 2**12)
+    monkeypatch.setattr("quietstar_kernels.cpu._head.MOST", 2**12)
     if backend == "triton":
         module = _dispatch.module("linear_logprob", backend)
         monkeypatch.setattr(module, "LOGITS", 2**12)

@@ -20,8 +20,9 @@ __all__ = ["StepMemory", "human", "memory_table", "step_memory"]
 
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
-# Logits that the CPU and GPU heads compute at a time (the reference keeps all), and how many such buffers exist at once.
-HEAD_CHUNK, HEAD_BUFFERS = 2**22, 3
+# Logits that a head computes at a time (the reference keeps all): so many on a GPU, on a CPU those of ``HEAD_ROWS`` rows too if
+# they are at most ``HEAD_MOST``; and how many such buffers exist at once.
+HEAD_CHUNK, HEAD_ROWS, HEAD_MOST, HEAD_BUFFERS = 2**22, 256, 2**24, 3
 # A call of the head keeps all its logits for the backward up to this many bytes, and none above.
 HEAD_KEPT = 2**28
 
@@ -125,6 +126,7 @@ def step_memory(
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
     logits = [V * (B * L + predictions), V * B * P * N * T]  # of each call
+    chunk = min(max(HEAD_CHUNK, HEAD_ROWS * V), HEAD_MOST, max(logits))
     head_kept = sum(size for size in (dtype.itemsize * call for call in logits) if size <= HEAD_KEPT)
     text_kept, thoughts_kept = kept * L // rows, (kept - kept * L // rows) * P // L
     layer_inputs = layers * B * D * dtype.itemsize  # for a row
@@ -140,7 +142,7 @@ def step_memory(
         thoughts=thoughts_kept,
         checkpointed=checkpointed,
         mixing=mixing + head_inputs,
-        head=4 * (HEAD_BUFFERS * min(HEAD_CHUNK, max(logits)) + V * D * (1 + half)) + head_kept,
+        head=4 * (HEAD_BUFFERS * chunk + V * D * (1 + half)) + head_kept,
         rollout=B * (L + P * N * T) * keys_values,
         largest=max(max(sizes) * dtype.itemsize, 4 * 2 * D * D),
     )

@@ -8,7 +8,17 @@ import torch
 from transformers import AutoConfig
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.memory.step import CHUNK_COPIES, HEAD_CHUNK, HEAD_KEPT, StepMemory, human, memory_table, step_memory
+from quietstar.memory.step import (
+    CHUNK_COPIES,
+    HEAD_CHUNK,
+    HEAD_KEPT,
+    HEAD_MOST,
+    HEAD_ROWS,
+    StepMemory,
+    human,
+    memory_table,
+    step_memory,
+)
 from quietstar_kernels import linear_logprob
 from quietstar_kernels.cpu import _head
 
@@ -73,7 +83,7 @@ def test_a_model_that_cannot_think_is_refused():
 
 
 def test_the_head_constants_are_those_of_the_kernels():
-    assert HEAD_CHUNK == _head.LOGITS
+    assert (HEAD_CHUNK, HEAD_ROWS, HEAD_MOST) == (_head.LOGITS, _head.ROWS, _head.MOST)
     assert HEAD_KEPT == inspect.signature(linear_logprob).parameters["keep_bytes"].default
 
 
