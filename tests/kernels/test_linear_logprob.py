@@ -14,6 +14,7 @@ import torch
 
 from quietstar_kernels import _dispatch, linear_logprob
 from quietstar_kernels._options import Head, Saved
+from quietstar_kernels.cpu._head import chunk_rows
 from quietstar_kernels.linear_logprob import _backward, _forward, _joined, _rescale
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
@@ -59,6 +60,14 @@ def small_chunks(monkeypatch, backend):
         module = _dispatch.module("linear_logprob", backend)
         monkeypatch.setattr(module, "LOGITS", 2**12)
         monkeypatch.setattr(module, "COLUMNS", 256)
+
+
+@pytest.mark.parametrize("rows, vocabulary, chunk", [
+    (1000, 8192, 512), (1000, 32000, 256), (1000, 2**17, 128), (1000, 2**25, 1), (100, 32000, 100), (0, 32000, 0),
+])  # fmt: skip
+def test_rows_of_a_chunk_on_cpus(rows, vocabulary, chunk):
+    """16 MB of logits, or up to 64 MB for 256 rows."""
+    assert chunk_rows(rows, vocabulary) == chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
