@@ -24,6 +24,7 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
 from benchmarks.harness.peer import PACKAGE, Peer
 from benchmarks.peers.attention import PEERS
+from benchmarks.peers.exact import exact_rows
 from benchmarks.peers.packed import Attention, PackedCase
 from quietstar_kernels import thought_attention
 
@@ -84,7 +85,8 @@ class AttentionCase(PackedCase):
         got = self.call(function, inputs | {"grad_out": grad_out})
         if not all(x.isfinite().all() for x in got):
             raise Wrong("some results are not finite")
-        exact = self._exact(rows, *(inputs[name].detach() for name in ("q", "k", "v", "grad_out")))
+        sees = self.sees(rows[:, None], torch.arange(self.M, device=self.device))
+        exact = exact_rows(sees, rows, *(inputs[name].detach() for name in ("q", "k", "v", "grad_out")))
         some = (got[0][:, :, rows], got[1][:, :, rows], *got[2:]) if len(got) > 1 else (got[0][:, :, rows],)
         for name, x, truth in zip(("out", "dq", "dk", "dv"), some, exact, strict=False):
             judge(name, x, truth, BOUNDS[self.dtype])
@@ -94,23 +96,6 @@ class AttentionCase(PackedCase):
         text = torch.randperm(self.L, generator=generator)[:CHECKED]
         thoughts = torch.randperm(self.M - self.L, generator=generator)[:CHECKED] + self.L
         return torch.cat([text, thoughts, torch.tensor([self.M - 1])]).unique().to(self.device)
-
-    def _exact(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
-        """out and dq of the rows, dk and dv, one head group at a time; in fp64 if the case is fp32, else in fp32."""
-        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
-        blind = ~self.sees(rows[:, None], torch.arange(self.M, device=self.device))
-        q, grad_out = (x[:, :, rows].unflatten(1, (self.G, -1)) for x in (q, grad_out))
-        out, dq = torch.empty_like(q, dtype=dtype), torch.empty_like(q, dtype=dtype)
-        dk, dv = torch.empty_like(k, dtype=dtype), torch.empty_like(v, dtype=dtype)
-        scale = self.K**-0.5
-        for b in range(self.B):
-            for g in range(self.G):
-                qg, kg, vg, grad = (x[b, g].to(dtype) for x in (q, k, v, grad_out))
-                p = (scale * qg @ kg.T).masked_fill_(blind, -torch.inf).softmax(-1)
-                out[b, g] = p @ vg
-                ds = scale * p * (grad @ vg.T - (grad * out[b, g]).sum(-1, keepdim=True))
-                dq[b, g], dk[b, g], dv[b, g] = ds @ kg, (ds.transpose(-1, -2) @ qg).sum(0), (p.transpose(-1, -2) @ grad).sum(0)
-        return out.flatten(1, 2), dq.flatten(1, 2), dk, dv
 
 
 def ours(case: AttentionCase) -> Attention:

@@ -15,6 +15,8 @@ file that --json names. Run it in the repository's root; where quietstar isn't i
 from __future__ import annotations
 
 from benchmarks import (
+    bench_branches,
+    bench_group_rl,
     bench_host,
     bench_linear_logprob,
     bench_memory,
@@ -31,8 +33,10 @@ MODULES = (
     bench_thought_decode,
     bench_sample_token,
     bench_linear_logprob,
+    bench_branches,
     bench_step,
     bench_naive,
+    bench_group_rl,
     bench_memory,
     bench_host,
 )

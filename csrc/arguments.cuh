@@ -18,19 +18,17 @@ void strides(int64_t (&to)[COUNT], const Tensor& from) {
 
 template <class From, class Tensor = typename From::Tensor, class MaybeTensor = typename From::MaybeTensor>
 void call_thought_decode(const Tensor& q, const Tensor& k_text, const Tensor& v_text, const Tensor& k_own,
-                         const Tensor& v_own, const Tensor& anchor, const Tensor& lo, const Tensor& length,
-                         const Tensor& step, const MaybeTensor& sinks, const Tensor& out,
-                         const MaybeTensor& parts, double scale, int64_t window, double softcap,
-                         int64_t tile_rows, int64_t splits) {
+                         const Tensor& v_own, const Tensor& lo, const Tensor& table, const Tensor& step,
+                         const MaybeTensor& sinks, const Tensor& out, const MaybeTensor& parts, double scale,
+                         int64_t window, double softcap, int64_t tile_rows, int64_t splits) {
     ThoughtDecodeArguments arguments{};
     arguments.q = From::read(q);
     arguments.k_text = From::read(k_text);
     arguments.v_text = From::read(v_text);
     arguments.k_own = From::read(k_own);
     arguments.v_own = From::read(v_own);
-    arguments.anchor = From::read(anchor);
     arguments.lo = From::read(lo);
-    arguments.length = From::read(length);
+    arguments.table = From::read(table);
     arguments.step = From::read(step);
     arguments.sinks = From::read(sinks);
     arguments.out = From::write(out);
@@ -44,9 +42,7 @@ void call_thought_decode(const Tensor& q, const Tensor& k_text, const Tensor& v_
     arguments.H = q.size(1);
     arguments.G = k_text.size(1);
     arguments.L = k_text.size(2);
-    arguments.P = anchor.size(1);
-    arguments.N = q.size(2) / anchor.size(1);
-    arguments.S = k_own.size(3);
+    arguments.C = q.size(2);
     arguments.K = q.size(3);
     arguments.scale = scale;
     arguments.window = window;

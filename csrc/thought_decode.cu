@@ -8,7 +8,7 @@ namespace quietstar {
 // A warp takes one row and adds its parts in order, weighted by their sums of weights.
 template <class T>
 __global__ void __launch_bounds__(128) merge(ThoughtDecodeArguments a) {
-    const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.P * a.N;
+    const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.C;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / WARP;
     if (row >= rows) return;
     const float* parts = static_cast<const float*>(a.parts);
@@ -46,7 +46,7 @@ void decode_and_merge(const ThoughtDecodeArguments& a, void* stream) {
             throw std::runtime_error("thought_decode: the head width must be 64, 128 or 256");
     }
     if (a.splits == 1) return;
-    const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.P * a.N;
+    const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.C;
     launch(merge<T>, dim3((rows + 3) / 4), 128, 0, stream, a);
 }
 

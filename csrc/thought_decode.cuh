@@ -8,20 +8,19 @@ namespace quietstar {
 // Letters as in the Python package. Rows of 16-bit numbers have a last stride of 1 and start at multiples of
 // 16 bytes.
 struct ThoughtDecodeArguments {
-    const void* q;       // [B,H,P*N,K]
+    const void* q;       // [B,H,C,K]
     const void* k_text;  // [B,G,L,K]
     const void* v_text;
-    const void* k_own;  // [B,G,P*N,S,K]
+    const void* k_own;  // [B,G,C,S,K]
     const void* v_own;
-    const void* anchor;  // int32 [B,P]; the three of the layout are contiguous
-    const void* lo;      // int32 [B,L]
-    const void* length;  // int32 [B,P*N]
-    const void* step;    // int32, one
-    const void* sinks;   // fp32 [H], or null
-    void* out;           // [B,H,P*N,K], contiguous
-    void* parts;         // fp32, splits * B*H*P*N * (K + 1) numbers; not used if splits is 1
+    const void* lo;     // int32 [B,L]; this and the table are contiguous
+    const void* table;  // int32 [B,C,3]: a thought's anchor, -1 if unused; not read; its live rows
+    const void* step;   // int32, one
+    const void* sinks;  // fp32 [H], or null
+    void* out;          // [B,H,C,K], contiguous
+    void* parts;        // fp32, splits * B*H*C * (K + 1) numbers; not used if splits is 1
     int64_t q_stride[3], k_text_stride[3], v_text_stride[3], k_own_stride[4], v_own_stride[4];  // in elements
-    int B, H, G, L, P, N, S, K;
+    int B, H, G, L, C, K;
     float scale;
     int window;     // 0: none
     float softcap;  // 0: none

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
 
 template <class Tile>
 void launch_tile(const ThoughtDecodeArguments& a, void* stream) {
-    const int rows = a.P * a.N * (a.H / a.G);
+    const int rows = a.C * (a.H / a.G);
     const dim3 grid((rows + Tile::ROWS - 1) / Tile::ROWS * a.B * a.G, a.splits);
     launch(decode<Tile>, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, a);
 }

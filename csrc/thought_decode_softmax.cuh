@@ -219,7 +219,7 @@ __device__ __forceinline__ void store(const Softmax<Tile::K>& softmax, const Tho
                                       const typename Tile::Notes& notes, int head, int split) {
     constexpr int K = Tile::K;
     const int lane = threadIdx.x % WARP;
-    const int64_t thoughts = a.P * a.N, rows = a.B * a.H * thoughts;
+    const int64_t thoughts = a.C, rows = a.B * a.H * thoughts;
     float totals[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -62,7 +62,7 @@ struct Tile {
         Interval text[ROWS];        // the positions that each row sees
         Interval own[ROWS];         // the keys that it sees in its warp's sequence of own rows
         int oldest[ROWS];           // the oldest position id that it sees under a window
-        int out_row[ROWS];          // head * P*N + thought; -1 if there is no such row
+        int out_row[ROWS];          // head * C + thought; -1 if there is no such row
         Interval warp_text[WARPS];  // from the first to the last position that a row of a warp sees
         OwnRows warp_own[WARPS];
         Place place[WARPS];
@@ -90,12 +90,12 @@ __device__ __forceinline__ const V* at(const void* base, int64_t offset) {
 template <class Tile>
 __device__ __forceinline__ void note_rows(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
                                           const Place& place, int now) {
-    const int row = threadIdx.x % 16, thoughts = a.P * a.N;
+    const int row = threadIdx.x % 16, thoughts = a.C;
     const int thought = (place.flat + row) / place.HG, head = (place.flat + row) % place.HG;
     int first = INT32_MAX, last = -1;
     if (thought < thoughts) {  // both loads start before the step arrives
-        const int length = *at<int>(a.length, static_cast<int64_t>(place.b) * thoughts + thought);
-        const int anchor = *at<int>(a.anchor, static_cast<int64_t>(place.b) * a.P + thought / a.N);
+        const int* branch = at<int>(a.table, (static_cast<int64_t>(place.b) * thoughts + thought) * 3);
+        const int anchor = branch[0], length = branch[2];
         if (now < length) last = anchor;
         if (last >= 0) first = *at<int>(a.lo, static_cast<int64_t>(place.b) * a.L + last);
     }

@@ -44,9 +44,10 @@ def cases(interpreted: bool) -> list[Case]:
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
     for op in ("thought_attention", "thought_decode"):
-        found += [Case(op, ALL, {"layout": layout}) for layout in layouts]
+        found += [Case(op, ALL, {"layout": layout}) for layout in (*layouts, branches(long))]
         found += [Case(op, (torch.float32, torch.bfloat16), {"layout": layout, **everything}) for layout in (every, anchors)]
         found += [Case(op, (torch.float16,), {"layout": ragged, **odd})]
+    found += [Case("thought_attention", (torch.float32, torch.bfloat16), {"layout": branches(long, own="full")})]
     options = {"vocabulary": vocabulary, "temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
@@ -61,6 +62,12 @@ def ragged_thoughts(text: int) -> ThoughtLayout:
     """Thoughts of 0 to 5 rows."""
     length = torch.arange(text * 2).view(1, text, 2) % 6
     return ThoughtLayout.at(torch.arange(text)[None], 2, 5, text_length=text, length=length)
+
+
+def branches(text: int, own: str = "causal") -> ThoughtLayout:
+    """Packed: several on an anchor, from none to as many rows as the text has."""
+    anchors = torch.tensor([text // 3, text // 3, text // 2, text - 1, text - 1])[None]
+    return ThoughtLayout.packed(anchors, torch.tensor([1, text // 2, 0, text, 7])[None], text, own=own)
 
 
 def served(device: torch.device) -> tuple[str, ...]:

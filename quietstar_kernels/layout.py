@@ -1,48 +1,64 @@
 """ThoughtLayout: where the thoughts of a packed sequence start, and what each row may see.
 
-A packed sequence is ``[text (L) | thought rows (R)]`` with thought rows in the order ``r = (p*N + n)*S + s``. Row (p, n, s)
-belongs to text position ``t = anchor[b, p]``. It sees the text in ``[lo[b, t], t]`` and rows (p, n, 0..s) of its own thought,
-and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3).
+A packed sequence is ``[text (L) | thought rows (R)]``. In a grid, thought rows have the order ``r = (p*N + n)*S + s``. Row
+(p, n, s) belongs to text position ``t = anchor[b, p]``. It sees the text in ``[lo[b, t], t]`` and rows (p, n, 0..s) of its own
+thought, and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure
+3).
+
+``packed`` has thoughts of unequal length, called branches, whose rows stand one after another without padding. With
+``own="full"`` a row sees all live rows of its own thought, later ones too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quietstar_kernels._checks import IGNORED, INTEGERS, Checker, check_instance
+from quietstar_kernels._layout_checks import OP, check_grid_sizes, check_packed_sizes, check_text, check_values
+from quietstar_kernels.branches import ANCHOR, Branches, of_rows
 
-_OP = "ThoughtLayout"
-MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
+OWN = ("causal", "full")
 
 
 @dataclass(frozen=True, eq=False)
 class ThoughtLayout:
-    """Build one with ``every_position``, ``at``, ``from_padding`` or ``from_documents``, which check the values once.
+    """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents`` or ``packed``, which check values once.
 
     Attributes:
         anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.
         lo: int32 [B,L]. The first text position that position t sees: 0, or the first after padding, or of its document.
         length: int32 [B,P,N]. Live rows of each thought, 0 to S; later rows, and all rows of unused places, are off.
-        rows: S, the number of rows of a thought.
+        rows: S, the number of rows of a thought; if packed, the most that one has.
+        own: "causal": a row sees the rows of its thought up to itself; "full": all live ones.
+        packed_rows: R of a packed layout, which has P = C branches and N = 1; None for a grid, where R = P*N*S.
     """
 
     anchor: Tensor
     lo: Tensor
     length: Tensor
     rows: int
+    own: str = "causal"
+    packed_rows: int | None = None
+    _branches: Branches | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check = Checker(_OP)
+        check = Checker(OP)
         check.tensor("lo", self.lo, "B,L", (torch.int32,))
         check.tensor("anchor", self.anchor, "B,P", (torch.int32,), self.lo.device)
         check.tensor("length", self.length, "B,P,N", (torch.int32,), self.lo.device)
         if not check["N"]:
             raise check.fail(f"length must have at least one thought, N=0 in shape {list(self.length.shape)}")
-        _check_sizes(check, check["N"], self.rows)
+        check.choice("own", self.own, OWN)
+        if self.packed_rows is None:
+            check_grid_sizes(check, check["N"], self.rows)
+        elif check["N"] != 1:
+            raise check.fail(f"length must have shape [B,C,1] if packed, got {list(self.length.shape)}")
+        else:
+            check_packed_sizes(check, check["P"], check.integer("packed_rows", self.packed_rows, 0))
 
     @property
     def B(self) -> int:
@@ -66,7 +82,7 @@ class ThoughtLayout:
 
     @property
     def R(self) -> int:
-        return self.P * self.N * self.rows
+        return self.P * self.N * self.rows if self.packed_rows is None else self.packed_rows
 
     @property
     def M(self) -> int:
@@ -76,19 +92,45 @@ class ThoughtLayout:
     def device(self) -> torch.device:
         return self.lo.device
 
+    @property
+    def branches(self) -> Branches:
+        """What the back ends read, made once. Thought (p, n) is branch p*N + n."""
+        made = self._branches
+        if made is None:  # torch.compile can't trace functools.cached_property
+            made = self._make_branches()
+            object.__setattr__(self, "_branches", made)
+        return made
+
+    def _make_branches(self) -> Branches:
+        length = torch.where(self.anchor[..., None] >= 0, self.length, 0).flatten(1)
+        anchor = self.anchor[..., None].expand_as(self.length).flatten(1)
+        if self.packed_rows is None:
+            start = torch.arange(0, self.R, self.rows, dtype=torch.int32, device=self.device).expand_as(length)
+        else:
+            start = (length.cumsum(1) - length).int()
+        table = torch.stack([anchor, start, length], -1)
+        rows = of_rows(table, self.R, self.rows if self.packed_rows is None else None)
+        return Branches(self.lo.contiguous(), table, rows, self.own == "full")
+
     @classmethod
     def every_position(
-        cls, batch: int, text_length: int, thoughts: int, rows: int, device: torch.device | str | None = None
+        cls,
+        batch: int,
+        text_length: int,
+        thoughts: int,
+        rows: int,
+        device: torch.device | str | None = None,
+        own: str = "causal",
     ) -> ThoughtLayout:
         """Every text position is an anchor: P = L, and anchor p is position p. Raises ValueError if a size is out of range."""
-        check = Checker(_OP)
+        check = Checker(OP)
         batch, text_length = check.integer("batch", batch, 0), check.integer("text_length", text_length, 0)
         check.sizes.update(B=batch, L=text_length, P=text_length)
-        _check_sizes(check, thoughts, rows)
+        check_grid_sizes(check, thoughts, rows)
         device = None if device is None else check.device(device)
         anchor = torch.arange(text_length, dtype=torch.int32, device=device).repeat(batch, 1)
         length = torch.full((batch, text_length, thoughts), rows, dtype=torch.int32, device=device)
-        return cls(anchor, torch.zeros_like(anchor), length, int(rows))
+        return cls(anchor, torch.zeros_like(anchor), length, int(rows), own)
 
     @classmethod
     def at(
@@ -100,6 +142,7 @@ class ThoughtLayout:
         lo: Tensor | None = None,
         length: Tensor | None = None,
         validate: bool = True,
+        own: str = "causal",
     ) -> ThoughtLayout:
         """Thoughts at chosen anchors.
 
@@ -111,19 +154,15 @@ class ThoughtLayout:
             lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
             length: int32 or int64 [B,P,N], 0 to S; default S.
             validate: check the values too (on a GPU, this waits for the device once).
+            own: "causal", or "full": a row sees all live rows of its own thought.
 
         Raises:
             ValueError: an argument with a wrong size, shape, dtype or value.
         """
-        check = Checker(_OP)
+        check = Checker(OP)
         check.tensor("anchors", anchors, "B,P", INTEGERS)
-        if text_length is not None:
-            check.sizes["L"] = check.integer("text_length", text_length, 0)
-        elif lo is None:
-            raise check.fail("at() needs lo or text_length")
-        else:
-            check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
-        _check_sizes(check, thoughts, rows)
+        check_text(check, "at", text_length, lo, anchors.device)
+        check_grid_sizes(check, thoughts, rows)
         check.flag("validate", validate)
         thoughts, rows = check["N"], int(rows)
         if lo is None:
@@ -136,57 +175,117 @@ class ThoughtLayout:
         check.tensor("length", length, "B,P,N", INTEGERS, anchors.device)
         if validate:
             check.has_values(anchors=anchors)
-            _check_values(anchors, lo, length, rows)
-        return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows)
+            check_values(anchors, lo, length, rows)
+        return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows, own)
 
     @classmethod
-    def from_padding(cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None) -> ThoughtLayout:
+    def packed(
+        cls,
+        anchors: Tensor,
+        lengths: Tensor,
+        text_length: int | None = None,
+        lo: Tensor | None = None,
+        rows: int | None = None,
+        own: str = "causal",
+        validate: bool = True,
+    ) -> ThoughtLayout:
+        """Branches of unequal length, whose rows stand one after another without padding; any number on an anchor.
+
+        P is C, and N is 1. Rows after a batch row's own sum of lengths are off.
+
+        Args:
+            anchors: int32 or int64 [B,C], ascending in each row, -1 in unused places at the end. Repeat a position for several
+                branches on it.
+            lengths: int32 or int64 [B,C], rows of each branch; 0 where unused.
+            text_length: L; not needed if ``lo`` is given.
+            lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
+            rows: R; default the largest sum of lengths (on a GPU, this waits for the device).
+            own: "causal", or "full": a row sees all rows of its own branch.
+            validate: check the values too (on a GPU, this waits for the device).
+
+        Raises:
+            ValueError: an argument with a wrong size, shape, dtype or value.
+        """
+        check = Checker(OP)
+        check.tensor("anchors", anchors, "B,C", INTEGERS)
+        check.tensor("lengths", lengths, "B,C", INTEGERS, anchors.device, "anchors")
+        check_text(check, "packed", text_length, lo, anchors.device)
+        check.flag("validate", validate)
+        if rows is not None:
+            rows = check.integer("rows", rows, 0)
+        check_packed_sizes(check, check["C"], rows or 0)
+        if lo is None:
+            lo = torch.zeros((check["B"], check["L"]), dtype=torch.int32, device=anchors.device)
+        check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
+        most = rows  # of a branch
+        if validate or rows is None:
+            check.has_values(anchors=anchors, lengths=lengths)
+            most, total = [0, 0]
+            if lengths.numel():
+                most, total = torch.stack([lengths.amax(), lengths.long().sum(1).amax()]).tolist()
+            rows = max(total, 0) if rows is None else rows
+        if validate:
+            check_values(anchors, lo, lengths, rows, packed=True)
+        check_packed_sizes(check, check["C"], rows)
+        length = lengths.int().contiguous()[..., None]
+        return cls(anchors.int().contiguous(), lo.int().contiguous(), length, max(most or 0, 1), own, rows)
+
+    @classmethod
+    def from_padding(
+        cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, own: str = "causal"
+    ) -> ThoughtLayout:
         """Text with padding on the left, the right or both sides. The thoughts of a padded anchor are off.
 
         Args:
             attention_mask: bool or integer [B,L], 1 for text and 0 for padding; the ones of a row are contiguous.
             anchors: as in ``at``; default every position.
+            own: as in ``at``.
 
         Raises:
             ValueError: as in ``at``, or padding inside the text.
         """
-        check = Checker(_OP)
+        check = Checker(OP)
         check.tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
         check.has_values(attention_mask=attention_mask)
-        _check_sizes(check, thoughts, rows)
+        check_grid_sizes(check, thoughts, rows)
         live = attention_mask != 0
         if live.numel():
             starts = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
             if bool((starts > 1).any()):
                 row = int((starts > 1).nonzero()[0])
-                raise ValueError(f"{_OP}: attention_mask must have its ones together, row {row} has padding inside the text")
-        return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors)
+                raise ValueError(f"{OP}: attention_mask must have its ones together, row {row} has padding inside the text")
+        return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors, own)
 
     @classmethod
-    def from_documents(cls, document_ids: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None) -> ThoughtLayout:
+    def from_documents(
+        cls, document_ids: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, own: str = "causal"
+    ) -> ThoughtLayout:
         """Packed documents: no row sees another document. Ids [0,0,0,1,1] give lo [0,0,0,3,3].
 
         Args:
             document_ids: integer [B,L]; the positions of a document are contiguous; a negative id marks padding.
             anchors: as in ``at``; default every position.
+            own: as in ``at``.
 
         Raises:
             ValueError: as in ``at``, or a document in two pieces.
         """
-        check = Checker(_OP)
+        check = Checker(OP)
         check.tensor("document_ids", document_ids, "B,L", INTEGERS)
         check.has_values(document_ids=document_ids)
-        _check_sizes(check, thoughts, rows)
+        check_grid_sizes(check, thoughts, rows)
         if document_ids.numel():
             for row, ids in enumerate(document_ids):
                 runs = torch.unique_consecutive(ids)
                 runs = runs[runs >= 0]
                 if runs.numel() != runs.unique().numel():
-                    raise ValueError(f"{_OP}: document_ids must keep a document together, row {row} has one in two pieces")
-        return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors)
+                    raise ValueError(f"{OP}: document_ids must keep a document together, row {row} has one in two pieces")
+        return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors, own)
 
     @classmethod
-    def _from_text_runs(cls, ids: Tensor, live: Tensor, thoughts: int, rows: int, anchors: Tensor | None) -> ThoughtLayout:
+    def _from_text_runs(
+        cls, ids: Tensor, live: Tensor, thoughts: int, rows: int, anchors: Tensor | None, own: str
+    ) -> ThoughtLayout:
         """lo is the first position of the run of equal ids; padding before the last text position sees only itself."""
         B, L = ids.shape
         t = torch.arange(L, device=ids.device).expand(B, L)
@@ -200,17 +299,27 @@ class ThoughtLayout:
         lo = torch.where(live | text_follows, lo, last_lo)
         if anchors is None:
             anchors = t
-        Checker(_OP, B=B).tensor("anchors", anchors, "B,P", INTEGERS, ids.device)
+        Checker(OP, B=B).tensor("anchors", anchors, "B,P", INTEGERS, ids.device)
         on = live.gather(1, anchors.long().clamp(0, max(L - 1, 0))) if L else torch.zeros_like(anchors, dtype=torch.bool)
         length = torch.where(on, rows, 0)[:, :, None].expand(-1, -1, thoughts)
-        return cls.at(anchors, thoughts, rows, lo=lo, length=length)
+        return cls.at(anchors, thoughts, rows, lo=lo, length=length, own=own)
 
     def row_anchor(self) -> Tensor:
-        """int64 [B,R]: the text position of every thought row; 0 in unused places."""
-        return self.anchor.long().clamp(min=0).repeat_interleave(self.N * self.S, dim=1)
+        """int64 [B,R]: the text position that each thought row belongs to; 0 where the row is off."""
+        return self.branches.column(ANCHOR)
+
+    def branch_of_row(self) -> Tensor:
+        """int32 [B,R]: the thought p*N + n, or the branch, of each thought row; -1 where the row is off."""
+        return self.branches.of_row
+
+    def row_in_branch(self) -> Tensor:
+        """int32 [B,R]: which row of its thought or branch each thought row is, from 0; -1 where the row is off."""
+        return self.branches.row_in_branch()
 
     def live(self) -> Tensor:
-        """bool [B,P,N,S]: True for the thought rows that are on."""
+        """bool [B,P,N,S]: True for the thought rows that are on; [B,R] if packed."""
+        if self.packed_rows is not None:
+            return self.branches.live()
         s = torch.arange(self.S, device=self.device)
         return (s < self.length[..., None]) & (self.anchor >= 0)[:, :, None, None]
 
@@ -220,14 +329,7 @@ class ThoughtLayout:
 
     def position_ids(self) -> Tensor:
         """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off."""
-        text = self.text_position_ids()
-        if self.R == 0:
-            return text
-        if self.L == 0:  # all thoughts are off
-            return text.new_zeros(self.B, self.R)
-        s = torch.arange(self.S, device=self.device).repeat(self.P * self.N)
-        thought = text.gather(1, self.row_anchor()) + 1 + s
-        return torch.cat([text, thought.masked_fill(~self.live().flatten(1), 0)], 1)
+        return self.branches.position_ids()
 
     def token_ids(self, input_ids: Tensor, thought_ids: Tensor, start_id: int, end_id: int, pad_id: int) -> Tensor:
         """The tokens of the packed sequence, int64 [B,M].
@@ -242,7 +344,7 @@ class ThoughtLayout:
         Raises:
             ValueError: a wrong shape or dtype, or S < T + 2.
         """
-        check = Checker("ThoughtLayout.token_ids", B=self.B, L=self.L, P=self.P, N=self.N)
+        check = self._grid_only(Checker("ThoughtLayout.token_ids", B=self.B, L=self.L, P=self.P, N=self.N))
         check.tensor("input_ids", input_ids, "B,L", INTEGERS, self.device)
         check.tensor("thought_ids", thought_ids, "B,P,N,T", INTEGERS, self.device)
         for name, token in (("start_id", start_id), ("end_id", end_id), ("pad_id", pad_id)):
@@ -265,17 +367,17 @@ class ThoughtLayout:
         return torch.cat([input_ids.long(), thought.flatten(1)], 1)
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of the text [B,L,...] and of the thoughts [B,P,N,S,...]: views of ``packed``, such as hidden states.
+        """The rows of the text [B,L,...] and of the thoughts [B,P,N,S,...], or [B,R,...] if packed: views of ``packed``.
 
         Args:
-            packed: [B,M,...], of any dtype.
+            packed: [B,M,...], of any dtype, such as hidden states.
 
         Raises:
             ValueError: a wrong shape.
         """
         Checker("ThoughtLayout.split", B=self.B, M=self.M).leading("packed", packed, "B,M")
         text, thoughts = packed.split([self.L, self.R], 1)
-        return text, thoughts.unflatten(1, (self.P, self.N, self.S))
+        return text, thoughts if self.packed_rows is not None else thoughts.unflatten(1, (self.P, self.N, self.S))
 
     def predicting(self, packed: Tensor, lookahead: int) -> Tensor:
         """The rows [B,P,N,J,...] that predict the J tokens after each anchor: the end row of a thought, and those after it.
@@ -292,7 +394,7 @@ class ThoughtLayout:
         Raises:
             ValueError: a wrong shape or number.
         """
-        check = Checker("ThoughtLayout.predicting", B=self.B, M=self.M)
+        check = self._grid_only(Checker("ThoughtLayout.predicting", B=self.B, M=self.M))
         check.leading("packed", packed, "B,M")
         return self.split(packed)[1][:, :, :, self.S - self._lookahead(check, lookahead) :]
 
@@ -309,7 +411,7 @@ class ThoughtLayout:
         Raises:
             ValueError: a wrong shape, dtype or number.
         """
-        check = Checker("ThoughtLayout.targets", B=self.B, L=self.L)
+        check = self._grid_only(Checker("ThoughtLayout.targets", B=self.B, L=self.L))
         check.tensor("labels", labels, "B,L", INTEGERS, self.device)
         J = self._lookahead(check, lookahead)
         if self.L == 0:  # all thoughts are off
@@ -330,74 +432,30 @@ class ThoughtLayout:
 
         With a ``window`` W, a row at position id q sees only rows at position ids above q - W, both text and own rows.
         """
-        window = Checker("ThoughtLayout.dense_mask").window(window)
-        B, L, R = self.B, self.L, self.R
-        t = torch.arange(L, device=self.device)
-        r = torch.arange(R, device=self.device)
-        s, thought = r % self.S, r // self.S
-        seen = torch.zeros((B, self.M, self.M), dtype=torch.bool, device=self.device)
-        seen[:, :L, :L] = (t[None, None, :] >= self.lo[:, :, None]) & (t[None, None, :] <= t[None, :, None])
-        if R and L:  # else nothing is on
-            seen[:, L:, :L] = seen[:, :L, :L].gather(1, self.row_anchor()[:, :, None].expand(B, R, L))
-            seen[:, L:, L:] = (thought[:, None] == thought[None, :]) & (s[None, :] <= s[:, None])
-            seen[:, L:] &= self.live().flatten(1)[:, :, None]
-        if window is not None:
-            position = self.position_ids()
-            seen &= position[:, None, :] > position[:, :, None] - window
-        return seen
+        return self.branches.dense_mask(Checker("ThoughtLayout.dense_mask").window(window))
 
     def text_only(self) -> ThoughtLayout:
         """The same text without thoughts: P = 0, M = L."""
-        return ThoughtLayout(self.anchor[:, :0], self.lo, self.length[:, :0], self.rows)
+        return ThoughtLayout(self.anchor[:, :0], self.lo, self.length[:, :0, :1], self.rows, self.own)
 
     def select(self, places: slice) -> ThoughtLayout:
-        """The same text with only some of the anchors."""
+        """The same text with only some of the anchors. Raises ValueError for a packed layout."""
+        self._grid_only(Checker("ThoughtLayout.select"))
         check_instance("ThoughtLayout.select", "places", places, slice)
-        return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows)
+        return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows, self.own)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
         device = Checker("ThoughtLayout.to").device(device)
         anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
-        return ThoughtLayout(anchor, lo, length, self.rows)
+        return ThoughtLayout(anchor, lo, length, self.rows, self.own, self.packed_rows)
+
+    def _grid_only(self, check: Checker) -> Checker:
+        if self.packed_rows is not None:
+            raise check.fail("the layout must be a grid of P*N thoughts, got a packed one")
+        return check
 
     def __repr__(self) -> str:
         sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
-        return f"ThoughtLayout({sizes}, device={self.device})"
-
-
-def checked_layout(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> ThoughtLayout:
-    """The layout of a call whose layout was checked: an operator's arguments are its tensors."""
-    layout = object.__new__(ThoughtLayout)
-    layout.__dict__.update(anchor=anchor, lo=lo, length=length, rows=rows)
-    return layout
-
-
-def _check_sizes(check: Checker, thoughts: int, rows: int) -> None:
-    """Sets N. Where P is not set, every position is an anchor."""
-    N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
-    B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
-    if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
-        sizes = f"batch B={B:,}, text_length L={L:,}, P={P:,}, thoughts N={N:,}, rows S={S:,}"
-        raise check.fail(f"L+P*N*S and B*P*N must be at most {MOST_ROWS:,}, got {M:,} and {B * P * N:,} with {sizes}")
-    check.sizes["N"] = N
-
-
-def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int) -> None:
-    """Raises ValueError for the first rule that is broken. One device-to-host transfer serves all rules."""
-    L = lo.shape[1]
-    t = torch.arange(L, device=lo.device)
-    later = anchor[:, 1:]
-    rules = {
-        f"anchors must be from -1 to L-1={L - 1}": (anchor < -1) | (anchor >= L),
-        "anchors must ascend, with -1 only at the end": (later != -1) & (later < anchor[:, :-1])
-        | (later != -1) & (anchor[:, :-1] == -1),
-        "lo must satisfy 0 <= lo[b,t] <= t": (lo < 0) | (lo > t),
-        f"length must be from 0 to rows S={rows}": (length < 0) | (length > rows),
-    }
-    broken = torch.stack([rule.any() for rule in rules.values()]).tolist()
-    tensors = (anchor, anchor, lo, length)
-    for (rule, where), is_broken, tensor in zip(rules.items(), broken, tensors, strict=True):
-        if is_broken:
-            place = where.nonzero()[0].tolist()
-            raise ValueError(f"{_OP}: {rule}, broken at {place} of shape {list(tensor.shape)}")
+        kind = " packed" * (self.packed_rows is not None) + f" own={self.own}" * (self.own != "causal")
+        return f"ThoughtLayout({sizes}{kind}, device={self.device})"

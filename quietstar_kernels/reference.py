@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions, Head, Saved
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.branches import ANCHOR, LENGTH, Branches, of_rows
 from quietstar_kernels.philox import draw_words
 
 INFINITE = 1e30  # an LSE as large as this, in bits, counts as infinite: kernels begin with -1e30 as the largest logit
@@ -33,11 +33,11 @@ def thought_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, masked) v over the packed rows. Returns out [B,H,rows,E] and lse [B,H,rows]."""
-    mask, live = _masks(layout, options.window, q.shape[2])
+    mask, live = _masks(branches, options.window, q.shape[2])
     return _masked_attention(wide(q), wide(k), wide(v), mask, live, options, q.dtype)
 
 
@@ -48,16 +48,16 @@ def thought_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O)), then through the soft cap and the scale."""
     scale, window, softcap, sinks = options
-    mask, live = _masks(layout, window, q.shape[2])
+    mask, live = _masks(branches, window, q.shape[2])
     row_on = live[:, None, :, None]
     dO = wide(grad_out).masked_fill(~row_on, 0)
     H, G = q.shape[1], k.shape[1]
-    key_on = _key_on(layout)[:, None, :, None]
+    key_on = _key_on(branches)[:, None, :, None]
     qf = wide(q).masked_fill(~row_on, 0)
     kf = wide(k).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
     vf = wide(v).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
@@ -88,20 +88,27 @@ def thought_decode(
     v_text: Tensor,
     k_own: Tensor,
     v_own: Tensor,
-    layout: ThoughtLayout,
+    lo: Tensor,
+    table: Tensor,
     step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """Row ``step`` of every thought, q [B,H,P*N,K], over the text and its own rows 0..step. Returns [B,H,P*N,E]."""
-    B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
-    rows = torch.arange(P * N, device=q.device) * S + step
-    live = layout.live().flatten(1)[:, rows]
-    mask = layout.dense_mask(options.window)[:, L:][:, rows]  # [B,P*N,M]
+    """Row ``step`` of every branch, q [B,H,C,K], over the text and its own rows 0..step. Returns [B,H,C,E].
+
+    lo [B,L] and table [B,C,3] are those of ``Branches``; k_own [B,G,C,S,K].
+    """
+    B, L, C, S = *lo.shape, table.shape[1], k_own.shape[3]
+    # The same branches with S rows each: a grid, whose rows of the step are the ones wanted.
+    start = torch.arange(0, C * S, S, dtype=torch.int32, device=q.device).expand(B, C)
+    table = torch.stack([table[..., ANCHOR], start, table[..., LENGTH].clamp(max=S)], -1)
+    grid = Branches(lo, table, of_rows(table, C * S, S), full=False)
+    rows = torch.arange(C, device=q.device) * S + step
+    live = grid.live()[:, rows]
+    mask = grid.dense_mask(options.window)[:, L:][:, rows]  # [B,C,M]
     own_on = (torch.arange(S, device=q.device) <= step)[:, None]
     keys = torch.cat([wide(k_text), wide(k_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
     values = torch.cat([wide(v_text), wide(v_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
-    text_on = torch.ones(B, L, dtype=torch.bool, device=q.device)
-    key_on = torch.cat([text_on, layout.live().flatten(1)], 1)[:, None, :, None]
+    key_on = _key_on(grid)[:, None, :, None]
     keys, values = keys.masked_fill(~key_on, 0), values.masked_fill(~key_on, 0)
     return _masked_attention(wide(q), keys, values, mask, live, options, q.dtype)[0]
 
@@ -266,16 +273,16 @@ def _softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _masks(layout: ThoughtLayout, window: int | None, rows: int) -> tuple[Tensor, Tensor]:
+def _masks(branches: Branches, window: int | None, rows: int) -> tuple[Tensor, Tensor]:
     """For the last ``rows`` packed rows, the dense mask [B,rows,M] and which of them are on [B,rows]."""
-    skip = layout.M - rows
-    return layout.dense_mask(window)[:, skip:], _key_on(layout)[:, skip:]
+    skip = branches.M - rows
+    return branches.dense_mask(window)[:, skip:], _key_on(branches)[:, skip:]
 
 
-def _key_on(layout: ThoughtLayout) -> Tensor:
-    """bool [B,M]: text rows and live thought rows."""
-    text = torch.ones(layout.B, layout.L, dtype=torch.bool, device=layout.device)
-    return torch.cat([text, layout.live().flatten(1)], 1)
+def _key_on(branches: Branches) -> Tensor:
+    """bool [B,M]: text rows and live branch rows."""
+    text = torch.ones(branches.B, branches.L, dtype=torch.bool, device=branches.device)
+    return torch.cat([text, branches.live()], 1)
 
 
 def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

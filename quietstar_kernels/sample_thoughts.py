@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_instance, shown
+from quietstar_kernels._layout_checks import check_steps
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.sample_token import sample_token
 
@@ -60,6 +61,9 @@ def sample_thoughts(
         raise TypeError(f"{_OP}: forward must be callable, got {shown(forward)}")
     check_instance(_OP, "layout", layout, ThoughtLayout)
     check = Checker(_OP, B=layout.B, L=layout.L)
+    check_steps(check, layout.own)
+    if layout.packed_rows is not None:
+        raise check.fail("the layout must be a grid of P*N thoughts, got a packed one")
     check.tensor("input_ids", input_ids, "B,L", INTEGERS, layout.device, "layout")
     T = check.integer("thought_tokens", thought_tokens, 1, layout.S, f"from 1 to the layout's rows S={layout.S}")
     start_id = check.integer("start_id", start_id, 0)

@@ -11,7 +11,8 @@ from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, Checker, check_attention, check_instance
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout, checked_layout
+from quietstar_kernels.branches import Branches
+from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"
 
@@ -30,6 +31,8 @@ def thought_attention(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each thought row sees the text up to its anchor and its own thought up to itself; text rows are causal.
+
+    A layout with ``own="full"`` lets a thought row see all live rows of its own thought.
 
     Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
     long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.
@@ -79,11 +82,9 @@ def thought_attention(
         q,
         k,
         v,
-        layout.anchor,
-        layout.lo,
-        layout.length,
+        *layout.branches[:3],
         sinks,
-        layout.rows,
+        layout.own == "full",
         scale,
         window,
         softcap,
@@ -97,22 +98,22 @@ def _thought_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    anchor: Tensor,
     lo: Tensor,
-    length: Tensor,
+    table: Tensor,
+    of_row: Tensor,
     sinks: Tensor | None,
-    rows: int,
+    full: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
     query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layout = checked_layout(anchor, lo, length, rows)
-    return _dispatch.run("thought_attention", backend, q, k, v, layout, AttentionOptions(scale, window, softcap, sinks))
+    branches = Branches(lo, table, of_row, full)
+    return _dispatch.run("thought_attention", backend, q, k, v, branches, AttentionOptions(scale, window, softcap, sinks))
 
 
-def _fake(q, k, v, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+def _fake(q, k, v, lo, table, of_row, sinks, full, scale, window, softcap, query_rows, backend):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
@@ -124,35 +125,35 @@ def _thought_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    anchor: Tensor,
     lo: Tensor,
-    length: Tensor,
+    table: Tensor,
+    of_row: Tensor,
     sinks: Tensor | None,
-    rows: int,
+    full: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
     query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = checked_layout(anchor, lo, length, rows)
+    branches = Branches(lo, table, of_row, full)
     options = AttentionOptions(scale, window, softcap, sinks)
-    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, layout, options)
+    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options)
     dq, dk, dv, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, anchor, lo, length, sinks, rows, scale, window, softcap, query_rows, backend):
+def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, sinks, full, scale, window, softcap, query_rows, backend):
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, anchor, lo, length, sinks, *ctx.rest = inputs
+    q, k, v, lo, table, of_row, sinks, *ctx.rest = inputs
     if not torch._C._are_functorch_transforms_active():  # in which a gradient of it would be zero without a word
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the lse
-    ctx.save_for_backward(q, k, v, *output, anchor, lo, length, sinks)
+    ctx.save_for_backward(q, k, v, *output, lo, table, of_row, sinks)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
@@ -160,8 +161,8 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         raise NotImplementedError(f"{_OP} has no derivative of lse: {_INSTEAD}")
     if grad_out is None:
         return (None,) * (7 + len(ctx.rest))
-    q, k, v, out, lse, anchor, lo, length, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, anchor, lo, length, sinks, *ctx.rest)
+    q, k, v, out, lse, lo, table, of_row, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, lo, table, of_row, sinks, *ctx.rest)
     return dq, dk, dv, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from quietstar_kernels import _dispatch
 from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_attention, check_instance
+from quietstar_kernels._layout_checks import check_steps
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout, checked_layout
+from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
 
@@ -28,7 +29,7 @@ def thought_decode(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Row ``step`` of all P*N thoughts at once, as ``thought_attention`` would compute it.
+    """Row ``step`` of all P*N thoughts at once, as ``thought_attention`` would compute it; of all C branches if packed.
 
     It has no derivative: asking for one raises NotImplementedError.
 
@@ -36,9 +37,10 @@ def thought_decode(
         q: [B,H,P*N,K], thought (p, n) at p*N + n; fp32, fp16, bf16 or fp64.
         k_text: [B,G,L,K], the text's keys.
         v_text: [B,G,L,E].
-        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read.
+        k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read. If the layout is
+            packed, S is any number of rows.
         v_own: [B,G,P*N,S,E].
-        layout: which rows see which.
+        layout: which rows see which; ``own="full"`` is refused, since later rows are not there yet.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
         scale, window, softcap, sinks, backend: as in ``thought_attention``.
 
@@ -49,8 +51,11 @@ def thought_decode(
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
     check_instance(_OP, "layout", layout, ThoughtLayout)
-    device, S = layout.device, layout.S
-    check = Checker(_OP, B=layout.B, L=layout.L, S=S, **{"P*N": layout.P * layout.N})
+    device = layout.device
+    check = Checker(_OP, B=layout.B, L=layout.L, **{"P*N": layout.P * layout.N})
+    check_steps(check, layout.own)
+    if layout.packed_rows is None:
+        check.sizes["S"] = layout.S
     check.tensor("q", q, "B,H,P*N,K", FLOATS, device, "layout")
     same = (q.dtype,)
     check.tensor("k_text", k_text, "B,G,L,K", same, device, "q")
@@ -59,6 +64,7 @@ def thought_decode(
     check.tensor("v_own", v_own, "B,G,P*N,S,E", same, device, "q")
     check_attention(check, "k_text", "v_text", sinks, device)
     check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
+    S = check["S"]
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
     else:
@@ -73,12 +79,9 @@ def thought_decode(
         v_text,
         k_own,
         v_own,
-        layout.anchor,
-        layout.lo,
-        layout.length,
+        *layout.branches[:2],
         step,
         sinks,
-        S,
         scale,
         window,
         softcap,
@@ -92,23 +95,20 @@ def _thought_decode(
     v_text: Tensor,
     k_own: Tensor,
     v_own: Tensor,
-    anchor: Tensor,
     lo: Tensor,
-    length: Tensor,
+    table: Tensor,
     step: Tensor,
     sinks: Tensor | None,
-    rows: int,
     scale: float,
     window: int | None,
     softcap: float | None,
     backend: str,
 ) -> Tensor:
-    layout = checked_layout(anchor, lo, length, rows)
     options = AttentionOptions(scale, window, softcap, sinks)
-    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, layout, step, options)
+    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, lo, table, step, options)
 
 
-def _fake(q, k_text, v_text, k_own, v_own, anchor, lo, length, step, sinks, rows, scale, window, softcap, backend):
+def _fake(q, k_text, v_text, k_own, v_own, lo, table, step, sinks, scale, window, softcap, backend):
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 

@@ -15,7 +15,16 @@ import torch
 from benchmarks.harness.clock import Run, measure
 from quietstar_kernels import backends
 
-PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flash-attn",
+    "flash-attn-4",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "prefix-grouper",
+)
 
 
 def package_version(package: str) -> str | None:

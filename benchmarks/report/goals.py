@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.harness.peer import PACKAGE
+from benchmarks.peers.branches import BranchCase
 from benchmarks.report import units
 from benchmarks.report.results_file import RowDict
 
@@ -16,6 +17,7 @@ ATTENTION, DECODE = "thought_attention", "thought_decode"
 FORWARD, BOTH = "forward", "forward+backward"
 FLEX, FLASH, DENSE = "FlexAttention, compiled", "FlexAttention, FLASH", "SDPA, dense mask"
 PREFIX = "flash prefix + own block (PyTorch)"
+BRANCHES, COPIES = "branches", "SDPA, repeated prompts"
 
 Keep = Callable[[RowDict], bool]  # which rows a goal is about
 Reached = Callable[[list[RowDict]], float | None]  # the value that the rows give, None if nothing was measured
@@ -76,6 +78,10 @@ def _eight_billion(row: RowDict) -> bool:
     return "8B" in row["grid"]
 
 
+def _drafter(row: RowDict) -> bool:
+    return row["grid"] == "drafter"
+
+
 def _is_ours(row: RowDict) -> bool:
     return row["is_ours"]
 
@@ -104,6 +110,27 @@ def worst(
 def over(peer: str, op: str, what: str, keep: Keep = _any) -> Reached:
     """How many times faster ours is than the peer whose name starts like this."""
     return worst("times_ours", op, what, keep, _named(peer))
+
+
+def over_copies(L: int, S: int) -> Reached:
+    """How many times faster branches of one prompt are than copies of the prompt, forward or with backward."""
+
+    def keep(row: RowDict) -> bool:
+        return row["grid"] in ("headline", "prompt") and (row["sizes"]["L"], row["sizes"]["S"]) == (L, S)
+
+    parts = [over(COPIES, BRANCHES, what, keep) for what in (FORWARD, BOTH)]
+    return lambda rows: min((part for of in parts if (part := of(rows))), default=None)
+
+
+def of_arithmetic(grid: str) -> Reached:
+    """How many times faster branches are than copies, as a part of how many times more arithmetic copies take."""
+
+    def reached(rows: list[RowDict]) -> float | None:
+        mine = [row for row in rows if row["op"] == BRANCHES and row["grid"] == grid and row["candidate"] == COPIES]
+        timed = [row for row in mine if row["times_ours"]]
+        return min((row["times_ours"] / BranchCase(grid=grid, **row["sizes"]).arithmetic for row in timed), default=None)
+
+    return reached
 
 
 def beside(what: str) -> Reached:
@@ -201,6 +228,14 @@ CPU = [
     Goal("decode step, speedup over the fastest peer", 2.5, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
     Goal("rollout, speedup over the published schedule", 1.8, over("published schedule", "step", "rollout", _headline)),
     Goal("linear_logprob, speedup over matmul, cross_entropy", 1, over("matmul, cross_entropy", "linear_logprob", BOTH)),
+    Goal("a step of group RL, speedup over TRL's repeated prompts", 1.8, over("TRL", "group_rl", "loss and backward")),
+    *(
+        Goal(f"branches, prompt {L}, 8 of {S}, speedup over repeated prompts", target, over_copies(L, S))
+        for L, S, target in ((512, 64, 2.5), (512, 256, 1.4), (2048, 256, 2.6), (2048, 1024, 1.45), (512, 1024, 0.95))
+    ),
+    Goal("branches, 16 prompts, speedup over copies of the arithmetic's", 0.85, of_arithmetic("prompts"), units.percent),
+    Goal("branches, drafter forward, speedup over compiled FlexAttention", 1.5, over(FLEX, BRANCHES, FORWARD, _drafter)),
+    Goal("branches, drafter forward + backward, speedup over dense SDPA", 5, over(DENSE, BRANCHES, BOTH, _drafter)),
     Goal("thoughts at all positions, speedup over naive sampling", 20, over("naive", "naive", "thoughts", _headline)),
     Goal("thoughts at all positions, speedup over careful naive sampling", 10, over("careful", "naive", "thoughts", _headline)),
 ]

@@ -14,8 +14,10 @@ TITLES = {
     "thought_decode": "Decoding: one new row of every thought",
     "sample_token": "Sampling tokens",
     "linear_logprob": "Log-probabilities",
+    "branches": "Branches with one text in common",
     "step": "Whole models",
     "naive": "Thoughts at all positions: at once or one after another",
+    "group_rl": "Group RL: a step of TRL's GRPOTrainer",
     "memory": "Memory on long texts",
     "host": "Host time",
 }

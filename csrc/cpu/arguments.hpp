@@ -4,22 +4,55 @@
 
 namespace quietstar {
 
+// Query rows of a tile, at most.
+constexpr int TILE = 224;           // 16 blocks with AVX-512
+constexpr int BACKWARD_TILE = 112;  // q and grad_out are read again for each block of keys, from the L1 cache
+
 enum class Dtype : int32_t { FLOAT, BFLOAT16, HALF };
 
 // A tensor [B,heads,rows,width] whose last stride is 1; the own cache of a decode is
-// [B,heads,thoughts,S,width].
+// [B,heads,C,S,width].
 struct Rows {
     char* data;
     int64_t batch, head, row;  // strides in elements
     int64_t own = 0;           // stride of S in a decode's own cache
 };
 
-// Which rows see which: contiguous int32 tensors, as in ThoughtLayout.
+struct Branch {
+    int32_t anchor, start, length;
+};
+
+// Which rows see which: contiguous int32 tensors, as in quietstar_kernels/branches.py.
 struct Layout {
-    const int32_t* anchor;  // [B,P]
     const int32_t* lo;      // [B,L]
-    const int32_t* length;  // [B,P,N]
-    int64_t B, L, P, N, S;
+    const Branch* table;    // [B,C]
+    const int32_t* of_row;  // [B,R], the branch of a row, -1 where it is off; null in a decode
+    int64_t B, L, C, R;
+    bool full;
+};
+
+// Static, as no instruction set may share these with another.
+static inline const Branch& branch_of(const Layout& layout, int64_t b, int64_t c) {
+    return layout.table[b * layout.C + c];
+}
+
+// The row after those of a branch, some of which may be off.
+static inline int64_t end_of_rows(const Layout& layout, int64_t b, int64_t c) {
+    const Branch& branch = branch_of(layout, b, c);
+    return c + 1 < layout.C ? branch_of(layout, b, c + 1).start : branch.start + branch.length;
+}
+
+// Query rows of whole branches, or of text, and of a key head: begin..end of i*H/G + h.
+struct Unit {
+    int64_t batch, begin, end;
+    int64_t branch, branch_end;
+    bool text;
+};
+
+// A tile of a unit.
+struct Piece {
+    int64_t batch, begin, end;
+    bool text;
 };
 
 struct Options {
@@ -43,13 +76,17 @@ struct Forward {
 struct Backward {
     Rows grad_out, q, k, v, out, dq, dk, dv;
     const float* lse;  // [B,H,rows] contiguous
-    float* sums;       // [B,G,parts,S + L,K' + E'], without L if `in_place`; K' and E' are multiples of 16
-    double* dsinks;    // [B,G,parts,H/G], or null
+    float* sums;     // [B,G,parts,own_sums + L,K' + E'], without L if `in_place`; K', E' are multiples of 16
+    double* dsinks;  // [B,G,parts,H/G], or null
     Layout layout;
     Options options;
     int64_t H, G, K, E, text_rows, parts;
-    bool in_place;  // one part: the text's dk and dv are summed where they are returned
+    int64_t own_sums;  // rows of the longest branch; 0: own dk and dv are summed where they are returned
+    bool in_place;     // one part: so are the text's
     Dtype dtype;
+    const Unit* units = nullptr;  // those of batch row b are first_unit[b]..first_unit[b + 1]
+    const int64_t* first_unit = nullptr;
+    int64_t tile = 0;
 };
 
 // Rows of logits, before bias, scale, soft cap and temperature.
@@ -68,8 +105,7 @@ struct Sample {
 // Items of a call are independent, except that `Backward::finish` sums what the parts of a head have left.
 struct Kernels {
     const char* name;
-    int64_t (*forward_items)(const Forward&);
-    void (*forward)(const Forward&, int64_t item, char* workspace);
+    void (*forward)(const Forward&, const Piece&, int64_t group, char* workspace);
     void (*backward)(const Backward&, int64_t item, char* workspace);  // B*G*parts items
     void (*finish)(const Backward&, int64_t item);                     // B*G items
     void (*sample)(const Sample&, int64_t row);

@@ -1,15 +1,12 @@
 // Gradients of attention in one pass over the rows: five products for a tile of rows and a block of keys.
 //
 // A part of a head's units sums its share of the text's dk and dv, in an order that depends on sizes alone;
-// `finish` adds up the parts. The own keys of a thought belong to one unit.
+// `finish` adds up the parts. The own keys of a branch belong to one unit.
 #pragma once
 #include "forward.hpp"
 
 namespace quietstar {
 namespace QUIETSTAR_SET {
-
-constexpr int BACKWARD_TILE =
-    112;  // rows: q and grad_out are read again for each block of keys, from the L1 cache
 
 struct BackwardSpace {
     KeyBlock keys;
@@ -37,16 +34,19 @@ constexpr int WIDTH = 16;  // rows of `Backward::sums` have multiples of this
 
 inline Sums sums_of(const Backward& call, int64_t pair, int64_t part) {
     const int64_t width = round_up(call.K, WIDTH) + round_up(call.E, WIDTH);
-    const int64_t rows = (call.in_place ? 0 : call.layout.L) + call.layout.S;
+    const int64_t rows = (call.in_place ? 0 : call.layout.L) + call.own_sums;
     float* const first = call.sums + (pair * call.parts + part) * rows * width;
     return {first, first + round_up(call.K, WIDTH), width, width};
 }
 
-inline Sums text_sums_of(const Backward& call, int64_t pair, int64_t part) {
-    if (!call.in_place) return sums_of(call, pair, part).at(call.layout.S);
+inline Sums returned_sums(const Backward& call, int64_t pair, int64_t row) {
     const int64_t batch = pair / call.G, group = pair % call.G;
-    return {(float*)row_of(call.dk, call.dtype, batch, group, 0),
-            (float*)row_of(call.dv, call.dtype, batch, group, 0), call.dk.row, call.dv.row};
+    return {(float*)row_of(call.dk, call.dtype, batch, group, row),
+            (float*)row_of(call.dv, call.dtype, batch, group, row), call.dk.row, call.dv.row};
+}
+
+inline Sums text_sums_of(const Backward& call, int64_t pair, int64_t part) {
+    return call.in_place ? returned_sums(call, pair, 0) : sums_of(call, pair, part).at(call.own_sums);
 }
 
 inline void clear(const Sums& sums, int64_t rows, int64_t K, int64_t E) {
@@ -119,17 +119,16 @@ inline void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64
                 E);
 }
 
-inline void read_tile(const Backward& call, BackwardSpace& space, const Cut& cut, const Piece& piece,
-                      double* dsinks) {
+inline void read_tile(const Backward& call, BackwardSpace& space, const Piece& piece, double* dsinks) {
     Tile& tile = space.tile;
-    const int64_t all_rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
+    const int64_t heads = call.H / call.G, all_rows = call.text_rows + call.layout.R;
     tile.rows = 0;
     for (int64_t i = piece.begin; i < piece.end; ++i) {
         int32_t head;
         int64_t row;
         const int r = tile.rows;
-        const bool on =
-            add_row(tile, cut, call.layout, call.text_rows, call.options.window, -1, piece, i, head, row);
+        const bool on = add_row(tile, heads, call.layout, call.text_rows, call.options.window, -1, piece.text,
+                                i, head, row);
         char* const dq = row_of(call.dq, call.dtype, tile.batch, head, row);
         if (!on) {
             fill_row(dq, 0, call.dtype, call.K);
@@ -150,7 +149,7 @@ inline void read_tile(const Backward& call, BackwardSpace& space, const Cut& cut
         space.delta[r] = delta;
         space.lse[r] = lse;
         memset(space.dq + r * STRIDE, 0, 4 * round_up(call.K, LANES));
-        if (dsinks) dsinks[i % cut.heads] -= (double)(expf(call.options.sinks[head] - lse) * delta);
+        if (dsinks) dsinks[i % heads] -= (double)(expf(call.options.sinks[head] - lse) * delta);
     }
 }
 
@@ -174,60 +173,84 @@ inline void write_keys(const Backward& call, int64_t batch, int64_t group, int64
     }
 }
 
-// The own keys of the tile's thoughts, and, with the last piece of a unit, their dk and dv.
-inline void differentiate_own(const Backward& call, BackwardSpace& space, const Cut& cut, int64_t unit,
-                              int64_t part, const Sums& own) {
+inline void clear_keys(const Backward& call, int64_t pair, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+        fill_row(row_of(call.dk, call.dtype, pair / call.G, pair % call.G, row), 0, call.dtype, call.K);
+        fill_row(row_of(call.dv, call.dtype, pair / call.G, pair % call.G, row), 0, call.dtype, call.E);
+    }
+}
+
+// The own keys of the tile's branches, and, with the last piece of a unit, their dk and dv.
+inline void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit,
+                              const Piece& piece, int64_t pair, const Sums& sums) {
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
-    const int64_t begin = unit * cut.per_unit,
-                  end = begin + cut.per_unit < cut.thoughts ? begin + cut.per_unit : cut.thoughts;
     int r0 = 0;
-    for (int64_t thought = begin; thought < end; ++thought) {
-        const int64_t first = layout.L + thought * layout.S;
-        const bool on = r0 < tile.rows && tile.thought[r0] == thought;
-        const int r1 = on ? end_of_thought(tile, r0) : r0;
-        if (part == 0) clear(own, layout.S, call.K, call.E);
-        for (int key = 0; on && key <= tile.own[r1 - 1]; key += KEYS) {
-            const int left = tile.own[r1 - 1] + 1 - key, count = left < KEYS ? left : KEYS;
+    for (int64_t c = unit.branch; c < unit.branch_end; ++c) {
+        const Branch& branch = branch_of(layout, tile.batch, c);
+        const int64_t first = layout.L + branch.start, live = first + branch.length;
+        const bool on = r0 < tile.rows && tile.branch[r0] == c;
+        const int r1 = on ? end_of_branch(tile, r0) : r0;
+        const Sums own = call.own_sums ? sums : returned_sums(call, pair, first);
+        if (piece.begin == unit.begin) clear(own, branch.length, call.K, call.E);
+        for (int key = 0; on && key < tile.own_end[r1 - 1]; key += KEYS) {
+            const int left = tile.own_end[r1 - 1] - key, count = left < KEYS ? left : KEYS;
             bound_by_own(tile, r0, r1, key, count, call.options.window);
             if (end_of(tile, r0, r1) == 0) continue;
             read_all(call, space, first + key, count);
             differentiate(space, r0, r1, call.K, call.E, nullptr, call.options, own.at(key));
         }
-        if (part + 1 == cut.pieces) write_keys(call, tile.batch, tile.group, first, layout.S, own);
+        if (piece.end == unit.end) {
+            if (call.own_sums) write_keys(call, tile.batch, tile.group, first, branch.length, own);
+            clear_keys(call, pair, live, layout.L + end_of_rows(layout, tile.batch, c));
+        }
         r0 = r1;
     }
 }
 
+inline void differentiate_tile(const Backward& call, BackwardSpace& space, const Sums& text) {
+    Tile& tile = space.tile;
+    const Layout& layout = call.layout;
+    const Seen seen = text_of(tile, layout, call.options.window);
+    for (int begin = seen.first; begin < seen.end; begin += KEYS) {
+        const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
+        read_all(call, space, begin, count);
+        const int32_t* const position =
+            read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);
+        bound_by_text(tile, begin, count);
+        differentiate(space, 0, tile.rows, call.K, call.E, position, call.options, text.at(begin));
+    }
+    for (int r = 0; r < tile.rows; ++r)
+        write_row(row_of(call.dq, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
+                  space.dq + r * STRIDE, 1, call.dtype, call.K);
+}
+
+// A part of the units of a head.
 inline void backward(const Backward& call, int64_t item, char* workspace) {
     BackwardSpace& space = *(BackwardSpace*)workspace;
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
-    const Cut cut(layout, call.H / call.G, call.G, call.text_rows, false, BACKWARD_TILE);
-    const int64_t pairs = layout.B * call.G, pair = item % pairs, first_unit = item / pairs;
+    const int64_t pairs = layout.B * call.G, pair = item % pairs, part = item / pairs,
+                  heads = call.H / call.G;
     tile.batch = pair / call.G;
     tile.group = pair % call.G;
-    const Sums own = sums_of(call, pair, first_unit), text = text_sums_of(call, pair, first_unit);
+    const Sums own = sums_of(call, pair, part), text = text_sums_of(call, pair, part);
     clear(text, layout.L, call.K, call.E);
-    double* const dsinks = call.dsinks ? call.dsinks + (pair * call.parts + first_unit) * cut.heads : nullptr;
-    for (int64_t h = 0; dsinks && h < cut.heads; ++h) dsinks[h] = 0;
-    for (int64_t unit = first_unit; unit < cut.units(); unit += call.parts)
-        for (int64_t part = 0; part < cut.tiles_of(unit); ++part) {
-            read_tile(call, space, cut, cut.piece(unit, part), dsinks);
-            if (unit < cut.thought_units) differentiate_own(call, space, cut, unit, part, own);
-            const Seen seen = text_of(tile, layout, call.options.window);
-            for (int begin = seen.first; begin < seen.end; begin += KEYS) {
-                const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
-                read_all(call, space, begin, count);
-                const int32_t* const position =
-                    read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);
-                bound_by_text(tile, begin, count);
-                differentiate(space, 0, tile.rows, call.K, call.E, position, call.options, text.at(begin));
-            }
-            for (int r = 0; r < tile.rows; ++r)
-                write_row(row_of(call.dq, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
-                          space.dq + r * STRIDE, 1, call.dtype, call.K);
+    double* const dsinks = call.dsinks ? call.dsinks + (pair * call.parts + part) * heads : nullptr;
+    for (int64_t h = 0; dsinks && h < heads; ++h) dsinks[h] = 0;
+    for (int64_t i = call.first_unit[tile.batch] + part; i < call.first_unit[tile.batch + 1];
+         i += call.parts) {
+        const Unit& unit = call.units[i];
+        for (int64_t begin = unit.begin; begin < unit.end; begin += call.tile) {
+            const int64_t end = begin + call.tile < unit.end ? begin + call.tile : unit.end;
+            const Piece piece = {unit.batch, begin, end, unit.text};
+            read_tile(call, space, piece, dsinks);
+            if (!unit.text) differentiate_own(call, space, unit, piece, pair, own);
+            differentiate_tile(call, space, text);
         }
+        if (!unit.text && unit.branch == unit.branch_end)  // rows of no branch
+            clear_keys(call, pair, layout.L + unit.begin / heads, layout.L + unit.end / heads);
+    }
 }
 
 // Adds up the parts of a head's text, always in the same order.

@@ -1,5 +1,5 @@
 // Attention of a tile's rows with one online softmax: the text first, a block of keys at a time, then the own
-// keys of each thought.
+// keys of each branch.
 #pragma once
 #include <math.h>
 
@@ -155,26 +155,28 @@ inline void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, co
 }
 
 // Notes where a row is and what it sees; false if it is off.
-inline bool add_row(Tile& tile, const Cut& cut, const Layout& layout, int64_t text_rows, int64_t window,
-                    int64_t step, const Piece& piece, int64_t i, int32_t& head, int64_t& row) {
-    head = (int32_t)(tile.group * cut.heads + i % cut.heads);
-    const int64_t place = i / cut.heads;
-    int64_t t = place, thought = -1, s = -1;
-    if (piece.text) {
-        row = place;
-    } else {
-        s = step >= 0 ? step : place % layout.S;
-        thought = step >= 0 ? place : place / layout.S;
-        row = text_rows + place;
-        t = layout.anchor[tile.batch * layout.P + thought / layout.N];
-        if (t < 0 || s >= layout.length[tile.batch * layout.P * layout.N + thought]) return false;
+inline bool add_row(Tile& tile, int64_t heads, const Layout& layout, int64_t text_rows, int64_t window,
+                    int64_t step, bool text, int64_t i, int32_t& head, int64_t& row) {
+    head = (int32_t)(tile.group * heads + i % heads);
+    const int64_t place = i / heads;
+    int64_t t = place, branch = -1, s = -1, own_end = 0;
+    row = text ? place : text_rows + place;
+    if (!text) {
+        branch = step >= 0 ? place : layout.of_row[tile.batch * layout.R + place];
+        if (branch < 0) return false;
+        const Branch& of = branch_of(layout, tile.batch, branch);
+        s = step >= 0 ? step : place - of.start;
+        if (s >= of.length) return false;
+        t = of.anchor;
+        own_end = layout.full ? of.length : s + 1;
     }
     const int r = tile.rows++;
     const int32_t lo = layout.lo[tile.batch * layout.L + t];
     tile.query_head[r] = head;
     tile.query_row[r] = row;
-    tile.thought[r] = (int32_t)thought;
+    tile.branch[r] = (int32_t)branch;
     tile.own[r] = (int32_t)s;
+    tile.own_end[r] = (int32_t)own_end;
     tile.first[r] = lo;
     tile.end[r] = (int32_t)t + 1;
     const int64_t oldest = t - lo + 1 + s - window;
@@ -183,20 +185,15 @@ inline bool add_row(Tile& tile, const Cut& cut, const Layout& layout, int64_t te
     return true;
 }
 
-// The end of the rows that belong to the thought of row r.
-inline int end_of_thought(const Tile& tile, int r) {
+// The end of the rows that belong to the branch of row r.
+inline int end_of_branch(const Tile& tile, int r) {
     int end = r + 1;
-    while (end < tile.rows && tile.thought[end] == tile.thought[r]) ++end;
+    while (end < tile.rows && tile.branch[end] == tile.branch[r]) ++end;
     return end;
 }
 
-inline int64_t forward_items(const Forward& call) {
-    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, call.step >= 0);
-    return cut.tiles() * call.layout.B * call.G;
-}
-
 inline float* lse_of(const Forward& call, int64_t batch, int64_t head, int64_t row) {
-    const int64_t rows = call.text_rows + call.layout.P * call.layout.N * call.layout.S;
+    const int64_t rows = call.text_rows + call.layout.R;
     return call.lse + (batch * call.H + head) * rows + row;
 }
 
@@ -216,27 +213,28 @@ inline void finish_row(const Forward& call, ForwardSpace& space, int r) {
     if (call.lse) *lse_of(call, tile.batch, tile.query_head[r], tile.query_row[r]) = lse;
 }
 
-// Own key s of a thought.
+// Own key s of a branch.
 inline Source own_keys(const Forward& call, const Tile& tile, const Rows& packed, const Rows& cache,
-                       int64_t thought, int64_t s) {
+                       int64_t branch, int64_t s) {
     const Layout& layout = call.layout;
     const int64_t size = size_of(call.dtype);
     if (call.step >= 0)
-        return {row_of(cache, call.dtype, tile.batch, tile.group, thought, s), cache.own * size};
-    return {row_of(packed, call.dtype, tile.batch, tile.group, layout.L + thought * layout.S + s),
-            packed.row * size};
+        return {row_of(cache, call.dtype, tile.batch, tile.group, branch, s), cache.own * size};
+    const int64_t row = layout.L + branch_of(layout, tile.batch, branch).start + s;
+    return {row_of(packed, call.dtype, tile.batch, tile.group, row), packed.row * size};
 }
 
 // Reads the tile's queries. Rows that are off get their result here.
-inline void read_queries(const Forward& call, ForwardSpace& space, const Cut& cut, const Piece& piece) {
+inline void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) {
     Tile& tile = space.tile;
+    const int64_t heads = call.H / call.G;
     tile.rows = 0;
     for (int64_t i = piece.begin; i < piece.end; ++i) {
         int32_t head;
         int64_t row;
         const int r = tile.rows;
-        if (add_row(tile, cut, call.layout, call.text_rows, call.options.window, call.step, piece, i, head,
-                    row)) {
+        if (add_row(tile, heads, call.layout, call.text_rows, call.options.window, call.step, piece.text, i,
+                    head, row)) {
             read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype,
                      call.K);
             memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
@@ -269,31 +267,31 @@ inline void attend_to_text(const Forward& call, ForwardSpace& space) {
 inline void attend_to_own(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
     for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
-        r1 = end_of_thought(tile, r0);
-        const int end = tile.own[r1 - 1] + 1;
+        r1 = end_of_branch(tile, r0);
+        const int end = tile.own_end[r1 - 1];
         for (int begin = 0; begin < end; begin += KEYS) {
             const int count = end - begin < KEYS ? end - begin : KEYS;
             bound_by_own(tile, r0, r1, begin, count, call.options.window);
             if (end_of(tile, r0, r1) == 0) continue;
-            const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], begin);
-            const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], begin);
+            const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], begin);
+            const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], begin);
             read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
             attend(space, r0, r1, call.K, call.E, nullptr, call.options);
         }
     }
 }
 
-// The same in a decoding step, where all rows of a thought see the same keys.
+// The same in a decoding step, where all rows of a branch see the same keys.
 inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
     const int64_t window = call.options.window, end = call.step + 1;
     const int64_t first = window && window < end ? end - window : 0;
     for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
-        r1 = end_of_thought(tile, r0);
+        r1 = end_of_branch(tile, r0);
         for (int64_t begin = first; begin < end; begin += KEYS) {
             const int count = end - begin < KEYS ? (int)(end - begin) : KEYS;
-            const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], begin);
-            const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], begin);
+            const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], begin);
+            const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], begin);
             bound_by_own(tile, r0, r1, (int32_t)begin, count, window);
             for (int r = r0; r < r1; r += FEW) {
                 const int rows = r1 - r < FEW ? r1 - r : FEW;
@@ -315,10 +313,10 @@ inline void look_ahead(const Forward& call, ForwardSpace& space) {
     const Tile& tile = space.tile;
     Ahead& ahead = space.ahead;
     ahead.bytes = (call.K < call.E ? call.K : call.E) * size_of(call.dtype);
-    for (int r0 = 0; r0 < tile.rows; r0 = end_of_thought(tile, r0)) {
-        const int end = tile.own[end_of_thought(tile, r0) - 1] + 1;
-        const Source k = own_keys(call, tile, call.k, call.k_own, tile.thought[r0], 0);
-        const Source v = own_keys(call, tile, call.v, call.v_own, tile.thought[r0], 0);
+    for (int r0 = 0; r0 < tile.rows; r0 = end_of_branch(tile, r0)) {
+        const int end = tile.own_end[end_of_branch(tile, r0) - 1];
+        const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], 0);
+        const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], 0);
         for (int s = 0; s < end; ++s) {
             ahead.add(k.first + s * k.stride);
             ahead.add(v.first + s * v.stride);
@@ -326,23 +324,16 @@ inline void look_ahead(const Forward& call, ForwardSpace& space) {
     }
 }
 
-// One tile. The last thoughts see most: they come first, so that the threads end at the same time.
-inline void forward(const Forward& call, int64_t item, char* workspace) {
+inline void forward(const Forward& call, const Piece& piece, int64_t group, char* workspace) {
     ForwardSpace& space = *(ForwardSpace*)workspace;
     Tile& tile = space.tile;
-    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, call.step >= 0);
-    const int64_t pairs = call.layout.B * call.G, thought_tiles = cut.thought_units * cut.pieces;
-    const int64_t index = item / pairs, last = thought_tiles - 1 - index;
-    const bool text = index >= thought_tiles;
-    tile.batch = item % pairs / call.G;
-    tile.group = item % pairs % call.G;
-    read_queries(call, space, cut,
-                 text ? cut.piece(index - thought_tiles + cut.thought_units, 0)
-                      : cut.piece(last / cut.pieces, last % cut.pieces));
+    tile.batch = piece.batch;
+    tile.group = group;
+    read_queries(call, space, piece);
     space.ahead.count = space.ahead.next = 0;
-    if (!text) look_ahead(call, space);
+    if (!piece.text) look_ahead(call, space);
     attend_to_text(call, space);
-    if (!text) call.step < 0 ? attend_to_own(call, space) : attend_to_own_in_place(call, space);
+    if (!piece.text) call.step < 0 ? attend_to_own(call, space) : attend_to_own_in_place(call, space);
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
 }
 

@@ -11,8 +11,8 @@ namespace quietstar {
 namespace QUIETSTAR_SET {
 extern const Kernels kernels;
 const Kernels kernels = {
-    QUIETSTAR_NAME(QUIETSTAR_SET), forward_items,        forward, backward, finish, sample,
-    sizeof(ForwardSpace),          sizeof(BackwardSpace)};
+    QUIETSTAR_NAME(QUIETSTAR_SET), forward, backward, finish, sample, sizeof(ForwardSpace),
+    sizeof(BackwardSpace)};
 }  // namespace QUIETSTAR_SET
 
 }  // namespace quietstar

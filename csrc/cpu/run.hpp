@@ -8,6 +8,7 @@
 #include <new>
 
 #include "choose.hpp"
+#include "cut.hpp"
 
 namespace quietstar {
 
@@ -49,13 +50,19 @@ void for_each(const Parallel& parallel, int64_t count, int64_t bytes, const Run&
 template <class Parallel>
 void run(const Parallel& parallel, const Forward& call) {
     const Kernels& kernels = chosen();
-    for_each(parallel, kernels.forward_items(call), kernels.forward_bytes,
-             [&](int64_t item, char* memory) { kernels.forward(call, item, memory); });
+    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, call.step >= 0, TILE);
+    const std::vector<Piece> pieces = cut.pieces();
+    for_each(parallel, (int64_t)pieces.size() * call.G, kernels.forward_bytes,
+             [&](int64_t item, char* memory) {
+                 kernels.forward(call, pieces[item / call.G], item % call.G, memory);
+             });
 }
 
 template <class Parallel>
-void run(const Parallel& parallel, const Backward& call) {
+void run(const Parallel& parallel, Backward call) {
     const Kernels& kernels = chosen();
+    const Cut cut(call.layout, call.H / call.G, call.G, call.text_rows, false, BACKWARD_TILE);
+    call.units = cut.units.data(), call.first_unit = cut.first.data(), call.tile = cut.tile;
     const int64_t pairs = call.layout.B * call.G;
     // The last of a head's parts to end adds them up.
     const std::unique_ptr<std::atomic<int64_t>[]> ended(new std::atomic<int64_t>[pairs]());

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.branches import LENGTH, Branches
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu.plain import thought_attention as plain
-from quietstar_kernels.layout import ThoughtLayout
 
 WIDTH = 16  # of rows of partial sums: a multiple of this, as in csrc/cpu/backward.hpp
 PARTS = 16  # of all heads together at least, for threads to share; a number that depended on them would change the last bits
@@ -19,16 +19,16 @@ def thought_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
     if not _library.serves(q.dtype):
-        return plain.thought_attention(q, k, v, layout, options)
+        return plain.thought_attention(q, k, v, branches, options)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _library.ops().thought_attention(
-        *map(with_rows, (q, k, v)), *tensors(layout), sinks(options), out, lse, layout.S, *numbers(options)
+        *map(with_rows, (q, k, v)), *branches[:3], sinks(options), out, lse, branches.full, *numbers(options)
     )
     return out, lse
 
@@ -40,24 +40,26 @@ def thought_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
     if not _library.serves(q.dtype):
-        return plain.thought_attention_backward(grad_out, q, k, v, out, lse, layout, options)
+        return plain.thought_attention_backward(grad_out, q, k, v, out, lse, branches, options)
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     parts = min(-(-PARTS // max(B * G, 1)), -(-rows * H // (G * TILE)) or 1)
-    # One part alone may sum the gradients of the text where they are returned.
-    in_place = parts == 1 and q.dtype == torch.float32 and K % WIDTH == 0 and E % WIDTH == 0
+    # Sums that are as wide as the gradients are made where these are returned; for the text, if one part makes them alone.
+    returned = q.dtype == torch.float32 and K % WIDTH == 0 and E % WIDTH == 0
+    in_place = returned and parts == 1
+    own_sums = 0 if returned or not branches.table.numel() else int(branches.table[..., LENGTH].amax())
     width = sum(-(-x // WIDTH) * WIDTH for x in (K, E))
-    sums = q.new_empty((B, G, parts, layout.S + (0 if in_place else layout.L), width), dtype=torch.float32)
+    sums = q.new_empty((B, G, parts, own_sums + (0 if in_place else branches.L), width), dtype=torch.float32)
     dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float64)
     _library.ops().thought_attention_backward(
-        *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *tensors(layout), sinks(options), dq, dk, dv, sums, dsinks,
-        layout.S, parts, *numbers(options),
+        *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *branches[:3], sinks(options), dq, dk, dv, sums, dsinks,
+        branches.full, parts, own_sums, *numbers(options),
     )  # fmt: skip
     if dsinks is None or options.sinks is None:
         return dq, dk, dv, None
@@ -67,10 +69,6 @@ def thought_attention_backward(
 def with_rows(x: Tensor) -> Tensor:
     """``x``, or a copy if the numbers of a row don't lie side by side, as in the gradient of a sum."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def tensors(layout: ThoughtLayout) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
 
 
 def sinks(options: AttentionOptions) -> Tensor | None:

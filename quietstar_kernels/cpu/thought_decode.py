@@ -1,4 +1,4 @@
-"""thought_decode on CPUs, csrc/cpu/forward.hpp: one row of each thought, whose own keys are in a cache."""
+"""thought_decode on CPUs, csrc/cpu/forward.hpp: one row of each branch, whose own keys are in a cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from torch import Tensor
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu.plain import thought_decode as plain
-from quietstar_kernels.cpu.thought_attention import numbers, sinks, tensors, with_rows
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.cpu.thought_attention import numbers, sinks, with_rows
 
 
 def thought_decode(
@@ -17,15 +16,16 @@ def thought_decode(
     v_text: Tensor,
     k_own: Tensor,
     v_own: Tensor,
-    layout: ThoughtLayout,
+    lo: Tensor,
+    table: Tensor,
     step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
     """As ``reference.thought_decode``."""
     if not _library.serves(q.dtype):
-        return plain.thought_decode(q, k_text, v_text, k_own, v_own, layout, step, options)
+        return plain.thought_decode(q, k_text, v_text, k_own, v_own, lo, table, step, options)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))
     _library.ops().thought_decode(
-        *map(with_rows, (q, k_text, v_text, k_own, v_own)), *tensors(layout), sinks(options), out, int(step), *numbers(options)
+        *map(with_rows, (q, k_text, v_text, k_own, v_own)), lo, table, sinks(options), out, int(step), *numbers(options)
     )
     return out

@@ -10,7 +10,6 @@ from torch import Tensor
 from quietstar_kernels._checks import dtype_names
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.cuda import _library
-from quietstar_kernels.layout import ThoughtLayout
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128, 256)
@@ -28,7 +27,7 @@ def serves(dtype: torch.dtype, K: int, E: int) -> str | None:
 
 
 def thought_decode(
-    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
@@ -38,16 +37,15 @@ def thought_decode(
     out = q.new_empty((B, H, thoughts, K))
     if out.numel() == 0:
         return out
-    if window is None or window >= L + layout.S:
+    if window is None or window >= L + k_own.shape[3]:
         window = 0  # it cuts nothing
     rows = thoughts * (H // G)
     tile_rows = rows_of_tile(rows, B * G, K, shared_memory(q.device))
     splits = splits_of(-(-rows // tile_rows) * B * G, L)
     parts = q.new_empty(splits * B * H * thoughts * (K + 1), dtype=torch.float32) if splits > 1 else None
     _library.ops()._thought_decode_cuda(
-        *map(in_chunks, (q, k_text, v_text, k_own, v_own)), layout.anchor.contiguous(), layout.lo.contiguous(),
-        layout.length.contiguous(), step.int(), None if sinks is None else sinks.float().contiguous(), out, parts,
-        scale, window, softcap or 0.0, tile_rows, splits,
+        *map(in_chunks, (q, k_text, v_text, k_own, v_own)), lo.contiguous(), table.contiguous(), step.int(),
+        None if sinks is None else sinks.float().contiguous(), out, parts, scale, window, softcap or 0.0, tile_rows, splits,
     )  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives 
 """
 
 from quietstar_kernels.testing.inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
-from quietstar_kernels.testing.layouts import LAYOUT_KINDS, random_layout
+from quietstar_kernels.testing.layouts import BRANCH_KINDS, LAYOUT_KINDS, random_layout
 from quietstar_kernels.testing.plain import plain_attention, plain_decode, plain_log_softmax, plain_logprob
 from quietstar_kernels.testing.tolerance import (
     assert_close_as_plain,
@@ -20,6 +20,7 @@ from quietstar_kernels.testing.tolerance import (
 )
 
 __all__ = [
+    "BRANCH_KINDS",
     "LAYOUT_KINDS",
     "assert_close_as_plain",
     "assert_op_close_as_plain",

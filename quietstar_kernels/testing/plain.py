@@ -52,6 +52,8 @@ def plain_decode(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite."""
+    if layout.packed_rows is not None:  # the own caches of branches are a grid
+        layout = ThoughtLayout(layout.anchor, layout.lo, layout.length, layout.rows)
     check = Checker("plain_decode", B=layout.B, L=layout.L, S=layout.S, **{"P*N": layout.P * layout.N})
     check.tensor("q", q, "B,H,P*N,K", FLOATS, layout.device, "layout")
     for name, x, letters in (

@@ -26,7 +26,7 @@ def processors(device: torch.device) -> int:
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:
-    """Room for the softmax states of all parts of ``out`` [B,H,P*N,E], fp32: acc [splits,rows,E], top and total [splits,rows].
+    """Room for the softmax states of all parts of ``out`` [B,H,C,E], fp32: acc [splits,rows,E], top and total [splits,rows].
 
     One tensor holds them one after another; it is empty if there is one part.
     """

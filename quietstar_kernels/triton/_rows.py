@@ -1,4 +1,4 @@
-"""What each packed row sees, as computed in the kernels from a ``ThoughtLayout``, and the blocks that cover it.
+"""What each packed row sees, as computed in the kernels from ``Branches``, and the blocks that cover it.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
 """
@@ -26,27 +26,25 @@ def divide(first, i, by):
 
 
 @triton.jit
-def seen_by(begin, i, inside, anchor, lo, length, L, N, S, window):
-    """Packed rows m = ``begin + i``, int32 [BLOCK], where ``inside``: (first, last, own_first, on).
+def seen_by(m, inside, lo, table, of_row, L, full):
+    """Packed rows m, int32 [BLOCK], where ``inside``: (first, last, own_first, own_last, on).
 
-    A row that is on sees text positions first..last, and the packed rows own_first..m of its own thought. Either range may
-    be empty. anchor [P], lo [L] and length [P*N] point into one batch row; ``window`` is W, or 2^30 for none.
+    A row that is on sees text first..last and packed rows own_first..own_last of its own branch, if there is no window. A text
+    row's own range is empty, from m + 1 to m. lo [L], table [C,3] and of_row [R] are those of one batch row.
     """
-    m = begin + i
     is_text = m < L
-    start = tl.maximum(begin - L, 0)
-    thought, s = divide(start, tl.maximum(m - L, 0) - start, S)
-    place, _ = divide(start // S, thought - start // S, N)
-    in_thought = inside & (m >= L)
-    t = tl.load(anchor + place, mask=in_thought, other=-1)
-    live = tl.load(length + thought, mask=in_thought, other=0)
-    on = inside & (is_text | ((t >= 0) & (s < live)))
-    stands_at = tl.where(is_text, m, t + 1 + s)
-    t = tl.where(is_text, m, t)
-    first = tl.maximum(tl.load(lo + t, mask=on, other=0), stands_at - window + 1)
-    last = tl.where(on, t, -1)
-    own_first = tl.where(is_text, m + 1, tl.maximum(m - s, m - window + 1))
-    return first, last, own_first, on
+    branch = tl.load(of_row + (m - L), mask=inside & (m >= L), other=-1).to(tl.int64)
+    in_branch = branch >= 0
+    table += branch * 3
+    anchor = tl.load(table, mask=in_branch, other=-1)
+    start = tl.load(table + 1, mask=in_branch, other=0) + L
+    length = tl.load(table + 2, mask=in_branch, other=0)
+    on = inside & (is_text | in_branch)
+    last = tl.where(is_text, m, anchor)
+    first = tl.load(lo + last, mask=on, other=0)
+    own_first = tl.where(is_text, m + 1, start)
+    own_last = tl.where(is_text | (full == 0), m, start + length - 1)
+    return first, last, own_first, own_last, on
 
 
 @triton.jit
@@ -69,10 +67,10 @@ def tile_rows(flat, begin, end, HG, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def text_bounds(first, last, on):
-    """Of rows that see the text first..last, [BLOCK] each: (start, all_from, all_to, end).
+def bounds(first, last, on):
+    """Of rows that see the keys first..last, [BLOCK] each: (start, all_from, all_to, end).
 
-    No row that is on sees text outside start..end; all of them see all_from..all_to, which may be empty.
+    No row that is on sees keys outside start..end; all of them see all_from..all_to, which may be empty.
     """
     sees = on & (first <= last)
     start = tl.min(tl.where(sees, first, FAR), 0)
@@ -103,10 +101,11 @@ def window_bounds(start, all_from, end, oldest, on, lo, BLOCK: tl.constexpr):
 
 @triton.jit
 def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
-    """Blocks of text for bounds as those of ``text_bounds``: (before, full, edges).
+    """Blocks of keys for ``bounds``: (before, full, edges).
 
     From ``start`` there are ``before`` blocks of BLOCK_EDGE that only some rows see, then ``full`` blocks of BLOCK_N that all
-    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE.
+    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE. Without full blocks these are one run, so that few keys
+    take as few blocks as hold them.
     """
     before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
     full_start = start + before * BLOCK_EDGE
@@ -116,8 +115,6 @@ def cover(start, all_from, all_to, end, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.co
 
 
 @triton.jit
-def own_blocks(own_first, m, on, BLOCK: tl.constexpr):
-    """First of the own rows that packed rows ``m`` [rows] see, own_first..m each, and how many blocks hold them all."""
-    sees = on & (own_first <= m)
-    start = tl.min(tl.where(sees, own_first, FAR), 0)
-    return start, tl.cdiv(tl.maximum(tl.max(tl.where(sees, m, -1), 0) + 1 - start, 0), BLOCK)
+def edge_block(j, start, before, full, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """First key of block ``j`` of those that ``cover`` counts as edges."""
+    return start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)

@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LOG2_E
-from quietstar_kernels.triton._rows import cover, divide, text_bounds, tile_rows, window_bounds
+from quietstar_kernels.triton._rows import bounds, cover, divide, tile_rows, window_bounds
 from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
@@ -29,7 +28,7 @@ from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUG
 
 
 def thought_decode(
-    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, layout: ThoughtLayout, step: Tensor,
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``."""
@@ -39,12 +38,12 @@ def thought_decode(
     out = q.new_empty(B, H, thoughts, E)
     if out.numel() == 0:
         return out
-    if window is not None and window >= L + layout.S:
+    if window is not None and window >= L + k_own.shape[3]:
         window = None  # it cuts nothing
-    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    layout = lo.contiguous(), table.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    dtypes = [None if x is None else x.dtype for x in (*own, step, sinks)]  # their other facts follow from the sizes
-    known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), layout.N, *dtypes, scale, window, softcap)
+    dtypes = [None if x is None else x.dtype for x in (*layout, step, sinks)]  # their other facts follow from the sizes
+    known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), *dtypes, scale, window, softcap)
 
     def choose() -> tuple[Config, int, int]:
         tables = [THOUGHT_DECODE_SHORT, THOUGHT_DECODE] if L <= DECODE_SHORT else THOUGHT_DECODE
@@ -58,11 +57,11 @@ def thought_decode(
 
     def prepare() -> Launch:
         strides = *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4]
-        numbers = *strides, B, G, H // G, L, layout.P, layout.N, window, scale, softcap
+        numbers = *strides, B, G, H // G, L, thoughts, window, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(_decode, (tiles, splits), numbers, constants)
 
-    tensors = q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, *own, step, out, parts
+    tensors = q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, *layout, step, out, parts
     known.launch("decode", config, tensors, prepare)
     if splits > 1:
         add_parts(parts, splits, out, known)
@@ -70,19 +69,18 @@ def thought_decode(
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "L", "P", "N", "window"],
-    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length", "step"],
+    do_not_specialize=["B", "G", "HG", "L", "thoughts", "window"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "step"],
 )
 def _decode(
-    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, anchor, lo, length, step, out, parts,
+    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, step, out, parts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
-    B, G, HG, L, P, N, window, scale, softcap,
+    B, G, HG, L, thoughts, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    thoughts = P * N
     pair = tl.program_id(0) % (B * G)
     b, g = pair // G, pair % G
     tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see the most text come first
@@ -94,10 +92,11 @@ def _decode(
     v_own += far(b, stride_vob) + far(g, stride_vog)
 
     now = tl.load(step).to(tl.int32)
-    place = tl.load(anchor + far(b, P) + thought // N, mask=inside, other=-1)
-    live = tl.load(length + far(b, thoughts) + thought, mask=inside, other=0)
-    on = (place >= 0) & (now < live)
-    last = tl.where(on, place, -1)
+    table += (far(b, thoughts) + thought) * 3
+    anchor = tl.load(table, mask=inside, other=-1)
+    live = tl.load(table + 2, mask=inside, other=0)
+    on = (anchor >= 0) & (now < live)
+    last = tl.where(on, anchor, -1)
     own_first = now * 0 if window is None else tl.maximum(now + 1 - window, 0)
 
     queries = load_tile(q, far(head, stride_qh) + far(thought, stride_qt), inside, K, BLOCK_K)
@@ -113,7 +112,7 @@ def _decode(
 
     lo += far(b, L)
     first = tl.load(lo + last, mask=on, other=0)
-    start, all_from, all_to, end = text_bounds(first, last, on)
+    start, all_from, all_to, end = bounds(first, last, on)
     if window is not None:
         oldest = last - first + now + 2 - window  # position id
         start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
@@ -170,7 +169,7 @@ def _decode(
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
     acc = tl.where(on[:, None], acc, 0.0)
-    total = tl.where(on, total, 1.0)
+    total = tl.where(on, total + tl.sum(acc * 0.0, 1), 1.0)  # where an infinity was seen, all of the row becomes NaN
     # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
     # registers from the beginning to here.
     thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)

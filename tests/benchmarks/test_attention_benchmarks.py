@@ -10,6 +10,7 @@ from benchmarks.bench_thought_attention import AttentionCase
 from benchmarks.bench_thought_decode import DecodeCase
 from benchmarks.harness.case import Wrong
 from benchmarks.peers import attention
+from benchmarks.peers.exact import exact_rows
 from quietstar_kernels.testing import plain_attention
 
 TINY = AttentionCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8)
@@ -41,7 +42,8 @@ def test_the_exact_rows_are_those_of_plain_attention():
     grad_out = torch.zeros_like(grad_out).index_copy(2, rows, grad_out.detach()[:, :, rows])
     out = plain_attention(q, k, v, TINY.layout)[0]
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
-    exact = TINY._exact(rows, q.detach(), k.detach(), v.detach(), grad_out)
+    sees = TINY.sees(rows[:, None], torch.arange(TINY.M))
+    exact = exact_rows(sees, rows, q.detach(), k.detach(), v.detach(), grad_out)
     for got, truth in zip(exact, (out[:, :, rows], dq[:, :, rows], dk, dv), strict=True):
         torch.testing.assert_close(got, truth.detach())
 

@@ -100,30 +100,34 @@ void check_written(const char* what, const Made& made, Dtype dtype, int seed) {
 
 void attention(int seed, int64_t threads) {
     Random random{std::mt19937((uint32_t)seed)};
-    const int64_t B = 1 + random.below(2), L = random.pick({0, 1, 9, 40, 40, 150}), N = 1 + random.below(3);
-    const int64_t P = L ? random.below(L < 12 ? L + 2 : 12) : random.below(2);
-    const int64_t S = random.pick({1, 2, 5, 14, 20, 140}), G = 1 + random.below(2),
+    const int64_t B = 1 + random.below(2), L = random.pick({0, 1, 9, 40, 40, 150}), C = random.below(14);
+    const int64_t S = random.pick({1, 2, 5, 14, 20, 140, 300}), G = 1 + random.below(2),
                   heads = random.pick({1, 2, 4});
+    const bool packed = random.below(2), full = random.below(3) == 0;
     const int64_t K = random.pick({1, 16, 40, 64, 256}), E = random.pick({1, 16, 24, 64, 256}), H = G * heads;
     const Dtype dtype = random.pick({Dtype::FLOAT, Dtype::FLOAT, Dtype::BFLOAT16, Dtype::HALF});
-    const int64_t text_rows = random.below(3) ? L : 0, rows = text_rows + P * N * S, keys = L + P * N * S;
+    const int64_t text_rows = random.below(3) ? L : 0, R = C * S + random.below(2) * random.below(300);
+    const int64_t rows = text_rows + R, keys = L + R;
 
-    // The last thought of a text may be cut, and anchors may be unused.
-    std::unique_ptr<int32_t[]> anchor(new int32_t[B * P]), lo(new int32_t[B * L]),
-        length(new int32_t[B * P * N]);
+    // Branches may be cut, empty or unused; if packed, no rows are between them.
+    std::unique_ptr<Branch[]> table(new Branch[B * C]);
+    std::unique_ptr<int32_t[]> lo(new int32_t[B * L]), of_row(new int32_t[B * R]);
     for (int64_t b = 0; b < B; ++b) {
         const int64_t start = L ? random.below(L) : 0;
         for (int64_t t = 0; t < L; ++t) lo[b * L + t] = (int32_t)(t < start ? 0 : start);
-        int64_t t = 0;
-        for (int64_t p = 0; p < P; ++p) {
-            t += L ? random.below(L / P + 2) : 0;
-            anchor[b * P + p] = t < L ? (int32_t)t : -1;
+        for (int64_t r = 0; r < R; ++r) of_row[b * R + r] = -1;
+        int64_t t = 0, row = 0;
+        for (int64_t c = 0; c < C; ++c) {
+            t += L ? random.below(L / C + 2) : 0;
+            const int64_t length = t >= L ? 0 : random.below(3) ? S : random.below(S + 1);
+            table[b * C + c] = {t < L ? (int32_t)t : -1, (int32_t)row, (int32_t)length};
+            for (int64_t s = 0; s < length; ++s) of_row[b * R + row + s] = (int32_t)c;
+            row += packed ? length : S;
         }
     }
-    for (int64_t i = 0; i < B * P * N; ++i) length[i] = (int32_t)(random.below(3) ? S : random.below(S + 1));
     std::unique_ptr<float[]> sinks(new float[H]);
     for (int64_t h = 0; h < H; ++h) sinks[h] = random.normal();
-    const Layout layout = {anchor.get(), lo.get(), length.get(), B, L, P, N, S};
+    const Layout layout = {lo.get(), table.get(), of_row.get(), B, L, C, R, full};
     const Options options = {0.3f, random.pick<int64_t>({0, 0, 3, 60}), random.pick({0.0f, 0.0f, 2.0f}),
                              random.below(2) ? sinks.get() : nullptr};
 
@@ -148,8 +152,9 @@ void attention(int seed, int64_t threads) {
     Backward backward{};
     const int64_t parts = 1 + random.below(4);
     const bool in_place = parts == 1 && dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0;
+    const int64_t own_sums = dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0 ? 0 : S;
     Memory sums(
-        (size_t)(4 * B * G * parts * (S + (in_place ? 0 : L)) * ((K + 15) / 16 + (E + 15) / 16) * 16));
+        (size_t)(4 * B * G * parts * (own_sums + (in_place ? 0 : L)) * ((K + 15) / 16 + (E + 15) / 16) * 16));
     Memory dsinks((size_t)(8 * B * G * parts * heads));
     backward.grad_out = grad.rows, backward.q = q.rows, backward.k = k.rows, backward.v = v.rows;
     backward.out = out.rows, backward.dq = dq.rows, backward.dk = dk.rows, backward.dv = dv.rows;
@@ -157,8 +162,8 @@ void attention(int seed, int64_t threads) {
     backward.dsinks = options.sinks ? (double*)dsinks.get() : nullptr;
     backward.layout = layout, backward.options = options;
     backward.H = H, backward.G = G, backward.K = K, backward.E = E;
-    backward.text_rows = text_rows, backward.parts = parts, backward.in_place = in_place,
-    backward.dtype = dtype;
+    backward.text_rows = text_rows, backward.parts = parts, backward.own_sums = own_sums;
+    backward.in_place = in_place, backward.dtype = dtype;
     run(parallel, backward);
     check_written("dq", dq, dtype, seed);
     check_written("dk", dk, dtype, seed);
@@ -168,9 +173,9 @@ void attention(int seed, int64_t threads) {
     if (dtype == Dtype::FLOAT)
         for (const Made* made : {&out, &dq, &dk, &dv}) add_to_size(made->memory);
 
-    Made row(random, dtype, B, H, P * N, 1, K, true), result(random, dtype, B, H, P * N, 1, E, false);
+    Made row(random, dtype, B, H, C, 1, K, true), result(random, dtype, B, H, C, 1, E, false);
     Made k_text(random, dtype, B, G, L, 1, K, true), v_text(random, dtype, B, G, L, 1, E, true);
-    Made k_own(random, dtype, B, G, P * N, S, K, true), v_own(random, dtype, B, G, P * N, S, E, true);
+    Made k_own(random, dtype, B, G, C, S, K, true), v_own(random, dtype, B, G, C, S, E, true);
     Forward decode = forward;
     decode.q = row.rows, decode.k = k_text.rows, decode.v = v_text.rows, decode.out = result.rows;
     decode.k_own = k_own.rows, decode.v_own = v_own.rows;

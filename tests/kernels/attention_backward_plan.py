@@ -11,6 +11,7 @@ import torch
 from attention_plan import cdiv, forward_plan
 from torch import Tensor
 
+from quietstar_kernels.branches import ANCHOR, LENGTH, START
 from quietstar_kernels.layout import ThoughtLayout
 
 
@@ -21,7 +22,7 @@ class BackwardPlan:
     Attributes:
         queries: for dq, three products each: of widths K (q·k), E (dO·v), K (dS k).
         text_keys: for dk and dv of the text, four products each: K, E, E (p dO), K (dS q).
-        own_keys: the same for thought rows.
+        own_keys: the same for branch rows.
     """
 
     queries: int
@@ -46,7 +47,7 @@ def backward_plan(
     return BackwardPlan(
         queries=forward_plan(layout, group, queries, window, query_rows).scores(),  # the same tiles, of other sizes
         text_keys=group * _scores(text_key_tiles(layout, text_keys, window, query_rows), text_keys),
-        own_keys=group * layout.B * _scores(own_key_tiles(layout, own_keys), own_keys),
+        own_keys=group * _scores(own_key_tiles(layout, own_keys, window), own_keys),
     )
 
 
@@ -58,24 +59,32 @@ def text_key_tiles(layout: ThoughtLayout, blocks: dict[str, int], window: int | 
     """Row tiles [B,blocks] of each query head that each block of text keys meets."""
     BLOCK_N, BLOCK_M = blocks["BLOCK_N"], blocks["BLOCK_M"]
     t = torch.arange(layout.L, device=layout.device)
-    position, anchor = layout.text_position_ids(), layout.anchor.long()
-    used = anchor >= 0
+    position, table = layout.text_position_ids(), layout.branches.table.long()
+    anchor, first, length = (table[..., column] for column in (ANCHOR, START, LENGTH))
     tiles = []
     for start in range(0, layout.L, BLOCK_N):
         sees = (t >= start) & (layout.lo < start + BLOCK_N)
         if window is not None:
             sees &= position - window < position[:, start : start + BLOCK_N].amax(1, keepdim=True)
         end = torch.where(sees, t + 1, start).amax(1, keepdim=True)
-        places = (used & (anchor >= start) & (anchor < end)).sum(1)
-        tiles.append(cdiv(places * layout.N * layout.S, BLOCK_M))
+        sees = (anchor >= start) & (anchor < end) & (length > 0)
+        begin = torch.where(sees, first, layout.R).amin(1) if layout.branches.C else end[:, 0]
+        rows = torch.where(sees, first + length, 0).amax(1) - begin if layout.branches.C else 0 * begin
+        tiles.append(cdiv(rows.clamp(min=0), BLOCK_M))
         if query_rows == "all":
             tiles[-1] += cdiv(end[:, 0] - start, BLOCK_M)
     return torch.stack(tiles, 1)
 
 
-def own_key_tiles(layout: ThoughtLayout, blocks: dict[str, int]) -> Tensor:
-    """The same [blocks] for own keys of one batch row: the rows of a block reach to the end of its last thought."""
-    BLOCK_N, BLOCK_M, S = blocks["BLOCK_N"], blocks["BLOCK_M"], layout.S
-    start = torch.arange(0, layout.R, BLOCK_N, device=layout.device)
-    end = ((start + BLOCK_N - 1) // S * S + S).clamp(max=layout.R)
-    return cdiv(end - start, BLOCK_M)
+def own_key_tiles(layout: ThoughtLayout, blocks: dict[str, int], window: int | None = None) -> Tensor:
+    """The same for own keys: the rows of a block are those of its branches that may see one of its live keys."""
+    BLOCK_N, R, branches = blocks["BLOCK_N"], layout.R, layout.branches
+    padded = lambda x, value: torch.nn.functional.pad(x, (0, -R % BLOCK_N), value=value).unflatten(1, (-1, BLOCK_N))  # noqa: E731
+    live = padded(branches.live(), False)
+    r = padded(torch.arange(R, device=layout.device).expand(layout.B, R), 0)
+    start, length = (padded(branches.column(column), 0) for column in (START, LENGTH))
+    begin = torch.where(live, start if branches.full else r, R).amin(-1)
+    end = torch.where(live, start + length, 0).amax(-1)
+    if window is not None:
+        end = torch.minimum(end, torch.where(live, r, 0).amax(-1) + window)
+    return cdiv((end - begin).clamp(min=0), blocks["BLOCK_M"])

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quietstar_kernels.branches import ANCHOR, LENGTH, START, Branches
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.triton._rows import FAR
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """Blocks per tile, int64 [B,tiles], for each key head; thought tiles first, then text tiles.
+    """Blocks per tile, int64 [B,tiles], for each key head; tiles of branches first, then text tiles.
 
     Attributes:
         blocks: the tile sizes, as in ``configs.ATTENTION_FORWARD``.
         own: masked blocks of BLOCK_EDGE own keys.
-        full: blocks of BLOCK_N text keys.
+        full: blocks of BLOCK_N keys, own ones and text.
         edge: masked blocks of BLOCK_EDGE text keys.
     """
 
@@ -43,28 +44,31 @@ def forward_plan(
     layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None = None, query_rows: str = "all"
 ) -> ForwardPlan:
     """The blocks of one launch, for ``group`` H/G query heads per key head and the tile sizes ``blocks``."""
-    parts = [_thought_tiles(layout, group, blocks, window)]
+    branches = layout.branches
+    parts = [_branch_tiles(branches, group, blocks, window)]
     if query_rows == "all":
-        parts.append(_text_tiles(layout, group, blocks, window))
+        parts.append(_text_tiles(branches, group, blocks, window))
     own, full, edge = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     return ForwardPlan(blocks, own, full, edge)
 
 
-def _thought_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
-    """Blocks of own keys, whole and masked blocks of text: [B,tiles] each."""
-    row, inside = flat_rows(layout.R, group, blocks["BLOCK_M"], layout.device)
-    on = layout.live().flatten(1)[:, row] & inside
-    s = row % layout.S
-    full, edge = text_blocks(layout, layout.row_anchor()[:, row], 1 + s, on, blocks, window)
-    first = row - (s if window is None else s.clamp(max=window - 1))
-    start, last = torch.where(on, first, layout.R).amin(-1), torch.where(on, row, -1).amax(-1)
-    return cdiv((last + 1 - start).clamp(min=0), blocks["BLOCK_EDGE"]), full, edge
+def _branch_tiles(branches: Branches, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
+    """Masked blocks of own keys, whole blocks, masked blocks of text: [B,tiles] each."""
+    row, inside = flat_rows(branches.R, group, blocks["BLOCK_M"], branches.device)
+    on = branches.live()[:, row] & inside
+    r = torch.arange(branches.R, device=branches.device)
+    start = branches.column(START)
+    first = start if window is None else torch.maximum(start, r + 1 - window)
+    last = start + branches.column(LENGTH) - 1 if branches.full else r.expand_as(start)
+    own_full, own = cover(*bounds(first[:, row], last[:, row], on), blocks)
+    full, edge = text_blocks(branches, branches.column(ANCHOR)[:, row], (1 + r - start)[:, row], on, blocks, window)
+    return own, own_full + full, edge
 
 
-def _text_tiles(layout: ThoughtLayout, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
-    row, inside = flat_rows(layout.L, group, blocks["BLOCK_M"], layout.device)
-    t = row.expand(layout.B, *row.shape)
-    full, edge = text_blocks(layout, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
+def _text_tiles(branches: Branches, group: int, blocks: dict[str, int], window: int | None) -> tuple[Tensor, ...]:
+    row, inside = flat_rows(branches.L, group, blocks["BLOCK_M"], branches.device)
+    t = row.expand(branches.B, *row.shape)
+    full, edge = text_blocks(branches, t, torch.zeros_like(row), inside.expand_as(t), blocks, window)
     return torch.zeros_like(full), full, edge
 
 
@@ -75,25 +79,37 @@ def flat_rows(count: int, group: int, block: int, device: torch.device) -> tuple
 
 
 def text_blocks(
-    layout: ThoughtLayout, t: Tensor, ahead: Tensor, on: Tensor, blocks: dict[str, int], window: int | None
+    layout: Branches | ThoughtLayout, t: Tensor, ahead: Tensor, on: Tensor, blocks: dict[str, int], window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Whole and masked blocks [B,tiles] for rows [B,tiles,BLOCK_M] at position ids pos[t] + ahead that see lo[t]..t."""
-    far = FAR.value
     first = layout.lo.long().gather(1, t.flatten(1)).view(t.shape)
-    start = torch.where(on, first, far).amin(-1)
-    all_from = torch.where(on, first, 0).amax(-1)
-    all_to = torch.where(on, t, far).amin(-1)
-    end = torch.where(on, t, -1).amax(-1)
+    start, all_from, all_to, end = bounds(first, t, on)
     if window is not None:
         oldest = t - first + ahead + 1 - window
-        lowest, highest = torch.where(on, oldest, far).amin(-1), torch.where(on, oldest, -far).amax(-1)
+        lowest, highest = torch.where(on, oldest, FAR.value).amin(-1), torch.where(on, oldest, -FAR.value).amax(-1)
         begin = torch.maximum(start, lowest)
         n = torch.arange(layout.L, device=t.device)
         position = layout.text_position_ids()[:, None]
         there = (n >= begin[..., None]) & (n <= end[..., None])
-        start = torch.where(there & (position >= lowest[..., None]), n, far).amin(-1)
+        start = torch.where(there & (position >= lowest[..., None]), n, FAR.value).amin(-1)
         too_old = torch.where(there & (position < highest[..., None]), n + 1, 0).amax(-1)
         all_from = torch.maximum(torch.maximum(all_from, begin), too_old)
+    return cover(start, all_from, all_to, end, blocks)
+
+
+def bounds(first: Tensor, last: Tensor, on: Tensor) -> tuple[Tensor, ...]:
+    """As ``_rows.bounds``, of rows [B,tiles,BLOCK_M] that all see something."""
+    far = FAR.value
+    return (
+        torch.where(on, first, far).amin(-1),
+        torch.where(on, first, 0).amax(-1),
+        torch.where(on, last, far).amin(-1),
+        torch.where(on, last, -1).amax(-1),
+    )
+
+
+def cover(start: Tensor, all_from: Tensor, all_to: Tensor, end: Tensor, blocks: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Whole and masked blocks [B,tiles]."""
     before = cdiv((all_from - start).clamp(min=0), blocks["BLOCK_EDGE"])
     full_start = start + before * blocks["BLOCK_EDGE"]
     full = (all_to + 1 - full_start).clamp(min=0) // blocks["BLOCK_N"]

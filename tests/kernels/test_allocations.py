@@ -114,7 +114,7 @@ def test_thought_attention(way, options):
     """With one head, so that the number of heads can't hide a tensor of R*L per head."""
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
-    rest = (layout, AttentionOptions(0.5, *options, sinks))
+    rest = (layout.branches, AttentionOptions(0.5, *options, sinks))
     functions = backend_functions("thought_attention")
     with LargestOutput() as forward:
         out, lse = functions.thought_attention(q, k, v, *rest)
@@ -132,6 +132,6 @@ def test_thought_decode(way, softcap):
     inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)
     options = AttentionOptions(0.5, None, softcap, inputs.pop("sinks"))
     with LargestOutput() as largest:
-        backend_functions("thought_decode").thought_decode(*inputs.values(), layout, torch.tensor(7), options)
+        backend_functions("thought_decode").thought_decode(*inputs.values(), *layout.branches[:2], torch.tensor(7), options)
     thoughts = layout.P * layout.N
     assert thoughts <= largest.numel <= 2 * thoughts * layout.L

@@ -8,6 +8,7 @@ import torch
 
 from quietstar_kernels import ThoughtLayout, reference
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.branches import ANCHOR, LENGTH
 from quietstar_kernels.testing import attention_inputs, random_layout
 
 pytest.importorskip("triton")
@@ -19,7 +20,8 @@ from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 from quietstar_kernels.triton import configs  # noqa: E402
 from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
 from quietstar_kernels.triton.thought_attention.backward import thought_attention_backward  # noqa: E402
-from quietstar_kernels.triton.thought_attention.forward import thought_attention  # noqa: E402
+from quietstar_kernels.triton.thought_attention.backward_keys import configs_of  # noqa: E402
+from quietstar_kernels.triton.thought_attention.forward import config_of, thought_attention  # noqa: E402
 
 LENGTHS = (256, 512, 1024, 4096)
 THOUGHTS = ((1, 8), (2, 12), (2, 14), (4, 16), (8, 32))  # N, S
@@ -74,6 +76,56 @@ def test_waste_of_the_backward(record_property):
         assert min(row) >= 1.4, f"H/G {group}, L {L}"
 
 
+def prompts(lengths, branches, shortest, longest):
+    """A layout of prompts of these lengths, one after another, with as many branches each on its last position."""
+    ends = torch.tensor(lengths).cumsum(0)
+    lo = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))[None]
+    anchors = (ends - 1).repeat_interleave(branches)[None]
+    rows = torch.randint(shortest, longest + 1, anchors.shape, generator=torch.Generator().manual_seed(0))
+    return ThoughtLayout.packed(anchors, rows, lo=lo)
+
+
+def drafter():
+    """Blocks of 16 rows that see each other, at 256 places of four documents."""
+    places = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:256].sort().values
+    lo = (torch.arange(4096) // 1024 * 1024)[None]
+    return ThoughtLayout.packed(places[None], torch.full((1, 256), 16), lo=lo, own="full")
+
+
+BRANCHES = {  # the most products over useful ones, forward
+    "prompt 512, 8 of 256": (prompts([512], 8, 256, 256), 1.15),
+    "prompt 2048, 8 of 256": (prompts([2048], 8, 256, 256), 1.15),
+    "prompt 2048, 8 of 1024": (prompts([2048], 8, 1024, 1024), 1.15),
+    "prompt 512, 8 of 1024": (prompts([512], 8, 1024, 1024), 1.15),
+    # With H/G 1, a quarter of the tiles of 128 rows hold the end of a branch and the start of the next.
+    "4 prompts of 300 to 1200, 8 of 256 to 700": (prompts([300, 700, 512, 1200], 8, 256, 700), 1.2),
+    "drafter, 256 of 16": (drafter(), 1.6),
+}
+
+
+def useful(layout):
+    """Scores of the branch rows for one query head."""
+    branches = layout.branches
+    own = branches.column(LENGTH) if branches.full else branches.row_in_branch() + 1
+    text = layout.text_position_ids().gather(1, branches.column(ANCHOR)) + 1
+    return int(((text + own) * branches.live()).sum())
+
+
+def test_waste_of_branches(record_property, monkeypatch):
+    """Own rows that all rows of a tile see are not masked, so long branches waste no more than text."""
+    monkeypatch.setattr(configs, "target", lambda: "sm_90")
+    options = AttentionOptions(1.0, None, None, None)
+    lines = ["waste of branches, tiles of sm_90 at K 128", f"{'forward backward':>67}"]
+    for (name, (layout, most)), group in itertools.product(BRANCHES.items(), GROUPS):
+        seen = group * useful(layout)
+        forward = forward_plan(layout, group, config_of(layout.branches, options, 2, 128).blocks, query_rows="thoughts")
+        tables = hopper(BACKWARD_TABLES[0]), *(x.blocks for x in configs_of(layout.branches, 8, options, 2, 128))
+        backward = backward_plan(layout, group, *tables, query_rows="thoughts").products(128, 128) / (5 * 128 * seen)
+        lines.append(f"  {name:<42} H/G {group} {forward.scores() / seen:>8.3f} {backward:>8.3f}")
+        assert 1 <= forward.scores() / seen <= most and backward >= 1.4, lines[-1]
+    record_property("table", "\n".join(lines))
+
+
 @pytest.fixture
 def products(monkeypatch):
     """The multiplications of each dot that the interpreter runs."""
@@ -89,6 +141,10 @@ def products(monkeypatch):
     return counted
 
 
+def packed(anchors, lengths, *rest, **more):
+    return ThoughtLayout.packed(torch.tensor(anchors), torch.tensor(lengths), *rest, **more)
+
+
 RAGGED = ThoughtLayout.at(torch.arange(36)[None], 1, 20, 36, length=torch.arange(36)[None, :, None] % 21)
 LAYOUTS = {
     "every": (ThoughtLayout.every_position(2, 40, 2, 5), {}),
@@ -96,6 +152,8 @@ LAYOUTS = {
     "documents": (ThoughtLayout.from_documents((torch.arange(80) // 40)[None], 3, 4, torch.arange(80)[None, ::7]), {}),
     "ragged": (RAGGED, {"query_rows": "thoughts"}),
     "any lo, window": (random_layout(torch.Generator().manual_seed(6), "any_lo", 2, 60, 2, 5), {"window": 30}),
+    "branches": (packed([[9, 9, 35]], [[50, 0, 41]], 40, rows=100), {"query_rows": "thoughts"}),
+    "full branches, window": (packed([[9, 39], [20, -1]], [[60, 23], [41, 0]], 40, own="full"), {"window": 50}),
 }
 
 
@@ -107,7 +165,7 @@ def test_plan_is_what_runs(name, group, products):
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 2 * group, 2, 24, 40, query_rows=options["query_rows"])
     sinks = inputs.pop("sinks")
-    thought_attention(layout=layout, options=AttentionOptions(1.0, options["window"], None, sinks), **inputs)
+    thought_attention(branches=layout.branches, options=AttentionOptions(1.0, options["window"], None, sinks), **inputs)
     blocks = configs.pick(configs.ATTENTION_FORWARD, 4, 40).blocks
     plan = forward_plan(layout, group, blocks, **options)
     assert plan.full.sum() and plan.edge.sum() and plan.own.sum()
@@ -123,7 +181,7 @@ def test_backward_plan_is_what_runs(name, products):
     options = {"window": None, "query_rows": "all"} | options
     inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 6, 2, 24, 40, query_rows=options["query_rows"])
     q, k, v, _ = inputs.values()
-    rest = (layout, AttentionOptions(1.0, options["window"], None, None))
+    rest = (layout.branches, AttentionOptions(1.0, options["window"], None, None))
     out, lse = reference.thought_attention(q, k, v, *rest)
     thought_attention_backward(out, q, k, v, out, lse, *rest)
     plan = backward_plan(layout, 3, *(configs.pick(table, 4, 40).blocks for table in BACKWARD_TABLES), **options)

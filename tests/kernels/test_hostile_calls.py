@@ -126,6 +126,7 @@ target(
         "lo": torch.zeros(B, L, dtype=torch.int32),
         "length": torch.full((B, P, N), S),
         "validate": True,
+        "own": "full",
     },
 )
 target(
@@ -138,7 +139,20 @@ target(
     ThoughtLayout.from_documents,
     lambda: {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 1], [4, 4, 2, 2, -1, -1]]), **SIZES, **ANCHORS},
 )
-for name in ("row_anchor", "live", "text_position_ids", "position_ids", "text_only"):
+target(
+    "ThoughtLayout.packed",
+    ThoughtLayout.packed,
+    lambda: {
+        **ANCHORS,
+        "lengths": torch.tensor([[2, 0, 3], [1, 1, 0]]),
+        "text_length": L,
+        "lo": torch.zeros(B, L, dtype=torch.int32),
+        "rows": 6,
+        "own": "full",
+        "validate": True,
+    },
+)
+for name in ("row_anchor", "branch_of_row", "row_in_branch", "live", "text_position_ids", "position_ids", "text_only"):
     target(f"ThoughtLayout.{name}", getattr(layout(), name), lambda: {})
 target(
     "ThoughtLayout.token_ids",

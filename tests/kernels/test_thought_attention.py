@@ -7,6 +7,7 @@ import torch
 
 from quietstar_kernels import ThoughtLayout, thought_attention
 from quietstar_kernels.testing import (
+    BRANCH_KINDS,
     LAYOUT_KINDS,
     assert_close_as_plain,
     assert_op_close_as_plain,
@@ -18,7 +19,8 @@ from quietstar_kernels.testing import (
 )
 from quietstar_kernels.thought_attention import _backward, _forward
 
-CASES = 500  # random layouts, all kinds together
+KINDS = LAYOUT_KINDS + BRANCH_KINDS
+CASES = 650  # random layouts, all kinds together
 DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
 WIDTHS = [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)]
 
@@ -54,7 +56,7 @@ def check(backend, layout, inputs, grad_out, what, **options):
 def random_case(seed, device, dtypes, widths, alike=False, **sizes):
     """Layout, inputs, gradient of the output and options, all drawn from one seed; ``alike``: all options or none."""
     generator = seeded(seed)
-    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
+    layout = random_layout(generator, KINDS[seed % len(KINDS)], device=device, **sizes)
     options = {
         "scale": pick(generator, [None, None, 0.3]),
         "window": pick(generator, [None, None, 1, 3, 6]),
@@ -72,9 +74,9 @@ def random_case(seed, device, dtypes, widths, alike=False, **sizes):
     return layout, inputs, grad_out, options
 
 
-@pytest.mark.parametrize("kind", range(len(LAYOUT_KINDS)), ids=LAYOUT_KINDS)
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
 def test_error_rule_on_random_layouts(backend, kind, case, few):
-    for seed in few(range(kind, CASES, len(LAYOUT_KINDS)), 3):
+    for seed in few(range(kind, CASES, len(KINDS)), 3):
         layout, inputs, grad_out, options = case(seed)
         check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
 
@@ -120,6 +122,7 @@ SMALL = {
     "left padding": ThoughtLayout.from_padding(torch.tensor([[0, 1, 1], [1, 1, 1]]), 2, 2),
     "documents": ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 2, torch.tensor([[1, 3, -1]])),
     "ragged": ThoughtLayout.at(torch.tensor([[0, 2]]), 2, 2, text_length=3, length=torch.tensor([[[2, 1], [0, 2]]])),
+    "full": ThoughtLayout.packed(torch.tensor([[0, 2, 2]]), torch.tensor([[2, 0, 3]]), 3, rows=6, own="full"),
 }
 OPTIONS = [{}, {"window": 2}, {"softcap": 1.5}, {"window": 3, "softcap": 2.0, "query_rows": "thoughts", "scale": 0.7}]
 
@@ -142,8 +145,8 @@ def test_opcheck(backend, case, few):
     for seed in few(range(4), 1):
         layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
         q, k, v, sinks = inputs.values()
-        metadata = (layout.anchor, layout.lo, layout.length)
-        rest = (layout.rows, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
+        metadata = layout.branches[:3]
+        rest = (layout.branches.full, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
         out, lse = _forward(q, k, v, *metadata, sinks, *rest)
         torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
         leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
@@ -259,6 +262,8 @@ EDGES = {
     "L=1": ThoughtLayout.every_position(2, 1, 2, 2),
     "one": ThoughtLayout.every_position(1, 1, 1, 1),
     "all off": ThoughtLayout.at(torch.full((2, 3), -1), 2, 2, text_length=4),
+    "no branches": ThoughtLayout.packed(torch.zeros(2, 0).int(), torch.zeros(2, 0).int(), 3, rows=2),
+    "empty branches": ThoughtLayout.packed(torch.tensor([[0, 2]]), torch.tensor([[0, 0]]), 3),
 }
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout, thought_attention
-from quietstar_kernels.testing import attention_inputs, forward_backward, random_layout
+from quietstar_kernels.testing import BRANCH_KINDS, attention_inputs, forward_backward, random_layout
 
 HUGE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}
-KINDS = ["every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged"]
+KINDS = ["every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", *BRANCH_KINDS]
 
 
 def run(backend, layout, inputs, grad_out, **options):
@@ -71,7 +71,7 @@ def assert_same_where(good, bad, keep, what):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("query_rows", ["all", "thoughts"])
-@pytest.mark.parametrize("kind", ["anchors", "left", "both", "documents", "ragged"])
+@pytest.mark.parametrize("kind", ["anchors", "left", "both", "documents", "ragged", *BRANCH_KINDS])
 def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted, narrow):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
     seen = 0

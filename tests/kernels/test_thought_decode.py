@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout, _dispatch, thought_decode
+from quietstar_kernels.branches import LENGTH
 from quietstar_kernels.testing import (
     LAYOUT_KINDS,
     assert_close_as_plain,
@@ -18,6 +19,7 @@ from quietstar_kernels.testing import (
 )
 from quietstar_kernels.thought_decode import _forward
 
+KINDS = (*LAYOUT_KINDS, "packed")
 GROUP = 50  # random layouts in one test
 DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16]
 WIDTHS = [(8, 8), (16, 16), (3, 5), (17, 1), (1, 16)]
@@ -61,7 +63,7 @@ def pick(generator, choices):
 def random_case(seed, device, dtypes, widths, alike=False, **sizes):
     """Layout, inputs and options, all drawn from one seed; ``alike``: all options or none."""
     generator = seeded(seed)
-    layout = random_layout(generator, LAYOUT_KINDS[seed % len(LAYOUT_KINDS)], device=device, **sizes)
+    layout = random_layout(generator, KINDS[seed % len(KINDS)], device=device, **sizes)
     options = {
         "step": int(torch.randint(layout.S, (), generator=generator)),
         "scale": pick(generator, [None, None, 0.3]),
@@ -127,7 +129,7 @@ def test_step_as_a_tensor_and_two_runs(backend, case, device, few):
             step = torch.tensor(options["step"], dtype=dtype, device=device)
             again = thought_decode(**inputs, layout=layout, backend=backend, **(options | {"step": step}))
             assert torch.equal(again, want)
-        on = layout.live().flatten(1)[:, options["step"] :: layout.S]
+        on = layout.branches.table[..., LENGTH] > options["step"]
         assert (want.transpose(1, 2)[~on] == 0).all()
         assert not want.requires_grad and want.dtype == inputs["q"].dtype
 
@@ -232,8 +234,8 @@ def test_opcheck(backend, case, device, few, shape):
         layout, inputs, options = case(seed, dtypes=[shape["dtype"]])
         *tensors, sinks = inputs.values()
         step = torch.tensor(options["step"], dtype=torch.int32, device=device)
-        metadata = (layout.anchor, layout.lo, layout.length, step)
-        rest = (layout.rows, 0.5, options["window"], options["softcap"], backend)
+        metadata = (*layout.branches[:2], step)
+        rest = (0.5, options["window"], options["softcap"], backend)
         torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
 
 

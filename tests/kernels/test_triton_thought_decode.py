@@ -56,6 +56,18 @@ def test_parts_of_the_text_add_up(monkeypatch, kind):
     assert torch.equal(*(on_triton(**inputs, layout=layout, **options) for _ in range(2)))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_an_infinity_in_a_block_without_a_mask(monkeypatch, splits):
+    """It makes all of a row NaN, not only the column that it is in."""
+    monkeypatch.setattr(_launch, "_plans", {})
+    monkeypatch.setattr(op, "splits_of", lambda *_: splits)
+    layout = ThoughtLayout.at(torch.tensor([[3, 60]], device=DEVICE), 1, 2, text_length=70)
+    inputs = decode_inputs(seeded(0), layout, 1, 1, 16)
+    inputs["v_text"][0, 0, 5, 3] = torch.inf
+    out = on_triton(**inputs, layout=layout, step=1)
+    assert out[0, 0, 0].isfinite().all() and out[0, 0, 1].isnan().all()
+
+
 def test_number_of_parts(monkeypatch):
     """One wave of programs; a part has at least some blocks of keys."""
     monkeypatch.setattr(_decode_splits, "processors", lambda device: 132)
@@ -72,8 +84,8 @@ def test_one_compile_serves_all_sizes():
 import json, torch
 from ahead_of_time import compiled_for
 from compiled.thought_decode import decode
-sizes = [dict(L=1, P=1, N=1, S=1, heads=1, groups=1), dict(L=4096, P=1, N=1), dict(B=3, L=100, P=7, S=12)]
-sizes += [dict(heads=heads, N=heads) for heads in (1, 2, 3, 8, 16, 71)] + [dict(L=16, P=16, N=16, S=16, groups=16)]
+sizes = [dict(L=1, C=1, S=1, heads=1, groups=1), dict(L=4096, C=1), dict(B=3, L=100, C=14, S=12)]
+sizes += [dict(heads=heads, C=256 * heads) for heads in (1, 2, 3, 8, 16, 71)] + [dict(L=16, C=256, S=16, groups=16)]
 with compiled_for("sm_90") as kernels:
     for size in sizes:
         decode(torch.bfloat16, 64, 64, (None, None, False), **size)

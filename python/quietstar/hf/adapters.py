@@ -101,13 +101,23 @@ def check(model: nn.Module) -> None:
         raise ValueError(f"the base must be frozen where adapters are trained, got gradients for {', '.join(unsaved[:3])}")
 
 
+def check_rows(model: nn.Module) -> None:
+    """Raises ValueError for adapters that add or choose rows of the text; a model without adapters passes."""
+    for config in getattr(model, "peft_config", {}).values():
+        _check_layers_only(config)
+
+
 def _check_kind(config: Any) -> None:
-    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"adapters must change layers only, got {kind}, which changes rows of the text")
+    _check_layers_only(config)
     initialization = getattr(config, "init_lora_weights", True)
     if initialization not in INITIALIZATIONS:
         raise ValueError(f"init_lora_weights must leave the base unchanged, got {initialization!r}, which changes its weights")
+
+
+def _check_layers_only(config: Any) -> None:
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"adapters must change layers only, got {kind}, which changes rows of the text")
 
 
 def can_be_off(model: nn.Module) -> bool:

@@ -9,37 +9,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.branches import ANCHOR, LENGTH, Branches
 
 # PyTorch's CPU flash attention uses its largest tile, 256 rows, from 768 rows on. More rows would only waste arithmetic: every
-# row of a chunk is computed against all text that any of them sees. So it matters as much that anchors are few.
-THOUGHT_ROWS, TEXT_ROWS, ANCHORS = 768, 256, 128
+# row of a chunk is computed against all text that any of them sees.
+OWN_ROWS, TEXT_ROWS = 768, 256
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive query rows: c thoughts of s rows each, or c text rows with s = 1.
+    """Consecutive query rows, all of branches or all of text; c rows.
 
     Attributes:
         rows: where they are in the query tensor.
-        s: rows of each thought.
-        thoughts: their thoughts, as p*N + n; None for text rows.
+        own: where they are among the branch rows; None for text rows.
         keys: the text that at least one row sees; may be empty.
-        mask: additive, 0 or -inf, [B or 1,1,h*c*s,keys]; None if ``keys`` is empty.
-        blind: bool [B or 1,1,1,c,s], rows that see no text although others do; None if there are none.
+        mask: additive, 0 or -inf, [B or 1,1,h*c,keys]; None if ``keys`` is empty.
+        blind: bool [B or 1,1,1,c], rows that see no text although others do; None if there are none.
     """
 
     rows: slice
-    s: int
-    thoughts: slice | None
+    own: slice | None
     keys: slice
     mask: Tensor | None = None
     blind: Tensor | None = None
 
 
-def split(x: Tensor, heads: int, s: int) -> Tensor:
-    """A view of the rows x [B,H,c*s,...] as [B,heads,H/heads,c,s,...]."""
-    return x.unflatten(1, (heads, -1)).unflatten(3, (-1, s))
+def split(x: Tensor, heads: int) -> Tensor:
+    """A view of the rows x [B,H,c,...] as [B,heads,H/heads,c,...]."""
+    return x.unflatten(1, (heads, -1))
 
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,72 +45,43 @@ def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def by_thought(x: Tensor) -> Tensor:
-    """[B,G,h,c,s,...] as a batch of thoughts [B*G*c,h*s,...]."""
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_thought(x: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of ``by_thought``; ``shape`` starts with B,G,h,c,s."""
-    B, G, h, c, s = shape[:5]
-    return x.unflatten(0, (B, G, c)).unflatten(3, (h, s)).transpose(2, 3)
-
-
-def chunks(layout: ThoughtLayout, rows: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(branches: Branches, rows: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """The ``rows`` query rows of ``thought_attention``; masks repeat for each of ``heads`` h."""
-    text_rows = rows - layout.R
+    text_rows, lo = rows - branches.R, branches.lo
     if text_rows:
-        t = torch.arange(layout.L, device=layout.device).expand(layout.B, -1)
-        for cut, *keys in _chunks(layout, t, t[0, :1] * 0, 1, window, heads, dtype, -(-TEXT_ROWS // heads)):
-            yield Chunk(cut, 1, None, *keys)
-    ahead = torch.arange(1, layout.S + 1, device=layout.device)
-    places = min(ANCHORS, -(-THOUGHT_ROWS // (layout.N * layout.S * heads)))
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, places, text_rows)
+        t = torch.arange(branches.L, device=lo.device).expand(branches.B, -1)
+        for cut, *keys in _chunks(lo, t, t - lo, window, heads, dtype, TEXT_ROWS):
+            yield Chunk(cut, None, *keys)
+    t = branches.column(ANCHOR).masked_fill(~branches.live(), -1)
+    position = branches.position_ids()[:, branches.L :]
+    for cut, *keys in _chunks(lo, t, position, window, heads, dtype, OWN_ROWS):
+        yield Chunk(slice(text_rows + cut.start, text_rows + cut.stop), cut, *keys)
 
 
-def step_chunks(layout: ThoughtLayout, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
-    """Row ``step`` of every thought, the query rows of ``thought_decode``."""
-    ahead = torch.tensor([1 + step], device=layout.device)
-    yield from _thought_chunks(layout, ahead, window, heads, dtype, -(-THOUGHT_ROWS // (layout.N * heads)), 0)
-
-
-def _thought_chunks(
-    layout: ThoughtLayout,
-    ahead: Tensor,
-    window: int | None,
-    heads: int,
-    dtype: torch.dtype,
-    places: int,
-    start: int,
-) -> Iterator[Chunk]:
-    dead = (layout.anchor < 0) | (layout.length == 0).all(-1)
-    t, s = layout.anchor.long().masked_fill(dead, -1), ahead.numel()
-    for cut, *text in _chunks(layout, t, ahead, layout.N, window, heads, dtype, places):
-        thoughts = slice(cut.start * layout.N, cut.stop * layout.N)
-        yield Chunk(slice(start + thoughts.start * s, start + thoughts.stop * s), s, thoughts, *text)
+def step_chunks(lo: Tensor, table: Tensor, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    """Row ``step`` of every branch, the query rows of ``thought_decode``."""
+    t = table[..., ANCHOR].long().masked_fill(table[..., LENGTH] <= step, -1)
+    at = t.clamp(min=0)
+    position = at - lo.long().gather(1, at) + 1 + step if lo.shape[1] else t
+    for cut, *keys in _chunks(lo, t, position, window, heads, dtype, OWN_ROWS):
+        yield Chunk(cut, cut, *keys)
 
 
 def _chunks(
-    layout: ThoughtLayout,
-    t: Tensor,
-    ahead: Tensor,
-    copies: int,
-    window: int | None,
-    heads: int,
-    dtype: torch.dtype,
-    places: int,
+    lo: Tensor, t: Tensor, position: Tensor, window: int | None, heads: int, dtype: torch.dtype, most: int
 ) -> Iterator[tuple]:
-    """Slices of about ``places`` columns of t [B,P], each with keys, mask and blind rows.
+    """Slices of rows, about ``most`` with those of all heads, each with keys, mask and blind rows.
 
-    A column has ``copies`` times len(ahead) rows, at position ids pos[t] + ahead; t = -1 sees nothing.
+    Rows are at text positions t [B,rows], -1 if they see nothing, and have position ids ``position`` [B,rows].
     """
-    lo, pos, P = layout.lo.long(), layout.text_position_ids(), t.shape[1]
-    if torch.equal(lo, lo[:1].expand_as(lo)) and torch.equal(t, t[:1].expand_as(t)):
-        t, lo, pos = t[:1], lo[:1], pos[:1]  # one mask serves the whole batch
+    lo, rows = lo.long(), t.shape[1]
+    text_position = torch.arange(lo.shape[1], device=lo.device) - lo
+    if all(torch.equal(x, x[:1].expand_as(x)) for x in (lo, t)):  # one mask serves the whole batch
+        t, lo, position, text_position = t[:1], lo[:1], position[:1], text_position[:1]
     nothing = (slice(0, 0), None, None)
-    count = min(P, max(1, P // places))
+    count = min(rows, max(1, rows * heads // most))
     for i in range(count):
-        cut = slice(i * P // count, (i + 1) * P // count)
+        cut = slice(i * rows // count, (i + 1) * rows // count)
         last = t[:, cut, None]
         stop = int(last.max()) + 1
         if stop == 0:
@@ -122,21 +91,22 @@ def _chunks(
         first = lo.gather(1, at).masked_fill(last[..., 0] < 0, stop)[..., None]
         start = int(first.min())
         if window is not None:
-            oldest = pos.gather(1, at)[..., None] + ahead - window
+            oldest = position[:, cut] - window
             # A mask over all text before the window would make the time quadratic in L.
-            within = (pos[:, start:stop] > oldest.amin((1, 2))[:, None]).any(0).nonzero()
+            oldest_of_all = oldest.masked_fill(last[..., 0] < 0, stop).amin(1)
+            within = (text_position[:, start:stop] > oldest_of_all[:, None]).any(0).nonzero()
             start = start + int(within[0]) if within.numel() else stop - 1
         j = torch.arange(start, stop, device=t.device)
-        see = ((j >= first) & (j <= last))[:, None, :, None, None]  # [B,1,P,copies,ahead,keys]
+        see = (j >= first) & (j <= last)  # [B,rows,keys]
         blind = None
         if window is not None:
-            see = see & (pos[:, None, None, start:stop] > oldest[..., None])[:, None, :, None]
+            see = see & (text_position[:, None, start:stop] > oldest[..., None])
             used = see.flatten(0, -2).any(0).nonzero()
             if not used.numel():
                 yield cut, *nothing
                 continue
             see, start = see[..., int(used[0]) :], start + int(used[0])
-            blind = ~see.any(-1).expand(-1, -1, -1, copies, -1).flatten(2, 3)[:, :, None]
+            blind = ~see.any(-1)[:, None, None]
         mask = torch.where(see, 0.0, -math.inf).to(dtype)
-        mask = mask.expand(-1, heads, -1, copies, ahead.numel(), -1).reshape(len(t), 1, -1, stop - start)
+        mask = mask[:, None].expand(-1, heads, -1, -1).reshape(len(t), 1, -1, stop - start)
         yield cut, slice(start, stop), mask, blind

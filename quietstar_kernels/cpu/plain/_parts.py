@@ -22,11 +22,11 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def text_forward(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """Rows q [B,G,h,c,s,K] over the chunk's keys of the text, k [B,G,L,K]: out [B,G,h,c,s,E] and lse [B,G,h,c,s]."""
-    rows = q.shape[2:5]
+    """Rows q [B,G,h,c,K] over the chunk's keys of the text, k [B,G,L,K]: out [B,G,h,c,E] and lse [B,G,h,c]."""
+    rows = q.shape[2:4]
     if chunk.mask is None:
-        return q.new_zeros((*q.shape[:5], v.shape[-1])), q.new_full(q.shape[:5], -math.inf)
-    q, k, v = q.flatten(2, 4), k[:, :, chunk.keys], v[:, :, chunk.keys]
+        return q.new_zeros((*q.shape[:4], v.shape[-1])), q.new_full(q.shape[:4], -math.inf)
+    q, k, v = q.flatten(2, 3), k[:, :, chunk.keys], v[:, :, chunk.keys]
     if options.softcap is None:
         E = v.shape[-1]
         out, lse = _flash(*_equal_widths(q, k, v), 0.0, False, attn_mask=chunk.mask, scale=options.scale)
@@ -52,9 +52,9 @@ def text_backward(
     chunk: Chunk,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [B,G,h,c,s,K], and dk, dv of the chunk's keys, from the joint ``out``, ``delta`` and ``lse`` of the rows."""
-    rows, K, E = q.shape[2:5], q.shape[-1], v.shape[-1]
-    grad_out, q, out, delta, lse = (x.flatten(2, 4) for x in (grad_out, q, out, delta, lse))
+    """dq [B,G,h,c,K], and dk, dv of the chunk's keys, from the joint ``out``, ``delta`` and ``lse`` of the rows."""
+    rows, K, E = q.shape[2:4], q.shape[-1], v.shape[-1]
+    grad_out, q, out, delta, lse = (x.flatten(2, 3) for x in (grad_out, q, out, delta, lse))
     k, v = k[:, :, chunk.keys], v[:, :, chunk.keys]
     if chunk.mask is None:
         return torch.zeros_like(q).unflatten(2, rows), torch.zeros_like(k), torch.zeros_like(v)
@@ -120,25 +120,25 @@ def without_poison(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def sees_text(bad: Tensor, chunk: Chunk) -> Tensor:
-    """bool [B,G,1,c,s]: the chunk's rows that see one of the text keys bad [B,G,L]."""
+    """bool [B,G,1,c]: the chunk's rows that see one of the text keys bad [B,G,L]."""
     count = chunk.rows.stop - chunk.rows.start
     if chunk.mask is None:
         seen = bad.new_zeros((*bad.shape[:2], count))
     else:
         seen = ((chunk.mask[:, :, :count] == 0) & bad[:, :, None, chunk.keys]).any(-1)
-    return seen.unflatten(2, (1, -1, chunk.s))
+    return seen[:, :, None]
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """Add a logit per head that has no value: out [B,G,h,c,s,E] and lse [B,G,h,c,s] become the joint ones."""
+    """Add a logit per head that has no value: out [B,G,h,c,E] and lse [B,G,h,c] become the joint ones."""
     joint = torch.logaddexp(lse, per_head(sinks, lse))
     out *= torch.exp(lse - joint)[..., None]
     lse.copy_(joint)
 
 
 def per_head(sinks: Tensor, like: Tensor) -> Tensor:
-    """[1,G,h,1,1], which broadcasts with ``like`` [B,G,h,c,s]."""
-    return sinks.to(like.dtype).view(1, *like.shape[1:3], 1, 1)
+    """[1,G,h,1], which broadcasts with ``like`` [B,G,h,c]."""
+    return sinks.to(like.dtype).view(1, *like.shape[1:3], 1)
 
 
 def scores_of(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:

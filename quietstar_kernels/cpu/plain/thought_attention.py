@@ -1,7 +1,7 @@
-"""thought_attention on CPUs: the own part of all thoughts first, then the text by flash attention, a chunk of rows at a time.
+"""thought_attention on CPUs: the own part of all branches first, then the text by flash attention, a chunk of rows at a time.
 
-The rows of a chunk are viewed as [B,G,h,c,s,K]: h query heads share a key head, and there are c thoughts of s rows (for text,
-c rows and s = 1). To the text part (h,c,s) are rows, so that keys are never repeated.
+The c rows of a chunk are viewed as [B,G,h,c,K]: h query heads share a key head. To the text part (h,c) are rows, so that keys
+are never repeated.
 Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
 """
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.cpu.plain._chunks import chunks, dense, split
-from quietstar_kernels.cpu.plain._own import own_backward, own_forward, own_mask
+from quietstar_kernels.cpu.plain._own import own_backward, own_forward, own_range
 from quietstar_kernels.cpu.plain._parts import add_sinks, join, per_head, sees_text, text_backward, text_forward, without_poison
-from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.reference import wide
 
 
@@ -24,27 +24,27 @@ def thought_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
-    G, L, S = k.shape[1], layout.L, layout.S
+    G, L = k.shape[1], branches.L
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=wide(q[:0]).dtype)
     lse = out.new_empty(q.shape[:3])
     if q.numel() == 0:
         return out.to(q.dtype), lse
     k, v, bad = without_poison(k, v)
     k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
-    mask = own_mask(S, options.window, lse)
-    own = slice(q.shape[2] - layout.R, None)  # the thought rows, among the query rows
-    own_forward(q[:, :, own], k[:, :, L:], v[:, :, L:], out[:, :, own], lse[:, :, own], mask, options)
-    live = layout.live().flatten(1, 2)
+    own = slice(q.shape[2] - branches.R, None)  # the branch rows, among the query rows
+    own_forward(q[:, :, own], k[:, :, L:], v[:, :, L:], out[:, :, own], lse[:, :, own], branches, options)
+    live = branches.live()
     ragged = not live.all()
-    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
-        rows = split(wide(q[:, :, chunk.rows]), G, chunk.s)
-        o, l = (split(x[:, :, chunk.rows], G, chunk.s) for x in (out, lse))
+    sees_own = live[:, None] & False if bad is None else _sees_own(bad[:, :, L:], branches, options.window)
+    for chunk in chunks(branches, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
+        rows = split(wide(q[:, :, chunk.rows]), G)
+        o, l = (split(x[:, :, chunk.rows], G) for x in (out, lse))
         o_text, l_text = text_forward(rows, k_text, v_text, chunk, options)
-        if chunk.thoughts is None:
+        if chunk.own is None:
             o.copy_(o_text)
             l.copy_(l_text)
         else:
@@ -53,12 +53,12 @@ def thought_attention(
             add_sinks(o, l, options.sinks)
         if bad is not None:
             poisoned = sees_text(bad[:, :, :L], chunk)
-            if chunk.thoughts is not None:
-                poisoned = poisoned | _sees_own(bad[:, :, _own_rows(chunk.thoughts, layout)], mask, S)
+            if chunk.own is not None:
+                poisoned = poisoned | sees_own[:, :, None, chunk.own]
             o.masked_fill_(poisoned[..., None], math.nan)
             l.masked_fill_(poisoned, math.nan)
-        if ragged and chunk.thoughts is not None:
-            off = ~live[:, None, None, chunk.thoughts]
+        if ragged and chunk.own is not None:
+            off = ~live[:, None, None, chunk.own]
             o.masked_fill_(off[..., None], 0)
             l.masked_fill_(off, -math.inf)
     return out.to(q.dtype), lse
@@ -71,16 +71,16 @@ def thought_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
-    G, L, S, sinks = k.shape[1], layout.L, layout.S, options.sinks
+    G, L, sinks = k.shape[1], branches.L, options.sinks
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     dtype = (q.dtype, k.dtype, v.dtype)
-    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     dsinks = lse.new_zeros(q.shape[1])
     k, v, _ = without_poison(k, v)
     k_text, v_text = (dense(x[:, :, :L], lse.dtype) for x in (k, v))
@@ -92,7 +92,7 @@ def thought_attention_backward(
         not_a_number = dropped & (lse != -math.inf)
         grad_out, q, out = (x.masked_fill(dropped[..., None], 0) for x in (grad_out, q, out))
         lse, delta = lse.masked_fill(dropped, math.inf), delta.masked_fill(dropped, 0)
-    own = slice(q.shape[2] - layout.R, None)  # the thought rows, among the query rows
+    own = slice(q.shape[2] - branches.R, None)  # the branch rows, among the query rows
     own_backward(
         grad_out[:, :, own],
         q[:, :, own],
@@ -103,22 +103,18 @@ def thought_attention_backward(
         dq[:, :, own],
         dk[:, :, L:],
         dv[:, :, L:],
-        own_mask(S, options.window, lse),
+        branches,
         options,
     )
     dk_text, dv_text = torch.zeros_like(k_text), torch.zeros_like(v_text)
-    for chunk in chunks(layout, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
-        g, rows, o, d, l = (split(wide(x[:, :, chunk.rows]), G, chunk.s) for x in (grad_out, q, out, delta, lse))
+    for chunk in chunks(branches, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
+        g, rows, o, d, l = (split(wide(x[:, :, chunk.rows]), G) for x in (grad_out, q, out, delta, lse))
         dq_text, dkc, dvc = text_backward(g, rows, k_text, v_text, o, d, l, chunk, options)
         dk_text[:, :, chunk.keys] += dkc
         dv_text[:, :, chunk.keys] += dvc
-        dqc = split(dq[:, :, chunk.rows], G, chunk.s)
-        if chunk.thoughts is None:
-            dqc.copy_(dq_text)
-        else:
-            dqc += dq_text
+        split(dq[:, :, chunk.rows], G).add_(dq_text)
         if sinks is not None:
-            dsinks -= (torch.exp(per_head(sinks, l) - l) * d).sum((0, 3, 4)).flatten()
+            dsinks -= (torch.exp(per_head(sinks, l) - l) * d).sum((0, 3)).flatten()
     if dropped is not None:
         dq.masked_fill_(not_a_number[..., None], math.nan)
     dk[:, :, :L], dv[:, :, :L] = dk_text, dv_text
@@ -135,12 +131,8 @@ def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
     return delta
 
 
-def _own_rows(thoughts: slice, layout: ThoughtLayout) -> slice:
-    """The rows of these thoughts among the packed rows."""
-    return slice(layout.L + thoughts.start * layout.S, layout.L + thoughts.stop * layout.S)
-
-
-def _sees_own(bad: Tensor, mask: Tensor, S: int) -> Tensor:
-    """bool [B,G,1,c,S]: the rows that see one of the own rows bad [B,G,c*S]."""
-    bad = bad.unflatten(2, (-1, 1, S))
-    return (bad & (mask == 0)).any(-1)[:, :, None]
+def _sees_own(bad: Tensor, branches: Branches, window: int | None) -> Tensor:
+    """bool [B,G,R]: the rows that see one of the own rows bad [B,G,R]."""
+    before = torch.nn.functional.pad(bad.cumsum(-1), (1, 0))
+    first, end = (x[:, None].expand(bad.shape) for x in own_range(branches, window))
+    return before.gather(2, end) > before.gather(2, first)

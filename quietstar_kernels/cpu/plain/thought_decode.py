@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.cpu.plain._chunks import by_thought, from_thought, split, step_chunks
+from quietstar_kernels.branches import LENGTH
+from quietstar_kernels.cpu.plain._chunks import split, step_chunks
 from quietstar_kernels.cpu.plain._parts import add_sinks, join, plain, sees_text, text_forward, without_poison
-from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.reference import wide
 
 
@@ -18,7 +18,8 @@ def thought_decode(
     v_text: Tensor,
     k_own: Tensor,
     v_own: Tensor,
-    layout: ThoughtLayout,
+    lo: Tensor,
+    table: Tensor,
     step: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
@@ -30,16 +31,16 @@ def thought_decode(
         return out
     k_text, v_text, bad = without_poison(wide(k_text), wide(v_text))
     seen = slice(0 if window is None else max(0, now + 1 - window), now + 1)
-    live = layout.live()[..., now].flatten(1)[:, None, None, :, None]  # [B,1,1,P*N,1]
-    for chunk in step_chunks(layout, now, window, q.shape[1] // G, wide(q[:0]).dtype):
-        rows = split(wide(q[:, :, chunk.rows]), G, 1)
-        k3, v3 = (wide(x[:, :, chunk.thoughts, seen]).flatten(0, 2) for x in (k_own, v_own))
-        o3, l3 = plain(by_thought(rows), k3, v3, None, options)
-        o, l = from_thought(o3, rows.shape), from_thought(l3, rows.shape)
+    live = (table[..., LENGTH] > now)[:, None, None, :, None]  # [B,1,1,C,1]
+    for chunk in step_chunks(lo, table, now, window, q.shape[1] // G, wide(q[:0]).dtype):
+        rows = split(wide(q[:, :, chunk.rows]), G)  # [B,G,h,c,K]
+        k3, v3 = (wide(x[:, :, chunk.own, seen]).flatten(0, 2) for x in (k_own, v_own))
+        o3, l3 = plain(rows.transpose(2, 3).flatten(0, 2), k3, v3, None, options)  # a batch of branches
+        o, l = (x.view(*k_own.shape[:2], -1, *x.shape[1:]).transpose(2, 3) for x in (o3, l3))
         join(o, l, *text_forward(rows, k_text, v_text, chunk, options))
         if sinks is not None:
             add_sinks(o, l, sinks)
         if bad is not None:
             o = o.masked_fill(sees_text(bad, chunk)[..., None], torch.nan)
-        split(out[:, :, chunk.rows], G, 1).copy_(o.masked_fill(~live[:, :, :, chunk.thoughts, :, None], 0))
+        split(out[:, :, chunk.rows], G).copy_(o.masked_fill(~live[:, :, :, chunk.own], 0))
     return out

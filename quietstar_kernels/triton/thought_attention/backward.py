@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.triton._launch import plan
 from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
 from quietstar_kernels.triton.thought_attention.backward_queries import query_gradient
@@ -25,7 +25,7 @@ def thought_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: ThoughtLayout,
+    branches: Branches,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
@@ -37,10 +37,10 @@ def thought_attention_backward(
         grad_out = grad_out.contiguous()
     if sinks is not None:
         sinks = sinks.contiguous()
-    given = grad_out, q, k, v, out, sinks, layout.anchor, layout.lo, layout.length
-    known = plan("thought_attention_backward", given, layout.S, scale, window, softcap)
-    tables = row_tables(grad_out, out, lse, layout, window, sinks, known)
-    inputs = Inputs(grad_out, q, k, v, layout, options, tables, known)
+    given = grad_out, q, k, v, out, sinks, *branches[:3]
+    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
+    tables = row_tables(grad_out, out, lse, branches, window, sinks, known)
+    inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
     dq = query_gradient(inputs)
     dk, dv = key_gradients(inputs)
     dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)

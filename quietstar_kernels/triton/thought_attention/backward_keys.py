@@ -1,6 +1,6 @@
 """Gradients of keys and values: a program takes BLOCK_N keys of one head and loops over the query rows that may see them.
 
-dv = p^T dO, dk = scale * dS^T q. One kernel is launched for the text and again for the thought rows, which differ only in the
+dv = p^T dO, dk = scale * dS^T q. One kernel is launched for the text and again for the branch rows, which differ only in the
 query rows. The rows of all query heads of the group make one flat loop.
 """
 
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._rows import FAR
 from quietstar_kernels.triton._softmax import scores
@@ -34,20 +35,19 @@ from quietstar_kernels.triton.thought_attention.backward_weights import weights
 # Blocks of text make few programs, which run long, so their rows are split into parts whose sums are added in order: enough
 # for PROGRAMS, two on each of 132 multiprocessors, but at most PARTS, and with TILES row tiles each on average.
 PROGRAMS, PARTS, TILES = 264, 8, 16
+LONG = 128  # rows of a branch, on average, from which its keys take the tiles of text, if these make PROGRAMS
 
 
 def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """dk and dv, with the shapes and dtypes of k and v; 0 for rows that are off and for text that no query row sees."""
-    _, q, k, v, layout, (_, window, softcap, _), _, known = inputs
-    (B, G, _, K), E, L = k.shape, v.shape[-1], layout.L
+    _, q, k, v, branches, options, _, known = inputs
+    (B, G, _, K), E, L = k.shape, v.shape[-1], branches.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    if layout.R:
-        config = pick(ATTENTION_BACKWARD_OWN_KEYS, q.element_size(), max(K, E))
-        _launch(inputs, None, dk, dv, 1, config)
+    config, own_config = configs_of(branches, G, options, q.element_size(), max(K, E))
+    if branches.R:
+        _launch(inputs, None, dk, dv, 1, own_config)
     if L:
-        special = [] if window is None and softcap is None else [ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS]
-        config = pick([*special, ATTENTION_BACKWARD_TEXT_KEYS], q.element_size(), max(K, E))
-        ranges = row_ranges(layout, window, q.shape[2], config.blocks["BLOCK_N"], known)
+        ranges = row_ranges(branches, options.window, q.shape[2], config.blocks["BLOCK_N"], known)
         tiles = q.shape[1] // G * cdiv(q.shape[2], config.blocks["BLOCK_M"])
         parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
         dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
@@ -57,26 +57,38 @@ def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
+def configs_of(branches: Branches, G: int, options: AttentionOptions, itemsize: int, width: int) -> tuple[Config, Config]:
+    """The tiles for keys of the text and of the branches."""
+    special = [] if options.window is None and options.softcap is None else [ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS]
+    text = pick([*special, ATTENTION_BACKWARD_TEXT_KEYS], itemsize, width)
+    programs = branches.B * G * cdiv(branches.R, text.blocks["BLOCK_N"])
+    if branches.R >= LONG * branches.C and programs >= PROGRAMS:
+        return text, text
+    return text, pick(ATTENTION_BACKWARD_OWN_KEYS, itemsize, width)
+
+
 def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts: int, config: Config) -> None:
-    """For keys of the text if there are ``ranges``, else of the thought rows.
+    """For keys of the text if there are ``ranges``, else of the branch rows.
 
     dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
-    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
+    grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known = inputs
     K, E = k.shape[3], v.shape[3]
     kind, first, count, oldest = "own keys", tables.own_first, tables.own_count, None
     if ranges is not None:
         kind, first, count, oldest = "text keys", tables.first, tables.count, tables.oldest
 
     def prepare() -> Launch:
-        (B, H, rows, _), G, L, M = q.shape, k.shape[1], layout.L, layout.M
+        (B, H, rows, _), G, L, M = q.shape, k.shape[1], branches.L, branches.M
         blocks = cdiv(M - L if ranges is None else L, config.blocks["BLOCK_N"])
+        within = M if window is None else min(window, M)
         strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-        numbers = *strides, B, G, H // G, rows, L, M, layout.N, layout.S, parts, scale, softcap
+        numbers = *strides, B, G, H // G, rows, L, M, branches.C, int(branches.full), within, parts, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
 
-    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, layout.lo.contiguous(), ranges
+    layout = (x.contiguous() for x in branches[:3])
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, *layout, ranges
     if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
@@ -89,15 +101,15 @@ def _name(specialization: Any) -> str:
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "rows", "L", "M", "N", "S", "parts"],
-    do_not_specialize_on_alignment=["lo"],
+    do_not_specialize=["B", "G", "HG", "rows", "L", "M", "C", "full_own", "window", "parts"],
+    do_not_specialize_on_alignment=["lo", "table", "of_row"],
     repr=_name,
 )
 def attention_backward_keys(
-    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, ranges, dk, dv,
+    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, table, of_row, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm,
-    B, G, HG, rows, L, M, N, S, parts, scale, softcap,
+    B, G, HG, rows, L, M, C, full_own, window, parts, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,21 +117,21 @@ def attention_backward_keys(
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     part = (tl.program_id(0) // (B * G)) % parts
     block = tl.program_id(0) // (B * G) // parts
-    thoughts = rows - (M - L)  # the first thought row, among the query rows
+    before = rows - (M - L)  # query rows before the first branch row
     if ranges is None:
         n0, end = L + block * BLOCK_N, M
         text_tiles = 0
-        thought_start = thoughts + block * BLOCK_N
-        thought_end = tl.minimum(thoughts + ((block + 1) * BLOCK_N - 1) // S * S + S, rows)
         text_end = 0
+        own_start, own_end = rows_of_keys(table + b * C * 3, of_row + b * (M - L), n0 - L, M - L, full_own, window, BLOCK_N)
     else:
         n0, end = block * BLOCK_N, L
         ranges += (b * tl.cdiv(L, BLOCK_N) + block) * 3
         text_end = tl.load(ranges)
         text_tiles = tl.cdiv(tl.maximum(text_end - n0, 0), BLOCK_M)
-        thought_start = thoughts + tl.load(ranges + 1) * N * S
-        thought_end = thoughts + tl.load(ranges + 2) * N * S
-    tiles = text_tiles + tl.cdiv(thought_end - thought_start, BLOCK_M)
+        own_start, own_end = tl.load(ranges + 1), tl.load(ranges + 2)
+    own_start += before
+    own_end += before
+    tiles = text_tiles + tl.cdiv(own_end - own_start, BLOCK_M)
 
     i = tl.arange(0, BLOCK_N)
     n = n0 + i
@@ -143,7 +155,7 @@ def attention_backward_keys(
     first_table += b * rows
     count_table += b * rows
     tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
-    row0, behind = row_tile(tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+    row0, behind = row_tile(tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
     behind = tl.where(begin < stop, behind, 0)
     next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < behind - row0, other=float("inf"))
     for j in tl.range(begin, stop):
@@ -151,7 +163,7 @@ def attention_backward_keys(
         adds = row_lse < float("inf")
         next_tile = tl.where(tile + 1 < tiles, tile + 1, 0)
         next_h = tl.where(tile + 1 < tiles, h, h + 1)
-        next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, thought_start, thought_end, BLOCK_M)
+        next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
         next_behind = tl.where(j + 1 < stop, next_behind, 0)
         next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_behind - next_row0, other=float("inf"))
         row_delta = tl.load(delta + (h * rows + row0) + i)
@@ -176,7 +188,8 @@ def attention_backward_keys(
         tile, h, row0, behind = next_tile, next_h, next_row0, next_behind
 
     n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
-    i = tl.arange(0, BLOCK_N)
+    # From a start that the compiler can't know to be 0. Else it would keep rows from above in registers.
+    i = tl.arange(0, BLOCK_N) + tl.minimum(tiles, 0)
     if dk is not None:
         store_tile(dk + n_first * K, i * K, n0 + i < end, dk_acc * scale, K, BLOCK_K)
     if dv is not None:
@@ -184,37 +197,49 @@ def attention_backward_keys(
 
 
 @triton.jit
-def row_tile(tile, text_tiles, text_start, text_end, thought_start, thought_end, BLOCK_M: tl.constexpr):
+def row_tile(tile, text_tiles, text_start, text_end, own_start, own_end, BLOCK_M: tl.constexpr):
     """(first query row, row after the last) of a tile of a head. Text tiles come first."""
     in_text = tile < text_tiles
-    start = tl.where(in_text, text_start + tile * BLOCK_M, thought_start + (tile - text_tiles) * BLOCK_M)
-    return start, tl.where(in_text, text_end, thought_end)
+    start = tl.where(in_text, text_start + tile * BLOCK_M, own_start + (tile - text_tiles) * BLOCK_M)
+    return start, tl.where(in_text, text_end, own_end)
 
 
-def row_ranges(layout: ThoughtLayout, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:
-    """int32 [B,L/keys,3]: for each block of text, the end of the text rows that may see it (0 if all ``rows`` are thoughts),
-    and the first and the end of the anchors whose thoughts may. No row outside sees it; some inside may not.
+@triton.jit
+def rows_of_keys(table, of_row, r0, R, full_own, window, BLOCK_N: tl.constexpr):
+    """First of the branch rows that may see the keys of branch rows r0..r0+BLOCK_N-1, and the row after the last."""
+    r = r0 + tl.arange(0, BLOCK_N)
+    branch = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
+    live = branch >= 0
+    start = tl.load(table + branch * 3 + 1, mask=live, other=0)
+    length = tl.load(table + branch * 3 + 2, mask=live, other=0)
+    end = tl.minimum(tl.max(tl.where(live, start + length, 0), 0), tl.max(tl.where(live, r, 0), 0) + window)
+    return tl.minimum(tl.min(tl.where(live, tl.where(full_own != 0, start, r), FAR), 0), end), end
+
+
+def row_ranges(branches: Branches, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:
+    """int32 [B,L/keys,3]: for each block of text, the end of the text rows that may see it (0 if all ``rows`` are of branches),
+    and the first branch row that may and the row after the last. No row outside sees it; some inside may not.
     """
     config = ATTENTION_BACKWARD_RANGES
-    B, L = layout.lo.shape
+    B, L = branches.B, branches.L
     blocks = cdiv(L, keys)
-    ranges = torch.empty((B, blocks, 3), dtype=torch.int32, device=layout.device)
+    ranges = torch.empty((B, blocks, 3), dtype=torch.int32, device=branches.device)
 
     def prepare() -> Launch:
-        numbers = L, layout.P, int(rows > layout.R), L if window is None else window
+        numbers = L, branches.C, int(rows > branches.R), L if window is None else window
         return Launch(attention_ranges, (B * blocks,), numbers, {"BLOCK_N": keys})
 
-    known.launch("ranges", config, (layout.anchor.contiguous(), layout.lo.contiguous(), ranges), prepare)
+    known.launch("ranges", config, (branches.lo.contiguous(), branches.table.contiguous(), ranges), prepare)
     return ranges
 
 
-@triton.jit(do_not_specialize=["L", "P", "text_rows", "window"], do_not_specialize_on_alignment=["anchor", "lo"])
-def attention_ranges(anchor, lo, ranges, L, P, text_rows, window, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["L", "C", "text_rows", "window"], do_not_specialize_on_alignment=["lo", "table"])
+def attention_ranges(lo, table, ranges, L, C, text_rows, window, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(L, BLOCK_N)
     block = tl.program_id(0) % blocks
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    anchor += b * P
     lo += b * L
+    table += b * C * 3
     start, end = block * BLOCK_N, (block + 1) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     highest_id = tl.max(n - tl.load(lo + n, mask=n < L, other=FAR), 0)
@@ -224,13 +249,17 @@ def attention_ranges(anchor, lo, ranges, L, P, text_rows, window, BLOCK_N: tl.co
         first = tl.load(lo + t, mask=t < L, other=FAR)
         sees = (first < end) & (t - first - window < highest_id)
         text_end = tl.maximum(text_end, tl.max(tl.where(sees, t + 1, 0), 0))
-    before, until = 0, 0
-    for p0 in tl.range(0, P, BLOCK):
-        p = p0 + tl.arange(0, BLOCK)
-        t = tl.load(anchor + p, mask=p < P, other=-1)
-        before += tl.sum(((t >= 0) & (t < start)).to(tl.int32), 0)
-        until += tl.sum(((t >= 0) & (t < text_end)).to(tl.int32), 0)
+    own_start, own_end = start * 0 + FAR, start * 0
+    for c0 in tl.range(0, C, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        branch = table + c.to(tl.int64) * 3
+        t = tl.load(branch, mask=c < C, other=-1)
+        first = tl.load(branch + 1, mask=c < C, other=0)
+        length = tl.load(branch + 2, mask=c < C, other=0)
+        sees = (t >= start) & (t < text_end) & (length > 0)
+        own_start = tl.minimum(own_start, tl.min(tl.where(sees, first, FAR), 0))
+        own_end = tl.maximum(own_end, tl.max(tl.where(sees, first + length, 0), 0))
     ranges += tl.program_id(0) * 3
     tl.store(ranges, text_end * text_rows)
-    tl.store(ranges + 1, before)
-    tl.store(ranges + 2, until)
+    tl.store(ranges + 1, tl.minimum(own_start, own_end))
+    tl.store(ranges + 2, own_end)

@@ -1,6 +1,6 @@
 """Gradient of the queries: as in the forward, a program takes BLOCK_M query rows of one key head and loops over their keys.
 
-dS = p * (dO v^T - delta), dq = scale * dS k. Own rows first, then the text at the edges, then the text that all rows see.
+dS = p * (dO v^T - delta), dq = scale * dS k. First the keys at the edges, then those that all rows see, of own rows and text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels.triton._launch import Launch, cdiv
-from quietstar_kernels.triton._rows import FAR, cover, text_bounds, tile_rows, tile_start, window_bounds
+from quietstar_kernels.triton._rows import bounds, cover, edge_block, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._softmax import scores
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
@@ -21,14 +21,14 @@ from quietstar_kernels.triton.thought_attention.backward_weights import weights
 
 def query_gradient(inputs: Inputs) -> Tensor:
     """dq, with the shape and dtype of q; NaN in rows that see NaN, 0 in rows that are off."""
-    grad_out, q, k, v, layout, (scale, _, softcap, _), tables, known = inputs
+    grad_out, q, k, v, branches, (scale, _, softcap, _), tables, known = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
     config = pick(ATTENTION_BACKWARD_QUERIES, q.element_size(), max(K, E))
 
     def prepare() -> Launch:
-        HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], layout.L, layout.M
+        HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], branches.L, branches.M
         tiles = cdiv((M - L) * HG, BLOCK_M) + cdiv((rows - (M - L)) * HG, BLOCK_M)
         strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
         numbers = *strides, B, G, HG, rows, L, M, scale, softcap
@@ -36,7 +36,7 @@ def query_gradient(inputs: Inputs) -> Tensor:
         return Launch(attention_backward_queries, (tiles * B * G,), numbers, constants)
 
     seen = tables.first, tables.count, tables.own_first, tables.own_count, tables.oldest
-    tensors = grad_out, q, k, v, tables.delta, tables.lse, *seen, layout.lo.contiguous(), dq
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, *seen, branches.lo.contiguous(), dq
     known.launch("queries", config, tensors, prepare)
     return dq
 
@@ -75,19 +75,19 @@ def attention_backward_queries(
     queries = load_tile(q + b * stride_qb, h * stride_qh + row * stride_qm, adds, K, BLOCK_K)
     grads = load_tile(grad_out + b * stride_gb, h * stride_gh + row * stride_gm, adds, E, BLOCK_E)
 
-    start, all_from, all_to, end = text_bounds(first, first + count - 1, on)
+    start, all_from, all_to, end = bounds(first, first + count - 1, on)
     if oldest_table is not None:
         oldest = tl.load(oldest_table + at, mask=inside, other=0)
         start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
     before, full, edges = cover(start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
-    own_start = tl.min(tl.where(own_count > 0, own_first, FAR), 0)
-    own = tl.cdiv(tl.maximum(tl.max(tl.where(own_count > 0, m, -1), 0) + 1 - own_start, 0), BLOCK_EDGE)
+    own_start, all_from, all_to, end = bounds(own_first, own_first + own_count - 1, on)
+    own_before, own_full, own_edges = cover(own_start, all_from, all_to, end, BLOCK_N, BLOCK_EDGE)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
-    for j in tl.range(own + edges):
-        is_own = j < own
-        text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
-        n0 = tl.where(is_own, own_start + j * BLOCK_EDGE, text)
+    for j in tl.range(own_edges + edges):
+        is_own = j < own_edges
+        own_n0 = edge_block(j, own_start, own_before, own_full, BLOCK_N, BLOCK_EDGE)
+        n0 = tl.where(is_own, own_n0, edge_block(j - own_edges, start, before, full, BLOCK_N, BLOCK_EDGE))
         n = n0 + i
         keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n < M, K, BLOCK_K)
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n < M, E, BLOCK_E)
@@ -101,10 +101,12 @@ def attention_backward_queries(
         acc = tl.dot(tl.where(seen, ds, 0.0).to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     i = tl.arange(0, BLOCK_N)
-    for j in tl.range(full):
-        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < L, K, BLOCK_K)
-        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < L, E, BLOCK_E)
+    own_start += own_before * BLOCK_EDGE
+    start += before * BLOCK_EDGE - own_full * BLOCK_N
+    for j in tl.range(own_full + full):
+        n0 = tl.where(j < own_full, own_start, start) + j * BLOCK_N
+        keys = load_tile(k + n0.to(tl.int64) * stride_km, i * stride_km, n0 + i < M, K, BLOCK_K)
+        values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < M, E, BLOCK_E)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv
 from quietstar_kernels.triton._math import LOG2_E
-from quietstar_kernels.triton._rows import FAR, seen_by
+from quietstar_kernels.triton._rows import seen_by
 from quietstar_kernels.triton._tiles import load_tile, padded
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_ROWS
 
@@ -33,7 +33,7 @@ class Rows:
         lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing, as it is off, is saturated, or has a NaN as
             its result. The delta of such a row is its dq: NaN in the last case, else 0.
         first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first``.
-        own_first, own_count: int32 [B,rows], the packed rows of its own thought that it sees. Both counts are 0 in a row that
+        own_first, own_count: int32 [B,rows], the packed rows of its own branch that it sees. Both counts are 0 in a row that
             is off, and only there.
         oldest: int32 [B,rows], the smallest position id that the row sees; None without a window.
         dsinks: fp32 [B,H,blocks], still to be summed; None without sinks.
@@ -56,14 +56,14 @@ class Inputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    layout: ThoughtLayout
+    branches: Branches
     options: AttentionOptions
     tables: Rows
     plan: Plan
 
 
 def row_tables(
-    grad_out: Tensor, out: Tensor, lse: Tensor, layout: ThoughtLayout, window: int | None, sinks: Tensor | None, known: Plan
+    grad_out: Tensor, out: Tensor, lse: Tensor, branches: Branches, window: int | None, sinks: Tensor | None, known: Plan
 ) -> Rows:
     """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M rows, or the last R."""
     B, H, rows, E = out.shape
@@ -74,41 +74,39 @@ def row_tables(
     first, count, own_first, own_count = (table() for _ in range(4))
     oldest = None if window is None else table()
     dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
-    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    layout = tuple(x.contiguous() for x in branches[:3])
 
     def prepare() -> Launch:
-        sizes = H, rows, layout.L, layout.M, layout.P, layout.N, layout.S, window
+        sizes = H, rows, branches.L, branches.R, branches.C, int(branches.full), window
         numbers = *grad_out.stride()[:3], *out.stride()[:3], *sizes
         return Launch(attention_rows, (blocks * B * H,), numbers, {"E": E, "BLOCK_E": padded(E)})
 
     tables = delta, shift, first, count, own_first, own_count, oldest, dsinks
-    known.launch("rows", config, (grad_out, out, lse.contiguous(), sinks, *own, *tables), prepare)
+    known.launch("rows", config, (grad_out, out, lse.contiguous(), sinks, *layout, *tables), prepare)
     return Rows(*tables)
 
 
 @triton.jit(
-    do_not_specialize=["H", "rows", "L", "M", "P", "N", "S", "window"],
-    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length"],
+    do_not_specialize=["H", "rows", "L", "R", "C", "full_own", "window"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row"],
 )
 def attention_rows(
-    grad_out, out, lse, sinks, anchor, lo, length,
+    grad_out, out, lse, sinks, lo, table, of_row,
     delta, shift, first_table, count_table, own_first_table, own_count_table, oldest_table, dsinks,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
-    H, rows, L, M, P, N, S, window,
+    H, rows, L, R, C, full_own, window,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(rows, BLOCK_M)
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // H, head % H
-    i = tl.arange(0, BLOCK_M)
-    row = block * BLOCK_M + i
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
-    m = row + (M - rows)
-    first_row = block * BLOCK_M + (M - rows)
-    first, last, own_first, on = seen_by(first_row, i, inside, anchor + b * P, lo + b * L, length + b * P * N, L, N, S, FAR)
+    m = row + (L + R - rows)
+    first, last, own_first, own_last, on = seen_by(m, inside, lo + b * L, table + b * C * 3, of_row + b * R, L, full_own)
     if window is not None:
-        # A text row's own_first is m + 1, a thought row's m - s.
+        # A text row's own_first is m + 1, a branch row's the first of its branch.
         oldest = last - first + (m - own_first) + 2 - window
         own_first = tl.maximum(own_first, m - window + 1)
 
@@ -132,6 +130,6 @@ def attention_rows(
         tl.store(first_table + at, first, mask=inside)
         tl.store(count_table + at, tl.where(on, last - first + 1, 0), mask=inside)
         tl.store(own_first_table + at, own_first, mask=inside)
-        tl.store(own_count_table + at, tl.where(on, m - own_first + 1, 0), mask=inside)
+        tl.store(own_count_table + at, tl.where(on, own_last - own_first + 1, 0), mask=inside)
         if window is not None:
             tl.store(oldest_table + at, oldest, mask=inside)

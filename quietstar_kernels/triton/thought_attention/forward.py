@@ -1,14 +1,15 @@
 """Forward of thought_attention: a program takes BLOCK_M query rows of one key head and loops over their keys, block by block.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. No tile has both text
-rows and thought rows. The keys of a tile are, in this order:
+rows and branch rows. The keys of a tile are the own rows from the first that a row of the tile sees to the last, and the text
+likewise, in this order:
 
-1. own rows, from the first that a row of the tile sees to the last, in masked blocks of BLOCK_EDGE;
-2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
-3. text that all rows see, in blocks of BLOCK_N without a mask.
+1. of both, those at the edges, which only some rows see, in masked blocks of BLOCK_EDGE;
+2. of both, those that all rows see, in blocks of BLOCK_N without a mask.
 
-Only few of the own keys of a tile belong to any one row. Still, all rows are multiplied with all of them: wide products take
-fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare (docs/log.md).
+If branches are short, only few of the own keys of a tile belong to any one row. Still, all rows are multiplied with all of
+them: wide products take fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,19 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.triton._launch import Launch, cdiv, plan
 from quietstar_kernels.triton._math import LN_2, LOG2_E
-from quietstar_kernels.triton._rows import (
-    FAR,
-    cover,
-    own_blocks,
-    seen_by,
-    text_bounds,
-    tile_rows,
-    tile_start,
-    window_bounds,
-)
+from quietstar_kernels.triton._rows import bounds, cover, edge_block, seen_by, tile_rows, tile_start, window_bounds
 from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
 from quietstar_kernels.triton._target import dot_precision
 from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
@@ -40,13 +32,12 @@ from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_SHORT,
     SHORT,
+    Config,
     pick,
 )
 
 
-def thought_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
     scale, window, softcap, sinks = options
     B, H, rows, K = q.shape
@@ -55,42 +46,47 @@ def thought_attention(
     lse = q.new_empty((B, H, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plain = window is None and softcap is None and sinks is None
-    special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if layout.L <= SHORT else []
-    config = pick([*special, ATTENTION_FORWARD], q.element_size(), max(K, E))
-    own = layout.anchor.contiguous(), layout.lo.contiguous(), layout.length.contiguous()
+    config = config_of(branches, options, q.element_size(), max(K, E))
+    layout = tuple(x.contiguous() for x in branches[:3])
     sinks = None if sinks is None else sinks.contiguous()
-    known = plan("thought_attention", (q, k, v, sinks, *own), layout.S, scale, window, softcap)
+    known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap)
 
     def prepare() -> Launch:
-        HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], layout.R
+        HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], branches.R
         tiles = cdiv(R * HG, BLOCK_M) + cdiv((rows - R) * HG, BLOCK_M)
         numbers = (
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            B, G, HG, rows, layout.L, layout.P, layout.N, layout.S, window, scale, softcap,
+            B, G, HG, rows, branches.L, R, branches.C, int(branches.full), window, scale, softcap,
         )  # fmt: skip
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision(), "CAREFUL": 0}
         return Launch(attention_forward, (tiles * B * G,), numbers, constants)
 
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
-    known.launch("forward", config, (q, k, v, *tiles, sinks, *own, out, lse), prepare)
+    known.launch("forward", config, (q, k, v, *tiles, sinks, *layout, out, lse), prepare)
     return out, lse
 
 
+def config_of(branches: Branches, options: AttentionOptions, itemsize: int, width: int) -> Config:
+    """The tiles, by facts that the host knows: the lengths of single branches are on the device."""
+    plain = options.window is None and options.softcap is None and options.sinks is None
+    short = max(branches.L, branches.R // max(branches.C, 1)) <= SHORT
+    special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if short else []
+    return pick([*special, ATTENTION_FORWARD], itemsize, width)
+
+
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "rows", "L", "P", "N", "S", "window"],
-    do_not_specialize_on_alignment=["sinks", "anchor", "lo", "length"],
+    do_not_specialize=["B", "G", "HG", "rows", "L", "R", "C", "full_own", "window"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row"],
 )
 def attention_forward(
-    q, k, v, k_full, v_full, k_edge, v_edge, sinks, anchor, lo, length, out, lse,
+    q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm, stride_ob, stride_oh, stride_om,
-    B, G, HG, rows, L, P, N, S, window, scale, softcap,
+    B, G, HG, rows, L, R, C, full_own, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    R = P * N * S
     pair = tl.program_id(0) % (B * G)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
@@ -100,11 +96,10 @@ def attention_forward(
     v += b * stride_vb + g * stride_vg
     lo += b * L
 
-    first_row = begin + flat // HG
-    first, last, own_first, on = seen_by(first_row, m - first_row, inside, anchor + b * P, lo, length + b * P * N, L, N, S, FAR)
+    first, last, own_first, own_last, on = seen_by(m, inside, lo, table + b * C * 3, of_row + b * R, L, full_own)
     oldest = own_first
     if window is not None:
-        # A text row's own_first is m + 1, a thought row's m - s.
+        # A text row's own_first is m + 1, a branch row's the first of its branch.
         oldest = last - first + (m - own_first) + 2 - window  # position id
         own_first = tl.maximum(own_first, m - window + 1)
 
@@ -120,22 +115,25 @@ def attention_forward(
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
-    start, all_from, all_to, text_end = text_bounds(first, last, on)
+    start, all_from, all_to, text_end = bounds(first, last, on)
     if window is not None:
         start, all_from = window_bounds(start, all_from, text_end, oldest, on, lo, 1024)
     before, full, edges = cover(start, all_from, all_to, text_end, BLOCK_N, BLOCK_EDGE)
-    own_start, own = own_blocks(own_first, m, on, BLOCK_EDGE)
+    own_start, all_from, all_to, own_end = bounds(own_first, own_last, on)
+    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_end, BLOCK_N, BLOCK_EDGE)
     end_top, end_total, acc = over_keys(
-        queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-        stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
+        queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+        stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+        L, L + R, window, scale, softcap, factor,
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
     # Because of 0 * NaN, a value that isn't finite also changes rows that don't see it. Then start over, and check all values.
     if not CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
         if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
-                queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-                stride_km, stride_vm, start, before, full, edges, own_start, own, L, L + R, window, scale, softcap, factor,
+                queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+                stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+                L, L + R, window, scale, softcap, factor,
                 K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
             )  # fmt: skip
 
@@ -153,8 +151,9 @@ def attention_forward(
 
 @triton.jit
 def over_keys(
-    queries, top, total, m, first, last, own_first, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-    stride_km, stride_vm, start, before, full, edges, own_start, own, L, M, window, scale, softcap, factor,
+    queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
+    stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+    L, M, window, scale, softcap, factor,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
@@ -165,16 +164,16 @@ def over_keys(
     """
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
-    for j in tl.range(own + edges, num_stages=STAGES):
-        is_own = j < own
-        text = start + (j - own) * BLOCK_EDGE + tl.where(j - own < before, 0, full * BLOCK_N)
-        n0 = tl.where(is_own, own_start + j * BLOCK_EDGE, text)
+    for j in tl.range(own_edges + edges, num_stages=STAGES):
+        is_own = j < own_edges
+        own_n0 = edge_block(j, own_start, own_before, own_full, BLOCK_N, BLOCK_EDGE)
+        n0 = tl.where(is_own, own_n0, edge_block(j - own_edges, start, before, full, BLOCK_N, BLOCK_EDGE))
         n = n0 + i
         keys = load_rows(k_edge, k, b, g, n0, stride_km, M, BLOCK_EDGE, K, BLOCK_K)
         values = load_rows(v_edge, v, b, g, n0, stride_vm, M, BLOCK_EDGE, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         seen_first = tl.where(is_own, own_first, first)
-        seen = in_range(n[None, :], seen_first[:, None], (tl.where(is_own, m, last) - seen_first + 1)[:, None])
+        seen = in_range(n[None, :], seen_first[:, None], (tl.where(is_own, own_last, last) - seen_first + 1)[:, None])
         if window is not None:
             position = n - tl.load(lo + n, mask=n < L, other=0)
             seen &= is_own | (position[None, :] >= oldest[:, None])
@@ -185,11 +184,15 @@ def over_keys(
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
-    for j in tl.range(full, num_stages=STAGES):
-        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
+    own_start += own_before * BLOCK_EDGE
+    start += before * BLOCK_EDGE - own_full * BLOCK_N
+    for j in tl.range(own_full + full, num_stages=STAGES):
+        n0 = tl.where(j < own_full, own_start, start) + j * BLOCK_N
         keys = load_rows(k_full, k, b, g, n0, stride_km, M, BLOCK_N, K, BLOCK_K)
         values = load_rows(v_full, v, b, g, n0, stride_vm, M, BLOCK_N, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    if CAREFUL:  # what isn't finite now is from a value that the row sees: the whole row becomes NaN
+        total += tl.sum(acc * 0.0, 1)
     return top, total, acc

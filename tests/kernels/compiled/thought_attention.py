@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.branches import Branches
 from quietstar_kernels.triton.thought_attention import thought_attention, thought_attention_backward
 
 # Kernels with products of warp groups on sm_90, and how many of their loops, from the first, should read ahead.
@@ -17,7 +17,13 @@ HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_bac
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
 NO_MATRIX = {"attention_rows", "attention_ranges", "attention_backward_sum"}
 
-SIZES = [(1, 1, 1, 1, 1, 1), (2, 16, 2, 12, 1, 4), (8, 256, 2, 14, 8, 1), (1, 1000, 3, 33, 2, 7)]  # B, L, N, S, G, H/G
+SIZES = [  # B, L, C, rows of a branch, G, H/G; the last has long branches, and enough of them
+    (1, 1, 1, 1, 1, 1),
+    (2, 16, 32, 12, 1, 4),
+    (8, 256, 512, 14, 8, 1),
+    (1, 1000, 3000, 33, 2, 7),
+    (1, 2048, 16, 1111, 8, 4),
+]
 OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
 
@@ -39,14 +45,15 @@ def cases(dtype, widths, name, options):
         yield label, functools.partial(backward, dtype, widths, options, *sizes)
 
 
-def inputs(dtype, widths, options, B, L, N, S, G, HG):
+def inputs(dtype, widths, options, B, L, C, rows, G, HG):
     """q, k, v as transposed views of [B,M,heads,width], and the other arguments."""
-    layout = ThoughtLayout.every_position(B, L, N, S, "meta")
+    tables = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, L), (B, C, 3), (B, C * rows)])
+    branches = Branches(*tables, full=bool(L % 2))
     heads = [(G * HG, widths[0]), (G, widths[0]), (G, widths[1])]
-    q, k, v = (torch.empty(B, layout.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
+    q, k, v = (torch.empty(B, branches.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
     window, softcap, has_sinks = options
     sinks = torch.empty(G * HG, device="meta") if has_sinks else None
-    return (q, k, v), (layout, AttentionOptions(0.1, window, softcap, sinks))
+    return (q, k, v), (branches, AttentionOptions(0.1, window, softcap, sinks))
 
 
 def forward(*case):

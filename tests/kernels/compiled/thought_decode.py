@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
@@ -29,22 +28,23 @@ def launches(target):
         for K, E in widths:
             for name in names:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
-                for sizes in ({}, {"P": 1, "N": 1, "L": 4096, "heads": 1}):
+                for sizes in ({}, {"C": 1, "L": 4096, "heads": 1}):
                     yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
 
 
-def decode(dtype, K, E, options, B=1, L=256, P=256, N=2, S=14, groups=2, heads=4, step=torch.int32):
-    """``heads`` is H/G. P = 1 makes so few tiles that the text is split into parts."""
+def decode(dtype, K, E, options, B=1, L=256, C=512, S=14, groups=2, heads=4, step=torch.int32):
+    """``heads`` is H/G. C = 1 makes so few tiles that the text is split into parts."""
     window, softcap, sinks = options
     make = functools.partial(torch.empty, dtype=dtype, device="meta")
-    anchor, lo, length = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, P), (B, L), (B, P, N)])
+    lo, table = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, L), (B, C, 3)])
     return thought_decode(
-        make(B, groups * heads, P * N, K),
+        make(B, groups * heads, C, K),
         make(B, groups, L, K),
         make(B, groups, L, E),
-        make(B, groups, P * N, S, K),
-        make(B, groups, P * N, S, E),
-        ThoughtLayout(anchor, lo, length, S),
+        make(B, groups, C, S, K),
+        make(B, groups, C, S, E),
+        lo,
+        table,
         torch.empty((), dtype=step, device="meta"),
         AttentionOptions(K**-0.5, window, softcap, make(groups * heads) if sinks else None),
     )

@@ -1,0 +1,45 @@
+"""Branches with one text in common, forward and backward: completions of a prompt, and the blocks of a drafter.
+
+    python -m benchmarks.bench_branches --help
+
+Against copies of the prompt, which is what most people train with, FlexAttention, PrefixGrouper, and a dense mask. Copies are
+ready-made: making them is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.peer import PACKAGE, Peer
+from benchmarks.peers.branches import PEERS, BranchCase, sizes
+from benchmarks.peers.packed import Attention
+from quietstar_kernels import thought_attention
+
+
+def ours(case: BranchCase) -> Attention:
+    layout, query_rows = case.layout, "thoughts" if case.skipped else "all"
+    return lambda q, k, v: thought_attention(q, k, v, layout, query_rows=query_rows)
+
+
+def cases(device: torch.device, full: bool) -> Iterator[BranchCase]:
+    """The most important cases first; the same in a full run."""
+    gpu = device.type == "cuda"
+    heads = {"H": 32, "G": 8, "K": 128, "dtype": torch.bfloat16} if gpu else {}
+    return (BranchCase(device=device, **(size | heads)) for size in sizes())
+
+
+def smoke(device: torch.device) -> list[BranchCase]:
+    """The smallest cases that run every candidate."""
+    small = {"L": 32, "S": 16, "H": 2, "G": 1, "K": 16, "device": device}
+    kinds = [{"C": 3}, {"grid": "prompts", "C": 2}, {"grid": "drafter", "C": 4}]
+    return [BranchCase(**small, **kind, what=what) for kind in kinds for what in ("forward", "forward+backward")]
+
+
+BENCHMARK = Benchmark(BranchCase.op, Peer("thought_attention", ours, package=PACKAGE), lambda case: PEERS, cases, smoke)
+
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

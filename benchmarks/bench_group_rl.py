@@ -1,0 +1,208 @@
+"""A step of group RL in TRL's GRPOTrainer: each prompt packed once with its completions, against one copy for each completion.
+
+    python -m benchmarks.bench_group_rl --help
+
+A step is the forward of the loss and its backward, of completions that were sampled before. The lengths of completions are
+random, from half of T to T. Memory is that of a step, without weights. The grid "checkpointing" recomputes layers in the
+backward, which is TRL's default.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.command import main
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import Case, Inputs, Work, judge
+from benchmarks.harness.peer import PACKAGE, Peer, not_installed
+
+SEED = 1
+# For a whole model, since rounding accumulates over the layers.
+STEP_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCase(Case):
+    """C completions each of B prompts, with a Llama with random weights and feed-forward layers of width I.
+
+    Attributes:
+        L: tokens of a prompt.
+        T: tokens of the longest completion.
+        checkpointing: whether to use gradient checkpointing.
+    """
+
+    op: ClassVar[str] = "group_rl"
+    size_names = ("B", "L", "C", "T", "layers", "D", "H", "G", "V")
+    rotates: ClassVar[bool] = False
+    what: str = "loss and backward"
+    B: int = 1
+    L: int = 512
+    C: int = 8
+    T: int = 128
+    layers: int = 4
+    D: int = 256
+    I: int = 768
+    H: int = 4
+    G: int = 2
+    V: int = 4096
+    checkpointing: bool = False
+
+    def lengths(self) -> Tensor:
+        """int64 [B*C], tokens of the completions."""
+        return torch.randint(self.T // 2, self.T + 1, (self.B * self.C,), generator=torch.Generator().manual_seed(SEED))
+
+    def work(self) -> Work:
+        """Matmuls of the packed forward and the backward, and of the second forward of checkpointed layers."""
+        K, own = self.D // self.H, self.lengths()
+        rows = self.B * self.L + int(own.sum()) - len(own)
+        seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
+        matrices = self.layers * (self.D * K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
+        layers = 2 * rows * matrices + self.layers * 4 * K * self.H * seen
+        passes = 4 if self.checkpointing else 3
+        return Work(passes * layers + 3 * 2 * int(own.sum()) * self.D * self.V)
+
+    def inputs(self, seed: int) -> Inputs:
+        """What TRL gives the loss: prompts repeated C times, completions padded on the right."""
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(2, self.V, (self.B, self.L), generator=generator).repeat_interleave(self.C, 0)
+        shown = (torch.arange(self.T) < self.lengths()[:, None]).long()
+        completions = torch.randint(2, self.V, shown.shape, generator=generator) * shown
+        inputs = {
+            "prompt_ids": prompts,
+            "prompt_mask": torch.ones_like(prompts),
+            "completion_ids": completions,
+            "completion_mask": shown,
+            "advantages": torch.randn(len(shown), generator=generator),
+            "num_items_in_batch": shown.sum(),
+        }
+        return {name: x.to(self.device) for name, x in inputs.items()}
+
+    def call(self, function: Step, inputs: Inputs) -> Tensor:
+        return function(inputs)
+
+    def check(self, function: Step) -> None:
+        """Compare loss and gradients with those of TRL's own trainer in fp32."""
+        small = replace(self, L=min(self.L, 40), T=min(self.T, 12), B=min(self.B, 2), C=min(self.C, 3))
+        inputs, truth = small.inputs(seed=0), prepare(stock)(replace(self, dtype=torch.float32))
+        truth.trainer.model.load_state_dict(function.trainer.model.state_dict())
+        judge("loss", function(inputs), truth(inputs), STEP_BOUNDS[self.dtype])
+        pairs = zip(function.trainer.model.parameters(), truth.trainer.model.parameters(), strict=True)
+        grads = zip(*((mine.grad.float().flatten(), exact.grad.flatten()) for mine, exact in pairs), strict=True)
+        judge("gradient", *map(torch.cat, grads), STEP_BOUNDS[self.dtype])
+
+    def model(self) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=self.V,
+            hidden_size=self.D,
+            intermediate_size=self.I,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.H,
+            num_key_value_heads=self.G,
+            max_position_embeddings=self.L + self.T,
+            initializer_range=self.D**-0.5,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        torch.manual_seed(SEED)
+        with torch.device(self.device):
+            return LlamaForCausalLM(config).to(self.dtype)
+
+
+class Step:
+    """Loss and gradients of a batch."""
+
+    def __init__(self, trainer_class: type, case: GroupCase):
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+        from trl import GRPOConfig
+
+        self.folder = tempfile.TemporaryDirectory()
+        words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<pad>"))
+        config = GRPOConfig(
+            self.folder.name,
+            per_device_train_batch_size=case.B * case.C,
+            num_generations=case.C,
+            max_completion_length=case.T,
+            report_to="none",
+            use_cpu=case.device.type == "cpu",
+            bf16=False,
+            activation_checkpointing=case.checkpointing,
+        )
+        self.trainer = trainer_class(
+            case.model(),
+            lambda completions, **_: [0.0] * len(completions),
+            config,
+            Dataset.from_list([{"prompt": "<end>"}] * case.B),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>"),
+        )
+        self.trainer.current_gradient_accumulation_steps = 1  # as ``train`` does, and what follows
+        if case.checkpointing:
+            self.trainer.model.gradient_checkpointing_enable()
+        self.trainer.model.train()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        self.trainer.model.zero_grad()
+        loss = self.trainer.compute_loss(self.trainer.model, inputs)
+        loss.backward()
+        return loss.detach()
+
+
+def stock() -> type:
+    from trl import GRPOTrainer
+
+    return GRPOTrainer
+
+
+def shared() -> type:
+    from quietstar.shared_prompt import SharedPrompts
+
+    return type("SharedPromptTrainer", (SharedPrompts, stock()), {})
+
+
+def prepare(trainer_class: Callable[[], type]) -> Callable[[GroupCase], Step]:
+    return lambda case: Step(trainer_class(), case)
+
+
+OURS = Peer("SharedPrompts", prepare(shared), PACKAGE)
+STOCK = Peer("TRL, repeated prompts", prepare(stock), "trl")
+
+
+def candidates(case: GroupCase) -> list[Peer]:
+    return [STOCK]
+
+
+def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
+    """The grid, the most important cases first; none without TRL."""
+    if not_installed("trl"):
+        return
+    if device.type == "cuda":
+        large = {"layers": 16, "D": 2048, "I": 8192, "H": 32, "G": 8, "V": 128256, "dtype": torch.bfloat16}
+        headline = GroupCase(L=2048, T=1024, device=device, **large)
+    else:
+        headline = GroupCase(device=device)
+    yield headline
+    yield replace(headline, grid="checkpointing", checkpointing=True)
+    if full:
+        yield replace(headline, grid="prompts", B=4, L=headline.L // 2, C=4)
+        yield replace(headline, grid="completions", L=headline.L // 4, T=2 * headline.T)
+
+
+def smoke(device: torch.device) -> list[GroupCase]:
+    """The smallest cases that run every candidate; none without TRL."""
+    tiny = GroupCase(B=2, L=8, C=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
+    return [] if not_installed("trl") else [tiny]
+
+
+BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)
+
+if __name__ == "__main__":
+    main([BENCHMARK], __doc__)

@@ -1,0 +1,322 @@
+"""Group RL with one shared prompt: TRL's trainers run each prompt once with all its completions.
+
+GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) sample a group of completions of each prompt, and TRL repeats the prompt for
+each of them. Here the distinct prompts stand one after another as the text of a ``ThoughtLayout.packed``, without padding, and
+completions are branches on their prompt's last token. Log-probabilities and entropies come from hidden states, without logits.
+The loss is TRL's own.
+
+    class Trainer(SharedPrompts, GRPOTrainer):
+        pass
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from quietstar.arguments.values import INTEGERS, MASKS, integer, tensor
+from quietstar.hf import adapters
+from quietstar.hf.architectures import check_model
+from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
+from quietstar.hf.cache import PackedPass
+from quietstar.hf.decoder import decode_rows
+from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.modules import embeddings, unwrapped
+from quietstar.hf.verify import verify_once
+from quietstar_kernels import ThoughtLayout, linear_logprob
+
+__all__ = ["PackedCompletions", "SharedPrompts"]
+
+HOOK = "_get_per_token_logps_and_entropies"
+# The hook's first parameters in the release that the tests run, and that release.
+PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+PARAMETERS += ["compute_entropy", "compute_aux_loss"]
+TESTED = "1.16"
+
+
+@dataclass(frozen=True)
+class PackedCompletions:
+    """Prompts and their completions in one row of tokens, each distinct prompt once. Make it with ``pack``.
+
+    The letters: B completions of at most T tokens, M packed tokens, R scored ones.
+
+    Attributes:
+        layout: the prompts are documents of the text, completions are branches. B = 1.
+        token_ids: int64 [1,M]. A completion's last token is left out, since nothing follows it.
+        rows: int64 [R], which of the M rows predicts each token of the completions.
+        targets: int64 [R], these tokens.
+        live: bool [B,T], True for the tokens of the completions; ``targets`` are in its order.
+        longest: tokens of the longest prompt with its completion.
+    """
+
+    layout: ThoughtLayout
+    token_ids: Tensor
+    rows: Tensor
+    targets: Tensor
+    live: Tensor
+    longest: int
+
+    @classmethod
+    def pack(cls, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedCompletions:
+        """Pack completions in the order given.
+
+        Args:
+            input_ids: int32 or int64 [B,L], prompts and then completions of T tokens. Prompts are padded on the left,
+                completions on the right. Equal prompts next to each other are packed once.
+            attention_mask: bool or integer [B,L], 0 for padding.
+            completion_length: T, from 1 to L-1.
+
+        Raises:
+            ValueError: a wrong shape, dtype or number, a prompt without a token, or padding elsewhere.
+        """
+        tensor("input_ids", input_ids, "B,L", {}, input_ids.device, INTEGERS)
+        B, L = input_ids.shape
+        tensor("attention_mask", attention_mask, "B,L", {"B": B, "L": L}, input_ids.device, MASKS)
+        T = integer("completion_length", completion_length, 1, L - 1)
+        shown, live = (attention_mask != 0).split([L - T, T], 1)
+        prompts, completions = input_ids.long().split([L - T, T], 1)
+        _check_padding(shown, live)
+
+        one, of_prompt = prompts.masked_fill(~shown, -1).unique_consecutive(dim=0, return_inverse=True)
+        lengths, held = (one >= 0).sum(1), live.sum(1)
+        last = lengths.cumsum(0) - 1
+        anchors, branches = last[of_prompt], (held - 1).clamp(min=0)
+        lo = (last + 1 - lengths).repeat_interleave(lengths)
+        layout = ThoughtLayout.packed(anchors[None], branches[None], lo=lo[None])
+
+        t = torch.arange(T, device=input_ids.device)
+        token_ids = torch.cat([one[one >= 0], completions[t < branches[:, None]]])
+        first = layout.L + branches.cumsum(0) - branches
+        rows = torch.where(t == 0, anchors[:, None], first[:, None] + t - 1)
+        longest = int((lengths[of_prompt] + held).max()) if B else 0
+        return cls(layout, token_ids[None], rows[live], completions[live], live, longest)
+
+    def logprobs(
+        self,
+        model: PreTrainedModel,
+        head: LMHead,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        autocast_head: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the completions' tokens, fp32 [B,T] (fp64 for fp64 models), and entropies likewise, in nats.
+
+        Both are 0 where ``live`` is False. Differentiable.
+
+        Args:
+            model: a transformers model with attention "quietstar" or "quietstar_wrapped".
+            head: the model's head, from ``find_lm_head``.
+            temperature: divides the logits.
+            return_entropy: else the second result is None.
+            autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
+
+        Raises:
+            ValueError: the layout doesn't reach the model's attention.
+        """
+        packed = PackedPass(self.layout)
+        packed.positions = self.longest  # less than the layout's bound, which adds up all prompts
+        hidden = decode_rows(model, embeddings(model)(self.token_ids), self.layout.position_ids(), packed)
+        with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
+            rows, weight, bias = head.operands(hidden[0].index_select(0, self.rows))
+            out = linear_logprob(
+                rows,
+                weight,
+                self.targets,
+                bias=bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                temperature=temperature,
+                return_entropy=return_entropy,
+            )
+        logprob, entropy = out if isinstance(out, tuple) else (out, None)
+        return self._spread(logprob), None if entropy is None else self._spread(entropy)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """[R] to [B,T]. The result depends on the model even if no token is live."""
+        return values.new_zeros(self.live.shape).masked_scatter(self.live, values)
+
+
+def _check_padding(shown: Tensor, live: Tensor) -> None:
+    """Raises ValueError for the masks of prompts [B,L-T] and completions [B,T] if they break a rule."""
+    rules = {
+        "prompts must be padded on the left alone": (shown[:, 1:] < shown[:, :-1]).any(1),
+        "prompts must hold at least one token": ~shown.any(1),
+        "completions must be padded on the right alone": (live[:, 1:] > live[:, :-1]).any(1),
+    }
+    broken = torch.stack(list(rules.values()))
+    if bool(broken.any()):
+        rule, row = broken.nonzero()[0].tolist()
+        raise ValueError(f"attention_mask: {list(rules)[rule]}, broken in row {row}")
+
+
+class SharedPrompts(Trainer):
+    """Put it before ``trl.GRPOTrainer`` or ``trl.RLOOTrainer``: ``class Trainer(SharedPrompts, GRPOTrainer): pass``.
+
+    Losses, gradients and logs are those of the trainer after it, up to rounding. What differs:
+
+    - The model runs with attention "quietstar_wrapped". It is plain sdpa where no prompts are shared, as in ``generate``.
+    - TRL shuffles the completions that it has generated before it cuts them into steps. Here those of one prompt are then
+      brought together again, so that a step with fewer rows than were generated shares prompts too.
+    - Positions count from a prompt's first token, as in generation. TRL counts padding on the left; this matters for learned
+      positions only.
+    - Attention dropout is ignored, with a warning.
+
+    Tested with TRL 1.16.
+
+    Raises:
+        ValueError: a model whose attention can't take a layout, a TRL release without the method that this one replaces, or
+            an option that shared prompts don't support.
+    """
+
+    # Of TRL's trainers.
+    args: Any
+    ref_model: Any
+    temperature: float
+    aux_loss_enabled: bool
+    _buffered_inputs: list[dict[str, Any]] | None
+    _step: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._check_release()
+        super().__init__(*args, **kwargs)
+        self._check_options()
+        models: list[Any] = [self.model]
+        if self.ref_model is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        for model in models:
+            check_model(model)
+            adapters.check_rows(model)
+            verify_once(unwrapped(model))
+        for model in models:
+            model.set_attn_implementation(WRAPPED_NAME)
+            hand_on_layout(unwrapped(model))
+            _add_forward(unwrapped(model))
+
+    def _check_release(self) -> None:
+        """Without this, another TRL would repeat prompts in silence."""
+        stock = getattr(super(), HOOK, None)
+        name = type(self).__name__
+        if stock is None:
+            raise ValueError(f"{name}: put SharedPrompts before trl's GRPOTrainer or RLOOTrainer, whose {HOOK} it replaces")
+        found = list(inspect.signature(stock.__func__).parameters)[: len(PARAMETERS)]
+        if found != PARAMETERS:
+            raise ValueError(f"{name}: {HOOK} must be as in trl {TESTED}, got the parameters {', '.join(found)}")
+
+    def _check_options(self) -> None:
+        for refused, why in (
+            (self.is_fsdp_enabled or self.is_deepspeed_enabled, "weights can't be sharded here: leave out fsdp and deepspeed"),
+            (getattr(self, "_is_vlm", False), "prompts must be text alone, got a processor of images"),
+            (self.aux_loss_enabled, "the router's loss counts repeated prompts: set router_aux_loss_coef=0"),
+            (self.args.use_liger_kernel, "liger's layers don't take a layout: leave out use_liger_kernel"),
+            (self.args.torch_compile, "the packed length changes with every step: leave out torch_compile"),
+            (
+                getattr(self.args, "use_transformers_continuous_batching", False),
+                "paged attention can't be switched on here: leave out use_transformers_continuous_batching",
+            ),
+        ):
+            if refused:
+                raise ValueError(f"{type(self).__name__}: {why}")
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's inputs of a step, of completions that are sorted by prompt."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is None or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = _sorted_by_prompt(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """TRL's method: log-probabilities and entropies [B,T] of completions of T = ``logits_to_keep`` tokens.
+
+        Args:
+            model: the trained model or the reference, in accelerate's wrappers.
+            input_ids, attention_mask: [B,L], prompts padded on the left, completions on the right.
+            batch_size: how many completions run at a time; default all.
+            compute_entropy: else the second result is None.
+            compute_aux_loss: False.
+            inputs: images and the like; all None.
+
+        Raises:
+            ValueError: an input that shared prompts don't support.
+        """
+        more = [name for name, value in inputs.items() if value is not None] + ["compute_aux_loss"] * compute_aux_loss
+        if more:
+            raise ValueError(f"{type(self).__name__}: prompts must be text alone, got {', '.join(more)}")
+        order = _order_by_prompt(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
+        parts = []
+        for chunk in order.split(batch_size or len(order)):
+            packed = PackedCompletions.pack(input_ids[chunk], attention_mask[chunk], logits_to_keep)
+            logprobs = functools.partial(
+                packed.logprobs,
+                temperature=self.temperature,
+                return_entropy=compute_entropy,
+                autocast_head=not getattr(self.args, "cast_lm_head_to_fp32", False),  # RLOO has no such option
+            )
+            with self.accelerator.autocast():
+                parts.append(model(shared_prompts=logprobs))
+        back = order.argsort()
+        logprob, entropy = ([part[i] for part in parts] for i in range(2))
+        return torch.cat(logprob)[back], torch.cat(entropy)[back] if compute_entropy else None, None
+
+
+def _add_forward(model: PreTrainedModel) -> None:
+    """Let ``model(shared_prompts=function)`` return ``function(model, head)``; other calls are unchanged.
+
+    The call must enter through the model, since wrappers around it synchronise gradients and cast.
+    """
+    head, stock = find_lm_head(model), model.forward
+
+    @functools.wraps(type(model).forward)  # ``generate`` reads the signature
+    def forward(self: PreTrainedModel, *args: Any, shared_prompts: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if shared_prompts is None:
+            return stock(*args, **kwargs)
+        return shared_prompts(self, replace(head, linear=self.get_output_embeddings()))  # a cast may have replaced it
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _order_by_prompt(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """int64 [B], the rows with equal prompts [B,L] next to each other, prompts in the order in which they first appear."""
+    prompts = prompt_ids.masked_fill(prompt_mask == 0, -1)
+    _, of_prompt = prompts.unique(dim=0, return_inverse=True)
+    places = torch.arange(len(prompts), device=prompts.device)
+    first = torch.full_like(places, len(prompts)).scatter_reduce(0, of_prompt, places, "amin")
+    return first[of_prompt].argsort(stable=True)
+
+
+def _sorted_by_prompt(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The inputs of steps, as many rows in each as before, with rows sorted over all steps."""
+    size = len(steps[0]["prompt_ids"])
+    order = _order_by_prompt(*(torch.cat([step[name] for step in steps]) for name in ("prompt_ids", "prompt_mask")))
+    result: list[dict[str, Any]] = [{} for _ in steps]
+    for name, value in steps[0].items():
+        if isinstance(value, Tensor) and value.ndim:
+            parts: Sequence[Any] = torch.cat([step[name] for step in steps])[order].split(size)
+        elif isinstance(value, list):
+            rows = [row for step in steps for row in step[name]]
+            parts = [[rows[i] for i in places.tolist()] for places in order.split(size)]
+        else:  # None, or one number for all steps
+            parts = [step[name] for step in steps]
+        for step, part in zip(result, parts, strict=True):
+            step[name] = part
+    return result

@@ -1,0 +1,128 @@
+"""Branches: which packed rows see which, as the back ends read it.
+
+A packed sequence is ``[text (L) | branch rows (R)]``. A branch hangs on a text position t, its anchor, and has rows of its own
+that stand together. Each of them sees the text in ``[lo[b, t], t]`` and, of its own branch, the rows up to itself, or all if
+``full``. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3: a thought is a
+branch, and its rows see those before them).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ANCHOR, START, LENGTH = range(3)  # columns of the table
+
+
+class Branches(NamedTuple):
+    """Tensors on one device.
+
+    Attributes:
+        lo: int32 [B,L], the first text position that position t sees.
+        table: int32 [B,C,3], of each branch: its anchor, -1 if unused; its first row, from 0 to R; how many rows are live, 0 if
+            unused. Anchors of used branches ascend, and so do first rows.
+        of_row: int32 [B,R], the branch of each row, -1 where the row is off.
+        full: a row sees all live rows of its branch, later ones too.
+    """
+
+    lo: Tensor
+    table: Tensor
+    of_row: Tensor
+    full: bool
+
+    @property
+    def B(self) -> int:
+        return self.lo.shape[0]
+
+    @property
+    def L(self) -> int:
+        return self.lo.shape[1]
+
+    @property
+    def C(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def R(self) -> int:
+        return self.of_row.shape[1]
+
+    @property
+    def M(self) -> int:
+        return self.L + self.R
+
+    @property
+    def device(self) -> torch.device:
+        return self.lo.device
+
+    def live(self) -> Tensor:
+        """bool [B,R]: the rows that are on."""
+        return self.of_row >= 0
+
+    def column(self, column: int) -> Tensor:
+        """int64 [B,R]: ANCHOR, START or LENGTH of each row's branch; 0 where the row is off."""
+        if not self.C:
+            return torch.zeros_like(self.of_row, dtype=torch.int64)
+        of_branch = self.table[..., column].long()
+        return of_branch.gather(1, self.of_row.long().clamp(min=0)).masked_fill(~self.live(), 0)
+
+    def row_in_branch(self) -> Tensor:
+        """int32 [B,R]: 0 for the first row of a branch, -1 where the row is off."""
+        r = torch.arange(self.R, device=self.device)
+        return torch.where(self.live(), r - self.column(START), -1).int()
+
+    def text_position_ids(self) -> Tensor:
+        """int64 [B,L]: t - lo[b,t]."""
+        return torch.arange(self.L, device=self.device) - self.lo.long()
+
+    def position_ids(self) -> Tensor:
+        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for row s of a branch; 0 for rows that are off."""
+        text = self.text_position_ids()
+        if self.R == 0:
+            return text
+        if self.L == 0:  # all rows are off
+            return text.new_zeros(self.B, self.R)
+        own = text.gather(1, self.column(ANCHOR)) + 1 + self.row_in_branch()
+        return torch.cat([text, own.masked_fill(~self.live(), 0)], 1)
+
+    def dense_mask(self, window: int | None = None) -> Tensor:
+        """bool [B,M,M], True where the row sees the column; see ``ThoughtLayout.dense_mask``."""
+        B, L, R = self.B, self.L, self.R
+        t, r = (torch.arange(size, device=self.device) for size in (L, R))
+        seen = torch.zeros((B, self.M, self.M), dtype=torch.bool, device=self.device)
+        seen[:, :L, :L] = (t >= self.lo[:, :, None]) & (t <= t[:, None])
+        if R and L:  # else nothing is on
+            seen[:, L:, :L] = seen[:, :L, :L].gather(1, self.column(ANCHOR)[:, :, None].expand(B, R, L))
+            start = self.column(START)[:, :, None]
+            end = start + self.column(LENGTH)[:, :, None] if self.full else r[:, None] + 1
+            seen[:, L:, L:] = (r >= start) & (r < end)
+            seen[:, L:] &= self.live()[:, :, None]
+        if window is not None:
+            position = self.position_ids()
+            seen &= position[:, None, :] > position[:, :, None] - window
+        return seen
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Branches:
+        """On another device; keyword arguments go to ``Tensor.to``."""
+        lo, table, of_row = (x.to(device, **kwargs) for x in self[:3])
+        return Branches(lo, table, of_row, self.full)
+
+
+def of_rows(table: Tensor, rows: int, spacing: int | None = None) -> Tensor:
+    """int32 [B,R] as ``Branches.of_row``, for a table [B,C,3] and R ``rows``.
+
+    Args:
+        spacing: rows between first rows, if these are 0, spacing, 2 * spacing, ...
+    """
+    B, C = table.shape[:2]
+    r = torch.arange(rows, device=table.device, dtype=torch.int32)
+    if not C:
+        return r.new_full((B, rows), -1)
+    if spacing is not None:
+        branch = (r // spacing).expand(B, rows)
+    else:  # the last branch that starts at the row or before: of those that start at one place, only the last has rows
+        start = table[..., START].contiguous()
+        branch = torch.searchsorted(start, r.expand(B, rows).contiguous(), right=True, out_int32=True) - 1
+    start, length = (table[..., column].gather(1, branch.long()) for column in (START, LENGTH))
+    return torch.where(r - start < length, branch, -1)

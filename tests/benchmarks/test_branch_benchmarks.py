@@ -1,0 +1,60 @@
+"""The benchmark of branches: what its cases count, and that its peers compute the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.bench_branches import BENCHMARK, smoke
+from benchmarks.harness.case import Wrong
+from benchmarks.peers.branches import PEERS, BranchCase
+from benchmarks.report import goals
+
+CPU = torch.device("cpu")
+CASES = {case.grid: case for case in smoke(CPU) if case.what == "forward"}
+
+
+@pytest.mark.parametrize("grid", CASES)
+def test_sees_and_work_follow_the_layout(grid):
+    case = CASES[grid]
+    mask = case.layout.dense_mask()[0, case.skipped :]
+    row, key = torch.arange(case.rows)[:, None], torch.arange(case.M)
+    assert torch.equal(case.sees(row, key), mask) and case.pairs == int(mask.sum())
+    assert case.work().flops == 4 * case.H * case.K * case.pairs
+    assert case.layout.live().all()
+
+
+def test_copies_take_more_arithmetic():
+    case = BranchCase(L=512, C=8, S=64)
+    assert case.pairs == 512 * 513 / 2 + 8 * (512 * 64 + 64 * 65 / 2)
+    assert case.pairs_repeated == 8 * 576 * 577 / 2
+    assert round(case.arithmetic, 1) == 3.2
+
+
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+@pytest.mark.parametrize("name", [peer.name for peer in PEERS])
+@pytest.mark.parametrize("grid", CASES)
+def test_peers_are_right(grid, name, what):
+    case, (peer,) = replace(CASES[grid], what=what), [peer for peer in PEERS if peer.name == name]
+    if reason := peer.why_not(case):
+        pytest.skip(reason)
+    case.check(peer.prepare(case))
+
+
+@pytest.mark.parametrize("grid", CASES)
+def test_a_wrong_result_is_refused(grid):
+    case = replace(CASES[grid], what="forward+backward")
+    function = BENCHMARK.ours.prepare(case)
+    case.check(function)
+    for wrong in (lambda q, k, v: function(q, k, v.flip(2)), lambda q, k, v: function(q, k, v) + 0.01 * q):
+        with pytest.raises(Wrong):
+            case.check(wrong)
+
+
+def test_goals_read_the_rows():
+    sizes = {"L": 512, "C": 8, "S": 64, "H": 8, "G": 2, "K": 64}
+    row = {"op": "branches", "grid": "prompt", "candidate": goals.COPIES, "seconds": 1.0, "sizes": sizes, "is_ours": False}
+    rows = [row | {"what": "forward", "times_ours": 3.0}, row | {"what": "forward+backward", "times_ours": 2.0}]
+    assert goals.over_copies(512, 64)(rows) == 2.0 and goals.over_copies(512, 256)(rows) is None
+    part = goals.of_arithmetic("prompt")(rows)
+    assert part == pytest.approx(2 / BranchCase(grid="prompt", **sizes).arithmetic)

@@ -1,0 +1,219 @@
+"""Branches: packed layouts and own="full" against one SDPA call per branch, grids against packed layouts, bad input."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from quietstar_kernels import ThoughtLayout, sample_thoughts, thought_attention, thought_decode
+from quietstar_kernels.testing import (
+    assert_close_as_plain,
+    assert_op_close_as_plain,
+    attention_inputs,
+    attention_magnitudes,
+    forward_backward,
+    plain_attention,
+)
+
+DRAWS = 8
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(generator, *shape, device):
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def drawn(seed, longest, device):
+    """A packed layout: anchors repeat, branches may be empty or unused, texts are documents in half of the cases."""
+    generator, choice = seeded(seed), random.Random(seed)
+    B, L, C = choice.choice([1, 2]), choice.choice([1, 20, 70]), choice.choice([1, 4, 7])
+    anchors = torch.randint(0, L, (B, C), generator=generator).sort(1).values
+    off = torch.arange(C) >= torch.randint(1, C + 1, (B, 1), generator=generator)
+    lengths = torch.randint(0, longest + 1, (B, C), generator=generator)
+    lengths[:, 0] = choice.choice([0, 1, longest])
+    starts = torch.randint(0, L, (B, 1), generator=generator) * choice.choice([0, 1])
+    t = torch.arange(L)
+    return ThoughtLayout.packed(
+        anchors.masked_fill(off, -1),
+        lengths.masked_fill(off, 0),
+        lo=torch.where(t < starts, 0, starts),
+        rows=choice.choice([None, C * longest + 1]),
+        own=choice.choice(["causal", "full"]),
+    ).to(device)
+
+
+def by_branch(q, k, v, layout, sinks=None):
+    """One SDPA call per branch and one per text row; in autograd."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    out = [[q.new_zeros(q.shape[1], v.shape[-1])] * layout.M for _ in range(layout.B)]
+    for b in range(layout.B):
+        lo = layout.lo[b].tolist()
+        for t in range(layout.L):
+            keys = slice(lo[t], t + 1)
+            out[b][t] = scaled_dot_product_attention(q[b, :, t : t + 1], k[b, :, keys], v[b, :, keys])[:, 0]
+        first = layout.L
+        for anchor, length in zip(layout.anchor[b].tolist(), layout.length[b, :, 0].tolist(), strict=True):
+            rows = [*range(lo[anchor], anchor + 1), *range(first, first + length)]
+            text = len(rows) - length
+            own = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = torch.cat([own.new_ones(length, text), own if layout.own == "full" else own.tril()], 1)
+            of_branch = slice(first, first + length)
+            got = scaled_dot_product_attention(q[b, :, of_branch], k[b, :, rows], v[b, :, rows], attn_mask=mask)
+            out[b][of_branch] = got.unbind(1)
+            first += length
+    return torch.stack([torch.stack(rows, 1) for rows in out])
+
+
+@pytest.mark.parametrize("seed", range(DRAWS))
+def test_equals_a_call_per_branch(backend, seed, device, interpreted):
+    layout = drawn(seed, 9 if interpreted else 40, device)
+    inputs = attention_inputs(seeded(seed), layout, 4, 2, 16)
+    del inputs["sinks"]
+    grad_out = normal(seeded(seed + 1), layout.B, 4, layout.M, 16, device=device)
+    op = partial(thought_attention, backend=backend)
+    magnitudes = attention_magnitudes(inputs, grad_out)
+    assert_op_close_as_plain(op, by_branch, inputs, (grad_out,), f"{layout}", magnitudes=magnitudes, layout=layout)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 70}, {"window": 7, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("own", ["causal", "full"])
+def test_long_branches(backend, own, options, device, interpreted):
+    """Hundreds of rows: several tiles and blocks of own keys in a branch, next to small ones."""
+    lengths = torch.tensor([[0, 1, 90, 40, 0, 3]] if interpreted else [[0, 1, 700, 300, 0, 3]])
+    layout = ThoughtLayout.packed(torch.tensor([[0, 2, 2, 29, 29, 29]]), lengths, 30, own=own).to(device)
+    inputs = attention_inputs(seeded(0), layout, 4, 1, 16, sinks=True)
+    grad_out = normal(seeded(1), 1, 4, layout.M, 16, device=device)
+    op = partial(thought_attention, return_lse=True, backend=backend)
+    magnitudes = attention_magnitudes(inputs, grad_out)
+    assert_op_close_as_plain(op, plain_attention, inputs, (grad_out,), magnitudes=magnitudes, layout=layout, **options)
+
+
+def as_packed(layout):
+    """The branches of a grid whose thoughts all have S rows."""
+    B, P, N = layout.length.shape
+    anchors = layout.anchor[:, :, None].expand(B, P, N).flatten(1)
+    return ThoughtLayout.packed(anchors, layout.length.flatten(1), lo=layout.lo, own=layout.own)
+
+
+GRIDS = {
+    "every position": ThoughtLayout.every_position(2, 9, 2, 4),
+    "full": ThoughtLayout.at(torch.tensor([[1, 5, 8], [0, 1, 2]]), 3, 5, text_length=9, own="full"),
+    "documents": ThoughtLayout.from_documents(torch.tensor([[0, 0, 0, 1, 1]]), 1, 33),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("name", GRIDS)
+def test_packed_of_a_grid_is_the_grid(backend, name, options, device):
+    grid = GRIDS[name].to(device)
+    packed = as_packed(grid)
+    assert (packed.R, packed.M, packed.P, packed.N) == (grid.R, grid.M, grid.P * grid.N, 1)
+    for got, want in ((packed, grid), (packed.to("cpu"), grid.to("cpu"))):
+        assert torch.equal(got.dense_mask(), want.dense_mask())
+        assert torch.equal(got.position_ids(), want.position_ids())
+        assert torch.equal(got.branch_of_row(), want.branch_of_row())
+        assert torch.equal(got.row_in_branch(), want.row_in_branch())
+    inputs = attention_inputs(seeded(0), grid, sinks=True)
+    grad_out = normal(seeded(1), *inputs["q"].shape, device=device)
+    op = partial(thought_attention, return_lse=True, backend=backend)
+    of_grid, of_packed = (forward_backward(op, inputs, (grad_out,), layout=layout, **options) for layout in (grid, packed))
+    assert all(map(torch.equal, of_grid[0], of_packed[0]))
+    assert all(torch.equal(of_grid[1][name], of_packed[1][name]) for name in inputs)
+
+
+def test_decode_of_packed_branches_equals_attention(backend, device):
+    if backend == "cuda":
+        pytest.skip("it has no attention to compare with")
+    anchors, lengths = torch.tensor([[0, 3, 3, 6, -1], [1, 1, 1, 1, 4]]), torch.tensor([[2, 0, 5, 1, 0], [1, 4, 0, 2, 6]])
+    layout = ThoughtLayout.packed(anchors, lengths, 7).to(device)
+    inputs = attention_inputs(seeded(0), layout, sinks=True)
+    upcast = {name: x.double() for name, x in inputs.items()}
+    q, k, v, sinks = inputs.values()
+    L, S = layout.L, 8  # more than any branch has
+    plain, truth = (plain_attention(**x, layout=layout)[0] for x in (inputs, upcast))
+    branch, row = layout.branch_of_row(), layout.row_in_branch()
+    own = {"k_own": q.new_full((2, 2, 5, S, 8), torch.nan), "v_own": q.new_full((2, 2, 5, S, 8), torch.nan)}
+    for step in range(S):
+        queries, want, true = (q.new_zeros(2, 4, 5, 8, dtype=x.dtype) for x in (q, plain, truth))
+        for b, r in (row == step).nonzero().tolist():
+            c = int(branch[b, r])
+            own["k_own"][b, :, c, step], own["v_own"][b, :, c, step] = k[b, :, L + r], v[b, :, L + r]
+            for to, x in ((queries, q), (want, plain), (true, truth)):
+                to[b, :, c] = x[b, :, L + r]
+        text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
+        got = thought_decode(queries, **text, **own, layout=layout, step=step, sinks=sinks, backend=backend)
+        assert_close_as_plain(got, want, true, f"step {step}")
+
+
+def test_full_rows_see_later_rows_and_positions_stay():
+    causal, full = (ThoughtLayout.at(torch.tensor([[1]]), 1, 3, text_length=3, own=own) for own in ("causal", "full"))
+    assert causal.dense_mask()[0, 3:, 3:].tolist() == torch.ones(3, 3).tril().bool().tolist()
+    assert full.dense_mask()[0, 3:, 3:].all()
+    assert torch.equal(causal.dense_mask()[:, :, :3], full.dense_mask()[:, :, :3])
+    assert torch.equal(causal.position_ids(), full.position_ids())
+    window = full.dense_mask(window=2)[0, 3:]  # rows at position ids 2, 3 and 4; text at 0, 1 and 2
+    assert window[:, 3:].tolist() == [[True, True, True], [True, True, True], [False, True, True]]
+    assert window[:, :3].tolist() == [[False, True, False], [False] * 3, [False] * 3]
+
+
+def test_full_stays_when_a_layout_changes():
+    layout = ThoughtLayout.every_position(1, 4, 2, 3, own="full")
+    assert {x.own for x in (layout.select(slice(1, 2)), layout.text_only(), layout.to("cpu"))} == {"full"}
+    packed = ThoughtLayout.packed(torch.tensor([[1, 1]]), torch.tensor([[2, 1]]), 2, rows=5, own="full")
+    assert packed.to("cpu").R == 5 and "packed own=full" in repr(packed)
+    text, rows = packed.split(torch.arange(7)[None])
+    assert text.tolist() == [[0, 1]] and rows.tolist() == [[2, 3, 4, 5, 6]]
+    assert packed.live().tolist() == [[True, True, True, False, False]]
+    assert packed.row_anchor().tolist() == [[1, 1, 1, 0, 0]]
+    assert packed.position_ids().tolist() == [[0, 1, 2, 3, 2, 0, 0]]
+
+
+def packed(anchors=((0, 1),), lengths=((1, 2),), text_length=2, **options):
+    return ThoughtLayout.packed(torch.tensor(anchors), torch.tensor(lengths), text_length, **options)
+
+
+def step(layout):
+    q, text, own = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 3, 4)
+    return thought_decode(q, text, text, own, own, layout, 0)
+
+
+def sample(layout):
+    return sample_thoughts(lambda ids, layout: None, torch.zeros(5, 4), layout, torch.zeros(1, 2).long(), 1, 0, 0)
+
+
+BAD = {
+    "ThoughtLayout: lengths must be 0 where anchors hold -1, broken at [0, 1] of shape [1, 2]": lambda: packed(((0, -1),)),
+    "ThoughtLayout: the sum of lengths must be at most rows R=2, broken at [0] of shape [1, 2]": lambda: packed(rows=2),
+    "ThoughtLayout: lengths must not be negative, broken at [0, 0] of shape [1, 2]": lambda: packed(lengths=((-1, 2),)),
+    "ThoughtLayout: lengths must have shape [B,C]=[1,2], got [1,3]": lambda: packed(lengths=((1, 2, 3),)),
+    "ThoughtLayout: anchors must be from -1 to L-1=1, broken at [0, 1] of shape [1, 2]": lambda: packed(((0, 2),)),
+    "ThoughtLayout: packed() needs lo or text_length": lambda: packed(text_length=None),
+    "ThoughtLayout: own must be one of causal, full, got 'both'": lambda: packed(own="both"),
+    "ThoughtLayout: rows must be an integer of at least 0, got -1": lambda: packed(rows=-1),
+    "ThoughtLayout.select: the layout must be a grid of P*N thoughts, got a packed one": lambda: packed().select(slice(1)),
+    "sample_thoughts: layout must have own='causal', got own='full': a step can't see rows that are not there yet": lambda: (
+        sample(packed(own="full"))
+    ),
+    "sample_thoughts: the layout must be a grid of P*N thoughts, got a packed one": lambda: sample(packed()),
+    "thought_decode: layout must have own='causal', got own='full': a step can't see rows that are not there yet": lambda: step(
+        packed(own="full")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises(ValueError) as raised:
+        BAD[message]()
+    assert str(raised.value) == message
+
+
+def test_rows_are_not_checked_without_validate():
+    layout = packed(rows=2, validate=False)
+    assert layout.R == 2 and layout.S == 2

@@ -1,0 +1,382 @@
+"""TRL's trainers with shared prompts: losses, gradients, entropies and whole runs equal the stock trainers'."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
+
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from quietstar.hf.lm_head import find_lm_head
+from quietstar.shared_prompt import PackedCompletions, SharedPrompts
+from quietstar_kernels import ThoughtLayout
+
+V, PAD = 61, 0
+HOOK = "_get_per_token_logps_and_entropies"
+BOUND = 1e-5
+
+
+class SharedGRPO(SharedPrompts, GRPOTrainer):
+    pass
+
+
+class SharedRLOO(SharedPrompts, RLOOTrainer):
+    pass
+
+
+PAIRS = {GRPOTrainer: SharedGRPO, RLOOTrainer: SharedRLOO}
+
+
+def reward(completion_ids, **_):
+    return [sum(x % 7 for x in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """``trainer(cls, model, **arguments)``; ``peft_config`` goes to the trainer, the others to its config."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<end>": 2, **{str(i): i for i in range(3, V)}}, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", bos_token="<bos>")
+    data = Dataset.from_list([{"prompt": " ".join(str(3 + 5 * i + j) for j in range(1 + 3 * (i % 3)))} for i in range(8)])
+
+    def make(cls, model, peft_config=None, processing_class=tokenizer, **arguments):
+        usual = {
+            "per_device_train_batch_size": 4,
+            "num_generations": 4,
+            "max_completion_length": 5,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "max_steps": 2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        config = RLOOConfig if issubclass(cls, RLOOTrainer) else GRPOConfig
+        arguments = config(str(tmp_path / "run"), **{**usual, **arguments})
+        made = cls(model, reward, arguments, data, processing_class=processing_class, peft_config=peft_config)
+        made.current_gradient_accumulation_steps = 1  # as ``train`` does, and what follows
+        if made.args.activation_checkpointing:  # TRL's default
+            made.model.gradient_checkpointing_enable()
+        made.model.train()
+        return made
+
+    return make
+
+
+def batch(seed=0, prompts=(5, 1, 3), completions=((4, 1, 6), (2, 0, 5), (3, 6, 1)), order=None):
+    """Generated inputs of a step: prompts padded on the left, completions on the right, rows in ``order``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(i, length) for i, group in enumerate(completions) for length in group]
+    rows = rows if order is None else [rows[i] for i in order]
+    texts = [torch.randint(3, V, (length,), generator=generator) for length in prompts]
+    P, T = max(prompts) + 1, max(length for _, length in rows) + 1
+    prompt_ids, completion_ids = torch.full((len(rows), P), PAD), torch.full((len(rows), T), PAD)
+    prompt_mask, completion_mask = torch.zeros_like(prompt_ids), torch.zeros_like(completion_ids)
+    for b, (i, length) in enumerate(rows):
+        prompt_ids[b, P - prompts[i] :], prompt_mask[b, P - prompts[i] :] = texts[i], 1
+        completion_ids[b, :length], completion_mask[b, :length] = torch.randint(3, V, (length,), generator=generator), 1
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": random(len(rows)) + 0.3,
+        "num_items_in_batch": completion_mask.sum(),
+        "old_per_token_logps": -4 + 0.3 * random(len(rows), T),
+        "ref_per_token_logps": -4 + 0.3 * random(len(rows), T),
+        "old_logps": -12 + random(len(rows)),  # RLOO's, of whole completions
+    }
+
+
+def hook_arguments(inputs):
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    return ids, mask, inputs["completion_ids"].shape[1]
+
+
+def distance(got, truth):
+    return float((got.detach() - truth.detach()).norm() / truth.detach().norm().clamp(min=1e-30))
+
+
+def step(trainer, inputs):
+    """The loss of a step and all its gradients."""
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss, {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+def check_equal(stock, ours, inputs, bound=BOUND):
+    (loss, grads), (shared_loss, shared_grads) = step(stock, inputs), step(ours, inputs)
+    assert distance(shared_loss, loss) < bound
+    assert grads.keys() == shared_grads.keys() and all(grad is not None for grad in grads.values())
+    far = {name: distance(shared_grads[name], grad) for name, grad in grads.items()}
+    assert not {name: d for name, d in far.items() if not d < bound}
+
+
+SHUFFLED = [7, 2, 4, 0, 8, 5, 1, 6, 3]
+OPTIONS = {
+    "dapo": {},
+    "grpo, temperature, entropy": {"loss_type": "grpo", "temperature": 0.7, "entropy_coef": 0.1},
+    "KL": {"loss_type": "bnpo", "beta": 0.2},
+    "no checkpointing": {"activation_checkpointing": False},
+    "high entropy": {"top_entropy_quantile": 0.5, "importance_sampling_level": "sequence"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_loss_and_gradients(tiny, trainer, tmp_path, options):
+    folder = tmp_path / "base"
+    if "beta" in options:  # the reference is loaded by the model's name
+        tiny("llama").double().save_pretrained(folder)
+        made = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
+    else:
+        made = [tiny("llama").double() for _ in range(2)]
+    stock, ours = (trainer(cls, model, **options) for cls, model in zip((GRPOTrainer, SharedGRPO), made, strict=True))
+    for order in (None, SHUFFLED):
+        check_equal(stock, ours, batch(order=order))
+    without_old = {name: value for name, value in batch(seed=1).items() if name != "old_per_token_logps"}
+    check_equal(stock, ours, without_old)
+
+
+# A window and soft caps; a scale of logits; normalised queries and keys; experts; layers that drop the layout.
+@pytest.mark.parametrize("name", ["gemma2", "granite", "qwen3", "mixtral", "stablelm"])
+def test_architectures(tiny, trainer, name, monkeypatch):
+    monkeypatch.setitem(tiny.__globals__["ARCHITECTURES"], "stablelm", {})
+    options = {"router_aux_loss_coef": 0.0} if name == "mixtral" else {}
+    stock, ours = (trainer(cls, tiny(name), **options) for cls in (GRPOTrainer, SharedGRPO))
+    check_equal(stock, ours, batch(order=SHUFFLED), bound=5e-5)  # fp32: some can't run in fp64
+
+
+def test_rloo(tiny, trainer):
+    stock, ours = (trainer(cls, tiny("llama").double(), beta=0.0) for cls in (RLOOTrainer, SharedRLOO))
+    check_equal(stock, ours, batch(order=SHUFFLED))
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def test_lora(tiny, trainer):
+    """Gradients, and log-probabilities of the reference: the model with its adapters off."""
+    stock, ours = (trainer(cls, tiny("llama").double(), peft_config=lora(), beta=0.1) for cls in (GRPOTrainer, SharedGRPO))
+    for weight, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        weight.data = other.data.double().clone()
+        other.data = weight.data.clone()
+    inputs = batch(order=SHUFFLED)
+    check_equal(stock, ours, inputs)
+
+    def reference(one):
+        with torch.no_grad(), one.model.disable_adapter():
+            return getattr(one, HOOK)(one.model, *hook_arguments(inputs))[0]
+
+    assert distance(reference(ours), reference(stock)) < BOUND
+    on, _, _ = getattr(ours, HOOK)(ours.model, *hook_arguments(inputs))
+    assert distance(reference(ours), on) > 0.01
+
+
+def test_a_reference_adapter(tiny, trainer):
+    """TRL copies the adapter of a model that already has one."""
+    one = trainer(SharedGRPO, get_peft_model(tiny("llama"), lora()), beta=0.1)
+    arguments = hook_arguments(batch())
+    with torch.no_grad():
+        before, _, _ = getattr(one, HOOK)(one.model, *arguments)
+        for name, weight in one.model.named_parameters():
+            if ".default." in name:
+                weight.mul_(2)
+        after, _, _ = getattr(one, HOOK)(one.model, *arguments)
+        one.model.set_adapter("ref")
+        reference, _, _ = getattr(one, HOOK)(one.model, *arguments)
+    assert distance(reference, before) < BOUND < 0.01 < distance(after, before)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 4])
+def test_logprobs_and_entropies(tiny, trainer, batch_size):
+    stock, ours = (trainer(cls, tiny("llama").double()) for cls in (GRPOTrainer, SharedGRPO))
+    for inputs in (batch(), batch(order=SHUFFLED), batch(seed=1, prompts=(4,), completions=((0, 0),))):
+        arguments = hook_arguments(inputs)
+        with torch.no_grad():
+            pairs = [getattr(one, HOOK)(one.model, *arguments, batch_size, compute_entropy=True) for one in (ours, stock)]
+        for got, truth in zip(*(pair[:2] for pair in pairs), strict=True):
+            assert got.shape == truth.shape and bool((got[inputs["completion_mask"] == 0] == 0).all())
+            assert distance(got, truth) < BOUND or not truth.any()
+    assert getattr(ours, HOOK)(ours.model, *arguments)[1:] == (None, None)
+
+
+def test_a_batch_without_a_token(tiny, trainer):
+    """All completions may be masked: the loss is a zero that depends on the model."""
+    inputs = batch(completions=((0,), (0, 0), (0,)))
+    loss, grads = step(trainer(SharedGRPO, tiny("llama")), inputs)
+    assert loss == 0 and not any(grad.any() for grad in grads.values())
+
+
+def test_a_wrong_anchor_shows(tiny, trainer, monkeypatch):
+    stock, ours = (trainer(cls, tiny("llama").double()) for cls in (GRPOTrainer, SharedGRPO))
+    inputs, packed = batch(prompts=(5, 2, 3)), ThoughtLayout.packed
+    check_equal(stock, ours, inputs)
+    monkeypatch.setattr(ThoughtLayout, "packed", lambda anchors, *rest, **options: packed(anchors - 1, *rest, **options))
+    with pytest.raises(AssertionError):
+        check_equal(stock, ours, inputs)
+
+
+def test_each_prompt_is_packed_once(tiny, trainer, monkeypatch):
+    made = []
+    pack = PackedCompletions.pack
+    monkeypatch.setattr(PackedCompletions, "pack", lambda *arguments: made.append(pack(*arguments)) or made[-1])
+    one = trainer(SharedGRPO, tiny("llama"))
+    one.compute_loss(one.model, batch(order=SHUFFLED))
+    (packed,) = made
+    assert packed.layout.L == 5 + 1 + 3
+    assert packed.layout.R == (3 + 0 + 5) + (1 + 0 + 4) + (2 + 5 + 0)  # without last tokens
+    assert packed.longest == 5 + 6
+    assert packed.token_ids.shape == (1, packed.layout.M)
+
+    made.clear()
+    one = trainer(SharedGRPO, tiny("llama"), gradient_accumulation_steps=4, max_steps=1)
+    one.train()
+    assert [packed.layout.lo.unique().numel() for packed in made] == [1, 1, 1, 1]  # 4 prompts of 4 completions, in 4 steps
+
+
+def test_pack_refuses_other_padding():
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.ones_like(ids)
+    for row, values, message in (
+        (0, [1, 0, 1, 1, 1, 1], "prompts must be padded on the left alone, broken in row 0"),
+        (1, [1, 1, 1, 0, 1, 1], "completions must be padded on the right alone, broken in row 1"),
+        (1, [0, 0, 0, 1, 1, 1], "prompts must hold at least one token, broken in row 1"),
+    ):
+        wrong = mask.clone()
+        wrong[row] = torch.tensor(values)
+        with pytest.raises(ValueError, match=f"^attention_mask: {message}$"):
+            PackedCompletions.pack(ids, wrong, 3)
+    with pytest.raises(ValueError, match="^completion_length must be 1 to 5, got 6$"):
+        PackedCompletions.pack(ids, mask, 6)
+
+
+def test_without_a_trainer(tiny):
+    import quietstar
+
+    model = tiny("llama")
+    model.set_attn_implementation(quietstar.register_attention("sdpa"))
+    ids, mask, T = hook_arguments(batch())
+    packed = PackedCompletions.pack(ids, mask, T)
+    logprob, entropy = packed.logprobs(model, find_lm_head(model))
+    assert entropy is None
+    truth = model(ids, attention_mask=mask).logits[:, -T - 1 : -1].log_softmax(-1).gather(2, ids[:, -T:, None])[..., 0]
+    assert distance(logprob, truth * mask[:, -T:]) < 1e-4
+
+
+def final_weights(trained):
+    trained.train()
+    assert trained.state.global_step == 2
+    return torch.cat([weight.detach().flatten().double() for weight in trained.model.parameters()])
+
+
+# Several prompts in a step and parts of groups, accumulation, two iterations on a rollout, and a reference model.
+RUNS = {
+    "accumulation": {"gradient_accumulation_steps": 2, "num_generations": 4},
+    "two iterations, KL": {"num_iterations": 2, "beta": 0.1, "gradient_accumulation_steps": 2},
+    "parts of groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_training(tiny, trainer, tmp_path, options):
+    tiny("llama").double().save_pretrained(tmp_path / "base")
+    start, stock, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / "base") for _ in range(3))
+    start = torch.cat([weight.detach().flatten() for weight in start.parameters()])
+    truth = final_weights(trainer(GRPOTrainer, stock, **options)) - start
+    update = final_weights(trainer(SharedGRPO, ours, **options)) - start
+    assert truth.norm() > 1e-3 and distance(update, truth) < BOUND
+
+
+def test_training_adapters(tiny, trainer):
+    options = {"peft_config": lora(), "beta": 0.1, "num_iterations": 2}
+    truth, got = (final_weights(trainer(cls, tiny("llama").double(), **options)) for cls in (GRPOTrainer, SharedGRPO))
+    start = trainer(GRPOTrainer, tiny("llama").double(), **options)
+    start = torch.cat([weight.detach().flatten().double() for weight in start.model.parameters()])
+    assert (truth - start).norm() > 1e-3 and distance(got - start, truth - start) < 1e-4  # adapters are fp32
+
+
+def test_bf16(tiny, trainer):
+    """Under autocast, and with a head in fp32."""
+    try:
+        one = trainer(SharedGRPO, tiny("llama"), bf16=True, cast_lm_head_to_fp32=True, max_steps=1)
+        one.train()
+        logprob = getattr(one, HOOK)(one.model, *hook_arguments(batch()))[0]
+        with torch.no_grad():
+            truth = getattr(GRPOTrainer, HOOK)(one, one.model, *hook_arguments(batch()))[0]
+        assert logprob.dtype == torch.float32 and distance(logprob, truth) < 0.02
+    finally:  # a precision is the whole process's
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_model_stays_usable(tiny, trainer, tmp_path):
+    model = tiny("llama")
+    prompt = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    options = {"attention_mask": (prompt > 0).long(), "max_new_tokens": 4, "do_sample": False}
+    before = model.generate(prompt, **options)
+    one = trainer(SharedGRPO, model, activation_checkpointing=False)
+    assert torch.equal(model.generate(prompt, **options), before)
+    one.save_model(tmp_path / "saved")
+    assert "quietstar" not in (tmp_path / "saved/config.json").read_text()
+
+
+REFUSED = {
+    "liger": ({"use_liger_kernel": True}, "leave out use_liger_kernel"),
+    "compile": ({"torch_compile": True}, "leave out torch_compile"),
+    "paged": ({"use_transformers_continuous_batching": True}, "leave out use_transformers_continuous_batching"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_refused_options(tiny, trainer, options, message):
+    with pytest.raises(ValueError, match=f"^SharedGRPO: .*{message}$"):
+        trainer(SharedGRPO, tiny("llama"), **options)
+
+
+def test_refused_models(tiny, trainer):
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="^model type 'falcon' cannot think: its attention does not go through"):
+        trainer(SharedGRPO, falcon)
+    with pytest.raises(ValueError, match="^SharedGRPO: .*set router_aux_loss_coef=0$"):
+        trainer(SharedGRPO, tiny("mixtral"), router_aux_loss_coef=0.1)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="^adapters must change layers only, got PROMPT_TUNING"):
+        trainer(SharedGRPO, tiny("llama"), peft_config=config)
+
+
+def test_refused_inputs(tiny, trainer):
+    one = trainer(SharedGRPO, tiny("llama"))
+    arguments = hook_arguments(batch())
+    with pytest.raises(ValueError, match="^SharedGRPO: prompts must be text alone, got pixel_values$"):
+        getattr(one, HOOK)(one.model, *arguments, pixel_values=torch.zeros(1), image_sizes=None)
+
+
+def test_refused_releases():
+    class Without(SharedPrompts):
+        pass
+
+    class Renamed(nn.Module):
+        def _get_per_token_logps_and_entropies(self, model, input_ids, keep):
+            pass
+
+    class Other(SharedPrompts, Renamed):
+        pass
+
+    with pytest.raises(ValueError, match="^Without: put SharedPrompts before trl's GRPOTrainer or RLOOTrainer"):
+        Without()
+    with pytest.raises(ValueError, match=r"must be as in trl 1\.16, got the parameters self, model, input_ids, keep$"):
+        Other()
