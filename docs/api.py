@@ -22,6 +22,7 @@ PARTS = {
         "quietstar.config",
         "quietstar.train",
         "quietstar.trainer",
+        "quietstar.shared_prompt",
         "quietstar.objective",
         "quietstar.run.batches",
         "quietstar.run.signals",

@@ -1,6 +1,6 @@
-"""Draw docs/mask.png from ``ThoughtLayout.dense_mask()``: which row of a packed sequence sees which.
+"""Draw docs/mask.png and docs/branches_*.png from ``ThoughtLayout.dense_mask()``: which row of a packed sequence sees which.
 
-python docs/draw_mask.py [file.png]
+python docs/draw_mask.py [folder]
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from quietstar_kernels import ThoughtLayout
 
 L, N, T, J = 6, 2, 1, 2  # a thought then has four rows: start, z, end and one token of the text
 COLOURS = {"text sees text": "#4878a8", "a thought sees text": "#e6a04b", "a thought sees itself": "#4f9d69"}
+EDGES = {True: {"color": "#444444", "linewidth": 1.0}, False: {"color": "#bbbbbb", "linewidth": 0.6}}  # new anchor, same one
+
+Groups = dict[float, str]  # the middle of some rows, and what they are called
 
 
 def kinds(layout: ThoughtLayout) -> torch.Tensor:
@@ -39,36 +42,92 @@ def names(layout: ThoughtLayout) -> list[str]:
 
 def draw(path: Path) -> None:
     layout = ThoughtLayout.every_position(1, L, N, T + J + 1)
-    figure, axes = plt.subplots(figsize=(10, 10.4), dpi=150, facecolor="white")
-    axes.pcolormesh(kinds(layout), cmap=ListedColormap(["#f4f4f4", *COLOURS.values()]), edgecolor="white", linewidth=0.6)
-    axes.set(xlim=(0, layout.M), ylim=(layout.M, 0), aspect="equal")
+    block = layout.N * layout.S
+    groups = {L / 2: "text"} | {L + (p + 0.5) * block: f"thoughts at $x_{p}$" for p in range(layout.P)}
+    draw_layout(path, layout, names(layout), groups)
+
+
+def draw_branches(folder: Path) -> None:
+    """The pictures of docs/branches.md: text in documents, and branches of each kind."""
+    lo = torch.tensor([[0, 0, 0, 0, 4, 4, 4, 4, 4]])
+    prompts = [f"$p_{t}$" for t in range(4)] + [f"$q_{t}$" for t in range(5)]
+    thoughts = ThoughtLayout.every_position(1, 4, 2, 3)
+    draw_branch(folder / "branches_thoughts.png", thoughts, [f"$x_{t}$" for t in range(4)], "z", {2: "text"})
+    completions = ThoughtLayout.packed(torch.tensor([[3, 3, 3, 8, 8]]), torch.tensor([[2, 5, 3, 4, 6]]), lo=lo)
+    draw_branch(folder / "branches_group.png", completions, prompts, "y", {2: "prompt p", 6.5: "prompt q"})
+    drafts = ThoughtLayout.at(torch.tensor([[1, 5, 6]]), 1, 4, lo=lo, own="full")
+    draw_branch(folder / "branches_drafter.png", drafts, prompts, "m", {2: "text p", 6.5: "text q"}, False)
+    text = [f"$x_{{{t}}}$" for t in range(11)]
+    noisy = ThoughtLayout.at(torch.tensor([[2, 6]]), 1, 4, text_length=11, own="full")
+    draw_branch(folder / "branches_diffusion.png", noisy, text, "m", {1.5: "prompt", 5: "block 1", 9: "block 2"}, False)
+
+
+def draw_branch(path: Path, layout: ThoughtLayout, text: list[str], row: str, groups: Groups, queries: bool = True) -> None:
+    """``row`` is the letter of branch rows. Without ``queries``, the text is only seen."""
+    places = layout.row_in_branch()[0].tolist()
+    colours = {name.replace("thought", "branch"): colour for name, colour in COLOURS.items()}
+    labels = text + [f"${row}_{place}$" for place in places]
+    draw_layout(path, layout, labels, groups | branch_groups(layout, text), colours, 0 if queries else layout.L)
+
+
+def branch_groups(layout: ThoughtLayout, text: list[str]) -> Groups:
+    """The rows on each anchor."""
+    anchors = layout.row_anchor()[0]
+    rows = {anchor: (anchors == anchor).nonzero() for anchor in anchors.unique().tolist()}
+    return {layout.L + float(found.float().mean()) + 0.5: f"on {text[anchor]}" for anchor, found in rows.items()}
+
+
+def draw_layout(
+    path: Path,
+    layout: ThoughtLayout,
+    labels: list[str],
+    groups: Groups,
+    colours: dict[str, str] = COLOURS,
+    first: int = 0,
+) -> None:
+    """The rows from ``first`` on, and all columns."""
+    M, rows = layout.M, layout.M - first
+    cells = max(0.2, 4 / M)  # inches
+    figure, axes = plt.subplots(figsize=(M * cells, rows * cells), dpi=150, facecolor="white")
+    axes.pcolormesh(
+        kinds(layout)[first:],
+        cmap=ListedColormap(["#f4f4f4", *colours.values()]),
+        vmin=0,
+        vmax=3,
+        edgecolor="white",
+        linewidth=0.6,
+    )
+    axes.set(xlim=(0, M), ylim=(rows, 0), aspect="equal")
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, pad=2, labelsize=7)
-    places = [i + 0.5 for i in range(layout.M)]
-    axes.set_xticks(places, names(layout), rotation=90)
-    axes.set_yticks(places, names(layout))
-    label_groups(axes, layout)
-    for edge in range(layout.L, layout.M, layout.S):
-        first = (edge - layout.L) % (layout.N * layout.S) == 0
-        for line in (axes.axhline, axes.axvline):
-            line(edge, color="#444444" if first else "#bbbbbb", linewidth=1.0 if first else 0.6)
-    handles = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=3, frameon=False, fontsize=11)
+    axes.set_xticks([i + 0.5 for i in range(M)], labels, rotation=90)
+    axes.set_yticks([i + 0.5 for i in range(rows)], labels[first:])
+    label_groups(axes, groups, first)
+    branches, anchors = layout.branch_of_row()[0].tolist(), layout.row_anchor()[0].tolist()
+    for r in range(layout.R):
+        if r == 0 or branches[r] != branches[r - 1]:
+            style = EDGES[r == 0 or anchors[r] != anchors[r - 1]]
+            axes.axvline(layout.L + r, **style)
+            axes.axhline(layout.L + r - first, **style)
+    used = list(colours.items())[first > 0 :]
+    handles = [Patch(color=colour, label=label) for label, colour in used]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
-def label_groups(axes: Axes, layout: ThoughtLayout) -> None:
-    """Label the text and the thoughts of each anchor along both axes."""
-    block = layout.N * layout.S
-    middles = {layout.L / 2: "text"} | {layout.L + (p + 0.5) * block: f"thoughts at $x_{p}$" for p in range(layout.P)}
+def label_groups(axes: Axes, groups: Groups, first: int) -> None:
+    """Label groups of rows along both axes."""
     style = {"ha": "center", "va": "center", "fontsize": 9.5}
-    for middle, name in middles.items():
+    for middle, name in groups.items():
         axes.text(middle, -3.5, name, **style)
-        axes.text(-3.5, middle, name, rotation=90, **style)
+        if middle >= first:
+            axes.text(-3.5, middle - first, name, rotation=90, **style)
     axes.text(-2.4, -2.4, "row sees\ncolumn", style="italic", **style)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("mask.png"))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    draw(folder / "mask.png")
+    draw_branches(folder)

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, Wrong, judge
 from benchmarks.harness.peer import Peer, not_installed
-from benchmarks.peers.attention import dense, dense_needs, flex, no_flex_backward
+from benchmarks.peers.attention import dense, dense_needs, flex, no_flex_backward, no_flex_flash
 from benchmarks.peers.exact import exact_rows
 from benchmarks.peers.packed import Attention
 from quietstar_kernels import ThoughtLayout
@@ -279,6 +279,7 @@ def no_groups(case: BranchCase) -> str | None:
 PEERS = [
     Peer("SDPA, repeated prompts", repeated, needs=repeated_needs, why_not=no_copies),
     Peer("FlexAttention, compiled", flex, why_not=no_flex_backward, compiles=True),
+    Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True),
     Peer("flash-attn, repeated prompts", varlen, "flash-attn", no_varlen),
     Peer("PrefixGrouper", grouped, "prefix-grouper", no_groups),
     Peer("SDPA, dense mask", dense, needs=dense_needs),

@@ -133,6 +133,13 @@ def of_arithmetic(grid: str) -> Reached:
     return reached
 
 
+def of_text_rate(rows: list[RowDict]) -> float | None:
+    """Useful FLOP/s with branches of 1,024 rows, as a part of those with small thoughts on long texts."""
+    long = worst("flops_rate", BRANCHES, FORWARD, lambda row: row["sizes"]["S"] == 1024)(rows)
+    text = worst("flops_rate", ATTENTION, FORWARD, _LONG)(rows)
+    return long / text if long and text else None
+
+
 def beside(what: str) -> Reached:
     """How much longer the attention's forward takes beside something else."""
     return worst("times_ours", ATTENTION, FORWARD, of=_named(what), pick=max)
@@ -200,6 +207,9 @@ GPU = [
     Goal("attention forward, L >= 2048, speedup over FlexAttention", 1.8, over(FLEX, ATTENTION, FORWARD, _LONG)),
     Goal("attention forward, L >= 2048, speedup over FlexAttention FLASH", 1.25, over(FLASH, ATTENTION, FORWARD, _LONG)),
     Goal("attention forward, L <= 512, speedup over FlexAttention", 3, over(FLEX, ATTENTION, FORWARD, _SHORT)),
+    Goal("branches of 1024 rows, share of the FLOP/s on long texts", 0.9, of_text_rate, units.percent),
+    Goal("branches, drafter forward, speedup over FlexAttention", 2, over(FLEX, BRANCHES, FORWARD, _drafter)),
+    Goal("branches, drafter forward, speedup over FlexAttention FLASH", 1.2, over(FLASH, BRANCHES, FORWARD, _drafter)),
     Goal("attention backward, speedup over FlexAttention", 1.5, backward_over(FLEX, _ALL)),
     Goal("attention backward, L >= 2048, useful FLOP/s", 380e12, backward_rate(_LONG), units.flops),
     Goal(

@@ -75,7 +75,7 @@ def assert_same_where(good, bad, keep, what):
 def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted, narrow):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
     seen = 0
-    for seed in range(1 if interpreted else 5):
+    for seed in [1] if interpreted else range(5):
         generator = torch.Generator().manual_seed(seed)
         layout = random_layout(generator, kind, 2, 10, 2, 4, device=device)
         inputs = attention_inputs(generator, layout, 2, 1, *narrow, sinks=True, query_rows=query_rows)
