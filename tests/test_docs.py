@@ -33,6 +33,7 @@ WITH_CODE = [
     ROOT / "docs/evaluation.md",
     ROOT / "docs/adapters.md",
     ROOT / "docs/objectives.md",
+    ROOT / "docs/branches.md",
     ROOT / "docs/recipes.md",
     ROOT / "docs/scaling.md",
 ]

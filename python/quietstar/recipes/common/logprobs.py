@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.recipes.common.branches import may_share, shared_logprob
+
 
 def logprob(
     model: PreTrainedModel,
@@ -17,6 +19,8 @@ def logprob(
     shift: Tensor | int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens in one forward pass, with a gradient.
+
+    Equal prompts are read once where that is faster.
 
     Args:
         shift: integer [R], or one for all rows, added to the positions of the completions.
@@ -28,8 +32,10 @@ def logprob(
     Raises:
         ValueError: a prompt and completion longer than the model's positions.
     """
-    logits, after, mask = completion_logits(model, prompts, completions, shift)
-    predicted = logits[:, :-1]
+    ids, attended, after, mask = side_by_side(model, prompts, completions)
+    if isinstance(shift, int) and not shift and (shared := shared_logprob(model, ids, attended, after.shape[1])) is not None:
+        return shared, mask
+    predicted = logits_after(model, ids, attended, after.shape[1], shift)[:, :-1]
     chosen = predicted.gather(2, after[..., None])[..., 0] - predicted.logsumexp(-1)
     return chosen.where(mask, 0), mask
 
@@ -49,16 +55,32 @@ def completion_logits(
     Raises:
         ValueError: a prompt and completion longer than the model's positions.
     """
+    ids, attended, after, mask = side_by_side(model, prompts, completions)
+    return logits_after(model, ids, attended, after.shape[1], shift), after, mask
+
+
+def side_by_side(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and completions [R,L] and their mask, and those of the completions alone [R,T], on the model's device.
+
+    Raises:
+        ValueError: a prompt and completion longer than the model's positions.
+    """
     before, before_mask = padded(prompts, left=True)
     after, mask = padded(completions)
     check_length(model, before.shape[1] + after.shape[1])
     ids, attended, after, mask = (
         x.to(model.device) for x in (torch.cat([before, after], 1), torch.cat([before_mask, mask], 1), after, mask)
     )
-    T = after.shape[1]
-    position_ids = positions(attended, before.shape[1], shift)
+    return ids, attended, after, mask
+
+
+def logits_after(model: PreTrainedModel, ids: Tensor, attended: Tensor, T: int, shift: Tensor | int) -> Tensor:
+    """Logits of the last T + 1 of L columns, fp32 [R,T+1,V]."""
+    position_ids = positions(attended, ids.shape[1] - T, shift)
     out = model(ids, attention_mask=attended.long(), position_ids=position_ids, use_cache=False, logits_to_keep=T + 1)
-    return out.logits[:, -T - 1 :].float(), after, mask
+    return out.logits[:, -T - 1 :].float()
 
 
 @torch.no_grad()
@@ -68,7 +90,8 @@ def likelihoods(
     """The log-probability of each completion, summed over its tokens."""
     found = [0.0] * len(prompts)
     with evaluating(model):
-        for chosen in longest_first(prompts, completions, batch_size):
+        batches = together if may_share(model, prompts) else longest_first
+        for chosen in batches(prompts, completions, batch_size):
             values, _ = logprob(model, [prompts[i] for i in chosen], [completions[i] for i in chosen])
             for i, value in zip(chosen, values.sum(1).tolist(), strict=True):
                 found[i] = value
@@ -78,6 +101,16 @@ def likelihoods(
 def longest_first(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
     """The rows' numbers in batches, long rows first: those of a batch need little padding."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(completions[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def together(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """As ``longest_first``, with rows of equal prompts next to each other; long groups first."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        lengths[tuple(prompt)] = max(lengths.get(tuple(prompt), 0), len(prompt) + len(completion))
+    order = sorted(range(len(prompts)), key=lambda i: (-lengths[tuple(prompts[i])], prompts[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 

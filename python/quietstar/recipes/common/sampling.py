@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from quietstar.arguments.fields import check, check_at_least
 from quietstar.config import option
+from quietstar.recipes.common.branches import sharing_prompts
 from quietstar.recipes.common.log import LOG, Pace
 from quietstar.recipes.common.logprobs import check_length, evaluating, padded, positions
 from quietstar.recipes.tasks import Task
@@ -124,7 +125,7 @@ def rollout(
     shift: int = 0,
     ends: Collection[int] = (),
 ) -> list[list[Completion]]:
-    """``k`` completions of each prompt.
+    """``k`` completions of each prompt. Where that is faster, equal prompts of a batch are read once; samples are the same.
 
     Args:
         temperature: 0 is greedy.
@@ -154,18 +155,20 @@ def rollout(
                 LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")
             chosen = rows[start : start + batch_size]
             torch.manual_seed(mix_seed(seed, start))
-            ids, mask = (x.to(model.device) for x in padded([prompts[i] for i in chosen], left=True, fill=task.end_id))
+            begun = [prompts[i] for i in chosen]
+            ids, mask = (x.to(model.device) for x in padded(begun, left=True, fill=task.end_id))
             recorder = Recorder()
-            out = cast(Any, model).generate(
-                ids,
-                attention_mask=mask.long(),
-                position_ids=positions(mask, len(ids[0])),
-                max_new_tokens=max_new,
-                eos_token_id=[task.end_id, *ends],
-                pad_token_id=task.end_id,
-                logits_processor=LogitsProcessorList([recorder]),
-                **options,
-            )
+            with sharing_prompts(model, begun, max_new):
+                out = cast(Any, model).generate(
+                    ids,
+                    attention_mask=mask.long(),
+                    position_ids=positions(mask, len(ids[0])),
+                    max_new_tokens=max_new,
+                    eos_token_id=[task.end_id, *ends],
+                    pad_token_id=task.end_id,
+                    logits_processor=LogitsProcessorList([recorder]),
+                    **options,
+                )
             logprobs = recorder.finish(out).tolist()
             for i, written, logprob in zip(chosen, out[:, ids.shape[1] :].tolist(), logprobs, strict=True):
                 length = next((j for j, x in enumerate(written, 1) if x == task.end_id or x in ends), len(written))

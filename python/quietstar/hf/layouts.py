@@ -1,0 +1,93 @@
+"""Layouts for a while: forwards with them on a model that its owner runs without.
+
+Attention "sdpa" is replaced inside ``with layouts_on(model)`` alone, and the model is as before afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from quietstar.hf import adapters
+from quietstar.hf.architectures import DROP_LAYOUT, check_model, most_rows
+from quietstar.hf.attention import WRAPPED_NAME
+from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.modules import unwrapped
+from quietstar.hf.verify import verify_once
+
+__all__ = ["layout_head", "layouts_on"]
+
+_heads: WeakKeyDictionary[PreTrainedModel, LMHead | None] = WeakKeyDictionary()
+
+
+def layout_head(model: PreTrainedModel) -> LMHead | None:
+    """The output head of a model that runs with a layout as without one, in fp32 up to rounding; None for other models.
+
+    The first call for a model compares the two on a few tokens. None too for attention other than "sdpa", weights that are not
+    fp32, autocast, a forward that something else has replaced or hooked, and what a layout changes in training: dropout, and
+    checkpoints, whose layers run again after the forward.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel) or not _is_plain(inner) or _draws_or_runs_again(model):
+        return None
+    if inner not in _heads:
+        _heads[inner] = _verified_head(model)
+    head, linear = _heads[inner], inner.get_output_embeddings()
+    # Adapters, which may have come since, put a layer of another class there.
+    return replace(head, linear=linear) if head is not None and type(linear) is nn.Linear else None
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    return (
+        model.config._attn_implementation == "sdpa"
+        and model.dtype == torch.float32
+        and not torch.is_autocast_enabled(model.device.type)
+        and "forward" not in vars(model)
+        and not (model._forward_hooks or model._forward_pre_hooks)
+    )
+
+
+def _draws_or_runs_again(model: nn.Module) -> bool:
+    """Whether a module in training mode has dropout or is checkpointed."""
+    return any(
+        module.training
+        and (
+            getattr(module, "gradient_checkpointing", False)
+            or (isinstance(module, nn.Dropout) and module.p > 0)
+            or bool(getattr(module, "attention_dropout", 0))
+        )
+        for module in model.modules()
+    )
+
+
+def _verified_head(model: PreTrainedModel) -> LMHead | None:
+    inner = unwrapped(model)
+    # Layers that drop layouts need hooks that stay, and chunks limit the rows of a forward.
+    if inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize:
+        return None
+    try:
+        check_model(model)
+        adapters.check_rows(model)
+        verify_once(inner)
+        return find_lm_head(inner)
+    except Exception:  # an ordinary forward serves where anything is unusual
+        return None
+
+
+@contextmanager
+def layouts_on(model: PreTrainedModel) -> Iterator[None]:
+    """In this context the model's attention takes layouts; calls without one run sdpa."""
+    inner = unwrapped(model)
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation(WRAPPED_NAME)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)

@@ -1,0 +1,88 @@
+"""``generate`` over prompts that are read once each: its rows decode through one text-and-branch cache."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from quietstar.hf.cache import ThoughtStore
+from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.layouts import layouts_on
+from quietstar.hf.lm_head import LMHead
+from quietstar.hf.modules import embeddings, unwrapped
+from quietstar_kernels import ThoughtLayout
+
+__all__ = ["generates_row_by_row", "prompts_once"]
+
+# Options of ``generate`` with which it calls the model in other ways than once for the prompts and once a token.
+_OTHER_CALLS = ("num_beams", "prompt_lookup_num_tokens", "guidance_scale", "cache_implementation", "prefill_chunk_size")
+
+
+def generates_row_by_row(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` calls the model as ``prompts_once`` expects, by the model's own generation config."""
+    config = model.generation_config
+    return config is not None and all(getattr(config, name, None) in (None, 1) for name in _OTHER_CALLS)
+
+
+@contextmanager
+def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequence[int]], max_new: int) -> Iterator[None]:
+    """In this context, one call of ``model.generate`` for these prompts reads equal ones once.
+
+    The model's forward is replaced, and the rest is transformers' own: what is drawn, from which scores, and when rows end.
+    Logits are those of an ordinary forward up to rounding.
+
+    Args:
+        head: from ``layout_head(model)``.
+        prompts: of the rows of ``generate``'s ids, without padding, at least one token each.
+        max_new: most tokens to generate.
+    """
+    inner = unwrapped(model)
+    decoder = _Decoder(inner, head, prompts, max_new)
+
+    @functools.wraps(type(inner).forward)  # ``generate`` reads the signature
+    def forward(self: PreTrainedModel, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=decoder(input_ids)[:, None], past_key_values=past_key_values)
+
+    with layouts_on(inner):
+        inner.forward = types.MethodType(forward, inner)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del inner.forward
+
+
+class _Decoder:
+    """Logits [R,V] after the prompts, and then after each row's next token."""
+
+    def __init__(self, model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequence[int]], max_new: int):
+        self.model, self.head, self.step = model, head, -1
+        numbers: dict[tuple[int, ...], int] = {}
+        of_prompt = torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts])
+        lengths = torch.tensor([len(ids) for ids in numbers])
+        last = lengths.cumsum(0) - 1
+        lo = (last + 1 - lengths).repeat_interleave(lengths)
+        order = of_prompt.argsort(stable=True)  # rows of a prompt together, as anchors ascend
+        layout = ThoughtLayout.at(last[of_prompt[order]][None], 1, max(1, max_new - 1), lo=lo[None])
+        device = model.device
+        self.text_ids = torch.tensor([[x for ids in numbers for x in ids]], device=device)
+        self.last, self.order, self.back = (x.to(device) for x in (last[of_prompt], order, order.argsort()))
+        self.store = ThoughtStore(layout.to(device))
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        embed = embeddings(self.model)
+        if self.step < 0:
+            positions = self.store.text_layout.text_position_ids()
+            hidden = decode_rows(self.model, embed(self.text_ids), positions, self.store.prefill())[0, self.last]
+        else:
+            rows = embed(input_ids[self.order, -1])[None]
+            hidden = decode_step(self.model, rows, self.store, self.step)[0, self.back]
+        self.step += 1
+        return self.head.logits(hidden)
