@@ -23,6 +23,7 @@ PARTS = {
         "quietstar.train",
         "quietstar.trainer",
         "quietstar.shared_prompt",
+        "quietstar.hf.completions",
         "quietstar.objective",
         "quietstar.run.batches",
         "quietstar.run.signals",

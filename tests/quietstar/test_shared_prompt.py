@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from quietstar.hf.completions import PackedCompletions
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.shared_prompt import PackedCompletions, SharedPrompts
+from quietstar.shared_prompt import SharedPrompts
 from quietstar_kernels import ThoughtLayout
 
 V, PAD = 61, 0

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.hf.completions import PackedCompletions
 from quietstar.hf.layouts import layout_head, layouts_on
 from quietstar.hf.prompts_once import generates_row_by_row, prompts_once
 
@@ -43,8 +44,6 @@ def shared_logprob(model: PreTrainedModel, ids: Tensor, mask: Tensor, completion
     saves = len(one) < len(ids) and ids.numel() >= max(LEAST_RATIO * tokens, LEAST_SAVED + tokens)
     if not saves or (head := _head(model)) is None:
         return None
-
-    from quietstar.shared_prompt import PackedCompletions  # here, because it imports transformers' trainer, which is slow
 
     order = of_prompt.argsort(stable=True)
     packed = PackedCompletions.pack(ids[order], mask[order], completion)
