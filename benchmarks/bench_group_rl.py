@@ -16,12 +16,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.case import Case, Inputs, Work, judge
 from benchmarks.harness.peer import PACKAGE, Peer, not_installed
+from benchmarks.peers.llama import random_llama
 
 SEED = 1
 # For a whole model, since rounding accumulates over the layers.
@@ -98,22 +99,7 @@ class GroupCase(Case):
         judge("gradient", *map(torch.cat, grads), STEP_BOUNDS[self.dtype])
 
     def model(self) -> LlamaForCausalLM:
-        config = LlamaConfig(
-            vocab_size=self.V,
-            hidden_size=self.D,
-            intermediate_size=self.I,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.H,
-            num_key_value_heads=self.G,
-            max_position_embeddings=self.L + self.T,
-            initializer_range=self.D**-0.5,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-        torch.manual_seed(SEED)
-        with torch.device(self.device):
-            return LlamaForCausalLM(config).to(self.dtype)
+        return random_llama(self, SEED, max_position_embeddings=self.L + self.T, pad_token_id=0, eos_token_id=1)
 
 
 class Step:

@@ -16,12 +16,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.case import Case, Inputs, Work, judge
 from benchmarks.harness.peer import PACKAGE, Peer
+from benchmarks.peers.llama import random_llama
 from benchmarks.peers.published_schedule import PublishedSchedule
 from quietstar import QuietStar, ThoughtConfig
 
@@ -117,20 +118,7 @@ class StepCase(Case):
         judge("gradient", *(torch.cat([x.flatten().float() for x in side]) for side in zip(*pairs, strict=True)), bound)
 
     def model(self) -> LlamaForCausalLM:
-        config = LlamaConfig(
-            vocab_size=self.V,
-            hidden_size=self.D,
-            intermediate_size=self.I,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.H,
-            num_key_value_heads=self.G,
-            initializer_range=self.D**-0.5,
-            tie_word_embeddings=False,
-            dtype=self.dtype,
-        )
-        torch.manual_seed(SEED)
-        with torch.device(self.device):
-            model = LlamaForCausalLM(config).to(self.dtype)
+        model = random_llama(self, SEED)
         if self.lora:
             model.requires_grad_(False)
             for layer in model.model.layers:

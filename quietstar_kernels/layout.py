@@ -318,14 +318,12 @@ class ThoughtLayout:
 
     def live(self) -> Tensor:
         """bool [B,P,N,S]: True for the thought rows that are on; [B,R] if packed."""
-        if self.packed_rows is not None:
-            return self.branches.live()
-        s = torch.arange(self.S, device=self.device)
-        return (s < self.length[..., None]) & (self.anchor >= 0)[:, :, None, None]
+        live = self.branches.live()
+        return live if self.packed_rows is not None else live.view(self.B, self.P, self.N, self.S)
 
     def text_position_ids(self) -> Tensor:
         """int64 [B,L]: t - lo[b,t]."""
-        return torch.arange(self.L, device=self.device) - self.lo.long()
+        return self.branches.text_position_ids()
 
     def position_ids(self) -> Tensor:
         """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off."""

@@ -234,8 +234,8 @@ def repeated_needs(case: BranchCase) -> Work:
     return Work(4 * case.H * case.K * case.pairs_repeated * (3.5 if case.what == "forward+backward" else 1))
 
 
-def varlen(case: BranchCase) -> Repeated:
-    """flash-attn's kernel for unequal lengths, one call for the copies of each length."""
+def flash(case: BranchCase) -> Repeated:
+    """flash-attn, one call for the copies of each length."""
     from flash_attn import flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def no_copies(case: BranchCase) -> str | None:
     return "the text has no queries, so copies of it would be compared with less work" if case.skipped else None
 
 
-def no_varlen(case: BranchCase) -> str | None:
+def no_flash(case: BranchCase) -> str | None:
     if case.device.type != "cuda":
         return "this kernel is for GPUs"
     return no_copies(case) or not_installed("flash-attn")
@@ -280,7 +280,7 @@ PEERS = [
     Peer("SDPA, repeated prompts", repeated, needs=repeated_needs, why_not=no_copies),
     Peer("FlexAttention, compiled", flex, why_not=no_flex_backward, compiles=True),
     Peer("FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True),
-    Peer("flash-attn, repeated prompts", varlen, "flash-attn", no_varlen),
+    Peer("flash-attn, repeated prompts", flash, "flash-attn", no_flash),
     Peer("PrefixGrouper", grouped, "prefix-grouper", no_groups),
     Peer("SDPA, dense mask", dense, needs=dense_needs),
 ]
