@@ -11,6 +11,7 @@ import grid  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")
 CASES = {"plain": 200, "address": 60, "thread": 20}
+*OTHERS, WIDEST = grid.SETS
 
 
 def runs_here(name):
@@ -24,7 +25,7 @@ def results(program, name, threads, cases):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", grid.SETS)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS), WIDEST])
 def test_results_do_not_depend_on_the_number_of_threads(name):
     if not runs_here(name):
         pytest.skip(f"this processor has no {name}")

@@ -153,7 +153,7 @@ LAYOUTS = {
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter runs")
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("group", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_plan_is_what_runs(name, group, products):
     layout, options = LAYOUTS[name]

@@ -55,7 +55,7 @@ SMALLEST = min(RECORDS, key=lambda path: path.stat().st_size)
 ON_GPU = torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=() if ON_GPU else pytest.mark.slow)])
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("grads", ["grads", "grads_ce"])
 def test_record(path, grads, backend, monkeypatch):
