@@ -1,5 +1,6 @@
 """The compiled library for CPUs without PyTorch: random cases by every instruction set, with sanitizers and two compilers."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_two_compilers_give_the_same_bits():
         assert results(grid.build("clang++"), name, 2, 100) == results(grid.build("g++"), name, 2, 100)
 
 
-BUGS = {  # a sanitizer, what it says, and the change
+BUGS = {  # a sanitizer, what is said (a pattern), and the change
     "the last numbers of a row are read as a whole vector": (
         "address",
         "ERROR: AddressSanitizer: ",
@@ -89,7 +90,7 @@ BUGS = {  # a sanitizer, what it says, and the change
     ),
     "parts are added up before all have ended": (
         "thread",
-        "data race",
+        "data race|is not written",  # the threads decide which comes first
         ("run.hpp", "std::memory_order_acq_rel) + 1 == call.parts", "std::memory_order_acq_rel) == 0"),
     ),
     "a row is not written": (
@@ -110,4 +111,4 @@ BUGS = {  # a sanitizer, what it says, and the change
 def test_a_bug_is_found(name):
     kind, said, bug = BUGS[name]
     done = grid.run(grid.build(kind=kind, bug=bug), "baseline", 3, CASES[kind])
-    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and re.search(said, done.stderr), done.stderr[-2000:]
