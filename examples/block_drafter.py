@@ -15,7 +15,7 @@ A block row sees the text up to its anchor and, with own="full", all rows of its
 the same trained with own="causal", where a row sees only the rows before it, and a table of which token follows which. Don't
 expect full to beat causal here: this target chooses a token from those before it, so later rows have no news for earlier ones.
 
-    python examples/block_drafter.py              three seeds, some two and a half minutes on two cores
+    python examples/block_drafter.py              three seeds, three to five minutes on two cores
     python examples/block_drafter.py --seeds 0    one seed
 """
 
