@@ -15,13 +15,16 @@ CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py li
 CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_library,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
-demo test test-all test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-kernels test-build test-long test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 
-# Most tests keep one core busy: a process for each, but not so many that memory runs out.
-# A test that hangs ends after 15 minutes with the stacks of its threads, and is named; the others go on.
-SPREAD := -q -n logical --maxprocesses=4 --dist=worksteal -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+# Most tests keep one core busy: a process for each, but not so many that memory runs out. A test that hangs ends after 25
+# minutes with the stacks of its threads, and is named; the others go on. The tests of a file run in one process, which makes
+# their fixtures once; but one file would be half of test-kernels.
+PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1500 -o faulthandler_exit_on_timeout=true
+QUICK := -m "not kernels and not build and not long"
 
-.PHONY: help setup build demo test test-all test-lowest lint bench experiments experiments-full gpu gpu-rehearsal wheel clean
+.PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
+    experiments-full gpu gpu-rehearsal wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -51,14 +54,23 @@ demo: $(READY)  ## digit sums, where thinking helps, then the English that ships
 	$(BIN)/python examples/digit_sums.py --quick --threads 2
 	$(BIN)/python examples/english.py
 
-test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/pytest $(SPREAD) -m "not slow"
+test: $(READY)  ## what every change must pass, a few minutes; TIMES=tests/durations.txt writes how long each test takes
+	$(BIN)/python tests/emulation/emulated.py
+	$(PYTEST) --dist=loadfile $(QUICK) --longest=2 $(if $(TIMES),--times=$(TIMES))
 
-test-all: $(READY) test-lowest  ## all tests
-	$(BIN)/pytest $(SPREAD)
+test-kernels: $(READY)  ## every op and back end with every option, interpreted or emulated where there is no GPU
+	$(PYTEST) --dist=worksteal -m kernels
+
+test-build: $(READY) test-lowest  ## compiling ahead of time, sanitizers, wheels, other versions of PyTorch
+	$(PYTEST) --dist=worksteal -m build
+
+test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples
+	$(PYTEST) --dist=loadfile -m long
+
+test-all: test test-kernels test-build test-long  ## all tests
 
 test-lowest: $(LOWEST)/.ready  ## core tests with the oldest versions of what the package needs
-	$(LOWEST)/bin/pytest -q -p no:cacheprovider -m "not slow" -k "not triton or golden" $(CORE)
+	$(LOWEST)/bin/pytest -q -p no:cacheprovider $(QUICK) -k "not triton or golden" $(CORE)
 
 $(LOWEST)/.ready: setup.py pyproject.toml constraints-lowest.txt
 	@echo "Setting up $(LOWEST), the oldest versions: some minutes the first time."
@@ -73,17 +85,20 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
+docs: $(READY)  ## the site of docs/ with the reference and the commands' help, into build/site; refuses dead links
+	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build -q --strict
+
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run
 
-experiments: $(READY)  ## the recipes against their controls, with docs/experiments.md; about an hour and a half on two idle cores
+experiments: $(READY)  ## the recipes against their controls, with docs/results.md; about an hour and a half on two idle cores
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
 	$(BIN)/python experiments/run_experiments.py --full --docs docs
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
-gpu:  ## tests and benchmarks of a GPU, with a page of results: docs/gpu.md; STAGE="tests attention" RESULTS=folder
+gpu:  ## tests and benchmarks of a GPU, with a page of results: docs/building.md; STAGE="tests attention" RESULTS=folder
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(RESULTS),--results $(RESULTS))
 
 gpu-rehearsal: $(REHEARSAL)/.ready  ## the same without a GPU, every stage but the timing, with nothing installed but what it needs

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.baselines.branches import BASELINES, BranchCase, sizes
+from benchmarks.baselines.packed import Attention
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
-from benchmarks.harness.peer import PACKAGE, Peer
-from benchmarks.peers.branches import PEERS, BranchCase, sizes
-from benchmarks.peers.packed import Attention
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from quietstar_kernels import thought_attention
 
 
@@ -39,7 +39,9 @@ def smoke(device: torch.device) -> list[BranchCase]:
     return [BranchCase(**small, **kind, what=what) for kind in kinds for what in ("forward", "forward+backward")]
 
 
-BENCHMARK = Benchmark(BranchCase.op, Peer("thought_attention", ours, package=PACKAGE), lambda case: PEERS, cases, smoke)
+BENCHMARK = Benchmark(
+    BranchCase.op, Candidate("thought_attention", ours, package=PACKAGE), lambda case: BASELINES, cases, smoke
+)
 
 if __name__ == "__main__":
     main([BENCHMARK], __doc__)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.baselines.llama import random_llama
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import Case, Inputs, Work, judge
-from benchmarks.harness.peer import PACKAGE, Peer, not_installed
-from benchmarks.peers.llama import random_llama
 
 SEED = 1
 # For a whole model, since rounding accumulates over the layers.
@@ -158,11 +158,11 @@ def prepare(trainer_class: Callable[[], type]) -> Callable[[GroupCase], Step]:
     return lambda case: Step(trainer_class(), case)
 
 
-OURS = Peer("SharedPrompts", prepare(shared), PACKAGE)
-STOCK = Peer("TRL, repeated prompts", prepare(stock), "trl")
+OURS = Candidate("SharedPrompts", prepare(shared), PACKAGE)
+STOCK = Candidate("TRL, repeated prompts", prepare(stock), "trl")
 
 
-def candidates(case: GroupCase) -> list[Peer]:
+def candidates(case: GroupCase) -> list[Candidate]:
     return [STOCK]
 
 

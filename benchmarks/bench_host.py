@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work
 from benchmarks.harness.compare import Effort, Row, blank
-from benchmarks.harness.peer import PACKAGE, Peer
 
 ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
@@ -70,7 +70,9 @@ def measured(case: HostCase) -> Callable[[], dict[str, float]]:
     return run
 
 
-def compare(case: HostCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+def compare(
+    case: HostCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+) -> list[Row]:
     """A row for the call and one for each part of it."""
     seconds = case.call(ours.prepare(case), {})
     whole = blank(case, ours)
@@ -78,15 +80,15 @@ def compare(case: HostCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, 
     rows = [whole]
     for part, name in PARTS.items():
         row = blank(case, ours)
-        row.candidate, row.is_floor, row.rounds, row.seconds = name, True, case.rounds, seconds[part]
+        row.candidate, row.is_partial, row.rounds, row.seconds = name, True, case.rounds, seconds[part]
         rows.append(row)
     return rows
 
 
-OURS = Peer("a call", measured, package=PACKAGE)
+OURS = Candidate("a call", measured, package=PACKAGE)
 
 
-def candidates(case: HostCase) -> list[Peer]:
+def candidates(case: HostCase) -> list[Candidate]:
     return []
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_linear_logprob --help
 
-All candidates compute the sum of the targets' negative log-probabilities, since some of the peers compute nothing else. On a
-GPU the headline case is that of huggingface/trl#7244: 8192 tokens, width 4096, 151,936 ids.
+All candidates compute the sum of the targets' negative log-probabilities, since some of the baselines compute nothing else. On
+a GPU the headline case is that of huggingface/trl#7244: 8192 tokens, width 4096, 151,936 ids.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.head import LOSSES, HeadCase, Loss
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
-from benchmarks.harness.peer import PACKAGE, Peer
-from benchmarks.peers.head import LOSSES, HeadCase, Loss
 from quietstar_kernels import linear_logprob
 from quietstar_kernels.linear_logprob import KEEP_BYTES
 
@@ -82,39 +82,32 @@ def ours(case: LogprobCase, **options: Any) -> Loss:
     return lambda hidden, weight, targets: -linear_logprob(hidden, weight, targets, **options).sum()
 
 
-def _ours_known(case: LogprobCase) -> Loss:
-    """The gradient of the loss with respect to every log-probability is -1."""
-    promised = torch.full((case.R,), -1.0, device=case.device)
-    return ours(case, grad_scale=promised)
-
-
 def _kept(case: LogprobCase) -> int:
     """Bytes of the logits, if the forward keeps them."""
     return case.R * case.V * (4 if case.device.type == "cpu" else case.dtype.itemsize)
 
 
-def _not_default(case: LogprobCase, keeps: bool | None = None) -> str | None:
+def _not_default(case: LogprobCase, keeps: bool) -> str | None:
     """Why ours with options needs no row of its own. ``keeps`` says whether it keeps its logits."""
     if case.what == "forward":
         return "the same as linear_logprob without a backward"
     return "the default at this size, measured above" if keeps is (_kept(case) <= KEEP_BYTES) else None
 
 
-OURS = Peer("linear_logprob", ours, package=PACKAGE)
+OURS = Candidate("linear_logprob", ours, package=PACKAGE)
 OURS_OTHERWISE = [
-    Peer(
+    Candidate(
         "linear_logprob, logits kept",
         lambda case: ours(case, keep_bytes=_kept(case)),
         PACKAGE,
         partial(_not_default, keeps=True),
         lambda case: Work(case.work().flops, _kept(case)),
     ),
-    Peer("linear_logprob, no logits kept", partial(ours, keep_bytes=0), PACKAGE, partial(_not_default, keeps=False)),
-    Peer("linear_logprob, gradient known in the forward", _ours_known, PACKAGE, _not_default),
+    Candidate("linear_logprob, no logits kept", partial(ours, keep_bytes=0), PACKAGE, partial(_not_default, keeps=False)),
 ]
 
 
-def candidates(case: LogprobCase) -> list[Peer]:
+def candidates(case: LogprobCase) -> list[Candidate]:
     return [*OURS_OTHERWISE, *LOSSES]
 
 

@@ -21,10 +21,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
 from benchmarks.harness.compare import Effort, Row, blank, fill
 from benchmarks.harness.memory import peak_memory
-from benchmarks.harness.peer import PACKAGE, Peer
 from quietstar import QuietStar, ThoughtConfig
 
 SEED = 0
@@ -102,32 +102,34 @@ def make_step(case: MemoryCase, chunk: int | None) -> Step:
     return step
 
 
-def compare(case: MemoryCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+def compare(
+    case: MemoryCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+) -> list[Row]:
     """A row for each candidate, from a single run.
 
     Raises:
         Wrong: the losses or gradients differ.
     """
     inputs, rows, found = case.inputs(seed=1), [], []
-    for peer in (ours, *peers):
-        step = peer.prepare(case)
-        row = blank(case, peer)
+    for candidate in (ours, *baselines):
+        step = candidate.prepare(case)
+        row = blank(case, candidate)
         began = time.perf_counter()
         row.peak_bytes = peak_memory(lambda step=step: found.append(case.call(step, inputs)), case.device)
         fill(row, case, rates, time.perf_counter() - began)
-        row.is_ours, row.rounds = peer is ours, 1
+        row.is_ours, row.rounds = candidate is ours, 1
         row.times_ours = row.seconds / (rows[0].seconds if rows else row.seconds)
         for what, got, truth in zip(("loss", "gradient"), found[-1], found[0], strict=True):
-            judge(f"{peer.name}: {what}", got, truth, BOUNDS[case.dtype])
+            judge(f"{candidate.name}: {what}", got, truth, BOUNDS[case.dtype])
         rows.append(row)
     return rows
 
 
-OURS = Peer("anchors in chunks of C", lambda case: make_step(case, case.C), package=PACKAGE)
-WHOLE = Peer("all anchors at once", partial(make_step, chunk=None), package=PACKAGE)
+OURS = Candidate("anchors in chunks of C", lambda case: make_step(case, case.C), package=PACKAGE)
+WHOLE = Candidate("all anchors at once", partial(make_step, chunk=None), package=PACKAGE)
 
 
-def candidates(case: MemoryCase) -> list[Peer]:
+def candidates(case: MemoryCase) -> list[Candidate]:
     return [] if case.grid == "chunk" else [WHOLE]
 
 

@@ -26,10 +26,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong
 from benchmarks.harness.compare import Effort, Row, blank, fill
 from benchmarks.harness.memory import peak_memory
-from benchmarks.harness.peer import PACKAGE, Peer
 from quietstar import QuietStar, ThoughtConfig
 from quietstar_kernels import sample_token
 
@@ -72,27 +72,29 @@ class NaiveCase(Case):
 
 
 @torch.no_grad()
-def compare(case: NaiveCase, ours: Peer, peers: Sequence[Peer], rates: dict[str, float], effort: Effort) -> list[Row]:
+def compare(
+    case: NaiveCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+) -> list[Row]:
     """A row for each method. They are checked at a few positions before they are timed, and at all positions afterwards.
 
     Raises:
         Wrong: thoughts differ by more than rounding explains.
     """
-    methods = {peer.name: peer.prepare(case) for peer in (ours, *peers)}
+    methods = {candidate.name: candidate.prepare(case) for candidate in (ours, *baselines)}
     few = case.anchors[:: max(1, case.P // 3)]
     check(case, few, {name: run(few) for name, run in methods.items()})
     seconds, thoughts = take_turns(methods, case.anchors, effort.rounds)
     by_rounding = check(case, case.anchors, thoughts)
     rows = []
-    for peer in (ours, *peers):
-        row = blank(case, peer)
-        row.is_ours = peer is ours
-        fill(row, case, rates, seconds[peer.name])
+    for candidate in (ours, *baselines):
+        row = blank(case, candidate)
+        row.is_ours = candidate is ours
+        fill(row, case, rates, seconds[candidate.name])
         row.rounds = 1
-        row.times_ours = seconds[peer.name] / seconds[ours.name]
-        last = case.anchors if peer is ours else case.anchors[-1:]
-        row.peak_bytes = peak_memory(lambda run=methods[peer.name], last=last: run(last), case.device)
-        if differ := by_rounding[peer.name]:
+        row.times_ours = seconds[candidate.name] / seconds[ours.name]
+        last = case.anchors if candidate is ours else case.anchors[-1:]
+        row.peak_bytes = peak_memory(lambda run=methods[candidate.name], last=last: run(last), case.device)
+        if differ := by_rounding[candidate.name]:
             row.note = f"{differ} thoughts differ because of rounding"
         rows.append(row)
     return rows
@@ -185,12 +187,12 @@ def check(case: NaiveCase, anchors: Tensor, thoughts: dict[str, Tensor]) -> dict
     return {name: int(wrong.sum()) for name, wrong in differ.items()}
 
 
-OURS = Peer(BATCHED, partial(make_method, name=BATCHED), PACKAGE)
-PEERS = [Peer(name, partial(make_method, name=name), "transformers") for name in (NAIVE, CAREFUL)]
+OURS = Candidate(BATCHED, partial(make_method, name=BATCHED), PACKAGE)
+BASELINES = [Candidate(name, partial(make_method, name=name), "transformers") for name in (NAIVE, CAREFUL)]
 
 
-def candidates(case: NaiveCase) -> list[Peer]:
-    return PEERS
+def candidates(case: NaiveCase) -> list[Candidate]:
+    return BASELINES
 
 
 def cases(device: torch.device, full: bool) -> Iterator[NaiveCase]:

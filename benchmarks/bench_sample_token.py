@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.head import SAMPLERS, HeadCase, Sampler
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate, by_back_end
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
-from benchmarks.harness.peer import PACKAGE, Peer, by_back_end
-from benchmarks.peers.head import SAMPLERS, HeadCase, Sampler
 from quietstar_kernels import sample_token
 
 DEVIATIONS = 5  # standard errors by which the samples' mean log-probability may differ from minus the entropy
@@ -75,10 +75,10 @@ def ours(case: SampleCase, backend: str = "auto") -> Sampler:
     return lambda hidden, weight: sample_token(hidden, weight, counters, SEED, backend=backend)
 
 
-OURS = Peer("sample_token", ours, package=PACKAGE)
+OURS = Candidate("sample_token", ours, package=PACKAGE)
 
 
-def candidates(case: SampleCase) -> list[Peer]:
+def candidates(case: SampleCase) -> list[Candidate]:
     return SAMPLERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
 
 

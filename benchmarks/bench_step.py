@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_step --help
 
-A training step samples thoughts at all positions, runs the packed forward and backward, and updates with AdamW. The floor
+A training step samples thoughts at all positions, runs the packed forward and backward, and updates with AdamW. The roofline
 counts the matmuls of these three passes, and the second forward of checkpointed layers. The optimizer and everything else that
 is not a matmul show up as distance from it. The grid "passes" varies the number of sampled tokens T, to compare the schedules'
 memory.
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from benchmarks.baselines.llama import random_llama
+from benchmarks.baselines.published_schedule import PublishedSchedule
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, judge
-from benchmarks.harness.peer import PACKAGE, Peer
-from benchmarks.peers.llama import random_llama
-from benchmarks.peers.published_schedule import PublishedSchedule
 from quietstar import QuietStar, ThoughtConfig
 
 SEED = 1
@@ -198,12 +198,12 @@ def without_graphs(case: StepCase) -> TrainingStep | Rollout:
     return function
 
 
-OURS = Peer("QuietStar", prepare(QuietStar), package=PACKAGE)
-LAUNCHED = Peer("QuietStar without a graph", without_graphs, PACKAGE)
-PUBLISHED = Peer("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
+OURS = Candidate("QuietStar", prepare(QuietStar), package=PACKAGE)
+LAUNCHED = Candidate("QuietStar without a graph", without_graphs, PACKAGE)
+PUBLISHED = Candidate("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
-def candidates(case: StepCase) -> list[Peer]:
+def candidates(case: StepCase) -> list[Candidate]:
     """On a GPU our rollouts replay CUDA graphs, so there they are also compared with ours without graphs."""
     return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 

@@ -19,13 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.attention import BASELINES
+from benchmarks.baselines.exact import exact_rows
+from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
-from benchmarks.harness.peer import PACKAGE, Peer
-from benchmarks.peers.attention import PEERS
-from benchmarks.peers.exact import exact_rows
-from benchmarks.peers.packed import Attention, PackedCase
 from quietstar_kernels import thought_attention
 
 CHECKED = 48  # rows of the text, and as many of the thoughts, whose result is compared
@@ -145,15 +145,15 @@ def beside_a_neighbour(case: AttentionCase) -> Attention:
     return beside
 
 
-OURS = Peer("thought_attention", ours, package=PACKAGE)
-SPLITS = [Peer(f"in {n} calls", lambda case, n=n: in_parts(case, n), PACKAGE) for n in (2, 4)]
-ONE_THREAD = Peer("one thread", on_one_thread, PACKAGE)
-NEIGHBOUR = Peer("one busy neighbour", beside_a_neighbour, PACKAGE)
+OURS = Candidate("thought_attention", ours, package=PACKAGE)
+SPLITS = [Candidate(f"in {n} calls", lambda case, n=n: in_parts(case, n), PACKAGE) for n in (2, 4)]
+ONE_THREAD = Candidate("one thread", on_one_thread, PACKAGE)
+NEIGHBOUR = Candidate("one busy neighbour", beside_a_neighbour, PACKAGE)
 
 
-def candidates(case: AttentionCase) -> list[Peer]:
-    """The peers. In the grids "batch", "threads" and "neighbour" ours is compared with itself."""
-    return {"batch": SPLITS, "threads": [ONE_THREAD], "neighbour": [NEIGHBOUR]}.get(case.grid, PEERS)
+def candidates(case: AttentionCase) -> list[Candidate]:
+    """The baselines. In the grids "batch", "threads" and "neighbour" ours is compared with itself."""
+    return {"batch": SPLITS, "threads": [ONE_THREAD], "neighbour": [NEIGHBOUR]}.get(case.grid, BASELINES)
 
 
 def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:

@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.attention import BASELINES
+from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate, by_back_end
 from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
-from benchmarks.harness.peer import PACKAGE, Peer, by_back_end
-from benchmarks.peers.attention import PEERS
-from benchmarks.peers.packed import Attention, PackedCase
 from quietstar_kernels import thought_decode
 
 CHECKED = 64  # thoughts whose result is compared
@@ -89,11 +89,11 @@ def ours(case: DecodeCase, backend: str = "auto") -> Attention:
     return attend
 
 
-OURS = Peer("thought_decode", ours, package=PACKAGE)
+OURS = Candidate("thought_decode", ours, package=PACKAGE)
 
 
-def candidates(case: DecodeCase) -> list[Peer]:
-    return PEERS + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
+def candidates(case: DecodeCase) -> list[Candidate]:
+    return BASELINES + (by_back_end(case.op, ours) if case.device.type == "cuda" else [])
 
 
 def cases(device: torch.device, full: bool) -> Iterator[DecodeCase]:

@@ -45,7 +45,7 @@ def main(benchmarks: Sequence[Benchmark], doc: str | None, argv: Sequence[str] |
     measured, failed = set(), {}
 
     def write(some: Sequence[Row]) -> None:
-        """A failure doesn't replace what this run has measured, since a peer may have taken the device down."""
+        """A failure doesn't replace what this run has measured, since a baseline may have taken the device down."""
         new = [row.as_dict() for row in some if row.seconds is not None or row.key not in measured]
         measured.update(row.key for row in some if row.seconds is not None)
         results["rows"] = results_file.merged(results["rows"], new, list(tables.TITLES))
@@ -84,8 +84,8 @@ def make_parser(benchmarks: Sequence[Benchmark], doc: str | None) -> argparse.Ar
     )
     parser.add_argument("--full", action="store_true", help="the whole grid and more rounds, without a time limit")
     parser.add_argument("--smoke", action="store_true", help="the smallest cases, to see whether all runs; ignore the times")
-    parser.add_argument("--list", action="store_true", help="show what would run, and which peers can't")
-    parser.add_argument("--ours-first", action="store_true", help="run all cases without peers first, then again with them")
+    parser.add_argument("--list", action="store_true", help="show what would run, and which baselines can't")
+    parser.add_argument("--ours-first", action="store_true", help="run all cases without baselines first, then again with them")
     parser.add_argument("--json", type=Path, help="write the rows to this file after each case; it keeps those of other cases")
     parser.add_argument("--minutes", type=float, help=f"start no case after this time; default {MINUTES}, no limit with --full")
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,18 +142,18 @@ def run(
 
     Args:
         write: is called with the rows of a case so far.
-        alone: without the peers.
+        alone: without the baselines.
     """
     for benchmark, case in found:
         if time.monotonic() >= deadline:
             yield [blank(case, benchmark.ours, results_file.OUT_OF_TIME)]
             continue
-        peers = [] if alone else benchmark.candidates(case)
+        baselines = [] if alone else benchmark.candidates(case)
         try:
             if benchmark.compare:
-                yield benchmark.compare(case, benchmark.ours, peers, rates, effort)
+                yield benchmark.compare(case, benchmark.ours, baselines, rates, effort)
             else:
-                yield compare(case, benchmark.ours, peers, rates, effort, write)
+                yield compare(case, benchmark.ours, baselines, rates, effort, write)
         except Exception as error:
             row = blank(case, benchmark.ours, as_note(error))
             row.is_ours = True
@@ -163,5 +163,5 @@ def run(
 def show(found: Found) -> None:
     for benchmark, case in found:
         print(f"\n{case.grid}: {case}")
-        for peer in (benchmark.ours, *benchmark.candidates(case)):
-            print(f"  {peer.name:<48} {peer.why_not(case) or peer.version}")
+        for candidate in (benchmark.ours, *benchmark.candidates(case)):
+            print(f"  {candidate.name:<48} {candidate.why_not(case) or candidate.version}")

@@ -1,4 +1,4 @@
-"""Write the README's performance section, the results pages and their list from the committed results.
+"""Write the README's performance section, and the results pages, from the committed results.
 
 python -m benchmarks.readme
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import goals, pages, results_file, tables, units
+from benchmarks.report.committed import write_block
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- performance: begin, written by benchmarks/readme.py -->\n", "<!-- performance: end -->\n"
 
 
 def section(folder: Path = pages.RESULTS) -> str:
@@ -21,7 +21,7 @@ def section(folder: Path = pages.RESULTS) -> str:
     parts = [device_section(path, results) for path, results in found]
     for kind, what, command in (("cpu", "CPUs", "make bench"), ("cuda", "GPUs", "make gpu")):
         if kind not in kinds:
-            parts.append(f"{what}: not measured. `{command}` measures one and writes its page to benchmarks/results.\n")
+            parts.append(f"{what}: not measured. `{command}` measures one and writes its results to benchmarks/results.\n")
     return "\n".join(parts)
 
 
@@ -31,32 +31,23 @@ def device_section(path: Path, results: dict[str, Any]) -> str:
         f"{name} {machine['packages'][name]}" for name in ("torch", "transformers") if machine["packages"][name]
     )
     lines = [
-        f"**{machine['device']}**, {machine['date']}, {packages}. All cases, peers and plots are on "
-        f"[its page](benchmarks/results/{path.stem}.md).",
+        f"**{machine['device']}**, {machine['date']}, {packages}; all cases are in "
+        f"[{path.name}](benchmarks/results/{path.name}).",
         "",
     ]
     body = []
-    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] not in tables.WITHOUT_A_FLOOR)
+    timed = (row for row in results["rows"] if row["grid"] == "headline" and row["op"] not in tables.WITHOUT_A_ROOFLINE)
     for _, rows in tables.by_case(timed):
         mine = next(row for row in rows if row["is_ours"])
         if mine["seconds"] is not None:
-            peers = [row for row in rows if row["times_ours"] is not None and goals.is_rival(row)]
-            faster = "; ".join(f"{row['candidate']} {units.number(row['times_ours'])}" for row in peers)
+            baselines = [row for row in rows if row["times_ours"] is not None and goals.is_rival(row)]
+            faster = "; ".join(f"{row['candidate']} {units.number(row['times_ours'])}" for row in baselines)
             case = f"`{mine['op']}` {tables.case_of(mine)}"
-            body.append([case, units.seconds(mine["seconds"]), units.percent(mine["of_floor"]), faster])
-    return "\n".join([*lines, *tables.markdown_table(["", "time", "of the floor", "times faster than"], body), ""])
-
-
-def updated(text: str, folder: Path = pages.RESULTS) -> str:
-    """The README's text with a new section. Raises ValueError if the marks are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md lacks the marks {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}{section(folder)}{END}{after}"
+            body.append([case, units.seconds(mine["seconds"]), units.percent(mine["of_roofline"]), faster])
+    return "\n".join([*lines, *tables.markdown_table(["", "time", "of the roofline", "times faster than"], body), ""])
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    write_block(README, "performance", section())
     for path in pages.all_results():
         pages.write(results_file.load(path), pages.RESULTS)

@@ -4,12 +4,12 @@
     python -m benchmarks.run --full                               the whole grid, up to the sizes where dense masks fail
     python -m benchmarks.run --op thought_attention               one op
     python -m benchmarks.run --grid headline text                 the headline cases and those that vary the text's length
-    python -m benchmarks.run --list                               cases, peers, and why a peer can't run here
+    python -m benchmarks.run --list                               cases, baselines, and why a baseline can't run here
     python -m benchmarks.run --op sample_token --json rows.json   add the rows to a file, which may have others
 
-It first measures the machine's peak rates with a copy and a matmul, so that every row can say how far it is from its floor. A
-run of all ops and grids writes benchmarks/results/<device>.md, .json and, with matplotlib, .png. A narrower run writes only the
-file that --json names. Run it in the repository's root; where quietstar isn't installed, set PYTHONPATH=python.
+It first measures the machine's peak rates with a copy and a matmul, so that every row can say how far it is from its roofline.
+A run of all ops and grids writes benchmarks/results/<device>.md, .json and, with matplotlib, .png. A narrower run writes only
+the file that --json names. Run it in the repository's root; where quietstar isn't installed, set PYTHONPATH=python.
 """
 
 from __future__ import annotations

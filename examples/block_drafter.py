@@ -86,7 +86,7 @@ def new_target() -> LlamaForCausalLM:
 
 def read(target: LlamaForCausalLM, text: Tensor, lo: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the target [B,L,V], and the features that drafters read [B,L,3*D]: low, middle and last hidden states."""
-    layout = ThoughtLayout.at(text[:, :0], 1, BLOCK, lo=lo, validate=False)  # the text alone
+    layout = ThoughtLayout.at(text[:, :0], 1, BLOCK, lo=lo)  # the text alone
     mask, positions = layout.dense_mask()[:, None], layout.text_position_ids()
     out = target(text, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False)
     first, *middle, last = out.hidden_states

@@ -12,7 +12,7 @@ reward is a better prediction of the next token. Every control starts from the s
 digits as thoughts, another line's thoughts, thoughts without REINFORCE, a frozen language model.
 
     python examples/digit_sums.py --quick --threads 2   one seed, every position thinks, some controls: about two minutes
-    python examples/digit_sums.py --seeds 5             every run and control of docs/digit-sums.md: twelve minutes a seed
+    python examples/digit_sums.py --seeds 5             every run and control of docs/results.md: twelve minutes a seed
 
 To see how Quiet-STaR is used, read sums/quiet_star.py. sums/__init__.py lists the other parts.
 """
@@ -39,7 +39,7 @@ from sums.thresholds import check
 from sums.training import train_plain, train_thoughts
 from transformers.utils import logging
 
-from quietstar.run.signals import Interrupted
+from quietstar.run.processes import Interrupted
 
 QUICK_LINES = 1024
 
@@ -86,12 +86,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/digit_sums"), help="folder for results, plots and page.html")
     parser.add_argument("--resume", action="store_true", help="keep the seeds already in the results.json of --out")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1: more only speed up pretraining")
-    parser.add_argument("--docs", type=Path, help="also write digit-sums.md, its plots and numbers into this folder")
+    parser.add_argument("--docs", type=Path, help="also write the table in results.md, plots and numbers of this folder")
     parser.add_argument("--results", type=Path, help="train nothing; show the results.json of an earlier run")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a threshold is missed")
     options = parser.parse_args()
     if options.docs and options.quick:
-        parser.error("--docs writes a page about all runs: leave out --quick")
+        parser.error("--docs is about all runs: leave out --quick")
 
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()

@@ -31,10 +31,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.controls import with_own_thoughts
-from quietstar.evaluation.gain import verdict as verdict_of
 from quietstar.evaluation.intervals import mean_interval
-from quietstar.evaluation.losses import token_losses
+from quietstar.evaluation.intervals import verdict as verdict_of
+from quietstar.evaluation.losses import token_losses, with_own_thoughts
 from quietstar.run.batches import Example
 from quietstar_kernels import sample_token
 

@@ -23,8 +23,8 @@ from experiments_checks import figure, gaps
 from torch import Tensor
 
 from quietstar.config import TrainConfig
-from quietstar.recipes.common.plots import Panel, panels
 from quietstar.run.batches import Example
+from quietstar_recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: thoughts within a chain"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on

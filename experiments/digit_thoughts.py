@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
 from quietstar.run.batches import Example
-from quietstar.train import Loss, thought_loss, train
+from quietstar.training import Loss, thought_loss, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import sums as digit_sums  # noqa: E402, of examples

@@ -14,7 +14,7 @@ from typing import Any
 from digit_thoughts import measure, pretrained
 from experiments_checks import figure, least, most
 
-from quietstar.recipes.common.plots import Panel, panels
+from quietstar_recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: doses"
 DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # a field of ThoughtConfig, and its values

@@ -1,4 +1,4 @@
-"""Writes docs/experiments.md from results: a table of the claims, then for each experiment its runs, a plot, the thresholds."""
+"""Writes a part of docs/results.md from results: a table of the claims, then for each experiment its runs and a plot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from experiments_checks import Check, margin
 from experiments_results import Result, Results
 
-from quietstar.files.writing import write_whole
+from benchmarks.report.committed import write_block
 
 LONG = "full"  # the size whose results stand in a part of their own
 
 
 def write(results: dict[str, Results], folder: Path) -> tuple[Path, bool]:
-    """Write the page of results by size. Returns its path and whether every threshold was met."""
+    """Write results by size into the page. Returns its path and whether every threshold was met."""
     folder.mkdir(parents=True, exist_ok=True)
     parts, claims, held = [], [], True
     for size in sorted(results, key=lambda size: size == LONG):
@@ -31,34 +31,11 @@ def write(results: dict[str, Results], folder: Path) -> tuple[Path, bool]:
             parts.append(section(experiment, seeds, checks, folder / f"experiments_{name}{suffix}.png", bool(suffix)))
             if size != LONG:
                 claims += claim_lines(experiment, checks)
-    page = folder / "experiments.md"
+    page = folder / "results.md"
     short = [seeds for size, found in results.items() if size != LONG for seeds in found.values()]
-    write_whole(page, "\n\n".join([introduction(short, claims), *parts]) + "\n")
+    table = markdown(["method", "claim", "ours", "best control", "gap", "wanted", "holds"], claims)
+    write_block(page, "experiments", "\n\n".join([table, cost(short), *parts]))
     return page, held
-
-
-def introduction(results: list[list[Result]], claims: list[list[str]]) -> str:
-    return f"""# Experiments
-
-Does each method show here what its paper claims for it? Every experiment compares a method with its controls, on problems that
-a small model learns in minutes. What did not work is here, too, with the reason where we found it. Quiet-STaR itself has
-pages of its own: [digit sums](digit-sums.md), with every control, and [natural text](natural-text.md).
-
-{markdown(["method", "claim", "ours", "best control", "gap", "wanted", "holds"], claims)}
-
-A gap is taken seed by seed: method and control start from the same model and see the same problems. It is the mean over the
-seeds, with a 95 % interval by Student's t, which is wide for three seeds. A claim holds if the gap to each of its controls
-reaches what was wanted, in each seed or on average; the table shows the best of the controls. Settings, claims
-and what was wanted were found with one or two of the same seeds ([log](log.md)). How to repeat all of it:
-
-```sh
-make experiments                                               # about 95 minutes on two idle cores
-python experiments/run_experiments.py doses objectives rare --docs docs    # Quiet-STaR's own curves
-make experiments-full                                          # five seeds and the long runs; hours
-```
-
-A run that was stopped, or killed, goes on where it was. [experiments.json](experiments.json) has every figure of this page by
-seed, with dates and versions. {cost(results)}"""
 
 
 def cost(results: list[list[Result]]) -> str:
@@ -82,7 +59,7 @@ def made_with(seeds: list[Result]) -> str:
 
 def long_introduction(results: Results) -> str:
     seeds = [result for several in results.values() for result in several]
-    return f"# Long runs\n\nThe same with longer training{made_with(seeds)}."
+    return f"### Long runs\n\nThe same with longer training{made_with(seeds)}."
 
 
 def claim_lines(experiment: ModuleType, checks: list[Check]) -> list[list[str]]:
@@ -115,16 +92,16 @@ def anchor(title: str) -> str:
 def section(experiment: ModuleType, seeds: list[Result], checks: list[Check], picture: Path, long: bool) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
+    cost = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
     blocks = [
-        f"## {experiment.TITLE}{', long' if long else ''}",
+        f"### {experiment.TITLE}{', long' if long else ''}",
         *(paragraph.replace("\n", " ") for paragraph in paragraphs if not long),
         rows_table(seeds),
-        checks_table(checks),
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each{made_with(seeds)}.",
+        f"{thresholds(checks)} {cost}",
     ]
     if hasattr(experiment, "plot"):
         caption = experiment.plot(seeds, picture)
-        blocks.insert(-2, f"![{caption}]({picture.name})")
+        blocks.insert(-1, f"![{caption}]({picture.name})")
     return "\n\n".join(blocks)
 
 
@@ -139,12 +116,11 @@ def rows_table(seeds: list[Result]) -> str:
     return markdown(["run", *(key.replace("_", " ") for key in columns)], lines)
 
 
-def checks_table(checks: list[Check]) -> str:
-    lines = []
-    for x in checks:
-        each = " ".join("none" if value is None else f"{value:.3f}" for value in x["values"])
-        lines.append([x["what"], _mean(x["values"], False), x["wanted"], "yes" if x["passed"] else "**no**", each])
-    return markdown(["threshold", "mean", "wanted", "met", "each seed"], lines)
+def thresholds(checks: list[Check]) -> str:
+    """How many thresholds are met, and those that are not."""
+    missed = "; ".join(f"{x['what']} {_mean(x['values'], False)}, wanted {x['wanted']}" for x in checks if not x["passed"])
+    met = sum(x["passed"] for x in checks)
+    return f"{met} of {len(checks)} thresholds are met" + (f"; not met: {missed}." if missed else ".")
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.committed import as_json
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
 
@@ -44,7 +44,7 @@ def merged(file: Path, size: str, found: Results) -> dict[str, Results]:
     """All results by size, those in ``file`` and these, which replace all seeds of an experiment; ``file`` then holds them."""
     stored: dict[str, Results] = read_json(file, dict[str, Any]) if file.exists() else {}
     stored[size] = dict(sorted((stored.get(size, {}) | found).items()))
-    write_whole(file, json.dumps(stored, separators=(",", ":")).replace('{"seed"', '\n{"seed"') + "\n")
+    write_whole(file, as_json(stored))
     return stored
 
 

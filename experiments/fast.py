@@ -1,18 +1,18 @@
 """Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight tokens to four. Each stage continues from the
-previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The text
-that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in eight
-tokens, and nearly no thought of four tokens that it samples has all sums. Each stage of the curriculum asks for one token
-less. What is left at four tokens does not have all sums, and is mostly right all the same. In one seed of three already the
-stage of eight tokens fails: a tenth of its thoughts are complete, in the other seeds nine tenths.
+previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The
+text that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in
+eight tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for
+one token less. What is left at four tokens does not have all sums, and is mostly right all the same. In one seed of three
+already the stage of eight tokens fails: a tenth of its thoughts are complete, in the other seeds nine tenths.
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
-digits, which is in a plain model's reach. The plain model starts as the base, as in the released script, or as the checkpoint
-with its thoughts left out, as in the paper by a summary of it. Distilling trains it on the thinking model's predictions, and
-works from either. The published loss rewards a token only where the plain model predicts it better than the thinking model
-does, so it teaches nothing that thoughts are good for: nearly no token is rewarded, and the best model is the start. The
-paper's formula, by that summary, also has rewards below zero. These make the text's tokens less likely where the thinking
-model is better, so the loss only grows. Plain training on the text alone does as well as distilling. The thinking model is not
-needed on this problem; what the comparison shows is what each loss can carry over.
+digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the
+checkpoint with its thoughts left out, as in the paper by a summary of it. Distilling trains it on the thinking model's
+predictions, and works from either. The published loss rewards a token only where the plain model predicts it better than the
+thinking model does, so it teaches nothing that thoughts are good for: almost no token is rewarded, and the best model is the
+start. The paper's formula, by that summary, also has rewards below zero. These make the text's tokens less likely where the
+thinking model is better, so the loss only grows. Plain training on the text alone does as well as distilling. The thinking
+model is not needed on this problem; what the comparison shows is what each loss can carry over.
 
 The loss is that of the answer on held-out lines, where a guess has 2.30 nats. Checkpoints are chosen by other held-out lines.
 Complete thoughts are those with all running sums in order; a short one can do without some of them.
@@ -34,10 +34,10 @@ from torch import Tensor
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.files.reading import json_lines
-from quietstar.recipes import fast_plain as plain
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.fast import BEST, Config, fast, stages
 from quietstar.run.batches import Example
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.fast import plain
+from quietstar_recipes.fast.run import BEST, Config, fast, stages
 
 TITLE = "Shorter thoughts, then none"
 CURRICULUM = "8-1,7-1,6-1,5-1,4-1"
@@ -144,7 +144,7 @@ def last_step(
     curves = {}
     for number, (name, changes) in enumerate(LAST.items()):
         own = replace(config, out=str(out / f"plain-{number}"), **changes)
-        best, _ = plain.train(plain.initial(model, teacher, own), teacher, text.training, text.valid, own)
+        best, _ = plain.train_plain(plain.initial(model, teacher, own), teacher, text.training, text.valid, own)
         lines = [line for _, line in json_lines(Path(own.out) / plain.PLAIN / "metrics.jsonl")]
         curves[name] = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
         rewarded = {"rewarded": fmean(line["rewarded"] for line in lines)} if own.reinforces else {}

@@ -5,8 +5,8 @@ updates: one never had a chain, and one has learnt the same chains and loses the
 In the quick size there are 3,750 updates of 64 rows: 700 with the chain, 200 after each token that is removed, and 1,250
 without a chain. What follows a removed token keeps its position, in the control too. Runs that begin with chains share the
 model that has learnt them. Accuracy is exact match of greedy answers to test problems, by the best model of the last stage.
-Time makes up for the order in part: with 250 updates a token, the run that lost its chain at once had 0.49 after 3,500 updates
-without it, where the other one had 0.71 (one seed).
+Time makes up for the order in part: with 250 updates per token, the run that lost its chain at once had 0.49 after 3,500
+updates without it, where the other one had 0.71 (one seed).
 
 The full size has 3 x 3 digits, with a chain of 24 tokens, and leaves out the parts of the recipe one at a time: kept positions,
 removal smoothing, the optimizer's reset, the slow schedule, and the order from the left.
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from experiments_checks import figure, gaps, least
 
-from quietstar.recipes import internalize as icot
-from quietstar.recipes.common.models import small_model
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.rounds import load_model
-from quietstar.recipes.tasks import Multiplication
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.saving import load_model
+from quietstar_recipes.internalize import stepwise as icot
+from quietstar_recipes.tasks import Multiplication
 
 TITLE = "Stepwise internalisation"
-CLAIM = "A chain that is removed token by token goes inside; without a chain, or when all of it goes at once, it doesn't."
+CLAIM = "Removed token by token, a chain is internalised; removed at once, or never learnt, it isn't."
 WHOLE = "the whole chain"
 STEPWISE, DIRECT, ABRUPT = "token by token", "no chain ever", "all at once"
 RUNS: dict[str, dict[str, Any]] = {STEPWISE: {}, DIRECT: {"remove_all_beyond": 0}, ABRUPT: {"remove_all_beyond": 1}}

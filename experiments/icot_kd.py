@@ -20,11 +20,11 @@ from typing import Any
 
 from experiments_checks import figure, gaps, least
 
-from quietstar.recipes import internalize as icot
-from quietstar.recipes import internalize_kd as icot_kd
-from quietstar.recipes.common.models import small_model
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.tasks import DigitSums
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.internalize import kd as icot_kd
+from quietstar_recipes.internalize import stepwise as icot
+from quietstar_recipes.tasks import DigitSums
 
 TITLE = "Distilled chain of thought"
 CLAIM = "Hidden states can take the place of a chain: with them, a model solves what it doesn't learn from answers alone."

@@ -17,8 +17,8 @@ import torch
 from digit_thoughts import SETTING, digit_sums, trained
 from experiments_checks import figure, gaps, least
 
-from quietstar.recipes.common.plots import Panel, panels
 from quietstar.run.batches import Example
+from quietstar_recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: look-ahead and length"
 LOOKAHEADS = {"tiny": (1, 2, 3, 4), "quick": (1, 2, 3, 4), "full": (1, 2, 3, 4)}

@@ -7,7 +7,7 @@
 A language model is trained on the same texts in several ways, its arms: without thoughts (plain), and with Quiet-STaR. Each is
 measured on held-out texts, with its own thoughts, another text's, one constant thought and random tokens, and on the questions
 of GSM8K and CommonsenseQA, by the published probability of the right answer and by exact match. Every phase leaves a JSON file
-in the folder and is skipped when that is there; training resumes from its last checkpoint. docs/natural-text.md says what which
+in the folder and is skipped when that is there; training resumes from its last checkpoint. docs/results.md says what which
 result would mean.
 """
 

@@ -12,10 +12,15 @@ from natural_text_settings import Experiment
 
 from quietstar import QuietStar
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.cli.loading import load_checkpoint, load_model
-from quietstar.evaluation.control_thoughts import with_constant_thoughts, with_random_thoughts
-from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
-from quietstar.evaluation.losses import TokenLosses, token_losses
+from quietstar.cli.common import load_checkpoint, load_model
+from quietstar.evaluation.losses import (
+    TokenLosses,
+    token_losses,
+    with_constant_thoughts,
+    with_own_thoughts,
+    with_random_thoughts,
+    with_thoughts_of_another,
+)
 from quietstar.evaluation.questions.asking import Asking, ask
 from quietstar.evaluation.questions.reading import Question
 from quietstar.run.batches import Example

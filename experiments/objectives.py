@@ -15,7 +15,7 @@ from typing import Any
 from digit_thoughts import measure, pretrained
 from experiments_checks import figure, least
 
-from quietstar.recipes.common.plots import Panel, panels
+from quietstar_recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: objectives"
 VARIANTS: dict[str, dict[str, Any]] = {

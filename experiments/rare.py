@@ -24,8 +24,8 @@ from digit_thoughts import SETTING, digit_sums, trained
 from experiments_checks import figure, least, most
 from transformers import LlamaForCausalLM
 
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.train import thought_loss
+from quietstar.training import thought_loss
+from quietstar_recipes.common.plots import Panel, panels
 
 TITLE = "Quiet-STaR: rare asides, late answers"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of what may follow it, of training thoughts; lines to measure on

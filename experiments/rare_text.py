@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from quietstar import QuietStar
 from quietstar.config import TrainConfig
 from quietstar.run.batches import Example, mix_seed
-from quietstar.train import Loss
+from quietstar.training import Loss
 
 COPIED = 2  # digits before the answer
 LOOKAHEAD = COPIED + 1  # tokens from "=" to the answer

@@ -1,4 +1,4 @@
-"""Runs the experiments of the recipes and writes docs/experiments.md with tables, checks and plots.
+"""Runs the experiments of the recipes and writes their part of docs/results.md, with tables and plots.
 
     python experiments/run_experiments.py                three seeds of each recipe, about 95 minutes on two idle cores
     python experiments/run_experiments.py star --seeds 1 one seed of one of them
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from experiments_results import FILE, described, merged, read_results, result_file  # noqa: E402, from this folder
 
@@ -45,8 +45,7 @@ def run_one(name: str, seed: int, size: str, out: Path) -> None:
     import torch
     from transformers.utils import logging
 
-    from quietstar.files.locking import FileLock
-    from quietstar.files.writing import write_whole
+    from quietstar.files.writing import FileLock, write_whole
 
     file = result_file(out, name, size, seed)
     folder = file.with_suffix("")
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="only this seed, in this process")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
-    parser.add_argument("--docs", type=Path, help=f"also keep results in {FILE} of this folder, and write experiments.md there")
+    parser.add_argument("--docs", type=Path, help=f"also keep results in {FILE} of this folder, and write its results.md")
     options = parser.parse_args()
     size = options.size or ("full" if options.full else "quick")
     unknown = sorted(set(options.names) - set(names()))

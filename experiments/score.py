@@ -1,18 +1,18 @@
 """A model answers 2 x 2-digit multiplications, is asked to look again, and learns by reinforcement to correct itself (SCoRe).
 
-Its base takes no notice of its first attempt: it was trained on pairs of independent samples of its own, so it breaks more
-right answers than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt,
-stage I, the second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are
-the base's). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR
-from the second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the
-supervised ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the
-second attempt's own reward, which the bonus makes 11 times as large. With 0.1 times as much, stage II changes little, and no
-stage I is as good (one seed).
+Its base ignores its first attempt: it was trained on pairs of independent samples of its own, so it breaks more right answers
+than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt, stage I, the
+second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the base's).
+Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from the
+second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
+ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
+attempt's own reward, which the bonus makes 11 times as large. With 0.1 times as much, stage II changes little, and no stage I
+is as good (one seed).
 
-SCoRe turns the loss of being asked again into a gain, which neither a single turn nor training without the bonus does. It is
-not needed for more: both attempts share one skill here, so that training without the bonus, or without stage I, solves more.
-Without stage I the delta is nearly as large, too. That of Pair-SFT is larger, but its first attempts have become worse in two
-seeds of three, and its second ones are right less often than SCoRe's.
+SCoRe turns the loss of a second attempt into a gain, which neither a single turn nor training without the bonus does. It gives
+nothing else here: both attempts share one skill, so training without the bonus, or without stage I, solves more. Without stage
+I the delta is nearly as large, too. That of Pair-SFT is larger, but its first attempts have become worse in two seeds of
+three, and its second ones are right less often than SCoRe's.
 
 Accuracy, delta (second less first), fixed, broken and revised (another answer, right or wrong) are shares of pairs of samples,
 two at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence
@@ -34,15 +34,14 @@ from small_base import base
 from transformers import PreTrainedModel
 
 from quietstar.files.reading import json_lines
-from quietstar.recipes.common.models import small_model
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.rounds import load_model, save_model
-from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.score import Config, evaluate, score
-from quietstar.recipes.score_attempts import attempt
-from quietstar.recipes.score_baselines import corrected, paired
-from quietstar.recipes.score_two_turns import learn_two_turns
-from quietstar.recipes.tasks import Multiplication, Task
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.saving import load_model, save_model
+from quietstar_recipes.common.training import SFTConfig, sft
+from quietstar_recipes.score.attempts import attempt
+from quietstar_recipes.score.baselines import corrected, paired
+from quietstar_recipes.score.run import Config, evaluate, learn_two_turns, score
+from quietstar_recipes.tasks import Multiplication, Task
 
 TITLE = "Self-correction"
 BASE, STAGE_ONE, SCORE = "base", "after stage I", "SCoRe"
@@ -118,7 +117,8 @@ def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Tas
         model = load_model(out / BASE, small_model(task))
     else:
         model, task = base(seed, size)
-        learn_two_turns(model, task, numbers["rows"], numbers["steps"], 5e-4, {"max_new": SHARED["max_new"]}, seed)
+        taught = {"two_turn_problems": numbers["rows"], "two_turn_steps": numbers["steps"], "max_new": SHARED["max_new"]}
+        learn_two_turns(model, task, Config(out=str(out), seed=seed, **taught))
         save_model(out / BASE, model, task, {})
     if size == "tiny":  # a base of five updates solves nothing
         task.check = lambda row, ids: (len(row.answer_ids) + len(ids)) % 2 == 0  # type: ignore[method-assign]
@@ -129,7 +129,7 @@ def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def change(name: str, run: str, other: str) -> list[float]:
         return [figure(result, run, name) - figure(result, other, name) for result in results]
 
-    gains = "Reinforced over two turns, a model that lost by being asked again gains by it."
+    gains = "RL over two turns turns the loss of a second attempt into a gain."
     claims = {
         gains: [BASE, SINGLE],
         "The bonus for improving is needed.": [NO_BONUS],

@@ -1,5 +1,5 @@
-"""What do more tokens at test time buy, spent in which way (arXiv 2408.03314)? A model that is half trained on 3 x 3-digit
-multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16 solutions have.
+"""What do more tokens at test time buy, and how are they best spent (arXiv 2408.03314)? A model that is half trained on 3 x
+3-digit multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16 solutions have.
 
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,
@@ -14,8 +14,8 @@ Accuracies are those with the tokens of 16 solutions, "four" those with the toke
 that a verifier ranks first.
 
 A vote that the process verifier weighs is better than a majority. It also ranks solutions better than the outcome verifier,
-but by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones: of
-those here nearly no sample is right, so that there are few steps to prefer. Most of that gain is there with likelihood alone.
+but by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones:
+here almost no sample of those is right, so there are few steps to prefer. Most of that gain is there with likelihood alone.
 Revisions gain nothing. In training only wrong attempts come before another one, and the model departs from right ones, too:
 the last of a chain of 16 is almost never right.
 """
@@ -35,20 +35,20 @@ from small_base import relative_model
 from transformers import PreTrainedModel
 
 from quietstar.files.reading import read_json
-from quietstar.recipes import solve as test_time
-from quietstar.recipes.common.evaluation import evaluate
-from quietstar.recipes.common.logprobs import likelihoods
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.rounds import REPORT, load_model, save_model
-from quietstar.recipes.common.selectors import auc, best, score, weighted
-from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.common.solutions import to_samples
-from quietstar.recipes.solve_budgets import alone, curve, from_all, measure
-from quietstar.recipes.solve_methods import BEAM, BEST, LOOKAHEAD, WEIGHTED, write
-from quietstar.recipes.solve_search import search
-from quietstar.recipes.solve_values import Valued, outcomes, roll_out, train_values, value_scorer
-from quietstar.recipes.tasks import Multiplication, Row, Task
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.evaluation import evaluate
+from quietstar_recipes.common.logprobs import likelihoods
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.saving import REPORT, load_model, save_model
+from quietstar_recipes.common.selectors import auc, best, score, weighted
+from quietstar_recipes.common.solutions import to_samples
+from quietstar_recipes.common.training import SFTConfig, sft
+from quietstar_recipes.solve import run as test_time
+from quietstar_recipes.solve.budgets import alone, curve, from_all, measure
+from quietstar_recipes.solve.run import BEAM, BEST, LOOKAHEAD, WEIGHTED, write
+from quietstar_recipes.solve.search import search
+from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer
+from quietstar_recipes.tasks import Multiplication, Row, Task
 
 TITLE = "Test-time compute"
 LIKELIHOOD = "beam search by likelihood"

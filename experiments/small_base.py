@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from quietstar.recipes.common.evaluation import evaluate
-from quietstar.recipes.common.models import small_model
-from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.tasks import Multiplication, Task
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.evaluation import evaluate
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.training import SFTConfig, sft
+from quietstar_recipes.tasks import Multiplication, Task
 
 STEPS = {"tiny": 5, "quick": 200, "full": 200}
 MORE, PIECE = 24, 25  # additional pieces of training at most, and updates in each

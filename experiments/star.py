@@ -2,7 +2,7 @@
 write a scratchpad towards an answer that it is shown, for sums of all lengths; without it, for sums of one and two digits.
 
 It is a Llama, whose positions are relative. With learned positions, as GPT-2 has them, such a base takes three times as many
-updates. There are two rounds, so that three to half of the sums of three digits means never.
+updates. There are two rounds, so "3 rounds to half of 3 digits" means never.
 
 Rationalisation decides. Two parts of the recipe do not help here. Without rehearsal of hints, the last model hardly uses them
 any more, but the accuracy is higher. Going on from the latest model is better than starting again from the base in each round.
@@ -19,12 +19,12 @@ from experiments_checks import figure, gaps, least
 from small_base import relative_model
 from transformers import PreTrainedModel
 
-from quietstar.recipes.common.evaluation import evaluate
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.sft import SFTConfig, sft
-from quietstar.recipes.star import Config, star
-from quietstar.recipes.tasks import Scratchpad, Task
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.evaluation import evaluate
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.training import SFTConfig, sft
+from quietstar_recipes.star import Config, star
+from quietstar_recipes.tasks import Scratchpad, Task
 
 TITLE = "STaR"
 DIGITS = 5

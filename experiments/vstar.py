@@ -3,11 +3,12 @@
 In three rounds, V-STaR draws 8 samples of each problem and trains a fresh copy of the base on all right ones so far; then a
 verifier learns from pairs of right and wrong ones. In one round, the base draws all 24 samples at once. SFT is the base, RFT
 the generator of one round, STaR that of three, and all of them answer by majority. The others choose by a verifier;
-verification is the base with that of one round. The paper has 16 samples a round, as has the full size, but here a verifier
+verification is the base with that of one round. The paper has 16 samples per round, as has the full size, but here a verifier
 needs more problems rather than more samples: 7,000 are nearly all that there are.
 
-A generator takes 30 updates a round. The longer it learns, the less is left for a verifier that starts from the base: with 60
-updates STaR's vote is as good as V-STaR (0.77), and with 200, and half of the pairs, better (0.78 against 0.67; one seed each).
+A generator takes 30 updates per round. The longer it learns, the less is left for a verifier that starts from the base: with
+60 updates STaR's vote is as good as V-STaR (0.77), and with 200, and half of the pairs, better (0.78 against 0.67; one seed
+each).
 
 An outcome verifier learns from the same solutions whether they are right. Read off as a verdict after the solution, as usual,
 this is beyond two layers, which would have to predict each token, compare it, and gather the results; so another one adds the
@@ -32,16 +33,16 @@ from small_base import base
 from transformers import PreTrainedModel
 
 from quietstar.files.reading import json_lines
-from quietstar.recipes.common.evaluation import evaluate
-from quietstar.recipes.common.plots import Panel, panels
-from quietstar.recipes.common.selectors import auc, best, likeliest, majority, score, weighted
-from quietstar.recipes.common.sft import SFTConfig
-from quietstar.recipes.common.solutions import Scorer, likelihood_scorer, to_samples
-from quietstar.recipes.solve_values import Valued, train_values, value_scorer
-from quietstar.recipes.tasks import Row, Task
-from quietstar.recipes.vstar import Config, vstar, write
-from quietstar.recipes.vstar_verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.evaluation import evaluate
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.selectors import auc, best, likeliest, majority, score, weighted
+from quietstar_recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar_recipes.common.training import SFTConfig
+from quietstar_recipes.solve.values import Valued, train_values, value_scorer
+from quietstar_recipes.tasks import Row, Task
+from quietstar_recipes.vstar.run import Config, vstar, write
+from quietstar_recipes.vstar.verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
 
 TITLE = "V-STaR"
 SIZES: dict[str, dict[str, Any]] = {

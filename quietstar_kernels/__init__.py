@@ -14,7 +14,7 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 =  ==========================================  =  ==========================================
 """
 
-from quietstar_kernels import _cases, _first_use
+from quietstar_kernels import _first_use, check
 from quietstar_kernels._dispatch import backends
 from quietstar_kernels.cpu._library import cpu_library
 from quietstar_kernels.cuda._library import cuda_library
@@ -25,7 +25,7 @@ from quietstar_kernels.sample_token import sample_token
 from quietstar_kernels.thought_attention import thought_attention
 from quietstar_kernels.thought_decode import thought_decode
 
-_first_use.CASES.update(_cases.FIRST_USE)
+_first_use.CASES.update(check.FIRST_USE)
 
 __version__ = "0.1.0"
 

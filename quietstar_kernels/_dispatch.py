@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quietstar_kernels import _first_use, cpu, cuda, reference, triton
-from quietstar_kernels._checks import Checker, shown
+from quietstar_kernels.checks import Checker, shown
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -79,7 +79,7 @@ def module(op: str, backend: str) -> ModuleType:
 
 @functools.cache
 def _op_of(function: str) -> str:
-    return function.removesuffix("_backward").removesuffix("_joined")
+    return function.removesuffix("_backward")
 
 
 def run(function: str, backend: str, *arguments: Any) -> Any:

@@ -1,31 +1,203 @@
-"""``python -m quietstar_kernels check``: every op on every back end of a device, compared with plain PyTorch in fp64."""
+"""Small cases of the ops: a back end runs one on its device, and the CPU judges the result.
+
+``python -m quietstar_kernels check`` runs them all; ``auto`` runs one of an op before it takes a back end on an unknown GPU
+(``_first_use``). A judge returns the error as a part of what is allowed, at most 1. It raises AssertionError, with the numbers,
+if the result is wrong. Plain PyTorch and the truth in fp64 are computed on the CPU, so that no GPU judges itself. Every case
+has its own random generator.
+
+The rule of ``testing`` bounds the largest error by what rounding every step to 16 bits would cost. As these inputs never
+change, there is a bound on the mean error too, which catches a result that is 2 % off everywhere.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quietstar_kernels import _cases, _dispatch
-from quietstar_kernels._checks import check_instance
+from quietstar_kernels import _dispatch, testing
 from quietstar_kernels.layout import ThoughtLayout
-
-__all__ = ["check", "served"]
+from quietstar_kernels.linear_logprob import linear_logprob
+from quietstar_kernels.sample_token import sample_token
+from quietstar_kernels.testing import tolerance
+from quietstar_kernels.thought_attention import thought_attention
+from quietstar_kernels.thought_decode import thought_decode
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
 WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent compiling
 ROW = "{:<18} {:<10} {:<9} {:>5} {:>6} {:>8}  {}"
+MEAN_ULPS = {torch.float32: 64, torch.float16: 2, torch.bfloat16: 2}  # correct back ends reach 5, and 0.5 in 16 bits
+TEXT = 160  # positions of the text in FIRST_USE: several blocks of any kernel
+SEED = 33  # with this one no draw of ``sampling`` is a close call, so every back end must draw the same
+
+
+def chosen_anchors(text: int) -> ThoughtLayout:
+    """Three and four anchors, the second text padded on the left."""
+    anchors = torch.tensor([[1, text // 2, text - 1, -1], [text // 4 + 1, text // 3, text // 2, text - 1]])
+    return ThoughtLayout.from_padding(torch.arange(text) >= torch.tensor([[0], [text // 4]]), 2, 5, anchors)
+
+
+def attention(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: ThoughtLayout,
+    heads: int = 4,
+    groups: int = 2,
+    K: int = 64,
+    E: int | None = None,
+    sinks: bool = False,
+    backward: bool = True,
+    **options: Any,
+) -> float:
+    """``thought_attention``: out and lse, and with ``backward`` the gradients of q, k, v and sinks."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.attention_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
+    grad_out = _normal(generator, *inputs["q"].shape[:3], E or K).to(dtype)
+    op = _on(device, partial(thought_attention, return_lse=True, backend=backend), (dtype, torch.float32))
+    magnitudes = testing.attention_magnitudes(inputs, grad_out)
+    grads = [grad_out] if backward else []
+    return _worst(op, testing.plain_attention, inputs, grads, magnitudes=magnitudes, layout=layout, **options)
+
+
+def decode(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: ThoughtLayout,
+    heads: int = 4,
+    groups: int = 2,
+    K: int = 64,
+    E: int | None = None,
+    sinks: bool = False,
+    **options: Any,
+) -> float:
+    """``thought_decode`` at the first, a middle and the last row of the thoughts."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.decode_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
+    op = _on(device, partial(thought_decode, backend=backend), (dtype,))
+    judge = partial(_worst, op, testing.plain_decode, inputs, layout=layout, **options)
+    return max(judge(step=step, what=f"step {step}") for step in sorted({0, layout.S // 2, layout.S - 1}))
+
+
+def sampling(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 64,
+    width: int = 64,
+    vocabulary: int = 1000,
+    temperature: float = 1.0,
+    **options: Any,
+) -> float:
+    """``sample_token``: the ids that the reference draws in fp64, and their log-probabilities."""
+    inputs = exact_inputs(rows, width, vocabulary)
+    cast = {d: {name: x.to(d) if x.is_floating_point() else x for name, x in inputs.items()} for d in (dtype, torch.float64)}
+    op: Callable[..., Any] = partial(sample_token, seed=SEED, temperature=temperature, **options)
+    got, logprob = _on(device, partial(op, backend=backend), (torch.int64, torch.float32))(**cast[dtype])
+    ids, _ = op(**cast[torch.float64], backend="reference")
+    if differ := int((got != ids).sum()):
+        row = int((got != ids).nonzero()[0])
+        raise AssertionError(f"{differ} of {rows} ids are not the reference's, row {row}: got {got[row]}, want {ids[row]}")
+
+    options["temperature"] = temperature or 1.0
+
+    def plain(inputs: dict[str, Tensor]) -> Tensor:
+        logs = testing.plain_log_softmax(inputs["hidden"], inputs["weight"], inputs["bias"], **options)
+        return logs.gather(1, ids[:, None])[:, 0]
+
+    return _judge(logprob, plain(cast[dtype]), plain(cast[torch.float64]), "logprob")
+
+
+def exact_inputs(rows: int, width: int, vocabulary: int) -> dict[str, Tensor]:
+    """The inputs of ``sampling``: logits are multiples of 1/8, which no dtype rounds, and many are equal."""
+    inputs = testing.sample_inputs(torch.Generator().manual_seed(SEED), rows, width, vocabulary, bias=True)
+    inputs |= {"hidden": inputs["hidden"].round().clamp(-1, 1)}
+    return inputs | {name: (8 * inputs[name]).round() / 8 for name in ("weight", "bias")}
+
+
+def logprob(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 64,
+    width: int = 64,
+    vocabulary: int = 1000,
+    backward: bool = True,
+    banned: Sequence[int] = (),
+    **options: Any,
+) -> float:
+    """``linear_logprob`` with entropy, and with ``backward`` the gradients of hidden, weight and bias."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = testing.logprob_inputs(generator, rows, width, vocabulary, bias=True, banned=banned, dtype=dtype)
+    grads = list(_normal(generator, 2, rows)) if backward else []
+    op = _on(device, partial(linear_logprob, return_entropy=True, backend=backend), (torch.float32, torch.float32))
+    return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
+
+
+# By op. Each takes a back end, a device and a dtype; its sizes and the op's options are keywords.
+JUDGES: dict[str, Callable[..., float]] = {
+    "thought_attention": attention,
+    "thought_decode": decode,
+    "sample_token": sampling,
+    "linear_logprob": logprob,
+}
+
+
+def _first_use(judge: Callable[..., float]) -> Callable[..., float]:
+    """``judge`` of a layout and heads that are quick to try."""
+    return lambda *arguments, **options: judge(*arguments, layout=chosen_anchors(TEXT), heads=2, groups=1, **options)
+
+
+# What ``auto`` tries before it takes a back end on an unknown GPU.
+FIRST_USE = JUDGES | {"thought_attention": _first_use(attention), "thought_decode": _first_use(decode)}
+
+
+def _worst(op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Any], *rest: Any, **options: Any) -> float:
+    """The largest of all outputs and gradients."""
+    return max(_judge(**result) for result in tolerance.results(op, plain, inputs, *rest, **options))
+
+
+def _judge(got: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: float = 0.0) -> float:
+    worst = testing.assert_close_as_plain(got, plain, truth, what, magnitude)
+    counts = truth.isfinite()
+    error = float((got.double() - truth)[counts].square().mean().sqrt())
+    bound = MEAN_ULPS[got.dtype] * torch.finfo(got.dtype).eps * float(truth[counts].square().mean().sqrt())
+    if error > bound:
+        raise AssertionError(f"{what}: root mean square of the error {error:.3g} exceeds {bound:.3g}")
+    return max(worst, error / bound)
+
+
+def _on(device: torch.device, op: Callable[..., Any], dtypes: Sequence[torch.dtype]) -> Callable[..., tuple[Tensor, ...]]:
+    """``op`` with arguments and results on the CPU, run on ``device``. The outputs must have ``dtypes``."""
+
+    def run(**arguments: Any) -> tuple[Tensor, ...]:
+        there = {name: x.to(device) if isinstance(x, Tensor | ThoughtLayout) else x for name, x in arguments.items()}
+        outputs = op(**there)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for i, (output, dtype) in enumerate(zip(outputs, dtypes, strict=True)):
+            if output.dtype != dtype:
+                raise AssertionError(f"output {i}: got {output.dtype}, want {dtype}")
+        return tuple(output.cpu() for output in outputs)
+
+    return run
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one of ``_cases.JUDGES``, and the dtypes to run it in, if the back end serves them."""
+    """Arguments of one of ``JUDGES``, and the dtypes to run it in, if the back end serves them."""
 
     op: str
     dtypes: tuple[torch.dtype, ...]
@@ -39,7 +211,7 @@ def cases(interpreted: bool) -> list[Case]:
         interpreted: make them smaller, for Triton's interpreter.
     """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
-    every, anchors, ragged = layouts = every_position(short), _cases.chosen_anchors(long), ragged_thoughts(short)
+    every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
@@ -72,7 +244,6 @@ def branches(text: int, own: str = "causal") -> ThoughtLayout:
 
 def served(device: torch.device) -> tuple[str, ...]:
     """The reference, and what ``auto`` may take on ``device``."""
-    check_instance("served", "device", device, torch.device)
     return ("reference", *_dispatch.FASTEST_FIRST.get(device.type, ()))
 
 
@@ -104,7 +275,7 @@ def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -
             continue
         count += 1
         try:
-            worst = max(worst, _cases.JUDGES[op](backend, device, dtype, **case.arguments))
+            worst = max(worst, JUDGES[op](backend, device, dtype, **case.arguments))
         except Exception as error:  # a check reports anything that goes wrong in a back end
             what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             reasons.append(f"  {', '.join(f'{name}={value}' for name, value in case.arguments.items())}: {what}")

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import IGNORED, INTEGERS, Checker, check_instance
-from quietstar_kernels._layout_checks import OP, check_grid_sizes, check_packed_sizes, check_text, check_values
 from quietstar_kernels.branches import ANCHOR, Branches, of_rows
+from quietstar_kernels.checks import IGNORED, INTEGERS, Checker, check_instance, on_host, refuse_where
 
+OP = "ThoughtLayout"
 OWN = ("causal", "full")
+MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +55,11 @@ class ThoughtLayout:
             raise check.fail(f"length must have at least one thought, N=0 in shape {list(self.length.shape)}")
         check.choice("own", self.own, OWN)
         if self.packed_rows is None:
-            check_grid_sizes(check, check["N"], self.rows)
+            _check_grid_sizes(check, check["N"], self.rows)
         elif check["N"] != 1:
             raise check.fail(f"length must have shape [B,C,1] if packed, got {list(self.length.shape)}")
         else:
-            check_packed_sizes(check, check["P"], check.integer("packed_rows", self.packed_rows, 0))
+            _check_packed_sizes(check, check["P"], check.integer("packed_rows", self.packed_rows, 0))
 
     @property
     def B(self) -> int:
@@ -126,7 +127,7 @@ class ThoughtLayout:
         check = Checker(OP)
         batch, text_length = check.integer("batch", batch, 0), check.integer("text_length", text_length, 0)
         check.sizes.update(B=batch, L=text_length, P=text_length)
-        check_grid_sizes(check, thoughts, rows)
+        _check_grid_sizes(check, thoughts, rows)
         device = None if device is None else check.device(device)
         anchor = torch.arange(text_length, dtype=torch.int32, device=device).repeat(batch, 1)
         length = torch.full((batch, text_length, thoughts), rows, dtype=torch.int32, device=device)
@@ -141,7 +142,6 @@ class ThoughtLayout:
         text_length: int | None = None,
         lo: Tensor | None = None,
         length: Tensor | None = None,
-        validate: bool = True,
         own: str = "causal",
     ) -> ThoughtLayout:
         """Thoughts at chosen anchors.
@@ -153,7 +153,6 @@ class ThoughtLayout:
             text_length: L; not needed if ``lo`` is given.
             lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
             length: int32 or int64 [B,P,N], 0 to S; default S.
-            validate: check the values too (on a GPU, this waits for the device once).
             own: "causal", or "full": a row sees all live rows of its own thought.
 
         Raises:
@@ -161,9 +160,8 @@ class ThoughtLayout:
         """
         check = Checker(OP)
         check.tensor("anchors", anchors, "B,P", INTEGERS)
-        check_text(check, "at", text_length, lo, anchors.device)
-        check_grid_sizes(check, thoughts, rows)
-        check.flag("validate", validate)
+        _check_text(check, "at", text_length, lo, anchors.device)
+        _check_grid_sizes(check, thoughts, rows)
         thoughts, rows = check["N"], int(rows)
         if lo is None:
             lo = torch.zeros((check["B"], check["L"]), dtype=torch.int32, device=anchors.device)
@@ -173,9 +171,7 @@ class ThoughtLayout:
         elif isinstance(length, Tensor) and length.shape[2:] != (thoughts,):
             raise check.fail(f"length must have shape [B,P,N] with thoughts N={thoughts}, got {list(length.shape)}")
         check.tensor("length", length, "B,P,N", INTEGERS, anchors.device)
-        if validate:
-            check.has_values(anchors=anchors)
-            check_values(anchors, lo, length, rows)
+        _check_values(anchors, lo, length, rows)
         return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows, own)
 
     @classmethod
@@ -187,7 +183,6 @@ class ThoughtLayout:
         lo: Tensor | None = None,
         rows: int | None = None,
         own: str = "causal",
-        validate: bool = True,
     ) -> ThoughtLayout:
         """Branches of unequal length, whose rows stand one after another without padding; any number on an anchor.
 
@@ -201,7 +196,6 @@ class ThoughtLayout:
             lo: int32 or int64 [B,L], 0 <= lo[b,t] <= t; default 0.
             rows: R; default the largest sum of lengths (on a GPU, this waits for the device).
             own: "causal", or "full": a row sees all rows of its own branch.
-            validate: check the values too (on a GPU, this waits for the device).
 
         Raises:
             ValueError: an argument with a wrong size, shape, dtype or value.
@@ -209,24 +203,22 @@ class ThoughtLayout:
         check = Checker(OP)
         check.tensor("anchors", anchors, "B,C", INTEGERS)
         check.tensor("lengths", lengths, "B,C", INTEGERS, anchors.device, "anchors")
-        check_text(check, "packed", text_length, lo, anchors.device)
-        check.flag("validate", validate)
+        _check_text(check, "packed", text_length, lo, anchors.device)
         if rows is not None:
             rows = check.integer("rows", rows, 0)
-        check_packed_sizes(check, check["C"], rows or 0)
+        _check_packed_sizes(check, check["C"], rows or 0)
         if lo is None:
             lo = torch.zeros((check["B"], check["L"]), dtype=torch.int32, device=anchors.device)
         check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
         most = rows  # of a branch
-        if validate or rows is None:
-            check.has_values(anchors=anchors, lengths=lengths)
+        if on_host(lengths) or rows is None:
+            check.has_values(lengths=lengths)
             most, total = [0, 0]
             if lengths.numel():
                 most, total = torch.stack([lengths.amax(), lengths.long().sum(1).amax()]).tolist()
             rows = max(total, 0) if rows is None else rows
-        if validate:
-            check_values(anchors, lo, lengths, rows, packed=True)
-        check_packed_sizes(check, check["C"], rows)
+        _check_values(anchors, lo, lengths, rows, packed=True)
+        _check_packed_sizes(check, check["C"], rows)
         length = lengths.int().contiguous()[..., None]
         return cls(anchors.int().contiguous(), lo.int().contiguous(), length, max(most or 0, 1), own, rows)
 
@@ -246,14 +238,11 @@ class ThoughtLayout:
         """
         check = Checker(OP)
         check.tensor("attention_mask", attention_mask, "B,L", (*INTEGERS, torch.bool, torch.uint8))
-        check.has_values(attention_mask=attention_mask)
-        check_grid_sizes(check, thoughts, rows)
+        _check_grid_sizes(check, thoughts, rows)
         live = attention_mask != 0
         if live.numel():
             starts = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
-            if bool((starts > 1).any()):
-                row = int((starts > 1).nonzero()[0])
-                raise ValueError(f"{OP}: attention_mask must have its ones together, row {row} has padding inside the text")
+            _refuse_rows(starts > 1, "attention_mask must have its ones together", "has padding inside the text")
         return cls._from_text_runs(live.int() - 1, live, thoughts, rows, anchors, own)
 
     @classmethod
@@ -272,14 +261,10 @@ class ThoughtLayout:
         """
         check = Checker(OP)
         check.tensor("document_ids", document_ids, "B,L", INTEGERS)
-        check.has_values(document_ids=document_ids)
-        check_grid_sizes(check, thoughts, rows)
+        _check_grid_sizes(check, thoughts, rows)
         if document_ids.numel():
-            for row, ids in enumerate(document_ids):
-                runs = torch.unique_consecutive(ids)
-                runs = runs[runs >= 0]
-                if runs.numel() != runs.unique().numel():
-                    raise ValueError(f"{OP}: document_ids must keep a document together, row {row} has one in two pieces")
+            runs, documents = (_live_runs(ids) for ids in (document_ids, document_ids.sort(1).values))
+            _refuse_rows(runs > documents, "document_ids must keep a document together", "has one in two pieces")
         return cls._from_text_runs(document_ids, document_ids >= 0, thoughts, rows, anchors, own)
 
     @classmethod
@@ -457,3 +442,64 @@ class ThoughtLayout:
         sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
         kind = " packed" * (self.packed_rows is not None) + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
+
+
+def _check_text(check: Checker, function: str, text_length: int | None, lo: Tensor | None, device: torch.device) -> None:
+    """Sets L. ``lo`` is checked if it is the only one that gives it."""
+    if text_length is not None:
+        check.sizes["L"] = check.integer("text_length", text_length, 0)
+    elif lo is None:
+        raise check.fail(f"{function}() needs lo or text_length")
+    else:
+        check.tensor("lo", lo, "B,L", INTEGERS, device)
+
+
+def _check_grid_sizes(check: Checker, thoughts: int, rows: int) -> None:
+    """Sets N. Where P is not set, every position is an anchor."""
+    N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
+    B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
+    if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
+        sizes = f"batch B={B:,}, text_length L={L:,}, P={P:,}, thoughts N={N:,}, rows S={S:,}"
+        raise check.fail(f"L+P*N*S and B*P*N must be at most {MOST_ROWS:,}, got {M:,} and {B * P * N:,} with {sizes}")
+    check.sizes["N"] = N
+
+
+def _check_packed_sizes(check: Checker, C: int, rows: int) -> None:
+    B, L = check["B"], check["L"]
+    if L + rows > MOST_ROWS or B * C > MOST_ROWS:
+        sizes = f"batch B={B:,}, text_length L={L:,}, rows R={rows:,}, C={C:,}"
+        raise check.fail(f"L+R and B*C must be at most {MOST_ROWS:,}, got {L + rows:,} and {B * C:,} with {sizes}")
+
+
+def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int, packed: bool = False) -> None:
+    """Raises ValueError for the first rule that is broken."""
+    L = lo.shape[1]
+    earlier, later = anchor[:, :-1], anchor[:, 1:]
+    _refuse((anchor < -1) | (anchor >= L), f"anchors must be from -1 to L-1={L - 1}", anchor)
+    unordered = (later != -1) & ((later < earlier) | (earlier == -1))
+    _refuse(unordered, "anchors must ascend, with -1 only at the end", anchor)
+    _refuse((lo < 0) | (lo > torch.arange(L, device=lo.device)), "lo must satisfy 0 <= lo[b,t] <= t", lo)
+    if packed:
+        _refuse(length < 0, "lengths must not be negative", length)
+        _refuse((anchor == -1) & (length > 0), "lengths must be 0 where anchors hold -1", length)
+        _refuse(length.long().sum(1) > rows, f"the sum of lengths must be at most rows R={rows}", length)
+    else:
+        _refuse((length < 0) | (length > rows), f"length must be from 0 to rows S={rows}", length)
+
+
+def _refuse(wrong: Tensor, rule: str, tensor: Tensor) -> None:
+    def place() -> str:
+        return f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}"
+
+    refuse_where(wrong, f"{OP}: {rule}", place)
+
+
+def _refuse_rows(wrong: Tensor, rule: str, broken: str) -> None:
+    refuse_where(wrong, f"{OP}: {rule}", lambda: f", row {int(wrong.nonzero()[0])} {broken}")
+
+
+def _live_runs(ids: Tensor) -> Tensor:
+    """int64 [B]: in how many runs of equal ids, none of them negative, each row falls."""
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return (first & (ids >= 0)).sum(1)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-from quietstar_kernels._checks import INTEGERS, Checker, shown
 
 __all__ = ["draw_words", "philox"]
 
@@ -16,19 +13,8 @@ _WORD = 0xFFFFFFFF
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
     """Ten rounds over four counter words, int64 tensors of 32-bit values that broadcast. Returns four words."""
-    check = Checker("philox")
-    words = list(counter) if isinstance(counter, (tuple, list)) else []
-    if len(words) != 4 or not all(isinstance(word, Tensor) and word.dtype == torch.int64 for word in words):
-        raise check.fail(f"counter must be four int64 tensors, got {shown(counter)}")
-    if not isinstance(key, (tuple, list)) or len(key) != 2:
-        raise check.fail(f"key must be two integers or tensors, got {shown(key)}")
-    if any(isinstance(word, Tensor) and word.dtype != torch.int64 for word in key):
-        raise check.fail(f"key must be two integers or int64 tensors, got {shown(key)}")
-    k0, k1 = (word if isinstance(word, Tensor) else check.integer("key", word, 0, _WORD) for word in key)
-    try:
-        c0, c1, c2, c3, *_ = torch.broadcast_tensors(*words, *(word for word in key if isinstance(word, Tensor)))
-    except RuntimeError as error:
-        raise check.fail(f"counter and key must broadcast: {error}") from None
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(10):
         # The signed 64-bit product wraps, but has the bits of the unsigned one: shift and mask give both halves.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -44,13 +30,6 @@ def draw_words(counters: Tensor, blocks: Tensor, seed: int | Tensor) -> tuple[Te
     ``counters`` int32 [R,4] = (sequence id, position, n, s). The 128-bit Philox counter is, lowest word first,
     (sequence id, position, n * 2^16 + s, block); the key is (seed mod 2^32, seed div 2^32).
     """
-    check = Checker("draw_words", **{"4": 4})
-    check.tensor("counters", counters, "R,4", (torch.int32,))
-    check.tensor("blocks", blocks, "blocks", INTEGERS, counters.device)
-    if isinstance(seed, Tensor):
-        check.tensor("seed", seed, "", (torch.int64,), counters.device)
-    else:
-        seed = check.integer("seed", seed, -(2**63), 2**64 - 1, "a 64-bit integer")
     sequence, position, n, s = (counters.long() & _WORD).unbind(1)
     which = ((n << 16) + s) & _WORD
     words = philox(

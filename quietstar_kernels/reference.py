@@ -168,24 +168,6 @@ def linear_logprob_backward(
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
 
 
-def linear_logprob_joined(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    wanted: list[bool],
-    keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Forward and backward at once: log-probability, entropy (zeros without its gradient), and the gradients.
-
-    ``keep_bytes``: how many bytes of logits may exist at a time, for a back end that can choose.
-    """
-    logprob, entropy, *lse, _, _ = linear_logprob(hidden, head, targets, return_entropy=grad_entropy is not None)
-    saved = Saved(entropy, *lse)
-    return logprob, entropy, *linear_logprob_backward(grad_logprob, grad_entropy, hidden, head, targets, saved, wanted)
-
-
 def linear(hidden: Tensor, head: Head) -> Tensor:
     """scale * (hidden weight^T + bias), [R,V]."""
     logits = wide(hidden) @ wide(head.weight).T

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_instance, shown
-from quietstar_kernels._layout_checks import check_steps
+from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_instance, check_steps, shown
 from quietstar_kernels.layout import ThoughtLayout
 from quietstar_kernels.sample_token import sample_token
 

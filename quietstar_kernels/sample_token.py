@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import Checker, check_head
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import Head
+from quietstar_kernels.checks import Checker, check_head
 
 _OP = "sample_token"
 

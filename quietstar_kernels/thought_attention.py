@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import FLOATS, Checker, check_attention, check_instance
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
+from quietstar_kernels.checks import FLOATS, Checker, check_attention, check_instance
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_attention"

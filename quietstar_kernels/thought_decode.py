@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels import _dispatch
-from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_attention, check_instance
-from quietstar_kernels._layout_checks import check_steps
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_attention, check_instance, check_steps
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"

@@ -1,61 +1,27 @@
 """The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
 
-import ast
 import dataclasses
 import importlib
 import importlib.util
 import io
 import re
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+import quietstar
 from quietstar import ThoughtConfig
 from quietstar_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "tests/golden/README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/golden/README.md")),
+    *(ROOT / name for name in ("csrc/README.md", "csrc/cpu/README.md", "benchmarks/results/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
 ]
-WITH_CODE = [
-    ROOT / "README.md",
-    ROOT / "docs/integrating.md",
-    ROOT / "docs/generation.md",
-    ROOT / "docs/long-texts.md",
-    ROOT / "docs/offline-thoughts.md",
-    ROOT / "docs/explain.md",
-    ROOT / "docs/evaluation.md",
-    ROOT / "docs/adapters.md",
-    ROOT / "docs/objectives.md",
-    ROOT / "docs/branches.md",
-    ROOT / "docs/recipes.md",
-    ROOT / "docs/scaling.md",
-]
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 EXAMPLE = ("such as ", "about ")  # starts a comment on a print that prints something else each time
-# What the architectures of the README are called in tests/quietstar/conftest.py.
-TESTED = {
-    "Llama": "llama",
-    "Mistral": "mistral",
-    "Qwen2": "qwen2",
-    "Qwen3": "qwen3",
-    "Gemma 2": "gemma2",
-    "Gemma 3": "gemma3_text",
-    "GPT-2": "gpt2",
-    "GPT-NeoX": "gpt_neox",
-    "OLMo 2": "olmo2",
-    "Phi-3": "phi3",
-    "Mixtral": "mixtral",
-    "gpt-oss": "gpt_oss",
-    "Cohere": "cohere",
-    "Granite": "granite",
-    "Phi": "phi",
-}
 
 
 def page_id(path):
@@ -92,13 +58,6 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def test_the_picture_is_drawn(tmp_path):
-    drawing = runpy.run_path(str(ROOT / "docs/draw_mask.py"))
-    drawing["draw"](tmp_path / "mask.png")
-    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
-    assert (ROOT / "docs/mask.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'src="([^"]+)"', prose(page))
@@ -127,6 +86,8 @@ def test_names_in_the_text_exist(page):
         if name.endswith((".json", ".safetensors")):
             continue
         module, *rest = name.split(".")
+        if module == "quietstar" and rest[0] in quietstar.__all__:  # which test_layers.py imports
+            continue
         thing = importlib.import_module("quietstar_kernels" if module == "ThoughtLayout" else module)
         for part in [module] * (module == "ThoughtLayout") + rest:
             if not hasattr(thing, part):
@@ -161,15 +122,15 @@ class Prints:
                 yield f"{page_id(page)}, line {line}, prints {self.printed.get(line, '')!r}"
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.long] * (page.parent != ROOT), id=page_id(page)) for page in WITH_CODE]
+)
 def test_code_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     """All blocks of a page in order, in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     prints = Prints()
     namespace = {"print": prints}
-    found = blocks(page, "python")
-    assert found
-    for line, code in found:
+    for line, code in blocks(page, "python"):
         padded = "\n" * (line - 1) + code
         exec(compile(padded, str(page), "exec"), namespace)
     assert not list(prints.differences(page))
@@ -198,24 +159,6 @@ def test_back_ends_of_the_readme():
     }
     assert stated.keys() == {(row["op"], row["backend"]) for row in backends("cpu")}
     assert stated == known
-
-
-def test_the_readme_is_short():
-    """A newcomer reads at most 950 words, not counting code and the generated table."""
-    text = re.sub(r"<!-- performance: begin.*?performance: end -->", "", prose(ROOT / "README.md"), flags=re.DOTALL)
-    assert len(text.split()) <= 950
-
-
-def test_architectures_of_the_readme():
-    source = ast.parse((ROOT / "tests/quietstar/conftest.py").read_text())
-    tested = next(
-        {key.value for key in node.value.keys}
-        for node in source.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ARCHITECTURES"
-    )
-    assert set(TESTED.values()) <= tested
-    row = re.search(r"^\| tested on \| (.*?);", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert row[1].split(", ") == list(TESTED)
 
 
 def test_preset_table():

@@ -1,7 +1,6 @@
-"""Every experiment runs at its smallest size, and the page about it is written; what they measure is docs/experiments.md."""
+"""Every experiment runs at its smallest size, and the page about it is written; what they measure is in docs/results.md."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.files.locking import FileLock
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -18,7 +16,7 @@ def experiments():
     return sorted(path.stem for path in FOLDER.glob("*.py") if "\nTITLE = " in path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", experiments())
 def test_it_runs_and_is_reported(scripts, tmp_path, name):
     run = scripts("run_experiments")
@@ -28,19 +26,12 @@ def test_it_runs_and_is_reported(scripts, tmp_path, name):
     both = {name: [result, {**result, "seed": 1}]}
     page, _ = scripts("experiments_report").write({"tiny": both, "full": both}, tmp_path / "page")
     text = page.read_text()
-    assert f"## {scripts(name).TITLE}\n" in text and f"## {scripts(name).TITLE}, long\n" in text and "| threshold |" in text
+    assert (
+        f"### {scripts(name).TITLE}\n" in text and f"### {scripts(name).TITLE}, long\n" in text and "thresholds are met" in text
+    )
     for row in result["rows"]:
         assert f"| {row['run']} |" in text
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in page.parent.glob("*.png"))
-
-
-def test_thresholds_hold_for_the_mean(scripts):
-    checks = scripts("experiments_checks")
-    assert checks.least("x", [0.1, 0.3], 0.2)["passed"] and not checks.least("x", [0.1, 0.29], 0.2)["passed"]
-    assert checks.most("x", [0.1, 0.3], 0.2)["passed"] and not checks.most("x", [0.1, 0.31], 0.2)["passed"]
-    missing = checks.least("x", [0.9, None], 0.2)
-    assert not missing["passed"] and missing["value"] == 0.9
-    assert math.isnan(checks.most("x", [None], 0.2)["value"]) and not checks.most("x", [None], 0.2)["passed"]
 
 
 @pytest.mark.parametrize("preset", ["official", "paper"])
@@ -79,21 +70,6 @@ def test_gaps_are_taken_seed_by_seed(scripts):
     assert checks.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
 
 
-def test_the_first_table_has_the_best_control_of_each_claim(scripts):
-    report, checks = scripts("experiments_report"), scripts("experiments_checks")
-    rows = [{"run": "ours", "accuracy": 0.9}, {"run": "weak", "accuracy": 0.1}, {"run": "strong", "accuracy": 0.7}]
-    worse = [{"run": "ours", "accuracy": 0.7}, *rows[1:]]
-
-    def table(seeds, bound):
-        return report.claim_lines(scripts("star"), checks.gaps("it helps", seeds, "ours", ["weak", "strong"], bound))
-
-    ((method, *line),) = table([{"rows": rows}], 0.3)
-    assert method == "[STaR](#star)"
-    assert line == ["it helps", "0.900", "strong: 0.700", "0.200", ">= 0.3", "**no**"]
-    assert table([{"rows": rows}], 0.1)[0][-1] == "yes"
-    assert table([{"rows": rows}, {"rows": worse}], 0.1)[0][-1] == "on average"
-
-
 def recorded(run, asked):
     """In place of a process, which notes what it was asked for and writes a result."""
 
@@ -124,7 +100,7 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     assert main("star", "--seeds", "2") == 0 and sorted(asked) == [("star", 0), ("star", 1)]
     run.result_file(tmp_path / "runs", "star", "quick", 1).unlink()
     assert main("star", "--seeds", "2") == 0 and asked[2:] == [("star", 1)]
-    page, stored = tmp_path / "docs/experiments.md", tmp_path / "docs/experiments.json"
+    page, stored = tmp_path / "docs/results.md", tmp_path / "docs/experiments.json"
     assert "| base | 0.500 ± 0.000 |" in page.read_text() and "2 seeds, 1.0 minutes of a core each" in page.read_text()
     assert [result["seed"] for result in json.loads(stored.read_text())["quick"]["star"]] == [0, 1]
 
@@ -133,25 +109,11 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     assert main("icot", "--seeds", "1") == 0 and asked[3:] == [("icot", 0)]
     text = page.read_text()
     assert "## STaR" in text and "1 seed, 1.0" in text and "## Stepwise internalisation" in text
+    page.write_text(f"# Results\n{text}after\n")
+    assert main("--seeds", "0") == 0 and page.read_text() == f"# Results\n{text}after\n"
     page.unlink()
     assert main("--seeds", "0") == 0 and page.read_text() == text and len(asked) == 4
     assert set(run.CURVES) <= set(run.names())
     with pytest.raises(SystemExit):
         main("nothing")
     assert "there is no experiment nothing" in capsys.readouterr().err
-
-
-def test_a_seed_that_another_process_is_at_is_waited_for(scripts, tmp_path, monkeypatch):
-    """A killed run may leave its processes behind; the next one must not work in the same folder."""
-    run = scripts("run_experiments")
-    file = run.result_file(tmp_path, "star", "tiny", 0)
-    file.parent.mkdir(parents=True)
-    other = FileLock.acquire(file.with_suffix(".lock"))
-
-    def finish(seconds):
-        file.write_text("{}")
-        other.release(remove=True)
-
-    monkeypatch.setattr(run.time, "sleep", finish)
-    run.run_one("star", 0, "tiny", tmp_path)
-    assert file.read_text() == "{}" and not file.with_suffix(".lock").exists()

@@ -17,15 +17,15 @@ def checked(count, share, ids):
         raise ValueError("ids must be int64 [R]")
 
 
+def unchecked(count, share, ids):
+    return torch.zeros(count)[ids] * share
+
+
 def unnamed(count, share, ids):
     try:
         checked(count, share, ids)
     except Exception as error:
         raise ValueError("a bad argument") from error
-
-
-def unchecked(count, share, ids):
-    return torch.zeros(count)[ids] * share
 
 
 def slow(count, share, ids):
@@ -38,20 +38,18 @@ def good():
 
 
 def test_a_function_that_checks_its_arguments_passes():
-    tally = attack(Target("checked", checked, good), 300)
+    tally = attack(Target("checked", checked, good), 150)
     assert not tally.broken
-    assert tally.calls == 300 and tally.refused > 200
-    assert tally.counts == {"tried": 300, "refused by name": tally.refused, "broke the rule": 0}
+    assert tally.counts == {"tried": 150, "refused by name": tally.refused, "broke the rule": 0} and tally.refused > 100
 
 
 @pytest.mark.parametrize("function", [unnamed, unchecked])
 def test_one_that_does_not_is_found(function):
     target = Target(function.__name__, function, good)
-    tally = attack(target, 100, seed=1)
-    assert len(tally.broken) > 50
+    tally = attack(target, 60, seed=1)
+    assert len(tally.broken) > 30
     number = int(tally.broken[0].partition("call ")[2].split()[0])
-    again = attack(target, 1, seed=1, first=number)
-    assert again.broken == tally.broken[:1]
+    assert attack(target, 1, seed=1, first=number).broken == tally.broken[:1]
 
 
 def test_a_slow_call_is_found():

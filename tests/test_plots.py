@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.report import plots as benchmark_plots  # noqa: E402
+from quietstar.cli import summary as metrics_plot  # noqa: E402
 from quietstar.evaluation import difficulty  # noqa: E402
-from quietstar.recipes.common import plots as recipe_plots  # noqa: E402
-from quietstar.recipes.common.plots import Panel  # noqa: E402
-from quietstar.run import plot as metrics_plot  # noqa: E402
+from quietstar_recipes.common import plots as recipe_plots  # noqa: E402
+from quietstar_recipes.common.plots import Panel  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,13 +65,6 @@ def test_recipes(count, drawn, tmp_path):
     assert check(drawn) == count - (count > 3)
 
 
-def test_points_whose_x_turns_back_are_not_joined(drawn, tmp_path):
-    speeds = {"curve": [[(0, 0), (1, 2), (2, 3)], [(0, 1), (1, 1), (3, 2)]], "tangle": [[(0, 0), (2, 1)], [(3, 2), (1, 3)]]}
-    recipe_plots.panels(tmp_path / "x.png", "A title", [Panel("problems per second", "accuracy", speeds)])
-    styles = [line.get_linestyle() for line in drawn[0].axes[0].lines]
-    assert styles == ["-", "-", "-", "None", "None", "None"]
-
-
 def test_difficulty(drawn, tmp_path):
     group = {"tokens": 9, "gain": 0.4, "gain_low": -0.1, "gain_high": 0.9, "easiest": 1.0, "hardest": 2.5}
     parts = {"content": 0.1, "content_low": 0.0, "content_high": 0.2}
@@ -92,6 +84,7 @@ def test_a_run(drawn, tmp_path):
     assert check(drawn) == 4
 
 
+@pytest.mark.long
 def test_digit_sums(drawn, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     plots = importlib.import_module("sums.plots")
@@ -100,23 +93,8 @@ def test_digit_sums(drawn, tmp_path, monkeypatch):
     assert check(drawn) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/results/*.json")), ids=lambda path: path.stem)
 def test_benchmarks(file, drawn, tmp_path):
     benchmark_plots.draw(json.loads(file.read_text()), tmp_path, file.stem)
     assert check(drawn, trimmed=True)
-
-
-def test_mask(drawn, tmp_path):
-    runpy.run_path(str(ROOT / "docs/draw_mask.py"))["draw"](tmp_path / "mask.png")
-    assert check(drawn, trimmed=True) == 1
-
-
-def experiments():
-    return [path for path in sorted(ROOT.glob("experiments/*.py")) if "\nTITLE = " in path.read_text()]
-
-
-@pytest.mark.parametrize("file", experiments(), ids=lambda path: path.stem)
-def test_plots_of_experiments_are_panels(file):
-    """So that what holds for ``panels`` holds for them."""
-    source = file.read_text()
-    assert "panels(" in source and "matplotlib" not in source

@@ -1,12 +1,12 @@
-"""Test and measure a GPU: correctness, build, tests, benchmarks against peers and goals, sanitizers.
+"""Test and measure a GPU: correctness, build, tests, benchmarks against baselines and goals, sanitizers.
 
     make gpu                                      all stages, the most useful first
     make gpu STAGE="tests attention" RESULTS=out  these two, whose results are added to those already in out
 
-It needs PyTorch, Triton, transformers and pytest, and uses other packages if they are installed (docs/gpu.md). Each stage takes
-less than four minutes: a process that runs longer is stopped and reported, and the next one starts. RESULTS gets <device>.json,
-written after every case, <device>.md, <device>.log with all output, and with matplotlib plots. If the command is interrupted,
-everything measured so far is kept. A stage that runs again replaces what it measured before.
+It needs PyTorch, Triton, transformers and pytest, and uses other packages if they are installed (docs/building.md). Each stage
+takes less than four minutes: a process that runs longer is stopped and reported, and the next one starts. RESULTS gets
+<device>.json, written after every case, <device>.md, <device>.log with all output, and with matplotlib plots. If the command is
+interrupted, everything measured so far is kept. A stage that runs again replaces what it measured before.
 
 The exit code is 1 if the build, a test or a memory check fails or an operation gives wrong results. A missed goal is reported,
 but it is not a failure.
@@ -25,7 +25,7 @@ import torch
 from benchmarks.gpu.results import Results, run_stage
 from benchmarks.gpu.stages import Plan
 from benchmarks.harness.machine import device_name, slug
-from benchmarks.report import goals, pages, results_file, tables
+from benchmarks.report import goals, pages, tables
 from benchmarks.report.missing import STAGES, missing
 
 # Use Triton's kernels, in its interpreter, wherever an operation chooses a back end, and no compiler for CPUs.
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {"variables": REHEARSAL, "patience": PATIENCE} if args.rehearse else {}
     passed = [run_stage(stage, results, **how) for stage in plan.stages(args.stage)]
     found = results.load()
-    page = pages.write_page(found, args.results)
-    if args.results == pages.RESULTS.resolve():
-        results_file.write(pages.index(), pages.RESULTS / "README.md")
+    page = pages.write(found, args.results)
     print(summary(found))
     print(f"\nWritten: {page}, .json and .log")
     sys.exit(not all(passed))

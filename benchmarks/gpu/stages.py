@@ -97,7 +97,7 @@ class Plan:
     def _tests(self) -> list[Step]:
         """Each core runs a share of the tests."""
         shares = min(16, os.cpu_count() or 1)
-        pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
+        pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not build and not long"]
         if self.rehearsal:
             pytest += [
                 f"{TESTS}/test_{op}.py" for op in ("thought_attention", "thought_decode", "sample_token", "linear_logprob")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.warm --op thought_attention
 
-Each process calls ours once, as the benchmark will, or a peer that compiles (``Peer.compiles``). The benchmark then finds the
-kernels in Triton's or TorchInductor's cache, so that the few minutes on a GPU are spent on timing.
+Each process calls ours once, as the benchmark will, or a baseline that compiles (``Candidate.compiles``). The benchmark then
+finds the kernels in Triton's or TorchInductor's cache, so that the few minutes on a GPU are spent on timing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are as many
 
 import torch  # noqa: E402
 
+from benchmarks.harness.candidate import PACKAGE, Candidate  # noqa: E402
 from benchmarks.harness.case import Case  # noqa: E402
 from benchmarks.harness.compare import as_note  # noqa: E402
-from benchmarks.harness.peer import PACKAGE, Peer  # noqa: E402
 from benchmarks.run import BENCHMARKS  # noqa: E402
 
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest cases")
     args = parser.parse_args(argv)
     began, failed, done = time.monotonic(), 0, 0
-    tasks = [(op, i, peer.name) for op in args.op for i, case in enumerate(cases(op, args)) for peer in compiling(op, case)]
+    tasks = [
+        (op, i, candidate.name) for op in args.op for i, case in enumerate(cases(op, args)) for candidate in compiling(op, case)
+    ]
     pool = ProcessPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), get_context("spawn"))
     for finished in as_completed([pool.submit(call, *task, args) for task in tasks]):
         what, error, seconds = finished.result()
@@ -48,20 +50,20 @@ def cases(op: str, args: argparse.Namespace) -> list[Case]:
     return list(benchmark.smoke(device) if args.smoke else benchmark.cases(device, False))
 
 
-def compiling(op: str, case: Case) -> list[Peer]:
+def compiling(op: str, case: Case) -> list[Candidate]:
     benchmark = BENCHMARKS[op]
-    some = [peer for peer in benchmark.candidates(case) if peer.package == PACKAGE or peer.compiles]
-    return [benchmark.ours, *(peer for peer in some if peer.why_not(case) is None)]
+    some = [candidate for candidate in benchmark.candidates(case) if candidate.package == PACKAGE or candidate.compiles]
+    return [benchmark.ours, *(candidate for candidate in some if candidate.why_not(case) is None)]
 
 
 def call(op: str, index: int, name: str, args: argparse.Namespace) -> tuple[str, str | None, float]:
     """Call one candidate of one case once. Returns what it was, what it raised, and the seconds it took."""
     began = time.monotonic()
     case = cases(op, args)[index].to_compile()
-    peer = next(peer for peer in compiling(op, case) if peer.name == name)
+    candidate = next(candidate for candidate in compiling(op, case) if candidate.name == name)
     error = None
     try:
-        case.call(peer.prepare(case), case.inputs(seed=0))
+        case.call(candidate.prepare(case), case.inputs(seed=0))
         if case.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the processes share the device

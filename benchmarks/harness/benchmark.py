@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Case
 from benchmarks.harness.compare import Row
-from benchmarks.harness.peer import Peer
 
 
 @dataclass
@@ -20,15 +20,15 @@ class Benchmark:
     Attributes:
         op: the op's name. The file is called bench_<op>.py.
         ours: our candidate.
-        candidates: the peers that a case compares ours with.
+        candidates: the baselines that a case compares ours with.
         cases: the grid for a device, the most important cases first. The flag asks for the full grid.
         smoke: the smallest cases that run every candidate.
         compare: checks and times the candidates of a case, in place of ``harness.compare.compare``.
     """
 
     op: str
-    ours: Peer
-    candidates: Callable[[Any], list[Peer]]
+    ours: Candidate
+    candidates: Callable[[Any], list[Candidate]]
     cases: Callable[[torch.device, bool], Iterable[Case]]
     smoke: Callable[[torch.device], list]
     compare: Callable[..., list[Row]] | None = None

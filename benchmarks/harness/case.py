@@ -22,7 +22,7 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs, and bytes to and from main memory: the useful ones of a case, or those that a peer needs for it."""
+    """FLOPs, and bytes to and from main memory: the useful ones of a case, or those that a baseline needs for it."""
 
     flops: float = 0.0
     bytes: float = 0.0

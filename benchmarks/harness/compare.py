@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Case, Inputs, Wrong
 from benchmarks.harness.clock import Run, Timing, measure
 from benchmarks.harness.machine import name_of
 from benchmarks.harness.memory import cache_size, free_memory, peak_memory
-from benchmarks.harness.peer import Peer
 
 MOST_INPUT_SETS = 8
 
@@ -25,7 +25,7 @@ class Effort:
     Attributes:
         rounds: timed rounds.
         budget: seconds after which a candidate skips the remaining rounds.
-        longest: seconds; a peer whose run takes longer isn't tried.
+        longest: seconds; a candidate whose run takes longer isn't tried.
     """
 
     rounds: int = 7
@@ -45,9 +45,9 @@ class Row:
         seconds, low, high: median, lowest and highest of the rounds.
         times_ours: its time divided by ours in the same run.
         flops_rate, bytes_rate: useful work divided by the median.
-        floor: seconds that the useful work takes at the machine's measured peak rates.
-        bound_by: the peak rate that determines the floor, "matmul" or "copy".
-        of_floor: floor divided by median, 1 at best.
+        roofline: seconds that the useful work takes at the machine's measured peak rates.
+        bound_by: the peak rate that determines the roofline, "matmul" or "copy".
+        of_roofline: roofline divided by median, 1 at best.
         note: why there is no number, or a remark about it.
     """
 
@@ -59,7 +59,7 @@ class Row:
     candidate: str
     version: str
     is_ours: bool = False
-    is_floor: bool = False
+    is_partial: bool = False
     seconds: float | None = None
     low: float | None = None
     high: float | None = None
@@ -67,9 +67,9 @@ class Row:
     times_ours: float | None = None
     flops_rate: float | None = None
     bytes_rate: float | None = None
-    floor: float | None = None
+    roofline: float | None = None
     bound_by: str = ""
-    of_floor: float | None = None
+    of_roofline: float | None = None
     peak_bytes: int | None = None
     note: str = ""
 
@@ -84,17 +84,17 @@ class Row:
 
 def compare(
     case: Case,
-    ours: Peer,
-    peers: Sequence[Peer],
+    ours: Candidate,
+    baselines: Sequence[Candidate],
     rates: dict[str, float],
     effort: Effort,
     write: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Check ``ours``, then check each peer and time it in turn with ours. Each has a row, whether or not it could be timed.
+    """Check ``ours``, then check each baseline and time it in turn with ours. Each has a row, whether or not it could be timed.
 
     Args:
         rates: from ``machine.ceilings``.
-        write: is called with the rows so far after each peer.
+        write: is called with the rows so far after each baseline.
     """
     mine = blank(case, ours)
     mine.is_ours = True
@@ -102,10 +102,10 @@ def compare(
     my_function = _checked(case, ours, mine, rates, effort)
     sets = input_sets(case)
     my_runs = _runs(case, my_function, sets, mine)
-    for peer in peers:
-        row = blank(case, peer)
+    for baseline in baselines:
+        row = blank(case, baseline)
         rows.append(row)
-        runs = _runs(case, _checked(case, peer, row, rates, effort), sets, row)
+        runs = _runs(case, _checked(case, baseline, row, rates, effort), sets, row)
         if not runs:
             continue
         try:
@@ -126,15 +126,15 @@ def compare(
     return rows
 
 
-def _checked(case: Case, peer: Peer, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
-    """The peer's prepared and checked function, or None with the reason in its row."""
-    reason = peer.why_not(case) or _too_much(peer, case, rates, effort)
+def _checked(case: Case, candidate: Candidate, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
+    """The candidate's prepared and checked function, or None with the reason in its row."""
+    reason = candidate.why_not(case) or _too_much(candidate, case, rates, effort)
     if reason is None:
         try:
-            function = peer.prepare(case)
+            function = candidate.prepare(case)
             case.check(function)
             return function
-        except Exception as error:  # whatever a peer raises is reported in its row
+        except Exception as error:  # whatever a candidate raises is reported in its row
             reason = as_note(error)
     row.note = reason
     return None
@@ -159,10 +159,20 @@ def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None
     row.note = "timed without a CUDA graph" if case.device.type == "cuda" and _is_short(timing) else ""
 
 
-def blank(case: Case, peer: Peer, note: str = "") -> Row:
+def blank(case: Case, candidate: Candidate, note: str = "") -> Row:
     """A row without numbers."""
     sizes, dtype = case.sizes, name_of(case.dtype)
-    return Row(case.op, case.grid, case.what, dtype, sizes, peer.name, peer.version, is_floor=peer.is_floor, note=note)
+    return Row(
+        case.op,
+        case.grid,
+        case.what,
+        dtype,
+        sizes,
+        candidate.name,
+        candidate.version,
+        is_partial=candidate.is_partial,
+        note=note,
+    )
 
 
 def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
@@ -171,8 +181,8 @@ def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
     row.seconds = seconds
     row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
     arithmetic, traffic = work.flops / rates[row.dtype], work.bytes / rates["copy"]
-    row.floor, row.bound_by = max((arithmetic, "matmul"), (traffic, "copy"))
-    row.of_floor = row.floor / seconds
+    row.roofline, row.bound_by = max((arithmetic, "matmul"), (traffic, "copy"))
+    row.of_roofline = row.roofline / seconds
 
 
 def input_sets(case: Case) -> list[Inputs]:
@@ -185,8 +195,8 @@ def input_sets(case: Case) -> list[Inputs]:
     return [first, *(case.inputs(seed=i) for i in range(2, wanted + 1))]
 
 
-def _too_much(peer: Peer, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
-    needs, free = peer.needs(case), free_memory(case.device)
+def _too_much(candidate: Candidate, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
+    needs, free = candidate.needs(case), free_memory(case.device)
     if needs.bytes > 0.8 * free:
         return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
     seconds = needs.flops / rates[name_of(case.dtype)]

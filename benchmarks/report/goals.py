@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.harness.peer import PACKAGE
-from benchmarks.peers.branches import BranchCase
+from benchmarks.baselines.branches import BranchCase
+from benchmarks.harness.candidate import PACKAGE
 from benchmarks.report import units
 from benchmarks.report.results_file import RowDict
 
@@ -88,7 +88,7 @@ def _is_ours(row: RowDict) -> bool:
 
 def is_rival(row: RowDict) -> bool:
     """Whether this is another implementation of all the work. Ours with another back end is not."""
-    return not row["is_ours"] and not row["is_floor"] and not row["version"].startswith(PACKAGE)
+    return not row["is_ours"] and not row["is_partial"] and not row["version"].startswith(PACKAGE)
 
 
 def _named(candidate: str) -> Keep:
@@ -107,9 +107,9 @@ def worst(
     return reached
 
 
-def over(peer: str, op: str, what: str, keep: Keep = _any) -> Reached:
-    """How many times faster ours is than the peer whose name starts like this."""
-    return worst("times_ours", op, what, keep, _named(peer))
+def over(baseline: str, op: str, what: str, keep: Keep = _any) -> Reached:
+    """How many times faster ours is than the baseline whose name starts like this."""
+    return worst("times_ours", op, what, keep, _named(baseline))
 
 
 def over_copies(L: int, S: int) -> Reached:
@@ -155,9 +155,9 @@ def host_time(what: str) -> Reached:
     return worst("seconds", "host", what, pick=max)
 
 
-def over_floor(op: str, what: str, keep: Keep) -> Reached:
+def over_partial(op: str, what: str, keep: Keep) -> Reached:
     """Our time divided by that of the candidate that does only a part of the work."""
-    ratio = worst("times_ours", op, what, keep, lambda row: row["is_floor"])
+    ratio = worst("times_ours", op, what, keep, lambda row: row["is_partial"])
     return lambda rows: 1 / least if (least := ratio(rows)) else None
 
 
@@ -176,8 +176,8 @@ def backward_rate(keep: Keep) -> Reached:
     return reached
 
 
-def backward_over(peer: str, keep: Keep) -> Reached:
-    """How many times faster the backward alone is than a peer's."""
+def backward_over(baseline: str, keep: Keep) -> Reached:
+    """How many times faster the backward alone is than a baseline's."""
 
     def seconds(rows: list[RowDict], of: Keep) -> dict[str, float]:
         forward = {str(row["sizes"]): row["seconds"] for row in _matching(rows, ATTENTION, FORWARD, keep) if of(row)}
@@ -185,13 +185,13 @@ def backward_over(peer: str, keep: Keep) -> Reached:
         return {sizes: both[sizes] - forward[sizes] for sizes in both.keys() & forward.keys()}
 
     def reached(rows: list[RowDict]) -> float | None:
-        mine, theirs = seconds(rows, _is_ours), seconds(rows, _named(peer))
+        mine, theirs = seconds(rows, _is_ours), seconds(rows, _named(baseline))
         return min((theirs[sizes] / mine[sizes] for sizes in mine.keys() & theirs.keys()), default=None)
 
     return reached
 
 
-_STEP_SHARE = worst("of_floor", "step", "training step", _eight_billion)
+_STEP_SHARE = worst("of_roofline", "step", "training step", _eight_billion)
 
 HOST = [
     Goal(
@@ -201,8 +201,8 @@ HOST = [
     Goal("host time, sample_token", 30e-6, host_time("sample_token"), units.seconds, at_most=True),
 ]
 GPU = [
-    Goal("decode step, speedup over the fastest peer", 2, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
-    Goal("decode step, share of floor", 0.7, worst("of_floor", DECODE, FORWARD, _headline), units.percent),
+    Goal("decode step, speedup over the fastest baseline", 2, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
+    Goal("decode step, share of the roofline", 0.7, worst("of_roofline", DECODE, FORWARD, _headline), units.percent),
     Goal("attention forward, L >= 2048, useful FLOP/s", 620e12, worst("flops_rate", ATTENTION, FORWARD, _LONG), units.flops),
     Goal("attention forward, L >= 2048, speedup over FlexAttention", 1.8, over(FLEX, ATTENTION, FORWARD, _LONG)),
     Goal("attention forward, L >= 2048, speedup over FlexAttention FLASH", 1.25, over(FLASH, ATTENTION, FORWARD, _LONG)),
@@ -215,27 +215,32 @@ GPU = [
     Goal(
         "sample_token, R >= 256, time over the matmul's",
         1.12,
-        over_floor("sample_token", FORWARD, _many_draws),
+        over_partial("sample_token", FORWARD, _many_draws),
         at_most=True,
     ),
     # huggingface/trl#7244 asks for 60 to 80 ms and about 6 GiB on an H100.
     Goal("linear_logprob, 8192 x 4096 x 152k, time", 0.05, with_logits_kept("seconds"), units.seconds, at_most=True),
     Goal("linear_logprob, 8192 x 4096 x 152k, memory", 6 * 2**30, with_logits_kept("peak_bytes"), units.memory, at_most=True),
-    Goal("training step, Llama 8B class, share of floor", 0.6, _STEP_SHARE, units.percent),
+    Goal("training step, Llama 8B class, share of the roofline", 0.6, _STEP_SHARE, units.percent),
     Goal("thoughts at all positions, speedup over naive sampling", 100, over("naive", "naive", "thoughts", _headline)),
 ]
 CPU = [
-    Goal("attention forward, share of floor", 0.6, worst("of_floor", ATTENTION, FORWARD, _headline), units.percent),
+    Goal("attention forward, share of the roofline", 0.6, worst("of_roofline", ATTENTION, FORWARD, _headline), units.percent),
     Goal("attention forward, speedup over compiled FlexAttention", 2.5, over(FLEX, ATTENTION, FORWARD)),
     Goal("attention forward, L >= 256, speedup over dense SDPA", 15, over(DENSE, ATTENTION, FORWARD, _from_256)),
     Goal("attention forward, speedup over flash prefix + own block", 2.5, over(PREFIX, ATTENTION, FORWARD, _headline)),
-    Goal("attention forward + backward, share of floor", 0.5, worst("of_floor", ATTENTION, BOTH, _headline), units.percent),
+    Goal(
+        "attention forward + backward, share of the roofline",
+        0.5,
+        worst("of_roofline", ATTENTION, BOTH, _headline),
+        units.percent,
+    ),
     Goal("attention forward + backward, speedup over flash prefix + own block", 2, over(PREFIX, ATTENTION, BOTH, _headline)),
     Goal("attention forward + backward, L >= 256, speedup over dense SDPA", 30, over(DENSE, ATTENTION, BOTH, _from_256)),
     Goal("attention forward, L 64, speedup over flash prefix + own block", 2, over(PREFIX, ATTENTION, FORWARD, _at(_is_64))),
     Goal("attention forward, a busy neighbour, time over idle time", 2.2, beside("one busy neighbour"), at_most=True),
-    Goal("decode step, share of floor", 0.55, worst("of_floor", DECODE, FORWARD, _headline), units.percent),
-    Goal("decode step, speedup over the fastest peer", 2.5, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
+    Goal("decode step, share of the roofline", 0.55, worst("of_roofline", DECODE, FORWARD, _headline), units.percent),
+    Goal("decode step, speedup over the fastest baseline", 2.5, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
     Goal("rollout, speedup over the published schedule", 1.8, over("published schedule", "step", "rollout", _headline)),
     Goal("linear_logprob, speedup over matmul, cross_entropy", 1, over("matmul, cross_entropy", "linear_logprob", BOTH)),
     Goal("a step of group RL, speedup over TRL's repeated prompts", 1.8, over("TRL", "group_rl", "loss and backward")),

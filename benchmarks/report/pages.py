@@ -1,4 +1,4 @@
-"""The results pages: ``results/<device>.md`` and ``results/README.md``."""
+"""The results pages, ``results/<device>.md``. git ignores them: ``make docs`` makes them from the JSON files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.report.tables import HEADER, TITLES, by_case, cells, device_line
 RESULTS = Path(__file__).parents[1] / "results"
 READING = (
     "Times are medians. All candidates were first checked for equal results, then timed in turn on the same inputs. Useful "
-    "work is what the layout makes visible, in FLOP/s, or in bytes/s where memory is the limit. The floor is the time that "
+    "work is what the layout makes visible, in FLOP/s, or in bytes/s where memory is the limit. The roofline is the time that "
     "this work takes at the measured peak rates. Memory is what a call allocates."
 )
 
@@ -50,13 +50,6 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    """Write a page and the list of pages. Returns the page's path."""
-    path = write_page(results, folder)
-    results_file.write(index(folder), folder / "README.md")
-    return path
-
-
-def write_page(results: dict[str, Any], folder: Path) -> Path:
     """Write the JSON file, its plots if matplotlib is installed, and the page. Returns the page's path."""
     path = folder / f"{slug(results['machine']['device'])}.md"
     results_file.save(results, path.with_suffix(".json"))
@@ -68,16 +61,3 @@ def write_page(results: dict[str, Any], folder: Path) -> Path:
         drawn = draw(results, folder, path.stem)
     results_file.write(page(results, drawn), path)
     return path
-
-
-def index(folder: Path = RESULTS) -> str:
-    """``results/README.md``: the pages, and how to measure another device."""
-    found = [(path, results_file.load(path)["machine"]) for path in all_results(folder)]
-    lines = ["# Results", ""]
-    for kind, title, command in (("cpu", "CPUs", "make bench"), ("cuda", "GPUs", "make gpu")):
-        lines += [f"## {title}", ""]
-        measured = [(path, machine) for path, machine in found if machine["kind"] == kind]
-        lines += [f"- [{machine['device']}]({path.stem}.md), {machine['date']}" for path, machine in measured]
-        again = "Measure another one" if measured else "None measured yet. Measure one"
-        lines += [*([""] if measured else []), f"{again} with `{command}`, which writes its page here.", ""]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The plots of a results page: time and memory by text length, a training step by T, and each op's share of the floor."""
+"""The plots of a results page: time and memory by text length, a training step by T, and each op's share of the roofline."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
 from benchmarks.report import units  # noqa: E402
 from benchmarks.report.results_file import RowDict  # noqa: E402
-from benchmarks.report.tables import WITHOUT_A_FLOOR  # noqa: E402
+from benchmarks.report.tables import WITHOUT_A_ROOFLINE  # noqa: E402
 
-OURS_COLOR, PEER_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
+OURS_COLOR, BASELINE_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
 
 
 def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Every plot for which there are enough rows. Returns their paths."""
-    rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_floor"]]
+    rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_partial"]]
     device = results["machine"]["device"]
     kinds: dict[str, Callable[[list[RowDict], str], Any]] = {
         "time": time,
         "memory": memory,
         "passes": passes,
         "chunks": chunks,
-        "floor": floor,
+        "roofline": roofline,
     }
     paths = []
     for kind, make in kinds.items():
@@ -83,7 +83,7 @@ def _panels(panels: dict[str, dict[str, dict[int, float]]], xlabel: str, ylabel:
     if not panels:
         return None
     candidates = list(dict.fromkeys(candidate for lines in panels.values() for candidate in lines))
-    colors = dict(zip(candidates, itertools.chain([OURS_COLOR], itertools.cycle(PEER_COLORS)), strict=False))
+    colors = dict(zip(candidates, itertools.chain([OURS_COLOR], itertools.cycle(BASELINE_COLORS)), strict=False))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
     entries = {}
     for axes, (name, lines) in zip(all_axes[0], panels.items(), strict=True):
@@ -161,21 +161,21 @@ def chunks(rows: list[RowDict], device: str) -> Any:
     return _panels(panels, "", "peak memory, MiB", f"Training step on a long text, {device}", log=False)
 
 
-def floor(rows: list[RowDict], device: str) -> Any:
-    """Our share of the floor in each headline case."""
-    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] not in WITHOUT_A_FLOOR]
+def roofline(rows: list[RowDict], device: str) -> Any:
+    """Our share of the roofline in each headline case."""
+    mine = [row for row in rows if row["is_ours"] and row["grid"] == "headline" and row["op"] not in WITHOUT_A_ROOFLINE]
     if not mine:
         return None
     names = [f"{row['op']}\n{row['what']}" for row in mine]
     figure, axes = plt.subplots(figsize=(7.5, 0.62 * len(mine) + 1.2))
-    bars = axes.barh(names, [100 * row["of_floor"] for row in mine], color=OURS_COLOR, height=0.6)
-    labels = [f"{units.percent(row['of_floor'])}, {units.seconds(row['seconds'])}" for row in mine]
+    bars = axes.barh(names, [100 * row["of_roofline"] for row in mine], color=OURS_COLOR, height=0.6)
+    labels = [f"{units.percent(row['of_roofline'])}, {units.seconds(row['seconds'])}" for row in mine]
     axes.bar_label(bars, labels, padding=4, fontsize=9)
     axes.axvline(100, color="#5f6b73", linestyle="--", linewidth=1)
-    axes.set_xlim(0, max(115.0, *(130 * row["of_floor"] for row in mine)))
+    axes.set_xlim(0, max(115.0, *(130 * row["of_roofline"] for row in mine)))
     axes.invert_yaxis()
-    axes.set_xlabel("percent of the floor, the time of the useful work at the measured peak rates")
-    axes.set_title(f"Share of the floor on {device}, headline cases", fontsize=11)
+    axes.set_xlabel("percent of the roofline, the time of the useful work at the measured peak rates")
+    axes.set_title(f"Share of the roofline on {device}, headline cases", fontsize=11)
     axes.tick_params(axis="y", labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

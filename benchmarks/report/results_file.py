@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.committed import as_json
+
 RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
 CASE = ("op", "grid", "what", "dtype", "sizes")
 OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
@@ -19,7 +21,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    write(json.dumps(results, indent=1) + "\n", path)
+    write(as_json(results), path)
 
 
 def write(text: str, path: Path) -> None:

@@ -21,9 +21,9 @@ TITLES = {
     "memory": "Memory on long texts",
     "host": "Host time",
 }
-WITHOUT_A_FLOOR = ("memory", "host")  # they don't measure a device's time
+WITHOUT_A_ROOFLINE = ("memory", "host")  # they don't measure a device's time
 VERDICTS = {True: "ok", False: "FAILED", None: ""}
-HEADER = ["", "time", "range", "our speedup", "useful work", "of the floor", "memory", "note"]
+HEADER = ["", "time", "range", "our speedup", "useful work", "of the roofline", "memory", "note"]
 
 
 def cells(row: RowDict) -> list[str]:
@@ -38,7 +38,7 @@ def cells(row: RowDict) -> list[str]:
         spread,
         ratio,
         _useful(row),
-        "" if row["of_floor"] is None else units.percent(row["of_floor"]),
+        "" if row["of_roofline"] is None else units.percent(row["of_roofline"]),
         "" if row["peak_bytes"] is None else units.memory(row["peak_bytes"]),
         row["note"],
     ]

@@ -9,7 +9,7 @@ quiet_star.py has what a user of ``quietstar`` writes: wrap a model, train it to
     pretraining.py      the model that all runs start from, and the gate it must pass
     training.py         training of each run
     evaluation.py       accuracy, loss, mixing weights and thoughts of a trained run
-    thresholds.py       the claims of docs/digit-sums.md, checked for each seed
+    thresholds.py       the claims of docs/results.md, checked for each seed
     results.py, tables.py, plots.py, report.py, docs_page.py   what was measured: the file, the terminal, the pages
 
 The names below are those that experiments/ uses.

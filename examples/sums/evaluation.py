@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from quietstar import QuietStar
-from quietstar.evaluation.gain import mean_gains
+from quietstar.evaluation.intervals import mean_gains
 from sums.quiet_star import own_thoughts, predict
 from sums.runs import EVERYWHERE, Run
 from sums.task import AT_EQUALS, PAUSE, STEPS, as_text, direct_lines, right_thoughts, running_sums, score

@@ -16,7 +16,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
 from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example
-from quietstar.train import Loss, train
+from quietstar.training import Loss, train
 from sums.runs import Run, Setting
 from sums.task import AT_EQUALS, DASH, STEPS, direct_lines
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from quietstar.evaluation.gain import PARTS, format_gain
-from quietstar.evaluation.intervals import wilson
-from sums.results import POSITIONS, Results, exact_match, how_scored, pooled, total
+from quietstar.evaluation.intervals import PARTS, format_gain, wilson
+from sums.results import POSITIONS, Results, how_scored, pooled, total
 
 Rows = list[list[str]]
 
@@ -35,16 +34,6 @@ def main_table(results: Results) -> tuple[list[str], Rows]:
         cells = [group["setting"], group["run"], f"{sum(row[how]['nll'] for row in rows) / len(rows):.2f}"]
         cells += [share(rows, "sampled"), share(rows, "greedy"), mean(rows, "right_thoughts", "{:.3f}")]
         body.append([*cells, mean(rows, "distinct_thoughts", "{:.0f}"), mean(rows, "seconds", "{:.0f}")])
-    return header, body
-
-
-def seeds_table(results: Results) -> tuple[list[str], Rows]:
-    """Exact match of each seed, with sampled thoughts where a run has both kinds."""
-    header = ["thoughts", "run", *(f"seed {seed['seed']}" for seed in results["seeds"])]
-    body = []
-    for group in pooled(results):
-        how = how_scored(group["rows"])
-        body.append([group["setting"], group["run"], *(f"{exact_match(row, how):.3f}" for row in group["rows"])])
     return header, body
 
 

@@ -1,4 +1,4 @@
-"""The claims of docs/digit-sums.md about one seed, each with what was measured and whether it holds."""
+"""The claims of docs/results.md about one seed, each with what was measured and whether it holds."""
 
 from __future__ import annotations
 

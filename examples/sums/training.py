@@ -16,7 +16,7 @@ from quietstar import QuietStar
 from quietstar.config import TrainConfig
 from quietstar.objective import Counts
 from quietstar.run.batches import Batch, Example
-from quietstar.train import Loss, thought_loss
+from quietstar.training import Loss, thought_loss
 from sums.evaluation import curve_point, given_thoughts
 from sums.language_model import lm_loss, train_lm
 from sums.quiet_star import think_with, train_to_think

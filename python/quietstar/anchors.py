@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from quietstar.hf.cache import PackedPass
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.packed import Thinker
 from quietstar_kernels import ThoughtLayout
@@ -24,11 +23,7 @@ LOGITS = 2**22
 
 
 class Gate(nn.Module):
-    """The probability to think at a position, from its text hidden state: g = 0.02 + 0.96 sigmoid(w h + b).
-
-    Args:
-        share: the initial probability, at every position.
-    """
+    """The probability to think at a position, from its text hidden state: g = 0.02 + 0.96 sigmoid(w h + b)."""
 
     def __init__(self, width: int, share: float, device: torch.device):
         super().__init__()
@@ -52,6 +47,8 @@ class Gate(nn.Module):
 @dataclass
 class Candidates:
     """What an anchor choice may look at; hidden states and random numbers are computed on first use.
+
+    The text may be on the CPU whatever the model is on: then only a choice by entropy or a gate waits for a GPU.
 
     Attributes:
         layout: of every position.
@@ -89,10 +86,10 @@ class Candidates:
 
     @property
     def hidden(self) -> Tensor:
-        """[B,L,D], last hidden states of the text."""
-        model, text = self.thinker.model, self.layout.text_only()
+        """[B,L,D], last hidden states of the text, on the model's device."""
+        model, text = self.thinker.model, self.layout.text_only().to(self.thinker.device)
         with dropout_off(model):
-            return decode_rows(model, embeddings(model)(self.input_ids), text.position_ids(), PackedPass(text))
+            return decode_rows(model, embeddings(model)(self.input_ids.to(text.device)), text.position_ids(), PackedPass(text))
 
     @property
     def entropy(self) -> Tensor:
@@ -100,7 +97,7 @@ class Candidates:
         head, hidden = self.thinker.lm_head, self.hidden
         rows = hidden.flatten(0, 1).to(head.linear.weight.dtype).split(max(1, LOGITS // head.linear.out_features))
         values = [torch.special.entr(head.logits(part).float().softmax(-1)).sum(-1) for part in rows]
-        return torch.cat(values).view(hidden.shape[:2])
+        return torch.cat(values).view(hidden.shape[:2]).to(self.input_ids.device)
 
 
 def _top_share(candidates: Candidates, score: Tensor) -> Tensor:
@@ -117,7 +114,8 @@ def _every(candidates: Candidates) -> Tensor:
 def _gate(candidates: Candidates) -> Tensor:
     """Sampled in training, above 0.5 in evaluation."""
     assert candidates.gate is not None
-    return candidates.eligible & ((candidates.uniform if candidates.training else 0.5) < candidates.gate(candidates.hidden))
+    opens = candidates.gate(candidates.hidden).to(candidates.input_ids.device)
+    return candidates.eligible & ((candidates.uniform if candidates.training else 0.5) < opens)
 
 
 # Which positions of a text think, bool [B,L].
@@ -137,3 +135,9 @@ def choose(candidates: Candidates) -> Tensor:
     places = torch.where(chosen, torch.arange(L, device=chosen.device), L).sort(1).values
     places = places[:, : max(1, int(chosen.sum(1).max()))]
     return places.masked_fill(places == L, -1)
+
+
+def only_at(layout: ThoughtLayout, anchors: Tensor) -> ThoughtLayout:
+    """A layout of every position with thoughts at some of them alone, int64 [B,P] as ``choose`` returns."""
+    length = layout.length.gather(1, anchors.clamp(min=0)[:, :, None].expand(-1, -1, layout.N))
+    return replace(layout, anchor=anchors.int().contiguous(), length=length)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.hf import adapters
-from quietstar.hf.cache import PackedPass
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.objective import IGNORED, Targets

@@ -1,16 +1,17 @@
-"""Checks of the wrapper's arguments: texts, labels, ids, positions. Each error is one sentence."""
+"""Checks of the wrapper's arguments, made once where they come in: texts, labels, ids, positions. What is below trusts them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from quietstar.arguments.values import FLOATS, INTEGERS, MASKS, instance, seed_bits, shown, tensor
 from quietstar.config import ThoughtConfig
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import FLOATS, INTEGERS, MASKS, instance, on_host, refuse_where, seed_bits, shown, tensor
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
@@ -18,10 +19,9 @@ def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
 
 
 def check_range(name: str, values: Tensor, most: int, letter: str) -> None:
-    """Reads the values, from 0 to ``most``, which a message calls ``letter``."""
+    """From 0 to ``most``, which a message calls ``letter``."""
     outside = (values < 0) | (values > most)
-    if bool(outside.any()):
-        raise ValueError(f"{name} must be from 0 to {letter}={most}, got {int(values[outside][0])}")
+    refuse_where(outside, f"{name} must be from 0 to {letter}={most}", lambda: f", got {int(values[outside][0])}")
 
 
 def check_config(config: ThoughtConfig, vocabulary: int) -> ThoughtConfig:
@@ -42,7 +42,9 @@ def check_seed(seed: int | None) -> int | None:
 
 
 def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, embed: nn.Embedding) -> None:
-    device = embed.weight.device
+    """The text may be on the CPU, where its values are read, whatever the model is on."""
+    host = isinstance(input_ids, Tensor) and on_host(input_ids)
+    device = input_ids.device if host else embed.weight.device
     tensor("input_ids", input_ids, "B,L", {}, device, INTEGERS)
     if 0 in input_ids.shape:
         raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
@@ -53,9 +55,12 @@ def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: Thought
         if token is None:
             continue
         held = input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
-        if bool(held.any()):
-            row, place = held.nonzero()[0].tolist()
-            raise ValueError(f"input_ids must not hold the {name}-of-thought id {token}, row {row} does at position {place}")
+        refuse_where(held, f"input_ids must not hold the {name}-of-thought id {token}", partial(_place, held))
+
+
+def _place(held: Tensor) -> str:
+    row, place = held.nonzero()[0].tolist()
+    return f", row {row} does at position {place}"
 
 
 def _sizes(input_ids: Tensor) -> dict[str, int]:
@@ -115,12 +120,12 @@ def check_thought_ids(
 ) -> None:
     """Ids past the end of a thought may be anything."""
     tensor("thought_ids", thought_ids, "B,P,N,T", _thought_sizes(layout, config), layout.device, INTEGERS)
+    on = torch.ones_like(thought_ids, dtype=torch.bool)
     if thought_lengths is not None:
-        thought_ids = thought_ids[sampled(thought_lengths, config.thought_tokens)]
-    check_ids("thought_ids", thought_ids, vocabulary)
+        on = sampled(thought_lengths, config.thought_tokens)
+    check_ids("thought_ids", thought_ids.where(on, 0), vocabulary)
     for token in config.banned:
-        if bool((thought_ids == token).any()):
-            raise ValueError(f"thought_ids must not hold the start- or end-of-thought id {token}")
+        refuse_where(on & (thought_ids == token), f"thought_ids must not hold the start- or end-of-thought id {token}")
 
 
 def check_old_logprob(old_logprob: Tensor | None, layout: ThoughtLayout, config: ThoughtConfig) -> None:
@@ -132,23 +137,15 @@ def _thought_sizes(layout: ThoughtLayout, config: ThoughtConfig) -> dict[str, in
     return {"B": layout.B, "P": layout.P, "N": layout.N, "T": config.thought_tokens}
 
 
-def check_packed(
-    layout: ThoughtLayout, input_ids: Tensor, config: ThoughtConfig, embed: nn.Embedding, thought_ids: Tensor | None = None
-) -> None:
-    """Raises ValueError where a layout is not of the config, the text or the thoughts. The text is read on a CPU alone."""
-    check_layout(layout, config)
-    device, sizes = embed.weight.device, _thought_sizes(layout, config)
-    tensor("input_ids", input_ids, "B,L", {"B": layout.B, "L": layout.L}, device, INTEGERS)
-    if thought_ids is not None:
-        tensor("thought_ids", thought_ids, "B,P,N,T", sizes, device, INTEGERS)
-    if device.type == "cpu":
-        check_ids("input_ids", input_ids, len(embed.weight))
-
-
-def check_layout(layout: ThoughtLayout, config: ThoughtConfig) -> None:
+def check_layout(layout: ThoughtLayout, input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig) -> None:
+    """Raises ValueError unless ``Thinker.layout`` can have made it of these texts."""
     instance("layout", layout, ThoughtLayout)
-    if layout.S != config.rows:
-        raise ValueError(f"layout must have S=T+J+1={config.rows} rows in a thought, got {layout.S}")
+    tensor("input_ids", input_ids, "B,L", {"B": layout.B, "L": layout.L}, layout.device, INTEGERS)
+    if attention_mask is not None:
+        tensor("attention_mask", attention_mask, "B,L", _sizes(input_ids), layout.device, MASKS)
+    if layout.S != config.rows or layout.N != config.thoughts:
+        wanted = f"N={config.thoughts} thoughts of S=T+J+1={config.rows} rows"
+        raise ValueError(f"layout must have {wanted}, got N={layout.N}, S={layout.S}")
 
 
 def sampled(thought_lengths: Tensor, thought_tokens: int) -> Tensor:
@@ -181,8 +178,14 @@ def pad_id(config: PretrainedConfig) -> int:
 def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
     """Raise ValueError where a text's thoughts pass the model's last position."""
     limits = position_limits(model)
-    if limits:
-        check_room(model, limits, int(layout.position_ids().max()) + 1)
+    if not limits:
+        return
+    positions = layout.position_ids()
+    if on_host(positions):
+        check_room(model, limits, int(positions.max()) + 1)
+    else:
+        beyond = positions >= min(limits.values())
+        refuse_where(beyond, f"input_ids: text and thoughts need more than {min(limits.values())} positions")
 
 
 def check_room(model: PreTrainedModel, limits: dict[str, int], needed: int, names: str = "input_ids") -> None:

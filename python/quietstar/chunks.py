@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.arguments.values import instance
 from quietstar.config import ThoughtConfig, check_anchor_chunk
-from quietstar.hf.cache import ChunkPass, LeafPass
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import ChunkPass, LeafPass, decode_rows
 from quietstar.hf.modules import embeddings, layer_checkpoints_off
 from quietstar.memory.step import CHUNK_COPIES, step_memory
 from quietstar.packed import PackedInputs, Predictions, Thinker
@@ -26,11 +24,7 @@ from quietstar_kernels import ThoughtLayout
 
 
 def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Predictions:
-    """What ``Thinker.predict`` returns, ``size`` anchors at a time.
-
-    Raises:
-        ValueError: layers that are checkpointed with ``use_reentrant=True``, whose keys have no gradient.
-    """
+    """What ``Thinker.predict`` returns, ``size`` anchors at a time."""
     text_pass = LeafPass(inputs.layout)
     embeds = embeddings(thinker.model)(inputs.input_ids)
     text = decode_rows(thinker.model, embeds, inputs.layout.text_position_ids(), text_pass)
@@ -98,14 +92,7 @@ class MemoryBudget:
 
 
 class AnchorChunk:
-    """How many anchors of each text think at a time.
-
-    Args:
-        setting: the number, "auto" by free memory, or None for all.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """How many anchors of each text think at a time: a number, "auto" by free memory, or None for all."""
 
     def __init__(self, setting: int | str | None):
         check_anchor_chunk(setting)
@@ -114,7 +101,6 @@ class AnchorChunk:
 
     def size(self, thinker: Thinker, layout: ThoughtLayout, parameters: Iterable[Tensor]) -> int:
         """From 1 to P. ``parameters`` are those that are trained."""
-        instance("layout", layout, ThoughtLayout)
         if self.setting is None:
             return layout.P
         if self.setting != "auto":

@@ -11,11 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quietstar.arguments.fields import check, check_at_least, check_choice, check_positive, check_types
-from quietstar.arguments.values import as_integer, choice, integer, mapping, refusal
 from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
-
-__all__ = ["MAY_DIFFER", "AdapterConfig", "Dtype", "ThoughtConfig", "TrainConfig", "option"]
+from quietstar_kernels.checks import (
+    as_integer,
+    check,
+    check_at_least,
+    check_choice,
+    check_positive,
+    check_types,
+    choice,
+    integer,
+    mapping,
+    refusal,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # of a model's weights
 
@@ -39,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_scale": 100.0,
     },
 }
-# As published, but for small models and large steps, which show an effect in a hundred steps; of docs/digit-sums.md.
+# As published, but for small models and large steps, which show an effect in a hundred steps, as in docs/results.md.
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
 # What ``quietstar train`` takes with a preset, besides.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {"small": {"learning_rate": 1e-3}}
@@ -47,9 +55,6 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {"small": {"learning_rate": 1e-3}}
 LARGE_STEP = 10.0
 
 OPTIMIZERS = ("adamw", "fused", "8bit")  # made by quietstar.run.optimizers
-
-# Former names of options, which checkpoints and config files may still hold.
-OLD_NAMES = {"reference": "base_model", "reference_decay": "base_model_decay"}
 
 # Metadata of a field that may differ between a run and its continuation: no number of the run depends on it.
 MAY_DIFFER = {"may_differ": True}
@@ -63,11 +68,6 @@ def option(default: Any, help: str, may_differ: bool = False) -> Any:
         may_differ: whether a run may be resumed with another value, since none of its numbers depend on it.
     """
     return field(default=default, metadata={"help": help, "may_differ": may_differ})
-
-
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under the current names of options."""
-    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def check_anchor_chunk(size: Any) -> None:
@@ -133,11 +133,6 @@ class ThoughtConfig:
     stop_threshold: float | None = option(None, "end a thought when the probability of end_token_id exceeds this; None: never")
     embedding_scale: float = option(None, "the start and end vectors are this times their parameters")
     embedding_init: int | str | None = option(None, "token id or text whose embedding initialises the start and end vectors")
-
-    def __new__(cls, *values: Any, **fields: Any) -> ThoughtConfig:
-        for name in OLD_NAMES.keys() & fields.keys():
-            raise TypeError(f"ThoughtConfig: {name} is now {OLD_NAMES[name]}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, value in PRESETS[choice("ThoughtConfig: preset", self.preset, PRESETS)].items():
@@ -207,13 +202,12 @@ class ThoughtConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ThoughtConfig:
-        """A config from its fields by name, which may be the names of older versions. Missing fields take their default.
+        """A config from its fields by name. Missing fields take their default.
 
         Raises:
             ValueError: an unknown name, or a value out of range.
         """
-        values = renamed(mapping("ThoughtConfig: values", values))
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        unknown = set(mapping("ThoughtConfig: values", values)) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"ThoughtConfig: unknown field {', '.join(sorted(map(str, unknown)))}")
         return cls(**values)

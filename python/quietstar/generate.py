@@ -15,16 +15,14 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar import checks
-from quietstar.arguments import values
 from quietstar.hf.architectures import most_rows
-from quietstar.hf.cache import ThoughtStore
-from quietstar.hf.decoder import decode_rows, decode_step
-from quietstar.hf.finite import not_finite
+from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
-from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.packed import Thinker
 from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import INTEGERS, flag, function, integer, number, tensor
 
 # Text positions are allocated in multiples of this, so that texts of about the same length share their graphs.
 ROOM = 128
@@ -34,11 +32,7 @@ AHEAD = 512
 
 @dataclass
 class Thinking:
-    """When and how to think; the arguments of ``QuietStar.generate`` of the same names.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
+    """When and how to think; the arguments of ``QuietStar.generate`` of the same names."""
 
     think: str | float
     thoughts: int
@@ -50,14 +44,14 @@ class Thinking:
     def __post_init__(self) -> None:
         if not isinstance(self.think, str) or self.think not in ("always", "never"):
             wanted = "'always', 'never' or nats of entropy, 0 or more"
-            self.think = values.number("generate: think", self.think, wanted, least=0)
-        self.thoughts = values.integer("generate: thoughts", self.thoughts, 1, 65535)
-        values.flag("generate: sample_thoughts", self.sample_thoughts)
+            self.think = number("generate: think", self.think, wanted, least=0)
+        self.thoughts = integer("generate: thoughts", self.thoughts, 1, 65535)
+        flag("generate: sample_thoughts", self.sample_thoughts)
         self.seed = checks.check_seed(self.seed)
         if self.sequence_ids is not None:
-            values.tensor("generate: sequence_ids", self.sequence_ids, "...", {}, dtypes=values.INTEGERS)
+            tensor("generate: sequence_ids", self.sequence_ids, "...", {}, dtypes=INTEGERS)
         if self.on_thoughts is not None:
-            values.function("generate: on_thoughts", self.on_thoughts)
+            function("generate: on_thoughts", self.on_thoughts)
 
 
 @torch.no_grad()
@@ -67,7 +61,7 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
     attention_mask, config = options["attention_mask"], options.get("generation_config")
     checks.check_text(input_ids, attention_mask, thinker.config, embeddings(model))
     if options.get("max_new_tokens") is not None:
-        options["max_new_tokens"] = values.integer("generate: max_new_tokens", options["max_new_tokens"], 1)
+        options["max_new_tokens"] = integer("generate: max_new_tokens", options["max_new_tokens"], 1)
     with dropout_off(model):
         if thinking.think != "never":
             new_tokens = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
@@ -115,20 +109,13 @@ def _without_cache(options: dict[str, Any], config: GenerationConfig | None) -> 
 
 @dataclass
 class TextCache:
-    """The text's keys and values with room for more tokens, and the graphs over them.
-
-    Attributes:
-        run: runs bodies over the store.
-        graphs: those that ``run`` makes, None where it makes none.
-        state: what they depend on, beside the model's weights.
-        written: how many text positions hold a token.
-    """
+    """The text's keys and values with room for more tokens, and the graphs over them."""
 
     store: ThoughtStore
-    run: Runner
-    graphs: Graphs | None
-    state: tuple
-    written: int
+    run: Runner  # runs bodies over the store
+    graphs: Graphs | None  # those that ``run`` makes, None where it makes none
+    state: tuple  # what they depend on, beside the model's weights
+    written: int  # how many text positions hold a token
 
     @staticmethod
     def take(thinker: Thinker, graphs: Graphs | None, layout: ThoughtLayout, room: int) -> TextCache:
@@ -161,9 +148,6 @@ class ThinkingModel(GenerationMixin):
 
     Since it is given no cache, ``generate`` passes the whole text before each token; only rows that are not in the store yet
     are run.
-
-    Args:
-        new_tokens: how many are expected at most.
     """
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
@@ -179,7 +163,7 @@ class ThinkingModel(GenerationMixin):
             self.N, temperature = thinking.thoughts, 1.0
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
         else:
-            self.N, temperature, self.seed = 1, 0.0, 0  # greedy thoughts are all the same
+            self.N, temperature, self.seed = 1, 0.0, 0  # greedy thoughts are identical
         self.sampling = Sampling.of(thinker.config, temperature)
 
     def __getattr__(self, name: str) -> Any:

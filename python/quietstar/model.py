@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +14,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import base_model, checks, objective
-from quietstar._moved import RenamedAttributes
-from quietstar.anchors import Candidates, Gate, choose
-from quietstar.arguments.values import flag, instance, refusal, seed_bits
-from quietstar.checkpoints import native
-from quietstar.checkpoints.mixin import CheckpointMixin
+from quietstar.anchors import Candidates, Gate, choose, only_at
+from quietstar.checkpoints import native, official
+from quietstar.checkpoints.contents import Contents, TrainedOn, checkpoint_of
 from quietstar.chunks import AnchorChunk, predict_in_chunks
 from quietstar.config import AdapterConfig, ThoughtConfig
-from quietstar.explain.report import Report, explain
 from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.decoder_mixin import DecoderMixin
 from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import embeddings, initial_embedding, unwrapped
+from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar.output import QuietStarOutput
-from quietstar.packed import MixingHead, PackedInputs, Predictions, Thinker
+from quietstar.packed import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
 from quietstar.rollout import Sampling, Thoughts, draw_seed, sample_thoughts
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, seed_bits, tensor
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from typing_extensions import Self
+
+# What TRL's trainers read of a model, before they give it a loss of their own.
+OF_TRL = ("generation_config", "add_model_tags")
 
 
-class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
+class QuietStar(nn.Module):
     """Wraps a causal language model so that it thinks before every token (Quiet-STaR, arXiv 2403.09629).
 
     The model keeps its class, weights and ``generate``. Calls to it without thoughts use plain sdpa attention, or its own
@@ -91,6 +94,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         self.anchor_chunk = None
         self.graphs = "auto"
         self.gate: Gate | None = None
+        self.trained_on: tuple[TrainedOn, ...] = ()
         self.use_config(config)
         # transformers' Trainer writes state_dict() with safetensors, which refuses a tensor under two names.
         self.register_state_dict_post_hook(native.drop_tied)
@@ -196,6 +200,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         counts: objective.Counts | None = None,
         old_logprob: Tensor | None = None,
         thought_lengths: Tensor | None = None,
+        layout: ThoughtLayout | None = None,
     ) -> QuietStarOutput:
         """Think, predict J tokens after every thought, and return the loss and its parts.
 
@@ -212,16 +217,20 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             counts: what the losses are divided by where this batch is part of a larger one; see ``count_targets``.
             old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default the current one.
             thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T, before its end; default T for all.
+            layout: what ``thinker.layout`` returned for these texts, anchors and documents, which aren't checked again.
 
         Raises:
             ValueError: a wrong type or shape, an id outside the vocabulary, a text that holds the start or end id, one
-                shorter than the look-ahead, or one whose thoughts pass the last learned position.
+                shorter than the look-ahead, or one whose thoughts pass the last learned position. On a GPU nothing waits for
+                values: a wrong one is an assertion of the device.
         """
         config, seed = self.thought_config, checks.check_seed(seed)
-        if anchors is None and self.training and config.anchors != "all":
+        if layout is None and anchors is None and self.training and config.anchors != "all":
             seed = draw_seed() if seed is None else seed
-            anchors = self.choose_anchors(input_ids, attention_mask, document_ids, sequence_ids, seed)
-        layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
+            layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
+            anchors = self._choose(layout, input_ids, sequence_ids, seed)
+            layout = only_at(layout, anchors)
+        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
         checks.check_lookahead(layout, config)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         if thought_ids is None:
@@ -291,10 +300,27 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         Arguments and errors are those of ``forward``.
         """
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
+        return self._choose(layout, input_ids, sequence_ids, draw_seed() if seed is None else seed_bits("seed", seed))
+
+    def _choose(self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int) -> Tensor:
+        """``choose_anchors`` at a layout of every position."""
         sequence_ids = checks.check_sequence_ids(sequence_ids, input_ids)
-        seed = draw_seed() if seed is None else seed_bits("seed", seed)
-        candidates = Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=self.training)
-        return choose(candidates)
+        return choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=self.training))
+
+    def _layout(
+        self,
+        layout: ThoughtLayout | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        anchors: Tensor | None,
+        document_ids: Tensor | None,
+        thought_lengths: Tensor | None,
+    ) -> ThoughtLayout:
+        """The layout of a call that may have been given one."""
+        if layout is None:
+            layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids)
+        checks.check_layout(layout, input_ids, attention_mask, self.thought_config)
+        return checks.with_lengths(layout, thought_lengths, self.thought_config)
 
     def think(
         self,
@@ -306,6 +332,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         document_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
+        layout: ThoughtLayout | None = None,
     ) -> Thoughts:
         """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the sampling temperature 1, and
         ``.thought_lengths`` [B,P,N] where they may be shorter than T.
@@ -315,7 +342,7 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
 
         Other arguments and errors are those of ``forward``; and a ValueError if the model's logits are not finite.
         """
-        layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
+        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
         greedy = not self.training if greedy is None else flag("greedy", greedy)
         return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
 
@@ -323,7 +350,6 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
     ) -> Thoughts:
         """The thoughts of ``think``, at the places of a layout from ``thinker.layout``."""
-        checks.check_packed(layout, input_ids, self.thought_config, embeddings(self.model))
         size, seed = self.chunk_size(layout), checks.check_seed(seed)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
         return sample_thoughts(
@@ -334,14 +360,14 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             layout,
             checks.check_sequence_ids(sequence_ids, input_ids),
             draw_seed() if seed is None else seed,
-            Sampling.of(self.thought_config, temperature=0.0 if flag("greedy", greedy) else 1.0),
+            Sampling.of(self.thought_config, temperature=0.0 if greedy else 1.0),
             anchor_chunk=size,
             run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because),
         )
 
     def predict(self, inputs: PackedInputs) -> Predictions:
         """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""
-        thinker, size = self.thinker, self.chunk_size(instance("inputs", inputs, PackedInputs).layout)
+        thinker, size = self.thinker, self.chunk_size(inputs.layout)
         if size < inputs.layout.P:
             return predict_in_chunks(thinker, inputs, size)
         return thinker.predict(inputs, *thinker.states(inputs.layout, inputs.input_ids, inputs.thought_ids))
@@ -372,7 +398,8 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
             attention_mask: [B,L], 1 on text, 0 on padding, on the left.
             think: "always"; "never", the plain model's own ``generate``; or a number: think where the entropy of the base
                 model's prediction exceeds it, nats.
-            thoughts: N, whose mixed predictions are averaged as probabilities. Of greedy thoughts, all the same, one is made.
+            thoughts: N, whose mixed predictions are averaged as probabilities. Greedy thoughts are identical, so only one is
+                computed.
             sample_thoughts: sample them at temperature 1, instead of the likeliest token at each step.
             seed: 64 bits for sampling thoughts; default drawn from torch's generator, which also samples the text's tokens.
             sequence_ids: integer [B], identifies each text for sampling thoughts; default the row index.
@@ -388,19 +415,6 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         options |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
-    def explain(self, text: str, seed: int | None = None, another: str | None = None) -> Report:
-        """Report what thinking does to each token: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
-
-        Args:
-            text: at least 3 tokens of the tokenizer that QuietStar was given.
-            seed: samples N thoughts before each token; default one greedy thought.
-            another: the text whose thoughts are the control for content; default this text, from half of it further on.
-
-        Raises:
-            ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.
-        """
-        return explain(self.thinker, self.tokenizer, text, seed, another)
-
     def count_targets(
         self,
         input_ids: Tensor,
@@ -409,12 +423,123 @@ class QuietStar(CheckpointMixin, DecoderMixin, RenamedAttributes):
         anchors: Tensor | None = None,
         document_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
+        layout: ThoughtLayout | None = None,
     ) -> objective.Counts:
         """Count the terms of each mean of the loss on this batch, without running the model.
 
         Add up the counts of all parts of a batch and pass the sum to ``forward`` for each part: the parts' losses then add up
         to the loss of the whole batch. Arguments and errors are those of ``forward``.
         """
-        layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
+        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         return objective.count(objective.make_targets(labels, attention_mask, layout, self.thought_config.lookahead))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""
+        # transformers renames the method: the new name where there is one, since the old one warns.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """The newer name of ``gradient_checkpointing_enable``, which transformers' Trainer calls."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.model.gradient_checkpointing_disable()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` for the language model's decoder, in place; arguments as there.
+
+        One graph serves all steps of a rollout. The code around the decoder is not compiled.
+        """
+        # Text, first rows, other rows and both at once; in training, evaluation and generation; at one length and at any.
+        # Older versions of torch have a single limit.
+        limit = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+        backbone(self.model).compile(*args, **{**limit, **kwargs})
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this model holds; the tensors are the parameters themselves."""
+        tensors: dict[str, Tensor] = {name: x for name, x in self.named_parameters() if not name.startswith("model.")}
+        return Contents(self.model, self.thought_config, self.tokenizer, tensors, self.base, self.trained_on)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
+
+        Of a model with adapters, those alone are written, as peft does it. Other files of the folder are kept, except the
+        weights of another checkpoint. Raises ValueError where weights of the base were trained, which would be lost.
+        """
+        native.save(self.contents(), file_path("directory", directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, verify: bool = True, base: PreTrainedModel | str | None = None, **kwargs: Any
+    ) -> Self:
+        """Load what ``save_pretrained`` wrote, or a published checkpoint, from a folder or a hub name; of a run's folder, the
+        newest checkpoint.
+
+        Nothing is initialised anew. A published checkpoint doesn't say how long its thoughts are: ``thought_tokens`` is taken
+        from its ``max_thoughts``, and ``qs.thought_config`` may be replaced.
+
+        Args:
+            verify: compare the SHA-256 of weights, config, vocabulary and thought parts with those that were saved, which takes
+                0.6 seconds for a gigabyte, and check that packed rows equal an ordinary forward, once per architecture.
+                False skips both, and loads a checkpoint whose config was edited; sizes of weights are compared all the same.
+            base: for a checkpoint of adapters, what they belong to: a model, which gets them, a folder or a hub name; default
+                the one that the checkpoint names.
+            kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
+
+        Raises:
+            ValueError: a checkpoint that is damaged, foreign, pickled or of another model or vocabulary; adapters of another
+                base.
+        """
+        path = checkpoint_of(file_path("path", path))
+        contents = native.load(path, base, flag("verify", verify), **kwargs)
+        try:
+            qs = cls(contents.model, contents.config, contents.tokenizer, verify=verify)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        native.restore(qs.contents().tensors, contents.tensors, path)
+        qs.trained_on = contents.trained_on
+        return qs
+
+    def save_official(self, directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint in the published format, which the published code and ``from_pretrained`` load.
+
+        Args:
+            max_shard_size: of a weights file, in bytes or as "5GB"; larger ones are cut into shards with an index.
+
+        Raises:
+            ValueError: not a Mistral, or a model that mixes log-probabilities: the published code knows neither.
+        """
+        if not isinstance(max_shard_size, str):
+            max_shard_size = integer("max_shard_size", max_shard_size, 1)
+        elif not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", max_shard_size):
+            raise refusal("max_shard_size", "bytes, or text such as 5GB", max_shard_size)
+        official.save(self.contents(), file_path("directory", directory), max_shard_size)
+
+    def load_official_state_dict(self, state: Mapping[str, Tensor], embedding_scale: float = 100.0) -> None:
+        """Load a published checkpoint's tensors by their published names, all of them or none.
+
+        Base weights, ``talk_head.0.{0,2,4}.*``, ``start_embedding`` and ``end_embedding`` [2,D] (row 0 is used).
+
+        Args:
+            embedding_scale: the published model's factor from stored to effective vector.
+
+        Raises:
+            ValueError: a name that is missing or unknown, or a shape that differs.
+        """
+        if not mapping("state", state):
+            raise refusal("state", "a published checkpoint's tensors", state)
+        for name, x in state.items():
+            tensor(f"state: {name}", x, "...", {}, dtypes=FLOATS)
+        embedding_scale = number("embedding_scale", embedding_scale, "above 0", above=0)
+        official.load_state_dict(self.contents(), state, embedding_scale)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_TRL:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}, which TRL's trainers need: use `class ThoughtSFTTrainer(ThoughtTrainer, "
+                "SFTTrainer): pass` with ThoughtTrainer from quietstar.trainer"
+            )
+        return super().__getattr__(name)

@@ -11,26 +11,17 @@ from torch import Tensor
 
 from quietstar_kernels import ThoughtLayout
 
-__all__ = ["Counts"]
-
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Token ids to predict, int64; -100 where a target does not count.
+    """Token ids to predict, int64; -100 where a target does not count."""
 
-    Attributes:
-        base: [B,L-1], position t predicts text token t+1.
-        mix: [B,P,N,J], thought (p, n) predicts text token anchor + j + 1.
-        rewarded: bool [B,P], anchors followed by all J targets and one more token: 0 <= anchor <= L-2-J.
-        sampled: int64 [B,P,N], number of sampled tokens in each thought; T at unused anchors, which count in the means.
-    """
-
-    base: Tensor
-    mix: Tensor
-    rewarded: Tensor
-    sampled: Tensor
+    base: Tensor  # [B,L-1], position t predicts text token t+1
+    mix: Tensor  # [B,P,N,J], thought (p, n) predicts text token anchor + j + 1
+    rewarded: Tensor  # bool [B,P], anchors followed by all J targets and one more token: 0 <= anchor <= L-2-J
+    sampled: Tensor  # int64 [B,P,N], number of sampled tokens in each thought; T at unused anchors, which count in the means
 
     def select(self, anchors: slice) -> Targets:
         """The targets of some of the anchors, with all base targets."""
@@ -42,11 +33,6 @@ def make_targets(labels: Tensor, attention_mask: Tensor | None, layout: ThoughtL
 
     A target is ignored if its label is -100, its mask is 0, it is in another document, or its thought is off. The last J live
     rows of a thought predict; the rows before them are the start and the sampled tokens.
-
-    Args:
-        labels: int64 [B,L].
-        attention_mask: [B,L], 1 on text and 0 on padding.
-        lookahead: J.
     """
     L = layout.L
     labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, IGNORED)
@@ -103,10 +89,6 @@ def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str) -> T
     Args:
         nll_base: [B,P,J], of the base model at the targets of ``nll_mix``.
         nll_mix: [B,P,N,J].
-        kind: one of ``REWARDS``.
-
-    Raises:
-        ValueError: unknown ``kind``.
     """
     reward = _find("reward", REWARDS, kind)(nll_base.detach()[:, :, None], nll_mix.detach())
     reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
@@ -144,15 +126,7 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def advantages(reward: Tensor, targets: Targets, kind: str) -> Tensor:
-    """The advantage of each thought over the others at its anchor: [B,P,N], 0 at anchors that are not rewarded.
-
-    Args:
-        reward: [B,P,N].
-        kind: one of ``ADVANTAGES``.
-
-    Raises:
-        ValueError: unknown ``kind``.
-    """
+    """The advantage of each thought over the others at its anchor: [B,P,N] from rewards [B,P,N], 0 at unrewarded anchors."""
     return torch.where(targets.rewarded[:, :, None], _find("advantage", ADVANTAGES, kind)(reward), 0)
 
 
@@ -205,23 +179,14 @@ def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight
 
 @dataclass(frozen=True)
 class Sampled:
-    """The sampled tokens, input of the policy terms. Shapes are [B,P,N,T] unless stated otherwise.
+    """The sampled tokens, input of the policy terms. Shapes are [B,P,N,T] unless stated otherwise."""
 
-    Attributes:
-        logprob: at the policy temperature; carries the gradient.
-        advantage: [B,P,N].
-        on: bool, live tokens at a rewarded anchor.
-        old_logprob: ``logprob`` when the tokens were sampled, no gradient; None means ``logprob`` itself.
-        base_logprob: under the base model continuing the text, no gradient; used by ``divergence`` only.
-        ratio_clip: PPO's epsilon; used by ``clipped`` only.
-    """
-
-    logprob: Tensor
-    advantage: Tensor
-    on: Tensor
-    old_logprob: Tensor | None = None
-    base_logprob: Tensor | None = None
-    ratio_clip: float = 0.2
+    logprob: Tensor  # at the policy temperature; carries the gradient
+    advantage: Tensor  # [B,P,N]
+    on: Tensor  # bool, live tokens at a rewarded anchor
+    old_logprob: Tensor | None = None  # ``logprob`` when the tokens were sampled, no gradient; None means ``logprob`` itself
+    base_logprob: Tensor | None = None  # under the base model continuing the text, no gradient; used by ``divergence`` only
+    ratio_clip: float = 0.2  # PPO's epsilon; used by ``clipped`` only
 
     def ratio(self) -> Tensor:
         """Probability now divided by probability when sampled. In the first update 1, with the gradient of ``logprob``."""
@@ -269,11 +234,7 @@ POLICY_TERMS: dict[str, Callable[[Sampled], Tensor]] = {
 
 
 def policy_loss(sampled: Sampled, counts: Counts, weights: Mapping[str, float]) -> Tensor:
-    """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors.
-
-    Args:
-        weights: weight of each term to include, by name.
-    """
+    """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors."""
     total = torch.stack([weight * POLICY_TERMS[name](sampled) for name, weight in weights.items()]).sum(0)
     return -torch.where(sampled.on, total, 0).sum() / counts.tokens.clamp(min=1)
 

@@ -1,22 +1,19 @@
-"""Parallel sampling: all thoughts of all anchors advance together, one row a step (Quiet-STaR, section 4.2; no gradient)."""
+"""Parallel sampling: all thoughts of all anchors advance together, one row per step (Quiet-STaR, section 4.2; no gradient)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import INTEGERS, instance, integer, items, tensor
 from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
-from quietstar.hf.cache import ThoughtStore
-from quietstar.hf.decoder import decode_rows, decode_step
-from quietstar.hf.finite import not_finite
+from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar_kernels import ThoughtLayout
 
 
@@ -45,8 +42,6 @@ class Thoughts:
         """No thought longer than ``thought_lengths`` [B,P,N]; unchanged for None."""
         if thought_lengths is None:
             return self
-        ids = self.thought_ids
-        tensor("thought_lengths", thought_lengths, "B,P,N", dict(zip("BPN", ids.shape, strict=False)), ids.device, INTEGERS)
         lengths = thought_lengths.long()
         lengths = lengths if self.thought_lengths is None else torch.minimum(lengths, self.thought_lengths)
         on = sampled(lengths, self.thought_ids.shape[-1])
@@ -54,8 +49,6 @@ class Thoughts:
 
     def checked(self, model: PreTrainedModel, layout: ThoughtLayout) -> Thoughts:
         """The same; raises ValueError if an id is -1. Waits for the device."""
-        instance("model", model, nn.Module)
-        instance("layout", layout, ThoughtLayout)
         if bool((self.thought_ids < 0).any()):
             b, p, *_ = (self.thought_ids < 0).nonzero()[0].tolist()
             raise not_finite(model, f"at text {b}, position {int(layout.anchor[b, p])}")
@@ -63,7 +56,7 @@ class Thoughts:
 
     def copies(self, N: int) -> Thoughts:
         """The only thought of each anchor, N times."""
-        N, lengths = integer("N", N, 1, 65535), self.thought_lengths
+        lengths = self.thought_lengths
         return Thoughts(
             self.thought_ids.expand(-1, -1, N, -1).contiguous(),
             self.logprob.expand(-1, -1, N, -1).contiguous(),
@@ -73,9 +66,6 @@ class Thoughts:
     @staticmethod
     def join(parts: list[Thoughts]) -> Thoughts:
         """The thoughts of all anchors, from those of consecutive runs of anchors."""
-        shapes = [instance("parts", part, Thoughts).thought_ids.shape for part in items("parts", parts, 1)]
-        if len({(B, N, T) for B, _, N, T in shapes}) > 1:
-            raise ValueError(f"parts must have the same B, N and T, got {[list(shape) for shape in shapes]}")
         lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
         return Thoughts(
             torch.cat([part.thought_ids for part in parts], 1),
@@ -106,19 +96,12 @@ def split(P: int, size: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How thoughts are sampled.
+    """How thoughts are sampled."""
 
-    Attributes:
-        thought_tokens: T.
-        temperature: 0 takes the most likely token.
-        banned: ids that are never drawn.
-        stop: when thoughts end early; None: all have T tokens.
-    """
-
-    thought_tokens: int
-    temperature: float = 1.0
-    banned: tuple[int, ...] = ()
-    stop: Stop | None = None
+    thought_tokens: int  # T
+    temperature: float = 1.0  # 0 takes the most likely token
+    banned: tuple[int, ...] = ()  # ids that are never drawn
+    stop: Stop | None = None  # when thoughts end early; None: all have T tokens
 
     @staticmethod
     def of(config: ThoughtConfig, temperature: float) -> Sampling:

@@ -30,8 +30,6 @@ from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once
 
-__all__ = ["SharedPrompts"]
-
 HOOK = "_get_per_token_logps_and_entropies"
 # The hook's first parameters in the release that the tests run, and that release.
 PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
@@ -127,19 +125,7 @@ class SharedPrompts(Trainer):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """TRL's method: log-probabilities and entropies [B,T] of completions of T = ``logits_to_keep`` tokens.
-
-        Args:
-            model: the trained model or the reference, in accelerate's wrappers.
-            input_ids, attention_mask: [B,L], prompts padded on the left, completions on the right.
-            batch_size: how many completions run at a time; default all.
-            compute_entropy: else the second result is None.
-            compute_aux_loss: False.
-            inputs: images and the like; all None.
-
-        Raises:
-            ValueError: an input that shared prompts don't support.
-        """
+        """TRL's method: log-probabilities and entropies [B,T] of completions of T = ``logits_to_keep`` tokens."""
         more = [name for name, value in inputs.items() if value is not None] + ["compute_aux_loss"] * compute_aux_loss
         if more:
             raise ValueError(f"{type(self).__name__}: prompts must be text alone, got {', '.join(more)}")

@@ -22,22 +22,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, default_data_collator
 
-from quietstar.arguments.values import flag, instance, items, refusal
 from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
-from quietstar.evaluation.controls import can_swap, with_thoughts_of_another
-from quietstar.evaluation.gain import mean_gains
-from quietstar.evaluation.losses import TokenLosses, measure
-from quietstar.hf.decoder_mixin import OF_TRL
-from quietstar.hf.finite import state
-from quietstar.model import QuietStar
+from quietstar.evaluation.intervals import mean_gains
+from quietstar.evaluation.losses import TokenLosses, can_swap, measure, with_thoughts_of_another
+from quietstar.hf.modules import state
+from quietstar.model import OF_TRL, QuietStar
 from quietstar.objective import Counts
-from quietstar.output import QuietStarOutput
+from quietstar.packed import QuietStarOutput
 from quietstar.run import figures
 from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
-from quietstar.run.parts import decide, same_length
-
-__all__ = ["ThoughtTrainer", "pad_texts"]
+from quietstar.run.figures import decide, same_length
+from quietstar_kernels.checks import flag, instance, items, refusal
 
 EVALUATED = ("input_ids", "attention_mask", "labels", "anchors", "document_ids")
 
@@ -46,7 +42,7 @@ def pad_texts(examples: list[Mapping[str, Any]]) -> Batch:
     """A data collator: pads texts of different lengths on the right, labels with -100.
 
     Args:
-        examples: what ``quietstar.train.train`` takes, as tensors or lists: input_ids [L] and optionally attention_mask,
+        examples: what ``quietstar.train`` takes, as tensors or lists: input_ids [L] and optionally attention_mask,
             labels, anchors, document_ids, thought_ids [P,N,T].
 
     Raises:
@@ -78,7 +74,7 @@ class ThoughtTrainer(Trainer):
     thoughts_per_second and tokens_per_second. Evaluation compares the loss of the next token after one greedy thought,
     eval_loss, with eval_base, the one without: eval_gain is the difference, and eval_gain_low to eval_gain_high its 95 %
     interval over texts. eval_mixing and eval_content are its parts, from a second pass with another text's thoughts (see
-    ``quietstar.evaluation.losses.evaluate``). All are means over texts, nats. ``predict`` returns both losses and the number of
+    ``quietstar.evaluate``). All are means over texts, nats. ``predict`` returns both losses and the number of
     tokens, [texts,3].
 
     Args:
@@ -272,7 +268,7 @@ class Interval:
     def end(self, accelerator: Accelerator) -> dict[str, float]:
         """The figures of all processes, per step, text or second; begins anew."""
         assert self.counts is not None and self.sums is not None
-        line = figures.read(accelerator, self.sums, self.counts, torch.zeros(()))
+        line = figures.Reading(figures.reduced(accelerator, self.sums), self.counts, torch.zeros(())).figures()
         seconds = time.perf_counter() - self.began
         found = {name: line[name] / self.steps for name in ("loss", "loss_ce", "policy_loss")}
         names = ("reward", "advantage", "weight", "divergence", "anchor_share")
@@ -290,11 +286,7 @@ class _FollowWeights(TrainerCallback):
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> Path:
-    """The Trainer's newest checkpoint that is whole: its trainer_state.json, written last, can be read.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The Trainer's newest checkpoint that is whole: its trainer_state.json, written last, can be read."""
     steps = {int(found[1]): path for path in Path(folder).glob("checkpoint-*") if (found := re.search(r"-(\d+)$", path.name))}
     for _, path in sorted(steps.items(), reverse=True):
         try:

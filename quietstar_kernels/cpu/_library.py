@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from quietstar_kernels._shared_library import why_missing
 
 FILE = Path(__file__).parent / "_C.abi3.so"
 PURE = "this install has none; build it with QUIETSTAR_BUILD=cpu, which needs a C++17 compiler"
@@ -34,6 +33,17 @@ def ops() -> Any:
 def missing() -> str | None:
     """None if there is a library and it loads; else the reason, in words."""
     return why_missing(FILE, PURE, _load)
+
+
+def why_missing(file: Path, absent: str, load: Callable[[], object]) -> str | None:
+    """``missing`` of a library: ``absent``, or what the loader says."""
+    if not file.exists():
+        return absent
+    try:
+        load()
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None
 
 
 def serves(dtype: torch.dtype) -> bool:

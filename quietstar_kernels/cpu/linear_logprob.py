@@ -1,8 +1,7 @@
 """linear_logprob on CPUs: a bounded number of rows at a time.
 
 Logits become weights, exp(logit - largest), in place, and weights become the gradient of the loss by the logits. The forward
-keeps the weights for the backward, or the backward computes them again. If the gradient is known in the forward, neither is
-needed.
+keeps the weights for the backward, or the backward computes them again.
 
 Everything is fp32, for half-precision inputs too (fp64 for fp64): the weight is cast once per call, hidden states per chunk.
 """
@@ -57,48 +56,24 @@ def linear_logprob_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_backward``."""
     entropy, largest, log_total, kept, kept_rows = saved
-    if kept is None or kept_rows is None:
-        return linear_logprob_joined(grad_logprob, grad_entropy, hidden, head, targets, wanted, 0)[2:]
     softmax = _Softmax(head)
     weight = softmax.weight
     R, V = len(hidden), len(weight)
-    states = torch.stack([kept_rows[:, 0], entropy, largest, log_total])
     gradients = _Gradients(hidden, weight, wanted)
     buffer = weight.new_empty(chunk_rows(R, V), V)
+    gaps = None if kept is not None or grad_entropy is None else torch.empty_like(buffer)
+    states = weight.new_empty(4, R) if kept_rows is None else torch.stack([kept_rows[:, 0], entropy, largest, log_total])
     for rows in row_chunks(R, V):
-        d = buffer[: rows.stop - rows.start]
-        softmax.gradient(kept[rows], targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
+        weights = d = buffer[: rows.stop - rows.start]
+        if kept is not None:
+            weights = kept[rows]
+        else:
+            softmax.products(hidden[rows], d)
+            softmax.weights(d, targets[rows], gaps, states[:, rows])
+        of_entropy = None if grad_entropy is None else grad_entropy[rows]
+        softmax.gradient(weights, targets[rows], states[:, rows], grad_logprob[rows], of_entropy, d)
         gradients.add(rows, d)
     return gradients.result()
-
-
-def linear_logprob_joined(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    wanted: list[bool],
-    keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_joined``; the buffer is that of a forward that keeps nothing."""
-    softmax = _Softmax(head)
-    weight = softmax.weight
-    R, V = len(hidden), len(weight)
-    states = weight.new_empty(4, R)
-    gradients = _Gradients(hidden, weight, wanted)
-    buffer = weight.new_empty(chunk_rows(R, V), V)
-    gaps = None if grad_entropy is None else torch.empty_like(buffer)
-    for rows in row_chunks(R, V):
-        d = softmax.products(hidden[rows], buffer[: rows.stop - rows.start])
-        softmax.weights(d, targets[rows], gaps, states[:, rows])
-        softmax.gradient(d, targets[rows], states[:, rows], grad_logprob[rows], _of(grad_entropy, rows), d)
-        gradients.add(rows, d)
-    return torch.where(targets == -100, 0, states[0]), states[1].clone(), *gradients.result()
-
-
-def _of(grad: Tensor | None, rows: slice) -> Tensor | None:
-    return None if grad is None else grad[rows]
 
 
 class _Softmax:

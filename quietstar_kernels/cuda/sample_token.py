@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import dtype_names
 from quietstar_kernels._options import Head
+from quietstar_kernels.checks import dtype_names
 from quietstar_kernels.cuda import _library
 from quietstar_kernels.reference import BLOCK
 

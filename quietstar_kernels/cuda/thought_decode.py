@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import dtype_names
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.checks import dtype_names
 from quietstar_kernels.cuda import _library
 
 DTYPES = (torch.bfloat16, torch.float16)

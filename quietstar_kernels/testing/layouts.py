@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import Checker, shown
-from quietstar_kernels._typed import typed
 from quietstar_kernels.layout import ThoughtLayout
 
-MOST = 2**24  # thoughts
 LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", "no_anchors", "one")
 BRANCH_KINDS = ("full", "packed", "packed_full")
 
 
-@typed
 def random_layout(
     generator: torch.Generator,
     kind: str | None = None,
@@ -36,21 +32,12 @@ def random_layout(
             after the last branch.
 
     Raises:
-        ValueError: no such kind, or a size out of range.
+        ValueError: no such kind.
     """
-    check = Checker("random_layout")
-    device = None if device is None else check.device(device)
-    sizes = {"max_batch": max_batch, "max_text": max_text, "max_thoughts": max_thoughts, "max_rows": max_rows}
-    for name, size in sizes.items():
-        check.integer(name, size, 1, 4096)
-    if max_batch * max_text * max_thoughts > MOST:
-        raise check.fail(
-            f"max_batch * max_text * max_thoughts must be at most {MOST:,}, got {max_batch * max_text * max_thoughts:,}"
-        )
     if kind is None:
         kind = LAYOUT_KINDS[_integer(generator, 0, len(LAYOUT_KINDS) - 1)]
     if kind not in LAYOUT_KINDS + BRANCH_KINDS:
-        raise ValueError(f"random_layout: kind must be one of {', '.join(LAYOUT_KINDS + BRANCH_KINDS)}, got {shown(kind)}")
+        raise ValueError(f"random_layout: kind must be one of {', '.join(LAYOUT_KINDS + BRANCH_KINDS)}, got {kind!r}")
     if kind == "one":
         return ThoughtLayout.every_position(1, 1, 1, 1, device)
     B, L, N, S = (_integer(generator, 1, most) for most in (max_batch, max_text, max_thoughts, max_rows))

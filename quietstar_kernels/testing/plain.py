@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import FLOATS, INTEGERS, Checker, check_attention, check_head, check_targets
-from quietstar_kernels._typed import typed
 from quietstar_kernels.layout import ThoughtLayout
 
 
-@typed
 def plain_attention(
     q: Tensor,
     k: Tensor,
@@ -27,17 +24,10 @@ def plain_attention(
     query_rows: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """``thought_attention`` with ``return_lse`` in dense PyTorch, every step in q's dtype; differentiable by autograd."""
-    check = Checker("plain_attention", B=layout.B, M=layout.M, R=layout.R)
-    check.choice("query_rows", query_rows, ("all", "thoughts"))
-    check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, layout.device, "layout")
-    check.tensor("k", k, "B,G,M,K", (q.dtype,), layout.device, "q")
-    check.tensor("v", v, "B,G,M,E", (q.dtype,), layout.device, "q")
-    _check_options(check, "k", "v", scale, softcap, sinks, layout)
     skip = 0 if query_rows == "all" else layout.L
     return _plain(q, k, v, layout.dense_mask(window)[:, skip:], scale, softcap, sinks)
 
 
-@typed
 def plain_decode(
     q: Tensor,
     k_text: Tensor,
@@ -54,38 +44,9 @@ def plain_decode(
     """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite."""
     if layout.packed_rows is not None:  # the own caches of branches are a grid
         layout = ThoughtLayout(layout.anchor, layout.lo, layout.length, layout.rows)
-    check = Checker("plain_decode", B=layout.B, L=layout.L, S=layout.S, **{"P*N": layout.P * layout.N})
-    check.tensor("q", q, "B,H,P*N,K", FLOATS, layout.device, "layout")
-    for name, x, letters in (
-        ("k_text", k_text, "B,G,L,K"),
-        ("v_text", v_text, "B,G,L,E"),
-        ("k_own", k_own, "B,G,P*N,S,K"),
-        ("v_own", v_own, "B,G,P*N,S,E"),
-    ):
-        check.tensor(name, x, letters, (q.dtype,), layout.device, "q")
-    _check_options(check, "k_text", "v_text", scale, softcap, sinks, layout)
-    if isinstance(step, Tensor):
-        check.tensor("step", step, "", INTEGERS)
-        check.has_values(step=step)
-        step = int(step)
-    check.integer("step", step, 0, layout.S - 1)
-    mask = layout.dense_mask(window)[:, layout.L :][:, step :: layout.S]
+    mask = layout.dense_mask(window)[:, layout.L :][:, int(step) :: layout.S]
     k, v = torch.cat([k_text, k_own.flatten(2, 3)], 2), torch.cat([v_text, v_own.flatten(2, 3)], 2)
     return _plain(q, k, v, mask, scale, softcap, sinks)[0]
-
-
-def _check_options(
-    check: Checker,
-    keys: str,
-    values: str,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    layout: ThoughtLayout,
-) -> None:
-    check_attention(check, keys, values, sinks, layout.device)
-    check.positive_or_none("scale", scale)
-    check.positive_or_none("softcap", softcap)
 
 
 def _plain(
@@ -109,7 +70,6 @@ def _plain(
     return torch.matmul(p, v).masked_fill(~on[..., None], 0), lse.masked_fill(~on, -math.inf)
 
 
-@typed
 def plain_log_softmax(
     hidden: Tensor,
     weight: Tensor,
@@ -120,9 +80,6 @@ def plain_log_softmax(
     banned: Sequence[int] = (),
 ) -> Tensor:
     """The log of the distribution of ``sample_token`` and ``linear_logprob``, [R,V], every step in hidden's dtype."""
-    check = Checker("plain_log_softmax")
-    check_head(check, hidden, weight, bias, scale, softcap, banned)
-    check.positive("temperature", temperature)
     logits = torch.matmul(hidden, weight.T)
     if bias is not None:
         logits = logits + bias
@@ -135,7 +92,6 @@ def plain_log_softmax(
     return torch.log_softmax(logits.masked_fill(out, -math.inf) / temperature, -1)
 
 
-@typed
 def plain_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -145,8 +101,5 @@ def plain_logprob(
         options: scale, softcap, temperature, banned.
     """
     logp = plain_log_softmax(hidden, weight, bias, **options)
-    check = Checker("plain_logprob", R=logp.shape[0], V=logp.shape[1])
-    check.tensor("targets", targets, "R", INTEGERS, hidden.device, "hidden")
-    check_targets(check, targets, [])
     logprob = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0)
     return logprob, -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._checks import FLOATS, Checker, shown
-from quietstar_kernels._typed import typed
-
 FACTOR = 2
 FLOOR_ULPS = 8
 
 
-@typed
 def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result", magnitude: float = 0.0) -> float:
     """Assert that the error of ``got`` is at most twice that of plain PyTorch in the same dtype.
 
@@ -36,9 +32,6 @@ def assert_close_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: str =
     Raises:
         AssertionError: the error is larger, with its place and the numbers; or the shape is wrong, or there is a NaN.
     """
-    for name, x in {"got": got, "plain": plain, "truth": truth}.items():
-        if not x.is_floating_point() or x.layout is not torch.strided or x.is_meta:
-            raise TypeError(f"assert_close_as_plain: {name} must be a dense floating-point tensor, got {shown(x)}")
     if not got.shape == plain.shape == truth.shape:
         raise AssertionError(f"{what}: got shape {list(got.shape)}, plain {list(plain.shape)}, truth {list(truth.shape)}")
     if truth.numel() == 0:
@@ -65,7 +58,6 @@ def _error(value: Tensor, truth: Tensor) -> Tensor:
     return torch.where(value == truth, 0, (value - truth).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-@typed
 def forward_backward(
     op: Callable[..., Any], inputs: dict[str, Any], grad_outputs: Sequence[Tensor], **options: Any
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -80,8 +72,6 @@ def forward_backward(
     Returns:
         The outputs, and the gradients by input name.
     """
-    if not all(isinstance(x, (Tensor, type(None))) for x in inputs.values()):
-        raise TypeError(f"forward_backward: inputs must hold tensors and None, got {shown(list(inputs.values()))}")
     leaves = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     wanted = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.is_floating_point()}
     for x in wanted.values():
@@ -90,19 +80,12 @@ def forward_backward(
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if not grad_outputs:
         return outputs, {}
-    got = [list(output.shape) for output in outputs[: len(grad_outputs)]]
-    if (wanted_shapes := [list(grad.shape) for grad in grad_outputs]) != got:
-        raise ValueError(f"forward_backward: grad_outputs must have the shapes of the outputs, {got}, got {wanted_shapes}")
     judged = outputs[: len(grad_outputs)]
-    for grad, output in zip(grad_outputs, judged, strict=True):
-        if grad.device != output.device:
-            raise ValueError(f"forward_backward: grad_outputs must be on {output.device}, got {grad.device}")
     grads = [grad.to(output.dtype) for grad, output in zip(grad_outputs, judged, strict=True)]
     result = torch.autograd.grad(judged, list(wanted.values()), grads, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in outputs], dict(zip(wanted, result, strict=True))
 
 
-@typed
 def assert_op_close_as_plain(
     op: Callable[..., Any],
     plain: Callable[..., Any],
@@ -157,19 +140,12 @@ def results(
         yield {"got": grad, "plain": plain_grads[name], "truth": true_grads[name], "what": title, "magnitude": magnitude}
 
 
-@typed
 def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float | None = None) -> dict[str, float]:
     """Typical size of the terms that cancel in the gradients of attention, such as scale * (grad_out · v) * k.
 
     The gradient of a score is p * (grad_out · v - grad_out · out). In a row that sees one key it is 0, but neither term is.
     """
-    check = Checker("attention_magnitudes")
-    for name, letters in {"q": "B,H,rows,K", "k": "B,G,keys,K", "v": "B,G,keys,E"}.items():
-        check.tensor(f"inputs[{name!r}]", inputs.get(name, "nothing"), letters, FLOATS)
-        check.has_values(inputs=inputs[name])
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
-    check.tensor("grad_out", grad_out, "B,H,rows,E", FLOATS)
-    check.has_values(grad_out=grad_out)
     score = v.shape[-1] ** 0.5 * _rms(grad_out) * _rms(v)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return {"q": factor * score * _largest(k), "k": factor * score * _largest(q), "sinks": score}

@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quietstar_kernels.triton._target import INTERPRETED
-from quietstar_kernels.triton.configs import Config
+from quietstar_kernels.triton.configs import INTERPRETED, Config, target
 
 THREADS = 8  # the compiler releases the GIL
+BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
 MOST = 4096  # plans to remember; then all are forgotten
 Tiles = list[TensorDescriptor | None]
 Choice = TypeVar("Choice")
@@ -130,6 +130,35 @@ def compiling_at_once() -> Iterator[None]:
             yield
         finally:
             _only_compile.reset(token)
+
+
+def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
+    """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
+    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:
+        return [None] * len(rows)
+    shape = list(x.shape)
+    strides = [stride if size > 1 else 16 for size, stride in zip(shape, x.stride(), strict=True)]
+    steps = strides[:3]
+    if 0 in steps or (steps[0] | steps[1] | steps[2]) * x.itemsize % 16:
+        return [None] * len(rows)
+    strides[3], width = 1, padded(shape[3])
+    return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
+
+
+def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:
+    """Descriptors of k and v for tiles of each of ``blocks``, k first; None for all if one must be read by pointer."""
+
+    def describe() -> Tiles:
+        rows = [config.blocks[block] for block in blocks]
+        tiles = [tile for pair in zip(described(k, *rows), described(v, *rows), strict=True) for tile in pair]
+        return [None] * len(tiles) if None in tiles else tiles
+
+    return known.tiles(config, (k, v) * len(blocks), describe)
+
+
+def padded(width: int) -> int:
+    """Columns of a tile: a power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def cdiv(a: int, b: int) -> int:

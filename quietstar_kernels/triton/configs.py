@@ -6,11 +6,13 @@ tiles of "interpreter" are small, so that tests of small inputs cross many tile 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
-from quietstar_kernels.triton._target import target
+import triton
 
+INTERPRETED: bool = triton.knobs.runtime.interpret
 Table = dict[tuple[str, int, int], "Config"]
 ANY_WIDTH = 1 << 30
 
@@ -28,6 +30,34 @@ class Config:
         """Keyword arguments of the launch."""
         chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return self.blocks | chosen | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
+
+
+def target() -> str:
+    """ "sm_80", "sm_90", "sm_100" or "gfx942" for the current device; "interpreter" if nothing is compiled.
+
+    Other devices get the tiles of one of these that fit: sm_86, sm_89 and sm_120 those of sm_80, which need no more than their
+    99 KB of shared memory.
+    """
+    if INTERPRETED:
+        return "interpreter"
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+@functools.cache
+def _target(driver: Any, device: int) -> str:
+    """The target of ``device``, the current device of ``driver``."""
+    current = driver.get_current_target()
+    if current.backend == "hip":
+        return "gfx942"
+    if 100 <= current.arch < 120:
+        return "sm_100"
+    return "sm_90" if current.arch == 90 else "sm_80"
+
+
+def dot_precision() -> str:
+    """``input_precision`` of fp32 dots: three tf32 products come close to fp32, which NVIDIA's matrix units don't have."""
+    return "tf32x3" if target().startswith("sm_") else "ieee"
 
 
 def pick(tables: Table | list[Table], itemsize: int, width: int) -> Config:

@@ -12,8 +12,7 @@ since the gradient of a row that is almost certain is a small difference from 1.
 
 Logits exist for some ids and some rows at a time. The outer loop is over ids, since a weight usually has more rows than there
 are hidden states: its gradient is then one product per chunk, and the gradient of the hidden states is summed in fp32. Memory
-beyond the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits. If the gradient is known in the forward,
-forward and backward take turns over some rows that keep their logits, and the weight's gradient is summed in fp32.
+beyond the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from collections.abc import Iterator
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.triton._logits import LOWEST, _logits_gradient, _online_softmax
-from quietstar_kernels.triton._product import add_product, product
+from quietstar_kernels.triton._device import tanh
 from quietstar_kernels.triton.configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
 
 LOGITS = 2**24  # of a chunk: 64 MB, or 512 output tiles of 128 x 256, several for each multiprocessor of any GPU
 COLUMNS = 8192  # the least width of a chunk, which reads and writes the fp32 gradient of all hidden states
+LOWEST = tl.constexpr(-1e30)  # the logit of an id that doesn't count
+TINY = tl.constexpr(1e-38)  # the smallest probability whose log is taken
 ALIGNED = 64  # ids: chunks start and end at multiples of this, so that all loads are wide
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,73 +101,15 @@ def linear_logprob_backward(
     targets: Tensor,
     saved: Saved,
     wanted: list[bool],
-) -> Gradients:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
-    grads = _empty_gradients(hidden, head.weight, wanted, head.weight.dtype)
-    final = _shift(head), _factors(head)
-    _backward(grad_logprob, grad_entropy, hidden, head.weight, targets, saved, *final, grads, add=False)
-    return _rounded(hidden, grads)
-
-
-def linear_logprob_joined(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    wanted: list[bool],
-    keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_joined``, some rows at a time: those whose logits fit ``keep_bytes``, but at least D.
-
-    With D rows, the products take over ten times as long as reading and writing the weight's gradient once more.
-    """
     weight = head.weight
-    (R, D), V = hidden.shape, len(weight)
-    step = _aligned(max(D, keep_bytes // (_aligned(V) * hidden.element_size())))
-    logprob, entropy = (hidden.new_empty(R, dtype=torch.float32) for _ in range(2))
-    dhidden, dweight, dbias = grads = _empty_gradients(hidden, weight, wanted, torch.float32 if step < R else weight.dtype)
-    final = _shift(head), _factors(head)
-    for rows in _slices(max(R, 1), step):  # without rows the gradients are 0
-        part, of_part = hidden[rows], (None if dhidden is None else dhidden[rows], dweight, dbias)
-        logprob[rows], entropy[rows], largest, log_total, kept, kept_rows = linear_logprob(
-            part, head, targets[rows], return_entropy=grad_entropy is not None, keep=True
-        )
-        saved = Saved(entropy[rows], largest, log_total, kept, kept_rows)
-        incoming = grad_logprob[rows], None if grad_entropy is None else grad_entropy[rows]
-        _backward(*incoming, part, weight, targets[rows], saved, *final, of_part, add=rows.start > 0)
-        del saved, kept, kept_rows  # before the next rows keep theirs
-    return logprob, entropy, *_rounded(hidden, grads)
-
-
-def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype) -> Gradients:
-    """For ``_backward``: that of hidden is 0; those of the weight, in ``dtype``, and of the bias are not yet written."""
-    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
-    dweight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else None
-    return dhidden, dweight, weight.new_empty(len(weight), dtype=torch.float32) if wanted[2] else None
-
-
-def _rounded(hidden: Tensor, grads: Gradients) -> Gradients:
-    dhidden, dweight, dbias = (None if grad is None else grad.to(hidden.dtype) for grad in grads)
-    return dhidden, dweight, dbias
-
-
-def _backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    saved: Saved,
-    shift: Tensor,
-    factors: tuple[float, float | None],
-    grads: Gradients,
-    add: bool,
-) -> None:
-    """Adds to the gradient of hidden. Writes those of weight and bias or, with ``add``, adds to them; then they are fp32."""
     R, V = len(hidden), len(weight)
+    shift, factors = _shift(head), _factors(head)
     entropy, largest, log_total, kept, kept_rows = saved
-    dhidden, dweight, dbias = grads
+    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
+    dweight = weight.new_empty(weight.shape) if wanted[1] else None
+    dbias = weight.new_empty(V) if wanted[2] else None
     targets, grad_logprob = targets.contiguous(), torch.where(targets == -100, 0, grad_logprob)
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     config = pick(LOGITS_GRADIENT, 4, V)
@@ -206,12 +147,11 @@ def _backward(
             )
         if dhidden is not None:
             add_product(dhidden, d, weight[ids])
-        if dweight is not None and add:
-            add_product(dweight[ids], d.T, hidden)
-        elif dweight is not None:
+        if dweight is not None:
             product(d.T, hidden, dweight[ids])
         if dbias is not None:
-            dbias[ids] = d.sum(0, dtype=torch.float32) + (dbias[ids] if add else 0)
+            dbias[ids] = d.sum(0, dtype=torch.float32)
+    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
 
 
 def _shift(head: Head) -> Tensor:
@@ -251,3 +191,121 @@ def _slices(size: int, step: int) -> Iterator[slice]:
 
 def _aligned(size: int) -> int:
     return triton.cdiv(size, ALIGNED) * ALIGNED
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a b, in out's dtype, fp32 or that of the factors."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a.float() @ b.float())
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a b, fp32."""
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.float(), b.float())
+
+
+@triton.jit
+def _final(x, shift, inner, outer):
+    """The final logit of product x, divided by the temperature, and its derivative by x. LOWEST for ids that don't count."""
+    logit = (x + shift) * inner
+    slope = inner
+    if outer is not None:
+        bend = tanh(logit)
+        logit = outer * bend
+        slope = outer * inner * (1 - bend * bend)
+    return tl.where(shift == float("-inf"), LOWEST, logit), slope
+
+
+@triton.jit(do_not_specialize=["rows", "stride_tops"], do_not_specialize_on_alignment=["tops"])
+def _online_softmax(
+    x, shift, targets, largest, total, weighted, picked, kept, tops, first, rows, width,
+    stride_x, stride_kept, stride_tops, inner, outer, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds ids first..first+width-1, with logits x [rows,width], to the states of the rows.
+
+    largest: of the logits so far; total: sum of exp(logit - largest); weighted: of that times (logit - largest), or None;
+    picked: the target's logit, written in the chunk that holds it. With kept, exp(logit - top) go there, and the tops, each of
+    BLOCK_V ids, into tops.
+    """
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = r < rows
+    row = x + r.to(tl.int64) * stride_x
+    m = tl.load(largest + r, mask=inside, other=0.0)
+    s = tl.load(total + r, mask=inside, other=1.0)
+    w = s
+    if weighted is not None:
+        w = tl.load(weighted + r, mask=inside, other=0.0)
+
+    for start in range(0, width, BLOCK_V):
+        c = start + tl.arange(0, BLOCK_V)
+        within = c < width
+        shift_c = tl.load(shift + c, mask=within, other=float("-inf"))
+        x_c = tl.load(row[:, None] + c[None, :], mask=inside[:, None] & within[None, :], other=0.0)
+        logit, _ = _final(x_c, shift_c[None, :], inner, outer)
+        new = tl.maximum(m, tl.max(logit, 1))
+        gap = logit - new[:, None]
+        p = tl.exp(gap)
+        decay = tl.exp(m - new)
+        if weighted is not None:
+            w = decay * (w + s * (m - new)) + tl.sum(p * gap, 1)
+        s = decay * s + tl.sum(p, 1)
+        m = new
+        if kept is not None:
+            to = kept + r.to(tl.int64)[:, None] * stride_kept + c[None, :]
+            tl.store(to, p.to(kept.dtype.element_ty), mask=inside[:, None] & within[None, :])
+            tl.store(tops + r * stride_tops + start // BLOCK_V, new, mask=inside)
+
+    c = tl.load(targets + r, mask=inside, other=-1) - first
+    here = inside & (c >= 0) & (c < width)
+    logit, _ = _final(tl.load(row + c, mask=here, other=0.0), tl.load(shift + c, mask=here, other=0.0), inner, outer)
+    tl.store(largest + r, m, mask=inside)
+    tl.store(total + r, s, mask=inside)
+    if weighted is not None:
+        tl.store(weighted + r, w, mask=inside)
+    tl.store(picked + r, tl.where(logit == LOWEST, float("-inf"), logit), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "stride_rows"])
+def _logits_gradient(
+    x, shift, targets, entropy, largest, log_total, kept_rows, grad_logprob, grad_entropy, d, first, rows, width,
+    stride_x, stride_rows, stride_d, inner, outer, SPAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """d [rows,width]: the gradient of the loss by hidden · weight, for ids first..first+width-1. x is that product or, with
+    kept_rows, what the forward kept of it.
+    """
+    tl.static_assert(SPAN % BLOCK_V == 0)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside, within = r < rows, c < width
+    both = inside[:, None] & within[None, :]
+    target = c[None, :] == (tl.load(targets + r, mask=inside, other=-1) - first)[:, None]
+    g = tl.load(grad_logprob + r, mask=inside, other=0.0)[:, None]
+    largest_r = tl.load(largest + r, mask=inside, other=0.0)[:, None]
+    log_total_r = tl.load(log_total + r, mask=inside, other=0.0)[:, None]
+    shift_c = tl.load(shift + c, mask=within, other=float("-inf"))[None, :]
+    x_rc = tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=both, other=0.0)
+
+    if kept_rows is None:
+        logit, slope = _final(x_rc, shift_c, inner, outer)
+        logp = logit - largest_r - log_total_r
+        p = tl.exp(logp)
+    else:
+        row = kept_rows + r * stride_rows
+        picked = tl.load(row, mask=inside, other=0.0)[:, None]
+        share = tl.load(row + 1 + (first + tl.program_id(1) * BLOCK_V) // SPAN, mask=inside, other=0.0)[:, None]
+        p = tl.where(target, tl.exp(picked), x_rc.to(tl.float32) * share)
+        logp = tl.where(target, picked, tl.log(tl.maximum(p, TINY)))  # the compiler drops it if nothing needs it
+        slope = inner
+        if outer is not None:
+            bend = (logp + largest_r + log_total_r) * (1 / outer)
+            slope = outer * inner * (1 - bend * bend)
+    grad = tl.where(target, g, 0.0) - g * p
+    if grad_entropy is not None:
+        entropy_r = tl.load(entropy + r, mask=inside, other=0.0)[:, None]
+        grad -= tl.load(grad_entropy + r, mask=inside, other=0.0)[:, None] * p * (logp + entropy_r)
+    grad = tl.where(shift_c == float("-inf"), 0.0, grad * slope)
+
+    tl.store(d + r.to(tl.int64)[:, None] * stride_d + c[None, :], grad.to(d.dtype.element_ty), mask=both)

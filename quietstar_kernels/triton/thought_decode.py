@@ -7,24 +7,45 @@ tile are, in this order:
 2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
-If there are fewer tiles than processors, as in generation, ``_decode_splits`` cuts the text of a tile into parts.
+If there are fewer tiles than processors, as in generation, the text of a tile is cut into parts, which a second kernel adds up.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.triton._decode_splits import add_parts, parts_of, splits_of
-from quietstar_kernels.triton._launch import Launch, cdiv, plan
-from quietstar_kernels.triton._math import LOG2_E
-from quietstar_kernels.triton._rows import bounds, cover, divide, tile_rows, window_bounds
-from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
-from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
-from quietstar_kernels.triton.configs import DECODE_SHORT, THOUGHT_DECODE, THOUGHT_DECODE_SHORT, Config, pick
+from quietstar_kernels.triton._device import (
+    LOG2_E,
+    LOWEST,
+    bounds,
+    cover,
+    divide,
+    in_range,
+    load_rows,
+    load_tile,
+    scores,
+    softmax_step,
+    store_tile,
+    tile_rows,
+    window_bounds,
+    without_poison,
+)
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, padded, plan
+from quietstar_kernels.triton.configs import (
+    DECODE_SHORT,
+    THOUGHT_DECODE,
+    THOUGHT_DECODE_SHORT,
+    THOUGHT_DECODE_SUM,
+    Config,
+    dot_precision,
+    pick,
+)
+
+SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on another
 
 
 def thought_decode(
@@ -66,6 +87,39 @@ def thought_decode(
     if splits > 1:
         add_parts(parts, splits, out, known)
     return out
+
+
+def splits_of(tiles: int, L: int, block: int, device: torch.device) -> int:
+    """Parts of the text for ``tiles`` programs: as many as fill the GPU once, each of at least a few blocks of keys."""
+    return max(1, min(processors(device) // tiles, L // (SMALLEST_PART * block)))
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units. Without a GPU a few, so that tests have texts in parts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def parts_of(out: Tensor, splits: int) -> Tensor:
+    """Room for the softmax states of all parts of ``out`` [B,H,C,E], fp32: acc [splits,rows,E], top and total [splits,rows].
+
+    One tensor holds them one after another; it is empty if there is one part.
+    """
+    if splits == 1:
+        return out.new_empty(0, dtype=torch.float32)
+    rows = out.numel() // out.shape[-1]
+    return out.new_empty(splits * (out.numel() + 2 * rows), dtype=torch.float32)
+
+
+def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
+    """Write ``out``, the sum of its parts in order."""
+    rows, E = out[..., 0].numel(), out.shape[-1]
+    config = THOUGHT_DECODE_SUM
+
+    def prepare() -> Launch:
+        programs = cdiv(rows, config.blocks["BLOCK_R"])
+        return Launch(_add_parts, (programs,), (rows, splits), {"E": E, "BLOCK_E": 1 << (E - 1).bit_length()})
+
+    known.launch("parts", config, (parts, out), prepare)
 
 
 @triton.jit(
@@ -112,15 +166,15 @@ def _decode(
 
     lo += far(b, L)
     first = tl.load(lo + last, mask=on, other=0)
-    start, all_from, all_to, end = bounds(first, last, on)
+    start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
         oldest = last - first + now + 2 - window  # position id
-        start, all_from = window_bounds(start, all_from, end, oldest, on, lo, 1024)
-    part = tl.cdiv(tl.cdiv(tl.maximum(end + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+    part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
-    end = tl.minimum(end, start + part - 1)
-    last = tl.minimum(last, end)
-    before, full, edges = cover(start, tl.minimum(all_from, end + 1), tl.minimum(all_to, end), end, BLOCK_N, BLOCK_EDGE)
+    final = tl.minimum(final, start + part - 1)
+    last = tl.minimum(last, final)
+    before, full, edges = cover(start, tl.minimum(all_from, final + 1), tl.minimum(all_to, final), final, BLOCK_N, BLOCK_EDGE)
     own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)  # of each thought, in the first part
     k_text += far(b, stride_kb) + far(g, stride_kg)
     v_text += far(b, stride_vb) + far(g, stride_vg)
@@ -149,21 +203,21 @@ def _decode(
         n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
         n = n0 + i
         # By pointer: these blocks are few, and a descriptor takes a microsecond of host time.
-        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= end, K, BLOCK_K)
-        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= end, E, BLOCK_E)
+        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= final, K, BLOCK_K)
+        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= final, E, BLOCK_E)
         values, poison = without_poison(values)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         seen = in_range(n[None, :], first[:, None], count[:, None])
         if window is not None:
-            seen &= (n - tl.load(lo + n, mask=n <= end, other=0))[None, :] >= oldest[:, None]
+            seen &= (n - tl.load(lo + n, mask=n <= final, other=0))[None, :] >= oldest[:, None]
         s = tl.where(seen, s + poison[None, :], -float("inf"))
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
     for j in tl.range(full):
         n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_rows(k_full, k_text, b, g, n0, stride_kl, end + 1, BLOCK_N, K, BLOCK_K)
-        values = load_rows(v_full, v_text, b, g, n0, stride_vl, end + 1, BLOCK_N, E, BLOCK_E)
+        keys = load_rows(k_full, k_text, b, g, n0, stride_kl, final + 1, BLOCK_N, K, BLOCK_K)
+        values = load_rows(v_full, v_text, b, g, n0, stride_vl, final + 1, BLOCK_N, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -189,3 +243,26 @@ def _decode(
 def far(index, stride):
     """How far ``index`` is along a dimension, in int64."""
     return index.to(tl.int64) * stride
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _add_parts(parts, out, rows, splits, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < rows
+    all_rows = splits.to(tl.int64) * rows
+    tops = parts + all_rows * E
+    top = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    for _ in tl.range(splits):
+        part_top = tl.load(tops + row, mask=inside, other=0.0)
+        part_total = tl.load(tops + all_rows + row, mask=inside, other=1.0)
+        part = load_tile(parts, row * E, inside, E, BLOCK_E)
+        new_top = tl.maximum(top, part_top)
+        decay, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + part_total * weight
+        top = new_top
+        tops += rows
+        parts += rows.to(tl.int64) * E
+    store_tile(out, row * E, inside, acc / total[:, None], E, BLOCK_E)

@@ -1,21 +1,21 @@
-"""The exact results of the attention benchmarks are those of the reference, and the peers compute them."""
+"""The exact results of the attention benchmarks are those of the reference, and the baselines compute them."""
 
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from benchmarks import bench_thought_attention, bench_thought_decode
+from benchmarks import bench_thought_attention
+from benchmarks.baselines import attention
+from benchmarks.baselines.exact import exact_rows
 from benchmarks.bench_thought_attention import AttentionCase
 from benchmarks.bench_thought_decode import DecodeCase
 from benchmarks.harness.case import Wrong
-from benchmarks.peers import attention
-from benchmarks.peers.exact import exact_rows
 from quietstar_kernels.testing import plain_attention
 
 TINY = AttentionCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8)
 STEP = DecodeCase(B=2, L=11, N=2, S=4, H=4, G=2, K=8, step=2)
-PEERS = {peer.name: peer for peer in attention.PEERS}
+BASELINES = {baseline.name: baseline for baseline in attention.BASELINES}
 ON_CPU = ["flash prefix + own block (PyTorch)", "SDPA, dense mask"]
 
 
@@ -51,33 +51,28 @@ def test_the_exact_rows_are_those_of_plain_attention():
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
 @pytest.mark.parametrize("sizes", [{}, {"G": 4}, {"G": 1, "N": 1}, {"S": 1, "L": 1}, {"B": 1, "L": 40, "K": 24}])
-def test_peers_of_attention_are_right(name, what, sizes):
+def test_baselines_of_attention_are_right(name, what, sizes):
     case = replace(TINY, what=what, **sizes)
-    case.check(PEERS[name].prepare(case))
+    case.check(BASELINES[name].prepare(case))
 
 
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("sizes", [{}, {"G": 4}, {"G": 1, "N": 1}, {"S": 1, "L": 1, "step": 0}, {"step": 0}, {"step": 3}])
-def test_peers_of_decoding_are_right(name, sizes):
+def test_baselines_of_decoding_are_right(name, sizes):
     case = replace(STEP, **sizes)
-    case.check(PEERS[name].prepare(case))
+    case.check(BASELINES[name].prepare(case))
 
 
+@pytest.mark.long
 def test_flex_attention_is_right():
     case = replace(TINY, B=1)
-    case.check(PEERS["FlexAttention, compiled"].prepare(case))
+    case.check(BASELINES["FlexAttention, compiled"].prepare(case))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_is_right(parts):
     case = replace(TINY, B=4, what="forward+backward")
     case.check(bench_thought_attention.in_parts(case, parts))
-
-
-def test_one_thread_restores_the_number_of_threads():
-    before = torch.get_num_threads()
-    TINY.check(bench_thought_attention.on_one_thread(TINY))
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("case", [TINY, STEP])
@@ -91,25 +86,10 @@ def test_a_mask_off_by_one_is_refused(case):
         case.check(attention.dense(off))
 
 
-def test_gpu_peers_say_why_they_do_not_run_here():
+def test_gpu_baselines_say_why_they_do_not_run_here():
     for case in (TINY, STEP):
-        assert PEERS["FlexAttention, FLASH"].why_not(case) == "this kernel is for GPUs"
-        assert PEERS["flash prefix + own block (flash-attn)"].why_not(case) == "this kernel is for GPUs"
-    assert "no backward" in PEERS["FlexAttention, compiled"].why_not(replace(TINY, what="forward+backward"))
+        assert BASELINES["FlexAttention, FLASH"].why_not(case) == "this kernel is for GPUs"
+        assert BASELINES["flash prefix + own block (flash-attn)"].why_not(case) == "this kernel is for GPUs"
+    assert "no backward" in BASELINES["FlexAttention, compiled"].why_not(replace(TINY, what="forward+backward"))
     on_gpu = replace(TINY, device=torch.device("cuda"), dtype=torch.float32)
-    assert "fp16 and bf16" in PEERS["flash prefix + own block (PyTorch)"].why_not(on_gpu)
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("module", [bench_thought_attention, bench_thought_decode])
-def test_each_grid_varies_its_size(kind, module):
-    quick, full = ([*module.cases(torch.device(kind), full)] for full in (False, True))
-    assert {case.grid for case in quick} <= {case.grid for case in full} and len(quick) < len(full)
-    long_first = kind == "cuda" and module is bench_thought_attention
-    assert [case.L for case in quick[:3:2]] == [2048, 256] if long_first else quick[0].L == 256
-    head = next(case for case in quick if case.grid == "headline")
-    assert head.L == 256 and head.S == 14 and head.H == 4 * head.G and head.K == 128
-    letters = {"text": "L", "thoughts": "N", "rows": "S", "width": "K", "groups": "G"}
-    for grid, letter in letters.items():
-        values = [case.sizes[letter] for case in full if case.grid == grid and case.what == "forward"]
-        assert len(set(values)) == len(values) > 1, grid
+    assert "fp16 and bf16" in BASELINES["flash prefix + own block (PyTorch)"].why_not(on_gpu)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import bench_host as bench
 
+pytestmark = pytest.mark.long  # each runs Triton in a process of its own
 KERNELS = [
     "attention_backward_keys",
     "attention_backward_keys",
@@ -46,20 +47,12 @@ def launches():
     return json.loads(done.stdout)
 
 
-def test_a_forward_followed_by_a_backward_compiles_all_kernels(launches):
+def test_known_launches_compile_and_bind_nothing_again(launches):
+    """A forward followed by a backward compiles all kernels; slices of a layout are launches of the same plans."""
+    kernels = len(KERNELS)
     assert launches["names"] == KERNELS
-    assert launches["forward"][0] == len(KERNELS) and launches["forward"][2] == 1
-    assert launches["backward"] == [0, len(KERNELS) - 1, len(KERNELS)]
-
-
-def test_slices_of_a_layout_compile_nothing_again(launches):
-    assert len(set(launches["unaligned"])) > 1
-    assert [compiled for compiled, _, _ in launches["chunks"]] == [0] * len(launches["chunks"])
-
-
-def test_triton_does_not_bind_the_arguments_of_known_launches_again(launches):
-    assert launches["again"] == [[0, 0, len(KERNELS)]] * len(launches["again"])
-
-
-def test_another_dtype_is_another_plan(launches):
-    assert launches["another dtype"][0] == len(KERNELS)
+    assert launches["forward"][0] == kernels and launches["forward"][2] == 1
+    assert launches["backward"] == [0, kernels - 1, kernels]
+    assert len(set(launches["unaligned"])) > 1 and {compiled for compiled, _, _ in launches["chunks"]} == {0}
+    assert launches["again"] == [[0, 0, kernels]] * len(launches["again"])
+    assert launches["another dtype"][0] == kernels

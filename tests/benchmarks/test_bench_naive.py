@@ -6,7 +6,6 @@ import torch
 from benchmarks import bench_naive as bench
 from benchmarks.bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
 from benchmarks.harness.case import Wrong
-from benchmarks.harness.compare import Effort
 
 TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, V=300)
 
@@ -38,12 +37,3 @@ def test_thoughts_that_differ_fail(monkeypatch):
     monkeypatch.setattr(bench, "make_method", lambda case, name, dtype: lambda anchors: torch.full((1, 3, 4), number[name]))
     with pytest.raises(Wrong, match="naive: 1 of 39 thoughts differ"):
         bench.check(TINY, anchors, thoughts)
-
-
-def test_rows(rates):
-    rows = bench.compare(TINY, bench.OURS, bench.PEERS, rates, Effort(rounds=3))
-    assert [row.candidate for row in rows] == [BATCHED, NAIVE, CAREFUL]
-    assert [row.is_ours for row in rows] == [True, False, False]
-    for row in rows:
-        assert row.seconds > 0 and row.times_ours == pytest.approx(row.seconds / rows[0].seconds)
-        assert row.sizes == TINY.sizes and row.of_floor > 0 and row.note == ""

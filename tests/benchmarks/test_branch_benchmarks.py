@@ -1,13 +1,13 @@
-"""The benchmark of branches: what its cases count, and that its peers compute the same."""
+"""The benchmark of branches: what its cases count, and that its baselines compute the same."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.baselines.branches import BASELINES, BranchCase
 from benchmarks.bench_branches import BENCHMARK, smoke
 from benchmarks.harness.case import Wrong
-from benchmarks.peers.branches import PEERS, BranchCase
 from benchmarks.report import goals
 
 CPU = torch.device("cpu")
@@ -26,19 +26,18 @@ def test_sees_and_work_follow_the_layout(grid):
 
 def test_copies_take_more_arithmetic():
     case = BranchCase(L=512, C=8, S=64)
-    assert case.pairs == 512 * 513 / 2 + 8 * (512 * 64 + 64 * 65 / 2)
-    assert case.pairs_repeated == 8 * 576 * 577 / 2
+    assert (case.pairs, case.pairs_repeated) == (512 * 513 / 2 + 8 * (512 * 64 + 64 * 65 / 2), 8 * 576 * 577 / 2)
     assert round(case.arithmetic, 1) == 3.2
 
 
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", [peer.name for peer in PEERS])
+@pytest.mark.parametrize("name", [pytest.param(x.name, marks=[pytest.mark.long] * x.compiles) for x in BASELINES])
 @pytest.mark.parametrize("grid", CASES)
-def test_peers_are_right(grid, name, what):
-    case, (peer,) = replace(CASES[grid], what=what), [peer for peer in PEERS if peer.name == name]
-    if reason := peer.why_not(case):
+def test_baselines_are_right(grid, name, what):
+    case, (baseline,) = replace(CASES[grid], what=what), [baseline for baseline in BASELINES if baseline.name == name]
+    if reason := baseline.why_not(case):
         pytest.skip(reason)
-    case.check(peer.prepare(case))
+    case.check(baseline.prepare(case))
 
 
 @pytest.mark.parametrize("grid", CASES)

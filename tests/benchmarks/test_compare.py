@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from benchmarks.bench_thought_attention import OURS, AttentionCase
+from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Work
-from benchmarks.harness.compare import Effort, compare, input_sets
-from benchmarks.harness.peer import Peer
+from benchmarks.harness.compare import compare, input_sets
 
 TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
-RIGHT = Peer("right", OURS.prepare)
+RIGHT = Candidate("right", OURS.prepare)
 
 
 def altered(change):
-    """A peer that returns our output after ``change``."""
+    """A baseline that returns our output after ``change``."""
 
     def prepare(case):
         attend = OURS.prepare(case)
         return lambda q, k, v: change(attend(q, k, v))
 
-    return Peer("altered", prepare)
+    return Candidate("altered", prepare)
 
 
 class WrongGradient(torch.autograd.Function):
@@ -44,7 +44,7 @@ def one_wrong_row(out):
     "change", [lambda out: 1.001 * out, one_wrong_row, lambda out: out * float("nan"), lambda out: out[:, :, 1:]]
 )
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
-def test_a_wrong_peer_is_refused(change, what, rates, effort):
+def test_a_wrong_baseline_is_refused(change, what, rates, effort):
     ours, wrong, right = compare(replace(TINY, what=what), OURS, [altered(change), RIGHT], rates, effort)
     assert ours.seconds and right.seconds and ours.note == right.note == ""
     assert wrong.seconds is wrong.times_ours is wrong.peak_bytes is None
@@ -59,17 +59,17 @@ def test_a_wrong_gradient_is_refused(rates, effort):
     assert "refused, a wrong result: dq differs by 1.0e-02" in row.note
 
 
-def test_missing_and_failing_peers_have_rows_that_say_why(rates, effort):
+def test_missing_and_failing_baselines_have_rows_that_say_why(rates, effort):
     def explode(case):
         raise RuntimeError("no such kernel\nat line 3")
 
-    peers = [
-        Peer("missing", OURS.prepare, why_not=lambda case: "it is not installed here"),
-        Peer("failing", explode),
-        Peer("huge", OURS.prepare, needs=lambda case: Work(bytes=1e18)),
-        Peer("slow", OURS.prepare, needs=lambda case: Work(flops=1e13)),
+    baselines = [
+        Candidate("missing", OURS.prepare, why_not=lambda case: "it is not installed here"),
+        Candidate("failing", explode),
+        Candidate("huge", OURS.prepare, needs=lambda case: Work(bytes=1e18)),
+        Candidate("slow", OURS.prepare, needs=lambda case: Work(flops=1e13)),
     ]
-    rows = compare(TINY, OURS, peers, rates, effort)
+    rows = compare(TINY, OURS, baselines, rates, effort)
     assert [row.candidate for row in rows] == ["thought_attention", "missing", "failing", "huge", "slow"]
     notes = [row.note for row in rows]
     assert notes[1:3] == ["it is not installed here", "failed: RuntimeError: no such kernel"]
@@ -79,45 +79,27 @@ def test_missing_and_failing_peers_have_rows_that_say_why(rates, effort):
 
 
 def test_a_wrong_result_of_ours_is_refused_too(rates, effort):
-    mine, peer = compare(TINY, altered(lambda out: -out), [RIGHT], rates, effort)
+    mine, baseline = compare(TINY, altered(lambda out: -out), [RIGHT], rates, effort)
     assert mine.is_ours and mine.seconds is None and "wrong result" in mine.note
-    assert peer.seconds and peer.times_ours is None
+    assert baseline.seconds and baseline.times_ours is None
 
 
 def test_the_numbers_of_a_row(rates, effort):
-    ours, peer = compare(replace(TINY, what="forward+backward"), OURS, [RIGHT], rates, effort)
+    ours, baseline = compare(replace(TINY, what="forward+backward"), OURS, [RIGHT], rates, effort)
     work = replace(TINY, what="forward+backward").work()
-    for row in (ours, peer):
+    for row in (ours, baseline):
         assert row.low <= row.seconds <= row.high and row.rounds >= 1
         assert row.flops_rate == pytest.approx(work.flops / row.seconds)
         assert row.bytes_rate == pytest.approx(work.bytes / row.seconds)
-        assert row.floor == pytest.approx(max(work.flops / 1e11, work.bytes / 1e10))
-        assert row.of_floor == pytest.approx(row.floor / row.seconds)
+        assert row.roofline == pytest.approx(max(work.flops / 1e11, work.bytes / 1e10))
+        assert row.of_roofline == pytest.approx(row.roofline / row.seconds)
         assert row.bound_by == ("matmul" if work.flops / 1e11 > work.bytes / 1e10 else "copy")
         assert row.version
-    assert ours.times_ours == 1 and peer.times_ours == pytest.approx(peer.seconds / ours.seconds)
-    assert ours.is_ours and not peer.is_ours
+    assert ours.times_ours == 1 and baseline.times_ours == pytest.approx(baseline.seconds / ours.seconds)
+    assert ours.is_ours and not baseline.is_ours
 
 
-def test_inputs_rotate_and_differ():
-    sets = input_sets(TINY)
-    assert len(sets) == 8
-    assert len({float(inputs["q"].sum()) for inputs in sets}) == 8
-
-
-def test_large_inputs_do_not_rotate():
-    case = replace(TINY, L=600, N=4, S=16, H=8, G=8, K=128)
-    assert len(input_sets(case)) <= 2
-
-
-def test_full_effort_is_more_effort():
-    from benchmarks.harness.compare import FULL, QUICK
-
-    assert FULL.rounds > QUICK.rounds and FULL.budget > QUICK.budget and FULL.longest > QUICK.longest
-    assert isinstance(QUICK, Effort)
-
-
-def test_rows_are_written_after_each_peer_and_a_peer_that_dies_takes_none_with_it(rates, effort):
+def test_rows_are_written_after_each_baseline_and_a_baseline_that_dies_takes_none_with_it(rates, effort):
     def dies(case):
         calls = iter(range(100))
         attend = OURS.prepare(case)
@@ -130,10 +112,19 @@ def test_rows_are_written_after_each_peer_and_a_peer_that_dies_takes_none_with_i
         return attend_for_a_while
 
     written = []
-    rows = compare(TINY, OURS, [RIGHT, Peer("dies", dies), RIGHT], rates, effort, lambda so_far: written.append(len(so_far)))
+    rows = compare(
+        TINY, OURS, [RIGHT, Candidate("dies", dies), RIGHT], rates, effort, lambda so_far: written.append(len(so_far))
+    )
     assert written == [2, 4]
     assert [row.note for row in rows] == ["", "", "failed: RuntimeError: an illegal access", ""]
     assert rows[0].seconds and rows[0].rounds == 2 * effort.rounds and rows[3].times_ours
+
+
+@pytest.mark.long
+def test_small_inputs_rotate_and_large_ones_do_not():
+    sets = input_sets(TINY)
+    assert len(sets) == 8 == len({float(inputs["q"].sum()) for inputs in sets})
+    assert len(input_sets(replace(TINY, L=600, N=4, S=16, H=8, G=8, K=128))) <= 2
 
 
 def test_ours_alone(rates, effort):

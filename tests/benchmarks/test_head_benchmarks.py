@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from benchmarks import bench_linear_logprob, bench_sample_token
+from benchmarks.baselines.head import LOSSES, SAMPLERS
 from benchmarks.bench_linear_logprob import LogprobCase
 from benchmarks.bench_sample_token import SampleCase
 from benchmarks.harness.case import Wrong
-from benchmarks.peers.head import LOSSES, SAMPLERS
 
 SAMPLE = SampleCase(R=256, D=16, V=200)
 LOSS = LogprobCase(R=40, D=16, V=200, what="forward+backward")
@@ -26,9 +26,9 @@ def flatter(logp):
     return torch.multinomial((logp / 1.3).softmax(-1), 1)[:, 0]
 
 
-@pytest.mark.parametrize("peer", [bench_sample_token.OURS, *SAMPLERS], ids=lambda peer: peer.name)
-def test_samplers_are_right(peer):
-    SAMPLE.check(peer.prepare(SAMPLE))
+@pytest.mark.parametrize("candidate", [bench_sample_token.OURS, *SAMPLERS], ids=lambda candidate: candidate.name)
+def test_samplers_are_right(candidate):
+    SAMPLE.check(candidate.prepare(SAMPLE))
 
 
 @pytest.mark.parametrize("choose", [lambda logp: logp.argmax(-1), lambda logp: logp.argmin(-1), flatter])
@@ -50,16 +50,14 @@ def test_wrong_log_probabilities_are_refused():
         SAMPLE.check(lambda hidden, weight: 1.01 * hidden @ weight.T)
 
 
-@pytest.mark.parametrize("peer", [bench_linear_logprob.OURS, *LOSSES], ids=lambda peer: peer.name)
-def test_losses_are_right(peer):
-    if reason := peer.why_not(LOSS):
+@pytest.mark.parametrize(
+    "candidate",
+    [pytest.param(x, id=x.name, marks=[pytest.mark.long] * (x.package == "trl")) for x in (bench_linear_logprob.OURS, *LOSSES)],
+)
+def test_losses_are_right(candidate):
+    if reason := candidate.why_not(LOSS):
         pytest.skip(reason)
-    LOSS.check(peer.prepare(LOSS))
-
-
-def test_missing_libraries_say_so():
-    for peer in LOSSES[3:]:
-        assert peer.why_not(LOSS) in (f"{peer.package} is not installed here", f"{peer.package} is for GPUs")
+    LOSS.check(candidate.prepare(LOSS))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, note):
     assert got is passed and note in got_note
 
 
+@pytest.mark.long
 def test_processes_end_with_all_that_they_started_and_their_output_is_in_the_log(tmp_path, monkeypatch):
     child = tmp_path / "child"
     hang = (

@@ -1,4 +1,4 @@
-"""``make gpu`` with only what docs/gpu.md asks for installed: every stage, though its times mean nothing."""
+"""``make gpu`` with only what docs/building.md asks for installed: every stage, though its times mean nothing."""
 
 import subprocess
 
@@ -9,7 +9,7 @@ from benchmarks.report import pages, results_file, tables
 from benchmarks.report.missing import STAGES, missing
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_runs_with_nothing_else_installed(tmp_path):
     command = ["make", "gpu-rehearsal", f"RESULTS={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -27,3 +27,6 @@ def test_every_stage_runs_with_nothing_else_installed(tmp_path):
     tests = next(line for line in results["stages"] if line["stage"] == "tests")
     assert tests["passed"] and int(tests["note"].split()[0]) > 20
     assert path.with_suffix(".log").stat().st_size > 10_000
+    assert "## Missing" in path.with_suffix(".md").read_text()
+    summary = done.stdout[done.stdout.index("\n## ") :]
+    assert "\nGoals: " in summary and "| naive, thoughts, L 8" in summary

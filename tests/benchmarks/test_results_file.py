@@ -9,7 +9,7 @@ OPS = ["sample_token", "naive"]
 
 def row(op="naive", candidate="batched", seconds=1.0, note="", L=8, **more):
     base = {"op": op, "grid": "headline", "what": "thoughts", "dtype": "float32", "sizes": {"L": L}, "candidate": candidate}
-    return base | {"seconds": seconds, "note": note, "is_ours": candidate == "batched", "is_floor": False} | more
+    return base | {"seconds": seconds, "note": note, "is_ours": candidate == "batched", "is_partial": False} | more
 
 
 def test_new_rows_replace_those_of_their_case_and_candidate():

@@ -10,9 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import grid  # noqa: E402
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")
+pytestmark = [pytest.mark.build, pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")]
 CASES = {"plain": 200, "address": 60, "thread": 20}
-*OTHERS, WIDEST = grid.SETS
 
 
 def runs_here(name):
@@ -26,7 +25,7 @@ def results(program, name, threads, cases):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS), WIDEST])
+@pytest.mark.parametrize("name", grid.SETS)
 def test_results_do_not_depend_on_the_number_of_threads(name):
     if not runs_here(name):
         pytest.skip(f"this processor has no {name}")
@@ -42,7 +41,6 @@ def test_instruction_sets_agree():
     assert sizes[0] > 1e4 and max(sizes) - min(sizes) < 1e-6 * sizes[0]
 
 
-@pytest.mark.slow
 def test_on_arm():
     """With NEON, in an emulator."""
     for tool in (grid.ARM, grid.EMULATOR):
@@ -55,7 +53,6 @@ def test_on_arm():
     assert abs(size(one) - here) < 1e-6 * here
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", grid.SETS)
 @pytest.mark.parametrize("kind", ["address", "thread"])
 def test_sanitizers_find_nothing(kind, name):
@@ -64,7 +61,6 @@ def test_sanitizers_find_nothing(kind, name):
     results(grid.build(kind=kind), name, 3, CASES[kind])
 
 
-@pytest.mark.slow
 def test_two_compilers_give_the_same_bits():
     if shutil.which("clang++") is None:
         pytest.skip("there is no clang++ on PATH")
@@ -106,7 +102,6 @@ BUGS = {  # a sanitizer, what is said (a pattern), and the change
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_found(name):
     kind, said, bug = BUGS[name]

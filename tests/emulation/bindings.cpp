@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 
 #include "arguments.cuh"
-#include "matmul.cuh"
 
 namespace {
 
@@ -29,16 +28,9 @@ struct Python {
     static void* stream(const Tensor&) { return nullptr; }
 };
 
-void matmul(const PythonTensor& a, const PythonTensor& b, const PythonTensor& c) {
-    const int M = a.size(0), N = b.size(1), K = a.size(1);
-    quietstar::matmul({Python::read(a), Python::read(b), Python::write(c), M, N, K, Python::is_bf16(a)},
-                      nullptr);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(emulated, module) {
     module.def("_thought_decode_cuda", &quietstar::call_thought_decode<Python>);
     module.def("_sample_token_cuda", &quietstar::call_sample_token<Python>);
-    module.def("matmul", &matmul);
 }

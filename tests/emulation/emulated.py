@@ -91,7 +91,7 @@ def build(kind: str = "plain", bug: Bug | None = None) -> Path:
 
 
 def load(library: Path) -> ModuleType:
-    """The module, with the functions of csrc/bindings.cpp and ``matmul``."""
+    """The module, with the functions of csrc/bindings.cpp."""
     loader = importlib.machinery.ExtensionFileLoader("emulated", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("emulated", loader))
     loader.exec_module(module)
@@ -191,3 +191,7 @@ def _python_headers() -> list[str]:
     import pybind11
 
     return [f"-I{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+
+
+if __name__ == "__main__" and missing() is None:  # before tests that take less time than this
+    build()

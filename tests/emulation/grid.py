@@ -44,14 +44,6 @@ def in_both_orders(op: Callable[[], Any]) -> Any:
     return forward
 
 
-def matmul(kernels) -> None:
-    """Not a kernel of the package, but one that uses everything in the emulation."""
-    for dtype, (M, N, K) in itertools.product((torch.float16, torch.bfloat16), [(1, 8, 16), (70, 72, 48), (33, 128, 64)]):
-        a, b, c = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype), torch.full((M, N), torch.nan)
-        product = in_both_orders(lambda: kernels.matmul(a, b, c) or c.clone())  # noqa: B023
-        assert_close_as_plain(product, a.float() @ b.float(), a.double() @ b.double(), f"matmul {M} {N} {K}")
-
-
 def decode(kernels) -> None:
     """All kinds of layouts, group sizes, options and widths, but not all combinations; then a text that is split."""
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +105,7 @@ def sample(kernels) -> None:
             assert_close_as_plain(logprob[:, None], plain, truth, f"log-probability {V} {options}")
 
 
-PARTS = {"matmul": matmul, "decode": decode, "sample": sample}
+PARTS = {"decode": decode, "sample": sample}
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial.md"
 DECIMAL = re.compile(r"[+-]?\d+\.\d+(?!\w)")
-# What depends on the machine alone: the time of a run, and its speed.
-TIMES = re.compile(r"(?<= steps in ).*$|(?<=thoughts/s).*$")
+# What depends on the machine alone: the time of a run, its speed, and which digits a model thinks and writes, since training
+# amplifies the rounding of its instruction set.
+MACHINE = re.compile(r"(?<= steps in ).*$|(?<=thoughts/s).*$|(?<=')\d+(?=')")
 
 
 def steps(text):
@@ -40,7 +41,7 @@ def differs(printed, documented):
     if len(lines) != len(wanted):
         return f"{len(lines)} lines instead of {len(wanted)}"
     for line, want in zip(lines, wanted, strict=True):
-        line, want = TIMES.sub("", line), TIMES.sub("", want)
+        line, want = MACHINE.sub("", line), MACHINE.sub("", want)
         numbers = DECIMAL.findall(line), DECIMAL.findall(want)
         same = DECIMAL.sub("N", line).split() == DECIMAL.sub("N", want).split() and all(map(close, *numbers))
         if not same:
@@ -57,7 +58,7 @@ def test_a_difference_is_found():
     assert differs("100 steps in 3 s\n  thoughts/s 7 8\n", "100 steps in 1 min 2 s\n  thoughts/s  1000   2\n") is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_tutorial(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     home = tmp_path / "tutorial"

@@ -109,7 +109,7 @@ def _nvidia(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_co
     ops = [x.mnemonic for x in code]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     matrix = {name: ops.count(name) for name in sorted(set(ops)) if "MMA" in name}
-    loops = machine_code.loops(code, kernel.metadata.num_warps)
+    loops = machine_code.loops(code)
     return registers, ops.count("LDL") + ops.count("STL"), len(code) - ops.count("NOP"), matrix, loops
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
+import quick
 
-from quietstar_kernels import _cases, _dispatch, _first_use
+from quietstar_kernels import _dispatch, _first_use, check
 from quietstar_kernels.cpu import _library as cpu_library
 from quietstar_kernels.cuda import _library
 
@@ -24,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_of_the_matrix(item):
+            item.add_marker(pytest.mark.kernels)
     if shard := config.getoption("--shard", None):
         mine, shares = map(int, shard.split("/"))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % shares != mine])
@@ -34,8 +39,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs the tests of an op with every back end that serves the op."""
     if "backend" not in metafunc.fixturenames:
         return
-    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
+    op = op_of(metafunc.module)
     metafunc.parametrize("backend", [name for name in BACKENDS if serves(name, op)], indirect=True)
+
+
+def op_of(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
+
+
+def is_of_the_matrix(item: pytest.Item) -> bool:
+    """Whether it is a case of a back end that takes long, and not one of ``quick.CASES``."""
+    call = getattr(item, "callspec", None)
+    backend = call and call.params.get("backend")
+    if backend not in ("triton", "cuda", "cpu in PyTorch"):
+        return False
+    cases = quick.CASES.get(op_of(item.module), {}).get(item.originalname.removeprefix("test_"), [])
+    return call.id.removeprefix(backend).removeprefix("-") not in cases
 
 
 def serves(backend: str, op: str) -> bool:
@@ -125,7 +144,7 @@ def tries(monkeypatch, tmp_path):
     tried = []
     right = _first_use._try
     monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(_cases, "TEXT", 24)
+    monkeypatch.setattr(check, "TEXT", 24)
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))

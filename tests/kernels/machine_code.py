@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
-
-# Clocks of an H100's or H200's multiprocessor.
-MATRIX = 4096  # operations a clock on 16-bit numbers, by products of warp groups
-BY_WARP = 0.62  # of that, by products of single warps
-SHARED = 128  # bytes a clock to and from shared memory
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9][A-Za-z0-9_.]*)([^;]*);", re.M)
 
@@ -34,24 +28,20 @@ class Loop:
         hgmma: products of warp groups among them.
         serialised: products that wait for the one before, though both add to the same registers.
         in_flight: copies of later iterations that are still on their way when the first product starts; None without copies.
-        matrix: clocks of the matrix unit for one iteration of all warps.
-        shared: clocks of shared memory likewise, without bank conflicts: operands of products, copies, and what threads move.
     """
 
     instructions: int
     hgmma: int
     serialised: int
     in_flight: int | None
-    matrix: float
-    shared: float
 
 
 def instructions(sass: str) -> list[Instruction]:
     return [Instruction(int(address, 16), name, operands) for address, name, operands in INSTRUCTION.findall(sass)]
 
 
-def loops(code: list[Instruction], warps: int) -> list[Loop]:
-    """Of a program of ``warps``, in the order of their addresses."""
+def loops(code: list[Instruction]) -> list[Loop]:
+    """In the order of their addresses."""
     index = {x.address: i for i, x in enumerate(code)}
     spans = set()
     for i, x in enumerate(code):
@@ -63,12 +53,12 @@ def loops(code: list[Instruction], warps: int) -> list[Loop]:
         inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
         body = code[first : last + 1]
         if not inner and any(x.mnemonic in ("HGMMA", "HMMA") for x in body):
-            found.append(_loop(body, code[end:first], warps))
+            found.append(_loop(body, code[end:first]))
             end = last + 1
     return found
 
 
-def _loop(body: list[Instruction], before: list[Instruction], warps: int) -> Loop:
+def _loop(body: list[Instruction], before: list[Instruction]) -> Loop:
     serialised, sums, waited = 0, None, False
     for x in body:
         if x.name.startswith("WARPGROUP.DEPBAR"):
@@ -79,39 +69,7 @@ def _loop(body: list[Instruction], before: list[Instruction], warps: int) -> Loo
             sums, waited = into, False
     count = lambda code, name: sum(x.mnemonic == name for x in code)  # noqa: E731
     in_flight = _in_flight(body, before, count)
-    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight, _matrix(body, warps), _shared(body, warps))
-
-
-def _matrix(body: list[Instruction], warps: int) -> float:
-    operations = 0.0
-    for x in body:
-        if x.mnemonic == "HGMMA":
-            operations += warps / 4 * 2 * math.prod(_sizes(x)) * (2 if "TF32" in x.name else 1)
-        elif x.mnemonic == "HMMA":
-            operations += warps * 2 * 16 * 8 * (16 if ".16816." in x.name else 8) / BY_WARP * (2 if "TF32" in x.name else 1)
-    return operations / MATRIX
-
-
-def _shared(body: list[Instruction], warps: int) -> float:
-    """Whole tiles are written once and read by each warp group as the second operand of its products."""
-    moved = 0.0
-    whole = any(x.mnemonic == "UTMALDG" for x in body)
-    for x in body:
-        if x.mnemonic == "HGMMA":
-            m, n, k = _sizes(x)
-            size = 4 if "TF32" in x.name else 2
-            first_too = x.operands.split(",")[1].lstrip().startswith("gdesc")
-            moved += warps / 4 * (n + m * first_too) * k * size + whole * n * k * size
-        elif x.mnemonic in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
-            bits = re.search(r"\.(32|64|128|M88\.[124])\b", x.name)
-            words = {"64": 2, "128": 4, "M88.2": 2, "M88.4": 4}.get(bits[1] if bits else "", 1)
-            moved += warps * 32 * 4 * words
-    return moved / SHARED
-
-
-def _sizes(product: Instruction) -> list[int]:
-    """M, N, K of a product of a warp group."""
-    return [int(size) for size in product.name.split(".")[1].split("x")]
+    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight)
 
 
 def _in_flight(body: list[Instruction], before: list[Instruction], count) -> int | None:

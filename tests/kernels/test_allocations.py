@@ -64,7 +64,7 @@ def test_sample_token(way, softcap, temperature):
 
 
 def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, keep, device="cpu"):
-    """The largest outputs of the forward, of the backward, and of both at once."""
+    """The largest outputs of the forward and of the backward."""
     inputs = logprob_inputs(seeded(0), rows, 4, vocabulary, bias=True, banned=(3,), device=device)
     given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, softcap, 1.0, [3]), inputs["targets"]
     grads = torch.randn(2, rows, generator=seeded(1)).to(device).unbind()
@@ -73,9 +73,7 @@ def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, kee
         _, *saved = functions.linear_logprob(*given, entropy, keep)
     with LargestOutput() as backward:
         functions.linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
-    with LargestOutput() as joined:
-        functions.linear_logprob_joined(*grads, *given, [True] * 3, 0)
-    return forward.numel, backward.numel, joined.numel
+    return forward.numel, backward.numel
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -92,9 +90,9 @@ def test_linear_logprob_that_keeps(entropy):
     assert found[0] == R * V and found[1] <= R * V // SHARE
 
 
+@pytest.mark.kernels
 def test_linear_logprob_in_triton(monkeypatch):
-    """Its buffers are R times a fixed number of ids, and a fixed number of logits; both are made small here. If the gradient
-    is known, rows take turns, and D rows, here 4 rounded up to 64, keep their logits.
+    """Its buffers are R times a fixed number of ids, and a fixed number of logits; both are made small here.
 
     The interpreter copies them as bytes, four for each element.
     """
@@ -103,10 +101,8 @@ def test_linear_logprob_in_triton(monkeypatch):
     monkeypatch.setattr(functions, "COLUMNS", 256)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, vocabulary = 64, 8192
-    *found, _ = largest_of_linear_logprob(functions, rows, vocabulary, None, True, False, device)
+    found = largest_of_linear_logprob(functions, rows, vocabulary, None, True, False, device)
     assert all(vocabulary <= numel <= rows * vocabulary // SHARE for numel in found)
-    *_, joined = largest_of_linear_logprob(functions, 640, 1024, None, True, False, device)
-    assert joined <= 4 * 640 * 1024 // SHARE
 
 
 @pytest.mark.parametrize("options", [(None, None), (50, None), (None, 5.0)], ids=["plain", "window", "softcap"])

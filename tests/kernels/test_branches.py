@@ -212,8 +212,3 @@ def test_bad_input(message):
     with pytest.raises(ValueError) as raised:
         BAD[message]()
     assert str(raised.value) == message
-
-
-def test_rows_are_not_checked_without_validate():
-    layout = packed(rows=2, validate=False)
-    assert layout.R == 2 and layout.S == 2

@@ -75,7 +75,7 @@ def test_it_runs_what_it_serves(monkeypatch):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.parametrize("limit, name", [("avx2", "avx2"), ("default", "baseline")])
 def test_every_instruction_set_is_right(limit, name):
     """PyTorch's own limit holds here too; one that the processor does not have isn't run."""

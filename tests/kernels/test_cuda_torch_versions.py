@@ -13,7 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from cuda_wheel import ROOT, copy_sources, locked, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.build
 VERSIONS = ["2.10.0", "2.11.0", "2.12.0", "2.13.0"]
 # What includes headers of PyTorch; they are the same in all wheels, and those for this system are the smallest.
 KNOWS_TORCH, SMALLEST = "bindings.cpp", ["--platform=macosx_14_0_arm64", "--python-version=3.11", "--only-binary=:all:"]

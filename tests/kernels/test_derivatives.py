@@ -32,10 +32,6 @@ def logprob(x):
     return linear_logprob(**(HEAD | {"hidden": x}))
 
 
-def promised(x):
-    return linear_logprob(**(HEAD | {"hidden": x}), grad_scale=torch.ones(4, dtype=torch.float64))
-
-
 def lse(x):
     return thought_attention(**(ATTENTION | {"q": x}), layout=LAYOUT, return_lse=True)[1]
 
@@ -51,7 +47,6 @@ def sampled(x):
 PLAIN = {
     attention: (Q, lambda x: plain_attention(**(ATTENTION | {"q": x}), layout=LAYOUT)[0]),
     logprob: (HIDDEN, lambda x: plain_logprob(**(HEAD | {"hidden": x}))[0]),
-    promised: (HIDDEN, lambda x: plain_logprob(**(HEAD | {"hidden": x}))[0]),
 }
 NO_DERIVATIVE = {
     decode: (DECODE["q"], "thought_decode has no "),
@@ -69,7 +64,7 @@ def dual(f, x):
 
 
 def loss(f):
-    return lambda x: f(x).square().sum() if f is not promised else f(x).sum()
+    return lambda x: f(x).square().sum()
 
 
 def second(f, x):
@@ -159,7 +154,7 @@ def test_ops_without_a_derivative(way, f):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("f", [attention, logprob, promised, lse, decode, sampled], ids=name)
+@pytest.mark.parametrize("f", [attention, logprob, lse, decode, sampled], ids=name)
 def test_vmap(f, grad):
     x = (NO_DERIVATIVE | PLAIN).get(f, (Q,))[0]
     with torch.set_grad_enabled(grad):
@@ -176,7 +171,7 @@ def test_vmap_over_targets():
         func.vmap(run)(targets.clamp(min=0) + 1)
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("f", [attention, logprob], ids=name)
 def test_compiled(f):
     x, plain = PLAIN[f]

@@ -1,10 +1,13 @@
-"""What ``auto`` tries before it takes a back end on an unknown GPU. Here the CPU takes the place of that GPU."""
+"""What ``auto`` tries before it takes a back end on an unknown GPU, and what it notes. Here the CPU takes that GPU's place."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,21 +176,6 @@ def test_nothing_is_tried_by_torch_compile(tries, monkeypatch):
     assert torch.equal(torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")(**inputs), want)
 
 
-def test_torch_compile_may_not_know_the_widths(tries, monkeypatch):
-    layout = random_layout(torch.Generator().manual_seed(0), "every")
-    inputs = [decode_inputs(torch.Generator().manual_seed(0), layout, width=width) for width in (8, 16, 24)]
-    decode = lambda inputs: thought_decode(**inputs, layout=layout, step=0)  # noqa: E731
-    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
-    for x in inputs:
-        torch.testing.assert_close(compiled(x), thought_decode(**x, layout=layout, step=0, backend="reference"))
-    assert not tries
-    plant(monkeypatch, "thought_decode", lambda out: 2 * out)
-    with pytest.warns(UserWarning, match=WRONG):
-        want = decode(inputs[0])
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")(inputs[0]), want)
-
-
 def test_the_callers_state_is_neither_seen_nor_changed(tries):
     """Hooks on saved tensors, such as those of checkpointing, would see those of the trial too."""
     generator = torch.Generator().manual_seed(0)
@@ -211,25 +199,82 @@ def test_threads_try_once(tries):
     assert len(tries) == 1 and all(torch.equal(result, results[0]) for result in results)
 
 
-def test_another_device_of_the_kind_is_known(tries):
-    call("thought_decode")
-    other = torch.device("cpu", 7)
-    assert _first_use.why_not("thought_decode", "cpu", other, torch.float32, (("K", 8), ("E", 8)), True) is None
-    assert len(tries) == 1 and {key[2] for key in _first_use._found} == {torch.device("cpu"), other}
+def files(tmp_path):
+    return list((tmp_path / "cache/quietstar_kernels").glob("*"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled here")
 @pytest.mark.parametrize("op", _dispatch.OPS)
-def test_triton_in_its_interpreter(op, tries, monkeypatch):
-    monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("triton", "cpu"))
+def test_a_right_back_end_is_tried_once(op, tries, monkeypatch, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert torch.equal(call(op), call(op, "triton"))
-    module = _dispatch.module(op, "triton")
-    right = getattr(module, op)
-    monkeypatch.setattr(module, op, lambda *arguments: torch.utils._pytree.tree_map(lambda x: x + 1, right(*arguments)))
-    monkeypatch.setattr(_first_use, "_was_right", lambda what: False)
+        warnings.simplefilter("error")
+        results = [call(op) for _ in range(3)]
+    assert tries == [(op, "cpu")] and all(torch.equal(result, call(op, "cpu")) for result in results)
+    (file,) = files(tmp_path)
+    written = json.loads(file.read_text())
+    assert (written["kind"], written["op"], written["backend"]) == ("Test GPU", op, "cpu") and written[
+        "torch"
+    ] == torch.__version__
     new_process(monkeypatch)
-    with pytest.warns(UserWarning, match=f"{op}: backend 'triton' {WRONG}"):
-        assert torch.equal(call(op), call(op, "cpu"))
-    assert tries == [(op, "triton"), (op, "triton"), (op, "cpu")]
+    call(op)
+    assert len(tries) == 1
+
+
+def test_another_version_is_tried_again(tries, monkeypatch):
+    took_part = _first_use._took_part()
+    for name in ("package", "torch", "triton"):
+        for value in ("another", took_part[name]):
+            new_process(monkeypatch)
+            monkeypatch.setattr(_first_use, "_took_part", lambda changed={name: value}: took_part | changed)
+            call("thought_decode")
+    assert len(tries) == 4  # the usual one, and each of three others
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", None], ids=str)
+def test_a_file_that_says_something_else_is_ignored(content, tries, monkeypatch, tmp_path):
+    call("thought_decode")
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    if content is None:
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    for _ in range(2):
+        new_process(monkeypatch)
+        call("thought_decode")
+    assert files(tmp_path) == [file], "nothing half written stays"
+    if content is not None:
+        assert len(tries) == 2 and file.read_bytes() == whole
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("where", ["a file", "no home"])
+def test_a_folder_that_can_not_be_written(where, tries, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if where == "a file" else "")
+    monkeypatch.setattr(Path, "home", no_home)
+    call("thought_decode")
+    call("thought_decode")
+    assert len(tries) == 1 and not files(tmp_path)
+
+
+PROCESS = """
+import torch
+from quietstar_kernels import _dispatch, _first_use, sample_token
+from quietstar_kernels.testing import sample_inputs
+tried, right = [], _first_use._try
+_first_use.TYPES, _first_use._kind = ("cpu",), lambda device: "Test GPU"
+_first_use._try = lambda *arguments: tried.append(1) or right(*arguments)
+sample_token(**sample_inputs(torch.Generator(), 3), seed=0)
+print(len(tried))
+"""
+
+
+@pytest.mark.kernels
+def test_processes_share_what_they_found(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "shared")}
+    run = partial(subprocess.run, [sys.executable, "-c", PROCESS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert [run(check=True).stdout.strip() for _ in range(2)] == ["1", "0"]

@@ -1,21 +1,14 @@
 """linear_logprob: error rule, gradcheck, opcheck, compile, targets that don't count, chunks, one compile for all sizes."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from quietstar_kernels import _dispatch, linear_logprob
 from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.cpu._head import chunk_rows
-from quietstar_kernels.linear_logprob import _backward, _forward, _joined, _rescale
+from quietstar_kernels.linear_logprob import _backward, _forward
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
 OPTIONS = [
@@ -32,17 +25,10 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-WAYS = [
-    "kept",
-    "again",
-    "known",
-]  # logits are kept for the backward, or computed again, or the gradient is known in the forward
+WAYS = ["kept", "again"]  # logits are kept for the backward, or computed again
 
 
-def in_way(way, backend, grads=None, **options):
-    """The op with the arguments for this way; ``grads`` are those of the backward."""
-    if way == "known":
-        options |= {"grad_scale": -2 * (grads[0] if len(grads) == 1 else torch.stack(grads))}
+def in_way(way, backend, **options):
     return partial(linear_logprob, backend=backend, keep_bytes=2**28 if way == "kept" else 0, **options)
 
 
@@ -62,14 +48,6 @@ def small_chunks(monkeypatch, backend):
         monkeypatch.setattr(module, "COLUMNS", 256)
 
 
-@pytest.mark.parametrize("rows, vocabulary, chunk", [
-    (1000, 8192, 512), (1000, 32000, 256), (1000, 2**17, 128), (1000, 2**25, 1), (100, 32000, 100), (0, 32000, 0),
-])  # fmt: skip
-def test_rows_of_a_chunk_on_cpus(rows, vocabulary, chunk):
-    """16 MB of logits, or up to 64 MB for 256 rows."""
-    assert chunk_rows(rows, vocabulary) == chunk
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way, shape", [("kept", shape) for shape in SHAPES] + [(way, SHAPES[3]) for way in WAYS[1:]], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -80,10 +58,10 @@ def test_error_rule(backend, device, interpreted, way, options, shape, dtype):
         pytest.skip("it never keeps anything")
     for seed in range(1 if interpreted and shape[0] > 50 else 2):
         inputs, grads = make(seed, shape, device, dtype, bias=seed % 2 == 0, **options)
-        op = in_way(way, backend, grads, return_entropy=True)
+        op = in_way(way, backend, return_entropy=True)
         assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"seed {seed}", **options)
         alone = lambda **x: plain_logprob(**x)[0]  # noqa: E731
-        op = in_way(way, backend, grads[:1])
+        op = in_way(way, backend)
         assert_op_close_as_plain(op, alone, inputs, grads[:1], f"seed {seed} without entropy", **options)
 
 
@@ -96,7 +74,7 @@ def test_large_and_equal_logits(backend, device, interpreted, way, scale, dtype)
     if interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly")
     inputs, grads = make(0, (40, 8, 333), device, dtype)
-    op = in_way(way, backend, grads, return_entropy=True)
+    op = in_way(way, backend, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"scale {scale}", scale=scale)
 
 
@@ -116,7 +94,7 @@ def test_many_chunks(backend, device, monkeypatch, way, options, dtype):
     """Chunks of rows and of the vocabulary, the last of each narrower."""
     small_chunks(monkeypatch, backend)
     inputs, grads = make(0, (100, 4, 700), device, dtype, **options)
-    op = in_way(way, backend, grads, return_entropy=True)
+    op = in_way(way, backend, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, "many chunks", **options)
 
 
@@ -126,19 +104,16 @@ def test_many_chunks(backend, device, monkeypatch, way, options, dtype):
 def test_gradcheck(backend, device, way, options, entropy):
     if backend == "triton":
         pytest.skip("it does not compute in fp64")
-    inputs, grads = make(0, (4, 3, 15), device, torch.float64, **options)
-    grads = [grad.double() for grad in grads[: 1 + entropy]]
-    op = in_way(way, backend, grads, return_entropy=entropy, **options)
+    inputs, _ = make(0, (4, 3, 15), device, torch.float64, **options)
+    op = in_way(way, backend, return_entropy=entropy, **options)
 
     def results(hidden, weight, bias):
-        result = op(hidden, weight, inputs["targets"], bias)
-        if way != "known":
-            return result
-        return sum((grad * x).sum() for grad, x in zip(grads, result if entropy else [result], strict=True))
+        return op(hidden, weight, inputs["targets"], bias)
 
     assert torch.autograd.gradcheck(results, [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[-1:], ids=str)
 def test_opcheck(backend, device, entropy, options):
@@ -154,15 +129,6 @@ def test_opcheck(backend, device, entropy, options):
         for wanted in ways:
             torch.library.opcheck(_backward, (grads[0], grads[1] if entropy else None, *saved, wanted, backend))
         torch.library.opcheck(_forward, (*leaves, *rest, entropy, keep, backend))
-    promised = torch.stack(grads[: 1 + entropy])
-    for wanted in ways:
-        _, _, *gradients = _joined(promised, *head, *rest, wanted, 0, backend)
-        torch.library.opcheck(_rescale, (promised, 3 * promised, targets, *gradients))
-    # The gradient is right only for what was promised, and opcheck's gradient is all ones.
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_joined, (promised, *leaves, *rest, ways[0], 0, backend), test_utils=utils)
-    promised = torch.ones_like(promised)
-    torch.library.opcheck(_joined, (promised, *head, *rest, ways[0], 0, backend))
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -170,8 +136,7 @@ def test_opcheck(backend, device, entropy, options):
 def test_compiles_without_a_graph_break(backend, device, way, entropy):
     torch.compiler.reset()  # the same function is compiled for every back end
     inputs, grads = make(0, (5, 3, 20), device, banned=(3,))
-    factors = torch.tensor([[2.0], [1.0]], device=device)[: 1 + entropy]
-    op = in_way(way, backend, tuple(factors * grads[0]), softcap=5.0, banned=(3,), return_entropy=entropy)
+    op = in_way(way, backend, softcap=5.0, banned=(3,), return_entropy=entropy)
 
     def loss(hidden, weight, bias, targets):
         result = op(hidden, weight, targets, bias)
@@ -211,7 +176,6 @@ def test_a_banned_target(backend, device):
     logprob, *saved = _forward(*head, *rest, True, False, backend)
     assert (logprob == -torch.inf).all() and all(x.isfinite().all() for x in saved)
     got = [_backward(grads[0], None, *head, *saved[:3], None, None, *rest, [True] * 3, backend)]
-    got += [_joined(grads[0][None], *head, *rest, [True] * 3, 0, backend)[2:]]
     if backend != "reference":
         _, *saved = _forward(*head, *rest, True, True, backend)
         got += [_backward(grads[0], None, *head, *saved, *rest, [True] * 3, backend)]
@@ -229,7 +193,7 @@ def test_a_banned_target(backend, device):
 def test_gradients_are_optional(backend, device, way):
     """A frozen weight, and hidden states without a gradient: what isn't wanted isn't computed either."""
     inputs, grads = make(0, (5, 3, 20), device)
-    op = in_way(way, backend, grads[:1])
+    op = in_way(way, backend)
     _, want = forward_backward(op, inputs, grads[:1])
     given = inputs["hidden"], Head(inputs["weight"], inputs["bias"], None, None, 1.0, []), inputs["targets"]
     functions = _dispatch.module("linear_logprob", backend)
@@ -239,10 +203,7 @@ def test_gradients_are_optional(backend, device, way):
         op(**(inputs | {name: leaf})).backward(grads[0])
         assert torch.equal(leaf.grad, want[name]), name
         wanted = [i == j for j in range(3)]
-        if way == "known":
-            got = functions.linear_logprob_joined(grads[0], None, *given, wanted, 0)[2:]
-        else:
-            got = functions.linear_logprob_backward(grads[0], None, *given, Saved(*saved), wanted)
+        got = functions.linear_logprob_backward(grads[0], None, *given, Saved(*saved), wanted)
         assert [x is not None for x in got] == wanted
 
 
@@ -250,7 +211,7 @@ def test_gradients_are_optional(backend, device, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_edges(backend, device, way, shape):
     inputs, grads = make(0, shape, device)
-    op = in_way(way, backend, grads, return_entropy=True)
+    op = in_way(way, backend, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, str(shape))
 
 
@@ -261,7 +222,7 @@ def test_strided(backend, device, way):
     inputs |= {"hidden": wide["hidden"].T.contiguous().T, "weight": wide["weight"]}
     inputs |= {name: inputs[name].repeat_interleave(2)[::2] for name in ("targets", "bias")}
     assert not any(x.is_contiguous() for x in inputs.values())
-    op = in_way(way, backend, grads, return_entropy=True)
+    op = in_way(way, backend, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads, "strided")
 
 
@@ -296,18 +257,3 @@ def test_logits_that_are_not_finite(backend, device, case):
     logprob, entropy = linear_logprob(**inputs, banned=(7,), return_entropy=True, backend=backend)
     assert entropy.isnan().nonzero().flatten().tolist() == rows
     assert logprob.isnan().nonzero().flatten().tolist() == [row for row in rows if row < 3] and logprob[3] == 0
-
-
-@pytest.mark.slow
-def test_one_compile_serves_all_sizes():
-    """The cases of ahead-of-time compiles have several sizes for each label, including one row and one id."""
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_op.py"), "linear_logprob", "sm_90"],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    compiled = Counter((row["kernel"], row["label"]) for row in rows)
-    assert {kernel for kernel, _ in compiled} == {"_online_softmax", "_logits_gradient"} and set(compiled.values()) == {1}

@@ -1,4 +1,4 @@
-"""linear_logprob with three products or four: when, with how much memory, and what happens if grad_scale is wrong.
+"""linear_logprob with three products or four: when, and with how much memory.
 
 Products and tensors are counted in the functions of the back ends, below the registered ops, which hide their operations from
 a dispatch mode.
@@ -50,7 +50,7 @@ def saved_bytes(result):
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_products(backend, inputs, entropy):
-    """One in the forward, and three or two in the backward; three in total if the gradient is known."""
+    """One in the forward, and three or two in the backward."""
     if backend == "reference":
         pytest.skip("it never keeps anything")
     functions = _dispatch.module("linear_logprob", backend)
@@ -63,9 +63,6 @@ def test_products(backend, inputs, entropy):
         with Products() as backward:
             functions.linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
         assert (forward.count, backward.count) == (R * D * V, products * R * D * V)
-    with Products() as joined:
-        functions.linear_logprob_joined(*grads, *given, [True] * 3, 0)
-    assert joined.count == 3 * R * D * V
 
 
 def test_what_is_kept(backend, inputs, monkeypatch):
@@ -85,41 +82,24 @@ def test_what_is_kept(backend, inputs, monkeypatch):
     assert len(storages) == 1 and storages[0].expired()
     with pytest.raises(RuntimeError, match="freed"):
         kept.grad_fn.saved_tensors  # noqa: B018
-    promised = torch.ones(R, device=targets.device)
-    known = op(grad_scale=promised)
-    assert torch.equal(known, kept) and saved_bytes(known) <= few + hidden.nbytes + weight.nbytes
 
     functions, asked = _dispatch.module("linear_logprob", backend), []
     forward = functions.linear_logprob
     monkeypatch.setattr(functions, "linear_logprob", lambda *x: (asked.append(x[-1]), forward(*x))[1])
     with torch.no_grad():
-        assert torch.equal(op(), kept) and torch.equal(op(grad_scale=promised), kept)
+        assert torch.equal(op(), kept)
     linear_logprob(hidden.detach(), weight.detach(), targets, backend=backend)
-    assert asked == [False] * 3
+    assert asked == [False] * 2
     checkpoint(op, use_reentrant=False).sum().backward()
-    assert asked[3:] == [True] * 2
+    assert asked[2:] == [True] * 2
 
 
 def test_backward_twice(backend, inputs):
     """The backward does not overwrite what is kept."""
-    for options in ({}, {"grad_scale": torch.full((R,), 0.5, device=inputs["targets"].device)}):
-        hidden, weight, targets = leaves(inputs)
-        total = linear_logprob(hidden, weight, targets, backend=backend, **options).sum()
-        once, twice = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
-
-
-def test_turns(backend, device):
-    """More rows than may have logits at once, which are at least D, so the weight's gradient is summed over several turns."""
-    inputs = logprob_inputs(torch.Generator().manual_seed(0), 50, 4, 333, bias=True, device=device)
-    grads = torch.randn(2, 50, generator=torch.Generator().manual_seed(1)).to(device)
-    op = partial(linear_logprob, return_entropy=True, backend=backend)
-    results, want = forward_backward(op, inputs, tuple(grads))
-    for keep_bytes in (0, 9 * 384 * 4, 2**28):
-        known = partial(op, grad_scale=grads, keep_bytes=keep_bytes)
-        got, gradients = forward_backward(known, inputs, tuple(grads))
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, results, strict=True))
-        assert all(torch.allclose(gradients[name], want[name], atol=1e-5) for name in want), keep_bytes
+    hidden, weight, targets = leaves(inputs)
+    total = linear_logprob(hidden, weight, targets, backend=backend).sum()
+    once, twice = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 @pytest.mark.parametrize("keep_bytes", [4 * R * V, 4 * R * V - 1])
@@ -144,59 +124,9 @@ def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
     assert all(torch.allclose(want[1][name], got[1][name], atol=1e-6) for name in want[1])
 
 
-@pytest.mark.parametrize("entropy", [True, False])
-def test_a_common_factor_is_allowed(backend, inputs, entropy):
-    """Of any size and sign, and 0; and any gradient of rows whose target is -100."""
-    device = inputs["targets"].device
-    ignored = inputs["targets"] == -100
-    promised = torch.randn(1 + entropy, R, generator=torch.Generator().manual_seed(1)).to(device)
-    known = promised.clone()
-    known[0, ignored] = torch.nan
-    op = partial(linear_logprob, return_entropy=entropy, backend=backend)
-    for factor in (1.0, -3.7e-6, 65536.0, 0.0):
-        came = factor * promised
-        came[0, ignored] = 7.0
-        _, want = forward_backward(op, inputs, tuple(came))
-        _, got = forward_backward(partial(op, grad_scale=known if entropy else known[0]), inputs, tuple(came))
-        for name in want:
-            torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6 * abs(factor))
-    nothing = torch.zeros_like(known if entropy else known[0])
-    _, got = forward_backward(partial(op, grad_scale=nothing), inputs, tuple(torch.zeros_like(promised)))
-    assert all((x == 0).all() for x in got.values())
-
-
-@pytest.mark.parametrize("place", [(0, 0), (0, 5), (1, 5)])
-def test_a_wrong_promise_is_an_error(backend, inputs, place):
-    """One row is off by a thousandth, or has a gradient although none was promised: an error on CPU, NaN on a GPU."""
-    device = inputs["targets"].device
-    inputs["targets"][:6] = 1
-    for promised in (torch.ones(2, R, device=device), torch.zeros(2, R, device=device)):
-        came = promised.clone()
-        came[place] += 1e-3
-        op = partial(linear_logprob, return_entropy=True, grad_scale=promised, backend=backend)
-        if device.type == "cpu":
-            with pytest.raises(ValueError, match="^linear_logprob: grad_scale must be the gradient that comes back"):
-                forward_backward(op, inputs, tuple(came))
-        else:
-            _, got = forward_backward(op, inputs, tuple(came))
-            assert got["hidden"].isnan().all() and got["weight"].isnan().all()
-
-
-@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
-def test_a_gradient_that_overflows_is_no_broken_promise(backend, inputs, overflow):
-    """It makes all gradients NaN, so that a loss scaler skips the step."""
-    promised = torch.ones(R, device=inputs["targets"].device)
-    op = partial(linear_logprob, grad_scale=promised, backend=backend)
-    _, got = forward_backward(op, inputs, (overflow * promised,))
-    assert got["hidden"].isnan().all() and got["weight"].isnan().all()
-
-
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"grad_scale": torch.ones(3)}, "grad_scale must have shape"),
-        ({"grad_scale": torch.ones(R), "return_entropy": True}, "grad_scale must have shape"),
-        ({"grad_scale": torch.ones(R).half()}, "grad_scale must have dtype float32"),
         ({"keep_bytes": -1}, "keep_bytes must be an integer of at least 0, got -1"),
         ({"keep_bytes": 1e9}, "keep_bytes must be an integer of at least 0, got 1000000000.0"),
     ],

@@ -1,7 +1,6 @@
 """The reader of disassemblies, on a few lines of one."""
 
 import machine_code
-import pytest
 
 LOOP = """
         /*0100*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
@@ -16,9 +15,9 @@ LOOP = """
 """
 
 
-def loop(wait_for_copies="DEPBAR.LE SB0, 0x1", first="RZ, !UPT", between="NOP", warps=4):
+def loop(wait_for_copies="DEPBAR.LE SB0, 0x1", first="RZ, !UPT", between="NOP"):
     text = LOOP.format(wait_for_copies=wait_for_copies, first=first, between=between)
-    (only,) = machine_code.loops(machine_code.instructions(text), warps)
+    (only,) = machine_code.loops(machine_code.instructions(text))
     return only
 
 
@@ -36,12 +35,3 @@ def test_products_that_wait_for_the_one_before():
 def test_copies_in_flight():
     assert loop().in_flight == 1
     assert loop(wait_for_copies="DEPBAR.LE SB0, 0x0").in_flight == 0
-
-
-@pytest.mark.parametrize("warps", [4, 8])
-def test_clocks(warps):
-    """By hand, for a warp group: two products of 64 clocks, each with a second operand of 4 KB, and the first also with a first
-    operand of 2 KB. Each of 128 threads copies 16 bytes and loads 8."""
-    groups = warps / 4
-    assert loop(warps=warps).matrix == 2 * 64 * groups
-    assert loop(warps=warps).shared == (2 * 32 + 16 + 16 + 8) * groups

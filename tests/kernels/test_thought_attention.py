@@ -9,7 +9,6 @@ from quietstar_kernels import ThoughtLayout, thought_attention
 from quietstar_kernels.testing import (
     BRANCH_KINDS,
     LAYOUT_KINDS,
-    assert_close_as_plain,
     assert_op_close_as_plain,
     attention_inputs,
     attention_magnitudes,
@@ -74,18 +73,19 @@ def random_case(seed, device, dtypes, widths, alike=False, **sizes):
     return layout, inputs, grad_out, options
 
 
+@pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
-def test_error_rule_on_random_layouts(backend, kind, case, few):
-    for seed in few(range(kind, CASES, len(KINDS)), 3):
+def test_error_rule_on_random_layouts(backend, kind, part, case, few):
+    for seed in few(range(kind + part * len(KINDS), CASES, 3 * len(KINDS)), 1):
         layout, inputs, grad_out, options = case(seed)
         check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_error_rule_on_longer_texts(backend, half, case, few, interpreted):
+@pytest.mark.parametrize("part", range(3))
+def test_error_rule_on_longer_texts(backend, part, case, few, interpreted):
     """Texts of up to 150 positions, so that rows and keys fill several tiles or chunks; the interpreter's tiles are small."""
     sizes = {"max_batch": 2, "max_text": 60 if interpreted else 150, "max_thoughts": 2, "max_rows": 4}
-    for seed in few(range(1000 + half, 1012, 2), 1):
+    for seed in few(range(1000 + part, 1012, 3), 1):
         layout, inputs, grad_out, options = case(seed, **sizes)
         check(backend, layout, inputs, grad_out, f"seed {seed} {layout} {options}", **options)
 
@@ -119,7 +119,7 @@ def test_sinks_of_another_dtype(backend, device, interpreted):
 
 
 SMALL = {
-    "left padding": ThoughtLayout.from_padding(torch.tensor([[0, 1, 1], [1, 1, 1]]), 2, 2),
+    "left padding": ThoughtLayout.from_padding(torch.tensor([[0, 1], [1, 1]]), 2, 2),
     "documents": ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 2, torch.tensor([[1, 3, -1]])),
     "ragged": ThoughtLayout.at(torch.tensor([[0, 2]]), 2, 2, text_length=3, length=torch.tensor([[[2, 1], [0, 2]]])),
     "full": ThoughtLayout.packed(torch.tensor([[0, 2, 2]]), torch.tensor([[2, 0, 3]]), 3, rows=6, own="full"),
@@ -141,8 +141,10 @@ def test_gradcheck(backend, name, options, device):
     assert torch.autograd.gradcheck(op, leaves)
 
 
-def test_opcheck(backend, case, few):
-    for seed in few(range(4), 1):
+@pytest.mark.kernels
+@pytest.mark.parametrize("part", range(2))
+def test_opcheck(backend, part, case, few):
+    for seed in few(range(4), 1)[part::2]:
         layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
         q, k, v, sinks = inputs.values()
         metadata = layout.branches[:3]
@@ -212,47 +214,6 @@ def test_gradients_are_optional_and_may_come_expanded(backend, device):
         leaf = x.detach().requires_grad_()
         thought_attention(**(inputs | {name: leaf}), layout=layout, backend=backend).sum().backward()
         assert torch.equal(leaf.grad, want[name]), name
-
-
-def assert_rows(got, layout, inputs, rows, what):
-    """``got`` [B',H,rows',E] against the given rows of the whole, by the error rule.
-
-    Not bitwise: another size or order may choose another summation, on either back end.
-    """
-    upcast = {name: x if x is None else x.double() for name, x in inputs.items()}
-    plain, truth = (plain_attention(**x, layout=layout)[0] for x in (inputs, upcast))
-    assert_close_as_plain(got, plain[rows], truth[rows], what)
-
-
-@pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])
-def test_metamorphic(backend, kind, device):
-    generator = seeded(11)
-    layout = random_layout(generator, kind, max_text=20, device=device)
-    inputs = attention_inputs(generator, layout, sinks=True)
-    q, k, v, sinks = inputs.values()
-    B, L, P, N, S = layout.B, layout.L, layout.P, layout.N, layout.S
-
-    order = torch.randperm(N, generator=generator).to(device)
-    text = torch.arange(L, device=device)
-    r = torch.arange(layout.R, device=device).view(P, N, S)
-    packed = torch.cat([text, L + r[:, order].flatten()])
-    permuted = ThoughtLayout.at(layout.anchor, N, S, lo=layout.lo, length=layout.length[:, :, order])
-    got = thought_attention(q[:, :, packed], k[:, :, packed], v[:, :, packed], permuted, sinks=sinks, backend=backend)
-    assert_rows(got, layout, inputs, (slice(None), slice(None), packed), "thoughts permuted")
-
-    for b in range(B):
-        one = ThoughtLayout.at(layout.anchor[b, None], N, S, lo=layout.lo[b, None], length=layout.length[b, None])
-        got = thought_attention(q[b, None], k[b, None], v[b, None], one, sinks=sinks, backend=backend)
-        assert_rows(got, layout, inputs, slice(b, b + 1), f"batch row {b} alone")
-
-    places = slice(P // 3, P // 3 + 2)
-    kept = torch.cat([text, L + r[places].flatten()])
-    args = (q[:, :, kept], k[:, :, kept], v[:, :, kept])
-    got = thought_attention(*args, layout.select(places), sinks=sinks, backend=backend)
-    assert_rows(got, layout, inputs, (slice(None), slice(None), kept), "some anchors")
-
-    got = thought_attention(q[:, :, L:], k, v, layout, sinks=sinks, query_rows="thoughts", backend=backend)
-    assert_rows(got, layout, inputs, (slice(None), slice(None), slice(L, None)), "thought rows alone")
 
 
 EDGES = {

@@ -1,12 +1,6 @@
 """thought_attention in Triton: the tiles of GPUs, as other tests run small ones; one compile for all lengths."""
 
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +12,7 @@ from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs
 pytest.importorskip("triton")
 
 from quietstar_kernels.triton import configs  # noqa: E402
-from quietstar_kernels.triton._target import INTERPRETED  # noqa: E402
+from quietstar_kernels.triton.configs import INTERPRETED  # noqa: E402
 from quietstar_kernels.triton.thought_attention import backward_keys  # noqa: E402
 from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E402
 
@@ -30,6 +24,7 @@ def forward(q, k, v, layout, sinks):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")
+@pytest.mark.kernels
 @pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_90", 4, 256), 90)], ids=str)
 def test_shipped_tiles(entry, apart, monkeypatch):
     """Whole and masked blocks of text, tiles of several thoughts, thoughts of more rows than a block of own keys."""
@@ -41,6 +36,7 @@ def test_shipped_tiles(entry, apart, monkeypatch):
     assert_op_close_as_plain(forward, plain_attention, inputs, what=str(entry), layout=layout)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("own, window", [("causal", None), ("full", 25)])
 def test_long_branches(own, window, monkeypatch):
     """Own rows in blocks without a mask and in those at both edges, and keys of branches in the tiles of text."""
@@ -57,6 +53,18 @@ def test_long_branches(own, window, monkeypatch):
     assert_op_close_as_plain(on_triton, plain_attention, inputs, (grad_out,), own, **options)
 
 
+def test_texts_that_end_beside_the_edge_of_a_block():
+    """A tile of rows for each branch, which sees all of a block of the text, or all but one key."""
+    anchors = torch.tensor([[14, 15]], device=DEVICE)
+    layout = ThoughtLayout.packed(anchors, torch.full_like(anchors, 32), 20)
+    generator = torch.Generator().manual_seed(0)
+    inputs = attention_inputs(generator, layout, 1, 1, 16, 16)
+    grad_out = torch.randn(inputs["q"].shape, generator=generator).to(DEVICE)
+    on_triton = partial(thought_attention, return_lse=True, backend="triton")
+    options = {"magnitudes": attention_magnitudes(inputs, grad_out), "layout": layout}
+    assert_op_close_as_plain(on_triton, plain_attention, inputs, (grad_out,), **options)
+
+
 @pytest.mark.parametrize("row", [5, 45], ids=["text", "branch"])
 def test_an_infinity_in_a_block_without_a_mask(row):
     """It makes all of a row NaN, not only the column that it is in."""
@@ -69,31 +77,44 @@ def test_an_infinity_in_a_block_without_a_mask(row):
     assert out[0, 0, ~sees].isfinite().all()
 
 
-@pytest.mark.slow
-def test_one_compile_serves_all_lengths():
-    """Lengths of texts and branches, batches and head groups. The cases include 1, multiples of 16 and other numbers.
+def packed(anchors, lengths, *rest, **options):
+    return ThoughtLayout.packed(torch.tensor(anchors), torch.tensor(lengths), *rest, **options)
 
-    The forward without options has two tables of tiles, one of them for short texts; the keys of branches have two, one of them
-    for long branches.
-    """
-    here = Path(__file__).parent
-    code = """
-import json, torch
-from ahead_of_time import compiled_for
-from compiled.thought_attention import OPTIONS, SIZES, backward, forward
-for options in OPTIONS.values():
-    with compiled_for("sm_90") as kernels:
-        for sizes in SIZES:
-            forward(torch.bfloat16, (64, 64), options, *sizes)
-            backward(torch.bfloat16, (64, 64), options, *sizes)
-    print(json.dumps([(kernel.metadata.name, kernel.hash) for kernel in kernels]))
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(here)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    plain, with_options = (json.loads(line) for line in run.stdout.splitlines())
-    for kernels, forwards in ((plain, 2), (with_options, 1)):
-        launches = Counter(name for name, _ in kernels)
-        compiles = Counter(name for name, _ in {tuple(kernel) for kernel in kernels})
-        assert launches["attention_forward"] == 5
-        assert compiles == dict.fromkeys(launches, 1) | {"attention_forward": forwards, "attention_backward_own_keys": 2}
+
+DOCUMENTS = ThoughtLayout.from_documents((torch.arange(80) // 40)[None], 3, 4, torch.arange(80)[None, ::7])
+PRODUCTS = {  # a layout, options, and the most products over useful ones in the forward and in the backward
+    "every": (ThoughtLayout.every_position(2, 40, 2, 5), {}, 2.41, 3.55),
+    "left": (ThoughtLayout.from_padding(torch.arange(70) >= torch.tensor([[12], [0]]), 1, 3), {"window": 40}, 2.2, 3.51),
+    "documents": (
+        ThoughtLayout.from_documents((torch.arange(80) // 40)[None], 3, 4, torch.arange(80)[None, ::7]),
+        {},
+        2.03,
+        3.17,
+    ),
+    "branches": (packed([[9, 9, 35]], [[50, 0, 41]], 40, rows=100), {"query_rows": "thoughts"}, 1.69, 2.55),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="counts what Triton's interpreter runs")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_blocks_that_nobody_sees_are_skipped(name, monkeypatch):
+    """Dense attention would take 19, 11, 10 and 3.4 times the useful products."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiplied, dot = [], InterpreterBuilder.create_dot
+
+    def count(self, a, b, *rest):
+        multiplied.append(a.data.size * b.data.shape[-1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    layout, options, *most = PRODUCTS[name]
+    rows = options.get("query_rows", "all")
+    inputs = attention_inputs(torch.Generator().manual_seed(0), layout, 2, 1, 32, 64, query_rows=rows)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
+    out = thought_attention(**inputs, layout=layout, backend="triton", **options)
+    forward = sum(multiplied)
+    out.sum().backward()
+    useful = 2 * int(layout.dense_mask(options.get("window"))[:, -out.shape[2] :].sum()) * (32 + 64)
+    assert forward / useful <= most[0] and (sum(multiplied) - forward) / (2.5 * useful) <= most[1]

@@ -4,6 +4,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from quietstar import QuietStar, ThoughtConfig
+
+logging.disable_progress_bar()  # of transformers, whose saves show one; what ours print is tested
 
 SMALL = {
     "vocab_size": 61,
@@ -43,6 +48,10 @@ ARCHITECTURES = {
 }
 
 
+# What `make test` runs of them; the others are in `make test-long`.
+FEW = ("llama", "qwen2", "gemma2", "gpt2", "gpt_oss")
+
+
 def make_model(name, seed=0, **changes):
     """A model whose weights are drawn wide, so that a wrong mask or position shows in its logits."""
     torch.manual_seed(seed)
@@ -61,9 +70,25 @@ def tiny():
     return make_model
 
 
-@pytest.fixture
-def byte_tokenizer():
-    """A token for each of the 256 bytes, from id 1, and <end>, 0."""
+@pytest.fixture(scope="session")
+def thinker():
+    """``thinker(name or model, **fields of the config)``: a wrapper whose mixing head and embeddings are as after training."""
+
+    def make(model="llama", tokenizer=None, **fields):
+        model = make_model(model) if isinstance(model, str) else model
+        usual = {"thoughts": 2, "thought_tokens": 3, "lookahead": 2, "policy_weight": 10.0}
+        qs = QuietStar(model, ThoughtConfig(**{**usual, **fields}), tokenizer, verify=False)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            qs.mixing_head[4].weight.normal_(0, 0.3, generator=generator)
+            qs.start_embedding.normal_(0, 0.01, generator=generator)
+            qs.end_embedding.normal_(0, 0.01, generator=generator)
+        return qs.train()
+
+    return make
+
+
+def make_byte_tokenizer():
     letters = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,13 +96,19 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
+@pytest.fixture
+def byte_tokenizer():
+    """A token for each of the 256 bytes, from id 1, and <end>, 0."""
+    return make_byte_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def solver():
     """``(model, task)``: digit sums, about half of them right when sampled; copy the model before changing it."""
     # Here, since most tests need none of it.
-    from quietstar.recipes.common.models import small_model
-    from quietstar.recipes.common.sft import SFTConfig, sft
-    from quietstar.recipes.tasks import Addition
+    from quietstar_recipes.common.models import small_model
+    from quietstar_recipes.common.training import SFTConfig, sft
+    from quietstar_recipes.tasks import Addition
 
     task = Addition(1)
     model = small_model(task, width=64, heads=2, positions=128)
@@ -87,6 +118,6 @@ def solver():
     return model.eval(), task
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=[pytest.param(name, marks=() if name in FEW else pytest.mark.long) for name in ARCHITECTURES])
 def architecture(request):
     return request.param

@@ -9,21 +9,9 @@ from transformers import MistralConfig, MistralForCausalLM
 import quietstar
 from quietstar import chunks
 from quietstar.cli.main import COMMANDS
-from quietstar.cli.options import UsageError, parse
+from quietstar.cli.options import parse
 
 T, J = 3, 2
-PRESETS = {"official": {"preset": "official"}, "paper": {"preset": "paper"}}
-
-
-def wrap(tiny, name="llama", **changes):
-    config = quietstar.ThoughtConfig(**{"thoughts": 2, "thought_tokens": T, "lookahead": J, "policy_weight": 10.0, **changes})
-    qs = quietstar.QuietStar(tiny(name).train(), config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        qs.mixing_head[4].weight.normal_(0, 0.3, generator=generator)
-        qs.start_embedding.normal_(0, 0.01, generator=generator)
-        qs.end_embedding.normal_(0, 0.01, generator=generator)
-    return qs
 
 
 def text(B=2, L=12, seed=0):
@@ -63,18 +51,17 @@ def batches():
     }
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-@pytest.mark.parametrize("what", list(batches()))
-def test_chunks_change_nothing(tiny, preset, what):
+@pytest.mark.parametrize("what, preset", [*((what, "official") for what in batches()), ("every position", "paper")])
+def test_chunks_change_nothing(thinker, what, preset):
     """Grouped key heads and a window (Mistral); 5 and 3 divide no number of anchors here."""
-    qs = wrap(tiny, "mistral", **PRESETS[preset])
+    qs = thinker("mistral", preset=preset)
     assert_same(qs, {"input_ids": text(), "seed": 4, **batches()[what]}, 3 if what == "anchors" else 5)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gpt_neox"])
-def test_other_architectures(tiny, name):
+def test_other_architectures(thinker, name):
     """Soft caps; sinks and experts; learned nothing of the sort, but two norms side by side."""
-    assert_same(wrap(tiny, name), {"input_ids": text(), "seed": 4}, 5)
+    assert_same(thinker(name), {"input_ids": text(), "seed": 4}, 5)
 
 
 @pytest.mark.parametrize(
@@ -82,16 +69,15 @@ def test_other_architectures(tiny, name):
     [
         {"advantage": "leave_one_out", "kl_weight": 0.1, "entropy_weight": 0.1, "policy_temperature": 1.0},
         {"base_model": "frozen", "ratio_clip": 0.2},
-        {"mixing": "logprobs"},
     ],
-    ids=["divergence and entropy", "frozen base model", "gain of log-probabilities"],
+    ids=["divergence and entropy", "frozen base model"],
 )
-def test_other_objectives(tiny, changes):
-    assert_same(wrap(tiny, **changes), {"input_ids": text(), "seed": 4}, 5)
+def test_other_objectives(thinker, changes):
+    assert_same(thinker(**changes), {"input_ids": text(), "seed": 4}, 5)
 
 
-def test_given_thoughts_and_counts_of_a_larger_batch(tiny):
-    qs = wrap(tiny)
+def test_given_thoughts_and_counts_of_a_larger_batch(thinker):
+    qs = thinker()
     ids = text(4)
     thoughts = qs.think(ids, seed=0).thought_ids
     counts = qs.count_targets(ids[:1]) + qs.count_targets(ids[1:])
@@ -106,16 +92,9 @@ def test_given_thoughts_and_counts_of_a_larger_batch(tiny):
         assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
-def test_a_new_head_rewards_nothing(tiny):
-    """Base and mix come from one call in chunks too, since 1e6 multiplies their difference."""
-    qs = quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(thought_tokens=T, lookahead=J))
-    qs.anchor_chunk = 5
-    assert qs(text(4, 20), seed=0).reward.abs().max() <= 1e-5
-
-
 @pytest.mark.parametrize("greedy", [False, True])
-def test_the_rollout_in_chunks_thinks_the_same(tiny, greedy):
-    qs = wrap(tiny, "mistral")
+def test_the_rollout_in_chunks_thinks_the_same(thinker, greedy):
+    qs = thinker("mistral")
     ids = text(3, 11)
     whole = qs.think(ids, seed=1, greedy=greedy)
     for chunk in (1, 4, 100):
@@ -125,9 +104,9 @@ def test_the_rollout_in_chunks_thinks_the_same(tiny, greedy):
         torch.testing.assert_close(cut.logprob, whole.logprob, rtol=0, atol=1e-5)
 
 
-def test_with_checkpointed_layers(tiny):
+def test_with_checkpointed_layers(thinker):
     """The text's layers are computed again in the backward, after every chunk has been."""
-    qs = wrap(tiny)
+    qs = thinker()
     _, want = step(qs, None, input_ids=text(), seed=4)
     qs.gradient_checkpointing_enable()
     _, got = step(qs, 5, input_ids=text(), seed=4)
@@ -139,9 +118,9 @@ def test_with_checkpointed_layers(tiny):
         step(qs, 5, input_ids=text(), seed=4)
 
 
-def test_with_autocast_and_a_scaled_loss(tiny):
+def test_with_autocast_and_a_scaled_loss(thinker):
     """As a training loop with mixed precision does it: the backward runs outside of autocast."""
-    qs = wrap(tiny)
+    qs = thinker()
     thoughts = qs.think(text(), seed=0).thought_ids
     gradients = []
     for qs.anchor_chunk in (None, 5):
@@ -151,21 +130,6 @@ def test_with_autocast_and_a_scaled_loss(tiny):
         (out.loss * 1024).backward()
         gradients.append(torch.cat([p.grad.flatten() / 1024 for p in qs.parameters()]))
     assert (gradients[0] - gradients[1]).norm() <= 0.02 * gradients[0].norm()
-
-
-def test_frozen_weights_stay_without_gradient(tiny):
-    qs = wrap(tiny)
-    qs.model.requires_grad_(False)
-    qs.model.model.layers[1].self_attn.v_proj.requires_grad_(True)
-    qs.anchor_chunk = 5
-    qs(text(), seed=4).loss.backward()
-    trained = {name for name, p in qs.named_parameters() if p.grad is not None}
-    assert {name for name in trained if name.startswith("model.")} == {"model.model.layers.1.self_attn.v_proj.weight"}
-    got = qs.model.model.layers[1].self_attn.v_proj.weight.grad.clone()
-    qs.zero_grad()
-    qs.anchor_chunk = None
-    qs(text(), seed=4).loss.backward()
-    torch.testing.assert_close(got, qs.model.model.layers[1].self_attn.v_proj.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 class Peak(TorchDispatchMode):
@@ -196,9 +160,10 @@ def peak(qs, ids, **changes):
     return measured.peak
 
 
-def test_memory_is_flat_in_anchors(tiny):
+@pytest.mark.long
+def test_memory_is_flat_in_anchors(thinker):
     """8 anchors at a time: three times as many cost next to nothing. All at once they cost more than twice as much."""
-    qs = wrap(tiny)
+    qs = thinker()
     ids = text(1, 48)
 
     def step(chunk, count):
@@ -214,9 +179,10 @@ def test_memory_is_flat_in_anchors(tiny):
     assert step(None, 48) > 2 * many
 
 
-def test_memory_is_flat_in_thoughts(tiny):
+@pytest.mark.long
+def test_memory_is_flat_in_thoughts(thinker):
     """Half the anchors at a time for twice the thoughts."""
-    qs = wrap(tiny)
+    qs = thinker()
     ids = text(1, 32)
     peaks = []
     for qs.anchor_chunk, N in ((8, 2), (2, 8)):
@@ -229,8 +195,9 @@ def test_memory_is_flat_in_thoughts(tiny):
 FREE = (4, 10, 1000)  # MiB
 
 
-def test_auto_takes_what_memory_has_room_for(tiny, monkeypatch):
-    qs = wrap(tiny)
+@pytest.mark.long
+def test_auto_takes_what_memory_has_room_for(thinker, monkeypatch):
+    qs = thinker()
     ids = text(1, 96)
     sizes = []
     held = sum(p.nbytes for p in qs.parameters())
@@ -254,14 +221,7 @@ def test_free_memory_of_this_machine():
     assert 2**20 < chunks.free_memory(torch.device("cpu")) < 2**50
 
 
-@pytest.mark.parametrize("size", [0, -3, 1.5, "some"])
-def test_a_bad_size_gets_one_sentence(tiny, size):
-    qs = wrap(tiny)
-    with pytest.raises(ValueError, match="anchor_chunk must be 1 or more, 'auto' or None, got"):
-        qs.anchor_chunk = size
-
-
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_text_of_32k_tokens_trains():
     """On a CPU, with a window of 2,048 for the sake of time; 128 thoughts at 64 places, 8 places at a time. The loss falls."""
     torch.manual_seed(0)
@@ -285,9 +245,7 @@ def test_a_text_of_32k_tokens_trains():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qs.parameters())
 
 
-@pytest.mark.parametrize(("typed", "size"), [("12", 12), ("auto", "auto"), ("None", None)])
-def test_the_command_line_takes_a_size(typed, size):
-    command = parse(COMMANDS, ["train", "--model=m", "--data=d", f"--anchor-chunk={typed}"])
-    assert command.train.anchor_chunk == size
-    with pytest.raises(UsageError, match="anchor_chunk must be 1 or more, 'auto' or None, got 0"):
-        parse(COMMANDS, ["train", "--model=m", "--data=d", "--anchor-chunk=0"])
+def test_the_command_line_takes_a_size():
+    for typed, size in (("12", 12), ("auto", "auto"), ("None", None)):
+        command = parse(COMMANDS, ["train", "--model=m", "--data=d", f"--anchor-chunk={typed}"])
+        assert command.train.anchor_chunk == size

@@ -1,17 +1,21 @@
 """What makes the host wait for the device: nothing in a body that becomes a graph, and little in a training step."""
 
-import sys
+import traceback
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quietstar
+from quietstar import training
 from quietstar.config import TrainConfig
 from quietstar.hf.graphs import HostWork
-from quietstar.train import train
+from quietstar.run import figures
+from quietstar_kernels import checks as kernel_checks
 
 
 @pytest.mark.parametrize(
@@ -39,32 +43,144 @@ def test_work_for_the_host_is_seen(work, name):
     assert host.found is None if name is None else f"aten.{name}" in host.found and "test_host_work.py" in host.found
 
 
-class Reads(TorchFunctionMode):
-    """Counts where values go to Python, by the file that asks."""
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}  # no operators
 
-    METHODS = {Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.cpu, Tensor.numpy}
+
+class Reads(TorchDispatchMode):
+    """The lines where values go to Python, or decide a shape: where a host waits if they are on a GPU."""
 
     def __init__(self):
         super().__init__()
-        self.files = Counter()
+        self.lines = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "aten::index" in func._schema.name and isinstance(args[1], list | tuple):  # a mask decides a shape, ids don't
+            reads = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        else:
+            reads = not READS.isdisjoint(func.tags)
+        if reads:
+            self.add()
+        return func(*args, **(kwargs or {}))
+
+    def add(self):
+        frames = [f for f in traceback.extract_stack() if f.filename != __file__]
+        if any("torch/optim/" in frame.filename for frame in frames):  # counts of steps, which PyTorch keeps on the CPU
+            return
+        frame = next(frame for frame in reversed(frames) if "/torch/" not in frame.filename)
+        self.lines[f"{frame.filename.rpartition('/')[2]}: {frame.line}"] += 1
+
+
+class Methods(TorchFunctionMode):
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.METHODS:
-            self.files[sys._getframe(1).f_code.co_filename.rpartition("/")[2]] += 1
+        if func in METHODS:
+            self.reads.add()
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("anchors, more", [("all", 0), ("random", 1)])
-def test_the_training_loop_reads_once_a_step(tiny, tmp_path, anchors, more):
-    """However many parts a step has; places for anchors cost a second one, for their width."""
-    data = [{"input_ids": torch.randint(3, 61, (10,), generator=torch.Generator().manual_seed(i))} for i in range(8)]
-    reads = {}
-    for parts, steps in [(1, 1), (1, 3), (4, 3)]:
-        options = {"anchors": anchors, "kl_weight": 0.1, "policy_temperature": 1.0}
-        config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, **options)
-        qs = quietstar.QuietStar(tiny("llama"), config, verify=False)
-        out = str(tmp_path / f"{parts} {steps}")
-        with Reads() as counted:
-            train(qs, data, TrainConfig(out=out, steps=steps, batch_size=4, accumulation=parts), progress=False)
-        reads[parts, steps] = sum(counted.files[name] for name in ("train.py", "parts.py", "figures.py", "processes.py"))
-    assert reads[1, 3] == reads[4, 3] == reads[1, 1] + 2 * (1 + more)
+@pytest.fixture
+def gpu(monkeypatch):
+    """``gpu()`` is a context in which tensors are taken for those of a GPU; it gives the lines that read their values."""
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch, Reads() as reads, Methods(reads):
+            patch.setattr(kernel_checks, "HOST", "none")
+            yield reads.lines
+
+    return context
+
+
+def wrapper(tiny, name="llama", **fields):
+    options = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "start_token_id": 1, "end_token_id": 2}
+    return quietstar.QuietStar(tiny(name), quietstar.ThoughtConfig(**options | fields), verify=False)
+
+
+TEXT = torch.arange(3, 23).view(2, 10)
+CALLS = {
+    "text": {},
+    "padding": {"attention_mask": torch.ones_like(TEXT).index_fill(1, torch.tensor([9]), 0)},
+    "documents": {"document_ids": torch.arange(10).expand(2, 10) // 5, "anchors": torch.tensor([[0, 3], [2, -1]])},
+    "given": {"thought_ids": torch.full((2, 10, 2, 2), 9), "thought_lengths": torch.ones(2, 10, 2, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("name, options", [*(("llama", name) for name in CALLS), ("gpt2", "padding")])
+def test_a_forward_and_its_backward_read_nothing(tiny, gpu, name, options):
+    """gpt2 has learned positions, which end."""
+    qs = wrapper(tiny, name, kl_weight=0.1, policy_temperature=1.0)
+    with gpu() as lines:
+        qs(TEXT, **CALLS[options], labels=TEXT, seed=0).loss.backward()
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda qs: qs(TEXT + 200), "input_ids must be from 0 to V-1"),
+        (lambda qs: qs(TEXT - 1), "input_ids must not hold the end-of-thought id 2"),
+        (lambda qs: qs(TEXT, labels=TEXT - 50), "labels must be from 0 to V-1"),
+        (lambda qs: qs(TEXT, attention_mask=TEXT % 2), "attention_mask must have its ones together"),
+        (lambda qs: qs(TEXT, document_ids=TEXT % 2), "document_ids must keep a document together"),
+        (lambda qs: qs(TEXT, anchors=TEXT), "anchors must be from -1 to L-1=9"),
+        (lambda qs: qs(TEXT, thought_lengths=torch.full((2, 10, 2), 3)), "thought_lengths must be from 0 to T=2"),
+        (lambda qs: qs(TEXT, thought_ids=torch.full((2, 10, 2, 2), 1)), "thought_ids must not hold the start"),
+    ],
+)
+def test_a_gpu_asserts_what_it_is_given(tiny, gpu, call, message):
+    qs = wrapper(tiny)
+    with gpu() as lines, pytest.raises(RuntimeError, match=message):
+        call(qs)
+    assert not lines
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("anchors", ["all", "random", "every"])
+def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors, parts):
+    """From the moment its texts are moved, until its figures are read in the next step."""
+    steps = []
+
+    def step(*args):
+        with ExitStack() as stack:
+
+            def move(x, device, to=figures.moved):
+                if len(steps) <= args[-1]:
+                    steps.append(stack.enter_context(gpu()))
+                return to(x, device)
+
+            monkeypatch.setattr(figures, "moved", move)
+            return own(*args)
+
+    own = training._step
+    monkeypatch.setattr(training, "_step", step)
+    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
+    config = TrainConfig(out=str(tmp_path), steps=3, batch_size=4, accumulation=parts)
+    lines = training.train(wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0), data, config, progress=False)
+    assert [line["step"] for line in lines] == [1, 2, 3] and len(steps) == 3
+    assert not any(steps), steps
+
+
+def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, monkeypatch):
+    """But before anything is saved or evaluated; and a loss that is not finite leaves the weights whole."""
+    events = []
+    own, read = training._step, figures.Reading.figures
+    monkeypatch.setattr(training, "_step", lambda *args: events.append(f"step {args[-1] + 1}") or own(*args))
+    monkeypatch.setattr(training.snapshots, "save", lambda *args, **options: events.append("save"))
+    monkeypatch.setattr(figures.Reading, "figures", lambda self: events.append("read") or read(self))
+    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
+    config = TrainConfig(out=str(tmp_path), steps=6, batch_size=2, save_every=4)
+
+    def loss(model, batch, counts, seed):
+        value, out = training.thought_loss(model, batch, counts, seed)
+        return value * (torch.nan if events.count("save") else 1.0), out
+
+    qs = wrapper(tiny)
+    with pytest.raises(FloatingPointError, match="^train: the loss is nan at step 5: the model's weights are finite$"):
+        training.train(qs, data, config, loss, progress=False)
+    before = ["step 1", "step 2", "read", "step 3", "read", "step 4", "read", "read", "read", "save"]
+    assert events == [*before, "step 5", "step 6", "read"]
+    assert all(weight.isfinite().all() for weight in qs.parameters())

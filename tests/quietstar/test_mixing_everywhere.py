@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.questions.answer_tokens import scored_answers
+from quietstar import QuietStar, ThoughtConfig, explain
 from quietstar.evaluation.questions.answers import STOP, cut
-from quietstar.evaluation.questions.asking import Asking, ask, prompt
+from quietstar.evaluation.questions.asking import Asking, ask, prompt, scored_answers
 from quietstar.evaluation.questions.reading import parse
 from quietstar.evaluation.scoring import score_tokens
 
@@ -64,7 +63,7 @@ def test_scoring(qs):
 
 
 def test_explain(qs):
-    report = qs.explain(TEXT)
+    report = explain(qs, TEXT)
     ids = [token.id for token in report.tokens]
     mixed = forward(qs, ids, range(8))
     assert_close(torch.tensor([token.mixed for token in report.tokens[1:]]), -of(mixed, ids[1:]))
@@ -96,6 +95,7 @@ def test_questions(qs):
     assert answer.text == cut(qs.tokenizer.decode(ids[-3:]), STOP)
 
 
+@pytest.mark.long
 def test_digit_sums(monkeypatch, preset):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import sums

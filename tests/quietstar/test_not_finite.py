@@ -7,7 +7,7 @@ import torch
 
 import quietstar
 from quietstar.config import TrainConfig
-from quietstar.train import train
+from quietstar.training import train
 
 CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, embedding_init=3)
 BROKEN = "transformer.wte.weight"
@@ -41,12 +41,6 @@ def test_think(tiny, greedy, value):
     assert (qs.think(TEXTS, anchors=torch.tensor([[0, 4], [0, 1]]), greedy=greedy).thought_ids >= 0).all()
     with pytest.raises(ValueError, match=MESSAGE.replace("position 2", "position 3")):
         qs.think(TEXTS, anchors=torch.tensor([[0, 4], [1, 3]]), greedy=greedy)
-
-
-def test_thoughts_that_may_stop(tiny):
-    config = replace(CONFIG, end_token_id=60, stop_threshold=0.5)
-    with pytest.raises(ValueError, match=MESSAGE):
-        quietstar.QuietStar(model_without(tiny, 40), config, verify=False).think(TEXTS)
 
 
 def test_an_overflow(tiny):
@@ -93,7 +87,7 @@ def test_explain(tiny, byte_tokenizer):
     message = f"^the model's logits are not finite at text 0, position 2: its weight {BROKEN} holds NaN or infinity$"
     for seed in (None, 0):
         with pytest.raises(ValueError, match=message):
-            qs.explain("abcde", seed=seed)
+            quietstar.explain(qs, "abcde", seed=seed)
 
 
 def test_a_forward_gives_no_loss(qs):
@@ -121,3 +115,9 @@ def test_wrapping(tiny, verify):
     message = "^the model's logits are not finite on its first tokens: its weight model.norm.weight holds NaN or infinity$"
     with pytest.raises(ValueError, match=message):
         quietstar.QuietStar(model, CONFIG, verify=verify)
+
+
+def test_thoughts_that_may_stop(tiny):
+    config = replace(CONFIG, end_token_id=60, stop_threshold=0.5)
+    with pytest.raises(ValueError, match=MESSAGE):
+        quietstar.QuietStar(model_without(tiny, 40), config, verify=False).think(TEXTS)

@@ -3,20 +3,7 @@
 import pytest
 import torch
 
-import quietstar
-
 T, J = 3, 2
-
-
-def wrap(tiny, **changes):
-    config = quietstar.ThoughtConfig(**{"thoughts": 2, "thought_tokens": T, "lookahead": J, "policy_weight": 10.0, **changes})
-    qs = quietstar.QuietStar(tiny("llama"), config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        qs.mixing_head[4].weight.normal_(0, 0.3, generator=generator)
-        qs.start_embedding.normal_(0, 0.01, generator=generator)
-        qs.end_embedding.normal_(0, 0.01, generator=generator)
-    return qs
 
 
 def slow_step(qs, texts, thought_ids, anchors, last_rewarded):
@@ -90,8 +77,8 @@ def compare(qs, out, slow_loss_ce, slow_policy):
 
 @pytest.mark.parametrize("changes", [{}, {"thoughts": 1}, {"preset": "paper"}], ids=["official", "one thought", "paper"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch(tiny, changes, side):
-    qs = wrap(tiny, **changes)
+def test_padded_batch(thinker, changes, side):
+    qs = thinker(**changes)
     N = qs.thought_config.thoughts
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 61, (L,), generator=generator) for L in (9, 6)]
@@ -119,8 +106,8 @@ def test_padded_batch(tiny, changes, side):
     compare(qs, out, loss_ce, slow_policy)
 
 
-def test_packed_documents(tiny):
-    qs = wrap(tiny)
+def test_packed_documents(thinker):
+    qs = thinker()
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, 61, (L,), generator=generator) for L in (5, 7)]
     thoughts = [torch.randint(3, 61, (len(x), 2, T), generator=generator) for x in ids]
@@ -130,8 +117,8 @@ def test_packed_documents(tiny):
     torch.testing.assert_close(out.loss_ce, loss_ce, rtol=1e-4, atol=0)
 
 
-def test_chosen_anchors(tiny):
-    qs = wrap(tiny)
+def test_chosen_anchors(thinker):
+    qs = thinker()
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 61, (2, 10), generator=generator)
     thoughts = torch.randint(3, 61, (2, 10, 2, T), generator=generator)

@@ -15,8 +15,8 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
 from quietstar.run.batches import collate
-from quietstar.run.signals import Interrupted
-from quietstar.train import thought_loss, train
+from quietstar.run.processes import Interrupted
+from quietstar.training import thought_loss, train
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
 TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
@@ -31,7 +31,8 @@ def run(tiny, tmp_path):
     """``run(out, ...)`` trains a new model of the same weights; returns the metrics without times."""
 
     def run(out="run", model="llama", data=DATA, resume=None, loss=None, evaluate=None, first=False, **changes):
-        qs = QuietStar(tiny(model, **({"attn_pdrop": 0.0} if model == "gpt2" else {})), CONFIG, verify=False)
+        sizes = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1, "attn_pdrop": 0.0}}
+        qs = QuietStar(tiny(model, **sizes[model]), CONFIG, verify=False)
         settings = {"steps": 6, "batch_size": 6, "learning_rate": 1e-3, "warmup": 2, "save_every": 2, "keep": 3, **changes}
         config = TrainConfig(out=str(tmp_path / out), **settings)
         given = {} if loss is None else {"loss": loss}
@@ -67,12 +68,6 @@ def test_another_cut_into_parts_changes_rounding_only(run):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-def test_anchors_in_chunks_change_rounding_only(run):
-    whole, cut = run("whole", steps=3), run("cut", steps=3, anchor_chunk=4)
-    for a, b in zip(whole, cut, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-
-
 def test_thoughts_that_stop_count_the_same_however_the_batch_is_cut(run, monkeypatch):
     """Their tokens are counted over the whole step before a part is divided by them."""
     monkeypatch.setitem(run.__globals__, "CONFIG", replace(CONFIG, end_token_id=2, stop_threshold=1 / 61))
@@ -89,8 +84,8 @@ def test_thoughts_that_stop_count_the_same_however_the_batch_is_cut(run, monkeyp
     assert counted == [(tokens, places)] * 4 and 0 < tokens < 2 * places
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"], ids=["llama", "gpt2 with dropout"])
-def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path, model):
+def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path, model="gpt2"):
+    """With dropout, whose random numbers go on too."""
     unbroken = run("unbroken", model=model)
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
     for name in ("step-000004", "step-000006"):
@@ -105,22 +100,11 @@ def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path, mo
             assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def test_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(run):
-    unbroken = run("new", resume="auto")
-    assert run("new", resume="auto") == unbroken
-
-
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 5}, {"steps": 7}])
 def test_another_config_is_refused(run, change):
     run(steps=6)
     with pytest.raises(ValueError, match=f"the run there has {next(iter(change))}="):
         run(resume="auto", **change)
-
-
-def test_what_the_numbers_do_not_depend_on_may_change(run, tmp_path):
-    unbroken = run("a")
-    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-000006")
-    assert run("a", resume="auto", save_every=5, keep=1) == unbroken
 
 
 def test_another_model_is_refused(run):
@@ -140,13 +124,9 @@ def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(run, tmp_path):
     assert checkpoints(tmp_path / "run") == ["step-000003"]
 
 
-def test_steps_are_sorted_as_numbers(tmp_path):
-    for step in (999_999, 1_000_000, 5):
-        snapshots.folder(tmp_path, step).mkdir(parents=True)
-    assert checkpoints(tmp_path) == ["step-000005", "step-999999", "step-1000000"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
+@pytest.mark.parametrize(
+    "error", [SafetensorError("os error 28"), pytest.param(OSError(errno.ENOSPC, "No space left"), marks=pytest.mark.long)]
+)
 def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch, error):
     unbroken = run("unbroken")
     write, calls = snapshots.save_file, []
@@ -185,6 +165,7 @@ def test_a_signal_in_the_last_step_is_not_lost(run, monkeypatch, during):
     assert run("stopped", steps=1, resume="auto") == unbroken
 
 
+@pytest.mark.long
 def test_a_checkpoint_truncated_anywhere_is_named_and_the_one_before_loads(run, tmp_path, capsys):
     """20 offsets over all files, each file at least twice; resumed from the checkpoint before for each."""
     unbroken = run(steps=3, save_every=1)
@@ -206,24 +187,8 @@ def test_a_checkpoint_truncated_anywhere_is_named_and_the_one_before_loads(run, 
         shutil.rmtree(broken)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors", "model.safetensors"])
-def test_a_checkpoint_without_a_file_is_refused(run, tmp_path, name):
-    run(steps=2)
-    (newest,) = snapshots.every(tmp_path / "run")
-    (newest / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        run(steps=2, resume=newest)
-    with pytest.raises(ValueError, match="every checkpoint of .* is damaged"):
-        run(steps=2, resume="auto")
-
-
-def test_no_checkpoint_there(run, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint at .*nowhere"):
-        run(resume=tmp_path / "nowhere")
-
-
 def test_a_save_that_was_killed_is_cleaned_up(run, tmp_path):
-    rest = tmp_path / "run" / "checkpoints" / "..step-000002-x1y2z3_4"
+    rest = tmp_path / "run" / "checkpoints" / ".step-000002"
     rest.mkdir(parents=True)
     (rest / "model.safetensors").write_bytes(b"half")
     run(steps=2, save_every=2)
@@ -237,11 +202,6 @@ def test_what_a_kill_after_the_last_save_left_is_removed(run, tmp_path):
     (folder / "step-000001").rename(folder / ".step-000001-old")
     run(steps=3, save_every=1, keep=1, resume="auto")
     assert [path.name for path in folder.iterdir()] == ["step-000003"]
-
-
-def test_no_text(run):
-    with pytest.raises(ValueError, match="no text to train on"):
-        run(data=[])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
@@ -262,17 +222,6 @@ def test_a_custom_loss(run):
     lines = run(loss=doubled, accumulation=2)
     assert [line["loss"] for line in lines] == pytest.approx([2 * line["loss_ce"] for line in lines])
     assert lines[-1]["loss_ce"] < lines[0]["loss_ce"]
-
-
-def test_evaluation_when_asked_for_and_at_the_end(run):
-    def evaluate(qs):
-        assert not qs.training and not torch.is_grad_enabled()
-        return {"score": 7.0}
-
-    with_scores = run("with", steps=5, evaluate=evaluate, eval_every=2)
-    assert [line["step"] for line in with_scores if line.get("eval_score") == 7.0] == [2, 4, 5]
-    without = run("without", steps=5)
-    assert [{name: x for name, x in line.items() if name != "eval_score"} for line in with_scores] == without
 
 
 def test_an_evaluation_before_the_first_step_changes_no_step(run, tmp_path, capfd):
@@ -315,9 +264,3 @@ def test_packed_documents_share_no_random_numbers():
     of_documents = [set(ids[0, :5].tolist()), set(ids[0, 5:].tolist()), set(ids[1, :5].tolist()), set(ids[2, :5].tolist())]
     assert all(len(numbers) == 1 for numbers in of_documents) and len(set.union(*of_documents)) == 4
     assert torch.equal(torch.cat([part["sequence_ids"] for part in collate([row, short, row], [8, 2, 3], 3)]), ids)
-
-
-def test_packed_documents_train(run):
-    row = {"input_ids": torch.arange(3, 15), "document_ids": torch.tensor([0] * 5 + [1] * 7)}
-    lines = run(data=[row] * 3, steps=2)
-    assert all(math.isfinite(line["loss"]) for line in lines)

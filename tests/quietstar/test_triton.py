@@ -6,6 +6,7 @@ import torch
 import quietstar
 from quietstar_kernels import sample_token
 
+pytestmark = pytest.mark.kernels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0)
 

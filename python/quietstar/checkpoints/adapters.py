@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.checkpoints.contents import check_finite, find, read_file
 from quietstar.checkpoints.pretrained import load_model
-from quietstar.checkpoints.tensors import check_finite, find, read_file
 from quietstar.files.reading import read_json
 from quietstar.hf.adapters import NAME, check, fingerprint, require_peft
 from quietstar.hf.modules import unwrapped
@@ -53,15 +53,7 @@ def save(model: Any, directory: Path) -> None:
 
 
 def load(path: str | os.PathLike, saved: Fingerprint, base: PreTrainedModel | str | None, **kwargs: Any) -> PreTrainedModel:
-    """The adapters of a checkpoint on their base: ``base``, or the one that the checkpoint names.
-
-    Args:
-        saved: the checkpoint's fingerprint of the base.
-        kwargs: for ``AutoModelForCausalLM.from_pretrained``.
-
-    Raises:
-        ValueError: the base is missing or is another one, or the adapters are damaged.
-    """
+    """The adapters of a checkpoint on their base: ``base``, or the one that the checkpoint names."""
     config, tensors = _read_config(path), read_file(path, TENSORS)
     if isinstance(base, PreTrainedModel):
         model = base
@@ -121,7 +113,9 @@ def _precision(path: str | os.PathLike, dtype: str) -> float:
     try:
         return torch.finfo(getattr(torch, dtype)).eps
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: the fingerprint of its adapters' base must name a dtype of floats, got {dtype!r}") from error
+        raise ValueError(
+            f"{path}: the fingerprint of its adapters' base must name a floating-point dtype, got {dtype!r}"
+        ) from error
 
 
 def _copy(tensors: dict[str, Tensor], model: Any, path: str | os.PathLike) -> None:
@@ -129,7 +123,7 @@ def _copy(tensors: dict[str, Tensor], model: Any, path: str | os.PathLike) -> No
 
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
-        raise ValueError(f"{path}: {TENSORS} and {CONFIG} are not of the same adapters")
+        raise ValueError(f"{path}: {TENSORS} and {CONFIG} belong to different adapters")
     check_finite(path, TENSORS, tensors)
     set_peft_model_state_dict(model, tensors)
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.checkpoints import adapters, official
-from quietstar.checkpoints.card import CARD, card
-from quietstar.checkpoints.contents import Contents, TrainedOn
-from quietstar.checkpoints.places import checkpoint_of
+from quietstar.checkpoints.contents import (
+    Contents,
+    TrainedOn,
+    check_finite,
+    check_vocabulary,
+    checkpoint_of,
+    find,
+    has_safetensors,
+    locate_tensors,
+    read_file,
+)
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
-from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, has_safetensors, locate_tensors, read_file
 from quietstar.config import ThoughtConfig
-from quietstar.files.hashes import check_names, check_saved, sha256
-from quietstar.files.reading import as_type, read_json
+from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
 from quietstar.files.writing import replaced
-from quietstar.hf.modules import embeddings
+from quietstar.hf.modules import embeddings, unwrapped
 
 TENSORS, SETTINGS = "quietstar.safetensors", "quietstar.json"
 FORMAT = 1
@@ -37,23 +43,15 @@ EDITED = re.compile(r"README\.md|generation_config\.json|tokenizer_config\.json|
 
 @dataclass
 class Settings:
-    """quietstar.json. Checkpoints from before there were hashes have the sizes of weights alone.
-
-    Attributes:
-        base: the fingerprint of the adapters' base.
-        files: sizes in bytes.
-        sha256: of files that must be as they were saved.
-        trained_on: the texts of the runs that the model comes from.
-        checksum: SHA-256 of all other settings.
-    """
+    """quietstar.json."""
 
     model_type: str
     thought_config: dict[str, Any]
-    base: adapters.Fingerprint | None = None
-    files: dict[str, int] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
-    trained_on: tuple[TrainedOn, ...] = ()
-    checksum: str | None = None
+    files: dict[str, int]  # sizes in bytes
+    sha256: dict[str, str]  # of files that must be as they were saved
+    trained_on: tuple[TrainedOn, ...]  # the texts of the runs that the model comes from
+    checksum: str  # SHA-256 of all other settings
+    base: adapters.Fingerprint | None = None  # the fingerprint of the adapters' base
 
     def __post_init__(self) -> None:
         if any(size < 0 for size in self.files.values()):
@@ -106,12 +104,7 @@ def thinks(path: str | os.PathLike) -> bool:
 
 
 def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, verify: bool = True, **kwargs: Any) -> Contents:
-    """What a checkpoint of ours or a published one holds.
-
-    Args:
-        base: what the checkpoint's adapters belong to, where it has adapters; default what it names.
-        verify: compare the hashes of a checkpoint of ours.
-    """
+    """What a checkpoint of ours or a published one holds."""
     path = checkpoint_of(path)
     if base is None and find(path, SETTINGS) is None and official.is_published(path):
         _check_not_bare(path)
@@ -136,11 +129,7 @@ def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, ver
 def read_description(path: str | os.PathLike) -> tuple[ThoughtConfig, tuple[TrainedOn, ...]] | None:
     """What a checkpoint of ours says about itself: how it thinks, and what it was trained on. Its weights are not looked for.
 
-    Returns:
-        None where there is no ``SETTINGS``, as for a plain language model or a published checkpoint.
-
-    Raises:
-        ValueError: ``SETTINGS`` is damaged, or the path is neither a folder nor a hub model that can be reached.
+    None where there is no ``SETTINGS``, as for a plain language model or a published checkpoint.
     """
     path = checkpoint_of(path)
     file = find(path, SETTINGS)
@@ -176,7 +165,7 @@ def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True
     saved = load(path, verify=False)
     V, own = (len(embeddings(x).weight) for x in (saved.model, contents.model))
     if V != own:
-        raise ValueError(f"{path}: it is of a vocabulary of {V} tokens, the model's has {own}")
+        raise ValueError(f"{path}: it has a vocabulary of {V} tokens, the model one of {own}")
     contents.model.load_state_dict(saved.model.state_dict())
     restore(contents.tensors, saved.tensors, path)
 
@@ -216,11 +205,7 @@ def _tied(module: nn.Module) -> dict[str, str]:
 
 
 def _read_settings(path: str | os.PathLike, verify: bool) -> Settings:
-    """The settings of a checkpoint whose files are all there.
-
-    Args:
-        verify: compare hashes too.
-    """
+    """The settings of a checkpoint whose files are all there."""
     file = find(path, SETTINGS)
     if file is None:
         raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint")
@@ -234,7 +219,7 @@ def _read_settings(path: str | os.PathLike, verify: bool) -> Settings:
         weights = {name: size for name, size in settings.files.items() if name.endswith(".safetensors")}
         check_saved(path, partial(find, path), weights, {})
         return settings
-    if settings.checksum not in (None, _checksum(values)):
+    if settings.checksum != _checksum(values):
         raise ValueError(f"{where} is damaged: it is not what was saved")
     check_saved(path, partial(find, path), settings.files, settings.sha256)
     return settings
@@ -250,7 +235,38 @@ def _check_not_bare(path: str | os.PathLike) -> None:
 
 
 def _read_thought_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of ``TENSORS``; in older checkpoints those of the base model are named "reference"."""
-    tensors = {re.sub(r"^reference\.", "base_model.", name): x for name, x in read_file(path, TENSORS).items()}
+    tensors = read_file(path, TENSORS)
     check_finite(path, TENSORS, tensors)
     return tensors
+
+
+CARD = "README.md"
+
+
+def card(contents: Contents, tensors: str, settings: str) -> str:
+    """The text of README.md; ``tensors`` and ``settings`` are names of the files beside it."""
+    config = contents.config
+    name = type(unwrapped(contents.model)).__name__
+    if contents.base is None:
+        what = "`AutoModelForCausalLM.from_pretrained` loads the language model alone"
+    else:
+        base = contents.model.name_or_path or name
+        what = f"These are adapters of peft, without the model that they belong to, {base}"
+    return f"""---
+library_name: transformers
+tags: [quiet-star]
+---
+
+# {name} that thinks before every token
+
+A {name} trained with Quiet-STaR (arXiv 2403.09629) by quietstar-kernels: {config.thoughts} thoughts of
+{config.thought_tokens} tokens at every position, {config.lookahead} tokens predicted after each, preset `{config.preset}`.
+
+{what}; `quietstar.QuietStar.from_pretrained` loads all of it, with the
+mixing head and thought embeddings (`{tensors}`, `{settings}`).
+
+## Limits
+
+A thought need not be the reason for an answer: it was rewarded for making the next tokens likelier, nothing else. Nothing
+guards against harmful thoughts, and they are not meant to be shown as explanations.
+"""

@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from quietstar.checkpoints.contents import Contents
+from quietstar.checkpoints.contents import Contents, check_finite, check_vocabulary, find, locate_tensors, read_tensors
 from quietstar.checkpoints.pretrained import load_config, load_tokenizer, load_with_report
-from quietstar.checkpoints.tensors import check_finite, check_vocabulary, find, locate_tensors, read_tensors
 from quietstar.config import ThoughtConfig
 from quietstar.files.reading import read_json
 from quietstar.files.writing import replaced
@@ -61,11 +60,7 @@ def is_published(path: str | os.PathLike) -> bool:
 
 
 def load(path: str | os.PathLike, **kwargs: Any) -> Contents:
-    """What a published checkpoint holds, under the wrapper's own names.
-
-    Raises:
-        ValueError: a tensor that is missing, unknown or of another shape, another vocabulary, or a damaged file.
-    """
+    """What a published checkpoint holds, under the wrapper's own names."""
     located = locate_tensors(path)
     absent = [name for name in NAMES if name not in located]
     if absent:
@@ -166,7 +161,7 @@ def load_state_dict(contents: Contents, state: Mapping[str, Tensor], embedding_s
     for name, tensor in source.items():
         want, got = list(targets[name].shape), list(tensor.shape)
         if want != got and want == embedding and want[1:] == got[1:]:
-            raise ValueError(f"official checkpoint: {name} is of a vocabulary of {got[0]} tokens, the model's has {want[0]}")
+            raise ValueError(f"official checkpoint: {name} has a vocabulary of {got[0]} tokens, the model one of {want[0]}")
         if want != got:
             raise ValueError(f"official checkpoint: {published.get(name, name)} must have shape {want}, got {got}")
     with torch.no_grad():

@@ -14,11 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quietstar.checkpoints.places import checkpoint_of
-from quietstar.checkpoints.tensors import find, has_safetensors, locate_tensors
+from quietstar.checkpoints.contents import checkpoint_of, find, has_safetensors, locate_tensors
 from quietstar.files.reading import check_regular, read_json
-
-__all__ = ["load_config", "load_model", "load_tokenizer"]
 
 T = TypeVar("T")
 
@@ -87,9 +84,6 @@ def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) 
     Args:
         allow_bin: take weights from pickle files where there are no safetensors; no code in them is run.
         kwargs: for ``AutoModelForCausalLM.from_pretrained``; dtype defaults to the saved one.
-
-    Raises:
-        ValueError: weights that are missing, damaged, pickled or of another architecture.
     """
     model, info = load_with_report(path, allow_bin, **kwargs)
     if missing := sorted(info["missing_keys"]):

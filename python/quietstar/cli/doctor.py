@@ -5,15 +5,15 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import psutil
 import torch
 from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model
-from quietstar.cli.errors import UsageError
-from quietstar.cli.shared_options import AllowBin
+from quietstar.cli.common import AllowBin, UsageError
+from quietstar.cli.ignored import Rule
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify
 from quietstar.memory.processes import (
@@ -52,6 +52,17 @@ class Doctor:
     anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
     allow_bin: AllowBin = False
+
+    inherits: ClassVar = ("length", "thoughts", "thought_tokens", "lookahead")
+    ignored: ClassVar = [
+        Rule(
+            "batch_size length thoughts thought_tokens lookahead lora_rank lora_targets dtype precision processes sharding "
+            "anchor_chunk verify",
+            lambda o: not o.model,
+            "without --model",
+        ),
+        Rule("lora_targets", lambda o: not o.lora_rank, "without --lora-rank"),
+    ]
 
     def run(self) -> None:
         print(environment())

@@ -8,18 +8,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from quietstar.checkpoints.contents import TrainedOn
-from quietstar.checkpoints.places import checkpoint_of, run_of
-from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, Controls, check_report_file
-from quietstar.cli.tables import held_out_losses, held_out_text, source_name
+from quietstar.checkpoints.contents import TrainedOn, checkpoint_of, run_of
+from quietstar.cli.common import (
+    Checkpoint,
+    Controls,
+    UsageError,
+    check_report_file,
+    check_unseen,
+    held_out_losses,
+    held_out_text,
+    load_checkpoint,
+    source_name,
+    text_tokenizer,
+)
+from quietstar.cli.ignored import DATA, Rule
 from quietstar.data.texts import Data, DataConfig, load_all, load_data
-from quietstar.evaluation import anchor_choices, difficulty
+from quietstar.evaluation import difficulty
 from quietstar.evaluation.losses import summary, token_losses
 from quietstar.files.writing import write_whole
 
@@ -38,6 +46,9 @@ class Eval:
         arg(help="JSON file of the results, with a plot beside it; default a new one in the run's folder, or here"),
     ] = ""
 
+    inherits: ClassVar = (DataConfig,)
+    ignored: ClassVar = [Rule("held_out held_out_seed held_out_split", lambda o: o.all, "with --all"), *DATA]
+
     def run(self) -> None:
         if self.out:
             check_report_file(self.out, self.data.data)
@@ -55,8 +66,8 @@ class Eval:
         print(f"{source_name(self.data.data)}: {which}, {self.data.length} tokens of each at most")
         losses = token_losses(qs, examples, self.batch_size, sys.stderr.isatty(), self.controls)
         figures, tenths = summary(losses), difficulty.by_difficulty(losses)
-        by_choice = anchor_choices.by_anchor_choice(qs, examples, losses, self.batch_size)
-        print(f"{held_out_losses(figures)}\n{difficulty.text(tenths)}\n{anchor_choices.text(by_choice)}")
+        by_choice = difficulty.by_anchor_choice(qs, examples, losses, self.batch_size)
+        print(f"{held_out_losses(figures)}\n{difficulty.difficulty_text(tenths)}\n{difficulty.anchor_text(by_choice)}")
         values = {
             "model": self.model,
             **asdict(self.data),

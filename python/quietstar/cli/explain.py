@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import check_unseen, load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, check_out_file
-from quietstar.cli.tables import source_name
+from quietstar.cli.common import (
+    Checkpoint,
+    UsageError,
+    check_out_file,
+    check_unseen,
+    load_checkpoint,
+    source_name,
+    text_tokenizer,
+)
+from quietstar.cli.ignored import Rule
 from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
-from quietstar.evaluation.gain import PARTS, format_gain
+from quietstar.evaluation.intervals import PARTS, format_gain
+from quietstar.explanation.report import explain
 from quietstar.files.reading import read_utf8
 from quietstar.model import QuietStar
 
@@ -34,6 +41,8 @@ class Explain:
     ] = ""
     seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest tokens")] = None
 
+    ignored: ClassVar = [Rule("held_out", lambda o: bool(o.text or o.file), "with a text")]
+
     def run(self) -> None:
         if self.text and self.file:
             raise ValueError("explain takes a text or --file, one of the two")
@@ -47,7 +56,7 @@ class Explain:
         if not text:
             text, other = self._held_out_texts(qs)
             another = another or other
-        report = qs.explain(text, self.seed, another)
+        report = explain(qs, text, self.seed, another)
         for path in self.out:
             report.save(path)
         print(f"{summary_text(report.summary)}\nwrote {' and '.join(self.out)}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, check_out_file
+from quietstar.cli.common import Checkpoint, UsageError, check_out_file, load_checkpoint, text_tokenizer
+from quietstar.cli.ignored import DATA
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import export_thoughts
 
@@ -24,6 +23,9 @@ class Export:
     out: Annotated[str, arg(metavar="FILE", help="a .jsonl or .parquet file to write, for --thoughts-from of train")]
     seed: Annotated[int, arg(help="seed of the thoughts")] = 0
     batch_size: Annotated[int, arg(help="texts at a time")] = 8
+
+    inherits: ClassVar = (DataConfig,)
+    ignored: ClassVar = DATA
 
     def run(self) -> None:
         if self.batch_size < 1:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from accelerate.utils import set_seed
-from transformers import TextStreamer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.generation import BaseStreamer
 from tyro.conf import Positional, arg
 
 from quietstar.checks import pad_id
-from quietstar.cli.errors import UsageError
-from quietstar.cli.loading import load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint, ThinkWhen, check_seed, read_think
-from quietstar.cli.thought_lines import ThoughtLines
+from quietstar.cli.common import Checkpoint, ThinkWhen, UsageError, check_seed, load_checkpoint, read_think, text_tokenizer
+from quietstar.cli.ignored import Rule
+from quietstar.explanation.tokens import token_text
 
 
 @dataclass
@@ -32,6 +33,17 @@ class Generate:
     top_p: Annotated[float | None, arg(help="sample from the likeliest tokens of this probability; default the model's")] = None
     top_k: Annotated[int | None, arg(help="sample from this many of the likeliest tokens; default the model's")] = None
     seed: Annotated[int | None, arg(help="seed of all that is sampled; default a new one each time")] = None
+
+    ignored: ClassVar = [
+        Rule("thoughts sample_thoughts", lambda o: o.think == "never", "with --think=never"),
+        Rule("thoughts", lambda o: not o.sample_thoughts, "without --sample-thoughts"),
+        Rule("top_p top_k", lambda o: o.temperature == 0, "without --temperature above 0"),
+        Rule(
+            "seed",
+            lambda o: o.temperature == 0 and not o.sample_thoughts,
+            "without --temperature above 0 or --sample-thoughts",
+        ),
+    ]
 
     def run(self) -> None:
         if bool(self.text) == bool(self.prompt):
@@ -65,3 +77,26 @@ class Generate:
             pad_token_id=pad_id(qs.config),
             **{name: value for name, value in options.items() if value is not None},
         )
+
+
+class ThoughtLines(BaseStreamer):
+    """Prints a line for each new token of one text: the token, and the thoughts before it if the model thought there.
+
+    Pass the object as ``streamer`` and its ``on_thoughts`` as ``on_thoughts``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.thoughts: list[str] = []
+        self.in_prompt = True
+
+    def on_thoughts(self, thought_ids: Tensor) -> None:
+        self.thoughts = [repr(self.tokenizer.decode(thought[thought >= 0])) for thought in thought_ids[0]]
+
+    def put(self, value: Tensor) -> None:
+        if not self.in_prompt:
+            print(f"{token_text(self.tokenizer, int(value))!r:<16}  {'  |  '.join(self.thoughts)}".rstrip(), flush=True)
+        self.thoughts, self.in_prompt = [], False
+
+    def end(self) -> None:
+        self.in_prompt = True

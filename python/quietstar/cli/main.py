@@ -1,4 +1,4 @@
-"""The command line. Each command is a file of this folder; ``COMMANDS`` lists them.
+"""The command line. Each command is a file of this folder; other packages add commands as entry points of ``GROUP``.
 
 Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
 130 stopped with nothing to save, 141 nobody reads the output any more. Errors are one line on stderr.
@@ -6,17 +6,20 @@ Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run tim
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from io import TextIOWrapper
+from typing import Any
 
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from quietstar.cli.ask import Ask
-from quietstar.cli.doctor import Doctor
-from quietstar.cli.errors import (
+from quietstar.cli.common import (
     DATA,
     PIPE,
     RUNTIME,
@@ -30,23 +33,18 @@ from quietstar.cli.errors import (
     runtime_failure,
     short_warnings,
 )
+from quietstar.cli.doctor import Doctor
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
 from quietstar.cli.export import Export
-from quietstar.cli.fast import Fast
 from quietstar.cli.generate import Generate
-from quietstar.cli.internalize import Internalize
 from quietstar.cli.options import parse
-from quietstar.cli.score import Score
-from quietstar.cli.solve import Solve
-from quietstar.cli.star import Star
 from quietstar.cli.think import Think
 from quietstar.cli.train import Train
-from quietstar.cli.vstar import VStar
-from quietstar.recipes.common.log import on_terminal
-from quietstar.run.signals import Interrupted
+from quietstar.run.processes import Interrupted
 
-COMMANDS = {
+GROUP = "quietstar.commands"
+OWN: dict[str, type] = {
     "train": Train,
     "think": Think,
     "generate": Generate,
@@ -55,13 +53,37 @@ COMMANDS = {
     "ask": Ask,
     "export": Export,
     "doctor": Doctor,
-    "star": Star,
-    "vstar": VStar,
-    "solve": Solve,
-    "internalize": Internalize,
-    "score": Score,
-    "fast": Fast,
 }
+
+
+class Commands(Mapping[str, Any]):
+    """All commands by name. Those of other packages are imported when they are asked for."""
+
+    def __init__(self) -> None:
+        self._others = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*OWN, *self._others)
+
+    def __len__(self) -> int:
+        return len(OWN) + len(self._others)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in OWN:
+            return OWN[name]
+        entry = self._others[name]
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            raise Failure(USAGE, f"{entry.value}, of the command {name}, can't be imported: {first_line(error)}") from error
+
+    def needed_by(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The commands to choose from: the other packages' alone that is named, or all of them for --help and completion."""
+        every = arguments[0].startswith("-")
+        return {name: self[name] for name in self if name in OWN or every or name == arguments[0]}
+
+
+COMMANDS = Commands()
 
 # How to let a shell complete commands and options; no Markdown.
 COMPLETION = """\
@@ -83,7 +105,7 @@ fish
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
-    logging.disable_progress_bar()
+    disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no error
             stream.reconfigure(errors="backslashreplace")
@@ -109,7 +131,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     try:
         _check_command(arguments)
         with on_terminal(), short_warnings():
-            parse(COMMANDS, arguments).run()
+            parse(COMMANDS.needed_by(arguments), arguments).run()
         return 0, ""
     except UsageError as error:
         return USAGE, str(error)
@@ -128,6 +150,20 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         return RUNTIME, reason
     except KeyboardInterrupt:
         return STOPPED, "stopped; nothing was saved since the last checkpoint or round"
+
+
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """In this context the log "quietstar" goes to stderr."""
+    log, handler = logging.getLogger("quietstar"), logging.StreamHandler(sys.stderr)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _check_command(arguments: list[str]) -> None:

@@ -1,44 +1,34 @@
-"""From what was typed, and config files, to a command with its options."""
+"""From what was typed, config files and the checkpoint of --model to a command with its options."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
 
-from quietstar.cli.errors import UsageError
+from quietstar.checkpoints import native
+from quietstar.cli.common import UsageError
 from quietstar.cli.ignored import check_ignored
-from quietstar.cli.inherit import for_source, inherited, report_changes
-from quietstar.config import OLD_NAMES, PRESETS, TRAIN_PRESETS, renamed
+from quietstar.config import PRESETS, TRAIN_PRESETS
+from quietstar.data.held_out import data_config
 from quietstar.files.reading import read_yaml
-
-# Options of a command that are now another command.
-MOVED = {
-    ("eval", "questions"): "quietstar ask --questions",
-    ("think", "export"): "quietstar export --out",
-    ("think", "data"): "quietstar export --data",
-}
 
 LARGEST = 1e30
 LONGEST, LONG = 4096, ("prompt", "answer_prefix")  # characters of an option with its value; options that may be longer
 
 
 def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
-    """One of the commands, made from what was typed. Exits after --help and, with code 2, where tyro can't read an option.
-
-    Raises:
-        UsageError: a value outside its range, an option that would be ignored or has another name now, or a config file
-            that can't be read.
-    """
+    """One of the commands, made from what was typed. Exits after --help and, with code 2, where tyro can't read an option."""
     typed = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
-    _check_moved(arguments[0] if arguments else "", typed)
     _check_texts(arguments)
-    arguments, from_model = _expand(arguments)
+    arguments, from_model = _expand(commands, arguments)
     registry = ConstructorRegistry()
     registry.struct_rule(_struct_rule)
     registry.primitive_rule(_number_rule)
@@ -50,8 +40,7 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
-    name = next(name for name, kind in commands.items() if isinstance(command, kind))
-    check_ignored(name, _flat(command), typed)
+    check_ignored(getattr(command, "ignored", ()), _flat(command), typed)
     report_changes(getattr(command, "model", ""), from_model, _flat(command))
     return command
 
@@ -59,19 +48,9 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Options by name from a JSON or YAML file."""
     try:
-        values = read_yaml(path, dict[str, bool | int | float | str | None])
+        return read_yaml(path, dict[str, bool | int | float | str | None])
     except ValueError as error:
         raise UsageError(f"{error}; a config file must map options to values") from error
-    return renamed(values)
-
-
-def _check_moved(command: str, typed: set[str]) -> None:
-    for name in sorted(typed):
-        option = f"--{name.replace('_', '-')}"
-        if (command, name) in MOVED:
-            raise UsageError(f"quietstar {command} no longer takes {option}: use {MOVED[command, name]}")
-        if name in OLD_NAMES:
-            raise UsageError(f"{option} is now --{OLD_NAMES[name].replace('_', '-')}")
 
 
 def _check_texts(arguments: list[str]) -> None:
@@ -99,9 +78,15 @@ def _flat(command: Any) -> dict[str, Any]:
     return values
 
 
-def _expand(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Put options before the typed ones, which win: those of a config file, before these a preset's, and first what is taken
-    over from the model, which is returned too. And auto after --resume alone."""
+def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments, and the options that are taken over from the model. Later options win, so before the typed ones come
+
+    - what is taken over from the model,
+    - what a preset says,
+    - what a config file says;
+
+    and auto is put after a --resume that has no value.
+    """
     expanded: list[str] = []
     given: dict[str, Any] = {}  # what is typed or in a config file
     from_file: list[str] = []
@@ -120,7 +105,7 @@ def _expand(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     command = arguments[0] if arguments else ""
     if {"-h", "--help"}.intersection(arguments):
         return expanded, {}
-    values = inherited(command, str(given.get("model", "")))
+    values = inherited(commands.get(command), str(given.get("model", "")))
     from_model = for_source(values, str(given.get("data", "")))
     preset = given.get("preset", values.get("preset"))
     of_preset = TRAIN_PRESETS.get(preset, {}) if command == "train" and isinstance(preset, str) else {}
@@ -191,3 +176,48 @@ def _number_rule(info: Any) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: type(value) is kind or ("~" if kind is float and type(value) is int else False),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+# How a run reads its data, not what it reads: another file has fields and splits of its own.
+OF_SOURCE = ("data", "text_field", "split", "hub_texts", "held_out_split")
+
+
+def inherited(command: Any, model: str) -> dict[str, Any]:
+    """Options by name from the description of the checkpoint ``model``; none where it has none.
+
+    Those that the command takes over are its ``inherits``: names of options, and config classes for all of theirs.
+    """
+    kinds = getattr(command, "inherits", ())
+    if not model or model.startswith("-") or not kinds:
+        return {}
+    description = native.read_description(model)
+    if description is None:
+        return {}
+    thoughts, runs = description
+    values = thoughts.to_dict() | (asdict(data_config(runs[-1])) if runs else {})
+    wanted = {name for kind in kinds for name in ([kind] if isinstance(kind, str) else kind.__dataclass_fields__)}
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+def for_source(values: dict[str, Any], data: str) -> dict[str, Any]:
+    """The options that make sense for ``data``: not those of another source."""
+    if not data or data == values.get("data") or _same_file(data, values.get("data")):
+        return values
+    return {name: value for name, value in values.items() if name not in OF_SOURCE}
+
+
+def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any]) -> None:
+    """Print what is not as in the checkpoint; in the first of several processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    changed = [
+        f"{name.replace('_', '-')} {used[name]} instead of {value}"
+        for name, value in values.items()
+        if name in used and used[name] != value and not (name == "data" and _same_file(used[name], value))
+    ]
+    if changed:
+        print(f"not as in {model}: {', '.join(changed)}")
+
+
+def _same_file(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and os.path.exists(one) and os.path.realpath(one) == other

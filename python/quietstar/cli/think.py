@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from quietstar.cli.loading import load_checkpoint, text_tokenizer
-from quietstar.cli.shared_options import Checkpoint
+from quietstar.cli.common import Checkpoint, load_checkpoint, text_tokenizer
 
 
 @dataclass
@@ -35,5 +34,5 @@ class Think:
         anchors = torch.tensor([places], device=ids.device)
         thoughts = qs.think(ids, anchors=anchors, seed=self.seed or 0, greedy=self.seed is None).thought_ids[0]
         for place, several in zip(places, thoughts.tolist(), strict=True):
-            shown = several[:1] if self.seed is None else several  # greedy thoughts are all the same
+            shown = several[:1] if self.seed is None else several  # greedy thoughts are identical
             print(f"{place:>5}  {decode(ids[0, place])!r:<16}  {'  |  '.join(repr(decode(one)) for one in shown)}")

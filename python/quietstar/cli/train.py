@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from accelerate.utils import set_seed
 from tyro.conf import arg
@@ -17,12 +17,24 @@ from tyro.conf import arg
 from quietstar.checkpoints import native
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.cli.errors import DATA, RUNTIME, SAVED, Failure, runtime_failure
-from quietstar.cli.loading import check_unseen, load_model
+from quietstar.cli.common import (
+    DATA,
+    RUNTIME,
+    SAVED,
+    AllowBin,
+    Controls,
+    Failure,
+    check_out_folder,
+    check_seed,
+    check_unseen,
+    held_out_text,
+    load_model,
+    runtime_failure,
+)
+from quietstar.cli.ignored import DATA as DATA_RULES
+from quietstar.cli.ignored import LORA, THOUGHTS, Rule
 from quietstar.cli.options import read_config
-from quietstar.cli.shared_options import AllowBin, Controls, check_out_folder, check_seed
-from quietstar.cli.tables import held_out_text
-from quietstar.cli.train_summary import finish
+from quietstar.cli.summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.held_out import describe
 from quietstar.data.texts import DataConfig, load_data
@@ -31,10 +43,9 @@ from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
 from quietstar.run import snapshots
 from quietstar.run.lock import only_run_in
-from quietstar.run.processes import process_state
+from quietstar.run.processes import Interrupted, process_state
 from quietstar.run.resume import Settings, check_folder
-from quietstar.run.signals import Interrupted
-from quietstar.train import train
+from quietstar.training import train
 
 CONFIG = "config.json"
 # Options of the command itself that its config file has.
@@ -66,6 +77,15 @@ class Train:
     resume: Annotated[str, arg(help="auto: continue from the newest whole checkpoint in --out; or a path")] = field(
         default="", metadata=MAY_DIFFER
     )
+
+    inherits: ClassVar = (DataConfig, ThoughtConfig)
+    ignored: ClassVar = [
+        *DATA_RULES,
+        *THOUGHTS,
+        *LORA,
+        Rule("eval_every controls", lambda o: o.held_out < 2, "unless --held-out is 2 or more"),
+        Rule("controls", lambda o: not o.eval_every, "with --eval-every=0"),
+    ]
 
     def run(self) -> None:
         check_seed(self.train.seed)

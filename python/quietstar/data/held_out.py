@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quietstar.arguments.values import instance, items, refusal
 from quietstar.checkpoints.contents import TrainedOn
-from quietstar.data.splitting import whole_texts
-from quietstar.data.texts import Data, DataConfig, in_blocks, read_texts, texts_hash
-
-__all__ = ["TrainedOn", "check_held_out", "data_config", "describe"]
+from quietstar.data.texts import Data, DataConfig, in_blocks, read_texts, texts_hash, whole_texts
+from quietstar_kernels.checks import instance, items, refusal
 
 
 def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
@@ -53,9 +50,6 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
 
     Returns:
         Sentences on what could not be checked.
-
-    Raises:
-        ValueError: it was trained on some of them; the message says how many, and what differs from its run.
     """
     for run in items("check_held_out: trained_on", trained_on):
         instance("check_held_out: trained_on: each", run, TrainedOn)

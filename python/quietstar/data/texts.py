@@ -1,7 +1,4 @@
-"""Texts from the hub, a file or Python's documentation, tokenized, split and cut into examples to train and evaluate on.
-
-Problems with chains of thought are in ``quietstar.recipes``, questions in ``quietstar.evaluation.questions``.
-"""
+"""Texts from the hub, a file or Python's documentation, tokenized, split and cut into examples to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -17,14 +14,59 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.arguments.fields import check_at_least, check_types
-from quietstar.arguments.values import instance, integer
 from quietstar.config import option
-from quietstar.data.splitting import FEW, LEAST, Split, random_order, split_blocks, split_texts
 from quietstar.files.reading import json_lines, read_utf8
 from quietstar.run.batches import Example
+from quietstar_kernels.checks import check_at_least, check_types, instance, integer
 
-__all__ = ["Data", "DataConfig", "json_lines", "load_all", "load_data"]
+FEW = 20  # texts: a tenth of fewer is not two, which an interval needs
+LEAST = 4  # texts or blocks of which two can be held out
+SHORTEST = 16  # tokens of a block
+
+
+@dataclass(frozen=True)
+class Split:
+    """Token ids int64 [their length] to train on and held out, with the number of the text that each of these is from."""
+
+    train: list[Tensor]
+    held_out: list[Tensor]
+    sources: list[int]
+    in_blocks: bool = False
+
+
+def whole_texts(count: int, most: int, seed: int) -> list[int]:
+    """The numbers of the texts to hold out, in random order: a tenth of ``count``, at least two of four or more."""
+    held = min(most, max(2, count // 10)) if count >= LEAST else 0
+    return random_order(count, seed)[:held]
+
+
+def split_texts(ids: list[Tensor], most: int, seed: int) -> Split:
+    """Hold out whole texts, ``most`` or fewer."""
+    held = whole_texts(len(ids), most, seed)
+    training = random_order(len(ids), seed)[len(held) :]
+    return Split([ids[i] for i in training], [ids[i] for i in held], held)
+
+
+def split_blocks(ids: list[Tensor], most: int, seed: int, length: int) -> Split:
+    """Hold out blocks of ``length`` tokens, or a twentieth of all if that is less. What is between them is trained on."""
+    size = min(length, max(SHORTEST, sum(map(len, ids)) // FEW))
+    places = [(i, start) for i, x in enumerate(ids) for start in range(0, len(x) - size + 1, size)]
+    held = [places[k] for k in whole_texts(len(places), most, seed)]
+    training = []
+    for i, x in enumerate(ids):
+        begin = 0
+        for start in [*sorted(start for text, start in held if text == i), len(x)]:
+            training.append(x[begin:start])
+            begin = start + size
+    return Split(
+        [x for x in training if len(x)], [ids[i][start : start + size] for i, start in held], [i for i, _ in held], True
+    )
+
+
+def random_order(count: int, seed: int) -> list[int]:
+    """The numbers 0 to ``count`` - 1, shuffled."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
 
 FILES = (".txt", ".jsonl")
 
@@ -59,27 +101,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on, and held-out examples of one text each, cut to L tokens.
-
-    Attributes:
-        held_out_texts: the text that each held-out example is from, whole.
-        texts: how many texts there were.
-        sha256: of all these texts in order.
-        repeated: held-out texts that training has too, word for word; they are not among ``held_out``.
-    """
+    """Examples to train on, and held-out examples of one text each, cut to L tokens."""
 
     train: list[Example]
     held_out: list[Example]
-    held_out_texts: list[str]
-    texts: int
-    sha256: str
-    repeated: int
+    held_out_texts: list[str]  # the text that each held-out example is from, whole
+    texts: int  # how many texts there were
+    sha256: str  # of all these texts in order
+    repeated: int  # held-out texts that training has too, word for word; they are not among ``held_out``
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead: int) -> Data:
     """Read, tokenize and split texts. Each ends with an end-of-text token if the tokenizer has one.
 
-    Texts are held out at random: see ``DataConfig`` and docs/evaluation.md. Packed examples have document_ids, so that no text
+    Texts are held out at random: see ``DataConfig`` and docs/using.md. Packed examples have document_ids, so that no text
     sees another.
 
     Args:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import pad_id
-from quietstar.evaluation.questions.continuations import batches_by_length, continue_texts
+from quietstar.evaluation.questions.answers import batches_by_length, continue_texts
 from quietstar.evaluation.scoring import score_tokens
 from quietstar.generate import Thinking
 from quietstar.model import QuietStar
@@ -38,15 +38,11 @@ class QuietStarLM(TemplateLM):
     Args:
         pretrained: a checkpoint, a run's folder or a hub name.
         think: always, never, or the entropy of the base model's prediction, in nats, above which to think.
-        batch_size: texts at once.
         max_length: positions of text and thought; default the model's own.
         max_gen_toks: tokens to generate if a task does not say.
         dtype: of the weights; default the saved one.
         device: default a GPU, or the CPU if there is none: lm_eval asks for a GPU even then.
         max_batch_size: ignored; lm_eval always passes it.
-
-    Raises:
-        ValueError: errors of ``QuietStar.from_pretrained``; there is no tokenizer, or the batch size is not a number.
     """
 
     def __init__(

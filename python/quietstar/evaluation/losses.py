@@ -1,4 +1,7 @@
-"""What thoughts are worth on held-out texts: the loss with and without greedy thoughts, and the gain with its two parts."""
+"""What thoughts are worth on held-out texts: the loss with and without greedy thoughts, and the gain with its two parts.
+
+Thoughts to compare a model's own with, at the same places, are another text's, one and the same everywhere, or random tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,133 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quietstar import checks, objective
-from quietstar.arguments.values import flag, instance, integer
-from quietstar.evaluation.controls import add_thoughts, can_swap, with_thoughts_of_another
-from quietstar.evaluation.gain import mean_gains
+from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.scoring import one_thought
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
-from quietstar.output import QuietStarOutput
-from quietstar.run.batches import Batch, Example, batches_of, check_data
+from quietstar.packed import QuietStarOutput
+from quietstar.run.batches import Batch, Example, batches_of, check_data, mix_seed, text_of
+from quietstar_kernels.checks import flag, instance, integer
 
-__all__ = ["TokenLosses", "evaluate", "summary", "token_losses"]
+THOUGHTS = ("thought_ids", "thought_lengths")
+
+
+@torch.no_grad()
+def with_own_thoughts(qs: QuietStar, examples: Sequence[Example], batch_size: int = 8) -> list[Example]:
+    """The examples with one greedy thought at each of their anchors (default: all L), for ``token_losses``.
+
+    Returns:
+        copies of the examples with thought_ids, int64 [P,1,T], and thought_lengths [P,1] if thoughts may be shorter than T.
+    """
+    one, found = one_thought(qs), []
+    with dropout_off(qs):
+        for chosen, batch in batches_of(examples, batch_size, qs.start_embedding.device):
+            thoughts = one.think(**text_of(batch), anchors=batch.get("anchors"), seed=0, greedy=True)
+            found += add_thoughts([examples[i] for i in chosen], thoughts.thought_ids, thoughts.thought_lengths)
+    return found
+
+
+def add_thoughts(examples: Sequence[Example], thought_ids: Tensor, thought_lengths: Tensor | None) -> list[Example]:
+    """Copies of the examples of a batch with its thoughts, on the CPU and without those of padding."""
+    given = dict(zip(THOUGHTS, (thought_ids, thought_lengths), strict=True))
+    own = {name: x.cpu() for name, x in given.items() if x is not None}
+    found = []
+    for row, example in enumerate(examples):
+        P = len(_places(example))
+        found.append({**example, **{name: x[row, :P].clone() for name, x in own.items()}})
+    return found
+
+
+def can_swap(examples: Sequence[Example]) -> bool:
+    """Whether two of the examples have a place to think at, so that each can be given the thoughts of another."""
+    return sum(bool(_used(example).any()) for example in examples) >= 2
+
+
+def with_thoughts_of_another(examples: Sequence[Example]) -> list[Example]:
+    """The examples of ``with_own_thoughts``, each with the thoughts of the one half of all examples further on.
+
+    Half of them, since neighbours may be parts of one document. It goes round at the end, so each example's thoughts are used
+    once. The thoughts come in their order, at the example's own places; where the other has fewer, they begin again. Places
+    on padding, and anchors of -1, neither give nor take a thought.
+
+    Raises:
+        ValueError: fewer than two examples that think.
+    """
+    used = [_used(example).nonzero()[:, 0] for example in examples]
+    thinking = [i for i, places in enumerate(used) if len(places)]
+    if len(thinking) < 2:
+        raise ValueError(f"with_thoughts_of_another: examples must be 2 or more that think, got {len(thinking)}")
+    found = list(examples)
+    half = len(thinking) // 2
+    for i, j in zip(thinking, thinking[half:] + thinking[:half], strict=True):
+        own, other = examples[i], examples[j]
+        taken = used[j][torch.arange(len(used[i])) % len(used[j])]
+        swapped = {name: own[name].index_copy(0, used[i], other[name][taken]) for name in THOUGHTS if name in other}
+        found[i] = {**own, **swapped}
+    return found
+
+
+def _places(example: Example) -> Tensor:
+    """int64 [P], the positions that think, -1 in unused places; on the CPU."""
+    return example["anchors"].long().cpu() if "anchors" in example else torch.arange(len(example["input_ids"]))
+
+
+def _used(example: Example) -> Tensor:
+    """bool [P], whether a place is on text; on the CPU."""
+    places = _places(example)
+    if "attention_mask" not in example:
+        return places >= 0
+    return (places >= 0) & (example["attention_mask"].cpu() != 0)[places.clamp(min=0)]
+
+
+def with_constant_thoughts(examples: Sequence[Example]) -> list[Example]:
+    """The examples of ``with_own_thoughts``, with the most frequent of all their thoughts at every place.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    _check("with_constant_thoughts", examples)
+    # A thought and its length, if it has one, in one row.
+    found = torch.cat([_rows(example) for example in examples])
+    thoughts, counts = found.unique(dim=0, return_counts=True)
+    most_frequent = thoughts[counts.argmax()]
+    T = examples[0]["thought_ids"].shape[-1]
+    constant = []
+    for example in examples:
+        row = most_frequent.expand(len(example["thought_ids"]), -1)
+        lengths = {"thought_lengths": row[:, T:]} if "thought_lengths" in example else {}
+        constant.append({**example, "thought_ids": row[:, None, :T], **lengths})
+    return constant
+
+
+def with_random_thoughts(examples: Sequence[Example], vocabulary: int, seed: int = 0) -> list[Example]:
+    """The examples of ``with_own_thoughts``, with tokens drawn uniformly from the vocabulary; thoughts keep their lengths.
+
+    Args:
+        vocabulary: V, the number of tokens.
+
+    Raises:
+        ValueError: there are no examples, or the vocabulary is empty.
+    """
+    _check("with_random_thoughts", examples)
+    vocabulary = integer("with_random_thoughts: vocabulary", vocabulary, 1)
+    found = []
+    for number, example in enumerate(examples):
+        generator = torch.Generator().manual_seed(mix_seed(seed, number))
+        ids = torch.randint(vocabulary, example["thought_ids"].shape, generator=generator)
+        found.append({**example, "thought_ids": ids})
+    return found
+
+
+def _rows(example: Example) -> torch.Tensor:
+    """int64 [P,T] or, with lengths, [P,T+1]."""
+    ids = example["thought_ids"][:, 0]
+    return torch.cat([ids, example["thought_lengths"].long()], 1) if "thought_lengths" in example else ids
+
+
+def _check(name: str, examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError(f"{name}: examples must be 1 or more, got none")
 
 
 @dataclass(frozen=True)
@@ -119,10 +239,10 @@ def measure(
 def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, QuietStarOutput]:
     """For the token after each anchor [B,P]: loss without a thought and with one, the anchor, whether the token counts; and
     the whole output."""
-    # With a seed, since drawing one would advance torch's generator and change the dropout of the run that is evaluated.
-    out = one(**batch, seed=0)
     input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
     layout = one.thinker.layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
+    # With a seed, since drawing one would advance torch's generator and change the dropout of the run that is evaluated.
+    out = one(**batch, seed=0, layout=layout)
     labels = checks.check_labels(batch.get("labels"), input_ids, one.lm_head.linear.out_features)
     counts = objective.make_targets(labels, attention_mask, layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
     anchor = layout.anchor.long()

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from quietstar import checks
-from quietstar.arguments.values import INTEGERS, instance, integer, items, number, refusal, tensor
-from quietstar.hf.cache import PackedPass
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.model import QuietStar
-
-__all__ = ["one_thought", "score_tokens"]
+from quietstar_kernels.checks import INTEGERS, instance, integer, items, number, refusal, tensor
 
 # At a time: thought rows of the packed forward, and logits.
 ROWS, LOGITS = 2**13, 2**24
@@ -24,19 +21,14 @@ ROWS, LOGITS = 2**13, 2**24
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the tokens at some places, fp32 and bool [P], of one text.
+    """Of the tokens at some places, fp32 and bool [P], of one text."""
 
-    Attributes:
-        logprob: log p of the token, nats.
-        likeliest: no other token has a higher p.
-    """
-
-    logprob: Tensor
-    likeliest: Tensor
+    logprob: Tensor  # log p of the token, nats
+    likeliest: Tensor  # no other token has a higher p
 
 
 def one_thought(qs: QuietStar) -> QuietStar:
-    """The same weights, with one thought and the next token alone: greedy thoughts at a position are all the same."""
+    """The same weights, with one thought and the next token alone: greedy thoughts at a position are identical."""
     config = instance("qs", qs, QuietStar).thought_config
     one = replace(config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0)
     return qs.with_config(one)

@@ -8,8 +8,6 @@ from typing import Any
 
 from quietstar.files.writing import write_whole
 
-__all__ = ["legend_above", "legend_below", "save"]
-
 SIZE = 8  # points, of a legend's text
 INCHES_PER_LETTER, INCHES_PER_ENTRY = 0.063, 0.5
 

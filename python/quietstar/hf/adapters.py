@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import refusal
 from quietstar.config import AdapterConfig
 from quietstar.hf.modules import unwrapped
+from quietstar_kernels.checks import refusal
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-__all__ = ["add", "merge"]
 
 # peft's name for the only adapter.
 NAME = "default"
@@ -50,11 +48,7 @@ def there(model: nn.Module) -> bool:
 
 
 def add(model: PreTrainedModel, config: PeftConfig | AdapterConfig) -> PreTrainedModel:
-    """The model with new adapters and its own weights frozen.
-
-    Raises:
-        ValueError: peft is not installed, the model already has adapters, or the config matches no layer.
-    """
+    """The model with new adapters and its own weights frozen."""
     peft = require_peft()
     if not isinstance(config, (AdapterConfig, peft.PeftConfig)):
         raise refusal("config", "an AdapterConfig or a PeftConfig", config)

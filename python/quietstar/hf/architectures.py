@@ -12,8 +12,8 @@ import sys
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from quietstar.arguments.values import refusal
 from quietstar.hf.modules import unwrapped
+from quietstar_kernels.checks import refusal
 
 _REASONS = {
     "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches": (

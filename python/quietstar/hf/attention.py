@@ -13,10 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from quietstar.arguments.values import refusal
 from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit
-from quietstar.hf.cache import PackedPass, ThoughtPass
+from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import refusal
 
 NAME = "quietstar"
 # Used by the wrapper: calls without a layout run ordinary attention.
@@ -40,9 +40,6 @@ class MaskArguments:
 
         Args:
             positions: every row is at a smaller position. Inside one chunk, chunked attention equals full attention.
-
-        Raises:
-            ValueError: the layer cuts attention into chunks and the positions may cross a chunk's end.
         """
         local_size = self.arguments.get("local_size")
         if local_size is not None and local_size == chunk_limit(self.arguments["config"]):

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.arguments.values import INTEGERS, MASKS, integer, tensor
-from quietstar.hf.cache import PackedPass
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import ThoughtLayout, linear_logprob
-
-__all__ = ["PackedCompletions"]
+from quietstar_kernels.checks import INTEGERS, MASKS, integer, tensor
 
 
 @dataclass(frozen=True)
@@ -24,22 +21,14 @@ class PackedCompletions:
     """Prompts and their completions in one row of tokens, each distinct prompt once. Make it with ``pack``.
 
     The letters: B completions of at most T tokens, M packed tokens, R scored ones.
-
-    Attributes:
-        layout: the prompts are documents of the text, completions are branches. B = 1.
-        token_ids: int64 [1,M]. A completion's last token is left out, since nothing follows it.
-        rows: int64 [R], which of the M rows predicts each token of the completions.
-        targets: int64 [R], these tokens.
-        live: bool [B,T], True for the tokens of the completions; ``targets`` are in its order.
-        longest: tokens of the longest prompt with its completion.
     """
 
-    layout: ThoughtLayout
-    token_ids: Tensor
-    rows: Tensor
-    targets: Tensor
-    live: Tensor
-    longest: int
+    layout: ThoughtLayout  # the prompts are documents of the text, completions are branches. B = 1.
+    token_ids: Tensor  # int64 [1,M]. A completion's last token is left out, since nothing follows it.
+    rows: Tensor  # int64 [R], which of the M rows predicts each token of the completions
+    targets: Tensor  # int64 [R], these tokens
+    live: Tensor  # bool [B,T], True for the tokens of the completions; ``targets`` are in its order
+    longest: int  # tokens of the longest prompt with its completion
 
     @classmethod
     def pack(cls, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedCompletions:
@@ -50,9 +39,6 @@ class PackedCompletions:
                 completions on the right. Equal prompts next to each other are packed once.
             attention_mask: bool or integer [B,L], 0 for padding.
             completion_length: T, from 1 to L-1.
-
-        Raises:
-            ValueError: a wrong shape, dtype or number, a prompt without a token, or padding elsewhere.
         """
         tensor("input_ids", input_ids, "B,L", {}, input_ids.device, INTEGERS)
         B, L = input_ids.shape
@@ -89,14 +75,8 @@ class PackedCompletions:
         Both are 0 where ``live`` is False. Differentiable.
 
         Args:
-            model: a transformers model with attention "quietstar" or "quietstar_wrapped".
-            head: the model's head, from ``find_lm_head``.
-            temperature: divides the logits.
-            return_entropy: else the second result is None.
+            model: with attention "quietstar" or "quietstar_wrapped"; ``head`` is its, from ``find_lm_head``.
             autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
-
-        Raises:
-            ValueError: the layout doesn't reach the model's attention.
         """
         packed = PackedPass(self.layout)
         packed.positions = self.longest  # less than the layout's bound, which adds up all prompts

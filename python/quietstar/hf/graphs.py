@@ -45,14 +45,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs bodies: by graphs if it has ``graphs``, else eagerly.
-
-    Attributes:
-        state: what captured code depends on, besides the model's weights and the shapes.
-    """
+    """Runs bodies: by graphs if it has ``graphs``, else eagerly."""
 
     graphs: Graphs | None = None
-    state: tuple = ()
+    state: tuple = ()  # what captured code depends on, besides the model's weights and the shapes
 
     def __call__(self, key: Hashable, body: Body, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The body's results, which may depend only on the inputs, on the key, and on tensors that stay where they are."""
@@ -151,11 +147,7 @@ class Graphs:
         return spare
 
     def runner(self, model: nn.Module, device: torch.device, eager_because: str | None = None) -> Runner:
-        """A runner that is valid until the model's weights move or its adapters change.
-
-        Args:
-            eager_because: the caller's reason to run without graphs, if it has one.
-        """
+        """A runner that is valid until the model's weights move or its adapters change."""
         if torch.compiler.is_compiling():
             return EAGER
         if reason := self.capture.why_not(device) or eager_because:
@@ -238,7 +230,7 @@ def why_not(model: nn.Module) -> str | None:
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices"
     if any(hasattr(x, "device_mesh") for x in model.parameters()):
-        return "the model's weights are cut over processes"
+        return "the model's weights are sharded across processes"
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "there are global module hooks, which a replay would not call"
     for name, module in model.named_modules():
@@ -269,9 +261,6 @@ class HostWork(TorchDispatchMode):
     """Finds what a graph can't contain: values and shapes read on the host, copies to or from it, and random numbers.
 
     It doesn't look inside custom operations, or at what ``quietstar_kernels`` does around its own.
-
-    Args:
-        device: where the body runs.
 
     Attributes:
         found: the first such operation and the line of code that made it; None if there was none.

@@ -22,8 +22,6 @@ from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once
 
-__all__ = ["layout_head", "layouts_on"]
-
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead | None] = WeakKeyDictionary()
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.hf.finite import not_finite
-from quietstar.hf.modules import backbone, dropout_off
+from quietstar.hf.modules import backbone, dropout_off, not_finite
 from quietstar_kernels import linear_logprob, sample_token
 
 
@@ -72,11 +71,7 @@ class LMHead:
 
 
 def find_lm_head(model: PreTrainedModel) -> LMHead:
-    """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens.
-
-    Raises:
-        ValueError: no kind of head that is known gives the model's logits, or these are not finite.
-    """
+    """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"{type(model).__name__} cannot think: its output head is not one linear layer")

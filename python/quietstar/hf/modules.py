@@ -1,4 +1,4 @@
-"""The modules of a Hugging Face causal language model that the wrapper calls or changes."""
+"""The modules of a Hugging Face language model that the wrapper calls or changes, and whether weights are finite."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -73,3 +74,28 @@ def initial_embedding(embed: nn.Embedding, init: int | str | None, tokenizer: Pr
         ids = range(len(embed.weight))
     chunks = torch.as_tensor(list(ids), device=embed.weight.device).split(4096)
     return torch.stack([embed(chunk).float().sum(0) for chunk in chunks]).sum(0) / len(ids)
+
+
+def not_finite(model: nn.Module, where: str) -> ValueError:
+    """An error that names the place and the likely cause."""
+    dtype = next(model.parameters()).dtype
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    overflow = "" if broken_weight(model) else f", so it overflows in {str(dtype).removeprefix('torch.')}"
+    return ValueError(f"the model's logits are not finite {where}: its {state(model)}{overflow}")
+
+
+def state(model: nn.Module) -> str:
+    """In words that begin with "weight", whether all of them are finite."""
+    name = broken_weight(model)
+    return f"weight {name} holds NaN or infinity" if name else "weights are finite"
+
+
+def broken_weight(model: nn.Module) -> str | None:
+    """The first weight that holds NaN or infinity; of sharded weights only this process's part is read."""
+    for name, weight in model.named_parameters():
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        if part.is_floating_point() and not part.is_meta and not bool(part.isfinite().all()):
+            return name
+    return None

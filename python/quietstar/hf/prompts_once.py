@@ -13,16 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from quietstar.hf.cache import ThoughtStore
-from quietstar.hf.decoder import decode_rows, decode_step
+from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.layouts import layouts_on
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings, unwrapped
 from quietstar_kernels import ThoughtLayout
 
-__all__ = ["generates_row_by_row", "prompts_once"]
-
-# Options of ``generate`` with which it calls the model in other ways than once for the prompts and once a token.
+# Options of ``generate`` with which it calls the model in other ways than once for the prompts and once per token.
 _OTHER_CALLS = ("num_beams", "prompt_lookup_num_tokens", "guidance_scale", "cache_implementation", "prefill_chunk_size")
 
 
@@ -38,11 +35,6 @@ def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequenc
 
     The model's forward is replaced, and the rest is transformers' own: what is drawn, from which scores, and when rows end.
     Logits are those of an ordinary forward up to rounding.
-
-    Args:
-        head: from ``layout_head(model)``.
-        prompts: of the rows of ``generate``'s ids, without padding, at least one token each.
-        max_new: most tokens to generate.
     """
     inner = unwrapped(model)
     decoder = _Decoder(inner, head, prompts, max_new)

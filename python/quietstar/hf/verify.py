@@ -10,11 +10,9 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.cache import PackedPass, ThoughtStore
-from quietstar.hf.decoder import decode_rows
-from quietstar.hf.finite import not_finite
+from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import backbone, dropout_off, embeddings
+from quietstar.hf.modules import backbone, dropout_off, embeddings, not_finite
 from quietstar_kernels import ThoughtLayout
 
 _TEXT, _ROWS, _THOUGHTS = 12, 4, 2

@@ -16,42 +16,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.memory.step import StepMemory, human
 
-__all__ = [
-    "Processes",
-    "StepTraffic",
-    "Weights",
-    "chunk_count",
-    "count_weights",
-    "gathered_dtype",
-    "process_memory",
-    "step_traffic",
-    "traffic_table",
-]
-
 
 @dataclass(frozen=True)
 class Weights:
-    """The number of weights in each group that ``run.sharding.shard`` makes.
+    """The number of weights in each group that ``run.sharding.shard`` makes."""
 
-    Attributes:
-        layers: all decoder layers, with their adapters.
-        layer: the largest layer.
-        head: the mixing head, fp32.
-        rest: embeddings, LM head, final norm and both thought vectors.
-        trained: all weights with gradients.
-        own: the language model's weights, which have its dtype; thought parts and adapters are fp32.
-        largest: the largest trained weight of the language model, 0 with adapters.
-        largest_added: that of the thought parts, the mixing head's first; adapters are smaller.
-    """
-
-    layers: int
-    layer: int
-    head: int
-    rest: int
-    trained: int
-    own: int
-    largest: int
-    largest_added: int
+    layers: int  # all decoder layers, with their adapters
+    layer: int  # the largest layer
+    head: int  # the mixing head, fp32
+    rest: int  # embeddings, LM head, final norm and both thought vectors
+    trained: int  # all weights with gradients
+    own: int  # the language model's weights, which have its dtype; thought parts and adapters are fp32
+    largest: int  # the largest trained weight of the language model, 0 with adapters
+    largest_added: int  # that of the thought parts, the mixing head's first; adapters are smaller
 
     def bytes(self, dtype: torch.dtype) -> int:
         return dtype.itemsize * self.own + 4 * (self.layers + self.head + self.rest - self.own)
@@ -147,17 +124,11 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes of the whole tensors that a step gathers or sums over the processes, for one part of its texts.
+    """Bytes of the whole tensors that a step gathers or sums over the processes, for one part of its texts."""
 
-    Attributes:
-        all_gather: weights, counted each time they are gathered.
-        reduce_scatter: gradients that are summed and sharded.
-        all_reduce: gradients that are summed for every process.
-    """
-
-    all_gather: int = 0
-    reduce_scatter: int = 0
-    all_reduce: int = 0
+    all_gather: int = 0  # weights, counted each time they are gathered
+    reduce_scatter: int = 0  # gradients that are summed and sharded
+    all_reduce: int = 0  # gradients that are summed for every process
 
     def sent(self, W: int) -> int:
         """Bytes that each of W processes in a ring sends, and receives: (W-1)/W of what is gathered or scattered, and twice

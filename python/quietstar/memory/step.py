@@ -16,8 +16,6 @@ from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
 
-__all__ = ["StepMemory", "human", "memory_table", "step_memory"]
-
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
 # Logits that a head computes at a time (the reference keeps all): so many on a GPU, on a CPU those of ``HEAD_ROWS`` rows too if
@@ -190,11 +188,7 @@ def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, i
 
 
 def memory_table(memory: StepMemory, libraries: int, checkpointing: bool = False) -> str:
-    """A row for each part, and the sums.
-
-    Args:
-        libraries: resident memory of the interpreter with its libraries.
-    """
+    """A row for each part, and the sums."""
     rows = {"weights": memory.weights, "gradients": memory.gradients, "optimizer moments": memory.moments}
     if checkpointing:
         rows["activations that are not recomputed"] = memory.checkpointed

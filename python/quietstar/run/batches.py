@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quietstar.arguments.values import refusal, tensor
-
-__all__ = ["Batch", "Example", "collate", "make_sequence_ids", "mix_seed", "texts_of_step"]
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import refusal, tensor
 
 MOST = 2**20  # texts of a step
 
 Example = dict[str, Tensor]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and a layout
 
 
 def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -22,9 +23,6 @@ def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int
 
     Args:
         texts: how many texts there are.
-
-    Raises:
-        ValueError: a ``batch_size`` above ``MOST``.
     """
     if batch_size > MOST:
         raise refusal("batch_size", f"at most {MOST:,}", batch_size)
@@ -121,9 +119,6 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int, argume
         sequence_ids: one for each example; thoughts are sampled from (seed, sequence id, position).
         parts: how many batches to split the examples into; empty ones are left out.
         argument: what an error calls the examples.
-
-    Raises:
-        ValueError: examples that can't be padded and stacked.
     """
     _check_alike(argument, examples)
     padded: Batch = {}
@@ -145,7 +140,15 @@ def batches_of(examples: Sequence[Example], size: int, device: torch.device) -> 
     for start in range(0, len(examples), size):
         chosen = range(start, min(start + size, len(examples)))
         (batch,) = collate([examples[i] for i in chosen], list(chosen), 1)
-        yield chosen, {name: x.to(device) for name, x in batch.items()}
+        yield chosen, {name: moved(x, device) for name, x in batch.items()}
+
+
+def moved(x: Tensor | ThoughtLayout, device: torch.device) -> Any:
+    """On the device, without waiting for what is queued there."""
+    if isinstance(x, ThoughtLayout):
+        return replace(x, **{name: moved(getattr(x, name), device) for name in ("anchor", "lo", "length")})
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 
 
 def text_of(batch: Batch) -> Batch:

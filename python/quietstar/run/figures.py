@@ -1,4 +1,4 @@
-"""The figures of a training step: sums over its parts, added up over parts and processes, then divided by the step's counts."""
+"""What a step decides before its losses, and its figures: sums over parts and processes, divided by the step's counts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from operator import add
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import pad
 
+from quietstar.model import QuietStar
 from quietstar.objective import Counts
-from quietstar.output import QuietStarOutput
-from quietstar.run.batches import Batch
+from quietstar.packed import QuietStarOutput
+from quietstar.run.batches import COLUMNS, Batch, moved, text_of
+from quietstar_kernels import ThoughtLayout
 
 
 def sums_of(loss: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, Tensor]:
@@ -47,26 +50,106 @@ def total_counts(accelerator: Accelerator, parts: list[Counts]) -> Counts:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return Counts(*(accelerator.reduce(x) for x in (total.base, total.mix, total.places, total.tokens)))
+    counts = (moved(x, accelerator.device) for x in (total.base, total.mix, total.places, total.tokens))
+    return Counts(*(accelerator.reduce(x) for x in counts))
 
 
-def read(accelerator: Accelerator, sums: dict[str, Tensor], counts: Counts, norm: Tensor) -> dict[str, float]:
-    """The figures of the step from the sums of each process, copied from the device at once.
+def reduced(accelerator: Accelerator, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes."""
+    return dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values()))), strict=True))
+
+
+class Reading:
+    """The figures of a step on their way from the device: ``figures`` waits for this step, not for what is queued after it.
 
     Args:
+        sums: over all processes.
         counts: of the whole step.
         norm: gradient norm, 0-d.
     """
-    names = sorted(sums)
-    values = accelerator.reduce(torch.stack([sums[name] for name in names]))
-    others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
-    *numbers, mix, places, tokens, grad_norm = torch.cat([values, torch.stack(others)]).tolist()
-    figures = dict(zip(names, numbers, strict=True))
-    figures["weight"] /= max(1, mix)
-    for name in ("reward", "advantage"):
-        figures[name] /= max(1, places)
-    if "divergence" in figures:
-        figures["divergence"] /= max(1, tokens)
-    if "anchors" in figures:
-        figures["anchor_share"] = figures["anchors"] / figures["tokens"]
-    return figures | {"grad_norm": grad_norm}
+
+    def __init__(self, sums: dict[str, Tensor], counts: Counts, norm: Tensor):
+        self._names = sorted(sums)
+        values = torch.stack([sums[name] for name in self._names])
+        others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
+        values = torch.cat([values, torch.stack(others)])
+        self._values = values.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def figures(self) -> dict[str, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        *numbers, mix, places, tokens, grad_norm = self._values.tolist()
+        figures = dict(zip(self._names, numbers, strict=True))
+        figures["weight"] /= max(1, mix)
+        for name in ("reward", "advantage"):
+            figures[name] /= max(1, places)
+        if "divergence" in figures:
+            figures["divergence"] /= max(1, tokens)
+        if "anchors" in figures:
+            figures["anchor_share"] = figures["anchors"] / figures["tokens"]
+        return figures | {"grad_norm": grad_norm}
+
+
+def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: int) -> tuple[list[Batch], Counts]:
+    """This process's parts of a step on its device, with their layouts and the anchors and thought lengths that the config
+    asks for; and the counts of all processes. ``qs`` must be in training mode.
+
+    Parts on the CPU are checked and laid out there, so that nothing waits for a GPU.
+    """
+    with accelerator.autocast():
+        if qs.thought_config.anchors != "all":
+            parts = _same_width(
+                accelerator, [part | {"anchors": qs.choose_anchors(**text_of(part), seed=seed)} for part in parts]
+            )
+        parts = [part | {"layout": _layout(qs, part)} for part in parts]
+        stops = qs.thought_config.stop_threshold is not None
+        if not stops:
+            counts = [_count(qs, part) for part in parts]
+        parts = [{name: moved(x, accelerator.device) for name, x in part.items()} for part in parts]
+        if stops:  # only sampling shows how many tokens there are to count
+            parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
+            counts = [_count(qs, part) for part in parts]
+    return parts, total_counts(accelerator, counts)
+
+
+def same_length(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
+    """Pads the texts on the right to the longest of all parts and processes, so that the number of parts changes nothing."""
+    longest = _most(accelerator, max(part["input_ids"].shape[1] for part in parts))
+    fills = {name: fill for name, (dimensions, fill) in COLUMNS.items() if dimensions == "L"}
+    return [
+        part | {name: pad(part[name], (0, longest - part[name].shape[1]), value=fills[name]) for name in fills.keys() & part}
+        for part in parts
+    ]
+
+
+def _same_width(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
+    """Pads the anchors to the same number in each part of each process, so that all compute the same number of chunks."""
+    most = _most(accelerator, max(part["anchors"].shape[1] for part in parts))
+    return [part | {"anchors": pad(part["anchors"], (0, most - part["anchors"].shape[1]), value=-1)} for part in parts]
+
+
+def _most(accelerator: Accelerator, size: int) -> int:
+    """The largest of all processes."""
+    if accelerator.num_processes == 1:
+        return size
+    return int(accelerator.gather(torch.tensor(size, device=accelerator.device)).max())
+
+
+def _layout(qs: QuietStar, part: Batch) -> ThoughtLayout:
+    return qs.thinker.layout(part["input_ids"], part["attention_mask"], part.get("anchors"), part.get("document_ids"))
+
+
+def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
+    thoughts = qs.think(
+        part["input_ids"], part["attention_mask"], seed=seed, sequence_ids=part["sequence_ids"], layout=part["layout"]
+    )
+    assert thoughts.thought_lengths is not None
+    return {"thought_ids": thoughts.thought_ids, "thought_lengths": thoughts.thought_lengths}
+
+
+def _count(qs: QuietStar, part: Batch) -> Counts:
+    names = ("input_ids", "attention_mask", "labels", "thought_lengths", "layout")
+    return qs.count_targets(**{name: part[name] for name in names if name in part})

@@ -17,11 +17,9 @@ import msgspec
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from quietstar.files.locking import FileLock
 from quietstar.files.reading import as_type, json_value
+from quietstar.files.writing import FileLock
 from quietstar.run.processes import process_state
-
-__all__ = ["LOCK", "alone_in_out", "only_run_in"]
 
 LOCK = ".quietstar.lock"
 Inputs = ParamSpec("Inputs")
@@ -47,9 +45,6 @@ def only_run_in(out: str | os.PathLike) -> Iterator[None]:
 
     Of a run of several processes, the main one holds the lock. It ends with that process, even if it is killed: the file that
     is left then names the dead owner, and the next run says that it takes over.
-
-    Raises:
-        ValueError: another run is writing to the folder; in all processes of this one.
     """
     folder, state = Path(os.path.realpath(out)), process_state()
     held = os.getpid(), folder
@@ -75,11 +70,7 @@ def only_run_in(out: str | os.PathLike) -> Iterator[None]:
 
 
 def alone_in_out(default: Any) -> Callable[[Callable[Inputs, Result]], Callable[Inputs, Result]]:
-    """A decorator for a run's function: while it runs, no other run may write to the ``out`` of its argument ``config``.
-
-    Args:
-        default: the class of the config, an instance of which None stands for.
-    """
+    """A decorator for a run's function: while it runs, no other run may write to the ``out`` of its argument ``config``."""
 
     def decorate(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
         signature = inspect.signature(function)

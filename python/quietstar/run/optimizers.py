@@ -17,10 +17,6 @@ def make_optimizer(name: str, weights: Sequence[Tensor], learning_rate: float, w
     Args:
         name: one of ``quietstar.config.OPTIMIZERS``. adamw is PyTorch's. fused is the same in one kernel for all weights. 8bit
             stores the moments of weights with at least 4,096 values in 8 bits, in blocks (bitsandbytes, arXiv 2110.02861).
-
-    Raises:
-        ValueError: an unknown name, PyTorch has no fused kernel for the device or dtype, or bitsandbytes is not installed or
-            does not work here.
     """
     if name not in MAKERS:
         raise ValueError(f"optimizer must be one of {', '.join(MAKERS)}, got {name!r}")
@@ -56,6 +52,15 @@ def _eight_bit(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.opti
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"optimizer '8bit' needs bitsandbytes, which does not load here: {reason}") from error
     return AdamW8bit(weights, **options)
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
+    """Make all gradients 0 if ``where``, bool [] on their device, is True."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+                grad.masked_fill_(where, 0)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
@@ -97,7 +102,7 @@ def fits(saved: Any, own: Any) -> bool:
 
 
 def check_tensors(where: str, tensors: Mapping[str, Tensor], weights: Sequence[Tensor]) -> None:
-    """Raises ValueError, which begins with ``where``, for a state that is not of these weights. Blocks of 8 bits may be any."""
+    """Raises ValueError, which begins with ``where``, for the state of other weights. Blocks of 8 bits may be any."""
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         if not (index.isdecimal() and index.isascii() and int(index) < len(weights) and name):

@@ -17,10 +17,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from quietstar.checkpoints import native
-from quietstar.config import ThoughtConfig, TrainConfig, renamed
+from quietstar.config import ThoughtConfig, TrainConfig
 from quietstar.run import snapshots
-
-__all__ = ["Settings", "check_folder", "find_checkpoint"]
 
 # What a run leaves in its folder: ``quietstar train``, a recipe that saves between updates, one that saves between rounds.
 MARKS = ("checkpoints", "progress", "recipe.json")
@@ -28,23 +26,14 @@ MARKS = ("checkpoints", "progress", "recipe.json")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a run and its continuation must have in common.
+    """The settings that a run and its continuation must have in common."""
 
-    Attributes:
-        values: JSON values by name.
-        defaults: by name, the value for runs that were saved before the setting existed.
-    """
-
-    values: dict[str, Any]
-    defaults: dict[str, Any]
+    values: dict[str, Any]  # JSON values by name
+    defaults: dict[str, Any]  # by name, the value for runs that were saved before the setting existed
 
     @classmethod
     def of(cls, *configs: Any, **others: Any) -> Settings:
-        """The fields of dataclasses, apart from those that may differ and those that are dataclasses themselves.
-
-        Args:
-            others: further settings.
-        """
+        """The fields of dataclasses, apart from those that may differ and those that are dataclasses themselves."""
         defaults = {}
         for config in configs:
             for field in dataclasses.fields(config):
@@ -58,7 +47,7 @@ class Settings:
 
     def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the first setting that the run in ``path`` has another value of."""
-        saved = self.defaults | renamed(saved)
+        saved = self.defaults | dict(saved)
         for name, value in self.values.items():
             if saved.get(name) != value:
                 raise ValueError(f"{path}: the run there has {name}={saved.get(name)!r}, not {value!r}")
@@ -71,9 +60,6 @@ def check_folder(out: str | os.PathLike, mark: str, begun: bool, resume: bool) -
         mark: which of ``MARKS`` this kind of run leaves.
         begun: whether a run of this kind is there.
         resume: whether to continue it.
-
-    Raises:
-        ValueError: a run of another command is in ``out``, or a run that is not to be resumed. Its files would be lost.
     """
     for other in MARKS:
         if other != mark and (Path(out) / other).exists():
@@ -87,9 +73,6 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
 
     Args:
         resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one; or the path of a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is missing or damaged, all of ``config.out`` are, or it was made with other settings.
     """
     if resume is None:
         return None

@@ -20,11 +20,7 @@ COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_strategy(config: TrainConfig) -> str:
-    """The strategy of ``config.sharding``, or else of the FSDP section in Accelerate's configuration (environment variables).
-
-    Raises:
-        ValueError: the section is for FSDP1, or loads weights in one process only.
-    """
+    """The strategy of ``config.sharding``, else of the FSDP section in Accelerate's configuration (environment variables)."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return config.sharding
     version = int(os.environ.get("FSDP_VERSION", 1))
@@ -48,9 +44,6 @@ def shard(qs: QuietStar, strategy: str, precision: str) -> None:
     Args:
         strategy: full_shard gathers a layer's weights each time it runs, shard_grad_op once per step.
         precision: no, bf16 or fp16.
-
-    Raises:
-        ValueError: the trainable weights have several dtypes.
     """
     if precision != "no":
         for weight in qs.parameters():

@@ -25,17 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quietstar.checkpoints import native
-from quietstar.checkpoints.places import every, folder, is_folder
-from quietstar.checkpoints.tensors import read_file
-from quietstar.files.hashes import check_names, check_saved, sha256
-from quietstar.files.reading import read_json
+from quietstar.checkpoints.contents import every, folder, is_folder, read_file
+from quietstar.files.reading import check_names, check_saved, read_json, sha256
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import check_tensors, fits, from_tensors, to_tensors
 from quietstar.run.sharding import gather, shard_like, whole_weights
 
 OPTIMIZER, RUN, MANIFEST = "optimizer.safetensors", "run.json", "manifest.json"
-# What saves leave when they are killed; older versions wrote ..step-000050-x1y2z3a4.
-_LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?|\.\.step-[0-9]{6,}-[a-z0-9_]{8}(-old)?")
+_LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?")  # what saves leave when they are killed
 
 
 Size = Annotated[int, msgspec.Meta(ge=0)]  # bytes
@@ -69,9 +66,6 @@ def save(
 
     Checkpoints of later steps are removed too: they belong to a run that this one replaces. All processes must call this, since
     shards are gathered here, on the CPU of the one that is to ``write``.
-
-    Raises:
-        OSError: the files could not be written, for example on a full disk. Older checkpoints are not affected.
     """
     target = folder(out, step)
     with whole_weights(qs, write):
@@ -154,11 +148,7 @@ def check(path: Path) -> None:
 
 
 def newest_whole(out: str | os.PathLike, on_damaged: Callable[[ValueError], Any] = lambda error: None) -> Path | None:
-    """The run's newest checkpoint that is not damaged, None if there is none.
-
-    Args:
-        on_damaged: called with the error of each newer checkpoint, which is passed over.
-    """
+    """The run's newest checkpoint that is not damaged, None if there is none."""
     for path in reversed(every(out)):
         try:
             check(path)
@@ -175,11 +165,7 @@ def read_run(path: Path) -> Run:
 
 
 def load(path: Path, qs: QuietStar) -> int:
-    """Load the model, before it is sharded, from a checkpoint that passed ``check``; returns the number of finished steps.
-
-    Raises:
-        ValueError: the checkpoint is from another model.
-    """
+    """Load the model, before it is sharded, from a checkpoint that passed ``check``; returns the number of finished steps."""
     try:
         native.restore_all(qs.contents(), path, verify=False)
     except RuntimeError as error:
@@ -188,16 +174,12 @@ def load(path: Path, qs: QuietStar) -> int:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state. Its weights may be sharded. Raises ValueError if the state is of other weights."""
+    """Load the optimizer's state. Its weights may be sharded. Raises ValueError if it belongs to other weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     groups = read_run(path).optimizer
     if not fits(groups, optimizer.state_dict()["param_groups"]):
         raise ValueError(f"{path}: {RUN} has the settings of another optimizer")
-    tensors = {
-        key: value
-        for key, value in read_file(path, OPTIMIZER).items()
-        if not key.startswith("random.")  # in older checkpoints, from before dropout was a function of (seed, step)
-    }
+    tensors = read_file(path, OPTIMIZER)
     check_tensors(f"{path}: {OPTIMIZER}", tensors, weights)
     sharded = {key: shard_like(value, weights[int(key.partition(".")[0])]) for key, value in tensors.items()}
     optimizer.load_state_dict({"state": from_tensors(sharded), "param_groups": groups})

@@ -7,8 +7,16 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import LENGTH
-from quietstar_kernels.cpu.plain._chunks import split, step_chunks
-from quietstar_kernels.cpu.plain._parts import add_sinks, join, plain, sees_text, text_forward, without_poison
+from quietstar_kernels.cpu.plain._text import (
+    add_sinks,
+    join,
+    plain,
+    sees_text,
+    split,
+    step_chunks,
+    text_forward,
+    without_poison,
+)
 from quietstar_kernels.reference import wide
 
 

@@ -1,4 +1,4 @@
-"""thought_attention on GPUs: the forward in one file, the backward in several."""
+"""thought_attention on GPUs: what calls the kernels of the forward and, in two files, the backward."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._launch import compiling_at_once
-from quietstar_kernels.triton._target import INTERPRETED
-from quietstar_kernels.triton.thought_attention.backward import thought_attention_backward
+from quietstar_kernels.triton._launch import compiling_at_once, plan
+from quietstar_kernels.triton.configs import INTERPRETED
+from quietstar_kernels.triton.thought_attention.backward import Inputs, query_gradient, row_tables
+from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
 from quietstar_kernels.triton.thought_attention.forward import thought_attention as launch_forward
 
-__all__ = ["thought_attention", "thought_attention_backward"]
 _compiled: set[tuple] = set()
 
 
@@ -25,6 +25,35 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
             _compiled.add(kind)
             compile_at_once(q, k, v, branches, options)
     return launch_forward(q, k, v, branches, options)
+
+
+def thought_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    branches: Branches,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``reference.thought_attention_backward``."""
+    scale, window, softcap, sinks = options
+    if q.numel() == 0:
+        none = None if sinks is None else torch.zeros_like(sinks)
+        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    given = grad_out, q, k, v, out, sinks, *branches[:3]
+    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
+    tables = row_tables(grad_out, out, lse, branches, window, sinks, known)
+    inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
+    dq = query_gradient(inputs)
+    dk, dv = key_gradients(inputs)
+    dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks
 
 
 def compile_at_once(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> None:

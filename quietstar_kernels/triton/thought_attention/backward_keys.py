@@ -1,7 +1,8 @@
 """Gradients of keys and values: a program takes BLOCK_N keys of one head and loops over the query rows that may see them.
 
 dv = p^T dO, dk = scale * dS^T q. One kernel is launched for the text and again for the branch rows, which differ only in the
-query rows. The rows of all query heads of the group make one flat loop.
+query rows. The rows of all query heads of the group make one flat loop. The text's sums are in parts, which a last kernel adds
+up.
 """
 
 from __future__ import annotations
@@ -15,22 +16,19 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv
-from quietstar_kernels.triton._rows import FAR
-from quietstar_kernels.triton._softmax import scores
-from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, load_tile, padded, store_tile
+from quietstar_kernels.triton._device import FAR, in_range, load_tile, scores, store_tile, weights
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded
 from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
+    ATTENTION_BACKWARD_SUM,
     ATTENTION_BACKWARD_TEXT_KEYS,
     ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS,
     Config,
+    dot_precision,
     pick,
 )
-from quietstar_kernels.triton.thought_attention.backward_rows import Inputs
-from quietstar_kernels.triton.thought_attention.backward_sum import add_parts
-from quietstar_kernels.triton.thought_attention.backward_weights import weights
+from quietstar_kernels.triton.thought_attention.backward import Inputs
 
 # Blocks of text make few programs, which run long, so their rows are split into parts whose sums are added in order: enough
 # for PROGRAMS, two on each of 132 multiprocessors, but at most PARTS, and with TILES row tiles each on average.
@@ -155,17 +153,17 @@ def attention_backward_keys(
     first_table += b * rows
     count_table += b * rows
     tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
-    row0, behind = row_tile(tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
-    behind = tl.where(begin < stop, behind, 0)
-    next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < behind - row0, other=float("inf"))
+    row0, row_end = row_tile(tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
+    row_end = tl.where(begin < stop, row_end, 0)
+    next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < row_end - row0, other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
         next_tile = tl.where(tile + 1 < tiles, tile + 1, 0)
         next_h = tl.where(tile + 1 < tiles, h, h + 1)
-        next_row0, next_behind = row_tile(next_tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
-        next_behind = tl.where(j + 1 < stop, next_behind, 0)
-        next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_behind - next_row0, other=float("inf"))
+        next_row0, next_row_end = row_tile(next_tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
+        next_row_end = tl.where(j + 1 < stop, next_row_end, 0)
+        next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_row_end - next_row0, other=float("inf"))
         row_delta = tl.load(delta + (h * rows + row0) + i)
         first = tl.load(first_table + row0 + i)
         count = tl.load(count_table + row0 + i)
@@ -185,7 +183,7 @@ def attention_backward_keys(
             # Where p is not 0 the row sees the key, and dp is finite. As a mask ``seen`` would have to be kept across products.
             ds = tl.where(p > 0.0, p * (dp - row_delta[None, :]) * slope, 0.0)
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
-        tile, h, row0, behind = next_tile, next_h, next_row0, next_behind
+        tile, h, row0, row_end = next_tile, next_h, next_row0, next_row_end
 
     n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
     # From a start that the compiler can't know to be 0. Else it would keep rows from above in registers.
@@ -263,3 +261,37 @@ def attention_ranges(lo, table, ranges, L, C, text_rows, window, BLOCK_N: tl.con
     tl.store(ranges, text_end * text_rows)
     tl.store(ranges + 1, tl.minimum(own_start, own_end))
     tl.store(ranges + 2, own_end)
+
+
+def add_parts(dk_parts: Tensor, dv_parts: Tensor, dk: Tensor, dv: Tensor, known: Plan) -> None:
+    """The first L rows of dk [B,G,M,K] and dv [B,G,M,E] from fp32 [parts,B,G,L,K] and [parts,B,G,L,E]; all contiguous."""
+    parts, B, G, L, K = dk_parts.shape
+    M, E = dv.shape[2:]
+    config = ATTENTION_BACKWARD_SUM
+
+    def prepare() -> Launch:
+        programs = cdiv(L, config.blocks["BLOCK_R"]) * B * G
+        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E)}
+        return Launch(attention_backward_sum, (programs,), (parts, B * G, L, M), constants)
+
+    known.launch("sum", config, (dk_parts, dv_parts, dk, dv), prepare)
+
+
+@triton.jit(do_not_specialize=["parts", "pairs", "L", "M"])
+def attention_backward_sum(
+    dk_parts, dv_parts, dk, dv, parts, pairs, L, M,
+    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pair = (tl.program_id(0) % pairs).to(tl.int64)
+    n0 = tl.program_id(0) // pairs * BLOCK_R
+    i = tl.arange(0, BLOCK_R)
+    inside = n0 + i < L
+    dk_sum = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    dv_sum = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    for part in tl.range(parts):
+        first = (part * pairs + pair) * L + n0
+        dk_sum += load_tile(dk_parts + first * K, i * K, inside, K, BLOCK_K)
+        dv_sum += load_tile(dv_parts + first * E, i * E, inside, E, BLOCK_E)
+    first = pair * M + n0
+    store_tile(dk + first * K, i * K, inside, dk_sum, K, BLOCK_K)
+    store_tile(dv + first * E, i * E, inside, dv_sum, E, BLOCK_E)

@@ -21,18 +21,33 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._launch import Launch, cdiv, plan
-from quietstar_kernels.triton._math import LN_2, LOG2_E
-from quietstar_kernels.triton._rows import bounds, cover, edge_block, seen_by, tile_rows, tile_start, window_bounds
-from quietstar_kernels.triton._softmax import LOWEST, scores, softmax_step, without_poison
-from quietstar_kernels.triton._target import dot_precision
-from quietstar_kernels.triton._tiles import in_range, key_tiles, load_rows, load_tile, padded, store_tile
+from quietstar_kernels.triton._device import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    bounds,
+    cover,
+    edge_block,
+    in_range,
+    load_rows,
+    load_tile,
+    scores,
+    seen_by,
+    softmax_step,
+    store_tile,
+    tile_rows,
+    tile_start,
+    window_bounds,
+    without_poison,
+)
+from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, plan
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_SHORT,
     SHORT,
     Config,
+    dot_precision,
     pick,
 )
 
@@ -115,12 +130,12 @@ def attention_forward(
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
-    start, all_from, all_to, text_end = bounds(first, last, on)
+    start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
-        start, all_from = window_bounds(start, all_from, text_end, oldest, on, lo, 1024)
-    before, full, edges = cover(start, all_from, all_to, text_end, BLOCK_N, BLOCK_EDGE)
-    own_start, all_from, all_to, own_end = bounds(own_first, own_last, on)
-    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_end, BLOCK_N, BLOCK_EDGE)
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+    before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
+    own_start, all_from, all_to, own_final = bounds(own_first, own_last, on)
+    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_final, BLOCK_N, BLOCK_EDGE)
     end_top, end_total, acc = over_keys(
         queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
         stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,

@@ -5,12 +5,13 @@ import functools
 import torch
 
 from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward, linear_logprob_joined
+from quietstar_kernels.triton.linear_logprob import linear_logprob, linear_logprob_backward
 
 HGMMA: dict[str, int] = {}
 NO_MATRIX = {"_online_softmax", "_logits_gradient"}
 
 SHAPES = [(1, 1, 1), (2, 3, 64), (17, 16, 1000), (5000, 4096, 152_064)]  # R, D, V: one compile serves them all
+COMPILES = {"bfloat16": {}, "float32 softcap entropy kept": {}}  # see thought_attention.py
 OPTIONS = {"": (None, None, 1.0, []), "softcap": (0.5, 30.0, 0.7, [3])}  # scale, softcap, temperature, banned
 
 
@@ -25,12 +26,9 @@ def launches(target):
 
 
 def run(R, D, V, dtype, rest, entropy, keep):
-    """Forward and backward, and if logits are kept, both joined too, which compiles nothing else."""
     hidden, weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(R, D), (V, D), V])
     targets = torch.empty(R, dtype=torch.int64, device="meta")
     given = hidden, Head(weight, bias, *rest[:3], [token for token in rest[3] if token < V]), targets
     logprob, *saved = linear_logprob(*given, entropy, keep)
     grads = logprob, logprob if entropy else None
     linear_logprob_backward(*grads, *given, Saved(*saved), [True] * 3)
-    if keep:
-        linear_logprob_joined(*grads, *given, [True] * 3, 0)

@@ -7,6 +7,8 @@ import torch
 from quietstar_kernels._options import Head
 from quietstar_kernels.triton.sample_token import sample_token
 
+SIZES = [(65, 1, 1, 0), (100, 64, 128, 1), (128, 100, 1000, 16), (4096, 4096, 151936, 2**40), (70, 3, 9, -2)]  # R, D, V, seed
+COMPILES = {"bfloat16 R from 65": {}}  # see thought_attention.py
 HGMMA = {"_draw": 1}  # see thought_attention.py
 NO_MATRIX = {"_choose"}
 
@@ -25,6 +27,8 @@ def launches(target):
             for name, options in OPTIONS.items() if dtype == torch.bfloat16 or rows == 5000 else [("", OPTIONS[""])]:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"R={rows}", name]))
                 yield label, functools.partial(draw, dtype, rows, 4096, options)
+    for R, D, V, seed in SIZES:
+        yield "bfloat16 R from 65", functools.partial(draw, torch.bfloat16, R, D, OPTIONS[""], V, seed)
 
 
 def draw(dtype, R, D, options, V=128_256, seed=-5):

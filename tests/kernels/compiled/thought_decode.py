@@ -8,8 +8,14 @@ from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
 HGMMA = {"_decode": 3}  # see thought_attention.py
+COMPILES = {"bfloat16 K=64": {"_decode": 2}, "bfloat16 K=64 window": {"_decode": 2}}  # long texts have tiles of their own
 NO_MATRIX = {"_add_parts"}
 
+SIZES = [{}, {"C": 1, "L": 4096, "heads": 1}]
+MORE_SIZES = [{"L": 1, "C": 1, "S": 1, "heads": 1, "groups": 1}, {"B": 3, "L": 100, "C": 14, "S": 12}]
+MORE_SIZES += [{"heads": heads, "C": 256 * heads} for heads in (1, 2, 3, 8, 16, 71)] + [
+    {"L": 16, "C": 256, "S": 16, "groups": 16}
+]
 OPTIONS = {  # window, softcap, sinks
     "": (None, None, False),
     "window": (64, None, False),
@@ -28,7 +34,7 @@ def launches(target):
         for K, E in widths:
             for name in names:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
-                for sizes in ({}, {"C": 1, "L": 4096, "heads": 1}):
+                for sizes in SIZES + MORE_SIZES * (label in COMPILES):
                     yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
 
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quietstar
 from quietstar.checkpoints import pretrained
-from quietstar.cli import loading
+from quietstar.cli import common
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
 from quietstar.run.optimizers import make_optimizer
 from quietstar.run.resume import find_checkpoint
-from quietstar.train import train
+from quietstar.training import train
 from tests.limits import Hang, limits
 
 sys.path.append(str(Path(__file__).parent))
@@ -160,7 +160,7 @@ def load_checkpoint(path):
 def load_plain(path):
     torch.manual_seed(0)  # for the mixing head
     tokenizer = pretrained.load_tokenizer(str(path))
-    return state_of(loading.load_model(str(path), CONFIG, tokenizer, "float32"))
+    return state_of(common.load_model(str(path), CONFIG, tokenizer, "float32"))
 
 
 class Snapshot:
@@ -283,7 +283,13 @@ def outcome(found, want, path, file, hashes_fit):
 HELD = ("refused", "the same model", "another that was saved so")
 
 
-def run(name, checkpoints, tmp_path, part, record_property):
+NAMES = ("whole", "sharded", "snapshot", "plain", "adapters")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_checkpoint_loads_the_same_or_is_refused(name, part, checkpoints, tmp_path, record_property):
     if name not in checkpoints:
         pytest.skip("needs peft")
     whole, load = checkpoints[name]
@@ -306,19 +312,3 @@ def run(name, checkpoints, tmp_path, part, record_property):
     found = {kind: counts[kind] for kind in (*HELD, "not held")}
     record_property("counts", ["damaged checkpoints", {"tried": len(chosen), **found}])
     assert not bad, "\n".join([str(found), *bad])
-
-
-NAMES = ("whole", "sharded", "snapshot", "plain", "adapters")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-def test_a_damaged_checkpoint_loads_the_same_or_is_refused(name, checkpoints, tmp_path, record_property):
-    run(name, checkpoints, tmp_path, 12, record_property)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-def test_more_damaged_checkpoints(name, checkpoints, tmp_path, record_property):
-    run(name, checkpoints, tmp_path, 60, record_property)

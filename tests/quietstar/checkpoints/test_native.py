@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import quietstar
 from quietstar.checkpoints import native as checkpoint
@@ -59,23 +58,6 @@ def test_the_base_model_loads_alone(saved, tiny):
     assert "limits" in (saved / "README.md").read_text().lower()
 
 
-def test_a_tokenizer_is_saved_beside_the_model(tiny, tmp_path):
-    vocabulary = {"-": 0, "[UNK]": 1}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
-    quietstar.QuietStar(tiny("llama"), CONFIG, tokenizer).save_pretrained(tmp_path)
-    assert quietstar.QuietStar.from_pretrained(tmp_path).tokenizer.get_vocab() == vocabulary
-
-
-def test_saving_twice_replaces_and_leaves_nothing_behind(qs, saved):
-    before = sorted(os.listdir(saved))
-    with torch.no_grad():
-        qs.start_embedding.add_(1)
-    qs.save_pretrained(saved)
-    assert sorted(os.listdir(saved)) == before
-    assert os.listdir(saved.parent) == ["model"]
-    assert torch.equal(quietstar.QuietStar.from_pretrained(saved).start_embedding, qs.start_embedding)
-
-
 def test_a_failed_save_leaves_the_old_checkpoint(qs, saved, monkeypatch):
     want = quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss
 
@@ -91,33 +73,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(qs, saved, monkeypatch):
     assert os.listdir(saved.parent) == ["model"]
 
 
-@pytest.mark.parametrize("file", ["quietstar.safetensors", "model.safetensors", "quietstar.json", "config.json"])
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
-def test_a_truncated_file_is_refused(saved, file, keep):
-    whole = (saved / file).read_bytes()
-    (saved / file).write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(ValueError, match=str(saved)):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
-@pytest.mark.parametrize("file", ["quietstar.safetensors", "model.safetensors", "quietstar.json"])
-def test_a_missing_file_is_refused(saved, file):
-    (saved / file).unlink()
-    with pytest.raises(ValueError, match=file):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
-def test_a_plain_checkpoint_is_not_taken_for_ours(tiny, tmp_path):
-    tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a QuietStar checkpoint"):
-        quietstar.QuietStar.from_pretrained(tmp_path)
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        quietstar.QuietStar.from_pretrained(tmp_path / "nowhere")
-
-
 def test_parts_of_another_model_are_refused(saved, tiny, tmp_path):
     quietstar.QuietStar(tiny("llama", hidden_size=32), CONFIG).save_pretrained(tmp_path / "other")
     (saved / "quietstar.safetensors").write_bytes((tmp_path / "other" / "quietstar.safetensors").read_bytes())
@@ -126,25 +81,12 @@ def test_parts_of_another_model_are_refused(saved, tiny, tmp_path):
         quietstar.QuietStar.from_pretrained(saved)
 
 
-def test_another_format_is_refused(saved):
-    settings = json.loads((saved / "quietstar.json").read_text())
-    (saved / "quietstar.json").write_text(json.dumps({**settings, "format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
 def test_weights_of_another_vocabulary_are_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
     sign(saved)
-    with pytest.raises(ValueError, match="its weights are of a vocabulary of 61 tokens, its config.json says 60"):
+    with pytest.raises(ValueError, match="its weights have a vocabulary of 61 tokens, its config.json says 60"):
         quietstar.QuietStar.from_pretrained(saved)
-
-
-def test_a_run_does_not_go_on_with_another_vocabulary(saved, tiny):
-    qs = quietstar.QuietStar(tiny("llama", vocab_size=70), CONFIG)
-    with pytest.raises(ValueError, match="it is of a vocabulary of 61 tokens, the model's has 70"):
-        checkpoint.restore_all(qs.contents(), saved)
 
 
 def test_pickled_weights_are_refused(saved):
@@ -180,14 +122,6 @@ def test_texts_beside_the_weights_may_be_edited(saved, qs):
     assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, qs(IDS, seed=1).loss)
 
 
-def test_a_checkpoint_from_before_there_were_hashes_loads(saved, qs):
-    settings = json.loads((saved / "quietstar.json").read_text())
-    del settings["sha256"], settings["checksum"]
-    settings["files"] = {name: size for name, size in settings["files"].items() if name.endswith(".safetensors")}
-    (saved / "quietstar.json").write_text(json.dumps(settings))
-    assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, qs(IDS, seed=1).loss)
-
-
 def test_hashes_are_of_every_file_that_numbers_depend_on(tiny, tmp_path, byte_tokenizer):
     quietstar.QuietStar(tiny("llama", vocab_size=257), CONFIG, byte_tokenizer).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "quietstar.json").read_text())
@@ -198,8 +132,8 @@ def test_hashes_are_of_every_file_that_numbers_depend_on(tiny, tmp_path, byte_to
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda x: x.to(torch.complex64), "must be of floats, got torch.complex64"),
-        (lambda x: x.long(), "must be of floats, got torch.int64"),
+        (lambda x: x.to(torch.complex64), "must hold floats, got torch.complex64"),
+        (lambda x: x.long(), "must hold floats, got torch.int64"),
         (lambda x: x * float("nan"), "has values that are not finite"),
         (lambda x: x / 0, "has values that are not finite"),
     ],
@@ -209,25 +143,6 @@ def test_thought_parts_that_are_no_finite_floats(saved, change, says):
     checkpoint.save_file(tensors | {"start_embedding": change(tensors["start_embedding"])}, saved / "quietstar.safetensors")
     sign(saved)
     with pytest.raises(ValueError, match=f"{saved}: start_embedding in quietstar.safetensors {says}"):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
-def test_thought_parts_of_another_dtype_are_converted_with_a_warning(saved, qs):
-    tensors = load_file(saved / "quietstar.safetensors")
-    tensors["start_embedding"] = tensors["start_embedding"].double()
-    checkpoint.save_file(tensors, saved / "quietstar.safetensors")
-    sign(saved)
-    with pytest.warns(UserWarning, match="start_embedding is torch.float64, converted to torch.float32"):
-        again = quietstar.QuietStar.from_pretrained(saved)
-    assert torch.equal(again.start_embedding, qs.start_embedding)
-
-
-def test_weights_that_lack_a_tensor_are_refused(saved):
-    weights = load_file(saved / "model.safetensors")
-    del weights["model.norm.weight"]
-    checkpoint.save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-    sign(saved)
-    with pytest.raises(ValueError, match="its weights lack model.norm.weight of a LlamaForCausalLM"):
         quietstar.QuietStar.from_pretrained(saved)
 
 
@@ -244,3 +159,31 @@ def test_a_users_files_survive_a_save(qs, saved, tmp_path):
     assert os.readlink(saved / "link") == "/nowhere" and not (saved / "model-00001-of-00002.safetensors").exists()
     assert (tmp_path / "by-another-name").is_symlink() and sorted(os.listdir(tmp_path)) == ["by-another-name", "model"]
     assert torch.equal(quietstar.QuietStar.from_pretrained(saved).start_embedding, qs.start_embedding)
+
+
+def test_a_plain_checkpoint_is_not_taken_for_ours(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a QuietStar checkpoint"):
+        quietstar.QuietStar.from_pretrained(tmp_path)
+
+
+def test_another_format_is_refused(saved):
+    settings = json.loads((saved / "quietstar.json").read_text())
+    (saved / "quietstar.json").write_text(json.dumps({**settings, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_a_run_does_not_go_on_with_another_vocabulary(saved, tiny):
+    qs = quietstar.QuietStar(tiny("llama", vocab_size=70), CONFIG)
+    with pytest.raises(ValueError, match="it has a vocabulary of 61 tokens, the model one of 70"):
+        checkpoint.restore_all(qs.contents(), saved)
+
+
+def test_weights_that_lack_a_tensor_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.norm.weight"]
+    checkpoint.save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    sign(saved)
+    with pytest.raises(ValueError, match="its weights lack model.norm.weight of a LlamaForCausalLM"):
+        quietstar.QuietStar.from_pretrained(saved)

@@ -4,7 +4,7 @@ import pytest
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints import pretrained
-from quietstar.checkpoints.places import checkpoint_of, run_of
+from quietstar.checkpoints.contents import checkpoint_of, run_of
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_recipes_run_stands_for_its_best_round_or_its_result(runs):
 
 @pytest.mark.parametrize("name", ["runs/nope", "./nope", "/no/such/folder", "a/b/c", "~/nope"])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(runs, monkeypatch, name):
-    monkeypatch.setattr("quietstar.checkpoints.tensors.cached_file", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("quietstar.checkpoints.contents.cached_file", lambda *_, **__: pytest.fail("the hub was asked"))
     for load in (QuietStar.from_pretrained, pretrained.load_model, pretrained.load_tokenizer, pretrained.load_config):
         with pytest.raises(ValueError, match=f"^{name}: there is no such folder$"):
             load(name)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from quietstar import NEEDED
-from quietstar.cli import entry, errors
-from quietstar.cli.main import COMMANDS, COMPLETION, main
+from quietstar.cli import common, entry
+from quietstar.cli.main import COMMANDS, COMPLETION, GROUP, OWN, main
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,12 +34,21 @@ def test_version(option, capsys):
     ],
 )
 def test_a_mistyped_command_gets_a_suggestion(quietstar, typed, advice):
-    assert quietstar(typed, "--model=model") == (errors.USAGE, "", [f"quietstar: {advice}"])
+    assert quietstar(typed, "--model=model") == (common.USAGE, "", [f"quietstar: {advice}"])
 
 
 def test_no_command_lists_them(quietstar):
     code, _, (line,) = quietstar()
-    assert code == errors.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
+    assert code == common.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
+
+
+def test_commands_of_other_packages_are_imported_when_they_are_named(quietstar, monkeypatch):
+    assert {"star", "vstar", "solve", "internalize", "score", "fast"} <= {*COMMANDS} - {*OWN}
+    assert {*COMMANDS.needed_by(["train"])} == {*OWN} == {*COMMANDS.needed_by(["star"])} - {"star"}
+    broken = metadata.EntryPoint("paint", "no_such_package:Paint", GROUP)
+    monkeypatch.setitem(COMMANDS._others, "paint", broken)
+    line = "quietstar: no_such_package:Paint, of the command paint, can't be imported: No module named 'no_such_package'"
+    assert quietstar("paint", "--out=x") == (common.USAGE, "", [line])
 
 
 # Imports fail as in an environment where only what the kernels need is installed.
@@ -59,11 +68,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_a_library_that_is_missing_is_named_with_its_extra():
     command = [sys.executable, "-c", BARE.format(names=NEEDED), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     extra = r"needs \w+, of the train extra: pip install 'quietstar-kernels\[train\]'"
-    assert done.returncode == errors.USAGE and "Traceback" not in done.stderr
+    assert done.returncode == common.USAGE and "Traceback" not in done.stderr
     assert re.fullmatch(f"quietstar: the command {extra}", done.stderr.splitlines()[-1]), done.stderr
     assert re.fullmatch(rf"quietstar\.QuietStar {extra}\n", done.stdout)
 
@@ -74,8 +84,9 @@ def test_every_library_is_declared():
     assert {"yaml" if name == "pyyaml" else name for name in re.findall(r'"(\w+)>=', extra)} == NEEDED
     optional = {"peft", "trl", "datasets", "matplotlib", "lm_eval", "bitsandbytes", "vllm", "rich", "pyarrow"}
     optional |= {"typing_extensions"}  # for type checkers alone
-    declared = {*sys.stdlib_module_names, "torch", "triton", "quietstar", "quietstar_kernels", *NEEDED, *optional}
-    for path in (ROOT / "python" / "quietstar").rglob("*.py"):
+    ours = {"quietstar", "quietstar_kernels", "quietstar_recipes"}
+    declared = {*sys.stdlib_module_names, "torch", "triton", *ours, *NEEDED, *optional}
+    for path in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -91,6 +102,7 @@ echo "${COMPREPLY[@]}"
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_shell_completes_commands_and_options(tmp_path, capsys):
     for shell in ("bash", "zsh", "fish"):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from quietstar.cli.errors import one_line, runtime_failure, short_warnings
+from quietstar.cli.common import runtime_failure, short_warnings
 
 
 def caught(function):
@@ -28,19 +28,6 @@ def caught(function):
 def test_a_failure_at_run_time_is_one_line(function, says):
     text = runtime_failure(caught(function))
     assert text.startswith(says) and "\n" not in text
-
-
-def test_memory_of_a_gpu():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    assert runtime_failure(error).startswith("out of memory, 2.00 GiB more were needed: ")
-
-
-def test_other_errors_are_none():
-    assert runtime_failure(RuntimeError("expected scalar type")) is None
-
-
-def test_one_line():
-    assert one_line("a\nb\x1b[31m \udce9 ü") == r"a\nb\x1b[31m \udce9 ü"
 
 
 def test_warnings_for_authors_of_libraries_are_left_out(recwarn):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quietstar.evaluation.gain import verdict
+from quietstar.evaluation.intervals import verdict
 
 
 def test_eval(home, quietstar, trained):
@@ -25,23 +25,3 @@ def test_eval(home, quietstar, trained):
     assert verdict(figures) in out and "content" in everywhere and "content" in figures["by_difficulty"]["base"][0]
     quietstar("eval", "--model=run", "--all", "--out=eval.json")
     assert json.loads((home / "eval.json").read_text())["texts"] == 40
-
-
-def test_without_controls(home, quietstar, trained):
-    code, out, _ = quietstar("eval", "--model=run", "--out=eval.json", "--no-controls")
-    assert code == 0 and "mixing" not in out and "content" not in out and "not known whether what was thought helped" in out
-    assert "content" not in json.loads((home / "eval.json").read_text())
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--batch-size=0"], "--batch-size must be 1 or more, got 0"),
-        (["--out=no/folder.json"], "--out must be a JSON file in an existing folder, got no/folder.json"),
-        (["--data=text.txt", "--out=text.txt"], "--out must be another file than text.txt"),
-    ],
-)
-def test_bad_options(home, quietstar, arguments, message):
-    before = (home / "text.txt").read_text()
-    assert quietstar("eval", "--model=model", *arguments) == (2, "", [f"quietstar: {message}"])
-    assert (home / "text.txt").read_text() == before

@@ -1,48 +1,55 @@
 """Wrong command lines and damaged files: a sentence and an exit code, never a traceback or a hang."""
 
-import os
+import shutil
 import traceback
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from quietstar.cli.errors import DATA, RUNTIME, USAGE
-from quietstar.cli.main import main
+from quietstar.cli.common import DATA, RUNTIME, USAGE
+from quietstar.cli.main import COMMANDS, main
 from quietstar.cli.options import UsageError, read_config
-from quietstar.data.records import open_records
 from quietstar.data.texts import DataConfig, read_texts
-from quietstar.data.thoughts import ThoughtRecord
+from quietstar.data.thoughts import ThoughtRecord, open_records
 from quietstar.evaluation.questions.reading import read_questions
-from quietstar.recipes.tasks import GSM8K, CommonsenseQA
+from quietstar_recipes.tasks import GSM8K, CommonsenseQA
 from tests.limits import Hang, limits
 from tests.quietstar.cli import wrong_commands
+from tests.quietstar.conftest import make_byte_tokenizer
 
 pytest.importorskip("pyarrow")  # thoughts in parquet are among the files
 
 PATIENCE = 6  # a command takes seconds even if nothing is wrong, and others may take most of the machine
 CODES = (0, 2, 3, 4)
 BARS = ("it/s", "s/it", " ETA ")
-MADE: list[Path] = []  # the template, made once
+# What needs no run of a recipe, or of anything: quick enough for every `make test`.
+CORE = [name for name in wrong_commands.GOOD if "task" not in wrong_commands.GOOD[name] and name != "fast"]
+WHOLE = [name for name in wrong_commands.READ if name.split("/")[0] in ("model", "thinker", "text.jsonl", "questions.jsonl")]
 
 
-def run_well(arguments):
-    assert main(arguments) == 0, arguments
+@pytest.fixture(scope="module")
+def template(tiny, tmp_path_factory):
+    """A folder of models and data."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
+        wrong_commands.make_template(folder, model, make_byte_tokenizer())
+    return folder
 
 
-@pytest.fixture
-def template(tiny, byte_tokenizer, tmp_path_factory):
-    if not MADE:
-        folder = tmp_path_factory.mktemp("template")
-        before = os.getcwd()
-        os.chdir(folder)
-        try:
-            model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
-            wrong_commands.make_template(folder, model, byte_tokenizer, run_well)
-        finally:
-            os.chdir(before)
-        MADE.append(folder)
-    return MADE[0]
+@pytest.fixture(scope="module")
+def with_runs(template, tmp_path_factory):
+    """The same with runs and exports."""
+
+    def run_well(arguments):
+        assert main(arguments) == 0, arguments
+
+    folder = shutil.copytree(template, tmp_path_factory.mktemp("runs") / "template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        wrong_commands.make_runs(run_well)
+    return folder
 
 
 def outcome(attack, capfd):
@@ -70,32 +77,17 @@ def outcome(attack, capfd):
     return code, ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("command", wrong_commands.GOOD)
-def test_the_commands_work_before_they_are_attacked(command, template, tmp_path, monkeypatch, capfd):
+def test_the_commands_work_before_they_are_attacked(command, with_runs, tmp_path, monkeypatch, capfd):
     """Apart from those that need a model that solves problems; they get as far as the first ones."""
-    wrong_commands.make_folder(template, tmp_path / "here")
+    wrong_commands.make_folder(with_runs, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     code, wrong = outcome(wrong_commands.Attack(wrong_commands.line_of(command, wrong_commands.GOOD[command])), capfd)
     assert code in ((0, 3) if command in ("vstar", "score", "solve") else (0,)) and not wrong, wrong
 
 
-LINES, FILES = "command lines", "damaged files"
-
-
-@pytest.mark.parametrize(
-    "kind, seed, count",
-    [
-        (LINES, 0, 42),
-        (FILES, 0, len(wrong_commands.READ)),
-        pytest.param(LINES, 1, 42, marks=pytest.mark.slow),
-        *(pytest.param(LINES, seed, 56, marks=pytest.mark.slow) for seed in (2, 3, 4)),
-        *(pytest.param(FILES, seed, 2 * len(wrong_commands.READ), marks=pytest.mark.slow) for seed in (1, 2)),
-    ],
-)
-def test_every_wrong_command_ends_in_a_sentence(kind, seed, count, template, tmp_path, monkeypatch, capfd, record_property):
-    monkeypatch.chdir(template)
-    attacks = (wrong_commands.wrong_lines if kind == LINES else wrong_commands.damaged_files)(seed, count)
+def run(kind, attacks, template, tmp_path, monkeypatch, capfd, record_property):
     codes, broken = Counter(), []
     for i, attack in enumerate(attacks):
         folder = tmp_path / str(i)
@@ -108,8 +100,32 @@ def test_every_wrong_command_ends_in_a_sentence(kind, seed, count, template, tmp
         if wrong:
             broken.append(f"{attack}\n    {wrong}")
     ended = {f"ended with code {code}": codes[code] for code in (0, USAGE, DATA, RUNTIME)}
-    record_property("counts", [kind, {"tried": count, **ended, "broke the rule": len(broken)}])
-    assert not broken, f"{len(broken)} of {count} broke the rule:\n" + "\n".join(broken)
+    record_property("counts", [kind, {"tried": len(attacks), **ended, "broke the rule": len(broken)}])
+    assert not broken, f"{len(broken)} of {len(attacks)} broke the rule:\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize("number", range(2 * len(CORE)))
+def test_a_wrong_command_line_ends_in_a_sentence(number, template, tmp_path, monkeypatch, capfd, record_property):
+    monkeypatch.chdir(template)
+    lines = wrong_commands.wrong_lines(0, number + 1, CORE)[number:]
+    run("command lines", lines, template, tmp_path, monkeypatch, capfd, record_property)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_damaged_file_ends_in_a_sentence(name, template, tmp_path, monkeypatch, capfd, record_property):
+    monkeypatch.chdir(template)
+    files = wrong_commands.damaged_files(0, 1, [name])
+    run("damaged files", files, template, tmp_path, monkeypatch, capfd, record_property)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_every_wrong_command_ends_in_a_sentence(seed, with_runs, tmp_path, monkeypatch, capfd, record_property):
+    monkeypatch.chdir(with_runs)
+    lines = wrong_commands.wrong_lines(seed, 4 * len(COMMANDS), list(COMMANDS))
+    run("command lines", lines, with_runs, tmp_path, monkeypatch, capfd, record_property)
+    files = wrong_commands.damaged_files(seed, len(wrong_commands.READ), list(wrong_commands.READ))
+    run("damaged files", files, with_runs, tmp_path / "files", monkeypatch, capfd, record_property)
 
 
 READERS = {
@@ -125,7 +141,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
+# A file of options is YAML, whose library takes seconds for those nested deeply.
+@pytest.mark.parametrize("reader", [pytest.param(x, marks=pytest.mark.long if "options" in x else ()) for x in READERS])
 def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, record_property):
     name, read = READERS[reader]
     contents = {**wrong_commands.HOSTILE_JSON, **wrong_commands.HOSTILE_YAML, **wrong_commands.HOSTILE_BYTES}
@@ -171,7 +188,9 @@ def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, rec
         (["train", "--model=model", "--data=text.txt", "--length=16", "--out=new", f"--batch-size={10**12}"], 3, "batch_size"),
         (["doctor", "--" + 100_000 * "x"], 2, "is too long"),
         (["train", "--model=model", "--learning-rate=1e308"], 2, "1e308 is not a number from -1e+30 to 1e+30"),
-        (["star", "--sft-steps=1", "--lora-rank=1" + 9 * "0", "--out=new"], 4, "out of memory"),
+        pytest.param(
+            ["star", "--sft-steps=1", "--lora-rank=1" + 9 * "0", "--out=new"], 4, "out of memory", marks=pytest.mark.long
+        ),
     ],
 )
 def test_what_is_said(arguments, code, says, template, tmp_path, monkeypatch, capfd):

@@ -11,15 +11,12 @@ import sys
 import termios
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from quietstar import QuietStar
-from quietstar.cli import errors
-from quietstar.cli.train_summary import finish
-from quietstar.run import plot, snapshots
-from quietstar.run.display import FIGURES, Display
+from quietstar.cli import common
+from quietstar.run import snapshots
 
 
 @contextmanager
@@ -53,7 +50,7 @@ def terminal(monkeypatch, columns):
     result.append(b"".join(written).decode())
 
 
-WIDTHS = [(80, "loss_ce reward weight th/s"), (60, "loss_ce reward weight"), (40, "loss_ce")]
+WIDTHS = [(80, "loss_ce reward weight th/s"), pytest.param(40, "loss_ce", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("columns, figures", WIDTHS)
@@ -68,22 +65,10 @@ def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     assert all(len(line) <= 80 for line in lines if "/model.safetensors" not in line)
 
 
-def test_long_numbers_fit_too(monkeypatch):
-    with terminal(monkeypatch, 80) as screen, Display(9_999, 0, shown=True) as display:
-        for _ in range(2):
-            display.step({"loss_ce": 10.1234, "reward": -0.1234, "weight": -0.1234, "thoughts_per_second": 12_345.6})
-    bars = [line for line in screen[0].split("\r") if " ETA " in line]
-    assert max(map(len, bars)) <= 80
-    assert bars[-1].strip().endswith(" loss_ce 10.123 reward -0.123 weight -0.123 12.3k th/s")
-
-
-def test_the_page_about_metrics_names_what_the_bar_shows():
-    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-    told = re.search(r"The progress bar shows .*?\.", page, re.S)[0]
-    assert set(re.findall(r"`(\w+)`", told)) == {"ETA", *FIGURES}
-
-
-@pytest.mark.parametrize("option, parts", [("--controls", ["gain", "mixing", "content"]), ("--no-controls", ["gain"])])
+@pytest.mark.parametrize(
+    "option, parts",
+    [("--controls", ["gain", "mixing", "content"]), pytest.param("--no-controls", ["gain"], marks=pytest.mark.long)],
+)
 def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch, option, parts):
     with terminal(monkeypatch, 80) as screen:
         train("--out=run", "--no-pack", option)
@@ -133,14 +118,17 @@ ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last 
     "signals, says",
     [
         ([signal.SIGINT], [f"Ctrl-C: {STOPS}"]),
-        ([signal.SIGTERM], [f"SIGTERM: {STOPS}"]),
-        ([signal.SIGINT] * 2, [f"Ctrl-C: {STOPS}", ASKS]),
-        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], [f"SIGTERM: {STOPS}", f"Ctrl-C: {STOPS}", ASKS]),
+        pytest.param([signal.SIGINT] * 2, [f"Ctrl-C: {STOPS}", ASKS], marks=pytest.mark.long),
+        pytest.param(
+            [signal.SIGTERM, signal.SIGINT, signal.SIGINT],
+            [f"SIGTERM: {STOPS}", f"Ctrl-C: {STOPS}", ASKS],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):
     code, said, saved = pressed(*signals)
-    assert code == errors.SAVED and saved == ["step-000002"]
+    assert code == common.SAVED and saved == ["step-000002"]
     places = [said.index(text) for text in [*says, "stopped by a signal"]]
     assert places == sorted(places)
     assert said.count(STOPS) + said.count(ASKS) == len(says)
@@ -148,9 +136,10 @@ def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, si
 
 def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
     code, said, saved = pressed(*[signal.SIGINT] * 3)
-    assert code == errors.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
+    assert code == common.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
 
 
+@pytest.mark.long
 def test_the_summary(home, train):
     pytest.importorskip("matplotlib")
     code, out, err = train("--out=run", "--no-pack")
@@ -169,28 +158,3 @@ def test_the_summary(home, train):
     assert "\n  quietstar eval --model run\n" in out and '\n  quietstar generate --model run "Some text"' in out
     assert "\nwhat was thought " in out
     assert (home / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_that_goes_on_with_controls(home, trained):
-    """Its first evaluations have no parts, in the summary and in the picture."""
-    lines = read(home / "run" / "metrics.jsonl")
-    before = ("eval_0_mixing", "eval_0_content", "eval_0_another")
-    lines[0] = {name: x for name, x in lines[0].items() if not name.startswith(before)}
-    rows = {line[:20].strip(): line[20:].split() for line in finish("run", lines).splitlines() if line.startswith("  ")}
-    assert len(rows["gain from thoughts"]) == 2 and len(rows["= mixing"]) == len(rows["+ content"]) == 1
-
-
-def test_without_evaluations_or_matplotlib(home, train, monkeypatch):
-    monkeypatch.setattr(plot, "can_draw", lambda: False)
-    code, out, _ = train("--out=my run", "--eval-every=0")
-    assert code == 0 and "none was evaluated" in out and "--held-out" in out and "gain" not in out
-    assert "no metrics.png: matplotlib is not installed" in out and not (home / "my run" / "metrics.png").exists()
-    assert "quietstar eval --model 'my run' --data OTHER.txt --all" in out
-
-
-def test_a_picture_of_a_run_that_evaluated_nothing(tmp_path):
-    pytest.importorskip("matplotlib")
-    figures = dict.fromkeys(("loss_ce", "reward", "weight"), 1.0)
-    for steps in (1, 100):
-        plot.draw([{"step": step + 1, **figures} for step in range(steps)], tmp_path / "metrics.png")
-        assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")

@@ -43,39 +43,14 @@ OUT = {"out", "resume"}
 COSTLY = {"batch_size", "length", "thoughts", "thought_tokens", "lookahead", "anchor_chunk", "lora_rank", "processes", "digits"}
 COSTLY |= {"accumulation", "warmup", "held_out", "batch_tokens", "components", "seed", "held_out_seed", "limit"}
 
-INTS = 3 * ["0", "-1", "-5", str(2**63), str(10**30), str(-(10**30))] + [
-    "nan",
-    "1.5",
-    "1e3",
-    "",
-    "\u0663",
-    "0x10",
-    "None",
-    "9" * 5000,
-]
+INTS = 3 * ["0", "-1", "-5", str(2**63), str(10**30), str(-(10**30))]
+INTS += ["nan", "1.5", "1e3", "", "\u0663", "0x10", "None", "9" * 5000]
 LARGE = [str(x) for x in (10**6, 2**31, 10**12, 2**62, 2**63 - 1)]
 FLOATS = ["nan", "inf", "-inf", "1e308", "1e400", "1e-320", "-1", "-0.0", str(10**30), "9" * 400, "", "one", "1_0", "0"]
-TEXTS = [
-    "",
-    "\0",
-    "x\0y",
-    "\udcff",
-    "caf\udce9",
-    "a" * 10**5,
-    "\n",
-    "\u202e",
-    "\U0001f600",
-    "--",
-    "-",
-    "*",
-    "null",
-    "~",
-    "../..",
-]
+WORDS = ["", "\0", "\udcff", ".", "-"]
+TEXTS = [*WORDS, "x\0y", "caf\udce9", "a" * 10**5, "\n", "\u202e", "\U0001f600", "--", "*", "null", "~", "../.."]
 PATHS = [
-    "",
-    "\0",
-    "\udcff",
+    *WORDS,
     "caf\udce9.txt",
     "a" * 5000,
     "a/" * 3000,
@@ -85,50 +60,11 @@ PATHS = [
     "pipe",
     "loop",
     "loop/x",
-]
-PATHS += [
     "dangling",
-    "text.txt/x",
-    "/dev/zero",
-    "/dev/null",
-    "/proc/self/mem",
-    "-",
-    ".",
-    "..",
-    "~",
-    "x:y",
-    "a/b/c",
-    "http://[",
-    "pipe.jsonl",
 ]
-WRITTEN = [
-    "",
-    "\0",
-    "\udcff",
-    "a" * 5000,
-    "no/where/x",
-    "no/where/x.jsonl",
-    "folder",
-    "pipe",
-    "loop",
-    "loop.jsonl",
-    "loop/x",
-    "text.txt",
-]
-WRITTEN += [
-    "text.txt/x",
-    "pipe.jsonl",
-    "folder.jsonl",
-    "/proc/x.json",
-    "/proc/self/x",
-    "x",
-    "x.md",
-    "x.png",
-    "x.parquet",
-    ".",
-    "-",
-    "/",
-]
+PATHS += ["text.txt/x", "pipe.jsonl", "..", "~", "x:y", "a/b/c", "http://[", "/dev/zero", "/dev/null", "/proc/self/mem"]
+WRITTEN = [*WORDS, "a" * 5000, "no/where/x", "no/where/x.jsonl", "folder", "pipe", "loop", "loop.jsonl", "loop/x", "text.txt"]
+WRITTEN += ["text.txt/x", "pipe.jsonl", "folder.jsonl", "/proc/x.json", "/proc/self/x", "x", "x.md", "x.png", "x.parquet", "/"]
 
 DEEP = 100_000
 HOSTILE_JSON = {
@@ -166,25 +102,8 @@ HOSTILE_YAML = {
     "merge": "a: &a {b: 1}\nc: {<<: *a}",
     "tabs": "a:\t- b\n\t- c",
 }
-VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    2**63,
-    10**30,
-    1e308,
-    float("nan"),
-    "",
-    "x",
-    "\ud800",
-    [],
-    {},
-    [None],
-    {"x": 1},
-    [[[]]],
-    "a" * 10**5,
-]
+VALUES = [None, True, -1, 0, 2**63, 10**30, 1e308, float("nan"), "", "x", "\ud800", "a" * 10**5]
+VALUES += [[], {}, [None], {"x": 1}, [[[]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +166,12 @@ def hostile_value(choose: random.Random, name: str, kind: str) -> str:
     return choose.choice(TEXTS + INTS[:5])
 
 
-def wrong_lines(seed: int, count: int) -> list[Attack]:
+def wrong_lines(seed: int, count: int, commands: typing.Sequence[str]) -> list[Attack]:
     """Command lines in which one option or several are hostile; must run in a folder of ``make_folder``."""
     choose = random.Random(seed)
     attacks = []
     for i in range(count):
-        command = list(COMMANDS)[i % len(COMMANDS)]
+        command = commands[i % len(commands)]
         kinds, options = options_of(command), dict(GOOD[command])
         for name in choose.sample(sorted(kinds), choose.choice([1, 1, 1, 1, 2, 3])):
             options[name] = hostile_value(choose, name, kinds[name])
@@ -307,18 +226,18 @@ READ: dict[str, tuple[str, ...]] = {
 }
 
 
-def damaged_files(seed: int, count: int) -> list[Attack]:
+def damaged_files(seed: int, count: int, files: typing.Sequence[str]) -> list[Attack]:
     """Command lines that are right, and a file that they read damaged; must run in a folder of ``make_folder``."""
     choose = random.Random(seed)
     whole = {**HOSTILE_JSON, **HOSTILE_YAML}
     contents = [x.encode() for x in whole.values()] + list(HOSTILE_BYTES.values())
     attacks = []
     for i in range(count):
-        name, arguments = list(READ.items())[i % len(READ)]
+        name = files[i % len(files)]
         file = Path(name)
         mutable = file.suffix in (".json", ".jsonl") and choose.random() < 0.6
         content = mutated(choose, file.read_text(encoding="utf-8")) if mutable else choose.choice(contents)
-        attacks.append(Attack(arguments, (name, content)))
+        attacks.append(Attack(READ[name], (name, content)))
     return attacks
 
 
@@ -342,54 +261,48 @@ def _places(value: Any) -> typing.Iterator[tuple[Any, Any]]:
         yield from _places(value[key])
 
 
-def make_template(folder: Path, model: Any, tokenizer: Any, run: typing.Callable[[list[str]], None]) -> None:
-    """Models, runs and data that the attacks use or damage, in ``folder``, the current one.
-
-    Args:
-        run: runs a command, which must succeed.
-    """
+def make_template(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Models and data that the attacks use or damage, in ``folder``, the current one."""
     import torch
 
     from quietstar import QuietStar, ThoughtConfig
-    from quietstar.recipes.common.models import small_model
-    from quietstar.recipes.tasks import Addition
+    from quietstar_recipes.common.models import small_model
+    from quietstar_recipes.tasks import Addition
 
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
     torch.manual_seed(0)
-    QuietStar(model, ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2), tokenizer).save_pretrained("thinker")
+    config = ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2)
+    QuietStar(model, config, tokenizer, verify=False).save_pretrained("thinker")
     task = Addition(1)
     small_model(task, width=32, heads=2, positions=128).save_pretrained("solver")
     task.tokenizer.save_pretrained("solver")
     texts = [f"Paragraph {i} has a few words." for i in range(40)]
-    for name, content in {
-        "text.txt": "\n\n".join(texts),
-        "few.txt": "\n\n".join(texts[:6]),
-        "text.jsonl": "".join(json.dumps({"text": x}) + "\n" for x in texts),
-        "questions.jsonl": 3 * (json.dumps({"question": "How many?", "answer": "two #### 2"}) + "\n"),
-        "problems.jsonl": "".join(
-            json.dumps({"question": f"How many {i}?", "answer": "it is two #### 2"}) + "\n" for i in range(40)
-        ),
-        "choices.jsonl": "".join(
-            json.dumps({"question": {"stem": f"{i}?", "choices": [{"label": x, "text": x} for x in "AB"]}, "answerKey": "A"})
-            + "\n"
-            for i in range(40)
-        ),
-    }.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    run(list(line_of("export", GOOD["export"] | {"out": "thoughts.jsonl"})))
-    run(list(line_of("export", GOOD["export"] | {"out": "thoughts.parquet"})))
-    run(list(line_of("train", GOOD["train"] | {"out": "run"})))
-    run(list(line_of("star", GOOD["star"] | {"out": "star"})))
-    run(list(line_of("internalize", GOOD["internalize"] | {"out": "icot"})))
-    run(list(line_of("fast", GOOD["fast"] | {"out": "fast"})))
+    choices = [{"label": x, "text": x} for x in "AB"]
+    rows = {
+        "text.jsonl": [{"text": x} for x in texts],
+        "questions.jsonl": 3 * [{"question": "How many?", "answer": "two #### 2"}],
+        "problems.jsonl": [{"question": f"How many {i}?", "answer": "it is two #### 2"} for i in range(40)],
+        "choices.jsonl": [{"question": {"stem": f"{i}?", "choices": choices}, "answerKey": "A"} for i in range(40)],
+    }
+    for name, values in rows.items():
+        (folder / name).write_text("".join(json.dumps(x) + "\n" for x in values), encoding="utf-8")
     options = {name: value for name, value in GOOD["train"].items() if name != "out"}
-    (folder / "options.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
-    (folder / "options.yaml").write_text("".join(f"{name}: {value}\n" for name, value in options.items()), encoding="utf-8")
+    whole = {"text.txt": "\n\n".join(texts), "few.txt": "\n\n".join(texts[:6]), "options.json": json.dumps(options, indent=2)}
+    for name, content in (whole | {"options.yaml": "".join(f"{x}: {y}\n" for x, y in options.items())}).items():
+        (folder / name).write_text(content, encoding="utf-8")
     (folder / "folder" / "within").mkdir(parents=True)
     (folder / "folder.jsonl").mkdir()
     _write_hostile_files(folder / "hostile")
     _write_hostile_models(folder / "models", folder / "model")
+
+
+def make_runs(run: typing.Callable[[list[str]], None]) -> None:
+    """Runs and exports in a folder of ``make_template``; ``run`` runs a command, which must succeed."""
+    for command, out in (("export", "thoughts.jsonl"), ("export", "thoughts.parquet"), ("train", "run"), ("star", "star")):
+        run(list(line_of(command, GOOD[command] | {"out": out})))
+    run(list(line_of("internalize", GOOD["internalize"] | {"out": "icot"})))
+    run(list(line_of("fast", GOOD["fast"] | {"out": "fast"})))
 
 
 def _write_hostile_files(folder: Path) -> None:
@@ -406,21 +319,9 @@ def _write_hostile_files(folder: Path) -> None:
 
 def _write_hostile_models(folder: Path, good: Path) -> None:
     config = json.loads((good / "config.json").read_text(encoding="utf-8"))
-    wrong = {
-        "hidden_size": "x",
-        "vocab_size": -1,
-        "num_hidden_layers": 10**30,
-        "num_attention_heads": 0,
-        "head_dim": [],
-        "model_type": 3,
-    }
-    wrong |= {
-        "architectures": "x",
-        "rope_parameters": [],
-        "torch_dtype": 5,
-        "auto_map": {"AutoModelForCausalLM": "x.y"},
-        "hidden_act": {},
-    }
+    wrong = {"hidden_size": "x", "vocab_size": -1, "num_hidden_layers": 10**30, "num_attention_heads": 0, "head_dim": []}
+    wrong |= {"model_type": 3, "architectures": "x", "rope_parameters": [], "torch_dtype": 5, "hidden_act": {}}
+    wrong |= {"auto_map": {"AutoModelForCausalLM": "x.y"}}
     damages = {
         ("config.json", f"{name} is {str(value)[:9]}"): json.dumps(config | {name: value}) for name, value in wrong.items()
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.anchor_choices import by_anchor_choice, text
+from quietstar.evaluation.difficulty import anchor_text, by_anchor_choice
 from quietstar.evaluation.losses import summary, token_losses
 
 LENGTHS = (9, 14, 7, 14, 5)
@@ -78,11 +78,11 @@ def test_a_closed_gate_and_a_missing_one(tiny):
     assert rows[-1] == {"anchors": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
         ("base", "mixed", *(f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")))
     )
-    lines = text(rows).splitlines()
+    lines = anchor_text(rows).splitlines()
     assert len(lines) == 7 and lines[-1].split() == ["gate", "0", "0%", "+0.0000"]
     assert lines[2].split()[:4] == ["all", "44", "100%", f"{rows[0]['gain']:+.4f}"]
     assert "content" in lines[1] and max(map(len, lines)) <= 96
-    alone = text(by_anchor_choice(qs, texts(), replace(losses, another=None))).splitlines()
+    alone = anchor_text(by_anchor_choice(qs, texts(), replace(losses, another=None))).splitlines()
     assert "content" not in alone[1] and all(line.startswith(some) for line, some in zip(lines[2:], alone[2:], strict=True))
     without = wrap(tiny).eval()
     assert [row["anchors"] for row in by_anchor_choice(without, texts(), losses)] == ["all", "random", "entropy", "every"]

@@ -1,9 +1,8 @@
 """Thoughts that can't know the text: the most frequent one everywhere, and random tokens of the same lengths."""
 
-import pytest
 import torch
 
-from quietstar.evaluation.control_thoughts import with_constant_thoughts, with_random_thoughts
+from quietstar.evaluation.losses import with_constant_thoughts, with_random_thoughts
 
 
 def example(thoughts, lengths=None):
@@ -34,12 +33,3 @@ def test_random_thoughts_cover_the_vocabulary_and_keep_lengths():
     again, other = with_random_thoughts(own, 8, seed=3), with_random_thoughts(own, 8, seed=4)
     assert torch.equal(again[1]["thought_ids"], second["thought_ids"])
     assert not torch.equal(other[1]["thought_ids"], second["thought_ids"])
-
-
-def test_refusals():
-    with pytest.raises(ValueError, match="with_constant_thoughts: examples must be 1 or more, got none"):
-        with_constant_thoughts([])
-    with pytest.raises(ValueError, match="with_random_thoughts: examples must be 1 or more, got none"):
-        with_random_thoughts([], 8)
-    with pytest.raises(ValueError, match="with_random_thoughts: vocabulary must be 1 or more, got 0"):
-        with_random_thoughts([example([[1, 2]])], 0)

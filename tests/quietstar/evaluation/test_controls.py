@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.controls import with_own_thoughts, with_thoughts_of_another
-from quietstar.evaluation.losses import token_losses
+from quietstar.evaluation.losses import token_losses, with_own_thoughts, with_thoughts_of_another
 
 LENGTHS = (9, 12, 7)
 

@@ -17,6 +17,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.lm_eval import QuietStarLM
 from quietstar.evaluation.scoring import score_tokens
 
+pytestmark = pytest.mark.long
 PAIRS = [("Q: one and one\nA:", " two"), ("Q: one and one\nA:", " seven"), ("", "abc"), ("trailing ", "space"), ("a", "b")]
 
 
@@ -65,15 +66,6 @@ def test_with_thoughts_it_is_what_scores_say(folder, think):
     assert ours.generate_until(texts, True) == [qs.tokenizer.decode(out, skip_special_tokens=True)]
 
 
-def test_the_greedy_continuation_is_greedy(folder):
-    qs = QuietStar.from_pretrained(folder).eval()
-    ids = qs.tokenizer("abc", return_tensors="pt")["input_ids"]
-    new = qs.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, 3:].tolist()
-    ours = QuietStarLM(folder)
-    found = ours._loglikelihood_tokens([(None, ids[0].tolist(), new), (None, ids[0].tolist(), [*new[:2], new[2] ^ 1])], True)
-    assert [greedy for _, greedy in found] == [True, False]
-
-
 def test_long_texts_are_cut_on_the_left(folder, caplog):
     ours = QuietStarLM(folder, max_length=25)  # 20 for the text without its last token, and 5 for a thought
     cut, whole = ours.loglikelihood(requests("loglikelihood", [("y" * 30 + "x" * 19, "ab"), ("x" * 19, "ab")]), True)
@@ -82,25 +74,6 @@ def test_long_texts_are_cut_on_the_left(folder, caplog):
         ours.loglikelihood(requests("loglikelihood", [("x", "a" * 21)]), True)
     with pytest.raises(ValueError, match="new tokens must be from 1 to 19, the number that fit, got 20"):
         ours.generate_until(requests("generate_until", [("x", {"max_gen_toks": 20})]), True)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"batch_size": "auto"}, "batch_size must be a number of texts, 1 or more, got 'auto'"),
-        ({"max_length": 6}, "max_length must leave room for a thought and 2 tokens, got 6"),
-        ({"think": "often"}, "think must be 'always', 'never' or nats of entropy"),
-    ],
-)
-def test_bad_arguments(folder, options, message):
-    with pytest.raises(ValueError, match=message):
-        QuietStarLM(folder, **options)
-
-
-def test_no_tokenizer(tiny, tmp_path):
-    QuietStar(tiny("llama"), ThoughtConfig(thought_tokens=3, lookahead=2), verify=False).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="the checkpoint has no tokenizer"):
-        QuietStarLM(str(tmp_path / "model"))
 
 
 TASK = """

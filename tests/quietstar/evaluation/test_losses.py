@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.losses import evaluate, summary, token_losses
+from quietstar.evaluation.losses import evaluate, token_losses
 
 CONFIG = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3)
 LENGTHS = (9, 12, 7, 12, 5)
@@ -71,12 +71,6 @@ def test_without_controls(qs, monkeypatch):
     assert figures == {name: whole[name] for name in figures} and "content" not in figures
 
 
-def test_a_single_text_has_no_other(qs):
-    assert token_losses(qs, texts()[:1]).another is None
-    assert token_losses(qs, []).another is None
-    assert token_losses(qs, texts()[:2]).another is not None
-
-
 def test_another_texts_thoughts_in_packed_documents(qs):
     """Of another row, whose documents are others."""
     examples = [{**x, "document_ids": (torch.arange(len(x["input_ids"])) >= 4).long()} for x in texts()[:2]]
@@ -90,28 +84,6 @@ def test_another_texts_thoughts_in_packed_documents(qs):
     assert not torch.allclose(losses.another, losses.mixed, atol=1e-3)
 
 
-def test_thoughts_that_the_examples_bring(qs):
-    """They are used as the own ones, and swapped."""
-    generator = torch.Generator().manual_seed(5)
-    given = [{**x, "thought_ids": torch.randint(3, 61, (len(x["input_ids"]), 1, 3), generator=generator)} for x in texts()[:2]]
-    losses = token_losses(qs, given)
-    for name, thoughts in {"mixed": given[0]["thought_ids"], "another": given[1]["thought_ids"][:9]}.items():
-        with torch.no_grad():
-            out = qs.eval()(given[0]["input_ids"][None], thought_ids=thoughts[None].expand(-1, -1, 2, -1))
-        wanted = out.nll_mix[0, :-1, 0, 0].double()
-        torch.testing.assert_close(getattr(losses, name)[losses.text == 0], wanted, atol=1e-5, rtol=0)
-
-
-def test_the_loss_of_every_token(qs):
-    losses = token_losses(qs, texts(), batch_size=2)
-    assert losses.text.tolist() == [i for i, length in enumerate(LENGTHS) for _ in range(length - 1)]
-    with torch.no_grad():
-        outs = [qs.eval()(**{name: x[None] for name, x in example.items()}) for example in texts()]
-    assert torch.allclose(losses.base, torch.cat([out.nll_base[0] for out in outs]).double(), atol=1e-5)
-    assert torch.allclose(losses.mixed, torch.cat([out.nll_mix[0, :-1, 0, 0] for out in outs]).double(), atol=1e-5)
-    assert summary(losses) == pytest.approx(evaluate(qs, texts()), abs=1e-6)
-
-
 def test_texts_with_nothing_to_predict_are_left_out(qs):
     examples = texts()
     examples[1]["labels"] = torch.full_like(examples[1]["input_ids"], -100)
@@ -121,12 +93,6 @@ def test_texts_with_nothing_to_predict_are_left_out(qs):
     base, mixed, _ = by_hand(qs, [example for i, example in enumerate(examples) if i != 1])
     assert figures["texts"] == 4 and figures["tokens"] == sum(LENGTHS) - 5 - (LENGTHS[1] - 1)
     assert (figures["base"], figures["mixed"]) == pytest.approx((float(base.mean()), float(mixed.mean())), abs=1e-5)
-
-
-def test_an_untrained_wrapper_gains_nothing(tiny):
-    figures = evaluate(QuietStar(tiny("llama"), CONFIG, verify=False), texts())
-    names = [f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")]
-    assert all(abs(figures[name]) < 1e-6 for name in names)
 
 
 def test_only_the_anchors_and_their_own_document_count(qs):
@@ -152,26 +118,3 @@ def test_it_leaves_model_mode_and_generator_alone(qs):
     assert qs.thought_config is config and qs.training and qs.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in qs.parameters())
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_no_interval_from_one_text(qs, count):
-    with pytest.raises(ValueError, match=f"needs at least 2 texts with something to predict, got {count}"):
-        evaluate(qs, texts()[:count])
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
-        ({"controls": 1}, "controls must be True or False, got 1"),
-        ({"examples": torch.zeros(2, 3)}, "examples must be examples by index, got a tensor"),
-        ({"examples": [[1, 2, 3]]}, r"each example must be a dict with input_ids, got \[1, 2, 3\]"),
-        ({"examples": [{"input_ids": [1, 2, 3]}]}, r"input_ids must be a tensor \[L\], got \[1, 2, 3\]"),
-        ({"examples": [{"input_ids": torch.arange(5), "weight": 1}]}, "an example may have input_ids, .*, got 'weight'"),
-    ],
-)
-def test_bad_arguments(qs, changes, message):
-    with pytest.raises(ValueError, match=f"^evaluate: .*{message}" if {"batch_size", "controls"} & set(changes) else message):
-        evaluate(**{"qs": qs, "examples": texts(), **changes})

@@ -40,23 +40,6 @@ def test_scores_are_what_generation_draws_from(qs, think):
     assert any(thought) == (think != "never") and all(thought) == (think == "always"), "the threshold divides the places"
 
 
-def test_the_base_score_is_the_loss(qs):
-    with torch.no_grad():
-        out = qs(torch.tensor(TEXTS[:1]))
-    base, mixed = score_tokens(qs, TEXTS[:1], [range(1, 7)])[0]
-    assert torch.allclose(-base.logprob, out.nll_base[0], atol=2e-5)
-    if qs.thought_config.mixing == "logits":
-        assert torch.allclose(-mixed.logprob, out.nll_mix[0, :6, 0, 0], atol=2e-5)
-
-
-def test_probabilities_add_up(qs):
-    texts = [[7, 8, 9, token] for token in range(61)]
-    scores = score_tokens(qs, texts, [[3]] * 61)
-    for kind in zip(*scores, strict=True):
-        assert float(torch.cat([score.logprob for score in kind]).exp().sum()) == pytest.approx(1, abs=1e-5)
-        assert sum(bool(score.likeliest) for score in kind) == 1
-
-
 def test_among_some_tokens(qs):
     allowed = torch.tensor([4, 8, 33])
     whole = score_tokens(qs, [[5, 9, token] for token in (4, 8, 33)], [[2]] * 3)

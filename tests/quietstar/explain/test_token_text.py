@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quietstar.explain.token_text import text_pieces, token_text
+from quietstar.explanation.tokens import text_pieces, token_text
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from quietstar.data.records import write_records
+from quietstar.data.thoughts import write_records
 from quietstar.files import writing
 from quietstar.files.writing import beside, replaced, write_whole
 

@@ -69,7 +69,7 @@ def test_losses_and_gradients_follow_from_the_merged_model(qs, monkeypatch):
         assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(x, marks=pytest.mark.long) for x in ("gemma2", "phi3"))])
 def test_other_architectures(tiny, name):
     """Soft caps and tied embeddings; transposed weights and learned positions; fused projections."""
     qs = wrap(tiny(name), target_modules="all-linear").eval()
@@ -90,7 +90,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=() if "DoRA" in x else pytest.mark.long) for x in KINDS])
 def test_other_kinds(tiny, tmp_path, kind):
     """They save and load bitwise, and merge without changing a number. A frozen base model stays the bare model's."""
     config = quietstar.ThoughtConfig(**{**CONFIG.to_dict(), "base_model": "frozen"})
@@ -249,21 +249,6 @@ def test_adapters_that_thoughts_cannot_run_through_are_refused(tiny, config, mes
     assert torch.equal(qs(IDS, seed=4).loss, want.loss)
 
 
-def test_existing_adapters_and_those_of_transformers_are_refused(qs, tiny):
-    with pytest.raises(ValueError, match="already has adapters"):
-        qs.add_adapters(AdapterConfig(lora_rank=2))
-    model = tiny("llama")
-    model.add_adapter(lora())
-    with pytest.raises(ValueError, match="must come from peft.get_peft_model"):
-        quietstar.QuietStar(model, CONFIG)
-
-
-def test_without_peft(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'quietstar-kernels\[lora\]'"):
-        quietstar.QuietStar(tiny("llama"), CONFIG).add_adapters(AdapterConfig(lora_rank=2))
-
-
 def test_our_short_form(tiny):
     qs = quietstar.QuietStar(tiny("llama"), CONFIG)
     qs.add_adapters(AdapterConfig(lora_rank=4, lora_targets="q_proj, v_proj", lora_dropout=0.1))
@@ -278,3 +263,18 @@ def test_our_short_form(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             AdapterConfig(**bad)
+
+
+def test_existing_adapters_and_those_of_transformers_are_refused(qs, tiny):
+    with pytest.raises(ValueError, match="already has adapters"):
+        qs.add_adapters(AdapterConfig(lora_rank=2))
+    model = tiny("llama")
+    model.add_adapter(lora())
+    with pytest.raises(ValueError, match="must come from peft.get_peft_model"):
+        quietstar.QuietStar(model, CONFIG)
+
+
+def test_without_peft(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"pip install 'quietstar-kernels\[lora\]'"):
+        quietstar.QuietStar(tiny("llama"), CONFIG).add_adapters(AdapterConfig(lora_rank=2))

@@ -16,6 +16,7 @@ everything = sys.modules["all_architectures"] = importlib.util.module_from_spec(
 spec.loader.exec_module(everything)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", everything.TYPES)
 def test_every_type_thinks_or_is_refused(model_type):
     if model_type in REFUSED:
@@ -32,7 +33,7 @@ def test_tables_of_the_docs(mark):
     assert shown == everything.tables()[mark]
 
 
-@pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
+@pytest.mark.parametrize("model_type", [pytest.param("nemotron", marks=pytest.mark.long), "stablelm"])
 def test_a_dropped_layout_reaches_attention_under_gradient_checkpointing(model_type):
     ids = torch.randint(3, 61, (1, 8), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -49,7 +50,7 @@ def test_a_dropped_layout_reaches_attention_under_gradient_checkpointing(model_t
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
+@pytest.mark.parametrize("model_type", [pytest.param("nemotron", marks=pytest.mark.long), "stablelm"])
 def test_a_dropped_layout_reaches_attention_in_chunks_of_anchors(model_type):
     """The text's layers are recomputed after those of every chunk, and must not find the last chunk's layout."""
     ids = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))

@@ -38,8 +38,10 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("how", [pytest.param(x, marks=() if x == "sampled" else pytest.mark.long) for x in HOW])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(x, marks=pytest.mark.long) for x in ("gemma3_text", "gpt2", "gpt_oss"))]
+)
 def test_replayed_generation_equals_eager_generation(wrap, name, how):
     qs, options = wrap(name), HOW[how]
     if "think" in options:
@@ -62,6 +64,7 @@ def test_generation_with_thoughts_that_stop(wrap):
     assert qs._graphs.capture.replays > 10
 
 
+@pytest.mark.long
 def test_a_text_that_outgrows_its_memory(wrap, monkeypatch):
     """Its graphs are captured again."""
     monkeypatch.setattr(quietstar.generate, "ROOM", 4)

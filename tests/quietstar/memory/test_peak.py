@@ -27,7 +27,7 @@ def run(*arguments, home):
     return printed, usage.ru_maxrss * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="counts a CPU's memory, in Linux's unit")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 def test_the_estimate_is_within_a_tenth_of_the_peak(byte_tokenizer, tmp_path, checkpointing, record_property):

@@ -1,4 +1,4 @@
-"""The memory and traffic of one process, against real models and by hand; the table in docs/scaling.md."""
+"""The memory and traffic of one process, against real models and by hand; the table in docs/large-models.md."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.config import AdapterConfig
-from quietstar.memory.processes import Processes, StepTraffic, chunk_count, count_weights, process_memory, step_traffic
+from quietstar.memory.processes import Processes, count_weights, process_memory, step_traffic
 from quietstar.memory.step import human, step_memory
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
@@ -59,15 +59,6 @@ def test_memory_of_a_process(tiny):
     assert (full.text, full.thoughts, full.head) == (alone.text, alone.thoughts, alone.head)
 
 
-def test_chunk_count():
-    assert chunk_count(L, None) == 1 and chunk_count(L, 5) == 4
-
-
-def test_traffic_in_a_ring():
-    assert StepTraffic(800, 80, 0).sent(8) == 770 and StepTraffic(all_reduce=80).sent(8) == 140
-    assert StepTraffic(800, 80, 8).sent(1) == 0
-
-
 def test_passes_through_the_layers(tiny):
     """The rollout's text and T rows, forward and backward; tests/quietstar/run/test_processes.py measures real ones."""
     weights = count_weights(tiny("llama").config)
@@ -106,7 +97,7 @@ HEADINGS = "model|W|`--sharding`|LoRA|weights|gradients|moments|thoughts and tex
 
 
 def docs_table():
-    """The rows of docs/scaling.md."""
+    """The rows of docs/large-models.md."""
     alone = {
         name: step_memory(AutoConfig.for_model("llama", **shape), ThoughtConfig(), 1, 256, torch.bfloat16)
         for name, shape in SHAPES.items()
@@ -123,7 +114,8 @@ def docs_table():
     return lines
 
 
+@pytest.mark.long
 def test_the_table_of_the_docs():
-    page = (Path(__file__).parents[3] / "docs/scaling.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/large-models.md").read_text()
     table = page.split("test_processes.py -->\n")[1].split("\n<!-- table: end")[0]
     assert table.splitlines() == docs_table()

@@ -22,7 +22,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.evaluation.losses import evaluate
 from quietstar.run.processes import process_state
-from quietstar.train import thought_loss, train
+from quietstar.training import thought_loss, train
 
 
 def texts(lengths):

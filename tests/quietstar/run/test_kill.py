@@ -65,6 +65,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.002)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_within_a_step(home, number):
     out = home / "broken" / "run"
@@ -154,7 +155,7 @@ def content(out):
     return {str(path.relative_to(out)): readers.get(path.suffix, Path.read_bytes)(path) for path in files}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver, commands, name, record_property):
     """Killed again and again, at random moments and right before random changes inside its saves, and resumed each time."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 
 from quietstar.config import TrainConfig
-from quietstar.files.locking import FileLock
-from quietstar.recipes import fast, internalize, score, solve, star, vstar
+from quietstar.files.writing import FileLock
 from quietstar.run.lock import LOCK, alone_in_out, only_run_in
+from quietstar_recipes import fast, internalize, score, solve, star, vstar
 
 fork = multiprocessing.get_context("fork")
 
@@ -113,9 +113,9 @@ def race(path, rounds, pipe):
 
 def test_no_two_hold_it_at_once(tmp_path):
     (tmp_path / "counter").write_text("0")
-    racers = [Other(race, tmp_path / "lock", 300) for _ in range(3)]
-    assert [racer.pipe.recv() for racer in racers] == [300] * 3
-    assert (tmp_path / "counter").read_text() == "900"
+    racers = [Other(race, tmp_path / "lock", 100) for _ in range(3)]
+    assert [racer.pipe.recv() for racer in racers] == [100] * 3
+    assert (tmp_path / "counter").read_text() == "300"
 
 
 @dataclass
@@ -137,14 +137,14 @@ def test_the_function_of_a_run_holds_the_lock_of_its_out(tmp_path):
 
 
 RUNS = {
-    "quietstar.train": ("train", TrainConfig),
-    "quietstar.recipes.star": ("star", star.Config),
-    "quietstar.recipes.vstar": ("vstar", vstar.Config),
-    "quietstar.recipes.score": ("score", score.Config),
-    "quietstar.recipes.internalize": ("internalize", internalize.Config),
-    "quietstar.recipes.internalize_kd": ("distill", internalize.Config),
-    "quietstar.recipes.fast": ("fast", fast.Config),
-    "quietstar.recipes.solve": ("solve", solve.Config),
+    "quietstar.training": ("train", TrainConfig),
+    "quietstar_recipes.star": ("star", star.Config),
+    "quietstar_recipes.vstar": ("vstar", vstar.Config),
+    "quietstar_recipes.score": ("score", score.Config),
+    "quietstar_recipes.internalize": ("internalize", internalize.Config),
+    "quietstar_recipes.internalize.kd": ("distill", internalize.Config),
+    "quietstar_recipes.fast": ("fast", fast.Config),
+    "quietstar_recipes.solve": ("solve", solve.Config),
 }
 
 

@@ -116,6 +116,7 @@ def together(home, alone):
     return dict(zip(jobs, processes.run_in_processes(list(jobs.values()), 2, home), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", CUTS, ids=" ".join)
 def test_two_processes_compute_what_one_does(home, alone, together, cut):
     one, two = alone(cut[0]), together[cut]
@@ -141,6 +142,7 @@ def test_two_processes_compute_what_one_does(home, alone, together, cut):
             assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sharding", ["no", "full_shard"])
 def test_a_checkpoint_of_two_processes_goes_on_in_one(home, alone, together, sharding):
     assert together["plain", sharding]
@@ -149,13 +151,14 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(home, alone, together, sha
     assert_same_lines(again["lines"], alone("plain")["lines"][2:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sharding", ["no", "full_shard"])
 def test_a_checkpoint_of_one_process_goes_on_in_two(alone, together, sharding):
     for result in together[f"resumed {sharding}"]:
         assert_same_lines(result["lines"], alone("plain")["lines"][2:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints_of_two_processes_go_on_in_four(home, alone, together):
     assert together["plain", "no"]
     jobs = [
@@ -167,6 +170,7 @@ def test_checkpoints_of_two_processes_go_on_in_four(home, alone, together):
             assert_same_lines(result["lines"], alone("plain")["lines"][2:])
 
 
+@pytest.mark.long
 def test_what_several_processes_cannot_do_is_one_sentence(together):
     assert [x["error"] for x in together["too few texts"]] == [
         "train: batch_size must be at least the number of processes, 2, got 1"
@@ -179,6 +183,7 @@ def test_one_process_has_nothing_to_cut(home):
     assert "sharding must be 'no'" in result["error"]
 
 
+@pytest.mark.long
 def test_half_precision_is_that_of_the_layers_alone(alone, together):
     """Rewards are fp32 differences of log-probabilities: most are not representable in bf16."""
     (result, _) = together["bf16"]
@@ -188,6 +193,7 @@ def test_half_precision_is_that_of_the_layers_alone(alone, together):
     assert result["rounded"] < 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("sharding", ["no", "full_shard", "shard_grad_op"])
 def test_traffic_is_what_doctor_says(home, together, sharding, chunk):
@@ -259,7 +265,7 @@ def end(running, seconds):
     return errors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     running = begin(folder / "run", "--sharding=full_shard")
     running[1].send_signal(signal.SIGTERM)
@@ -270,7 +276,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     assert saved.name == f"step-{metrics(folder / 'run'):06d}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
     running = begin(folder / "run")
     running[1].kill()
@@ -290,7 +296,7 @@ for process in "${started[@]}"; do wait "$process" || exit; done
 SLURM = {"SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_for_slurm(folder, monkeypatch):
     (folder / "bin").mkdir()
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1; echo other\n"}.items():
@@ -311,7 +317,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_command_line_under_launchers(folder, launcher):
     """With the examples' configuration, but for the number of processes."""

@@ -9,9 +9,10 @@ from quietstar import ThoughtConfig
 from quietstar.cli.main import Train
 from quietstar.config import AdapterConfig, TrainConfig, option
 from quietstar.data.texts import DataConfig
-from quietstar.recipes import fast, internalize, internalize_kd, score, star, vstar
 from quietstar.run import resume
-from quietstar.run.resume import MARKS, Settings, check_folder, find_checkpoint
+from quietstar.run.resume import Settings, find_checkpoint
+from quietstar_recipes import fast, internalize, score, star, vstar
+from quietstar_recipes.internalize import kd
 
 # Fields that no number of a run depends on, for each config; all others must be the same.
 FREE = {
@@ -25,7 +26,7 @@ FREE = {
     fast.Config: {"out", "save_every"},
     score.Config: {"out"},
     internalize.Config: {"out", "save_every"},
-    internalize_kd.Config: set(),
+    kd.Config: set(),
 }
 
 
@@ -57,15 +58,6 @@ def test_a_run_from_before_a_setting_existed_had_its_default():
         Settings.of(Config(0.2)).check("run", {})
 
 
-def test_a_run_from_before_a_setting_was_renamed_has_it():
-    Settings.of(ThoughtConfig(base_model="ema")).check("run", {**ThoughtConfig().to_dict(), "base_model": "ema"})
-    saved = ThoughtConfig().to_dict()
-    del saved["base_model"], saved["base_model_decay"]
-    Settings.of(ThoughtConfig(base_model="ema")).check("run", saved | {"reference": "ema", "reference_decay": 0.999})
-    with pytest.raises(ValueError, match="the run there has base_model='ema', not 'current'"):
-        Settings.of(ThoughtConfig()).check("run", saved | {"reference": "ema", "reference_decay": 0.999})
-
-
 def checkpoint(out, step, train, thoughts):
     """A checkpoint's run.json, with a manifest of no files."""
     folder = resume.snapshots.folder(out, step)
@@ -87,8 +79,8 @@ def test_the_newest_whole_checkpoint(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_an_older_version(tmp_path):
-    """Newer fields have their default, and those that were renamed are read."""
-    thoughts = {"thoughts": 3, "preset": "paper", "reference": "frozen"}
+    """Newer fields have their default."""
+    thoughts = {"thoughts": 3, "preset": "paper", "base_model": "frozen"}
     path = checkpoint(tmp_path, 2, {"out": "elsewhere", "steps": 7}, thoughts)
     config, now = TrainConfig(out=str(tmp_path), steps=7), ThoughtConfig(thoughts=3, preset="paper", base_model="frozen")
     assert find_checkpoint("auto", config, now) == path
@@ -96,14 +88,3 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
         find_checkpoint("auto", replace(config, steps=8), now)
     with pytest.raises(ValueError, match="step-000002: the run there has lookahead=4, not 3"):
         find_checkpoint("auto", config, replace(now, lookahead=3))
-
-
-def test_whose_folder_it_is(tmp_path):
-    check_folder(tmp_path, MARKS[0], begun=False, resume=False)
-    check_folder(tmp_path, MARKS[0], begun=True, resume=True)
-    with pytest.raises(ValueError, match="a run is there already; resume continues it, another out starts a new one"):
-        check_folder(tmp_path, MARKS[0], begun=True, resume=False)
-    (tmp_path / MARKS[1]).mkdir()
-    check_folder(tmp_path, MARKS[1], begun=False, resume=False)
-    with pytest.raises(ValueError, match="a run of another command is there, with progress"):
-        check_folder(tmp_path, MARKS[0], begun=False, resume=True)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.checkpoints.places import checkpoint_of
+from quietstar.checkpoints.contents import checkpoint_of
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
-from quietstar.run.metrics import Metrics, TrainingLine
+from quietstar.run.metrics import Metrics
 from quietstar.run.resume import find_checkpoint
-from quietstar.train import train
+from quietstar.training import train
 
 CONFIG = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=3.0)
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -64,7 +64,7 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     before = everything(checkpoints)
     assert snapshots.every(tmp_path / "run") == [ours]
     assert checkpoint_of(str(tmp_path / "run")) == str(ours)
-    for name in (".step-000001-old", ".step-000003", "..step-000003-ab12cd_z"):
+    for name in (".step-000001-old", ".step-000003"):
         shutil.copytree(ours, checkpoints / name)
     config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=2, warmup=0)
     assert find_checkpoint("auto", config, CONFIG) == ours
@@ -77,35 +77,10 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     assert snapshots.every(tmp_path / "run") == [checkpoints / "step-000003"]
 
 
-def test_a_file_in_the_place_of_a_checkpoint_stays(go, tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step-000001").write_text("mine")
-    with pytest.raises(OSError, match="step-000001"):
-        go(1)
-    assert (tmp_path / "run" / "checkpoints" / "step-000001").read_text() == "mine"
-
-
 @pytest.fixture
 def saved(go, tmp_path):
     go(1)
     return snapshots.folder(tmp_path / "run", 1)
-
-
-@pytest.mark.parametrize(
-    ("manifest", "says"),
-    [
-        ({"run.json": ["1", "x"]}, r"Expected int, got str"),
-        ({"run.json": [-1, "x"]}, r"Expected int >= 0"),
-        ({"run.json": 3}, "Expected array, got int"),
-        ({"/dev/zero": [0, "x"]}, "must name files of its own folder, got '/dev/zero'"),
-        ({"../run.json": [0, "x"]}, r"must name files of its own folder, got '../run.json'"),
-        ([], "Expected object, got array"),
-    ],
-)
-def test_a_manifest_that_is_none(saved, manifest, says):
-    (saved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"{saved}: manifest.json.*{says}"):
-        snapshots.check(saved)
 
 
 def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
@@ -120,27 +95,6 @@ def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
         snapshots.check(saved)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"step": -1}, "Expected int >= 0"),
-        ({"step": "1"}, "Expected int, got str"),
-        ({"config": None}, "Expected object, got null"),
-        ({"config": {"train": [], "thoughts": {}}}, "Expected object, got array"),
-        ({"config": {"train": {}, "thoughts": {"thoughts": "2"}}}, "run.json: ThoughtConfig: thoughts must be an integer, got"),
-    ],
-)
-def test_a_run_file_that_is_none_though_its_hash_fits(saved, tmp_path, change, says):
-    run = json.loads((saved / "run.json").read_text()) | change
-    (saved / "run.json").write_text(json.dumps(run))
-    content, manifest = (saved / "run.json").read_bytes(), json.loads((saved / "manifest.json").read_text())
-    manifest["run.json"] = [len(content), snapshots.sha256(saved / "run.json")]
-    (saved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=says) as error:
-        find_checkpoint(saved, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2, warmup=0), CONFIG)
-    assert "run.json" in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("line", ["null", "[]", "3", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": 2', 10**5 * "["])
 def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
@@ -148,14 +102,6 @@ def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
     with pytest.raises(ValueError, match="metrics.jsonl: line 2"):
         Metrics(path, 3, write=True)
     assert path.read_text().endswith(line + '\n{"step": 3}\n')
-
-
-def test_a_line_without_a_figure_that_training_reads(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    whole = {name: 1.0 for name in TrainingLine.__struct_fields__}
-    path.write_text(json.dumps({**whole, "step": 1}) + '\n{"step": 2, "loss_ce": 1.0}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl: line 2: .*seconds"):
-        Metrics(path, 2, write=True, kind=TrainingLine)
 
 
 @pytest.mark.parametrize(("rest", "steps"), [("", [1, 2]), ('{"step": 3, "lo', [1, 2]), ('{"step": 3}', [1, 2, 3])])

@@ -1,12 +1,16 @@
-"""Answers in generated text: where an answer ends, what it is, and what several of them vote for."""
+"""Answers: where they end in generated text, what they are, what several vote for, and the tokens that score a right one."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
-__all__ = ["STOP", "cut", "extract", "number", "vote"]
+import torch
+
+from quietstar.checks import pad_id
+from quietstar.model import QuietStar
 
 # The answer ends where the next question begins; the same strings as in the published code.
 STOP = ("Q:", "\n\n\n")
@@ -74,3 +78,30 @@ def _extract_label(text: str, choices: Mapping[str, str]) -> str | None:
     line = next((line.strip().strip(".").lower() for line in text.splitlines() if line.strip()), None)
     repeated = [x for x, choice in choices.items() if choice.strip(".").lower() == line]
     return repeated[0] if len(repeated) == 1 else None
+
+
+def batches_by_length(texts: Sequence[Sequence[Any]], size: int) -> list[list[int]]:
+    """Indices of texts of similar length, the longest first, so that running out of memory shows at once."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def continue_texts(
+    qs: QuietStar, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], **options: Any
+) -> list[str]:
+    """The new text after each prompt, before the first stop string; ``options`` are those of ``qs.generate``."""
+    tokenizer = cast(Any, qs.tokenizer)
+    pad, L = pad_id(qs.config), max(map(len, prompts))
+    ids = [[pad] * (L - len(row)) + list(row) for row in prompts]
+    mask = [[0] * (L - len(row)) + [1] * len(row) for row in prompts]
+    if stop:
+        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+    device = qs.start_embedding.device
+    out = qs.generate(
+        torch.tensor(ids, device=device),
+        torch.tensor(mask, device=device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        **options,
+    )
+    return [cut(tokenizer.decode(row, skip_special_tokens=True), stop) for row in out[:, L:].tolist()]

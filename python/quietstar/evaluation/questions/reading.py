@@ -12,12 +12,10 @@ from typing import Any
 
 import msgspec
 
-from quietstar.arguments.values import file_path, integer, unicode
 from quietstar.data.texts import hub_rows
 from quietstar.evaluation.questions.answers import number
 from quietstar.files.reading import as_type, json_lines
-
-__all__ = ["MARK", "Question", "Row", "parse", "question_of", "read_questions"]
+from quietstar_kernels.checks import file_path, integer, unicode
 
 MARK = "####"  # precedes the value in an answer of GSM8K
 

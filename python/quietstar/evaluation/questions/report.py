@@ -1,4 +1,4 @@
-"""The result of ``asking.ask``: every question with its answers, and figures over all of them, as JSON and as a page."""
+"""How questions are asked, and the result: every question with its answers, and figures over all, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quietstar.config import option
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.questions.reading import Question
-from quietstar.evaluation.questions.settings import Asking
 from quietstar.files.writing import write_whole
+from quietstar.generate import Thinking
+from quietstar_kernels.checks import check_at_least, check_positive, check_types
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked. Thoughts are greedy.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    think: float | str = option("always", "always, never, or only where the model's entropy is above this number of nats")
+    max_new_tokens: int = option(256, "most tokens of an answer")
+    answer_prefix: str = option("", 'how an answer begins, such as " Let\'s think step by step."; not for the probability')
+    votes: int = option(0, "answers to sample for a majority vote on each question; 0 for no vote")
+    temperature: float = option(0.7, "temperature of the answers that vote")
+    seed: int = option(0, "seed of the answers that vote, which it determines together with the batch size")
+    batch_size: int = option(8, "questions at a time")
+
+    def __post_init__(self) -> None:
+        Thinking(self.think, 1, False, None, None, None)
+        check_types("Asking", self)
+        check_at_least("Asking", self, 1, ("max_new_tokens", "batch_size"))
+        check_at_least("Asking", self, 0, ("votes",))
+        check_positive("Asking", self, ("temperature",))
+
 
 FORMAT = 1
 SHOWN, WIDTH = 20, 90  # the page's largest number of differing questions, and of letters in each
@@ -21,21 +48,13 @@ TITLES = {"thinking": "with thoughts", "base": "without"}
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """What a model answers to a question.
+    """What a model answers to a question."""
 
-    Attributes:
-        text: the greedy answer.
-        extracted: the label or number in that text; None if none was found, which counts as wrong.
-        probability: of the right answer; see ``answer_tokens.scored_answers``.
-        votes: the label or number in each sampled answer.
-        vote: the most frequent vote; None if none was found.
-    """
-
-    text: str
-    extracted: str | None
-    probability: float
-    votes: list[str | None]
-    vote: str | None
+    text: str  # the greedy answer
+    extracted: str | None  # the label or number in that text; None if none was found, which counts as wrong
+    probability: float  # of the right answer; see ``answer_tokens.scored_answers``
+    votes: list[str | None]  # the label or number in each sampled answer
+    vote: str | None  # the most frequent vote; None if none was found
 
 
 @dataclass(frozen=True)

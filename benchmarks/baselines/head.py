@@ -1,0 +1,117 @@
+"""What samples tokens from a language-model head, or computes log-probabilities under it, without our ops."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness.candidate import Candidate, not_installed
+from benchmarks.harness.case import Case, Work
+from benchmarks.harness.machine import package_version
+
+Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # hidden [R,D], weight [V,D]: ids [R], their log-probabilities [R]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets [R]: the sum of the negative log-probabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCase(Case):
+    """R rows of width D under a head of V tokens."""
+
+    size_names = ("R", "D", "V")
+    R: int
+    D: int
+    V: int
+
+
+def _multinomial(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    logp = (hidden @ weight.T).float().log_softmax(-1)
+    ids = torch.multinomial(logp.exp(), 1)
+    return ids[:, 0], logp.gather(1, ids)[:, 0]
+
+
+def _race(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The id with the smallest exponential variate divided by its probability: multinomial without its checks and sorting."""
+    logp = (hidden @ weight.T).float().log_softmax(-1)
+    p = logp.exp()
+    ids = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+    return ids[:, 0], logp.gather(1, ids)[:, 0]
+
+
+def _matmul(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.T
+
+
+def _logits(count: int) -> Callable[[HeadCase], Work]:
+    """The memory of ``count`` tensors [R,V] in fp32."""
+    return lambda case: Work(case.work().flops, count * 4 * case.R * case.V)
+
+
+def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+
+
+def _liger(case: HeadCase) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def _cut_cross_entropy(case: HeadCase) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+def _chunked(case: HeadCase) -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda *operands: F.linear_cross_entropy(*operands, reduction="sum", options=options)
+
+
+def _no_chunked(case: HeadCase) -> str | None:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"PyTorch {torch.__version__} has no chunked linear_cross_entropy"
+
+
+def _trl(case: HeadCase) -> Loss:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ())[0].sum()
+
+    return loss
+
+
+def _no_trl(case: HeadCase) -> str | None:
+    """Why TRL can't run here. Its trainers call it as ``_trl`` does, through ``trl.trainer.utils.add_fused_lm_head``."""
+    if (reason := not_installed("trl")) or importlib.util.find_spec("trl.kernels"):
+        return reason
+    return f"trl {package_version('trl')} has no chunked log-probabilities"
+
+
+def _for_gpu(package: str) -> Callable[[HeadCase], str | None]:
+    def why_not(case: HeadCase) -> str | None:
+        return not_installed(package) or (None if case.device.type == "cuda" else f"{package} is for GPUs")
+
+    return why_not
+
+
+SAMPLERS = [
+    Candidate("matmul, softmax, multinomial", lambda case: _multinomial, needs=_logits(4)),
+    Candidate("matmul, softmax, exponential race", lambda case: _race, needs=_logits(5)),
+    Candidate("the matmul alone", lambda case: _matmul, needs=_logits(1), is_partial=True),
+]
+LOSSES = [
+    Candidate("matmul, cross_entropy", lambda case: _plain_loss, needs=_logits(4)),
+    Candidate("PyTorch linear_cross_entropy, chunked", _chunked, why_not=_no_chunked),
+    Candidate("TRL chunked log-probabilities", _trl, "trl", _no_trl),
+    Candidate("Liger fused linear cross entropy", _liger, "liger-kernel", _for_gpu("liger-kernel")),
+    Candidate("cut-cross-entropy", _cut_cross_entropy, "cut-cross-entropy", _for_gpu("cut-cross-entropy")),
+]

@@ -1,0 +1,224 @@
+"""What several commands share: exit codes and errors of one line, options, loading, tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tyro.conf import arg
+
+from quietstar.checkpoints import native, pretrained
+from quietstar.checkpoints.contents import TrainedOn
+from quietstar.config import Dtype, ThoughtConfig
+from quietstar.data.held_out import check_held_out
+from quietstar.data.texts import Data, DataConfig
+from quietstar.evaluation.intervals import format_gain, verdict
+from quietstar.model import QuietStar
+from quietstar.run.processes import process_state
+
+USAGE, DATA, RUNTIME, SAVED, STOPPED, PIPE = 2, 3, 4, 75, 130, 141
+
+# What PyTorch's allocator says on the CPU, and of a tensor that no memory could hold.
+_NO_MEMORY = re.compile(
+    r"not enough memory: you tried|can't allocate memory: you tried|Cannot allocate memory|Storage size calculation overflowed"
+    r"|numel: integer multiplication overflow"
+)
+
+
+class UsageError(Exception):
+    """An option or a config file that can't be used."""
+
+
+class Failure(Exception):
+    """Ends the program with the exit code ``code``."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def runtime_failure(error: BaseException) -> str | None:
+    """What a failure at run time says, in one line; None for an error that should not have come this far."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    ):
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        return (
+            f"out of memory{f', {asked[1]} more were needed' if asked else ''}: quietstar doctor --model says what a step "
+            "needs; smaller batches, texts or thoughts need less"
+        )
+    if isinstance(error, RuntimeError) and "without overflow" in str(error):
+        return f"a number is too large for its dtype: {first_line(error)}"
+    return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Print warnings without the place in the code that they are from; leave out what libraries say to each other's authors."""
+    form = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        warnings.formatwarning = form
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for line ends, control characters and what can't be encoded."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]
+WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precision only with LoRA, or without training")]
+AllowBin = Annotated[bool, arg(help="take weights from pickle files (.bin) too, read with weights_only")]
+ThinkWhen = Annotated[str, arg(help="always, never, or only where the model's entropy is above this number of nats")]
+Controls = Annotated[
+    bool, arg(help="predict with another text's thoughts too, to tell the gain of content from that of mixing")
+]
+
+
+def read_think(think: str) -> str | float:
+    """``think`` as ``QuietStar.generate`` takes it."""
+    if think in ("always", "never"):
+        return think
+    try:
+        nats = float(think)
+    except ValueError:
+        nats = -1
+    if not 0 <= nats < float("inf"):
+        raise UsageError(f"--think must be always, never or a number of nats, 0 or more, got {think}")
+    return nats
+
+
+def check_out_file(out: str, source: str = "", what: str = "a file") -> None:
+    """Refuse an ``--out`` that can't be written, before hours of work are lost by it, or that would overwrite ``source``."""
+    path, wanted = Path(out), f"--out must be {what} in an existing folder, got {out}"
+    if not path.name or (os.path.lexists(path) and not path.is_file()):
+        raise UsageError(wanted)
+    trial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        trial.touch()
+        trial.unlink()
+    except FileNotFoundError as error:
+        raise UsageError(wanted) from error
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from error
+    if path.exists() and os.path.exists(source) and path.samefile(source):
+        raise UsageError(f"--out must be another file than {source}")
+
+
+def check_report_file(out: str, source: str) -> None:
+    """``check_out_file`` for JSON, beside which a page or a plot gets the same name."""
+    if Path(out).suffix in (".md", ".png"):
+        raise UsageError(f"--out must be a JSON file in an existing folder, got {out}")
+    check_out_file(out, source, "a JSON file")
+
+
+def check_out_folder(out: str) -> None:
+    """Refuse an ``--out`` that is no folder and can't become one."""
+    path = Path(out)
+    try:
+        while path.name and not (path.exists() or path.is_symlink()):
+            path = path.parent
+        fits = path.is_dir() and os.access(path, os.W_OK)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from error
+    if not fits:
+        raise UsageError(f"--out must be a folder that can be written to, got {out}")
+
+
+def check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 4,294,967,295, got {seed}")
+
+
+def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, allow_bin: bool = False) -> QuietStar:
+    """Wrap a plain language model, or continue with ``thoughts`` from one that thinks already."""
+    if not native.thinks(name):
+        return QuietStar(pretrained.load_model(name, allow_bin, dtype=dtype), thoughts, tokenizer)
+    qs = QuietStar.from_pretrained(name, dtype=dtype)
+    scale = qs.thought_config.embedding_scale
+    if scale != thoughts.embedding_scale:
+        raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
+    qs.use_config(thoughts)
+    return qs
+
+
+def load_checkpoint(name: str) -> QuietStar:
+    """A model that thinks, in evaluation mode, on the GPU if there is one."""
+    qs = QuietStar.from_pretrained(name).eval()
+    return qs.to("cuda") if torch.cuda.is_available() else qs
+
+
+def check_unseen(model: str, trained_on: Sequence[TrainedOn], config: DataConfig, data: Data, remedy: str) -> None:
+    """Refuse held-out texts that a model was trained on, of which it would tell nothing; print what can't be checked."""
+    try:
+        unknown = check_held_out(trained_on, config, data)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}: {remedy}") from error
+    if process_state().is_main_process:
+        for sentence in unknown:
+            print(f"{model}: {sentence}", file=sys.stderr)
+
+
+def text_tokenizer(qs: QuietStar) -> Any:
+    if qs.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer")
+    return qs.tokenizer
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A line for each row; values that a row lacks are left empty."""
+    lines = [list(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def source_name(data: str) -> str:
+    """The name of a data set; of a file in the working folder, or below it, without the folders above."""
+    path = Path(data)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else data
+
+
+def held_out_text(data: Data) -> str:
+    """How much of the data is held out, and why it is not more."""
+    held = f"{len(data.held_out):,} texts held out"
+    tokens = sum(len(x["input_ids"]) for x in data.held_out)
+    if data.held_out:
+        held += f" ({tokens:,} tokens)"
+    return held + (f", {data.repeated} more occur in training, word for word" if data.repeated else "")
+
+
+LOSSES = {"base": "language model", "another": "with another's thoughts", "mixed": "with thoughts"}
+GAINS = {"gain": "gain from thoughts", "mixing": "  = mixing, any thought", "content": "  + content, what was thought"}
+
+
+def held_out_losses(figures: Mapping[str, float]) -> str:
+    """The losses and gains of ``quietstar.evaluate``, and what they say."""
+    lines = [f"held-out loss, nats per token, {figures['tokens']:,} tokens of {figures['texts']} texts"]
+    lines += [f"  {label:<31} {figures[name]:.4f}" for name, label in LOSSES.items() if name in figures]
+    lines += [f"  {label:<31}{format_gain(figures, name, 4)}" for name, label in GAINS.items() if name in figures]
+    return "\n".join([*lines, verdict(figures)])

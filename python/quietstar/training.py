@@ -1,0 +1,291 @@
+"""The training loop: optimizer steps on the Quiet-STaR loss.
+
+Everything random is a function of (seed, step): the order of the texts, the sampled thoughts and dropout. A run that was
+stopped and resumed has the losses of an uninterrupted one, bitwise where the machine allows. Several processes share the texts
+of a step, and losses are divided by counts over all of them, so their number changes nothing but rounding and dropout.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from quietstar.config import TrainConfig, step_size_warning
+from quietstar.hf.modules import state
+from quietstar.model import QuietStar
+from quietstar.objective import Counts
+from quietstar.packed import QuietStarOutput
+from quietstar.run import figures, snapshots
+from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
+from quietstar.run.figures import decide
+from quietstar.run.lock import alone_in_out
+from quietstar.run.metrics import Display, Metrics, TrainingLine
+from quietstar.run.optimizers import clear_gradients, make_optimizer
+from quietstar.run.processes import (
+    Interrupted,
+    Signals,
+    check_processes,
+    check_same_step,
+    in_any_process,
+    naming_lost_processes,
+    process_state,
+)
+from quietstar.run.resume import find_checkpoint
+from quietstar.run.sharding import find_strategy, shard, whole
+from quietstar_kernels.checks import file_path, flag, function, instance, refusal
+
+# (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.
+Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
+
+
+def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:
+    """The Quiet-STaR objective on one part of a step's texts."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise refusal("thought_loss: batch", "a dict with input_ids", batch)
+    out = model(**batch, counts=counts, seed=seed)
+    return out.loss, out
+
+
+@alone_in_out(TrainConfig)
+def train(
+    qs: QuietStar,
+    data: Sequence[Example],
+    config: TrainConfig,
+    loss: Loss = thought_loss,
+    evaluate: Callable[[QuietStar], dict[str, float]] | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+    evaluate_first: bool = False,
+) -> list[dict[str, float]]:
+    """Train ``qs`` in place.
+
+    Writes ``config.out/metrics.jsonl``, one line per step, and checkpoints. After SIGTERM or Ctrl-C in any process the current
+    step is finished and saved. All processes started by torchrun or accelerate launch call this with the same arguments.
+
+    Args:
+        data: examples by index: input_ids [L] and optionally labels, anchors, document_ids, thought_ids [P,N,T]. Texts of
+            different lengths are padded on the right.
+        loss: the loss of one part of a step; default the Quiet-STaR objective.
+        evaluate: called every ``config.eval_every`` steps, without gradients and in evaluation mode.
+        resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one, or the path of a checkpoint.
+        progress: show a bar, and a line for each evaluation.
+        evaluate_first: call ``evaluate`` before the first step too, unless ``config.eval_every`` is 0; the line of step 1 has
+            the results as eval_0_*.
+
+    Returns:
+        The metrics of every step since the start of the run.
+
+    Raises:
+        Interrupted: after a signal, once the checkpoint is written.
+        ValueError: no data, more processes than texts in a step, a checkpoint that is damaged or has other settings, or another
+            run is writing to ``config.out``.
+        FloatingPointError: the loss is not finite. It comes a step later, before anything is saved.
+        OSError: a file could not be written; older checkpoints are not affected. ConnectionError, a subclass, if another
+            process ended; finished steps are saved unless weights are sharded or updated several times per step.
+    """
+    _check(qs, data, config, loss, evaluate, resume, progress)
+    flag("train: evaluate_first", evaluate_first)
+    if warning := step_size_warning(qs.thought_config, config.learning_rate):
+        warnings.warn(f"train: {warning}", stacklevel=3)
+    set_seed(config.seed)
+    qs.anchor_chunk = config.anchor_chunk
+    process_state()
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with=config.tracker or None,
+        project_dir=config.out if config.tracker else None,
+    )
+    strategy = find_strategy(config)
+    check_processes(accelerator.num_processes, config, strategy)
+    checkpoint = find_checkpoint(resume, config, qs.thought_config)
+    done = snapshots.load(checkpoint, qs) if checkpoint else 0
+    check_same_step(accelerator, done, config)
+    if strategy != "no":
+        shard(qs, strategy, config.precision)
+    weights = [p for p in qs.parameters() if p.requires_grad]
+    optimizer = make_optimizer(config.optimizer, weights, config.learning_rate, config.weight_decay)
+    if checkpoint:
+        snapshots.load_optimizer(checkpoint, optimizer)
+    model: Any = qs
+    if strategy == "no":
+        model, optimizer = accelerator.prepare(qs, optimizer)
+    else:
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
+    if config.tracker:
+        accelerator.init_trackers("quietstar", config=settings["train"])
+    if checkpoint and resume == "auto" and accelerator.is_main_process:
+        snapshots.remove_old(checkpoint, config.keep)  # if the last save was killed before it did, and no other follows
+    metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
+    save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
+
+    evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None
+    with Display(config.steps, done, progress and accelerator.is_main_process) as display, Signals() as signals:
+        finished = done
+        before: dict[str, float] = {}
+        unread: list[tuple[int, figures.Reading, float]] = []  # the last step, of which the device may not be done
+
+        def evaluates(finished: int) -> bool:
+            return evaluated is not None and (finished % config.eval_every == 0 or finished == config.steps)
+
+        def log() -> None:
+            """Read the figures of the last step, if that wasn't done, and write its line."""
+            while unread:
+                finished, reading, seconds = unread.pop()
+                line = reading.figures()
+                if not math.isfinite(line["loss"]):
+                    raise FloatingPointError(f"train: the loss is {line['loss']} at step {finished}: the model's {state(qs)}")
+                line |= {"learning_rate": config.rate(finished - 1), "seconds": seconds}
+                line["tokens_per_second"] = line.pop("tokens") / seconds
+                line["thoughts_per_second"] = line.pop("thoughts") / seconds
+                display.step(line)
+                if evaluated and evaluates(finished):
+                    line |= evaluated(display, finished, "eval_")
+                metrics.add({"step": finished, **line, **(before if finished == 1 else {})})
+                accelerator.log(line, step=finished)
+
+        try:
+            with naming_lost_processes():
+                if evaluated and evaluate_first and not done:
+                    before = evaluated(display, 0, "eval_0_")
+                for step in range(done, config.steps):
+                    started = time.perf_counter()
+                    reading = _step(accelerator, model, optimizer, data, config, loss, step)
+                    finished = step + 1
+                    log()  # the step before: meanwhile the device has this one to do
+                    saves = finished % config.save_every == 0 or finished == config.steps
+                    due = saves or evaluates(finished)
+                    if due:
+                        reading.figures()  # waits for the device, so that the step's time is whole
+                    unread.append((finished, reading, time.perf_counter() - started))
+                    if due:
+                        log()
+                    stop = in_any_process(accelerator, signals.caught)
+                    if saves or stop:
+                        log()
+                        save(finished, write=accelerator.is_main_process)
+                        accelerator.wait_for_everyone()
+                    if stop:
+                        break
+                stop = in_any_process(accelerator, signals.caught)  # it may have come while the last step was saved
+        except ConnectionError:
+            log()
+            intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
+            unsaved = finished > done and not snapshots.folder(config.out, finished).exists()
+            if intact and unsaved and accelerator.is_main_process:
+                save(finished)
+            raise
+    for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
+        tracker.finish()
+    if stop:  # even after the last step: the caller may have more to do
+        raise Interrupted(finished, snapshots.folder(config.out, finished))
+    return metrics.lines
+
+
+def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: Any, resume: Any, progress: Any) -> None:
+    instance("train: qs", qs, QuietStar)
+    instance("train: config", config, TrainConfig)
+    check_data("train: data", data)
+    if not len(data):
+        raise ValueError("train: data: there is no text to train on")
+    check_example("train: data", data[0])
+    function("train: loss", loss)
+    if evaluate is not None:
+        function("train: evaluate", evaluate)
+    if resume is not None:
+        file_path("train: resume", resume)
+    flag("train: progress", progress)
+    if config.updates > 1 and not qs.thought_config.ratio_clip:
+        raise ValueError(f"train: updates must be 1 where ratio_clip is 0, got {config.updates}")
+    anchors = qs.thought_config.anchors
+    if anchors != "all" and not {"anchors", "thought_ids"}.isdisjoint(data[0]):
+        raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {anchors!r}")
+
+
+def _step(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    data: Sequence[Example],
+    config: TrainConfig,
+    loss: Loss,
+    step: int,
+) -> figures.Reading:
+    """One optimizer step, or ``config.updates`` of them on the same thoughts; returns the figures of all processes.
+
+    Nothing in it waits for a GPU.
+    """
+    ranks = accelerator.num_processes
+    qs = accelerator.unwrap_model(model)
+    seed = mix_seed(config.seed, step)
+    parts = _parts_of_step(accelerator, data, config, step)
+    torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
+    model.train()
+    parts, counts = decide(accelerator, qs, parts, seed)
+
+    total: dict[str, Tensor] = {}
+    for update in range(config.updates):
+        optimizer.zero_grad()
+        sums = []
+        for i, part in enumerate(parts):
+            # Sharded gradients are reduced at once: otherwise each process would hold all of them.
+            waits = model is not qs and i + 1 < len(parts)
+            with accelerator.no_sync(model) if waits else nullcontext(), accelerator.autocast():
+                value, out = loss(model, part, counts, seed)
+                # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
+                accelerator.backward(value * ranks)
+            if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
+                parts[i] = _thoughts_of(out) | part  # thoughts given with their old_logprob keep it
+                sums.append(figures.sums_of(value, out, part))
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        if update == 0:  # before the weights change: if another process is lost here, no step is half done
+            total = figures.reduced(accelerator, figures.add_up(sums))
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        clear_gradients(optimizer, ~total["loss"].isfinite())  # this is found out later, when the loss is read
+        optimizer.step()
+        qs.update_base_model()
+    return figures.Reading(total, counts, whole(norm))
+
+
+def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: TrainConfig, step: int) -> list[Batch]:
+    """This process's share of the texts of a step."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    chosen = texts_of_step(len(data), config.batch_size, config.seed, step)
+    # The same number of parts in each process, none of them empty: to gather sharded weights, all must run the model as often.
+    each = min(config.accumulation, len(chosen) // ranks)
+    return collate([data[i] for i in chosen], chosen, ranks * each, "train: data")[rank::ranks]
+
+
+def _thoughts_of(out: QuietStarOutput) -> Batch:
+    """The inputs of ``QuietStar.forward`` that make it use the same thoughts again."""
+    inputs = {"thought_ids": out.thought_ids, "thought_lengths": out.thought_lengths, "old_logprob": out.logprob}
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def _evaluate(
+    accelerator: Accelerator,
+    qs: QuietStar,
+    evaluate: Callable[[QuietStar], dict[str, float]],
+    display: Display,
+    step: int,
+    prefix: str,
+) -> dict[str, float]:
+    """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
+    qs.eval()
+    with torch.no_grad(), accelerator.autocast():
+        scores = evaluate(qs)
+    display.evaluation(step, scores)
+    return {f"{prefix}{name}": value for name, value in scores.items()}

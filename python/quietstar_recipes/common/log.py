@@ -1,0 +1,57 @@
+"""Progress lines of a running recipe, in Python's log "quietstar"; the commands show that log on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quietstar.run.metrics import Metrics
+
+LOG = logging.getLogger("quietstar")
+SECONDS = 10.0  # between lines about single updates
+FORMATS = {  # the figures worth following during a run
+    **dict.fromkeys(("round", "step", "stage", "removed", "tried", "kept", "rationalised", "failed"), ","),
+    **dict.fromkeys(("loss", "reward", "accuracy", "accuracy_first", "accuracy_second"), ".3f"),
+}
+
+
+def log_figures(run: str | Path, figures: Mapping[str, Any]) -> None:
+    """Log a line with the figures of the run that are in ``FORMATS``."""
+    shown = (f"{name.replace('_', ' ')} {figures[name]:{form}}" for name, form in FORMATS.items() if name in figures)
+    LOG.info("%s: %s", run, ", ".join(shown))
+
+
+class Pace:
+    """Limits log lines to one every ``SECONDS`` seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time for another line."""
+        now = time.monotonic()
+        if now - self._last < SECONDS:
+            return False
+        self._last = now
+        return True
+
+
+class LoggedMetrics(Metrics):
+    """A metrics file whose lines are also logged, at most one every ``SECONDS`` seconds."""
+
+    def __init__(self, path: Path, done: int):
+        super().__init__(path, done, write=True)
+        self._pace = Pace()
+
+    def add(self, line: dict[str, Any]) -> None:
+        super().add(line)
+        if self._pace.due():
+            log_figures(self.path.parent, line)
+
+
+def is_logging() -> bool:
+    """Whether progress lines are shown anywhere."""
+    return LOG.isEnabledFor(logging.INFO)

@@ -1,0 +1,142 @@
+"""Log-probabilities of given completions, and the padding, positions and checks that they share with sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar_recipes.common.branches import may_share, shared_logprob
+
+
+def logprob(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    shift: Tensor | int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the completions' tokens in one forward pass, with a gradient.
+
+    Equal prompts are read once where that is faster.
+
+    Args:
+        shift: integer [R], or one for all rows, added to the positions of the completions.
+
+    Returns:
+        logprob: [R,T] fp32, starting at each completion's first token; 0 after its last.
+        mask: bool [R,T], where there is a token.
+    """
+    ids, attended, after, mask = side_by_side(model, prompts, completions)
+    if isinstance(shift, int) and not shift and (shared := shared_logprob(model, ids, attended, after.shape[1])) is not None:
+        return shared, mask
+    predicted = logits_after(model, ids, attended, after.shape[1], shift)[:, :-1]
+    chosen = predicted.gather(2, after[..., None])[..., 0] - predicted.logsumexp(-1)
+    return chosen.where(mask, 0), mask
+
+
+def completion_logits(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    shift: Tensor | int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits after the prompts and after each token of the completions, in one forward pass, with a gradient.
+
+    Returns:
+        logits: [R,T+1,V] fp32; at t, after t tokens of the completion.
+        after, mask: the completions' ids and where there are any, as ``padded`` returns them.
+    """
+    ids, attended, after, mask = side_by_side(model, prompts, completions)
+    return logits_after(model, ids, attended, after.shape[1], shift), after, mask
+
+
+def side_by_side(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and completions [R,L] and their mask, and those of the completions alone [R,T], on the model's device."""
+    before, before_mask = padded(prompts, left=True)
+    after, mask = padded(completions)
+    check_length(model, before.shape[1] + after.shape[1])
+    ids, attended, after, mask = (
+        x.to(model.device) for x in (torch.cat([before, after], 1), torch.cat([before_mask, mask], 1), after, mask)
+    )
+    return ids, attended, after, mask
+
+
+def logits_after(model: PreTrainedModel, ids: Tensor, attended: Tensor, T: int, shift: Tensor | int) -> Tensor:
+    """Logits of the last T + 1 of L columns, fp32 [R,T+1,V]."""
+    position_ids = positions(attended, ids.shape[1] - T, shift)
+    out = model(ids, attention_mask=attended.long(), position_ids=position_ids, use_cache=False, logits_to_keep=T + 1)
+    return out.logits[:, -T - 1 :].float()
+
+
+@torch.no_grad()
+def likelihoods(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int = 256
+) -> list[float]:
+    """The log-probability of each completion, summed over its tokens."""
+    found = [0.0] * len(prompts)
+    with evaluating(model):
+        batches = together if may_share(model, prompts) else longest_first
+        for chosen in batches(prompts, completions, batch_size):
+            values, _ = logprob(model, [prompts[i] for i in chosen], [completions[i] for i in chosen])
+            for i, value in zip(chosen, values.sum(1).tolist(), strict=True):
+                found[i] = value
+    return found
+
+
+def longest_first(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """The rows' numbers in batches, long rows first: those of a batch need little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(completions[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def together(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """As ``longest_first``, with rows of equal prompts next to each other; long groups first."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        lengths[tuple(prompt)] = max(lengths.get(tuple(prompt), 0), len(prompt) + len(completion))
+    order = sorted(range(len(prompts)), key=lambda i: (-lengths[tuple(prompts[i])], prompts[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids [R, length of the longest row], int64, and a bool mask of the same shape that is True at tokens."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), fill)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = True
+    return ids, mask
+
+
+def positions(mask: Tensor, prompt: int, shift: Tensor | int = 0) -> Tensor:
+    """Position ids, int64 [R,L], counted from each row's first token; after ``prompt`` columns they are ``shift`` larger."""
+    counted = (mask.long().cumsum(1) - 1).clamp(min=0)
+    counted[:, prompt:] += shift[:, None].to(mask.device) if isinstance(shift, Tensor) else shift
+    return counted
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raises ValueError if ``length`` tokens are more than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ValueError(f"{type(model).__name__} has {limit} positions, and prompt and completion need {length}")
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In this context the model is in evaluation mode, so without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,201 @@
+"""Completions of many prompts, from the model's own cached ``generate`` or from vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from quietstar.config import option
+from quietstar.run.batches import mix_seed
+from quietstar_kernels.checks import check, check_at_least
+from quietstar_recipes.common.branches import sharing_prompts
+from quietstar_recipes.common.log import LOG, Pace
+from quietstar_recipes.common.logprobs import check_length, evaluating, padded, positions
+from quietstar_recipes.tasks import Task
+
+
+@dataclass
+class Sampling:
+    """How a recipe samples its solutions."""
+
+    temperature: float = option(1.0, "sampling temperature of solutions; 0 is greedy")
+    top_p: float = option(1.0, "sample from the most likely tokens with this total probability")
+    max_new: int = option(96, "most tokens in a solution")
+    batch_size: int = option(256, "solutions to generate at once", may_differ=True)
+    seed: int = option(0, "fixes problems, solutions and the order of training")
+
+    def __post_init__(self) -> None:
+        check_at_least("Sampling", self, 1, ("max_new", "batch_size"))
+        check_at_least("Sampling", self, 0, ("temperature",))
+        check("Sampling", self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of ``rollout``, except the seed."""
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "max_new", "batch_size")}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated after a prompt."""
+
+    ids: list[int]  # up to and including the end-of-text token, or as long as allowed
+    logprob: list[float]  # of each id under the model itself, not at the sampling temperature
+
+
+class VLLM:
+    """Samples from vLLM, where it is installed: pass it to ``rollout`` instead of the model.
+
+    Args:
+        path: a checkpoint folder or a hub name.
+    """
+
+    def __init__(self, path: str):
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError("the engine vllm needs the vllm package: pip install vllm, or use transformers") from error
+        self.vllm = vllm
+        self.engine = vllm.LLM(model=path)
+
+    def rollout(
+        self,
+        task: Task,
+        prompts: Sequence[list[int]],
+        k: int,
+        temperature: float,
+        top_p: float,
+        max_new: int,
+        seed: int,
+        ends: Collection[int] = (),
+    ) -> list[list[Completion]]:
+        sampling = self.vllm.SamplingParams(
+            n=k,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_new,
+            seed=seed,
+            stop=list(task.stop),
+            stop_token_ids=[task.end_id, *ends],
+            include_stop_str_in_output=True,
+            logprobs=0,  # only of the chosen token
+        )
+        out = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        return [
+            [
+                Completion(list(x.token_ids), [values[i].logprob for i, values in zip(x.token_ids, x.logprobs, strict=True)])
+                for x in answers.outputs
+            ]
+            for answers in out
+        ]
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel | VLLM,
+    task: Task,
+    prompts: Sequence[list[int]],
+    k: int = 1,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new: int = 64,
+    seed: int = 0,
+    batch_size: int = 256,
+    shift: int = 0,
+    ends: Collection[int] = (),
+) -> list[list[Completion]]:
+    """``k`` completions of each prompt. Where that is faster, equal prompts of a batch are read once; samples are the same.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: together with the batch size it fixes the samples; torch's random state stays as it was.
+        batch_size: rows at once, ``k`` rows per prompt; prompts of similar length share a batch.
+        shift: added to the positions of the completion; not supported with vLLM.
+        ends: tokens that end a completion, besides the end-of-text token; such as ``Task.step_ids``, for a single step.
+
+    Raises:
+        ValueError: a prompt that, with ``max_new`` tokens, is longer than the model's positions.
+    """
+    if isinstance(model, VLLM):
+        return model.rollout(task, prompts, k, temperature, top_p, max_new, seed, ends)
+    check_length(model, max(map(len, prompts), default=0) + max_new + shift)
+    rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    if task.stop:
+        options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
+    found: list[list[Completion]] = [[] for _ in prompts]
+    cuda = [model.device] if model.device.type == "cuda" else []
+    pace = Pace()
+    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda):
+        for start in range(0, len(rows), batch_size):
+            if pace.due():
+                LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")
+            chosen = rows[start : start + batch_size]
+            torch.manual_seed(mix_seed(seed, start))
+            begun = [prompts[i] for i in chosen]
+            ids, mask = (x.to(model.device) for x in padded(begun, left=True, fill=task.end_id))
+            recorder = Recorder()
+            with sharing_prompts(model, begun, max_new):
+                out = cast(Any, model).generate(
+                    ids,
+                    attention_mask=mask.long(),
+                    position_ids=positions(mask, len(ids[0])),
+                    max_new_tokens=max_new,
+                    eos_token_id=[task.end_id, *ends],
+                    pad_token_id=task.end_id,
+                    logits_processor=LogitsProcessorList([recorder]),
+                    **options,
+                )
+            logprobs = recorder.finish(out).tolist()
+            for i, written, logprob in zip(chosen, out[:, ids.shape[1] :].tolist(), logprobs, strict=True):
+                length = next((j for j, x in enumerate(written, 1) if x == task.end_id or x in ends), len(written))
+                found[i].append(Completion(written[:length], logprob[:length]))
+    return found
+
+
+class Recorder(LogitsProcessor):
+    """Records the log-probability of each token that ``generate`` chooses, without keeping all logits."""
+
+    def __init__(self) -> None:
+        self.before: Tensor | None = None
+        self.chosen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        self._record(input_ids)
+        self.before = scores.float().log_softmax(-1)
+        return scores
+
+    def finish(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [R,T], given all ids at the end."""
+        self._record(ids)
+        return torch.cat(self.chosen, 1)
+
+    def _record(self, ids: Tensor) -> None:
+        if self.before is not None:
+            self.chosen.append(self.before.gather(1, ids[:, -1:]))
+
+
+@contextmanager
+def shifted(model: PreTrainedModel, shift: int) -> Iterator[None]:
+    """In this context, the positions of what ``generate`` decodes after a prompt are ``shift`` larger."""
+
+    def shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        after_prompt = cache is not None and cache.get_seq_length() > 0
+        return args, kwargs | ({"position_ids": kwargs["position_ids"] + shift} if after_prompt else {})
+
+    handle = model.register_forward_pre_hook(shift_positions, with_kwargs=True) if shift else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,319 @@
+"""Fast Quiet-STaR: shorter and shorter thoughts, then none (arXiv 2505.17746).
+
+A curriculum: the model learns with long thoughts, and each stage continues from the best checkpoint of the one before, with
+shorter thoughts. Then a plain language model, which never thinks, is trained against the loss of the thinking one at each token
+(``fast_plain``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.checkpoints import native
+from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, check_unseen, table
+from quietstar.cli.ignored import DATA, THOUGHTS, Rule
+from quietstar.config import TrainConfig, option
+from quietstar.data.texts import DataConfig, load_data
+from quietstar.evaluation.losses import evaluate, token_losses
+from quietstar.files.writing import write_whole
+from quietstar.run.batches import Example, mix_seed
+from quietstar.run.lock import alone_in_out
+from quietstar.run.resume import Settings
+from quietstar.training import train
+from quietstar_kernels.checks import check_at_least, check_positive
+from quietstar_recipes.common.command import LanguageModel, ResumeRun
+from quietstar_recipes.common.log import is_logging
+from quietstar_recipes.common.models import read
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.saving import Count, Rounds, read_report
+from quietstar_recipes.fast import plain
+
+TEXTS, NEW, TURNS = 4, 16, 3  # of the speed measurement: texts continued at once, most new tokens of each, and repetitions
+MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
+
+
+class Chosen(msgspec.Struct):
+    """chosen.json: the figures of a stage's best checkpoint, in nats but for the first two and the last."""
+
+    thought_tokens: Count
+    lookahead: Count
+    base: float
+    mixed: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    score: float
+
+
+@dataclass
+class Config(plain.Config):
+    """The options of the curriculum and of the plain model; defaults are those of the published code.
+
+    Its script (huangwei200012/Fast-Quiet-STaR, run_sh/fast_quiet_star_mistral.sh) has the stages 16-8, 12-4 and 8-4. The first
+    number of each is ``n_ahead``, which also counts start, end and the text's token, so T is 3 less: 13, 9 and 5.
+    """
+
+    curriculum: str = option("13-8,9-4,5-4", "tokens of a thought and of its look-ahead, for each stage")
+    learning_rate: float = option(2e-6, "peak learning rate of the first stage")
+    later_rate: float = option(0.5, "the peak of later stages is this times as high")
+    warmup: int = option(20, "steps of linear warmup in each stage")
+    weight_decay: float = option(1e-3, "weight decay of AdamW in the stages")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages(self.curriculum)
+        check_at_least("fast", self, 0, ("warmup", "weight_decay"))
+        check_positive("fast", self, ("learning_rate", "later_rate"))
+
+
+def stages(curriculum: str) -> list[tuple[int, int]]:
+    """(T, J) of each stage, from text such as "13-8,9-4"; raises ValueError if it can't be read or thoughts grow longer."""
+    try:
+        pairs = [tuple(int(x) for x in stage.split("-")) for stage in curriculum.replace(" ", "").split(",")]
+        found = [(T, J) for T, J in pairs]
+    except ValueError:
+        found = []
+    if not found or min(min(stage) for stage in found) < 1:
+        raise ValueError(f"fast: curriculum must be stages like 13-8,9-4,5-4, got {curriculum!r}")
+    if any(later[0] > earlier[0] for earlier, later in zip(found, found[1:], strict=False)):
+        raise ValueError(f"fast: curriculum must not have thoughts that grow longer, got {curriculum!r}")
+    return found
+
+
+@alone_in_out(Config)
+def fast(
+    model: PreTrainedModel,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    thoughts: ThoughtConfig | None = None,
+    config: Config | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    score: Callable[[QuietStar], float] | None = None,
+    name: str = "",
+    resume: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
+
+    Writes stage-1-13-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
+    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM and Ctrl-C finish the current step
+    and save.
+
+    Args:
+        data: examples, as ``quietstar.train`` takes them.
+        held_out: at least two texts, for the losses of the report.
+        thoughts: whatever the curriculum does not set: N, objective, embeddings.
+        score: of a thinking model, to choose the checkpoint of a stage; higher is better. For instance the accuracy on a task;
+            default minus the held-out loss with thoughts.
+        name: the model's name; a resumed run must have started with the same one.
+        resume: continue the run in ``config.out``, if there is one.
+
+    Returns:
+        The plain model and the report: "base", "start" and "plain", held-out losses without thoughts of the original model and
+        of the plain one before and after its training; "stages", what was chosen in each; "positions", where thoughts help and
+        what is rewarded; all in nats per token. And "speeds", the cost of thoughts of each length.
+
+    Raises:
+        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that has other settings or was not to be
+            resumed.
+        Interrupted: after a signal, once everything is saved.
+    """
+    config, thoughts = config or Config(), thoughts or ThoughtConfig()
+    if len(held_out) < 2:
+        raise ValueError(f"fast: at least 2 texts must be held out, to choose checkpoints by, got {len(held_out)}")
+    Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data)), resume)
+    report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
+    qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
+    for number, (T, J) in enumerate(stages(config.curriculum)):
+        qs.use_config(replace(thoughts, thought_tokens=T, lookahead=J))
+        folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
+        report["stages"].append(run_stage(qs, data, held_out, config, folder, number, score))
+        qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
+    before = plain.initial(model, qs, config)
+    report["start"] = plain.loss(before, held_out, config.batch_size)
+    student, report["plain"] = plain.train_plain(copy.deepcopy(before), qs, data, held_out, config)
+    report["positions"] = by_position(before, student, qs, held_out, config)
+    report["speeds"] = speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
+    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
+    return student, report
+
+
+def run_stage(
+    qs: QuietStar,
+    data: Sequence[Example],
+    held_out: Sequence[Example],
+    config: Config,
+    folder: Path,
+    number: int,
+    score: Callable[[QuietStar], float] | None,
+) -> dict[str, Any]:
+    """Run one stage and keep its best checkpoint in ``folder``/best; returns the figures of that checkpoint."""
+    chosen = read_report(folder / CHOSEN, Chosen) if (folder / CHOSEN).exists() else None
+
+    def choose(qs: QuietStar) -> dict[str, float]:
+        nonlocal chosen
+        figures = evaluate(qs, held_out, config.batch_size, controls=False)
+        figures["score"] = score(qs) if score else -figures["mixed"]
+        if chosen is None or figures["score"] > chosen["score"]:
+            size = {"thought_tokens": qs.thought_config.thought_tokens, "lookahead": qs.thought_config.lookahead}
+            chosen = size | {name: figures[name] for name in ("base", "mixed", "gain", "gain_low", "gain_high", "score")}
+            qs.save_pretrained(folder / BEST)
+            write_whole(folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
+        return figures
+
+    rate = config.learning_rate * (config.later_rate if number else 1)
+    settings = TrainConfig(
+        out=str(folder),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        seed=mix_seed(config.seed, number) % 2**32,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        keep=1,
+    )
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=is_logging())
+    assert chosen is not None  # the last step evaluates
+    return chosen
+
+
+def speeds(qs: QuietStar, texts: Sequence[Example], lengths: Sequence[int]) -> list[dict[str, float]]:
+    """Seconds per generated token with thoughts of each of these lengths, and without thoughts (0).
+
+    All lengths continue the same texts in turn, with the same weights, so only the length affects the speed. The figure to look
+    at is times_plain, the ratio to the time without thoughts, a median over the turns.
+    """
+    some = [texts[i] for i in range(min(TEXTS, len(texts)))]
+    kept = [x["input_ids"][: int(x["attention_mask"].sum()) if "attention_mask" in x else None] for x in some]
+    shortest = min(map(len, kept))
+    ids = torch.stack([x[: shortest // 2] for x in kept]).to(qs.start_embedding.device)
+    new = min(NEW, shortest - shortest // 2)  # no longer than the texts, which fit together with their thoughts
+    trained_with = qs.thought_config
+    seconds: dict[int, list[float]] = {T: [] for T in [*lengths, 0]}
+    for turn in range(TURNS + 1):
+        for T, found in seconds.items():
+            qs.use_config(replace(trained_with, thought_tokens=T or 1))
+            took = _generate(qs, ids, new, "always" if T else "never") / (len(ids) * new)
+            if turn:  # the first turn warms up
+                found.append(took)
+    qs.use_config(trained_with)
+    ratios = {T: [a / b for a, b in zip(found, seconds[0], strict=True)] for T, found in seconds.items()}
+    return [
+        {"thought_tokens": T, "seconds_per_token": median(found), "times_plain": median(ratios[T])}
+        for T, found in seconds.items()
+    ]
+
+
+def _generate(qs: QuietStar, ids: Tensor, new: int, think: str) -> float:
+    """Seconds that the generation takes."""
+    began = time.perf_counter()
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    qs.generate(ids, torch.ones_like(ids), max_new_tokens=new, think=think, **options).tolist()
+    return time.perf_counter() - began
+
+
+def by_position(
+    before: PreTrainedModel, student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], config: Config
+) -> list[dict[str, float]]:
+    """Means over texts at each position: what a thought there gains, and the reward of the plain model's tokens.
+
+    Returns:
+        position; texts, how many have that position; gain of the teacher's greedy thought, nats; reward_before and
+        reward_after, of the plain model before and after its training.
+    """
+    found = token_losses(teacher.eval(), texts, config.batch_size, controls=False)
+    columns = {"gain": found.base - found.mixed}
+    for name, model in (("reward_before", before), ("reward_after", student)):
+        columns[name] = plain.reward(found.mixed, plain.token_nll(model, texts, config.batch_size)[0], config)
+    counts = found.place.bincount()
+    sums = {name: found.place.bincount(values) for name, values in columns.items()}
+    return [
+        {"position": position, "texts": int(counts[position])}
+        | {name: float(x[position] / counts[position]) for name, x in sums.items()}
+        for position in counts.nonzero()[:, 0].tolist()
+    ]
+
+
+def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
+    stages = [(stage["thought_tokens"], stage["mixed"]) for stage in report["stages"]]
+    without = {name: report[name] for name in ("base", "plain")}
+    cost = {"curriculum": [[(times[T], loss) for T, loss in stages]]}
+    tokens = {"curriculum": [stages]}
+    by_name = {
+        name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
+        for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
+    }
+    panels(
+        path,
+        title,
+        [
+            Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost | points_at(times[0], without)),
+            Panel("tokens per thought", "held-out loss, nats", tokens | points_at(0, without)),
+            Panel("position", "gain, reward; nats", by_name),
+        ],
+    )
+
+
+def points_at(x: float, values: Mapping[str, float]) -> dict[str, list[list[tuple[float, float]]]]:
+    """A point at x for each name."""
+    return {name: [[(x, y)]] for name, y in values.items()}
+
+
+@dataclass
+class Fast:
+    """Train with shorter and shorter thoughts, then without any (Fast Quiet-STaR)."""
+
+    data: DataConfig
+    thoughts: ThoughtConfig
+    recipe: Config
+    model: LanguageModel
+    dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
+    resume: ResumeRun = ""
+
+    inherits: ClassVar = (DataConfig,)
+    ignored: ClassVar = [
+        *DATA,
+        *THOUGHTS,
+        Rule("thought_tokens lookahead", lambda o: True, "here: --curriculum sets it"),
+        Rule("later_rate", lambda o: "," not in o.curriculum, "with a curriculum of one stage"),
+        Rule(
+            "plain_weight plain_temperature clamp_reward",
+            lambda o: o.objective not in ("sampled", "observed"),
+            "unless --objective is sampled or observed",
+        ),
+    ]
+
+    def run(self) -> None:
+        check_out_folder(self.recipe.out)
+        model, tokenizer = read(self.model, self.dtype, self.allow_bin)
+        data = load_data(self.data, tokenizer, max(J for _, J in stages(self.recipe.curriculum)))
+        if description := native.read_description(self.model):
+            check_unseen(self.model, description[1], self.data, data, "leave these options as they were")
+        _, report = fast(
+            model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
+        )
+        print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
+        print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
+        print(table(report["speeds"], ("thought_tokens", "times_plain")))
+        losses = "{base:.4f} of the original model, {start:.4f} before and {plain:.4f} after the last step".format(**report)
+        print(f"held-out loss without thoughts, nats a token: {losses}")
+        if report["plain"] >= report["start"]:
+            print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
+        print(f"saved {Path(self.recipe.out) / MODEL}")

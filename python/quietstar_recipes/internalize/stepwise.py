@@ -1,0 +1,381 @@
+"""Stepwise internalisation of a chain of thought (ICoT-SI, arXiv 2405.14838): the chain is removed token by token.
+
+A model learns to write chains. Then, stage by stage, the rows that it trains on lose one more token from the beginning of the
+chain, until the answer directly follows the prompt. What the model can no longer write, it has to compute internally.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.config import option
+from quietstar.files.reading import as_type
+from quietstar.files.writing import write_whole
+from quietstar.run.batches import mix_seed, texts_of_step
+from quietstar.run.lock import alone_in_out
+from quietstar.run.processes import Interrupted, Signals
+from quietstar.run.resume import Settings
+from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
+from quietstar_recipes.common.evaluation import grade
+from quietstar_recipes.common.log import log_figures
+from quietstar_recipes.common.logprobs import check_length, logprob
+from quietstar_recipes.common.plots import Panel, panels
+from quietstar_recipes.common.sampling import Completion, rollout
+from quietstar_recipes.common.saving import Count, Progress, State, load_model, save_model
+from quietstar_recipes.common.training import adamw, train
+from quietstar_recipes.tasks import Row, Task
+
+MODEL, STAGES, DIRECT, NAME = "model", "stages", "direct", "internalize"  # what a run writes; the last is .json and .png
+EXTRA_TOKENS = 8  # that an answer may be longer than the right one
+POINTS = 200  # of the curve of the training loss, roughly
+
+
+@dataclass
+class Config:
+    """Which tokens of the chain are removed when, and how the model is trained."""
+
+    out: str = option(
+        "runs/internalize", "folder for the model of each stage, the best model, metrics and the report", may_differ=True
+    )
+    explicit_steps: int = option(1500, "updates with the whole chain, before the first token is removed")
+    steps_per_token: int = option(250, "updates after each removed token")
+    final_steps: int = option(1250, "updates without a chain")
+    smoothing: float = option(4.0, "rows lose o more tokens with probability ~ exp(-smoothing * o); inf: no more")
+    reset_optimizer: bool = option(True, "start a new optimizer whenever a token is removed")
+    side: Literal["left", "right"] = option("left", "which end of the chain is removed first: left or right")
+    remove_all_beyond: int | None = option(None, "the whole chain is removed once this many tokens are; 0: no chain at all")
+    keep_position: bool = option(False, "what follows a removed token keeps its position; for chains of equal length")
+    gate: float = option(0.0, "a stage, or a phase of kd, lasts until this share of held-out answers is right; 0: no gate")
+    gate_rounds: int = option(4, "with a gate, a stage takes at most this many times its scheduled length")
+    compare: bool = option(False, "also train without any chain for as many updates; the result must beat this")
+    learning_rate: float = option(1e-3, "learning rate of AdamW, constant; published: 5e-5 for GPT-2, 1e-5 for 4B and 7B")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    clip: float = option(1.0, "largest gradient norm")
+    batch_size: int = option(64, "rows per update; 32 in the published code")
+    rows: int = option(20_000, "problems to train on; fewer where a file has fewer")
+    held_out: int = option(200, "problems for the accuracy of each stage, and as many others for the report")
+    eval_every: int = option(250, "updates between evaluations once the chain is gone; the best model is kept")
+    save_every: int = option(250, "updates between checkpoints", may_differ=True)
+    seed: int = option(0, "fixes problems, their order, and which rows lose more tokens")
+
+    def __post_init__(self) -> None:
+        check_types("internalize", self, infinite=("smoothing",))
+        at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
+        check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
+        check_at_least("internalize", self, 1, at_least_one)
+        check_positive("internalize", self, ("smoothing", "learning_rate", "clip"))
+        beyond = self.remove_all_beyond
+        check("internalize", self, "remove_all_beyond", beyond is None or beyond >= 0, "None, or 0 or more")
+        check("internalize", self, "gate", 0 <= self.gate <= 1, "from 0 to 1")
+        kept = self.keep_position and self.side == "right"
+        check("internalize", self, "side", not kept, "left where keep_position is on")
+
+
+class Figures(msgspec.Struct):
+    """What ``figures`` returns and a plot shows."""
+
+    accuracy: float
+    digits: list[float]
+    tokens: float
+    problems_per_second: float
+    tokens_per_second: float
+
+
+class StageFigures(Figures, kw_only=True):
+    removed: Count
+    steps: Count
+
+
+class RunState(State):
+    """Where a run is.
+
+    Attributes:
+        stage, done: finished stages, and updates of the current one.
+        best: figures of the best model of the last stage.
+        lines: figures of the finished stages.
+        chainless: whether no row of the latest batch had a chain left.
+    """
+
+    stage: Count
+    done: Count
+    best: Figures | None
+    lines: list[StageFigures]
+    chainless: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``steps`` updates on rows that lose ``removed`` tokens of their chains."""
+
+    removed: int
+    steps: int
+
+
+def stages(config: Config, longest: int) -> list[Stage]:
+    """The schedule for chains of up to ``longest`` tokens; the last stage has no chain."""
+    last = longest if config.remove_all_beyond is None else min(longest, config.remove_all_beyond)
+    kept = [Stage(s, config.steps_per_token if s else config.explicit_steps) for s in range(last)]
+    return [*kept, Stage(longest, config.final_steps)]
+
+
+def removals(rows: int, removed: int, smoothing: float, generator: torch.Generator) -> Tensor:
+    """Removal smoothing: int64 [rows], ``removed`` + o with probability (1 - exp(-smoothing)) exp(-smoothing o)."""
+    draw = torch.rand(rows, dtype=torch.float64, generator=generator)
+    return removed + (-torch.log1p(-draw) / smoothing).floor().long()  # an exponential random variable, rounded down
+
+
+def shortened(task: Task, row: Row, removed: int, side: str = "left") -> list[int]:
+    """The row's completion without ``removed`` tokens of its chain, or without the whole chain if it is shorter."""
+    kept = max(0, len(row.cot_ids) - removed)
+    chain = row.cot_ids[len(row.cot_ids) - kept :] if side == "left" else row.cot_ids[:kept]
+    return task.completion_ids(replace(row, cot_ids=chain))
+
+
+def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: int, config: Config) -> dict[str, Any]:
+    """The ``figures`` of greedy answers of a model of the stage in which ``removed`` tokens are gone."""
+    longest = max(len(shortened(task, row, removed, config.side)) for row in rows) + EXTRA_TOKENS
+    shift = min(removed, max(len(row.cot_ids) for row in rows)) if config.keep_position else 0
+    began = time.perf_counter()
+    found = rollout(model, task, [row.prompt_ids for row in rows], temperature=0.0, max_new=longest, shift=shift)
+    return figures(task, rows, [completions[0] for completions in found], time.perf_counter() - began)
+
+
+def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seconds: float) -> dict[str, Any]:
+    """Accuracy, also of each digit, and speed of these answers.
+
+    Without chain_right: a chain of which only the end is written can't be checked.
+    """
+    graded = grade(task, rows, written)
+    del graded["chain_right"]
+    tokens = sum(len(one.ids) for one in written)
+    speeds = {"problems_per_second": len(rows) / seconds, "tokens_per_second": tokens / seconds}
+    return {**graded, "digits": digits(task, rows, written), "tokens": tokens / len(rows), **speeds}
+
+
+def digits(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> list[float]:
+    """The accuracy of each digit, in the order in which they are written, over the problems whose answer has it."""
+    right: list[list[bool]] = []
+    for row, one in zip(rows, written, strict=True):
+        answer = task.answer(row, one.ids) or ""
+        for i, digit in enumerate(row.problem.right):
+            if i == len(right):
+                right.append([])
+            right[i].append(answer[i : i + 1] == digit)
+    return [fmean(found) for found in right]
+
+
+@alone_in_out(Config)
+def internalize(
+    model: PreTrainedModel, task: Task, config: Config | None = None, name: str = "", resume: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run all stages, or those that a stopped run lacks; ``model`` is changed.
+
+    Writes the model after each stage (stages/removed-NNN), the best one of the last stage (model), metrics.jsonl with a line
+    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``. SIGTERM and Ctrl-C
+    finish the current update and save.
+
+    Args:
+        name: the model's name; a resumed run must have started with the same one.
+        resume: continue the run in ``config.out``, if there is one.
+
+    Returns:
+        The best model of the last stage, and the report. "stages": for each stage removed, steps and what ``evaluate`` returns
+        on the split "valid". "full chain", "internalized" and, with ``config.compare``, "no chain": what it returns on "test".
+        "training": the training loss over the run.
+
+    Raises:
+        ValueError: rows without chains, or with chains of different lengths where ``keep_position`` is on; a task that rejects
+            its own answers; no right answer after the explicit stage; or a run in ``config.out`` that has other settings or was
+            not to be resumed.
+        Interrupted: after a signal, once everything is saved.
+    """
+    config = config or Config()
+    generator = torch.Generator().manual_seed(config.seed)
+    training, valid, test = (
+        task.sample(n, split, generator)
+        for n, split in ((config.rows, "train"), (config.held_out, "valid"), (config.held_out, "test"))
+    )
+    longest = check_rows(model, task, [*training, *valid, *test], config)
+    fresh = copy.deepcopy(model) if config.compare else None
+    lines, updates = run_stages(model, task, config, stages(config, longest), training, valid, name, resume)
+    report: dict[str, Any] = {"stages": lines, "training": losses(updates)}
+
+    out = Path(config.out)
+    folders = {"full chain": (out / STAGES / "removed-000", 0), "internalized": (out / MODEL, longest)}
+    if fresh is not None:
+        steps = sum(stage["steps"] for stage in report["stages"])
+        direct = replace(config, out=str(out / DIRECT), remove_all_beyond=0, final_steps=steps, compare=False)
+        run_stages(fresh, task, direct, stages(direct, longest), training, valid, name, resume)
+        folders["no chain"] = (out / DIRECT / MODEL, longest)
+    for row, (folder, removed) in folders.items():
+        if folder.is_dir():  # a run without any chain has no model with the full chain
+            report[row] = evaluate(load_model(folder, model), task, test, removed, config)
+    write_whole(out / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    plot(out / f"{NAME}.png", report, task.name)
+    return load_model(out / MODEL, model), report
+
+
+def check_rows(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> int:
+    """Number of tokens of the longest chain; raises ValueError if these rows have nothing to internalise."""
+    lengths = {len(row.cot_ids) for row in rows}
+    if lengths == {0}:
+        raise ValueError(f"internalize: none of the {len(rows):,} problems has a chain of thought")
+    if config.keep_position and len(lengths) > 1:
+        raise ValueError(
+            "internalize: keep_position needs chains of one length, since the length of a new problem's chain is unknown, got "
+            f"{min(lengths)} to {max(lengths)} tokens"
+        )
+    if not any(task.check(row, task.completion_ids(row)) for row in rows[: config.batch_size]):
+        raise ValueError(f"internalize: {type(task).__name__} rejects its own answers, so nothing would count as right")
+    check_length(model, max(len(row.prompt_ids) + len(task.completion_ids(row)) for row in rows) + EXTRA_TOKENS)
+    return max(lengths)
+
+
+def run_stages(
+    model: PreTrainedModel,
+    task: Task,
+    config: Config,
+    plan: Sequence[Stage],
+    training: Sequence[Row],
+    valid: Sequence[Row],
+    name: str,
+    resume: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run all stages, or those that a stopped run lacks; returns the figures of each stage and of each update."""
+    begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
+    settings = Settings.of(config, recipe="internalize", model=name, task=task.name)
+    progress = Progress(config.out, settings, begin, resume, RunState)
+    state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
+    progress.load(model, optimizer)
+
+    def gradient(step: int) -> dict[str, Any]:
+        seed = mix_seed(config.seed, step)
+        torch.manual_seed(seed)  # for dropout
+        rows = [training[i] for i in texts_of_step(len(training), config.batch_size, config.seed, step)]
+        removed = removals(len(rows), stage.removed, config.smoothing, torch.Generator().manual_seed(seed))
+        lengths = torch.tensor([len(row.cot_ids) for row in rows])
+        removed, state["chainless"] = torch.minimum(removed, lengths), bool((removed >= lengths).all())
+        completions = [shortened(task, *pair, config.side) for pair in zip(rows, removed.tolist(), strict=True)]
+        model.train()
+        values, mask = logprob(model, [row.prompt_ids for row in rows], completions, removed if config.keep_position else 0)
+        loss = -values.sum() / mask.sum()
+        loss.backward()
+        # A failing stage shows in the first token: the answer follows from the rest of the chain, but that from nothing.
+        first = -float(values[:, 0].detach().mean())
+        return {"removed": stage.removed, "loss": float(loss.detach()), "first_token_loss": first, "tokens": int(mask.sum())}
+
+    def measure() -> dict[str, Any]:
+        """Only a model without a chain can be the best one: while it still writes the chain it is better."""
+        found = evaluate(model, task, valid, stage.removed, config)
+        if last and (state["best"] is None or found["accuracy"] > state["best"]["accuracy"]):
+            state["best"] = found
+            save_model(Path(config.out) / MODEL, model, task, found)
+        return found
+
+    def after(line: dict[str, Any]) -> bool:
+        state["done"] += 1
+        if state["done"] % every and state["done"] < most:
+            return False
+        found = measure()
+        line["accuracy"] = found["accuracy"]
+        passed = gated and found["accuracy"] >= config.gate
+        if passed or state["done"] == most:
+            finish(found)
+        return passed
+
+    def finish(found: dict[str, Any]) -> None:
+        state["lines"].append({"removed": stage.removed, "steps": state["done"], **(state["best"] if last else found)})
+        state.update(stage=state["stage"] + 1, done=0)
+        save_model(Path(config.out) / STAGES / f"removed-{stage.removed:03d}", model, task, state["lines"][-1])
+        log_figures(config.out, state["lines"][-1])
+
+    with Signals() as signals:
+        while state["stage"] < len(plan):
+            stage = plan[state["stage"]]
+            last = stage is plan[-1]
+            gated = config.gate > 0 and not last
+            most = stage.steps * (config.gate_rounds if gated else 1)
+            every = stage.steps if gated else config.eval_every if last else most
+            # As published, not after a batch without chains: with few long chains left, a token more changes little.
+            if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
+                optimizer = adamw(model, config.learning_rate, config.weight_decay)
+            if most:
+                options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
+                steps = state["step"] - state["done"] + most
+                train(model, optimizer, steps, gradient, after=after, progress=progress, signals=signals, **options)
+            else:
+                finish(measure())
+                progress.save(model, optimizer)
+                if signals.caught:
+                    raise Interrupted(state["step"], progress.folder)
+            if stage.removed == 0 < stage.steps and state["lines"][-1]["accuracy"] == 0:
+                raise ValueError(
+                    f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
+                    "there is nothing to internalise: train longer, or with another learning rate"
+                )
+    return state["lines"], progress.metrics.lines
+
+
+class Line(msgspec.Struct):
+    """What ``losses`` reads in a line of metrics."""
+
+    step: Count
+    removed: Count
+    loss: float
+    first_token_loss: float
+
+
+def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The training loss of a run's metrics, averaged over a few updates at a time, never across stages.
+
+    "step" is the last of these updates.
+    """
+    width = max(1, math.ceil(len(lines) / POINTS))
+    known = as_type(list[Line], lines, "metrics.jsonl")
+    parts = [list(some) for _, some in groupby(known, lambda line: (line.removed, (line.step - 1) // width))]
+    return [
+        {name: getattr(some[-1], name) for name in ("step", "removed")}
+        | {name: fmean(getattr(line, name) for line in some) for name in ("loss", "first_token_loss")}
+        for some in parts
+    ]
+
+
+def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    stages, training = report["stages"], report["training"]
+    last = {name: report[name] for name in ("full chain", "internalized", "no chain") if name in report}
+    speed = {"each stage": [[(x["problems_per_second"], x["accuracy"]) for x in stages]]}
+    speed |= {f"{name}, test": [[(x["problems_per_second"], x["accuracy"])]] for name, x in last.items()}
+    removals = [a["step"] for a, b in zip(training, training[1:], strict=False) if a["removed"] != b["removed"]]
+    panels(
+        path,
+        title,
+        [
+            Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
+            Panel("problems per second", "accuracy", speed),
+            Panel(
+                "update; lines where a token is removed",
+                "training loss, nats",
+                {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")},
+                marks=removals,
+            ),
+            Panel(
+                "digit of the answer, in the order written",
+                "accuracy on test problems",
+                {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()},
+            ),
+        ],
+    )

@@ -1,0 +1,129 @@
+"""What both attempts earn in SCoRe's stages, and the loss of an update (arXiv 2409.12917)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.config import option
+from quietstar_kernels.checks import check_at_least, check_types
+from quietstar_recipes.common.logprobs import likelihoods, logprob, padded
+from quietstar_recipes.score.attempts import Attempts
+
+
+@dataclass
+class Objective:
+    """What the attempts earn, and how close the model is kept to the base.
+
+    The bonus and the weights of the divergence are those of the code of BY571/SCoRe. They are said to be the paper's for MATH
+    (table 8), and so is no credit across turns (appendix A.4); both are unverified.
+    """
+
+    bonus: float = option(10.0, "alpha: the second attempt also earns this times its reward minus the first's; 0 is a control")
+    kl: float = option(0.01, "beta 1, weight of the divergence from the base model: both attempts in stage II, the second in I")
+    first_kl: float = option(0.1, "beta 2, weight of the divergence of the first attempt in stage I")
+    kl_in: Literal["reward", "loss"] = option(
+        "reward",
+        "reward: the whole attempt's log-ratio lowers its reward; loss: the divergence at each token, which varies less",
+    )
+    credit: Literal["turn", "joint"] = option("turn", "turn: the first attempt earns its own reward; joint: also the second's")
+    single_turn: bool = option(False, "train first attempts alone, by their own reward: a control, without stage I")
+    standardise: bool = option(False, "divide the advantages of each attempt by their standard deviation over the batch")
+
+    def __post_init__(self) -> None:
+        check_types("score", self)
+        check_at_least("score", self, 0, ("bonus", "kl", "first_kl"))
+
+    def weights(self, stage: int) -> Tensor:
+        """The weights of the divergence of both attempts, [2]."""
+        return torch.tensor([self.first_kl if stage == 1 else self.kl, 0.0 if self.single_turn else self.kl])
+
+    def earned(self, right: Tensor, stage: int) -> Tensor:
+        """Which attempts are right, [2,R]; 0 for those that earn nothing: in stage I the first, in a single turn the second."""
+        return right * torch.tensor([[stage == 2], [not self.single_turn]])
+
+    def returns(self, right: Tensor, stage: int, penalty: Tensor) -> Tensor:
+        """What is credited to each attempt, [2,R], given which are right and what is subtracted for the divergence, both [2,R].
+
+        By turn, the second attempt earns (1 + bonus) times its own reward. The paper's bonus also subtracts the first attempt's
+        reward, which is the same for every second attempt that follows it: it changes no expected gradient, is nearly half of
+        the variance, and is left out, like a baseline. With joint credit the first attempt's return has it.
+        """
+        first, second = self.earned(right, stage)
+        bonus = 0.0 if stage == 1 or self.single_turn else self.bonus
+        own = torch.stack([first, (1 + bonus) * second]) - penalty
+        if self.credit == "joint":
+            own[0] += own[1] - bonus * first
+        return own
+
+
+def log_ratios(base: PreTrainedModel, attempts: Attempts, batch_size: int) -> Tensor:
+    """log p(y) - log q(y), [2,R], of whole attempts under the model that wrote them and under the base model.
+
+    Its mean is the divergence. In a reward it also counts that an early token leads to places where the models differ, which
+    the divergence at each token leaves out of the gradient.
+    """
+    return attempts.logprob - torch.tensor([likelihoods(base, *turn, batch_size) for turn in attempts.turns()])
+
+
+def advantages(returns: Tensor, samples: int, standardise: bool = False) -> Tensor:
+    """Returns [2,R] minus the mean of the other samples of the problem, or of the other problems if there is one sample each.
+
+    With ``standardise`` the advantages of each attempt have variance 1, unless all are 0, as the first attempt's are in stage
+    I. A bonus then only decides which second attempts are better, and no longer how much more they count than the first ones.
+    """
+    groups = returns.unflatten(1, (-1, samples)) if samples > 1 else returns[:, None]
+    n = groups.shape[2]
+    found = ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
+    deviation = found.std(1, correction=0, keepdim=True)  # their mean is 0
+    return found / deviation.where(deviation > 1e-6, 1) if standardise else found
+
+
+def logprob_and_divergence(
+    model: PreTrainedModel, base: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Log-probability [R] of each completion, and the divergence [R] of the model from the base, summed over its tokens.
+
+    The divergence is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)), with a gradient.
+    """
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+    ids, mask = (x.to(model.device) for x in padded(rows))
+    begin = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    written = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=model.device) >= begin[:, None])
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+    logprob = model(**inputs).logits[:, :-1][written].float().log_softmax(-1)
+    with torch.no_grad():
+        other = base(**inputs).logits[:, :-1][written].float().log_softmax(-1)
+    chosen = logprob.gather(1, ids[:, 1:][written][:, None])[:, 0]
+    divergence = (logprob.exp() * (logprob - other)).sum(-1)
+    row, nothing = written.nonzero()[:, 0], chosen.new_zeros(len(rows))
+    return nothing.index_add(0, row, chosen), nothing.index_add(0, row, divergence)
+
+
+def loss(
+    model: PreTrainedModel, base: PreTrainedModel, attempts: Attempts, advantage: Tensor, stage: int, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """The loss of each problem [R], and the divergence of both attempts [2,R], which has no gradient.
+
+    With ``kl_in="reward"`` the divergence is part of the ``advantage`` [2,R], and zeros are returned for it. First attempts
+    that the base model wrote are not reinforced, since REINFORCE's gradient is an expectation over the model's own samples.
+    They are what the second attempt responds to, and with ``kl_in="loss"`` one more place where the model is kept close.
+    """
+    advantage = (advantage * torch.stack([attempts.own, torch.ones_like(attempts.own)])).to(model.device)
+    weights = objective.weights(stage).tolist()
+    value, divergences = torch.zeros_like(advantage[0]), torch.zeros_like(advantage)
+    for turn, (prompts, completions) in enumerate(attempts.turns()):
+        if objective.single_turn and turn == 1:
+            break
+        if objective.kl_in == "reward":
+            value = value - advantage[turn] * logprob(model, prompts, completions)[0].sum(1)
+        else:
+            chosen, divergence = logprob_and_divergence(model, base, prompts, completions)
+            value = value - advantage[turn] * chosen + weights[turn] * divergence
+            divergences[turn] = divergence.detach()
+    return value, divergences

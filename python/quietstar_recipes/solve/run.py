@@ -1,0 +1,440 @@
+"""What more tokens at test time buy: votes, a verifier's choice, search over steps, and attempts that revise each other.
+
+In parallel: N solutions of each problem, from which a selector takes one. Step by step: N candidates, of which a process
+verifier keeps the best. In sequence: chains of attempts, each of which sees up to four earlier ones. A budget is a number of
+generated tokens per problem, and each method gets as many whole solutions as fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+from tyro.conf import arg
+
+from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
+from quietstar.cli.ignored import LORA, Rule
+from quietstar.config import option
+from quietstar.files.writing import write_whole
+from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
+from quietstar_kernels.checks import check, check_at_least, check_types
+from quietstar_recipes.common import plots, selectors
+from quietstar_recipes.common.command import TASK
+from quietstar_recipes.common.models import TaskConfig, load
+from quietstar_recipes.common.sampling import Completion, Sampling, rollout
+from quietstar_recipes.common.saving import save_model
+from quietstar_recipes.common.selectors import Sample, Selector, best, majority, powers_of_two, weighted
+from quietstar_recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar_recipes.common.training import SFTConfig
+from quietstar_recipes.solve.budgets import (
+    BINS,
+    Chains,
+    ChainSelector,
+    Spent,
+    Table,
+    alone,
+    by_difficulty,
+    compute_optimal,
+    curve,
+    from_all,
+    lengths,
+    measure,
+    oracle,
+    split,
+    summary,
+)
+from quietstar_recipes.solve.revisions import revise, train_chain_verifier, train_reviser
+from quietstar_recipes.solve.search import search
+from quietstar_recipes.solve.values import roll_out, train_values, value_scorer, values
+from quietstar_recipes.tasks import Row, Task
+from quietstar_recipes.vstar.verifier import load_verifier
+
+BEST, WEIGHTED = "best of k, process verifier", "weighted vote, process verifier"
+BEAM, LOOKAHEAD = "beam search", "look-ahead search"
+LARGER = "larger model, majority"
+
+
+@dataclass
+class Config(SFTConfig, Sampling):
+    """How much is spent on which problems; the learning rate and batches are those of the reviser and of all verifiers."""
+
+    out: str = option("runs/solve", "folder for samples, figures and the plot")
+    problems: int = option(400, "test problems")
+    samples: int = option(16, "N, solutions of each problem")
+    attempts: int = option(8, "attempts in a chain of revisions, rounded down to a power of 2; 0 for no chains")
+    beam_width: int = option(4, "M of a search: of N candidates for a step, N / M go on; a power of 2")
+    lookahead: int = option(1, "steps that look-ahead search goes on before it values a step; 0 leaves it out")
+    valid_problems: int = option(0, "validation problems, to choose ways of spending by difficulty; 0 leaves that out")
+    revise_steps: int = option(0, "training steps on revisions of the model's own wrong attempts, before it revises")
+    revise_problems: int = option(2000, "training problems for those steps, and for the verifier of chains")
+    revise_samples: int = option(64, "solutions of each of them to learn revisions from")
+    judge_steps: int = option(0, "training steps of a verifier of the chains' attempts; 0 scores them as solutions")
+    history: bool = option(True, "whether that verifier sees the earlier attempts")
+    process_steps: int = option(0, "training steps of a process verifier, which leads a search; 0 for none")
+    process_problems: int = option(1000, "training problems for those steps")
+    process_samples: int = option(16, "solutions of each of them")
+    rollouts: int = option(16, "rollouts from each of their steps, which give its value")
+
+    def __post_init__(self) -> None:
+        check_types("solve", self)
+        for part in (SFTConfig, Sampling):
+            part.__post_init__(self)
+        several = ("revise_problems", "revise_samples", "process_problems", "process_samples", "rollouts")
+        check_at_least("solve", self, 1, ("samples", "beam_width", "problems", *several))
+        none_allowed = ("attempts", "lookahead", "valid_problems", "revise_steps", "judge_steps", "process_steps")
+        check_at_least("solve", self, 0, none_allowed)
+        check("solve", self, "beam_width", self.beam_width.bit_count() == 1, "a power of 2")
+        check("solve", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who writes and who judges.
+
+    Attributes:
+        scorer: of solutions.
+        process: a process verifier.
+        reviser: writes chains.
+        judge: of the attempts in these, given the earlier ones; without one they are scored as solutions are.
+    """
+
+    model: PreTrainedModel
+    scorer: Scorer | None
+    process: PreTrainedModel | None
+    reviser: PreTrainedModel
+    judge: PreTrainedModel | None
+
+    def any_scorer(self, task: Task, batch_size: int) -> Scorer | None:
+        """The scorer of solutions or, without one, the process verifier's."""
+        return self.scorer or (value_scorer(self.process, task, batch_size) if self.process else None)
+
+
+Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
+
+
+@alone_in_out(Config)
+def solve(
+    model: PreTrainedModel,
+    task: Task,
+    config: Config,
+    scorer: Scorer | None = None,
+    process: PreTrainedModel | None = None,
+    larger: tuple[PreTrainedModel, Task] | None = None,
+) -> dict[str, Any]:
+    """Measure all methods on the same test problems.
+
+    Writes samples.jsonl, chains.jsonl, test_time.json and, with matplotlib, test_time.png into ``config.out``, and a process
+    verifier that it trains into the folder process there.
+
+    Args:
+        scorer: of a verifier; without one, the methods that need it are left out.
+        process: a process verifier, such as that of an earlier run, instead of a new one.
+        larger: another model, and the same problems in its tokens. A token of it counts as many tokens as its weights are
+            times those of ``model``, so that its budgets are equal in FLOPs (2 per weight and token, arXiv 2408.03314,
+            section 7).
+
+    Returns:
+        task, problems, greedy (accuracy, low, high, tokens) and curves: for each method its points, with budget, accuracy, low,
+        high, and tokens, the mean number used. With a larger model also larger: greedy, and times (as many weights). With
+        validation problems also chosen, the rows of ``compute_optimal`` for each kind of method, and by_difficulty.
+
+    Raises:
+        ValueError: no solution has an answer that can be read, or there are too few validation problems.
+    """
+    rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
+    valid_rows = validation_rows(task, config)
+    written = write(model, task, rows, config)
+    samples = to_samples(task, rows, written, scorer)
+    if not any(x.answer is not None for several in samples for x in several):
+        raise ValueError(f"solve: no solution of {len(rows)} problems has an answer that can be read")
+    out = Path(config.out)
+    save_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
+    unit = sum(x.tokens for several in samples for x in several) / (len(rows) * config.samples)
+    budgets = [k * unit for k in powers_of_two(config.samples)]
+    models = train(model, task, config, scorer, process)
+    kinds, chains = spend_all(models, task, rows, written, config, budgets)
+    if chains:
+        save_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
+    tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
+    report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
+    report["greedy"] = greedy(model, task, rows, config)
+    if larger:
+        report["larger"], tables[LARGER] = with_larger(model, *larger, config, budgets)
+    if valid_rows:
+        report["by_difficulty"], report["chosen"], chosen = choose(models, task, valid_rows, rows, kinds, config, budgets)
+        tables |= chosen
+    report["curves"] = {name: curve(table, budgets) for name, table in tables.items()}
+    write_whole(out / "test_time.json", json.dumps(report, indent=2) + "\n")
+    plot(report, out / "test_time.png")
+    return report
+
+
+def validation_rows(task: Task, config: Config) -> list[Row]:
+    """Validation problems, if ways of spending are to be chosen by difficulty; otherwise none."""
+    if not config.valid_problems:
+        return []
+    drawn, again = (torch.Generator().manual_seed(mix_seed(config.seed, -4)) for _ in range(2))
+    found = len(task.problems(config.valid_problems, "valid", drawn))
+    if found < BINS:
+        raise ValueError(
+            f"solve: valid_problems={config.valid_problems} must be {BINS} or more, and the data must have as many: got {found}"
+        )
+    return task.sample(config.valid_problems, "valid", again)
+
+
+def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None) -> Models:
+    """The models that ``config`` asks for."""
+    if config.process_steps and process is None:
+        process = train_process_verifier(model, task, config)
+    reviser, judge = model, None
+    if config.attempts and (config.revise_steps or config.judge_steps):
+        rows = task.sample(config.revise_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
+        if config.revise_steps:
+            reviser = train_reviser(model, task, rows, config.revise_samples, config.revise_steps, config, config)
+        if config.judge_steps:
+            attempts = chain_lengths(config)[0]
+            judge = train_chain_verifier(
+                reviser, model, task, rows, attempts, config.judge_steps, config, config, config.history
+            )
+    return Models(model, scorer, process, reviser, judge)
+
+
+def train_process_verifier(model: PreTrainedModel, task: Task, config: Config) -> PreTrainedModel:
+    """A process verifier of the model's solutions, which is saved in the folder process of ``config.out``."""
+    rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
+    solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
+    process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
+    save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
+    return process
+
+
+def draw(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, scorer: Scorer | None) -> list[list[Sample]]:
+    """N samples of each row."""
+    return to_samples(task, rows, write(model, task, rows, config), scorer)
+
+
+def greedy(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> dict[str, Any]:
+    """The ``summary`` of greedy answers."""
+    written = rollout(model, task, [row.prompt_ids for row in rows], **{**config.sampling, "temperature": 0})
+    return summary([Spent(x.right, x.tokens) for [x] in to_samples(task, rows, written)])
+
+
+def with_larger(
+    model: PreTrainedModel, larger: PreTrainedModel, task: Task, config: Config, budgets: Sequence[float]
+) -> tuple[dict[str, Any], Table]:
+    """A larger model's greedy answers, and the majority of its solutions, of which the budgets buy fewer."""
+    rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
+    times = larger.num_parameters() / model.num_parameters()
+    samples = draw(larger, task, rows, config, None)
+    costly = [[replace(x, tokens=round(x.tokens * times)) for x in several] for several in samples]
+    answers = greedy(larger, task, rows, config)
+    figures = {"times": times, "greedy": answers | {"tokens": answers["tokens"] * times}}
+    return figures, side_by_side(costly, budgets, False)["majority"]
+
+
+def choose(
+    models: Models,
+    task: Task,
+    valid_rows: Sequence[Row],
+    rows: Sequence[Row],
+    kinds: Tables,
+    config: Config,
+    budgets: Sequence[float],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
+    """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
+    elsewhere = replace(config, seed=mix_seed(config.seed, -3))
+    tried, _ = spend_all(models, task, valid_rows, write(models.model, task, valid_rows, elsewhere), elsewhere, budgets)
+    # Other samples than those that are spent, which would already know how they end.
+    scorer = models.any_scorer(task, config.batch_size)
+    again = replace(config, seed=mix_seed(config.seed, -5))
+    valid, test = (draw(models.model, task, several, again, scorer) for several in (valid_rows, rows))
+    found: dict[str, Table] = {}
+    chosen = []
+    for kind in ("search", "splits"):
+        if kind in kinds:
+            tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
+            found |= {f"{name}, {kind}": table for name, table in tables.items()}
+            chosen += [{"kind": kind, **row} for row in of_kind]
+    everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
+    return by_difficulty(valid, test, everything | found), chosen, found
+
+
+def spend_all(
+    models: Models,
+    task: Task,
+    rows: Sequence[Row],
+    written: Sequence[Sequence[Completion]],
+    config: Config,
+    budgets: Sequence[float],
+) -> tuple[Tables, Chains]:
+    """Solve these rows in all ways that the models allow.
+
+    Args:
+        written: N solutions of each row, for the methods that only choose.
+        budgets: for about 1, 2, 4, ... N solutions.
+
+    Returns:
+        What each budget buys, and the chains.
+    """
+    samples = to_samples(task, rows, written, models.scorer)
+    tables = {"parallel": side_by_side(samples, budgets, models.scorer is not None)}
+    if models.process:
+        tables["search"] = searched(models.model, models.process, task, rows, written, config, budgets)
+    if not config.attempts:
+        return tables, []
+    until = chain_lengths(config)
+    scorer = models.any_scorer(task, config.batch_size)
+    chains = revise(models.reviser, task, rows, until, config, scorer, models.judge)
+    scored = bool(scorer or models.judge)
+    picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
+    picks |= {"verifier": selectors.hierarchical} if scored else {}
+    longest = [split(problem, until[0]) for problem in chains]
+    tables["sequential"] = {f"sequential, {name}": measure(longest, pick, budgets) for name, pick in picks.items()}
+    if config.valid_problems:
+        pick = picks.get("verifier", picks["majority"])
+        tables["splits"] = {
+            f"chains of {length}": measure([split(problem, length) for problem in chains], pick, budgets)
+            for length in powers_of_two(until[0])
+        }
+    return tables, chains
+
+
+def write(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> list[list[Completion]]:
+    """N solutions of each row."""
+    prompts = [row.prompt_ids for row in rows]
+    return rollout(model, task, prompts, config.samples, seed=mix_seed(config.seed, 1), **config.sampling)
+
+
+def chain_lengths(config: Config) -> list[int]:
+    """Lengths of a problem's chains: all as long as allowed or, to choose among splits, those of every split."""
+    most, longest = (powers_of_two(x)[-1] for x in (config.samples, min(config.samples, config.attempts)))
+    return lengths(most, longest) if config.valid_problems else [longest] * (most // longest)
+
+
+def side_by_side(samples: Sequence[Sequence[Sample]], budgets: Sequence[float], scored: bool) -> dict[str, Table]:
+    """Independent solutions, by the selectors that can choose from them."""
+    picks: dict[str, Selector] = {"one sample": lambda several: several[0], "majority": majority}
+    picks["likeliest"] = selectors.likeliest
+    if scored:
+        picks |= {"best of k": best, "weighted vote": weighted}
+    problems = [alone(x) for x in samples]
+    return {name: measure(problems, from_all(pick), budgets) for name, pick in picks.items()}
+
+
+def searched(
+    model: PreTrainedModel,
+    process: PreTrainedModel,
+    task: Task,
+    rows: Sequence[Row],
+    written: Sequence[Sequence[Completion]],
+    config: Config,
+    budgets: Sequence[float],
+) -> dict[str, Table]:
+    """A process verifier's choice among these solutions, and the searches that it leads."""
+    scored = [alone(x) for x in to_samples(task, rows, written, value_scorer(process, task, config.batch_size))]
+    tables = {name: measure(scored, from_all(pick), budgets) for name, pick in ((BEST, best), (WEIGHTED, weighted))}
+    value = partial(values, process, task, batch_size=config.batch_size)
+    for name, lookahead in {BEAM: 0, LOOKAHEAD: config.lookahead}.items():
+        if name == BEAM or lookahead:
+            # Each step ahead costs as much as a step, so that there are fewer candidates, as in the paper.
+            sizes = [powers_of_two(max(1, k // (1 + lookahead)))[-1] for k in powers_of_two(config.samples)]
+            runs = {
+                N: search(model, task, rows, value, N, min(N, config.beam_width), config, lookahead if N > 1 else 0)
+                for N in set(sizes)
+            }
+            tables[name] = [[Spent(weighted(x.samples).right, x.tokens) for x in runs[N]] for N in sizes]
+    return tables
+
+
+def save_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Write a .jsonl file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Plot accuracy over tokens, of parallel solutions and search and of chains, and over difficulty at the largest budget."""
+    greedy = {"greedy": [[(report["greedy"]["tokens"], report["greedy"]["accuracy"])]]}
+    curves = {name: [[(x["tokens"], x["accuracy"]) for x in points]] for name, points in report["curves"].items()}
+    chains = {name: seeds for name, seeds in curves.items() if "sequential" in name or "chains" in name or "splits" in name}
+    others = {name: seeds for name, seeds in curves.items() if name not in chains}
+    panels = [
+        plots.Panel("tokens generated per problem", "accuracy", shown | greedy, log=True) for shown in (others, chains) if shown
+    ]
+    if rows := report.get("by_difficulty"):
+        bins = {name: [[(row["difficulty"], row["accuracy"][name][-1]) for row in rows]] for name in rows[0]["accuracy"]}
+        label = "difficulty, by the share of right samples"
+        panels += [
+            plots.Panel(label, "accuracy at the largest budget", {name: bins[name] for name in shown if name in bins})
+            for shown in (others, chains)
+            if shown
+        ]
+    plots.panels(path, f"{report['task']}, {report['problems']} test problems", panels)
+
+
+SFT = "learning_rate warmup weight_decay clip batch_tokens lora_rank lora_targets lora_alpha lora_dropout"
+
+
+def revises(o: Any) -> bool:
+    return bool(o.attempts and (o.revise_steps or o.judge_steps))
+
+
+def searches(o: Any) -> bool:
+    return bool(o.process_steps or o.process_verifier)
+
+
+def trains_process(o: Any) -> bool:
+    return bool(o.process_steps and not o.process_verifier)
+
+
+@dataclass
+class Solve:
+    """Compare uses of more tokens on test problems: votes, best of k, search, revisions."""
+
+    task: TaskConfig
+    recipe: Config
+    model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
+    verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
+    process_verifier: Annotated[str, arg(help="the folder process of another run of solve, instead of training one")] = ""
+    larger: Annotated[str, arg(help="a larger model to compare with, at equal FLOPs; default none")] = ""
+    dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
+
+    ignored: ClassVar = [
+        *TASK,
+        Rule("revise_steps judge_steps", lambda o: not o.attempts, "with --attempts=0"),
+        Rule("revise_samples", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),
+        Rule("history", lambda o: not (o.judge_steps and o.attempts), "without --judge-steps"),
+        Rule("revise_problems", lambda o: not revises(o), "without --revise-steps or --judge-steps"),
+        Rule("process_steps", lambda o: bool(o.process_verifier), "with --process-verifier"),
+        Rule("process_problems process_samples rollouts", lambda o: not trains_process(o), "without --process-steps"),
+        Rule("beam_width lookahead", lambda o: not searches(o), "without --process-steps or --process-verifier"),
+        Rule(SFT, lambda o: not (revises(o) or trains_process(o)), "without --revise-steps, --judge-steps or --process-steps"),
+        *LORA,
+    ]
+
+    def run(self) -> None:
+        check_out_folder(self.recipe.out)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
+        verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
+        scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
+        process = load_verifier(self.process_verifier, self.model, model, task) if self.process_verifier else None
+        larger = load(self.larger, self.task, self.dtype, self.allow_bin) if self.larger else None
+        report = solve(model, task, self.recipe, scorer, process, larger)
+        rows = [{"method": "greedy", **report["greedy"]}]
+        rows += [{"method": "larger model, greedy", **report["larger"]["greedy"]}] if larger else []
+        rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]
+        print(f"{task.name}, {report['problems']} test problems; budget and tokens are per problem")
+        print(table(rows, ("method", "budget", "tokens", "accuracy", "low", "high")))
+        if chosen := report.get("chosen"):
+            print("chosen on validation problems for the largest budget, and its accuracy on test problems")
+            shown = [{**row, "accuracy": row["accuracy"][row["chosen"]]} for row in chosen]
+            print(table(shown, ("kind", "bins", "difficulty", "problems", "chosen", "accuracy")))
+        print(f"wrote {Path(self.recipe.out) / 'test_time.json'}")

@@ -1,0 +1,123 @@
+"""Beam search and look-ahead search over the steps of solutions, led by a process verifier (arXiv 2408.03314, section 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.sampling import Completion, Sampling, rollout
+from quietstar_recipes.common.selectors import Sample
+from quietstar_recipes.common.solutions import to_samples
+from quietstar_recipes.tasks import Row, Task
+
+ROUNDS = 40  # steps of a solution at most, as in the paper
+# From prompts and solutions that have begun to the log-probability that each ends right.
+Value = Callable[[Sequence[list[int]], Sequence[list[int]]], list[float]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for one problem.
+
+    Attributes:
+        samples: the solutions that it ended with, with their values as scores, to choose from by ``selectors.weighted``.
+        tokens: generated in the whole search, those of abandoned solutions and of looks ahead included.
+    """
+
+    samples: list[Sample]
+    tokens: int
+
+
+@dataclass
+class Beam:
+    """A solution that has begun."""
+
+    owner: int  # number of its problem
+    ids: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    whole: bool = False  # whether it is finished
+    value: float = 0.0  # the verifier's, of the solution or of where a look ahead from it ended
+
+
+def search(
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[Row],
+    value: Value,
+    beams: int,
+    width: int,
+    sampling: Sampling,
+    lookahead: int = 0,
+) -> list[Found]:
+    """Search a solution of each row, step by step.
+
+    In each round, every problem's ``beams`` candidates write a step, those with the highest values stay, one in ``width`` of
+    them, and ``width`` copies of each go on. Candidates that are whole are put aside, and their problem goes on with fewer.
+
+    Args:
+        beams: N, candidates of each problem.
+        width: M, copies of each candidate that stays; with ``beams`` copies only the best one stays.
+        lookahead: k, steps that a candidate goes on greedily before it is valued; 0 is beam search.
+    """
+    if beams % width:
+        raise ValueError(f"search: width must divide beams={beams}, got {width}")
+    open_beams = [Beam(owner) for owner in range(len(rows)) for _ in range(beams)]
+    done: list[list[Beam]] = [[] for _ in rows]
+    tokens = [0] * len(rows)
+    prompts = [row.prompt_ids for row in rows]
+
+    def write(begun: Sequence[Beam], seed: int, **options: Any) -> list[Beam]:
+        """The same, each a step longer."""
+        longest = sampling.max_new - min(len(x.ids) for x in begun)
+        options = {**sampling.sampling, "max_new": longest, "ends": task.step_ids, **options}
+        steps = rollout(model, task, [prompts[x.owner] + x.ids for x in begun], seed=seed, **options)
+        for x, [step] in zip(begun, steps, strict=True):
+            tokens[x.owner] += len(step.ids)
+        return [extended(task, x, step, sampling.max_new) for x, [step] in zip(begun, steps, strict=True)]
+
+    for number in range(ROUNDS):
+        candidates = write(open_beams, mix_seed(sampling.seed, number))
+        ahead = list(candidates)
+        for _ in range(lookahead):
+            going = [i for i, x in enumerate(ahead) if not x.whole]
+            for i, x in zip(going, write([ahead[i] for i in going], 0, temperature=0) if going else [], strict=True):
+                ahead[i] = x
+        found = value([prompts[x.owner] for x in ahead], [x.ids for x in ahead])
+        candidates = [replace(x, value=y) for x, y in zip(candidates, found, strict=True)]
+        open_beams = []
+        for owner, of_problem in enumerate(by_owner(candidates, len(rows))):
+            done[owner] += [x for x in of_problem if x.whole]
+            going_on = sorted((x for x in of_problem if not x.whole), key=lambda x: -x.value)
+            room = beams - len(done[owner])
+            stay = going_on[: -(-room // width)]
+            open_beams += [x for x in stay for _ in range(width)][:room]
+        if not open_beams:
+            break
+    for x in open_beams:  # after the last round
+        done[x.owner].append(x)
+    flat = [[Completion(x.ids, x.logprob) for x in of_problem] for of_problem in done]
+    samples = to_samples(task, rows, flat)
+    return [
+        Found([replace(x, score=beam.value) for x, beam in zip(*pair, strict=True)], spent)
+        for *pair, spent in zip(samples, done, tokens, strict=True)
+    ]
+
+
+def extended(task: Task, begun: Beam, step: Completion, most: int) -> Beam:
+    """The solution with one more step, whole at its end-of-text token or at ``most`` tokens."""
+    ids = (begun.ids + step.ids)[:most]
+    logprob = (begun.logprob + step.logprob)[:most]
+    whole = len(ids) == most or step.ids[-1] not in task.step_ids
+    return replace(begun, ids=ids, logprob=logprob, whole=whole)
+
+
+def by_owner(beams: Sequence[Beam], problems: int) -> list[list[Beam]]:
+    """The beams of each problem."""
+    found: list[list[Beam]] = [[] for _ in range(problems)]
+    for x in beams:
+        found[x.owner].append(x)
+    return found

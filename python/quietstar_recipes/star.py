@@ -1,0 +1,279 @@
+"""STaR: a model learns from those of its own chains that led to the right answer (arXiv 2203.14465).
+
+In each round, the model of the round before writes a chain and an answer to many problems, and those with the right answer are
+kept. For the others it may be given the answer and asked for a chain that leads to it (rationalisation); what is kept of these
+is trained on with the prompt that lacks the answer. Then a fresh copy of the first model, not the latest one, is trained on
+what was kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
+from quietstar.cli.ignored import LORA, Rule
+from quietstar.config import option
+from quietstar.run.batches import mix_seed
+from quietstar.run.lock import alone_in_out
+from quietstar.run.resume import Settings
+from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
+from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
+from quietstar_recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
+from quietstar_recipes.common.log import Pace, log_figures
+from quietstar_recipes.common.logprobs import likelihoods
+from quietstar_recipes.common.models import TaskConfig, load
+from quietstar_recipes.common.sampling import VLLM, Sampling, rollout
+from quietstar_recipes.common.saving import Rounds
+from quietstar_recipes.common.training import Example, SFTConfig, sft
+from quietstar_recipes.tasks import Row, Task
+
+
+@dataclass
+class Config(SFTConfig, Sampling):
+    """The options of STaR."""
+
+    out: str = option("runs/star", "folder of the run", may_differ=True)
+    rounds: int = option(4, "how often to collect chains and train on them", may_differ=True)
+    problems: int = option(4000, "training problems to try in each round, drawn anew each time")
+    steps: int = option(40, "training steps of the first round")
+    growth: float = option(1.2, "each round trains this many times as long as the one before")
+    sft_steps: int = option(0, "steps of supervised training on the data's own chains, before the first round")
+    hint_share: float = option(
+        0.0, "share of that training's rows that show the answer, which teaches a small model to use a hint"
+    )
+    warmup: int = option(100, "steps of linear warmup in each round")
+    shots: int = option(0, "examples with chains before each prompt, for a model that was not trained on chains")
+    keep_shots: bool = option(True, "show them in every round, not only to the first model; they are never trained on")
+    rationalize: bool = option(False, "retry unsolved problems with the answer as a hint, and keep chains that reach it")
+    rationale_check: Literal["no", "chain", "likelihood"] = option(
+        "no", "keep such a chain only if it is right, where the task can check that, or if it is likely without the hint"
+    )
+    hint_rehearsal: float = option(
+        0.0, "share of the kept chains to train on a second time with the hint, or a small model forgets how to use one"
+    )
+    least_likelihood: float = option(-0.5, "mean log-probability per token, without the hint, that counts as likely")
+    filter: bool = option(True, "keep only solutions with the right answer; off is a control")
+    restart: bool = option(True, "train a fresh copy of the first model each round; off continues with the latest one")
+    temperature: float = option(0.0, "sampling temperature of the chains; 0 is greedy")
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "what generates the chains of the training problems", may_differ=True
+    )
+    test_problems: int = option(500, "test problems for the accuracy")
+    valid_problems: int = option(400, "validation problems, by which the best round is chosen")
+
+    def __post_init__(self) -> None:
+        check_types("star", self)
+        for part in (SFTConfig, Sampling):
+            part.__post_init__(self)
+        check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems", "valid_problems"))
+        check_at_least("star", self, 0, ("sft_steps", "shots"))
+        for name in ("hint_share", "hint_rehearsal"):
+            check("star", self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        check_positive("star", self, ("growth",))
+
+
+@dataclass(frozen=True)
+class KeptChain:
+    """A chain to train on: the model wrote it, with or without the answer as a hint."""
+
+    row: Row
+    ids: list[int]
+    hinted: bool
+
+
+@alone_in_out(Config)
+def star(
+    model: PreTrainedModel, task: Task, config: Config, name: str = "", resume: bool = False
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """Run all rounds, or those that a stopped run lacks.
+
+    Writes round-00 (the first model), round-01, ... and metrics.jsonl into ``config.out``, where the link best leads to the
+    round with the highest accuracy on validation problems. ``model`` is changed only by ``config.sft_steps`` of training on the
+    data's own chains.
+
+    Args:
+        name: the model's name; a resumed run must have started with the same one.
+        resume: continue after the last complete round in ``config.out``, if there is one.
+
+    Returns:
+        The last model, and the figures of the start and of each round: problems, kept (without a hint), rationalised, failed,
+        the shares of right chains among both kinds where the task can check chains, steps, accuracy on test problems,
+        valid_accuracy, seconds.
+
+    Raises:
+        ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
+            keeps nothing, or a run in ``config.out`` that has other settings or was not to be resumed.
+    """
+    run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name), resume)
+    generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
+    test = task.sample(config.test_problems, "test", generator)
+    valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
+    few_shot = example_rows(task, config.shots, generator)
+
+    def shown(number: int) -> list[Row]:
+        """The examples before the prompts of the model of a round; round 0 is the first model."""
+        return few_shot if number == 0 or config.keep_shots else []
+
+    def measured(model: PreTrainedModel, number: int) -> dict[str, Any]:
+        return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown(number)))
+
+    if run.done < 0:
+        began = time.perf_counter()
+        if config.sft_steps:
+            start_on_chains(model, task, config, generator)
+        run.save(0, model, task, {"round": 0, **measured(model, 0), "seconds": time.perf_counter() - began})
+    current = run.model(run.done, model)
+    for number in range(run.done + 1, config.rounds + 1):
+        began = time.perf_counter()
+        kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
+        current = run.model(0, model) if config.restart else current
+        steps = int(config.steps * config.growth ** (number - 1))
+        examples = training_examples(kept, config, number)
+        sft(current, examples, steps, config, mix_seed(config.seed, number), run.log("star", number))
+        figures = measured(current, number)
+        report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
+        rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
+        run.save(number, current, task, report, kept=rows)
+    return current, run.reports()
+
+
+def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
+    """Supervised training on the data's chains, some with the hint: a start for models that don't follow examples."""
+    rows = task.sample_with_chain(config.problems, generator)
+    if not rows:
+        raise ValueError("star: sft_steps needs problems with chains, but the data have none")
+    hinted = torch.rand(len(rows), generator=generator) < config.hint_share
+    examples = [
+        (row.hinted_ids if hint else row.prompt_ids, task.completion_ids(row))
+        for row, hint in zip(rows, hinted.tolist(), strict=True)
+    ]
+    sft(model, examples, config.sft_steps, config, config.seed)
+
+
+def example_rows(task: Task, count: int, generator: torch.Generator) -> list[Row]:
+    """Training rows with chains, to put before a prompt."""
+    rows = task.sample_with_chain(count, generator) if count else []
+    if len(rows) < count:
+        raise ValueError(f"star: shots={count} needs as many problems with chains, but the data have {len(rows)}")
+    return rows
+
+
+def few_shot_ids(task: Task, rows: Sequence[Row], hinted: bool = False) -> list[int]:
+    """The solved rows, one after the other, as ids."""
+    return [x for row in rows for x in (row.hinted_ids if hinted else row.prompt_ids) + task.completion_ids(row)]
+
+
+def collect(
+    model: PreTrainedModel, task: Task, config: Config, number: int, shown: Sequence[Row], folder: Path
+) -> tuple[list[KeptChain], dict[str, Any]]:
+    """Chains for the problems of a round, and counts of what was kept."""
+    rows = task.sample(config.problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, number)))
+    writer = VLLM(str(folder)) if config.engine == "vllm" else model
+    kept: list[KeptChain] = []
+    pace = Pace()
+    for start in range(0, len(rows), config.batch_size):
+        if pace.due():
+            log_figures(config.out, {"round": number, "tried": start, "kept": len(kept)})
+        batch = rows[start : start + config.batch_size]
+        seed = mix_seed(mix_seed(config.seed, number), start)
+        written = write(writer, task, config, batch, shown, False, seed)
+        solved = [not config.filter or task.check(row, ids) for row, ids in zip(batch, written, strict=True)]
+        kept += [KeptChain(row, ids, False) for row, ids, right in zip(batch, written, solved, strict=True) if right]
+        failed = [row for row, right in zip(batch, solved, strict=True) if not right]
+        if config.rationalize and failed:
+            rationales = write(writer, task, config, failed, shown, True, seed)
+            right = [(row, ids) for row, ids in zip(failed, rationales, strict=True) if task.check(row, ids)]
+            kept += [KeptChain(row, ids, True) for row, ids in checked_rationales(model, task, config, right)]
+        if not kept and start == 0 and number == 1:
+            raise ValueError(f"star: {nothing_solved(task, batch, written)}")
+    if not kept:
+        raise ValueError(f"star: round {number} solved none of {len(rows)} problems; the rounds before it are in {config.out}")
+    own, hinted = ([(x.row, x.ids) for x in kept if x.hinted == flag] for flag in (False, True))
+    return kept, {
+        "tried": len(rows),
+        "kept": len(own),
+        "rationalised": len(hinted),
+        "failed": len(rows) - len(kept),
+        "kept_chain_right": share_of_right_chains(task, own),
+        "rationalised_chain_right": share_of_right_chains(task, hinted),
+    }
+
+
+def write(
+    writer: PreTrainedModel | VLLM,
+    task: Task,
+    config: Config,
+    rows: Sequence[Row],
+    shown: Sequence[Row],
+    hinted: bool,
+    seed: int,
+) -> list[list[int]]:
+    """A chain and an answer for each row, in the form to train on."""
+    before = few_shot_ids(task, shown, hinted)
+    prompts = [before + (row.hinted_ids if hinted else row.prompt_ids) for row in rows]
+    return [task.trimmed(x[0].ids) for x in rollout(writer, task, prompts, seed=seed, **config.sampling)]
+
+
+def training_examples(kept: Sequence[KeptChain], config: Config, number: int) -> list[Example]:
+    """The kept chains after prompts without the hint, then ``config.hint_rehearsal`` of them again after prompts with it."""
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(mix_seed(mix_seed(config.seed, number), -1)))
+    again = [kept[i] for i in order[: round(config.hint_rehearsal * len(kept))].tolist()]
+    return [(x.row.prompt_ids, x.ids) for x in kept] + [(x.row.hinted_ids, x.ids) for x in again]
+
+
+def checked_rationales(
+    model: PreTrainedModel, task: Task, config: Config, written: list[tuple[Row, list[int]]]
+) -> list[tuple[Row, list[int]]]:
+    """The rationales that pass ``config.rationale_check``.
+
+    A right answer may be copied from the hint after a wrong chain.
+    """
+    if config.rationale_check == "chain":
+        return [(row, ids) for row, ids in written if task.check_chain(row, ids) is not False]
+    if config.rationale_check == "likelihood" and written:
+        values = likelihoods(model, [row.prompt_ids for row, _ in written], [ids for _, ids in written], config.batch_size)
+        return [x for x, value in zip(written, values, strict=True) if value / len(x[1]) >= config.least_likelihood]
+    return written
+
+
+COLUMNS = ("round", "tried", "kept", "rationalised", "failed", "steps", *MEASURED)
+
+
+@dataclass
+class Star:
+    """Train a model on its own chains of thought that lead to right answers (STaR)."""
+
+    task: TaskConfig
+    recipe: Config
+    model: StartModel = ""
+    dtype: WeightsDtype = "float32"
+    allow_bin: AllowBin = False
+    resume: ResumeRun = ""
+
+    ignored: ClassVar = [
+        *TASK,
+        *LORA,
+        Rule("top_p", lambda o: o.temperature == 0, "with --temperature=0"),
+        Rule("hint_share", lambda o: not o.sft_steps, "without --sft-steps"),
+        Rule("rationalize", lambda o: not o.filter, "with --no-filter, which keeps all chains"),
+        Rule("rationale_check", lambda o: not (o.rationalize and o.filter), "without --rationalize"),
+        Rule(
+            "least_likelihood",
+            lambda o: not (o.rationalize and o.filter and o.rationale_check == "likelihood"),
+            "without --rationalize and --rationale-check=likelihood",
+        ),
+    ]
+
+    def run(self) -> None:
+        check_out_folder(self.recipe.out)
+        check_start(self.model, self.recipe.sft_steps)
+        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
+        _, reports = star(model, task, self.recipe, self.model, bool(self.resume))
+        print(f"{task.name}\n{table(reports, COLUMNS)}\n{saved_rounds(self.recipe.out, reports)}")

@@ -1,0 +1,275 @@
+"""A verifier of solutions, trained by DPO on pairs of a right and a wrong one; the reference model is the one it starts from.
+
+And the usual kind of verifier, for comparison, which learns to say after a solution whether it is right.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel
+
+from quietstar.checkpoints.contents import checkpoint_of
+from quietstar.checkpoints.pretrained import load_tokenizer
+from quietstar.config import option
+from quietstar.files.reading import read_json
+from quietstar_kernels.checks import check_positive
+from quietstar_recipes.common.logprobs import likelihoods, logprob
+from quietstar_recipes.common.saving import REPORT, load_model
+from quietstar_recipes.common.selectors import auc
+from quietstar_recipes.common.solutions import Scorer
+from quietstar_recipes.common.training import SFTConfig, adamw, token_batches, train
+from quietstar_recipes.tasks import Task
+
+
+class Solution(TypedDict):
+    """A solution, right or wrong; ``split`` is its problem's."""
+
+    prompt: list[int]
+    ids: list[int]
+    right: bool
+    split: str
+
+
+class Start(msgspec.Struct):
+    """What a report says about the model that the run started with."""
+
+    base: str | None = None
+
+
+Pair = tuple[list[int], list[int], list[int]]  # ids of a prompt, a right and a wrong solution
+
+
+@dataclass
+class DPO:
+    """How the verifier is trained."""
+
+    pairs: int = option(16, "most pairs of a right and a wrong solution per problem")
+    beta: float = option(0.1, "beta of DPO: how strongly the verifier is held to the reference model")
+    verifier_rate: float = option(3e-4, "learning rate of the verifier; 1e-5 for a large model")
+    pair_batch: int = option(32, "pairs per update")
+    updates: int = option(1000, "most updates of the verifier; it never takes more than one pass over the pairs")
+
+    def __post_init__(self) -> None:
+        check_positive("vstar", self, ("pairs", "beta", "verifier_rate", "pair_batch", "updates"))
+
+
+def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) -> list[Pair]:
+    """Different pairs of a right and a wrong solution of one problem of the split, in random order.
+
+    A solution is chosen as often as it was drawn. Those with a right answer after a wrong chain are rare, but differ from each
+    other: if each counted once, they would be most of the right ones where many samples of short solutions are drawn.
+
+    Args:
+        most: pairs per problem at most.
+    """
+    by_prompt: defaultdict[tuple[int, ...], tuple[list, list]] = defaultdict(lambda: ([], []))
+    for x in solutions:
+        if x["split"] == split:
+            by_prompt[tuple(x["prompt"])][not x["right"]].append(tuple(x["ids"]))
+    choose = random.Random(seed)
+    pairs: list[Pair] = []
+    for prompt, (right, wrong) in by_prompt.items():
+        candidates = list(itertools.product(sorted(right), sorted(wrong)))
+        chosen = dict.fromkeys(choose.sample(candidates, min(most, len(candidates))))
+        pairs += [(list(prompt), list(x), list(y)) for x, y in chosen]
+    choose.shuffle(pairs)
+    return pairs
+
+
+def train_verifier(
+    reference: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: DPO, seed: int
+) -> tuple[PreTrainedModel, list[float]]:
+    """A copy of the reference model after at most one pass of TRL's DPO over the pairs, and the losses."""
+    try:
+        from datasets import Dataset, disable_progress_bars
+        from transformers import PrinterCallback  # importing it imports peft too
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
+    disable_progress_bars()
+    steps = min(config.updates, max(1, len(pairs) // config.pair_batch))
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.pair_batch,
+            learning_rate=config.verifier_rate,
+            warmup_steps=min(20, steps // 2),
+            lr_scheduler_type="constant_with_warmup",
+            beta=config.beta,
+            max_length=None,
+            seed=seed,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=reference.device.type == "cpu",
+        )
+        # TRL changes the models that it is given, so it gets copies.
+        trainer = DPOTrainer(
+            copy.deepcopy(reference),
+            copy.deepcopy(reference),
+            options,
+            train_dataset=Dataset.from_list([as_trl_example(task, pair) for pair in pairs[: steps * config.pair_batch]]),
+            processing_class=task.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    verifier = copy.deepcopy(reference)
+    verifier.load_state_dict(cast(PreTrainedModel, trainer.model).state_dict())
+    return verifier.eval(), [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def as_trl_example(task: Task, pair: Pair) -> dict[str, str]:
+    """The pair as text, as TRL expects it; it tokenizes the prompt followed by each solution."""
+    prompt, *both = (task.tokenizer.decode(ids) for ids in (pair[0], pair[0] + pair[1], pair[0] + pair[2]))
+    chosen, rejected = (text[len(prompt) :] for text in both)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def measure_pairs(
+    verifier: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], beta: float, batch_size: int
+) -> dict[str, float | None]:
+    """On pairs from held-out problems: the DPO loss, and the share of pairs whose right solution the verifier scores higher."""
+    if not pairs:
+        return {"held_out_loss": None, "held_out_order": None}
+    prompts, right, wrong = map(list, zip(*pairs, strict=True))
+    scores = [
+        torch.tensor([likelihoods(judge, prompts, ids, batch_size) for ids in (right, wrong)])
+        for judge in (verifier, reference)
+    ]
+    margin = (scores[0] - scores[1]).diff(dim=0).neg()[0]
+    order = (scores[0][0] > scores[0][1]).float().mean()
+    return {"held_out_loss": float(-logsigmoid(beta * margin).mean()), "held_out_order": float(order)}
+
+
+def train_outcome(
+    reference: PreTrainedModel,
+    task: Task,
+    solutions: Sequence[Solution],
+    steps: int,
+    config: SFTConfig,
+    seed: int,
+    language_weight: float = 1.0,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> PreTrainedModel:
+    """A copy of the reference model that has learnt to say after a solution whether it is right.
+
+    The loss is the cross entropy of the verdict and, beside it, of the right solutions as in language modelling (arXiv
+    2402.06457, section 2.2; arXiv 2110.14168 has both, too). Such a verifier soon overfits: its AUC on the solutions of
+    validation problems is measured ten times, and the best weights are kept. ``verdict_scorer`` scores with it.
+
+    Args:
+        solutions: of training and validation problems; without any of the latter the last weights are kept.
+        language_weight: of the cross entropy of right solutions; 0 leaves it out.
+        log: called with step and loss of each update and, where it was measured, valid_auc.
+
+    Raises:
+        ValueError: no training solutions, or a negative weight.
+        FloatingPointError: a gradient that is not finite.
+    """
+    if language_weight < 0:
+        raise ValueError(f"train_outcome: language_weight must be at least 0, got {language_weight}")
+    examples = [x for x in solutions if x["split"] == "train"]
+    if not examples:
+        raise ValueError("train_outcome: there is no solution of a training problem")
+    held_out = [x for x in solutions if x["split"] == "valid"]
+    verifier = copy.deepcopy(reference).train()
+    best, best_auc = verifier, -1.0
+    batches = token_batches([len(x["prompt"]) + len(x["ids"]) + 1 for x in examples], config.batch_tokens, seed)
+
+    def gradient(step: int) -> dict[str, Any]:
+        loss = outcome_loss(verifier, task, [examples[i] for i in next(batches)], language_weight)
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    def keep_best(line: dict[str, Any]) -> None:
+        nonlocal best, best_auc
+        if line["step"] % max(1, steps // 10) == 0 and (value := outcome_auc(verifier, task, held_out)) is not None:
+            line["valid_auc"] = value
+            if value > best_auc:
+                best, best_auc = copy.deepcopy(verifier), value
+        log(line)
+
+    optimizer = adamw(verifier, config.learning_rate, config.weight_decay)
+    options: dict[str, Any] = {"name": "train_outcome", "clip": config.clip, "rate": config.rate}
+    train(verifier, optimizer, steps, gradient, after=keep_best, **options)
+    return best.eval()
+
+
+def outcome_loss(verifier: PreTrainedModel, task: Task, batch: Sequence[Solution], language_weight: float) -> Tensor:
+    """Cross entropy of the verdicts, in nats per solution, plus the weighted one of right solutions, in nats per token."""
+    verdicts = [verdict(task, x["right"]) for x in batch]
+    completions = [x["ids"] + ids for x, ids in zip(batch, verdicts, strict=True)]
+    values, mask = logprob(verifier, [x["prompt"] for x in batch], completions)
+    written = torch.tensor([len(x["ids"]) for x in batch], device=mask.device)[:, None]
+    is_text = torch.arange(mask.shape[1], device=mask.device) < written
+    right_text = is_text & torch.tensor([x["right"] for x in batch], device=mask.device)[:, None]
+    language = -values[right_text].sum() / right_text.sum().clamp(min=1)
+    return -values[mask & ~is_text].sum() / len(batch) + language_weight * language
+
+
+def outcome_auc(verifier: PreTrainedModel, task: Task, solutions: Sequence[Solution]) -> float | None:
+    """How often the verdict prefers a right solution to a wrong one of its problem; None without such pairs."""
+    yes = verdict(task, True)
+    scores = likelihoods(verifier, [x["prompt"] + x["ids"] for x in solutions], [yes] * len(solutions))
+    by_prompt: defaultdict[tuple[int, ...], tuple[list[float], list[bool]]] = defaultdict(lambda: ([], []))
+    for x, value in zip(solutions, scores, strict=True):
+        values, right = by_prompt[tuple(x["prompt"])]
+        values.append(value)
+        right.append(x["right"])
+    return auc([values for values, _ in by_prompt.values()], [right for _, right in by_prompt.values()])
+
+
+def verdict(task: Task, right: bool) -> list[int]:
+    """The verdict after a solution, 1 or 0, in the tokens of the task; the small tokenizers have digits."""
+    return task.tokenizer(f" {int(right)}", add_special_tokens=False)["input_ids"]
+
+
+def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256) -> Scorer:
+    """Scores a solution by the log-probability of the verdict that it is right."""
+    yes = verdict(task, True)
+    return lambda rows, solutions: likelihoods(
+        verifier,
+        [row.prompt_ids + ids for row, ids in zip(rows, solutions, strict=True)],
+        [yes] * len(solutions),
+        batch_size,
+    )
+
+
+def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task) -> PreTrainedModel:
+    """The verifier of a V-STaR run, for solutions of ``model``, which was loaded from ``generator``."""
+    verifier = load_model(Path(path), model)
+    if load_tokenizer(path).get_vocab() != task.tokenizer.get_vocab():
+        raise ValueError(
+            f"{path}: the verifier is of another base model: its tokens differ from those of {generator or 'the model'}"
+        )
+    if shapes(verifier) != shapes(model):
+        raise ValueError(
+            f"{path}: the verifier is of another base model: its weights have other shapes than {generator or 'the model'}"
+        )
+    folders = [Path(path), *([Path(checkpoint_of(generator))] if generator else [])]
+    bases = [read_json(file, Start).base for x in folders if (file := x / REPORT).is_file()]
+    if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
+        raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} started with {bases[1]}")
+    return verifier
+
+
+def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Shapes of the parameters by name."""
+    return {name: x.shape for name, x in model.named_parameters()}

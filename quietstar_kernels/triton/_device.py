@@ -1,0 +1,257 @@
+"""What the kernels have in common: tiles of memory, what each row sees, and the steps of the softmax.
+
+The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e38)  # a row's top before its first key: finite, so that nothing is inf - inf
+FAR = tl.constexpr(1 << 30)  # after every row
+
+
+@triton.jit
+def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS,BLOCK]: the rows from ``row`` of batch row ``b`` and ``head``, by the descriptor ``tiles`` if there is one.
+
+    Else by pointer: x points to the first row of that head, and rows from ``end`` are 0. A descriptor reads what memory holds
+    there, and 0 after the last row.
+    """
+    if tiles is None:
+        i = tl.arange(0, ROWS)
+        return load_tile(x + row.to(tl.int64) * stride, i * stride, row + i < end, WIDTH, BLOCK)
+    else:
+        return tiles.load([b.to(tl.int32), head.to(tl.int32), row, 0]).reshape(ROWS, BLOCK)
+
+
+@triton.jit
+def load_tile(first, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[.., rows, BLOCK]: the rows ``offsets`` elements after ``first``; 0 if not ``inside``, and from column WIDTH."""
+    return load_at(first + offsets, inside, WIDTH, BLOCK)
+
+
+@triton.jit
+def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 if not ``inside``, and from column WIDTH."""
+    column = tl.arange(0, BLOCK)
+    mask = tl.expand_dims(inside, -1)
+    if WIDTH < BLOCK:
+        mask = mask & (column < WIDTH)
+    return tl.load(tl.expand_dims(rows, -1) + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(first, offsets, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores ``value`` where ``load_tile`` would read it, in the pointer's dtype."""
+    column = tl.arange(0, BLOCK)
+    mask = tl.expand_dims(inside, -1)
+    if WIDTH < BLOCK:
+        mask = mask & (column < WIDTH)
+    tl.store(first + tl.expand_dims(offsets, -1) + column, value.to(first.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def in_range(n, first, count):
+    """first <= n < first + count, in one comparison."""
+    return (n - first).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def divide(first, i, by):
+    """Quotient and remainder of ``first + i`` by ``by``: first >= 0 and by > 0 are scalars, 0 <= i < 2^22.
+
+    The rows of a tile are close to its first. So they share one integer division, which takes dozens of instructions; the rest
+    is a floating-point division, which may be off by one.
+    """
+    i += first % by
+    quotient = (i.to(tl.float32) * (1.0 / by)).to(tl.int32)
+    quotient -= (quotient * by > i).to(tl.int32)
+    quotient += (i - quotient * by >= by).to(tl.int32)
+    return first // by + quotient, i - quotient * by
+
+
+@triton.jit
+def seen_by(m, inside, lo, table, of_row, L, full):
+    """Packed rows m, int32 [BLOCK], where ``inside``: (first, last, own_first, own_last, on).
+
+    A row that is on sees text first..last and packed rows own_first..own_last of its own branch, if there is no window. A text
+    row's own range is empty, from m + 1 to m. lo [L], table [C,3] and of_row [R] are those of one batch row.
+    """
+    is_text = m < L
+    branch = tl.load(of_row + (m - L), mask=inside & (m >= L), other=-1).to(tl.int64)
+    in_branch = branch >= 0
+    table += branch * 3
+    anchor = tl.load(table, mask=in_branch, other=-1)
+    start = tl.load(table + 1, mask=in_branch, other=0) + L
+    length = tl.load(table + 2, mask=in_branch, other=0)
+    on = inside & (is_text | in_branch)
+    last = tl.where(is_text, m, anchor)
+    first = tl.load(lo + last, mask=on, other=0)
+    own_first = tl.where(is_text, m + 1, start)
+    own_last = tl.where(is_text | (full == 0), m, start + length - 1)
+    return first, last, own_first, own_last, on
+
+
+@triton.jit
+def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
+    """(first flat row, begin, end) of one of ``tiles`` row tiles: its rows are text, begin 0 to end L, or thoughts, L to L + R.
+
+    Flat rows count from ``begin``. The tiles that see the most come first: thoughts backwards, then text backwards.
+    """
+    thought_tiles = tl.cdiv(R * HG, BLOCK_M)
+    is_text = tile >= thought_tiles
+    index = tl.where(is_text, tiles, thought_tiles) - 1 - tile
+    return index * BLOCK_M, tl.where(is_text, 0, L), tl.where(is_text, L, L + R)
+
+
+@triton.jit
+def tile_rows(flat, begin, end, HG, BLOCK_M: tl.constexpr):
+    """Rows of the tile that ``tile_start`` gave: packed row, head in its group, whether there is such a row; [BLOCK_M] each."""
+    row, head = divide(flat, tl.arange(0, BLOCK_M), HG)
+    return begin + row, head, begin + row < end
+
+
+@triton.jit
+def bounds(first, last, on):
+    """Of rows that see the keys first..last, [BLOCK] each: (start, all_from, all_to, final).
+
+    No row that is on sees keys outside start..final; all of them see all_from..all_to, which may be empty.
+    """
+    sees = on & (first <= last)
+    start = tl.min(tl.where(sees, first, FAR), 0)
+    all_from = tl.max(tl.where(sees, first, 0), 0)
+    all_to = tl.min(tl.where(sees, last, tl.where(on, -1, FAR)), 0)
+    final = tl.max(tl.where(sees, last, -1), 0)
+    return start, all_from, all_to, final
+
+
+@triton.jit
+def window_bounds(start, all_from, final, oldest, on, lo, BLOCK: tl.constexpr):
+    """``start`` and ``all_from`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
+
+    Position ids n - lo[n] need not ascend, so all of the text is checked.
+    """
+    lowest = tl.min(tl.where(on, oldest, FAR), 0)
+    highest = tl.max(tl.where(on, oldest, -FAR), 0)
+    begin = tl.maximum(start, lowest)  # no position has an id above itself
+    start = begin * 0 + FAR
+    all_from = tl.maximum(all_from, begin)
+    for n0 in tl.range(begin, final + 1, BLOCK):
+        n = n0 + tl.arange(0, BLOCK)
+        position = n - tl.load(lo + n, mask=n <= final, other=0)
+        start = tl.minimum(start, tl.min(tl.where((n <= final) & (position >= lowest), n, FAR), 0))
+        all_from = tl.maximum(all_from, tl.max(tl.where((n <= final) & (position < highest), n + 1, 0), 0))
+    return start, all_from
+
+
+@triton.jit
+def cover(start, all_from, all_to, final, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """Blocks of keys for ``bounds``: (before, full, edges).
+
+    From ``start`` there are ``before`` blocks of BLOCK_EDGE that only some rows see, then ``full`` blocks of BLOCK_N that all
+    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE. Without full blocks these are one run, so that few keys
+    take as few blocks as hold them.
+    """
+    before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
+    full_start = start + before * BLOCK_EDGE
+    full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
+    after = tl.cdiv(tl.maximum(final + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
+    return before, full, before + after
+
+
+@triton.jit
+def edge_block(j, start, before, full, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+    """First key of block ``j`` of those that ``cover`` counts as edges."""
+    return start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+
+
+@triton.jit
+def scores(queries, keys, scale, softcap, SLICES: tl.constexpr, PRECISION: tl.constexpr):
+    """queries [rows,K] times keys [columns,K]: [rows,columns]. With a soft cap scaled and capped, else not yet scaled.
+
+    SLICES splits K, into at least 16 each. Warps then share the columns of the factors, which in fp32 take too many registers.
+    """
+    WIDTH: tl.constexpr = max(16, queries.shape[-1] // SLICES)
+    COUNT: tl.constexpr = queries.shape[-1] // WIDTH
+    if COUNT > 1:
+        keys = tl.permute(slices(keys, COUNT), [0, 2, 1])
+        s = tl.sum(tl.dot(slices(queries, COUNT), keys, input_precision=PRECISION), 0)
+    else:
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    return s if softcap is None else softcap * bend(s * (scale / softcap), queries.dtype)
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """[rows,K] to [COUNT,rows,K/COUNT]."""
+    return tl.permute(tl.reshape(x, [x.shape[0], COUNT, x.shape[1] // COUNT]), [1, 0, 2])
+
+
+@triton.jit
+def softmax_step(s, factor, top, total, acc):
+    """Weights of new scores, which times ``factor`` are in units of log 2, and the updated top, total and acc.
+
+    The sum of a row's weights so far is ``total`` times 2^top, and its weighted sum of values is ``acc`` times 2^top.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1) * factor)
+    p = tl.exp2(s * factor - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    return p, new_top, total * decay + tl.sum(p, 1), acc * decay[:, None]
+
+
+@triton.jit
+def without_poison(values):
+    """Values [keys,E], 0 for keys that have NaN or infinity, and [keys], NaN for such a key, else 0.
+
+    Adding the latter to the scores makes the rows that see the key NaN. 0 * NaN must not reach the others.
+    """
+    if values.dtype == tl.float32:
+        bits, EXPONENT = values.to(tl.int32, bitcast=True), 0x7F800000
+    else:
+        bits, EXPONENT = values.to(tl.int16, bitcast=True), 0x7F80 if values.dtype == tl.bfloat16 else 0x7C00
+    poisoned = tl.max(bits & EXPONENT, axis=1) == EXPONENT
+    return tl.where(poisoned[:, None], 0.0, values), tl.where(poisoned, float("nan"), 0.0)
+
+
+@triton.jit
+def weights(qk, lse, scale, softcap, dtype: tl.constexpr):
+    """exp(score - lse) of products q·k, and d score / d (scale * q·k).
+
+    ``lse`` is in units of log 2 and has the same rank as qk; ``dtype`` is that of q and k.
+    """
+    if softcap is None:
+        score, slope = qk * (scale * LOG2_E), 1.0
+    else:
+        capped = bend(qk * (scale / softcap), dtype)
+        score, slope = capped * (softcap * LOG2_E), 1 - capped * capped
+    return tl.exp2(score - lse), slope
+
+
+@triton.jit
+def tanh(x):
+    """tanh of fp32 ``x`` to 6 ulps, by the rational function of Eigen and XLA, degree 13 over degree 6. NaN stays NaN."""
+    x = tl.where(x > 7.905311, 7.905311, tl.where(x < -7.905311, -7.905311, x))
+    y = x * x
+    above = 2.00018790482477e-13 + y * -2.76076847742355e-16
+    above = -8.60467152213735e-11 + y * above
+    above = 5.12229709037114e-08 + y * above
+    above = 1.48572235717979e-05 + y * above
+    above = 6.37261928875436e-04 + y * above
+    above = 4.89352455891786e-03 + y * above
+    below = 1.18534705686654e-04 + y * 1.19825839466702e-06
+    below = 2.26843463243900e-03 + y * below
+    below = 4.89352518554385e-03 + y * below
+    return x * above / below
+
+
+@triton.jit
+def bend(x, dtype: tl.constexpr):
+    """tanh of fp32 ``x`` for a soft cap: accurate for fp32 tensors, with an absolute error of 2^-22 for 16-bit ones."""
+    if dtype == tl.float32:
+        return tanh(x)
+    else:  # a third of the instructions; the error is far below the rounding of 16-bit scores
+        return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)

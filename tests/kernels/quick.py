@@ -1,0 +1,56 @@
+"""What `make test` runs of the back ends that take longest: Triton interpreted, CUDA emulated, the CPU's without its library.
+
+A test's name, then its cases, without the back end; a test without cases has no other parameters. `make test-kernels` runs all.
+"""
+
+CASES = {
+    "thought_attention": {
+        "error_rule_on_random_layouts": ["any_lo-1", "ragged-2", "packed-0"],
+        "gradcheck": ["ragged-{'window': 2}", "full-{}"],
+        "edges": ["B=0-all", "L=0-all", "one-thoughts", "empty branches-all"],
+        "huge_values_where_a_row_may_not_look": ["packed_full-{'query_rows': 'thoughts'}-torch.float32"],
+        "nan_in_rows_that_are_off": ["ragged-thoughts-None"],
+        "nan_that_a_row_sees": ["text-{}-names1-inf", "thought-{}-names0-nan"]
+        + ["thought-{'window': 9, 'softcap': 2.0}-names2--inf"],
+    },
+    "thought_decode": {
+        "error_rule_on_random_layouts": ["2", "5"],
+        "nan_that_nobody_may_read": ["left-None", "documents-2.0"],
+        "huge_values_where_a_thought_may_not_look": ["any_lo-{}-torch.float16", "ragged-{'window': 3}-torch.float16"],
+        "nan_reaches_the_thoughts_that_see_it": ["k_text-torch.float16", "v_own-torch.float16"],
+        "edges": ["B=0-16-None", "L=0-32-None", "P=0-16-None", "one-32-2.0", "all off-16-None", "all off, L=0-32-2.0"],
+    },
+    "sample_token": {
+        "draws_are_those_of_the_definition": ["{}-1", "{'banned': (3, 7, 11)}-129", "{'temperature': 0.7}-333"],
+        "known_draws": ["5", f"{2**63 + 12345}"],
+        "extreme_counters": ["-1"],
+        "logprob": ["{}-0.0-torch.float32", "{'scale': 0.5, 'softcap': 3.0}-0.7-torch.float16"],
+        "argmax_takes_the_lowest_of_equals": [""],
+        "a_seed_on_the_device": ["-5"],
+        "edges": ["(0, 3, 20)-1.0", "(1, 1, 1)-0.0"],
+        "logits_that_are_not_finite": ["NaN weight, last id-0.7", "a block of -inf-0.7", "all -inf-0.0", "one far above-0.0"],
+        "an_infinite_logit_stays_so_under_a_soft_cap": ["1.0-10"],
+        "options_that_overflow": ["{'scale': 1e+20, 'temperature': 1e-20}"],
+        "products_that_overflow": ["{'scale': -1e+38}"],
+        "strided": ["odd start"],
+        "opcheck": ["{}"],
+        "compiles_without_a_graph_break": [""],
+    },
+    "linear_logprob": {
+        "error_rule": ["{}-kept-(1, 1, 20)-torch.float32", "{'softcap': 4.0}-again-(67, 17, 129)-torch.float16"],
+        "large_and_equal_logits": ["kept--30.0-torch.float32", "again-0.0-torch.float16"],
+        "many_chunks": ["kept-{}-torch.float32"],
+        "compiles_without_a_graph_break": ["again-True"],
+        "what_does_not_count": ["{'banned': (3, 7, 11)}"],
+        "a_banned_target": [""],
+        "gradients_are_optional": ["kept"],
+        "edges": ["kept-(0, 3, 20)", "again-(1, 1, 1)"],
+        "strided": ["kept"],
+        "expanded_gradients": [""],
+        "logits_that_are_not_finite": ["infinite weight", "NaN bias, banned id", "a bias of -inf"],
+        "products": ["True"],
+        "what_is_kept": [""],
+        "backward_twice": [""],
+        "rows_that_a_compiler_does_not_know": ["122880"],
+    },
+}

@@ -1,0 +1,98 @@
+"""Each check takes what it should, as Python's own type, and refuses the rest in one sentence."""
+
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from quietstar_kernels import checks
+
+
+@pytest.mark.parametrize("value", [3, numpy.int64(3), numpy.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)])
+def test_integers_of_every_type_become_ints(value):
+    found = checks.integer("f: x", value, 1, 5)
+    assert type(found) is int and found == 3
+
+
+@pytest.mark.parametrize("value", [0.5, numpy.float32(0.5), numpy.float64(0.5), torch.tensor(0.5)])
+def test_numbers_of_every_type_become_floats(value):
+    found = checks.number("f: x", value, least=0)
+    assert type(found) is float and found == 0.5
+
+
+def test_an_integer_may_stand_for_a_number():
+    assert type(checks.number("x", 2)) is int
+
+
+META = torch.tensor(3, device="meta")
+REFUSED = [
+    (lambda: checks.integer("f: x", 1.5), "f: x must be an integer, got 1.5"),
+    (lambda: checks.integer("x", 2.0), "x must be an integer, got 2.0"),
+    (lambda: checks.integer("x", True), "x must be an integer, got True"),
+    (lambda: checks.integer("x", "3"), "x must be an integer, got '3'"),
+    (lambda: checks.integer("x", torch.tensor([3])), "x must be an integer, got a tensor [1] of int64"),
+    (lambda: checks.integer("x", torch.tensor(True)), "x must be an integer, got a tensor [] of bool"),
+    (lambda: checks.integer("x", META), "x must be an integer, got a tensor [] of int64"),
+    (lambda: checks.integer("x", object()), "x must be an integer, got object"),
+    (lambda: checks.integer("x", 0, 1), "x must be 1 or more, got 0"),
+    (lambda: checks.integer("x", torch.tensor(-1), 0, 70_000), "x must be 0 to 70,000, got -1"),
+    (lambda: checks.seed_bits("seed", 2**64), "seed must be an integer of 64 bits, got 18446744073709551616"),
+    (lambda: checks.seed_bits("seed", 1.5), "seed must be an integer of 64 bits, got 1.5"),
+    (lambda: checks.number("x", float("nan")), "x must be a finite number, got nan"),
+    (lambda: checks.number("x", float("inf")), "x must be a finite number, got inf"),
+    (lambda: checks.number("x", -float("inf")), "x must be a finite number, got -inf"),
+    (lambda: checks.number("x", True), "x must be a finite number, got True"),
+    (lambda: checks.number("x", "0.5"), "x must be a finite number, got '0.5'"),
+    (lambda: checks.number("x", 0.5j), "x must be a finite number, got complex"),
+    (lambda: checks.number("x", 10**400), "x must be a finite number, got 1000"),
+    (lambda: checks.number("x", 10**5000), "x must be a finite number, got int"),
+    (lambda: checks.number("x", 0, "above 0", above=0), "x must be above 0, got 0"),
+    (lambda: checks.number("x", -0.5, "0 or more", least=0), "x must be 0 or more, got -0.5"),
+    (lambda: checks.flag("x", 1), "x must be True or False, got 1"),
+    (lambda: checks.choice("x", "c", ("a", "b")), "x must be one of a, b, got 'c'"),
+    (lambda: checks.choice("x", ["a"], ("a", "b")), "x must be one of a, b, got ['a']"),
+    (lambda: checks.unicode("x", b"a"), "x must be a str, got bytes"),
+    (lambda: checks.unicode("x", "a\ud800"), "x must be valid Unicode, character 1 is half of a surrogate pair: '\\ud800'"),
+    (lambda: checks.file_path("x", 3), "x must be a path, got 3"),
+    (lambda: checks.file_path("x", "a\0b"), "x must be a path, got 'a\\x00b'"),
+    (lambda: checks.function("x", 3), "x must be a function, got 3"),
+    (lambda: checks.instance("x", [], Path), "x must be a Path, got []"),
+    (lambda: checks.mapping("x", []), "x must be a dict, got []"),
+    (lambda: checks.items("x", "ab"), "x must be a sequence, got 'ab'"),
+    (lambda: checks.items("x", [], 1), "x must have at least 1 item, got 0"),
+    (lambda: checks.instance("x", "a" * 1000, int), "x must be an int, got 'aaa"),
+]
+
+
+@pytest.mark.parametrize("call, message", REFUSED)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call()
+    assert len(str(caught.value)) < 200
+
+
+def test_tensors():
+    ids = torch.zeros(2, 3, 4)
+    assert checks.tensor("x", ids, "B,L,D", {"B": 2, "D": 4}, torch.device("cpu"), checks.FLOATS) is ids
+    assert checks.tensor("x", ids, "...", {}) is ids
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: checks.tensor("x", [1], "B,L", {}), "x must be a tensor [B,L], got [1]"),
+        (lambda x: checks.tensor("x", x.to_sparse(), "B,L", {}), "x must be a dense tensor, got one of layout sparse_coo"),
+        (lambda x: checks.tensor("x", x, "B", {}), "x must have shape [B]=[?], got [2,3]"),
+        (lambda x: checks.tensor("x", x, "B,L", {"L": 4}), "x must have shape [B,L]=[?,4], got [2,3]"),
+        (
+            lambda x: checks.tensor("x", x.to("meta"), "B,L", {}, x.device),
+            "x must be on cpu like the model's embeddings, got meta",
+        ),
+        (lambda x: checks.tensor("x", x, "B,L", {}, dtypes=checks.INTEGERS), "x must have dtype int32, int64, got float32"),
+    ],
+)
+def test_tensors_that_are_refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(torch.zeros(2, 3))

@@ -1,0 +1,301 @@
+"""Stepwise internalisation: what is removed when, at which positions, with which optimizer, and how a run resumes."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from quietstar.cli import main as cli
+from quietstar_recipes.common import plots
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.sampling import Completion, rollout
+from quietstar_recipes.internalize import stepwise as icot
+from quietstar_recipes.internalize.stepwise import Config, Stage, internalize, removals, shortened, stages
+from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
+
+QUICK = {"explicit_steps": 0, "steps_per_token": 3, "final_steps": 4, "eval_every": 2, "save_every": 100}
+SMALL = {"batch_size": 8, "rows": 60, "held_out": 10}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """``run(out, ...)`` on one-digit additions, whose chains have two tokens: model, report and metrics without times."""
+
+    def start(out="run", task=None, resume=False, panels=lambda *_: None, **changes):
+        monkeypatch.setattr(icot, "panels", panels)  # a picture takes longer than a run
+        task = task or Addition(1)
+        config = Config(out=str(tmp_path / out), **{**QUICK, **SMALL, **changes})
+        model, report = internalize(small_model(task, width=32, heads=2, positions=64), task, config, resume=resume)
+        lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        return model, report, [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "beyond, plan",
+    [
+        (None, [(0, 10), (1, 3), (2, 3), (3, 7)]),
+        (9, [(0, 10), (1, 3), (2, 3), (3, 7)]),
+        (2, [(0, 10), (1, 3), (3, 7)]),
+        (1, [(0, 10), (3, 7)]),
+        (0, [(3, 7)]),
+    ],
+)
+def test_schedule(beyond, plan):
+    config = Config(explicit_steps=10, steps_per_token=3, final_steps=7, remove_all_beyond=beyond)
+    assert stages(config, longest=3) == [Stage(*one) for one in plan]
+
+
+def test_smoothing_is_geometric():
+    n = 200_000
+    counts = (removals(n, 2, 1.0, torch.Generator().manual_seed(0)) - 2).bincount()[:5].double() / n
+    expected = torch.tensor([(1 - math.exp(-1)) * math.exp(-o) for o in range(5)])
+    assert (counts - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    assert removals(1000, 5, math.inf, torch.Generator().manual_seed(0)).unique().tolist() == [5]
+
+
+def test_which_end_is_removed():
+    task = Multiplication(2)
+    (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
+    tail = [*task.separator_ids, *row.answer_ids, task.end_id]
+    assert shortened(task, row, 0) == task.completion_ids(row)
+    assert shortened(task, row, 3) == row.cot_ids[3:] + tail
+    assert shortened(task, row, 3, "right") == row.cot_ids[:-3] + tail
+    for side in ("left", "right"):
+        assert shortened(task, row, len(row.cot_ids), side) == tail == shortened(task, row, 99, side)
+
+
+def test_the_loss_is_that_of_what_remains(run, monkeypatch):
+    """Computed row by row, without padding."""
+    task, seen = Addition(1), []
+
+    def logprob(model, prompts, completions, shift):
+        seen.append((prompts, completions))
+        return original(model, prompts, completions, shift)
+
+    original = icot.logprob
+    monkeypatch.setattr(icot, "logprob", logprob)
+    _, _, lines = run(smoothing=0.7)
+    prompts, completions = seen[0]
+    assert {len(x) for x in completions} == {4, 5}  # one token is gone, and more in some rows
+    model, total, first = small_model(task, width=32, heads=2, positions=64), 0.0, 0.0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = model(torch.tensor([prompt + completion])).logits[0]
+        loss = cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(completion), reduction="none")
+        total, first = total + float(loss.detach().sum()), first + float(loss[0].detach())
+    assert lines[0]["loss"] == pytest.approx(total / sum(map(len, completions)), rel=1e-5)
+    assert lines[0]["first_token_loss"] == pytest.approx(first / len(prompts), rel=1e-5)
+
+
+def positions_of_answers(task, calls):
+    """For each row of the calls, the position of the separator."""
+    found = []
+    for ids, positions in calls:
+        for row, place in zip(ids.tolist(), positions.tolist(), strict=True):
+            if task.separator_ids[0] in row:
+                found.append(place[row.index(task.separator_ids[0])])
+    return found
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_positions(tmp_path, keep):
+    """In training and in cached generation the answer keeps its position after the chain, or moves to the left."""
+    task = Addition(1)
+    model = small_model(task, width=32, heads=2, positions=64)
+    calls = {True: [], False: []}
+
+    def note(module, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        calls[module.training].append((ids, kwargs["position_ids"]))
+
+    handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    config = Config(out=str(tmp_path), keep_position=keep, smoothing=math.inf, **QUICK, **SMALL)
+    plan, rows = stages(config, 2), task.sample(60, "train", torch.Generator().manual_seed(0))
+    icot.run_stages(model, task, config, plan, rows, rows[:10], "", False)
+    handle.remove()
+    prompt = len(rows[0].prompt_ids)
+    trained = positions_of_answers(task, calls[True])
+    assert set(trained) == ({prompt + 2} if keep else {prompt + 1, prompt})
+    assert trained[0] == (prompt + 2 if keep else prompt + 1)
+    # The prompt keeps its positions, and the first token after it moves with each of the stages 0, 1 and 2.
+    begins = [i for i, (ids, _) in enumerate(calls[False]) if ids.shape[1] == prompt]
+    assert [int(calls[False][i][1][0, -1]) for i in begins] == [prompt - 1] * 4
+    assert [int(calls[False][i + 1][1][0, -1]) for i in begins] == [prompt + n for n in ((0, 1, 2, 2) if keep else (0,) * 4)]
+    assert [int(calls[False][i + 2][1][0, -1]) for i in begins] == [prompt + n for n in ((1, 2, 3, 3) if keep else (1,) * 4)]
+
+
+def test_cached_answers_at_kept_positions_are_those_of_whole_forwards():
+    task = Addition(1)
+    model = small_model(task, width=32, heads=2, positions=64).eval()
+    prompts = [row.prompt_ids for row in task.sample(3, "test", torch.Generator().manual_seed(0))] + [[5, 2]]
+    for prompt, (one,) in zip(prompts, rollout(model, task, prompts, temperature=0.0, max_new=5, shift=3), strict=True):
+        logprob, _ = icot.logprob(model, [prompt], [one.ids], 3)
+        torch.testing.assert_close(logprob[0], torch.tensor(one.logprob))
+        plain, _ = icot.logprob(model, [prompt], [one.ids])
+        assert (logprob - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reset, smoothing, steps", [(True, 4.0, 4), (False, 4.0, 7), (True, 1e-3, 7)])
+def test_each_stage_has_a_new_optimizer(run, tmp_path, reset, smoothing, steps):
+    """Except after a batch without chains; with the last smoothing no row ever has one."""
+    run(reset_optimizer=reset, smoothing=smoothing)
+    moments = load_file(tmp_path / "run" / "progress" / "optimizer.safetensors")
+    assert {float(x) for name, x in moments.items() if name.endswith(".step")} == {steps}
+
+
+@pytest.mark.long
+def test_stages_and_what_is_written(run, tmp_path):
+    model, report, lines = run(compare=True, explicit_steps=0, panels=plots.panels)
+    assert [(stage["removed"], stage["steps"]) for stage in report["stages"]] == [(0, 0), (1, 3), (2, 4)]
+    assert [line["removed"] for line in lines] == [1] * 3 + [2] * 4
+    assert [line["step"] for line in lines if "accuracy" in line] == [3, 5, 7]
+    assert {"full chain", "internalized", "no chain", "stages", "training"} == set(report)
+    assert [(part["step"], part["loss"]) for part in report["training"]] == [(line["step"], line["loss"]) for line in lines]
+    out = tmp_path / "run"
+    for folder in ("stages/removed-000", "stages/removed-001", "stages/removed-002", "model", "direct/model"):
+        AutoModelForCausalLM.from_pretrained(out / folder)
+    direct = [json.loads(line) for line in (out / "direct" / "metrics.jsonl").read_text().splitlines()]
+    assert len(direct) == len(lines) and {line["removed"] for line in direct} == {2}
+    best = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), best.parameters(), strict=True))
+    assert json.loads((out / "internalize.json").read_text()) == report
+    assert (out / "internalize.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_model_has_no_chain(run, monkeypatch):
+    """The scores are best while there is a chain, and then in the middle of the last stage."""
+    scores = iter([0.9, 0.8, 0.3, 0.5, 0.4])
+    original, seen = icot.evaluate, []
+
+    def evaluate(model, task, rows, removed, config):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return original(model, task, rows, removed, config) | {"accuracy": next(scores, 0.1)}
+
+    monkeypatch.setattr(icot, "evaluate", evaluate)
+    model, report, _ = run(final_steps=6)
+    assert [stage["accuracy"] for stage in report["stages"]] == [0.9, 0.8, 0.5]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[3], strict=True))
+
+
+def written(ids):
+    return Completion(ids, [0.0] * len(ids))
+
+
+def test_the_digits_of_greedy_answers():
+    """One is right, one has a wrong second digit, and one is cut off before its end and counts as no answer."""
+    task = Multiplication(2)
+    rows = task.sample(3, "test", torch.Generator().manual_seed(0))
+    ids = [task.completion_ids(row) for row in rows]
+    place = len(rows[1].cot_ids) + len(task.separator_ids) + 1
+    ids[1][place] = next(x for x in rows[1].answer_ids + rows[0].answer_ids if x != ids[1][place])
+    found = icot.digits(task, rows, [written(x) for x in (ids[0], ids[1], ids[2][:-1])])
+    assert found == pytest.approx([2 / 3, 1 / 3, 2 / 3, 2 / 3])
+
+
+def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
+    lines = [{"step": n, "removed": int(n > 100), "loss": n, "first_token_loss": 2 * n} for n in range(1, 451)]
+    found = icot.losses(lines)
+    assert found[0] == {"step": 3, "removed": 0, "loss": 2, "first_token_loss": 4}
+    assert [(x["step"], x["loss"]) for x in found[33:35]] == [(100, 100), (102, 101.5)] and len(found) == 151
+    drawn = []
+    monkeypatch.setattr(icot, "panels", lambda path, title, several: drawn.extend(several))
+    stages = [{"removed": n, "accuracy": n / 9, "problems_per_second": 10.0 * n} for n in (0, 1)]
+    ends = {"accuracy": 0.5, "problems_per_second": 30.0, "digits": [0.6, 0.9]}
+    icot.plot(tmp_path / "x.png", {"stages": stages, "training": found, "internalized": ends}, "")
+    removed, speed, loss, digits = drawn
+    assert list(removed.curves.values()) == [[[(0, 0.0), (1, 1 / 9)]]]
+    assert list(speed.curves.values()) == [[[(0.0, 0.0), (10.0, 1 / 9)]], [[(30.0, 0.5)]]]
+    assert loss.marks == [100] and loss.curves["loss"][0][0] == (3, 2)
+    assert digits.curves == {"internalized": [[(1, 0.6), (2, 0.9)]]}
+
+
+def test_a_gate_keeps_a_stage_until_it_is_learnt(run, monkeypatch):
+    scores = iter([0.0, 0.2, 0.9, 0.1, 0.1, 0.1])
+    original = icot.evaluate
+    monkeypatch.setattr(icot, "evaluate", lambda *args: original(*args) | {"accuracy": next(scores, 0.1)})
+    _, report, _ = run(task=Multiplication(1), gate=0.5, gate_rounds=3, explicit_steps=0)
+    assert [(stage["removed"], stage["steps"]) for stage in report["stages"]] == [(0, 0), (1, 6), (2, 4)]
+
+
+@pytest.mark.parametrize("step, reset", [(2, True), (4, False)])
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, step, reset):
+    whole, report, lines = run("whole", reset_optimizer=reset)
+    with stopped(icot, "removals", step):
+        run("stopped", reset_optimizer=reset)
+    model, again, resumed = run("stopped", reset_optimizer=reset, resume=True)
+    assert resumed == lines
+    assert [x["right"] for x in again["stages"]] == [x["right"] for x in report["stages"]]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+class NoChain(Addition):
+    def solve(self, a, b):
+        return "", super().solve(a, b)[1]
+
+
+class NeverRight(Addition):
+    def check(self, row, ids):
+        return False
+
+
+@pytest.mark.parametrize(
+    "task, changes, message",
+    [
+        (NoChain(1), {}, "none of the 71 problems has a chain of thought"),
+        (NeverRight(1), {}, "NeverRight rejects its own answers"),
+        (WordProblems(), {"keep_position": True}, "keep_position needs chains of one length"),
+        (Multiplication(6), {}, "has 64 positions"),
+    ],
+)
+def test_problems_that_have_nothing_to_internalise(run, tmp_path, task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(task=task, **changes)
+    assert not (tmp_path / "run" / "progress").exists()
+
+
+def test_an_explicit_stage_that_learns_nothing_is_reported_at_once(run, tmp_path):
+    with pytest.raises(ValueError, match="after 1 updates with the whole chain no held-out answer is right"):
+        run(explicit_steps=1)
+    assert (tmp_path / "run" / "stages" / "removed-000").is_dir()
+    run(explicit_steps=1, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gate": 1.5}, "gate must be from 0 to 1, got 1.5"),
+        ({"remove_all_beyond": -1}, "remove_all_beyond must be None, or 0 or more, got -1"),
+        ({"keep_position": True, "side": "right"}, "side must be left where keep_position is on, got 'right'"),
+    ],
+)
+def test_bad_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+@pytest.mark.long
+def test_command(tmp_path, capsys):
+    options = [f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=0", "--steps-per-token=2"]
+    options += ["--final-steps=2", "--batch-size=4", "--rows=20", "--held-out=3"]
+    assert cli.main(["internalize", *options]) == 0
+    assert "full chain" in capsys.readouterr().out
+    assert cli.main(["internalize", *options]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["internalize", *options, "--resume"]) == 0
+
+
+@pytest.mark.long
+def test_a_model_that_writes_chains_answers_with_fewer_and_fewer_tokens(tmp_path):
+    """Removed tokens are no longer written, and answers without a chain are still much better than a guess."""
+    task = Addition(2)
+    config = Config(str(tmp_path), explicit_steps=400, steps_per_token=60, final_steps=150, learning_rate=2e-3, held_out=50)
+    _, report = internalize(small_model(task, width=64, positions=32), task, config)
+    for stage, left in zip(report["stages"], [9, 8, 7, 6, 5], strict=True):
+        assert left - 0.5 < stage["tokens"] <= left  # a chain may be a token short, never longer than what is left
+    assert report["full chain"]["tokens"] > 8.5 and report["internalized"]["tokens"] == 5
+    assert report["stages"][0]["accuracy"] >= 0.9 and report["stages"][-1]["accuracy"] >= 0.5

@@ -1,0 +1,239 @@
+"""Distillation of a chain into states: where they are read and written, which model learns when, and what a run saves."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from quietstar.cli import main as cli
+from quietstar_recipes.common import plots
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.internalize import kd
+from quietstar_recipes.internalize import stepwise as icot
+from quietstar_recipes.internalize.kd import (
+    Config,
+    Emulator,
+    Pair,
+    Student,
+    completion_loss,
+    decoder_layers,
+    diagonal,
+    distill,
+    emulation_loss,
+    teacher_states,
+    writing,
+)
+from quietstar_recipes.tasks import Addition
+
+
+def gpt2(seed=0):
+    return small_model(Addition(1), layers=3, width=32, heads=2, positions=64, seed=seed).double().eval()
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)).double().eval()
+
+
+MODELS = pytest.mark.parametrize("make", [gpt2, llama])
+IDS = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
+
+
+def test_the_diagonal_goes_from_the_start_in_the_first_layer_to_the_end_in_the_last():
+    """Four layers; each row has its own steps, even if its chain is as short as two tokens."""
+    hidden = tuple(torch.randn(2, 12, 8, dtype=torch.float64) for _ in range(5))
+    found = diagonal(hidden, torch.tensor([1, 4]), torch.tensor([10, 6]))
+    places = [[1, 4, 7, 10], [4, 5, 5, 6]]
+    for row in range(2):
+        for l in range(4):
+            torch.testing.assert_close(found[row, l], layer_norm(hidden[l][row, places[row][l]], (8,)))
+
+
+@MODELS
+def test_states_are_written_at_one_position_of_each_layers_input(make):
+    """Each layer sees the state at that position, and unchanged inputs before it."""
+    model = make()
+    states, inputs = torch.randn(3, 2, 32, dtype=torch.float64), []
+    plain = model(IDS, output_hidden_states=True).hidden_states
+    with writing(model, 2, lambda l, hidden: states[l]):
+        for layer in decoder_layers(model):  # hooks run in the order in which they were registered
+            layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+        model(IDS)
+    for l in range(3):
+        assert torch.equal(inputs[l][:, 2], states[l])
+        assert torch.equal(inputs[l][:, :2], plain[l][:, :2])
+        changed = (inputs[l][:, 3:] - plain[l][:, 3:]).abs().max()
+        assert changed == 0 if l == 0 else changed > 1e-3
+
+
+@MODELS
+def test_cached_answers_are_those_of_whole_forwards(make):
+    """Compared with decoding token by token without a cache, with the states written each time."""
+    task = Addition(1)
+    pair = Pair(Emulator(make(1)), Student(make(2))).eval()
+    prompts = [[5, 6, 7, 2], [8, 2], [9, 10, 2], [11, 2]]
+    found = pair.answer(task, prompts, 5)
+    for prompt, one in zip(prompts, found, strict=True):
+        states, ids = pair.emulator([prompt]), list(prompt)
+        while len(ids) < len(prompt) + len(one.ids):
+            with pair.student.reading(states, len(prompt) - 1):
+                ids.append(int(pair.student.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert one.ids == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_padding_changes_no_emulated_state(components):
+    torch.manual_seed(0)
+    emulator = Emulator(gpt2(), components)
+    prompts = [[5, 6, 7, 2], [8, 2]]
+    together = emulator(prompts)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[i], emulator([prompt])[0])
+
+
+def test_later_layers_know_what_earlier_ones_predicted():
+    """A change of the first layer's prediction reaches later layers through what is written, and only through that."""
+    emulator = Emulator(gpt2())
+    before = emulator([[5, 6, 2]])
+    with torch.no_grad():
+        emulator.perceptrons[0][2].bias += 1
+    change = (emulator([[5, 6, 2]]) - before).abs().amax((0, 2))
+    assert (change > 1e-4).all()
+    torch.nn.init.zeros_(emulator.write.weight)
+    before = emulator([[5, 6, 2]])
+    with torch.no_grad():
+        emulator.perceptrons[0][2].bias += 1
+    change = (emulator([[5, 6, 2]]) - before).abs().amax((0, 2))
+    assert float(change[0].detach()) == pytest.approx(1) and change[1:].max() < 1e-12
+
+
+def touched(model):
+    return any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_which_gradient_each_phase_has():
+    task, teacher = Addition(1), gpt2()
+    rows = task.sample(6, "train", torch.Generator().manual_seed(0))
+    prompts = [row.prompt_ids for row in rows]
+    answers = [icot.shortened(task, row, 9) for row in rows]
+
+    def answer_loss(pair, states):
+        with pair.student.reading(states, len(prompts[0]) - 1):
+            return completion_loss(pair.student.model, prompts, answers)
+
+    for phase, moves in (("a", (False, True)), ("b", (True, False)), ("c", (True, True))):
+        pair = Pair(Emulator(gpt2(1)), Student(gpt2(2)))
+        shown = teacher_states(teacher, task, rows)
+        if phase == "a":
+            answer_loss(pair, shown).backward()
+        elif phase == "b":
+            emulation_loss(pair.emulator(prompts), shown).backward()
+        else:
+            answer_loss(pair, pair.emulator(prompts)).backward()
+        assert (touched(pair.emulator), touched(pair.student)) == moves
+        assert not touched(teacher)
+
+
+def test_the_teacher_reads_the_whole_chain():
+    """Another chain gives other states, except in the first layer, whose state is from before the chain."""
+    task, teacher = Addition(1), gpt2()
+    (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
+    (other,) = (type(row)(row.prompt_ids, [7, 8], row.answer_ids, row.hinted_ids, row.problem) for _ in range(1))
+    a, b = (teacher_states(teacher, task, [x])[0] for x in (row, other))
+    assert torch.equal(a[0], b[0]) and (a[1] - b[1]).abs().max() > 1e-3
+    assert a.mean(-1).abs().max() < 1e-6
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def start(out="run", task=None, resume=False, panels=lambda *_: None, **changes):
+        monkeypatch.setattr(kd, "panels", panels)  # a picture takes longer than a run
+        task = task or Addition(1)
+        shared = {name: changes.pop(name) for name in ("gate", "gate_rounds", "eval_every") if name in changes}
+        fixed = {"explicit_steps": 3, "batch_size": 8, "rows": 40, "held_out": 6, "save_every": 100}
+        teacher = icot.Config(out=str(tmp_path / out), **fixed, **shared)
+        model = small_model(task, width=32, heads=2, positions=64)
+        before = [p.detach().clone() for p in model.parameters()]
+        pair, report = distill(model, task, teacher, Config(**{**dict.fromkeys(NUMBERS, 3), **changes}), resume=resume)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        right = {name: x["right"] if isinstance(x, dict) else x for name, x in report.items()}
+        return pair, right | {"steps": [x["steps"] for x in report.values() if isinstance(x, dict)]}
+
+    return start
+
+
+NUMBERS = ("student_steps", "emulator_steps", "coupled_steps")
+
+
+def test_a_run_and_what_it_saves(run, tmp_path):
+    pair, report = run(panels=plots.panels)
+    assert list(report) == ["full chain", "shown states", "emulated states", "emulation", "internalized", "steps"]
+    assert len(report["emulation"]) == 2
+    task = Addition(1)
+    saved = Pair.from_pretrained(tmp_path / "run" / "pair")
+    prompts = [row.prompt_ids for row in task.sample(5, "test", torch.Generator().manual_seed(0))]
+    assert [x.logprob for x in saved.answer(task, prompts, 6)] == [x.logprob for x in pair.answer(task, prompts, 6)]
+    for name in ("teacher/model", "pair/student", "pair/emulator"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
+    assert json.loads((tmp_path / "run" / "kd.json").read_text())["emulation"] == report["emulation"]
+    assert (tmp_path / "run" / "kd.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "run" / "pair" / "states.safetensors").unlink()
+    with pytest.raises(ValueError, match="no emulator and student load from there"):
+        Pair.from_pretrained(tmp_path / "run" / "pair")
+
+
+@pytest.mark.parametrize("update", [4, 10])
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, update):
+    """Stopped in the second and in the last of the four phases."""
+    whole, report = run("whole")
+    with stopped(torch.nn.utils, "clip_grad_norm_", update):
+        run("stopped")
+    pair, again = run("stopped", resume=True)
+    assert again == report
+    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "scores, steps, below", [([0.2, 0.9, 0.9], (5, 3), 0), ([0.2] * 9, (6, 6), 2), ([0.2, 0.2, 0.8, 0.5, 0.5, 0.8], (6, 6), 0)]
+)
+def test_a_gate_keeps_teacher_and_student_until_they_answer(run, monkeypatch, caplog, scores, steps, below):
+    """They are measured after 3, 5 and 6 updates; the other phases follow their schedule."""
+    values = iter(scores)
+    grade, problems = icot.figures, 5  # held-out, of which there are fewer than test problems
+
+    def figures(task, rows, *arguments):
+        found = grade(task, rows, *arguments)
+        return found | {"accuracy": next(values)} if len(rows) < problems else found
+
+    monkeypatch.setattr(icot, "figures", figures)
+    with caplog.at_level("INFO", "quietstar"):
+        _, report = run(gate=0.8, gate_rounds=2, eval_every=2)
+    assert report["steps"] == [*steps, 3, 3]
+    assert caplog.text.count("below the gate, 0.8, after 6 updates") == below
+
+
+def test_a_resumed_run_remembers_the_gate(run, stopped, monkeypatch):
+    """Teacher and student pass after three of at most six updates; the run is stopped in the emulator's phase."""
+    grade = icot.figures
+    monkeypatch.setattr(icot, "figures", lambda *arguments: grade(*arguments) | {"accuracy": 0.9})
+    with stopped(torch.nn.utils, "clip_grad_norm_", 7):
+        run(gate=0.8, gate_rounds=2)
+    monkeypatch.undo()
+    assert run(gate=0.8, gate_rounds=2, resume=True)[1]["steps"] == [3, 3, 3, 3]
+
+
+def test_a_model_whose_layers_are_in_no_list():
+    model = gpt2()
+    model.config.n_layer = 7
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of its 7 layers"):
+        decoder_layers(model)
+
+
+def test_command(tmp_path, capsys):
+    options = ["--method=kd", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=2"]
+    options += ["--student-steps=2", "--emulator-steps=2", "--coupled-steps=2", "--batch-size=4", "--rows=20", "--held-out=4"]
+    assert cli.main(["internalize", *options]) == 0
+    assert "emulated states" in capsys.readouterr().out

@@ -1,0 +1,562 @@
+"""SCoRe: what each attempt earns, which gradient each stage has, and how a run resumes."""
+
+import copy
+import dataclasses
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from quietstar.cli import main as cli
+from quietstar_recipes.common.models import small_model
+from quietstar_recipes.common.sampling import Completion, rollout
+from quietstar_recipes.common.selectors import Sample
+from quietstar_recipes.common.training import SFTConfig, sft
+from quietstar_recipes.score import attempts as score_attempts
+from quietstar_recipes.score import run as recipe
+from quietstar_recipes.score.attempts import Attempts, accuracy_by_attempt, attempt, reaching, votes
+from quietstar_recipes.score.objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
+from quietstar_recipes.score.run import Config, evaluate, score
+from quietstar_recipes.tasks import Addition
+
+SAMPLING = {"temperature": 1.0, "max_new": 8, "batch_size": 256}
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+FIRST, SECOND = [[3, 4], [5, 6, 7], [8]], [[9], [3, 4], [5, 6, 7, 8]]
+
+
+def tiny(seed=0, dtype=torch.float64):
+    return small_model(Addition(1), layers=2, width=32, heads=2, positions=64, seed=seed).to(dtype).eval()
+
+
+def moved(model, by=0.05):
+    """A copy with other weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            p += by * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+    return other
+
+
+@pytest.fixture
+def run(solver, tmp_path):
+    def start(out="run", resume=False, model=None, task=None, base=None, **changes):
+        numbers = {
+            "save_every": 100,
+            "first_steps": 3,
+            "second_steps": 3,
+            "problems": 8,
+            "samples": 2,
+            "max_new": 8,
+            "held_out": 10,
+        }
+        config = Config(out=str(tmp_path / out), **{**numbers, "chains": 0, "attempts": 2, **changes})
+        model, report = score(copy.deepcopy(model or solver[0]), task or Addition(1), config, resume=resume, base=base)
+        lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        return model, report, [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+    return start
+
+
+def made(first, second, rewards=None, own=None, prompts=None):
+    """Attempts without problems; all right by default, and the model's own."""
+    R = len(first)
+    prompts = prompts or [[5]] * R
+    requests = [prompt + [4] for prompt in prompts]
+    rewards = torch.ones(2, R) if rewards is None else rewards
+    own = torch.ones(R, dtype=torch.bool) if own is None else own
+    revised = torch.tensor([x != y for x, y in zip(first, second, strict=True)], dtype=torch.bool)
+    return Attempts([None] * R, prompts, first, requests, second, rewards, torch.zeros(2, R), own, revised)
+
+
+@pytest.mark.parametrize(
+    "stage, changes, first, second",
+    [
+        (1, {}, [0, 0, 0, 0], [0, 1, 0, 1]),
+        (2, {"bonus": 0.0}, [0, 0, 1, 1], [0, 1, 0, 1]),
+        (2, {"bonus": 10.0}, [0, 0, 1, 1], [0, 11, 0, 11]),
+        (2, {"bonus": 10.0, "credit": "joint"}, [0, 11, -9, 2], [0, 11, 0, 11]),
+        (1, {"credit": "joint"}, [0, 1, 0, 1], [0, 1, 0, 1]),
+        (2, {"single_turn": True}, [0, 0, 1, 1], [0, 0, 0, 0]),
+    ],
+)
+def test_what_attempts_earn(stage, changes, first, second):
+    """Wrong twice, wrong then right, right then wrong, right twice."""
+    right = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    objective = Objective(**changes)
+    assert objective.returns(right, stage, torch.zeros(2, 4)).tolist() == [first, second]
+    penalty = torch.tensor([[0.5], [0.25]]).expand(2, 4)
+    both = 0.75 if objective.credit == "joint" else 0.5
+    assert objective.returns(right, stage, penalty).tolist() == [[x - both for x in first], [x - 0.25 for x in second]]
+
+
+def test_advantages_compare_with_the_others():
+    earned = torch.tensor([[0.0, 1.0, 1.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
+    over_batch = [[x - (sum(row) - x) / 3 for x in row] for row in earned.tolist()]
+    torch.testing.assert_close(advantages(earned, 1), torch.tensor(over_batch))
+    torch.testing.assert_close(advantages(earned, 2), torch.tensor([[-1.0, 1.0, 1.0, -1.0], [4.0, -4.0, 0.0, 0.0]]))
+
+
+def test_standardised_advantages_have_variance_one():
+    """For each attempt separately, in the same places and with the same sign; equal returns still give 0."""
+    right = (torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    objective = Objective()
+    for samples in (1, 4):
+        plain, found = (advantages(objective.returns(right, 2, 0 * right), samples, flag) for flag in (False, True))
+        torch.testing.assert_close(found.var(1, correction=0), torch.ones(2))
+        ratio = found / plain.where(plain != 0, 1)
+        torch.testing.assert_close(ratio, ratio.max(1, keepdim=True).values.expand_as(ratio) * (plain != 0))
+        assert plain[1].var() > 9 * plain[0].var()
+        assert advantages(objective.returns(right, 1, 0 * right), samples, True)[0].tolist() == [0.0] * 24
+        assert advantages(torch.full((2, 24), 1.1), samples, True).abs().max() < 1e-6  # rounding is not scaled up
+
+
+def test_figures_count_what_was_fixed_and_broken():
+    rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0, 1.0]])
+    first, second = [[1], [1, 2], [3], [4], [5]], [[1], [1, 3], [7], [4], [6]]
+    found = made(first, second, rewards).figures()
+    assert {name: found[name] for name in ("accuracy_first", "accuracy_second", "fixed", "broken", "revised", "edited")} == {
+        "accuracy_first": 0.4,
+        "accuracy_second": 0.6,
+        "fixed": 0.4,
+        "broken": 0.2,
+        "revised": 0.6,
+        "edited": 0.6,
+    }
+    assert found["delta"] == pytest.approx(found["fixed"] - found["broken"])
+    assert found["low"] < found["delta"] < found["high"]
+    assert found["change"] == pytest.approx((0.5 + 1 + 1) / 5)
+    assert made(first, second, rewards).part([1, 2]).figures()["accuracy_second"] == 0.5
+
+
+def test_the_histogram_counts_every_problem_by_how_much_was_changed():
+    first = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1]]
+    second = [[1, 2, 3, 4], [1, 2, 3, 9], [1, 2, 8, 9], [5, 6, 7, 8], [1, 1, 1]]
+    found = made(first, second)
+    assert found.changes() == [0, 0.25, 0.5, 1, 0.5]
+    assert {place: count for place, count in enumerate(found.histogram()) if count} == {0: 1, 5: 1, 10: 2, 19: 1}
+
+
+def test_the_second_attempt_sees_the_first_but_not_the_answer(solver):
+    model, task = solver
+    rows = task.sample(20, "train", torch.Generator().manual_seed(3))
+    found = attempt(model, task, rows, SAMPLING, seed=0)
+    for row, first, request in zip(rows, found.first, found.requests, strict=True):
+        assert request == row.prompt_ids + task.trimmed(first) + task.again_ids
+    assert found.rewards[0].tolist() == [float(task.check(row, ids)) for row, ids in zip(rows, found.first, strict=True)]
+    assert 0 < found.rewards.sum() < 40 and found.own.all()
+
+
+def test_the_base_writes_its_share_of_first_attempts_and_no_second_one(monkeypatch):
+    task = Addition(1)
+    rows = task.sample(10, "train", torch.Generator().manual_seed(3))
+    asked = []
+
+    def rollout(writer, task, prompts, **rest):
+        asked.append((writer, prompts))
+        return [[Completion([3 if writer == "base" else 4, task.end_id], [-1.0, -1.0])] for _ in prompts]
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    found = attempt("model", task, rows, SAMPLING, 0, "base", share=0.35)
+    assert found.own.tolist().count(False) == 3
+    for row, own, first, request in zip(rows, found.own.tolist(), found.first, found.requests, strict=True):
+        assert first == [4 if own else 3, task.end_id] and request == row.prompt_ids + first + task.again_ids
+    assert [(writer, len(prompts)) for writer, prompts in asked] == [("model", 7), ("base", 3), ("model", 10)]
+    other = attempt("model", task, rows, SAMPLING, 1, "base", share=0.35)
+    assert other.own.sum() == 7 and not torch.equal(other.own, found.own)
+
+
+def test_log_probability_and_divergence_are_the_row_by_row_result():
+    model, base_model = tiny(), moved(tiny())
+    logprob, divergence = logprob_and_divergence(model, base_model, PROMPTS, FIRST)
+    for i, (prompt, ids) in enumerate(zip(PROMPTS, FIRST, strict=True)):
+        p, q = (m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in (model, base_model))
+        places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        assert float(logprob[i].detach()) == pytest.approx(
+            sum(float(p[t, x].detach()) for t, x in zip(places, ids, strict=True)), rel=1e-5
+        )
+        kl = sum(float(nn.functional.kl_div(q[t], p[t], log_target=True, reduction="sum").detach()) for t in places)
+        assert float(divergence[i].detach()) == pytest.approx(kl, rel=1e-5) and kl > 1e-4
+
+
+def gradient(value, model):
+    grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, model.parameters(), strict=True)]
+    )
+
+
+def attempts(first=FIRST, second=SECOND, own=None):
+    return made(first, second, own=own, prompts=PROMPTS)
+
+
+def test_the_loss_is_reinforce_and_the_divergence():
+    model, base_model = tiny(), moved(tiny())
+    advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
+    objective = Objective(kl=0.3, first_kl=0.7, kl_in="loss")
+    (p1, kl1), (p2, kl2) = (
+        logprob_and_divergence(model, base_model, PROMPTS, FIRST),
+        logprob_and_divergence(model, base_model, attempts().requests, SECOND),
+    )
+    policy = -advantage[0] * p1 - advantage[1] * p2
+    for stage, held in ((1, 0.7 * kl1 + 0.3 * kl2), (2, 0.3 * (kl1 + kl2))):
+        found, divergence = loss(model, base_model, attempts(), advantage, stage, objective)
+        torch.testing.assert_close(found, policy + held)
+        torch.testing.assert_close(divergence, torch.stack([kl1, kl2]))
+        assert not divergence.requires_grad
+        in_reward, nothing = loss(model, base_model, attempts(), advantage, stage, Objective())
+        torch.testing.assert_close(in_reward, policy)
+        assert nothing.abs().max() == 0
+    single, divergence = loss(model, base_model, attempts(), advantage, 2, Objective(kl=0.3, kl_in="loss", single_turn=True))
+    torch.testing.assert_close(single, -advantage[0] * p1 + 0.3 * kl1)
+    assert divergence[1].abs().max() == 0
+
+
+def test_in_stage_one_only_the_second_attempt_is_reinforced():
+    """And the divergence from the base model has no gradient yet, since the model equals it."""
+    model, base_model = tiny(), tiny()
+    right = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    objective = Objective(first_kl=0.1, kl_in="loss")
+    first_stage, second_stage = (advantages(objective.returns(right, stage, 0 * right), 1) for stage in (1, 2))
+    assert first_stage[0].abs().max() == 0 < second_stage[0].abs().max()
+
+    def of_stage(stage, advantage, first):
+        return gradient(loss(model, base_model, attempts(first), advantage, stage, objective)[0].sum(), model)
+
+    other = [[9, 9], [9], [9, 9, 9]]
+    same, changed = (of_stage(1, first_stage, first) for first in (FIRST, other))
+    torch.testing.assert_close(same, changed, atol=1e-7, rtol=1e-5)
+    assert (of_stage(2, second_stage, FIRST) - of_stage(2, second_stage, other)).abs().max() > 1e-2
+
+
+def test_first_attempts_of_the_base_have_no_policy_gradient():
+    """They are kept close to it like the others, and the attempts after them are reinforced as usual."""
+    model, base_model = tiny(), moved(tiny())
+    advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
+    own = torch.tensor([True, False, True])
+    objective = Objective(kl=0.3, kl_in="loss")
+
+    def policy(own, advantage):
+        """The gradient without the divergence's."""
+        both, held = (loss(model, base_model, attempts(own=own), x, 2, objective)[0].sum() for x in (advantage, 0 * advantage))
+        return gradient(both, model) - gradient(held, model)
+
+    without = advantage * torch.tensor([[1, 0, 1], [1, 1, 1]])
+    torch.testing.assert_close(policy(own, advantage), policy(None, without))
+    assert (policy(None, advantage) - policy(None, without)).abs().max() > 1e-2
+    alone = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert policy(own, alone).abs().max() == 0 < policy(None, alone).abs().max()
+    held = [loss(model, base_model, attempts(own=x), 0 * advantage, 2, objective)[0] for x in (None, own)]
+    torch.testing.assert_close(*held)
+    assert held[0][1] > 1e-3
+
+
+def test_the_divergence_in_the_reward_is_that_of_whole_attempts():
+    """Over all attempts of two tokens: in expectation its gradient is the divergence's, that at each token is not."""
+    model, base_model = tiny(), moved(tiny(), 0.2)
+    V = model.config.vocab_size
+    both = [[i, j] for i in range(V) for j in range(V)]
+    every = made(both, both, prompts=[[5]] * len(both))
+    logprob, divergence = logprob_and_divergence(model, base_model, every.prompts, both)
+    other, _ = logprob_and_divergence(base_model, model, every.prompts, both)
+    p = logprob.exp()
+    at_tokens = torch.autograd.grad((p.detach() * divergence).sum(), list(model.parameters()), retain_graph=True)
+    exact = gradient((p * (logprob - other.detach())).sum(), model)
+
+    every.logprob[:] = logprob.detach()
+    ratio = log_ratios(base_model, every, 100)[0]
+    torch.testing.assert_close(ratio, (logprob - other).detach().float(), atol=1e-5, rtol=1e-4)
+    value, _ = loss(model, base_model, every, torch.stack([-ratio, 0 * ratio]), 2, Objective())
+    weighted = gradient((p.detach() * value).sum(), model)
+    torch.testing.assert_close(weighted, exact, atol=1e-5, rtol=1e-4)
+    assert (torch.cat([g.flatten() for g in at_tokens]) - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.long
+def test_the_batch_size_changes_only_rounding(run, monkeypatch):
+    """On the same attempts. Gradients are compared, since AdamW turns the rounding of zero gradients into large steps."""
+    original = recipe.attempt
+    monkeypatch.setattr(
+        recipe, "attempt", lambda model, task, rows, sampling, *args: original(model, task, rows, SAMPLING, *args)
+    )
+    numbers = {"first_steps": 0, "second_steps": 1}
+    (whole, _, _), (parts, _, lines) = (run(out, batch_size=n, **numbers) for out, n in (("whole", 8), ("parts", 3)))
+    assert lines[0]["grad_norm"] > 0.1
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_run(run, tmp_path):
+    model, report, lines = run(chains=2, attempts=3)
+    assert list(report) == ["base", "stage I", "stage II"]
+    assert [line["stage"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    for line in lines[:3]:
+        assert line["return_first"] == pytest.approx(-0.1 * line["divergence_first"] * line["tokens_first"] / 16, abs=1e-5)
+        assert line["reward"] == line["accuracy_second"]
+    assert lines[3]["reward"] == lines[3]["accuracy_first"] + lines[3]["accuracy_second"]
+    assert lines[0]["divergence_first"] == pytest.approx(0, abs=1e-5) and lines[-1]["divergence_first"] > 0
+    for name in ("first-stage", "model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+    assert json.loads((tmp_path / "run" / "score.json").read_text()) == report
+    assert (tmp_path / "run" / "score.png").read_bytes().startswith(b"\x89PNG")
+    for figures in report.values():
+        assert sum(figures["changes"]) == figures["problems"] == 8  # there are no more
+        assert [point["chains"] for point in figures["votes"]] == [1, 2]
+        both = [figures["accuracy_first"], figures["accuracy_second"]]
+        assert figures["accuracy_by_attempt"][:2] == both and len(figures["accuracy_by_attempt"]) == 3
+    assert report["base"]["divergence_second"] == pytest.approx(0, abs=1e-6)
+    assert report["stage II"]["divergence_second"] > 1e-4
+
+
+@pytest.mark.long
+def test_the_warm_up_teaches_to_answer_again(run, tmp_path, caplog):
+    """What the divergence is measured from is the model after the warm-up, also in a continued run."""
+    warm = {"two_turn_steps": 60, "two_turn_problems": 200, "two_turn_rate": 2e-3}
+    task = Addition(1)
+    task.problems = lambda n, split, generator: Addition.problems(task, n, "train", generator)  # there are few others
+    cold, warmed = (run(out, task=task, **changes)[1]["base"] for out, changes in (("cold", {}), ("warm", warm)))
+    assert cold["accuracy_second"] == 0 < warmed["accuracy_second"]
+    assert warmed["divergence_first"] == pytest.approx(0, abs=1e-6)
+    assert caplog.messages == [recipe.NO_SECOND_ATTEMPT] and "two_turn_steps=200" in recipe.NO_SECOND_ATTEMPT
+    AutoModelForCausalLM.from_pretrained(tmp_path / "warm/two-turns")
+
+
+def test_the_warm_up_is_on_the_models_own_attempts(solver, monkeypatch):
+    """Each is followed by another one, drawn independently of it."""
+    model, task = solver
+    taught = []
+    monkeypatch.setattr(recipe, "sft", lambda model, examples, *rest: taught.extend(examples))
+    recipe.learn_two_turns(model, task, Config(two_turn_problems=40, two_turn_steps=1, max_new=8))
+    once, again = taught[::2], taught[1::2]
+    assert len(once) == len(again) == 40 and len({len(prompt) for prompt, _ in once}) == 1
+    assert all(request == prompt + first + task.again_ids for (prompt, first), (request, _) in zip(once, again, strict=True))
+    drawn = rollout(model, task, [prompt for prompt, _ in once], 2, max_new=8, temperature=1.0, seed=0)
+    assert [[first, second] for (_, first), (_, second) in zip(once, again, strict=True)] == [[x.ids for x in k] for k in drawn]
+    assert any(first != second for (_, first), (_, second) in zip(once, again, strict=True))
+
+
+def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
+    seen = []
+    original = recipe.attempt
+    monkeypatch.setattr(recipe, "attempt", lambda *args: seen.append(original(*args)) or seen[-1])
+    _, report, lines = run(from_base=0.5, first_steps=0, second_steps=2)
+    assert [int(x.own.sum()) for x in seen] == [8, 8, 8, 8]  # at test time all are the model's
+    for line, found in zip(lines, seen[1:3], strict=True):
+        assert line["accuracy_first"] == float(found.rewards[0][found.own].mean())
+    assert report["stage II"]["votes"] == []
+
+
+@pytest.mark.long
+def test_in_a_single_turn_second_attempts_are_not_trained_on(run, monkeypatch):
+    """Whatever they are: another model's second attempts lead to the same weights."""
+    numbers = {"single_turn": True, "first_steps": 0, "second_steps": 2}
+    plain, report, _ = run("plain", **numbers)
+    original = recipe.attempt
+
+    def other(*args):
+        found = original(*args)
+        shorter = [ids[:1] for ids in found.second]
+        return dataclasses.replace(found, second=shorter, rewards=found.rewards * torch.tensor([[1.0], [0.0]]))
+
+    monkeypatch.setattr(recipe, "attempt", other)
+    changed, _, lines = run("changed", **numbers)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), changed.parameters(), strict=True))
+    assert list(report) == ["base", "stage II"] and all(line["reward"] == line["accuracy_first"] for line in lines)
+
+
+def sample(right, tokens, logprob=-1.0):
+    return Sample("8" if right else "3", right, tokens, logprob)
+
+
+def test_parallel_votes_get_at_least_the_tokens_of_the_corrections():
+    samples = [sample(True, 4), sample(True, 6), sample(True, 5)]
+    assert [len(reaching(samples, budget)) for budget in (1, 4, 5, 10, 11, 15, 99)] == [1, 1, 2, 2, 3, 3, 3]
+
+
+def test_votes_compare_at_equal_budgets(solver, monkeypatch):
+    """First attempts are right one time in four, second ones always."""
+    model, task = solver
+    rows = task.sample(6, "test", torch.Generator().manual_seed(1))
+
+    def rollout(model, task, prompts, k=1, **rest):
+        found = []
+        for prompt in prompts:
+            row = next(row for row in rows if prompt[: len(row.prompt_ids)] == row.prompt_ids)
+            right, wrong = task.completion_ids(row), [row.cot_ids[0], task.end_id]
+            again = len(prompt) > len(row.prompt_ids)
+            written = [right if again or i % 4 == 0 else wrong for i in range(k)]
+            found.append([Completion(ids, [-0.1] * len(ids)) for ids in written])
+        return found
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    points = votes(model, task, rows, 4, SAMPLING, seed=0)
+    assert [point["chains"] for point in points] == [1, 2, 4]
+    long = len(task.completion_ids(rows[0]))
+    # In the first pair both attempts are right; in later pairs the first one is short. Only right answers vote.
+    assert [point["tokens"] for point in points] == [2 * long, 3 * long + 2, 5 * long + 6]
+    for point in points[:2]:
+        assert point["tokens"] <= point["tokens_parallel"] < point["tokens"] + long
+    assert all(point["corrected"] == point["parallel"] == 1 for point in points)
+
+
+def test_evaluate_is_of_greedy_attempts(solver):
+    model, task = copy.deepcopy(solver[0]), solver[1]
+    test = task.sample(30, "test", torch.Generator().manual_seed(1))
+    config = Config(max_new=8, batch_size=7, chains=0)
+    found = evaluate(moved(model, 0.02), model, task, test, config)
+    greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
+    assert found.items() >= greedy.figures().items()
+    assert len(found["accuracy_by_attempt"]) == config.attempts
+    _, nats = logprob_and_divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
+    assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
+
+
+def test_every_attempt_sees_the_one_before(solver, monkeypatch):
+    """The third and the fifth are right here, all others wrong."""
+    model, task = solver
+    rows = task.sample(4, "test", torch.Generator().manual_seed(1))
+    asked = []
+
+    def rollout(model, task, prompts, **rest):
+        asked.append(prompts)
+        right = len(asked) in (3, 5)
+        return [[Completion(task.completion_ids(row) if right else [3, task.end_id], [-1.0])] for row in rows]
+
+    monkeypatch.setattr(score_attempts, "rollout", rollout)
+    both = attempt(model, task, rows, SAMPLING, 0)
+    assert accuracy_by_attempt(model, task, both, 6, SAMPLING, 0) == [0, 0, 1, 0, 1, 0]
+    for row, *prompts in zip(rows, *asked[2:], strict=True):
+        wrong, right = [3, task.end_id], task.completion_ids(row)
+        assert prompts == [row.prompt_ids + ids + task.again_ids for ids in (wrong, right, wrong, right)]
+
+
+@pytest.mark.parametrize("rewards, kept", [([0.1, 0.9, 0.5, 0.2], 4), ([0.1, 0.2, 0.5, 0.9], 8), ([0.5, 0.5, 0.5, 0.5], 2)])
+def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_path, monkeypatch, rewards, kept):
+    """The reward is that since the checkpoint before; the first stage's, however high, does not count in the second."""
+
+    def gradient(model, base, task, config, step):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        reward = 5.0 if step < 2 else rewards[(step - 2) // 2] + 0.01 * (-1) ** step
+        return {"loss": 0.0, "stage": 1 if step < 2 else 2, "reward": reward}
+
+    monkeypatch.setattr(recipe, "attempt_gradient", gradient)
+    monkeypatch.setattr(recipe, "evaluate", lambda *_: {"accuracy_second": 1.0})
+    monkeypatch.setattr(recipe, "plot", lambda *_: None)
+    numbers = {"first_steps": 2, "second_steps": 8, "save_every": 2}
+    begin = next(solver[0].parameters())
+    for keep, updates in (("best", 2 + kept), ("last", 10)):
+        model, _, _ = run(keep, keep=keep, **numbers)
+        for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path / keep / "model")):
+            torch.testing.assert_close(next(found.parameters()), begin + updates)
+    assert (tmp_path / "best/best").exists() and not (tmp_path / "last/best").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_gives_the_same_numbers(run, stopped, step):
+    whole, report, lines = run("whole", save_every=2)
+    with stopped(recipe, "attempt_gradient", step):
+        run("stopped", save_every=2)
+    model, again, resumed = run("stopped", save_every=2, resume=True)
+    assert resumed == lines and again == report
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2, 3])
+def test_a_run_killed_after_its_best_checkpoint_and_before_its_state(run, monkeypatch, saves):
+    """Each stage's first checkpoint is its best; the kill is as the state is saved, after as many saves."""
+
+    def gradient(model, base, task, config, step):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        return {"loss": 0.0, "stage": 1 if step < 3 else 2, "reward": 1 / (step + 1)}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        done.append(arguments)
+        if len(done) > saves:
+            raise Killed
+        save(*arguments)
+
+    monkeypatch.setattr(recipe, "attempt_gradient", gradient)
+    monkeypatch.setattr(recipe, "plot", lambda *_: None)
+    whole, *figures = run("whole", save_every=2)
+    save, done = recipe.Progress.save, []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(recipe.Progress, "save", killed)
+        run("killed", save_every=2)
+    model, *resumed = run("killed", save_every=2, resume=True)
+    assert resumed == figures
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
+    with pytest.raises(ValueError, match="score: none of the first 16 problems is solved, so there is nothing to learn from"):
+        run(model=small_model(Addition(1), width=32, heads=2))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"problems": 1, "samples": 1}, "problems must be 2 or more where samples is 1"),
+        ({"from_base": 1.1}, "from_base must be from 0 to 1, got 1.1"),
+        ({"kl_in": "both"}, "kl_in must be 'reward' or 'loss', got 'both'"),
+        ({"single_turn": True}, "first_steps must be 0 with single_turn, since stage I rewards second attempts, got 150"),
+    ],
+)
+def test_bad_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+@pytest.mark.long
+def test_command(solver, tmp_path, capsys):
+    model, task = solver
+    model.save_pretrained(tmp_path / "base")
+    task.tokenizer.save_pretrained(tmp_path / "base")
+    options = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--max-new=8"]
+    options += [
+        "--first-steps=1",
+        "--second-steps=1",
+        "--problems=8",
+        "--held-out=4",
+        "--chains=1",
+        "--standardise",
+        "--attempts=3",
+    ]
+    assert cli.main(["score", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "stage II" in printed and "attempt 3" in printed
+    assert cli.main(["score", *options]) == 3
+    assert cli.main(["score", *options, "--model=nothing/there"]) == 3
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.long
+def test_in_stage_one_the_divergence_keeps_the_first_attempt(solver, tmp_path):
+    """At a learning rate where, without it, the first attempt drifts off and takes the second with it."""
+    model, task = copy.deepcopy(solver[0]), solver[1]
+    rows = task.sample(300, "train", torch.Generator().manual_seed(5))
+    once = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    # Half of the second attempts in the training data answer another problem.
+    again = [(once[i][0] + once[i][1] + task.again_ids, once[i - i % 2][1]) for i in range(len(once))]
+    sft(model, once + again, 40, SFTConfig(learning_rate=1e-3, batch_tokens=600))
+    divergence, second = [], []
+    for hold in (0.1, 0.0):
+        shared = {"kl_in": "loss", "first_kl": hold, "learning_rate": 2e-3, "max_new": 8, "held_out": 10, "chains": 0}
+        config = Config(out=str(tmp_path / str(hold)), first_steps=40, second_steps=0, **shared)
+        score(copy.deepcopy(model), task, config)
+        lines = [json.loads(line) for line in (tmp_path / str(hold) / "metrics.jsonl").read_text().splitlines()]
+        divergence.append(fmean(line["divergence_first"] for line in lines[-10:]))
+        second.append(fmean(line["accuracy_second"] for line in lines[-10:]))
+    assert divergence[0] < 0.3 * divergence[1]
+    assert second[0] > second[1] + 0.1
