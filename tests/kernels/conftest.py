@@ -48,13 +48,15 @@ def op_of(module: ModuleType) -> str:
 
 
 def is_of_the_matrix(item: pytest.Item) -> bool:
-    """Whether it is a case of a back end that takes long, and not one of ``quick.CASES``."""
+    """Whether it is a case that takes long, by its back end or its test, and not one of those in ``quick``."""
     call = getattr(item, "callspec", None)
     backend = call and call.params.get("backend")
-    if backend not in ("triton", "cuda", "cpu in PyTorch"):
+    if backend is None:
         return False
-    cases = quick.CASES.get(op_of(item.module), {}).get(item.originalname.removeprefix("test_"), [])
-    return call.id.removeprefix(backend).removeprefix("-") not in cases
+    slow = backend in ("triton", "cuda", "cpu in PyTorch")
+    of_op = (quick.CASES if slow else quick.LONG_TESTS).get(op_of(item.module), {})
+    cases = of_op.get(item.originalname.removeprefix("test_"), [] if slow else None)
+    return cases is not None and call.id.removeprefix(backend).removeprefix("-") not in cases
 
 
 def serves(backend: str, op: str) -> bool:

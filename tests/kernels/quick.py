@@ -1,8 +1,22 @@
-"""What `make test` runs of the back ends that take longest: Triton interpreted, CUDA emulated, the CPU's without its library.
+"""What `make test` runs of what takes long. `make test-kernels` runs all.
 
-A test's name, then its cases, without the back end; a test without cases has no other parameters. `make test-kernels` runs all.
+A test's name, then its cases, without the back end; a test without cases has no other parameters.
 """
 
+# Of the tests that take long on any back end, on "reference" and "cpu". They run all cases of the others.
+LONG_TESTS = {
+    "thought_attention": {
+        "error_rule_on_longer_texts": ["0"],
+        "gradcheck": ["documents-{}", "ragged-{'window': 2}", "full-{'softcap': 1.5}"]
+        + ["left padding-{'window': 3, 'softcap': 2.0, 'query_rows': 'thoughts', 'scale': 0.7}"],
+    },
+    "sample_token": {
+        "chi_square": ["{}-200", "{'scale': 0.5, 'softcap': 3.0, 'temperature': 2.0, 'banned': (0, 5)}-333"],
+    },
+    "branches": {"long_branches": ["causal-{'window': 70}", "full-{'window': 7, 'softcap': 2.0}"]},
+}
+
+# Of all tests, on Triton interpreted, CUDA emulated, and the CPU's without its library.
 CASES = {
     "thought_attention": {
         "error_rule_on_random_layouts": ["any_lo-1", "ragged-2", "packed-0"],
@@ -34,13 +48,11 @@ CASES = {
         "products_that_overflow": ["{'scale': -1e+38}"],
         "strided": ["odd start"],
         "opcheck": ["{}"],
-        "compiles_without_a_graph_break": [""],
     },
     "linear_logprob": {
         "error_rule": ["{}-kept-(1, 1, 20)-torch.float32", "{'softcap': 4.0}-again-(67, 17, 129)-torch.float16"],
         "large_and_equal_logits": ["kept--30.0-torch.float32", "again-0.0-torch.float16"],
         "many_chunks": ["kept-{}-torch.float32"],
-        "compiles_without_a_graph_break": ["again-True"],
         "what_does_not_count": ["{'banned': (3, 7, 11)}"],
         "a_banned_target": [""],
         "gradients_are_optional": ["kept"],
