@@ -16,6 +16,8 @@ CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_libra
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
 demo test test-kernels test-build test-long test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
+# Tests start Python hundreds of times, which should not compile every file again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Most tests keep one core busy: a process for each, but not so many that memory runs out. A test that hangs ends after 25
 # minutes with the stacks of its threads, and is named; the others go on. The tests of a file run in one process, which makes

@@ -107,6 +107,8 @@ def train(
         log_with=config.tracker or None,
         project_dir=config.out if config.tracker else None,
     )
+    if config.tracker and not accelerator.log_with:  # Accelerate passes over it
+        raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
     strategy = find_strategy(config)
     check_processes(accelerator.num_processes, config, strategy)
     checkpoint = find_checkpoint(resume, config, qs.thought_config)
