@@ -13,12 +13,12 @@ NO_MATRIX = {"_online_softmax", "_logits_gradient"}
 SHAPES = [(1, 1, 1), (2, 3, 64), (17, 16, 1000), (5000, 4096, 152_064)]  # R, D, V: one compile serves them all
 # See thought_attention.py. Not float32: there the largest logits are more than 2 GiB, for which AMD's compiler makes a kernel
 # that addresses them in another way.
-COMPILES = {"bfloat16": {}, "float16 softcap entropy kept": {}}
+COMPILES = {"bfloat16": {}, "bfloat16 softcap entropy kept": {}}
 OPTIONS = {"": (None, None, 1.0, []), "softcap": (0.5, 30.0, 0.7, [3])}  # scale, softcap, temperature, banned
 
 
 def launches(target):
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32, *[torch.float16] * (target == "sm_90")):
         for option, rest in OPTIONS.items():
             for entropy in (False, True):
                 for keep in (False, True):

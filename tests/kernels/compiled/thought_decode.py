@@ -1,4 +1,7 @@
-"""thought_decode: every width of the tables and some between, with each option, for the sizes of training and generation."""
+"""thought_decode: every width of the tables, for the sizes of training and generation.
+
+sm_90 also gets widths between them, each option by itself, and float16.
+"""
 
 import functools
 
@@ -22,15 +25,18 @@ OPTIONS = {  # window, softcap, sinks
     "softcap": (None, 30.0, False),
     "window, softcap, sinks": (64, 30.0, True),
 }
-WIDTHS = {  # K, E of the dtypes, and the options they are compiled with
-    torch.bfloat16: ([(64, 64), (128, 128), (256, 256), (80, 80), (192, 128)], list(OPTIONS)),
-    torch.float16: ([(64, 64), (128, 128), (256, 256)], ["", "window, softcap, sinks"]),
-    torch.float32: ([(64, 64), (128, 128), (256, 256)], ["", "window, softcap, sinks"]),
+WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
+ENDS = ["", "window, softcap, sinks"]
+CASES = {torch.bfloat16: (WIDTHS, ENDS), torch.float32: (WIDTHS, ENDS[1:])}  # widths and options of the dtypes
+CASES_OF_SM_90 = {
+    torch.bfloat16: ([*WIDTHS, (80, 80), (192, 128)], list(OPTIONS)),
+    torch.float16: (WIDTHS, ENDS),
+    torch.float32: (WIDTHS, ENDS),
 }
 
 
 def launches(target):
-    for dtype, (widths, names) in WIDTHS.items():
+    for dtype, (widths, names) in (CASES_OF_SM_90 if target == "sm_90" else CASES).items():
         for K, E in widths:
             for name in names:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
