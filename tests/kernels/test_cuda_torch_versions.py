@@ -1,4 +1,4 @@
-"""csrc/ compiles with every supported PyTorch, and needs nothing from the newest that the oldest doesn't have."""
+"""csrc/ compiles with the oldest and the newest PyTorch, and needs nothing from the newest that the oldest doesn't have."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from cuda_wheel import ROOT, copy_sources, locked, run
 
 pytestmark = pytest.mark.build
-VERSIONS = ["2.10.0", "2.11.0", "2.12.0", "2.13.0"]
+OLDEST, NEWEST = "2.10.0", "2.13.0"
 # What includes headers of PyTorch; they are the same in all wheels, and those for this system are the smallest.
 KNOWS_TORCH, SMALLEST = "bindings.cpp", ["--platform=macosx_14_0_arm64", "--python-version=3.11", "--only-binary=:all:"]
 
@@ -65,14 +65,9 @@ def test_one_source_knows_torch():
         assert [path.name for path in files if "<torch/" in path.read_text()] == [KNOWS_TORCH]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_compiles(version, tmp_path):
-    found = undefined(version, tmp_path)
-    assert "aoti_torch_get_current_cuda_stream" in found["cuda"] and "torch_parallel_for" in found["cpu"]
-
-
 def test_the_newest_needs_no_name_that_the_oldest_lacks(tmp_path):
-    oldest, newest = (undefined(version, tmp_path / version) for version in (VERSIONS[0], VERSIONS[-1]))
+    oldest, newest = (undefined(version, tmp_path / version) for version in (OLDEST, NEWEST))
+    for found in (oldest, newest):
+        assert "aoti_torch_get_current_cuda_stream" in found["cuda"] and "torch_parallel_for" in found["cpu"]
     for backend, names in newest.items():
-        asked = {name for name in names if "torch" in name}
-        assert asked and asked <= oldest[backend]
+        assert {name for name in names if "torch" in name} <= oldest[backend]
