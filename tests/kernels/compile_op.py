@@ -1,6 +1,7 @@
-"""``python tests/kernels/compile_op.py thought_decode sm_90``: what each kernel of an op takes on a target, as JSON lines.
+"""``compile_op.py thought_decode sm_90 thorough``: what each kernel of an op takes on a target, as JSON lines.
 
-``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. "advice" holds the codes of ptxas's advice
+``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. Without "thorough" it leaves out dtypes and
+options of which the tables of tiles know nothing. "advice" holds the codes of ptxas's advice
 on a kernel. C7515 and similar ones mean that products wait for each other.
 """
 
@@ -23,10 +24,10 @@ import importlib  # noqa: E402
 from ahead_of_time import compiled_for, resources  # noqa: E402
 
 
-def main(op: str, target: str) -> None:
+def main(op: str, target: str, thorough: str = "") -> None:
     cases = importlib.import_module(f"compiled.{op}")
     seen = set()
-    for label, launch in cases.launches(target):
+    for label, launch in cases.launches(target, thorough == "thorough"):
         with compiled_for(target) as kernels, contextlib.redirect_stdout(io.StringIO()) as log:
             launch()
         advice = re.findall(r"\((C\d+)\).* in the function '(\w+)'", log.getvalue())

@@ -32,7 +32,7 @@ def rules(op):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile(op, target, record_property):
-    judge(op, target, sys.executable, record_property)
+    judge(op, target, sys.executable, record_property, thorough=target == "sm_90")
 
 
 @pytest.mark.build
@@ -45,9 +45,9 @@ def test_kernels_compile_with_the_oldest_triton(op, record_property):
     judge(op, "sm_90", str(python), record_property)
 
 
-def judge(op, target, python, record_property):
+def judge(op, target, python, record_property, thorough=False):
     run = subprocess.run(
-        [python, HERE / "compile_op.py", op, target],
+        [python, HERE / "compile_op.py", op, target, *["thorough"] * thorough],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

@@ -17,8 +17,8 @@ COMPILES = {"bfloat16": {}, "bfloat16 softcap entropy kept": {}}
 OPTIONS = {"": (None, None, 1.0, []), "softcap": (0.5, 30.0, 0.7, [3])}  # scale, softcap, temperature, banned
 
 
-def launches(target):
-    for dtype in (torch.bfloat16, torch.float32, *[torch.float16] * (target == "sm_90")):
+def launches(target, thorough):
+    for dtype in (torch.bfloat16, torch.float32, *[torch.float16] * thorough):
         for option, rest in OPTIONS.items():
             for entropy in (False, True):
                 for keep in (False, True):

@@ -21,8 +21,8 @@ OPTIONS = {  # bias, scale, softcap, temperature, banned
 }
 
 
-def launches(target):
-    for dtype in (torch.bfloat16, torch.float32, *[torch.float16] * (target == "sm_90")):
+def launches(target, thorough):
+    for dtype in (torch.bfloat16, torch.float32, *[torch.float16] * thorough):
         for rows in (1, 64, 5000):
             for name, options in OPTIONS.items() if dtype == torch.bfloat16 or rows == 5000 else [("", OPTIONS[""])]:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"R={rows}", name]))

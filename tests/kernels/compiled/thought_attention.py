@@ -33,15 +33,15 @@ OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
 
 
-def launches(target):
+def launches(target, thorough):
     everything = list(OPTIONS.items())[1]
     for widths in WIDTHS:
         yield from cases(torch.bfloat16, widths, *everything)
         yield from cases(torch.float32, widths, *everything)
-    yield from cases(torch.bfloat16, WIDTHS[0], "", OPTIONS[""])
-    if target == "sm_90":  # the others have the same tiles without options
-        for widths in (*WIDTHS[1:], (192, 80)):
-            yield from cases(torch.bfloat16, widths, "", OPTIONS[""])
+    for widths in WIDTHS if target == "sm_90" else WIDTHS[:1]:  # the others have the same tiles without options
+        yield from cases(torch.bfloat16, widths, "", OPTIONS[""])
+    if thorough:
+        yield from cases(torch.bfloat16, (192, 80), "", OPTIONS[""])
         yield from cases(torch.float16, (128, 128), "", OPTIONS[""])
 
 

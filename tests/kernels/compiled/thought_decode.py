@@ -1,6 +1,6 @@
 """thought_decode: every width of the tables, for the sizes of training and generation.
 
-sm_90 also gets widths between them, each option by itself, and float16.
+Thoroughly: widths between them too, each option by itself, and float16.
 """
 
 import functools
@@ -28,15 +28,15 @@ OPTIONS = {  # window, softcap, sinks
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
 ENDS = ["", "window, softcap, sinks"]
 CASES = {torch.bfloat16: (WIDTHS, ENDS), torch.float32: (WIDTHS, ENDS[1:])}  # widths and options of the dtypes
-CASES_OF_SM_90 = {
+THOROUGH_CASES = {
     torch.bfloat16: ([*WIDTHS, (80, 80), (192, 128)], list(OPTIONS)),
     torch.float16: (WIDTHS, ENDS),
     torch.float32: (WIDTHS, ENDS),
 }
 
 
-def launches(target):
-    for dtype, (widths, names) in (CASES_OF_SM_90 if target == "sm_90" else CASES).items():
+def launches(target, thorough):
+    for dtype, (widths, names) in (THOROUGH_CASES if thorough else CASES).items():
         for K, E in widths:
             for name in names:
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
