@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from quietstar.config import ThoughtConfig
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.checks import FLOATS, INTEGERS, MASKS, instance, on_host, refuse_where, seed_bits, shown, tensor
+from quietstar_kernels.checks import FLOATS, INTEGERS, MASKS, instance, number, on_host, refuse_where, seed_bits, shown, tensor
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
@@ -39,6 +39,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedToke
 
 def check_seed(seed: int | None) -> int | None:
     return None if seed is None else seed_bits("seed", seed)
+
+
+def check_think(name: str, think: str | float) -> str | float:
+    """ "always", "never", or a number of nats."""
+    if isinstance(think, str) and think in ("always", "never"):
+        return think
+    return number(name, think, "'always', 'never' or nats of entropy, 0 or more", least=0)
 
 
 def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, embed: nn.Embedding) -> None:

@@ -29,6 +29,7 @@ from quietstar.cli.ignored import DATA, Rule
 from quietstar.data.texts import Data, DataConfig, load_all, load_data
 from quietstar.evaluation import difficulty
 from quietstar.evaluation.losses import summary, token_losses
+from quietstar.files.pictures import can_draw
 from quietstar.files.writing import write_whole
 
 
@@ -78,7 +79,7 @@ class Eval:
         }
         written = [Path(self.out) if self.out else new_report(self.model)]
         write_whole(written[0], json.dumps(values, indent=2) + "\n")
-        if difficulty.can_draw():
+        if can_draw():
             written.append(written[0].with_suffix(".png"))
             difficulty.draw(tenths, written[1])
         print(f"wrote {' and '.join(map(str, written))}" + ("" if written[1:] else "; no plot: matplotlib is not installed"))

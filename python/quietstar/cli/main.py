@@ -114,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = _run(list(sys.argv[1:] if arguments is None else arguments))
         if text:
             print(f"quietstar: {one_line(text)}", file=sys.stderr)
-        _flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
     except BrokenPipeError:
         _drop_output()
         return PIPE
@@ -176,12 +178,6 @@ def _check_command(arguments: list[str]) -> None:
     similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
     advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
     raise UsageError(f"there is no command {name[:100]}: {advice}")
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            stream.flush()
 
 
 def _drop_output() -> None:

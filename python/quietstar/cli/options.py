@@ -126,14 +126,10 @@ def _as_typed(values: dict[str, Any]) -> list[str]:
     return typed
 
 
-def _has_help(config: Any) -> bool:
-    return dataclasses.is_dataclass(config) and all("help" in field.metadata for field in dataclasses.fields(config))
-
-
 def _struct_rule(info: Any) -> StructConstructorSpec | None:
     """Options from the fields of the config classes and their help texts."""
     config = info.type
-    if not _has_help(config):
+    if not dataclasses.is_dataclass(config) or any("help" not in field.metadata for field in dataclasses.fields(config)):
         return None
 
     def make(**values: Any) -> Any:

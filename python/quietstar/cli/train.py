@@ -114,8 +114,11 @@ class Train:
             evaluation = partial(evaluate, examples=data.held_out, batch_size=size, controls=self.controls)
         self._check_same_run(qs.trained_on)
         try:
-            self._print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")
-            self._write_config()
+            if process_state().is_main_process:
+                print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")
+                if not snapshots.every(self.train.out):
+                    Path(self.train.out).mkdir(parents=True, exist_ok=True)
+                    write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
@@ -125,7 +128,9 @@ class Train:
             reason = runtime_failure(error)
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
-            raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
+            path = snapshots.newest_whole(self.train.out)
+            kept = f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
+            raise Failure(RUNTIME, f"{reason}; {kept}") from error
         if process_state().is_main_process:
             print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
@@ -134,15 +139,6 @@ class Train:
         """All options by name, as ``--config`` takes them."""
         own = {name: getattr(self, name) for name in OWN}
         return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
-
-    def _print(self, text: str) -> None:
-        if process_state().is_main_process:
-            print(text)
-
-    def _write_config(self) -> None:
-        if process_state().is_main_process and not snapshots.every(self.train.out):
-            Path(self.train.out).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
@@ -157,7 +153,3 @@ class Train:
                 if before and before[-1].sha256 != trained_on[-1].sha256:
                     raise Failure(DATA, f"{run}: {self.data.data} has changed since the run began: resume needs it as it was")
                 break
-
-    def _last_whole(self) -> str:
-        path = snapshots.newest_whole(self.train.out)
-        return f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"

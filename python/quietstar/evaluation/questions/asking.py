@@ -120,7 +120,9 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
             for name, think in modes.items()
         }
     asked = [AnsweredQuestion(q, {name: answers[name][i] for name in modes}) for i, q in enumerate(questions)]
-    return AccuracyReport(_describe(qs), asking, asked)
+    model = {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path}
+    model |= {name: getattr(qs.thought_config, name) for name in ("preset", "mixing", "thought_tokens")}
+    return AccuracyReport(model, asking, asked)
 
 
 def prompt(question: Question) -> str:
@@ -196,11 +198,3 @@ def _generate(
         texts |= dict(zip(chosen, written, strict=True))
         done(len(chosen))
     return [texts[i] for i in range(len(prompts))]
-
-
-def _describe(qs: QuietStar) -> dict[str, Any]:
-    config = qs.thought_config
-    names = ("preset", "mixing", "thought_tokens")
-    return {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path} | {
-        name: getattr(config, name) for name in names
-    }
