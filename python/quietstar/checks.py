@@ -75,11 +75,7 @@ def _sizes(input_ids: Tensor) -> dict[str, int]:
 
 
 def make_layout(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    anchors: Tensor | None,
-    document_ids: Tensor | None,
-    config: ThoughtConfig,
+    input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None, config: ThoughtConfig
 ) -> ThoughtLayout:
     N, S, device = config.thoughts, config.rows, input_ids.device
     if anchors is not None:

@@ -103,9 +103,7 @@ def train(
     qs.anchor_chunk = config.anchor_chunk
     process_state()
     accelerator = Accelerator(
-        mixed_precision=config.precision,
-        log_with=config.tracker or None,
-        project_dir=config.out if config.tracker else None,
+        mixed_precision=config.precision, log_with=config.tracker or None, project_dir=config.out if config.tracker else None
     )
     strategy = find_strategy(config)
     check_processes(accelerator.num_processes, config, strategy)
@@ -215,13 +213,7 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
 
 
 def _step(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    data: Sequence[Example],
-    config: TrainConfig,
-    loss: Loss,
-    step: int,
+    accelerator: Accelerator, model: Any, optimizer: Any, data: Sequence[Example], config: TrainConfig, loss: Loss, step: int
 ) -> figures.Reading:
     """One optimizer step, or ``config.updates`` of them on the same thoughts; returns the figures of all processes.
 

@@ -39,9 +39,7 @@ class Generate:
         Rule("thoughts", lambda o: not o.sample_thoughts, "without --sample-thoughts"),
         Rule("top_p top_k", lambda o: o.temperature == 0, "without --temperature above 0"),
         Rule(
-            "seed",
-            lambda o: o.temperature == 0 and not o.sample_thoughts,
-            "without --temperature above 0 or --sample-thoughts",
+            "seed", lambda o: o.temperature == 0 and not o.sample_thoughts, "without --temperature above 0 or --sample-thoughts"
         ),
     ]
 

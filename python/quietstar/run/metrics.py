@@ -111,8 +111,9 @@ class Display:
     def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """Print what an evaluation after ``step`` steps found, above the bar."""
         if self._shown:
+            others = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in scores.items())
             # Not to stdout: a run must not end because nobody reads that any more.
-            tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else _all(scores)}", file=self._bar.fp)
+            tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else others}", file=self._bar.fp)
 
 
 def _gain(scores: Mapping[str, float]) -> str:
@@ -125,7 +126,3 @@ def _gain(scores: Mapping[str, float]) -> str:
 
 def _interval(scores: Mapping[str, float], name: str) -> str:
     return f"{scores[name]:+.3f} ({scores[f'{name}_low']:+.3f} to {scores[f'{name}_high']:+.3f})"
-
-
-def _all(scores: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())

@@ -177,12 +177,7 @@ def _answer_all(
 
 
 def _generate(
-    qs: QuietStar,
-    prompts: list[list[int]],
-    think: str | float,
-    asking: Asking,
-    sample: int | None,
-    done: Callable[[int], Any],
+    qs: QuietStar, prompts: list[list[int]], think: str | float, asking: Asking, sample: int | None, done: Callable[[int], Any]
 ) -> list[str]:
     """Texts of the answers: the greedy ones for None, else the ``sample``-th sampled ones."""
     device = qs.start_embedding.device
