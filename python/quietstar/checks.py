@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quietstar.config import ThoughtConfig
 from quietstar_kernels import ThoughtLayout
@@ -31,10 +31,6 @@ def check_config(config: ThoughtConfig, vocabulary: int) -> ThoughtConfig:
         if token is not None and not 0 <= token < vocabulary:
             raise ValueError(f"config: {name} must be from 0 to V-1={vocabulary - 1}, got {token}")
     return config
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    return None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
 
 
 def check_seed(seed: int | None) -> int | None:

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from quietstar.cli import common
 from quietstar.cli.ask import Ask
+from quietstar.cli.common import DATA, PIPE, RUNTIME, SAVED, STOPPED, USAGE, Failure, UsageError
 from quietstar.cli.doctor import Doctor
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
@@ -63,7 +64,7 @@ class Commands(Mapping[str, Any]):
             return entry.load()
         except (ImportError, AttributeError) as error:
             text = f"{entry.value}, of the command {name}, can't be imported: {common.first_line(error)}"
-            raise common.Failure(common.USAGE, text) from error
+            raise Failure(USAGE, text) from error
 
     def needed_by(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The commands to choose from: the other packages' alone that is named, or all of them for --help and completion."""
@@ -107,12 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.flush()
     except BrokenPipeError:
         _drop_output()
-        return common.PIPE
+        return PIPE
     except OSError as error:  # such as a disk that is full
         _drop_output()
         if not code:
             print(f"quietstar: the output can't be written: {common.first_line(error)}", file=sys.stderr)
-        return code or common.RUNTIME
+        return code or RUNTIME
     return code
 
 
@@ -123,23 +124,23 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         with on_terminal(), common.short_warnings():
             parse(COMMANDS.needed_by(arguments), arguments).run()
         return 0, ""
-    except common.UsageError as error:
-        return common.USAGE, str(error)
-    except common.Failure as error:
+    except UsageError as error:
+        return USAGE, str(error)
+    except Failure as error:
         return error.code, str(error)
     except ValueError as error:
-        return common.DATA, common.first_line(error)
+        return DATA, common.first_line(error)
     except Interrupted as stop:
-        return common.SAVED, f"{stop}; continue with --resume"
+        return SAVED, f"{stop}; continue with --resume"
     except BrokenPipeError:
         raise
     except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         reason = common.runtime_failure(error)
         if reason is None:
             raise
-        return common.RUNTIME, reason
+        return RUNTIME, reason
     except KeyboardInterrupt:
-        return common.STOPPED, "stopped; nothing was saved since the last checkpoint or round"
+        return STOPPED, "stopped; nothing was saved since the last checkpoint or round"
 
 
 @contextmanager
@@ -159,13 +160,13 @@ def on_terminal() -> Iterator[None]:
 def _check_command(arguments: list[str]) -> None:
     """Raises UsageError if there is no command, or none of this name."""
     if not arguments:
-        raise common.UsageError(f"name a command: {', '.join(COMMANDS)}; quietstar --help says what each does")
+        raise UsageError(f"name a command: {', '.join(COMMANDS)}; quietstar --help says what each does")
     name = arguments[0]
     if name in COMMANDS or name.startswith("-"):
         return
     similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
     advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
-    raise common.UsageError(f"there is no command {name[:100]}: {advice}")
+    raise UsageError(f"there is no command {name[:100]}: {advice}")
 
 
 def _drop_output() -> None:

@@ -129,7 +129,8 @@ def _as_typed(values: dict[str, Any]) -> list[str]:
 def _struct_rule(info: Any) -> StructConstructorSpec | None:
     """Options from the fields of the config classes and their help texts."""
     config = info.type
-    if not dataclasses.is_dataclass(config) or any("help" not in field.metadata for field in dataclasses.fields(config)):
+    described = dataclasses.is_dataclass(config) and all("help" in field.metadata for field in dataclasses.fields(config))
+    if not described:
         return None
 
     def make(**values: Any) -> Any:
