@@ -74,7 +74,6 @@ class Train:
     ]
 
     def run(self) -> None:
-        common.check_seed(self.train.seed)
         common.check_out_folder(self.train.out)
         with only_run_in(self.train.out):
             self._run()
