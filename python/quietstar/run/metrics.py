@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,10 @@ class Metrics:
         self.lines: list[dict[str, float]] = []
         if done and path.exists():
             *whole, rest = read_utf8(path).split("\n")
-            for number, text in enumerate([*whole, *_if_whole(rest)], 1):
+            with suppress(ValueError):  # nothing, or half a line from a run that was killed, which is dropped
+                json.loads(rest)
+                whole.append(rest)
+            for number, text in enumerate(whole, 1):
                 line = json_value(text, f"{path}: line {number}")
                 if as_type(kind, line, f"{path}: line {number}").step <= done:
                     self.lines.append(line)
@@ -61,15 +65,6 @@ class Metrics:
         if self.write:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _if_whole(rest: str) -> list[str]:
-    """What follows the last line break: nothing, or half a line from a run that was killed, which is dropped, or a line."""
-    try:
-        json.loads(rest)
-    except ValueError:
-        return []
-    return [rest]
 
 
 # The most important first: where the terminal is narrow, the last ones are left out.
