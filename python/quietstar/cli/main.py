@@ -32,16 +32,7 @@ from quietstar.cli.train import Train
 from quietstar.run.processes import Interrupted
 
 GROUP = "quietstar.commands"
-OWN: dict[str, type] = {
-    "train": Train,
-    "think": Think,
-    "generate": Generate,
-    "explain": Explain,
-    "eval": Eval,
-    "ask": Ask,
-    "export": Export,
-    "doctor": Doctor,
-}
+OWN = {command.__name__.lower(): command for command in (Train, Think, Generate, Explain, Eval, Ask, Export, Doctor)}
 
 
 class Commands(Mapping[str, Any]):

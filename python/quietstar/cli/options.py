@@ -40,8 +40,8 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
-    check_ignored(getattr(command, "ignored", ()), _flat(command), typed)
-    report_changes(getattr(command, "model", ""), from_model, _flat(command))
+    check_ignored(getattr(command, "ignored", ()), flat(command), typed)
+    report_changes(getattr(command, "model", ""), from_model, flat(command))
     return command
 
 
@@ -69,7 +69,7 @@ def _check_texts(arguments: list[str]) -> None:
             raise UsageError(f"{argument[:60]!a}... is too long: {LONGEST:,} characters are the most of an option")
 
 
-def _flat(command: Any) -> dict[str, Any]:
+def flat(command: Any) -> dict[str, Any]:
     """All options of a command by name, with those of its config classes."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(command):

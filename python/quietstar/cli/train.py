@@ -6,10 +6,10 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from accelerate.utils import set_seed
 from tyro.conf import arg
@@ -19,7 +19,7 @@ from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.cli import common
 from quietstar.cli.ignored import DATA, LORA, THOUGHTS, Rule
-from quietstar.cli.options import read_config
+from quietstar.cli.options import flat, read_config
 from quietstar.cli.summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.held_out import describe
@@ -34,8 +34,6 @@ from quietstar.run.resume import Settings, check_folder
 from quietstar.training import train
 
 CONFIG = "config.json"
-# Options of the command itself that its config file has.
-OWN = ("model", "dtype", "allow_bin", "compile", "gradient_checkpointing", "thoughts_from", "controls")
 
 
 @dataclass
@@ -103,7 +101,8 @@ class Train:
                 print(f"{len(data.train):,} examples to train on, {common.held_out_text(data)}, to {self.train.out}")
                 if not snapshots.every(self.train.out):
                     Path(self.train.out).mkdir(parents=True, exist_ok=True)
-                    write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
+                    options = {name: value for name, value in flat(self).items() if name not in ("config", "resume")}
+                    write_whole(Path(self.train.out) / CONFIG, json.dumps(options, indent=2) + "\n")
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
@@ -120,11 +119,6 @@ class Train:
         if process_state().is_main_process:
             print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
-
-    def options(self) -> dict[str, Any]:
-        """All options by name, as ``--config`` takes them."""
-        own = {name: getattr(self, name) for name in OWN}
-        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
