@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quietstar.config import ThoughtConfig
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.checks import FLOATS, INTEGERS, MASKS, instance, on_host, refuse_where, seed_bits, shown, tensor
+from quietstar_kernels.checks import FLOATS, INTEGERS, MASKS, instance, number, on_host, refuse_where, seed_bits, shown, tensor
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
@@ -33,12 +33,15 @@ def check_config(config: ThoughtConfig, vocabulary: int) -> ThoughtConfig:
     return config
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    return None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
-
-
 def check_seed(seed: int | None) -> int | None:
     return None if seed is None else seed_bits("seed", seed)
+
+
+def check_think(name: str, think: str | float) -> str | float:
+    """ "always", "never", or a number of nats."""
+    if isinstance(think, str) and think in ("always", "never"):
+        return think
+    return number(name, think, "'always', 'never' or nats of entropy, 0 or more", least=0)
 
 
 def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: ThoughtConfig, embed: nn.Embedding) -> None:
@@ -68,11 +71,7 @@ def _sizes(input_ids: Tensor) -> dict[str, int]:
 
 
 def make_layout(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    anchors: Tensor | None,
-    document_ids: Tensor | None,
-    config: ThoughtConfig,
+    input_ids: Tensor, attention_mask: Tensor | None, anchors: Tensor | None, document_ids: Tensor | None, config: ThoughtConfig
 ) -> ThoughtLayout:
     N, S, device = config.thoughts, config.rows, input_ids.device
     if anchors is not None:

@@ -107,8 +107,7 @@ class ThoughtConfig:
     thought_tokens: int = option(9, "T, sampled tokens in a thought")
     lookahead: int = option(4, "J, next tokens predicted after a thought")
     preset: str = option(
-        "official",
-        "official, paper or small (small models, learning rate 1e-3): fills the fields below that are None",
+        "official", "official, paper or small (small models, learning rate 1e-3): fills the fields below that are None"
     )
     mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
     reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")
@@ -155,30 +154,19 @@ class ThoughtConfig:
         check_choice(owner, self, "advantage", ADVANTAGES)
         check_choice(owner, self, "base_model", ("current", "frozen", "ema"))
         check_choice(owner, self, "anchors", ("all", "random", "entropy", "every", "gate"))
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Fields that depend on each other."""
-        if self.stop_threshold is not None and self.end_token_id is None:
-            raise ValueError(
-                "ThoughtConfig: end_token_id must be given where a thought stops at its probability "
-                f"(stop_threshold={self.stop_threshold}), got None"
-            )
-        if self.thoughts == 1 and (self.reward not in RELATIVE_TO_BASE or self.advantage != "relu"):
-            raise ValueError(
-                "ThoughtConfig: thoughts must be at least 2 if a reward is compared with the other thoughts' mean "
-                f"(reward={self.reward!r}, advantage={self.advantage!r}), got 1"
-            )
-        if (self.kl_weight or self.entropy_weight) and self.policy_temperature != 1:
-            raise ValueError(
-                "ThoughtConfig: policy_temperature must be 1, at which thoughts are sampled, "
-                f"if kl_weight or entropy_weight is not 0, got {self.policy_temperature}"
-            )
-        if self.anchors == "gate" and self.reward not in RELATIVE_TO_BASE:
-            wanted = " or ".join(RELATIVE_TO_BASE)
-            raise ValueError(
-                f"ThoughtConfig: reward must be {wanted} where a gate weighs it against a cost, got {self.reward!r}"
-            )
+        # Fields that depend on each other.
+        ends = self.stop_threshold is None or self.end_token_id is not None
+        wanted = f"given where a thought stops at its probability (stop_threshold={self.stop_threshold})"
+        check(owner, self, "end_token_id", ends, wanted)
+        relative = self.reward in RELATIVE_TO_BASE
+        wanted = "at least 2 if a reward is compared with the other thoughts' mean "
+        wanted += f"(reward={self.reward!r}, advantage={self.advantage!r})"
+        check(owner, self, "thoughts", self.thoughts > 1 or (relative and self.advantage == "relu"), wanted)
+        sampled = self.policy_temperature == 1 or not (self.kl_weight or self.entropy_weight)
+        wanted = "1, at which thoughts are sampled, if kl_weight or entropy_weight is not 0"
+        check(owner, self, "policy_temperature", sampled, wanted)
+        wanted = f"{' or '.join(RELATIVE_TO_BASE)} where a gate weighs it against a cost"
+        check(owner, self, "reward", self.anchors != "gate" or relative, wanted)
 
     @property
     def rows(self) -> int:

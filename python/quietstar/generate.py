@@ -22,7 +22,7 @@ from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.packed import Thinker
 from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.checks import INTEGERS, flag, function, integer, number, tensor
+from quietstar_kernels.checks import INTEGERS, flag, function, integer, tensor
 
 # Text positions are allocated in multiples of this, so that texts of about the same length share their graphs.
 ROOM = 128
@@ -42,9 +42,7 @@ class Thinking:
     on_thoughts: Callable[[Tensor], None] | None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.think, str) or self.think not in ("always", "never"):
-            wanted = "'always', 'never' or nats of entropy, 0 or more"
-            self.think = number("generate: think", self.think, wanted, least=0)
+        self.think = checks.check_think("generate: think", self.think)
         self.thoughts = integer("generate: thoughts", self.thoughts, 1, 65535)
         flag("generate: sample_thoughts", self.sample_thoughts)
         self.seed = checks.check_seed(self.seed)

@@ -81,7 +81,7 @@ class QuietStar(nn.Module):
         adapters.check(model)
         embed = embeddings(model)
         self.thought_config = config = checks.check_config(ThoughtConfig() if config is None else config, len(embed.weight))
-        self.tokenizer = checks.check_tokenizer(tokenizer)
+        self.tokenizer = None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         if flag("verify", verify):

@@ -89,13 +89,7 @@ class ThoughtTrainer(Trainer):
     model: Any
 
     def __init__(
-        self,
-        model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        *more: Any,
-        controls: bool = True,
-        **options: Any,
+        self, model: Any = None, args: Any = None, data_collator: Any = None, *more: Any, controls: bool = True, **options: Any
     ):
         with _seen_by_trl(model):
             super().__init__(model, args, data_collator, *more, **options)

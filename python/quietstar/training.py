@@ -27,21 +27,12 @@ from quietstar.hf.modules import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.packed import QuietStarOutput
-from quietstar.run import figures, snapshots
+from quietstar.run import figures, processes, snapshots
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
 from quietstar.run.figures import decide
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, make_optimizer
-from quietstar.run.processes import (
-    Interrupted,
-    Signals,
-    check_processes,
-    check_same_step,
-    in_any_process,
-    naming_lost_processes,
-    process_state,
-)
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import find_strategy, shard, whole
 from quietstar_kernels.checks import file_path, flag, function, instance, refusal
@@ -101,19 +92,17 @@ def train(
         warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
-    process_state()
+    processes.process_state()
     accelerator = Accelerator(
-        mixed_precision=config.precision,
-        log_with=config.tracker or None,
-        project_dir=config.out if config.tracker else None,
+        mixed_precision=config.precision, log_with=config.tracker or None, project_dir=config.out if config.tracker else None
     )
     if config.tracker and not accelerator.log_with:  # Accelerate passes over it
         raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
     strategy = find_strategy(config)
-    check_processes(accelerator.num_processes, config, strategy)
+    processes.check_processes(accelerator.num_processes, config, strategy)
     checkpoint = find_checkpoint(resume, config, qs.thought_config)
     done = snapshots.load(checkpoint, qs) if checkpoint else 0
-    check_same_step(accelerator, done, config)
+    processes.check_same_step(accelerator, done, config)
     if strategy != "no":
         shard(qs, strategy, config.precision)
     weights = [p for p in qs.parameters() if p.requires_grad]
@@ -134,7 +123,7 @@ def train(
     save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 
     evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None
-    with Display(config.steps, done, progress and accelerator.is_main_process) as display, Signals() as signals:
+    with Display(config.steps, done, progress and accelerator.is_main_process) as display, processes.Signals() as signals:
         finished = done
         before: dict[str, float] = {}
         unread: list[tuple[int, figures.Reading, float]] = []  # the last step, of which the device may not be done
@@ -159,7 +148,7 @@ def train(
                 accelerator.log(line, step=finished)
 
         try:
-            with naming_lost_processes():
+            with processes.naming_lost_processes():
                 if evaluated and evaluate_first and not done:
                     before = evaluated(display, 0, "eval_0_")
                 for step in range(done, config.steps):
@@ -174,14 +163,14 @@ def train(
                     unread.append((finished, reading, time.perf_counter() - started))
                     if due:
                         log()
-                    stop = in_any_process(accelerator, signals.caught)
+                    stop = processes.in_any_process(accelerator, signals.caught)
                     if saves or stop:
                         log()
                         save(finished, write=accelerator.is_main_process)
                         accelerator.wait_for_everyone()
                     if stop:
                         break
-                stop = in_any_process(accelerator, signals.caught)  # it may have come while the last step was saved
+                stop = processes.in_any_process(accelerator, signals.caught)  # it may have come while the last step was saved
         except ConnectionError:
             log()
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
@@ -192,7 +181,7 @@ def train(
     for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
     if stop:  # even after the last step: the caller may have more to do
-        raise Interrupted(finished, snapshots.folder(config.out, finished))
+        raise processes.Interrupted(finished, snapshots.folder(config.out, finished))
     return metrics.lines
 
 
@@ -217,13 +206,7 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
 
 
 def _step(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    data: Sequence[Example],
-    config: TrainConfig,
-    loss: Loss,
-    step: int,
+    accelerator: Accelerator, model: Any, optimizer: Any, data: Sequence[Example], config: TrainConfig, loss: Loss, step: int
 ) -> figures.Reading:
     """One optimizer step, or ``config.updates`` of them on the same thoughts; returns the figures of all processes.
 

@@ -144,11 +144,6 @@ def check_out_folder(out: str) -> None:
         raise UsageError(f"--out must be a folder that can be written to, got {out}")
 
 
-def check_seed(seed: int | None) -> None:
-    if seed is not None and not 0 <= seed < 2**32:
-        raise UsageError(f"--seed must be from 0 to 4,294,967,295, got {seed}")
-
-
 def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, allow_bin: bool = False) -> QuietStar:
     """Wrap a plain language model, or continue with ``thoughts`` from one that thinks already."""
     if not native.thinks(name):

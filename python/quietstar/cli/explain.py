@@ -8,15 +8,7 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from quietstar.cli.common import (
-    Checkpoint,
-    UsageError,
-    check_out_file,
-    check_unseen,
-    load_checkpoint,
-    source_name,
-    text_tokenizer,
-)
+from quietstar.cli import common
 from quietstar.cli.ignored import Rule
 from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
@@ -30,14 +22,13 @@ from quietstar.model import QuietStar
 class Explain:
     """Write a page that shows what thinking does to each token of a text."""
 
-    model: Checkpoint
+    model: common.Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text; default one that the model's run held out")]] = ""
     file: Annotated[str, arg(help="a UTF-8 file with the text")] = ""
     held_out: Annotated[int, arg(help="which of the texts that the run held out, from 0")] = 0
     out: Annotated[tuple[str, ...], arg(help="pages to write; all numbers where the name ends in .json")] = ("explain.html",)
     another: Annotated[
-        str,
-        arg(help="the text whose thoughts are the control; default another that was held out, or TEXT from half of it on"),
+        str, arg(help="the text whose thoughts are the control; default another that was held out, or TEXT from half of it on")
     ] = ""
     seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest tokens")] = None
 
@@ -47,11 +38,11 @@ class Explain:
         if self.text and self.file:
             raise ValueError("explain takes a text or --file, one of the two")
         if self.held_out < 0:
-            raise UsageError(f"--held-out must be 0 or more, got {self.held_out}")
+            raise common.UsageError(f"--held-out must be 0 or more, got {self.held_out}")
         for path in self.out:
-            check_out_file(path, self.file)
+            common.check_out_file(path, self.file)
         text = read_utf8(self.file) if self.file else self.text
-        qs = load_checkpoint(self.model)
+        qs = common.load_checkpoint(self.model)
         another = self.another or None
         if not text:
             text, other = self._held_out_texts(qs)
@@ -65,13 +56,13 @@ class Explain:
         """As much of the text as the run would evaluate, and of one to compare its thoughts with, if there is one."""
         if not qs.trained_on:
             raise ValueError(f"{self.model}: it doesn't say what its run held out: give explain a text or --file")
-        config, tokenizer = data_config(qs.trained_on[-1]), text_tokenizer(qs)
+        config, tokenizer = data_config(qs.trained_on[-1]), common.text_tokenizer(qs)
         data = load_data(config, tokenizer, qs.thought_config.lookahead)
-        check_unseen(self.model, qs.trained_on, config, data, "give explain a text or --file")
+        common.check_unseen(self.model, qs.trained_on, config, data, "give explain a text or --file")
         n = len(data.held_out)
         if self.held_out >= n:
             raise ValueError(f"{self.model}: its run held out {n} texts, so there is no text {self.held_out}")
-        print(f"text {self.held_out} of the {n} that the run held out, from {source_name(config.data)}")
+        print(f"text {self.held_out} of the {n} that the run held out, from {common.source_name(config.data)}")
         chosen = [self.held_out, (self.held_out + n // 2) % n]
         one, other = (tokenizer.decode(data.held_out[i]["input_ids"], skip_special_tokens=True) for i in chosen)
         return one, other if n > 1 else None

@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer
 from tyro.conf import Positional, arg
 
 from quietstar.checks import pad_id
-from quietstar.cli.common import Checkpoint, ThinkWhen, UsageError, check_seed, load_checkpoint, read_think, text_tokenizer
+from quietstar.cli.common import Checkpoint, ThinkWhen, UsageError, load_checkpoint, read_think, text_tokenizer
 from quietstar.cli.ignored import Rule
 from quietstar.explanation.tokens import token_text
 
@@ -39,9 +39,7 @@ class Generate:
         Rule("thoughts", lambda o: not o.sample_thoughts, "without --sample-thoughts"),
         Rule("top_p top_k", lambda o: o.temperature == 0, "without --temperature above 0"),
         Rule(
-            "seed",
-            lambda o: o.temperature == 0 and not o.sample_thoughts,
-            "without --temperature above 0 or --sample-thoughts",
+            "seed", lambda o: o.temperature == 0 and not o.sample_thoughts, "without --temperature above 0 or --sample-thoughts"
         ),
     ]
 
@@ -51,7 +49,8 @@ class Generate:
         think = read_think(self.think)
         if self.temperature < 0:
             raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
-        check_seed(self.seed)
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed must be from 0 to 4,294,967,295, got {self.seed}")
         qs = load_checkpoint(self.model)
         tokenizer = text_tokenizer(qs)
         inputs = tokenizer(self.text or self.prompt, return_tensors="pt").to(qs.start_embedding.device)

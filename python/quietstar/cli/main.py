@@ -18,21 +18,9 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from quietstar.cli import common
 from quietstar.cli.ask import Ask
-from quietstar.cli.common import (
-    DATA,
-    PIPE,
-    RUNTIME,
-    SAVED,
-    STOPPED,
-    USAGE,
-    Failure,
-    UsageError,
-    first_line,
-    one_line,
-    runtime_failure,
-    short_warnings,
-)
+from quietstar.cli.common import DATA, PIPE, RUNTIME, SAVED, STOPPED, USAGE, Failure, UsageError
 from quietstar.cli.doctor import Doctor
 from quietstar.cli.eval import Eval
 from quietstar.cli.explain import Explain
@@ -44,16 +32,7 @@ from quietstar.cli.train import Train
 from quietstar.run.processes import Interrupted
 
 GROUP = "quietstar.commands"
-OWN: dict[str, type] = {
-    "train": Train,
-    "think": Think,
-    "generate": Generate,
-    "explain": Explain,
-    "eval": Eval,
-    "ask": Ask,
-    "export": Export,
-    "doctor": Doctor,
-}
+OWN = {command.__name__.lower(): command for command in (Train, Think, Generate, Explain, Eval, Ask, Export, Doctor)}
 
 
 class Commands(Mapping[str, Any]):
@@ -75,7 +54,8 @@ class Commands(Mapping[str, Any]):
         try:
             return entry.load()
         except (ImportError, AttributeError) as error:
-            raise Failure(USAGE, f"{entry.value}, of the command {name}, can't be imported: {first_line(error)}") from error
+            text = f"{entry.value}, of the command {name}, can't be imported: {common.first_line(error)}"
+            raise Failure(USAGE, text) from error
 
     def needed_by(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The commands to choose from: the other packages' alone that is named, or all of them for --help and completion."""
@@ -113,15 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code, text = _run(list(sys.argv[1:] if arguments is None else arguments))
         if text:
-            print(f"quietstar: {one_line(text)}", file=sys.stderr)
-        _flush()
+            print(f"quietstar: {common.one_line(text)}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
     except BrokenPipeError:
         _drop_output()
         return PIPE
     except OSError as error:  # such as a disk that is full
         _drop_output()
         if not code:
-            print(f"quietstar: the output can't be written: {first_line(error)}", file=sys.stderr)
+            print(f"quietstar: the output can't be written: {common.first_line(error)}", file=sys.stderr)
         return code or RUNTIME
     return code
 
@@ -130,7 +112,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     """The exit code, and what to say about an error."""
     try:
         _check_command(arguments)
-        with on_terminal(), short_warnings():
+        with on_terminal(), common.short_warnings():
             parse(COMMANDS.needed_by(arguments), arguments).run()
         return 0, ""
     except UsageError as error:
@@ -138,13 +120,13 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     except Failure as error:
         return error.code, str(error)
     except ValueError as error:
-        return DATA, first_line(error)
+        return DATA, common.first_line(error)
     except Interrupted as stop:
         return SAVED, f"{stop}; continue with --resume"
     except BrokenPipeError:
         raise
     except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        reason = runtime_failure(error)
+        reason = common.runtime_failure(error)
         if reason is None:
             raise
         return RUNTIME, reason
@@ -176,12 +158,6 @@ def _check_command(arguments: list[str]) -> None:
     similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
     advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
     raise UsageError(f"there is no command {name[:100]}: {advice}")
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            stream.flush()
 
 
 def _drop_output() -> None:

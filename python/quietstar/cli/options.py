@@ -40,8 +40,8 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
     )
-    check_ignored(getattr(command, "ignored", ()), _flat(command), typed)
-    report_changes(getattr(command, "model", ""), from_model, _flat(command))
+    check_ignored(getattr(command, "ignored", ()), flat(command), typed)
+    report_changes(getattr(command, "model", ""), from_model, flat(command))
     return command
 
 
@@ -69,7 +69,7 @@ def _check_texts(arguments: list[str]) -> None:
             raise UsageError(f"{argument[:60]!a}... is too long: {LONGEST:,} characters are the most of an option")
 
 
-def _flat(command: Any) -> dict[str, Any]:
+def flat(command: Any) -> dict[str, Any]:
     """All options of a command by name, with those of its config classes."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(command):
@@ -126,14 +126,11 @@ def _as_typed(values: dict[str, Any]) -> list[str]:
     return typed
 
 
-def _has_help(config: Any) -> bool:
-    return dataclasses.is_dataclass(config) and all("help" in field.metadata for field in dataclasses.fields(config))
-
-
 def _struct_rule(info: Any) -> StructConstructorSpec | None:
     """Options from the fields of the config classes and their help texts."""
     config = info.type
-    if not _has_help(config):
+    described = dataclasses.is_dataclass(config) and all("help" in field.metadata for field in dataclasses.fields(config))
+    if not described:
         return None
 
     def make(**values: Any) -> Any:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from quietstar.evaluation.intervals import PARTS, verdict
-from quietstar.files.pictures import legend_above, save
+from quietstar.files.pictures import can_draw, legend_above, save
 from quietstar.run import snapshots
 
 Line = Mapping[str, float]
 GREY, BLUE, RED, GREEN = "#8c8c8c", "#2f6f9f", "#c0563b", "#2d7d46"
 WIDTH = 9  # inches
 SMOOTHED = 20  # as many parts of a run are averaged
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:

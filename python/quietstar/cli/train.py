@@ -6,10 +6,10 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from accelerate.utils import set_seed
 from tyro.conf import arg
@@ -17,23 +17,9 @@ from tyro.conf import arg
 from quietstar.checkpoints import native
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.cli.common import (
-    DATA,
-    RUNTIME,
-    SAVED,
-    AllowBin,
-    Controls,
-    Failure,
-    check_out_folder,
-    check_seed,
-    check_unseen,
-    held_out_text,
-    load_model,
-    runtime_failure,
-)
-from quietstar.cli.ignored import DATA as DATA_RULES
-from quietstar.cli.ignored import LORA, THOUGHTS, Rule
-from quietstar.cli.options import read_config
+from quietstar.cli import common
+from quietstar.cli.ignored import DATA, LORA, THOUGHTS, Rule
+from quietstar.cli.options import flat, read_config
 from quietstar.cli.summary import finish
 from quietstar.config import MAY_DIFFER, AdapterConfig, Dtype, ThoughtConfig, TrainConfig
 from quietstar.data.held_out import describe
@@ -48,8 +34,6 @@ from quietstar.run.resume import Settings, check_folder
 from quietstar.training import train
 
 CONFIG = "config.json"
-# Options of the command itself that its config file has.
-OWN = ("model", "dtype", "allow_bin", "compile", "gradient_checkpointing", "thoughts_from", "controls")
 
 
 @dataclass
@@ -68,8 +52,8 @@ class Train:
     gradient_checkpointing: Annotated[bool, arg(help="recompute activations in the backward pass, to save memory")] = field(
         default=False, metadata=MAY_DIFFER
     )
-    allow_bin: AllowBin = field(default=False, metadata=MAY_DIFFER)
-    controls: Controls = field(default=True, metadata=MAY_DIFFER)
+    allow_bin: common.AllowBin = field(default=False, metadata=MAY_DIFFER)
+    controls: common.Controls = field(default=True, metadata=MAY_DIFFER)
     thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
     config: Annotated[str, arg(help=f"JSON or YAML file of options, such as a run's {CONFIG}; typed options win")] = field(
         default="", metadata=MAY_DIFFER
@@ -80,7 +64,7 @@ class Train:
 
     inherits: ClassVar = (DataConfig, ThoughtConfig)
     ignored: ClassVar = [
-        *DATA_RULES,
+        *DATA,
         *THOUGHTS,
         *LORA,
         Rule("eval_every controls", lambda o: o.held_out < 2, "unless --held-out is 2 or more"),
@@ -88,8 +72,7 @@ class Train:
     ]
 
     def run(self) -> None:
-        check_seed(self.train.seed)
-        check_out_folder(self.train.out)
+        common.check_out_folder(self.train.out)
         with only_run_in(self.train.out):
             self._run()
 
@@ -98,8 +81,8 @@ class Train:
         set_seed(self.train.seed)  # the mixing head's first weights are random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
-        qs = load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
-        check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
+        qs = common.load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
+        common.check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
         qs.trained_on = (*qs.trained_on, describe(self.data, data, self.model))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
@@ -114,35 +97,28 @@ class Train:
             evaluation = partial(evaluate, examples=data.held_out, batch_size=size, controls=self.controls)
         self._check_same_run(qs.trained_on)
         try:
-            self._print(f"{len(data.train):,} examples to train on, {held_out_text(data)}, to {self.train.out}")
-            self._write_config()
+            if process_state().is_main_process:
+                print(f"{len(data.train):,} examples to train on, {common.held_out_text(data)}, to {self.train.out}")
+                if not snapshots.every(self.train.out):
+                    Path(self.train.out).mkdir(parents=True, exist_ok=True)
+                    options = {name: value for name, value in flat(self).items() if name not in ("config", "resume")}
+                    write_whole(Path(self.train.out) / CONFIG, json.dumps(options, indent=2) + "\n")
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
-            raise Failure(SAVED, f"stopped by a signal; saved {stop.checkpoint}; continue with: {again}") from stop
+            text = f"stopped by a signal; saved {stop.checkpoint}; continue with: {again}"
+            raise common.Failure(common.SAVED, text) from stop
         except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-            reason = runtime_failure(error)
+            reason = common.runtime_failure(error)
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
-            raise Failure(RUNTIME, f"{reason}; {self._last_whole()}") from error
+            path = snapshots.newest_whole(self.train.out)
+            kept = f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
+            raise common.Failure(common.RUNTIME, f"{reason}; {kept}") from error
         if process_state().is_main_process:
             print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
-
-    def options(self) -> dict[str, Any]:
-        """All options by name, as ``--config`` takes them."""
-        own = {name: getattr(self, name) for name in OWN}
-        return own | asdict(self.data) | asdict(self.thoughts) | asdict(self.lora) | asdict(self.train)
-
-    def _print(self, text: str) -> None:
-        if process_state().is_main_process:
-            print(text)
-
-    def _write_config(self) -> None:
-        if process_state().is_main_process and not snapshots.every(self.train.out):
-            Path(self.train.out).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(self.train.out) / CONFIG, json.dumps(self.options(), indent=2) + "\n")
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
@@ -155,9 +131,6 @@ class Train:
                 description = native.read_description(path)
                 before = description[1] if description else ()
                 if before and before[-1].sha256 != trained_on[-1].sha256:
-                    raise Failure(DATA, f"{run}: {self.data.data} has changed since the run began: resume needs it as it was")
+                    text = f"{run}: {self.data.data} has changed since the run began: resume needs it as it was"
+                    raise common.Failure(common.DATA, text)
                 break
-
-    def _last_whole(self) -> str:
-        path = snapshots.newest_whole(self.train.out)
-        return f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"

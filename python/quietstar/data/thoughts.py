@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +111,18 @@ def write_records(path: str | os.PathLike, columns: dict[str, tuple[str, int]]) 
         columns: for each field its name and, for parquet, the type of its values and how deeply lists nest them.
     """
     path = _checked(path)
-    if path.suffix == ".parquet":
-        _parquet(path)
-    with beside(path) as file, _writer(path.suffix, file, columns) as write:
-        yield write
-
-
-@contextmanager
-def _writer(suffix: str, file: Path, columns: dict[str, tuple[str, int]]) -> Iterator[Write]:
-    if suffix == ".jsonl":
-        with open(file, "w", encoding="utf-8") as lines:
+    if path.suffix == ".jsonl":
+        with beside(path) as file, open(file, "w", encoding="utf-8") as lines:
             yield lambda records: lines.writelines(json.dumps(record) + "\n" for record in records)
         return
-    parquet = _parquet(file)
+    parquet = _parquet(path)
     import pyarrow
 
     def kind(value: str, lists: int) -> Any:
         return pyarrow.list_(kind(value, lists - 1)) if lists else getattr(pyarrow, value)()
 
     schema = pyarrow.schema([(name, kind(*column)) for name, column in columns.items()])
-    with parquet.ParquetWriter(file, schema) as rows:
+    with beside(path) as file, parquet.ParquetWriter(file, schema) as rows:
         yield lambda records: rows.write_table(pyarrow.Table.from_pylist(list(records), schema))
 
 
@@ -289,7 +281,9 @@ class OfflineThoughts(Sequence[Example]):
         first: tuple[int, set[str]] | None = None
         for number, record in self.records:
             where = self._where(number)
-            self._check_tokenizer(where, record.tokenizer)
+            if record.tokenizer != self.tokenizer:
+                here, there = (f"{x[:12]}…" if x else "none" for x in (self.tokenizer, record.tokenizer))
+                raise ValueError(f"{where}: tokenizer must be the model's, {here}, got {there}")
             digest = record.text
             if digest not in waiting:
                 raise ValueError(
@@ -315,20 +309,17 @@ class OfflineThoughts(Sequence[Example]):
             )
         return numbers
 
-    def _check_tokenizer(self, where: str, tokenizer: str) -> None:
-        if tokenizer != self.tokenizer:
-            here, there = (f"{x[:12]}…" if x else "none" for x in (self.tokenizer, tokenizer))
-            raise ValueError(f"{where}: tokenizer must be the model's, {here}, got {there}")
-
     def _join(self, where: str, record: ThoughtRecord, example: Example) -> Example:
         """The example with its record's thoughts, after a check of the record."""
         L, N, T = len(example["input_ids"]), self.config.thoughts, self.config.thought_tokens
         joined = {name: x for name, x in example.items() if name != "anchors"}
         P = L
         if record.anchors is not None:
-            _check_anchors(where, record.anchors, L)
-            P = len(record.anchors)
-            joined["anchors"] = torch.tensor(record.anchors or [-1])
+            anchors, P = record.anchors, len(record.anchors)
+            if not all(0 <= place < L for place in anchors) or any(b <= a for a, b in pairwise(anchors)):
+                got = str(anchors) if len(str(anchors)) < 60 else f"{str(anchors)[:57]}…"
+                raise ValueError(f"{where}: anchors must be positions from 0 to L-1={L - 1}, ascending, got {got}")
+            joined["anchors"] = torch.tensor(anchors or [-1])
         lengths, ids = _unpack(where, "thought_ids", record.thought_ids, (P, N, T))
         self._check_ids(where, ids)
         joined["thought_lengths"] = torch.tensor(lengths or [[0] * N])
@@ -340,7 +331,9 @@ class OfflineThoughts(Sequence[Example]):
             same, logprob = _unpack(where, "logprob", record.logprob, (P, N, T))
             if same != lengths:
                 raise ValueError(f"{where}: logprob must have a number for each token of thought_ids")
-            _check_logprob(where, logprob)
+            for value in logprob:
+                if not -math.inf < value <= ROUNDING:
+                    raise ValueError(f"{where}: logprob must be log-probabilities, finite and at most 0, got {value!r}")
             if self.config.policy_temperature == 1:  # the temperature of the file's log-probabilities
                 joined["old_logprob"] = torch.zeros(on.shape).masked_scatter(on, torch.tensor(logprob))
         return joined
@@ -352,11 +345,6 @@ class OfflineThoughts(Sequence[Example]):
         for token in self.config.banned:
             if token in ids:
                 raise ValueError(f"{where}: thought_ids must not hold the start- or end-of-thought id {token}")
-
-
-def _check_anchors(where: str, anchors: list[int], L: int) -> None:
-    if not all(0 <= place < L for place in anchors) or any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
-        raise ValueError(f"{where}: anchors must be positions from 0 to L-1={L - 1}, ascending, got {_short(anchors)}")
 
 
 def _unpack(
@@ -374,17 +362,6 @@ def _unpack(
                 raise ValueError(f"{where}: {name} must have at most T={T} tokens in a thought, got {len(one)}")
     lengths = [[len(one) for one in several] for several in values]
     return lengths, [x for several in values for one in several for x in one]
-
-
-def _check_logprob(where: str, values: list[float]) -> None:
-    for value in values:
-        if not -math.inf < value <= ROUNDING:
-            raise ValueError(f"{where}: logprob must be log-probabilities, finite and at most 0, got {value!r}")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 60 else f"{text[:57]}…"
 
 
 def _sha256(text: str) -> str:

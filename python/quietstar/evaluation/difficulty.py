@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,11 +79,6 @@ def difficulty_text(tenths: dict[str, list[Group]]) -> str:
             cells = "".join(f"{format_gain(group, part):<28}" for part in parts)
             lines.append(f"  {group['easiest']:9.3f} to {group['hardest']:7.3f}       {cells}".rstrip())
     return "\n".join(lines)
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:

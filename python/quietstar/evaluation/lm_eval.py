@@ -21,10 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.checks import pad_id
+from quietstar.checks import check_think, pad_id
 from quietstar.evaluation.questions.answers import batches_by_length, continue_texts
 from quietstar.evaluation.scoring import score_tokens
-from quietstar.generate import Thinking
 from quietstar.model import QuietStar
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class QuietStarLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"quietstar: batch_size must be a number of texts, 1 or more, got {batch_size!r}")
-        Thinking(think, 1, False, None, None, None)
+        check_think("generate: think", think)
         self._device = torch.device(device or "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             self._device = torch.device("cpu")

@@ -13,7 +13,7 @@ from quietstar import checks
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.model import QuietStar
-from quietstar_kernels.checks import INTEGERS, instance, integer, items, number, refusal, tensor
+from quietstar_kernels.checks import INTEGERS, instance, integer, items, refusal, tensor
 
 # At a time: thought rows of the packed forward, and logits.
 ROWS, LOGITS = 2**13, 2**24
@@ -57,8 +57,7 @@ def score_tokens(
     """
     one = one_thought(qs)
     _check(one, texts, places, allowed)
-    if not isinstance(think, str) or think not in ("always", "never"):
-        think = number("think", think, "'always', 'never' or nats of entropy, 0 or more", least=0)
+    think = checks.check_think("think", think)
     device = qs.start_embedding.device
     input_ids, attention_mask = _pad(texts, 0, device), _pad([[1] * len(text) for text in texts], 0, device)
     anchors = _pad([[place - 1 for place in row] for row in places], -1, device)

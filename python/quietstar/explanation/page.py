@@ -31,13 +31,16 @@ JOINERS = "\u200c\u200d"  # part of Persian words and of emoji
 
 def render(model: dict[str, Any], settings: dict[str, Any], summary: dict[str, Any], tokens: list[ExplainedToken]) -> str:
     """The page of a ``Report`` with these attributes."""
-    template, style, script = (_asset(f"explain.{kind}") for kind in ("html", "css", "js"))
+    folder = files("quietstar.explanation") / "assets"
+    template, style, script = ((folder / f"explain.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    # A folder's name may hold bytes that are no text, which Python keeps as halves of surrogate pairs.
+    described = describe(model, settings, tokens).encode(errors="backslashreplace").decode()
     parts = {
         "style": style,
         "script": script,
         "style_hash": _hash(style),
         "script_hash": _hash(script),
-        "model": html.escape(_encodable(describe(model, settings, tokens))),
+        "model": html.escape(described),
         **figures(summary),
         "legend": _legend(tokens),
         "text": "".join(_span(token) for token in tokens),
@@ -101,11 +104,6 @@ def _span(token: ExplainedToken) -> str:
     return f'<span class="{colour(token.content)}">{shown}</span>'
 
 
-def _encodable(text: str) -> str:
-    """A folder's name may hold bytes that are no text, which Python keeps as halves of surrogate pairs."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _legend(tokens: list[ExplainedToken]) -> str:
     """A cell for each colour with how many tokens have it, then the edges between the cells."""
     counts = dict.fromkeys(CLASSES, 0)
@@ -151,10 +149,6 @@ def _as_script_data(value: Any) -> str:
     """JSON in ASCII, in which no "<", ">" or "&" is left that could end the script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _asset(name: str) -> str:
-    return (files("quietstar.explanation") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -144,16 +144,19 @@ def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str) -> Tensor:
 
 def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: int) -> Thoughts:
     """The thoughts at all places of a text but its last."""
-    places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
-    sampling = Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0)
-    sequence_ids = checks.check_sequence_ids(torch.tensor([sequence_id], device=input_ids.device), input_ids)
-    parts = []
-    for anchors in places.split(max(1, ROWS // (thinker.config.thoughts * thinker.config.rows))):
-        layout = thinker.layout(input_ids, anchors=anchors[None])
-        model, head = thinker.model, thinker.lm_head
-        thoughts = sample_thoughts(model, head, thinker.start, input_ids, layout, sequence_ids, seed or 0, sampling)
-        parts.append(thoughts.checked(model, layout))
-    return Thoughts.join(parts)
+    layout = thinker.layout(input_ids, anchors=torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None])
+    thoughts = sample_thoughts(
+        thinker.model,
+        thinker.lm_head,
+        thinker.start,
+        input_ids,
+        layout,
+        torch.full_like(input_ids, sequence_id),
+        seed or 0,
+        Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0),
+        anchor_chunk=max(1, ROWS // (thinker.config.thoughts * thinker.config.rows)),
+    )
+    return thoughts.checked(thinker.model, layout)
 
 
 def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
 
@@ -10,6 +11,11 @@ from quietstar.files.writing import write_whole
 
 SIZE = 8  # points, of a legend's text
 INCHES_PER_LETTER, INCHES_PER_ENTRY = 0.063, 0.5
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def legend_above(axes: Any, width: float) -> None:

@@ -211,14 +211,10 @@ def _keep(file: Path, target: Path) -> None:
                 _keep(inner, target / inner.name)
             shutil.copystat(file, target)  # some remove the oldest of the folders
     elif not os.path.lexists(target):
-        _link(file, target)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(file, target, follow_symlinks=False)
+        try:
+            os.link(file, target, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, target, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -91,7 +91,9 @@ def check(model: nn.Module) -> None:
     _check_kind(configs[NAME])
     if not isinstance(unwrapped(model).get_output_embeddings(), nn.Linear):
         raise ValueError("adapters must leave out the output head: thoughts are sampled from its own weight")
-    if unsaved := _unsaved(model):
+    saved = _saved(model)
+    unsaved = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in saved]
+    if unsaved:
         raise ValueError(f"the base must be frozen where adapters are trained, got gradients for {', '.join(unsaved[:3])}")
 
 
@@ -187,12 +189,6 @@ def _saved(model: nn.Module) -> set[int]:
 
     parameters = dict(model.named_parameters())
     return {id(x) for x in get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False).values()}
-
-
-def _unsaved(model: nn.Module) -> list[str]:
-    """Parameters that would be trained but not saved."""
-    saved = _saved(model)
-    return [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in saved]
 
 
 def _base_matrices(model: nn.Module) -> dict[str, Tensor]:

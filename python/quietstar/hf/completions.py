@@ -82,17 +82,8 @@ class PackedCompletions:
         packed.positions = self.longest  # less than the layout's bound, which adds up all prompts
         hidden = decode_rows(model, embeddings(model)(self.token_ids), self.layout.position_ids(), packed)
         with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
-            rows, weight, bias = head.operands(hidden[0].index_select(0, self.rows))
-            out = linear_logprob(
-                rows,
-                weight,
-                self.targets,
-                bias=bias,
-                scale=head.scale,
-                softcap=head.softcap,
-                temperature=temperature,
-                return_entropy=return_entropy,
-            )
+            rows = hidden[0].index_select(0, self.rows)
+            out = head.apply(linear_logprob, rows, self.targets, temperature=temperature, return_entropy=return_entropy)
         logprob, entropy = out if isinstance(out, tuple) else (out, None)
         return self._spread(logprob), None if entropy is None else self._spread(entropy)
 

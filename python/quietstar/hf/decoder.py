@@ -237,11 +237,7 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]."""
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = backbone(model)(
-        inputs_embeds=embeds,
-        attention_mask=ones,
-        position_ids=position_ids,
-        use_cache=False,
-        thought_layout=thought_pass,
+        inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
     ).last_hidden_state
     check_arrived(thought_pass, model)
     return hidden

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,32 +61,24 @@ class Runner:
 EAGER = Runner()
 
 
-class Capture(Protocol):
-    """Captures graphs. Tests have an implementation for CPUs."""
-
-    def why_not(self, device: torch.device) -> str | None:
-        """None if graphs can be captured on a device, else the reason in words."""
-        ...
-
-    def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """The tensors that hold the results after each replay, and the function that replays. Raises RuntimeError."""
-        ...
-
-
 class CudaCapture:
-    """``torch.cuda.graph``. All graphs of a device share one memory pool, because only one runs at a time."""
+    """``torch.cuda.graph``; tests have another one, for CPUs. All graphs of a device share one memory pool, because only one
+    runs at a time.
+    """
 
     def __init__(self) -> None:
         # A pool and a stream for each device: on another device's stream, a capture would record nothing.
         self._places: dict[torch.device, tuple[Any, Any]] = {}
 
     def why_not(self, device: torch.device) -> str | None:
+        """None if graphs can be captured on a device, else the reason in words."""
         if device.type != "cuda":
             return f"the model is on {device}"
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
         return f"QUIETSTAR_BACKEND is {backend}" if backend in ("reference", "cpu") else None
 
     def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """The tensors that hold the results after each replay, and the function that replays. Raises RuntimeError."""
         if device not in self._places:
             self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         pool, stream = self._places[device]
@@ -117,7 +109,7 @@ class Graphs:
         spare: an object that bodies work on, kept for as long as the graphs.
     """
 
-    def __init__(self, capture: Capture | None = None):
+    def __init__(self, capture: CudaCapture | None = None):
         self.capture = capture or CudaCapture()
         self.why: str | None = None
         self._logged: set[str] = set()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,38 +30,22 @@ class LMHead:
         bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
         return hidden.flatten(0, -2).to(dtype), self.linear.weight.to(dtype), bias
 
+    def apply(self, op: Callable[..., Any], hidden: Tensor, *inputs: Any, **options: Any) -> Any:
+        """What an operation of ``quietstar_kernels`` on rows and an output layer returns for hidden [...,D]."""
+        rows, weight, bias = self.operands(hidden)
+        return op(rows, weight, *inputs, bias=bias, scale=self.scale, softcap=self.softcap, **options)
+
     def sample(
         self, hidden: Tensor, counters: Tensor, seed: int | Tensor, temperature: float, banned: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """hidden [...,D] and counters [...,4] to ids and log-probabilities [...]; ``quietstar_kernels.sample_token``."""
-        rows, weight, bias = self.operands(hidden)
-        ids, logprob = sample_token(
-            rows,
-            weight,
-            counters.flatten(0, -2),
-            seed,
-            bias=bias,
-            scale=self.scale,
-            softcap=self.softcap,
-            temperature=temperature,
-            banned=banned,
-        )
+        counters = counters.flatten(0, -2)
+        ids, logprob = self.apply(sample_token, hidden, counters, seed, temperature=temperature, banned=banned)
         return ids.view(hidden.shape[:-1]), logprob.view(hidden.shape[:-1])
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
         """Log-probabilities of ``targets`` [...] given hidden [...,D]; fp32, 0 where the target is -100."""
-        rows, weight, bias = self.operands(hidden)
-        out = linear_logprob(
-            rows,
-            weight,
-            targets.flatten(),
-            bias=bias,
-            scale=self.scale,
-            softcap=self.softcap,
-            temperature=temperature,
-            banned=banned,
-        )
-        assert isinstance(out, Tensor)
+        out = self.apply(linear_logprob, hidden, targets.flatten(), temperature=temperature, banned=banned)
         return out.view(targets.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -91,17 +91,12 @@ def _compare(model: PreTrainedModel) -> VerifyReport:
     stepwise = _stepwise(model, text_ids, thought_ids, layout)
 
     true_text = _ordinary(model, text_ids)[0]
-    true_thoughts = torch.stack(
-        [
-            torch.stack(
-                [
-                    _ordinary(model, torch.cat([text_ids[:, : anchor + 1], thought[None]], 1))[0, anchor + 1 :]
-                    for thought in thought_ids[0, place]
-                ]
-            )
-            for place, anchor in enumerate(anchors[0].tolist())
-        ]
-    )
+    alone = [
+        _ordinary(model, torch.cat([text_ids[:, : anchor + 1], thought[None]], 1))[0, anchor + 1 :]
+        for place, anchor in enumerate(anchors[0].tolist())
+        for thought in thought_ids[0, place]
+    ]
+    true_thoughts = torch.stack(alone).unflatten(0, (layout.P, layout.N))
     if not bool(true_text.isfinite().all() and true_thoughts.isfinite().all()):
         raise not_finite(model, "on random tokens")
     return VerifyReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,16 +34,9 @@ def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int
     return chosen
 
 
-_orders: dict[tuple[int, int, int], Tensor] = {}
-
-
+@lru_cache(maxsize=1)
 def _order(texts: int, seed: int, epoch: int) -> Tensor:
-    key = (texts, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        generator = torch.Generator().manual_seed(mix_seed(seed, -1 - epoch))
-        _orders[key] = torch.randperm(texts, generator=generator)
-    return _orders[key]
+    return torch.randperm(texts, generator=torch.Generator().manual_seed(mix_seed(seed, -1 - epoch)))
 
 
 def mix_seed(seed: int, step: int) -> int:

@@ -47,9 +47,7 @@ def add_up(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def total_counts(accelerator: Accelerator, parts: list[Counts]) -> Counts:
     """The counts of the whole step, over parts and processes."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    total = reduce(add, parts)
     counts = (moved(x, accelerator.device) for x in (total.base, total.mix, total.places, total.tokens))
     return Counts(*(accelerator.reduce(x) for x in counts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,10 @@ class Metrics:
         self.lines: list[dict[str, float]] = []
         if done and path.exists():
             *whole, rest = read_utf8(path).split("\n")
-            for number, text in enumerate([*whole, *_if_whole(rest)], 1):
+            with suppress(ValueError):  # nothing, or half a line from a run that was killed, which is dropped
+                json.loads(rest)
+                whole.append(rest)
+            for number, text in enumerate(whole, 1):
                 line = json_value(text, f"{path}: line {number}")
                 if as_type(kind, line, f"{path}: line {number}").step <= done:
                     self.lines.append(line)
@@ -61,15 +65,6 @@ class Metrics:
         if self.write:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _if_whole(rest: str) -> list[str]:
-    """What follows the last line break: nothing, or half a line from a run that was killed, which is dropped, or a line."""
-    try:
-        json.loads(rest)
-    except ValueError:
-        return []
-    return [rest]
 
 
 # The most important first: where the terminal is narrow, the last ones are left out.
@@ -111,8 +106,9 @@ class Display:
     def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """Print what an evaluation after ``step`` steps found, above the bar."""
         if self._shown:
+            others = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in scores.items())
             # Not to stdout: a run must not end because nobody reads that any more.
-            tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else _all(scores)}", file=self._bar.fp)
+            tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else others}", file=self._bar.fp)
 
 
 def _gain(scores: Mapping[str, float]) -> str:
@@ -125,7 +121,3 @@ def _gain(scores: Mapping[str, float]) -> str:
 
 def _interval(scores: Mapping[str, float], name: str) -> str:
     return f"{scores[name]:+.3f} ({scores[f'{name}_low']:+.3f} to {scores[f'{name}_high']:+.3f})"
-
-
-def _all(scores: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())

@@ -18,19 +18,14 @@ def make_optimizer(name: str, weights: Sequence[Tensor], learning_rate: float, w
         name: one of ``quietstar.config.OPTIMIZERS``. adamw is PyTorch's. fused is the same in one kernel for all weights. 8bit
             stores the moments of weights with at least 4,096 values in 8 bits, in blocks (bitsandbytes, arXiv 2110.02861).
     """
-    if name not in MAKERS:
-        raise ValueError(f"optimizer must be one of {', '.join(MAKERS)}, got {name!r}")
-    return MAKERS[name](weights, {"lr": learning_rate, "weight_decay": weight_decay})
-
-
-def _adamw(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name == "8bit":
+        return _eight_bit(weights)(weights, **options)
+    if name == "fused":
+        for device, dtype in {(weight.device, weight.dtype) for weight in weights}:
+            _try_fused(device, dtype)
+        options["fused"] = True
     return torch.optim.AdamW(weights, **options)
-
-
-def _fused(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
-    for device, dtype in {(weight.device, weight.dtype) for weight in weights}:
-        _try_fused(device, dtype)
-    return torch.optim.AdamW(weights, **options, fused=True)
 
 
 def _try_fused(device: torch.device, dtype: torch.dtype) -> None:
@@ -43,7 +38,8 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"optimizer 'fused' does not work with {dtype} on {device}: {str(error).splitlines()[0]}") from error
 
 
-def _eight_bit(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
+def _eight_bit(weights: Sequence[Tensor]) -> Any:
+    """The class of bitsandbytes. Raises ValueError where it can't be used."""
     if any(isinstance(weight, DTensor) for weight in weights):
         raise ValueError("optimizer must be 'adamw' or 'fused' where weights are sharded over processes, got '8bit'")
     try:
@@ -51,7 +47,7 @@ def _eight_bit(weights: Sequence[Tensor], options: dict[str, Any]) -> torch.opti
     except Exception as error:  # a library built for another device may raise more than ImportError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"optimizer '8bit' needs bitsandbytes, which does not load here: {reason}") from error
-    return AdamW8bit(weights, **options)
+    return AdamW8bit
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
@@ -64,7 +60,6 @@ def clear_gradients(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
-MAKERS = {"adamw": _adamw, "fused": _fused, "8bit": _eight_bit}
 
 
 def to_tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:

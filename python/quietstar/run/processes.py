@@ -95,11 +95,9 @@ class Signals:
         if self._presses > 2:
             raise KeyboardInterrupt
         again = self._presses == 2 and number == signal.SIGINT
-        self._say(ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else "SIGTERM"))
-
-    def _say(self, text: str) -> None:
-        """Written past ``sys.stderr``, which the signal may have found in the middle of a write and can't be entered twice."""
+        text = ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else "SIGTERM")
         if self._speaks:
+            # Past ``sys.stderr``, which the signal may have found in the middle of a write and can't be entered twice.
             with suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())  # below the bar, which then begins a new line
 

@@ -69,9 +69,10 @@ def save(
     """
     target = folder(out, step)
     with whole_weights(qs, write):
-        moments = _pack_optimizer(optimizer, write)
+        state = optimizer.state_dict()
+        moments = {name: gather(value, write).contiguous() for name, value in to_tensors(state["state"]).items()}
         if write:
-            _write_whole(target, step, qs, moments, config)
+            _write_whole(target, qs, moments, {"step": step, "config": config, "optimizer": state["param_groups"]})
     if write:
         for later in every(out)[::-1]:
             if later == target:
@@ -89,16 +90,12 @@ def remove_old(newest: Path, keep: int) -> None:
         _remove(old)
 
 
-# State tensors by "parameter index.name", and the settings of the parameter groups.
-Moments = tuple[dict[str, Tensor], list[dict[str, Any]]]
-
-
-def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
+def _write_whole(target: Path, qs: QuietStar, moments: dict[str, Tensor], run: dict[str, Any]) -> None:
     beside = target.with_name(f".{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target.parent)
     try:
-        _write(beside, step, qs, moments, config)
+        _write(beside, qs, moments, run)
         if is_folder(target):
             _remove(target)
         os.replace(beside, target)
@@ -108,12 +105,10 @@ def _write_whole(target: Path, step: int, qs: QuietStar, moments: Moments, confi
         _remove_leftovers(target.parent)
 
 
-def _write(beside: Path, step: int, qs: QuietStar, moments: Moments, config: dict[str, Any]) -> None:
+def _write(beside: Path, qs: QuietStar, moments: dict[str, Tensor], run: dict[str, Any]) -> None:
     beside.mkdir()
     hashes = native.write(qs.contents(), beside)
-    tensors, settings = moments
-    save_file(tensors, beside / OPTIMIZER)
-    run = {"step": step, "config": config, "optimizer": settings}
+    save_file(moments, beside / OPTIMIZER)
     (beside / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(beside.iterdir())}
     (beside / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
@@ -183,9 +178,3 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     check_tensors(f"{path}: {OPTIMIZER}", tensors, weights)
     sharded = {key: shard_like(value, weights[int(key.partition(".")[0])]) for key, value in tensors.items()}
     optimizer.load_state_dict({"state": from_tensors(sharded), "param_groups": groups})
-
-
-def _pack_optimizer(optimizer: torch.optim.Optimizer, write: bool) -> Moments:
-    state = optimizer.state_dict()
-    tensors = {name: gather(value, write).contiguous() for name, value in to_tensors(state["state"]).items()}
-    return tensors, state["param_groups"]

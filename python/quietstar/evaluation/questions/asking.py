@@ -46,7 +46,20 @@ def scored_answers(qs: QuietStar, asked: Sequence[tuple[str, Question]]) -> list
     begins with a minus it uses the set of letters.
     """
     digits = _digit_tokens(qs)
-    return [_scored(qs, prompt, question, digits) for prompt, question in asked]
+    found = []
+    for prompt, question in asked:
+        head, ids = encode(qs, prompt), encode(qs, f"{prompt} {question.written}\n")
+        start, own = len(commonprefix([head, ids])), digits
+        if question.choices:
+            tails = [set(encode(qs, f"{prompt} {label}\n")[start:]) for label in question.choices]
+            own = tails[0].union(*tails) - tails[0].intersection(*tails)
+        if not start or not own.intersection(ids[start:]):
+            written = repr(question.written)
+            raise ValueError(f"the tokenizer has no tokens for the answer {written} alone, so it has no probability")
+        places = [i for i in range(start, len(ids)) if ids[i] in own or i == len(ids) - 1]
+        allowed = torch.tensor(sorted({*own, ids[-1]}), device=qs.start_embedding.device)
+        found.append(ScoredAnswer(ids, places, allowed))
+    return found
 
 
 def encode(qs: QuietStar, text: str) -> list[int]:
@@ -60,20 +73,6 @@ def encode(qs: QuietStar, text: str) -> list[int]:
         got = f"id {max(ids)}, and the vocabulary has {V} tokens" if ids else f"no tokens for {text[:40]!r}"
         raise ValueError(f"the tokenizer belongs to another model: it gives {got}")
     return ids
-
-
-def _scored(qs: QuietStar, prompt: str, question: Question, digits: set[int]) -> ScoredAnswer:
-    head = encode(qs, prompt)
-    ids = encode(qs, f"{prompt} {question.written}\n")
-    start, line_end = len(commonprefix([head, ids])), ids[-1]
-    own = digits
-    if question.choices:
-        tails = [set(encode(qs, f"{prompt} {label}\n")[start:]) for label in question.choices]
-        own = tails[0].union(*tails) - tails[0].intersection(*tails)
-    places = [i for i in range(start, len(ids)) if ids[i] in own or i == len(ids) - 1]
-    if not start or not own.intersection(ids[start:]):
-        raise ValueError(f"the tokenizer has no tokens for the answer {question.written!r} alone, so it has no probability")
-    return ScoredAnswer(ids, places, torch.tensor(sorted({*own, line_end}), device=qs.start_embedding.device))
 
 
 def _digit_tokens(qs: QuietStar) -> set[int]:
@@ -120,7 +119,9 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
             for name, think in modes.items()
         }
     asked = [AnsweredQuestion(q, {name: answers[name][i] for name in modes}) for i, q in enumerate(questions)]
-    return AccuracyReport(_describe(qs), asking, asked)
+    model = {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path}
+    model |= {name: getattr(qs.thought_config, name) for name in ("preset", "mixing", "thought_tokens")}
+    return AccuracyReport(model, asking, asked)
 
 
 def prompt(question: Question) -> str:
@@ -175,12 +176,7 @@ def _answer_all(
 
 
 def _generate(
-    qs: QuietStar,
-    prompts: list[list[int]],
-    think: str | float,
-    asking: Asking,
-    sample: int | None,
-    done: Callable[[int], Any],
+    qs: QuietStar, prompts: list[list[int]], think: str | float, asking: Asking, sample: int | None, done: Callable[[int], Any]
 ) -> list[str]:
     """Texts of the answers: the greedy ones for None, else the ``sample``-th sampled ones."""
     device = qs.start_embedding.device
@@ -196,11 +192,3 @@ def _generate(
         texts |= dict(zip(chosen, written, strict=True))
         done(len(chosen))
     return [texts[i] for i in range(len(prompts))]
-
-
-def _describe(qs: QuietStar) -> dict[str, Any]:
-    config = qs.thought_config
-    names = ("preset", "mixing", "thought_tokens")
-    return {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path} | {
-        name: getattr(config, name) for name in names
-    }

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quietstar.checks import check_think
 from quietstar.config import option
 from quietstar.evaluation.intervals import mean_interval, paired, wilson
 from quietstar.evaluation.questions.reading import Question
 from quietstar.files.writing import write_whole
-from quietstar.generate import Thinking
 from quietstar_kernels.checks import check_at_least, check_positive, check_types
 
 
@@ -34,7 +34,7 @@ class Asking:
     batch_size: int = option(8, "questions at a time")
 
     def __post_init__(self) -> None:
-        Thinking(self.think, 1, False, None, None, None)
+        check_think("generate: think", self.think)
         check_types("Asking", self)
         check_at_least("Asking", self, 1, ("max_new_tokens", "batch_size"))
         check_at_least("Asking", self, 0, ("votes",))
@@ -115,8 +115,8 @@ class AccuracyReport:
         measures = {"exact": "exact match", "vote": f"majority of {self.asking.votes}", "probability": "probability"}
         rows = [["", *titles]]
         for measure, modes in self.figures.items():
-            cells = [_accuracy_cell(figures) for mode, figures in modes.items() if mode != "paired"]
-            rows.append([measures[measure], *cells, *([_difference_cell(modes["paired"])] if "paired" in modes else [])])
+            forms = {mode: ("+.1f",) if mode == "paired" else (".1f", " %") for mode in modes}
+            rows.append([measures[measure], *(_figures_cell(figures, *forms[mode]) for mode, figures in modes.items())])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -194,16 +194,12 @@ class AccuracyReport:
         return head + "\n".join(rows[:SHOWN]) + more
 
 
-def _accuracy_cell(figures: dict[str, Any]) -> str:
-    share = figures["accuracy" if "accuracy" in figures else "mean"]
-    interval = "" if figures["low"] is None else f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
-    return f"{100 * share:.1f} %{interval}"
-
-
-def _difference_cell(figures: dict[str, Any]) -> str:
-    share = figures["difference" if "difference" in figures else "mean"]
-    interval = "" if figures["low"] is None else f" ({100 * figures['low']:+.1f} to {100 * figures['high']:+.1f})"
-    return f"{100 * share:+.1f}{interval}"
+def _figures_cell(figures: dict[str, Any], form: str, unit: str = "") -> str:
+    """A share or a difference of two, in percent, with its interval."""
+    share = next(figures[name] for name in ("accuracy", "difference", "mean") if name in figures)
+    low, high = figures["low"], figures["high"]
+    interval = "" if low is None else f" ({100 * low:{form}} to {100 * high:{form}})"
+    return f"{100 * share:{form}}{unit}{interval}"
 
 
 def _cell(text: str) -> str:
