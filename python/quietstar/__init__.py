@@ -3,9 +3,7 @@
 The dimension key of shapes in docstrings and errors is in ``quietstar_kernels``. A name is imported when it is first used.
 """
 
-import ast
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,13 +40,34 @@ if TYPE_CHECKING:
     from quietstar.trainer import ThoughtTrainer, pad_texts
     from quietstar.training import thought_loss, train
 
-# The module of each name, by the imports above, which type checkers read and Python doesn't run.
-_MODULES = {
-    alias.name: str(node.module)
-    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
-    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("quietstar.")
-    for alias in node.names
+# The names of each module.
+_NAMES = {
+    "config": "AdapterConfig ThoughtConfig TrainConfig",
+    "data.texts": "DataConfig load_all load_data",
+    "data.thoughts": "OfflineThoughts export_thoughts text_hash tokenizer_hash",
+    "evaluation.difficulty": "by_anchor_choice by_difficulty",
+    "evaluation.intervals": "mean_interval paired wilson",
+    "evaluation.losses": "TokenLosses evaluate summary token_losses with_constant_thoughts with_own_thoughts "
+    "with_random_thoughts with_thoughts_of_another",
+    "evaluation.questions.asking": "ask",
+    "evaluation.questions.reading": "Question read_questions",
+    "evaluation.questions.report": "AccuracyReport Asking",
+    "evaluation.scoring": "score_tokens",
+    "explanation.report": "Report explain",
+    "hf.attention": "register_attention",
+    "hf.verify": "VerifyReport verify",
+    "memory.processes": "Processes count_weights process_memory step_traffic",
+    "memory.step": "StepMemory step_memory",
+    "model": "QuietStar",
+    "objective": "Counts",
+    "packed": "QuietStarOutput Thinker",
+    "rollout": "Thoughts",
+    "run.processes": "Interrupted",
+    "shared_prompt": "SharedPrompts",
+    "trainer": "ThoughtTrainer pad_texts",
+    "training": "thought_loss train",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 # What the train extra installs, by the names of modules; kernels alone do without.
 NEEDED = {"transformers", "tokenizers", "accelerate", "safetensors", "tqdm", "numpy", "tyro", "yaml", "msgspec", "psutil"}
@@ -58,7 +77,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'quietstar' has no attribute {name!r}")
     try:
-        value = getattr(import_module(_MODULES[name]), name)
+        value = getattr(import_module(f"quietstar.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
