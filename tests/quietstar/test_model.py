@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import quietstar
+from tests.quietstar.common import text
 
 T, J = 4, 3
 
@@ -12,10 +13,6 @@ T, J = 4, 3
 @pytest.fixture
 def qs(tiny):
     return quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(thought_tokens=T, lookahead=J))
-
-
-def text(B=2, L=12, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_new_head_rewards_nothing(qs):

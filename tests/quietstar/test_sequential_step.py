@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.quietstar.common import assert_same_gradients, gradients
+
 T, J = 3, 2
 
 
@@ -60,19 +62,15 @@ def policy(config, rewards, logprobs, count):
     return total / (count * config.thoughts * T)
 
 
-def gradients(qs, loss):
-    qs.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in qs.named_parameters()}
-
-
 def compare(qs, out, slow_loss_ce, slow_policy):
     torch.testing.assert_close(out.loss_ce, slow_loss_ce, rtol=1e-4, atol=0)
     torch.testing.assert_close(out.policy_loss, slow_policy, rtol=1e-4, atol=1e-7)
-    got = gradients(qs, out.loss)
-    want = gradients(qs, slow_loss_ce + qs.thought_config.policy_weight * slow_policy)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-3 * want[name].norm(), name
+    found = []
+    for loss in (out.loss, slow_loss_ce + qs.thought_config.policy_weight * slow_policy):
+        qs.zero_grad()
+        loss.backward()
+        found.append(gradients(qs))
+    assert_same_gradients(*found, bound=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"thoughts": 1}, {"preset": "paper"}], ids=["official", "one thought", "paper"])
