@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import quietstar
-from quietstar import ThoughtConfig
 from quietstar.anchors import EXPLORATION
 from quietstar_kernels.philox import draw_words
-from tests.quietstar.common import short_run, text, texts_of
+from tests.quietstar.common import short_run, text, texts_of, wrap
 
-CONFIG = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0, embedding_scale=1.0)
+CONFIG = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 1.0, "embedding_scale": 1.0}
 SUBSETS = ["random", "entropy", "every", "gate"]
 
 
@@ -21,11 +20,9 @@ def thinker(tiny):
     """``thinker(policy, **fields)`` in training mode, with a mixing head that has opinions."""
 
     def make(policy, **fields):
-        qs = quietstar.QuietStar(tiny("llama"), replace(CONFIG, anchors=policy, **fields), verify=False).train()
-        generator = torch.Generator().manual_seed(1)
-        torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=generator)
+        qs = wrap(tiny("llama"), spread=0.2, anchors=policy, **CONFIG | fields).train()
         if qs.gate is not None:
-            torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.2, generator=generator)
+            torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.2, generator=torch.Generator().manual_seed(2))
         return qs
 
     return make

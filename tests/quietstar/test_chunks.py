@@ -73,13 +73,15 @@ def test_other_objectives(thinker, changes):
 
 def test_given_thoughts_and_counts_of_a_larger_batch(thinker):
     qs = thinker()
-    ids = text(4)
-    thoughts = qs.think(ids, seed=0).thought_ids
-    counts = qs.count_targets(ids[:1]) + qs.count_targets(ids[1:])
-    whole, want = step_in(None, qs, input_ids=ids, thought_ids=thoughts)
+    ids, mask = text(4), torch.ones(4, 12, dtype=torch.long)
+    mask[1, 7:] = mask[3, :5] = 0
+    thoughts = qs.think(ids, mask, seed=0).thought_ids
+    counts = qs.count_targets(ids[:1], mask[:1]) + qs.count_targets(ids[1:], mask[1:])
+    whole, want = step_in(None, qs, input_ids=ids, attention_mask=mask, thought_ids=thoughts)
     total, got = 0.0, {name: torch.zeros_like(x) for name, x in want.items()}
     for part in (slice(0, 1), slice(1, 4)):
-        out, grads = step_in(5, qs, input_ids=ids[part], thought_ids=thoughts[part], counts=counts)
+        given = {"attention_mask": mask[part], "thought_ids": thoughts[part], "counts": counts}
+        out, grads = step_in(5, qs, input_ids=ids[part], **given)
         total += out.loss.detach()
         got = {name: got[name] + grads[name] for name in got}
     torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-5, atol=0)

@@ -138,8 +138,7 @@ def test_a_gpu_asserts_what_it_is_given(tiny, gpu, call, message):
     assert not lines
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("anchors", ["all", "random", "every"])
+@pytest.mark.parametrize("anchors, parts", [("all", 1), ("random", 4), ("every", 4)])
 def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors, parts):
     """From the moment its texts are moved, until its figures are read in the next step."""
     steps = []

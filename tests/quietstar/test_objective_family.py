@@ -5,14 +5,13 @@ weighted with their probability, in fp64.
 """
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
 import quietstar
-from quietstar import ThoughtConfig, objective
-from tests.quietstar.common import short_run, text, texts_of
+from quietstar import objective
+from tests.quietstar.common import short_run, text, texts_of, wrap
 
 V = 3
 REWARD = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
@@ -164,17 +163,12 @@ def test_the_gate_follows_what_thinking_earns_above_its_cost():
     torch.testing.assert_close(got, torch.autograd.grad(-(g * (gain - cost)).sum(), score)[0])
 
 
-SMALL = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, policy_weight=1.0, embedding_scale=1.0, policy_temperature=1.0)
+SMALL = {"thoughts": 2, "thought_tokens": 3, "lookahead": 2, "policy_weight": 1.0, "policy_temperature": 1.0}
 
 
 @pytest.fixture
 def thinker(tiny):
-    def make(name="llama", **fields):
-        qs = quietstar.QuietStar(tiny(name), replace(SMALL, **fields), verify=False).train()
-        torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
-        return qs
-
-    return make
+    return lambda name="llama", **fields: wrap(tiny(name), spread=0.2, embedding_scale=1.0, **SMALL | fields).train()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])

@@ -7,7 +7,6 @@ from transformers import AutoConfig
 import quietstar
 from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
-from quietstar.hf.lm_head import find_lm_head
 from quietstar_kernels import ThoughtLayout
 
 TEXT, THOUGHTS, ROWS = 16, 2, 5
@@ -120,13 +119,6 @@ def test_a_model_type_that_cannot_think_is_refused_with_its_reason(name):
     config = AutoConfig.for_model(name)
     with pytest.raises(ValueError, match=f"model type '{name}' cannot think: {REFUSED[name][:20]}"):
         check_architecture(config)
-
-
-def test_heads_are_found_with_scale_and_soft_cap(tiny):
-    assert (find_lm_head(tiny("llama")).scale, find_lm_head(tiny("llama")).softcap) == (None, None)
-    assert find_lm_head(tiny("gemma2")).softcap == 3.0
-    assert find_lm_head(tiny("cohere")).scale == 0.25
-    assert find_lm_head(tiny("granite")).scale == 0.25
 
 
 def test_a_text_past_the_learned_positions_is_refused(tiny):

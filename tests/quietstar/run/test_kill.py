@@ -1,6 +1,5 @@
 """Runs that are killed: a signal saves within a step, and what SIGKILL leaves resumes to what an unbroken run writes."""
 
-import importlib.util
 import json
 import random
 import re
@@ -15,10 +14,7 @@ import pytest
 
 from quietstar.cli import main as cli
 from quietstar.run import snapshots
-
-spec = importlib.util.spec_from_file_location("killing", Path(__file__).with_name("killing.py"))
-killing = sys.modules["killing"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(killing)
+from tests.quietstar.run import killing
 
 TIMES = re.compile(r"seconds|\w+_per_second|speeds")
 TEXTS = "--data=../text.txt --no-pack --length=12"
@@ -42,12 +38,9 @@ KILLS = {"train": 10, "star": 7, "vstar": 7, "score": 7, "internalize": 7, "fast
 
 
 @pytest.fixture
-def home(tiny, byte_tokenizer, tmp_path):
+def home(model_folder):
     """A folder with a model and a text."""
-    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path / "model")
-    byte_tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of text" for i in range(50)))
-    return tmp_path
+    return model_folder.parent
 
 
 def metrics(out):

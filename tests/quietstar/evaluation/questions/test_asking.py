@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.evaluation.questions import asking
 from quietstar.evaluation.questions.asking import Asking, ask, prompt, scored_answers
 from quietstar.evaluation.questions.reading import Question
+from tests.quietstar.common import wrap
 
 LETTERS = {"A": "bank", "B": "library", "C": "store"}
 WHERE = Question("Where?", LETTERS, "B", "B")
@@ -22,15 +22,10 @@ QUESTIONS = [MANY, WHERE, FEW]
 SHORT = Asking(max_new_tokens=5)
 
 
-def wrap(model, tokenizer, **changes):
-    qs = QuietStar(model, ThoughtConfig(**{"thought_tokens": 3, "lookahead": 2} | changes), tokenizer, verify=False).eval()
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
-    return qs
-
-
 @pytest.fixture
 def qs(tiny, byte_tokenizer):
-    return wrap(tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48), byte_tokenizer)
+    model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
+    return wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2).eval()
 
 
 def drawn_from(qs, ids, think):
@@ -91,7 +86,7 @@ def sentence_pieces():
 
 def test_the_published_sets_of_tokens(tiny):
     """The published valid_letter_tokens and valid_number_tokens are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
-    qs = wrap(tiny("llama", vocab_size=320), sentence_pieces())
+    qs = wrap(tiny("llama", vocab_size=320), sentence_pieces(), thought_tokens=3, lookahead=2).eval()
     where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
     name = qs.tokenizer.convert_ids_to_tokens
     assert set(name(where.allowed.tolist())) == {"▁A", "▁B", "▁C", "<0x0A>"}
