@@ -22,7 +22,7 @@ def thinker(tiny):
     def make(policy, **fields):
         qs = wrap(tiny("llama"), spread=0.2, anchors=policy, **CONFIG | fields).train()
         if qs.gate is not None:
-            torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.2, generator=torch.Generator().manual_seed(2))
+            torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.2, generator=torch.Generator().manual_seed(3))
         return qs
 
     return make

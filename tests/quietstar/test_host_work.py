@@ -64,11 +64,11 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def add(self):
-        frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-        if any("torch/optim/" in frame.filename for frame in frames):  # counts of steps, which PyTorch keeps on the CPU
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None)]
+        if any("torch/optim/" in file for file, _ in places):  # counts of steps, which PyTorch keeps on the CPU
             return
-        frame = next(frame for frame in reversed(frames) if "/torch/" not in frame.filename)
-        self.lines[f"{frame.filename.rpartition('/')[2]}: {frame.line}"] += 1
+        file, line = next((file, line) for file, line in places if file != __file__ and "/torch/" not in file)
+        self.lines[f"{file.rpartition('/')[2]}, line {line}"] += 1
 
 
 class Methods(TorchFunctionMode):

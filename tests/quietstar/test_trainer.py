@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
 def test_what_a_stock_trainer_writes_is_refused_with_a_remedy(tmp_path):
     qs, began = make_qs(), make_qs()
     trainer = make_trainer(tmp_path, qs, kind=Trainer, max_steps=2)
-    trainer.data_collator = pad_texts
+    trainer.data_collator = lambda rows: (batch := pad_texts(rows)) | {"labels": batch["input_ids"]}
     trainer.train()
     trainer.save_model()
     assert trainer.evaluate()["eval_loss"] > 0
