@@ -150,14 +150,11 @@ def test_a_text_with_nowhere_to_think(thinker):
     out.loss.backward()
 
 
-def test_the_gate_is_saved_and_loaded(thinker, tmp_path):
-    qs, ids = thinker("gate"), text(3)
+def test_another_policy_has_no_gate(thinker, tmp_path):
+    qs = thinker("gate")
     qs.save_pretrained(tmp_path / "model")
-    again = quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False).train()
-    assert torch.equal(again.gate.linear.weight, qs.gate.linear.weight)
-    assert torch.equal(again.choose_anchors(ids, seed=1), qs.choose_anchors(ids, seed=1))
-    again.use_config(replace(qs.thought_config, anchors="all"))
-    assert again.gate is None and not any(name.startswith("gate.") for name in again.state_dict())
+    qs.use_config(replace(qs.thought_config, anchors="all"))
+    assert qs.gate is None and not any(name.startswith("gate.") for name in qs.state_dict())
     settings = (tmp_path / "model" / "quietstar.json").read_text()
     (tmp_path / "model" / "quietstar.json").write_text(settings.replace('"anchors": "gate"', '"anchors": "random"'))
     with pytest.raises(ValueError, match="must hold .*got .*gate.linear.bias"):

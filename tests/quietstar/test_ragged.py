@@ -9,7 +9,7 @@ from quietstar import explain, rollout
 from quietstar.evaluation.losses import token_losses
 from quietstar.evaluation.scoring import one_thought, score_tokens
 from quietstar.hf.decoder import decode_step
-from tests.quietstar.common import assert_same_gradients, gradients, step, text
+from tests.quietstar.common import step, text
 
 T, J, L = 3, 2, 10
 
@@ -18,57 +18,6 @@ def some_lengths(B=2, P=L, seed=1):
     lengths = torch.randint(0, T + 1, (B, P, 2), generator=torch.Generator().manual_seed(seed))
     assert set(lengths.flatten().tolist()) == set(range(T + 1))
     return lengths
-
-
-def slow_step(qs, ids, thought_ids, lengths, anchors):
-    """Both losses, one thought after the other, each an ordinary forward over text, start, its tokens, end, more text."""
-    config, model, embed, head = qs.thought_config, qs.model.model, qs.model.get_input_embeddings(), qs.lm_head.linear.weight
-    start, end = config.embedding_scale * qs.start_embedding, config.embedding_scale * qs.end_embedding
-    base_terms, mix_terms, policy, tokens = [], [[] for _ in range(J)], 0.0, 0
-    for b, row in enumerate(ids):
-        h_text = model(inputs_embeds=embed(row)[None]).last_hidden_state[0]
-        base = (h_text @ head.T).log_softmax(-1)
-        base_terms += [-base[t, row[t + 1]] for t in range(L - 1)]
-        for p, t in enumerate(anchors[b]):
-            rewards, logprobs = [], []
-            for n in range(config.thoughts):
-                size = int(lengths[b, p, n])
-                z = thought_ids[b, p, n, :size]
-                rows = torch.cat([embed(row[: t + 1]), start[None], embed(z), end[None], embed(row[t + 1 : t + J])])
-                h = model(inputs_embeds=rows[None]).last_hidden_state[0][t + 1 :]
-                reward = 0.0
-                for j in range(min(J, L - 1 - t)):
-                    hb, ht, target = h_text[t + j], h[size + 1 + j], row[t + j + 1]
-                    w = qs.mixing_head(torch.cat([hb, ht]))
-                    nll = -(((1 - w) * hb + w * ht) @ head.T).log_softmax(-1)[target]
-                    mix_terms[j].append(nll)
-                    reward += -base[t + j, target].item() - nll.item()
-                rewards.append(reward)
-                logits = h[:size] @ head.T / config.policy_temperature
-                logprobs.append(logits.log_softmax(-1).gather(1, z[:, None]).sum())
-            if t <= L - 2 - J:
-                mean = sum(rewards) / len(rewards)
-                policy = policy - sum(max(r - mean, 0.0) * x for r, x in zip(rewards, logprobs, strict=True))
-                tokens += int(lengths[b, p].sum())
-    loss_ce = config.base_weight * torch.stack(base_terms).mean()
-    loss_ce = loss_ce + config.mix_weight / J * sum(torch.stack(terms).mean() for terms in mix_terms)
-    return loss_ce, policy / tokens
-
-
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_each_thought_is_as_if_alone(thinker, chunk):
-    """Loss, policy loss (a mean over live sampled tokens) and every gradient."""
-    qs = thinker()
-    ids, lengths = text(2, L), some_lengths()
-    thoughts = torch.randint(3, 61, (2, L, 2, T), generator=torch.Generator().manual_seed(2))
-    loss_ce, policy = slow_step(qs, ids, thoughts, lengths, [range(L)] * 2)
-    (loss_ce + qs.thought_config.policy_weight * policy).backward()
-    want = gradients(qs)
-    qs.anchor_chunk = chunk
-    out, got = step(qs, ids, thought_ids=thoughts, thought_lengths=lengths)
-    torch.testing.assert_close(out.loss_ce, loss_ce, rtol=1e-4, atol=0)
-    torch.testing.assert_close(out.policy_loss, policy, rtol=1e-4, atol=1e-7)
-    assert_same_gradients(got, want, bound=1e-3)
 
 
 def test_full_lengths_are_the_plain_step_bitwise(thinker):
