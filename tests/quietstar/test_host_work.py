@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quietstar
 from quietstar import training
-from quietstar.config import TrainConfig
 from quietstar.hf.graphs import HostWork
 from quietstar.run import figures
 from quietstar_kernels import checks as kernel_checks
+from tests.quietstar.common import short_run
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def wrapper(tiny, name="llama", **fields):
 
 
 TEXT = torch.arange(3, 23).view(2, 10)
+DATA = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
 CALLS = {
     "text": {},
     "padding": {"attention_mask": torch.ones_like(TEXT).index_fill(1, torch.tensor([9]), 0)},
@@ -156,9 +157,8 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
 
     own = training._step
     monkeypatch.setattr(training, "_step", step)
-    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
-    config = TrainConfig(out=str(tmp_path), steps=3, batch_size=4, accumulation=parts)
-    lines = training.train(wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0), data, config, progress=False)
+    qs = wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0)
+    lines = short_run(qs, DATA, tmp_path, steps=3, accumulation=parts)
     assert [line["step"] for line in lines] == [1, 2, 3] and len(steps) == 3
     assert not any(steps), steps
 
@@ -170,8 +170,6 @@ def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, mon
     monkeypatch.setattr(training, "_step", lambda *args: events.append(f"step {args[-1] + 1}") or own(*args))
     monkeypatch.setattr(training.snapshots, "save", lambda *args, **options: events.append("save"))
     monkeypatch.setattr(figures.Reading, "figures", lambda self: events.append("read") or read(self))
-    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
-    config = TrainConfig(out=str(tmp_path), steps=6, batch_size=2, save_every=4)
 
     def loss(model, batch, counts, seed):
         value, out = training.thought_loss(model, batch, counts, seed)
@@ -179,7 +177,7 @@ def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, mon
 
     qs = wrapper(tiny)
     with pytest.raises(FloatingPointError, match="^train: the loss is nan at step 5: the model's weights are finite$"):
-        training.train(qs, data, config, loss, progress=False)
+        short_run(qs, DATA, tmp_path, loss=loss, steps=6, batch_size=2, save_every=4)
     before = ["step 1", "step 2", "read", "step 3", "read", "step 4", "read", "read", "read", "save"]
     assert events == [*before, "step 5", "step 6", "read"]
     assert all(weight.isfinite().all() for weight in qs.parameters())

@@ -82,7 +82,7 @@ def test_packed_and_stepwise_rows_equal_sequential_decoding(tiny, architecture):
     assert (qs.model(input_ids=ids).logits - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_gradients_equal_sequential_decoding(tiny, name):
     ids, thought_ids, anchors, layout = case(1)
     mixing = torch.randn(2, len(anchors), THOUGHTS, ROWS, 61, generator=torch.Generator().manual_seed(2))

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    NemotronConfig,
-    StableLmConfig,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, NemotronConfig, StableLmConfig
 
 import quietstar
 from quietstar_kernels import ThoughtLayout

@@ -26,11 +26,7 @@ def generated(qs, number, lengths=(9, 6), **options):
     return out.sequences, torch.stack(out.logits, 1), *seen
 
 
-HOW = {
-    "greedy": {},
-    "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5},
-    "sometimes": {"think": None},
-}
+HOW = {"greedy": {}, "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5}, "sometimes": {"think": None}}
 
 
 @pytest.mark.parametrize("how", [pytest.param(x, marks=() if x == "sampled" else pytest.mark.long) for x in HOW])

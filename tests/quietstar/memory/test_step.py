@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.memory.step import (
-    CHUNK_COPIES,
-    HEAD_CHUNK,
-    HEAD_KEPT,
-    HEAD_MOST,
-    HEAD_ROWS,
-    step_memory,
-)
+from quietstar.memory.step import CHUNK_COPIES, HEAD_CHUNK, HEAD_KEPT, HEAD_MOST, HEAD_ROWS, step_memory
 from quietstar_kernels import linear_logprob
 from quietstar_kernels.cpu import _head
 from tests.quietstar.common import kept_for_backward, text

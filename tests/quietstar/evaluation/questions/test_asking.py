@@ -70,10 +70,7 @@ def sentence_pieces():
     entries = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(letters), "▁A", "▁B", "▁C"]
     bpe = Tokenizer(
         models.BPE(
-            vocab={x: i for i, x in enumerate(entries)},
-            merges=[("▁", x) for x in "ABC"],
-            unk_token="<unk>",
-            byte_fallback=True,
+            vocab={x: i for i, x in enumerate(entries)}, merges=[("▁", x) for x in "ABC"], unk_token="<unk>", byte_fallback=True
         )
     )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -189,32 +186,26 @@ def other_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[U]")
 
 
+LONG = [FEW, Question("x" * 197, {}, "3", "3")]
+OTHER = "the tokenizer belongs to another model: it gives id 300, and the vocabulary has 257 tokens"
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "questions, new, tokenizer, message",
     [
-        ("no tokenizer", "the checkpoint has no tokenizer"),
-        ("no question", "there is no question"),
-        ("another", "the tokenizer belongs to another model: it gives id 300, and the vocabulary has 257 tokens"),
-        ("long", "1 of 2 questions are too long: with 5 new tokens and a thought they need up to 212 positions, and Llama"),
-        ("many", "2 of 2 questions are too long: with 120 new tokens"),
+        ([FEW, WHERE], 5, lambda: None, "the checkpoint has no tokenizer"),
+        ([FEW, WHERE], 5, other_tokenizer, OTHER),
+        ([], 5, None, "there is no question"),
+        (LONG, 5, None, "1 of 2 questions are too long: with 5 new tokens and a thought they need up to 212 positions"),
+        ([FEW, WHERE], 120, None, "2 of 2 questions are too long: with 120 new tokens"),
     ],
 )
-def test_bad_input_is_reported_before_the_first_question(qs, monkeypatch, change, message):
-    questions, settings = [FEW, WHERE], SHORT
-    if change == "no tokenizer":
-        qs.tokenizer = None
-    elif change == "another":
-        qs.tokenizer = other_tokenizer()
-    elif change == "no question":
-        questions = []
-    elif change == "long":
-        questions = [FEW, Question("x" * 197, {}, "3", "3")]
-    else:
-        settings = Asking(max_new_tokens=120)
+def test_bad_input_is_reported_before_the_first_question(qs, monkeypatch, questions, new, tokenizer, message):
+    qs.tokenizer = tokenizer() if tokenizer else qs.tokenizer
     for name in ("score_tokens", "continue_texts"):
         monkeypatch.setattr(asking, name, None)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        ask(qs, questions, settings)
+        ask(qs, questions, Asking(max_new_tokens=new))
     assert "\n" not in str(error.value)
 
 
