@@ -93,6 +93,15 @@ def test_weights_of_another_vocabulary_are_refused(saved):
         quietstar.QuietStar.from_pretrained(saved)
 
 
+def test_a_flipped_byte_is_refused(saved):
+    for file in ("model.safetensors", "quietstar.safetensors", "config.json"):
+        content = (saved / file).read_bytes()
+        (saved / file).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(ValueError, match=f"{saved}: {file} is damaged: it is not the file that was saved"):
+            quietstar.QuietStar.from_pretrained(saved)
+        (saved / file).write_bytes(content)
+
+
 def test_settings_that_were_edited_load_without_verification_alone(saved):
     settings = json.loads((saved / "quietstar.json").read_text())
     settings["thought_config"]["thought_tokens"] = 5
