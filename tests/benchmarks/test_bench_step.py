@@ -10,24 +10,9 @@ from benchmarks.baselines.published_schedule import PublishedSchedule
 from benchmarks.bench_step import PUBLISHED, StepCase
 from benchmarks.harness.case import Wrong
 from quietstar import QuietStar
+from tests.quietstar.common import kept_for_backward
 
 TINY = StepCase(L=12, T=3, J=2, layers=2, D=32, I=48, V=90)
-
-
-def kept(qs, case):
-    """Bytes that a training step's forward keeps for its backward."""
-    weights = {x.untyped_storage().data_ptr() for x in qs.parameters()}
-    sizes = {}
-
-    def note(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        held = qs(case.inputs(0)["input_ids"], seed=0)
-    assert held.loss.requires_grad
-    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("what", ["training step", "rollout"])
@@ -66,7 +51,10 @@ def test_a_schedule_that_forgets_a_diagonal_is_refused(monkeypatch):
 def test_memory_of_the_published_schedule_grows_with_the_square_of_the_passes():
     few, many = replace(TINY, T=2), replace(TINY, T=14)
     rows = (few.T + few.J + 2, many.T + many.J + 2)
-    ours, published = ([kept(case.wrapped(kind), case) for case in (few, many)] for kind in (QuietStar, PublishedSchedule))
+    ours, published = (
+        [kept_for_backward(case.wrapped(kind), case.inputs(0)["input_ids"], seed=0) for case in (few, many)]
+        for kind in (QuietStar, PublishedSchedule)
+    )
     assert ours[1] / ours[0] < 1.15 * rows[1] / rows[0]
     assert published[1] / published[0] > 1.3 * rows[1] / rows[0]
     assert published[1] > 1.5 * ours[1]

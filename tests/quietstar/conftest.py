@@ -102,6 +102,15 @@ def byte_tokenizer():
     return make_byte_tokenizer()
 
 
+@pytest.fixture
+def model_folder(tiny, byte_tokenizer, tmp_path):
+    """The folder ``model``, with a plain language model of bytes, beside a text file."""
+    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of text" for i in range(50)))
+    return tmp_path / "model"
+
+
 @pytest.fixture(scope="session")
 def solver():
     """``(model, task)``: digit sums, about half of them right when sampled; copy the model before changing it."""

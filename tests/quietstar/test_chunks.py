@@ -1,5 +1,7 @@
 """Anchors in chunks: the numbers of the whole step, in memory that does not grow with anchors and thoughts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -10,31 +12,24 @@ import quietstar
 from quietstar import chunks
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import parse
+from tests.quietstar.common import assert_same_gradients, step, text
 
-T, J = 3, 2
-
-
-def text(B=2, L=12, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+T = 3
 
 
-def step(qs, chunk, **batch):
+def step_in(chunk, qs, **batch):
     """The output of a step and every gradient."""
     qs.anchor_chunk = chunk
-    qs.zero_grad()
-    out = qs(**batch)
-    out.loss.backward()
-    return out, {name: p.grad.clone() for name, p in qs.named_parameters() if p.requires_grad}
+    return step(qs, **batch)
 
 
 def assert_same(qs, batch, chunk, names=("loss", "loss_ce", "policy_loss", "nll_base", "nll_mix", "weight", "reward")):
-    (whole, want), (cut, got) = step(qs, None, **batch), step(qs, chunk, **batch)
+    (whole, want), (cut, got) = step_in(None, qs, **batch), step_in(chunk, qs, **batch)
     assert torch.equal(whole.thought_ids, cut.thought_ids)
     for name in names:
         torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=1e-5, atol=1e-5, msg=name)
     assert cut.reward.any()
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    assert_same_gradients(got, want)
 
 
 def batches():
@@ -78,18 +73,19 @@ def test_other_objectives(thinker, changes):
 
 def test_given_thoughts_and_counts_of_a_larger_batch(thinker):
     qs = thinker()
-    ids = text(4)
-    thoughts = qs.think(ids, seed=0).thought_ids
-    counts = qs.count_targets(ids[:1]) + qs.count_targets(ids[1:])
-    whole, want = step(qs, None, input_ids=ids, thought_ids=thoughts)
+    ids, mask = text(4), torch.ones(4, 12, dtype=torch.long)
+    mask[1, 7:] = mask[3, :5] = 0
+    thoughts = qs.think(ids, mask, seed=0).thought_ids
+    counts = qs.count_targets(ids[:1], mask[:1]) + qs.count_targets(ids[1:], mask[1:])
+    whole, want = step_in(None, qs, input_ids=ids, attention_mask=mask, thought_ids=thoughts)
     total, got = 0.0, {name: torch.zeros_like(x) for name, x in want.items()}
     for part in (slice(0, 1), slice(1, 4)):
-        out, grads = step(qs, 5, input_ids=ids[part], thought_ids=thoughts[part], counts=counts)
+        given = {"attention_mask": mask[part], "thought_ids": thoughts[part], "counts": counts}
+        out, grads = step_in(5, qs, input_ids=ids[part], **given)
         total += out.loss.detach()
         got = {name: got[name] + grads[name] for name in got}
     torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-5, atol=0)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    assert_same_gradients(got, want)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -107,15 +103,14 @@ def test_the_rollout_in_chunks_thinks_the_same(thinker, greedy):
 def test_with_checkpointed_layers(thinker):
     """The text's layers are computed again in the backward, after every chunk has been."""
     qs = thinker()
-    _, want = step(qs, None, input_ids=text(), seed=4)
+    _, want = step_in(None, qs, input_ids=text(), seed=4)
     qs.gradient_checkpointing_enable()
-    _, got = step(qs, 5, input_ids=text(), seed=4)
+    _, got = step_in(5, qs, input_ids=text(), seed=4)
     assert all(layer.gradient_checkpointing for layer in qs.model.model.layers)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    assert_same_gradients(got, want)
     qs.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
-        step(qs, 5, input_ids=text(), seed=4)
+        step_in(5, qs, input_ids=text(), seed=4)
 
 
 def test_with_autocast_and_a_scaled_loss(thinker):
@@ -151,45 +146,29 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def peak(qs, ids, **changes):
-    qs.thought_config = quietstar.ThoughtConfig(**{**qs.thought_config.to_dict(), **changes})
+def peak(qs, chunk, ids, thoughts=2, **options):
+    qs.thought_config = replace(qs.thought_config, thoughts=thoughts)
+    qs.anchor_chunk = chunk
     qs.zero_grad()
     with Peak() as measured:
-        qs(ids, seed=0).loss.backward()
+        qs(ids, seed=0, **options).loss.backward()
     qs.zero_grad()
     return measured.peak
 
 
 @pytest.mark.long
-def test_memory_is_flat_in_anchors(thinker):
-    """8 anchors at a time: three times as many cost next to nothing. All at once they cost more than twice as much."""
+def test_memory_is_flat_in_anchors_and_thoughts(thinker):
+    """8 anchors at a time: three times as many cost next to nothing. Half the anchors at a time for twice the thoughts."""
     qs = thinker()
     ids = text(1, 48)
-
-    def step(chunk, count):
-        qs.anchor_chunk = chunk
-        anchors = torch.arange(0, 48, 48 // count)[None]
-        qs.zero_grad()
-        with Peak() as measured:
-            qs(ids, seed=0, anchors=anchors).loss.backward()
-        return measured.peak
-
-    few, many = step(8, 16), step(8, 48)
+    few, many = (peak(qs, 8, ids, anchors=torch.arange(0, 48, 48 // count)[None]) for count in (16, 48))
     assert many < 1.03 * few
-    assert step(None, 48) > 2 * many
+    assert peak(qs, None, ids) > 2 * many
 
-
-@pytest.mark.long
-def test_memory_is_flat_in_thoughts(thinker):
-    """Half the anchors at a time for twice the thoughts."""
-    qs = thinker()
     ids = text(1, 32)
-    peaks = []
-    for qs.anchor_chunk, N in ((8, 2), (2, 8)):
-        peaks.append(peak(qs, ids, thoughts=N))
-    assert peaks[1] < 1.1 * peaks[0]
-    qs.anchor_chunk = None
-    assert peak(qs, ids, thoughts=8) > 3 * peaks[1]
+    two, eight = peak(qs, 8, ids), peak(qs, 2, ids, thoughts=8)
+    assert eight < 1.1 * two
+    assert peak(qs, None, ids, thoughts=8) > 3 * eight
 
 
 FREE = (4, 10, 1000)  # MiB
@@ -197,6 +176,7 @@ FREE = (4, 10, 1000)  # MiB
 
 @pytest.mark.long
 def test_auto_takes_what_memory_has_room_for(thinker, monkeypatch):
+    assert 2**20 < chunks.free_memory(torch.device("cpu")) < 2**50
     qs = thinker()
     ids = text(1, 96)
     sizes = []
@@ -207,18 +187,13 @@ def test_auto_takes_what_memory_has_room_for(thinker, monkeypatch):
         qs.anchor_chunk = "auto"
         sizes.append(qs.chunk_size(layout))
     assert 1 <= sizes[0] < sizes[1] < sizes[2] == 96
-    qs.anchor_chunk = sizes[1]
-    assert 0.3 * FREE[1] * 2**20 < peak(qs, ids) + 2 * held < FREE[1] * 2**20  # AdamW's moments come later
+    assert 0.3 * FREE[1] * 2**20 < peak(qs, sizes[1], ids) + 2 * held < FREE[1] * 2**20  # AdamW's moments come later
     qs.anchor_chunk = "auto"
     assert qs.chunk_size(layout) == 96
     monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
     assert qs.chunk_size(layout) == 96  # measured once, before the first chunk
     qs.anchor_chunk = "auto"
     assert qs.chunk_size(layout) == 1
-
-
-def test_free_memory_of_this_machine():
-    assert 2**20 < chunks.free_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.long

@@ -14,29 +14,17 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-import quietstar
 from quietstar.generate import Thinking, ThinkingModel
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
 from quietstar_kernels import ThoughtLayout, sample_token
 
-T, NEW, LENGTHS = 3, 5, (9, 6)
+T, NEW, LENGTHS = 3, 4, (9, 6)
 BOUND = 1e-4  # the largest difference of logits in fp32 that the project accepts
 
 
-def wrap(model, **changes):
-    config = quietstar.ThoughtConfig(**{"thoughts": 2, "thought_tokens": T, "lookahead": 2, **changes})
-    qs = quietstar.QuietStar(model, config, verify=False).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        qs.mixing_head[4].weight.normal_(0, 0.5, generator=generator)
-        qs.start_embedding.normal_(0, 0.01, generator=generator)
-        qs.end_embedding.normal_(0, 0.01, generator=generator)
-    return qs
-
-
 @pytest.fixture
-def qs(tiny):
-    return wrap(tiny("mistral"))
+def qs(thinker):
+    return thinker("mistral").eval()
 
 
 def prompts(lengths=LENGTHS, seed=0):
@@ -108,8 +96,8 @@ def fast_generate(qs, ids, mask, **options):
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
 
 
-def test_tokens_are_those_of_a_slow_generator(tiny, architecture):
-    qs = wrap(tiny(architecture))
+def test_tokens_are_those_of_a_slow_generator(thinker, architecture):
+    qs = thinker(architecture).eval()
     texts, ids, mask = prompts()
     truth, truth_logprob = slow_generate(qs, texts, thoughts=2, seed=5)
     tokens, logits = fast_generate(qs, ids, mask, thoughts=2, sample_thoughts=True, seed=5)
@@ -136,9 +124,9 @@ def dividing_threshold(qs, texts):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["qwen2", pytest.param("gemma2", marks=pytest.mark.long)])
-def test_ways_to_think(tiny, name, case):
+def test_ways_to_think(thinker, name, case):
     changes, how = CASES[case]
-    qs = wrap(tiny(name), **changes)
+    qs = thinker(name, **changes).eval()
     texts, ids, mask = prompts((9, 6, 1), seed=1)
     if "threshold" in how:
         how = {**how, "threshold": dividing_threshold(qs, texts)}
@@ -161,28 +149,16 @@ def test_sampled_tokens_are_those_of_a_slow_generator(qs):
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), *warpers])
     torch.manual_seed(11)
     truth, _ = slow_generate(qs, texts, 8, 2, 5, processors=processors)
-    how = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5}
-    for options in (
-        {"do_sample": True, **how},
-        {"generation_config": GenerationConfig(do_sample=True, max_new_tokens=8, **how)},
-    ):
+    how = {"do_sample": True, "max_new_tokens": 8, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    how |= {"repetition_penalty": 1.5, "eos_token_id": 60_000, "pad_token_id": 0}  # an end that is never sampled
+    for options in (how, {"generation_config": GenerationConfig(**how)}):
         torch.manual_seed(11)
-        new = {} if "generation_config" in options else {"max_new_tokens": 8}
-        out = qs.generate(ids, mask, **new, thoughts=2, sample_thoughts=True, seed=5, **no_end(options))
+        out = qs.generate(ids, mask, thoughts=2, sample_thoughts=True, seed=5, **options)
         assert torch.equal(out[:, 9:], truth)
 
 
-def no_end(options):
-    """The tiny models end at id 2; these tests want every token."""
-    if "generation_config" in options:
-        options["generation_config"].pad_token_id = 0
-        options["generation_config"].eos_token_id = 60_000
-        return options
-    return {**options, "eos_token_id": None, "pad_token_id": 0}
-
-
-def test_without_thoughts_it_is_the_plain_models_generate(tiny, architecture):
-    qs, plain = wrap(tiny(architecture)), tiny(architecture)
+def test_without_thoughts_it_is_the_plain_models_generate(tiny, thinker, architecture):
+    qs, plain = thinker(architecture).eval(), tiny(architecture)
     plain.set_attn_implementation("eager")
     _, ids, mask = prompts()
     for options in ({}, {"do_sample": True, "top_p": 0.9}, {"cache_implementation": "static"}, {"num_beams": 2}):
@@ -192,8 +168,8 @@ def test_without_thoughts_it_is_the_plain_models_generate(tiny, architecture):
         assert torch.equal(qs.generate(ids, mask, max_new_tokens=8, think="never", **options), truth)
 
 
-def test_a_thinking_token_costs_T_plus_2_rows_and_the_text_runs_once(tiny):
-    qs = wrap(tiny("qwen2"))
+def test_a_thinking_token_costs_T_plus_2_rows_and_the_text_runs_once(thinker):
+    qs = thinker("qwen2").eval()
     forwards = []
     for layer in qs.model.model.layers:
         layer.register_forward_pre_hook(
@@ -234,9 +210,9 @@ def test_the_text_alone_stays_in_the_store(qs):
             assert (kept - again)[read.bool()[:, None].expand(kept.shape[:3])].abs().max() <= BOUND
 
 
-@pytest.mark.parametrize("options", [{}, {"thoughts": 2, "sample_thoughts": True, "seed": 4}, {"think": 2.5}], ids=str)
-def test_a_batch_is_its_rows_one_by_one(tiny, options):
-    qs = wrap(tiny("gemma3_text"))
+@pytest.mark.parametrize("options", [{"thoughts": 2, "sample_thoughts": True, "seed": 4}, {"think": 2.5}], ids=str)
+def test_a_batch_is_its_rows_one_by_one(thinker, options):
+    qs = thinker("gemma3_text").eval()
     texts, ids, mask = prompts((4, 12, 8))
     names = torch.tensor([7, 3, 9])
     batch, _ = fast_generate(qs, ids, mask, sequence_ids=names, **options)
@@ -299,13 +275,13 @@ def test_streamers_criteria_and_processors(qs):
     assert torch.equal(torch.stack(streamer.pieces[1:], 1), out[:, 9:])
 
 
-def test_start_and_end_ids_do_not_enter_the_text(tiny):
-    qs = wrap(tiny("llama"))
+def test_start_and_end_ids_do_not_enter_the_text(thinker):
+    qs = thinker("llama").eval()
     _, ids, mask = prompts()
     free, _ = fast_generate(qs, ids, mask)
     first, second = int(free[0, 0]), int(free[1, 0])
     assert first != second and first not in ids and second not in ids
-    banning = wrap(tiny("llama"), start_token_id=first, end_token_id=second)
+    banning = thinker("llama", start_token_id=first, end_token_id=second).eval()
     for think in ("always", 0.0, 1000.0):
         tokens, _ = fast_generate(banning, ids, mask, think=think)
         assert first not in tokens and second not in tokens
@@ -325,8 +301,8 @@ def test_prompts_without_a_meaning(qs, think):
             qs.generate(ids, mask.index_fill(1, torch.tensor([4]), 0), think=think, max_new_tokens=2)
 
 
-def test_past_the_learned_positions(tiny):
-    qs = wrap(tiny("gpt2", n_positions=24, max_position_embeddings=24))
+def test_past_the_learned_positions(tiny, thinker):
+    qs = thinker(tiny("gpt2", n_positions=24, max_position_embeddings=24)).eval()
     _, ids, mask = prompts((16, 10))
     # The fourth new token's thought comes after 19 tokens and takes T + 2 more rows.
     assert qs.generate(ids, mask, max_new_tokens=4, eos_token_id=None).shape == (2, 20)

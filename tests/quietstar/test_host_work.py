@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quietstar
 from quietstar import training
-from quietstar.config import TrainConfig
 from quietstar.hf.graphs import HostWork
 from quietstar.run import figures
 from quietstar_kernels import checks as kernel_checks
+from tests.quietstar.common import short_run
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def add(self):
-        frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-        if any("torch/optim/" in frame.filename for frame in frames):  # counts of steps, which PyTorch keeps on the CPU
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None)]
+        if any("torch/optim/" in file for file, _ in places):  # counts of steps, which PyTorch keeps on the CPU
             return
-        frame = next(frame for frame in reversed(frames) if "/torch/" not in frame.filename)
-        self.lines[f"{frame.filename.rpartition('/')[2]}: {frame.line}"] += 1
+        file, line = next((file, line) for file, line in places if file != __file__ and "/torch/" not in file)
+        self.lines[f"{file.rpartition('/')[2]}, line {line}"] += 1
 
 
 class Methods(TorchFunctionMode):
@@ -101,6 +101,7 @@ def wrapper(tiny, name="llama", **fields):
 
 
 TEXT = torch.arange(3, 23).view(2, 10)
+DATA = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
 CALLS = {
     "text": {},
     "padding": {"attention_mask": torch.ones_like(TEXT).index_fill(1, torch.tensor([9]), 0)},
@@ -138,8 +139,7 @@ def test_a_gpu_asserts_what_it_is_given(tiny, gpu, call, message):
     assert not lines
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("anchors", ["all", "random", "every"])
+@pytest.mark.parametrize("anchors, parts", [("all", 1), ("random", 4), ("every", 4)])
 def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors, parts):
     """From the moment its texts are moved, until its figures are read in the next step."""
     steps = []
@@ -157,9 +157,8 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
 
     own = training._step
     monkeypatch.setattr(training, "_step", step)
-    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
-    config = TrainConfig(out=str(tmp_path), steps=3, batch_size=4, accumulation=parts)
-    lines = training.train(wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0), data, config, progress=False)
+    qs = wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0)
+    lines = short_run(qs, DATA, tmp_path, steps=3, accumulation=parts)
     assert [line["step"] for line in lines] == [1, 2, 3] and len(steps) == 3
     assert not any(steps), steps
 
@@ -171,8 +170,6 @@ def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, mon
     monkeypatch.setattr(training, "_step", lambda *args: events.append(f"step {args[-1] + 1}") or own(*args))
     monkeypatch.setattr(training.snapshots, "save", lambda *args, **options: events.append("save"))
     monkeypatch.setattr(figures.Reading, "figures", lambda self: events.append("read") or read(self))
-    data = [{"input_ids": torch.arange(i + 3, i + 13)} for i in range(8)]
-    config = TrainConfig(out=str(tmp_path), steps=6, batch_size=2, save_every=4)
 
     def loss(model, batch, counts, seed):
         value, out = training.thought_loss(model, batch, counts, seed)
@@ -180,7 +177,7 @@ def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, mon
 
     qs = wrapper(tiny)
     with pytest.raises(FloatingPointError, match="^train: the loss is nan at step 5: the model's weights are finite$"):
-        training.train(qs, data, config, loss, progress=False)
+        short_run(qs, DATA, tmp_path, loss=loss, steps=6, batch_size=2, save_every=4)
     before = ["step 1", "step 2", "read", "step 3", "read", "step 4", "read", "read", "read", "save"]
     assert events == [*before, "step 5", "step 6", "read"]
     assert all(weight.isfinite().all() for weight in qs.parameters())

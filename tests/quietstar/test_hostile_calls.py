@@ -41,10 +41,7 @@ class World:
 
     def places(self):
         """Chosen anchors, and thoughts at them."""
-        return {
-            "anchors": torch.tensor([[0, 3, 5], [2, 4, -1]]),
-            "thought_lengths": torch.ones(B, 3, N, dtype=torch.int64),
-        }
+        return {"anchors": torch.tensor([[0, 3, 5], [2, 4, -1]]), "thought_lengths": torch.ones(B, 3, N, dtype=torch.int64)}
 
     def drawn(self):
         """What random numbers depend on."""

@@ -4,37 +4,23 @@ Losses are the mixed log-probabilities themselves. Tokens are drawn from them, a
 to 1, which those of the preset paper don't.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-from quietstar import QuietStar, ThoughtConfig, explain
+from quietstar import explain
 from quietstar.evaluation.questions.answers import STOP, cut
 from quietstar.evaluation.questions.asking import Asking, ask, prompt, scored_answers
 from quietstar.evaluation.questions.reading import parse
-from quietstar.evaluation.scoring import score_tokens
+from tests.quietstar.common import wrap
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = "9 bytes\n,"
 
 
 @pytest.fixture(params=["official", "paper"])
-def preset(request):
-    return request.param
-
-
-def wrap(model, preset, tokenizer=None, **fields):
-    qs = QuietStar(model, ThoughtConfig(preset=preset, **fields), tokenizer, verify=False).eval()
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
-    return qs
-
-
-@pytest.fixture
-def qs(tiny, byte_tokenizer, preset):
+def qs(tiny, byte_tokenizer, request):
     model = tiny("llama", vocab_size=len(byte_tokenizer), eos_token_id=0, bos_token_id=None)
-    return wrap(model, preset, byte_tokenizer, thoughts=2, thought_tokens=3, lookahead=2)
+    return wrap(model, byte_tokenizer, preset=request.param, thoughts=2, thought_tokens=3, lookahead=2).eval()
 
 
 @torch.no_grad()
@@ -54,12 +40,6 @@ def of(logprobs, tokens):
 def test_only_the_paper_does_not_add_up(qs):
     total = forward(qs, qs.tokenizer(TEXT).input_ids, range(9)).logsumexp(1)
     assert (total.abs() < 1e-5).all() if qs.thought_config.mixing == "logits" else (total < -1e-3).all()
-
-
-def test_scoring(qs):
-    ids = qs.tokenizer(TEXT).input_ids
-    _, scores = score_tokens(qs, [ids], [range(1, 9)])[0]
-    assert_close(scores.logprob, of(forward(qs, ids, range(8)).log_softmax(1), ids[1:]))
 
 
 def test_explain(qs):
@@ -93,20 +73,3 @@ def test_questions(qs):
     for _ in range(3):
         ids = [*ids, int(forward(qs, ids, [len(ids) - 1]).argmax())]
     assert answer.text == cut(qs.tokenizer.decode(ids[-3:]), STOP)
-
-
-@pytest.mark.long
-def test_digit_sums(monkeypatch, preset):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import sums
-
-    qs = wrap(sums.new_model(0), preset, thought_tokens=sums.STEPS, lookahead=1, embedding_init=sums.DASH, embedding_scale=1)
-    digits = sums.split_strings(0)[1][:20]
-    answers = sums.running_sums(digits)[:, -1]
-    found = sums.predict(qs, digits, sums.own_thoughts(qs, digits))
-    lines = sums.direct_lines(digits).tolist()
-    mixed = torch.cat([forward(qs, line, [sums.AT_EQUALS]) for line in lines])
-    assert_close(found.mixed[:, 0], mixed)
-    score = sums.score(found.mixed, digits)
-    assert score["nll"] == pytest.approx(-float(of(mixed, answers.tolist()).mean()), abs=1e-5)
-    assert score["right"] == int((mixed.argmax(1) == answers).sum())

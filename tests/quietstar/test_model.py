@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import quietstar
+from tests.quietstar.common import text
 
 T, J = 4, 3
 
@@ -14,47 +15,11 @@ def qs(tiny):
     return quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(thought_tokens=T, lookahead=J))
 
 
-def text(B=2, L=12, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
-
-
 def test_a_new_head_rewards_nothing(qs):
     """Its last layer is zero, so mixed and base predictions agree and the published weight of 1e6 multiplies nothing."""
     out = qs(text(4, 20), seed=0)
     assert out.reward.abs().max() <= 1e-5
     assert not out.weight.any()
-
-
-def test_base_predictions_are_those_of_the_unwrapped_model(tiny, qs):
-    ids = text()
-    truth = tiny("llama")(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(qs(ids, seed=0).nll_base, -truth, atol=1e-4, rtol=0)
-
-
-def test_labels_and_masks_leave_targets_out(qs):
-    ids, labels = text(), text()
-    labels[0, 5] = -100
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    out = qs(ids, mask, labels, seed=0)
-    assert out.nll_base[0, 4] == 0 and not out.nll_base[1, 8:].any()
-    assert out.nll_mix[0, 4, 0, 0] == 0 and out.nll_mix[0, 3, 0, 1] == 0
-    assert not out.nll_mix[1, 8:].any() and not out.reward[1, 9:].any()
-    count = (out.nll_base != 0).sum()
-    assert count == 2 * 11 - 1 - 3
-
-
-def test_the_losses_of_parts_add_up_to_that_of_the_whole(qs):
-    qs.thought_config.policy_weight = 10.0
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
-    ids, mask = text(4), torch.ones(4, 12, dtype=torch.long)
-    mask[1, 7:] = mask[3, :5] = 0
-    thoughts = qs.think(ids, mask, seed=0).thought_ids
-    whole = qs(ids, mask, thought_ids=thoughts)
-    parts = [slice(0, 1), slice(1, 4)]
-    first, second = (qs.count_targets(ids[part], mask[part]) for part in parts)
-    losses = [qs(ids[part], mask[part], thought_ids=thoughts[part], counts=first + second).loss for part in parts]
-    torch.testing.assert_close(sum(losses), whole.loss)
 
 
 def test_embeddings_begin_with_the_token_that_is_named(tiny):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.config import TrainConfig
-from quietstar.training import train
+from tests.quietstar.common import short_run
 
 CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, embedding_init=3)
 BROKEN = "transformer.wte.weight"
@@ -100,10 +99,9 @@ def test_a_forward_gives_no_loss(qs):
 
 def test_train(qs, tmp_path):
     data = [{"input_ids": text} for text in TEXTS]
-    config = TrainConfig(out=str(tmp_path), steps=1, batch_size=2)
     message = f"^train: the loss is nan at step 1: the model's weight model.{BROKEN} holds NaN or infinity$"
     with pytest.raises(FloatingPointError, match=message):
-        train(qs, data, config, progress=False)
+        short_run(qs, data, tmp_path, steps=1)
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -5,15 +5,12 @@ weighted with their probability, in fp64.
 """
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
-import quietstar
-from quietstar import ThoughtConfig, objective
-from quietstar.config import TrainConfig
-from quietstar.training import train
+from quietstar import objective
+from tests.quietstar.common import short_run, text, texts_of, wrap
 
 V = 3
 REWARD = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
@@ -60,31 +57,24 @@ def family(name, advantage=torch.relu, **given):
     return loss
 
 
-def test_leave_one_out_is_the_gradient_of_the_expected_reward():
-    for N in (2, 3):
-        got = expected_gradient(family("reinforce", objective.ADVANTAGES["leave_one_out"]), LOGITS, N)
-        torch.testing.assert_close(got, -softmax_gradient(REWARD, LOGITS))
+def leads(compare):
+    """Of each token, the expected value of a comparison of its reward with that of one other thought."""
+    return (compare(REWARD[:, None] - REWARD) * p_of(LOGITS)).sum(1)
 
 
-def test_the_mean_with_oneself_in_it_shrinks_that_gradient():
-    for N in (2, 3):
-        got = expected_gradient(family("reinforce", objective.ADVANTAGES["mean"]), LOGITS, N)
-        torch.testing.assert_close(got, -softmax_gradient(REWARD, LOGITS) * (N - 1) / N)
-
-
-def test_relu_of_two_is_half_the_expected_lead():
-    """Against one other thought: a token is worth half of what it leads by, where it leads."""
-    p = p_of(LOGITS)
-    worth = (torch.relu(REWARD[:, None] - REWARD) * p).sum(1) / 2
-    got = expected_gradient(family("reinforce", objective.ADVANTAGES["relu"]), LOGITS, 2)
-    torch.testing.assert_close(got, -softmax_gradient(worth, LOGITS))
-
-
-def test_zscore_of_two_counts_wins_alone():
-    """Of two thoughts a z-score is +-1/sqrt(2), whatever the distance: the chance to win minus the chance to lose."""
-    p = p_of(LOGITS)
-    worth = (torch.sign(REWARD[:, None] - REWARD) * p).sum(1) / 2**0.5
-    got = expected_gradient(family("reinforce", objective.ADVANTAGES["zscore"]), LOGITS, 2)
+@pytest.mark.parametrize(
+    "name, N, worth",
+    [
+        ("leave_one_out", 2, REWARD),
+        ("leave_one_out", 3, REWARD),
+        ("mean", 2, REWARD / 2),  # with oneself in it, it shrinks the gradient of the expected reward
+        ("mean", 3, REWARD * 2 / 3),
+        ("relu", 2, leads(torch.relu) / 2),  # against one other thought: half of what a token leads by, where it leads
+        ("zscore", 2, leads(torch.sign) / 2**0.5),  # of two it is +-1/sqrt(2): the chance to win minus the chance to lose
+    ],
+)
+def test_expected_gradients_of_the_advantages(name, N, worth):
+    got = expected_gradient(family("reinforce", objective.ADVANTAGES[name]), LOGITS, N)
     torch.testing.assert_close(got, -softmax_gradient(worth, LOGITS), rtol=1e-5, atol=1e-7)
 
 
@@ -172,27 +162,18 @@ def test_the_gate_follows_what_thinking_earns_above_its_cost():
     torch.testing.assert_close(got, torch.autograd.grad(-(g * (gain - cost)).sum(), score)[0])
 
 
-SMALL = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, policy_weight=1.0, embedding_scale=1.0, policy_temperature=1.0)
+SMALL = {"thoughts": 2, "thought_tokens": 3, "lookahead": 2, "policy_weight": 1.0, "policy_temperature": 1.0}
 
 
 @pytest.fixture
 def thinker(tiny):
-    def make(name="llama", **fields):
-        qs = quietstar.QuietStar(tiny(name), replace(SMALL, **fields), verify=False).train()
-        torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
-        return qs
-
-    return make
-
-
-def text(B=2, L=10, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+    return lambda name="llama", **fields: wrap(tiny(name), spread=0.2, embedding_scale=1.0, **SMALL | fields).train()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_the_base_of_the_divergence_is_the_plain_model_going_on(tiny, thinker, name):
     """The stock model's log-probability of text up to the anchor and then the thought's tokens, no start vector."""
-    qs, ids = thinker(name, kl_weight=0.1, start_token_id=5), text()
+    qs, ids = thinker(name, kl_weight=0.1, start_token_id=5), text(2, 10)
     anchors = torch.tensor([[3, 6], [0, -1]])
     ids[ids == 5] = 6
     out = qs(ids, anchors=anchors, seed=0)
@@ -210,7 +191,7 @@ def test_the_base_of_the_divergence_is_the_plain_model_going_on(tiny, thinker, n
 
 def test_divergence_and_entropy_reach_the_loss_with_their_weights(thinker):
     """In the gradient: of two thoughts the leave-one-out terms add up to 0."""
-    ids = text()
+    ids = text(2, 10)
 
     def gradient(**weights):
         qs = thinker(policy_weight=2.0, **weights)
@@ -228,7 +209,7 @@ def test_divergence_and_entropy_reach_the_loss_with_their_weights(thinker):
 
 def test_a_second_update_on_the_same_thoughts(thinker):
     """The first one's ratio is 1 and its gradient REINFORCE's; the second one's is the ratio of the two passes."""
-    ids = text()
+    ids = text(2, 10)
     plain, qs = thinker(advantage="mean"), thinker(advantage="mean", ratio_clip=0.2)
     for model in (plain, qs):
         model.thought_config.base_weight = model.thought_config.mix_weight = 0.0
@@ -253,7 +234,7 @@ def test_a_second_update_on_the_same_thoughts(thinker):
 @pytest.mark.parametrize("kind", ["frozen", "ema"])
 def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
     """log p_mix of the thinking model minus log p of the other, which is phi <- 0.9 phi + 0.1 theta after each step."""
-    qs, ids = thinker(base_model=kind, base_model_decay=0.9), text()
+    qs, ids = thinker(base_model=kind, base_model_decay=0.9), text(2, 10)
     twin = tiny("llama")
     torch.manual_seed(0)
     for _ in range(2):
@@ -275,21 +256,8 @@ def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
     assert all(x.grad is None for name, x in qs.named_parameters() if name.startswith("base_model."))
 
 
-def test_the_base_model_is_saved_and_loaded(thinker, tmp_path):
-    qs = thinker(base_model="ema", base_model_decay=0.5, kl_weight=0.1)
-    with torch.no_grad():
-        for parameter in qs.model.parameters():
-            parameter += 0.1
-    qs.update_base_model()
-    qs.save_pretrained(tmp_path / "model")
-    again = quietstar.QuietStar.from_pretrained(tmp_path / "model", verify=False).train()
-    for a, b in zip(qs.base_model.parameters(), again.base_model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(again(text(), seed=0).loss, qs(text(), seed=0).loss)
-
-
 def test_a_thought_that_ends_early_pays_for_its_own_tokens(thinker):
-    qs, ids = thinker(kl_weight=0.1), text()
+    qs, ids = thinker(kl_weight=0.1), text(2, 10)
     whole = qs(ids, seed=0)
     lengths = torch.tensor([0, 1, 2, 3, 1]).repeat(8)[:40].view(2, 10, 2)
     short = qs(ids, thought_ids=whole.thought_ids, thought_lengths=lengths)
@@ -298,34 +266,20 @@ def test_a_thought_that_ends_early_pays_for_its_own_tokens(thinker):
         torch.testing.assert_close(short[name], torch.where(on, whole[name], 0), rtol=0, atol=1e-5)
 
 
-DATA = [{"input_ids": text(1, 8 + i % 3, seed=i)[0]} for i in range(7)]
+DATA = texts_of([8 + i % 3 for i in range(7)])
 
 
-@pytest.fixture
-def run(thinker, tmp_path):
-    def run(out, resume=None, fields=None, **changes):
-        settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2, **changes}
-        config = TrainConfig(out=str(tmp_path / out), **settings)
-        lines = train(thinker(**(fields or {})), DATA, config, resume=resume, progress=False)
-        return [{name: x for name, x in line.items() if "second" not in name} for line in lines]
+def test_a_run_of_everything_resumes_bitwise(thinker, tmp_path):
+    fields = {"advantage": "leave_one_out", "ratio_clip": 0.2, "kl_weight": 0.05, "entropy_weight": 0.01}
+    fields |= {"base_model": "ema", "base_model_decay": 0.9}
 
-    return run
+    def run(out, **changes):
+        return short_run(thinker(**fields), DATA, tmp_path / out, updates=2, steps=2, save_every=1, **changes)
 
-
-def test_a_run_of_everything_resumes_bitwise(run, tmp_path):
-    fields = {
-        "advantage": "leave_one_out",
-        "ratio_clip": 0.2,
-        "kl_weight": 0.05,
-        "entropy_weight": 0.01,
-        "base_model": "ema",
-        "base_model_decay": 0.9,
-    }
-    unbroken = run("a", fields=fields, updates=2)
-    resumed = run("b", fields=fields, updates=2, resume=tmp_path / "a" / "checkpoints" / "step-000002")
-    assert resumed == unbroken[2:]
+    unbroken = run("a")
+    assert run("b", resume=tmp_path / "a" / "checkpoints" / "step-000001") == unbroken[1:]
     assert all("divergence" in line for line in unbroken)
-    for a, b in zip(unbroken[:2], run("cut", fields=fields, updates=2, steps=2, accumulation=2), strict=True):
+    for a, b in zip(unbroken, run("cut", accumulation=2), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
@@ -333,7 +287,7 @@ def test_the_base_model_follows_every_update_of_a_run(thinker, tmp_path):
     """With a decay of 0 it is the model, after training as well."""
     qs = thinker(base_model="ema", base_model_decay=0.0, ratio_clip=0.2)
     before = qs.model.lm_head.weight.clone()
-    train(qs, DATA, TrainConfig(out=str(tmp_path), steps=1, updates=2, batch_size=4, learning_rate=1e-2), progress=False)
+    short_run(qs, DATA, tmp_path, steps=1, updates=2)
     assert not torch.equal(qs.model.lm_head.weight, before)
     assert all(map(torch.equal, qs.base_model.parameters(), qs.model.parameters()))
 
@@ -346,8 +300,7 @@ def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_pa
         return seen[-1][1].loss, seen[-1][1]
 
     qs = thinker(ratio_clip=0.2, kl_weight=0.1)
-    config = TrainConfig(out=str(tmp_path), steps=1, updates=2, batch_size=4, learning_rate=1e-2)
-    (line,) = train(qs, DATA, config, loss=loss, progress=False)
+    (line,) = short_run(qs, DATA, tmp_path, loss=loss, steps=1, updates=2)
     (batch, first), (again, second) = seen
     assert "thought_ids" not in batch and torch.equal(again["thought_ids"], first.thought_ids)
     assert torch.equal(again["old_logprob"], first.logprob) and not torch.equal(second.logprob, first.logprob)

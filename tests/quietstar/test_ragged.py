@@ -9,12 +9,9 @@ from quietstar import explain, rollout
 from quietstar.evaluation.losses import token_losses
 from quietstar.evaluation.scoring import one_thought, score_tokens
 from quietstar.hf.decoder import decode_step
+from tests.quietstar.common import step, text
 
 T, J, L = 3, 2, 10
-
-
-def text(B=2, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
 
 
 def some_lengths(B=2, P=L, seed=1):
@@ -23,94 +20,36 @@ def some_lengths(B=2, P=L, seed=1):
     return lengths
 
 
-def slow_step(qs, ids, thought_ids, lengths, anchors):
-    """Both losses, one thought after the other, each an ordinary forward over text, start, its tokens, end, more text."""
-    config, model, embed, head = qs.thought_config, qs.model.model, qs.model.get_input_embeddings(), qs.lm_head.linear.weight
-    start, end = config.embedding_scale * qs.start_embedding, config.embedding_scale * qs.end_embedding
-    base_terms, mix_terms, policy, tokens = [], [[] for _ in range(J)], 0.0, 0
-    for b, row in enumerate(ids):
-        h_text = model(inputs_embeds=embed(row)[None]).last_hidden_state[0]
-        base = (h_text @ head.T).log_softmax(-1)
-        base_terms += [-base[t, row[t + 1]] for t in range(L - 1)]
-        for p, t in enumerate(anchors[b]):
-            rewards, logprobs = [], []
-            for n in range(config.thoughts):
-                size = int(lengths[b, p, n])
-                z = thought_ids[b, p, n, :size]
-                rows = torch.cat([embed(row[: t + 1]), start[None], embed(z), end[None], embed(row[t + 1 : t + J])])
-                h = model(inputs_embeds=rows[None]).last_hidden_state[0][t + 1 :]
-                reward = 0.0
-                for j in range(min(J, L - 1 - t)):
-                    hb, ht, target = h_text[t + j], h[size + 1 + j], row[t + j + 1]
-                    w = qs.mixing_head(torch.cat([hb, ht]))
-                    nll = -(((1 - w) * hb + w * ht) @ head.T).log_softmax(-1)[target]
-                    mix_terms[j].append(nll)
-                    reward += -base[t + j, target].item() - nll.item()
-                rewards.append(reward)
-                logits = h[:size] @ head.T / config.policy_temperature
-                logprobs.append(logits.log_softmax(-1).gather(1, z[:, None]).sum())
-            if t <= L - 2 - J:
-                mean = sum(rewards) / len(rewards)
-                policy = policy - sum(max(r - mean, 0.0) * x for r, x in zip(rewards, logprobs, strict=True))
-                tokens += int(lengths[b, p].sum())
-    loss_ce = config.base_weight * torch.stack(base_terms).mean()
-    loss_ce = loss_ce + config.mix_weight / J * sum(torch.stack(terms).mean() for terms in mix_terms)
-    return loss_ce, policy / tokens
-
-
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_each_thought_is_as_if_alone(thinker, chunk):
-    """Loss, policy loss (a mean over live sampled tokens) and every gradient."""
-    qs = thinker()
-    ids, lengths = text(), some_lengths()
-    thoughts = torch.randint(3, 61, (2, L, 2, T), generator=torch.Generator().manual_seed(2))
-    loss_ce, policy = slow_step(qs, ids, thoughts, lengths, [range(L)] * 2)
-    (loss_ce + qs.thought_config.policy_weight * policy).backward()
-    want = {name: p.grad.clone() for name, p in qs.named_parameters()}
-    qs.zero_grad()
-    qs.anchor_chunk = chunk
-    out = qs(ids, thought_ids=thoughts, thought_lengths=lengths)
-    torch.testing.assert_close(out.loss_ce, loss_ce, rtol=1e-4, atol=0)
-    torch.testing.assert_close(out.policy_loss, policy, rtol=1e-4, atol=1e-7)
-    out.loss.backward()
-    for name, p in qs.named_parameters():
-        assert (p.grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
-
-
 def test_full_lengths_are_the_plain_step_bitwise(thinker):
     qs = thinker()
     mask = torch.ones(2, L, dtype=torch.long)
     mask[0, :3] = mask[1, 8:] = 0
-    thoughts = qs.think(text(), mask, seed=0).thought_ids
+    thoughts = qs.think(text(2, L), mask, seed=0).thought_ids
     results = []
     for lengths in (None, torch.full((2, L, 2), T)):
-        qs.zero_grad()
-        out = qs(text(), mask, thought_ids=thoughts, thought_lengths=lengths)
-        out.loss.backward()
-        results.append([out.loss, out.nll_mix, out.reward, *(p.grad.clone() for p in qs.parameters())])
+        out, grads = step(qs, text(2, L), mask, thought_ids=thoughts, thought_lengths=lengths)
+        results.append([out.loss, out.nll_mix, out.reward, *grads.values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_what_stands_past_the_end_changes_nothing(thinker):
     """Not even ids outside the vocabulary."""
     qs = thinker()
-    ids, lengths = text(), some_lengths()
+    ids, lengths = text(2, L), some_lengths()
     thoughts = qs.think(ids, seed=0).thought_ids
     past = torch.arange(T) >= lengths[..., None]
     results = []
     for filler in (7, -1, 1000):
-        qs.zero_grad()
-        out = qs(ids, thought_ids=thoughts.masked_fill(past, filler), thought_lengths=lengths)
-        out.loss.backward()
+        out, grads = step(qs, ids, thought_ids=thoughts.masked_fill(past, filler), thought_lengths=lengths)
         assert not out.logprob[past].any() and out.logprob[~past & (out.advantage > 0)[..., None]].all()
-        results.append([out.loss, *(p.grad.clone() for p in qs.parameters())])
+        results.append([out.loss, *grads.values()])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_given_lengths_cut_what_would_be_thought(thinker, greedy):
     qs = thinker("mistral")
-    ids, lengths = text(), some_lengths()
+    ids, lengths = text(2, L), some_lengths()
     whole = qs.think(ids, seed=1, greedy=greedy)
     assert whole.thought_lengths is None
     cut = qs.think(ids, seed=1, greedy=greedy, thought_lengths=lengths)
@@ -141,7 +80,7 @@ def slow_stops(qs, ids, thoughts, threshold):
 def test_thoughts_stop_where_the_end_is_likely(thinker, chunk):
     qs = thinker(end_token_id=END)
     threshold = 1 / 61
-    ids = text()
+    ids = text(2, L)
     whole = qs.think(ids, seed=1, greedy=False).thought_ids
     want = slow_stops(qs, ids, whole, threshold)
     assert set(want.flatten().tolist()) == set(range(T + 1))
@@ -163,7 +102,7 @@ def test_thoughts_stop_where_the_end_is_likely(thinker, chunk):
 def test_a_rollout_ends_with_the_last_thought(thinker, monkeypatch):
     """Where all have stopped it takes no further step, and thinks what it would have thought."""
     qs = thinker(end_token_id=END)
-    ids = text()
+    ids = text(2, L)
     whole = qs.think(ids, seed=1, greedy=False).thought_ids
     steps = []
     monkeypatch.setattr(rollout, "decode_step", lambda *args: (steps.append(args[3]), decode_step(*args))[1])
@@ -200,7 +139,7 @@ def test_what_reads_a_checkpoint_lets_thoughts_stop(tiny, thinker, byte_tokenize
 def test_generation_lets_thoughts_stop(thinker):
     """Two sampled thoughts in each of two texts, which end at different steps: the mean of the differentiable pass's."""
     qs = thinker("mistral", end_token_id=END, stop_threshold=1 / 61)
-    ids, seen, spread = text(), [], set()
+    ids, seen, spread = text(2, L), [], set()
     options = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0, "on_thoughts": seen.append}
     for place in range(2, L - J - 1):
         anchors = torch.tensor([[place], [place]])
@@ -219,7 +158,7 @@ def test_generation_lets_thoughts_stop(thinker):
 def test_parts_add_up_to_the_whole(thinker):
     """The mean over tokens is taken once, whatever tokens each part of the batch has."""
     qs = thinker()
-    ids, lengths = text(), some_lengths()
+    ids, lengths = text(2, L), some_lengths()
     thoughts = qs.think(ids, seed=0).thought_ids
     whole = qs(ids, thought_ids=thoughts, thought_lengths=lengths)
     parts = [slice(0, 1), slice(1, 2)]
@@ -245,4 +184,4 @@ def test_bad_lengths_get_one_sentence(thinker, name):
     qs = thinker()
     for call in (qs, qs.think):
         with pytest.raises(ValueError, match=message):
-            call(text(), thought_lengths=lengths)
+            call(text(2, L), thought_lengths=lengths)

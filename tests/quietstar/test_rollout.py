@@ -5,6 +5,7 @@ import torch
 
 import quietstar
 from quietstar_kernels import sample_token
+from tests.quietstar.common import text
 
 CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=2)
 
@@ -12,10 +13,6 @@ CONFIG = quietstar.ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=2)
 @pytest.fixture
 def qs(tiny):
     return quietstar.QuietStar(tiny("mistral"), CONFIG)
-
-
-def text(B=3, L=11, seed=0):
-    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -47,7 +44,7 @@ def test_the_thoughts_are_those_of_a_slow_sampler(qs):
 
 
 def test_same_thoughts_when_the_batch_is_split_or_reordered(qs):
-    ids, names = text(), torch.tensor([7, 3, 9])
+    ids, names = text(3, 11), torch.tensor([7, 3, 9])
     whole = qs.think(ids, seed=1, sequence_ids=names).thought_ids
     split = [qs.think(ids[b : b + 1], seed=1, sequence_ids=names[b : b + 1]).thought_ids for b in range(3)]
     assert torch.equal(torch.cat(split), whole)
@@ -77,7 +74,7 @@ def test_packed_documents_think_like_documents_alone(qs):
 
 
 def test_chosen_anchors_think_like_all_positions(qs):
-    ids = text()
+    ids = text(3, 11)
     anchors = torch.tensor([[1, 4, 10], [0, 7, -1], [5, -1, -1]])
     chosen = qs.think(ids, anchors=anchors, seed=1).thought_ids
     every = qs.think(ids, seed=1).thought_ids
@@ -88,7 +85,7 @@ def test_chosen_anchors_think_like_all_positions(qs):
 
 
 def test_greedy_in_evaluation_and_when_asked(qs):
-    ids = text()
+    ids = text(3, 11)
     asked = qs.think(ids, greedy=True).thought_ids
     assert torch.equal(asked[:, :, 0], asked[:, :, 1])
     qs.eval()
@@ -110,10 +107,10 @@ def test_start_and_end_ids_are_never_sampled(tiny):
 def test_a_decoder_may_change_its_rows_in_place(tiny):
     """As CTRL's does, which scales them."""
     qs = quietstar.QuietStar(tiny("llama"), CONFIG)
-    want = qs.think(text(), seed=1).thought_ids
+    want = qs.think(text(3, 11), seed=1).thought_ids
 
     def scale(module, args, kwargs):
         kwargs["inputs_embeds"].mul_(1.0)
 
     qs.model.model.register_forward_pre_hook(scale, with_kwargs=True)
-    assert torch.equal(qs.think(text(), seed=1).thought_ids, want)
+    assert torch.equal(qs.think(text(3, 11), seed=1).thought_ids, want)

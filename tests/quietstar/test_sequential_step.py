@@ -3,14 +3,17 @@
 import pytest
 import torch
 
+from tests.quietstar.common import assert_same_gradients, gradients, text
+
 T, J = 3, 2
 
 
-def slow_step(qs, texts, thought_ids, anchors, last_rewarded):
+def slow_step(qs, texts, thought_ids, anchors, last_rewarded, lengths=None):
     """``texts``: list of (ids, labels) of single documents; thought_ids[i][t, n]; anchors[i]: positions that think, rewarded up
-    to last_rewarded[i].
+    to last_rewarded[i]; lengths[i][t, n], or T: of a thought.
 
-    Returns the loss and a dict of rewards by (text, anchor, n). Written from the objective's definition, one number at a time.
+    Returns the loss, and dicts of rewards and of log-probabilities by (text, anchor, n). Written from the objective's
+    definition, one number at a time.
     """
     config, model, embed = qs.thought_config, qs.model.model, qs.model.get_input_embeddings()
     weight = qs.lm_head.linear.weight
@@ -24,7 +27,8 @@ def slow_step(qs, texts, thought_ids, anchors, last_rewarded):
         base_terms += [x for x in nll_base if x is not None]
         for t in anchors[i]:
             for n in range(config.thoughts):
-                z = thought_ids[i][t, n]
+                size = T if lengths is None else int(lengths[i][t, n])
+                z = thought_ids[i][t, n, :size]
                 forced = ids[t + 1 : t + J]
                 rows = torch.cat([embed(ids[: t + 1]), start[None], embed(z), end[None], embed(forced)])
                 h = model(inputs_embeds=rows[None]).last_hidden_state[0][t + 1 :]
@@ -33,7 +37,7 @@ def slow_step(qs, texts, thought_ids, anchors, last_rewarded):
                     target = t + j + 1
                     if target >= L or labels[target] == -100:
                         continue
-                    hb, ht = h_text[t + j], h[T + 1 + j]
+                    hb, ht = h_text[t + j], h[size + 1 + j]
                     w = qs.mixing_head(torch.cat([hb, ht]))
                     if config.mixing == "logits":
                         nll = -(((1 - w) * hb + w * ht) @ weight.T).log_softmax(-1)[labels[target]]
@@ -45,34 +49,31 @@ def slow_step(qs, texts, thought_ids, anchors, last_rewarded):
                     reward += (nll_base[t + j].item() if config.reward == "gain" else 0.0) - nll.item()
                 if t <= last_rewarded[i]:
                     rewards[i, t, n] = reward
-                    logits = h[:T] @ weight.T / config.policy_temperature
+                    logits = h[:size] @ weight.T / config.policy_temperature
                     logprobs[i, t, n] = logits.log_softmax(-1).gather(1, z[:, None])[:, 0]
     loss = config.base_weight * torch.stack(base_terms).mean()
     loss = loss + config.mix_weight / J * sum(torch.stack(terms).mean() for terms in mix_terms)
     return loss, rewards, logprobs
 
 
-def policy(config, rewards, logprobs, count):
+def policy(config, rewards, logprobs, tokens):
+    """The policy's loss, a mean over ``tokens``."""
     total = 0.0
     for (i, t, n), logprob in logprobs.items():
         mean = sum(rewards[i, t, m] for m in range(config.thoughts)) / config.thoughts if config.thoughts > 1 else 0.0
         total = total - max(rewards[i, t, n] - mean, 0.0) * logprob.sum()
-    return total / (count * config.thoughts * T)
-
-
-def gradients(qs, loss):
-    qs.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in qs.named_parameters()}
+    return total / tokens
 
 
 def compare(qs, out, slow_loss_ce, slow_policy):
     torch.testing.assert_close(out.loss_ce, slow_loss_ce, rtol=1e-4, atol=0)
     torch.testing.assert_close(out.policy_loss, slow_policy, rtol=1e-4, atol=1e-7)
-    got = gradients(qs, out.loss)
-    want = gradients(qs, slow_loss_ce + qs.thought_config.policy_weight * slow_policy)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-3 * want[name].norm(), name
+    found = []
+    for loss in (out.loss, slow_loss_ce + qs.thought_config.policy_weight * slow_policy):
+        qs.zero_grad()
+        loss.backward()
+        found.append(gradients(qs))
+    assert_same_gradients(*found, bound=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"thoughts": 1}, {"preset": "paper"}], ids=["official", "one thought", "paper"])
@@ -89,7 +90,7 @@ def test_padded_batch(thinker, changes, side):
     last = [9 - 2 - J, 9 - 2 - J - (3 if side == "left" else 0)]
     loss_ce, rewards, logprobs = slow_step(qs, list(zip(ids, labels, strict=True)), thoughts, [range(9), range(6)], last)
     # Padded anchors count in the policy's denominator: 2 texts of 9 - 1 - J places.
-    slow_policy = policy(qs.thought_config, rewards, logprobs, count=2 * (9 - 1 - J))
+    slow_policy = policy(qs.thought_config, rewards, logprobs, tokens=2 * (9 - 1 - J) * N * T)
 
     def pad(x, value):
         fill = x.new_full((3, *x.shape[1:]), value)
@@ -125,7 +126,21 @@ def test_chosen_anchors(thinker):
     anchors = torch.tensor([[1, 4, 9], [6, -1, -1]])
     loss_ce, rewards, logprobs = slow_step(qs, [(x, x) for x in ids], thoughts, [[1, 4, 9], [6]], [10 - 2 - J] * 2)
     # Rewarded places: 1 and 4 of the first text, 6 of the second; the unused ones don't count.
-    slow_policy = policy(qs.thought_config, rewards, logprobs, count=3)
+    slow_policy = policy(qs.thought_config, rewards, logprobs, tokens=3 * 2 * T)
     rows = torch.arange(2)[:, None]
     out = qs(ids, thought_ids=thoughts[rows, anchors.clamp(min=0)], anchors=anchors)
     compare(qs, out, loss_ce, slow_policy)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_thoughts_of_different_lengths(thinker, chunk):
+    """Each is as if alone, and the policy's loss is a mean over live sampled tokens."""
+    qs, ids, L = thinker(), text(2, 10), 10
+    generator = torch.Generator().manual_seed(1)
+    thoughts, lengths = (
+        torch.randint(*bounds, generator=generator) for bounds in ((3, 61, (2, L, 2, T)), (0, T + 1, (2, L, 2)))
+    )
+    loss_ce, rewards, logprobs = slow_step(qs, [(x, x) for x in ids], thoughts, [range(L)] * 2, [L - 2 - J] * 2, lengths)
+    slow_policy = policy(qs.thought_config, rewards, logprobs, int(lengths[:, : L - 1 - J].sum()))
+    qs.anchor_chunk = chunk
+    compare(qs, qs(ids, thought_ids=thoughts, thought_lengths=lengths), loss_ce, slow_policy)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from quietstar import QuietStar, ThoughtConfig
@@ -123,11 +124,7 @@ def assert_close(got, wanted):
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {},
-        {"anchors": "gate", "gate_cost": 0.01},
-        {"stop_threshold": 0.03, "end_token_id": END},
-    ],
+    [{}, {"anchors": "gate", "gate_cost": 0.01}, {"stop_threshold": 0.03, "end_token_id": END}],
     ids=["all", "gate", "stopping"],
 )
 @pytest.mark.long
@@ -225,11 +222,16 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
 @pytest.mark.long
 def test_what_a_stock_trainer_writes_is_refused_with_a_remedy(tmp_path):
-    trainer = make_trainer(tmp_path, make_qs(), kind=Trainer, max_steps=1)
-    trainer.data_collator = pad_texts
+    qs, began = make_qs(), make_qs()
+    trainer = make_trainer(tmp_path, qs, kind=Trainer, max_steps=2)
+    trainer.data_collator = lambda rows: (batch := pad_texts(rows)) | {"labels": batch["input_ids"]}
     trainer.train()
     trainer.save_model()
-    for path in (tmp_path, tmp_path / "checkpoint-1"):
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not any(map(torch.equal, qs.parameters(), began.parameters()))
+    began.load_state_dict(load_file(tmp_path / "checkpoint-2/model.safetensors"))  # one copy of the tied weights
+    assert same(began, qs)
+    for path in (tmp_path, tmp_path / "checkpoint-2"):
         with pytest.raises(ValueError, match="a state dict without configs.*quietstar.trainer.ThoughtTrainer"):
             QuietStar.from_pretrained(path)
         with pytest.raises(ValueError, match="not a QuietStar checkpoint"):

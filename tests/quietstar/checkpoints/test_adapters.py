@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +11,13 @@ import quietstar
 from quietstar.checkpoints import native as checkpoint
 from quietstar.checkpoints.pretrained import load_model
 from quietstar.cli import main as cli
-from quietstar.config import TrainConfig
 from quietstar.hf import adapters
 from quietstar.run import snapshots
-from quietstar.training import train
 
 pytest.importorskip("peft")
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "hf")]
-from lora_models import CONFIG, IDS, RANK, gradients, lora, wrap
-from signing import sign
+from tests.quietstar.checkpoints.signing import sign
+from tests.quietstar.common import short_run, texts_of
+from tests.quietstar.hf.lora_models import CONFIG, IDS, RANK, gradients, lora, wrap
 
 
 @pytest.fixture
@@ -88,17 +84,6 @@ def test_adapters_of_another_base_are_refused(saved, tiny, tmp_path):
     assert not adapters.there(fine_tuned)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "quietstar.safetensors"])
-def test_a_damaged_or_missing_file_is_named(saved, file):
-    whole = (saved / file).read_bytes()
-    (saved / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{saved}: {file} is damaged"):
-        quietstar.QuietStar.from_pretrained(saved)
-    (saved / file).unlink()
-    with pytest.raises(ValueError, match=f"{saved}: {file} is missing"):
-        quietstar.QuietStar.from_pretrained(saved)
-
-
 def test_files_of_other_adapters_are_refused(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
@@ -129,7 +114,7 @@ def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):
         again.merge_adapters()
 
 
-DATA = [{"input_ids": torch.randint(3, 61, (7 + i % 3,), generator=torch.Generator().manual_seed(i))} for i in range(5)]
+DATA = texts_of([7 + i % 3 for i in range(5)])
 
 
 def train_some(base, out, resume=None, rank=RANK, whole=False):
@@ -137,8 +122,7 @@ def train_some(base, out, resume=None, rank=RANK, whole=False):
     qs = quietstar.QuietStar(AutoModelForCausalLM.from_pretrained(base), CONFIG)
     if not whole:
         qs.add_adapters(lora(r=rank, lora_dropout=0.2))
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2}
-    return qs, train(qs, DATA, TrainConfig(out=str(out), **settings), resume=resume, progress=False)
+    return qs, short_run(qs, DATA, out, resume)
 
 
 @pytest.mark.long
@@ -151,7 +135,7 @@ def test_a_resumed_run_gives_the_losses_of_an_unbroken_one_bitwise(base, tmp_pat
     assert not (newest / "model.safetensors").exists()
     assert "adapter_model.safetensors" in json.loads((newest / "manifest.json").read_text())
     again, resumed = train_some(base, tmp_path / "run", resume=half_way)
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in unbroken]
+    assert resumed == unbroken
     assert all(torch.equal(a, b) for a, b in zip(qs.parameters(), again.parameters(), strict=True))
     loaded = quietstar.QuietStar.from_pretrained(newest)
     assert torch.equal(loaded.eval()(IDS).loss, qs.eval()(IDS).loss)

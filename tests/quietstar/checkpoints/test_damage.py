@@ -5,10 +5,8 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +23,7 @@ from quietstar.run.optimizers import make_optimizer
 from quietstar.run.resume import find_checkpoint
 from quietstar.training import train
 from tests.limits import Hang, limits
-
-sys.path.append(str(Path(__file__).parent))
-from signing import checksum, sign
+from tests.quietstar.checkpoints.signing import checksum, sign
 
 CONFIG = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=3.0)
 SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}

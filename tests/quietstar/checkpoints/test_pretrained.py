@@ -23,25 +23,16 @@ class Code:
 
 
 @pytest.fixture
-def folder(tiny, byte_tokenizer, tmp_path):
-    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained(tmp_path / "model")
-    byte_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def pickled(folder):
+def pickled(model_folder):
     """The model in a pickle file."""
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    return folder
+    torch.save(load_file(model_folder / "model.safetensors"), model_folder / "pytorch_model.bin")
+    (model_folder / "model.safetensors").unlink()
+    return model_folder
 
 
-def commands(folder, out):
+def commands(folder):
     """Each command that loads a plain language model, as short as it can be."""
-    text = out.parent / "text.txt"
-    text.write_text("\n".join(f"{i} lines of text" for i in range(20)))
-    task, data = ["--task=addition", "--digits=1"], [f"--data={text}", "--no-pack", "--length=8"]
+    task, data = ["--task=addition", "--digits=1"], [f"--data={folder.parent / 'text.txt'}", "--no-pack", "--length=8"]
     return {
         "train": [*data, "--steps=1", "--held-out=0", "--thoughts=1", "--thought-tokens=1", "--lookahead=1", "--batch-size=2"],
         "star": [*task, "--rounds=1", "--problems=2"],
@@ -57,7 +48,7 @@ def commands(folder, out):
 @pytest.mark.parametrize("command", ["train", "star", "vstar", "score", "internalize", "fast", "solve", "doctor"])
 def test_every_command_refuses_pickles(pickled, tmp_path, capsys, command):
     out = [] if command == "doctor" else [f"--out={tmp_path / 'run'}"]
-    typed = [command, f"--model={pickled}", *out, *commands(pickled, tmp_path / "run")[command]]
+    typed = [command, f"--model={pickled}", *out, *commands(pickled)[command]]
     assert cli.main(typed) == cli.DATA
     assert (
         "its weights are pickle files (pytorch_model.bin), which can run code when read; --allow-bin" in capsys.readouterr().err
@@ -67,7 +58,7 @@ def test_every_command_refuses_pickles(pickled, tmp_path, capsys, command):
 @pytest.mark.long
 def test_allow_bin_trains_from_pickles(pickled, tmp_path, capsys):
     typed = ["train", f"--model={pickled}", "--allow-bin", f"--out={tmp_path / 'run'}"]
-    assert cli.main([*typed, *commands(pickled, tmp_path / "run")["train"]]) == 0
+    assert cli.main([*typed, *commands(pickled)["train"]]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["allow_bin"] is True
 
 
@@ -83,15 +74,15 @@ def test_allow_bin_runs_no_code_and_prefers_safetensors(pickled, tmp_path):
     assert not (tmp_path / "run by the pickle").exists()
 
 
-def test_no_code_of_a_folder_is_run_and_nobody_is_asked(folder, tmp_path, monkeypatch):
+def test_no_code_of_a_folder_is_run_and_nobody_is_asked(model_folder, tmp_path, monkeypatch):
     def asked(*_):
         raise AssertionError
 
     monkeypatch.setattr("builtins.input", asked)
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
-    config = json.loads((folder / "config.json").read_text())
+    (model_folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
+    config = json.loads((model_folder / "config.json").read_text())
     remote = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": remote}))
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": remote}))
     with pytest.raises(ValueError, match="cannot load a config") as error:
-        load_config(folder)
+        load_config(model_folder)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -3,15 +3,14 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import common
+from tests.quietstar.common import wrap
 
 
 def test_generate(home, quietstar, byte_tokenizer):
     tokenizer = byte_tokenizer
     model = AutoModelForCausalLM.from_pretrained("model")
-    qs = QuietStar(model, ThoughtConfig(thought_tokens=2, lookahead=2), tokenizer, verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
+    qs = wrap(model, tokenizer, thought_tokens=2, lookahead=2)
     qs.save_pretrained("thinks")
     ids = tokenizer("Hello you", return_tensors="pt")["input_ids"]
     options = {"max_new_tokens": 6, "pad_token_id": 0}

@@ -167,27 +167,22 @@ def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, rec
 @pytest.mark.parametrize(
     "arguments, code, says",
     [
-        (["generate", "--model=thinker", "--prompt=x", "--max-new-tokens=nan"], 2, "invalid"),
         (["generate", "--model=thinker", "--prompt=x", "--temperature=nan"], 2, "nan is not a number from -1e+30 to 1e+30"),
         (["generate", "--model=thinker", "--prompt=x", "--temperature=1", "--seed=-1"], 2, "from 0 to 4,294,967,295, got -1"),
         (["generate", "--model=thinker", "--prompt=caf\udce9"], 2, "is not UTF-8, or the locale is not"),
         (["think", "x\0", "--model=thinker"], 2, "has a zero byte"),
-        (["think", "x", "--model=thinker", "--seed=1" + 30 * "0"], 2, "more than 64 bits"),
         (
             ["explain", "x", "--model=thinker", "--out=a.html", "loop"],
             2,
             "--out must be a file in an existing folder, got loop",
         ),
-        (["export", "--model=thinker", "--data=text.txt", "--out=loop.jsonl"], 2, "--out must be a file in an existing folder"),
         (["export", "--model=thinker", "--data=text.txt", "--out=pipe.jsonl"], 2, "--out must be a file in an existing folder"),
         (["export", "--model=thinker", "--data=text.txt", "--out=" + 300 * "x"], 2, "File name too long"),
         (["train", "--model=model", "--out=text.txt"], 2, "--out must be a folder that can be written to, got text.txt"),
-        (["solve", "--model=solver", "--out=loop/x"], 2, "--out must be a folder that can be written to, got loop/x"),
         (["doctor", "--model=model", "--length=1" + 30 * "0"], 2, "more than 64 bits"),
         (["doctor", "--model=model", f"--length={2**62}"], 2, "rows, and 1,099,511,627,776 are the most"),
         (["train", "--model=model", "--data=text.txt", "--length=16", "--out=new", f"--batch-size={10**12}"], 3, "batch_size"),
         (["doctor", "--" + 100_000 * "x"], 2, "is too long"),
-        (["train", "--model=model", "--learning-rate=1e308"], 2, "1e308 is not a number from -1e+30 to 1e+30"),
         pytest.param(
             ["star", "--sft-steps=1", "--lora-rank=1" + 9 * "0", "--out=new"], 4, "out of memory", marks=pytest.mark.long
         ),

@@ -4,26 +4,23 @@ import hashlib
 import json
 import sys
 import tracemalloc
-from dataclasses import replace
 
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
-from quietstar.config import TrainConfig
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts, open_records, text_hash
 from quietstar.run.batches import mix_seed
-from quietstar.training import thought_loss, train
+from quietstar.training import thought_loss
+from tests.quietstar.common import short_run, texts_of, wrap
 
-CONFIG = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
+CONFIG = {"thoughts": 2, "thought_tokens": 3, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
 LENGTHS = (7, 9, 8, 9, 7)
 KINDS = ("jsonl", "parquet")
 
 
-def texts(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
+def texts():
+    return texts_of(LENGTHS)
 
 
 def packed():
@@ -34,10 +31,8 @@ def some_anchors():
     return [x | {"anchors": torch.tensor([1, 4, 5][: 1 + i % 3])} for i, x in enumerate(texts())]
 
 
-def wrap(tiny, **changes):
-    qs = QuietStar(tiny("llama"), replace(CONFIG, **changes), verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.3, generator=torch.Generator().manual_seed(1))
-    return qs
+def thinking(tiny, **changes):
+    return wrap(tiny("llama"), spread=0.3, **CONFIG | changes)
 
 
 def needed(kind):
@@ -47,11 +42,9 @@ def needed(kind):
 
 def learn(qs, data, out, **changes):
     """Metrics and weights after one step."""
-    config = TrainConfig(**{"out": str(out), "steps": 1, "batch_size": 5, "warmup": 0, "learning_rate": 1e-3, **changes})
-    (line,) = train(qs, data, config, progress=False)
-    times = {"seconds", "tokens_per_second", "thoughts_per_second"}
+    (line,) = short_run(qs, data, out, **{"steps": 1, "batch_size": 5, "warmup": 0, "learning_rate": 1e-3, **changes})
     weights = torch.cat([x.detach().flatten() for x in qs.parameters()])
-    return {name: x for name, x in line.items() if name not in times}, weights
+    return line, weights
 
 
 CASES = {
@@ -69,13 +62,13 @@ def test_a_step_on_exported_thoughts_is_the_step_that_samples_them(tiny, tmp_pat
     needed(kind)
     make, changes = CASES[case]
     file, data = tmp_path / f"thoughts.{kind}", make()
-    export_thoughts(wrap(tiny, **changes), data, file, seed=mix_seed(0, 0), batch_size=2)
-    want, weights = learn(wrap(tiny, **changes), data, tmp_path / "sampled")
-    qs = wrap(tiny, **changes | {"anchors": "all"})
+    export_thoughts(thinking(tiny, **changes), data, file, seed=mix_seed(0, 0), batch_size=2)
+    want, weights = learn(thinking(tiny, **changes), data, tmp_path / "sampled")
+    qs = thinking(tiny, **changes | {"anchors": "all"})
     got, same = learn(qs, OfflineThoughts(file, data, qs), tmp_path / "read", accumulation=2)
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6) and want["reward"] != 0
     # AdamW's first step divides gradients by their size, so tiny ones are mostly rounding.
-    assert (same - weights).norm() <= 1e-3 * (weights - torch.cat([x.flatten() for x in wrap(tiny).parameters()])).norm()
+    assert (same - weights).norm() <= 1e-3 * (weights - torch.cat([x.flatten() for x in thinking(tiny).parameters()])).norm()
 
 
 def example():
@@ -95,19 +88,21 @@ def write(path, *records):
 def test_a_record_of_another_engine(tiny, tmp_path):
     """As in docs/training.md, with an unknown field and blank lines."""
     file = write(tmp_path / "a.jsonl", "", RECORD | {"engine": "another", "logprob": LOGPROB}, "")
-    got = OfflineThoughts(file, [example()], wrap(tiny, policy_temperature=1.0))[0]
+    got = OfflineThoughts(file, [example()], thinking(tiny, policy_temperature=1.0))[0]
     assert torch.equal(got["input_ids"], example()["input_ids"])
     assert got["anchors"].tolist() == [2, 6]
     assert got["thought_ids"].tolist() == [[[5, 6, 7], [8, 0, 0]], [[0, 0, 0], [9, 10, 0]]]
     assert got["thought_lengths"].tolist() == [[3, 1], [0, 2]]
     assert got["old_logprob"].tolist() == [[[-1.5, -0.25, -3.0], [-2.0, 0, 0]], [[0, 0, 0], [0.0, -0.5, 0]]]
-    assert "old_logprob" not in OfflineThoughts(file, [example()], wrap(tiny))[0]  # the policy's temperature is another
+    assert "old_logprob" not in OfflineThoughts(file, [example()], thinking(tiny))[0]  # the policy's temperature is another
 
     everywhere = {name: x for name, x in RECORD.items() if name != "anchors"} | {"thought_ids": [[[1], [2]]] * 8}
-    got = OfflineThoughts(write(tmp_path / "b.jsonl", everywhere), [example() | {"anchors": torch.tensor([1])}], wrap(tiny))[0]
+    got = OfflineThoughts(
+        write(tmp_path / "b.jsonl", everywhere), [example() | {"anchors": torch.tensor([1])}], thinking(tiny)
+    )[0]
     assert "anchors" not in got and got["thought_ids"].shape == (8, 2, 3)
     nowhere = RECORD | {"anchors": [], "thought_ids": []}
-    got = OfflineThoughts(write(tmp_path / "c.jsonl", nowhere), [example()], wrap(tiny))[0]
+    got = OfflineThoughts(write(tmp_path / "c.jsonl", nowhere), [example()], thinking(tiny))[0]
     assert got["anchors"].tolist() == [-1] and got["thought_lengths"].tolist() == [[0, 0]]
 
 
@@ -115,7 +110,7 @@ def test_a_record_of_another_engine(tiny, tmp_path):
 def test_records_find_their_texts_in_any_order(tiny, tmp_path, kind):
     """Including the records of a text that occurs twice, in order."""
     needed(kind)
-    qs, file = wrap(tiny), tmp_path / f"thoughts.{kind}"
+    qs, file = thinking(tiny), tmp_path / f"thoughts.{kind}"
     data = [*texts(), texts()[1]]
     export_thoughts(qs, data, file, seed=3, batch_size=4)
     read = OfflineThoughts(file, data, qs)
@@ -132,7 +127,7 @@ def test_records_find_their_texts_in_any_order(tiny, tmp_path, kind):
 def test_log_probabilities_of_the_sampler_stay_over_further_updates(tiny, tmp_path):
     """Every update's ratio is relative to them, so they change the loss of the first one too."""
     changes = {"policy_temperature": 1.0, "ratio_clip": 0.2, "advantage": "mean"}
-    qs, data, file = wrap(tiny, **changes), texts(), tmp_path / "a.jsonl"
+    qs, data, file = thinking(tiny, **changes), texts(), tmp_path / "a.jsonl"
     export_thoughts(qs, data, file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:
@@ -148,9 +143,8 @@ def test_log_probabilities_of_the_sampler_stay_over_further_updates(tiny, tmp_pa
 
     for path, first in ((file, 0.0), (moved, 1.0)):
         ratios = []
-        qs = wrap(tiny, **changes)
-        config = TrainConfig(out=str(tmp_path / path.stem), steps=1, batch_size=5, updates=2, learning_rate=1e-2)
-        train(qs, OfflineThoughts(path, data, qs), config, loss=loss, progress=False)
+        qs = thinking(tiny, **changes)
+        short_run(qs, OfflineThoughts(path, data, qs), tmp_path / path.stem, loss=loss, steps=1, batch_size=5, updates=2)
         assert torch.equal(seen[-1], seen[-2])
         assert ratios[0] == pytest.approx(first, abs=1e-4) and ratios[1] != pytest.approx(first, abs=1e-4)
 
@@ -189,7 +183,7 @@ def test_a_broken_record_is_named_by_file_and_line(tiny, tmp_path, case):
         file.read_bytes() + (json.dumps(line) if isinstance(line, dict) else line).encode(errors="surrogateescape")
     )
     with pytest.raises(ValueError, match=message) as raised:
-        OfflineThoughts(file, [other, example()], wrap(tiny, end_token_id=60))
+        OfflineThoughts(file, [other, example()], thinking(tiny, end_token_id=60))
     where = f"{file}: line 2" if case != "missing" else str(file)
     assert str(raised.value).startswith(where) and "\n" not in str(raised.value)
 
@@ -201,17 +195,17 @@ def test_rows_of_parquet_are_named(tiny, tmp_path):
     rows[3]["thought_ids"] = [[[5], [61]]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
     with pytest.raises(ValueError, match="a.parquet: row 4: thought_ids must be from 0 to V-1=60, got 61"):
-        OfflineThoughts(tmp_path / "a.parquet", texts(), wrap(tiny))
+        OfflineThoughts(tmp_path / "a.parquet", texts(), thinking(tiny))
     damaged = bytearray((tmp_path / "a.parquet").read_bytes())
     place = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(0).dictionary_page_offset
     damaged[place : place + 40] = bytes(40)
     (tmp_path / "b.parquet").write_bytes(damaged)
     with pytest.raises(ValueError, match="b.parquet: rows 3 to 4 are damaged: "):
-        OfflineThoughts(tmp_path / "b.parquet", texts(), wrap(tiny))
+        OfflineThoughts(tmp_path / "b.parquet", texts(), thinking(tiny))
 
 
 def test_files_that_cannot_be_read_or_written(tiny, tmp_path, monkeypatch):
-    qs = wrap(tiny)
+    qs = thinking(tiny)
     (tmp_path / "a.parquet").write_bytes(b"no table")
     for name, message in (
         ("no.jsonl", "No such file"),
@@ -232,7 +226,7 @@ def test_files_that_cannot_be_read_or_written(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_that_fails_leaves_the_file_before(tiny, tmp_path, kind):
     needed(kind)
-    qs, file = wrap(tiny), tmp_path / f"a.{kind}"
+    qs, file = thinking(tiny), tmp_path / f"a.{kind}"
     export_thoughts(qs, texts(), file, seed=1)
     before = file.read_bytes()
     with pytest.raises(ValueError, match="from 0 to V-1"):
@@ -245,7 +239,7 @@ def test_an_export_that_fails_leaves_the_file_before(tiny, tmp_path, kind):
 def test_memory_does_not_grow_with_the_file(tiny, tmp_path, kind):
     """Opening and reading a file with four times the records takes hardly more memory."""
     needed(kind)
-    qs, peaks = wrap(tiny), []
+    qs, peaks = thinking(tiny), []
     for count in (12, 48):
         data = [{"input_ids": torch.tensor([3 + i % 50, 3 + i // 50, *range(3, 53)])} for i in range(count)]
         file = tmp_path / f"{count}.{kind}"
@@ -266,7 +260,7 @@ def test_the_command_line_exports_and_trains(tiny, tmp_path, byte_tokenizer, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(12)))
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 257}
-    qs = QuietStar(tiny("llama", **small), CONFIG, byte_tokenizer, verify=False)
+    qs = wrap(tiny("llama", **small), byte_tokenizer, **CONFIG)
     qs.save_pretrained("model")
     data = ["--model=model", "--data=text.txt", "--length=16", "--held-out=0"]
     same = ["--thoughts=2", "--thought-tokens=3", "--lookahead=2", "--embedding-scale=1", "--steps=2", "--batch-size=4"]

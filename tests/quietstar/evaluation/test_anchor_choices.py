@@ -6,30 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.difficulty import anchor_text, by_anchor_choice
 from quietstar.evaluation.losses import summary, token_losses
+from tests.quietstar.common import texts_of, wrap
 
 LENGTHS = (9, 14, 7, 14, 5)
-
-
-def texts():
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
-
-
-def wrap(tiny, **changes):
-    config = ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, anchor_share=0.3, anchor_stride=3, **changes)
-    qs = QuietStar(tiny("llama"), config, verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.4, generator=torch.Generator().manual_seed(1))
-    return qs
+TEXTS = texts_of(LENGTHS)
+FIELDS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "anchor_share": 0.3, "anchor_stride": 3}
 
 
 @torch.no_grad()
 def chosen(qs, policy):
     """Positions in each text, by hand."""
     found = []
-    for ids in (x["input_ids"] for x in texts()):
+    for ids in (x["input_ids"] for x in TEXTS):
         places = torch.arange(len(ids) - 1)
         if policy == "every":
             places = places[2::3]
@@ -44,19 +34,18 @@ def chosen(qs, policy):
     return found
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_counts_and_gains(tiny, batch_size):
-    qs = wrap(tiny, anchors="gate").eval()
+def test_counts_and_gains(tiny, batch_size=3):
+    qs = wrap(tiny("llama"), spread=0.4, **FIELDS, anchors="gate").eval()
     torch.nn.init.normal_(qs.gate.linear.weight, 0, 0.5, generator=torch.Generator().manual_seed(2))
-    losses = token_losses(qs, texts(), batch_size)
-    rows = {row["anchors"]: row for row in by_anchor_choice(qs, texts(), losses, batch_size)}
+    losses = token_losses(qs, TEXTS, batch_size)
+    rows = {row["anchors"]: row for row in by_anchor_choice(qs, TEXTS, losses, batch_size)}
     assert list(rows) == ["all", "random", "entropy", "every", "gate"]
     total = sum(LENGTHS) - len(LENGTHS)
     for policy in ("all", "entropy", "every", "gate"):
         gains = []
         for i, places in enumerate(chosen(qs, policy)):
             with torch.no_grad():
-                out = qs(texts()[i]["input_ids"][None])
+                out = qs(TEXTS[i]["input_ids"][None])
             gains.append((out.nll_base[0, places] - out.nll_mix[0, places, 0, 0]).double())
         gains = torch.cat(gains)
         assert 0 < len(gains) and (policy == "all") == (len(gains) == total)
@@ -71,10 +60,10 @@ def test_counts_and_gains(tiny, batch_size):
 
 
 def test_a_closed_gate_and_a_missing_one(tiny):
-    qs = wrap(tiny, anchors="gate").eval()
+    qs = wrap(tiny("llama"), spread=0.4, **FIELDS, anchors="gate").eval()
     torch.nn.init.constant_(qs.gate.linear.bias, -5)
-    losses = token_losses(qs, texts())
-    rows = by_anchor_choice(qs, texts(), losses)
+    losses = token_losses(qs, TEXTS)
+    rows = by_anchor_choice(qs, TEXTS, losses)
     assert rows[-1] == {"anchors": "gate", "share": 0, "gain_of_all": 0, "tokens": 0} | dict.fromkeys(
         ("base", "mixed", *(f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")))
     )
@@ -82,7 +71,7 @@ def test_a_closed_gate_and_a_missing_one(tiny):
     assert len(lines) == 7 and lines[-1].split() == ["gate", "0", "0%", "+0.0000"]
     assert lines[2].split()[:4] == ["all", "44", "100%", f"{rows[0]['gain']:+.4f}"]
     assert "content" in lines[1] and max(map(len, lines)) <= 96
-    alone = anchor_text(by_anchor_choice(qs, texts(), replace(losses, another=None))).splitlines()
+    alone = anchor_text(by_anchor_choice(qs, TEXTS, replace(losses, another=None))).splitlines()
     assert "content" not in alone[1] and all(line.startswith(some) for line, some in zip(lines[2:], alone[2:], strict=True))
-    without = wrap(tiny).eval()
-    assert [row["anchors"] for row in by_anchor_choice(without, texts(), losses)] == ["all", "random", "entropy", "every"]
+    without = wrap(tiny("llama"), **FIELDS).eval()
+    assert [row["anchors"] for row in by_anchor_choice(without, TEXTS, losses)] == ["all", "random", "entropy", "every"]

@@ -3,24 +3,20 @@
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.losses import token_losses, with_own_thoughts, with_thoughts_of_another
+from tests.quietstar.common import texts_of, wrap
 
 LENGTHS = (9, 12, 7)
 
 
 @pytest.fixture(params=[{}, {"end_token_id": 2, "stop_threshold": 0.02}], ids=["whole", "ragged"])
 def qs(tiny, request):
-    config = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3, **request.param)
-    qs = QuietStar(tiny("llama"), config, verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
-    return qs
+    return wrap(tiny("llama"), spread=0.2, thoughts=2, thought_tokens=3, lookahead=3, **request.param)
 
 
 @pytest.fixture
 def texts():
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
+    return texts_of(LENGTHS)
 
 
 def test_own_thoughts_are_those_of_the_evaluation(qs, texts):

@@ -33,22 +33,15 @@ def test_groups_by_hand(monkeypatch):
     assert (hard["easiest"], hard["hardest"], hard["gain"]) == pytest.approx((2.25, 4.0, 1.125))
 
 
-def test_two_equally_good_predictions_gain_nothing_by_the_mean():
-    """Sorted by one of them, the other seems to help on hard tokens and to hurt on easy ones."""
-    generator = torch.Generator().manual_seed(3)
-    difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
-    base, mixed = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(2))
-    tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200, torch.arange(4000) // 200))
-    assert tenths["base"][0]["gain_high"] < -0.5 and tenths["base"][-1]["gain_low"] > 0.5
-    assert sum(group["gain_low"] < 0 < group["gain_high"] for group in tenths["mean"]) >= 8
-
-
-def test_the_content_is_fair_where_the_loss_without_a_thought_sorts():
-    """Two equally good thoughts, neither of which that loss knows."""
+def test_predictions_that_are_equally_good_gain_nothing_where_the_sorting_is_fair():
+    """Sorted by one of two, the other seems to help on hard tokens and to hurt on easy ones. The gain is fair by the mean of
+    both, the content of a thought by the loss without any, which knows neither thought."""
     generator = torch.Generator().manual_seed(3)
     difficult = 5 * torch.rand(4000, generator=generator, dtype=torch.float64)
     base, mixed, another = (difficult + torch.randn(4000, generator=generator, dtype=torch.float64) for _ in range(3))
     tenths = difficulty.by_difficulty(TokenLosses(base, mixed, torch.arange(4000) % 200, torch.arange(4000) // 200, another))
+    assert tenths["base"][0]["gain_high"] < -0.5 and tenths["base"][-1]["gain_low"] > 0.5
+    assert sum(group["gain_low"] < 0 < group["gain_high"] for group in tenths["mean"]) >= 8
     assert sum(group["content_low"] < 0 < group["content_high"] for group in tenths["base"]) >= 8
     assert tenths["mean"][0]["content_low"] > 0 > tenths["mean"][-1]["content_high"]
     for group in tenths["base"] + tenths["mean"]:

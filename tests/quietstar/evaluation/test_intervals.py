@@ -18,13 +18,6 @@ def test_wilson(right, questions, low, high):
     assert wilson(questions - right, questions) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_wilson_solves_its_equation():
-    """Its ends are the shares p that are 1.96 standard deviations away from the observed share."""
-    for right, n in ((1, 3), (7, 9), (40, 200)):
-        for p in wilson(right, n):
-            assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
-
-
 def answers(both, first, second, neither):
     pairs = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second + [(False, False)] * neither
     random.Random(0).shuffle(pairs)

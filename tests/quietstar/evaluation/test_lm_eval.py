@@ -7,15 +7,15 @@ from importlib.metadata import entry_points
 
 import lm_eval
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import QuietStar
 from quietstar.evaluation.lm_eval import QuietStarLM
 from quietstar.evaluation.scoring import score_tokens
+from tests.quietstar.common import wrap
 
 pytestmark = pytest.mark.long
 PAIRS = [("Q: one and one\nA:", " two"), ("Q: one and one\nA:", " seven"), ("", "abc"), ("trailing ", "space"), ("a", "b")]
@@ -25,8 +25,7 @@ PAIRS = [("Q: one and one\nA:", " two"), ("Q: one and one\nA:", " seven"), ("", 
 def folder(tiny, byte_tokenizer, tmp_path):
     """A checkpoint that thinks."""
     model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
-    qs = QuietStar(model, ThoughtConfig(thought_tokens=3, lookahead=2), byte_tokenizer, verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
+    qs = wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2)
     qs.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 

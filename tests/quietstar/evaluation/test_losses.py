@@ -3,24 +3,16 @@
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import QuietStar
 from quietstar.evaluation.losses import evaluate, token_losses
+from tests.quietstar.common import texts_of, wrap
 
-CONFIG = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3)
 LENGTHS = (9, 12, 7, 12, 5)
-
-
-def texts(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in LENGTHS]
 
 
 @pytest.fixture(params=["official", "paper"])
 def qs(tiny, request):
-    config = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=3, preset=request.param)
-    qs = QuietStar(tiny("llama"), config, verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
-    return qs
+    return wrap(tiny("llama"), spread=0.2, thoughts=2, thought_tokens=3, lookahead=3, preset=request.param)
 
 
 @torch.no_grad()
@@ -43,10 +35,10 @@ def close(figures, want):
     assert {name: figures[name] for name in want} == pytest.approx({name: float(x) for name, x in want.items()}, abs=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [2, 8])
 def test_means_and_intervals(qs, batch_size):
-    base, mixed, another = by_hand(qs, texts())
-    figures = evaluate(qs, texts(), batch_size)
+    base, mixed, another = by_hand(qs, texts_of(LENGTHS))
+    figures = evaluate(qs, texts_of(LENGTHS), batch_size)
     want = {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()}
     for name, values in {"gain": base - mixed, "mixing": base - another, "content": another - mixed}.items():
         margin = 1.96 * values.std() / len(values) ** 0.5
@@ -64,16 +56,16 @@ def test_without_controls(qs, monkeypatch):
     calls, forward, sample = [], QuietStar.forward, QuietStar.sample
     monkeypatch.setattr(QuietStar, "forward", lambda *args, **options: calls.append("forward") or forward(*args, **options))
     monkeypatch.setattr(QuietStar, "sample", lambda *args, **options: calls.append("sample") or sample(*args, **options))
-    figures = evaluate(qs, texts(), controls=False)
+    figures = evaluate(qs, texts_of(LENGTHS), controls=False)
     assert calls == ["forward", "sample"]
-    whole = evaluate(qs, texts())
+    whole = evaluate(qs, texts_of(LENGTHS))
     assert calls[2:] == ["forward", "sample", "forward"]
     assert figures == {name: whole[name] for name in figures} and "content" not in figures
 
 
 def test_another_texts_thoughts_in_packed_documents(qs):
     """Of another row, whose documents are others."""
-    examples = [{**x, "document_ids": (torch.arange(len(x["input_ids"])) >= 4).long()} for x in texts()[:2]]
+    examples = [{**x, "document_ids": (torch.arange(len(x["input_ids"])) >= 4).long()} for x in texts_of(LENGTHS)[:2]]
     with torch.no_grad():
         one, other = [qs.eval()(**{name: x[None] for name, x in example.items()}) for example in examples]
         out = qs(**{name: x[None] for name, x in examples[0].items()}, thought_ids=other.thought_ids[:, :9])
@@ -85,7 +77,7 @@ def test_another_texts_thoughts_in_packed_documents(qs):
 
 
 def test_texts_with_nothing_to_predict_are_left_out(qs):
-    examples = texts()
+    examples = texts_of(LENGTHS)
     examples[1]["labels"] = torch.full_like(examples[1]["input_ids"], -100)
     for i in (0, 2, 3, 4):
         examples[i]["labels"] = examples[i]["input_ids"]
@@ -96,7 +88,7 @@ def test_texts_with_nothing_to_predict_are_left_out(qs):
 
 
 def test_only_the_anchors_and_their_own_document_count(qs):
-    examples = texts()[:2]
+    examples = texts_of(LENGTHS)[:2]
     for example in examples:
         example["anchors"] = torch.tensor([1, 3, 4, -1])
         example["document_ids"] = (torch.arange(len(example["input_ids"])) >= 4).long()
@@ -114,7 +106,7 @@ def test_only_the_anchors_and_their_own_document_count(qs):
 def test_it_leaves_model_mode_and_generator_alone(qs):
     qs.train()
     config, state = qs.thought_config, torch.get_rng_state()
-    evaluate(qs, texts())
+    evaluate(qs, texts_of(LENGTHS))
     assert qs.thought_config is config and qs.training and qs.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in qs.parameters())

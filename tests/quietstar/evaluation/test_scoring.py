@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation import scoring
 from quietstar.evaluation.scoring import score_tokens
+from tests.quietstar.common import wrap
 
 TEXTS = [[5, 9, 33, 4, 17, 60, 8], [40, 3, 3, 22]]
 PLACES = [[1, 3, 4, 6], [2, 3]]
@@ -13,10 +13,7 @@ PLACES = [[1, 3, 4, 6], [2, 3]]
 
 @pytest.fixture(params=["official", "paper"])
 def qs(tiny, request):
-    config = ThoughtConfig(thoughts=2, thought_tokens=3, lookahead=2, preset=request.param)
-    qs = QuietStar(tiny("llama"), config, verify=False).eval()
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
-    return qs
+    return wrap(tiny("llama"), thoughts=2, thought_tokens=3, lookahead=2, preset=request.param).eval()
 
 
 def drawn_from(qs, text, think):

@@ -6,25 +6,24 @@ import math
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig, explain
+from quietstar import QuietStar, explain
 from quietstar.cli import main as cli
 from quietstar.explanation import report as report_module
 from quietstar.explanation.page import SAME
+from tests.quietstar.common import wrap
 from tests.quietstar.conftest import make_byte_tokenizer
 
 TEXT = 'If é < 3:\n  "go"'
 
 
-def wrap(model, **changes):
-    qs = QuietStar(model, ThoughtConfig(**{"thought_tokens": 3, "lookahead": 2} | changes), make_byte_tokenizer(), verify=False)
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
-    return qs.eval()
+def thinking(model, **changes):
+    return wrap(model, make_byte_tokenizer(), **{"thought_tokens": 3, "lookahead": 2} | changes).eval()
 
 
 @pytest.fixture
 def qs(tiny, request):
     """Of the preset official, unless a test asks for another."""
-    return wrap(tiny("llama", vocab_size=257), preset=getattr(request, "param", "official"))
+    return thinking(tiny("llama", vocab_size=257), preset=getattr(request, "param", "official"))
 
 
 def ids_of(qs, text=TEXT):
@@ -92,7 +91,7 @@ def test_several_sampled_thoughts(qs):
 def test_probabilities_and_surprise_agree_behind_any_head(tiny, name, monkeypatch):
     """With soft caps, scales and tied heads a token has the probability of its surprise."""
     monkeypatch.setattr(report_module, "TOP", 257)
-    for token in explain(wrap(tiny(name, vocab_size=257)), TEXT).tokens[1:]:
+    for token in explain(thinking(tiny(name, vocab_size=257)), TEXT).tokens[1:]:
         (thought,) = token.thoughts
         for surprise, top in ((token.base, token.top), (token.mixed, thought.top)):
             probability = {x.id: x.probability for x in top}
@@ -153,7 +152,7 @@ def test_save(qs, tmp_path):
 def command(tiny, tmp_path, monkeypatch, capsys):
     """``command(...)``: exit code, what was printed, lines on stderr; in a folder with a checkpoint and a text."""
     monkeypatch.chdir(tmp_path)
-    wrap(tiny("llama", vocab_size=257)).save_pretrained("model")
+    thinking(tiny("llama", vocab_size=257)).save_pretrained("model")
     (tmp_path / "text.txt").write_text("\ufeff" + TEXT, encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     capsys.readouterr()  # the progress bar of saving

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -37,22 +38,31 @@ def test_a_killed_export_leaves_nothing_after_the_next(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([path, path.with_suffix(".txt"), *mine])
 
 
-def test_a_file_that_a_living_process_writes_is_left_alone(tmp_path):
-    def write(pipe):
-        with beside(tmp_path / "x.json") as file:
-            file.write_text("theirs")
-            pipe.send(file.name)
-            pipe.recv()
+@contextmanager
+def written_folder(path):
+    """A folder of one file, as ``beside`` writes a file."""
+    with replaced(path) as new:
+        yield new / "x"
+
+
+@pytest.mark.parametrize("writer, name", [(beside, "x.json"), (written_folder, "model/x")])
+def test_what_a_living_process_writes_is_left_alone(tmp_path, writer, name):
+    def write(text, pipe=None):
+        with writer(tmp_path / name.split("/")[0]) as file:
+            file.write_text(text)
+            if pipe is not None:
+                pipe.send(file)
+                pipe.recv()
 
     pipe, theirs = fork.Pipe()
-    process = fork.Process(target=write, args=(theirs,), daemon=True)
+    process = fork.Process(target=write, args=("theirs", theirs), daemon=True)
     process.start()
-    name = pipe.recv()
-    write_whole(tmp_path / "x.json", "ours")
-    assert (tmp_path / name).read_text() == "theirs"
+    file = pipe.recv()
+    write("ours")
+    assert file.read_text() == "theirs" and (tmp_path / name).read_text() == "ours"
     pipe.send("end")
     process.join()
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and (tmp_path / "x.json").read_text() == "theirs"
+    assert len(os.listdir(tmp_path)) == 1 and (tmp_path / name).read_text() == "theirs"
 
 
 def test_links_stay_links(tmp_path):
@@ -71,7 +81,11 @@ def test_a_folder_is_there_at_every_moment_with_what_others_keep_in_it(tmp_path,
     """A kill at any system call that changes the folder's parent leaves a whole folder, where the system can exchange two."""
     folder, seen = tmp_path / "model", []
     (folder / "sub").mkdir(parents=True)
-    for name in ("notes.txt", "sub/notes.txt", "model.safetensors", "state.json"):
+    mine = ("notes.txt", "sub/notes.txt", "backup.safetensors", ".git/config")
+    gone = ("model.safetensors", "model-00001-of-00002.safetensors")  # of an earlier save
+    (folder / ".git").mkdir()
+    (folder / "link").symlink_to("/nowhere")
+    for name in (*mine, *gone, "state.json"):
         (folder / name).write_text("old")
 
     def looked(function):
@@ -91,8 +105,8 @@ def test_a_folder_is_there_at_every_moment_with_what_others_keep_in_it(tmp_path,
         (new / "sub").mkdir()
         (new / "sub" / "x").write_text("new")
     assert (folder / "state.json").read_text() == "new" and (folder / "sub" / "x").read_text() == "new"
-    assert (folder / "notes.txt").read_text() == (folder / "sub" / "notes.txt").read_text() == "old"
-    assert not (folder / "model.safetensors").exists() and os.listdir(tmp_path) == ["model"]
+    assert {(folder / name).read_text() for name in mine} == {"old"} and os.readlink(folder / "link") == "/nowhere"
+    assert not any((folder / name).exists() for name in gone) and os.listdir(tmp_path) == ["model"]
     if exchange and writing._exchange(tmp_path, tmp_path):  # the system can
         assert all(names is not None and {"notes.txt", "state.json"} <= set(names) for names in seen)
 
@@ -143,25 +157,6 @@ def test_what_a_killed_process_left_of_a_folder_is_put_right(tmp_path, monkeypat
         (new / "state.json").write_text("newer")
     assert sorted(tmp_path.iterdir()) == sorted([folder, *mine])
     assert (folder / "notes.txt").read_text() == "old" and (folder / "state.json").read_text() == "newer"
-
-
-def test_a_folder_that_a_living_process_writes_is_left_alone(tmp_path):
-    def write(pipe):
-        with replaced(tmp_path / "model") as new:
-            (new / "x").write_text("theirs")
-            pipe.send(new.name)
-            pipe.recv()
-
-    pipe, theirs = fork.Pipe()
-    process = fork.Process(target=write, args=(theirs,), daemon=True)
-    process.start()
-    name = pipe.recv()
-    with replaced(tmp_path / "model") as new:
-        (new / "x").write_text("ours")
-    assert (tmp_path / name / "x").read_text() == "theirs" and (tmp_path / "model" / "x").read_text() == "ours"
-    pipe.send("end")
-    process.join()
-    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model" / "x").read_text() == "theirs"
 
 
 def test_checkpoints_inside_a_folder_keep_their_weights_and_their_age(tmp_path):

@@ -4,10 +4,11 @@ import peft
 import torch
 
 import quietstar
+from tests.quietstar.common import step, text
 
 CONFIG = quietstar.ThoughtConfig(thought_tokens=3, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
 RANK, ALPHA = 3, 6.0
-IDS = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
+IDS = text(2, 10)
 
 
 def lora(**changes):
@@ -31,7 +32,4 @@ def wrap(model, config=CONFIG, **changes):
 
 
 def gradients(qs, **options):
-    qs.zero_grad()
-    out = qs(IDS, seed=4, **options)
-    out.loss.backward()
-    return out, {name: weight.grad for name, weight in qs.named_parameters() if weight.grad is not None}
+    return step(qs, IDS, seed=4, **options)

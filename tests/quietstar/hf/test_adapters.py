@@ -3,7 +3,6 @@
 import copy
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from quietstar.config import AdapterConfig
 from quietstar.hf import adapters
 
 peft = pytest.importorskip("peft")
-sys.path.append(str(Path(__file__).parent))
-from lora_models import ALPHA, CONFIG, IDS, RANK, draw, gradients, lora, wrap  # noqa: E402
+from tests.quietstar.hf.lora_models import ALPHA, CONFIG, IDS, RANK, draw, gradients, lora, wrap  # noqa: E402
 
 
 @pytest.fixture

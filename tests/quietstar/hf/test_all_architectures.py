@@ -1,8 +1,5 @@
 """Every type in transformers' causal-LM mapping gives the numbers of ordinary forwards, or is refused with a reason."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +7,7 @@ import torch
 
 import quietstar
 from quietstar.hf.architectures import REFUSED, check_architecture, most_rows
-
-spec = importlib.util.spec_from_file_location("all_architectures", Path(__file__).with_name("all_architectures.py"))
-everything = sys.modules["all_architectures"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(everything)
+from tests.quietstar.hf import all_architectures as everything
 
 
 @pytest.mark.long

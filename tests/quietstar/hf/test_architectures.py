@@ -7,7 +7,6 @@ from transformers import AutoConfig
 import quietstar
 from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
-from quietstar.hf.lm_head import find_lm_head
 from quietstar_kernels import ThoughtLayout
 
 TEXT, THOUGHTS, ROWS = 16, 2, 5
@@ -83,7 +82,7 @@ def test_packed_and_stepwise_rows_equal_sequential_decoding(tiny, architecture):
     assert (qs.model(input_ids=ids).logits - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_gradients_equal_sequential_decoding(tiny, name):
     ids, thought_ids, anchors, layout = case(1)
     mixing = torch.randn(2, len(anchors), THOUGHTS, ROWS, 61, generator=torch.Generator().manual_seed(2))
@@ -120,13 +119,6 @@ def test_a_model_type_that_cannot_think_is_refused_with_its_reason(name):
     config = AutoConfig.for_model(name)
     with pytest.raises(ValueError, match=f"model type '{name}' cannot think: {REFUSED[name][:20]}"):
         check_architecture(config)
-
-
-def test_heads_are_found_with_scale_and_soft_cap(tiny):
-    assert (find_lm_head(tiny("llama")).scale, find_lm_head(tiny("llama")).softcap) == (None, None)
-    assert find_lm_head(tiny("gemma2")).softcap == 3.0
-    assert find_lm_head(tiny("cohere")).scale == 0.25
-    assert find_lm_head(tiny("granite")).scale == 0.25
 
 
 def test_a_text_past_the_learned_positions_is_refused(tiny):

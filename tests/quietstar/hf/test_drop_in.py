@@ -1,7 +1,6 @@
 """Drop-in attention: in plain PyTorch, in transformers through attn_implementation="quietstar", and under a stock Trainer."""
 
 import copy
-import math
 import subprocess
 import sys
 import warnings
@@ -9,16 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    NemotronConfig,
-    StableLmConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, NemotronConfig, StableLmConfig
 
 import quietstar
 from quietstar_kernels import ThoughtLayout
@@ -166,53 +156,6 @@ def test_compiled_equals_eager():
     other, inputs = packed_inputs(anchors=(1, 2, 8))
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(**inputs, thought_layout=other)
-
-
-def assert_same_parameters(got, want):
-    for (name, p), (_, q) in zip(got.named_parameters(), want.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)], ids=["untied", "tied"])
-def test_stock_trainer(tmp_path, tied):
-    torch.manual_seed(0)
-    model = make_model(LlamaConfig(**SIZES, tie_word_embeddings=tied), "sdpa")
-    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0)
-    qs = quietstar.QuietStar(model, config, verify=False)
-    before = {name: p.detach().clone() for name, p in qs.named_parameters()}
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (6, 10))]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=3,
-        save_strategy="steps",
-        save_steps=3,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(qs, arguments, train_dataset=rows, eval_dataset=rows[:4])
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(logged) == 3 and all(map(math.isfinite, logged))
-    assert len(evaluated) == 1 and math.isfinite(evaluated[0])
-    # All parameters move: the mixing head's first layers once its last one, which starts at zero, has moved.
-    assert all(not torch.equal(p, before[name]) for name, p in qs.named_parameters())
-
-    resumed = quietstar.QuietStar(make_model(model.config, "sdpa"), config, verify=False)
-    resumed.load_state_dict(load_file(tmp_path / "checkpoint-3" / "model.safetensors"))
-    assert_same_parameters(resumed, qs)
-
-    qs.save_pretrained(tmp_path / "whole")
-    assert_same_parameters(quietstar.QuietStar.from_pretrained(tmp_path / "whole", verify=False), qs)
 
 
 def test_without_layout_a_custom_mask_is_passed_on():

@@ -1,19 +1,15 @@
 """Rollouts as graphs read no values on the host, depend on no changing Python number, and equal eager rollouts bitwise."""
 
 import dataclasses
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 from quietstar.config import AdapterConfig
 from quietstar.hf.graphs import Graphs
-
-sys.path.append(str(Path(__file__).parent))
-from recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
+from tests.quietstar.hf.recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
 
 B, L, N, T = 2, 12, 2, 4
 END = 60
@@ -78,12 +74,12 @@ def test_thoughts_that_stop_and_banned_ids(wrap, changes):
     qs = wrap(end_token_id=END, **changes)
     lengths = set()
     for greedy in (False, True):
-        for seed in range(4):
+        for seed in range(3):
             given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
             thoughts = qs.think(**given)
             assert_same(thoughts, eager(qs).think(**given))
             lengths |= set(thoughts.lengths.flatten().tolist())
-    assert qs._graphs.capture.replays == 4
+    assert qs._graphs.capture.replays == 2
     assert len(lengths) > 2 or "start_token_id" in changes
 
 

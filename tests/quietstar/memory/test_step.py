@@ -6,37 +6,14 @@ import pytest
 import torch
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.memory.step import (
-    CHUNK_COPIES,
-    HEAD_CHUNK,
-    HEAD_KEPT,
-    HEAD_MOST,
-    HEAD_ROWS,
-    step_memory,
-)
+from quietstar.memory.step import CHUNK_COPIES, HEAD_CHUNK, HEAD_KEPT, HEAD_MOST, HEAD_ROWS, step_memory
 from quietstar_kernels import linear_logprob
 from quietstar_kernels.cpu import _head
+from tests.quietstar.common import kept_for_backward, text
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
 B, L = 2, 16
 ROWS = L * THOUGHTS.thoughts * THOUGHTS.rows
-
-
-def kept_by_autograd(qs):
-    """Bytes that a real training forward keeps for its backward, without the weights."""
-    weights = {x.untyped_storage().data_ptr() for x in [*qs.parameters(), *qs.buffers()]}
-    kept = {}
-
-    def note(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = qs.train()(torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(0)))
-    assert out.loss.requires_grad
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -47,7 +24,7 @@ def test_against_a_real_step(tiny, name, dtype):
     memory = step_memory(model.config, THOUGHTS, B, L, dtype)
     weights = sum(x.numel() * x.element_size() for x in qs.parameters())
     assert (memory.weights, memory.gradients, memory.moments) == (weights, weights, 2 * weights)
-    ratio = (memory.text + memory.thoughts + memory.mixing) / kept_by_autograd(qs)
+    ratio = (memory.text + memory.thoughts + memory.mixing) / kept_for_backward(qs.train(), text(B, L))
     assert 1 / 1.3 < ratio < 1.3
 
 

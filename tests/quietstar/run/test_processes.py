@@ -1,6 +1,5 @@
 """Two and four processes against one: the same thoughts, losses and weights, however texts and weights are split over them."""
 
-import importlib.util
 import signal
 import subprocess
 import sys
@@ -19,14 +18,11 @@ from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
 from quietstar.run import snapshots
 from quietstar.run.sharding import find_strategy
-
-spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
-processes = sys.modules["processes"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(processes)
+from tests.quietstar.common import without_times
+from tests.quietstar.run import processes
 
 EXAMPLES = Path(__file__).parents[3] / "examples/accelerate"
 THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
-TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
 # 5 texts a step of 7 to 9 tokens: one process has 2 of them, the other 3, and all are padded; the third step ends an epoch.
 LENGTHS = [7 + i % 3 for i in range(11)]
 FAMILY = {
@@ -64,10 +60,6 @@ def make_job(home, out, model="llama", thoughts=None, checkpointing=False, resum
         **flags,
         "train": {"out": str(home / out), **settings},
     }
-
-
-def without_times(lines):
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same_lines(ours, theirs):
@@ -226,14 +218,11 @@ def test_the_strategy_is_the_runs_or_accelerates(monkeypatch):
 
 
 @pytest.fixture
-def folder(tiny, byte_tokenizer, tmp_path, monkeypatch):
+def folder(model_folder, monkeypatch):
     """Where the command line finds a model and a text."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(model_folder.parent)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48).save_pretrained("model")
-    byte_tokenizer.save_pretrained("model")
-    (tmp_path / "text.txt").write_text("\n".join(f"{i} lines of text" for i in range(50)))
-    return tmp_path
+    return model_folder.parent
 
 
 def arguments(out, *more):

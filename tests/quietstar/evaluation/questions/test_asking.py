@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.evaluation.questions import asking
 from quietstar.evaluation.questions.asking import Asking, ask, prompt, scored_answers
 from quietstar.evaluation.questions.reading import Question
+from tests.quietstar.common import wrap
 
 LETTERS = {"A": "bank", "B": "library", "C": "store"}
 WHERE = Question("Where?", LETTERS, "B", "B")
@@ -22,15 +22,10 @@ QUESTIONS = [MANY, WHERE, FEW]
 SHORT = Asking(max_new_tokens=5)
 
 
-def wrap(model, tokenizer, **changes):
-    qs = QuietStar(model, ThoughtConfig(**{"thought_tokens": 3, "lookahead": 2} | changes), tokenizer, verify=False).eval()
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.5, generator=torch.Generator().manual_seed(1))
-    return qs
-
-
 @pytest.fixture
 def qs(tiny, byte_tokenizer):
-    return wrap(tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48), byte_tokenizer)
+    model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
+    return wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2).eval()
 
 
 def drawn_from(qs, ids, think):
@@ -75,10 +70,7 @@ def sentence_pieces():
     entries = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(letters), "▁A", "▁B", "▁C"]
     bpe = Tokenizer(
         models.BPE(
-            vocab={x: i for i, x in enumerate(entries)},
-            merges=[("▁", x) for x in "ABC"],
-            unk_token="<unk>",
-            byte_fallback=True,
+            vocab={x: i for i, x in enumerate(entries)}, merges=[("▁", x) for x in "ABC"], unk_token="<unk>", byte_fallback=True
         )
     )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -91,7 +83,7 @@ def sentence_pieces():
 
 def test_the_published_sets_of_tokens(tiny):
     """The published valid_letter_tokens and valid_number_tokens are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
-    qs = wrap(tiny("llama", vocab_size=320), sentence_pieces())
+    qs = wrap(tiny("llama", vocab_size=320), sentence_pieces(), thought_tokens=3, lookahead=2).eval()
     where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
     name = qs.tokenizer.convert_ids_to_tokens
     assert set(name(where.allowed.tolist())) == {"▁A", "▁B", "▁C", "<0x0A>"}
@@ -194,32 +186,26 @@ def other_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[U]")
 
 
+LONG = [FEW, Question("x" * 197, {}, "3", "3")]
+OTHER = "the tokenizer belongs to another model: it gives id 300, and the vocabulary has 257 tokens"
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "questions, new, tokenizer, message",
     [
-        ("no tokenizer", "the checkpoint has no tokenizer"),
-        ("no question", "there is no question"),
-        ("another", "the tokenizer belongs to another model: it gives id 300, and the vocabulary has 257 tokens"),
-        ("long", "1 of 2 questions are too long: with 5 new tokens and a thought they need up to 212 positions, and Llama"),
-        ("many", "2 of 2 questions are too long: with 120 new tokens"),
+        ([FEW, WHERE], 5, lambda: None, "the checkpoint has no tokenizer"),
+        ([FEW, WHERE], 5, other_tokenizer, OTHER),
+        ([], 5, None, "there is no question"),
+        (LONG, 5, None, "1 of 2 questions are too long: with 5 new tokens and a thought they need up to 212 positions"),
+        ([FEW, WHERE], 120, None, "2 of 2 questions are too long: with 120 new tokens"),
     ],
 )
-def test_bad_input_is_reported_before_the_first_question(qs, monkeypatch, change, message):
-    questions, settings = [FEW, WHERE], SHORT
-    if change == "no tokenizer":
-        qs.tokenizer = None
-    elif change == "another":
-        qs.tokenizer = other_tokenizer()
-    elif change == "no question":
-        questions = []
-    elif change == "long":
-        questions = [FEW, Question("x" * 197, {}, "3", "3")]
-    else:
-        settings = Asking(max_new_tokens=120)
+def test_bad_input_is_reported_before_the_first_question(qs, monkeypatch, questions, new, tokenizer, message):
+    qs.tokenizer = tokenizer() if tokenizer else qs.tokenizer
     for name in ("score_tokens", "continue_texts"):
         monkeypatch.setattr(asking, name, None)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        ask(qs, questions, settings)
+        ask(qs, questions, Asking(max_new_tokens=new))
     assert "\n" not in str(error.value)
 
 

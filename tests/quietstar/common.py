@@ -1,0 +1,73 @@
+"""What many of these tests do: texts, a step with its gradients, and a short run."""
+
+import torch
+
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.config import TrainConfig
+from quietstar.training import thought_loss, train
+
+TIMES = {"seconds", "tokens_per_second", "thoughts_per_second"}
+
+
+def text(B=2, L=12, seed=0):
+    return torch.randint(3, 61, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def texts_of(lengths, seed=0):
+    """Examples of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, 61, (length,), generator=generator)} for length in lengths]
+
+
+def wrap(model, tokenizer=None, spread=0.5, **fields):
+    """A wrapper with these fields of its config and, as after training, a mixing head that makes something of thoughts."""
+    qs = QuietStar(model, ThoughtConfig(**fields), tokenizer, verify=False)
+    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, spread, generator=torch.Generator().manual_seed(1))
+    return qs
+
+
+def step(qs, *inputs, **options):
+    """The output of a forward, and the gradients of its loss by name."""
+    qs.zero_grad()
+    out = qs(*inputs, **options)
+    out.loss.backward()
+    return out, gradients(qs)
+
+
+def gradients(qs):
+    return {name: weight.grad.clone() for name, weight in qs.named_parameters() if weight.grad is not None}
+
+
+def assert_same_gradients(got, want, bound=1e-5):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= bound * want[name].norm(), name
+
+
+def kept_for_backward(qs, *inputs, **options):
+    """Bytes that a forward keeps for its backward, without the weights."""
+    weights = {x.untyped_storage().data_ptr() for x in [*qs.parameters(), *qs.buffers()]}
+    sizes = {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = (storage.nbytes(), x)  # alive, so that no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = qs(*inputs, **options)
+    assert out.loss.requires_grad
+    return sum(size for size, _ in sizes.values())
+
+
+def short_run(qs, data, out, resume=None, loss=thought_loss, evaluate=None, evaluate_first=False, **changes):
+    """The metrics of a few steps, without times."""
+    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 1, "save_every": 2, **changes}
+    config = TrainConfig(out=str(out), **settings)
+    options = {"resume": resume, "evaluate": evaluate, "evaluate_first": evaluate_first}
+    return without_times(train(qs, data, config, loss, **options, progress=False))
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
