@@ -1,18 +1,18 @@
 """What SCoRe's baselines learn from: right attempts after wrong ones, of the model's own."""
 
 import pytest
-import torch
 
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.score.attempts import attempt
 from quietstar_recipes.score.baselines import corrected, paired
+from tests.recipes.conftest import seeded
 
 SAMPLING = {"max_new": 8, "temperature": 1.0}
 
 
 @pytest.fixture
 def rows(solver):
-    return solver[1].sample(20, "train", torch.Generator().manual_seed(3))
+    return solver[1].sample(20, "train", seeded(3))
 
 
 def test_pairs_are_a_wrong_and_a_right_attempt_at_one_problem(solver, rows):
