@@ -47,6 +47,13 @@ def solver_folder(solver, tmp_path):
     return tmp_path / "solver"
 
 
+def one_by_one(model, prompt, completion):
+    """Log-probabilities from a forward pass over this text alone."""
+    with torch.no_grad():
+        predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
+
+
 class Killed(BaseException):
     pass
 

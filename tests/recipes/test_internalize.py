@@ -255,15 +255,20 @@ def test_an_explicit_stage_that_learns_nothing_is_reported_at_once(run, tmp_path
     run(explicit_steps=1, resume=True)
 
 
+KD = ["--method=kd", "--explicit-steps=2", "--student-steps=2", "--emulator-steps=2", "--coupled-steps=2"]
+
+
 @pytest.mark.long
-def test_command(tmp_path, capsys):
-    options = [f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=0", "--steps-per-token=2"]
-    options += ["--final-steps=2", "--batch-size=4", "--rows=20", "--held-out=3"]
-    assert cli.main(["internalize", *options]) == 0
-    assert "full chain" in capsys.readouterr().out
-    assert cli.main(["internalize", *options]) == 3
+@pytest.mark.parametrize(
+    "method, shown", [(["--explicit-steps=0", "--steps-per-token=2", "--final-steps=2"], "full chain"), (KD, "emulated states")]
+)
+def test_command(tmp_path, capsys, method, shown):
+    options = [f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--batch-size=4", "--rows=20", "--held-out=3"]
+    assert cli.main(["internalize", *method, *options]) == 0
+    assert shown in capsys.readouterr().out
+    assert cli.main(["internalize", *method, *options]) == cli.DATA
     assert capsys.readouterr().err.count("\n") == 1
-    assert cli.main(["internalize", *options, "--resume"]) == 0
+    assert cli.main(["internalize", *method, *options, "--resume"]) == 0
 
 
 @pytest.mark.long

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from quietstar.cli import main as cli
 from quietstar_recipes.common import plots
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.internalize import kd
@@ -225,10 +224,3 @@ def test_a_model_whose_layers_are_in_no_list():
     model.config.n_layer = 7
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of its 7 layers"):
         decoder_layers(model)
-
-
-def test_command(tmp_path, capsys):
-    options = ["--method=kd", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=2"]
-    options += ["--student-steps=2", "--emulator-steps=2", "--coupled-steps=2", "--batch-size=4", "--rows=20", "--held-out=4"]
-    assert cli.main(["internalize", *options]) == 0
-    assert "emulated states" in capsys.readouterr().out

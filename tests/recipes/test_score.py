@@ -19,6 +19,7 @@ from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.score import attempts as score_attempts
 from quietstar_recipes.score import run as recipe
 from quietstar_recipes.score.attempts import Attempts, accuracy_by_attempt, attempt, reaching, votes
+from quietstar_recipes.score.baselines import corrected, paired
 from quietstar_recipes.score.objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
 from quietstar_recipes.score.run import Config, evaluate, score
 from quietstar_recipes.tasks import Addition
@@ -498,3 +499,34 @@ def test_in_stage_one_the_divergence_keeps_the_first_attempt(solver, tmp_path):
         second.append(fmean(line["accuracy_second"] for line in lines[-10:]))
     assert divergence[0] < 0.3 * divergence[1]
     assert second[0] > second[1] + 0.1
+
+
+# The baselines learn from right attempts after wrong ones, of the model's own.
+
+
+@pytest.fixture
+def rows(solver):
+    return solver[1].sample(20, "train", seeded(3))
+
+
+def test_pairs_are_a_wrong_and_a_right_attempt_at_one_problem(solver, rows):
+    model, task = solver
+    found = paired(model, task, rows, 4, SAMPLING, seed=0)
+    drawn = rollout(model, task, [row.prompt_ids for row in rows], 4, **SAMPLING, seed=0)
+    expected, numbers = [], []
+    for row, completions in zip(rows, drawn, strict=True):
+        right = [x.ids for x in completions if task.check(row, x.ids)]
+        wrong = [x.ids for x in completions if not task.check(row, x.ids)]
+        numbers.append(min(len(right), len(wrong)))
+        for first, second in list(zip(wrong, right, strict=False)):
+            expected.append((row.prompt_ids + task.trimmed(first) + task.again_ids, second))
+    assert found == expected and len(found) == sum(numbers) > 3
+
+
+def test_corrections_are_second_attempts_that_are_right_after_a_wrong_one(solver, rows):
+    model, task = solver
+    found = corrected(model, task, rows, 5, SAMPLING, seed=0)
+    repeated = [row for row in rows for _ in range(5)]
+    drawn = attempt(model, task, repeated, SAMPLING, 0)
+    fixed = [i for i in range(100) if not task.check(repeated[i], drawn.first[i]) and task.check(repeated[i], drawn.second[i])]
+    assert found == [(drawn.requests[i], drawn.second[i]) for i in fixed]

@@ -2,7 +2,7 @@
 
 A curriculum: the model learns with long thoughts, and each stage continues from the best checkpoint of the one before, with
 shorter thoughts. Then a plain language model, which never thinks, is trained against the loss of the thinking one at each token
-(``fast_plain``).
+(``plain``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The second attempt sees the first and a fixed request to look again, which does not say whether the first was right. Stage I
 rewards only the second attempt and keeps the first close to the base model, so that there are still mistakes to correct. Stage
 II rewards both, and the second one more for what it improves on the first; without that bonus a model learns to answer once and
-repeat it. What both stages optimise is in ``score_objective``; what they are compared with, in ``score_baselines``.
+repeat it. What both stages optimise is in ``objective``; what they are compared with, in ``baselines``.
 """
 
 from __future__ import annotations
