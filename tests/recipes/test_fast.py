@@ -264,7 +264,10 @@ def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, tmp_path, u
             yield
         assert not (tmp_path / "ended" / later).exists()
 
-    continues(run, ending())
+    def and_lines(out, **options):
+        return *run(out, **options), json_lines(tmp_path / out / "plain/metrics.jsonl")
+
+    continues(and_lines, ending())
 
 
 def test_bad_input(run, tmp_path):

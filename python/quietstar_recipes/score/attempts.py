@@ -51,8 +51,10 @@ class Attempts:
 
     def part(self, indices: Sequence[int]) -> Attempts:
         """The attempts at the problems with these indices."""
-        lists = ([x[i] for i in indices] for x in (self.rows, self.first, self.requests, self.second))
-        return Attempts(*lists, *(x[..., indices] for x in (self.rewards, self.logprob, self.own, self.revised)))
+        rows = [self.rows[i] for i in indices]
+        first, requests, second = ([x[i] for i in indices] for x in (self.first, self.requests, self.second))
+        flags = (x[..., indices] for x in (self.rewards, self.logprob, self.own, self.revised))
+        return Attempts(rows, first, requests, second, *flags)
 
     def parts(self, size: int) -> Iterator[Attempts]:
         """All attempts, ``size`` problems at a time."""
