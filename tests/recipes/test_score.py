@@ -446,7 +446,7 @@ def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("step", [1, 3])  # two updates before the end of a stage, so that the moments matter
+@pytest.mark.parametrize("step", [0, 3])  # the first update of a stage: the moments matter for the figures of the third
 def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, step):
     continues(run, ended(recipe, "attempt_gradient", step), save_every=2)
 
