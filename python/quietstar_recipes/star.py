@@ -30,7 +30,7 @@ from quietstar_recipes.common.log import Pace, log_figures
 from quietstar_recipes.common.logprobs import likelihoods
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import VLLM, Sampling, rollout
-from quietstar_recipes.common.saving import Rounds
+from quietstar_recipes.common.saving import Rounds, load_model
 from quietstar_recipes.common.training import Example, SFTConfig, sft
 from quietstar_recipes.tasks import Row, Task
 
@@ -129,11 +129,11 @@ def star(
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
         run.save(0, model, task, {"round": 0, **measured(model, 0), "seconds": time.perf_counter() - began})
-    current = run.model(run.done, model)
+    current = load_model(run.folder(run.done), model)
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()
         kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
-        current = run.model(0, model) if config.restart else current
+        current = load_model(run.folder(0), model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
         examples = training_examples(kept, config, number)
         sft(current, examples, steps, config, mix_seed(config.seed, number), run.log("star", number))

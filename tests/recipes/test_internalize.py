@@ -1,5 +1,6 @@
 """Stepwise internalisation: what is removed when, at which positions, with which optimizer, and how a run resumes."""
 
+import copy
 import json
 import math
 
@@ -14,8 +15,9 @@ from quietstar_recipes.common import plots
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import Completion, rollout
 from quietstar_recipes.internalize import stepwise as icot
-from quietstar_recipes.internalize.stepwise import Config, Stage, internalize, removals, shortened, stages
+from quietstar_recipes.internalize.stepwise import Config, internalize, removals, shortened, stages
 from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
+from tests.recipes.conftest import json_lines, same, seeded
 
 QUICK = {"explicit_steps": 0, "steps_per_token": 3, "final_steps": 4, "eval_every": 2, "save_every": 100}
 SMALL = {"batch_size": 8, "rows": 60, "held_out": 10}
@@ -30,8 +32,7 @@ def run(tmp_path, monkeypatch):
         task = task or Addition(1)
         config = Config(out=str(tmp_path / out), **{**QUICK, **SMALL, **changes})
         model, report = internalize(small_model(task, width=32, heads=2, positions=64), task, config, resume=resume)
-        lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-        return model, report, [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+        return model, report, json_lines(tmp_path / out / "metrics.jsonl")
 
     return start
 
@@ -48,20 +49,20 @@ def run(tmp_path, monkeypatch):
 )
 def test_schedule(beyond, plan):
     config = Config(explicit_steps=10, steps_per_token=3, final_steps=7, remove_all_beyond=beyond)
-    assert stages(config, longest=3) == [Stage(*one) for one in plan]
+    assert stages(config, longest=3) == plan
 
 
 def test_smoothing_is_geometric():
     n = 200_000
-    counts = (removals(n, 2, 1.0, torch.Generator().manual_seed(0)) - 2).bincount()[:5].double() / n
+    counts = (removals(n, 2, 1.0, seeded(0)) - 2).bincount()[:5].double() / n
     expected = torch.tensor([(1 - math.exp(-1)) * math.exp(-o) for o in range(5)])
     assert (counts - expected).abs().max() < 4 * (0.25 / n) ** 0.5
-    assert removals(1000, 5, math.inf, torch.Generator().manual_seed(0)).unique().tolist() == [5]
+    assert removals(1000, 5, math.inf, seeded(0)).unique().tolist() == [5]
 
 
 def test_which_end_is_removed():
     task = Multiplication(2)
-    (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
+    (row,) = task.sample(1, "train", seeded(0))
     tail = [*task.separator_ids, *row.answer_ids, task.end_id]
     assert shortened(task, row, 0) == task.completion_ids(row)
     assert shortened(task, row, 3) == row.cot_ids[3:] + tail
@@ -115,7 +116,7 @@ def test_positions(tmp_path, keep):
 
     handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
     config = Config(out=str(tmp_path), keep_position=keep, smoothing=math.inf, **QUICK, **SMALL)
-    plan, rows = stages(config, 2), task.sample(60, "train", torch.Generator().manual_seed(0))
+    plan, rows = stages(config, 2), task.sample(60, "train", seeded(0))
     icot.run_stages(model, task, config, plan, rows, rows[:10], "", False)
     handle.remove()
     prompt = len(rows[0].prompt_ids)
@@ -132,7 +133,7 @@ def test_positions(tmp_path, keep):
 def test_cached_answers_at_kept_positions_are_those_of_whole_forwards():
     task = Addition(1)
     model = small_model(task, width=32, heads=2, positions=64).eval()
-    prompts = [row.prompt_ids for row in task.sample(3, "test", torch.Generator().manual_seed(0))] + [[5, 2]]
+    prompts = [row.prompt_ids for row in task.sample(3, "test", seeded(0))] + [[5, 2]]
     for prompt, (one,) in zip(prompts, rollout(model, task, prompts, temperature=0.0, max_new=5, shift=3), strict=True):
         logprob, _ = icot.logprob(model, [prompt], [one.ids], 3)
         torch.testing.assert_close(logprob[0], torch.tensor(one.logprob))
@@ -159,10 +160,9 @@ def test_stages_and_what_is_written(run, tmp_path):
     out = tmp_path / "run"
     for folder in ("stages/removed-000", "stages/removed-001", "stages/removed-002", "model", "direct/model"):
         AutoModelForCausalLM.from_pretrained(out / folder)
-    direct = [json.loads(line) for line in (out / "direct" / "metrics.jsonl").read_text().splitlines()]
+    direct = json_lines(out / "direct" / "metrics.jsonl")
     assert len(direct) == len(lines) and {line["removed"] for line in direct} == {2}
-    best = AutoModelForCausalLM.from_pretrained(out / "model")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), best.parameters(), strict=True))
+    assert same(model, AutoModelForCausalLM.from_pretrained(out / "model"))
     assert json.loads((out / "internalize.json").read_text()) == report
     assert (out / "internalize.png").read_bytes().startswith(b"\x89PNG")
 
@@ -173,27 +173,23 @@ def test_the_best_model_has_no_chain(run, monkeypatch):
     original, seen = icot.evaluate, []
 
     def evaluate(model, task, rows, removed, config):
-        seen.append([p.detach().clone() for p in model.parameters()])
+        seen.append(copy.deepcopy(model))
         return original(model, task, rows, removed, config) | {"accuracy": next(scores, 0.1)}
 
     monkeypatch.setattr(icot, "evaluate", evaluate)
     model, report, _ = run(final_steps=6)
     assert [stage["accuracy"] for stage in report["stages"]] == [0.9, 0.8, 0.5]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[3], strict=True))
-
-
-def written(ids):
-    return Completion(ids, [0.0] * len(ids))
+    assert same(model, seen[3])
 
 
 def test_the_digits_of_greedy_answers():
     """One is right, one has a wrong second digit, and one is cut off before its end and counts as no answer."""
     task = Multiplication(2)
-    rows = task.sample(3, "test", torch.Generator().manual_seed(0))
+    rows = task.sample(3, "test", seeded(0))
     ids = [task.completion_ids(row) for row in rows]
     place = len(rows[1].cot_ids) + len(task.separator_ids) + 1
     ids[1][place] = next(x for x in rows[1].answer_ids + rows[0].answer_ids if x != ids[1][place])
-    found = icot.digits(task, rows, [written(x) for x in (ids[0], ids[1], ids[2][:-1])])
+    found = icot.digits(task, rows, [Completion(x, []) for x in (ids[0], ids[1], ids[2][:-1])])
     assert found == pytest.approx([2 / 3, 1 / 3, 2 / 3, 2 / 3])
 
 
@@ -223,14 +219,8 @@ def test_a_gate_keeps_a_stage_until_it_is_learnt(run, monkeypatch):
 
 
 @pytest.mark.parametrize("step, reset", [(2, True), (4, False)])
-def test_a_resumed_run_gives_the_same_numbers(run, stopped, step, reset):
-    whole, report, lines = run("whole", reset_optimizer=reset)
-    with stopped(icot, "removals", step):
-        run("stopped", reset_optimizer=reset)
-    model, again, resumed = run("stopped", reset_optimizer=reset, resume=True)
-    assert resumed == lines
-    assert [x["right"] for x in again["stages"]] == [x["right"] for x in report["stages"]]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, step, reset):
+    continues(run, ended(icot, "removals", step), reset_optimizer=reset)
 
 
 class NoChain(Addition):
@@ -265,28 +255,20 @@ def test_an_explicit_stage_that_learns_nothing_is_reported_at_once(run, tmp_path
     run(explicit_steps=1, resume=True)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"gate": 1.5}, "gate must be from 0 to 1, got 1.5"),
-        ({"remove_all_beyond": -1}, "remove_all_beyond must be None, or 0 or more, got -1"),
-        ({"keep_position": True, "side": "right"}, "side must be left where keep_position is on, got 'right'"),
-    ],
-)
-def test_bad_numbers(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**changes)
+KD = ["--method=kd", "--explicit-steps=2", "--student-steps=2", "--emulator-steps=2", "--coupled-steps=2"]
 
 
 @pytest.mark.long
-def test_command(tmp_path, capsys):
-    options = [f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=0", "--steps-per-token=2"]
-    options += ["--final-steps=2", "--batch-size=4", "--rows=20", "--held-out=3"]
-    assert cli.main(["internalize", *options]) == 0
-    assert "full chain" in capsys.readouterr().out
-    assert cli.main(["internalize", *options]) == 3
+@pytest.mark.parametrize(
+    "method, shown", [(["--explicit-steps=0", "--steps-per-token=2", "--final-steps=2"], "full chain"), (KD, "emulated states")]
+)
+def test_command(tmp_path, capsys, method, shown):
+    options = [f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--batch-size=4", "--rows=20", "--held-out=3"]
+    assert cli.main(["internalize", *method, *options]) == 0
+    assert shown in capsys.readouterr().out
+    assert cli.main(["internalize", *method, *options]) == cli.DATA
     assert capsys.readouterr().err.count("\n") == 1
-    assert cli.main(["internalize", *options, "--resume"]) == 0
+    assert cli.main(["internalize", *method, *options, "--resume"]) == 0
 
 
 @pytest.mark.long

@@ -1,13 +1,14 @@
 """Distillation of a chain into states: where they are read and written, which model learns when, and what a run saves."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from quietstar.cli import main as cli
 from quietstar_recipes.common import plots
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.internalize import kd
@@ -26,6 +27,7 @@ from quietstar_recipes.internalize.kd import (
     writing,
 )
 from quietstar_recipes.tasks import Addition
+from tests.recipes.conftest import same, seeded
 
 
 def gpt2(seed=0):
@@ -116,7 +118,7 @@ def touched(model):
 
 def test_which_gradient_each_phase_has():
     task, teacher = Addition(1), gpt2()
-    rows = task.sample(6, "train", torch.Generator().manual_seed(0))
+    rows = task.sample(6, "train", seeded(0))
     prompts = [row.prompt_ids for row in rows]
     answers = [icot.shortened(task, row, 9) for row in rows]
 
@@ -124,15 +126,13 @@ def test_which_gradient_each_phase_has():
         with pair.student.reading(states, len(prompts[0]) - 1):
             return completion_loss(pair.student.model, prompts, answers)
 
-    for phase, moves in (("a", (False, True)), ("b", (True, False)), ("c", (True, True))):
+    for loss, moves in (
+        (lambda pair, shown: answer_loss(pair, shown), (False, True)),
+        (lambda pair, shown: emulation_loss(pair.emulator(prompts), shown), (True, False)),
+        (lambda pair, shown: answer_loss(pair, pair.emulator(prompts)), (True, True)),
+    ):
         pair = Pair(Emulator(gpt2(1)), Student(gpt2(2)))
-        shown = teacher_states(teacher, task, rows)
-        if phase == "a":
-            answer_loss(pair, shown).backward()
-        elif phase == "b":
-            emulation_loss(pair.emulator(prompts), shown).backward()
-        else:
-            answer_loss(pair, pair.emulator(prompts)).backward()
+        loss(pair, teacher_states(teacher, task, rows)).backward()
         assert (touched(pair.emulator), touched(pair.student)) == moves
         assert not touched(teacher)
 
@@ -140,9 +140,8 @@ def test_which_gradient_each_phase_has():
 def test_the_teacher_reads_the_whole_chain():
     """Another chain gives other states, except in the first layer, whose state is from before the chain."""
     task, teacher = Addition(1), gpt2()
-    (row,) = task.sample(1, "train", torch.Generator().manual_seed(0))
-    (other,) = (type(row)(row.prompt_ids, [7, 8], row.answer_ids, row.hinted_ids, row.problem) for _ in range(1))
-    a, b = (teacher_states(teacher, task, [x])[0] for x in (row, other))
+    (row,) = task.sample(1, "train", seeded(0))
+    a, b = (teacher_states(teacher, task, [x])[0] for x in (row, replace(row, cot_ids=[7, 8])))
     assert torch.equal(a[0], b[0]) and (a[1] - b[1]).abs().max() > 1e-3
     assert a.mean(-1).abs().max() < 1e-6
 
@@ -156,9 +155,9 @@ def run(tmp_path, monkeypatch):
         fixed = {"explicit_steps": 3, "batch_size": 8, "rows": 40, "held_out": 6, "save_every": 100}
         teacher = icot.Config(out=str(tmp_path / out), **fixed, **shared)
         model = small_model(task, width=32, heads=2, positions=64)
-        before = [p.detach().clone() for p in model.parameters()]
+        before = copy.deepcopy(model)
         pair, report = distill(model, task, teacher, Config(**{**dict.fromkeys(NUMBERS, 3), **changes}), resume=resume)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        assert same(model, before)
         right = {name: x["right"] if isinstance(x, dict) else x for name, x in report.items()}
         return pair, right | {"steps": [x["steps"] for x in report.values() if isinstance(x, dict)]}
 
@@ -174,7 +173,7 @@ def test_a_run_and_what_it_saves(run, tmp_path):
     assert len(report["emulation"]) == 2
     task = Addition(1)
     saved = Pair.from_pretrained(tmp_path / "run" / "pair")
-    prompts = [row.prompt_ids for row in task.sample(5, "test", torch.Generator().manual_seed(0))]
+    prompts = [row.prompt_ids for row in task.sample(5, "test", seeded(0))]
     assert [x.logprob for x in saved.answer(task, prompts, 6)] == [x.logprob for x in pair.answer(task, prompts, 6)]
     for name in ("teacher/model", "pair/student", "pair/emulator"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
@@ -186,14 +185,9 @@ def test_a_run_and_what_it_saves(run, tmp_path):
 
 
 @pytest.mark.parametrize("update", [4, 10])
-def test_a_resumed_run_gives_the_same_numbers(run, stopped, update):
+def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, update):
     """Stopped in the second and in the last of the four phases."""
-    whole, report = run("whole")
-    with stopped(torch.nn.utils, "clip_grad_norm_", update):
-        run("stopped")
-    pair, again = run("stopped", resume=True)
-    assert again == report
-    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), whole.parameters(), strict=True))
+    continues(run, ended(torch.nn.utils, "clip_grad_norm_", update))
 
 
 @pytest.mark.parametrize(
@@ -215,11 +209,11 @@ def test_a_gate_keeps_teacher_and_student_until_they_answer(run, monkeypatch, ca
     assert caplog.text.count("below the gate, 0.8, after 6 updates") == below
 
 
-def test_a_resumed_run_remembers_the_gate(run, stopped, monkeypatch):
+def test_a_resumed_run_remembers_the_gate(run, ended, monkeypatch):
     """Teacher and student pass after three of at most six updates; the run is stopped in the emulator's phase."""
     grade = icot.figures
     monkeypatch.setattr(icot, "figures", lambda *arguments: grade(*arguments) | {"accuracy": 0.9})
-    with stopped(torch.nn.utils, "clip_grad_norm_", 7):
+    with ended(torch.nn.utils, "clip_grad_norm_", 7):
         run(gate=0.8, gate_rounds=2)
     monkeypatch.undo()
     assert run(gate=0.8, gate_rounds=2, resume=True)[1]["steps"] == [3, 3, 3, 3]
@@ -230,10 +224,3 @@ def test_a_model_whose_layers_are_in_no_list():
     model.config.n_layer = 7
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of its 7 layers"):
         decoder_layers(model)
-
-
-def test_command(tmp_path, capsys):
-    options = ["--method=kd", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--explicit-steps=2"]
-    options += ["--student-steps=2", "--emulator-steps=2", "--coupled-steps=2", "--batch-size=4", "--rows=20", "--held-out=4"]
-    assert cli.main(["internalize", *options]) == 0
-    assert "emulated states" in capsys.readouterr().out

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from quietstar.run.batches import mix_seed
 from quietstar_recipes.common.models import small_model
@@ -14,6 +13,7 @@ from quietstar_recipes.solve import run as recipe
 from quietstar_recipes.solve.budgets import DIFFICULTIES, PREDICTED, compute_optimal
 from quietstar_recipes.solve.run import Config, draw, solve, spend_all
 from quietstar_recipes.tasks import Addition
+from tests.recipes.conftest import json_lines, seeded
 
 
 def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
@@ -22,10 +22,10 @@ def test_solve_measures_everything_at_equal_budgets(solver, tmp_path):
         out=str(tmp_path), problems=8, samples=8, attempts=4, revise_steps=5, revise_problems=30, revise_samples=8, max_new=10
     )
     report = solve(model, task, config)
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = json_lines(tmp_path / "samples.jsonl")
     assert [len(x) for x in samples] == [8] * 8
     unit = sum(x["tokens"] for each in samples for x in each) / 64
-    chains = [json.loads(line) for line in (tmp_path / "chains.jsonl").read_text().splitlines()]
+    chains = json_lines(tmp_path / "chains.jsonl")
     assert [[len(chain) for chain in each] for each in chains] == [[4, 4]] * 8  # as many attempts as samples
     longest = max(x["tokens"] for each in samples + [sum(each, []) for each in chains] for x in each)
     for name, points in report["curves"].items():
@@ -62,7 +62,7 @@ def test_ways_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch):
     assert all([len(chain) for chain in each] == [2, 1] for each in [*chains, *valid_chains])
     assert list(test) == list(valid) == ["parallel", "search", "sequential", "splits"]
     assert [x[2:] for x in chosen] == [(valid[kind], test[kind]) for kind in ("search", "splits")]
-    samples = [[Sample(**x) for x in json.loads(line)] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = [[Sample(**x) for x in line] for line in json_lines(tmp_path / "samples.jsonl")]
     assert all(len(x[1]) == 12 and x[1] != samples for x in chosen)  # difficulty is not measured on what is spent
     assert set(report["curves"]) == {
         *("one sample", "majority", "likeliest", "best of k", "weighted vote", "oracle", "beam search", "look-ahead search"),
@@ -104,7 +104,7 @@ def test_a_larger_model_gets_fewer_solutions(solver, tmp_path):
     assert report["larger"]["times"] == times and 3 < times < 4
     points = report["curves"]["larger model, majority"]
     assert points[-1]["tokens"] <= points[-1]["budget"] or points[-1]["tokens"] == points[0]["tokens"]
-    alone = draw(larger, task, task.sample(6, "test", torch.Generator().manual_seed(mix_seed(0, 0))), config, None)
+    alone = draw(larger, task, task.sample(6, "test", seeded(mix_seed(0, 0))), config, None)
     assert points[0]["tokens"] == pytest.approx(times * sum(x.tokens for each in alone for x in each) / 48, rel=0.1)
     same = solve(model, task, replace(config, out=str(tmp_path / "same")), larger=(model, task))
     assert same["larger"]["greedy"] == same["greedy"]
@@ -116,7 +116,7 @@ def test_a_chain_that_grows_too_long_keeps_the_samples(solver, tmp_path):
     config = Config(out=str(tmp_path), problems=5, samples=4, attempts=4, max_new=115)
     with pytest.raises(ValueError, match="has 128 positions, and prompt and completion need"):
         solve(model, task, config)
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 5
+    assert len(json_lines(tmp_path / "samples.jsonl")) == 5
 
 
 def test_bad_options(solver, monkeypatch):
@@ -127,15 +127,3 @@ def test_bad_options(solver, monkeypatch):
     monkeypatch.setattr(Addition, "problems", lambda self, n, split, generator: [self.problem(1, 2)] * (3 if n == 20 else n))
     with pytest.raises(ValueError, match="valid_problems=20 must be 5 or more, and the data must have as many: got 3"):
         solve(model, task, Config(valid_problems=20))
-    with pytest.raises(ValueError, match="solve: valid_problems must be 0 or more, got -1"):
-        Config(valid_problems=-1)
-    with pytest.raises(ValueError, match="solve: beam_width must be a power of 2, got 3"):
-        Config(beam_width=3)
-    with pytest.raises(ValueError, match="solve: rollouts must be 1 or more, got 0"):
-        Config(rollouts=0)
-    with pytest.raises(ValueError, match="solve: lookahead must be 0 or more, got -1"):
-        Config(lookahead=-1)
-    with pytest.raises(ValueError, match="temperature must be above 0, or all samples are one, got 0"):
-        Config(temperature=0)
-    with pytest.raises(ValueError, match="solve: samples must be 1 or more, got 0"):
-        Config(samples=0)

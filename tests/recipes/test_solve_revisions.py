@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 
 from quietstar_recipes.common.sampling import Completion, Sampling
 from quietstar_recipes.common.selectors import Sample
@@ -13,6 +12,7 @@ from quietstar_recipes.solve import revisions as recipe
 from quietstar_recipes.solve.revisions import edit_distance, revise, revisions, train_chain_verifier
 from quietstar_recipes.solve.run import Config, chain_lengths
 from quietstar_recipes.solve.values import value_scorer, values
+from tests.recipes.conftest import seeded
 
 
 def table_distance(a, b):
@@ -45,7 +45,7 @@ def solutions_of(task, row):
 
 def test_every_right_solution_follows_wrong_ones_the_nearest_last(solver):
     _, task = solver
-    [row] = task.sample(1, "train", torch.Generator().manual_seed(1))
+    [row] = task.sample(1, "train", seeded(1))
     right, near, far = solutions_of(task, row)
     unreadable = right[:-1]
     written = [Completion(ids, []) for ids in (far[0], right, unreadable, near, right, far[1])]
@@ -65,7 +65,7 @@ def test_every_right_solution_follows_wrong_ones_the_nearest_last(solver):
 @pytest.mark.parametrize("valid_problems, until", [(0, [8]), (5, [8, 4, 2, 2, 1, 1, 1, 1])])
 def test_an_attempt_sees_the_last_four_of_its_own_chain(solver, monkeypatch, valid_problems, until):
     model, task = solver
-    rows = task.sample(2, "test", torch.Generator().manual_seed(1))
+    rows = task.sample(2, "test", seeded(1))
     asked, prompt_of = [], {}
 
     def rollout(model, task, prompts, **rest):
@@ -97,7 +97,7 @@ def test_an_attempt_sees_the_last_four_of_its_own_chain(solver, monkeypatch, val
 
 def test_a_judge_scores_an_attempt_after_the_earlier_ones(solver):
     model, task = solver
-    rows = task.sample(2, "test", torch.Generator().manual_seed(1))
+    rows = task.sample(2, "test", seeded(1))
     sampling = Sampling(max_new=8)
     scorer = value_scorer(model, task)
     plain, judged = (revise(model, task, rows, [3], sampling, scorer, judge) for judge in (None, model))
@@ -114,7 +114,7 @@ def test_a_judge_scores_an_attempt_after_the_earlier_ones(solver):
 @pytest.mark.parametrize("history", [True, False])
 def test_what_a_judge_learns(solver, monkeypatch, history):
     model, task = solver
-    rows = task.sample(3, "train", torch.Generator().manual_seed(1))
+    rows = task.sample(3, "train", seeded(1))
     right = [[Completion(task.completion_ids(row), [])] * 2 for row in rows[:2]]
     chains = [*right, [Completion(task.completion_ids(rows[0]), []), Completion([3], [])]]  # wrong, then unreadable
     learnt = []

@@ -1,12 +1,12 @@
 """Search over the steps of solutions, led by values that are known here."""
 
 import pytest
-import torch
 
 from quietstar_recipes.common.sampling import Completion, Sampling
 from quietstar_recipes.solve import search as recipe
 from quietstar_recipes.solve.search import search
 from quietstar_recipes.tasks import Multiplication
+from tests.recipes.conftest import seeded
 
 TASK = Multiplication(2)  # its chains have three steps
 SAMPLING = Sampling(max_new=40)
@@ -14,7 +14,7 @@ SAMPLING = Sampling(max_new=40)
 
 @pytest.fixture
 def rows():
-    return TASK.sample(2, "test", torch.Generator().manual_seed(0))
+    return TASK.sample(2, "test", seeded(0))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_solution_ends_at_the_length_limit(rows, monkeypatch):
 
 def test_real_steps_are_those_of_the_task(solver):
     model, task = solver
-    rows = task.sample(3, "test", torch.Generator().manual_seed(1))
+    rows = task.sample(3, "test", seeded(1))
     ends = []
 
     def value(prompts, begun):

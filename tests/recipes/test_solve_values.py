@@ -12,24 +12,25 @@ from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.solve import values as recipe
 from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
+from tests.recipes.conftest import seeded
 
 
 def test_steps_of_solutions():
     task = Multiplication(3)
-    [row] = task.sample(1, "train", torch.Generator().manual_seed(0))
+    [row] = task.sample(1, "train", seeded(0))
     ids = task.completion_ids(row)
     steps = [ids[start:end] for start, end in zip([0, *task.step_ends(ids)], task.step_ends(ids), strict=False)]
     assert [task.tokenizer.decode(step).split()[-1] for step in steps] == ["+", "(", "+", "####", "<end>"]
     assert sum(steps, []) == ids
     assert task.step_ends(ids[:3]) == [3] and task.step_ends(ids[:5]) == [5]
     stories = WordProblems()
-    [row] = stories.sample(1, "train", torch.Generator().manual_seed(0))
+    [row] = stories.sample(1, "train", seeded(0))
     assert len(stories.step_ends(stories.completion_ids(row))) == 3  # two calculations and the answer
 
 
 def test_a_value_is_the_share_of_rollouts_that_end_right(monkeypatch):
     task = Multiplication(2)
-    rows = task.sample(2, "train", torch.Generator().manual_seed(0))
+    rows = task.sample(2, "train", seeded(0))
     right = [task.completion_ids(row) for row in rows]
     first = task.step_ends(right[0])[0]
     wrong = right[0][:first] + right[1][first:]
@@ -69,7 +70,7 @@ def digits_after(count, generator):
 
 
 def test_values_are_learnt():
-    task, solutions = digits_after(300, torch.Generator().manual_seed(0))
+    task, solutions = digits_after(300, seeded(0))
     model = small_model(task, layers=1, width=32, heads=2, positions=16)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     verifier, losses = train_values(model, task, solutions, 60, SFTConfig(learning_rate=1e-2, batch_tokens=300), 0)
@@ -82,7 +83,7 @@ def test_values_are_learnt():
 
 
 def test_the_best_weights_on_held_out_problems_are_kept(monkeypatch):
-    task, solutions = digits_after(40, torch.Generator().manual_seed(0))
+    task, solutions = digits_after(40, seeded(0))
     model = small_model(task, layers=1, width=32, heads=2, positions=16)
     seen = []
     scripted = iter([0.9, 0.2, 0.8, 0.7])
@@ -102,7 +103,7 @@ def test_the_best_weights_on_held_out_problems_are_kept(monkeypatch):
 
 @pytest.mark.long  # peft is slow to import
 def test_adapters_are_merged_into_the_verifier(tiny):
-    task, solutions = digits_after(60, torch.Generator().manual_seed(0))
+    task, solutions = digits_after(60, seeded(0))
     model = tiny("llama", vocab_size=len(task.tokenizer))
     config = SFTConfig(learning_rate=3e-2, warmup=1, batch_tokens=300, lora_rank=2)
     verifier, losses = train_values(model, task, solutions, 20, config, 0)
@@ -113,7 +114,7 @@ def test_adapters_are_merged_into_the_verifier(tiny):
 
 def test_a_value_is_the_likelihood_of_the_tokens_and_a_verdict_after_them(solver):
     model, task = solver
-    rows = task.sample(3, "test", torch.Generator().manual_seed(1))
+    rows = task.sample(3, "test", seeded(1))
     solutions = [task.completion_ids(row)[: 3 + i] for i, row in enumerate(rows)]
     scores = value_scorer(model, task)(rows, solutions)
     for row, ids, score in zip(rows, solutions, scores, strict=True):

@@ -1,6 +1,5 @@
 """V-STaR: which pairs the verifier learns from, what DPO does to it, and what it chooses."""
 
-import copy
 import itertools
 import json
 import math
@@ -32,6 +31,7 @@ from quietstar_recipes.vstar.verifier import (
     verdict,
     verdict_scorer,
 )
+from tests.recipes.conftest import json_lines, seeded
 
 SMALL = {"rounds": 2, "problems": 40, "samples": 4, "steps": 3, "test_problems": 20, "test_samples": 4, "max_new": 10}
 SMALL |= {"batch_size": 80, "batch_tokens": 300, "pair_batch": 8, "updates": 4}
@@ -63,7 +63,7 @@ def test_solutions_count_as_often_as_they_were_drawn():
 @pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
 def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
     task = Multiplication(2, tokenizer=byte_tokenizer) if task == "bytes" else task
-    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
+    rows = task.sample(20, "train", seeded(0))
     for row, other in zip(rows, rows[1:], strict=False):
         pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))
         text = as_trl_example(task, pair)
@@ -72,29 +72,29 @@ def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
         assert task.tokenizer(text["prompt"] + text["rejected"])["input_ids"] == pair[0] + pair[2]
 
 
+def solved(model, task, count, samples, seed):
+    """Prompt and ids of the model's solutions, and whether they are right."""
+    rows = task.sample(count, "train", seeded(seed))
+    written = rollout(model, task, [row.prompt_ids for row in rows], samples, max_new=10)
+    trimmed = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
+    return [(row.prompt_ids, ids, task.check(row, ids)) for row, ids in trimmed]
+
+
 @pytest.fixture(scope="module")
 def pairs(solver):
-    """Pairs of the solver's own solutions, of training and of held-out problems."""
-    model, task = solver
-    found = {}
-    for split, count in (("train", 80), ("valid", 40)):
-        rows = task.sample(count, split, torch.Generator().manual_seed(7))
-        written = rollout(model, task, [row.prompt_ids for row in rows], 8, max_new=10)
-        solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
-        graded = [solution(row.prompt_ids, ids, task.check(row, ids)) for row, ids in solved]
-        found[split] = make_pairs(graded, "train", 8, 0)
-    return found
+    """Pairs of the solver's own solutions."""
+    return make_pairs([solution(*x) for x in solved(*solver, 80, 8, 7)], "train", 8, 0)
 
 
 @pytest.mark.long
 def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(solver, pairs):
     model, task = solver
     before = fingerprint(model)
-    verifier, losses = train_verifier(model, task, pairs["train"] * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3), 0)
+    verifier, losses = train_verifier(model, task, pairs * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3), 0)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # there the verifier is still its reference model
     assert fingerprint(model) == before != fingerprint(verifier)
-    start = measure_pairs(model, model, pairs["train"], 0.1, 64)
-    after = measure_pairs(verifier, model, pairs["train"], 0.1, 64)
+    start = measure_pairs(model, model, pairs, 0.1, 64)
+    after = measure_pairs(verifier, model, pairs, 0.1, 64)
     assert start["held_out_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert after["held_out_loss"] < start["held_out_loss"] - 0.03 and after["held_out_order"] > start["held_out_order"]
 
@@ -102,7 +102,7 @@ def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(s
 def test_dpo_loss_is_that_of_the_paper(solver, pairs):
     """After one update on a batch of all pairs, the next logged loss is that of the formula with the new weights."""
     model, task = solver
-    some = pairs["train"][:8]
+    some = pairs[:8]
     one, _ = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=1, verifier_rate=1e-3, beta=0.3), 0)
     two, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=2, verifier_rate=1e-3, beta=0.3), 0)
     assert len(losses) == 2 and not torch.equal(one.lm_head.weight, two.lm_head.weight)
@@ -115,11 +115,7 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
 @pytest.fixture(scope="module")
 def graded(solver):
     """The solver's solutions, each of them once as of a training problem and once as of a held-out one."""
-    model, task = solver
-    rows = task.sample(30, "train", torch.Generator().manual_seed(3))
-    written = rollout(model, task, [row.prompt_ids for row in rows], 6, max_new=10)
-    solved = [(row, task.trimmed(x.ids)) for row, several in zip(rows, written, strict=True) for x in several]
-    return [solution(row.prompt_ids, ids, task.check(row, ids), split) for split in ("train", "valid") for row, ids in solved]
+    return [solution(*x, split) for split in ("train", "valid") for x in solved(*solver, 30, 6, 3)]
 
 
 @pytest.mark.long
@@ -137,7 +133,7 @@ def test_a_verifier_of_verdicts_is_the_best_on_held_out_problems(solver, graded)
     worse = [{**x, "right": not x["right"]} if x["split"] == "valid" else x for x in graded]
     first = train_outcome(model, task, worse, 40, config, 0)  # the more it learns, the worse it is at these
     assert outcome_auc(first, task, train) < outcome_auc(verifier, task, train) - 0.1
-    row, ids = task.sample(1, "train", torch.Generator().manual_seed(3))[0], train[0]["ids"]
+    row, ids = task.sample(1, "train", seeded(3))[0], train[0]["ids"]
     with torch.no_grad():
         logprob = verifier(torch.tensor([row.prompt_ids + ids])).logits[0, -1].float().log_softmax(-1)
     assert verdict_scorer(verifier, task, 100)([row], [ids]) == [pytest.approx(float(logprob[yes[0]]), abs=1e-5)]
@@ -179,13 +175,13 @@ def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
     base = fingerprint(model)
     assert trained == [base, base]  # a fresh copy each round
     files = [tmp_path / f"run/round-0{number}/solutions.jsonl" for number in (1, 2)]
-    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    rows = [json_lines(file) for file in files]
     assert [len(x) for x in rows] == [(40 + 3) * 4] * 2  # there are only three validation problems
     assert report["rounds"][2]["drawn_right"] == sum(x["right"] for x in rows[1])
     distinct = {(*x["prompt"], *x["ids"]) for several in rows for x in several if x["right"] and x["split"] == "train"}
     assert report["rounds"][2]["distinct"] == len(distinct)  # those of round 1 too
     assert report["verifier"]["pairs"] == len(make_pairs(rows[0] + rows[1], "train", 16, 0)) > 20
-    answers = evaluate(verifier, task, task.sample(20, "test", torch.Generator().manual_seed(mix_seed(0, 0))), 10)
+    answers = evaluate(verifier, task, task.sample(20, "test", seeded(mix_seed(0, 0))), 10)
     assert report["verifier"]["accuracy"] == answers["accuracy"]
     assert set(report["curves"]) >= {"verifier", "verifier, ratio", "majority", "generator", "oracle", "one sample"}
     for name, values in report["curves"].items():
@@ -194,7 +190,7 @@ def test_a_run_and_resuming_it(solver, tmp_path, monkeypatch):
         if name not in ("majority", "weighted vote"):
             assert values[0] == pytest.approx(report["curves"]["one sample"][0]), name
 
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(tmp_path / "run/metrics.jsonl")
     losses = [line["loss"] for line in lines if line["recipe"] == "vstar, verifier"]
     assert len(losses) == report["verifier"]["updates"] and losses[-1] == report["verifier"]["last_loss"]
     assert [line["step"] for line in lines] == list(range(1, 7 + len(losses)))
@@ -249,9 +245,8 @@ def test_solutions_that_are_all_right_make_no_pair(solver, tmp_path, monkeypatch
 
 def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
     model, task = solver
-    save_model(tmp_path / "verifier", copy.deepcopy(model), task, {"base": "one"})
-    save_model(tmp_path / "same", copy.deepcopy(model), task, {"base": "one"})
-    save_model(tmp_path / "other", copy.deepcopy(model), task, {"base": "two"})
+    for name, base in (("verifier", "one"), ("same", "one"), ("other", "two")):
+        save_model(tmp_path / name, model, task, {"base": base})
     verifier = load_verifier(str(tmp_path / "verifier"), str(tmp_path / "same"), model, task)
     assert fingerprint(verifier) == fingerprint(model)
     with pytest.raises(ValueError, match="the verifier is of another base model, one; .*other started with two"):
@@ -270,12 +265,10 @@ def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):
 
 
 @pytest.mark.long
-def test_commands(solver, tmp_path, capsys):
-    model, task = solver
-    save_model(tmp_path / "model", model, task, {})
+def test_commands(solver_folder, tmp_path, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "rounds": 1}.items()]
     chosen = ["--task=addition", "--digits=1"]
-    assert cli.main(["vstar", *chosen, f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'run'}", *options]) == 0
+    assert cli.main(["vstar", *chosen, f"--model={solver_folder}", f"--out={tmp_path / 'run'}", *options]) == 0
     shown = capsys.readouterr().out
     assert "best of k by" in shown and f"saved {tmp_path / 'run/best'}, which is round-0" in shown
     solve = [f"--model={tmp_path / 'run/round-01'}", f"--verifier={tmp_path / 'run/verifier'}", f"--out={tmp_path / 'solve'}"]
@@ -285,5 +278,3 @@ def test_commands(solver, tmp_path, capsys):
     assert all(name in shown for name in ("greedy", "majority", "best of k", "weighted vote", "sequential, verifier", "oracle"))
     assert "chains of 2" in shown and "compute-optimal, oracle bins, splits" in shown
     assert (tmp_path / "solve/test_time.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["vstar", *chosen, "--temperature=0"]) == 2
-    assert "temperature must be above 0, or all samples are one" in capsys.readouterr().err

@@ -50,8 +50,3 @@ class LoggedMetrics(Metrics):
         super().add(line)
         if self._pace.due():
             log_figures(self.path.parent, line)
-
-
-def is_logging() -> bool:
-    """Whether progress lines are shown anywhere."""
-    return LOG.isEnabledFor(logging.INFO)

@@ -13,10 +13,7 @@ from quietstar_recipes.common.branches import may_share, shared_logprob
 
 
 def logprob(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    shift: Tensor | int = 0,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shift: Tensor | int = 0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens in one forward pass, with a gradient.
 
@@ -38,10 +35,7 @@ def logprob(
 
 
 def completion_logits(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    shift: Tensor | int = 0,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shift: Tensor | int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after the prompts and after each token of the completions, in one forward pass, with a gradient.
 

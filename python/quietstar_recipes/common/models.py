@@ -11,16 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import Dtype, option
 from quietstar_kernels.checks import check, check_types
-from quietstar_recipes.tasks import (
-    GSM8K,
-    Addition,
-    CommonsenseQA,
-    DigitSums,
-    Multiplication,
-    Scratchpad,
-    Task,
-    WordProblems,
-)
+from quietstar_recipes import tasks
+from quietstar_recipes.tasks import Task
 
 GENERATED = ("multiplication", "addition", "scratchpad", "sums", "stories")
 
@@ -56,18 +48,15 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
         ValueError: a task that reads a file without a tokenizer, or a file that can't be used.
     """
     if config.task == "multiplication":
-        return Multiplication(config.digits, config.other_digits, tokenizer)
-    if config.task == "addition":
-        return Addition(config.digits, tokenizer)
-    if config.task == "scratchpad":
-        return Scratchpad(config.digits, tokenizer)
-    if config.task == "sums":
-        return DigitSums(config.digits, tokenizer)
+        return tasks.Multiplication(config.digits, config.other_digits, tokenizer)
     if config.task == "stories":
-        return WordProblems(tokenizer)
+        return tasks.WordProblems(tokenizer)
+    if config.task in GENERATED:
+        kinds = {"addition": tasks.Addition, "scratchpad": tasks.Scratchpad, "sums": tasks.DigitSums}
+        return kinds[config.task](config.digits, tokenizer)
     if tokenizer is None:
         raise ValueError(f"the task {config.task} needs a model with a tokenizer, not a small one from scratch")
-    return (GSM8K if config.task == "gsm8k" else CommonsenseQA)(config.data, tokenizer)
+    return (tasks.GSM8K if config.task == "gsm8k" else tasks.CommonsenseQA)(config.data, tokenizer)
 
 
 def small_model(

@@ -80,15 +80,10 @@ def draw(axes: Any, panel: Panel) -> None:
 def draw_curves(axes: Any, name: str, seeds: Sequence[Points], color: str) -> None:
     """The seeds and their mean, as lines where x has one direction; else, as with speeds, lines would be a tangle of points."""
     mean = [(fmean(x for x, _ in place), fmean(y for _, y in place)) for place in zip(*seeds, strict=True)]
-    lines = has_one_direction([mean, *seeds])
+    steps = [after - before for points in [mean, *seeds] for (before, _), (after, _) in zip(points, points[1:], strict=False)]
+    lines = bool(steps) and (min(steps) >= 0 or max(steps) <= 0)
     if len(seeds) > 1:
         for points in seeds:
             axes.plot(*zip(*points, strict=True), "-" if lines else ".", color=color, linewidth=0.6, markersize=3, alpha=0.5)
     style = ("o-" if len(mean) < 50 else "-") if lines else "o"
     axes.plot(*zip(*mean, strict=True), style, color=color, markersize=3, label=name)
-
-
-def has_one_direction(seeds: Sequence[Points]) -> bool:
-    """Whether there are several points, and x only grows in all seeds, or only falls."""
-    steps = [after - before for points in seeds for (before, _), (after, _) in zip(points, points[1:], strict=False)]
-    return bool(steps) and (min(steps) >= 0 or max(steps) <= 0)

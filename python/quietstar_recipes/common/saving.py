@@ -38,15 +38,23 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Rows = Sequence[Mapping[str, Any]]
 
 
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Write a .jsonl file."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
     """Write an ordinary checkpoint with a report and rows, all of it or nothing."""
     with replaced(folder) as beside:
         model.save_pretrained(beside)
         task.tokenizer.save_pretrained(beside)
-        (beside / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(beside / REPORT, report)
         for name, several in rows.items():
-            lines = "".join(json.dumps(row) + "\n" for row in several)
-            (beside / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            write_lines(beside / f"{name}.jsonl", several)
 
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
@@ -126,8 +134,7 @@ class Progress:
             with replaced(self.folder) as beside:
                 save_weights(module, str(beside / WEIGHTS))
                 save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
-                content = {"settings": self.settings.values, "state": self.state}
-                (beside / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
         except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"{self.folder}: {error}") from error
 
@@ -163,7 +170,7 @@ class Rounds:
         if begun:
             settings.check(self.out, read_json(path, dict[str, Any]))
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(settings.values, indent=2) + "\n")
+        write_json(path, settings.values)
 
     @property
     def done(self) -> int:
@@ -183,10 +190,6 @@ class Rounds:
     def rows(self, number: int, name: str, kind: Any = dict[str, Any]) -> list[Any]:
         """The rows of a round's file, each of the type ``kind``."""
         return [row for _, row in json_lines(self.folder(number) / f"{name}.jsonl", kind)]
-
-    def model(self, number: int, like: PreTrainedModel) -> PreTrainedModel:
-        """The model of a round, on the device and in the dtype of ``like``."""
-        return load_model(self.folder(number), like)
 
     def log(self, recipe: str, number: int) -> Callable[[dict[str, Any]], None]:
         """A function that logs the figures of a training step of a round. Steps are counted over all rounds."""

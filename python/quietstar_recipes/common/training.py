@@ -109,6 +109,12 @@ class SFTConfig(AdapterConfig):
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
+def completion_loss(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+    """Mean loss of the completions' tokens, nats."""
+    values, mask = logprob(model, prompts, completions)
+    return -values.sum() / mask.sum()
+
+
 def sft(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -133,9 +139,8 @@ def sft(
         raise ValueError("sft: there is no example to train on")
 
     def loss_of(trained: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
-        batch = [examples[i] for i in chosen]
-        values, mask = logprob(trained, [prompt for prompt, _ in batch], [completion for _, completion in batch])
-        return -values.sum() / mask.sum(), int(mask.sum())
+        prompts, completions = ([examples[i][part] for i in chosen] for part in (0, 1))
+        return completion_loss(trained, prompts, completions), sum(map(len, completions))
 
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     return fine_tune(model, lengths, loss_of, steps, config or SFTConfig(), seed, log)

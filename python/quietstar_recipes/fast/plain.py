@@ -93,11 +93,7 @@ def initial(model: PreTrainedModel, teacher: QuietStar, config: Config) -> PreTr
 
 
 def train_plain(
-    student: PreTrainedModel,
-    teacher: QuietStar,
-    data: Sequence[Example],
-    held_out: Sequence[Example],
-    config: Config,
+    student: PreTrainedModel, teacher: QuietStar, data: Sequence[Example], held_out: Sequence[Example], config: Config
 ) -> tuple[PreTrainedModel, float]:
     """Train ``student`` in place, without thoughts, on the teacher's predictions.
 

@@ -2,13 +2,13 @@
 
 A curriculum: the model learns with long thoughts, and each stage continues from the best checkpoint of the one before, with
 shorter thoughts. Then a plain language model, which never thinks, is trained against the loss of the thinking one at each token
-(``fast_plain``).
+(``plain``).
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import msgspec
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
@@ -28,17 +27,16 @@ from quietstar.cli.ignored import DATA, THOUGHTS, Rule
 from quietstar.config import TrainConfig, option
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation.losses import evaluate, token_losses
-from quietstar.files.writing import write_whole
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar.training import train
 from quietstar_kernels.checks import check_at_least, check_positive
 from quietstar_recipes.common.command import LanguageModel, ResumeRun
-from quietstar_recipes.common.log import is_logging
+from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.models import read
 from quietstar_recipes.common.plots import Panel, panels
-from quietstar_recipes.common.saving import Count, Rounds, read_report
+from quietstar_recipes.common.saving import Count, Rounds, read_report, write_json
 from quietstar_recipes.fast import plain
 
 TEXTS, NEW, TURNS = 4, 16, 3  # of the speed measurement: texts continued at once, most new tokens of each, and repetitions
@@ -146,7 +144,7 @@ def fast(
     student, report["plain"] = plain.train_plain(copy.deepcopy(before), qs, data, held_out, config)
     report["positions"] = by_position(before, student, qs, held_out, config)
     report["speeds"] = speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
-    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
     return student, report
 
@@ -171,7 +169,7 @@ def run_stage(
             size = {"thought_tokens": qs.thought_config.thought_tokens, "lookahead": qs.thought_config.lookahead}
             chosen = size | {name: figures[name] for name in ("base", "mixed", "gain", "gain_low", "gain_high", "score")}
             qs.save_pretrained(folder / BEST)
-            write_whole(folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
+            write_json(folder / CHOSEN, chosen)
         return figures
 
     rate = config.learning_rate * (config.later_rate if number else 1)
@@ -187,7 +185,7 @@ def run_stage(
         save_every=config.save_every,
         keep=1,
     )
-    train(qs, data, settings, evaluate=choose, resume="auto", progress=is_logging())
+    train(qs, data, settings, evaluate=choose, resume="auto", progress=LOG.isEnabledFor(logging.INFO))
     assert chosen is not None  # the last step evaluates
     return chosen
 
@@ -203,28 +201,22 @@ def speeds(qs: QuietStar, texts: Sequence[Example], lengths: Sequence[int]) -> l
     shortest = min(map(len, kept))
     ids = torch.stack([x[: shortest // 2] for x in kept]).to(qs.start_embedding.device)
     new = min(NEW, shortest - shortest // 2)  # no longer than the texts, which fit together with their thoughts
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     trained_with = qs.thought_config
     seconds: dict[int, list[float]] = {T: [] for T in [*lengths, 0]}
     for turn in range(TURNS + 1):
         for T, found in seconds.items():
             qs.use_config(replace(trained_with, thought_tokens=T or 1))
-            took = _generate(qs, ids, new, "always" if T else "never") / (len(ids) * new)
+            began = time.perf_counter()
+            qs.generate(ids, torch.ones_like(ids), max_new_tokens=new, think="always" if T else "never", **options).tolist()
             if turn:  # the first turn warms up
-                found.append(took)
+                found.append((time.perf_counter() - began) / (len(ids) * new))
     qs.use_config(trained_with)
     ratios = {T: [a / b for a, b in zip(found, seconds[0], strict=True)] for T, found in seconds.items()}
     return [
         {"thought_tokens": T, "seconds_per_token": median(found), "times_plain": median(ratios[T])}
         for T, found in seconds.items()
     ]
-
-
-def _generate(qs: QuietStar, ids: Tensor, new: int, think: str) -> float:
-    """Seconds that the generation takes."""
-    began = time.perf_counter()
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    qs.generate(ids, torch.ones_like(ids), max_new_tokens=new, think=think, **options).tolist()
-    return time.perf_counter() - began
 
 
 def by_position(
@@ -252,9 +244,10 @@ def by_position(
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
     times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
     stages = [(stage["thought_tokens"], stage["mixed"]) for stage in report["stages"]]
-    without = {name: report[name] for name in ("base", "plain")}
     cost = {"curriculum": [[(times[T], loss) for T, loss in stages]]}
     tokens = {"curriculum": [stages]}
+    for name in ("base", "plain"):
+        cost[name], tokens[name] = [[(times[0], report[name])]], [[(0, report[name])]]
     by_name = {
         name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
         for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
@@ -263,16 +256,11 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
         path,
         title,
         [
-            Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost | points_at(times[0], without)),
-            Panel("tokens per thought", "held-out loss, nats", tokens | points_at(0, without)),
+            Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
+            Panel("tokens per thought", "held-out loss, nats", tokens),
             Panel("position", "gain, reward; nats", by_name),
         ],
     )
-
-
-def points_at(x: float, values: Mapping[str, float]) -> dict[str, list[list[tuple[float, float]]]]:
-    """A point at x for each name."""
-    return {name: [[(x, y)]] for name, y in values.items()}
 
 
 @dataclass

@@ -8,7 +8,6 @@ the prompt. (b) An emulator predicts them from the prompt alone. (c) Emulator an
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,18 +23,18 @@ from transformers import PreTrainedModel
 
 from quietstar.checkpoints.pretrained import load_model as load_language_model
 from quietstar.config import option
-from quietstar.files.writing import replaced, write_whole
+from quietstar.files.writing import replaced
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.processes import Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import LOG, log_figures
-from quietstar_recipes.common.logprobs import evaluating, logprob, padded, positions
+from quietstar_recipes.common.logprobs import evaluating, padded, positions
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Progress, save_model
-from quietstar_recipes.common.training import adamw, train
+from quietstar_recipes.common.saving import Progress, save_model, write_json
+from quietstar_recipes.common.training import adamw, completion_loss, train
 from quietstar_recipes.internalize import stepwise as icot
 from quietstar_recipes.tasks import Row, Task
 
@@ -59,8 +58,7 @@ class Config:
     emulator_steps: int = option(1500, "updates of the emulator, which predicts these states from the prompt")
     coupled_steps: int = option(6000, "updates of both together, on the answer")
     coupled_rate: float = option(
-        0.3,
-        "that phase's learning rate, times that of the others; with 1, as published, a small model doesn't converge",
+        0.3, "that phase's learning rate, times that of the others; with 1, as published, a small model doesn't converge"
     )
     components: int = option(1, "M, components of the emulator's mixture; more than 1 where a problem has several chains")
 
@@ -359,15 +357,9 @@ def distill(
         steps = phase(3, COUPLED, pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
         found("internalized", steps, evaluate(pair, task, test))
     pair.save_pretrained(Path(config.out) / PAIR, task)
-    write_whole(Path(config.out) / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, task.name)
     return pair, report
-
-
-def completion_loss(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-    """Mean loss of the completions' tokens, nats."""
-    values, mask = logprob(model, prompts, completions)
-    return -values.sum() / mask.sum()
 
 
 @torch.no_grad()

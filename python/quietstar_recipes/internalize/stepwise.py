@@ -7,7 +7,6 @@ chain, until the answer directly follows the prompt. What the model can no longe
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from transformers import PreTrainedModel
 
 from quietstar.config import option
 from quietstar.files.reading import as_type
-from quietstar.files.writing import write_whole
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.processes import Interrupted, Signals
@@ -35,7 +33,7 @@ from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import check_length, logprob
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Count, Progress, State, load_model, save_model
+from quietstar_recipes.common.saving import Count, Progress, State, load_model, save_model, write_json
 from quietstar_recipes.common.training import adamw, train
 from quietstar_recipes.tasks import Row, Task
 
@@ -117,19 +115,11 @@ class RunState(State):
     chainless: bool
 
 
-@dataclass(frozen=True)
-class Stage:
-    """``steps`` updates on rows that lose ``removed`` tokens of their chains."""
-
-    removed: int
-    steps: int
-
-
-def stages(config: Config, longest: int) -> list[Stage]:
-    """The schedule for chains of up to ``longest`` tokens; the last stage has no chain."""
+def stages(config: Config, longest: int) -> list[tuple[int, int]]:
+    """For chains of up to ``longest`` tokens: how many of them are gone in each stage, in the last one all, and its updates."""
     last = longest if config.remove_all_beyond is None else min(longest, config.remove_all_beyond)
-    kept = [Stage(s, config.steps_per_token if s else config.explicit_steps) for s in range(last)]
-    return [*kept, Stage(longest, config.final_steps)]
+    kept = [(s, config.steps_per_token if s else config.explicit_steps) for s in range(last)]
+    return [*kept, (longest, config.final_steps)]
 
 
 def removals(rows: int, removed: int, smoothing: float, generator: torch.Generator) -> Tensor:
@@ -224,7 +214,7 @@ def internalize(
     for row, (folder, removed) in folders.items():
         if folder.is_dir():  # a run without any chain has no model with the full chain
             report[row] = evaluate(load_model(folder, model), task, test, removed, config)
-    write_whole(out / f"{NAME}.json", json.dumps(report, indent=2) + "\n")
+    write_json(out / f"{NAME}.json", report)
     plot(out / f"{NAME}.png", report, task.name)
     return load_model(out / MODEL, model), report
 
@@ -249,7 +239,7 @@ def run_stages(
     model: PreTrainedModel,
     task: Task,
     config: Config,
-    plan: Sequence[Stage],
+    plan: Sequence[tuple[int, int]],
     training: Sequence[Row],
     valid: Sequence[Row],
     name: str,
@@ -266,21 +256,21 @@ def run_stages(
         seed = mix_seed(config.seed, step)
         torch.manual_seed(seed)  # for dropout
         rows = [training[i] for i in texts_of_step(len(training), config.batch_size, config.seed, step)]
-        removed = removals(len(rows), stage.removed, config.smoothing, torch.Generator().manual_seed(seed))
+        lost = removals(len(rows), removed, config.smoothing, torch.Generator().manual_seed(seed))
         lengths = torch.tensor([len(row.cot_ids) for row in rows])
-        removed, state["chainless"] = torch.minimum(removed, lengths), bool((removed >= lengths).all())
-        completions = [shortened(task, *pair, config.side) for pair in zip(rows, removed.tolist(), strict=True)]
+        lost, state["chainless"] = torch.minimum(lost, lengths), bool((lost >= lengths).all())
+        completions = [shortened(task, *pair, config.side) for pair in zip(rows, lost.tolist(), strict=True)]
         model.train()
-        values, mask = logprob(model, [row.prompt_ids for row in rows], completions, removed if config.keep_position else 0)
+        values, mask = logprob(model, [row.prompt_ids for row in rows], completions, lost if config.keep_position else 0)
         loss = -values.sum() / mask.sum()
         loss.backward()
         # A failing stage shows in the first token: the answer follows from the rest of the chain, but that from nothing.
         first = -float(values[:, 0].detach().mean())
-        return {"removed": stage.removed, "loss": float(loss.detach()), "first_token_loss": first, "tokens": int(mask.sum())}
+        return {"removed": removed, "loss": float(loss.detach()), "first_token_loss": first, "tokens": int(mask.sum())}
 
     def measure() -> dict[str, Any]:
         """Only a model without a chain can be the best one: while it still writes the chain it is better."""
-        found = evaluate(model, task, valid, stage.removed, config)
+        found = evaluate(model, task, valid, removed, config)
         if last and (state["best"] is None or found["accuracy"] > state["best"]["accuracy"]):
             state["best"] = found
             save_model(Path(config.out) / MODEL, model, task, found)
@@ -298,18 +288,18 @@ def run_stages(
         return passed
 
     def finish(found: dict[str, Any]) -> None:
-        state["lines"].append({"removed": stage.removed, "steps": state["done"], **(state["best"] if last else found)})
+        state["lines"].append({"removed": removed, "steps": state["done"], **(state["best"] if last else found)})
         state.update(stage=state["stage"] + 1, done=0)
-        save_model(Path(config.out) / STAGES / f"removed-{stage.removed:03d}", model, task, state["lines"][-1])
+        save_model(Path(config.out) / STAGES / f"removed-{removed:03d}", model, task, state["lines"][-1])
         log_figures(config.out, state["lines"][-1])
 
     with Signals() as signals:
         while state["stage"] < len(plan):
-            stage = plan[state["stage"]]
-            last = stage is plan[-1]
+            removed, scheduled = plan[state["stage"]]
+            last = state["stage"] == len(plan) - 1
             gated = config.gate > 0 and not last
-            most = stage.steps * (config.gate_rounds if gated else 1)
-            every = stage.steps if gated else config.eval_every if last else most
+            most = scheduled * (config.gate_rounds if gated else 1)
+            every = scheduled if gated else config.eval_every if last else most
             # As published, not after a batch without chains: with few long chains left, a token more changes little.
             if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
@@ -322,7 +312,7 @@ def run_stages(
                 progress.save(model, optimizer)
                 if signals.caught:
                     raise Interrupted(state["step"], progress.folder)
-            if stage.removed == 0 < stage.steps and state["lines"][-1]["accuracy"] == 0:
+            if removed == 0 < scheduled and state["lines"][-1]["accuracy"] == 0:
                 raise ValueError(
                     f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
                     "there is nothing to internalise: train longer, or with another learning rate"

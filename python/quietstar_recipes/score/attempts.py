@@ -32,7 +32,7 @@ class Attempts:
     """Two attempts at each of R problems.
 
     Attributes:
-        prompts, first: ids of the problem and of the first attempt.
+        first: ids of the first attempt.
         requests, second: ids of everything before the second attempt, and of that attempt.
         rewards: [2,R], 1 where an attempt is right.
         logprob: [2,R], the log-probability of each attempt under the model that wrote it.
@@ -41,7 +41,6 @@ class Attempts:
     """
 
     rows: Sequence[Row]
-    prompts: list[list[int]]
     first: list[list[int]]
     requests: list[list[int]]
     second: list[list[int]]
@@ -52,11 +51,10 @@ class Attempts:
 
     def part(self, indices: Sequence[int]) -> Attempts:
         """The attempts at the problems with these indices."""
-        ids = (self.prompts, self.first, self.requests, self.second)
-        prompts, first, requests, second = ([x[i] for i in indices] for x in ids)
         rows = [self.rows[i] for i in indices]
+        first, requests, second = ([x[i] for i in indices] for x in (self.first, self.requests, self.second))
         flags = (x[..., indices] for x in (self.rewards, self.logprob, self.own, self.revised))
-        return Attempts(rows, prompts, first, requests, second, *flags)
+        return Attempts(rows, first, requests, second, *flags)
 
     def parts(self, size: int) -> Iterator[Attempts]:
         """All attempts, ``size`` problems at a time."""
@@ -65,7 +63,7 @@ class Attempts:
 
     def turns(self) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
         """Of the first and of the second attempts: the ids before each, and its own."""
-        yield self.prompts, self.first
+        yield [row.prompt_ids for row in self.rows], self.first
         yield self.requests, self.second
 
     def tokens(self) -> Tensor:
@@ -110,6 +108,11 @@ class Attempts:
         return counts
 
 
+def asked_again(task: Task, rows: Sequence[Row], attempts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts for a second attempt at each row, after this first one."""
+    return [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, attempts, strict=True)]
+
+
 def attempt(
     model: PreTrainedModel,
     task: Task,
@@ -120,7 +123,6 @@ def attempt(
     share: float = 0.0,
 ) -> Attempts:
     """Two attempts at each row, the second of which sees the first; ``base`` writes a ``share`` of the first ones."""
-    prompts = [row.prompt_ids for row in rows]
     by_base = torch.randperm(len(rows), generator=torch.Generator().manual_seed(mix_seed(seed, 2)))[: int(share * len(rows))]
     own = torch.ones(len(rows), dtype=torch.bool)
     own[by_base] = False
@@ -128,18 +130,18 @@ def attempt(
     for number, writer, mask in ((0, model, own), (3, base, ~own)):
         places = mask.nonzero()[:, 0].tolist()
         if writer is not None and places:
-            found = rollout(writer, task, [prompts[i] for i in places], **sampling, seed=mix_seed(seed, number))
+            found = rollout(writer, task, [rows[i].prompt_ids for i in places], **sampling, seed=mix_seed(seed, number))
             for i, completions in zip(places, found, strict=True):
                 written[i] = completions[0]
     first = [x.ids for x in written]
-    requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(rows, first, strict=True)]
+    requests = asked_again(task, rows, first)
     again = [completions[0] for completions in rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))]
     second = [x.ids for x in again]
     logprob = torch.tensor([[sum(x.logprob) for x in completions] for completions in (written, again)])
     right = [[task.check(row, ids) for row, ids in zip(rows, attempts, strict=True)] for attempts in (first, second)]
     rewards = torch.tensor(right, dtype=torch.float32)
     revised = torch.tensor([task.answer(row, x) != task.answer(row, y) for row, x, y in zip(rows, first, second, strict=True)])
-    return Attempts(rows, prompts, first, requests, second, rewards, logprob, own, revised)
+    return Attempts(rows, first, requests, second, rewards, logprob, own, revised)
 
 
 def accuracy_by_attempt(
@@ -152,7 +154,7 @@ def accuracy_by_attempt(
     """
     found, latest = attempts.rewards.mean(1).tolist(), attempts.second
     for number in range(2, count):
-        requests = [revision_prompt(task, row, [task.trimmed(ids)]) for row, ids in zip(attempts.rows, latest, strict=True)]
+        requests = asked_again(task, attempts.rows, latest)
         latest = [x.ids for (x,) in rollout(model, task, requests, **sampling, seed=mix_seed(seed, number + 2))]
         found.append(fmean(map(task.check, attempts.rows, latest)))
     return found
@@ -174,11 +176,9 @@ def votes(
         return []
     prompts = [row.prompt_ids for row in rows]
     first = rollout(model, task, prompts, 2 * chains, **sampling, seed=mix_seed(seed, 0))
-    requests = [
-        revision_prompt(task, row, [task.trimmed(x.ids)])
-        for row, completions in zip(rows, first, strict=True)
-        for x in completions[:chains]
-    ]
+    requests = asked_again(
+        task, [row for row in rows for _ in range(chains)], [x.ids for several in first for x in several[:chains]]
+    )
     flat = rollout(model, task, requests, **sampling, seed=mix_seed(seed, 1))
     second: list[list[Completion]] = [[x for (x,) in flat[i : i + chains]] for i in range(0, len(flat), chains)]
     parallel = to_samples(task, rows, first)

@@ -3,13 +3,12 @@
 The second attempt sees the first and a fixed request to look again, which does not say whether the first was right. Stage I
 rewards only the second attempt and keeps the first close to the base model, so that there are still mistakes to correct. Stage
 II rewards both, and the second one more for what it improves on the first; without that bonus a model learns to answer once and
-repeat it. What both stages optimise is in ``score_objective``; what they are compared with, in ``score_baselines``.
+repeat it. What both stages optimise is in ``objective``; what they are compared with, in ``baselines``.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from tyro.conf import arg
 from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
 from quietstar.cli.ignored import Rule
 from quietstar.config import option
-from quietstar.files.writing import write_whole
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.processes import Signals
@@ -37,7 +35,7 @@ from quietstar_recipes.common.log import LOG, Pace, log_figures
 from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
-from quietstar_recipes.common.saving import Progress, State, load_model, save_model
+from quietstar_recipes.common.saving import Progress, State, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
 from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
@@ -186,7 +184,7 @@ def score(
                 progress.save(model, optimizer)  # before stage II overwrites the best checkpoint
     save_model(Path(config.out) / MODEL, model, task, state["report"])
     progress.save(model, optimizer)
-    write_whole(Path(config.out) / REPORT, json.dumps(state["report"], indent=2) + "\n")
+    write_json(Path(config.out) / REPORT, state["report"])
     plot(Path(config.out) / PLOT, state["report"], progress.metrics.lines, f"SCoRe, {task.name}")
     return model, state["report"]
 

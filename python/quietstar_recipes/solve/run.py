@@ -7,7 +7,6 @@ generated tokens per problem, and each method gets as many whole solutions as fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +20,6 @@ from tyro.conf import arg
 from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
 from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
-from quietstar.files.writing import write_whole
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar_kernels.checks import check, check_at_least, check_types
@@ -29,7 +27,7 @@ from quietstar_recipes.common import plots, selectors
 from quietstar_recipes.common.command import TASK
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import save_model
+from quietstar_recipes.common.saving import save_model, write_json, write_lines
 from quietstar_recipes.common.selectors import Sample, Selector, best, majority, powers_of_two, weighted
 from quietstar_recipes.common.solutions import Scorer, likelihood_scorer, to_samples
 from quietstar_recipes.common.training import SFTConfig
@@ -155,13 +153,13 @@ def solve(
     if not any(x.answer is not None for several in samples for x in several):
         raise ValueError(f"solve: no solution of {len(rows)} problems has an answer that can be read")
     out = Path(config.out)
-    save_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
+    write_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
     unit = sum(x.tokens for several in samples for x in several) / (len(rows) * config.samples)
     budgets = [k * unit for k in powers_of_two(config.samples)]
     models = train(model, task, config, scorer, process)
     kinds, chains = spend_all(models, task, rows, written, config, budgets)
     if chains:
-        save_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
+        write_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
     tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
     report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
     report["greedy"] = greedy(model, task, rows, config)
@@ -171,7 +169,7 @@ def solve(
         report["by_difficulty"], report["chosen"], chosen = choose(models, task, valid_rows, rows, kinds, config, budgets)
         tables |= chosen
     report["curves"] = {name: curve(table, budgets) for name, table in tables.items()}
-    write_whole(out / "test_time.json", json.dumps(report, indent=2) + "\n")
+    write_json(out / "test_time.json", report)
     plot(report, out / "test_time.png")
     return report
 
@@ -180,13 +178,11 @@ def validation_rows(task: Task, config: Config) -> list[Row]:
     """Validation problems, if ways of spending are to be chosen by difficulty; otherwise none."""
     if not config.valid_problems:
         return []
-    drawn, again = (torch.Generator().manual_seed(mix_seed(config.seed, -4)) for _ in range(2))
-    found = len(task.problems(config.valid_problems, "valid", drawn))
-    if found < BINS:
-        raise ValueError(
-            f"solve: valid_problems={config.valid_problems} must be {BINS} or more, and the data must have as many: got {found}"
-        )
-    return task.sample(config.valid_problems, "valid", again)
+    rows = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -4)))
+    if len(rows) < BINS:
+        wanted = f"valid_problems={config.valid_problems} must be {BINS} or more, and the data must have as many"
+        raise ValueError(f"solve: {wanted}: got {len(rows)}")
+    return rows
 
 
 def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None) -> Models:
@@ -353,12 +349,6 @@ def searched(
     return tables
 
 
-def save_lines(path: Path, rows: Sequence[Any]) -> None:
-    """Write a .jsonl file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Plot accuracy over tokens, of parallel solutions and search and of chains, and over difficulty at the largest budget."""
     greedy = {"greedy": [[(report["greedy"]["tokens"], report["greedy"]["accuracy"])]]}
@@ -386,10 +376,6 @@ def revises(o: Any) -> bool:
     return bool(o.attempts and (o.revise_steps or o.judge_steps))
 
 
-def searches(o: Any) -> bool:
-    return bool(o.process_steps or o.process_verifier)
-
-
 def trains_process(o: Any) -> bool:
     return bool(o.process_steps and not o.process_verifier)
 
@@ -415,7 +401,11 @@ class Solve:
         Rule("revise_problems", lambda o: not revises(o), "without --revise-steps or --judge-steps"),
         Rule("process_steps", lambda o: bool(o.process_verifier), "with --process-verifier"),
         Rule("process_problems process_samples rollouts", lambda o: not trains_process(o), "without --process-steps"),
-        Rule("beam_width lookahead", lambda o: not searches(o), "without --process-steps or --process-verifier"),
+        Rule(
+            "beam_width lookahead",
+            lambda o: not (o.process_steps or o.process_verifier),
+            "without --process-steps or --process-verifier",
+        ),
         Rule(SFT, lambda o: not (revises(o) or trains_process(o)), "without --revise-steps, --judge-steps or --process-steps"),
         *LORA,
     ]

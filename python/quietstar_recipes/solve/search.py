@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -89,7 +90,8 @@ def search(
         found = value([prompts[x.owner] for x in ahead], [x.ids for x in ahead])
         candidates = [replace(x, value=y) for x, y in zip(candidates, found, strict=True)]
         open_beams = []
-        for owner, of_problem in enumerate(by_owner(candidates, len(rows))):
+        for owner, several in groupby(candidates, key=lambda x: x.owner):
+            of_problem = list(several)
             done[owner] += [x for x in of_problem if x.whole]
             going_on = sorted((x for x in of_problem if not x.whole), key=lambda x: -x.value)
             room = beams - len(done[owner])
@@ -113,11 +115,3 @@ def extended(task: Task, begun: Beam, step: Completion, most: int) -> Beam:
     logprob = (begun.logprob + step.logprob)[:most]
     whole = len(ids) == most or step.ids[-1] not in task.step_ids
     return replace(begun, ids=ids, logprob=logprob, whole=whole)
-
-
-def by_owner(beams: Sequence[Beam], problems: int) -> list[list[Beam]]:
-    """The beams of each problem."""
-    found: list[list[Beam]] = [[] for _ in range(problems)]
-    for x in beams:
-        found[x.owner].append(x)
-    return found

@@ -35,6 +35,11 @@ class Generated(Task):
             in_vain = 0 if new or wanted else in_vain + 1
         return found
 
+    def _checked(self, digits: int, least: int = 1, name: str = "digits") -> int:
+        if not isinstance(digits, int) or not least <= digits <= 18:
+            raise ValueError(f"{type(self).__name__}: {name} must be from {least} to 18, got {digits!r}")
+        return digits
+
 
 class Arithmetic(Generated):
     """Two operands of ``digits`` digits each. Numbers have the least significant digit first; spaces separate characters."""
@@ -43,7 +48,7 @@ class Arithmetic(Generated):
     symbols = [*"0123456789+*()"]
 
     def __init__(self, digits: int, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.digits = self.other = self._checked("digits", digits)  # of the first and the second operand
+        self.digits = self.other = self._checked(digits)  # of the first and the second operand
         super().__init__(tokenizer)
 
     @property
@@ -51,24 +56,17 @@ class Arithmetic(Generated):
         return f"{self.digits}-digit {type(self).__name__.lower()}"
 
     def draw(self, generator: torch.Generator) -> Problem:
-        a, b = (_number(digits, generator) for digits in (self.digits, self.other))
-        return self.problem(a, b)
+        return self.problem(*(int(numbers(digits, 1, generator)) for digits in (self.digits, self.other)))
 
     def problem(self, a: int, b: int) -> Problem:
         """The problem with these operands."""
         chain, answer = self.solve(a, b)
         asked = f"{reversed_digits(a, self.digits)} {self.sign} {reversed_digits(b, self.other)}"
-        hinted = f"{asked} {TARGET} {answer} {CHAIN_MARK}"
-        return Problem(f"{asked} {CHAIN_MARK}", hinted, f" {chain}", f" {answer}", "".join(answer.split()))
+        return written(asked, chain, answer)
 
     @abstractmethod
     def solve(self, a: int, b: int) -> tuple[str, str]:
         """Chain and answer."""
-
-    def _checked(self, name: str, digits: int) -> int:
-        if not isinstance(digits, int) or not 1 <= digits <= 18:
-            raise ValueError(f"{type(self).__name__}: {name} must be from 1 to 18, got {digits!r}")
-        return digits
 
 
 class Multiplication(Arithmetic):
@@ -86,7 +84,7 @@ class Multiplication(Arithmetic):
 
     def __init__(self, digits: int, other: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None):
         super().__init__(digits, tokenizer)
-        self.other = digits if other is None else self._checked("other", other)
+        self.other = digits if other is None else self._checked(other, name="other")
 
     @property
     def name(self) -> str:
@@ -122,9 +120,15 @@ def reversed_digits(value: int, width: int) -> str:
     return " ".join(f"{value:0{width}d}"[::-1])
 
 
-def _number(digits: int, generator: torch.Generator) -> int:
-    least = 10 ** (digits - 1) if digits > 1 else 0
-    return int(torch.randint(least, 10**digits, (1,), generator=generator))
+def numbers(digits: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Random numbers of so many digits, [count]."""
+    return torch.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits, (count,), generator=generator)
+
+
+def written(asked: str, chain: str, answer: str) -> Problem:
+    """The problem of these parts, whose hint is the answer behind the question."""
+    hinted = f"{asked} {TARGET} {answer} {CHAIN_MARK}"
+    return Problem(f"{asked} {CHAIN_MARK}", hinted, f" {chain}", f" {answer}", "".join(answer.split()))
 
 
 class Scratchpad(Generated):
@@ -139,9 +143,7 @@ class Scratchpad(Generated):
     symbols = [*"0123456789+"]
 
     def __init__(self, digits: int = 5, tokenizer: PreTrainedTokenizerBase | None = None):
-        if not 1 <= digits <= 18:
-            raise ValueError(f"Scratchpad: digits must be from 1 to 18, got {digits}")
-        self.digits = digits
+        self.digits = self._checked(digits)
         super().__init__(tokenizer)
 
     @property
@@ -150,9 +152,7 @@ class Scratchpad(Generated):
 
     def draw(self, generator: torch.Generator) -> Problem:
         length = int(torch.randint(1, self.digits + 1, (), generator=generator))
-        least = 10 ** (length - 1) if length > 1 else 0
-        a, b = torch.randint(least, 10**length, (2,), generator=generator).tolist()
-        return self.problem(a, b)
+        return self.problem(*numbers(length, 2, generator).tolist())
 
     def problem(self, a: int, b: int) -> Problem:
         """The problem with these operands, which must have the same number of digits."""
@@ -180,9 +180,7 @@ class DigitSums(Generated):
     symbols = [*"0123456789"]
 
     def __init__(self, digits: int = 5, tokenizer: PreTrainedTokenizerBase | None = None):
-        if not isinstance(digits, int) or not 2 <= digits <= 18:
-            raise ValueError(f"DigitSums: digits must be from 2 to 18, got {digits!r}")
-        self.digits = digits
+        self.digits = self._checked(digits, least=2)
         super().__init__(tokenizer)
 
     @property
@@ -195,9 +193,7 @@ class DigitSums(Generated):
     def problem(self, digits: list[int]) -> Problem:
         """The problem with these digits."""
         sums = [total % 10 for total in accumulate(digits)][1:]
-        asked, answer = " ".join(map(str, digits)), str(sums[-1])
-        hinted = f"{asked} {TARGET} {answer} {CHAIN_MARK}"
-        return Problem(f"{asked} {CHAIN_MARK}", hinted, f" {' '.join(map(str, sums))}", f" {answer}", answer)
+        return written(" ".join(map(str, digits)), " ".join(map(str, sums)), str(sums[-1]))
 
 
 class WordProblems(Generated):
@@ -229,9 +225,7 @@ class WordProblems(Generated):
             after = value - change if loses else value + change
             steps.append(f"{spaced_digits(value)} {'-' if loses else '+'} {spaced_digits(change)} = {spaced_digits(after)}")
             value = after
-        asked, answer = f"{' '.join(story)} . how many {thing} ?", spaced_digits(value)
-        hinted = f"{asked} {TARGET} {answer} {CHAIN_MARK}"
-        return Problem(f"{asked} {CHAIN_MARK}", hinted, f" {' ; '.join(steps)}", f" {answer}", str(value))
+        return written(f"{' '.join(story)} . how many {thing} ?", " ; ".join(steps), spaced_digits(value))
 
 
 def spaced_digits(value: int) -> str:

@@ -8,7 +8,6 @@ verifier picks the best of k solutions.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel
 from quietstar.cli.common import AllowBin, WeightsDtype, cell, check_out_folder, table
 from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
-from quietstar.files.writing import write_whole
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
@@ -34,7 +32,7 @@ from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solve
 from quietstar_recipes.common.log import Pace, log_figures
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import REPORT, Count, Rounds, fingerprint, load_model, read_report, save_model
+from quietstar_recipes.common.saving import REPORT, Count, Rounds, fingerprint, load_model, read_report, save_model, write_json
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -119,7 +117,7 @@ def vstar(
         raise ValueError(f"{config.out}: the run there started with another model")
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()
-        solutions = draw(run.model(number - 1, model), task, config, number)
+        solutions = draw(load_model(run.folder(number - 1), model), task, config, number)
         before = [x for earlier in range(number) for x in run.rows(earlier, "solutions", Solution)]
         right = right_solutions(before + solutions)
         if not right:
@@ -132,14 +130,14 @@ def vstar(
         figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
-    last = run.model(config.rounds, model)
+    last = load_model(run.folder(config.rounds), model)
     solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions", Solution)]
     verifier, learnt = train_or_load_verifier(run, model, task, config, solutions + own)
     written = write(last, task, test, config)
-    found = compare(written, verifier, run.model(0, model), task, test, config)
+    found = compare(written, verifier, load_model(run.folder(0), model), task, test, config)
     learnt["accuracy"] = evaluate(verifier, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
     report = {"rounds": run.reports(), "verifier": learnt, **found}
-    write_whole(run.out / "vstar.json", json.dumps(report, indent=2) + "\n")
+    write_json(run.out / "vstar.json", report)
     title = f"{task.name}, {len(test)} test problems"
     shown = {name: [points] for name, points in reliable_points(report["k"], report["curves"]).items()}
     shown["greedy"] = [[(1, report["rounds"][config.rounds]["accuracy"])]]
@@ -191,7 +189,7 @@ def train_or_load_verifier(
     pairs, held_out = (make_pairs(solutions, split, config.pairs, config.seed) for split in ("train", "valid"))
     if not pairs:
         raise ValueError("vstar: no problem has both right and wrong solutions, which a verifier needs to learn from")
-    reference = run.model(0, model)
+    reference = load_model(run.folder(0), model)
     verifier, losses = train_verifier(reference, task, pairs, config, config.seed)
     log = run.log("vstar, verifier", config.rounds)
     for number, loss in enumerate(losses):

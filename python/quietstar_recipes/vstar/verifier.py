@@ -245,31 +245,21 @@ def verdict_scorer(verifier: PreTrainedModel, task: Task, batch_size: int = 256)
     """Scores a solution by the log-probability of the verdict that it is right."""
     yes = verdict(task, True)
     return lambda rows, solutions: likelihoods(
-        verifier,
-        [row.prompt_ids + ids for row, ids in zip(rows, solutions, strict=True)],
-        [yes] * len(solutions),
-        batch_size,
+        verifier, [row.prompt_ids + ids for row, ids in zip(rows, solutions, strict=True)], [yes] * len(solutions), batch_size
     )
 
 
 def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task) -> PreTrainedModel:
     """The verifier of a V-STaR run, for solutions of ``model``, which was loaded from ``generator``."""
-    verifier = load_model(Path(path), model)
+    verifier, named = load_model(Path(path), model), generator or "the model"
+    shapes = [{name: x.shape for name, x in one.named_parameters()} for one in (verifier, model)]
+    other = f"{path}: the verifier is of another base model"
     if load_tokenizer(path).get_vocab() != task.tokenizer.get_vocab():
-        raise ValueError(
-            f"{path}: the verifier is of another base model: its tokens differ from those of {generator or 'the model'}"
-        )
-    if shapes(verifier) != shapes(model):
-        raise ValueError(
-            f"{path}: the verifier is of another base model: its weights have other shapes than {generator or 'the model'}"
-        )
+        raise ValueError(f"{other}: its tokens differ from those of {named}")
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{other}: its weights have other shapes than {named}")
     folders = [Path(path), *([Path(checkpoint_of(generator))] if generator else [])]
     bases = [read_json(file, Start).base for x in folders if (file := x / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
-        raise ValueError(f"{path}: the verifier is of another base model, {bases[0]}; {generator} started with {bases[1]}")
+        raise ValueError(f"{other}, {bases[0]}; {generator} started with {bases[1]}")
     return verifier
-
-
-def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Shapes of the parameters by name."""
-    return {name: x.shape for name, x in model.named_parameters()}

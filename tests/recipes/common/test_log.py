@@ -23,7 +23,7 @@ def test_a_line_shows_the_figures_worth_following(capsys):
         log_figures("runs/star", {"round": 1, "accuracy": 0.51234, "kept": 2980, "seconds": 3.0})
     log_figures("runs/star", {"round": 2})
     assert capsys.readouterr().err == "runs/star: round 1, kept 2,980, accuracy 0.512\n"
-    assert not logging.getLogger("quietstar").handlers and not log.is_logging()
+    assert not logging.getLogger("quietstar").handlers and not log.LOG.isEnabledFor(logging.INFO)
 
 
 def test_updates_are_logged_at_most_every_few_seconds(tmp_path, clock, capsys):

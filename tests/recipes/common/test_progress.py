@@ -11,6 +11,7 @@ from quietstar.config import option
 from quietstar.run.resume import Settings
 from quietstar_recipes.common import saving as recipe
 from quietstar_recipes.common.saving import Progress
+from tests.recipes.conftest import same
 
 
 @dataclass
@@ -58,7 +59,7 @@ def test_weights_moments_and_state_come_back(saved, tmp_path):
     assert run.begun and run.state == {"step": 2, "best": 0.5} and [x["step"] for x in run.metrics.lines] == [1, 2]
     step(module, optimizer)
     step(again, other)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert same(module, again)
 
 
 def test_a_run_of_other_settings_is_refused(saved, tmp_path):
@@ -77,23 +78,19 @@ def test_a_damaged_file_is_named(saved, tmp_path, file):
         begin(tmp_path, resume=True).load(model(), None)
 
 
+STATE = json.dumps({"settings": Settings.of(Config()).values, "state": {"step": "STEP"}})
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["[]", "null", "[" * 100_000, '{"settings": [], "state": {}}', '{"settings": {}, "state": {"step": "x"}}'],
+    "content, message",
+    [
+        *((x, "state.json") for x in ("[]", "null", "[" * 100_000, '{"settings": [], "state": {}}')),
+        *((STATE.replace('"STEP"', x), r"state.json: state: .* \$.step") for x in ("-1", "null", "1.5", '"x"')),
+    ],
 )
-def test_a_state_of_another_form_is_named(saved, tmp_path, content):
+def test_a_state_that_no_run_can_have_is_named(saved, tmp_path, content, message):
     (tmp_path / "progress" / "state.json").write_text(content)
-    with pytest.raises(ValueError, match="progress"):
-        begin(tmp_path, resume=True)
-
-
-@pytest.mark.parametrize("step", [-1, None, 1.5, "x"])
-def test_a_state_that_no_run_can_have_is_named(saved, tmp_path, step):
-    path = tmp_path / "progress" / "state.json"
-    content = json.loads(path.read_text())
-    content["state"]["step"] = step
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"state.json: state: .* \$.step"):
+    with pytest.raises(ValueError, match=message):
         begin(tmp_path, resume=True)
 
 
@@ -117,5 +114,5 @@ def test_a_save_that_fails_leaves_the_one_before(saved, tmp_path, monkeypatch):
     found = model(4)
     again.load(found)
     assert again.state["step"] == 2
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), found.parameters(), strict=True))
+    assert same(module, found)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["metrics.jsonl", "progress"]

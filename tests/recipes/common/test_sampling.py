@@ -11,6 +11,7 @@ from quietstar_recipes.common.logprobs import likelihoods, logprob
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import VLLM, rollout
 from quietstar_recipes.tasks import Multiplication, WordProblems
+from tests.recipes.conftest import one_by_one, seeded
 
 
 @pytest.fixture
@@ -22,16 +23,9 @@ def stories():
     with torch.no_grad():
         for x in model.parameters():
             x.normal_(0, 0.15)
-    rows = task.sample(6, "train", torch.Generator().manual_seed(0))
+    rows = task.sample(6, "train", seeded(0))
     assert len({len(row.prompt_ids) for row in rows}) > 2
     return task, model, [row.prompt_ids for row in rows]
-
-
-def one_by_one(model, prompt, completion):
-    """Log-probabilities from a forward pass over this text alone."""
-    with torch.no_grad():
-        predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-    return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])

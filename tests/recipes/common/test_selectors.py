@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quietstar_recipes.common.selectors import Sample, auc, best, best_of, choice_of, likeliest, majority, pass_at, weighted
+from tests.recipes.conftest import seeded
 
 
 def samples(*parts):
@@ -15,7 +16,7 @@ def samples(*parts):
 
 @pytest.mark.parametrize("k", range(1, 7))
 def test_best_of_k_and_pass_at_k_are_means_over_all_choices(k):
-    generator = torch.Generator().manual_seed(k)
+    generator = seeded(k)
     scores = torch.rand(6, generator=generator).tolist()
     right = (torch.rand(6, generator=generator) < 0.5).tolist()
     choices = list(itertools.combinations(range(6), k))

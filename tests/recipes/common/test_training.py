@@ -7,6 +7,7 @@ from quietstar_recipes.common.logprobs import logprob
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, token_batches, train
 from quietstar_recipes.tasks import Addition
+from tests.recipes.conftest import one_by_one, seeded
 
 
 @pytest.mark.parametrize("scale", [1.0, float("inf")])
@@ -36,18 +37,14 @@ def test_only_trainable_parameters_are_optimized():
     assert group["params"] == [module.weight] and (group["lr"], group["weight_decay"]) == (0.1, 0.01)
 
 
-def one_by_one(model, prompt, completion):
-    """Log-probabilities from a forward pass over this text alone."""
-    with torch.no_grad():
-        predicted = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-    return [predicted[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
+def examples_of(count):
+    task = Addition(1)
+    return task, [(row.prompt_ids, task.completion_ids(row)) for row in task.sample(count, "train", seeded(0))]
 
 
 def test_the_loss_is_only_on_completions():
-    task = Addition(1)
+    task, examples = examples_of(4)
     model = small_model(task, width=32, heads=2, positions=32)
-    rows = task.sample(4, "train", torch.Generator().manual_seed(0))
-    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
     lines = []
     expected = [x for prompt, completion in examples for x in one_by_one(model, prompt, completion)]
     sft(model, examples, 1, SFTConfig(batch_tokens=1000), log=lines.append)
@@ -57,9 +54,7 @@ def test_the_loss_is_only_on_completions():
 
 
 def test_training_learns_and_is_reproducible():
-    task = Addition(1)
-    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
-    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
+    task, examples = examples_of(20)
     losses = []
     for _ in range(2):
         model = small_model(task, width=32, heads=2, positions=32)
@@ -71,11 +66,9 @@ def test_training_learns_and_is_reproducible():
 
 
 def test_adapters_are_merged_into_the_model(tiny):
-    task = Addition(1)
+    task, examples = examples_of(20)
     model = tiny("llama", vocab_size=len(task.tokenizer))
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    rows = task.sample(20, "train", torch.Generator().manual_seed(0))
-    examples = [(row.prompt_ids, task.completion_ids(row)) for row in rows]
     lines = []
     trained = sft(model, examples, 15, SFTConfig(learning_rate=1e-2, warmup=1, batch_tokens=200, lora_rank=2), log=lines.append)
     assert trained is model and lines[-1]["loss"] < lines[0]["loss"]

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-import torch
 
 from quietstar_recipes.tasks import GSM8K, SPLITS, CommonsenseQA
 from quietstar_recipes.tasks.base import split_of
+from tests.recipes.conftest import seeded
 
 QUESTIONS = [
     {"question": f"Ann has {i} pens and buys {i}. How many?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(60)
@@ -19,10 +19,6 @@ CHOICES = {
 }
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -30,7 +26,7 @@ def write_lines(path, rows):
 
 def test_gsm8k_file(tmp_path, byte_tokenizer):
     task = GSM8K(write_lines(tmp_path / "some.jsonl", QUESTIONS), byte_tokenizer)
-    rows = task.sample(1000, "train", generator())
+    rows = task.sample(1000, "train", seeded())
     assert 40 <= len(rows) < 60 and len({row.problem.prompt for row in rows}) == len(rows)
     row = next(row for row in rows if row.problem.prompt.startswith("Q: Ann has 7 pens"))
     assert byte_tokenizer.decode(row.prompt_ids) == "Q: Ann has 7 pens and buys 7. How many?\nA:"
@@ -58,9 +54,9 @@ def test_the_test_split_of_a_folder_is_its_test_file(tmp_path, byte_tokenizer):
     write_lines(tmp_path / "train.jsonl", QUESTIONS)
     write_lines(tmp_path / "test.jsonl", [{"question": "One and one?", "answer": "#### 2"}])
     task = GSM8K(tmp_path, byte_tokenizer)
-    test = task.sample(100, "test", generator())
+    test = task.sample(100, "test", seeded())
     assert [row.problem.right for row in test] == ["2"] and test[0].cot_ids == []
-    assert len(task.sample(100, "train", generator())) + len(task.sample(100, "valid", generator())) == 60
+    assert len(task.sample(100, "train", seeded())) + len(task.sample(100, "valid", seeded())) == 60
 
 
 def test_commonsense_choices_and_hint(tmp_path, byte_tokenizer):
@@ -68,7 +64,7 @@ def test_commonsense_choices_and_hint(tmp_path, byte_tokenizer):
         {**CHOICES, "question": {**CHOICES["question"], "stem": f"{i}?"}} for i in range(60)
     ]
     task = CommonsenseQA(write_lines(tmp_path / "some.jsonl", rows), byte_tokenizer)
-    found = [row for split in SPLITS for row in task.sample(100, split, generator())]
+    found = [row for split in SPLITS for row in task.sample(100, split, seeded())]
     row = next(row for row in found if "fish" in row.problem.prompt)
     assert row.problem.prompt == "Q: Where is a fish?\n(A) a tree\n(B) water\nA:"
     assert row.problem.hinted == "Q: Where is a fish?\n(A) a tree\n(B) water (CORRECT)\nA:"
@@ -86,11 +82,11 @@ def test_problems_with_chains_are_found_among_many_without(tmp_path, byte_tokeni
     path = write_lines(tmp_path / "some.jsonl", rows)
     task = CommonsenseQA(path, byte_tokenizer)
     there = sum(split_of(f"Q: {i}?\n(A) a tree\n(B) water\nA:") == "train" for i in range(0, 500, 100))
-    found = task.sample_with_chain(10, generator())
+    found = task.sample_with_chain(10, seeded())
     assert len(found) == there >= 2 and all(row.cot_ids for row in found)
     assert all(task.check(row, task.completion_ids(row)) for row in found)  # also if the chain names both choices
-    assert task.sample_with_chain(2, generator()) == found[:2]
-    assert CommonsenseQA(write_lines(path, rows[1:100]), byte_tokenizer).sample_with_chain(10, generator()) == []
+    assert task.sample_with_chain(2, seeded()) == found[:2]
+    assert CommonsenseQA(write_lines(path, rows[1:100]), byte_tokenizer).sample_with_chain(10, seeded()) == []
 
 
 @pytest.mark.parametrize(
@@ -111,6 +107,6 @@ def test_a_malformed_file_is_refused_with_the_line_number(tmp_path, byte_tokeniz
 
 def test_files_without_the_requested_problems(tmp_path, byte_tokenizer):
     with pytest.raises(ValueError, match="the split 'test' has no problem"):
-        GSM8K(write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]), byte_tokenizer).sample(1, "test", generator())
+        GSM8K(write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]), byte_tokenizer).sample(1, "test", seeded())
     with pytest.raises(ValueError, match="has no choices"):
         CommonsenseQA(write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]), byte_tokenizer)
