@@ -67,7 +67,7 @@ test-build: $(READY) test-lowest  ## compiling ahead of time, sanitizers, wheels
 	$(PYTEST) --dist=worksteal -m build
 
 test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples
-	$(PYTEST) --dist=loadfile -m long
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m long
 
 test-all: test test-kernels test-build test-long  ## all tests
 
