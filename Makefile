@@ -66,6 +66,7 @@ test-kernels: $(READY)  ## every op and back end with every option, interpreted 
 test-build: $(READY) test-lowest  ## compiling ahead of time, sanitizers, wheels, other versions of PyTorch
 	$(PYTEST) --dist=worksteal -m build
 
+# In the order of the files: xdist would begin with those of most tests, and end with one that takes minutes by itself.
 test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m long
 
