@@ -212,7 +212,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         TITLE,
         [
             Panel("tokens of a thought", "accuracy, sum of five digits", curves("accuracy"), share=True),
-            Panel("seconds a token, times those without thoughts", "accuracy", curves("accuracy", "times_plain"), share=True),
+            Panel("seconds per token, times those without thoughts", "accuracy", curves("accuracy", "times_plain"), share=True),
             Panel(
                 "accuracy without thoughts, first two",
                 "",

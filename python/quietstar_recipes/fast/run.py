@@ -301,7 +301,7 @@ class Fast:
         print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
         print(table(report["speeds"], ("thought_tokens", "times_plain")))
         losses = "{base:.4f} of the original model, {start:.4f} before and {plain:.4f} after the last step".format(**report)
-        print(f"held-out loss without thoughts, nats a token: {losses}")
+        print(f"held-out loss without thoughts, nats per token: {losses}")
         if report["plain"] >= report["start"]:
             print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
         print(f"saved {Path(self.recipe.out) / MODEL}")
