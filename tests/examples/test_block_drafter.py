@@ -116,8 +116,7 @@ def test_run(demo, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [0, 1])
-def test_block_drafters_accept_more_than_the_table(demo, seed) -> None:
-    """Each seed takes about a minute. Which of the two masks is better is left open: it depends on the seed."""
-    found = demo.run_seed(seed, 300, 300)
+def test_block_drafters_accept_more_than_the_table(demo) -> None:
+    """Takes about a minute. Which of the two masks is better is left open: it depends on the seed."""
+    found = demo.run_seed(0, 300, 300)
     assert min(found[demo.FULL], found[demo.CAUSAL]) > 2 * found[demo.BIGRAM]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -75,48 +74,45 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 
 @dataclass
 class Resources:
-    """What a compiled kernel takes. ``matrix`` counts matrix instructions by mnemonic; ``loops`` are for NVIDIA only."""
+    """What a compiled kernel takes. ``spills`` are words of local or scratch memory, ``matrix`` the matrix instructions."""
 
     kernel: str
-    target: str
     registers: int
     spills: int
     shared: int
     warps: int
-    instructions: int
-    matrix: dict[str, int]
-    loops: list[machine_code.Loop]
+    matrix: int
 
 
-def resources(kernel: Any, target: str) -> Resources:
-    """Read from the disassembly (NVIDIA) or the assembler's metadata (AMD). Spills are local loads and stores, or words of
-    scratch memory."""
-    read = _amd if target.startswith("gfx") else _nvidia
-    registers, spills, *code = read(kernel)
+def resources(kernel: Any) -> Resources:
+    """Read from the binary (NVIDIA) or the assembler's metadata (AMD)."""
+    registers, spills, matrix = (_nvidia if "cubin" in kernel.asm else _amd)(kernel)
     meta = kernel.metadata
-    return Resources(meta.name, target, registers, spills, meta.shared, meta.num_warps, *code)
+    return Resources(meta.name, registers, spills, meta.shared, meta.num_warps, matrix)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_code.Loop]]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
-    code = machine_code.instructions(sass)
-    ops = [x.mnemonic for x in code]
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    matrix = {name: ops.count(name) for name in sorted(set(ops)) if "MMA" in name}
-    loops = machine_code.loops(code)
-    return registers, ops.count("LDL") + ops.count("STL"), len(code) - ops.count("NOP"), matrix, loops
+def _nvidia(kernel: Any) -> tuple[int, int, int]:
+    usage = _cuobjdump(kernel, "--dump-resource-usage")
+    number = lambda key: int(re.search(rf"{key}:(\d+)", usage)[1])  # noqa: E731
+    matrix = re.findall(r"^\s*(?:@!?%\w+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", kernel.asm["ptx"], re.M)
+    return number("REG"), (number("STACK") + number("LOCAL")) // 4, len(matrix)
 
 
-def _amd(kernel: Any) -> tuple[int, int, int, dict[str, int], list[machine_code.Loop]]:
+def _amd(kernel: Any) -> tuple[int, int, int]:
     text = kernel.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
     # Scalar registers spill to lanes of vector registers. Spills to memory take a private segment, in bytes per lane.
     spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size") // 4)
-    code = re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds|scratch)_\w+", text, re.M)
-    return number("vgpr_count"), spills, len(code), {"MFMA": len(re.findall(r"\bv_mfma", text))}, []
+    return number("vgpr_count"), spills, len(re.findall(r"\bv_mfma", text))
+
+
+def disassembly(kernel: Any) -> str:
+    """Takes half a second, most of it the start of NVIDIA's disassembler."""
+    return _cuobjdump(kernel, "-sass")
+
+
+def _cuobjdump(kernel: Any, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True).stdout
