@@ -1,8 +1,8 @@
 """``compile_op.py thought_decode sm_90 thorough``: what each kernel of an op takes on a target, as JSON lines.
 
 ``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. Without "thorough" it leaves out dtypes and
-options of which the tables of tiles know nothing. For sm_90 "loops" are those of the kernels in HGMMA, in 16 bits. "advice" holds the
-codes of ptxas's advice on a kernel. C7515 and similar ones mean that products wait for each other.
+options of which the tables of tiles know nothing. For sm_90 "loops" are those of the kernels in HGMMA, in 16 bits. "advice"
+holds the codes of ptxas's advice on a kernel. C7515 and similar ones mean that products wait for each other.
 """
 
 import contextlib
