@@ -34,7 +34,7 @@ def cases(device: torch.device, full: bool) -> Iterator[BranchCase]:
 
 def smoke(device: torch.device) -> list[BranchCase]:
     """The smallest cases that run every candidate."""
-    small = {"L": 8, "S": 4, "H": 2, "G": 1, "K": 16, "device": device}
+    small = {"L": 16, "S": 4, "H": 2, "G": 1, "K": 16, "device": device}
     kinds = [{"C": 3}, {"grid": "prompts", "C": 2}, {"grid": "drafter", "C": 4}]
     return [BranchCase(**small, **kind, what=what) for kind in kinds for what in ("forward", "forward+backward")]
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_group_rl --help
 
-A step is the forward of the loss and its backward, of completions that were sampled before. The lengths of completions are
-random, from half of T to T. Memory is that of a step, without weights. The grid "checkpointing" recomputes layers in the
-backward, which is TRL's default.
+"loss and backward" is the forward of the loss and its backward, of completions that were sampled before; their lengths are
+random, from half of T to T. "whole step" is TRL's training step, which generates completions of T tokens first. Memory is that
+of a step, without weights. The grid "checkpointing" recomputes layers in the backward, which is TRL's default.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.harness.case import Case, Inputs, Work, judge
 SEED = 1
 # For a whole model, since rounding accumulates over the layers.
 STEP_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+WHOLE_STEP = "whole step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +58,18 @@ class GroupCase(Case):
 
     def lengths(self) -> Tensor:
         """int64 [B*C], tokens of the completions."""
-        return torch.randint(self.T // 2, self.T + 1, (self.B * self.C,), generator=torch.Generator().manual_seed(SEED))
+        shortest = self.T if self.what == WHOLE_STEP else self.T // 2
+        return torch.randint(shortest, self.T + 1, (self.B * self.C,), generator=torch.Generator().manual_seed(SEED))
 
     def work(self) -> Work:
-        """Matmuls of the packed forward and the backward, and of the second forward of checkpointed layers."""
+        """Matmuls of the packed forward and the backward, of the second forward of checkpointed layers, and of generation."""
         K, own = self.D // self.H, self.lengths()
         rows = self.B * self.L + int(own.sum()) - len(own)
         seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
         matrices = self.layers * (self.D * K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
         layers = 2 * rows * matrices + self.layers * 4 * K * self.H * seen
-        passes = 4 if self.checkpointing else 3
-        return Work(passes * layers + 3 * 2 * int(own.sum()) * self.D * self.V)
+        head, generated = 2 * int(own.sum()) * self.D * self.V, self.what == WHOLE_STEP
+        return Work((3 + self.checkpointing + generated) * layers + (3 + generated) * head)
 
     def inputs(self, seed: int) -> Inputs:
         """What TRL gives the loss: prompts repeated C times, completions padded on the right."""
@@ -93,7 +95,7 @@ class GroupCase(Case):
         small = replace(self, L=min(self.L, 40), T=min(self.T, 12), B=min(self.B, 2), C=min(self.C, 3))
         inputs, truth = small.inputs(seed=0), prepare(stock)(replace(self, dtype=torch.float32))
         truth.trainer.model.load_state_dict(function.trainer.model.state_dict())
-        judge("loss", function(inputs), truth(inputs), STEP_BOUNDS[self.dtype])
+        judge("loss", function.loss(inputs), truth.loss(inputs), STEP_BOUNDS[self.dtype])
         pairs = zip(function.trainer.model.parameters(), truth.trainer.model.parameters(), strict=True)
         grads = zip(*((mine.grad.float().flatten(), exact.grad.flatten()) for mine, exact in pairs), strict=True)
         judge("gradient", *map(torch.cat, grads), STEP_BOUNDS[self.dtype])
@@ -103,16 +105,17 @@ class GroupCase(Case):
 
 
 class Step:
-    """Loss and gradients of a batch."""
+    """Loss and gradients of a batch; of a whole step, from prompts on."""
 
     def __init__(self, trainer_class: type, case: GroupCase):
         from datasets import Dataset
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
         from trl import GRPOConfig
 
         self.folder = tempfile.TemporaryDirectory()
-        words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<pad>"))
+        words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1} | {str(i): i for i in range(2, case.V)}, "<pad>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         config = GRPOConfig(
             self.folder.name,
             per_device_train_batch_size=case.B * case.C,
@@ -125,7 +128,7 @@ class Step:
         )
         self.trainer = trainer_class(
             case.model(),
-            lambda completions, **_: [0.0] * len(completions),
+            lambda completions, **_: [float(hash(completion) % 2) for completion in completions],
             config,
             Dataset.from_list([{"prompt": "<end>"}] * case.B),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>"),
@@ -134,8 +137,17 @@ class Step:
         if case.checkpointing:
             self.trainer.model.gradient_checkpointing_enable()
         self.trainer.model.train()
+        self.whole = case.what == WHOLE_STEP
 
     def __call__(self, inputs: Inputs) -> Tensor:
+        if not self.whole:
+            return self.loss(inputs)
+        torch.manual_seed(SEED)  # the same completions for both
+        self.trainer.model.zero_grad()
+        prompts = [{"prompt": " ".join(map(str, ids))} for ids in inputs["prompt_ids"].tolist()]
+        return self.trainer.training_step(self.trainer.model, prompts, None)
+
+    def loss(self, inputs: Inputs) -> Tensor:
         self.trainer.model.zero_grad()
         loss = self.trainer.compute_loss(self.trainer.model, inputs)
         loss.backward()
@@ -176,6 +188,7 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
     else:
         headline = GroupCase(device=device)
     yield headline
+    yield replace(headline, what=WHOLE_STEP)
     yield replace(headline, grid="checkpointing", checkpointing=True)
     if full:
         yield replace(headline, grid="prompts", B=4, L=headline.L // 2, C=4)
@@ -185,7 +198,7 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
 def smoke(device: torch.device) -> list[GroupCase]:
     """The smallest cases that run every candidate; none without TRL."""
     tiny = GroupCase(B=2, L=8, C=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
-    return [] if not_installed("trl") else [tiny]
+    return [] if not_installed("trl") else [tiny, replace(tiny, what=WHOLE_STEP)]
 
 
 BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)
