@@ -188,9 +188,9 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
     else:
         headline = GroupCase(device=device)
     yield headline
-    yield replace(headline, what=WHOLE_STEP)
     yield replace(headline, grid="checkpointing", checkpointing=True)
     if full:
+        yield replace(headline, grid="generation", what=WHOLE_STEP, T=128)
         yield replace(headline, grid="prompts", B=4, L=headline.L // 2, C=4)
         yield replace(headline, grid="completions", L=headline.L // 4, T=2 * headline.T)
 
@@ -198,7 +198,7 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
 def smoke(device: torch.device) -> list[GroupCase]:
     """The smallest cases that run every candidate; none without TRL."""
     tiny = GroupCase(B=2, L=8, C=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
-    return [] if not_installed("trl") else [tiny, replace(tiny, what=WHOLE_STEP)]
+    return [] if not_installed("trl") else [tiny, replace(tiny, grid="generation", what=WHOLE_STEP)]
 
 
 BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)
