@@ -1,6 +1,5 @@
 """What ``quietstar doctor`` says that training takes on a CPU, against what a process took."""
 
-import os
 import re
 import subprocess
 import sys
@@ -15,16 +14,22 @@ from quietstar.memory.step import human, step_memory
 B, L, THOUGHTS = 1, 32, ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2)
 
 
+# A process's own peak begins with what the process that started it held, pytest's gigabytes. So a small one starts it.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as peak:
+    peak.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+
+
 def run(*arguments, home):
     """What a command prints, and the peak of its resident memory, in bytes."""
-    with open(home / "output.txt", "w+") as output:
-        process = subprocess.Popen([sys.executable, "-m", "quietstar", *arguments], cwd=home, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        printed = output.read()
-    assert process.returncode == 0, printed
-    return printed, usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", MEASURE, "peak", sys.executable, "-m", "quietstar", *arguments]
+    done = subprocess.run(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout, int((home / "peak").read_text()) * 1024
 
 
 @pytest.mark.long
