@@ -1,4 +1,4 @@
-"""thought_attention: error rule over random layouts, gradcheck, opcheck, compile, metamorphic relations, edge sizes."""
+"""thought_attention: error rule over random layouts, gradcheck, opcheck, compile, rows that are off, edge sizes."""
 
 from functools import partial
 
