@@ -109,7 +109,7 @@ class Plan:
         return [Step(commands, 200, judges.tests)]
 
     def _benchmark(self, ops: list[str], minutes: float) -> list[Step]:
-        """Compile ahead, then measure, first ours alone in all cases. A rehearsal compiles nothing, and calls all ops at once."""
+        """Compile ahead, then measure, first ours alone in all cases. A rehearsal calls all ops at once."""
         smallest = ["--smoke"] if self.rehearsal else []
         device = ["--device", self.device]
         warm = [*_module("benchmarks.gpu.warm"), "--op", *(TITLES if self.rehearsal else ops), *device, *smallest]

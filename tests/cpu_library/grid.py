@@ -30,7 +30,7 @@ EMULATOR = "qemu-aarch64-static"
 
 
 def build(compiler: str = "g++", kind: str = "plain", bug: tuple[str, str, str] | None = None) -> Path:
-    """The program; ``bug`` is a file of csrc/cpu/, and what is replaced in it by what, for the baseline instruction set alone."""
+    """The program; ``bug`` is a file of csrc/cpu/, and what is replaced in it by what; only the baseline is compiled then."""
     texts = {path.name: path.read_text() for path in sorted([*SOURCES.iterdir(), HERE / "grid.cpp"])}
     if bug:
         name, old, new = bug
