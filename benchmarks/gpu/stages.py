@@ -19,7 +19,7 @@ from benchmarks.report.tables import TITLES
 ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
 WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
 LIMIT = 235  # seconds per stage, under four minutes
-WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch", "bindings")
+WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
 # The ops of a benchmark stage, and the minutes after which it starts no further case.
 BENCHMARKS = {
     "attention": (["thought_attention"], 1.7),

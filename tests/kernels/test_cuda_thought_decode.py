@@ -8,6 +8,7 @@ import torch
 from quietstar_kernels import ThoughtLayout, thought_decode
 from quietstar_kernels.cuda import thought_decode as op
 from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, plain_decode, random_layout
+from tests.kernels.drawn import seeded
 
 on_cuda = partial(thought_decode, backend="cuda")
 
@@ -15,10 +16,6 @@ on_cuda = partial(thought_decode, backend="cuda")
 @pytest.fixture(autouse=True)
 def device(cuda):
     return cuda
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def check(layout, inputs, what, **options):
