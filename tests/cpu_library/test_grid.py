@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grid  # noqa: E402
 
 pytestmark = [pytest.mark.build, pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH")]
-CASES = {"plain": 200, "address": 60, "thread": 20}
+CASES = {"plain": 100, "address": 60, "thread": 20}
 
 
 def runs_here(name):

@@ -22,6 +22,12 @@ def english():
     return module
 
 
+def test_paragraphs_are_in_one_part_only(english) -> None:
+    parts = english.paragraphs(seed=0)
+    assert [len(part) for part in parts[1:]] == [english.NEW, english.HELD_OUT]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+
+
 @pytest.mark.long
 def test_demo(english, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(english, "LENGTH", 32)

@@ -12,6 +12,7 @@ from quietstar_kernels import ThoughtLayout, _dispatch
 from quietstar_kernels._options import AttentionOptions, Head, Saved
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+from tests.kernels.drawn import seeded
 
 R, V = 4096, 8192
 SHARE = 8  # no tensor may reach this part of a dense implementation's
@@ -35,10 +36,6 @@ def way(request, monkeypatch):
     """How the CPU back end computes attention, decoding and sampling: without its library in the second case."""
     if request.param == "in PyTorch":
         monkeypatch.setattr(_library, "missing", lambda: "a test leaves it out")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def backend_functions(op, backend="cpu"):

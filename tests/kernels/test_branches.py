@@ -16,16 +16,9 @@ from quietstar_kernels.testing import (
     forward_backward,
     plain_attention,
 )
+from tests.kernels.drawn import normal, seeded
 
 DRAWS = 8
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(generator, *shape, device):
-    return torch.randn(shape, generator=generator).to(device)
 
 
 def drawn(seed, longest, device):

@@ -23,15 +23,12 @@ from quietstar_kernels.testing import (
     random_layout,
     sample_inputs,
 )
+from tests.kernels.drawn import seeded
 
 ROOT = Path(__file__).parents[2]
 HAS_COMPILER = bool(shutil.which(os.environ.get("CXX", "c++")))
 MADE_HERE = Path(sys.prefix) in (ROOT / ".venv", ROOT / ".venv-lowest")  # by make, which compiles where it can
 compiled = pytest.mark.skipif(_library.missing() is not None, reason="there is no CPU library here")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.skipif(not (HAS_COMPILER and MADE_HERE), reason="there is no C++ compiler, or this is no environment of make's")

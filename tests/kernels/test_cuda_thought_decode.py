@@ -8,6 +8,7 @@ import torch
 from quietstar_kernels import ThoughtLayout, thought_decode
 from quietstar_kernels.cuda import thought_decode as op
 from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, plain_decode, random_layout
+from tests.kernels.drawn import seeded
 
 on_cuda = partial(thought_decode, backend="cuda")
 
@@ -15,10 +16,6 @@ on_cuda = partial(thought_decode, backend="cuda")
 @pytest.fixture(autouse=True)
 def device(cuda):
     return cuda
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def check(layout, inputs, what, **options):
@@ -68,6 +65,18 @@ def test_rows_that_start_anywhere(device):
     shifted = {name: torch.nn.functional.pad(x, (1, 2))[..., 1:-2] for name, x in inputs.items() if x is not None}
     assert all(x.data_ptr() % 16 and x.stride(-2) == 67 for x in shifted.values())
     assert torch.equal(on_cuda(**shifted, layout=layout, step=1), want)
+
+
+def test_tiles_and_parts_fit_the_gpu():
+    """Tiles have many rows if there is enough work, but no more than fit the shared memory of a block; parts of the text have
+    at least 256 positions, and are for less than one wave of blocks."""
+    large, small = 227 * 1024, 99 * 1024
+    assert [op.rows_of_tile(8, 8, K, large) for K in op.WIDTHS] == [32, 32, 32]
+    assert [op.rows_of_tile(512, 8, K, large) for K in op.WIDTHS] == [64, 64, 64]
+    assert [op.rows_of_tile(4096, 64, K, large) for K in op.WIDTHS] == [128, 128, 64]
+    assert [op.rows_of_tile(4096, 64, K, small) for K in op.WIDTHS] == [128, 64, 32]
+    assert [op.splits_of(tiles, 4096) for tiles in (1, 8, 40, 66, 131, 132, 5000)] == [16, 16, 7, 4, 3, 1, 1]
+    assert [op.splits_of(8, L) for L in (0, 255, 256, 257, 1024)] == [1, 1, 1, 2, 4]
 
 
 def test_what_it_does_not_serve():

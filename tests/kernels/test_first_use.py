@@ -229,6 +229,15 @@ def test_another_version_is_tried_again(tries, monkeypatch):
     assert len(tries) == 4  # the usual one, and each of three others
 
 
+def test_a_digest_tells_that_the_package_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(_first_use, "__file__", str(tmp_path / "_first_use.py"))
+    digests = set()
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.so", "2"), ("c.txt", "3")):
+        (tmp_path / name).write_text(text)
+        digests.add(_first_use._took_part.__wrapped__()["package"])
+    assert len(digests) == 3  # text files are not code
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", None], ids=str)
 def test_a_file_that_says_something_else_is_ignored(content, tries, monkeypatch, tmp_path):
     call("thought_decode")

@@ -10,6 +10,7 @@ from quietstar_kernels import _dispatch, linear_logprob
 from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.linear_logprob import _backward, _forward
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
+from tests.kernels.drawn import seeded
 
 OPTIONS = [
     {},
@@ -19,10 +20,6 @@ OPTIONS = [
     {"scale": 0.5, "softcap": 3.0, "temperature": 2.0, "banned": (0, 5)},
 ]
 SHAPES = [(1, 1, 20), (5, 3, 128), (40, 8, 333), (67, 17, 129), (200, 5, 1100)]
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 WAYS = ["kept", "again"]  # logits are kept for the backward, or computed again

@@ -1,4 +1,4 @@
-"""thought_attention: error rule over random layouts, gradcheck, opcheck, compile, metamorphic relations, edge sizes."""
+"""thought_attention: error rule over random layouts, gradcheck, opcheck, compile, rows that are off, edge sizes."""
 
 from functools import partial
 
@@ -17,6 +17,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_attention import _backward, _forward
+from tests.kernels.drawn import normal, pick, seeded
 
 KINDS = LAYOUT_KINDS + BRANCH_KINDS
 CASES = 650  # random layouts, all kinds together
@@ -32,18 +33,6 @@ def case(device, interpreted, compiled):
             random_case, device=device, dtypes=[torch.float32, torch.bfloat16], widths=[(64, 64), (128, 128)], alike=True
         )
     return partial(random_case, device=device, dtypes=DTYPES[:-1] if interpreted else DTYPES, widths=WIDTHS)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def pick(generator, choices):
-    return choices[int(torch.randint(len(choices), (), generator=generator))]
-
-
-def normal(generator, *shape, dtype=torch.float32, device=None):
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def check(backend, layout, inputs, grad_out, what, **options):

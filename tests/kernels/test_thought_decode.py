@@ -18,6 +18,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_decode import _forward
+from tests.kernels.drawn import pick, seeded
 
 KINDS = (*LAYOUT_KINDS, "packed")
 GROUP = 50  # random layouts in one test
@@ -50,14 +51,6 @@ def shape(backend):
     if backend == "cuda":
         return {"width": 64, "value_width": 64, "dtype": torch.bfloat16}
     return {"width": 8, "value_width": 4, "dtype": torch.float32}
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def pick(generator, choices):
-    return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def random_case(seed, device, dtypes, widths, alike=False, **sizes):

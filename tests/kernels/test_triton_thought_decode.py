@@ -12,13 +12,10 @@ from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, p
 from quietstar_kernels.triton import _launch, configs  # noqa: E402
 from quietstar_kernels.triton import thought_decode as op  # noqa: E402
 from quietstar_kernels.triton.configs import INTERPRETED  # noqa: E402
+from tests.kernels.drawn import seeded
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_triton = partial(thought_decode, backend="triton")
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def check(layout, inputs, what, **options):

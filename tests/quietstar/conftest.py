@@ -111,6 +111,13 @@ def model_folder(tiny, byte_tokenizer, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def base(tiny, tmp_path):
+    """The folder of a base model."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
 @pytest.fixture(scope="session")
 def solver():
     """``(model, task)``: digit sums, about half of them right when sampled; copy the model before changing it."""

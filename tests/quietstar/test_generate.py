@@ -315,3 +315,29 @@ def test_past_the_learned_positions(tiny, thinker):
     padded, narrow = torch.zeros(1, 30, dtype=torch.long), torch.zeros(1, 30, dtype=torch.long)
     padded[:, 20:], narrow[:, 20:] = ids[1, 6:], 1
     assert torch.equal(qs.generate(padded, narrow, max_new_tokens=2)[:, 20:], qs.generate(padded[:, 20:], max_new_tokens=2))
+
+
+def test_dropout_is_off_and_modes_come_back(thinker):
+    """In rollouts too."""
+    qs = thinker("gpt2")
+    layers = qs.model.transformer.h
+    layers[0].eval()
+    _, ids, mask = prompts()
+    for think in ("always", "never"):
+        assert torch.equal(*(fast_generate(qs, ids, mask, think=think)[1] for _ in range(2)))
+    assert torch.equal(*(qs.think(ids, mask, seed=1).logprob for _ in range(2)))
+    assert qs.training and not layers[0].training and layers[1].training
+
+
+def test_seeds(qs):
+    """Without a seed, thoughts draw one from PyTorch's generator; nothing else there is used."""
+    _, ids, mask = prompts()
+    how = {"max_new_tokens": 6, "sample_thoughts": True}
+    torch.manual_seed(0)
+    first, second = (fast_generate(qs, ids, mask, **how)[1] for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(fast_generate(qs, ids, mask, **how)[1], first) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    fast_generate(qs, ids, mask)
+    fast_generate(qs, ids, mask, **how, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)

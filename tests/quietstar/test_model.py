@@ -97,6 +97,11 @@ def test_bad_input_gets_one_sentence(qs, name):
     assert "\n" not in str(raised.value)
 
 
+def test_a_special_id_outside_the_vocabulary_is_refused(tiny):
+    with pytest.raises(ValueError, match="start_token_id must be from 0 to V-1=60, got 61"):
+        quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(start_token_id=61))
+
+
 def test_a_text_holding_the_start_or_end_id_is_refused(tiny):
     config = quietstar.ThoughtConfig(thought_tokens=T, lookahead=J, start_token_id=7, end_token_id=8)
     qs = quietstar.QuietStar(tiny("llama"), config)

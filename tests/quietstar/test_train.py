@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -81,15 +82,16 @@ def test_thoughts_that_stop_count_the_same_however_the_batch_is_cut(run):
     assert counted == [(tokens, places)] * 4 and 0 < tokens < 2 * places
 
 
-def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path, model="gpt2"):
+def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path):
     """With dropout, whose random numbers go on too."""
-    unbroken = run("unbroken", model=model)
+    run = partial(run, model="gpt2")
+    unbroken = run("unbroken")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "step-000004")
     with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
-    assert run("broken", model=model, resume="auto") == unbroken
-    elsewhere = run("elsewhere", model=model, resume=tmp_path / "unbroken" / "checkpoints" / "step-000002")
+    assert run("broken", resume="auto") == unbroken
+    elsewhere = run("elsewhere", resume=tmp_path / "unbroken" / "checkpoints" / "step-000002")
     assert elsewhere == unbroken[2:]
     for a, b in zip(snapshots.every(tmp_path / "unbroken"), snapshots.every(tmp_path / "broken"), strict=True):
         for name in ("model.safetensors", "quietstar.safetensors", "optimizer.safetensors"):
@@ -165,7 +167,7 @@ def test_a_custom_loss(run):
     assert lines[-1]["loss_ce"] < lines[0]["loss_ce"]
 
 
-def test_an_evaluation_before_the_first_step_changes_no_step(run, unbroken, tmp_path, capfd):
+def test_evaluations_before_the_first_step_and_after_the_last_change_no_step(run, unbroken, tmp_path, capfd):
     calls = []
 
     def evaluate(qs):
@@ -175,13 +177,13 @@ def test_an_evaluation_before_the_first_step_changes_no_step(run, unbroken, tmp_
         return {"score": len(calls)}
 
     options = {"evaluate": evaluate, "evaluate_first": True}
-    lines = run(**options, eval_every=2)
-    assert [lines[0]["eval_0_score"], lines[1]["eval_score"], lines[3]["eval_score"]] == [1, 2, 3]
+    lines = run(**options, eval_every=3)
+    assert [lines[0]["eval_0_score"], lines[2]["eval_score"], lines[3]["eval_score"]] == [1, 2, 3]
     assert [{name: x for name, x in line.items() if not name.endswith("_score")} for line in lines] == unbroken
     assert capfd.readouterr() == ("", "")  # progress=False
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
-    resumed = run(**options, eval_every=2, resume="auto")
-    assert resumed[0]["eval_0_score"] == 1 and len(calls) == 4
+    resumed = run(**options, eval_every=3, resume="auto")
+    assert resumed[0]["eval_0_score"] == 1 and len(calls) == 5
     assert run("none", steps=1, **options, eval_every=0) == unbroken[:1]
 
 

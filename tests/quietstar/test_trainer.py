@@ -220,6 +220,20 @@ def test_a_loss_that_is_not_finite(tmp_path):
         make_trainer(tmp_path, qs).train()
 
 
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^ThoughtTrainer: model must be a QuietStar, got GPT2LMHeadModel$"):
+        make_trainer(tmp_path, make_qs().model)
+    with pytest.raises(ValueError, match="leave out label_smoothing_factor"):
+        make_trainer(tmp_path, make_qs(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="there is no whole checkpoint"):
+        make_trainer(tmp_path, make_qs()).train(resume_from_checkpoint=True)
+
+
+def test_steps_that_are_too_large_are_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match=r"ThoughtTrainer: a policy_weight of 1e\+06 .* with 0.01 the loss may explode"):
+        make_trainer(tmp_path, make_qs(policy_weight=1e6), max_steps=1).train()
+
+
 @pytest.mark.long
 def test_what_a_stock_trainer_writes_is_refused_with_a_remedy(tmp_path):
     qs, began = make_qs(), make_qs()

@@ -21,13 +21,6 @@ from tests.quietstar.hf.lora_models import CONFIG, IDS, RANK, gradients, lora, w
 
 
 @pytest.fixture
-def base(tiny, tmp_path):
-    """The folder of a base model."""
-    tiny("llama").save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def qs(base):
     return wrap(AutoModelForCausalLM.from_pretrained(base))
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import quietstar
 from quietstar.checkpoints import native as checkpoint
+from quietstar.checkpoints.pretrained import load_model
 from tests.quietstar.checkpoints.signing import sign
 from tests.quietstar.common import step, text, wrap
 
@@ -141,6 +142,29 @@ def test_thought_parts_that_are_no_finite_floats(saved, change, says):
     sign(saved)
     with pytest.raises(ValueError, match=f"{saved}: start_embedding in quietstar.safetensors {says}"):
         quietstar.QuietStar.from_pretrained(saved)
+
+
+def test_thought_parts_of_another_dtype_are_converted_with_a_warning(saved, qs):
+    tensors = load_file(saved / "quietstar.safetensors")
+    tensors["start_embedding"] = tensors["start_embedding"].double()
+    checkpoint.save_file(tensors, saved / "quietstar.safetensors")
+    sign(saved)
+    with pytest.warns(UserWarning, match="start_embedding is torch.float64, converted to torch.float32"):
+        assert torch.equal(quietstar.QuietStar.from_pretrained(saved).start_embedding, qs.start_embedding)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/dev/zero", "a/b.safetensors", "..", ""])
+def test_files_of_other_folders_are_not_read(saved, name):
+    """Whether quietstar.json names them, or the index of the weights."""
+    settings = json.loads((saved / "quietstar.json").read_text())
+    (saved / "quietstar.json").write_text(json.dumps({**settings, "files": {name: 0}}))
+    with pytest.raises(ValueError, match=f"quietstar.json must name files of its own folder, got '{name}'"):
+        quietstar.QuietStar.from_pretrained(saved)
+    names = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").rename(saved.parent / "x.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    with pytest.raises(ValueError, match=f"index.json must name files of its own folder, got '{name}'"):
+        load_model(saved)
 
 
 def test_another_format_is_refused(saved):

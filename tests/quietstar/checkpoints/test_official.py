@@ -133,6 +133,9 @@ def test_another_scale_of_the_embeddings(published, state, tmp_path):
     back = load_file(tmp_path / "back" / "model.safetensors")
     for name in EMBEDDINGS:
         torch.testing.assert_close(back[name][0], state[name][0])
+    before = qs.start_embedding.clone()
+    qs.load_official_state_dict(back)
+    torch.testing.assert_close(qs.start_embedding, before)
 
 
 def test_half_precision(published, state, tmp_path):

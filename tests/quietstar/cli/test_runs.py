@@ -40,6 +40,13 @@ def test_eval_measures_what_the_run_held_out(home, run, quietstar):
     for name in ("base", "mixed", "gain", "texts", "tokens"):
         assert figures[name] == pytest.approx(last[f"eval_{name}"], abs=1e-6)
     assert figures["texts"] == 5 and figures["length"] == 24 and "5 texts held out" in out
+    quietstar("eval", "--model=run")
+    assert report(home) == figures and report(home, "run/eval-step-000004-2.json").keys() == figures.keys()
+
+
+def test_steps_that_are_too_large_for_the_policy_weight_are_warned_about(train):
+    with pytest.warns(UserWarning, match=r"policy_weight of 1e\+06 belongs to a learning rate of 1e-06: with 0.001"):
+        train("--out=run", "--policy-weight=1e6", "--steps=1")
 
 
 def test_eval_refuses_training_text_unless_all_is_said(home, run, quietstar):

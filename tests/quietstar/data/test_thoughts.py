@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quietstar.cli import main as cli
-from quietstar.data.thoughts import OfflineThoughts, export_thoughts, open_records, text_hash
+from quietstar.data.thoughts import OfflineThoughts, export_thoughts, open_records, text_hash, tokenizer_hash
 from quietstar.run.batches import mix_seed
 from quietstar.training import thought_loss
 from tests.quietstar.common import short_run, texts_of, wrap
@@ -106,6 +106,11 @@ def test_a_record_of_another_engine(tiny, tmp_path):
     assert got["anchors"].tolist() == [-1] and got["thought_lengths"].tolist() == [[0, 0]]
 
 
+def test_the_hash_of_a_tokenizer_is_as_documented(byte_tokenizer):
+    lines = "".join(f"{i} {byte_tokenizer.convert_ids_to_tokens(i)}\n" for i in range(257))
+    assert tokenizer_hash(byte_tokenizer) == hashlib.sha256(lines.encode()).hexdigest()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_find_their_texts_in_any_order(tiny, tmp_path, kind):
     """Including the records of a text that occurs twice, in order."""
@@ -160,10 +165,12 @@ BAD = {
     ),
     "twice": ({"text": text_hash(texts()[0]["input_ids"])}, " is about a text that already has its thoughts: "),
     "order": ({"anchors": [6, 2]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[6, 2\]"),
+    "anchor": ({"anchors": [2, 8]}, r": anchors must be positions from 0 to L-1=7, ascending, got \[2, 8\]"),
     "places": ({"anchors": [2]}, ": thought_ids must have a list for each of P=1 anchors, got 2"),
     "thoughts": ({"thought_ids": [[[5], [8]], [[9]]]}, ": thought_ids must have N=2 thoughts at an anchor, got 1"),
     "length": (LONG, ": thought_ids must have at most T=3 tokens in a thought, got 4"),
     "vocabulary": ({"thought_ids": [[[5], [61]], [[], [9]]]}, ": thought_ids must be from 0 to V-1=60, got 61"),
+    "negative": ({"thought_ids": [[[5], [-1]], [[], [9]]]}, ": thought_ids must be from 0 to V-1=60, got -1"),
     "banned": ({"thought_ids": [[[5], [60]], [[], [9]]]}, ": thought_ids must not hold the start- or end-of-thought id 60"),
     "logprob": ({"logprob": [[[-1.0], [-2.0]], [[], [-1.0]]]}, ": logprob must have a number for each token of thought_ids"),
     "likelihood": ({"logprob": [[[1, 0, 0], [0]], [[], [0, 0]]]}, ": logprob must be log-probabilities, .* at most 0, got 1.0"),

@@ -232,6 +232,11 @@ def test_legend_and_summary(open_page):
     assert "/home/me" not in shown.html
 
 
+@pytest.mark.parametrize("gain, name", [(-1.0, "h2"), (-1.01, "h3"), (-0.051, "h1"), (0.0, "z"), (0.05, "p1"), (1.0, "p3")])
+def test_colours(gain, name):
+    assert colour(gain) == name
+
+
 @pytest.mark.long
 def test_the_colours_show_either_part(open_page):
     shown = report(WORDS)

@@ -190,3 +190,9 @@ def test_command(command, tmp_path):
 def test_bad_input_of_the_command(command, arguments, code, message):
     got, _, err = command(*arguments)
     assert got == code and len(err) == 1 and message in err[0], err
+
+
+def test_a_mixture_that_is_not_finite(qs):
+    torch.nn.init.constant_(qs.mixing_head[4].weight, torch.nan)
+    with pytest.raises(ValueError, match="not finite at position 0"):
+        explain(qs, TEXT)

@@ -65,6 +65,14 @@ def test_only_regular_files_are_opened(tmp_path, read):
             read(file)
 
 
+def test_files_of_settings_have_a_size_limit(tmp_path):
+    for read, size in ((read_json, 2**40), (read_yaml, 2**22)):
+        with open(tmp_path / "run.json", "wb") as file:
+            file.truncate(size)  # takes no space on the disk
+        with pytest.raises(ValueError, match="too many"):
+            read(tmp_path / "run.json")
+
+
 def test_yaml_aliases_are_refused(tmp_path):
     lines = ["a0: &a0 [x, x]"] + [f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]" for i in range(60)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))

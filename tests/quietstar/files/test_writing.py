@@ -65,6 +65,17 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path, writer, name):
     assert len(os.listdir(tmp_path)) == 1 and (tmp_path / name).read_text() == "theirs"
 
 
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError("No space left on device")
+
+    write_whole(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "x", "new")
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
+
+
 def test_links_stay_links(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "folder").symlink_to("there")

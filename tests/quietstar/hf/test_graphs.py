@@ -1,13 +1,16 @@
 """Rollouts as graphs read no values on the host, depend on no changing Python number, and equal eager rollouts bitwise."""
 
 import dataclasses
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from quietstar import QuietStar
 from quietstar.config import AdapterConfig
+from quietstar.hf import graphs
 from quietstar.hf.graphs import Graphs
 from tests.quietstar.hf.recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
 
@@ -152,6 +155,28 @@ def test_reasons(wrap, caplog, case):
     assert logged(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
 
 
+def test_a_global_hook(wrap, monkeypatch):
+    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, print)
+    qs = wrap()
+    assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
+    assert qs._graphs.why == "there are global module hooks, which a replay would not call"
+
+
+def test_chunks_of_anchors_use_no_graph(wrap):
+    qs = wrap()
+    qs.anchor_chunk = 2
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert not qs._graphs._met and qs._graphs.why == "anchor_chunk asks for less memory than a graph keeps"
+
+
+def test_on_a_cpu_the_reason_is_logged_as_debug(tiny, caplog):
+    caplog.set_level(logging.DEBUG)
+    QuietStar(tiny("llama"), verify=False).think(torch.randint(3, 61, (1, 6)))
+    assert [record.levelname for record in caplog.records if record.name == "quietstar.hf.graphs"] == ["DEBUG"]
+    assert logged(caplog) == ["thoughts run without CUDA graphs: the model is on cpu"]
+
+
 @pytest.mark.parametrize(
     "error, what", [(torch.OutOfMemoryError("no memory\nand more"), "no memory"), (RuntimeError(), "RuntimeError")], ids=str
 )
@@ -218,3 +243,21 @@ def test_other_options_are_another_graph(wrap):
             given = rollout(seed) | {"thought_lengths": None, "greedy": greedy}
             assert_same(qs.think(**given), eager(qs).think(**given))
     assert len(qs._graphs.capture.recordings) == 3
+
+
+def test_moved_weights_drop_their_graphs(wrap):
+    qs = wrap()
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    qs.model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(96, 64))
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert (len(qs._graphs.capture.recordings), qs._graphs.capture.replays) == (2, 2)
+
+
+def test_a_limited_number_is_kept(wrap, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    qs = wrap(thought_tokens=1)
+    for length in (6, 7, 8, 6, 7, 8):  # none recurs among two
+        qs.think(torch.randint(3, 61, (1, length)), seed=0)
+    assert len(qs._graphs._met) == 2 and not qs._graphs.capture.recordings

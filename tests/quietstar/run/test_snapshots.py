@@ -95,6 +95,13 @@ def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
         snapshots.check(saved)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../run.json"])
+def test_a_manifest_names_files_of_its_own_folder(saved, name):
+    (saved / "manifest.json").write_text(json.dumps({name: [0, "x"]}))
+    with pytest.raises(ValueError, match=f"manifest.json must name files of its own folder, got '{name}'"):
+        snapshots.check(saved)
+
+
 @pytest.mark.parametrize("line", ["null", "[]", "3", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": 2', 10**5 * "["])
 def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

@@ -158,6 +158,12 @@ def test_counts_by_hand(crafted, tmp_path):
     )
 
 
+def test_markup_in_a_question_stays_text(crafted, monkeypatch):
+    odd = Question("a | b <b>\n_c_", {}, "1004", "1,004")
+    monkeypatch.setitem(WRITTEN, prompt(odd), ["1004", "3"])
+    assert "| a &#124; b &#60;b&#62; &#95;c&#95; | 1004 | 1004 | 3 |" in ask(crafted, [odd], SHORT).markdown
+
+
 def test_votes_are_fixed_by_the_seed(qs):
     texts = lambda seed: [  # noqa: E731
         [
