@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -233,6 +235,20 @@ def test_the_command(home, capsys):
     saved = json.loads((home / "sums.json").read_text())
     assert [x["answer"] for x in saved["questions"]] == ["0", "2", "4"] and saved["asking"]["think"] == 3.5
     assert {x.name for x in home.iterdir()} == {"model", "sums.jsonl", "sums.json", "sums.md"}
+
+
+def test_the_command_with_a_split_of_the_hub(home, monkeypatch):
+    """A stand-in for the hub, which has other questions in each split."""
+    answers = {"test": "1", "validation": "2"}
+
+    def load_dataset(name, subset, split, streaming):
+        return iter([{"question": f"{name} {subset}", "answer": answers[split]}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    options = ["--questions=a/b:c", "--questions-split=validation", "--max-new-tokens=2"]
+    assert cli.main(["ask", "--model=model", *options]) == 0
+    (asked,) = json.loads((home / "ask.json").read_text())["questions"]
+    assert (asked["question"], asked["answer"]) == ("a/b c", "2")
 
 
 @pytest.mark.parametrize(
