@@ -48,6 +48,13 @@ def run(tiny, tmp_path, monkeypatch):
 def test_the_curriculum_is_parsed():
     assert stages(Config().curriculum) == [(13, 8), (9, 4), (5, 4)]
     assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
+    for wrong, message in (("4-2,5-2", "must not have thoughts that grow longer"), ("4,2", "must be stages like 13-8,9-4,5-4")):
+        with pytest.raises(ValueError, match=message):
+            Config(curriculum=wrong)
+
+
+def test_the_plain_model_takes_twice_the_steps_of_a_stage_unless_asked_otherwise():
+    assert (Config(steps=4).plain_updates, Config(steps=4, plain_steps=3).plain_updates) == (8, 3)
 
 
 # The plain model
@@ -84,7 +91,12 @@ def test_other_objectives():
     observed, reward = plain.objective(logprob, targets, teacher.log(), Config(objective="observed", plain_weight=1.0))
     gain = torch.tensor(0.5 / 0.2).log().double()  # the second token is the teacher's: nothing is earned there
     torch.testing.assert_close(reward, torch.stack([gain, gain * 0]))
-    torch.testing.assert_close(observed, -(gain * (logprob[0] / 3).log_softmax(-1)[0]) / 2)
+    chosen = (logprob / 3).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(observed, -(gain * chosen[0]) / 2)
+    options = {"objective": "observed", "plain_weight": 1.0, "clamp_reward": False}
+    unclamped, reward = plain.objective(logprob, targets, teacher.log(), Config(**options))
+    torch.testing.assert_close(reward, torch.stack([gain, torch.tensor(0.1 / 0.7).log().double()]))
+    torch.testing.assert_close(unclamped, -(reward * chosen).mean())
     likelihood, _ = plain.objective(logprob, targets, teacher.log(), Config(objective="likelihood"))
     torch.testing.assert_close(likelihood, -(logprob[0, 0] + logprob[1, 1]) / 2)
     distil, _ = plain.objective(logprob, targets, teacher.log(), Config(objective="distil", plain_weight=5.0))

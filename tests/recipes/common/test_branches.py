@@ -19,6 +19,7 @@ from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.tasks import WordProblems
+from tests.quietstar.common import assert_same_gradients
 
 NEVER = {"LEAST_RATIO": float("inf"), "LEAST_SAVED_PER_STEP": float("inf")}
 ALWAYS = {"LEAST_RATIO": 0, "LEAST_SAVED": -(10**6), "LEAST_SAVED_PER_STEP": 0}
@@ -109,9 +110,11 @@ def test_adapters_are_trained_with_shared_prompts(model, both, task):
         trained.zero_grad()
         values, _ = logprob(trained, prompts, completions)
         values.sum().backward()
-        return values.detach(), [x.grad.clone() for x in trained.parameters() if x.requires_grad]
+        return values.detach(), {name: x.grad.clone() for name, x in trained.named_parameters() if x.requires_grad}
 
-    torch.testing.assert_close(*both(step), atol=1e-5, rtol=1e-4)
+    (values, want), (shared, got) = both(step)
+    torch.testing.assert_close(shared, values, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(got, want)
 
 
 @pytest.mark.parametrize("batch_size", [256, 3])

@@ -5,9 +5,11 @@ import logging
 import pytest
 
 from quietstar.cli.main import on_terminal
+from quietstar.run.resume import Settings
 from quietstar_recipes.common import log
 from quietstar_recipes.common.log import SECONDS, LoggedMetrics, log_figures
 from quietstar_recipes.common.sampling import rollout
+from quietstar_recipes.common.saving import Rounds
 
 
 @pytest.fixture
@@ -36,6 +38,16 @@ def test_updates_are_logged_at_most_every_few_seconds(tmp_path, clock, capsys):
     shown = [line.rsplit("/", 1)[-1] for line in logged]
     assert shown == [f"{tmp_path.name}: step {n}, loss {1 / n:.3f}" for n in (10, 20, 30)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 30
+
+
+def test_a_finished_round_is_logged_and_a_users_own_best_is_kept(tmp_path, solver, capsys):
+    model, task = solver
+    run = Rounds(tmp_path, Settings.of(), resume=False)
+    (tmp_path / "best").write_text("mine")
+    with on_terminal():
+        run.save(0, model, task, {"round": 0, "accuracy": 0.5})
+    lines = f"{tmp_path}: round 0, accuracy 0.500", f"{tmp_path}/best: not linking to round-00: it exists and is not ours"
+    assert capsys.readouterr().err.splitlines() == list(lines) and (tmp_path / "best").read_text() == "mine"
 
 
 def test_long_sampling_is_logged(solver, capsys, monkeypatch):

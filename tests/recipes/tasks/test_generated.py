@@ -86,6 +86,8 @@ def test_bad_input(byte_tokenizer):
         Multiplication(2).sample(1, "dev", seeded())
     with pytest.raises(ValueError, match="digits must be from 1 to 18, got 0"):
         Addition(0)
+    with pytest.raises(ValueError, match="DigitSums: digits must be from 2 to 18, got 1"):
+        DigitSums(1)
     byte_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="Multiplication: the tokenizer has no end-of-text token"):
         Multiplication(2, tokenizer=byte_tokenizer)
