@@ -76,7 +76,7 @@ def test_cached_answers_are_those_of_whole_forwards(make):
     """Compared with decoding token by token without a cache, with the states written each time."""
     task = Addition(1)
     pair = Pair(Emulator(make(1)), Student(make(2))).eval()
-    prompts = [[5, 6, 7, 2], [8, 2], [9, 10, 2], [11, 2]]
+    prompts = [[8, 2], [5, 6, 7, 2], [9, 10, 2], [11, 2]]
     found = pair.answer(task, prompts, 5)
     for prompt, one in zip(prompts, found, strict=True):
         states, ids = pair.emulator([prompt]), list(prompt)
@@ -144,6 +144,15 @@ def test_the_teacher_reads_the_whole_chain():
     a, b = (teacher_states(teacher, task, [x])[0] for x in (row, replace(row, cot_ids=[7, 8])))
     assert torch.equal(a[0], b[0]) and (a[1] - b[1]).abs().max() > 1e-3
     assert a.mean(-1).abs().max() < 1e-6
+    end = len(row.prompt_ids + row.cot_ids + task.separator_ids) - 1
+    ids = torch.tensor([row.prompt_ids + task.completion_ids(row)])
+    torch.testing.assert_close(a[2], layer_norm(teacher(ids, output_hidden_states=True).hidden_states[2][0, end], (32,)))
+
+
+def test_emulation_loss():
+    a, b = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    by_hand = sum(0.5 * float(((a[i] - b[i]) ** 2).sum()) for i in range(4)) / 4
+    assert float(emulation_loss(a, b)) == pytest.approx(by_hand)
 
 
 @pytest.fixture
@@ -165,6 +174,27 @@ def run(tmp_path, monkeypatch):
 
 
 NUMBERS = ("student_steps", "emulator_steps", "coupled_steps")
+
+
+def test_what_the_emulator_learns_and_the_rate_of_each_phase(run, monkeypatch):
+    shown, wanted, rates = [], [], []
+
+    def noting(name, note):
+        function = getattr(kd, name)
+
+        def noted(*arguments):
+            found = function(*arguments)
+            note(found, *arguments)
+            return found
+
+        monkeypatch.setattr(kd, name, noted)
+
+    noting("teacher_states", lambda states, *_: shown.append(states))
+    noting("emulation_loss", lambda _, states, targets: wanted.append(targets))
+    noting("adamw", lambda _, module, rate, decay: rates.append(rate))
+    run()
+    assert len(wanted) == 3 and all(any(targets is states for states in shown) for targets in wanted)
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 3e-4])
 
 
 def test_a_run_and_what_it_saves(run, tmp_path):
