@@ -124,6 +124,8 @@ def test_figures_count_what_was_fixed_and_broken():
     assert found["low"] < found["delta"] < found["high"]
     assert found["change"] == pytest.approx((0.5 + 1 + 1) / 5)
     assert made(first, second, rewards).part([1, 2]).figures()["accuracy_second"] == 0.5
+    same_answers = dataclasses.replace(made(first, second), revised=torch.zeros(5)).figures()
+    assert (same_answers["revised"], same_answers["edited"]) == (0, 0.6)  # another chain is an edit
 
 
 def test_the_histogram_counts_every_problem_by_how_much_was_changed():
@@ -328,6 +330,16 @@ def test_the_warm_up_is_on_the_models_own_attempts(solver, monkeypatch):
     assert any(first != second for (_, first), (_, second) in zip(once, again, strict=True))
 
 
+def test_the_base_the_optimizer_of_each_stage_and_standardised_advantages(run, solver, monkeypatch):
+    made, original = [], recipe.adamw
+    monkeypatch.setattr(recipe, "adamw", lambda *arguments: made.append(original(*arguments)) or made[-1])
+    monkeypatch.setattr(recipe, "plot", lambda *_: None)
+    short = {"first_steps": 1, "second_steps": 1, "held_out": 4}
+    model, report, _ = run(base=moved(solver[0]), **short)
+    assert report["base"]["divergence_first"] > 1e-3 and len(made) == 2
+    assert not same(model, run("standardised", base=moved(solver[0]), standardise=True, **short)[0])
+
+
 def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
     seen = []
     original = recipe.attempt
@@ -423,8 +435,11 @@ def test_every_attempt_sees_the_one_before(solver, monkeypatch):
         assert prompts == [row.prompt_ids + ids + task.again_ids for ids in (wrong, right, wrong, right)]
 
 
-@pytest.mark.parametrize("rewards, kept", [([0.1, 0.9, 0.5, 0.2], 4), ([0.1, 0.2, 0.5, 0.9], 8), ([0.5, 0.5, 0.5, 0.5], 2)])
-def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_path, monkeypatch, rewards, kept):
+@pytest.mark.parametrize(
+    "rewards, save_every, kept",
+    [([0.1, 0.9, 0.5, 0.2], 2, 4), ([0.1, 0.2, 0.5, 0.9], 2, 8), ([0.5, 0.5, 0.5, 0.5], 2, 2), ([0.1, 0.9, 0.5, 0.2], 3, 4)],
+)
+def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_path, monkeypatch, rewards, save_every, kept):
     """The reward is that since the checkpoint before; the first stage's, however high, does not count in the second."""
 
     def gradient(model, base, task, config, step):
@@ -436,7 +451,7 @@ def test_the_checkpoint_of_the_highest_training_reward_is_kept(run, solver, tmp_
     monkeypatch.setattr(recipe, "attempt_gradient", gradient)
     monkeypatch.setattr(recipe, "evaluate", lambda *_: {"accuracy_second": 1.0})
     monkeypatch.setattr(recipe, "plot", lambda *_: None)
-    numbers = {"first_steps": 2, "second_steps": 8, "save_every": 2}
+    numbers = {"first_steps": 2, "second_steps": 8, "save_every": save_every}
     begin = next(solver[0].parameters())
     for keep, updates in (("best", 2 + kept), ("last", 10)):
         model, _, _ = run(keep, keep=keep, **numbers)
@@ -460,9 +475,12 @@ def test_a_run_killed_after_its_best_checkpoint_and_before_its_state(run, contin
             next(model.parameters()).add_(1.0)
         return {"loss": 0.0, "stage": 1 if step < 3 else 2, "reward": 1 / (step + 1)}
 
+    warmed = []
+    monkeypatch.setattr(recipe, "learn_two_turns", lambda *_: warmed.append(1))
     monkeypatch.setattr(recipe, "attempt_gradient", gradient)
     monkeypatch.setattr(recipe, "plot", lambda *_: None)
-    continues(run, ended(recipe.Progress, "save", saves, killed=True), save_every=2)
+    continues(run, ended(recipe.Progress, "save", saves, killed=True), save_every=2, two_turn_steps=1)
+    assert len(warmed) == (2 if saves else 3)  # once a run, and again where nothing was saved
 
 
 def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):

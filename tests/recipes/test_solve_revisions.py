@@ -9,7 +9,7 @@ from quietstar_recipes.common.selectors import Sample
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.solve import revisions as recipe
-from quietstar_recipes.solve.revisions import edit_distance, revise, revisions, train_chain_verifier
+from quietstar_recipes.solve.revisions import edit_distance, revise, revisions, train_chain_verifier, train_reviser
 from quietstar_recipes.solve.run import Config, chain_lengths
 from quietstar_recipes.solve.values import value_scorer, values
 from tests.recipes.conftest import seeded
@@ -60,6 +60,13 @@ def test_every_right_solution_follows_wrong_ones_the_nearest_last(solver):
     assert {n: counts.count(n) / len(counts) for n in set(counts)} == {n: pytest.approx(0.25, abs=0.12) for n in range(4)}
     assert revisions(task, row, [x for x in written if x.ids != right], random.Random(0)) == []
     assert revisions(task, row, [Completion(right, [])], random.Random(0)) == [(row.prompt_ids, right)]
+
+
+def test_nothing_to_revise(solver, monkeypatch):
+    model, task = solver
+    monkeypatch.setattr(task, "check", lambda row, ids: False)
+    with pytest.raises(ValueError, match="none of 3 training problems has a right solution to learn revisions from"):
+        train_reviser(model, task, task.sample(3, "train", seeded(1)), 2, 1, SFTConfig(), Sampling(max_new=5))
 
 
 @pytest.mark.parametrize("valid_problems, until", [(0, [8]), (5, [8, 4, 2, 2, 1, 1, 1, 1])])

@@ -65,6 +65,11 @@ def test_beam_search_keeps_the_best_and_counts_all_tokens(rows, written):
     assert [x.score for x in found[0].samples] == [5, 6, 6, 7]
 
 
+def test_a_width_that_does_not_divide(rows):
+    with pytest.raises(ValueError, match="search: width must divide beams=4, got 3"):
+        search(None, TASK, rows, lambda *_: [], 4, 3, SAMPLING)
+
+
 def test_look_ahead_values_where_greedy_steps_lead_and_pays_for_them(rows, written):
     seen = []
 

@@ -101,6 +101,11 @@ def test_the_best_weights_on_held_out_problems_are_kept(monkeypatch):
     assert same == [False, True, False, False]
 
 
+def test_too_few_problems(solver):
+    with pytest.raises(ValueError, match="a verifier needs solutions of more problems: 1 to train, 0 held out"):
+        train_values(*solver, [Valued(3, [5], [6], [1], [1.0])], 1, SFTConfig(), 0)
+
+
 @pytest.mark.long  # peft is slow to import
 def test_adapters_are_merged_into_the_verifier(tiny):
     task, solutions = digits_after(60, seeded(0))

@@ -85,14 +85,31 @@ def test_each_round_starts_from_the_first_model(scripted, solver, tmp_path, rest
     assert [same(before, model) for _, _, before in trained] == [True, restart, restart]
 
 
+def test_without_the_filter_everything_is_kept_and_answers_are_measured_in_batches(scripted, solver, tmp_path, monkeypatch):
+    trained = scripted(is_even)
+    rollout, sizes = evaluation.rollout, []
+
+    def noted(*arguments, batch_size, **options):
+        sizes.append(batch_size)
+        return rollout(*arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(evaluation, "rollout", noted)
+    _, reports = star(*solver, Config(out=str(tmp_path / "run"), filter=False, **SMALL))
+    assert [len(examples) for examples, _, _ in trained] == [40, 40] and reports[1]["failed"] == 0
+    assert sizes == [20] * 6  # test and validation problems, of the start and of two rounds
+
+
 @pytest.mark.parametrize("check", ["chain", "likelihood"])
-def test_rationales_that_only_copy_the_hint_are_dropped(solver, tmp_path, check):
+def test_rationales_that_only_copy_the_hint_are_dropped(solver, tmp_path, monkeypatch, check):
     model, task = solver
+    likelihoods, asked = recipe.likelihoods, []
+    monkeypatch.setattr(recipe, "likelihoods", lambda model, *rest: asked.append(rest[0]) or likelihoods(model, *rest))
     rows = task.sample(8, "train", seeded(1))
     sound = [(row, task.completion_ids(row)) for row in rows[:4]]
     copied = [(row, row.prompt_ids + task.separator_ids + row.answer_ids + [task.end_id]) for row in rows[4:]]
     config = Config(out=str(tmp_path), rationale_check=check, least_likelihood=-2.0)
     assert recipe.checked_rationales(model, task, config, sound + copied) == sound
+    assert asked == ([] if check == "chain" else [[row.prompt_ids for row in rows]])  # without the hint
     config.rationale_check = "no"
     assert recipe.checked_rationales(model, task, config, sound + copied) == sound + copied
 
@@ -239,6 +256,9 @@ def test_a_model_with_a_tokenizer_and_a_file_of_questions(tiny, tmp_path, byte_t
         star(model, GSM8K(path, byte_tokenizer), config)
     report = json.loads((tmp_path / "run/round-00/report.json").read_text())
     assert report["accuracy"] == 0 and report["tokens"] <= 10
+    path.write_text("".join(json.dumps(row | {"answer": "2"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="star: shots=2 needs as many problems with chains, but the data have 0"):
+        recipe.example_rows(GSM8K(path, byte_tokenizer), 2, seeded())
 
 
 def test_it_learns(solver, solver_folder, tmp_path):
