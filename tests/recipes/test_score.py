@@ -17,6 +17,7 @@ from quietstar_recipes.common.sampling import Completion, rollout
 from quietstar_recipes.common.selectors import Sample
 from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.score import attempts as score_attempts
+from quietstar_recipes.score import baselines
 from quietstar_recipes.score import run as recipe
 from quietstar_recipes.score.attempts import Attempts, accuracy_by_attempt, attempt, reaching, votes
 from quietstar_recipes.score.baselines import corrected, paired
@@ -541,10 +542,10 @@ def test_pairs_are_a_wrong_and_a_right_attempt_at_one_problem(solver, rows):
     assert found == expected and len(found) == sum(numbers) > 3
 
 
-def test_corrections_are_second_attempts_that_are_right_after_a_wrong_one(solver, rows):
-    model, task = solver
-    found = corrected(model, task, rows, 5, SAMPLING, seed=0)
-    repeated = [row for row in rows for _ in range(5)]
-    drawn = attempt(model, task, repeated, SAMPLING, 0)
-    fixed = [i for i in range(100) if not task.check(repeated[i], drawn.first[i]) and task.check(repeated[i], drawn.second[i])]
-    assert found == [(drawn.requests[i], drawn.second[i]) for i in fixed]
+def test_corrections_are_second_attempts_that_are_right_after_a_wrong_one(monkeypatch):
+    """Of four attempts: wrong twice, wrong then right, right then wrong, right twice."""
+    rewards, asked = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]), []
+    drawn = made([[5], [6], [7], [8]], [[9], [10], [11], [12]], rewards)
+    monkeypatch.setattr(baselines, "attempt", lambda model, task, rows, *rest: asked.append(rows) or drawn)
+    assert corrected(None, Addition(1), ["a", "b"], 2, SAMPLING, seed=0) == [(drawn.requests[1], [10])]
+    assert asked == [["a", "a", "b", "b"]]

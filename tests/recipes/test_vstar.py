@@ -100,16 +100,20 @@ def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(s
 
 
 def test_dpo_loss_is_that_of_the_paper(solver, pairs):
-    """After one update on a batch of all pairs, the next logged loss is that of the formula with the new weights."""
+    """After one update on a batch of all pairs, the next logged loss is that of the formula with the new weights.
+
+    There is at most one pass over the pairs.
+    """
     model, task = solver
     some = pairs[:8]
     one, _ = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=1, verifier_rate=1e-3, beta=0.3), 0)
-    two, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=2, verifier_rate=1e-3, beta=0.3), 0)
+    two, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=100, verifier_rate=1e-3, beta=0.3), 0)
     assert len(losses) == 2 and not torch.equal(one.lm_head.weight, two.lm_head.weight)
     prompts, right, wrong = map(list, zip(*some, strict=True))
     margin = torch.tensor([likelihoods(x, prompts, ids) for x in (two, model) for ids in (right, wrong)])
     expected = -torch.nn.functional.logsigmoid(0.3 * ((margin[0] - margin[1]) - (margin[2] - margin[3]))).mean()
     assert measure_pairs(two, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
+    assert measure_pairs(two, model, [], 0.3, 64) == {"held_out_loss": None, "held_out_order": None}
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +239,16 @@ def test_plots_leave_out_subsets_that_are_nearly_the_same():
     }
 
 
-def test_solutions_that_are_all_right_make_no_pair(solver, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "right, message",
+    [(True, "no problem has both right and wrong solutions"), (False, "none of the first 40 problems is solved")],
+)
+def test_solutions_that_are_all_right_or_all_wrong(solver, tmp_path, monkeypatch, right, message):
     model, task = solver
-    monkeypatch.setattr(Addition, "check", lambda *_: True)
-    with pytest.raises(ValueError, match="no problem has both right and wrong solutions"):
+    monkeypatch.setattr(Addition, "check", lambda *_: right)
+    with pytest.raises(ValueError, match=f"vstar: {message}"):
         vstar(model, task, Config(out=str(tmp_path / "run"), **{**SMALL, "rounds": 1}))
-    assert (tmp_path / "run/round-01/model.safetensors").exists()
+    assert (tmp_path / "run/round-01/model.safetensors").exists() is right
 
 
 def test_a_verifier_of_another_base_model_is_refused(solver, tmp_path):

@@ -86,8 +86,6 @@ def best_of(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
     C(N, k) subsets.
     """
     N = len(scores)
-    if not 1 <= k <= N:
-        raise ValueError(f"best_of: k must be from 1 to N={N}, got {k}")
     order = sorted(range(N), key=lambda i: -scores[i])
     return sum(math.comb(N - i - 1, k - 1) * right[order[i]] for i in range(N - k + 1)) / math.comb(N, k)
 
@@ -95,8 +93,6 @@ def best_of(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
 def pass_at(k: int, right: Sequence[bool]) -> float:
     """How often at least one of k out of N samples is right, over all subsets of size k (arXiv 2107.03374)."""
     N, c = len(right), sum(right)
-    if not 1 <= k <= N:
-        raise ValueError(f"pass_at: k must be from 1 to N={N}, got {k}")
     return 1 - math.comb(N - c, k) / math.comb(N, k)
 
 

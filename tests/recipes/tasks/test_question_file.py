@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from quietstar_recipes.common.evaluation import share_of_right_chains
 from quietstar_recipes.tasks import GSM8K, SPLITS, CommonsenseQA
 from quietstar_recipes.tasks.base import split_of
 from tests.recipes.conftest import seeded
@@ -40,6 +41,7 @@ def test_gsm8k_file(tmp_path, byte_tokenizer):
     ):
         assert task.check(row, byte_tokenizer(written)["input_ids"]) is right
     assert task.check_chain(row, task.completion_ids(row)) is None
+    assert share_of_right_chains(task, [(row, task.completion_ids(row))]) is None
 
 
 def test_what_follows_a_stop_string_is_not_trained_on(tmp_path, byte_tokenizer):
