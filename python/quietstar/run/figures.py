@@ -99,9 +99,9 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
     """
     with accelerator.autocast():
         if qs.thought_config.anchors != "all":
-            parts = _same_width(
-                accelerator, [part | {"anchors": qs.choose_anchors(**text_of(part), seed=seed)} for part in parts]
-            )
+            chosen = [qs.choose_anchors(**text_of(part), seed=seed) for part in parts]  # FSDP moves the text to its device
+            pairs = zip(parts, chosen, strict=True)
+            parts = _same_width(accelerator, [part | {"anchors": x.to(part["input_ids"].device)} for part, x in pairs])
         parts = [part | {"layout": _layout(qs, part)} for part in parts]
         stops = qs.thought_config.stop_threshold is not None
         if not stops:
