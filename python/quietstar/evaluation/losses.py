@@ -131,7 +131,7 @@ def with_random_thoughts(examples: Sequence[Example], vocabulary: int, seed: int
     return found
 
 
-def _rows(example: Example) -> torch.Tensor:
+def _rows(example: Example) -> Tensor:
     """int64 [P,T] or, with lengths, [P,T+1]."""
     ids = example["thought_ids"][:, 0]
     return torch.cat([ids, example["thought_lengths"].long()], 1) if "thought_lengths" in example else ids
@@ -219,12 +219,12 @@ def measure(
     qs: QuietStar, examples: Sequence[Example], batch_size: int, progress: bool, keep: bool
 ) -> tuple[TokenLosses, list[Example]]:
     """The losses of all examples without controls and, to ``keep``, the examples with their thoughts."""
-    parts, thinking = [], []
+    one, parts, thinking = one_thought(qs), [], []
     with torch.no_grad(), dropout_off(qs):
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress):
-            base, mixed, anchor, counts, out = _losses(one_thought(qs), batch)
+            base, mixed, anchor, counts, out = _losses(one, batch)
             row, _ = counts.nonzero(as_tuple=True)
             parts.append(
                 (base[counts].double().cpu(), mixed[counts].double().cpu(), chosen.start + row.cpu(), anchor[counts].cpu())
