@@ -180,7 +180,7 @@ def pad_id(config: PretrainedConfig) -> int:
 
 
 def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Raise ValueError where a text's thoughts pass the model's last position."""
+    """Raises ValueError where a text's thoughts pass the model's last position."""
     limits = position_limits(model)
     if not limits:
         return

@@ -163,7 +163,7 @@ def load_checkpoint(name: str) -> QuietStar:
 
 
 def check_unseen(model: str, trained_on: Sequence[TrainedOn], config: DataConfig, data: Data, remedy: str) -> None:
-    """Refuse held-out texts that a model was trained on, of which it would tell nothing; print what can't be checked."""
+    """Refuse held-out texts that the model was trained on, since they would prove nothing; print what can't be checked."""
     try:
         unknown = check_held_out(trained_on, config, data)
     except ValueError as error:

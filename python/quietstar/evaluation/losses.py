@@ -56,11 +56,11 @@ def can_swap(examples: Sequence[Example]) -> bool:
 
 
 def with_thoughts_of_another(examples: Sequence[Example]) -> list[Example]:
-    """The examples of ``with_own_thoughts``, each with the thoughts of the one half of all examples further on.
+    """The examples of ``with_own_thoughts``, each with the thoughts of the example half the list further on.
 
-    Half of them, since neighbours may be parts of one document. It goes round at the end, so each example's thoughts are used
-    once. The thoughts come in their order, at the example's own places; where the other has fewer, they begin again. Places
-    on padding, and anchors of -1, neither give nor take a thought.
+    Half the list, since neighbours may be parts of one document. It wraps around, so each example's thoughts are used once.
+    Thoughts keep their order and stand at the example's own places; where the other has fewer, they begin again. Places on
+    padding, and anchors of -1, neither give nor take a thought.
 
     Raises:
         ValueError: fewer than two examples that think.
@@ -168,7 +168,7 @@ def evaluate(
     Args:
         examples: as ``train`` takes them; each counts as one text.
         controls: predict with another text's thoughts, too, which splits the gain into its two parts and takes a second pass
-            over the texts. The other text is the one half of all texts further on, whatever the batches.
+            over the texts. The other text is the one half the list further on, whatever the batches.
 
     Returns:
         base and mixed, nats: means over texts of a text's mean; gain = base - mixed, and gain_low to gain_high, its 95 %

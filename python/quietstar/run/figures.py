@@ -71,7 +71,7 @@ class Reading:
         values = torch.stack([sums[name] for name in self._names])
         others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
         values = torch.cat([values, torch.stack(others)])
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)  # another device has no event to wait for
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record()
