@@ -219,8 +219,9 @@ def measure(
     qs: QuietStar, examples: Sequence[Example], batch_size: int, progress: bool, keep: bool
 ) -> tuple[TokenLosses, list[Example]]:
     """The losses of all examples without controls and, to ``keep``, the examples with their thoughts."""
-    one, parts, thinking = one_thought(qs), [], []
+    parts, thinking = [], []
     with torch.no_grad(), dropout_off(qs):
+        one = one_thought(qs)  # in evaluation mode, as its weights are
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress):
