@@ -61,6 +61,11 @@ def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: Thought
         refuse_where(held, f"input_ids must not hold the {name}-of-thought id {token}", partial(_place, held))
 
 
+def check_device(input_ids: Tensor, embed: nn.Embedding) -> None:
+    """``check_text`` lets a text on the CPU pass, which a model elsewhere can't read."""
+    tensor("input_ids", input_ids, "...", {}, embed.weight.device)
+
+
 def _place(held: Tensor) -> str:
     row, place = held.nonzero()[0].tolist()
     return f", row {row} does at position {place}"
@@ -175,7 +180,7 @@ def pad_id(config: PretrainedConfig) -> int:
 
 
 def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Raise ValueError where a text's thoughts pass the model's last position."""
+    """Raises ValueError where a text's thoughts pass the model's last position."""
     limits = position_limits(model)
     if not limits:
         return

@@ -65,7 +65,8 @@ SAMPLE = 64
 class MemoryBudget:
     """Bytes that are free for activations, and those that a text position and an anchor take.
 
-    Measured once, before the first chunk: later steps find their own allocations in memory. So sizes depend on shapes alone.
+    Measured once per config, before its first chunk: later steps find their own allocations in memory. So sizes depend on
+    shapes alone, also after evaluations, whose config is another.
     """
 
     config: ThoughtConfig
@@ -97,7 +98,7 @@ class AnchorChunk:
     def __init__(self, setting: int | str | None):
         check_anchor_chunk(setting)
         self.setting = setting
-        self._budget: MemoryBudget | None = None
+        self._budgets: list[MemoryBudget] = []
 
     def size(self, thinker: Thinker, layout: ThoughtLayout, parameters: Iterable[Tensor]) -> int:
         """From 1 to P. ``parameters`` are those that are trained."""
@@ -105,9 +106,11 @@ class AnchorChunk:
             return layout.P
         if self.setting != "auto":
             return max(1, min(int(self.setting), layout.P))
-        if self._budget is None or self._budget.config is not thinker.config:
-            self._budget = MemoryBudget.measure(thinker, parameters)
-        return max(1, min(self._budget.chunk(layout.B, layout.L), layout.P))
+        budget = next((x for x in self._budgets if x.config == thinker.config), None)
+        if budget is None:
+            budget = MemoryBudget.measure(thinker, parameters)
+            self._budgets.append(budget)
+        return max(1, min(budget.chunk(layout.B, layout.L), layout.P))
 
 
 def free_memory(device: torch.device) -> int:

@@ -47,11 +47,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_scale": 100.0,
     },
 }
-# As published, but for small models and large steps, which show an effect in a hundred steps, as in docs/results.md.
+# The official objective with weights for small models at a large learning rate: an effect shows in a hundred steps, as in
+# docs/results.md.
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
-# What ``quietstar train`` takes with a preset, besides.
+# What a preset sets besides, in ``quietstar train``.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {"small": {"learning_rate": 1e-3}}
-# A learning rate times a policy weight from here on, ten times the published 1e-6 times 1e6, makes most losses explode.
+# Most losses explode where the learning rate times the policy weight is this or more: ten times the published 1e-6 * 1e6.
 LARGE_STEP = 10.0
 
 OPTIMIZERS = ("adamw", "fused", "8bit")  # made by quietstar.run.optimizers

@@ -58,6 +58,7 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
     model: Any = thinker.model
     attention_mask, config = options["attention_mask"], options.get("generation_config")
     checks.check_text(input_ids, attention_mask, thinker.config, embeddings(model))
+    checks.check_device(input_ids, embeddings(model))
     if options.get("max_new_tokens") is not None:
         options["max_new_tokens"] = integer("generate: max_new_tokens", options["max_new_tokens"], 1)
     with dropout_off(model):
@@ -112,7 +113,7 @@ class TextCache:
     store: ThoughtStore
     run: Runner  # runs bodies over the store
     graphs: Graphs | None  # those that ``run`` makes, None where it makes none
-    state: tuple  # what they depend on, beside the model's weights
+    state: tuple  # what they depend on, besides the model's weights
     written: int  # how many text positions hold a token
 
     @staticmethod

@@ -231,6 +231,7 @@ class QuietStar(nn.Module):
             anchors = self._choose(layout, input_ids, sequence_ids, seed)
             layout = only_at(layout, anchors)
         layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
+        checks.check_device(input_ids, embeddings(self.model))
         checks.check_lookahead(layout, config)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
         if thought_ids is None:
@@ -318,7 +319,7 @@ class QuietStar(nn.Module):
     ) -> ThoughtLayout:
         """The layout of a call that may have been given one."""
         if layout is None:
-            layout = self.thinker.layout(input_ids, attention_mask, anchors, document_ids)
+            return self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
         checks.check_layout(layout, input_ids, attention_mask, self.thought_config)
         return checks.with_lengths(layout, thought_lengths, self.thought_config)
 
@@ -343,6 +344,7 @@ class QuietStar(nn.Module):
         Other arguments and errors are those of ``forward``; and a ValueError if the model's logits are not finite.
         """
         layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
+        checks.check_device(input_ids, embeddings(self.model))
         greedy = not self.training if greedy is None else flag("greedy", greedy)
         return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +89,7 @@ def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str) -> T
         nll_base: [B,P,J], of the base model at the targets of ``nll_mix``.
         nll_mix: [B,P,N,J].
     """
-    reward = _find("reward", REWARDS, kind)(nll_base.detach()[:, :, None], nll_mix.detach())
+    reward = REWARDS[kind](nll_base.detach()[:, :, None], nll_mix.detach())
     reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
     return torch.where(targets.rewarded[:, :, None], reward, 0)
 
@@ -127,13 +126,7 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def advantages(reward: Tensor, targets: Targets, kind: str) -> Tensor:
     """The advantage of each thought over the others at its anchor: [B,P,N] from rewards [B,P,N], 0 at unrewarded anchors."""
-    return torch.where(targets.rewarded[:, :, None], _find("advantage", ADVANTAGES, kind)(reward), 0)
-
-
-def _find(what: str, functions: Mapping[str, Any], kind: str) -> Any:
-    if kind not in functions:
-        raise ValueError(f"{what} must be one of {', '.join(functions)}, got {kind!r}")
-    return functions[kind]
+    return torch.where(targets.rewarded[:, :, None], ADVANTAGES[kind](reward), 0)
 
 
 @dataclass(frozen=True)

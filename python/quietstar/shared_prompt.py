@@ -81,7 +81,7 @@ class SharedPrompts(Trainer):
             _add_forward(unwrapped(model))
 
     def _check_release(self) -> None:
-        """Without this, another TRL would repeat prompts in silence."""
+        """Without this, another TRL release would silently repeat prompts."""
         stock = getattr(super(), HOOK, None)
         name = type(self).__name__
         if stock is None:

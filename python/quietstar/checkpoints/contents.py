@@ -53,7 +53,7 @@ class Contents:
     trained_on: tuple[TrainedOn, ...] = ()
 
 
-# Whatever else a user keeps beside them is never read, renamed or removed.
+# Only folders of this name are checkpoints: whatever else is kept beside them is never read, renamed or removed.
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
 RESULTS = ("best", "model")
 CONFIG = "config.json"
@@ -177,7 +177,7 @@ def read_tensors(path: str | os.PathLike, located: Mapping[str, str], names: Ite
 
 
 def check_finite(path: str | os.PathLike, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a tensor of the file ``name`` that has no floats, or some that are not finite."""
+    """Raises ValueError for a tensor in the file ``name`` that does not hold floats, or holds some that are not finite."""
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {key} in {name} must hold floats, got {tensor.dtype}")

@@ -74,7 +74,7 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
         contents.tokenizer.save_pretrained(folder)
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CARD).write_text(card(contents, TENSORS, SETTINGS), encoding="utf-8")
+    (folder / "README.md").write_text(_card(contents), encoding="utf-8")
     kept = [file for file in sorted(folder.iterdir()) if file.is_file() and not EDITED.fullmatch(file.name)]
     hashes = {file.name: sha256(file) for file in kept}
     settings = {
@@ -240,11 +240,8 @@ def _read_thought_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-CARD = "README.md"
-
-
-def card(contents: Contents, tensors: str, settings: str) -> str:
-    """The text of README.md; ``tensors`` and ``settings`` are names of the files beside it."""
+def _card(contents: Contents) -> str:
+    """The text of README.md."""
     config = contents.config
     name = type(unwrapped(contents.model)).__name__
     if contents.base is None:
@@ -263,7 +260,7 @@ A {name} trained with Quiet-STaR (arXiv 2403.09629) by quietstar-kernels: {confi
 {config.thought_tokens} tokens at every position, {config.lookahead} tokens predicted after each, preset `{config.preset}`.
 
 {what}; `quietstar.QuietStar.from_pretrained` loads all of it, with the
-mixing head and thought embeddings (`{tensors}`, `{settings}`).
+mixing head and thought embeddings (`{TENSORS}`, `{SETTINGS}`).
 
 ## Limits
 

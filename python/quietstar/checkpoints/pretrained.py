@@ -1,6 +1,6 @@
 """Language models, tokenizers and configs that transformers loads: the one place that calls it, with safe options.
 
-What is wrong with a file is found before transformers reads it, as far as that goes; after that, it may raise anything.
+Where possible, a damaged file is found before transformers reads it, since that may raise anything.
 """
 
 from __future__ import annotations

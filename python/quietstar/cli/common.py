@@ -88,23 +88,9 @@ def one_line(text: str) -> str:
 Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]
 WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precision only with LoRA, or without training")]
 AllowBin = Annotated[bool, arg(help="take weights from pickle files (.bin) too, read with weights_only")]
-ThinkWhen = Annotated[str, arg(help="always, never, or only where the model's entropy is above this number of nats")]
 Controls = Annotated[
     bool, arg(help="predict with another text's thoughts too, to tell the gain of content from that of mixing")
 ]
-
-
-def read_think(think: str) -> str | float:
-    """``think`` as ``QuietStar.generate`` takes it."""
-    if think in ("always", "never"):
-        return think
-    try:
-        nats = float(think)
-    except ValueError:
-        nats = -1
-    if not 0 <= nats < float("inf"):
-        raise UsageError(f"--think must be always, never or a number of nats, 0 or more, got {think}")
-    return nats
 
 
 def check_out_file(out: str, source: str = "", what: str = "a file") -> None:
@@ -163,7 +149,7 @@ def load_checkpoint(name: str) -> QuietStar:
 
 
 def check_unseen(model: str, trained_on: Sequence[TrainedOn], config: DataConfig, data: Data, remedy: str) -> None:
-    """Refuse held-out texts that a model was trained on, of which it would tell nothing; print what can't be checked."""
+    """Refuse held-out texts that the model was trained on, since they would prove nothing; print what can't be checked."""
     try:
         unknown = check_held_out(trained_on, config, data)
     except ValueError as error:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation import BaseStreamer
 from tyro.conf import Positional, arg
 
-from quietstar.checks import pad_id
-from quietstar.cli.common import Checkpoint, ThinkWhen, UsageError, load_checkpoint, read_think, text_tokenizer
+from quietstar.checks import check_think, pad_id
+from quietstar.cli.common import Checkpoint, UsageError, load_checkpoint, text_tokenizer
 from quietstar.cli.ignored import Rule
 from quietstar.explanation.tokens import token_text
 
@@ -24,7 +24,9 @@ class Generate:
     model: Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text to continue; or use --prompt")]] = ""
     prompt: Annotated[str, arg(metavar="TEXT", help="the same as TEXT, which may then begin with a dash")] = ""
-    think: ThinkWhen = "always"
+    think: Annotated[float | str, arg(help="always, never, or only where the model's entropy is above this number of nats")] = (
+        "always"
+    )
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
     sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
     show_thoughts: Annotated[bool, arg(help="print a line for each new token, with the thoughts before it")] = False
@@ -46,7 +48,10 @@ class Generate:
     def run(self) -> None:
         if bool(self.text) == bool(self.prompt):
             raise ValueError("generate takes a text or --prompt, one of the two")
-        think = read_think(self.think)
+        try:
+            check_think("--think", self.think)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         if self.temperature < 0:
             raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -70,7 +75,7 @@ class Generate:
             inputs["input_ids"].long(),
             inputs["attention_mask"],
             max_new_tokens=self.max_new_tokens,
-            think=think,
+            think=self.think,
             thoughts=self.thoughts,
             sample_thoughts=self.sample_thoughts,
             pad_token_id=pad_id(qs.config),

@@ -204,7 +204,7 @@ def for_source(values: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Print what is not as in the checkpoint; in the first of several processes."""
+    """Print which options differ from the checkpoint's; of several processes, the first alone does."""
     if os.environ.get("RANK", "0") != "0":
         return
     changed = [

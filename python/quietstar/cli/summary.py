@@ -137,7 +137,7 @@ def _held_out_text(evaluations: Sequence[Mapping[str, float]]) -> str:
 
 
 def _training_text(lines: Sequence[Mapping[str, float]]) -> str:
-    """The first step, which still has the model as it was, beside the mean of the last tenth."""
+    """The first step, taken before any update, beside the mean of the last tenth."""
     first, last = lines[0], lines[-max(1, len(lines) // 10) :]
     since = f"step {last[0]['step']}" if len(last) == 1 else f"{last[0]['step']} to {last[-1]['step']}"
     rows = [_row("", f"step {first['step']}", since)]

@@ -1,4 +1,4 @@
-"""What a model was trained on, and what its runs held out: a description that is saved with it, and a check against it."""
+"""What a model was trained on, and what its runs held out: a description saved with the model, and a check against it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.data.texts import Data, DataConfig, in_blocks, read_texts, texts_hash, whole_texts
-from quietstar_kernels.checks import instance, items, refusal
+from quietstar_kernels.checks import instance, refusal
 
 
 def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
@@ -28,7 +28,6 @@ def describe(config: DataConfig, data: Data, base: str) -> TrainedOn:
 
 def data_config(run: TrainedOn) -> DataConfig:
     """The data of a run. Raises ValueError for a description that is not of this version."""
-    instance("data_config: run", run, TrainedOn)
     known = {field.name for field in dataclasses.fields(DataConfig)}
     if unknown := run.data.keys() - known:
         raise ValueError(f"trained_on: DataConfig: unknown field {', '.join(sorted(unknown))}")
@@ -36,7 +35,7 @@ def data_config(run: TrainedOn) -> DataConfig:
 
 
 def differences(run: TrainedOn, config: DataConfig) -> list[str]:
-    """What of the data is not as in a run, such as "length 256 instead of 48"."""
+    """How the data differs from a run's, such as "length 256 instead of 48"."""
     own = _fields(config).items()
     return [f"{name} {value} instead of {run.data[name]}" for name, value in own if run.data.get(name, value) != value]
 
@@ -51,10 +50,6 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
     Returns:
         Sentences on what could not be checked.
     """
-    for run in items("check_held_out: trained_on", trained_on):
-        instance("check_held_out: trained_on: each", run, TrainedOn)
-    instance("check_held_out: config", config, DataConfig)
-    instance("check_held_out: data", data, Data)
     unknown = []
     for run in trained_on:
         same = data.sha256 == run.sha256

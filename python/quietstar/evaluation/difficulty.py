@@ -180,5 +180,5 @@ def anchor_text(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         line = f"  {row['anchors']:<9}{row['tokens']:>8,}{row['share']:>7.0%}{row['gain_of_all']:>+9.4f}  "
         cells = "".join(f"{format_gain(row, part):<27}" for part in parts) if row["tokens"] else ""
-        lines.append(f"{line}{cells}".rstrip())
+        lines.append(line + cells)
     return "\n".join(line.rstrip() for line in lines)

@@ -1,8 +1,8 @@
 """95 % intervals of accuracies, means and gains, and the parts of a gain from thoughts.
 
-The mixing head and the extra steps can predict better whatever was thought. Another text's thoughts at the same places tell:
-what they gain over no thought is the gain of mixing, and what own thoughts gain over them is the gain of content. The two add
-up to the gain. Only content can be said to help.
+The mixing head and the extra steps can improve predictions whatever was thought. Another text's thoughts at the same places
+tell the two apart: what they gain over no thought is the gain of mixing, and what the text's own thoughts gain over them is the
+gain of content. The two add up to the gain. Only content can be said to help.
 """
 
 from __future__ import annotations

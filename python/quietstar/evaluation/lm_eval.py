@@ -58,7 +58,7 @@ class QuietStarLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"quietstar: batch_size must be a number of texts, 1 or more, got {batch_size!r}")
-        check_think("generate: think", think)
+        check_think("quietstar: think", think)
         self._device = torch.device(device or "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             self._device = torch.device("cpu")

@@ -56,11 +56,11 @@ def can_swap(examples: Sequence[Example]) -> bool:
 
 
 def with_thoughts_of_another(examples: Sequence[Example]) -> list[Example]:
-    """The examples of ``with_own_thoughts``, each with the thoughts of the one half of all examples further on.
+    """The examples of ``with_own_thoughts``, each with the thoughts of the example half the list further on.
 
-    Half of them, since neighbours may be parts of one document. It goes round at the end, so each example's thoughts are used
-    once. The thoughts come in their order, at the example's own places; where the other has fewer, they begin again. Places
-    on padding, and anchors of -1, neither give nor take a thought.
+    Half the list, since neighbours may be parts of one document. It wraps around, so each example's thoughts are used once.
+    Thoughts keep their order and stand at the example's own places; where the other has fewer, they begin again. Places on
+    padding, and anchors of -1, neither give nor take a thought.
 
     Raises:
         ValueError: fewer than two examples that think.
@@ -131,7 +131,7 @@ def with_random_thoughts(examples: Sequence[Example], vocabulary: int, seed: int
     return found
 
 
-def _rows(example: Example) -> torch.Tensor:
+def _rows(example: Example) -> Tensor:
     """int64 [P,T] or, with lengths, [P,T+1]."""
     ids = example["thought_ids"][:, 0]
     return torch.cat([ids, example["thought_lengths"].long()], 1) if "thought_lengths" in example else ids
@@ -168,7 +168,7 @@ def evaluate(
     Args:
         examples: as ``train`` takes them; each counts as one text.
         controls: predict with another text's thoughts, too, which splits the gain into its two parts and takes a second pass
-            over the texts. The other text is the one half of all texts further on, whatever the batches.
+            over the texts. The other text is the one half the list further on, whatever the batches.
 
     Returns:
         base and mixed, nats: means over texts of a text's mean; gain = base - mixed, and gain_low to gain_high, its 95 %
@@ -221,10 +221,11 @@ def measure(
     """The losses of all examples without controls and, to ``keep``, the examples with their thoughts."""
     parts, thinking = [], []
     with torch.no_grad(), dropout_off(qs):
+        one = one_thought(qs)  # in evaluation mode, as its weights are
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress):
-            base, mixed, anchor, counts, out = _losses(one_thought(qs), batch)
+            base, mixed, anchor, counts, out = _losses(one, batch)
             row, _ = counts.nonzero(as_tuple=True)
             parts.append(
                 (base[counts].double().cpu(), mixed[counts].double().cpu(), chosen.start + row.cpu(), anchor[counts].cpu())

@@ -39,7 +39,7 @@ class Report:
     Attributes:
         model: class, model_type, name (where it was loaded from, may be empty), parameters, dtype.
         settings: preset, mixing, thoughts (of each token), thought_tokens, seed (None: greedy thoughts), another (the other
-            text; None: this one, from half of it further on).
+            text; None: this one, half its length further on).
         tokens: every token of the text.
     """
 
@@ -90,7 +90,7 @@ def explain(qs: QuietStar, text: str, seed: int | None = None, another: str | No
     Args:
         text: at least 3 tokens of the tokenizer that ``qs`` was given.
         seed: samples N thoughts before each token; default one greedy thought.
-        another: the text whose thoughts are the control for content; default this text, from half of it further on.
+        another: the text whose thoughts are the control for content; default this text's own, half its length further on.
 
     Raises:
         ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.

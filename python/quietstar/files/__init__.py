@@ -1,1 +1,1 @@
-"""Files: written whole, and read at one door."""
+"""Files: written whole, and checked as they are read."""

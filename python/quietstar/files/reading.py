@@ -1,4 +1,4 @@
-"""Where files come in: regular files alone, JSON and YAML checked against a type, each refusal one sentence.
+"""Reading files: regular ones only, JSON and YAML checked against a type, each error one sentence.
 
 A type is anything that ``msgspec.convert`` takes: a ``msgspec.Struct``, a dataclass, ``dict[str, int]``, ``Any``. The formats
 accept what ``json.dumps`` writes: NaN and Infinity too.
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-LARGEST = 64 * 2**20  # bytes of a settings file: one that is larger is none of ours
+LARGEST = 64 * 2**20  # bytes of a settings file; none of ours is larger
 LARGEST_YAML = 2**20  # it takes 40 times as long to read
 
 

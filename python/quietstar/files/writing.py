@@ -83,7 +83,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-# The weights of a checkpoint and what belongs to them: those of the folder that is replaced never go with the new ones.
+# The weights of a checkpoint and what belongs to them: the old ones are not kept beside the new.
 _OF_WEIGHTS = re.compile(
     r"(model(-[0-9]+-of-[0-9]+)?|adapter_model|quietstar)\.safetensors"
     r"|model\.safetensors\.index\.json|adapter_config\.json|quietstar\.json"

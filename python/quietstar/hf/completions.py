@@ -75,7 +75,8 @@ class PackedCompletions:
         Both are 0 where ``live`` is False. Differentiable.
 
         Args:
-            model: with attention "quietstar" or "quietstar_wrapped"; ``head`` is its, from ``find_lm_head``.
+            model: with attention "quietstar" or "quietstar_wrapped".
+            head: the model's, from ``find_lm_head``.
             autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
         """
         packed = PackedPass(self.layout)

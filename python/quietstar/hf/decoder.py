@@ -35,15 +35,6 @@ class ThoughtPass(Protocol):
         ...
 
 
-def check_arrived(thought_pass: ThoughtPass, model: torch.nn.Module) -> None:
-    """Raises ValueError if a forward lost its layout before attention: its numbers would be silently wrong."""
-    if not thought_pass.arrived:
-        raise ValueError(
-            f"{type(model).__name__}: the thought layout did not reach every attention call, so this model cannot think; "
-            "its layers drop keyword arguments or do not use transformers' AttentionInterface"
-        )
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, **options: Any) -> Tensor:
     out = thought_attention(q, k, v, layout, **options)
     assert isinstance(out, Tensor)
@@ -239,7 +230,11 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
     ).last_hidden_state
-    check_arrived(thought_pass, model)
+    if not thought_pass.arrived:  # the numbers would be silently wrong
+        raise ValueError(
+            f"{type(model).__name__}: the thought layout did not reach every attention call, so this model cannot think; "
+            "its layers drop keyword arguments or do not use transformers' AttentionInterface"
+        )
     return hidden
 
 

@@ -71,7 +71,7 @@ class Reading:
         values = torch.stack([sums[name] for name in self._names])
         others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
         values = torch.cat([values, torch.stack(others)])
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)  # another device has no event to wait for
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record()
@@ -99,9 +99,9 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
     """
     with accelerator.autocast():
         if qs.thought_config.anchors != "all":
-            parts = _same_width(
-                accelerator, [part | {"anchors": qs.choose_anchors(**text_of(part), seed=seed)} for part in parts]
-            )
+            chosen = [qs.choose_anchors(**text_of(part), seed=seed) for part in parts]  # FSDP moves the text to its device
+            pairs = zip(parts, chosen, strict=True)
+            parts = _same_width(accelerator, [part | {"anchors": x.to(part["input_ids"].device)} for part, x in pairs])
         parts = [part | {"layout": _layout(qs, part)} for part in parts]
         stops = qs.thought_config.stop_threshold is not None
         if not stops:

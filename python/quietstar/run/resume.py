@@ -46,7 +46,7 @@ class Settings:
         return cls(json.loads(json.dumps(others)), defaults)
 
     def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming the first setting that the run in ``path`` has another value of."""
+        """Raises ValueError, naming the first setting whose value differs in the run in ``path``."""
         saved = self.defaults | dict(saved)
         for name, value in self.values.items():
             if saved.get(name) != value:

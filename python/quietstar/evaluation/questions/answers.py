@@ -1,4 +1,4 @@
-"""Answers: where they end in generated text, what they are, what several vote for, and the tokens that score a right one."""
+"""Answers: generating their texts in batches, where they end, what they are, and what several vote for."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
         exact match: the text of the greedy answer, up to the next ``Q:``, gives the right answer; see ``answers.extract``.
         majority: the most frequent of ``votes`` sampled answers is right; see ``answers.vote``.
         probability: that of the right answer's tokens, each given the right ones before it, among the tokens that an answer can
-        have. This is what the published code calls accuracy; see ``answer_tokens.scored_answers``.
+        have. This is what the published code calls accuracy; see ``scored_answers``.
 
     Raises:
         ValueError: before the first question is asked: there is no question, no tokenizer or one of another vocabulary, or

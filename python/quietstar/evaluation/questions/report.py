@@ -34,7 +34,7 @@ class Asking:
     batch_size: int = option(8, "questions at a time")
 
     def __post_init__(self) -> None:
-        check_think("generate: think", self.think)
+        check_think("Asking: think", self.think)
         check_types("Asking", self)
         check_at_least("Asking", self, 1, ("max_new_tokens", "batch_size"))
         check_at_least("Asking", self, 0, ("votes",))
@@ -52,7 +52,7 @@ class ModelAnswer:
 
     text: str  # the greedy answer
     extracted: str | None  # the label or number in that text; None if none was found, which counts as wrong
-    probability: float  # of the right answer; see ``answer_tokens.scored_answers``
+    probability: float  # of the right answer; see ``asking.scored_answers``
     votes: list[str | None]  # the label or number in each sampled answer
     vote: str | None  # the most frequent vote; None if none was found
 
