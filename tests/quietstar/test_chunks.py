@@ -192,6 +192,8 @@ def test_auto_takes_what_memory_has_room_for(thinker, monkeypatch):
     assert qs.chunk_size(layout) == 96
     monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
     assert qs.chunk_size(layout) == 96  # measured once, before the first chunk
+    other = qs.with_config(replace(qs.thought_config, thoughts=1))  # as an evaluation has
+    assert other.chunk_size(other.thinker.layout(ids)) == 1 and qs.chunk_size(layout) == 96
     qs.anchor_chunk = "auto"
     assert qs.chunk_size(layout) == 1
 

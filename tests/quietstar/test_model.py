@@ -97,6 +97,14 @@ def test_bad_input_gets_one_sentence(qs, name):
     assert "\n" not in str(raised.value)
 
 
+def test_a_text_on_another_device_is_refused(qs):
+    ids = text(2, 9)
+    qs.to("meta")
+    for call in (qs, qs.think, qs.generate):
+        with pytest.raises(ValueError, match="input_ids must be on meta like the model's embeddings, got cpu"):
+            call(ids)
+
+
 def test_a_special_id_outside_the_vocabulary_is_refused(tiny):
     with pytest.raises(ValueError, match="start_token_id must be from 0 to V-1=60, got 61"):
         quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(start_token_id=61))
