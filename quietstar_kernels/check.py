@@ -211,12 +211,12 @@ def cases(interpreted: bool) -> list[Case]:
         interpreted: make them smaller, for Triton's interpreter.
     """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
-    every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
+    every, anchors, ragged = ThoughtLayout.every_position(1, short, 2, 3), chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
     for op in ("thought_attention", "thought_decode"):
-        found += [Case(op, ALL, {"layout": layout}) for layout in (*layouts, branches(long))]
+        found += [Case(op, ALL, {"layout": layout}) for layout in (every, anchors, ragged, branches(long))]
         found += [Case(op, (torch.float32, torch.bfloat16), {"layout": layout, **everything}) for layout in (every, anchors)]
         found += [Case(op, (torch.float16,), {"layout": ragged, **odd})]
     found += [Case("thought_attention", (torch.float32, torch.bfloat16), {"layout": branches(long, own="full")})]
@@ -224,10 +224,6 @@ def cases(interpreted: bool) -> list[Case]:
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
     return found + [Case("sample_token", ALL, {"vocabulary": vocabulary, "temperature": 0.0})]
-
-
-def every_position(text: int) -> ThoughtLayout:
-    return ThoughtLayout.every_position(1, text, thoughts=2, rows=3)
 
 
 def ragged_thoughts(text: int) -> ThoughtLayout:

@@ -24,6 +24,7 @@ from quietstar_kernels.triton._device import (
     bounds,
     cover,
     divide,
+    edge_block,
     in_range,
     load_rows,
     load_tile,
@@ -169,7 +170,7 @@ def _decode(
     start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
         oldest = last - first + now + 2 - window  # position id
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     final = tl.minimum(final, start + part - 1)
@@ -200,7 +201,7 @@ def _decode(
     acc = tl.where(on[:, None], acc, 0.0)
     count = tl.maximum(last - first + 1, 0)
     for j in tl.range(edges):
-        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+        n0 = edge_block(j, start, before, full, BLOCK_N, BLOCK_EDGE)
         n = n0 + i
         # By pointer: these blocks are few, and a descriptor takes a microsecond of host time.
         keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= final, K, BLOCK_K)

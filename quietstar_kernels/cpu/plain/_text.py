@@ -42,8 +42,8 @@ class Chunk:
     rows: slice
     own: slice | None
     keys: slice
-    mask: Tensor | None = None
-    blind: Tensor | None = None
+    mask: Tensor | None
+    blind: Tensor | None
 
 
 def split(x: Tensor, heads: int) -> Tensor:

@@ -218,7 +218,7 @@ def own_backward(
     branches: Branches,
     options: AttentionOptions,
 ) -> None:
-    """Adds dq, and dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
+    """Writes dq, and adds dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
     for block in _blocks(branches, q.shape[1], k.shape[1], options.window, lse):
         g3, q3, k3, v3 = (wide(x) for x in (block.rows_of(grad_out), block.rows_of(q), block.keys_of(k), block.keys_of(v)))
         scores = scores_of(q3, k3, options)
