@@ -34,8 +34,8 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     """
     if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
-    if isinstance(backend, str) and backend == "auto":
-        return _fastest(op, device, dtype, widths)
+        if backend == "auto":
+            return _fastest(op, device, dtype, widths)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {shown(backend)}")
     reason = why_not(op, backend, device, dtype, **widths)

@@ -2,10 +2,10 @@
 
 ``thought_attention: k must have shape [B,G,M,K]=[2,4,640,64], got [2,4,512,64]``
 
-Functions check one value of a kind, and return it, an integer or number as Python's own; the name that is passed may begin
-with the function's. ``check_types`` and those after it check the fields of a config. ``Checker`` checks the arguments of an op.
+Functions such as ``integer`` check one value and return it, integers and numbers as Python's own types; its name may begin with
+the caller's. ``check_types`` and the functions after it check fields of a config. ``Checker`` checks the arguments of an op.
 
-Values of tensors are read on a CPU alone, where nothing waits for them.
+Values of tensors are read only on a CPU, where nothing waits for them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_number(value: Any) -> float | None:
-    """An integer stays one, since messages and JSON show it as it was given."""
+    """Integers stay integers, so that messages and JSON show them as they were given."""
     found = as_integer(value)
     if found is not None:
         return found if abs(found) < 2**1023 else None
@@ -424,7 +424,7 @@ def check_head(
 
 
 def check_attention(check: Checker, keys: str, values: str, sinks: Tensor | None, device: torch.device) -> None:
-    """Checks what the attention ops share, after their tensors; ``keys`` and ``values`` name two of these."""
+    """Checks what the attention ops share, once their tensors are checked; ``keys`` and ``values`` name two of these."""
     if check["G"] == 0 or check["H"] % check["G"]:
         raise check.fail(f"H must be a multiple of G, got H={check['H']} in q, G={check['G']} in {keys}")
     for letter, name in (("K", "q"), ("E", values)):
@@ -435,13 +435,13 @@ def check_attention(check: Checker, keys: str, values: str, sinks: Tensor | None
 
 
 def check_steps(check: Checker, own: str) -> None:
-    """For what makes the rows of a thought one after another."""
+    """For functions that make the rows of a thought one after another."""
     if own == "full":
         raise check.fail("layout must have own='causal', got own='full': a step can't see rows that are not there yet")
 
 
 def check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
-    """Checks their values, if reading these doesn't wait for a GPU."""
+    """Checks the values, unless reading them would wait for a GPU."""
     if not on_host(targets) or torch.compiler.is_compiling():
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(targets):  # in vmap: check the targets of all calls at once
