@@ -29,6 +29,8 @@ MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 class ThoughtLayout:
     """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents`` or ``packed``, which check values once.
 
+    A wrong value raises ValueError on a CPU. On a GPU, which nothing waits for, and under torch.compile an assertion fails.
+
     Attributes:
         anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.
         lo: int32 [B,L]. The first text position that position t sees: 0, or the first after padding, or of its document.

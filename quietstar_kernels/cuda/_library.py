@@ -72,7 +72,7 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip:
-        return "it is for GPUs of NVIDIA"
+        return "it is for NVIDIA GPUs"
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return f"there is no {device} here"
     toolkit, architectures = built_for()
