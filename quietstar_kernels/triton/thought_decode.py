@@ -92,12 +92,9 @@ def thought_decode(
 
 def splits_of(tiles: int, L: int, block: int, device: torch.device) -> int:
     """Parts of the text for ``tiles`` programs: as many as fill the GPU once, each of at least a few blocks of keys."""
-    return max(1, min(processors(device) // tiles, L // (SMALLEST_PART * block)))
-
-
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or compute units. Without a GPU a few, so that tests have texts in parts."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    # Without a GPU a few, so that tests have texts in parts.
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return max(1, min(processors // tiles, L // (SMALLEST_PART * block)))
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:
