@@ -67,7 +67,7 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"--device must be a device such as cpu, cuda or cuda:1, got {name!r}")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         parser.error(f"--device: PyTorch finds no {name} here")
-    wanted = [args.backend] if args.backend else check.served(device)
+    wanted = [args.backend] if args.backend else ["reference", *_dispatch.FASTEST_FIRST.get(device.type, ())]
     ops = [args.op] if args.op else _dispatch.OPS
     if args.backend and all(reasons := [_dispatch.why_not(op, args.backend, device) for op in ops]):
         parser.error(f"--backend: {args.backend!r} is not available: {'; '.join(map(str, dict.fromkeys(reasons)))}")

@@ -34,11 +34,11 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     """
     if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
-    if isinstance(backend, str) and backend == "auto":
-        return _fastest(op, device, dtype, widths)
+        if backend == "auto":
+            return _fastest(op, device, dtype, widths)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {shown(backend)}")
-    reason = BACKENDS[backend].why_not(op, device, dtype, **widths)
+    reason = why_not(op, backend, device, dtype, **widths)
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} is not available: {reason}")
     return backend
@@ -77,17 +77,12 @@ def module(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"quietstar_kernels.{name}")
 
 
-@functools.cache
-def _op_of(function: str) -> str:
-    return function.removesuffix("_backward")
-
-
 def run(function: str, backend: str, *arguments: Any) -> Any:
     """Call an op's function, such as "thought_attention_backward", on the device of its first argument.
 
     Autocast is off: back ends choose their own precision.
     """
-    serve = getattr(module(_op_of(function), backend), function)
+    serve = getattr(module(function.removesuffix("_backward"), backend), function)
     device = arguments[0].device
     kind = device.type
     elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()

@@ -61,5 +61,5 @@ class Saved(NamedTuple):
     entropy: Tensor
     largest: Tensor
     log_total: Tensor
-    kept: Tensor | None = None
-    kept_rows: Tensor | None = None
+    kept: Tensor | None
+    kept_rows: Tensor | None

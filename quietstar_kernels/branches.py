@@ -8,7 +8,7 @@ branch, and its rows see those before them).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,11 +102,6 @@ class Branches(NamedTuple):
             position = self.position_ids()
             seen &= position[:, None, :] > position[:, :, None] - window
         return seen
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> Branches:
-        """On another device; keyword arguments go to ``Tensor.to``."""
-        lo, table, of_row = (x.to(device, **kwargs) for x in self[:3])
-        return Branches(lo, table, of_row, self.full)
 
 
 def of_rows(table: Tensor, rows: int, spacing: int | None = None) -> Tensor:

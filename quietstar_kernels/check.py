@@ -61,7 +61,7 @@ def attention(
     """``thought_attention``: out and lse, and with ``backward`` the gradients of q, k, v and sinks."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = testing.attention_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
-    grad_out = _normal(generator, *inputs["q"].shape[:3], E or K).to(dtype)
+    grad_out = torch.randn(*inputs["q"].shape[:3], E or K, generator=generator).to(dtype)
     op = _on(device, partial(thought_attention, return_lse=True, backend=backend), (dtype, torch.float32))
     magnitudes = testing.attention_magnitudes(inputs, grad_out)
     grads = [grad_out] if backward else []
@@ -138,7 +138,7 @@ def logprob(
     """``linear_logprob`` with entropy, and with ``backward`` the gradients of hidden, weight and bias."""
     generator = torch.Generator().manual_seed(SEED)
     inputs = testing.logprob_inputs(generator, rows, width, vocabulary, bias=True, banned=banned, dtype=dtype)
-    grads = list(_normal(generator, 2, rows)) if backward else []
+    grads = list(torch.randn(2, rows, generator=generator)) if backward else []
     op = _on(device, partial(linear_logprob, return_entropy=True, backend=backend), (torch.float32, torch.float32))
     return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
 
@@ -191,10 +191,6 @@ def _on(device: torch.device, op: Callable[..., Any], dtypes: Sequence[torch.dty
     return run
 
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
-
-
 @dataclass(frozen=True)
 class Case:
     """Arguments of one of ``JUDGES``, and the dtypes to run it in, if the back end serves them."""
@@ -211,12 +207,12 @@ def cases(interpreted: bool) -> list[Case]:
         interpreted: make them smaller, for Triton's interpreter.
     """
     short, long, vocabulary = (16, 40, 300) if interpreted else (48, 400, 5003)
-    every, anchors, ragged = layouts = every_position(short), chosen_anchors(long), ragged_thoughts(short)
+    every, anchors, ragged = ThoughtLayout.every_position(1, short, 2, 3), chosen_anchors(long), ragged_thoughts(short)
     everything = {"groups": 4, "K": 128, "window": long // 3, "softcap": 20.0, "sinks": True}
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
     for op in ("thought_attention", "thought_decode"):
-        found += [Case(op, ALL, {"layout": layout}) for layout in (*layouts, branches(long))]
+        found += [Case(op, ALL, {"layout": layout}) for layout in (every, anchors, ragged, branches(long))]
         found += [Case(op, (torch.float32, torch.bfloat16), {"layout": layout, **everything}) for layout in (every, anchors)]
         found += [Case(op, (torch.float16,), {"layout": ragged, **odd})]
     found += [Case("thought_attention", (torch.float32, torch.bfloat16), {"layout": branches(long, own="full")})]
@@ -224,10 +220,6 @@ def cases(interpreted: bool) -> list[Case]:
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
     return found + [Case("sample_token", ALL, {"vocabulary": vocabulary, "temperature": 0.0})]
-
-
-def every_position(text: int) -> ThoughtLayout:
-    return ThoughtLayout.every_position(1, text, thoughts=2, rows=3)
 
 
 def ragged_thoughts(text: int) -> ThoughtLayout:
@@ -240,11 +232,6 @@ def branches(text: int, own: str = "causal") -> ThoughtLayout:
     """Packed: several on an anchor, from none to as many rows as the text has."""
     anchors = torch.tensor([text // 3, text // 3, text // 2, text - 1, text - 1])[None]
     return ThoughtLayout.packed(anchors, torch.tensor([1, text // 2, 0, text, 7])[None], text, own=own)
-
-
-def served(device: torch.device) -> tuple[str, ...]:
-    """The reference, and what ``auto`` may take on ``device``."""
-    return ("reference", *_dispatch.FASTEST_FIRST.get(device.type, ()))
 
 
 def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> bool:

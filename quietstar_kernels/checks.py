@@ -2,10 +2,10 @@
 
 ``thought_attention: k must have shape [B,G,M,K]=[2,4,640,64], got [2,4,512,64]``
 
-Functions check one value of a kind, and return it, an integer or number as Python's own; the name that is passed may begin
-with the function's. ``check_types`` and those after it check the fields of a config. ``Checker`` checks the arguments of an op.
+Functions such as ``integer`` check one value and return it, integers and numbers as Python's own types; its name may begin with
+the caller's. ``check_types`` and the functions after it check fields of a config. ``Checker`` checks the arguments of an op.
 
-Values of tensors are read on a CPU alone, where nothing waits for them.
+Values of tensors are read only on a CPU, where nothing waits for them.
 """
 
 from __future__ import annotations
@@ -69,11 +69,9 @@ def on_host(tensor: Tensor) -> bool:
 def refuse_where(wrong: Tensor, message: str, detail: Callable[[], str] = str) -> None:
     """Raises ValueError if a bool tensor holds True; ``detail`` ends the message with what only values can tell.
 
-    A GPU asserts it by itself, so that nothing waits.
+    A GPU asserts it by itself, so that nothing waits, and so does a compiled function.
     """
-    if torch.compiler.is_compiling():
-        return
-    if on_host(wrong):
+    if on_host(wrong) and not torch.compiler.is_compiling():
         if bool(wrong.any()):
             raise ValueError(message + detail())
     elif wrong.device.type in ASSERTING:
@@ -93,13 +91,16 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_number(value: Any) -> float | None:
-    """An integer stays one, since messages and JSON show it as it was given."""
+    """Integers stay integers, so that messages and JSON show them as they were given."""
     found = as_integer(value)
     if found is not None:
         return found if abs(found) < 2**1023 else None
     if isinstance(value, Tensor):
         return float(value) if value.ndim == 0 and value.is_floating_point() and on_host(value) else None
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    except OverflowError:  # a fraction
+        return None
 
 
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -335,24 +336,10 @@ class Checker:
             sizes = ",".join(map(str, known))
             raise self.fail(f"{name} must be a dense tensor of shape [{letters},...]=[{sizes},...], got {shown(value)}")
 
-    def has_values(self, **tensors: Tensor) -> None:
-        for name, value in tensors.items():
-            if value.is_meta:
-                raise self.fail(f"{name} must have values, got a tensor on meta")
-
     def last_strides_one(self, **tensors: Tensor) -> None:
         for name, value in tensors.items():
             if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
                 raise self.fail(f"{name} must have a last stride of 1, got strides {list(value.stride())}")
-
-    def width(self, letter: str, name: str) -> None:
-        if not 1 <= self.sizes[letter] <= 256:
-            raise self.fail(f"head width {letter} must be from 1 to 256, got {self.sizes[letter]} in {name}")
-
-    def head_groups(self, keys: str) -> None:
-        if self.sizes["G"] == 0 or self.sizes["H"] % self.sizes["G"]:
-            got = f"H={self.sizes['H']} in q, G={self.sizes['G']} in {keys}"
-            raise self.fail(f"H must be a multiple of G, got {got}")
 
     def positive(self, name: str, value: Any, zero: bool = False) -> float:
         """A finite number above zero; with ``zero``, zero too."""
@@ -437,22 +424,24 @@ def check_head(
 
 
 def check_attention(check: Checker, keys: str, values: str, sinks: Tensor | None, device: torch.device) -> None:
-    """Checks what the attention ops share, after their tensors; ``keys`` and ``values`` name two of these."""
-    check.head_groups(keys)
-    check.width("K", "q")
-    check.width("E", values)
+    """Checks what the attention ops share, once their tensors are checked; ``keys`` and ``values`` name two of these."""
+    if check["G"] == 0 or check["H"] % check["G"]:
+        raise check.fail(f"H must be a multiple of G, got H={check['H']} in q, G={check['G']} in {keys}")
+    for letter, name in (("K", "q"), ("E", values)):
+        if not 1 <= check[letter] <= 256:
+            raise check.fail(f"head width {letter} must be from 1 to 256, got {check[letter]} in {name}")
     if sinks is not None:
         check.tensor("sinks", sinks, "H", FLOATS, device, "layout")
 
 
 def check_steps(check: Checker, own: str) -> None:
-    """For what makes the rows of a thought one after another."""
+    """For functions that make the rows of a thought one after another."""
     if own == "full":
         raise check.fail("layout must have own='causal', got own='full': a step can't see rows that are not there yet")
 
 
 def check_targets(check: Checker, targets: Tensor, banned: list[int]) -> None:
-    """Checks their values, if reading these doesn't wait for a GPU."""
+    """Checks the values, unless reading them would wait for a GPU."""
     if not on_host(targets) or torch.compiler.is_compiling():
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(targets):  # in vmap: check the targets of all calls at once

@@ -110,12 +110,12 @@ def _linear_logprob(
     """The log-probability and the fields of ``Saved``, the last two empty if nothing is kept."""
     head = Head(weight, bias, scale, softcap, temperature, list(banned))
     *states, kept, kept_rows = _dispatch.run(_OP, backend, hidden, head, targets, return_entropy, keep)
-    return *states, *((kept, kept_rows) if keep else _nothing(hidden, 2))
+    return *states, *((kept, kept_rows) if keep else _nothing(hidden))
 
 
 def _fake(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, keep, backend):
     states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(4))
-    kept = _dispatch.module(_OP, backend).empty_kept(hidden, weight) if keep else _nothing(hidden, 2)
+    kept = _dispatch.module(_OP, backend).empty_kept(hidden, weight) if keep else _nothing(hidden)
     return *states, *kept
 
 
@@ -151,8 +151,8 @@ def _fake_backward(grad_logprob, grad_entropy, hidden, weight, *arguments):
     return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, arguments[-2], strict=True))
 
 
-def _nothing(hidden: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(hidden.new_empty(0) for _ in range(count))
+def _nothing(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(0), hidden.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,4 +1,4 @@
-"""sample_thoughts: draws the tokens of all thoughts with a model of one's own, one packed forward pass per token."""
+"""sample_thoughts: draws the tokens of all thoughts with your own model, one packed forward pass per token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sample_thoughts(
         seed: as in ``sample_token``.
         sequence_ids: integer [B] or [B,L], identifies each text; default the row index.
         head: bias, scale, softcap, temperature, banned and backend, as in ``sample_token``. The start and end tokens
-            usually belong into banned.
+            usually belong in ``banned``.
 
     Returns:
         thought_ids int64 [B,P,N,T] and logprob fp32 [B,P,N,T], as ``sample_token`` gives them; 0 where the row that draws is

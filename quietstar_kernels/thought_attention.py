@@ -88,7 +88,6 @@ def thought_attention(
         scale,
         window,
         softcap,
-        query_rows,
         _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
     return (out, lse) if return_lse else out
@@ -106,14 +105,13 @@ def _thought_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     branches = Branches(lo, table, of_row, full)
     return _dispatch.run("thought_attention", backend, q, k, v, branches, AttentionOptions(scale, window, softcap, sinks))
 
 
-def _fake(q, k, v, lo, table, of_row, sinks, full, scale, window, softcap, query_rows, backend):
+def _fake(q, k, v, lo, table, of_row, sinks, full, scale, window, softcap, backend):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
@@ -133,7 +131,6 @@ def _thought_attention_backward(
     scale: float,
     window: int | None,
     softcap: float | None,
-    query_rows: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branches = Branches(lo, table, of_row, full)
@@ -143,7 +140,7 @@ def _thought_attention_backward(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, sinks, full, scale, window, softcap, query_rows, backend):
+def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, sinks, full, scale, window, softcap, backend):
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_attention, check_instance, check_steps
+from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_attention, check_instance, check_steps, on_host
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -103,6 +103,9 @@ def _thought_decode(
     softcap: float | None,
     backend: str,
 ) -> Tensor:
+    if on_host(step):  # a tensor's value, which torch.compile doesn't know before
+        most = k_own.shape[3] - 1
+        Checker(_OP).integer("step", int(step), 0, most, f"from 0 to S-1={most}")
     options = AttentionOptions(scale, window, softcap, sinks)
     return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, lo, table, step, options)
 

@@ -20,7 +20,7 @@ LEAST = -1000.0  # the log of a probability that underflowed: any finite number 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what a forward keeps: the weights [R,V], and the log-probability of each row's target [R,1]."""
-    like = hidden.new_empty(0, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    like = wide(hidden.new_empty(0))
     R = hidden.shape[0]  # len(hidden) would fix a symbolic size
     return like.new_empty(R, len(weight)), like.new_empty(R, 1)
 

@@ -19,14 +19,5 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **w
     """As ``_dispatch.why_not``."""
     if op not in SERVES:
         return f"it has no kernel for {op}"
-    reason = _why_not_library(device)
+    reason = _library.why_not(device)
     return reason if reason or dtype is None else SERVES[op](dtype, **widths)
-
-
-def _why_not_library(device: torch.device) -> str | None:
-    return _library.why_not(device)
-
-
-# torch.compile must not trace how the library is found and asked. torch.compiler.assume_constant_result does the same, but it
-# imports the compiler.
-_why_not_library._dynamo_marked_constant = True  # type: ignore[attr-defined]

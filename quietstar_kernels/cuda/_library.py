@@ -64,10 +64,15 @@ def why_not(device: torch.device) -> str | None:
     return _why_not_gpu(device)
 
 
+# torch.compile must not trace how the library is found and asked. torch.compiler.assume_constant_result does the same, but it
+# imports the compiler.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip:
-        return "it is for GPUs of NVIDIA"
+        return "it is for NVIDIA GPUs"
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return f"there is no {device} here"
     toolkit, architectures = built_for()

@@ -18,7 +18,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **w
     if device.type == "cuda":
         return _why_not_gpu(device)
     if device.type != "cpu":
-        return f"it serves GPUs of NVIDIA and AMD, these tensors are on {device}"
+        return f"it serves NVIDIA and AMD GPUs, these tensors are on {device}"
     if os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "on"):
         return "it serves GPUs; on cpu only Triton's interpreter runs it, for tests: set TRITON_INTERPRET=1"
     return "Triton's interpreter computes torch.bfloat16 wrongly" if dtype == torch.bfloat16 else None

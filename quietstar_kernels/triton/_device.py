@@ -31,17 +31,11 @@ def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl
 @triton.jit
 def load_tile(first, offsets, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """[.., rows, BLOCK]: the rows ``offsets`` elements after ``first``; 0 if not ``inside``, and from column WIDTH."""
-    return load_at(first + offsets, inside, WIDTH, BLOCK)
-
-
-@triton.jit
-def load_at(rows, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[.., rows, BLOCK]: the rows that start at the pointers ``rows``; 0 if not ``inside``, and from column WIDTH."""
     column = tl.arange(0, BLOCK)
     mask = tl.expand_dims(inside, -1)
     if WIDTH < BLOCK:
         mask = mask & (column < WIDTH)
-    return tl.load(tl.expand_dims(rows, -1) + column, mask=mask, other=0.0)
+    return tl.load(tl.expand_dims(first + offsets, -1) + column, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -130,7 +124,7 @@ def bounds(first, last, on):
 
 
 @triton.jit
-def window_bounds(start, all_from, final, oldest, on, lo, BLOCK: tl.constexpr):
+def window_bounds(start, all_from, final, oldest, on, lo):
     """``start`` and ``all_from`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
 
     Position ids n - lo[n] need not ascend, so all of the text is checked.
@@ -140,8 +134,8 @@ def window_bounds(start, all_from, final, oldest, on, lo, BLOCK: tl.constexpr):
     begin = tl.maximum(start, lowest)  # no position has an id above itself
     start = begin * 0 + FAR
     all_from = tl.maximum(all_from, begin)
-    for n0 in tl.range(begin, final + 1, BLOCK):
-        n = n0 + tl.arange(0, BLOCK)
+    for n0 in tl.range(begin, final + 1, 1024):
+        n = n0 + tl.arange(0, 1024)
         position = n - tl.load(lo + n, mask=n <= final, other=0)
         start = tl.minimum(start, tl.min(tl.where((n <= final) & (position >= lowest), n, FAR), 0))
         all_from = tl.maximum(all_from, tl.max(tl.where((n <= final) & (position < highest), n + 1, 0), 0))

@@ -24,6 +24,7 @@ from quietstar_kernels.triton._device import (
     bounds,
     cover,
     divide,
+    edge_block,
     in_range,
     load_rows,
     load_tile,
@@ -91,12 +92,9 @@ def thought_decode(
 
 def splits_of(tiles: int, L: int, block: int, device: torch.device) -> int:
     """Parts of the text for ``tiles`` programs: as many as fill the GPU once, each of at least a few blocks of keys."""
-    return max(1, min(processors(device) // tiles, L // (SMALLEST_PART * block)))
-
-
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or compute units. Without a GPU a few, so that tests have texts in parts."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    # Without a GPU a few, so that tests have texts in parts.
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return max(1, min(processors // tiles, L // (SMALLEST_PART * block)))
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:
@@ -169,7 +167,7 @@ def _decode(
     start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
         oldest = last - first + now + 2 - window  # position id
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     final = tl.minimum(final, start + part - 1)
@@ -200,7 +198,7 @@ def _decode(
     acc = tl.where(on[:, None], acc, 0.0)
     count = tl.maximum(last - first + 1, 0)
     for j in tl.range(edges):
-        n0 = start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+        n0 = edge_block(j, start, before, full, BLOCK_N, BLOCK_EDGE)
         n = n0 + i
         # By pointer: these blocks are few, and a descriptor takes a microsecond of host time.
         keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= final, K, BLOCK_K)

@@ -70,6 +70,8 @@ DECODE = [
     ({"v_text": zeros(2, 2, 3, 300), "v_own": zeros(2, 2, 4, 2, 300)}, "head width E must be from 1 to 256, got 300"),
     ({"k_text": column_major(zeros(2, 2, 3, 8))}, "k_text must have a last stride of 1, got strides"),
     ({"step": 2}, "step must be from 0 to S-1=1, got 2"),
+    ({"step": torch.tensor(2)}, "step must be from 0 to S-1=1, got 2"),
+    ({"step": torch.tensor(-1)}, "step must be from 0 to S-1=1, got -1"),
     ({"step": torch.tensor([1])}, "step must have shape []=[], got [1]"),
     ({"step": torch.tensor(1.0)}, "step must have dtype int32, int64, got float32"),
     ({"step": torch.tensor(1, device="meta")}, "step must be on cpu like layout, got meta"),

@@ -1,6 +1,7 @@
 """Each check takes what it should, as Python's own type, and refuses the rest in one sentence."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import numpy
@@ -48,6 +49,7 @@ REFUSED = [
     (lambda: checks.number("x", 0.5j), "x must be a finite number, got complex"),
     (lambda: checks.number("x", 10**400), "x must be a finite number, got 1000"),
     (lambda: checks.number("x", 10**5000), "x must be a finite number, got int"),
+    (lambda: checks.number("x", Fraction(10**400)), "x must be a finite number, got Fraction"),
     (lambda: checks.number("x", 0, "above 0", above=0), "x must be above 0, got 0"),
     (lambda: checks.number("x", -0.5, "0 or more", least=0), "x must be 0 or more, got -0.5"),
     (lambda: checks.flag("x", 1), "x must be True or False, got 1"),

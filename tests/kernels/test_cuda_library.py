@@ -122,7 +122,7 @@ def test_not_on_amd(load, gpu, monkeypatch):
     load(Library("sm_90a"))
     gpu((9, 0))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert _library.why_not(GPU) == "it is for GPUs of NVIDIA"
+    assert _library.why_not(GPU) == "it is for NVIDIA GPUs"
 
 
 @pytest.mark.parametrize("op", ["thought_attention", "linear_logprob"])

@@ -219,6 +219,16 @@ def test_at_refuses(change, message):
         ThoughtLayout.at(**(AT | change))
 
 
+def test_values_are_checked_in_a_compiled_function_too():
+    def build(anchors):
+        return ThoughtLayout.at(**(AT | {"anchors": anchors})).anchor
+
+    compiled = torch.compile(build, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(AT["anchors"]), build(AT["anchors"]))
+    with pytest.raises(RuntimeError, match="anchors must be from -1 to L-1=3"):
+        compiled(AT["anchors"] + 10)
+
+
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
 DOCUMENTS = torch.tensor([[0, 0, 1], [4, -1, -1]])
 BAD_BUILDS = [

@@ -137,7 +137,7 @@ def test_opcheck(backend, part, case, few):
         layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
         q, k, v, sinks = inputs.values()
         metadata = layout.branches[:3]
-        rest = (layout.branches.full, 0.5, options["window"], options["softcap"], options["query_rows"], backend)
+        rest = (layout.branches.full, 0.5, options["window"], options["softcap"], backend)
         out, lse = _forward(q, k, v, *metadata, sinks, *rest)
         torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
         leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]

@@ -1,8 +1,8 @@
 """Attention of query rows over the text: in chunks of rows that see about the same text, each with a small additive mask.
 
-PyTorch's CPU flash attention computes it; with a soft cap, which that doesn't have, a softmax between two matmuls. Two parts of
-a row's keys, such as the text and its own rows, are joined by their LSE. The gradient of a part needs only the joint out and
-LSE of both, since exp(score - LSE) is the joint softmax.
+PyTorch's CPU flash attention computes it. That has no soft cap: with one, it is a softmax between two matmuls. Two parts of a
+row's keys, such as the text and its own rows, are joined by their LSE. The gradient of a part needs only the joint out and LSE
+of both, since exp(score - LSE) is the joint softmax.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Chunk:
     rows: slice
     own: slice | None
     keys: slice
-    mask: Tensor | None = None
-    blind: Tensor | None = None
+    mask: Tensor | None
+    blind: Tensor | None
 
 
 def split(x: Tensor, heads: int) -> Tensor:

@@ -1,8 +1,8 @@
 """thought_attention on CPUs: the own part of all branches first, then the text by flash attention, a chunk of rows at a time.
 
 The c rows of a chunk are viewed as [B,G,h,c,K]: h query heads share a key head. To the text part (h,c) are rows, so that keys
-are never repeated. The own part goes by small matmuls on views of the caller's tensors, a query head and some branches of equal
-length at a time: at these sizes, copies would take as long as the arithmetic.
+are never repeated. The own part is computed by small matmuls on views of the caller's tensors, for a query head and some
+branches of equal length at a time: at these sizes, copies would take as long as the arithmetic.
 
 Everything is fp32 (fp64 for fp64 inputs): PyTorch's half-precision flash attention is no faster on CPUs.
 """
@@ -151,8 +151,13 @@ def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
 
 def _sees_own(bad: Tensor, branches: Branches, window: int | None) -> Tensor:
     """bool [B,G,R]: the rows that see one of the own rows bad [B,G,R]."""
+    r = torch.arange(branches.R, device=branches.device)
+    first, live = branches.column(START), branches.live()
+    end = first + branches.column(LENGTH) if branches.full else torch.where(live, r + 1, 0)
+    if window is not None:
+        first = torch.where(live, torch.maximum(first, r + 1 - window), 0)
     before = torch.nn.functional.pad(bad.cumsum(-1), (1, 0))
-    first, end = (x[:, None].expand(bad.shape) for x in own_range(branches, window))
+    first, end = (x[:, None].expand(bad.shape) for x in (first, end))
     return before.gather(2, end) > before.gather(2, first)
 
 
@@ -218,7 +223,7 @@ def own_backward(
     branches: Branches,
     options: AttentionOptions,
 ) -> None:
-    """Adds dq, and dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
+    """Writes dq, and adds dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
     for block in _blocks(branches, q.shape[1], k.shape[1], options.window, lse):
         g3, q3, k3, v3 = (wide(x) for x in (block.rows_of(grad_out), block.rows_of(q), block.keys_of(k), block.keys_of(v)))
         scores = scores_of(q3, k3, options)
@@ -232,16 +237,6 @@ def own_backward(
         torch.bmm(ds, k3, out=block.rows_of(dq))
         block.keys_of(dk).baddbmm_(ds.transpose(1, 2), q3)
         block.keys_of(dv).baddbmm_(p.transpose(1, 2), g3)
-
-
-def own_range(branches: Branches, window: int | None) -> tuple[Tensor, Tensor]:
-    """The own rows that each row sees, from the first to before the second: int64 [B,R] each, both 0 where the row is off."""
-    r = torch.arange(branches.R, device=branches.device)
-    first, live = branches.column(START), branches.live()
-    end = first + branches.column(LENGTH) if branches.full else torch.where(live, r + 1, 0)
-    if window is not None:
-        first = torch.where(live, torch.maximum(first, r + 1 - window), 0)
-    return first, end
 
 
 def _blocks(branches: Branches, H: int, G: int, window: int | None, like: Tensor) -> Iterator[Block]:

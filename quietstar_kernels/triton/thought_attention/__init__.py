@@ -59,7 +59,8 @@ def thought_attention_backward(
 def compile_at_once(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> None:
     """Compile the forward and the backward for such arguments, and for a gradient of ``out`` with the strides of ``out``."""
     q, k, v = (_without_data(x) for x in (q, k, v))
-    branches = branches.to("meta")
+    lo, table, of_row = (x.to("meta") for x in branches[:3])
+    branches = Branches(lo, table, of_row, branches.full)
     if options.sinks is not None:
         options = options._replace(sinks=_without_data(options.sinks))
     with compiling_at_once():

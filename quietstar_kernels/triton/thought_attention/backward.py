@@ -86,9 +86,8 @@ def row_tables(
     config = ATTENTION_BACKWARD_ROWS
     blocks = cdiv(rows, config.blocks["BLOCK_M"])
     delta, shift = (out.new_empty(B * H * rows + TAIL, dtype=torch.float32) for _ in range(2))
-    table = lambda: out.new_empty(B * rows + TAIL, dtype=torch.int32)  # noqa: E731
-    first, count, own_first, own_count = (table() for _ in range(4))
-    oldest = None if window is None else table()
+    first, count, own_first, own_count = (out.new_empty(B * rows + TAIL, dtype=torch.int32) for _ in range(4))
+    oldest = None if window is None else torch.empty_like(first)
     dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
     layout = tuple(x.contiguous() for x in branches[:3])
 
@@ -214,7 +213,7 @@ def attention_backward_queries(
     start, all_from, all_to, final = bounds(first, first + count - 1, on)
     if oldest_table is not None:
         oldest = tl.load(oldest_table + at, mask=inside, other=0)
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
     own_start, all_from, all_to, final = bounds(own_first, own_first + own_count - 1, on)
     own_before, own_full, own_edges = cover(own_start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)

@@ -132,7 +132,7 @@ def attention_forward(
 
     start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo, 1024)
+        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
     own_start, all_from, all_to, own_final = bounds(own_first, own_last, on)
     own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_final, BLOCK_N, BLOCK_EDGE)
