@@ -429,6 +429,10 @@ class ThoughtLayout:
         check_instance("ThoughtLayout.select", "places", places, slice)
         return ThoughtLayout(self.anchor[:, places], self.lo, self.length[:, places], self.rows, self.own)
 
+    def chunks(self, size: int) -> list[slice]:
+        """The places of the anchors in runs of ``size``, for ``select``; one empty run where P is 0."""
+        return [slice(first, min(first + size, self.P)) for first in range(0, max(self.P, 1), size)]
+
     def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
         device = Checker("ThoughtLayout.to").device(device)

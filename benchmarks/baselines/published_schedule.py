@@ -27,7 +27,7 @@ class PublishedSchedule(QuietStar):
     _passed: tuple[Tensor, Tensor] | None = None
 
     def sample(
-        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
+        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
     ) -> Thoughts:
         assert not greedy and seed is not None
         T = self.thought_config.thought_tokens

@@ -19,7 +19,6 @@ from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.objective import IGNORED, Targets
-from quietstar.rollout import split
 from quietstar_kernels import ThoughtLayout
 
 
@@ -70,7 +69,7 @@ def thought_logprob(
     """
     parts = [
         _thought_logprob(model, head, input_ids, thought_ids[:, places], layout.select(places), banned)
-        for places in split(layout.P, anchor_chunk)
+        for places in layout.chunks(anchor_chunk)
     ]
     return torch.cat(parts, 1)
 

@@ -61,6 +61,14 @@ def check_text(input_ids: Tensor, attention_mask: Tensor | None, config: Thought
         refuse_where(held, f"input_ids must not hold the {name}-of-thought id {token}", partial(_place, held))
 
 
+def check_inputs(
+    input_ids: Tensor, sequence_ids: Tensor | None, labels: Tensor | None, embed: nn.Embedding, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Sequence ids and labels, int64 [B,L], of a text that the model can read."""
+    check_device(input_ids, embed)
+    return check_sequence_ids(sequence_ids, input_ids), check_labels(labels, input_ids, vocabulary)
+
+
 def check_device(input_ids: Tensor, embed: nn.Embedding) -> None:
     """``check_text`` lets a text on the CPU pass, which a model elsewhere can't read."""
     tensor("input_ids", input_ids, "...", {}, embed.weight.device)
@@ -119,10 +127,20 @@ def with_lengths(layout: ThoughtLayout, thought_lengths: Tensor | None, config: 
     return replace(layout, length=length.int().contiguous())
 
 
-def check_thought_ids(
-    thought_ids: Tensor, thought_lengths: Tensor | None, layout: ThoughtLayout, config: ThoughtConfig, vocabulary: int
-) -> None:
-    """Ids past the end of a thought may be anything."""
+def check_thoughts(
+    thought_ids: Tensor | None,
+    thought_lengths: Tensor | None,
+    old_logprob: Tensor | None,
+    layout: ThoughtLayout,
+    config: ThoughtConfig,
+    vocabulary: int,
+) -> ThoughtLayout:
+    """The layout with these lengths. Ids past the end of a thought may be anything."""
+    layout = with_lengths(layout, thought_lengths, config)
+    if old_logprob is not None:
+        tensor("old_logprob", old_logprob, "B,P,N,T", _thought_sizes(layout, config), layout.device, FLOATS)
+    if thought_ids is None:
+        return layout
     tensor("thought_ids", thought_ids, "B,P,N,T", _thought_sizes(layout, config), layout.device, INTEGERS)
     on = torch.ones_like(thought_ids, dtype=torch.bool)
     if thought_lengths is not None:
@@ -130,11 +148,7 @@ def check_thought_ids(
     check_ids("thought_ids", thought_ids.where(on, 0), vocabulary)
     for token in config.banned:
         refuse_where(on & (thought_ids == token), f"thought_ids must not hold the start- or end-of-thought id {token}")
-
-
-def check_old_logprob(old_logprob: Tensor | None, layout: ThoughtLayout, config: ThoughtConfig) -> None:
-    if old_logprob is not None:
-        tensor("old_logprob", old_logprob, "B,P,N,T", _thought_sizes(layout, config), layout.device, FLOATS)
+    return layout
 
 
 def _thought_sizes(layout: ThoughtLayout, config: ThoughtConfig) -> dict[str, int]:

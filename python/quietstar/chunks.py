@@ -19,7 +19,6 @@ from quietstar.hf.decoder import ChunkPass, LeafPass, decode_rows
 from quietstar.hf.modules import embeddings, layer_checkpoints_off
 from quietstar.memory.step import CHUNK_COPIES, step_memory
 from quietstar.packed import PackedInputs, Predictions, Thinker
-from quietstar.rollout import split
 from quietstar_kernels import ThoughtLayout
 
 
@@ -34,7 +33,7 @@ def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Pred
     nll_base = -thinker.lm_head.logprob(text[:, :-1], inputs.targets.base)
     parts = [
         checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.keys_values, use_reentrant=False)
-        for places in split(inputs.layout.P, size)
+        for places in inputs.layout.chunks(size)
     ]
     return Predictions(text, nll_base, *(torch.cat(column, 1) for column in zip(*parts, strict=True)))
 

@@ -225,42 +225,36 @@ class QuietStar(nn.Module):
                 values: a wrong one is an assertion of the device.
         """
         config, seed = self.thought_config, checks.check_seed(seed)
-        if layout is None and anchors is None and self.training and config.anchors != "all":
-            seed = draw_seed() if seed is None else seed
-            layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
-            anchors = self._choose(layout, input_ids, sequence_ids, seed)
-            layout = only_at(layout, anchors)
-        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
-        checks.check_device(input_ids, embeddings(self.model))
+        chooses = layout is None and anchors is None and self.training and config.anchors != "all"
+        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids)
         checks.check_lookahead(layout, config)
-        labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
+        embed, vocabulary = embeddings(self.model), self.lm_head.linear.out_features
+        sequence_ids, labels = checks.check_inputs(input_ids, sequence_ids, labels, embed, vocabulary)
+        if chooses:
+            seed = draw_seed() if seed is None else seed
+            anchors = choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=True))
+            layout = only_at(layout, anchors)
+        layout = checks.check_thoughts(thought_ids, thought_lengths, old_logprob, layout, config, vocabulary)
         if thought_ids is None:
             thoughts = self.sample(layout, input_ids, sequence_ids, seed, greedy=not self.training).cut(thought_lengths)
             thought_ids, thought_lengths = thoughts.thought_ids, thoughts.thought_lengths
             layout = checks.with_lengths(layout, thought_lengths, config)
-        else:
-            checks.check_sequence_ids(sequence_ids, input_ids)
-            checks.check_thought_ids(thought_ids, thought_lengths, layout, config, self.lm_head.linear.out_features)
-        checks.check_old_logprob(old_logprob, layout, config)
 
         targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
         predicted = self.predict(PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets))
-        nll_compared = predicted.nll_compared
-        if config.base_model != "current":
-            with self._compared_with() as model:
-                nll_compared = base_model.text_nll(model, self.lm_head, input_ids, layout, targets)
-            nll_compared = objective.at_anchors(nll_compared, layout, config.lookahead)
+        nll_compared, base_logprob = predicted.nll_compared, None
+        with self._compared_with() as model:
+            if config.base_model != "current":
+                nll_text = base_model.text_nll(model, self.lm_head, input_ids, layout, targets)
+                nll_compared = objective.at_anchors(nll_text, layout, config.lookahead)
+            if config.kl_weight:
+                base_logprob = base_model.thought_logprob(
+                    model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, self.chunk_size(layout)
+                )
         reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward)
         advantage = objective.advantages(reward, targets, config.advantage)
         counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
-        base_logprob = None
-        if config.kl_weight:
-            with self._compared_with() as model:
-                chunk = self.chunk_size(layout)
-                base_logprob = base_model.thought_logprob(
-                    model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, chunk
-                )
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
         sampled = objective.Sampled(predicted.logprob, advantage, on, old_logprob, base_logprob, config.ratio_clip)
@@ -301,12 +295,9 @@ class QuietStar(nn.Module):
         Arguments and errors are those of ``forward``.
         """
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
-        return self._choose(layout, input_ids, sequence_ids, draw_seed() if seed is None else seed_bits("seed", seed))
-
-    def _choose(self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int) -> Tensor:
-        """``choose_anchors`` at a layout of every position."""
+        seed = draw_seed() if seed is None else seed_bits("seed", seed)
         sequence_ids = checks.check_sequence_ids(sequence_ids, input_ids)
-        return choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=self.training))
+        return choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, self.training))
 
     def _layout(
         self,
@@ -315,7 +306,7 @@ class QuietStar(nn.Module):
         attention_mask: Tensor | None,
         anchors: Tensor | None,
         document_ids: Tensor | None,
-        thought_lengths: Tensor | None,
+        thought_lengths: Tensor | None = None,
     ) -> ThoughtLayout:
         """The layout of a call that may have been given one."""
         if layout is None:
@@ -345,14 +336,15 @@ class QuietStar(nn.Module):
         """
         layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
         checks.check_device(input_ids, embeddings(self.model))
+        sequence_ids, seed = checks.check_sequence_ids(sequence_ids, input_ids), checks.check_seed(seed)
         greedy = not self.training if greedy is None else flag("greedy", greedy)
         return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
 
     def sample(
-        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor | None, seed: int | None, greedy: bool
+        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
     ) -> Thoughts:
-        """The thoughts of ``think``, at the places of a layout from ``thinker.layout``."""
-        size, seed = self.chunk_size(layout), checks.check_seed(seed)
+        """The thoughts of ``think``, at the places of a layout from ``thinker.layout``; ``sequence_ids`` [B,L]."""
+        size = self.chunk_size(layout)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
         return sample_thoughts(
             self.model,
@@ -360,7 +352,7 @@ class QuietStar(nn.Module):
             self.thinker.start,
             input_ids,
             layout,
-            checks.check_sequence_ids(sequence_ids, input_ids),
+            sequence_ids,
             draw_seed() if seed is None else seed,
             Sampling.of(self.thought_config, temperature=0.0 if greedy else 1.0),
             anchor_chunk=size,

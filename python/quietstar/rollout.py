@@ -89,11 +89,6 @@ class Stop:
         return Stop(config.end_token_id, config.stop_threshold)
 
 
-def split(P: int, size: int) -> list[slice]:
-    """Split P anchors into runs of ``size``; one empty run where P is 0."""
-    return [slice(first, min(first + size, P)) for first in range(0, max(P, 1), size)]
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How thoughts are sampled."""
@@ -148,7 +143,7 @@ def sample_thoughts(
         whole: bool,
     ) -> tuple[Tensor, ...]:
         layout = ThoughtLayout(anchor, lo, length, T)
-        runs = split(layout.P, anchor_chunk or max(layout.P, 1))
+        runs = layout.chunks(anchor_chunk or max(layout.P, 1))
         store = ThoughtStore(layout.select(runs[0]))
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), store.prefill())
         parts: list[Thoughts] = []

@@ -115,7 +115,7 @@ def _score(
         embeds = embeddings(thinker.model)(input_ids)
         text = decode_rows(thinker.model, embeds, layout.text_position_ids(), PackedPass(layout))
     else:
-        thoughts = one.sample(layout, input_ids, None, 0, greedy=True)
+        thoughts = one.sample(layout, input_ids, torch.zeros_like(input_ids), 0, greedy=True)
         layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
         text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
         h_thought = thinker.end_states(thought, thoughts.thought_lengths)[:, :, 0, 0]
