@@ -126,7 +126,7 @@ def train(
     with Display(config.steps, done, progress and accelerator.is_main_process) as display, processes.Signals() as signals:
         finished = done
         before: dict[str, float] = {}
-        unread: list[tuple[int, figures.Reading, float]] = []  # the last step, of which the device may not be done
+        unread: list[tuple[int, figures.Reading, float, float]] = []  # the last step, of which the device may not be done
 
         def evaluates(finished: int) -> bool:
             return evaluated is not None and (finished % config.eval_every == 0 or finished == config.steps)
@@ -134,11 +134,11 @@ def train(
         def log() -> None:
             """Read the figures of the last step, if that wasn't done, and write its line."""
             while unread:
-                finished, reading, seconds = unread.pop()
+                finished, reading, rate, seconds = unread.pop()
                 line = reading.figures()
                 if not math.isfinite(line["loss"]):
                     raise FloatingPointError(f"train: the loss is {line['loss']} at step {finished}: the model's {state(qs)}")
-                line |= {"learning_rate": config.rate(finished - 1), "seconds": seconds}
+                line |= {"learning_rate": rate, "seconds": seconds}
                 line["tokens_per_second"] = line.pop("tokens") / seconds
                 line["thoughts_per_second"] = line.pop("thoughts") / seconds
                 display.step(line)
@@ -153,14 +153,15 @@ def train(
                     before = evaluated(display, 0, "eval_0_")
                 for step in range(done, config.steps):
                     started = time.perf_counter()
-                    reading = _step(accelerator, model, optimizer, data, config, loss, step)
+                    rate = config.rate(step)
+                    reading = _step(accelerator, model, optimizer, data, config, loss, rate, step)
                     finished = step + 1
                     log()  # the step before: meanwhile the device has this one to do
                     saves = finished % config.save_every == 0 or finished == config.steps
                     due = saves or evaluates(finished)
                     if due:
                         reading.figures()  # waits for the device, so that the step's time is whole
-                    unread.append((finished, reading, time.perf_counter() - started))
+                    unread.append((finished, reading, rate, time.perf_counter() - started))
                     if due:
                         log()
                     stop = processes.in_any_process(accelerator, signals.caught)
@@ -206,7 +207,14 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
 
 
 def _step(
-    accelerator: Accelerator, model: Any, optimizer: Any, data: Sequence[Example], config: TrainConfig, loss: Loss, step: int
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    data: Sequence[Example],
+    config: TrainConfig,
+    loss: Loss,
+    rate: float,
+    step: int,
 ) -> figures.Reading:
     """One optimizer step, or ``config.updates`` of them on the same thoughts; returns the figures of all processes.
 
@@ -214,8 +222,8 @@ def _step(
     """
     ranks = accelerator.num_processes
     qs = accelerator.unwrap_model(model)
-    seed = mix_seed(config.seed, step)
     parts = _parts_of_step(accelerator, data, config, step)
+    seed = mix_seed(config.seed, step)
     torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
     model.train()
     parts, counts = decide(accelerator, qs, parts, seed)
@@ -238,8 +246,8 @@ def _step(
         if update == 0:  # before the weights change: if another process is lost here, no step is half done
             total = figures.reduced(accelerator, figures.add_up(sums))
         for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        clear_gradients(optimizer, ~total["loss"].isfinite())  # this is found out later, when the loss is read
+            group["lr"] = rate
+        clear_gradients(model, ~total["loss"].isfinite())  # this is found out later, when the loss is read
         optimizer.step()
         qs.update_base_model()
     return figures.Reading(total, counts, whole(norm))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -50,13 +50,12 @@ def _eight_bit(weights: Sequence[Tensor]) -> Any:
     return AdamW8bit
 
 
-def clear_gradients(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
+def clear_gradients(model: nn.Module, where: Tensor) -> None:
     """Make all gradients 0 if ``where``, bool [] on their device, is True."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight.grad is not None:
-                grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
-                grad.masked_fill_(where, 0)
+    for weight in model.parameters():
+        if weight.grad is not None:
+            grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+            grad.masked_fill_(where, 0)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
