@@ -34,7 +34,7 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, make_optimizer
 from quietstar.run.resume import find_checkpoint
-from quietstar.run.sharding import find_strategy, shard, whole
+from quietstar.run.sharding import shard, whole
 from quietstar_kernels.checks import file_path, flag, function, instance, refusal
 
 # (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.
@@ -98,11 +98,13 @@ def train(
     )
     if config.tracker and not accelerator.log_with:  # Accelerate passes over it
         raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
-    strategy = find_strategy(config)
+    strategy = processes.find_strategy(config)
     processes.check_processes(accelerator.num_processes, config, strategy)
     checkpoint = find_checkpoint(resume, config, qs.thought_config)
     done = snapshots.load(checkpoint, qs) if checkpoint else 0
-    processes.check_same_step(accelerator, done, config)
+    steps = processes.in_each_process(accelerator, done)
+    if len(set(steps)) > 1:
+        raise ValueError(f"train: all processes must see the same out={config.out}, but found checkpoints of steps {steps}")
     if strategy != "no":
         shard(qs, strategy, config.precision)
     weights = [p for p in qs.parameters() if p.requires_grad]
@@ -164,14 +166,14 @@ def train(
                     unread.append((finished, reading, rate, time.perf_counter() - started))
                     if due:
                         log()
-                    stop = processes.in_any_process(accelerator, signals.caught)
+                    stop = any(processes.in_each_process(accelerator, signals.caught))
                     if saves or stop:
                         log()
                         save(finished, write=accelerator.is_main_process)
                         accelerator.wait_for_everyone()
                     if stop:
                         break
-                stop = processes.in_any_process(accelerator, signals.caught)  # it may have come while the last step was saved
+                stop = any(processes.in_each_process(accelerator, signals.caught))  # also while the last step was saved
         except ConnectionError:
             log()
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps

@@ -22,6 +22,21 @@ def process_state() -> PartialState:
     return PartialState(cpu=several and not torch.accelerator.is_available())
 
 
+def find_strategy(config: TrainConfig) -> str:
+    """The strategy of ``config.sharding``, else of the FSDP section in Accelerate's configuration (environment variables)."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return config.sharding
+    version = int(os.environ.get("FSDP_VERSION", 1))
+    if version != 2:
+        raise ValueError(f"train: fsdp_version must be 2 in Accelerate's configuration, got {version}")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+        raise ValueError("train: fsdp_cpu_ram_efficient_loading must be false in Accelerate's configuration, got true")
+    if config.sharding != "no":
+        return config.sharding
+    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    return "shard_grad_op" if again == "false" else "full_shard"
+
+
 def check_processes(processes: int, config: TrainConfig, strategy: str) -> None:
     """Raises ValueError if this number of processes can't run ``config`` with a sharding ``strategy``."""
     if processes > config.batch_size:
@@ -32,18 +47,11 @@ def check_processes(processes: int, config: TrainConfig, strategy: str) -> None:
         raise ValueError("train: anchor_chunk must be a number if weights are sharded, the same in each process, got 'auto'")
 
 
-def check_same_step(accelerator: Accelerator, done: int, config: TrainConfig) -> None:
-    """Raises ValueError if the processes resume from different steps."""
-    steps = accelerator.gather(torch.tensor([done], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise ValueError(f"train: all processes must see the same out={config.out}, but found checkpoints of steps {steps}")
-
-
-def in_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether ``flag`` is set in any process."""
+def in_each_process(accelerator: Accelerator, value: int) -> list[int]:
+    """A number of each process."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+        return [value]
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
 
 
 @contextmanager

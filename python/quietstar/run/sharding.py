@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,26 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from quietstar.config import TrainConfig
 from quietstar.hf.modules import unwrapped
 from quietstar.model import QuietStar
 
 COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def find_strategy(config: TrainConfig) -> str:
-    """The strategy of ``config.sharding``, else of the FSDP section in Accelerate's configuration (environment variables)."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
-        return config.sharding
-    version = int(os.environ.get("FSDP_VERSION", 1))
-    if version != 2:
-        raise ValueError(f"train: fsdp_version must be 2 in Accelerate's configuration, got {version}")
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
-        raise ValueError("train: fsdp_cpu_ram_efficient_loading must be false in Accelerate's configuration, got true")
-    if config.sharding != "no":
-        return config.sharding
-    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    return "shard_grad_op" if again == "false" else "full_shard"
 
 
 def shard(qs: QuietStar, strategy: str, precision: str) -> None:

@@ -17,7 +17,7 @@ from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
 from quietstar.run import snapshots
-from quietstar.run.sharding import find_strategy
+from quietstar.run.processes import find_strategy
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
 
