@@ -202,6 +202,14 @@ class ThoughtConfig:
         return cls(**values)
 
 
+def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:
+    """The config of a file. Raises ValueError, which begins with ``where``, for wrong types, names or ranges."""
+    try:
+        return ThoughtConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 @dataclass
 class AdapterConfig:
     """LoRA adapters (arXiv 2106.09685), trained instead of the language model's own weights.

@@ -30,7 +30,7 @@ from quietstar.checkpoints.contents import (
     read_file,
 )
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
-from quietstar.config import ThoughtConfig
+from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
 from quietstar.files.writing import replaced
 from quietstar.hf.modules import embeddings, unwrapped
@@ -138,14 +138,6 @@ def read_description(path: str | os.PathLike) -> tuple[ThoughtConfig, tuple[Trai
     where = f"{path}: {SETTINGS}"
     settings = as_type(Settings, read_json(file, dict[str, Any]), f"{where} is damaged")
     return read_thought_config(settings.thought_config, where), settings.trained_on
-
-
-def read_thought_config(values: dict[str, Any], where: str) -> ThoughtConfig:
-    """The config of a file. Raises ValueError, which begins with ``where``, for wrong types, names or ranges."""
-    try:
-        return ThoughtConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from quietstar.checkpoints import native
-from quietstar.config import ThoughtConfig, TrainConfig
+from quietstar.config import ThoughtConfig, TrainConfig, read_thought_config
 from quietstar.run import snapshots
 
 # What a run leaves in its folder: ``quietstar train``, a recipe that saves between updates, one that saves between rounds.
@@ -88,6 +87,6 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
             raise ValueError(f"train: no checkpoint at {path}")
         snapshots.check(path)
     saved = snapshots.read_run(path).config
-    saved_thoughts = native.read_thought_config(saved.thoughts, f"{path}: {snapshots.RUN}")
+    saved_thoughts = read_thought_config(saved.thoughts, f"{path}: {snapshots.RUN}")
     Settings.of(config, thoughts).check(path, saved.train | saved_thoughts.to_dict())
     return path
