@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar import base_model, checks, objective
 from quietstar.anchors import Candidates, Gate, choose, only_at
 from quietstar.checkpoints import native, official
-from quietstar.checkpoints.contents import Contents, TrainedOn, checkpoint_of
+from quietstar.checkpoints.contents import Contents, TrainedOn
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.chunks import AnchorChunk, predict_in_chunks
 from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.generate import Thinking, generate

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from quietstar.checkpoints import places
 from quietstar.config import TrainConfig, step_size_warning
 from quietstar.hf.modules import state
 from quietstar.model import QuietStar
@@ -32,7 +33,7 @@ from quietstar.run.batches import Batch, Example, check_data, check_example, col
 from quietstar.run.figures import decide
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
-from quietstar.run.optimizers import clear_gradients, make_optimizer
+from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import shard, whole
 from quietstar_kernels.checks import file_path, flag, function, instance, refusal
@@ -110,7 +111,7 @@ def train(
     weights = [p for p in qs.parameters() if p.requires_grad]
     optimizer = make_optimizer(config.optimizer, weights, config.learning_rate, config.weight_decay)
     if checkpoint:
-        snapshots.load_optimizer(checkpoint, optimizer)
+        load_optimizer(checkpoint, optimizer)
     model: Any = qs
     if strategy == "no":
         model, optimizer = accelerator.prepare(qs, optimizer)
@@ -120,7 +121,7 @@ def train(
     if config.tracker:
         accelerator.init_trackers("quietstar", config=settings["train"])
     if checkpoint and resume == "auto" and accelerator.is_main_process:
-        snapshots.remove_old(checkpoint, config.keep)  # if the last save was killed before it did, and no other follows
+        places.remove_others(checkpoint, config.keep, later=False)  # if the last save was killed before, and no other follows
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
     save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
 
@@ -177,14 +178,14 @@ def train(
         except ConnectionError:
             log()
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
-            unsaved = finished > done and not snapshots.folder(config.out, finished).exists()
+            unsaved = finished > done and not places.folder(config.out, finished).exists()
             if intact and unsaved and accelerator.is_main_process:
                 save(finished)
             raise
     for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
     if stop:  # even after the last step: the caller may have more to do
-        raise processes.Interrupted(finished, snapshots.folder(config.out, finished))
+        raise processes.Interrupted(finished, places.folder(config.out, finished))
     return metrics.lines
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from quietstar import QuietStar
+from quietstar.checkpoints import places
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.evaluation.scoring import one_thought
-from quietstar.run import snapshots
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -255,5 +255,5 @@ def test_thinking_helps_with_adapters(sums, pretrained, tmp_path, monkeypatch) -
     monkeypatch.setattr(sums.training, "think_with", with_adapters)
     setting = replace(sums.EQUALS_ONLY, steps=50)
     train_briefly(sums, monkeypatch, model, setting, tmp_path, learning_rate=5e-3)
-    qs = QuietStar.from_pretrained(snapshots.folder(tmp_path, 50), base=load(pretrained)[0])
+    qs = QuietStar.from_pretrained(places.folder(tmp_path, 50), base=load(pretrained)[0])
     assert_it_thinks(sums, qs.eval())

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from quietstar import QuietStar, ThoughtConfig
+from quietstar.checkpoints import places
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
 from quietstar.run.batches import collate
@@ -93,7 +94,7 @@ def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path):
     assert run("broken", resume="auto") == unbroken
     elsewhere = run("elsewhere", resume=tmp_path / "unbroken" / "checkpoints" / "step-000002")
     assert elsewhere == unbroken[2:]
-    for a, b in zip(snapshots.every(tmp_path / "unbroken"), snapshots.every(tmp_path / "broken"), strict=True):
+    for a, b in zip(places.every(tmp_path / "unbroken"), places.every(tmp_path / "broken"), strict=True):
         for name in ("model.safetensors", "quietstar.safetensors", "optimizer.safetensors"):
             assert (a / name).read_bytes() == (b / name).read_bytes()
 
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, unbroken, tmp_path, m
         with pytest.raises(OSError, match="No space left|os error 28"):
             run()
     assert checkpoints(tmp_path / "run") == ["step-000002"]
-    snapshots.check(tmp_path / "run" / "checkpoints" / "step-000002")
+    places.check(tmp_path / "run" / "checkpoints" / "step-000002")
     assert run(resume="auto") == unbroken
 
 

@@ -23,12 +23,12 @@ from quietstar.checkpoints.contents import (
     TrainedOn,
     check_finite,
     check_vocabulary,
-    checkpoint_of,
     find,
     has_safetensors,
     locate_tensors,
     read_file,
 )
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quietstar.checkpoints.contents import checkpoint_of, find, has_safetensors, locate_tensors
+from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.files.reading import check_regular, read_json
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from quietstar.checkpoints.contents import TrainedOn, checkpoint_of, run_of
+from quietstar.checkpoints.contents import TrainedOn
+from quietstar.checkpoints.places import checkpoint_of, run_of
 from quietstar.cli import common
 from quietstar.cli.ignored import DATA, Rule
 from quietstar.data.texts import Data, DataConfig, load_all, load_data

@@ -9,9 +9,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from quietstar.checkpoints import places
 from quietstar.evaluation.intervals import PARTS, verdict
 from quietstar.files.pictures import can_draw, legend_above, save
-from quietstar.run import snapshots
 
 Line = Mapping[str, float]
 GREY, BLUE, RED, GREEN = "#8c8c8c", "#2f6f9f", "#c0563b", "#2d7d46"
@@ -97,7 +97,7 @@ def finish(out: str, lines: Sequence[Mapping[str, float]]) -> str:
     """Draw the metrics of a run in ``out``, if matplotlib is there; returns the text to print."""
     if not lines:  # resumed from the last checkpoint of another folder
         return "there was nothing left to train"
-    written = [snapshots.every(out)[-1], Path(out) / "metrics.jsonl"]
+    written = [places.every(out)[-1], Path(out) / "metrics.jsonl"]
     missing = ""
     if can_draw():
         written.append(Path(out) / "metrics.png")

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 from accelerate.utils import set_seed
 from tyro.conf import arg
 
-from quietstar.checkpoints import native
+from quietstar.checkpoints import native, places
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.cli import common
@@ -27,7 +27,6 @@ from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
-from quietstar.run import snapshots
 from quietstar.run.lock import only_run_in
 from quietstar.run.processes import Interrupted, process_state
 from quietstar.run.resume import Settings, check_folder
@@ -77,7 +76,7 @@ class Train:
             self._run()
 
     def _run(self) -> None:
-        check_folder(self.train.out, "checkpoints", bool(snapshots.every(self.train.out)), bool(self.resume))
+        check_folder(self.train.out, "checkpoints", bool(places.every(self.train.out)), bool(self.resume))
         set_seed(self.train.seed)  # the mixing head's first weights are random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
@@ -99,7 +98,7 @@ class Train:
         try:
             if process_state().is_main_process:
                 print(f"{len(data.train):,} examples to train on, {common.held_out_text(data)}, to {self.train.out}")
-                if not snapshots.every(self.train.out):
+                if not places.every(self.train.out):
                     Path(self.train.out).mkdir(parents=True, exist_ok=True)
                     options = {name: value for name, value in flat(self).items() if name not in ("config", "resume")}
                     write_whole(Path(self.train.out) / CONFIG, json.dumps(options, indent=2) + "\n")
@@ -113,7 +112,7 @@ class Train:
             reason = common.runtime_failure(error)
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
-            path = snapshots.newest_whole(self.train.out)
+            path = places.newest_whole(places.every(self.train.out))
             kept = f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
             raise common.Failure(common.RUNTIME, f"{reason}; {kept}") from error
         if process_state().is_main_process:
@@ -123,10 +122,10 @@ class Train:
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
         run = Path(self.train.out) if self.resume == "auto" else Path(self.resume).parent.parent
-        if not self.resume or not snapshots.every(run) or not (run / CONFIG).exists():
+        if not self.resume or not places.every(run) or not (run / CONFIG).exists():
             return
         Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
-        for path in reversed(snapshots.every(run)):
+        for path in reversed(places.every(run)):
             with suppress(ValueError):  # a damaged one is passed over when the run continues, too
                 description = native.read_description(path)
                 before = description[1] if description else ()

@@ -1,14 +1,22 @@
-"""The optimizers of a run, by name, and an optimizer's state as plain tensors."""
+"""The optimizers of a run, by name, and an optimizer's state as plain tensors and in a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from quietstar.checkpoints.contents import read_file
+from quietstar.files.reading import read_json
+from quietstar.run.resume import RUN, Run
+
+OPTIMIZER = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
 
 
 def make_optimizer(name: str, weights: Sequence[Tensor], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -58,7 +66,16 @@ def clear_gradients(model: nn.Module, where: Tensor) -> None:
             grad.masked_fill_(where, 0)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's state. Its weights may be sharded. Raises ValueError if it belongs to other weights."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    groups = read_json(path / RUN, Run).optimizer
+    if not fits(groups, optimizer.state_dict()["param_groups"]):
+        raise ValueError(f"{path}: {RUN} has the settings of another optimizer")
+    tensors = read_file(path, OPTIMIZER)
+    check_tensors(f"{path}: {OPTIMIZER}", tensors, weights)
+    sharded = {key: _shard_like(value, weights[int(key.partition(".")[0])]) for key, value in tensors.items()}
+    optimizer.load_state_dict({"state": from_tensors(sharded), "param_groups": groups})
 
 
 def to_tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -120,3 +137,10 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, Any]:
             level = level.setdefault(part, {})
         level[name] = int(value) if value.dtype == torch.int64 and value.ndim == 0 else value
     return state
+
+
+def _shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Shard a whole tensor like ``weight``. Every process has the tensor, so nothing is sent."""
+    if not isinstance(weight, DTensor) or tensor.shape != weight.shape:
+        return tensor
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

@@ -12,15 +12,33 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from tqdm.auto import tqdm
 
+from quietstar.checkpoints import places
 from quietstar.config import ThoughtConfig, TrainConfig, read_thought_config
-from quietstar.run import snapshots
+from quietstar.files.reading import read_json
 
 # What a run leaves in its folder: ``quietstar train``, a recipe that saves between updates, one that saves between rounds.
 MARKS = ("checkpoints", "progress", "recipe.json")
+RUN = "run.json"
+
+
+class SavedConfig(msgspec.Struct):
+    """The configs in run.json, by the names of their fields."""
+
+    train: dict[str, Any]
+    thoughts: dict[str, Any]
+
+
+class Run(msgspec.Struct):
+    """run.json, in each checkpoint"""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    config: SavedConfig
+    optimizer: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -73,20 +91,21 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
     Args:
         resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one; or the path of a checkpoint.
     """
+    path: Path | None
     if resume is None:
         return None
-    if resume == "auto":
-        path = snapshots.newest_whole(config.out, on_damaged=lambda error: tqdm.write(f"{error}; trying the one before"))
-        if path is None:
-            if snapshots.every(config.out):
-                raise ValueError(f"train: every checkpoint of {config.out} is damaged")
-            return None
-    else:
+    if resume != "auto":
         path = Path(resume)
         if not path.is_dir():
             raise ValueError(f"train: no checkpoint at {path}")
-        snapshots.check(path)
-    saved = snapshots.read_run(path).config
-    saved_thoughts = read_thought_config(saved.thoughts, f"{path}: {snapshots.RUN}")
+        places.check(path)
+    elif paths := places.every(config.out):
+        path = places.newest_whole(paths, on_damaged=lambda error: tqdm.write(f"{error}; trying the one before"))
+        if path is None:
+            raise ValueError(f"train: every checkpoint of {config.out} is damaged")
+    else:
+        return None
+    saved = read_json(path / RUN, Run).config
+    saved_thoughts = read_thought_config(saved.thoughts, f"{path}: {RUN}")
     Settings.of(config, thoughts).check(path, saved.train | saved_thoughts.to_dict())
     return path

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from quietstar.hf.modules import unwrapped
 from quietstar.model import QuietStar
@@ -103,10 +103,3 @@ def gather(tensor: Tensor, main: bool) -> Tensor:
     """The whole of a tensor that may be sharded, on the CPU of the main process; the others get an empty tensor."""
     tensor = whole(tensor.detach())
     return tensor.cpu() if main else tensor.new_empty(0, device="cpu")
-
-
-def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Shard a whole tensor like ``weight``. Every process has the tensor, so nothing is sent."""
-    if not isinstance(weight, DTensor) or tensor.shape != weight.shape:
-        return tensor
-    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

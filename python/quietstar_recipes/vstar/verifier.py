@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from quietstar.checkpoints.contents import checkpoint_of
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.config import option
 from quietstar.files.reading import read_json

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import quietstar
 from quietstar.checkpoints import native as checkpoint
+from quietstar.checkpoints import places
 from quietstar.checkpoints.pretrained import load_model
 from quietstar.cli import main as cli
 from quietstar.hf import adapters
-from quietstar.run import snapshots
 
 pytest.importorskip("peft")
 from tests.quietstar.checkpoints.signing import sign
@@ -124,7 +124,7 @@ def test_a_resumed_run_gives_the_losses_of_an_unbroken_one_bitwise(base, tmp_pat
     began = AutoModelForCausalLM.from_pretrained(base).state_dict()
     frozen = adapters._base_matrices(qs.model)
     assert set(frozen) < set(began) and all(torch.equal(weight, began[name]) for name, weight in frozen.items())
-    newest, half_way = snapshots.folder(tmp_path / "run", 4), snapshots.folder(tmp_path / "run", 2)
+    newest, half_way = places.folder(tmp_path / "run", 4), places.folder(tmp_path / "run", 2)
     assert not (newest / "model.safetensors").exists()
     assert "adapter_model.safetensors" in json.loads((newest / "manifest.json").read_text())
     again, resumed = train_some(base, tmp_path / "run", resume=half_way)
@@ -147,7 +147,7 @@ def test_a_run_does_not_continue_with_other_adapters(base, tiny, tmp_path):
     qs, _ = train_some(base, tmp_path / "whole", whole=True)
     qs.add_adapters(lora())
     with pytest.raises(ValueError, match="it holds a whole model, and this run trains adapters alone"):
-        checkpoint.restore_all(qs.contents(), snapshots.folder(tmp_path / "whole", 4))
+        checkpoint.restore_all(qs.contents(), places.folder(tmp_path / "whole", 4))
 
 
 @pytest.mark.long

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quietstar
-from quietstar.checkpoints import pretrained
+from quietstar.checkpoints import places, pretrained
 from quietstar.cli import common
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
-from quietstar.run.optimizers import make_optimizer
+from quietstar.run.optimizers import load_optimizer, make_optimizer
 from quietstar.run.resume import find_checkpoint
 from quietstar.training import train
 from tests.limits import Hang, limits
@@ -171,7 +171,7 @@ class Snapshot:
         step = snapshots.load(found, qs)
         weights = [x for x in qs.parameters() if x.requires_grad]
         optimizer = make_optimizer("adamw", weights, 1e-3, 0.1)
-        snapshots.load_optimizer(found, optimizer)
+        load_optimizer(found, optimizer)
         moments = {f"{i}.{name}": x.clone() for i, own in optimizer.state_dict()["state"].items() for name, x in own.items()}
         state = state_of(qs)
         for weight in weights:
@@ -222,7 +222,7 @@ def checkpoints(tiny, tmp_path_factory):
     found = {
         "whole": (home / "whole", load_checkpoint),
         "sharded": (home / "sharded", load_checkpoint),
-        "snapshot": (snapshots.folder(home / "run", 1), Snapshot(tiny)),
+        "snapshot": (places.folder(home / "run", 1), Snapshot(tiny)),
         "plain": (home / "plain", load_plain),
     }
     try:

@@ -4,7 +4,7 @@ import pytest
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints import pretrained
-from quietstar.checkpoints.contents import checkpoint_of, run_of
+from quietstar.checkpoints.places import checkpoint_of, run_of
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import pytest
 
 from quietstar import QuietStar
+from quietstar.checkpoints import places
 from quietstar.cli import common
-from quietstar.run import snapshots
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def pressed(train, monkeypatch):
         with monkeypatch.context() as patch, terminal(monkeypatch, 80) as screen:
             patch.setattr(QuietStar, "count_targets", interrupted)
             code, _, _ = train("--out=run", "--save-every=4")
-        return code, screen[0], [path.name for path in snapshots.every("run")]
+        return code, screen[0], [path.name for path in places.every("run")]
 
     return run
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from quietstar import QuietStar
+from quietstar.checkpoints import places
 from quietstar.cli import common
 from quietstar.run import snapshots
 
@@ -45,7 +46,7 @@ def test_a_model_that_thinks_already_goes_on(home, quietstar, trained):
 @pytest.mark.parametrize("how", [["--resume"], pytest.param(["--resume=run/checkpoints/step-000002"], marks=pytest.mark.long)])
 def test_resume(home, quietstar, trained, how):
     before = (home / "run" / "metrics.jsonl").read_text().splitlines()
-    for path in snapshots.every("run")[1:]:
+    for path in places.every("run")[1:]:
         (path / "manifest.json").unlink()
     code, _, err = quietstar("train", "--config=run/config.json", *how)
     assert code == 0, err

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from quietstar import ThoughtConfig
+from quietstar.checkpoints import places
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
-from quietstar.run import snapshots
 from quietstar.run.processes import find_strategy
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
@@ -94,7 +94,7 @@ def together(home, alone):
     """What two processes compute, all in one launch: results of each by the job's name."""
     alone("plain")
     jobs = {cut: make_job(home, f"{cut[0]} {cut[1]}", **RUNS[cut[0]], sharding=cut[1]) for cut in CUTS}
-    half = snapshots.folder(home / "alone plain", 2)
+    half = places.folder(home / "alone plain", 2)
     for sharding in ("no", "full_shard"):
         jobs[f"resumed {sharding}"] = make_job(home, f"resumed {sharding}", resume=half, sharding=sharding)
     jobs["too few texts"] = make_job(home, "refused", batch_size=1)
@@ -118,8 +118,8 @@ def test_two_processes_compute_what_one_does(home, alone, together, cut):
     for result in two:
         assert_same_lines(result["lines"], one["lines"])
     steps = one["lines"][-1]["step"]
-    theirs, ours = (snapshots.folder(home / out, steps) for out in (" ".join(cut), f"alone {cut[0]}"))
-    snapshots.check(theirs)
+    theirs, ours = (places.folder(home / out, steps) for out in (" ".join(cut), f"alone {cut[0]}"))
+    places.check(theirs)
     files = [file.name for file in ours.glob("*.safetensors")]
     assert len(files) == 3
     for name in files:
@@ -138,7 +138,7 @@ def test_two_processes_compute_what_one_does(home, alone, together, cut):
 @pytest.mark.parametrize("sharding", ["no", "full_shard"])
 def test_a_checkpoint_of_two_processes_goes_on_in_one(home, alone, together, sharding):
     assert together["plain", sharding]
-    half = snapshots.folder(home / f"plain {sharding}", 2)
+    half = places.folder(home / f"plain {sharding}", 2)
     again = processes.run_job(make_job(home, f"one after two, {sharding}", resume=half))
     assert_same_lines(again["lines"], alone("plain")["lines"][2:])
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(alone, together, sharding):
 def test_checkpoints_of_two_processes_go_on_in_four(home, alone, together):
     assert together["plain", "no"]
     jobs = [
-        make_job(home, f"four {a} {b}", resume=snapshots.folder(home / f"plain {a}", 2), sharding=b)
+        make_job(home, f"four {a} {b}", resume=places.folder(home / f"plain {a}", 2), sharding=b)
         for a, b in (("no", "full_shard"), ("full_shard", "no"))
     ]
     for results in processes.run_in_processes(jobs, 4, home):
@@ -260,8 +260,8 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     running[1].send_signal(signal.SIGTERM)
     errors = end(running, 120)
     assert [x.returncode for x in running] == [cli.SAVED] * 2, errors
-    (saved,) = snapshots.every(folder / "run")
-    snapshots.check(saved)
+    (saved,) = places.every(folder / "run")
+    places.check(saved)
     assert saved.name == f"step-{metrics(folder / 'run'):06d}"
 
 
@@ -271,8 +271,8 @@ def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
     running[1].kill()
     errors = end(running, 120)
     assert running[0].returncode == cli.RUNTIME and "another process ended" in errors[0], errors
-    (saved,) = snapshots.every(folder / "run")
-    snapshots.check(saved)
+    (saved,) = places.every(folder / "run")
+    places.check(saved)
     assert saved.name == f"step-{metrics(folder / 'run'):06d}" and str(saved.relative_to(folder)) in errors[0]
 
 
@@ -297,7 +297,7 @@ def test_the_example_for_slurm(folder, monkeypatch):
     command = ["bash", EXAMPLES / "slurm.sh", *arguments("run", "--steps=2", "--save-every=2")[3:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in snapshots.every("run")] == ["step-000002"] and metrics(folder / "run") == 2
+    assert [path.name for path in places.every("run")] == ["step-000002"] and metrics(folder / "run") == 2
 
 
 LAUNCHERS = {
@@ -317,8 +317,8 @@ def test_the_command_line_under_launchers(folder, launcher):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nwrote\n  run/checkpoints/step-000002\n") == 1
-    (saved,) = snapshots.every("run")
-    snapshots.check(saved)
+    (saved,) = places.every("run")
+    places.check(saved)
 
 
 def test_the_examples_configurations_differ_in_sharding_alone():

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 import pytest
 
 from quietstar import ThoughtConfig
+from quietstar.checkpoints import places
 from quietstar.cli.main import Train
 from quietstar.config import AdapterConfig, TrainConfig, option
 from quietstar.data.texts import DataConfig
-from quietstar.run import resume
 from quietstar.run.resume import Settings, find_checkpoint
 from quietstar_recipes import fast, internalize, score, star, vstar
 from quietstar_recipes.internalize import kd
@@ -60,7 +60,7 @@ def test_a_run_from_before_a_setting_existed_had_its_default():
 
 def checkpoint(out, step, train, thoughts):
     """A checkpoint's run.json, with a manifest of no files."""
-    folder = resume.snapshots.folder(out, step)
+    folder = places.folder(out, step)
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"step": step, "config": {"train": train, "thoughts": thoughts}}))
     (folder / "manifest.json").write_text("{}")

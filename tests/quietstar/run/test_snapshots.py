@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.checkpoints.contents import checkpoint_of
+from quietstar.checkpoints import places
+from quietstar.checkpoints.places import checkpoint_of
 from quietstar.config import TrainConfig
 from quietstar.run import snapshots
 from quietstar.run.metrics import Metrics
@@ -62,7 +63,7 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     (checkpoints / "step-000000").write_text("a file")
     (checkpoints / "step-000009").symlink_to("step-000002-best")
     before = everything(checkpoints)
-    assert snapshots.every(tmp_path / "run") == [ours]
+    assert places.every(tmp_path / "run") == [ours]
     assert checkpoint_of(str(tmp_path / "run")) == str(ours)
     for name in (".step-000001-old", ".step-000003"):
         shutil.copytree(ours, checkpoints / name)
@@ -74,32 +75,32 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     after = everything(checkpoints)
     mine = {path: content for path, content in before.items() if path.parts[0] != "step-000002"}
     assert {path: content for path, content in after.items() if path.parts[0] != "step-000003"} == mine
-    assert snapshots.every(tmp_path / "run") == [checkpoints / "step-000003"]
+    assert places.every(tmp_path / "run") == [checkpoints / "step-000003"]
 
 
 @pytest.fixture
 def saved(go, tmp_path):
     go(1)
-    return snapshots.folder(tmp_path / "run", 1)
+    return places.folder(tmp_path / "run", 1)
 
 
 def test_sizes_come_before_hashes_and_devices_are_not_read(saved):
     (saved / "README.md").unlink()
     (saved / "README.md").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="README.md: not a regular file"):
-        snapshots.check(saved)
+        places.check(saved)
     (saved / "README.md").unlink()
     with open(saved / "README.md", "wb") as file:
         file.truncate(2**43)
     with pytest.raises(ValueError, match="README.md is damaged: it has 8,796,093,022,208 bytes"):
-        snapshots.check(saved)
+        places.check(saved)
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../run.json"])
 def test_a_manifest_names_files_of_its_own_folder(saved, name):
     (saved / "manifest.json").write_text(json.dumps({name: [0, "x"]}))
     with pytest.raises(ValueError, match=f"manifest.json must name files of its own folder, got '{name}'"):
-        snapshots.check(saved)
+        places.check(saved)
 
 
 @pytest.mark.parametrize("line", ["null", "[]", "3", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": 2', 10**5 * "["])

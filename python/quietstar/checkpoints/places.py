@@ -1,0 +1,147 @@
+"""Where checkpoints are, which of a run's are whole, and which go.
+
+<run>/checkpoints/step-000050/   of ``quietstar train``
+<run>/best, <run>/model          of a recipe: its best round, or its result
+
+A run's checkpoint is written to a temporary folder, then renamed; a manifest tells which file is damaged, if any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from quietstar.files.reading import check_names, check_saved, read_json, sha256
+
+# Only folders of this name are checkpoints: whatever else is kept beside them is never read, renamed or removed.
+_NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
+_LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?")  # what saves leave when they are killed
+CONFIG, MANIFEST = "config.json", "manifest.json"
+
+
+def folder(out: str | os.PathLike, step: int) -> Path:
+    """The checkpoint of a run after ``step`` steps."""
+    return Path(out) / "checkpoints" / f"step-{step:06d}"
+
+
+def every(out: str | os.PathLike) -> list[Path]:
+    """The run's checkpoints, oldest first: folders called step-<number>, and nothing else that is there."""
+    checkpoints = Path(out) / "checkpoints"
+    steps = sorted(int(found[1]) for path in checkpoints.glob("step-*") if (found := _NAME.fullmatch(path.name)))
+    return [path for step in steps if is_folder(path := folder(out, step))]
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def checkpoint_of(name: str | os.PathLike) -> str:
+    """The checkpoint that a name stands for: of a run's folder its newest, of a recipe's the best, else the name itself.
+
+    Raises ValueError where the name looks like a local path that doesn't exist.
+    """
+    text = os.fspath(name)
+    path = Path(text)
+    if not os.path.exists(text):
+        if _is_local(text):
+            raise ValueError(f"{text}: there is no such folder")
+        return text
+    if checkpoints := every(path):
+        return str(checkpoints[-1])
+    if (path / CONFIG).is_file():
+        return text
+    return next((str(path / result) for result in ("best", "model") if (path / result / CONFIG).is_file()), text)
+
+
+def run_of(name: str | os.PathLike) -> Path | None:
+    """The run's folder that a checkpoint, or a run's folder itself, is in; None if it is in none."""
+    checkpoint = Path(checkpoint_of(name))
+    in_run = _NAME.fullmatch(checkpoint.name) and checkpoint.parent.name == "checkpoints"
+    return checkpoint.parent.parent if in_run else None
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can't be one on the hub, or stands for a folder here more likely than for one there."""
+    first = name.split("/")[0]
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and os.path.isdir(first))
+
+
+@contextmanager
+def new(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes the checkpoint ``path`` at the end, in place of an older one; an error removes it."""
+    beside = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    try:
+        beside.mkdir()
+        yield beside
+        if is_folder(path):
+            _remove(path)
+        os.replace(beside, path)
+    finally:
+        _remove_leftovers(path.parent)
+
+
+def seal(path: Path, hashes: Mapping[str, str]) -> None:
+    """Write the manifest that ``check`` reads, and all files to the disk. ``hashes`` are those that are known already."""
+    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(path.iterdir())}
+    (path / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    for file in path.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def check(path: Path) -> None:
+    """Raises ValueError, naming the first file that is missing or not as it was written."""
+    import msgspec  # here: a model runs where it is not installed
+
+    try:
+        files = read_json(path / MANIFEST, dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], str]])
+    except ValueError as error:
+        raise ValueError(f"{path}: {MANIFEST} is missing or damaged: {error}") from error
+    check_names(f"{path}: {MANIFEST}", files)
+    sizes, hashes = ({name: saved[i] for name, saved in files.items()} for i in (0, 1))
+    check_saved(path, lambda name: str(path / name) if os.path.lexists(path / name) else None, sizes, hashes)
+
+
+def newest_whole(paths: list[Path], on_damaged: Callable[[ValueError], Any] = lambda error: None) -> Path | None:
+    """The last of a run's checkpoints that is not damaged, None if there is none."""
+    for path in reversed(paths):
+        try:
+            check(path)
+        except ValueError as error:
+            on_damaged(error)
+        else:
+            return path
+    return None
+
+
+def remove_others(path: Path, keep: int, later: bool) -> None:
+    """Remove all but the newest ``keep`` checkpoints of a run up to this one, perhaps the ``later`` ones too, and leftovers."""
+    paths = every(path.parent.parent)
+    end = paths.index(path) + 1
+    for other in reversed(paths[end:] if later else []):
+        _remove(other)
+    _remove_leftovers(path.parent)
+    for other in paths[: max(0, end - keep)]:
+        _remove(other)
+
+
+def _remove(path: Path) -> None:
+    """Rename, then remove: if this is killed halfway, no half checkpoint must be left under its name."""
+    old = path.with_name(f".{path.name}-old")
+    os.replace(path, old)
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Remove what saves that were killed or failed have left."""
+    for path in checkpoints.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and is_folder(path):
+            shutil.rmtree(path, ignore_errors=True)
