@@ -32,7 +32,6 @@ from quietstar.objective import Counts
 from quietstar.packed import QuietStarOutput
 from quietstar.run import figures
 from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
-from quietstar.run.figures import decide, same_length
 from quietstar_kernels.checks import flag, instance, items, refusal
 
 EVALUATED = ("input_ids", "attention_mask", "labels", "anchors", "document_ids")
@@ -133,9 +132,9 @@ class ThoughtTrainer(Trainer):
         if not batches:
             return [], None
         parts = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
-        parts = [self._numbered(i, part) for i, part in enumerate(same_length(self.accelerator, parts))]
+        parts = [self._numbered(i, part) for i, part in enumerate(figures.same_length(self.accelerator, parts))]
         self.model.train()
-        parts, counts = decide(self.accelerator, self.model, parts, self._seed())
+        parts, counts = figures.decide(self.accelerator, self.model, parts, self._seed())
         self._interval.begin_step(counts)
         return parts, counts
 

@@ -30,7 +30,6 @@ from quietstar.objective import Counts
 from quietstar.packed import QuietStarOutput
 from quietstar.run import figures, processes, snapshots
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
-from quietstar.run.figures import decide
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
@@ -40,6 +39,7 @@ from quietstar_kernels.checks import file_path, flag, function, instance, refusa
 
 # (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.
 Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
+Evaluate = Callable[[QuietStar], dict[str, float]]
 
 
 def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:
@@ -56,7 +56,7 @@ def train(
     data: Sequence[Example],
     config: TrainConfig,
     loss: Loss = thought_loss,
-    evaluate: Callable[[QuietStar], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
     evaluate_first: bool = False,
@@ -120,14 +120,16 @@ def train(
     settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
     if config.tracker:
         accelerator.init_trackers("quietstar", config=settings["train"])
+    finished = done
+
+    def save() -> None:
+        snapshots.save(config.out, finished, qs, optimizer, settings, config.keep, accelerator.is_main_process)
+
     if checkpoint and resume == "auto" and accelerator.is_main_process:
         places.remove_others(checkpoint, config.keep, later=False)  # if the last save was killed before, and no other follows
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
-    save = partial(snapshots.save, config.out, qs=qs, optimizer=optimizer, config=settings, keep=config.keep)
-
     evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None
     with Display(config.steps, done, progress and accelerator.is_main_process) as display, processes.Signals() as signals:
-        finished = done
         before: dict[str, float] = {}
         unread: list[tuple[int, figures.Reading, float, float]] = []  # the last step, of which the device may not be done
 
@@ -156,8 +158,7 @@ def train(
                     before = evaluated(display, 0, "eval_0_")
                 for step in range(done, config.steps):
                     started = time.perf_counter()
-                    rate = config.rate(step)
-                    reading = _step(accelerator, model, optimizer, data, config, loss, rate, step)
+                    reading, rate = _step(accelerator, model, optimizer, data, config, loss, step)
                     finished = step + 1
                     log()  # the step before: meanwhile the device has this one to do
                     saves = finished % config.save_every == 0 or finished == config.steps
@@ -170,7 +171,7 @@ def train(
                     stop = any(processes.in_each_process(accelerator, signals.caught))
                     if saves or stop:
                         log()
-                        save(finished, write=accelerator.is_main_process)
+                        save()
                         accelerator.wait_for_everyone()
                     if stop:
                         break
@@ -180,7 +181,7 @@ def train(
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
             unsaved = finished > done and not places.folder(config.out, finished).exists()
             if intact and unsaved and accelerator.is_main_process:
-                save(finished)
+                save()
             raise
     for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
@@ -210,26 +211,19 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
 
 
 def _step(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    data: Sequence[Example],
-    config: TrainConfig,
-    loss: Loss,
-    rate: float,
-    step: int,
-) -> figures.Reading:
-    """One optimizer step, or ``config.updates`` of them on the same thoughts; returns the figures of all processes.
+    accelerator: Accelerator, model: Any, optimizer: Any, data: Sequence[Example], config: TrainConfig, loss: Loss, step: int
+) -> tuple[figures.Reading, float]:
+    """One optimizer step, or ``config.updates`` of them on the same thoughts: figures of all processes, and the learning rate.
 
     Nothing in it waits for a GPU.
     """
     ranks = accelerator.num_processes
     qs = accelerator.unwrap_model(model)
     parts = _parts_of_step(accelerator, data, config, step)
-    seed = mix_seed(config.seed, step)
+    seed, rate = mix_seed(config.seed, step), config.rate(step)
     torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
     model.train()
-    parts, counts = decide(accelerator, qs, parts, seed)
+    parts, counts = figures.decide(accelerator, qs, parts, seed)
 
     total: dict[str, Tensor] = {}
     for update in range(config.updates):
@@ -253,7 +247,7 @@ def _step(
         clear_gradients(model, ~total["loss"].isfinite())  # this is found out later, when the loss is read
         optimizer.step()
         qs.update_base_model()
-    return figures.Reading(total, counts, whole(norm))
+    return figures.Reading(total, counts, whole(norm)), rate
 
 
 def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: TrainConfig, step: int) -> list[Batch]:
@@ -272,12 +266,7 @@ def _thoughts_of(out: QuietStarOutput) -> Batch:
 
 
 def _evaluate(
-    accelerator: Accelerator,
-    qs: QuietStar,
-    evaluate: Callable[[QuietStar], dict[str, float]],
-    display: Display,
-    step: int,
-    prefix: str,
+    accelerator: Accelerator, qs: QuietStar, evaluate: Evaluate, display: Display, step: int, prefix: str
 ) -> dict[str, float]:
     """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
     qs.eval()

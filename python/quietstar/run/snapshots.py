@@ -10,13 +10,12 @@ Weights and moments are stored whole even if they were sharded, so a run can be 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.optim import Optimizer
 
 from quietstar.checkpoints import native, places
 from quietstar.files.reading import read_json
@@ -27,13 +26,7 @@ from quietstar.run.sharding import gather, whole_weights
 
 
 def save(
-    out: str | os.PathLike,
-    step: int,
-    qs: QuietStar,
-    optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
-    keep: int,
-    write: bool = True,
+    out: str | Path, step: int, qs: QuietStar, optimizer: Optimizer, config: dict[str, Any], keep: int, write: bool = True
 ) -> None:
     """Write the checkpoint after ``step`` steps. Then remove all but the newest ``keep`` up to it.
 
