@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from quietstar.config import ThoughtConfig
 from quietstar_kernels import ThoughtLayout
@@ -191,46 +191,3 @@ def pad_id(config: PretrainedConfig) -> int:
         if token is not None and token >= 0:
             return token
     return 0
-
-
-def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Raises ValueError where a text's thoughts pass the model's last position."""
-    limits = position_limits(model)
-    if not limits:
-        return
-    positions = layout.position_ids()
-    if on_host(positions):
-        check_room(model, limits, int(positions.max()) + 1)
-    else:
-        beyond = positions >= min(limits.values())
-        refuse_where(beyond, f"input_ids: text and thoughts need more than {min(limits.values())} positions")
-
-
-def check_room(model: PreTrainedModel, limits: dict[str, int], needed: int, names: str = "input_ids") -> None:
-    """``limits`` as ``position_limits`` returns them; ``needed`` counts text and thoughts; ``names`` begins the message."""
-    for what, limit in limits.items():
-        if needed > limit:
-            raise ValueError(
-                f"{names}: text and thoughts need {needed} positions and {type(model).__name__} has {limit} {what}: "
-                "use a shorter text or shorter thoughts"
-            )
-
-
-def position_limits(model: PreTrainedModel) -> dict[str, int]:
-    """The model's position limits: learned positions end, and some rotary ones change with the longest position in the call."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = learned_positions(model)
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        limits[f"positions before {rope['rope_type']} rotary embeddings change"] = original
-    return limits
-
-
-def learned_positions(model: PreTrainedModel) -> dict[str, int]:
-    tables = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
-    ]
-    return {"learned positions": min(model.config.get_text_config().max_position_embeddings, *tables)} if tables else {}

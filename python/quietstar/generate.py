@@ -19,6 +19,7 @@ from quietstar.hf.architectures import most_rows
 from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
+from quietstar.hf.positions import check_room, learned_positions, position_limits
 from quietstar.packed import Thinker
 from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
@@ -70,7 +71,7 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
                 graphs.spare = generator.cache
             return out
         longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
-        checks.check_room(model, checks.learned_positions(model), longest)
+        check_room(type(model).__name__, learned_positions(model), longest)
         options["logits_processor"] = [FiniteLogits(model), *(options.get("logits_processor") or ())]
         return model.generate(input_ids, **options)
 
@@ -156,7 +157,7 @@ class ThinkingModel(GenerationMixin):
         self.graphs = graphs
         self.thinking = thinking
         self.new_tokens = new_tokens
-        self.limits = checks.position_limits(thinker.model)
+        self.limits = position_limits(thinker.model)
         self.cache: TextCache | None = None
         if thinking.sample_thoughts:
             self.N, temperature = thinking.thoughts, 1.0
@@ -267,4 +268,4 @@ class ThinkingModel(GenerationMixin):
 
     def _check_room(self, ahead: int = 0) -> None:
         needed = self.longest + ahead + self.thinker.config.thought_tokens + 2
-        checks.check_room(self.thinker.model, self.limits, needed, "input_ids and max_new_tokens")
+        check_room(type(self.thinker.model).__name__, self.limits, needed, "input_ids and max_new_tokens: text and thoughts")

@@ -15,6 +15,7 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
+from quietstar.hf.positions import check_positions
 from quietstar.objective import IGNORED, Targets, at_anchors
 from quietstar_kernels import ThoughtLayout
 
@@ -130,7 +131,7 @@ class Thinker:
         """
         checks.check_text(input_ids, attention_mask, self.config, embeddings(self.model))
         layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, self.config)
-        checks.check_positions(self.model, layout)
+        check_positions(self.model, layout)
         return checks.with_lengths(layout, thought_lengths, self.config)
 
     def thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.completions import PackedCompletions
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import unwrapped
+from quietstar.hf.positions import check_room, rotary_limits
 from quietstar.hf.verify import verify_once
 
 HOOK = "_get_per_token_logps_and_entropies"
@@ -129,6 +130,9 @@ class SharedPrompts(Trainer):
         more = [name for name, value in inputs.items() if value is not None] + ["compute_aux_loss"] * compute_aux_loss
         if more:
             raise ValueError(f"{type(self).__name__}: prompts must be text alone, got {', '.join(more)}")
+        inner = unwrapped(self.accelerator.unwrap_model(model))
+        limits, row = rotary_limits(inner.config), input_ids.shape[1]
+        check_room(type(inner).__name__, limits, row, "prompts and completions, padded as by TRL,")
         order = _order_by_prompt(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
         parts = []
         for chunk in order.split(batch_size or len(order)):

@@ -161,6 +161,21 @@ def test_architectures(tiny, trainer, name, monkeypatch):
     check_equal(stock, ours, batch(order=SHUFFLED), bound=5e-5)  # fp32: some can't run in fp64
 
 
+@pytest.mark.parametrize("room", [18, 19])
+def test_rotary_embeddings_that_change_with_the_longest_position(tiny, trainer, room):
+    """TRL's rows of this batch are 19 long, padding included, and its completions end by position 17."""
+    inputs = batch(prompts=(11, 1, 3))
+    factors = {"factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": room, **factors}
+    made = [tiny("llama", rope_parameters=dict(rope)).double() for _ in range(2)]
+    stock, ours = (trainer(cls, model) for cls, model in zip((GRPOTrainer, SharedGRPO), made, strict=True))
+    if room == 19:
+        check_equal(stock, ours, inputs)
+    else:
+        with pytest.raises(ValueError, match="need 19 positions and LlamaForCausalLM has 18 positions before longrope"):
+            step(ours, inputs)
+
+
 def test_rloo(tiny, trainer):
     stock, ours = (trainer(cls, tiny("llama").double(), beta=0.0) for cls in (RLOOTrainer, SharedRLOO))
     check_equal(stock, ours, batch(order=SHUFFLED))

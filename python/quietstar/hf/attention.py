@@ -15,6 +15,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit
 from quietstar.hf.decoder import PackedPass, ThoughtPass
+from quietstar.hf.positions import check_rotary
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
 
@@ -84,6 +85,8 @@ def _thought_forward(
         raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which thoughts do not support")
     if dropout:
         _warn_dropout()
+    if isinstance(thought_layout, ThoughtLayout):
+        check_rotary(module, thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
     if not hasattr(thought_pass, "attend"):
         raise refusal("thought_layout", "a ThoughtLayout", thought_layout)

@@ -20,6 +20,7 @@ from quietstar.hf.architectures import DROP_LAYOUT, check_model, most_rows
 from quietstar.hf.attention import WRAPPED_NAME
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
+from quietstar.hf.positions import rotary_limits
 from quietstar.hf.verify import verify_once
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead | None] = WeakKeyDictionary()
@@ -67,8 +68,8 @@ def _draws_or_runs_again(model: nn.Module) -> bool:
 
 def _verified_head(model: PreTrainedModel) -> LMHead | None:
     inner = unwrapped(model)
-    # Layers that drop layouts need hooks that stay, and chunks limit the rows of a forward.
-    if inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize:
+    # Layers that drop layouts need hooks that stay; chunks and some rotary embeddings limit a forward.
+    if inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize or rotary_limits(inner.config):
         return None
     try:
         check_model(model)
