@@ -16,10 +16,12 @@ from tyro.conf import arg
 
 from quietstar.checkpoints import native, pretrained
 from quietstar.checkpoints.contents import TrainedOn
+from quietstar.chunks import free_memory
 from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
 from quietstar.data.texts import Data, DataConfig
 from quietstar.evaluation.intervals import format_gain, verdict
+from quietstar.memory.fit import Machine
 from quietstar.model import QuietStar
 from quietstar.run.processes import process_state
 
@@ -140,6 +142,12 @@ def load_model(name: str, thoughts: ThoughtConfig, tokenizer: Any, dtype: str, a
         raise ValueError(f"{name}: it was made with embedding_scale={scale}, not {thoughts.embedding_scale}")
     qs.use_config(thoughts)
     return qs
+
+
+def this_machine(processes: int) -> Machine:
+    """Where a run of so many processes trains, with what is free now."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Machine(device, free_memory(device), processes)
 
 
 def load_checkpoint(name: str) -> QuietStar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, ClassVar, Literal
 
@@ -12,10 +13,11 @@ import torch
 from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model
-from quietstar.cli.common import AllowBin, UsageError
+from quietstar.cli.common import AllowBin, UsageError, this_machine
 from quietstar.cli.ignored import Rule
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify
+from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import (
     Processes,
     chunk_count,
@@ -25,7 +27,7 @@ from quietstar.memory.processes import (
     step_traffic,
     traffic_table,
 )
-from quietstar.memory.step import human, memory_table, step_memory
+from quietstar.memory.step import StepMemory, human, memory_table, step_memory
 from quietstar_kernels import backends, cpu_library, cuda_library
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
@@ -89,12 +91,21 @@ class Doctor:
             raise UsageError(f"--batch-size, --length and thoughts make {rows:,} rows, and {MOST_ROWS:,} are the most")
         dtype = getattr(torch, self.dtype)
         processes = Processes(self.processes, self.sharding, dtype, gathered_dtype(dtype, self.precision))
-        memory = step_memory(config, thoughts, self.batch_size, self.length, processes.computed, self.anchor_chunk)
         weights = count_weights(config, adapters)
-        memory = process_memory(memory, weights, processes)
+
+        @cache
+        def estimate(texts: int, anchor_chunk: int | None) -> StepMemory:
+            memory = step_memory(config, thoughts, texts, self.length, processes.computed, anchor_chunk)
+            return process_memory(memory, weights, processes)
+
+        memory = estimate(self.batch_size, self.anchor_chunk)
         size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
         table = memory_table(memory, libraries, self.gradient_checkpointing)
-        text = f"{self.model}: a training step on {size}, needs about\n{table}"
+        machine = this_machine(self.processes)
+        plan = Plan(self.batch_size, self.gradient_checkpointing, self.anchor_chunk)
+        reason = too_large(plan, self.length, estimate, machine, "--batch-size={}".format)
+        fits = f"doesn't fit: {reason}" if reason else f"fits in the {human(machine.free)} that are free"
+        text = f"{self.model}: a training step on {size}, needs about\n{table}\n{fits}"
         if self.processes > 1:
             traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
             text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -27,6 +28,10 @@ from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
 from quietstar.files.writing import write_whole
+from quietstar.memory.fit import Plan, too_large
+from quietstar.memory.processes import gathered_dtype
+from quietstar.memory.step import StepMemory, step_memory
+from quietstar.model import QuietStar
 from quietstar.run.lock import only_run_in
 from quietstar.run.processes import Interrupted, process_state
 from quietstar.run.resume import Settings, check_folder
@@ -53,6 +58,9 @@ class Train:
     )
     allow_bin: common.AllowBin = field(default=False, metadata=MAY_DIFFER)
     controls: common.Controls = field(default=True, metadata=MAY_DIFFER)
+    check_memory: Annotated[bool, arg(help="refuse a step that needs more memory than is free, by doctor's estimate")] = field(
+        default=True, metadata=MAY_DIFFER
+    )
     thoughts_from: Annotated[str, arg(help="a .jsonl or .parquet file of thoughts about these texts; default sampled")] = ""
     config: Annotated[str, arg(help=f"JSON or YAML file of options, such as a run's {CONFIG}; typed options win")] = field(
         default="", metadata=MAY_DIFFER
@@ -95,6 +103,8 @@ class Train:
             size = max(1, self.train.batch_size // self.train.accumulation)
             evaluation = partial(evaluate, examples=data.held_out, batch_size=size, controls=self.controls)
         self._check_same_run(qs.trained_on)
+        if self.check_memory and process_state().is_main_process:
+            self._check_memory(qs, max(len(x["input_ids"]) for x in data.train))
         try:
             if process_state().is_main_process:
                 print(f"{len(data.train):,} examples to train on, {common.held_out_text(data)}, to {self.train.out}")
@@ -118,6 +128,35 @@ class Train:
         if process_state().is_main_process:
             print(finish(self.train.out, metrics))
         process_state().destroy_process_group()
+
+    def _check_memory(self, qs: QuietStar, length: int) -> None:
+        """Refuse a step that doesn't fit, since the system would kill it, or swap for hours."""
+        machine = common.this_machine(process_state().num_processes)
+        shares = 1 if self.train.sharding == "no" else machine.processes
+        trained = sum(x.nbytes for x in qs.parameters() if x.requires_grad) // shares
+        parts = {
+            "weights": 0 if machine.device.type == "cpu" else sum(x.nbytes for x in qs.parameters()) // shares,  # loaded here
+            "gradients": trained,
+            "moments": trained // 2 if self.train.optimizer == "8bit" else 2 * trained,
+        }
+        dtype = gathered_dtype(qs.model.dtype, self.train.precision)
+
+        @cache
+        def estimate(texts: int, anchor_chunk: int | None) -> StepMemory:
+            return replace(step_memory(qs.model.config, self.thoughts, texts, length, dtype, anchor_chunk), **parts)
+
+        each = -(-self.train.batch_size // machine.processes)
+        # Chosen anchors may be few, so that this is the least that they need.
+        few = self.thoughts.anchors != "all" or self.thoughts_from
+        chunk = 1 if few or self.train.anchor_chunk == "auto" else self.train.anchor_chunk
+        plan = Plan(-(-each // self.train.accumulation), self.gradient_checkpointing, chunk)
+        try:
+            reason = too_large(plan, length, estimate, machine, lambda texts: f"--accumulation={-(-each // texts)}")
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return
+        if reason:
+            raise common.Failure(common.RUNTIME, f"{reason}; --no-check-memory tries it all the same")
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""

@@ -100,7 +100,7 @@ def step_memory(
         anchor_chunk: anchors of each text at a time. The thoughts of a chunk are recomputed as a whole, not layer by layer.
 
     Raises:
-        ValueError: the model type can't think.
+        ValueError: the model type can't think, or needs the values of tensors.
     """
     check_architecture(config)
     text_config = config.get_text_config()
@@ -111,7 +111,11 @@ def step_memory(
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         sizes = [x.numel() for x in model.parameters()]
-        kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
+        try:
+            kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
+        except RuntimeError as error:  # some experts read values
+            what = f"the memory of a step can't be estimated for model type {config.model_type!r}"
+            raise ValueError(f"{what}: {error}") from error
         V, D = model.get_output_embeddings().weight.shape
     kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
 

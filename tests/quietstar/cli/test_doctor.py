@@ -1,4 +1,18 @@
-"""``quietstar doctor``: what this machine has, and what training needs."""
+"""``quietstar doctor``: what this machine has, and what training needs; and ``train``, which refuses what doesn't fit."""
+
+import re
+
+import pytest
+
+from quietstar.cli import common
+
+SIZES = ["--model=model", "--batch-size=8", "--length=64", "--thoughts=3"]
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """``free(MiB)``: as if so much memory were free."""
+    return lambda size: monkeypatch.setattr(common, "free_memory", lambda device: size * 2**20)
 
 
 def test_doctor(quietstar):
@@ -6,3 +20,45 @@ def test_doctor(quietstar):
     assert code == 0 and "transformers" in out and "thought_attention" in out
     code, out, _ = quietstar("doctor", "--model=model", "--batch-size=2", "--length=64", "--thoughts=3", "--verify")
     assert code == 0 and "2 x 64 tokens, 5,504 rows" in out and "optimizer moments" in out and "ok" in out.splitlines()[-1]
+    assert re.search(r"^fits in the .* that are free$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("size", [100, 30, 12])
+def test_what_would_fit_is_named_and_does(quietstar, free, monkeypatch, size):
+    free(size)
+    code, out, _ = quietstar("doctor", *SIZES)
+    last = out.splitlines()[-1]
+    assert code == 0 and last.startswith("doesn't fit: a step needs about ") and f"{size}.0 MiB are free: " in last
+    code, out, _ = quietstar("doctor", *SIZES, *last.split(" with ")[1].split())
+    assert code == 0 and out.splitlines()[-1].startswith("fits")
+
+
+def test_nothing_fits(quietstar, free):
+    free(1)
+    code, out, _ = quietstar("doctor", *SIZES)
+    assert code == 0 and "1.0 MiB are free: shorter texts (--length) or thoughts, a smaller model or --lora-rank" in out
+
+
+def test_train_refuses_what_does_not_fit(home, train, free):
+    options = ["--out=run", "--batch-size=8", "--steps=1", "--eval-every=0"]
+    free(2)
+    code, _, err = train(*options)
+    assert code == common.RUNTIME and not (home / "run").exists()
+    reason, options_that_fit = err[-1].split("; ")[0].split(" with ")
+    assert "a step needs about" in reason and err[-1].endswith("; --no-check-memory tries it all the same")
+    code, _, err = train(*options, *options_that_fit.split())
+    assert code == 0, err
+    code, _, err = train(*options, "--out=other", "--no-check-memory")
+    assert code == 0, err
+
+
+def test_a_type_whose_memory_cannot_be_estimated_trains_unchecked(home, quietstar, train, free, monkeypatch):
+    def unable(*arguments):
+        raise RuntimeError("aten.nonzero.default")
+
+    monkeypatch.setattr("quietstar.memory.step._decoder", unable)
+    free(2)
+    code, _, err = train("--out=run", "--steps=1", "--eval-every=0")
+    assert code == 0 and "can't be estimated" in err[0] and len(err) == 1
+    code, _, err = quietstar("doctor", *SIZES)
+    assert code == common.DATA and "memory of a step can't be estimated for model type 'llama'" in err[0]
