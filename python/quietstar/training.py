@@ -106,6 +106,7 @@ def train(
     steps = processes.in_each_process(accelerator, done)
     if len(set(steps)) > 1:
         raise ValueError(f"train: all processes must see the same out={config.out}, but found checkpoints of steps {steps}")
+    places.check_free(config.out, done, config.steps)
     if strategy != "no":
         shard(qs, strategy, config.precision)
     weights = [p for p in qs.parameters() if p.requires_grad]
@@ -120,10 +121,12 @@ def train(
     settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
     if config.tracker:
         accelerator.init_trackers("quietstar", config=settings["train"])
-    finished = done
+    finished = saved = done
 
     def save() -> None:
+        nonlocal saved
         snapshots.save(config.out, finished, qs, optimizer, settings, config.keep, accelerator.is_main_process)
+        saved = finished
 
     if checkpoint and resume == "auto" and accelerator.is_main_process:
         places.remove_others(checkpoint, config.keep, later=False)  # if the last save was killed before, and no other follows
@@ -179,8 +182,7 @@ def train(
         except ConnectionError:
             log()
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
-            unsaved = finished > done and not places.folder(config.out, finished).exists()
-            if intact and unsaved and accelerator.is_main_process:
+            if intact and finished > saved and accelerator.is_main_process:
                 save()
             raise
     for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group

@@ -142,6 +142,22 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, unbroken, tmp_path, m
     assert run(resume="auto") == unbroken
 
 
+def test_a_lost_process_does_not_cost_the_finished_steps_where_an_older_run_was(run, tmp_path):
+    run()
+    calls = []
+
+    def lost(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("[gloo] connection closed by peer")
+        return thought_loss(*arguments)
+
+    with pytest.raises(ConnectionError, match="another process ended"):
+        run(seed=1, save_every=4, loss=lost)
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").read_text())
+    assert saved["config"]["train"]["seed"] == 1 and checkpoints(tmp_path / "run") == ["step-000002"]
+
+
 @pytest.mark.parametrize("during", ["the step", "its checkpoint"])
 def test_a_signal_in_the_last_step_is_not_lost(run, unbroken, monkeypatch, during):
     """The caller of ``train`` may have more to do."""

@@ -8,10 +8,12 @@ A run's checkpoint is written to a temporary folder, then renamed; a manifest te
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,10 @@ from typing import Annotated, Any
 
 from quietstar.files.reading import check_names, check_saved, read_json, sha256
 
-# Only folders of this name are checkpoints: whatever else is kept beside them is never read, renamed or removed.
+# Only folders of this name that hold this step are checkpoints: whatever else is kept beside them is never renamed or removed.
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
 _LEFTOVER = re.compile(r"\.step-[0-9]{6,}(-old)?")  # what saves leave when they are killed
-CONFIG, MANIFEST = "config.json", "manifest.json"
+CONFIG, MANIFEST, RUN = "config.json", "manifest.json", "run.json"
 
 
 def folder(out: str | os.PathLike, step: int) -> Path:
@@ -31,10 +33,42 @@ def folder(out: str | os.PathLike, step: int) -> Path:
 
 
 def every(out: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints, oldest first: folders called step-<number>, and nothing else that is there."""
-    checkpoints = Path(out) / "checkpoints"
-    steps = sorted(int(found[1]) for path in checkpoints.glob("step-*") if (found := _NAME.fullmatch(path.name)))
-    return [path for step in steps if is_folder(path := folder(out, step))]
+    """The run's checkpoints, oldest first: folders called step-<number> that hold that step; a warning names any that don't."""
+    found = []
+    for path in _named(out):
+        if reason := _not_ours(path):
+            warnings.warn(f"{path}: passed over: {reason}", stacklevel=1)  # the same place for all callers: it is shown once
+        else:
+            found.append(path)
+    return found
+
+
+def check_free(out: str | os.PathLike, done: int, steps: int) -> None:
+    """Raises ValueError for a folder that is not the run's where one of its steps after ``done`` may be saved."""
+    for path in _named(out):
+        if done < _step(path) <= steps and (reason := _not_ours(path)):
+            raise ValueError(f"{path}: {reason}, and this run will save there: move it, or take another out")
+
+
+def _named(out: str | os.PathLike) -> list[Path]:
+    """The folders called step-<number>, in order."""
+    found = [path for path in (Path(out) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and is_folder(path)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _not_ours(path: Path) -> str | None:
+    """Why a folder called step-<number> is no checkpoint that was saved under this name; None if it is one, perhaps damaged."""
+    if not (path / RUN).exists():
+        return f"it has no {RUN}"
+    try:
+        step = read_json(path / RUN, dict[str, Any]).get("step")
+    except ValueError:
+        return None
+    return None if step == _step(path) else f"its {RUN} says step {step}"
 
 
 def is_folder(path: Path) -> bool:
@@ -74,7 +108,12 @@ def _is_local(name: str) -> bool:
 
 @contextmanager
 def new(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes the checkpoint ``path`` at the end, in place of an older one; an error removes it."""
+    """A temporary folder that becomes the checkpoint ``path`` at the end, in place of an older one; an error removes it.
+
+    Raises FileExistsError if a folder of that name is not the run's.
+    """
+    if is_folder(path) and (reason := _not_ours(path)):
+        raise FileExistsError(errno.EEXIST, f"not saved over what is there: {reason}", str(path))
     beside = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quietstar.checkpoints.contents import read_file
+from quietstar.checkpoints.places import RUN
 from quietstar.files.reading import read_json
-from quietstar.run.resume import RUN, Run
+from quietstar.run.resume import Run
 
 OPTIMIZER = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW

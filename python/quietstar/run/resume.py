@@ -18,12 +18,12 @@ import msgspec
 from tqdm.auto import tqdm
 
 from quietstar.checkpoints import places
+from quietstar.checkpoints.places import RUN
 from quietstar.config import ThoughtConfig, TrainConfig, read_thought_config
 from quietstar.files.reading import read_json
 
 # What a run leaves in its folder: ``quietstar train``, a recipe that saves between updates, one that saves between rounds.
 MARKS = ("checkpoints", "progress", "recipe.json")
-RUN = "run.json"
 
 
 class SavedConfig(msgspec.Struct):

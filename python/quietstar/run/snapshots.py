@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from quietstar.checkpoints import native, places
+from quietstar.checkpoints.places import RUN
 from quietstar.files.reading import read_json
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import OPTIMIZER, to_tensors
-from quietstar.run.resume import RUN, Run
+from quietstar.run.resume import Run
 from quietstar.run.sharding import gather, whole_weights
 
 

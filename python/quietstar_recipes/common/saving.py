@@ -169,6 +169,7 @@ class Rounds:
         check_folder(out, SETTINGS, begun, resume)
         if begun:
             settings.check(self.out, read_json(path, dict[str, Any]))
+            self.reports()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings.values)
 
@@ -181,7 +182,11 @@ class Rounds:
         return self.out / f"round-{number:02d}"
 
     def report(self, number: int) -> dict[str, Any]:
-        return read_report(self.folder(number) / REPORT, Report)
+        path = self.folder(number) / REPORT
+        report = read_report(path, Report)
+        if report["round"] != number:
+            raise ValueError(f"{path}: it is of round {report['round']}: move this folder, where round {number} belongs")
+        return report
 
     def reports(self) -> list[dict[str, Any]]:
         """The figures of the initial model and of all rounds."""

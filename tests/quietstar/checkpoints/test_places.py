@@ -1,5 +1,7 @@
 """A run's folder stands for its newest checkpoint, a recipe's for its best; a folder that is not there is said at once."""
 
+import shutil
+
 import pytest
 
 from quietstar import QuietStar, ThoughtConfig
@@ -13,6 +15,7 @@ def runs(tiny, tmp_path, monkeypatch):
     for step in (2, 10):
         qs = QuietStar(tiny("llama"), ThoughtConfig(thoughts=step, thought_tokens=2, lookahead=2))
         qs.save_pretrained(f"runs/first/checkpoints/step-{step:06d}")
+        (tmp_path / f"runs/first/checkpoints/step-{step:06d}/run.json").write_text(f'{{"step": {step}}}')
     tiny("llama").save_pretrained("runs/star/round-01")
     (tmp_path / "runs" / "star" / "best").symlink_to("round-01")
     tiny("llama").save_pretrained("runs/fast/model")
@@ -26,6 +29,13 @@ def test_a_run_stands_for_its_newest_checkpoint(runs):
     assert pretrained.load_model("runs/first").config.model_type == "llama"
     assert run_of("runs/first") == run_of("runs/first/checkpoints/step-000002") and run_of("runs/first").name == "first"
     assert run_of("runs/star") is None
+
+
+def test_a_copy_under_another_steps_name_is_passed_over(runs):
+    shutil.copytree("runs/first/checkpoints/step-000002", "runs/first/checkpoints/step-000011")
+    with pytest.warns(match="step-000011: passed over: its run.json says step 2"):
+        assert QuietStar.from_pretrained("runs/first").thought_config.thoughts == 10
+    assert QuietStar.from_pretrained("runs/first/checkpoints/step-000011").thought_config.thoughts == 2  # asked for by name
 
 
 def test_a_recipes_run_stands_for_its_best_round_or_its_result(runs):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -52,6 +53,27 @@ def test_resume(home, quietstar, trained, how):
     assert code == 0, err
     after = (home / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over_and_left(home, quietstar, trained):
+    """Also where the run continues and removes what is older and later, and where others take the run's newest checkpoint."""
+    folder, before = home / "run" / "checkpoints", (home / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(folder / "step-000004")
+    for name in ("step-000001", "step-000099"):
+        shutil.copytree(folder / "step-000002", folder / name)
+        (folder / name / "notes.txt").write_text("mine")
+    content = {path: path.read_bytes() for path in folder.glob("step-0000[09][19]/*")}
+    passed_over = pytest.warns(UserWarning, match="^run/checkpoints/step-000099: passed over: its run.json says step 2$")
+    with passed_over:
+        code, _, err = quietstar("train", "--config=run/config.json", "--resume", "--keep=1")
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000004", "step-000099"]
+    assert {path: path.read_bytes() for path in folder.glob("step-0000[09][19]/*")} == content and len(content) > 10
+    losses = [[json.loads(line)["loss"] for line in x.splitlines()] for x in (before, (home / "run/metrics.jsonl").read_text())]
+    assert losses[0] == losses[1]
+    with passed_over:
+        code, out, err = quietstar("eval", "--model=run")
+    assert code == 0 and "wrote run/eval-step-000004.json" in out, err
 
 
 BAD_INPUT = {

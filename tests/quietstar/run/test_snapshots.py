@@ -78,6 +78,22 @@ def test_only_step_and_digits_are_ours(go, tmp_path):
     assert places.every(tmp_path / "run") == [checkpoints / "step-000003"]
 
 
+@pytest.mark.parametrize("says", ['{"step": 1}', None])
+def test_a_folder_that_is_not_ours_where_a_step_will_be_saved(go, tmp_path, says):
+    """It is neither taken for that step nor replaced: the run says so before its first step, or when it comes to save there."""
+    other = tmp_path / "run" / "checkpoints" / "step-000002"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    if says:
+        (other / "run.json").write_text(says)
+    why = "its run.json says step 1" if says else "it has no run.json"
+    with pytest.raises(ValueError, match=f"step-000002: {why}, and this run will save there"):
+        go(2)
+    with pytest.raises(FileExistsError, match=why), places.new(other):
+        pytest.fail("it is not made")
+    assert (other / "notes.txt").read_text() == "mine" and not (other.parent / ".step-000002").exists()
+
+
 @pytest.fixture
 def saved(go, tmp_path):
     go(1)

@@ -1,6 +1,7 @@
 """What a recipe starts with: a model in the requested dtype, and a folder that no other run uses."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path):
     (tmp_path / "recipe.json").write_text("")
     with pytest.raises(ValueError, match="recipe.json is not JSON"):
         Rounds(tmp_path, Settings.of(recipe="star"), resume=True)
+
+
+def test_a_round_copied_to_another_rounds_place_is_named(tmp_path):
+    settings = Settings.of(recipe="star")
+    run = Rounds(tmp_path, settings, resume=False)
+    for number, name in ((0, 0), (1, 1), (1, 2)):
+        run.folder(name).mkdir()
+        (run.folder(name) / "report.json").write_text(json.dumps({"round": number, "accuracy": 0.5}))
+    with pytest.raises(ValueError, match="round-02/report.json: it is of round 1: move this folder, where round 2 belongs"):
+        Rounds(tmp_path, settings, resume=True)
+    run.folder(2).rename(tmp_path / "copy")
+    assert Rounds(tmp_path, settings, resume=True).done == 1
 
 
 @pytest.mark.parametrize(
