@@ -9,7 +9,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 # Sent to every process ten minutes before the time limit: it finishes its step and saves.
-#SBATCH --signal=TERM@600
+#SBATCH --signal=USR1@600
 set -euo pipefail
 
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

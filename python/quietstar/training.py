@@ -63,8 +63,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Train ``qs`` in place.
 
-    Writes ``config.out/metrics.jsonl``, one line per step, and checkpoints. After SIGTERM or Ctrl-C in any process the current
-    step is finished and saved. All processes started by torchrun or accelerate launch call this with the same arguments.
+    Writes ``config.out/metrics.jsonl``, one line per step, and checkpoints. After SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C in any
+    process the current step is finished and saved. All processes started by torchrun or accelerate launch call this with the
+    same arguments.
 
     Args:
         data: examples by index: input_ids [L] and optionally labels, anchors, document_ids, thought_ids [P,N,T]. Texts of

@@ -78,8 +78,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers SIGTERM and Ctrl-C until the step is done, and says so on stderr.
+    """Remembers SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 until the step is done, and says so on stderr.
 
+    SIGHUP comes from a terminal that is closed, and is ignored where nohup said so; SIGUSR1 from Slurm before a time limit.
     A second Ctrl-C says what a third one would lose, which raises KeyboardInterrupt at once.
     """
 
@@ -90,7 +91,9 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._catch)
             except ValueError:  # only the main thread may handle signals
@@ -103,7 +106,7 @@ class Signals:
         if self._presses > 2:
             raise KeyboardInterrupt
         again = self._presses == 2 and number == signal.SIGINT
-        text = ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        text = ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         if self._speaks:
             # Past ``sys.stderr``, which the signal may have found in the middle of a write and can't be entered twice.
             with suppress(OSError):

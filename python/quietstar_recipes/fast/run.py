@@ -106,8 +106,8 @@ def fast(
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
     Writes stage-1-13-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
-    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM and Ctrl-C finish the current step
-    and save.
+    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C
+    finish the current step and save.
 
     Args:
         data: examples, as ``quietstar.train`` takes them.

@@ -175,8 +175,8 @@ def internalize(
     """Run all stages, or those that a stopped run lacks; ``model`` is changed.
 
     Writes the model after each stage (stages/removed-NNN), the best one of the last stage (model), metrics.jsonl with a line
-    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``. SIGTERM and Ctrl-C
-    finish the current update and save.
+    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``. SIGTERM, SIGHUP,
+    SIGUSR1 and Ctrl-C finish the current update and save.
 
     Args:
         name: the model's name; a resumed run must have started with the same one.

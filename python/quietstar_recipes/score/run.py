@@ -127,8 +127,8 @@ def score(
 
     Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), the best checkpoint of
     the latest stage (best), metrics.jsonl with a line per update of the stages, and the report with its plots (score.json,
-    score.png) into ``config.out``. SIGTERM and Ctrl-C finish the current update and save, but for those of the warm-up, which a
-    continued run repeats.
+    score.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C finish the current update and save, but for those of the
+    warm-up, which a continued run repeats.
 
     Args:
         model: writes an answer, and a second one when asked to.

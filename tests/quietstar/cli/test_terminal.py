@@ -95,6 +95,7 @@ def pressed(train, monkeypatch):
 
     def run(*signals):
         calls, original = [], QuietStar.count_targets
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
 
         def interrupted(*arguments, **options):
             calls.append(1)
@@ -118,6 +119,7 @@ ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last 
     "signals, says",
     [
         ([signal.SIGINT], [f"Ctrl-C: {STOPS}"]),
+        ([signal.SIGHUP, signal.SIGUSR1], [f"SIGHUP: {STOPS}", f"SIGUSR1: {STOPS}"]),
         pytest.param([signal.SIGINT] * 2, [f"Ctrl-C: {STOPS}", ASKS], marks=pytest.mark.long),
         pytest.param(
             [signal.SIGTERM, signal.SIGINT, signal.SIGINT],

@@ -17,7 +17,7 @@ from quietstar.checkpoints import places
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
-from quietstar.run.processes import find_strategy
+from quietstar.run.processes import Signals, find_strategy
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
 
@@ -252,6 +252,19 @@ def end(running, seconds):
         for process in running:
             process.kill()
     return errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_run_of_nohup_goes_on(number):
+    """What else was ignored when the run began stops it."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(number)
+            assert signals.caught == (number != signal.SIGHUP)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.long
