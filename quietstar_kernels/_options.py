@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-LARGEST = 2.0**127 * (2 - 2**-23)  # fp32
+from quietstar_kernels.checks import LARGEST_FP32
 
 
 class AttentionOptions(NamedTuple):
@@ -36,7 +36,7 @@ class Head(NamedTuple):
             return False
         scale, temperature = abs(1.0 if self.scale is None else self.scale), self.temperature or 1.0
         inner, outer = (scale, scale) if self.softcap is None else (scale / self.softcap, self.softcap)
-        return not 2 * math.log2(math.e) * max(scale, inner, outer, 1 / temperature, outer / temperature) <= LARGEST
+        return not 2 * math.log2(math.e) * max(scale, inner, outer, 1 / temperature, outer / temperature) <= LARGEST_FP32
 
     def with_positive_scale(self, hidden: Tensor) -> tuple[Tensor, Head]:
         """Hidden states and a head with the same logits, of which the largest belongs to the largest product."""

@@ -27,6 +27,7 @@ from torch import Tensor
 INFINITE_WINDOW = 2**30  # no position id is as large
 LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = torch.finfo(torch.float64).max
+LARGEST_FP32 = torch.finfo(torch.float32).max
 IGNORED = -100  # a target that gets no log-probability
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -347,6 +348,13 @@ class Checker:
         if found is None or not (0 < found < math.inf or (zero and found == 0)):
             raise self.fail(f"{name} must be {'zero or ' if zero else ''}a positive finite number, got {shown(value)}")
         return float(found)
+
+    def temperature(self, value: Any, zero: bool = False) -> float:
+        """Not above fp32's largest, where some back ends would divide by infinity."""
+        found = self.positive("temperature", value, zero)
+        if found > LARGEST_FP32:
+            raise self.fail(f"temperature must be at most {LARGEST_FP32:.2e}, the largest of float32, got {shown(value)}")
+        return found
 
     def positive_or_none(self, name: str, value: Any) -> float | None:
         return None if value is None else self.positive(name, value)

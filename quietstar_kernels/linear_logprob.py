@@ -50,7 +50,7 @@ def linear_logprob(
         bias: [V].
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
-        temperature: above 0.
+        temperature: above 0 and at most fp32's largest.
         banned: ids that are left out of the softmax.
         return_entropy: also return the entropy of each row, in nats.
         backend: "auto", or the name of one, which runs or raises.
@@ -67,7 +67,7 @@ def linear_logprob(
     check = Checker(_OP)
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
-    temperature = check.positive("temperature", temperature)
+    temperature = check.temperature(temperature)
     check.flag("return_entropy", return_entropy)
     keep_bytes = check.integer("keep_bytes", keep_bytes, 0)
     check_targets(check, targets, bans)

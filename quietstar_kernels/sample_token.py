@@ -53,7 +53,8 @@ def sample_token(
         bias: [V].
         scale: factor on the logits.
         softcap: c; logits become c * tanh(logit / c).
-        temperature: above 0, or 0 for the argmax (the first, if several are equal) with its log-probability at temperature 1.
+        temperature: above 0 and at most fp32's largest, or 0 for the argmax (the first, if several are equal) with its
+            log-probability at temperature 1.
         banned: ids that are never drawn.
         backend: "auto", or the name of one, which runs or raises.
 
@@ -67,7 +68,7 @@ def sample_token(
     check = Checker(_OP, **{"4": 4})
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device, "hidden")
-    temperature = check.positive("temperature", temperature, zero=True)
+    temperature = check.temperature(temperature, zero=True)
     if isinstance(seed, Tensor):
         check.tensor("seed", seed, "", (torch.int64,), hidden.device, "hidden")
     else:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
 from quietstar_kernels.checks import (
+    LARGEST_FP32,
     as_integer,
     check,
     check_at_least,
@@ -147,7 +148,9 @@ class ThoughtConfig:
             check(owner, self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
         check(owner, self, "anchor_share", 0 < self.anchor_share <= 1, "above 0, 1 at most")
         check_at_least(owner, self, 1, ("anchor_stride",))
-        check_positive(owner, self, ("policy_temperature", "embedding_scale"))
+        in_range = 0 < self.policy_temperature <= LARGEST_FP32
+        check(owner, self, "policy_temperature", in_range, f"above 0, {LARGEST_FP32:.2e} at most")
+        check_positive(owner, self, ("embedding_scale",))
         stops = self.stop_threshold is None or 0 <= self.stop_threshold < 1
         check(owner, self, "stop_threshold", stops, "None, or 0 to below 1")
         check_choice(owner, self, "mixing", ("logits", "logprobs"))

@@ -46,6 +46,7 @@ CASES = {
         "an_infinite_logit_stays_so_under_a_soft_cap": ["1.0-10"],
         "options_that_overflow": ["{'scale': 1e+20, 'temperature': 1e-20}"],
         "products_that_overflow": ["{'scale': -1e+38}"],
+        "the_largest_temperature": ["{'scale': 1e+30}"],
         "strided": ["odd start"],
         "opcheck": ["{}"],
     },

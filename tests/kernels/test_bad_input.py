@@ -87,6 +87,7 @@ HEAD = [
     ({"bias": zeros(19)}, "bias must have shape [V]=[20], got [19]"),
     ({"scale": float("inf")}, "scale must be finite, got inf"),
     ({"temperature": -0.5}, "temperature must be "),
+    ({"temperature": 3.41e38}, "temperature must be at most 3.40e+38, the largest of float32, got 3.41e+38"),
     ({"banned": [3, 20]}, "banned ids must be from 0 to V-1=19, got [3, 20]"),
     ({"banned": range(20)}, "banned must leave at least one of the V=20 ids"),
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quietstar_kernels import _dispatch, sample_token
+from quietstar_kernels.checks import LARGEST_FP32
 from quietstar_kernels.philox import draw_words
 from quietstar_kernels.sample_token import _forward
 from quietstar_kernels.testing import assert_close_as_plain, plain_log_softmax, sample_inputs
@@ -325,6 +326,15 @@ def test_products_that_overflow(backend, device, options):
     ids, logprob = sample_token(**inputs, seed=0, backend=backend, **options)
     assert ids[0] == sample_token(**inputs, seed=0, backend=backend)[0][0] and (ids[1:] == -1).all()
     assert logprob[0].isfinite() and logprob[1:].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 1e30}], ids=str)
+def test_the_largest_temperature(backend, device, options):
+    """All ids are equally likely, on every back end; ``test_bad_input`` has temperatures above."""
+    inputs, options = make(0, 40, device=device), {"seed": 0, "temperature": LARGEST_FP32, **options}
+    (ids, logprob), (want, _) = (sample_token(**inputs, backend=name, **options) for name in (backend, "reference"))
+    assert torch.equal(ids, want)
+    assert (logprob + math.log(len(inputs["weight"]))).abs().max() < 1e-5
 
 
 def inside(x, before, after):

@@ -44,6 +44,7 @@ def test_every_registered_choice_is_accepted_and_explained(registry, name):
         ({"preset": "best"}, "preset must be one of official, paper, small, got 'best'"),
         ({"preset": ["x"]}, r"preset must be one of official, paper, small, got \['x'\]"),
         ({"policy_temperature": 0}, "policy_temperature must be above 0"),
+        ({"policy_temperature": 3.41e38}, r"policy_temperature must be above 0, 3.40e\+38 at most, got 3.41e\+38"),
         ({"stop_threshold": 0.5}, "end_token_id must be given where a thought stops"),
         ({"policy_weight": -1}, "policy_weight must be 0 or more"),
         ({"embedding_scale": 0}, "embedding_scale must be above 0"),
