@@ -62,6 +62,8 @@ class ThoughtLayout:
             raise check.fail(f"length must have shape [B,C,1] if packed, got {list(self.length.shape)}")
         else:
             _check_packed_sizes(check, check["P"], check.integer("packed_rows", self.packed_rows, 0))
+        for name in ("anchor", "lo", "length"):
+            object.__setattr__(self, name, _trainable(getattr(self, name)))
 
     @property
     def B(self) -> int:
@@ -101,7 +103,9 @@ class ThoughtLayout:
         made = self._branches
         if made is None:  # torch.compile can't trace functools.cached_property
             made = self._make_branches()
-            object.__setattr__(self, "_branches", made)
+            # Fake tensors of a real layout serve nobody else; without gradients a compiled function may be in inference mode.
+            if type(made.table) is type(self.lo) and (torch.is_grad_enabled() or not torch.compiler.is_compiling()):
+                object.__setattr__(self, "_branches", made)
         return made
 
     def _make_branches(self) -> Branches:
@@ -113,7 +117,8 @@ class ThoughtLayout:
             start = (length.cumsum(1) - length).int()
         table = torch.stack([anchor, start, length], -1)
         rows = of_rows(table, self.R, self.rows if self.packed_rows is None else None)
-        return Branches(self.lo.contiguous(), table, rows, self.own == "full")
+        lo, table, rows = map(_trainable, (self.lo.contiguous(), table, rows))
+        return Branches(lo, table, rows, self.own == "full")
 
     @classmethod
     def every_position(
@@ -448,6 +453,14 @@ class ThoughtLayout:
         sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
         kind = " packed" * (self.packed_rows is not None) + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
+
+
+def _trainable(x: Tensor) -> Tensor:
+    """A copy of a tensor that was made in ``torch.inference_mode``, which no backward may save; other tensors as they are."""
+    if torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
 
 
 def _check_text(check: Checker, function: str, text_length: int | None, lo: Tensor | None, device: torch.device) -> None:

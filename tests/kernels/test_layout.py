@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from quietstar_kernels import ThoughtLayout, thought_attention
-from quietstar_kernels.testing import LAYOUT_KINDS, random_layout
+from quietstar_kernels.testing import LAYOUT_KINDS, attention_inputs, random_layout
 
 SEEDS = range(12)
 
@@ -304,3 +306,55 @@ def test_thoughts_without_text():
     for backend in ("reference", "cpu"):
         out = thought_attention(*torch.ones(3, 2, 4, 24, 8), layout, backend=backend)
         assert out.shape == (2, 4, 24, 8) and not out.any()
+
+
+class Called(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def compiled_in_inference_mode(function, *inputs):
+    torch.compiler.reset()
+    with torch.inference_mode():
+        torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+
+
+def in_fake_tensor_mode(function, *inputs):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        function(*map(mode.from_tensor, inputs))
+
+
+WORLDS = {
+    "inference mode": torch.inference_mode()(lambda function, *inputs: function(*inputs)),
+    "compiled in inference mode": compiled_in_inference_mode,
+    "export": lambda function, *inputs: torch.export.export(Called(function), inputs),
+    "fake tensors": in_fake_tensor_mode,
+    "make_fx, real": lambda function, *inputs: make_fx(function)(*inputs),
+    "make_fx, fake": lambda function, *inputs: make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs),
+    "torch.func": lambda function, *inputs: torch.func.vjp(function, *inputs),
+}
+
+
+def out_and_gradients(layout, inputs, backend):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = thought_attention(*leaves, layout, backend=backend)
+    out.square().sum().backward()
+    return [out, *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("first_used_in", WORLDS)
+def test_a_layout_trains_wherever_it_was_made_and_first_used(first_used_in):
+    for seed, (kind, backend) in enumerate([("ragged", "cpu"), ("packed", "reference")]):
+        fresh = random_layout(torch.Generator().manual_seed(seed), kind, max_text=9)
+        *inputs, _ = attention_inputs(torch.Generator().manual_seed(9), fresh, 2, 1, 8, 4).values()
+        want = out_and_gradients(fresh, inputs, backend)
+        for made_in_inference_mode in (False, True):
+            with torch.inference_mode(made_in_inference_mode):
+                layout = random_layout(torch.Generator().manual_seed(seed), kind, max_text=9)
+            WORLDS[first_used_in](lambda *x: thought_attention(*x, layout, backend=backend), *inputs)  # noqa: B023
+            got = out_and_gradients(layout, inputs, backend)
+            assert all(type(x) is torch.Tensor and torch.equal(x, y) for x, y in zip(got, want, strict=True)), kind
