@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,18 @@ def train(
     if checkpoint and resume == "auto" and accelerator.is_main_process:
         places.remove_others(checkpoint, config.keep, later=False)  # if the last save was killed before, and no other follows
     metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
-    evaluated = partial(_evaluate, accelerator, qs, evaluate) if evaluate is not None and config.eval_every else None
     with Display(config.steps, done, progress and accelerator.is_main_process) as display, processes.Signals() as signals:
+
+        def stopped() -> bool:
+            return any(processes.in_each_process(accelerator, signals.caught))
+
+        def watch(done: int, total: int) -> None:
+            display.evaluating(done, total)
+            # Sharded weights are gathered in every forward, so that all processes must leave at the same one.
+            if signals.caught if strategy == "no" else stopped():
+                raise processes.Abandoned
+
+        evaluated = partial(_evaluate, accelerator, qs, evaluate, watch) if evaluate is not None and config.eval_every else None
         before: dict[str, float] = {}
         unread: list[tuple[int, figures.Reading, float, float]] = []  # the last step, of which the device may not be done
 
@@ -152,15 +162,20 @@ def train(
                 line["thoughts_per_second"] = line.pop("thoughts") / seconds
                 display.step(line)
                 if evaluated and evaluates(finished):
-                    line |= evaluated(display, finished, "eval_")
+                    with suppress(processes.Abandoned):
+                        line |= evaluated(display, finished, "eval_")
                 metrics.add({"step": finished, **line, **(before if finished == 1 else {})})
                 accelerator.log(line, step=finished)
 
         try:
             with processes.naming_lost_processes():
-                if evaluated and evaluate_first and not done:
-                    before = evaluated(display, 0, "eval_0_")
-                for step in range(done, config.steps):
+                with suppress(processes.Abandoned):
+                    if evaluated and evaluate_first and not done:
+                        before = evaluated(display, 0, "eval_0_")
+                    elif evaluated and evaluates(done) and metrics.lacks_evaluation():  # it was abandoned
+                        metrics.complete(evaluated(display, done, "eval_"))
+                stop = stopped()
+                for step in range(done, done if stop else config.steps):
                     started = time.perf_counter()
                     reading, rate = _step(accelerator, model, optimizer, data, config, loss, step)
                     finished = step + 1
@@ -172,14 +187,14 @@ def train(
                     unread.append((finished, reading, rate, time.perf_counter() - started))
                     if due:
                         log()
-                    stop = any(processes.in_each_process(accelerator, signals.caught))
+                    stop = stopped()
                     if saves or stop:
                         log()
                         save()
                         accelerator.wait_for_everyone()
                     if stop:
                         break
-                stop = any(processes.in_each_process(accelerator, signals.caught))  # also while the last step was saved
+                stop = stopped()  # also while the last step was saved
         except ConnectionError:
             log()
             intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
@@ -189,7 +204,7 @@ def train(
     for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
     if stop:  # even after the last step: the caller may have more to do
-        raise processes.Interrupted(finished, places.folder(config.out, finished))
+        raise processes.Interrupted(finished, places.folder(config.out, finished) if finished > done else checkpoint)
     return metrics.lines
 
 
@@ -269,11 +284,17 @@ def _thoughts_of(out: QuietStarOutput) -> Batch:
 
 
 def _evaluate(
-    accelerator: Accelerator, qs: QuietStar, evaluate: Evaluate, display: Display, step: int, prefix: str
+    accelerator: Accelerator,
+    qs: QuietStar,
+    evaluate: Evaluate,
+    watch: Callable[[int, int], None],
+    display: Display,
+    step: int,
+    prefix: str,
 ) -> dict[str, float]:
     """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
     qs.eval()
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), accelerator.autocast(), processes.watching(watch):
         scores = evaluate(qs)
     display.evaluation(step, scores)
     return {f"{prefix}{name}": value for name, value in scores.items()}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints import places
 from quietstar.config import TrainConfig
+from quietstar.evaluation import losses
 from quietstar.run import snapshots
 from quietstar.run.batches import collate
 from quietstar.run.processes import Interrupted
@@ -172,6 +173,27 @@ def test_a_signal_in_the_last_step_is_not_lost(run, unbroken, monkeypatch, durin
             patch.setattr(snapshots, "save_file", terminated)
         run(steps=1, loss=terminated if during == "the step" else thought_loss)
     assert run(steps=1, resume="auto") == unbroken[:1]
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_a_signal_in_an_evaluation_leaves_it_and_the_run_goes_on_as_if_it_had_not_come(run, tmp_path, monkeypatch, step):
+    options = {"evaluate": partial(losses.evaluate, examples=DATA[:4], batch_size=1, controls=False), "evaluate_first": True}
+    options["eval_every"] = 2
+    want = run("unbroken", **options)
+    batches, batch = [], losses._losses
+
+    def terminated(*arguments):
+        batches.append(1)
+        if len(batches) == 2 + 2 * step:  # the second of four in each evaluation
+            signal.raise_signal(signal.SIGTERM)
+        return batch(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"after step {step}"):
+        patch.setattr(losses, "_losses", terminated)
+        run(**options)
+    assert len(batches) == 2 + 2 * step
+    assert not step or checkpoints(tmp_path / "run")[-1] == f"step-{step:06}"
+    assert run(**options, resume="auto") == want
 
 
 def test_a_custom_loss(run):

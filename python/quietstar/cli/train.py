@@ -116,7 +116,8 @@ class Train:
         except Interrupted as stop:
             process_state().destroy_process_group()
             again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
-            text = f"stopped by a signal; saved {stop.checkpoint}; continue with: {again}"
+            saved = f"saved {stop.checkpoint}" if stop.checkpoint else "nothing was trained yet"
+            text = f"stopped by a signal; {saved}; continue with: {again}"
             raise common.Failure(common.SAVED, text) from stop
         except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
             reason = common.runtime_failure(error)

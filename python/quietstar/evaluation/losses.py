@@ -19,6 +19,7 @@ from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
 from quietstar.packed import QuietStarOutput
 from quietstar.run.batches import Batch, Example, batches_of, check_data, mix_seed, text_of
+from quietstar.run.processes import before_batch
 from quietstar_kernels.checks import flag, instance, integer
 
 THOUGHTS = ("thought_ids", "thought_lengths")
@@ -224,7 +225,9 @@ def measure(
         one = one_thought(qs)  # in evaluation mode, as its weights are
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
-        for chosen, batch in tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress):
+        shown = tqdm(batches, desc="held-out texts", total=total, leave=False, disable=not progress)
+        for number, (chosen, batch) in enumerate(shown):
+            before_batch(number, total)
             base, mixed, anchor, counts, out = _losses(one, batch)
             row, _ = counts.nonzero(as_tuple=True)
             parts.append(

@@ -57,7 +57,21 @@ class Metrics:
                     self.lines.append(line)
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def lacks_evaluation(self) -> bool:
+        """Whether there is a last line, without an evaluation after its step."""
+        last = self.lines[-1] if self.lines else {"eval_": 0.0}
+        return not any(name.startswith("eval_") and not name.startswith("eval_0_") for name in last)
+
+    def complete(self, figures: Mapping[str, float]) -> None:
+        """Add figures to the last line."""
+        self.lines[-1] |= figures
+        if self.write:
+            self._rewrite()
 
     def add(self, line: dict[str, float]) -> None:
         """Append the figures of a step."""
@@ -81,6 +95,7 @@ class Display:
 
     def __init__(self, steps: int, done: int, shown: bool):
         self._shown = shown
+        self._figures = ""
         self._other_columns = len(f"{steps}/{steps} | ETA 12:34:56")  # with the shortest bar
         form = "{n_fmt}/{total_fmt} {bar} ETA {remaining}{desc}"
         self._bar = tqdm(total=steps, initial=done, disable=not shown, dynamic_ncols=True, bar_format=form)
@@ -100,8 +115,13 @@ class Display:
             longer = f"{text} {form(line[name])}"
             if not isinstance(columns, int) or len(longer) + self._other_columns <= columns:
                 text = longer
+        self._figures = text
         self._bar.set_description_str(text, refresh=False)
         self._bar.update()
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is, in place of the last step's figures."""
+        self._bar.set_description_str(f" evaluating {done}/{total}")
 
     def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """Print what an evaluation after ``step`` steps found, above the bar."""
@@ -109,6 +129,7 @@ class Display:
             others = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in scores.items())
             # Not to stdout: a run must not end because nobody reads that any more.
             tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else others}", file=self._bar.fp)
+            self._bar.set_description_str(self._figures)
 
 
 def _gain(scores: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,33 @@ ASKS = "still in this step; another Ctrl-C ends the run at once, and loses the s
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after its last step was saved in ``checkpoint``."""
+    """A signal stopped the run after its last step was saved in ``checkpoint``; None before the first step."""
 
-    def __init__(self, step: int, checkpoint: Path):
-        super().__init__(f"stopped by a signal after step {step}; resume from {checkpoint}")
+    def __init__(self, step: int, checkpoint: Path | None):
+        super().__init__(f"stopped by a signal after step {step}" + (f"; resume from {checkpoint}" if checkpoint else ""))
         self.checkpoint = checkpoint
+
+
+class Abandoned(Exception):
+    """A signal came during an evaluation, which is left unfinished."""
+
+
+_watches: list[Callable[[int, int], None]] = []
+
+
+@contextmanager
+def watching(watch: Callable[[int, int], None]) -> Iterator[None]:
+    """In this context evaluations call ``watch``, with the batches that are done and all of them, before each batch."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+
+
+def before_batch(done: int, total: int) -> None:
+    for watch in _watches:
+        watch(done, total)
 
 
 class Signals:

@@ -83,6 +83,7 @@ def test_evaluations_are_lines_above_the_bar(home, train, monkeypatch, option, p
         want += [f"  = {others[0]} + {others[1]}"] if others else []
         assert "\r" + "".join(f"{line}\r\n" for line in want) in screen[0] and max(map(len, want)) <= 80
     assert [name for name in ("mixing", "content") if f"{name} " in screen[0]] == parts[1:]
+    assert "0/4" in screen[0] and " evaluating 0/1" in screen[0]
 
 
 def read(path):

@@ -20,7 +20,7 @@ FREE = {
     ThoughtConfig: set(),
     AdapterConfig: set(),
     DataConfig: set(),
-    Train: {"allow_bin", "compile", "gradient_checkpointing", "config", "resume", "controls"},
+    Train: {"allow_bin", "check_memory", "compile", "gradient_checkpointing", "config", "resume", "controls"},
     star.Config: {"out", "rounds", "engine", "batch_size"},
     vstar.Config: {"out", "rounds", "batch_size"},
     fast.Config: {"out", "save_every"},
