@@ -19,7 +19,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -34,6 +33,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.intervals import verdict as verdict_of
 from quietstar.evaluation.losses import token_losses, with_own_thoughts
+from quietstar.files.pictures import can_draw, new_figure
 from quietstar.run.batches import Example
 from quietstar_kernels import sample_token
 
@@ -282,11 +282,9 @@ def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
 
 
 def plot(log: Log, path: Path) -> None:
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = new_figure(11, 3.2)
     training, thinking, last = figure.subplots(1, 3, width_ratios=(3, 3, 4))
     for axes, phase, name, title in (
         (training, "language model", "loss", "language model: loss"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,7 @@ from natural_text_settings import Experiment
 
 from quietstar.cli.entry import versions
 from quietstar.evaluation.intervals import mean_interval, wilson
-from quietstar.files.pictures import legend_below, save
+from quietstar.files.pictures import can_draw, legend_below, new_figure, save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
 
@@ -208,10 +207,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def draw(gains: dict[str, dict[tuple[str, str], Figure]], path: Path) -> bool:
     """A plot of the gains on held-out text, and two of those in the answers; False without matplotlib."""
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return False
-    from matplotlib.figure import Figure as Picture
-
     # The gain over the base model is mostly that of more text, on a scale of its own.
     of_text = {name: (name, LOSS) for name in GAINS if name != "over the base model"}
     asked = [measure for measure in MEASURES if measure != LOSS]
@@ -220,7 +217,7 @@ def draw(gains: dict[str, dict[tuple[str, str], Figure]], path: Path) -> bool:
         "answers, over no thoughts": {measure: ("of thinking", measure) for measure in asked},
         "answers, over plain training": {measure: (OVER_PLAIN, measure) for measure in asked},
     }
-    picture = Picture(figsize=(13, 3.5), layout="constrained")
+    picture = new_figure(13, 3.5)
     for axes, (title, bars) in zip(picture.subplots(1, len(plots)), plots.items(), strict=True):
         for number, (arm, found) in enumerate(gains.items()):
             shown = [(place + 0.2 * number, found[key]) for place, key in enumerate(bars.values()) if key in found]

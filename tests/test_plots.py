@@ -1,7 +1,10 @@
-"""Legends of all plots lie beside the axes, where they hide no curve, and inside the picture."""
+"""Legends of all plots lie beside the axes, where they hide no curve, and inside the picture; no backend is needed."""
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,13 @@ def test_a_run(drawn, tmp_path):
         line |= {f"eval_{name}{end}": 0.3 for name in ("mixing", "content") for end in ("", "_low", "_high")}
     metrics_plot.draw(lines, tmp_path / "metrics.png")
     assert check(drawn) == 4
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_that_is_not_there_is_not_needed(backend, tmp_path):
+    draw = "from quietstar.files.pictures import new_figure, save; save(new_figure(1, 1), 'x.png')"
+    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=os.environ | {"MPLBACKEND": backend}, check=True)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.long

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quietstar.evaluation.intervals import wilson
-from quietstar.files.pictures import legend_below, save
+from quietstar.files.pictures import can_draw, legend_below, new_figure, save
 from sums.results import POSITIONS, Results, exact_match, how_scored, pooled, total
 from sums.runs import SHUFFLED
 
@@ -16,7 +15,7 @@ CHANCE = 0.1
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Save the plots; none if matplotlib is missing or nothing was measured."""
-    if find_spec("matplotlib") is None or not pooled(results):
+    if not can_draw() or not pooled(results):
         return []
     plots = [draw_controls(results, folder), draw_learning(results, folder)]
     if any(seed["positions"] for seed in results["seeds"]):
@@ -24,11 +23,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return plots
 
 
-def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+def new_panels(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
     """A figure and its panels [rows][columns]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -44,7 +41,7 @@ def draw_controls(results: Results, folder: Path) -> Path:
     """Exact match of every run over all seeds, with its interval, a dot for each seed, and the line of chance."""
     groups = settings(results)
     longest = max(map(len, groups.values()))
-    figure, panels = new_figure(6 * len(groups), 1 + 0.35 * longest, 1, len(groups))
+    figure, panels = new_panels(6 * len(groups), 1 + 0.35 * longest, 1, len(groups))
     for axes, (setting, runs) in zip(panels[0], groups.items(), strict=True):
         for place, group in enumerate(runs):
             rows, how = group["rows"], how_scored(group["rows"])
@@ -65,7 +62,7 @@ def draw_controls(results: Results, folder: Path) -> Path:
 def draw_learning(results: Results, folder: Path) -> Path:
     """Exact match and right thoughts during training of every run with thoughts: the seeds as thin lines, and their mean."""
     groups = settings(results)
-    figure, panels = new_figure(5.5 * len(groups), 6, 2, len(groups))
+    figure, panels = new_panels(5.5 * len(groups), 6, 2, len(groups))
     for column, (setting, runs) in enumerate(groups.items()):
         curves = {group["run"]: [row["curve"] for row in group["rows"]] for group in runs if "curve" in group["rows"][0]}
         for row, (key, label) in enumerate(
@@ -91,7 +88,7 @@ def draw_seeds(axes: Any, steps: list[int], seeds: list[list[float]], color: str
 def draw_positions(results: Results, folder: Path) -> Path:
     """Mixing weight and gain at each position of a line: the mean over seeds, and a dot for each seed."""
     measured = [seed["positions"] for seed in results["seeds"] if seed["positions"]]
-    figure, panels = new_figure(9, 3, 1, 2)
+    figure, panels = new_panels(9, 3, 1, 2)
     for axes, key, label in zip(panels[0], ("w", "gain"), ("mixing weight w", "gain, nats"), strict=True):
         columns = list(zip(*(one[key] for one in measured), strict=True))
         axes.bar(range(len(POSITIONS)), [sum(column) / len(column) for column in columns], color="tab:blue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,11 @@ def short_warnings() -> Iterator[None]:
 def one_line(text: str) -> str:
     """The text with escapes for line ends, control characters and what can't be encoded."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def typed(name: str, value: str) -> str:
+    """An option as a shell takes it; a value that begins with a dash needs the equals sign."""
+    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from quietstar.checkpoints import places
+from quietstar.cli.common import typed
 from quietstar.evaluation.intervals import PARTS, verdict
-from quietstar.files.pictures import can_draw, legend_above, save
+from quietstar.files.pictures import can_draw, legend_above, new_figure, save
 
 Line = Mapping[str, float]
 GREY, BLUE, RED, GREEN = "#8c8c8c", "#2f6f9f", "#c0563b", "#2d7d46"
@@ -21,9 +21,7 @@ SMOOTHED = 20  # as many parts of a run are averaged
 
 def draw(lines: Sequence[Line], path: str | os.PathLike) -> None:
     """Write a .png of the lines of a metrics file: losses, gain and its parts, reward and weight against steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    figure = new_figure(WIDTH, 6.4)
     (loss, gain), (reward, weight) = figure.subplots(2, 2, sharex=True)
     _training(loss, lines, "loss_ce", "nats per token", "loss_ce in training")
     evaluations = evaluations_of(lines)
@@ -107,7 +105,7 @@ def finish(out: str, lines: Sequence[Mapping[str, float]]) -> str:
     evaluations = evaluations_of(lines)
     held_out = _held_out_text(evaluations) if evaluations else NOTHING_HELD_OUT
     saved = "\n".join(f"  {path}" for path in written)
-    return f"{held_out}\n{_training_text(lines)}\nwrote\n{saved}\n{missing}{_next(shlex.quote(out), bool(evaluations))}"
+    return f"{held_out}\n{_training_text(lines)}\nwrote\n{saved}\n{missing}{_next(typed('model', out), bool(evaluations))}"
 
 
 NOTHING_HELD_OUT = (
@@ -158,11 +156,11 @@ def _time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _next(out: str, held_out: bool) -> str:
+def _next(model: str, held_out: bool) -> str:
     data, text = ("", "") if held_out else (" --data OTHER.txt --all", '"Some text." ')
     return (
         "next\n"
-        f"  quietstar eval --model {out}{data}\n"
-        f"  quietstar explain --model {out} {text}--out page.html\n"
-        f'  quietstar generate --model {out} "Some text"'
+        f"  quietstar eval {model}{data}\n"
+        f"  quietstar explain {model} {text}--out page.html\n"
+        f'  quietstar generate {model} "Some text"'
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -115,7 +114,7 @@ class Train:
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
-            again = f"quietstar train --config {shlex.quote(str(Path(self.train.out) / CONFIG))} --resume"
+            again = f"quietstar train {common.typed('config', str(Path(self.train.out) / CONFIG))} --resume"
             saved = f"saved {stop.checkpoint}" if stop.checkpoint else "nothing was trained yet"
             text = f"stopped by a signal; {saved}; continue with: {again}"
             raise common.Failure(common.SAVED, text) from stop

@@ -13,7 +13,7 @@ from torch import Tensor
 from quietstar.anchors import CHOICES
 from quietstar.evaluation.intervals import PARTS, Z, format_gain, parts_of
 from quietstar.evaluation.losses import TokenLosses
-from quietstar.files.pictures import legend_above, save
+from quietstar.files.pictures import legend_above, new_figure, save
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
 from quietstar.run.batches import Example, batches_of, check_data, text_of
@@ -84,11 +84,9 @@ def difficulty_text(tenths: dict[str, list[Group]]) -> str:
 def draw(tenths: dict[str, list[Group]], path: str | os.PathLike) -> None:
     """Write a .png of ``by_difficulty``: a bar for each tenth by the base model's loss, on it the content where that is known,
     and a point for each by the mean."""
-    from matplotlib.figure import Figure
-
     groups = tenths["base"]
     gains = [group["gain"] for group in groups]
-    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    figure = new_figure(8.5, 4.6)
     axes = figure.subplots()
     axes.bar(range(len(groups)), gains, width=0.74, color="#9ec3dc", zorder=2, label="sorted by the loss without a thought")
     _whiskers(axes, groups, "gain", -0.2, "#3a6d8c")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
@@ -16,6 +18,22 @@ INCHES_PER_LETTER, INCHES_PER_ENTRY = 0.063, 0.5
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches, which is drawn without pyplot and its backends."""
+    if "matplotlib" not in sys.modules:
+        # It reads MPLBACKEND as it is imported, and can't be where that names what isn't installed, as Jupyter's may.
+        backend = os.environ.pop("MPLBACKEND", "")
+        import matplotlib
+
+        if backend:
+            os.environ["MPLBACKEND"] = backend
+            with suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend  # for others who do use pyplot
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def legend_above(axes: Any, width: float) -> None:

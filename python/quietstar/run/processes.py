@@ -18,15 +18,23 @@ from quietstar.config import TrainConfig
 
 def process_state() -> PartialState:
     """Which of the processes this is. Without accelerators, Accelerate must be asked to use the CPU for them to connect."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=several and not torch.accelerator.is_available())
+    size, *_ = (_from_environment(name, 1) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))  # Accelerate reads all three
+    return PartialState(cpu=size > 1 and not torch.accelerator.is_available())
+
+
+def _from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a whole number in the environment, got {value!r}") from error
 
 
 def find_strategy(config: TrainConfig) -> str:
     """The strategy of ``config.sharding``, else of the FSDP section in Accelerate's configuration (environment variables)."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return config.sharding
-    version = int(os.environ.get("FSDP_VERSION", 1))
+    version = _from_environment("FSDP_VERSION", 1)
     if version != 2:
         raise ValueError(f"train: fsdp_version must be 2 in Accelerate's configuration, got {version}")
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quietstar.files.pictures import legend_above, save
+from quietstar.files.pictures import can_draw, legend_above, new_figure, save
 
 Points = Sequence[tuple[float, float]]
 
@@ -38,14 +38,12 @@ class Panel:
 
 def panels(path: Path, title: str, plots: Sequence[Panel]) -> None:
     """Write a .png with these plots, up to three in a row; does nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not can_draw():
         return
     rows = math.ceil(len(plots) / 3)
     columns = math.ceil(len(plots) / rows)
     width, height = (4.2, 4.0) if len(plots) > 1 else (7.5, 5.0)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = new_figure(width * columns, height * rows)
     figure.suptitle(title)
     for number, panel in enumerate(plots, 1):
         axes: Any = figure.add_subplot(rows, columns, number)

@@ -76,6 +76,15 @@ def test_a_checkpoint_under_another_steps_name_is_passed_over_and_left(home, qui
     assert code == 0 and "wrote run/eval-step-000004.json" in out, err
 
 
+def test_commands_can_be_pasted_where_the_folder_begins_with_a_dash(home, quietstar, train):
+    code, out, err = train("--out=-x", "--steps=1", "--eval-every=0")
+    assert code == 0, err
+    commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  quietstar ")]
+    assert [command[1:3] for command in commands] == [[name, "--model=-x"] for name in ("eval", "explain", "generate")]
+    code, out, err = quietstar(*commands[-1][1:], "--max-new-tokens=1")
+    assert code == 0 and out, err
+
+
 BAD_INPUT = {
     "unknown model": (["--model=nobody/nothing"], "nobody/nothing"),
     "no tokenizer": (["--model=bare"], "cannot load a tokenizer"),

@@ -17,7 +17,7 @@ from quietstar.checkpoints import places
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
-from quietstar.run.processes import Signals, find_strategy
+from quietstar.run.processes import Signals, find_strategy, process_state
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
 
@@ -252,6 +252,13 @@ def end(running, seconds):
         for process in running:
             process.kill()
     return errors
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_a_variable_that_is_no_number_is_named(monkeypatch, name):
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number in the environment, got 'x'$"):
+        process_state()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
