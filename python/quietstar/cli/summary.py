@@ -91,8 +91,12 @@ def _part(axes: Any, evaluations: Sequence[Line], name: str, color: str, label: 
 FIGURES = ("loss_ce", "reward", "weight", "thoughts_per_second")
 
 
-def finish(out: str, lines: Sequence[Mapping[str, float]]) -> str:
-    """Draw the metrics of a run in ``out``, if matplotlib is there; returns the text to print."""
+def finish(out: str, lines: Sequence[Mapping[str, float]], held_out: bool) -> str:
+    """Draw the metrics of a run in ``out``, if matplotlib is there; returns the text to print.
+
+    Args:
+        held_out: whether there are texts to evaluate, though none may have been.
+    """
     if not lines:  # resumed from the last checkpoint of another folder
         return "there was nothing left to train"
     written = [places.every(out)[-1], Path(out) / "metrics.jsonl"]
@@ -103,15 +107,13 @@ def finish(out: str, lines: Sequence[Mapping[str, float]]) -> str:
     else:
         missing = "no metrics.png: matplotlib is not installed (pip install matplotlib)\n"
     evaluations = evaluations_of(lines)
-    held_out = _held_out_text(evaluations) if evaluations else NOTHING_HELD_OUT
+    found = _held_out_text(evaluations) if evaluations else NOT_EVALUATED + ("" if held_out else HOW_TO_HOLD_OUT)
     saved = "\n".join(f"  {path}" for path in written)
-    return f"{held_out}\n{_training_text(lines)}\nwrote\n{saved}\n{missing}{_next(typed('model', out), bool(evaluations))}"
+    return f"{found}\n{_training_text(lines)}\nwrote\n{saved}\n{missing}{_next(typed('model', out), held_out)}"
 
 
-NOTHING_HELD_OUT = (
-    "held-out text: none was evaluated, so nothing says yet whether thoughts help\n"
-    "  --held-out keeps texts for it, --eval-every says how often; eval takes another text"
-)
+NOT_EVALUATED = "held-out text: none was evaluated, so nothing says yet whether thoughts help"
+HOW_TO_HOLD_OUT = "\n  --held-out keeps texts for it, --eval-every says how often; eval takes another text"
 
 
 def _held_out_text(evaluations: Sequence[Mapping[str, float]]) -> str:

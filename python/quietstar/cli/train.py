@@ -126,7 +126,7 @@ class Train:
             kept = f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
             raise common.Failure(common.RUNTIME, f"{reason}; {kept}") from error
         if process_state().is_main_process:
-            print(finish(self.train.out, metrics))
+            print(finish(self.train.out, metrics, held_out=evaluation is not None))
         process_state().destroy_process_group()
 
     def _check_memory(self, qs: QuietStar, length: int) -> None:

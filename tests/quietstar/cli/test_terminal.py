@@ -16,7 +16,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import places
-from quietstar.cli import common
+from quietstar.cli import common, summary
 
 
 @contextmanager
@@ -140,6 +140,16 @@ def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, si
 def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
     code, said, saved = pressed(*[signal.SIGINT] * 3)
     assert code == common.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
+
+
+def test_what_to_type_next_follows_from_what_is_held_out(quietstar, train, home):
+    """Though nothing was evaluated."""
+    _, out, _ = train("--out=run", "--steps=1", "--eval-every=0")
+    assert "\n  quietstar eval --model run\n" in out and "none was evaluated" in out and "--held-out keeps texts" not in out
+    for command in ("eval", "explain"):
+        assert quietstar(command, "--model=run")[0] == 0
+    out = summary.finish("run", read(home / "run" / "metrics.jsonl"), held_out=False)
+    assert "\n  quietstar eval --model run --data OTHER.txt --all\n" in out and "--held-out keeps texts" in out
 
 
 @pytest.mark.long
