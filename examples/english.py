@@ -30,7 +30,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.evaluation.intervals import mean_interval
+from quietstar.evaluation.intervals import PARTS, mean_interval
 from quietstar.evaluation.intervals import verdict as verdict_of
 from quietstar.evaluation.losses import token_losses, with_own_thoughts
 from quietstar.files.pictures import can_draw, new_figure
@@ -185,6 +185,7 @@ def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
         return mean_interval((losses[control] - losses[way]).tolist())
 
     return {
+        "gain": gain("base", "own"),
         "mixing": gain("base", "another"),
         "content": gain("another", "own"),
         "own over constant": gain("constant", "own"),
@@ -193,15 +194,12 @@ def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
 
 
 def verdict(found: dict[str, Gain]) -> str:
-    """Only content can help; a constant thought has none, so own thoughts must be better than that, too."""
-    ends = ("", "_low", "_high")
-    parts = {f"{part}{end}": x for part in ("mixing", "content") for end, x in zip(ends, found[part], strict=True)}
-    said = verdict_of(parts)
-    signs = {name: (low > 0) - (high < 0) for name, (_, low, high) in found.items()}
-    if signs["content"] > 0 and signs["own over constant"] <= 0:
-        said = "no gain from what was thought: another text's thoughts are worse, but a constant one is as good"
-    compared = {1: "predicts worse", 0: "predicts as well, within the interval", -1: "predicts better"}
-    return f"{said}\nthe model trained as long without thoughts {compared[signs['over plain training']]}"
+    """Thoughts help over none, over another text's and over a constant one; training without any is another question."""
+    parts = {part: found[part] for part in PARTS} | {"constant": found["own over constant"]}
+    figures = {f"{part}{end}": x for part, gain in parts.items() for end, x in zip(("", "_low", "_high"), gain, strict=True)}
+    _, low, high = found["over plain training"]
+    plain = "predicts worse" if low > 0 else "predicts better" if high < 0 else "predicts as well, within the interval"
+    return f"{verdict_of(figures | {'texts': HELD_OUT})}\nthe model trained as long without thoughts {plain}"
 
 
 LOSSES = {
@@ -213,6 +211,7 @@ LOSSES = {
     "constant": "  with one constant thought",
 }
 GAINS = {
+    "gain": "own thoughts, over none",
     "mixing": "mixing: another text's thoughts, over none",
     "content": "content: own thoughts, over another text's",
     "own over constant": "own thoughts, over the constant one",

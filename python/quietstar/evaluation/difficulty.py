@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar.anchors import CHOICES
-from quietstar.evaluation.intervals import PARTS, Z, format_gain, parts_of
+from quietstar.evaluation.intervals import PARTS, format_gain, parts_of, student
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.files.pictures import legend_above, new_figure, save
 from quietstar.hf.modules import dropout_off
@@ -65,7 +65,8 @@ def _margin(deviations: Tensor, text_index: Tensor) -> float | None:
     sums = text_index.bincount(deviations)  # over each text; they add up to 0
     if len(sums) == 1:
         return None
-    return Z * float((sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt()) / len(deviations)
+    error = float((sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt()) / len(deviations)
+    return student(len(sums) - 1) * error
 
 
 def difficulty_text(tenths: dict[str, list[Group]]) -> str:

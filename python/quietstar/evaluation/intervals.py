@@ -2,13 +2,15 @@
 
 The mixing head and the extra steps can improve predictions whatever was thought. Another text's thoughts at the same places
 tell the two apart: what they gain over no thought is the gain of mixing, and what the text's own thoughts gain over them is the
-gain of content. The two add up to the gain. Only content can be said to help.
+gain of content. The two add up to the gain. Thoughts helped where both the gain and its content are above 0: another text's can
+mislead, so own ones may be better than these and worse than none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -89,8 +91,20 @@ def _sign_test(first: int, second: int) -> float:
     return min(1.0, sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** (n - 1)) if n else 1.0
 
 
+@cache
+def student(freedom: int) -> float:
+    """Within this many standard errors lie 95 % of Student's t distribution with these degrees of freedom."""
+    # The density's integral by the midpoint rule, as far out as one degree of freedom needs.
+    step = 13 / 2**14
+    t = (torch.arange(2**14, dtype=torch.float64) + 0.5) * step
+    height = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi * freedom) / 2
+    inside = 2 * step * (height - (freedom + 1) / 2 * (t * t / freedom).log1p()).exp().cumsum(0)
+    i = int((inside < 0.95).sum())
+    return step * (i + float((0.95 - inside[i - 1]) / (inside[i] - inside[i - 1])))
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean and the ends of its interval, by the normal approximation; for a single value the ends are None.
+    """Mean and the ends of its interval, by Student's t; for a single value the ends are None.
 
     Raises:
         ValueError: there are no values.
@@ -104,11 +118,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     mean = float(x.mean())
     if len(x) == 1:
         return mean, None, None
-    margin = Z * float(x.std()) / len(x) ** 0.5
+    margin = student(len(x) - 1) * float(x.std()) / len(x) ** 0.5
     return mean, mean - margin, mean + margin
 
 
 PARTS = ("gain", "mixing", "content")
+FEW = 10  # texts; with fewer, an interval stands on too little for a verdict
 Figures = Mapping[str, float | None]
 
 
@@ -125,14 +140,14 @@ def parts_of(base: Tensor, mixed: Tensor, another: Tensor | None = None) -> dict
 
 
 def mean_gains(base: Tensor, mixed: Tensor, another: Tensor | None = None) -> dict[str, float | None]:
-    """The mean of each of ``parts_of`` over texts, with its 95 % interval: gain, gain_low, gain_high, mixing, ...
+    """The mean of each of ``parts_of`` over texts, with its 95 % interval: gain, gain_low, gain_high, mixing, ...; and texts.
 
     Each text is compared with itself. With a single text there is no interval, and its ends are None.
 
     Args:
         base, mixed, another: mean losses of each text [texts], nats.
     """
-    figures: dict[str, float | None] = {}
+    figures: dict[str, float | None] = {"texts": len(base)}
     for name, values in parts_of(base, mixed, another).items():
         figures[name], figures[f"{name}_low"], figures[f"{name}_high"] = mean_interval(values.tolist())
     return figures
@@ -145,18 +160,46 @@ def format_gain(figures: Figures, name: str = "gain", digits: int = 3) -> str:
     return mean if low is None else f"{mean} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
+def smaller(figures: Figures) -> str:
+    """The headline of a gain: "gain" or "content", whichever is less. Content alone can exceed what there is to gain."""
+    return min("gain", "content", key=lambda name: figures[name] or 0.0)
+
+
 def verdict(figures: Figures) -> str:
-    """In words, what the intervals of ``mean_gains`` allow to say: "helped" or "hurt" of content alone."""
+    """In words, what the intervals of ``mean_gains`` allow to say, and the headline.
+
+    Own thoughts helped if they predict better than none, than another text's and, where ``figures`` has constant_low and
+    constant_high, the interval of the gain over one constant thought, than that.
+    """
+    said = _words(figures)
+    if "content" in figures:
+        said += f"\nworth, the smaller of gain and content: {format_gain(figures, smaller(figures), 4)}"
+    return said
+
+
+def _words(figures: Figures) -> str:
+    texts, gain = figures["texts"] or 0, _sign(figures, "gain")
+    if texts < FEW:
+        return f"too few texts to say what thinking does: {texts:.0f}, and a verdict needs {FEW}"
     if "content" not in figures:
-        return "not known whether what was thought helped: no other text's thoughts were tried"
-    content, mixing = _sign(figures, "content"), _sign(figures, "mixing")
-    if content > 0:
-        return "what was thought helped: own thoughts predict better than another text's"
+        known = "thinking hurts" if gain < 0 else "not known whether what was thought matters"
+        return f"{known}: no other text's thoughts were tried"
+    content = _sign(figures, "content")
+    if gain < 0:
+        if content < 0:
+            return "thinking hurts; another text's thoughts predict better"
+        return f"thinking hurts; its own thoughts hurt {'less than' if content else 'as much as'} another text's"
     if content < 0:
         said = "what was thought hurt: another text's thoughts predict better"
-    else:
+    elif content == 0:
         said = "what was thought made no difference: another text's thoughts do as well"
-    return said + ("\nthe gain is from mixing, whatever is thought" if mixing > 0 else "")
+    elif gain == 0:
+        return "no gain from thinking: own thoughts predict better than another text's, but not than none"
+    elif "constant_low" in figures and _sign(figures, "constant") <= 0:
+        return "no gain from what was thought: another text's thoughts are worse, but a constant one is as good"
+    else:
+        return "what was thought helped: own thoughts predict better than none and another text's"
+    return said + ("\nthe gain is from mixing, whatever is thought" if gain > 0 and _sign(figures, "mixing") > 0 else "")
 
 
 def _sign(figures: Figures, name: str) -> int:

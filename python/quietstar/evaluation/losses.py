@@ -175,8 +175,8 @@ def evaluate(
         base and mixed, nats: means over texts of a text's mean; gain = base - mixed, and gain_low to gain_high, its 95 %
         interval over texts, each compared with itself; texts and tokens, how many there were. With controls also another, the
         loss with another text's thoughts; mixing = base - another, what any thought gains; content = another - mixed, what the
-        own thoughts gain over these; and their intervals, mixing_low, ... gain = mixing + content, and only content is due to
-        what was thought.
+        own thoughts gain over these; and their intervals, mixing_low, ... gain = mixing + content. What was thought can
+        be worth no more than the smaller of gain and content.
 
     Raises:
         ValueError: fewer than two texts with something to predict, which give no interval.
@@ -196,7 +196,7 @@ def summary(losses: TokenLosses) -> dict[str, float]:
     for name, value in mean_gains(**means).items():
         assert value is not None  # there are two texts or more
         figures[name] = value
-    return figures | {"texts": len(tokens), "tokens": int(tokens.sum())}
+    return figures | {"tokens": int(tokens.sum())}
 
 
 def token_losses(

@@ -169,5 +169,5 @@ def test_the_summary(home, train):
     assert f"{last['eval_gain_low']:+.4f} to {last['eval_gain_high']:+.4f}" in out
     assert "\n  run/checkpoints/step-000004\n  run/metrics.jsonl\n  run/metrics.png\nnext\n" in out
     assert "\n  quietstar eval --model run\n" in out and '\n  quietstar generate --model run "Some text"' in out
-    assert "\nwhat was thought " in out
+    assert "\ntoo few texts to say " in out and "\nworth, the smaller of gain and content: " in out
     assert (home / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")

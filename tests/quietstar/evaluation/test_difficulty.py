@@ -25,7 +25,7 @@ def test_groups_by_hand(monkeypatch):
     assert (hard["base"], hard["mixed"], hard["gain"]) == pytest.approx((3.5, 2.375, 1.125))
     # Gains are 1 and -0.5 in text 0, 4 in text 1, 0 in text 2: sums of deviations from the mean, 1.125 per token.
     off = (0.5 - 2 * 1.125, 4 - 1.125, 0 - 1.125)
-    margin = 1.959964 * math.sqrt(sum(x * x for x in off) * 3 / 2) / 4
+    margin = 4.302653 * math.sqrt(sum(x * x for x in off) * 3 / 2) / 4  # Student's t of three texts
     assert (hard["gain_low"], hard["gain_high"]) == pytest.approx((1.125 - margin, 1.125 + margin))
     # By the mean of both losses, the token with 2 and 2.5 comes before the one with 3 and 1.
     easy, hard = difficulty.by_difficulty(LOSSES)["mean"]
@@ -66,7 +66,7 @@ def test_text_and_picture(tmp_path, monkeypatch, another):
     lines = difficulty.difficulty_text(groups).splitlines()
     assert len(lines) == 9 and max(map(len, lines)) <= 88
     hardest = lines[4].split()
-    assert hardest[:5] == ["4.000", "to", "5.000", "+2.000", "(-1.920"]
+    assert hardest[:5] == ["4.000", "to", "5.000", "+2.000", "(-23.412"]  # Student's t of two texts
     assert hardest[7:8] == ([] if another is None else [f"{groups['base'][2]['content']:+.3f}"])
     assert ("content" in lines[1]) is (another is not None) and "content" not in lines[5]
     difficulty.draw(groups, tmp_path / "gain.png")

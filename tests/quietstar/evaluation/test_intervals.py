@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from quietstar.evaluation.intervals import mean_interval, paired, wilson
+from quietstar.evaluation.intervals import mean_interval, paired, student, wilson
 
 
 # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
@@ -47,9 +47,14 @@ def test_paired_at_the_ends(counts):
     assert found["p"] == (0.125 if counts[1] else 1)
 
 
+@pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.3027), (9, 2.2622), (29, 2.0452), (10**9, 1.9600)])
+def test_quantiles_of_students_t(freedom, t):
+    assert student(freedom) == pytest.approx(t, abs=5e-5)
+
+
 def test_mean_interval():
     mean, low, high = mean_interval([1.0, 2.0, 3.0, 6.0])
-    margin = 1.959964 * math.sqrt(14 / 3 / 4)
+    margin = 3.182446 * math.sqrt(14 / 3 / 4)
     assert (mean, low, high) == pytest.approx((3, 3 - margin, 3 + margin))
     assert mean_interval([0.25]) == (0.25, None, None)
     with pytest.raises(ValueError, match="there must be a value"):

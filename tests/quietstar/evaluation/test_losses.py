@@ -41,7 +41,7 @@ def test_means_and_intervals(qs, batch_size):
     figures = evaluate(qs, texts_of(LENGTHS), batch_size)
     want = {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()}
     for name, values in {"gain": base - mixed, "mixing": base - another, "content": another - mixed}.items():
-        margin = 1.96 * values.std() / len(values) ** 0.5
+        margin = 2.776445 * values.std() / len(values) ** 0.5  # Student's t of five texts
         want |= {name: values.mean(), f"{name}_low": values.mean() - margin, f"{name}_high": values.mean() + margin}
     close(figures, want)
     assert figures["texts"] == 5 and figures["tokens"] == sum(LENGTHS) - 5
