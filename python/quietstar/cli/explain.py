@@ -12,7 +12,7 @@ from quietstar.cli import common
 from quietstar.cli.ignored import Rule
 from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
-from quietstar.evaluation.intervals import PARTS, format_gain
+from quietstar.evaluation.intervals import PARTS, format_gain, smaller
 from quietstar.explanation.report import explain
 from quietstar.files.reading import read_utf8
 from quietstar.model import QuietStar
@@ -73,5 +73,6 @@ def summary_text(figures: Mapping[str, float]) -> str:
     return (
         f"loss of {figures['tokens']:,} tokens, nats: {figures['base']:.4f} without thoughts, {figures['another']:.4f} with "
         f"another's, {figures['mixed']:.4f} with its own; 95 % intervals\n{gains}\n"
-        f"{figures['helped']:.0%} of the tokens helped by what was thought, {figures['hurt']:.0%} hurt"
+        f"worth, the smaller of gain and content: {format_gain(figures, smaller(figures), 4)}\n"
+        f"{figures['helped']:.0%} of the tokens helped by what was thought, {figures['hurt']:.0%} hurt by thinking"
     )

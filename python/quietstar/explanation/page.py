@@ -17,9 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from quietstar.evaluation.intervals import PARTS, smaller
 from quietstar.explanation.tokens import SAME, ExplainedToken
 
-# Where the colours change. Class h3 is a loss of 1 nat or more, z about the same, p3 a gain of 1 or more.
+# Where the colours change. Class h3 is a loss of over 1 nat, z about the same, p3 a gain of 1 or more.
 EDGES = (-1.0, -0.3, -SAME, SAME, 0.3, 1.0)
 CLASSES = ("h3", "h2", "h1", "z", "p1", "p2", "p3")
 FIRST = "first"  # the class of the first token, which nothing predicts
@@ -66,9 +67,9 @@ def describe(model: dict[str, Any], settings: dict[str, Any], tokens: list[Expla
 
 
 def figures(summary: dict[str, Any]) -> dict[str, str]:
-    gains = [f"{part}{end}" for part in ("gain", "mixing", "content") for end in ("", "_low", "_high")]
+    shown = {"worth": smaller(summary), **{part: part for part in PARTS}}
     return {
-        **{name: signed(summary[name]) for name in gains},
+        **{f"{name}{end}": signed(summary[f"{part}{end}"]) for name, part in shown.items() for end in ("", "_low", "_high")},
         **{name: f"{summary[name]:.3f}" for name in ("base", "another", "mixed")},
         "tokens": f"{summary['tokens']:,}",
         "helped": f"{100 * summary['helped']:.0f} %",
@@ -95,20 +96,20 @@ def _visible_letter(letter: str) -> str:
     return f"{MARK}⟨U+{ord(letter):04X}⟩{UNMARK}" if invisible else letter
 
 
-def colour(gain: float | None) -> str:
-    return FIRST if gain is None else CLASSES[bisect_right(EDGES, gain)]
+def colour(nats: float | None) -> str:
+    return FIRST if nats is None else CLASSES[bisect_right(EDGES, nats)]
 
 
 def _span(token: ExplainedToken) -> str:
     shown = html.escape(visible(token.text)).replace(MARK, "<i>").replace(UNMARK, "</i>")
-    return f'<span class="{colour(token.content)}">{shown}</span>'
+    return f'<span class="{colour(token.effect)}">{shown}</span>'
 
 
 def _legend(tokens: list[ExplainedToken]) -> str:
     """A cell for each colour with how many tokens have it, then the edges between the cells."""
     counts = dict.fromkeys(CLASSES, 0)
     for token in tokens[1:]:
-        counts[colour(token.content)] += 1
+        counts[colour(token.effect)] += 1
     cells = "".join(f'<span class="{name}">{count}</span>' for name, count in counts.items())
     edges = "".join(f"<span>{edge:+g}</span>".replace("-", "−") for edge in EDGES)
     return f'<div class="cells">{cells}</div><div class="edges">{edges}</div>'
@@ -130,7 +131,7 @@ def _data(tokens: list[ExplainedToken]) -> dict[str, Any]:
         surprise = [_short(x) for x in (token.base, token.another, token.mixed) if x is not None]
         rows.append([token.id, surprise, thoughts, top(token.top)])
     texts = {token: visible(text, spaces=" +") for token, text in sorted(strings.items())}
-    colours = {part: [colour(getattr(token, part)) for token in tokens] for part in ("content", "gain")}
+    colours = {part: [colour(getattr(token, part)) for token in tokens] for part in ("effect", "gain")}
     return {"rows": rows, "texts": texts, "colours": colours}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from quietstar import checks, objective
 from quietstar.config import ThoughtConfig
+from quietstar.evaluation.intervals import mean_interval
 from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
@@ -52,20 +54,18 @@ class Report:
         """Means over the predicted tokens, nats.
 
         Keys: tokens, how many were predicted; base, mixed, another, gain, mixing and content, their means; gain_low, gain_high,
-        mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped and hurt, the shares of tokens
-        whose gain of content is 0.05 or more from 0.
+        mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped, the share of tokens whose gain
+        and content are both 0.05 or more; hurt, the share with a gain below -0.05.
         """
-        values = {
-            name: torch.tensor([getattr(token, name) for token in self.tokens[1:]], dtype=torch.float64)
-            for name in (*LOSSES, *GAINS)
-        }
-        summary: dict[str, float | int] = {"tokens": len(self.tokens) - 1}
-        summary |= {name: float(x.mean()) for name, x in values.items()}
-        for name in GAINS:
-            margin = 1.96 * float(values[name].std()) / len(values[name]) ** 0.5
-            summary |= {f"{name}_low": summary[name] - margin, f"{name}_high": summary[name] + margin}
-        shares = {"helped": values["content"] >= SAME, "hurt": values["content"] < -SAME}
-        return summary | {name: float(x.double().mean()) for name, x in shares.items()}
+        predicted = self.tokens[1:]
+        summary: dict[str, float | int] = {"tokens": len(predicted)}
+        for name in (*LOSSES, *GAINS):
+            summary[name], low, high = mean_interval([getattr(token, name) for token in predicted])
+            assert low is not None and high is not None  # a text has three tokens or more
+            summary |= {f"{name}_low": low, f"{name}_high": high} if name in GAINS else {}
+        effects = [token.effect or 0.0 for token in predicted]
+        shares = {"helped": [x >= SAME for x in effects], "hurt": [x < -SAME for x in effects]}
+        return summary | {name: fmean(x) for name, x in shares.items()}
 
     @property
     def html(self) -> str:

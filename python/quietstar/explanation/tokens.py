@@ -8,7 +8,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-SAME = 0.05  # nats: a gain of content nearer to 0 than this counts as neither help nor harm
+SAME = 0.05  # nats: an effect nearer to 0 than this counts as neither help nor harm
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class ExplainedToken:
     content: float | None
     thoughts: list[ExplainedThought]
     top: list[Alternative]
+
+    @property
+    def effect(self) -> float | None:
+        """How much its own thought helped, nats: gain or content, the smaller; or hurt, the gain where that is below 0."""
+        return None if self.gain is None or self.content is None else min(self.gain, max(self.content, 0.0))
 
 
 UNDECODED = "\ufffd"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from quietstar.explanation.page import CLASSES, EDGES, colour, visible
+from quietstar.explanation.page import CLASSES, EDGES, SAME, colour, visible
 from quietstar.explanation.report import Alternative, ExplainedThought, ExplainedToken, Report
 
 ROOT = Path(__file__).parents[3]
@@ -121,7 +121,7 @@ def test_click_shows_what_the_report_has(open_page):
     without, with_it = (page.locator(".tops ol").nth(i).inner_text().split() for i in (0, 1))
     assert without[:4] == ["·42", "◂", "20", "%"] and "◂" in with_it and with_it[:3] == [",", "30", "%"]
     token(page, 1).click()
-    assert "What was thought hurt: −1.50 nats" in panel(page)
+    assert "Thinking hurt: −1.25 nats" in panel(page)
     token(page, 0).click()
     assert "nothing predicts it" in panel(page)
 
@@ -139,7 +139,7 @@ def test_keyboard(open_page):
     keys.press("ArrowRight")
     assert page.evaluate(place) == 1 and "token 2 of" in panel(page)
     label = page.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert label == "sum, What was thought hurt, content −1.50 and mixing +0.25 nats, probability 5.0 % to 1.4 %"
+    assert label == "sum, Thinking hurt, content −1.50 and mixing +0.25 nats, probability 5.0 % to 1.4 %"
     keys.press("ArrowLeft")
     keys.press("ArrowLeft")
     assert page.evaluate(place) == 0
@@ -227,6 +227,7 @@ def test_legend_and_summary(open_page):
     summary = shown.summary
     for part in ("runs/tiny", "1.38 million weights", "one thought of 2 tokens", f"{100 * summary['helped']:.0f} %"):
         assert part in head
+    assert "What its thoughts are worth" in head and summary["content"] < summary["gain"]
     for name in ("gain", "mixing", "content", "content_low"):
         assert f"{summary[name]:+.3f}".replace("-", "−") in head
     assert "/home/me" not in shown.html
@@ -237,11 +238,25 @@ def test_colours(gain, name):
     assert colour(gain) == name
 
 
+def test_a_token_is_helped_where_both_gains_are_above_0_and_hurt_where_the_gain_is_below():
+    generator = random.Random(0)
+    tokens = [ExplainedToken(0, "a", *[None] * 6, [], [])]
+    for i in range(1, 500):
+        base, mixed, another = (generator.choice([1.0, 1.04, generator.uniform(0, 3)]) for _ in range(3))
+        tokens.append(ExplainedToken(i, "a", base, mixed, another, base - mixed, base - another, another - mixed, [], []))
+    helped = [min(x.gain, x.content) >= SAME for x in tokens[1:]]
+    hurt = [x.gain < -SAME for x in tokens[1:]]
+    shown = Report(MODEL, SETTINGS, tokens)
+    assert (shown.summary["helped"], shown.summary["hurt"]) == (sum(helped) / 499, sum(hurt) / 499)
+    classes = re.findall(r'<span class="(\w+)">a</span>', shown.html)[1:]
+    assert [x[0] for x in classes] == ["p" if x else "h" if y else "z" for x, y in zip(helped, hurt, strict=True)]
+
+
 @pytest.mark.long
 def test_the_colours_show_either_part(open_page):
     shown = report(WORDS)
     page = open_page(shown)
-    for label, name in (("the whole gain", "gain"), ("the gain of content", "content")):
+    for label, name in (("the whole gain", "gain"), ("what helped or hurt", "effect")):
         page.get_by_label(label).check()
         want = [colour(getattr(x, name)) for x in shown.tokens]
         assert page.locator("#text > span").evaluate_all("(all) => all.map((x) => x.className)") == want

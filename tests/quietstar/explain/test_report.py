@@ -8,6 +8,7 @@ import torch
 
 from quietstar import QuietStar, explain
 from quietstar.cli import main as cli
+from quietstar.evaluation.intervals import mean_interval
 from quietstar.explanation import report as report_module
 from quietstar.explanation.page import SAME
 from tests.quietstar.common import wrap
@@ -107,9 +108,9 @@ def test_summary(qs):
     }
     want = {"tokens": len(values["gain"])} | {name: float(x.mean()) for name, x in values.items()}
     for name in ("gain", "mixing", "content"):
-        margin = float(1.96 * values[name].std() / len(values[name]) ** 0.5)
-        want |= {f"{name}_low": want[name] - margin, f"{name}_high": want[name] + margin}
-    helped, hurt = values["content"] >= SAME, values["content"] < -SAME
+        _, low, high = mean_interval(values[name].tolist())
+        want |= {f"{name}_low": low, f"{name}_high": high}
+    helped, hurt = (values["gain"] >= SAME) & (values["content"] >= SAME), values["gain"] < -SAME
     want |= {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
     assert report.summary == pytest.approx(want)
     assert 0 < report.summary["hurt"] and set(report.summary) == set(want)

@@ -25,7 +25,7 @@ tokens.forEach((token, i) => {
 
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const percent = (p) => (p >= 0.1 ? (100 * p).toFixed(0) : p >= 1e-6 ? (100 * p).toPrecision(2) : "< 0.0001") + " %";
-const verdict = (i) => ({ h: "What was thought hurt", z: "What was thought made no difference", p: "What was thought helped" })[colours.content[i][0]];
+const verdict = (i) => ({ h: "Thinking hurt", z: "What was thought neither helped nor hurt", p: "What was thought helped" })[colours.effect[i][0]];
 
 function make(tag, className, content) {
   const element = document.createElement(tag);
@@ -66,6 +66,7 @@ function topList(title, i, [ids, probabilities], surprise) {
 
 // The parts of the gain from the surprise without a thought, with another one and with its own.
 const gains = ([base, another, mixed]) => ({ content: another - mixed, mixing: base - another, gain: base - mixed });
+const effect = ({ content, gain }) => Math.min(gain, Math.max(content, 0)); // as in tokens.py
 
 function figures([base, another], thoughts, numbered) {
   const line = (tag, cells) => make("tr", "", cells.map((cell, k) => make(k ? tag : "th", "", cell)));
@@ -87,7 +88,7 @@ function describe(i) {
   const numbered = (n) => (thoughts.length > 1 ? ` ${n + 1}` : "");
   return [
     ...head,
-    make("p", "gain", `${verdict(i)}: ${signed(content)} nats`),
+    make("p", "gain", `${verdict(i)}: ${signed(effect(gains(surprise)))} nats`),
     make("p", "hint", `content ${signed(content)} and mixing ${signed(mixing)} are a gain of ${signed(gain)}`),
     figures(surprise, thoughts, numbered),
     ...thoughts.flatMap(([, , ids], n) => [make("h3", "", `Thought${numbered(n)} before it`), make("p", "thought", ids.map(tokenText))]),
