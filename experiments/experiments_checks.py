@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from quietstar.evaluation.intervals import student
+
 Check = dict[str, Any]
 Results = Sequence[dict[str, Any]]
-
-# Student's t for 95 %, by the number of seeds less 1: with three seeds the normal distribution would halve the interval.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def least(what: str, values: Sequence[float | None], bound: float) -> Check:
@@ -61,7 +60,7 @@ def figure(result: dict[str, Any], run: str, name: str = "accuracy") -> Any:
 def margin(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean over seeds, by Student's t; None for a single seed."""
     seeds = len(values)
-    return T_95[min(seeds - 1, len(T_95)) - 1] * stdev(values) / math.sqrt(seeds) if seeds > 1 else None
+    return student(seeds - 1) * stdev(values) / math.sqrt(seeds) if seeds > 1 else None
 
 
 def _check(what: str, values: Sequence[float | None], wanted: str, holds: Callable[[float], bool]) -> Check:

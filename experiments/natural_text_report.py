@@ -13,7 +13,7 @@ from natural_text_evaluation import BASE
 from natural_text_settings import Experiment
 
 from quietstar.cli.entry import versions
-from quietstar.evaluation.intervals import mean_interval, wilson
+from quietstar.evaluation.intervals import FEW, mean_interval, wilson
 from quietstar.files.pictures import can_draw, legend_below, new_figure, save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
@@ -46,20 +46,21 @@ GAINS = {
     OVER_PLAIN: (OWN, PLAIN),
     "over the base model": (OWN, START),
 }
-NEEDED = ("of content", "over one constant thought", OVER_PLAIN)
+NEEDED = ("of thinking", "of content", "over one constant thought", OVER_PLAIN)
 
 
 @dataclass(frozen=True)
 class Figure:
     """A mean over texts or questions of the mean over seeds, with its 95 % interval over texts or questions.
 
-    The interval of a share of right answers is Wilson's, others are normal approximations.
+    The interval of a share of right answers is Wilson's, others are by Student's t. ``units`` is how many there are.
     """
 
     mean: float
     low: float | None
     high: float | None
     seeds: list[float]
+    units: int
 
     @classmethod
     def of(cls, scores: Scores, share: bool = False) -> Figure:
@@ -67,7 +68,7 @@ class Figure:
         mean, low, high = mean_interval(units)
         if share:
             low, high = wilson(round(mean * len(units)), len(units))
-        return cls(mean, low, high, [fmean(seed) for seed in scores])
+        return cls(mean, low, high, [fmean(seed) for seed in scores], len(units))
 
     @classmethod
     def gain(cls, first: Scores, second: Scores, less: bool) -> Figure:
@@ -172,13 +173,21 @@ def by_seed(found: dict[tuple[str, str], Figure]) -> str:
 
 def verdict(found: dict[tuple[str, str], Figure]) -> str:
     """Thinking helped if own thoughts predict held-out text better than everything in ``NEEDED``."""
+    thinking, content = found["of thinking", LOSS], found["of content", LOSS]
+    if thinking.units < FEW:
+        return f"{thinking.units} held-out texts are too few to say what thinking does."
+    if thinking.high is not None and thinking.high < 0:
+        less = content.low is not None and content.low > 0
+        return "Thinking hurts on held-out text" + ("; its own thoughts hurt less than another text's." if less else ".")
     compared = {name: found[name, LOSS] for name in NEEDED if (name, LOSS) in found}
     failed = [name for name, gain in compared.items() if gain.low is None or gain.low <= 0]
     if len(compared) < len(NEEDED):
-        return "Whether thinking helped can't be said: there is no arm `plain` to compare it with."
+        return "Whether thinking is worth its training can't be said: there is no arm `plain` to compare it with."
     if failed:
-        return f"Thinking is not shown to help on held-out text. Not above 0 with its interval: gain {', '.join(failed)}."
-    return f"Thinking helped on held-out text. Above 0 with their intervals: gain {', '.join(NEEDED)}."
+        return f"No gain from what was thought is shown. Not above 0 with its interval: gain {', '.join(failed)}."
+    least = min(compared.values(), key=lambda gain: gain.mean)
+    names = ", ".join(NEEDED)
+    return f"Thinking helped on held-out text, by {cell(least, LOSS, '+')}, the least of what is above 0: gain {names}."
 
 
 def hours(e: Experiment) -> float:
@@ -193,7 +202,7 @@ def cell(figure: Figure | None, measure: str, sign: str = "") -> str:
         return ""
     scale, digits = (1, 4) if measure == LOSS else (100, 1)
     ends = [] if figure.low is None or figure.high is None else [figure.low, figure.high]
-    if not sign and measure != LOSS:  # a normal approximation may end beyond 0 and 1
+    if not sign and measure != LOSS:  # an interval by Student's t may end beyond 0 and 1
         ends = [min(max(end, 0), 1) for end in ends]
     mean, *shown = (f"{scale * x:{sign}.{digits}f}" for x in (figure.mean, *ends))
     unit = "" if sign or measure == LOSS else " %"

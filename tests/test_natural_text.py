@@ -74,18 +74,30 @@ def test_what_the_gains_say(scripts):
         "official, own thoughts": [[2.7, 1.71, 3.7]] * 2,
         "official, another text's thoughts": [[2.8, 1.8, 3.81]] * 2,
         "official, one constant thought": [[2.8, 1.81, 3.8]] * 2,
-        "official, random tokens": [[3.3, 1.7, 3.9]] * 2,
+        "official, random tokens": [[3.3, 1.3, 3.9]] * 2,
     }
-    rows = {name: {report.LOSS: scores} for name, scores in losses.items()}
+    rows = {name: {report.LOSS: [4 * seed for seed in scores]} for name, scores in losses.items()}
     found = report.gains_of(rows, "official")
     means = {name: round(figure.mean, 3) for (name, _), figure in found.items()}
     assert means["of thinking"] == pytest.approx(means["of mixing"] + means["of content"])
     assert means["of content"] == 0.1 and means["over the base model"] == 0.297
-    assert report.verdict(found).startswith("Thinking helped")
+    assert report.verdict(found).startswith("Thinking helped on held-out text, by +0.1000 (+0.1000 to +0.1000)")
     assert found["over random tokens", report.LOSS].low < 0  # not needed for the verdict
     rows["official, own thoughts"] = rows["official, another text's thoughts"]
     said = report.verdict(report.gains_of(rows, "official"))
     assert said.endswith("Not above 0 with its interval: gain of content, over one constant thought.")
+    few = {name: {report.LOSS: [seed[:9] for seed in row[report.LOSS]]} for name, row in rows.items()}
+    assert "9 held-out texts are too few" in report.verdict(report.gains_of(few, "official"))
+    # Another text's thoughts mislead more than its own.
+    worse = {"own thoughts": 0.2, "another text's thoughts": 0.3, "one constant thought": 0.4}
+    without = rows["official, without a thought"][report.LOSS]
+    for name, harm in worse.items():
+        rows[f"official, {name}"] = {report.LOSS: [[x + harm * (1 + i % 2) for i, x in enumerate(seed)] for seed in without]}
+    rows["trained without thoughts"] = {report.LOSS: [[x + 1 for x in seed] for seed in without]}
+    said = report.verdict(report.gains_of(rows, "official"))
+    assert said == "Thinking hurts on held-out text; its own thoughts hurt less than another text's."
+    rows["official, own thoughts"] = rows["official, without a thought"]
+    assert report.verdict(report.gains_of(rows, "official")).endswith("with its interval: gain of thinking.")
     del rows["trained without thoughts"]
     assert "can't be said" in report.verdict(report.gains_of(rows, "official"))
 
