@@ -194,11 +194,11 @@ def _words(figures: Figures) -> str:
     elif content == 0:
         said = "what was thought made no difference: another text's thoughts do as well"
     elif gain == 0:
-        return "no gain from thinking: own thoughts predict better than another text's, but not than none"
+        return "no gain from thinking: better than another text's thoughts, but not than none"
     elif "constant_low" in figures and _sign(figures, "constant") <= 0:
-        return "no gain from what was thought: another text's thoughts are worse, but a constant one is as good"
+        return "no gain from what was thought: a constant one is as good"
     else:
-        return "what was thought helped: own thoughts predict better than none and another text's"
+        return "what was thought helped: better than no thoughts and than another text's"
     return said + ("\nthe gain is from mixing, whatever is thought" if gain > 0 and _sign(figures, "mixing") > 0 else "")
 
 

@@ -32,10 +32,10 @@ def test_the_parts_add_up():
 @pytest.mark.parametrize(
     "mixing, content, said",
     [
-        (-0.4, 0.7, "what was thought helped: own thoughts predict better than none and another text's"),
+        (-0.4, 0.7, "what was thought helped: better than no thoughts and than another text's"),
         (0.2, -0.1, "what was thought hurt: another text's thoughts predict better"),
         (0.02, 0.0, "what was thought made no difference: another text's thoughts do as well"),
-        (-0.2, 0.2, "no gain from thinking: own thoughts predict better than another text's, but not than none"),
+        (-0.2, 0.2, "no gain from thinking: better than another text's thoughts, but not than none"),
         (-0.28, 0.05, "thinking hurts; its own thoughts hurt less than another text's"),
         (-0.2, 0.0, "thinking hurts; its own thoughts hurt as much as another text's"),
         (0.1, -0.2, "thinking hurts; another text's thoughts predict better"),
@@ -89,6 +89,7 @@ def test_help_needs_a_gain_and_harm_a_loss():
             assert all(above) and "content" in figures and figures["texts"] >= 10, (text, figures)
         if "hurt" in text or "harm" in text:
             assert any(below), (text, figures)
+        assert max(map(len, text.splitlines())) <= 80
         said.add(text.splitlines()[0])
     assert len(said) == 12  # every sentence was tried
 
