@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
 from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.losses import TokenLosses, can_swap, measure, with_thoughts_of_another
+from quietstar.files.writing import write_whole
 from quietstar.hf.modules import state
 from quietstar.model import OF_TRL, QuietStar
 from quietstar.objective import Counts
@@ -230,7 +232,9 @@ class ThoughtTrainer(Trainer):
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             contents = replace(contents, tokenizer=self.processing_class)
         native.save(contents, folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        arguments = BytesIO()
+        torch.save(self.args, arguments)
+        write_whole(os.path.join(folder, "training_args.bin"), arguments.getvalue())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         native.restore_all(self.model.contents(), resume_from_checkpoint)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from quietstar.files.reading import check_names, check_saved, read_json, sha256
+from quietstar.files.writing import naming
 
 # Only folders of this name that hold this step are checkpoints: whatever else is kept beside them is never renamed or removed.
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
@@ -119,7 +120,8 @@ def new(path: Path) -> Iterator[Path]:
     _remove_leftovers(path.parent)
     try:
         beside.mkdir()
-        yield beside
+        with naming(path):
+            yield beside
         if is_folder(path):
             _remove(path)
         os.replace(beside, path)

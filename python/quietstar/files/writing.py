@@ -95,6 +95,21 @@ NEW = r"([0-9]+)-[a-z0-9_]{8}"
 OLD = rf"{NEW}-old"
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Lets errors of the disk name ``path``: those of writing don't, and libraries in Rust have their own kinds of them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+
+
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file and rename it into place, so that no partial file is ever left; text as UTF-8."""
     with beside(path) as file:
@@ -107,13 +122,14 @@ def beside(path: str | os.PathLike) -> Iterator[Path]:
 
     What processes that were killed here have left is removed. A ``path`` that is a link stays one.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     _remove_leftovers(path)
     file = path.with_name(f".{path.name}-{os.getpid()}")
     while (lock := FileLock.acquire(file)) is None:
         pass  # another process is removing what one with this id has left
     try:
-        yield file
+        with naming(given):
+            yield file
         os.replace(file, path)
     finally:
         file.unlink(missing_ok=True)
@@ -135,7 +151,7 @@ def replaced(directory: str | os.PathLike) -> Iterator[Path]:
     Other files of the old folder are kept, except the weights of a checkpoint and what belongs to them. A ``directory`` that is
     a link stays one. What processes that were killed here have left is removed, or put back.
     """
-    directory = Path(os.path.realpath(directory))
+    given, directory = directory, Path(os.path.realpath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     put_back(directory)
     for old in _left_by_dead(directory, OLD):
@@ -146,7 +162,8 @@ def replaced(directory: str | os.PathLike) -> Iterator[Path]:
     new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-{os.getpid()}-", dir=directory.parent))
     try:
         new.chmod(0o755)
-        yield new
+        with naming(given):
+            yield new
         _put_in_place(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)

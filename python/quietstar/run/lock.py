@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from quietstar.files.reading import as_type, json_value
-from quietstar.files.writing import FileLock
+from quietstar.files.writing import FileLock, naming
 from quietstar.run.processes import process_state
 
 LOCK = ".quietstar.lock"
@@ -101,8 +101,9 @@ def _acquire(folder: Path, out: str | os.PathLike) -> tuple[FileLock | None, str
         tqdm.write(f"{out}: the run of {owner} ended without giving its lock back; this one takes over")
     try:
         now = Owner(os.getpid(), socket.gethostname(), datetime.now().astimezone().isoformat(" ", "seconds"))
-        os.ftruncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, json.dumps(msgspec.to_builtins(now)).encode(), 0)
+        with naming(folder / LOCK):
+            os.ftruncate(lock.descriptor, 0)
+            os.pwrite(lock.descriptor, json.dumps(msgspec.to_builtins(now)).encode(), 0)
     except OSError:
         lock.release(remove=True)
         raise

@@ -12,7 +12,7 @@ import msgspec
 from tqdm.auto import tqdm
 
 from quietstar.files.reading import as_type, json_value, read_utf8
-from quietstar.files.writing import write_whole
+from quietstar.files.writing import naming, write_whole
 
 
 class Line(msgspec.Struct):
@@ -77,7 +77,7 @@ class Metrics:
         """Append the figures of a step."""
         self.lines.append(line)
         if self.write:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 

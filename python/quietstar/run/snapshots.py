@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.optim import Optimizer
 
@@ -40,15 +39,12 @@ def save(
         if not write:
             return
         path = places.folder(out, step)
-        try:
-            with places.new(path) as beside:
-                hashes = native.write(qs.contents(), beside)
-                save_file(moments, beside / OPTIMIZER)
-                run = {"step": step, "config": config, "optimizer": state["param_groups"]}
-                (beside / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-                places.seal(beside, hashes)
-        except SafetensorError as error:  # raised when the disk is full
-            raise OSError(f"{path}: {error}") from error
+        with places.new(path) as beside:
+            hashes = native.write(qs.contents(), beside)
+            save_file(moments, beside / OPTIMIZER)
+            run = {"step": step, "config": config, "optimizer": state["param_groups"]}
+            (beside / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            places.seal(beside, hashes)
     places.remove_others(path, keep, later=True)
 
 

@@ -130,13 +130,10 @@ class Progress:
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save state, weights and moments, all of them or none."""
         moments = to_tensors(optimizer.state_dict()["state"])
-        try:
-            with replaced(self.folder) as beside:
-                save_weights(module, str(beside / WEIGHTS))
-                save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
-                write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
-        except SafetensorError as error:  # raised when the disk is full
-            raise OSError(f"{self.folder}: {error}") from error
+        with replaced(self.folder) as beside:
+            save_weights(module, str(beside / WEIGHTS))
+            save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
+            write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
 
 
 class Report(msgspec.Struct):

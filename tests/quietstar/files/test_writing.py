@@ -2,14 +2,22 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from quietstar import QuietStar, ThoughtConfig
+from quietstar.checkpoints import places
 from quietstar.data.thoughts import write_records
 from quietstar.files import writing
 from quietstar.files.writing import beside, replaced, write_whole
+from quietstar.run.metrics import Metrics
+from tests.quietstar.conftest import make_byte_tokenizer
 
 fork = multiprocessing.get_context("fork")
 
@@ -74,6 +82,49 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "x", "new")
     assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
+
+
+@contextmanager
+def largest_file(size):
+    """No file may get more bytes; Python ignores the signal that would say so."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_errors_of_the_disk_name_the_file(tiny, tmp_path):
+    """Those of Python, safetensors, tokenizers and pyarrow; what was begun is removed."""
+    qs = QuietStar(tiny("llama", vocab_size=257), ThoughtConfig(), make_byte_tokenizer(), verify=False)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, write=True)
+
+    def save(path):
+        with places.new(path) as beside:
+            save_file({"x": torch.zeros(1000)}, beside / "x")
+
+    def write(path):
+        with write_records(path, {"x": ("int32", 0)}) as rows:
+            rows([{"x": 1}])
+
+    def tokenizer(path):
+        with replaced(path) as new:
+            make_byte_tokenizer().save_pretrained(new)
+
+    cases = [
+        ("words.txt", 4, lambda path: write_whole(path, "four words and more")),
+        ("metrics.jsonl", 4, lambda path: metrics.add({"step": 1})),
+        ("step-000001", 4, save),
+        ("thoughts.jsonl", 4, write),
+        *([("thoughts.parquet", 4, write)] if find_spec("pyarrow") else []),
+        ("tokenizer", 500, tokenizer),
+        *(("model", size, qs.save_pretrained) for size in (0, 500, 1000, 60_000)),
+    ]
+    for name, size, function in cases:
+        with largest_file(size), pytest.raises(OSError, match=f"File too large: '{tmp_path / name}'$"):
+            function(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_links_stay_links(tmp_path):
