@@ -36,19 +36,24 @@ HOOK = "_get_per_token_logps_and_entropies"
 PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
 PARAMETERS += ["compute_entropy", "compute_aux_loss"]
 TESTED = "1.16"
+# Values of GRPO's loss_type that give each completion the same weight in any microbatch of an optimizer step.
+SUMS = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 class SharedPrompts(Trainer):
     """Put it before ``trl.GRPOTrainer`` or ``trl.RLOOTrainer``: ``class Trainer(SharedPrompts, GRPOTrainer): pass``.
 
-    Losses, gradients and logs are those of the trainer after it, up to rounding. What differs:
+    Each optimizer step is that of the trainer after it, up to rounding, without dropout and learned positions. What differs:
 
     - The model runs with attention "quietstar_wrapped". It is plain sdpa where no prompts are shared, as in ``generate``.
-    - TRL shuffles the completions that it has generated before it cuts them into steps. Here those of one prompt are then
-      brought together again, so that a step with fewer rows than were generated shares prompts too.
+    - TRL shuffles the completions that it has generated before it cuts them into microbatches. Here those of one prompt are
+      brought together again within an optimizer step, so that small microbatches share prompts too. Their losses add up to
+      TRL's; logged means over a microbatch are over other completions.
+    - Where a loss depends on which completions share a microbatch (``loss_type="bnpo"``, ``top_entropy_quantile`` below 1, an
+      entropy bonus), microbatches stay as TRL cuts them.
     - Positions count from a prompt's first token, as in generation. TRL counts padding on the left; this matters for learned
       positions only.
-    - Attention dropout is ignored, with a warning.
+    - Attention dropout is ignored, with a warning. Other dropout draws other values, once for a prompt.
 
     Tested with TRL 1.16.
 
@@ -58,12 +63,15 @@ class SharedPrompts(Trainer):
     """
 
     # Of TRL's trainers.
+    model: Any
     args: Any
     ref_model: Any
     temperature: float
     aux_loss_enabled: bool
-    _buffered_inputs: list[dict[str, Any]] | None
-    _step: int
+    _buffered_inputs: list[dict[str, Any]]  # the microbatches of a generation
+    _step: int  # microbatches so far
+
+    _window: range  # those of the optimizer step under way
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._check_release()
@@ -106,14 +114,30 @@ class SharedPrompts(Trainer):
             if refused:
                 raise ValueError(f"{type(self).__name__}: {why}")
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's microbatches of the next optimizer step."""
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._window = range(self._step, self._step + len(samples[0]))
+        return samples
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's inputs of a step, of completions that are sorted by prompt."""
-        before = self._buffered_inputs
+        """TRL's inputs of a microbatch, of completions sorted by prompt within an optimizer step and a generation."""
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is None or self._buffered_inputs is before:
+        if not (self.model.training and self._adds_up()):
             return inputs
-        self._buffered_inputs = _sorted_by_prompt(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        steps = self.args.steps_per_generation
+        place = self._step % steps
+        first = max(0, place + self._window.start - self._step)
+        after = min(steps, place + self._window.stop - self._step)
+        return _sorted_by_prompt(self._buffered_inputs[first:after])[place - first]
+
+    def _adds_up(self) -> bool:
+        """Whether the loss of an optimizer step doesn't depend on which completions share a microbatch."""
+        return (
+            getattr(self, "loss_type", "grpo") in SUMS  # RLOO's loss is such a sum, and it has none of these options
+            and getattr(self, "top_entropy_quantile", 1.0) == 1.0
+            and not getattr(self, "_entropy_bonus_enabled", False)
+        )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -147,7 +171,8 @@ class SharedPrompts(Trainer):
                 parts.append(model(shared_prompts=logprobs))
         back = order.argsort()
         logprob, entropy = ([part[i] for part in parts] for i in range(2))
-        return torch.cat(logprob)[back], torch.cat(entropy)[back] if compute_entropy else None, None
+        # In fp32, as TRL's for fp64 models too, which it compares with a quantile of theirs in fp32.
+        return torch.cat(logprob)[back], torch.cat(entropy)[back].float() if compute_entropy else None, None
 
 
 def _add_forward(model: PreTrainedModel) -> None:

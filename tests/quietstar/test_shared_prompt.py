@@ -1,5 +1,7 @@
 """TRL's trainers with shared prompts: losses, gradients, entropies and whole runs equal the stock trainers'."""
 
+import random
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -9,7 +11,7 @@ pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from quietstar.hf.completions import PackedCompletions
@@ -268,30 +270,73 @@ def test_pack_refuses_other_padding():
         PackedCompletions.pack(ids, mask, 6)
 
 
-def final_weights(trained):
-    trained.train()
-    assert trained.state.global_step == 2
-    return torch.cat([weight.detach().flatten().double() for weight in trained.model.parameters()])
+class Weights(TrainerCallback):
+    """The weights before training and after each optimizer step."""
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.all = [torch.cat([weight.detach().flatten() for weight in model.parameters()])]
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.all.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
 
 
-# Several prompts in a step and parts of groups, accumulation, two iterations on a rollout, and a reference model.
-RUNS = {
-    "accumulation": {"gradient_accumulation_steps": 2, "num_generations": 4},
-    "two iterations, KL": {"num_iterations": 2, "beta": 0.1, "gradient_accumulation_steps": 2},
-    "parts of groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-}
+def random_options(seed):
+    """A trainer and its options, drawn at random: how a generation is cut, and all that a loss depends on."""
+    draw = random.Random(seed)
+    size, steps = draw.choice([(1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (4, 1), (4, 2), (4, 4)])
+    options = {
+        "per_device_train_batch_size": size,
+        "steps_per_generation": steps,
+        "gradient_accumulation_steps": draw.choice([1, 2, 3, 4]),
+        "num_generations": draw.choice([n for n in (2, 4) if size * steps % n == 0]),
+        "num_iterations": draw.choice([1, 1, 2]),
+        "loss_type": draw.choice(["grpo", "bnpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]),
+        "importance_sampling_level": draw.choice(["token", "sequence"]),
+        "scale_rewards": draw.choice(["group", "batch", "none"]),
+        "beta": draw.choice([0.0, 0.2]),
+        "delta": draw.choice([None, 1.5]),
+        "off_policy_mask_threshold": draw.choice([None, None, 0.1]),
+        "top_entropy_quantile": draw.choice([1.0, 1.0, 1.0, 0.5]),
+        "entropy_coef": draw.choice([0.0, 0.0, 0.0, 0.3]),
+        "use_adaptive_entropy": draw.random() < 0.1,
+        "entropy_target": 9.0,  # below it the bonus counts
+        "mask_truncated_completions": draw.choice([False, True]),
+        "max_grad_norm": draw.choice([0.0, 1.0]),
+        "temperature": draw.choice([1.0, 0.7]),
+    }
+    trainer = draw.choice([GRPOTrainer] * 4 + [RLOOTrainer])
+    known = RLOOConfig if trainer is RLOOTrainer else GRPOConfig
+    return trainer, {name: value for name, value in options.items() if name in known.__dataclass_fields__}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", [pytest.param(x, marks=() if "KL" in x else pytest.mark.long) for x in RUNS])
-def test_training(tiny, trainer, tmp_path, name):
-    options = RUNS[name]
-    tiny("llama").double().save_pretrained(tmp_path / "base")
-    start, stock, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / "base") for _ in range(3))
-    start = torch.cat([weight.detach().flatten() for weight in start.parameters()])
-    truth = final_weights(trainer(GRPOTrainer, stock, **options)) - start
-    update = final_weights(trainer(SharedGRPO, ours, **options)) - start
-    assert truth.norm() > 1e-3 and distance(update, truth) < BOUND
+def completions_at_random(self, prompt_ids, *_):
+    """In place of generation, so that about half of these end."""
+    draw = random.Random(self._step)
+    rows = [[draw.randrange(3, V) for _ in range(draw.randrange(1, 5))] + draw.choice([[], [2]]) for _ in prompt_ids]
+    return (rows, None) if isinstance(self, GRPOTrainer) else rows
+
+
+# A quantile of entropies, a bonus for them, bnpo, RLOO, and TRL's generation; with generations that cross optimizer steps.
+SHORT = (4, 8, 20, 33, 39)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(x, marks=() if x in SHORT else pytest.mark.long) for x in range(60)])
+def test_optimizer_steps(tiny, trainer, tmp_path, monkeypatch, seed):
+    cls, options = random_options(seed)
+    tiny("llama", num_hidden_layers=1).double().save_pretrained(tmp_path / "base")  # the reference is loaded by its name
+    found = []
+    for one in (cls, PAIRS[cls]):
+        if seed % 3 or options.get("mask_truncated_completions"):
+            monkeypatch.setattr(one, "_generate_single_turn", completions_at_random)
+        model, weights = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), Weights()
+        made = trainer(one, model, max_steps=3, learning_rate=0.03, **options)
+        made.add_callback(weights)
+        made.train()
+        assert len(weights.all) == 1 + 3
+        found.append([after - before for before, after in zip(weights.all, weights.all[1:], strict=False)])
+    assert max(float(update.norm()) for update in found[0]) > 1e-3
+    far = [distance(update, truth) for truth, update in zip(*found, strict=True)]
+    assert max(far) < BOUND, (cls, options, far)
 
 
 @pytest.mark.long
