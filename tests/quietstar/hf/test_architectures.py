@@ -1,10 +1,13 @@
 """Thought rows of every listed architecture equal an ordinary forward over the text prefix and the thought."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 import quietstar
+from quietstar.hf import decoder
 from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
 from quietstar_kernels import ThoughtLayout
@@ -112,6 +115,88 @@ def test_verify_fails_for_a_model_whose_thoughts_are_wrong(tiny):
     report = quietstar.verify(model)
     assert not report.ok
     assert report.thoughts > report.bound
+
+
+ATTENTION, DECODE, POSITION_IDS = decoder._attention, decoder.thought_decode, ThoughtLayout.position_ids
+
+
+def sees_later_text(q, k, v, layout, **options):
+    return ATTENTION(q, k, v, replace(layout, anchor=(layout.anchor + 1).clamp(max=layout.L - 1)), **options)
+
+
+def sees_the_other_thought(q, k, v, layout, **options):
+    if layout.P:  # else it is the prefill of the steps
+        layout = ThoughtLayout(layout.anchor, layout.lo, layout.length.sum(2, keepdim=True).int(), 2 * layout.rows)
+    return ATTENTION(q, k, v, layout, **options)
+
+
+def text_sees_a_thought(q, k, v, layout, **options):
+    L = layout.L
+    if layout.P:
+        k, v = (torch.cat([x[:, :, :3], x[:, :, L : L + 1], x[:, :, 4:]], 2) for x in (k, v))
+    return ATTENTION(q, k, v, layout, **options)
+
+
+def steps_see_later_text(q, k_text, v_text, k_own, v_own, layout, step, **options):
+    layout = replace(layout, anchor=(layout.anchor + 1).clamp(max=layout.L - 1))
+    return DECODE(q, k_text, v_text, k_own, v_own, layout, step, **options)
+
+
+def one_position_late(layout):
+    rows = torch.arange(layout.M) >= layout.L
+    return POSITION_IDS(layout) + rows
+
+
+WRONG = {
+    "sees later text": (decoder, "_attention", sees_later_text),
+    "sees the other thought": (decoder, "_attention", sees_the_other_thought),
+    "text sees a thought": (decoder, "_attention", text_sees_a_thought),
+    "steps see later text": (decoder, "thought_decode", steps_see_later_text),
+    "one position late": (ThoughtLayout, "position_ids", one_position_late),
+}
+
+
+@torch.no_grad()
+def sharp(model):
+    """Rounding grows a thousandfold in it: attention is sharp, and one channel is much larger than the others."""
+    for name, weight in model.named_parameters():
+        if any(part in name for part in ("q_proj.weight", "k_proj.weight", "c_attn.weight")):
+            weight *= 3
+        elif any(part in name for part in ("o_proj.weight", "down_proj.weight")):
+            weight[3] *= 300
+        elif "c_proj.weight" in name:  # GPT-2's are transposed
+            weight[:, 3] *= 300
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_verify_accepts_models_that_amplify_rounding_and_finds_wrong_masks_in_them(tiny, monkeypatch, name):
+    for seed, wrong in enumerate(WRONG.values()):
+        model = sharp(tiny(name, seed, num_hidden_layers=6))
+        report = quietstar.verify(model)
+        assert report.ok, f"seed {seed}: {report}"
+        with monkeypatch.context() as patch:
+            patch.setattr(*wrong)
+            assert max(vars(quietstar.verify(model)).values()) > 100 * report.bound, f"seed {seed}"
+
+
+@pytest.mark.parametrize("dtype, margin", [(torch.float32, 1000), pytest.param(torch.bfloat16, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_verify_finds_a_wrong_mask_in_every_architecture(tiny, monkeypatch, architecture, wrong, dtype, margin):
+    model = tiny(architecture).to(dtype)
+    monkeypatch.setattr(*WRONG[wrong])
+    report = quietstar.verify(model)
+    off = {part for part in ("text", "thoughts", "stepwise") if getattr(report, part) > margin * report.bound}
+    assert off == {"stepwise"} if "steps" in wrong else off & {"text", "thoughts"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_verify_accepts_low_precision(tiny, architecture, dtype):
+    assert quietstar.verify(tiny(architecture).to(dtype)).ok
+
+
+def test_verify_accepts_fp64_whose_norms_are_in_fp32(tiny):
+    assert quietstar.verify(tiny("llama").double()).ok
 
 
 @pytest.mark.parametrize("name", ["mamba", "bloom", "jamba", "bart", "doge", "falcon", "gptj"])
