@@ -30,7 +30,7 @@ _verified: set[tuple[type, torch.dtype]] = set()
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """For each part the largest difference of a row's hidden state, in units of what rounding changes in that row.
+    """For each part the largest difference of a row's hidden state, in units of the most that rounding changed in that row.
 
     Attributes:
         text: packed text rows, compared with the text alone.
@@ -105,7 +105,7 @@ def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
     truth = _alone(model, text_ids, thought_ids, layout)
     with _rounded(model, generator):
         drawn = _alone(model, text_ids, thought_ids, layout, _DRAWS)
-    unit = _distance(drawn, truth).square().mean(0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)  # [M]
+    unit = _distance(drawn, truth).amax(0).clamp(min=torch.finfo(torch.float32).tiny)  # [M]
     if not bool(truth.isfinite().all() and unit.isfinite().all()):
         raise not_finite(model, "on random tokens")
     difference, steps = _distance(packed, truth)[0] / unit, _distance(stepwise, truth[:, _TEXT:])[0] / unit[_TEXT:]

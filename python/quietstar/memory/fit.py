@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,19 +39,28 @@ class Plan:
     checkpointing: bool
     anchor_chunk: int | None
 
-    def smaller(self, length: int) -> Iterator[Plan]:
-        """This plan, and those that take less memory for texts of ``length`` tokens and more time, the fastest first."""
-        for checkpointing in sorted({self.checkpointing, True}):
-            for texts in _halves(self.texts):
-                yield replace(self, texts=texts, checkpointing=checkpointing)
-        for chunk in _halves((self.anchor_chunk or length) // 2):
-            yield Plan(1, True, chunk)
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest that fits of ``most`` and the powers of two below it; 0 if none does."""
+    if fits(most):
+        return most
+    size = 1
+    while size < most and fits(size):
+        size *= 2
+    return size // 2
 
 
-def _halves(size: int) -> Iterator[int]:
-    while size:
-        yield size
-        size //= 2
+def _that_fits(plan: Plan, length: int, fits: Callable[[Plan], bool]) -> Plan | None:
+    """The fastest plan that fits, and of as fast ones the largest, for texts of ``length`` tokens."""
+    for checkpointing in sorted({plan.checkpointing, True}):
+
+        def fit(texts: int, checkpointing: bool = checkpointing) -> bool:
+            return fits(replace(plan, texts=texts, checkpointing=checkpointing))
+
+        if texts := _largest(plan.texts, fit):
+            return replace(plan, texts=texts, checkpointing=checkpointing)
+    chunk = _largest(plan.anchor_chunk or length, lambda chunk: fits(Plan(1, True, chunk)))
+    return Plan(1, True, chunk) if chunk else None
 
 
 def too_large(
@@ -70,9 +79,9 @@ def too_large(
     if (needed := needs(plan)) <= machine.free:
         return ""
     text = f"a step needs about {human(needed)} and {human(machine.free)} are free: "
-    if needs(Plan(1, True, 1)) > machine.free:
+    fits = _that_fits(plan, length, lambda plan: needs(plan) <= machine.free)
+    if fits is None:
         return f"{text}shorter texts (--length) or thoughts, a smaller model or --lora-rank need less"
-    fits = next(x for x in plan.smaller(length) if needs(x) <= machine.free)
     options = [option(fits.texts)] * (fits.texts != plan.texts)
     options += ["--gradient-checkpointing"] * (fits.checkpointing != plan.checkpointing)
     options += [f"--anchor-chunk={fits.anchor_chunk}"] * (fits.anchor_chunk != plan.anchor_chunk)
