@@ -39,16 +39,22 @@ def test_nothing_fits(quietstar, free):
     assert code == 0 and "1.0 MiB are free: shorter texts (--length) or thoughts, a smaller model or --lora-rank" in out
 
 
+UNFIT = ["--out=run", "--batch-size=8", "--steps=1", "--eval-every=0"]
+
+
 def test_train_refuses_what_does_not_fit(home, train, free):
-    options = ["--out=run", "--batch-size=8", "--steps=1", "--eval-every=0"]
-    free(2)
-    code, _, err = train(*options)
+    free(4)
+    code, _, err = train(*UNFIT)
     assert code == common.RUNTIME and not (home / "run").exists()
     reason, options_that_fit = err[-1].split("; ")[0].split(" with ")
     assert "a step needs about" in reason and err[-1].endswith("; --no-check-memory tries it all the same")
-    code, _, err = train(*options, *options_that_fit.split())
+    code, _, err = train(*UNFIT, *options_that_fit.split())
     assert code == 0, err
-    code, _, err = train(*options, "--out=other", "--no-check-memory")
+
+
+def test_train_tries_what_does_not_fit_if_told_so(train, free):
+    free(4)
+    code, _, err = train(*UNFIT, "--no-check-memory")
     assert code == 0, err
 
 
