@@ -18,12 +18,13 @@ from quietstar.config import TrainConfig
 
 def process_state() -> PartialState:
     """Which of the processes this is. Without accelerators, Accelerate must be asked to use the CPU for them to connect."""
-    size, *_ = (_from_environment(name, 1) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))  # Accelerate reads all three
+    size, *_ = map(_from_environment, ("WORLD_SIZE", "RANK", "LOCAL_RANK"))  # Accelerate reads all three
     return PartialState(cpu=size > 1 and not torch.accelerator.is_available())
 
 
-def _from_environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
+def _from_environment(name: str) -> int:
+    """A whole number, 1 where the variable isn't set."""
+    value = os.environ.get(name, "1")
     try:
         return int(value)
     except ValueError as error:
@@ -34,7 +35,7 @@ def find_strategy(config: TrainConfig) -> str:
     """The strategy of ``config.sharding``, else of the FSDP section in Accelerate's configuration (environment variables)."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return config.sharding
-    version = _from_environment("FSDP_VERSION", 1)
+    version = _from_environment("FSDP_VERSION")
     if version != 2:
         raise ValueError(f"train: fsdp_version must be 2 in Accelerate's configuration, got {version}")
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
