@@ -71,7 +71,7 @@ class SharedPrompts(Trainer):
     _buffered_inputs: list[dict[str, Any]]  # the microbatches of a generation
     _step: int  # microbatches so far
 
-    _window: range  # those of the optimizer step under way
+    _window = range(0)  # those of the optimizer step under way; none outside ``train``
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._check_release()
@@ -123,7 +123,7 @@ class SharedPrompts(Trainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's inputs of a microbatch, of completions sorted by prompt within an optimizer step and a generation."""
         inputs = super()._prepare_inputs(generation_batch)
-        if not (self.model.training and self._adds_up()):
+        if not (self.model.training and self._step in self._window and self._adds_up()):
             return inputs
         steps = self.args.steps_per_generation
         place = self._step % steps

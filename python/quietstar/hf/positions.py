@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import cast
 
 from torch import nn
@@ -25,9 +24,9 @@ def check_rotary(layer: nn.Module, layout: ThoughtLayout) -> None:
 
 
 def _check_layout(model: str, limits: dict[str, int], layout: ThoughtLayout) -> None:
-    if layout.L + layout.S <= min(limits.values(), default=sys.maxsize):
+    if not limits or layout.L + layout.S <= (limit := min(limits.values())):
         return
-    positions, limit = layout.position_ids(), min(limits.values())
+    positions = layout.position_ids()
     if on_host(positions):
         check_room(model, limits, int(positions.max()) + 1)
     else:
