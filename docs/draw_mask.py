@@ -5,12 +5,11 @@ python docs/draw_mask.py [folder]
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"  # what it names may not be installed
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
