@@ -169,7 +169,7 @@ def sharp(model):
     return model
 
 
-@pytest.mark.parametrize("seed, wrong", enumerate(WRONG))
+@pytest.mark.parametrize("seed, wrong", list(enumerate(WRONG)))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_verify_accepts_models_that_amplify_rounding_and_finds_wrong_masks_in_them(tiny, monkeypatch, name, seed, wrong):
     model = sharp(tiny(name, seed, num_hidden_layers=6))
