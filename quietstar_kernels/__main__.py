@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from quietstar_kernels import __version__, _dispatch, backends, check, cpu_library, cuda_library
+from quietstar_kernels.cpu.products import cpu_products
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def show_versions() -> None:
     print(f"quietstar_kernels {__version__} · torch {torch.__version__} · Python {platform.python_version()}")
     print(cpu_library())
     print(cuda_library())
+    print(cpu_products())
 
 
 def device_name(device: str) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quietstar.evaluation.scoring import score_tokens
     from quietstar.explanation.report import Report, explain
     from quietstar.hf.attention import register_attention
+    from quietstar.hf.linear import fast_linear
     from quietstar.hf.verify import VerifyReport, verify
     from quietstar.memory.processes import Processes, count_weights, process_memory, step_traffic
     from quietstar.memory.step import StepMemory, step_memory
@@ -55,6 +56,7 @@ _NAMES = {
     "evaluation.scoring": "score_tokens",
     "explanation.report": "Report explain",
     "hf.attention": "register_attention",
+    "hf.linear": "fast_linear",
     "hf.verify": "VerifyReport verify",
     "memory.processes": "Processes count_weights process_memory step_traffic",
     "memory.step": "StepMemory step_memory",
@@ -120,6 +122,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export_thoughts",
+    "fast_linear",
     "load_all",
     "load_data",
     "mean_interval",

@@ -259,6 +259,9 @@ class TrainConfig:
     weight_decay: float = option(1e-3, "weight decay of AdamW")
     clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
     precision: str = option("no", "mixed precision: no, bf16 or fp16")
+    fast_linear: bool = option(
+        False, "on AMD processors with AVX-512: products of linear layers by oneDNN, which rounds otherwise", may_differ=True
+    )
     sharding: str = option(
         "no", "FSDP2 over the processes: no, full_shard (least memory) or shard_grad_op (less communication)", may_differ=True
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quietstar.checkpoints import places
 from quietstar.config import TrainConfig, step_size_warning
+from quietstar.hf.linear import fast_linear
 from quietstar.hf.modules import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
@@ -94,6 +95,8 @@ def train(
         warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
     qs.anchor_chunk = config.anchor_chunk
+    if config.fast_linear:
+        fast_linear(qs)
     processes.process_state()
     accelerator = Accelerator(
         mixed_precision=config.precision, log_with=config.tracker or None, project_dir=config.out if config.tracker else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu._head import chunk_rows, row_chunks
+from quietstar_kernels.cpu.products import add_product, multiply
 from quietstar_kernels.reference import wide
 
 LEAST = -1000.0  # the log of a probability that underflowed: any finite number will do, since it is multiplied by 0
@@ -36,7 +37,7 @@ def linear_logprob(
     buffer = weight.new_empty(R if keep else chunk_rows(R, V), V)
     gaps = weight.new_empty(chunk_rows(R, V), V) if return_entropy else None
     if keep:  # one product: that of few rows by a large vocabulary is up to 1.7 times slower
-        softmax.products(hidden, buffer)
+        buffer = softmax.products(hidden, buffer)
     for rows in row_chunks(R, V):
         out = buffer[rows] if keep else softmax.products(hidden[rows], buffer[: rows.stop - rows.start])
         softmax.weights(out, targets[rows], gaps, states[:, rows])
@@ -68,7 +69,7 @@ def linear_logprob_backward(
         if kept is not None:
             weights = kept[rows]
         else:
-            softmax.products(hidden[rows], d)
+            weights = d = softmax.products(hidden[rows], d)
             softmax.weights(d, targets[rows], gaps, states[:, rows])
         of_entropy = None if grad_entropy is None else grad_entropy[rows]
         softmax.gradient(weights, targets[rows], states[:, rows], grad_logprob[rows], of_entropy, d)
@@ -90,8 +91,8 @@ class _Softmax:
         self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
 
     def products(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Writes hidden · weight to out [rows,V]."""
-        return torch.mm(wide(hidden), self.weight.T, out=out)
+        """hidden · weight [rows,V], in ``out`` or a new tensor."""
+        return multiply(wide(hidden), self.weight.T, out)
 
     def weights(self, x: Tensor, targets: Tensor, gaps: Tensor | None, states: Tensor) -> None:
         """Products x [rows,V] become weights in place. Fills states; the entropy only with ``gaps``, a buffer for differences
@@ -153,9 +154,9 @@ class _Gradients:
     def add(self, rows: slice, d: Tensor) -> None:
         """The weight's gradient is summed chunk by chunk, always in the same order."""
         if self.dhidden is not None:
-            self.dhidden[rows] = d @ self.weight
+            self.dhidden[rows] = multiply(d, self.weight)
         if self.dweight is not None:
-            self.dweight.addmm_(d.T, wide(self.hidden[rows]))
+            add_product(self.dweight, d.T, wide(self.hidden[rows]))
         if self.dbias is not None:
             self.dbias += d.sum(0)
 

@@ -1,4 +1,4 @@
-"""sample_token on CPUs: PyTorch's matmul, and csrc/cpu/sample.hpp, which draws from the logits in one pass over them."""
+"""sample_token on CPUs: a library's product, and csrc/cpu/sample.hpp, which draws from the logits in one pass over them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from quietstar_kernels import reference
 from quietstar_kernels._options import Head
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu._head import row_chunks
+from quietstar_kernels.cpu.products import multiply
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> 
 
 def _draw(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     weight, bias, scale, softcap, temperature, banned = head
-    logits = hidden.float() @ weight.T
+    logits = multiply(hidden.float(), weight.T)
     ids, logprob = hidden.new_empty(len(hidden), dtype=torch.int64), logits.new_empty(len(hidden))
     _library.ops().sample_token(
         logits,

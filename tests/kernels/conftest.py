@@ -16,9 +16,10 @@ import quick
 
 from quietstar_kernels import _dispatch, _first_use, check
 from quietstar_kernels.cpu import _library as cpu_library
+from quietstar_kernels.cpu import products
 from quietstar_kernels.cuda import _library
 
-BACKENDS = ["reference", "cpu", "cpu in PyTorch", "triton", "cuda"]
+BACKENDS = ["reference", "cpu", "cpu in PyTorch", "cpu with oneDNN", "triton", "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,20 +54,29 @@ def is_of_the_matrix(item: pytest.Item) -> bool:
     backend = call and call.params.get("backend")
     if backend is None:
         return False
-    slow = backend in ("triton", "cuda", "cpu in PyTorch")
+    slow = backend not in ("reference", "cpu")
     of_op = (quick.CASES if slow else quick.LONG_TESTS).get(op_of(item.module), {})
     cases = of_op.get(item.originalname.removeprefix("test_"), [] if slow else None)
     return cases is not None and call.id.removeprefix(backend).removeprefix("-") not in cases
 
 
 def serves(backend: str, op: str) -> bool:
+    if backend == "cpu with oneDNN":
+        return op in ("linear_logprob", "sample_token") and torch.backends.mkldnn.is_available()
     folder = {"cpu in PyTorch": "cpu.plain"}.get(backend, backend)
     return backend in ("reference", "cpu") or importlib.util.find_spec(f"quietstar_kernels.{folder}.{op}") is not None
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name that the op is called with. "cpu" is compiled, if there is a library; "cpu in PyTorch" runs without it."""
+    """The name that the op is called with. "cpu" is compiled, if there is a library; "cpu in PyTorch" runs without it.
+
+    "cpu with oneDNN" sends it all products, however small, and "cpu" none.
+    """
+    monkeypatch.setattr(products, "library", lambda: "onednn" if request.param == "cpu with oneDNN" else "pytorch")
+    if request.param == "cpu with oneDNN":
+        monkeypatch.setattr(products, "LEAST", 0)
+        return "cpu"
     if request.param == "cpu in PyTorch":
         monkeypatch.setattr(cpu_library, "missing", lambda: "a test leaves it out")
         return "cpu"

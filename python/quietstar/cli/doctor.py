@@ -29,6 +29,7 @@ from quietstar.memory.processes import (
 )
 from quietstar.memory.step import StepMemory, human, memory_table, step_memory
 from quietstar_kernels import backends, cpu_library, cuda_library
+from quietstar_kernels.cpu.products import cpu_products
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
@@ -116,7 +117,7 @@ def environment() -> str:
     """Versions, devices, and which back end serves each operation on each device, or why none does."""
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in PACKAGES]
-    lines += [cpu_library(), cuda_library()]
+    lines += [cpu_library(), cuda_library(), cpu_products()]
     threads = torch.get_num_threads()
     devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
     for i in range(torch.cuda.device_count()):

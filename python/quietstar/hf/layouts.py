@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from quietstar.hf import adapters
 from quietstar.hf.architectures import DROP_LAYOUT, check_model, most_rows
 from quietstar.hf.attention import WRAPPED_NAME
+from quietstar.hf.linear import FastLinear
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import rotary_limits
@@ -40,7 +41,7 @@ def layout_head(model: PreTrainedModel) -> LMHead | None:
         _heads[inner] = _verified_head(model)
     head, linear = _heads[inner], inner.get_output_embeddings()
     # Adapters, which may have come since, put a layer of another class there.
-    return replace(head, linear=linear) if head is not None and type(linear) is nn.Linear else None
+    return replace(head, linear=linear) if head is not None and type(linear) in (nn.Linear, FastLinear) else None
 
 
 def _is_plain(model: PreTrainedModel) -> bool:

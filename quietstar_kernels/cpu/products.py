@@ -1,0 +1,69 @@
+"""Products of fp32 matrices on CPUs, through the faster of two libraries that PyTorch ships.
+
+PyTorch multiplies with MKL, which uses no AVX-512 on AMD's processors. oneDNN does; PyTorch takes it for bf16, and has an
+operator for fp32. The processor alone decides, so that a machine always rounds alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+LIBRARIES = {"pytorch": "PyTorch's matmul", "onednn": "oneDNN"}
+LEAST = 2**25  # FLOPs; a smaller product takes about as long as oneDNN needs to prepare one
+
+
+@functools.cache
+def library() -> str:
+    """Of ``LIBRARIES``, the one that large products go to: QUIETSTAR_CPU_MATMUL's, else the processor's.
+
+    Raises ValueError if QUIETSTAR_CPU_MATMUL names another, or one that this PyTorch lacks.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()
+    named = os.environ.get("QUIETSTAR_CPU_MATMUL", "auto")
+    if named not in ("auto", *LIBRARIES):
+        raise ValueError(f"QUIETSTAR_CPU_MATMUL must be one of auto, {', '.join(LIBRARIES)}, got {named!r}")
+    if named == "onednn" and not has_onednn:
+        raise ValueError("QUIETSTAR_CPU_MATMUL is onednn, and this PyTorch has none")
+    if named != "auto":
+        return named
+    return "onednn" if has_onednn and _is_amd_with_avx512() else "pytorch"
+
+
+def _is_amd_with_avx512() -> bool:
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch lacks it
+    return str(found.get("cpu_name", "")).startswith("AMD") and bool(found.get("avx512_f"))
+
+
+def cpu_products() -> str:
+    """One line: which library multiplies large fp32 matrices on CPUs."""
+    return f"large fp32 products on CPUs: {LIBRARIES[library()]} (QUIETSTAR_CPU_MATMUL={library()})"
+
+
+def through_onednn(a: Tensor, columns: int) -> bool:
+    """Whether the product of a [...,k] by a matrix of ``columns`` columns goes to oneDNN."""
+    return a.dtype == torch.float32 and 2 * a.numel() * columns >= LEAST and library() == "onednn"
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [m,k] times b [k,n], both of any strides: in ``out``, unless oneDNN makes a tensor of its own. Not differentiable."""
+    if through_onednn(a, b.shape[1]):
+        return onednn_linear(a, b.T)
+    return torch.mm(a, b, out=out)
+
+
+def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """to [m,n] += a [m,k] times b [k,n]."""
+    if through_onednn(a, b.shape[1]):
+        to.add_(onednn_linear(a, b.T))
+    else:
+        to.addmm_(a, b)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [...,k] times the transpose of weight [n,k], plus bias [n], by oneDNN. Not differentiable."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
