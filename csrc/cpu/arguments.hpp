@@ -8,6 +8,9 @@ namespace quietstar {
 constexpr int TILE = 224;           // 16 blocks with AVX-512
 constexpr int BACKWARD_TILE = 112;  // q and grad_out are read again for each block of keys, from the L1 cache
 
+// Numbers of an item of multiply-adds: whole chains of every instruction set.
+constexpr int PEAK_NUMBERS = 768;
+
 enum class Dtype : int32_t { FLOAT, BFLOAT16, HALF };
 
 // A tensor [B,heads,rows,width] whose last stride is 1; the own cache of a decode is
@@ -102,6 +105,17 @@ struct Sample {
     float scale, softcap, temperature;  // softcap 0: none
 };
 
+struct MultiplyAdds {
+    float* numbers;  // [items,PEAK_NUMBERS]
+    int64_t items, rounds;
+};
+
+struct Copy {
+    char* to;
+    const char* from;
+    int64_t bytes;
+};
+
 // Items of a call are independent, except that `Backward::finish` sums what the parts of a head have left.
 struct Kernels {
     const char* name;
@@ -109,6 +123,7 @@ struct Kernels {
     void (*backward)(const Backward&, int64_t item, char* workspace);  // B*G*parts items
     void (*finish)(const Backward&, int64_t item);                     // B*G items
     void (*sample)(const Sample&, int64_t row);
+    void (*multiply_adds)(float* numbers, int64_t rounds);
     int64_t forward_bytes, backward_bytes;  // of a thread's workspace
 };
 

@@ -130,6 +130,15 @@ void sample_token(const Tensor logits, const std::optional<Tensor> bias, const T
     run(Parallel(), call);
 }
 
+void multiply_adds(Tensor numbers, int64_t rounds) {
+    run(Parallel(), MultiplyAdds{(float*)numbers.mutable_data_ptr(), numbers.size(0), rounds});
+}
+
+void copy(Tensor to, const Tensor from) {
+    const int64_t bytes = to.numel() * (int64_t)to.element_size();
+    run(Parallel(), Copy{(char*)to.mutable_data_ptr(), (const char*)from.const_data_ptr(), bytes});
+}
+
 }  // namespace
 }  // namespace quietstar
 
@@ -152,6 +161,8 @@ STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
     library.def(
         "sample_token(Tensor logits, Tensor? bias, Tensor counters, Tensor? banned, Tensor seed, "
         "Tensor(a!) ids, Tensor(b!) logprob, float scale, float softcap, float temperature) -> ()");
+    library.def("multiply_adds(Tensor(a!) numbers, int rounds) -> ()");
+    library.def("copy(Tensor(a!) to, Tensor from) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels_cpu, CPU, library) {
@@ -159,6 +170,8 @@ STABLE_TORCH_LIBRARY_IMPL(quietstar_kernels_cpu, CPU, library) {
     library.impl("thought_attention_backward", TORCH_BOX(&quietstar::thought_attention_backward));
     library.impl("thought_decode", TORCH_BOX(&quietstar::thought_decode));
     library.impl("sample_token", TORCH_BOX(&quietstar::sample_token));
+    library.impl("multiply_adds", TORCH_BOX(&quietstar::multiply_adds));
+    library.impl("copy", TORCH_BOX(&quietstar::copy));
 }
 
 // quietstar_kernels/cpu/_library.py calls this through ctypes.

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, under the name QUIETSTAR_SET.
 #include "backward.hpp"
 #include "forward.hpp"
+#include "peak.hpp"
 #include "sample.hpp"
 
 namespace quietstar {
@@ -11,7 +12,7 @@ namespace quietstar {
 namespace QUIETSTAR_SET {
 extern const Kernels kernels;
 const Kernels kernels = {
-    QUIETSTAR_NAME(QUIETSTAR_SET), forward, backward, finish, sample, sizeof(ForwardSpace),
+    QUIETSTAR_NAME(QUIETSTAR_SET), forward, backward, finish, sample, multiply_adds, sizeof(ForwardSpace),
     sizeof(BackwardSpace)};
 }  // namespace QUIETSTAR_SET
 

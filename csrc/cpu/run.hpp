@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -78,6 +79,23 @@ void run(const Parallel& parallel, const Sample& call) {
     constexpr int64_t ROWS = 8;  // of an item
     for_each(parallel, (call.R + ROWS - 1) / ROWS, 1, [&](int64_t item, char*) {
         for (int64_t r = item * ROWS; r < call.R && r < (item + 1) * ROWS; ++r) chosen().sample(call, r);
+    });
+}
+
+template <class Parallel>
+void run(const Parallel& parallel, const MultiplyAdds& call) {
+    for_each(parallel, call.items, 1, [&](int64_t item, char*) {
+        chosen().multiply_adds(call.numbers + item * PEAK_NUMBERS, call.rounds);
+    });
+}
+
+// A large share for each thread, as memcpy goes past the caches only then.
+template <class Parallel>
+void run(const Parallel& parallel, const Copy& call) {
+    const int64_t shares = parallel.threads();
+    for_each(parallel, shares, 1, [&](int64_t item, char*) {
+        const int64_t begin = call.bytes * item / shares, end = call.bytes * (item + 1) / shares;
+        std::memcpy(call.to + begin, call.from + begin, end - begin);
     });
 }
 

@@ -209,11 +209,25 @@ void sampling(int seed, int64_t threads) {
     add_to_hash(logprob);
 }
 
+void peaks(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const int64_t items = random.below(4), numbers = items * PEAK_NUMBERS, bytes = random.below(1 << 14);
+    Memory sums((size_t)(4 * numbers)), from((size_t)bytes), to((size_t)bytes);
+    for (int64_t i = 0; i < numbers; ++i) ((float*)sums.get())[i] = random.normal();
+    for (int64_t i = 0; i < bytes; ++i) from.get()[i] = (char)random.below(256);
+    run(Threads{threads}, MultiplyAdds{(float*)sums.get(), items, random.below(20)});
+    run(Threads{threads}, Copy{to.get(), from.get(), bytes});
+    if (memcmp(to.get(), from.get(), (size_t)bytes) != 0) exit(3);
+    add_to_hash(sums);
+    add_to_size(sums);
+}
+
 int main(int, char** words) {
     const int64_t threads = atoll(words[1]);
     for (int seed = 0; seed < atoi(words[2]); ++seed) {
         attention(seed, threads);
         sampling(seed, threads);
+        peaks(seed, threads);
     }
     printf("%s %016llx %.9g\n", chosen().name, (unsigned long long)hash, size);
 }

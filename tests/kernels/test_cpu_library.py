@@ -72,6 +72,20 @@ def test_it_runs_what_it_serves(monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("size", [0, 1, 12_347])
+def test_the_peaks_are_of_work_that_is_done(size):
+    source, target = torch.randn(size, generator=seeded(0)), torch.full((size,), 7.0)
+    _library.ops().copy(target, source)
+    assert torch.equal(target, source)
+    numbers = torch.randn(size % 4, 768, generator=seeded(1))
+    expected = numbers.clone()
+    _library.ops().multiply_adds(numbers, 100)
+    for _ in range(100):
+        expected += expected * 2**-20
+    assert torch.equal(numbers, expected)
+
+
+@compiled
 @pytest.mark.build
 @pytest.mark.parametrize("limit, name", [("avx2", "avx2"), ("default", "baseline")])
 def test_every_instruction_set_is_right(limit, name):
