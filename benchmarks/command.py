@@ -123,7 +123,7 @@ def begin(args: argparse.Namespace, found: Found, command: str) -> dict[str, Any
     results: dict[str, Any] = {"machine": machine, "ceilings": rates, "command": command, "rows": []}
     if args.json and args.json.exists():
         before = results_file.load(args.json)
-        if before["machine"]["device"] == machine["device"]:
+        if all(before["machine"].get(name, machine[name]) == machine[name] for name in ("device", "instructions")):
             fastest = {name: max(rate, rates.get(name, 0.0)) for name, rate in before["ceilings"].items()}
             commands = dict.fromkeys([*before["command"].split(AND), command])
             results = before | results | {"ceilings": rates | fastest, "rows": before["rows"], "command": AND.join(commands)}

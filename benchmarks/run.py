@@ -7,7 +7,8 @@
     python -m benchmarks.run --list                               cases, baselines, and why a baseline can't run here
     python -m benchmarks.run --op sample_token --json rows.json   add the rows to a file, which may have others
 
-It first measures the machine's peak rates with a copy and a matmul, so that every row can say how far it is from its roofline.
+It first measures the machine's peak rates, so that every row can say how far it is from its roofline: on a CPU with a copy and
+with multiply-adds in registers, beside the matmuls of PyTorch and oneDNN; on a GPU with a copy and a matmul.
 A run of all ops and grids writes benchmarks/results/<device>.md, .json and, with matplotlib, .png. A narrower run writes only
 the file that --json names. Run it in the repository's root; where quietstar isn't installed, set PYTHONPATH=python.
 """

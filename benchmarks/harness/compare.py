@@ -46,7 +46,7 @@ class Row:
         times_ours: its time divided by ours in the same run.
         flops_rate, bytes_rate: useful work divided by the median.
         roofline: seconds that the useful work takes at the machine's measured peak rates.
-        bound_by: the peak rate that determines the roofline, "matmul" or "copy".
+        bound_by: the peak rate that determines the roofline, "matmul" (of arithmetic) or "copy".
         of_roofline: roofline divided by median, 1 at best.
         note: why there is no number, or a remark about it.
     """

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.harness.clock import Run, measure
 from quietstar_kernels import backends
+from quietstar_kernels.cpu import _library
 
 PACKAGES = (
     "torch",
@@ -54,13 +55,14 @@ def slug(name: str) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, date and versions, for the results file."""
+    """Device, date and versions, for the results file; of a CPU also the instructions that its compiled library runs."""
     return {
         "device": device_name(device),
         "kind": device.type,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "served_by": served_by(device),
+        "instructions": _library.instruction_set() if device.type == "cpu" else None,
         "packages": {name: package_version(name) for name in PACKAGES},
         "load": round(os.getloadavg()[0], 1),
     }
@@ -76,23 +78,46 @@ def served_by(device: torch.device) -> dict[str, str]:
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
-    """Measured peak rates: "copy" in bytes/s, counting reads and writes, and matmuls in FLOP/s by dtype.
+    """Measured peak rates: "copy" in bytes/s, counting reads and writes, and arithmetic in FLOP/s by dtype.
+
+    On a CPU, arithmetic is multiply-adds in registers, or a matmul that is faster in a dtype. Beside it are the rates of
+    matmuls: "PyTorch float32", "oneDNN float32". Without a compiled library, and on a GPU, they are the peak.
 
     Args:
         size: side of the square matrices, and the copied tensor's size in units of 64 KiB. By default large enough to keep
             the device busy.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
-    rates = {"copy": _copy_rate(device, size * 16384)}
-    for dtype in dtypes:
-        rates[name_of(dtype)] = _matmul_rate(device, dtype, size)
+    on_library = device.type == "cpu" and not _library.missing()
+    copy = _copy_rate(device, size * 16384, on_library)
+    matmuls = {name_of(x): _matmul_rate(device, x, size) for x in dict.fromkeys([torch.float32] * on_library + dtypes)}
+    if not on_library:
+        return {"copy": copy, **matmuls}
+    peak = _multiply_add_rate(rounds=4 * size)
+    rates = {"copy": copy, **{name: max(peak, rate) for name, rate in matmuls.items()}}
+    rates |= {f"PyTorch {name}": rate for name, rate in matmuls.items()}
+    if torch.backends.mkldnn.is_available():
+        rates["oneDNN float32"] = _one_dnn_rate(size)
     return rates
 
 
-def _copy_rate(device: torch.device, numbers: int) -> float:
+def _copy_rate(device: torch.device, numbers: int, on_library: bool) -> float:
+    """The faster of PyTorch's copy and, if it is there, the library's."""
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / _fastest(lambda: target.copy_(source), device)
+    runs = [lambda: target.copy_(source)] + [lambda: _library.ops().copy(target, source)] * on_library
+    return 2 * source.numel() * source.element_size() / min(_fastest(run, device) for run in runs)
+
+
+def _multiply_add_rate(rounds: int) -> float:
+    numbers = torch.ones(16 * torch.get_num_threads(), 768)
+    return 2 * numbers.numel() * rounds / _fastest(lambda: _library.ops().multiply_adds(numbers, rounds), numbers.device)
+
+
+def _one_dnn_rate(size: int) -> float:
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    product = torch.ops.mkldnn._linear_pointwise
+    return 2 * size**3 / _fastest(lambda: product(a, b, None, "none", [], ""), a.device)
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 READING = (
     "Times are medians. All candidates were first checked for equal results, then timed in turn on the same inputs. Useful "
     "work is what the layout makes visible, in FLOP/s, or in bytes/s where memory is the limit. The roofline is the time that "
-    "this work takes at the measured peak rates. Memory is what a call allocates."
+    "this work takes at the peak rates above. Memory is what a call allocates."
 )
 
 

@@ -116,11 +116,25 @@ def device_lines(results: dict[str, Any]) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     missing = ", ".join(name for name, version in machine["packages"].items() if not version)
     served = ", ".join(f"{op} `{backend}`" for op, backend in machine["served_by"].items())
-    shown = {name: units.bandwidth(rate) if name == "copy" else units.flops(rate) for name, rate in rates.items()}
-    speeds = [f"{name} {rate}" if name == "copy" else f"matmul {name} {rate}" for name, rate in shown.items()]
+    code = machine.get("instructions")
     return [
         f"{machine['device']}, {machine['date']}. Python {machine['python']}, {packages}."
         + (f" Not installed here: {missing}." if missing else ""),
         "",
-        f"Back ends: {served}. Measured peak rates: {', '.join(speeds) or 'none'}.",
+        f"Back ends: {served}. {f'The CPU library runs its code for {code}. ' if code else ''}{_peak_line(rates)}",
     ]
+
+
+def _peak_line(rates: dict[str, float]) -> str:
+    """The rates of ``machine.ceilings`` in words."""
+    matmuls = {tuple(name.split()): rate for name, rate in rates.items() if " " in name}
+    shown = {x: units.bandwidth(rate) if x == "copy" else units.flops(rate) for x, rate in rates.items() if " " not in x}
+    if not matmuls:
+        speeds = [f"{name} {rate}" if name == "copy" else f"matmul {name} {rate}" for name, rate in shown.items()]
+        return f"Measured peak rates: {', '.join(speeds) or 'none'}."
+    copy, float32, others = shown.pop("copy"), shown.pop("float32"), [f", {rate} in {name}" for name, rate in shown.items()]
+    reached = [
+        f"{units.flops(rate)} with {library} in {dtype} ({units.percent(rate / rates[dtype])})"
+        for (library, dtype), rate in matmuls.items()
+    ]
+    return f"Peak: {float32} of multiply-adds in float32{''.join(others)}, copy {copy}. Matmuls reach {', '.join(reached)}."

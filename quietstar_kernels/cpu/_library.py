@@ -51,8 +51,13 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and missing() is None
 
 
+def instruction_set() -> str | None:
+    """The one whose code the library runs, such as "avx2"; None without a library."""
+    return None if missing() else _load().quietstar_cpu_kernels().decode()
+
+
 def cpu_library() -> str:
     """One line: which library the CPU back end has loaded and for which instructions, or why it runs in PyTorch alone."""
     if reason := missing():
         return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {reason}"
-    return f"CPU library {FILE}, running its code for {_load().quietstar_cpu_kernels().decode()}"
+    return f"CPU library {FILE}, running its code for {instruction_set()}"

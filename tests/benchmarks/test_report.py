@@ -45,6 +45,17 @@ def test_page_has_every_row_and_its_reason(results):
     assert "copy 20.0 GB/s, matmul float32 150 GFLOP/s" in page and "Not installed here: triton" in page
 
 
+def test_page_says_what_the_peak_is_and_what_matmuls_reach(results):
+    results["machine"]["instructions"] = "avx512"
+    matmuls = {"PyTorch float32": 1.98e11, "PyTorch bfloat16": 4.1e11, "oneDNN float32": 4.41e11}
+    results["ceilings"] = {"copy": 3.07e10, "float32": 4.9e11, "bfloat16": 4.9e11, **matmuls}
+    assert (
+        "The CPU library runs its code for avx512. Peak: 490 GFLOP/s of multiply-adds in float32, 490 GFLOP/s in bfloat16, "
+        "copy 30.7 GB/s. Matmuls reach 198 GFLOP/s with PyTorch in float32 (40 %), 410 GFLOP/s with PyTorch in bfloat16 "
+        "(84 %), 441 GFLOP/s with oneDNN in float32 (90 %).\n"
+    ) in pages.page(results)
+
+
 @pytest.mark.long
 def test_written_files_and_curves(results, tmp_path):
     for L, seconds in ((64, 0.01), (512, 0.2)):

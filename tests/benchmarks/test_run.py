@@ -6,10 +6,13 @@ import torch
 from benchmarks import bench_sample_token, bench_thought_attention, bench_thought_decode, command
 from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.compare import compare
+from benchmarks.harness.machine import ceilings, describe
 from benchmarks.report import pages, results_file, tables
 from benchmarks.run import BENCHMARKS
+from quietstar_kernels.cpu import _library
 
 pytestmark = pytest.mark.long
+CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--ceiling-size", "64"]
 COLUMNS = ("seconds", "times_ours", "flops_rate", "of_roofline", "roofline", "peak_bytes")
 
@@ -110,7 +113,18 @@ def test_a_page_and_plots_are_written_from_the_json(smoke, results):
     (plot,) = smoke.glob("*.png")  # one length and one T make no curve
     assert plot.stem.endswith("-roofline") and f"]({plot.name})" in text and plot.read_bytes().startswith(b"\x89PNG")
     assert results_file.load(smoke / "rows") == results
-    assert results["ceilings"]["copy"] > 0 and set(results["machine"]["served_by"].values()) == {"cpu"}
+    assert set(results["machine"]["served_by"].values()) == {"cpu"}
+    assert results["machine"]["instructions"] == _library.instruction_set()
+
+
+def test_peak_rates_are_above_those_of_libraries(monkeypatch):
+    rates = ceilings(CPU, [torch.bfloat16], 64)
+    if not _library.missing():
+        assert {"copy", "float32", "bfloat16", "PyTorch float32", "PyTorch bfloat16"} <= rates.keys()
+        assert all(rates[x] >= rates[f"PyTorch {x}"] for x in ("float32", "bfloat16"))
+    monkeypatch.setattr(_library, "missing", lambda: "there is no compiler")
+    assert ceilings(CPU, [torch.bfloat16], 64).keys() == {"copy", "bfloat16"}
+    assert describe(CPU)["instructions"] is None
 
 
 def test_runs_into_one_file_add_up(tmp_path):
@@ -119,6 +133,18 @@ def test_runs_into_one_file_add_up(tmp_path):
         main(["--op", op, "--smoke", *TINY, "--json", str(file)])
     assert list(dict.fromkeys(row["op"] for row in results_file.load(file)["rows"])) == ["sample_token", "naive"]
     assert list(BENCHMARKS) == list(tables.TITLES)
+
+
+def test_runs_of_other_instructions_do_not_add_up(tmp_path):
+    """Processors of one name may have different ones. Files from before these were recorded are added to."""
+    file = tmp_path / "rows.json"
+    main(["--op", "sample_token", "--smoke", *TINY, "--json", str(file)])
+    old = results_file.load(file)
+    for machine, kept in ((old["machine"] | {"instructions": "other"}, False), ({"device": old["machine"]["device"]}, True)):
+        results_file.save(old | {"machine": machine, "ceilings": {"copy": 1e15}}, file)
+        main(["--op", "naive", "--smoke", *TINY, "--json", str(file)])
+        new = results_file.load(file)
+        assert ("sample_token" in {row["op"] for row in new["rows"]}) == (new["ceilings"]["copy"] == 1e15) == kept
 
 
 def test_what_is_listed(capsys):
