@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor
 from benchmarks.harness.candidate import Candidate, not_installed
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.machine import package_version
+from quietstar.hf.linear import OneDNNLinear
+from quietstar_kernels.cpu import products
 
+Product = Callable[[Tensor, Tensor], Tensor]  # hidden [R,D], weight [V,D]: logits [R,V]
 Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # hidden [R,D], weight [V,D]: ids [R], their log-probabilities [R]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets [R]: the sum of the negative log-probabilities
 
@@ -28,8 +32,24 @@ class HeadCase(Case):
     V: int
 
 
-def _multinomial(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    logp = (hidden @ weight.T).float().log_softmax(-1)
+def _matmul(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.T
+
+
+def _one_dnn(hidden: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = OneDNNLinear.apply(hidden, weight, None)
+    return product
+
+
+def _no_one_dnn(case: Case) -> str | None:
+    """Why what sends its products to oneDNN has no row of its own: oneDNN must be faster, as ``products`` decides for ours."""
+    if case.device.type != "cpu" or case.dtype != torch.float32:
+        return "oneDNN takes the place of MKL, on CPUs in fp32"
+    return None if products.library() == "onednn" else "PyTorch's matmul is not slower here"
+
+
+def _multinomial(hidden: Tensor, weight: Tensor, product: Product = _matmul) -> tuple[Tensor, Tensor]:
+    logp = product(hidden, weight).float().log_softmax(-1)
     ids = torch.multinomial(logp.exp(), 1)
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
@@ -42,17 +62,13 @@ def _race(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
 
-def _matmul(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.T
-
-
 def _logits(count: int) -> Callable[[HeadCase], Work]:
     """The memory of ``count`` tensors [R,V] in fp32."""
     return lambda case: Work(case.work().flops, count * 4 * case.R * case.V)
 
 
-def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, product: Product = _matmul) -> Tensor:
+    return F.cross_entropy(product(hidden, weight).float(), targets, reduction="sum")
 
 
 def _liger(case: HeadCase) -> Loss:
@@ -105,11 +121,23 @@ def _for_gpu(package: str) -> Callable[[HeadCase], str | None]:
 
 SAMPLERS = [
     Candidate("matmul, softmax, multinomial", lambda case: _multinomial, needs=_logits(4)),
+    Candidate(
+        "matmul by oneDNN, softmax, multinomial",
+        lambda case: partial(_multinomial, product=_one_dnn),
+        why_not=_no_one_dnn,
+        needs=_logits(4),
+    ),
     Candidate("matmul, softmax, exponential race", lambda case: _race, needs=_logits(5)),
     Candidate("the matmul alone", lambda case: _matmul, needs=_logits(1), is_partial=True),
 ]
 LOSSES = [
     Candidate("matmul, cross_entropy", lambda case: _plain_loss, needs=_logits(4)),
+    Candidate(
+        "matmul by oneDNN, cross_entropy",
+        lambda case: partial(_plain_loss, product=_one_dnn),
+        why_not=_no_one_dnn,
+        needs=_logits(4),
+    ),
     Candidate("PyTorch linear_cross_entropy, chunked", _chunked, why_not=_no_chunked),
     Candidate("TRL chunked log-probabilities", _trl, "trl", _no_trl),
     Candidate("Liger fused linear cross entropy", _liger, "liger-kernel", _for_gpu("liger-kernel")),

@@ -8,9 +8,16 @@ from benchmarks.baselines.head import LOSSES, SAMPLERS
 from benchmarks.bench_linear_logprob import LogprobCase
 from benchmarks.bench_sample_token import SampleCase
 from benchmarks.harness.case import Wrong
+from quietstar_kernels.cpu import products
 
 SAMPLE = SampleCase(R=256, D=16, V=200)
 LOSS = LogprobCase(R=40, D=16, V=200, what="forward+backward")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    monkeypatch.setattr(products, "library", lambda: "onednn")
+    monkeypatch.setattr(products, "LEAST", 1)
 
 
 def drawn(choose):
@@ -27,7 +34,8 @@ def flatter(logp):
 
 
 @pytest.mark.parametrize("candidate", [bench_sample_token.OURS, *SAMPLERS], ids=lambda candidate: candidate.name)
-def test_samplers_are_right(candidate):
+def test_samplers_are_right(candidate, onednn):
+    assert candidate.why_not(SAMPLE) is None
     SAMPLE.check(candidate.prepare(SAMPLE))
 
 
@@ -54,7 +62,7 @@ def test_wrong_log_probabilities_are_refused():
     "candidate",
     [pytest.param(x, id=x.name, marks=[pytest.mark.long] * (x.package == "trl")) for x in (bench_linear_logprob.OURS, *LOSSES)],
 )
-def test_losses_are_right(candidate):
+def test_losses_are_right(candidate, onednn):
     if reason := candidate.why_not(LOSS):
         pytest.skip(reason)
     LOSS.check(candidate.prepare(LOSS))

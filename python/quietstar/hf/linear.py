@@ -43,10 +43,12 @@ class FastLinear(nn.Linear):
             or type(weight) is not nn.Parameter
             or torch.is_autocast_enabled("cpu")
         )
-        return F.linear(x, weight, bias) if plain else _Products.apply(x, weight, bias)
+        return F.linear(x, weight, bias) if plain else OneDNNLinear.apply(x, weight, bias)
 
 
-class _Products(torch.autograd.Function):
+class OneDNNLinear(torch.autograd.Function):
+    """``torch.nn.functional.linear``, forward by oneDNN and backward by the library of each product."""
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return products.onednn_linear(x, weight, bias)
