@@ -17,7 +17,7 @@ struct BackwardSpace {
     float weights[BACKWARD_TILE * STRIDE];
     float dscores[BACKWARD_TILE * STRIDE];
     float row[STRIDE];
-    float lse[BACKWARD_TILE];
+    float lse[BACKWARD_TILE];    // times log2(e)
     float delta[BACKWARD_TILE];  // rowsum(grad_out * out)
     Tile tile;
 };
@@ -61,17 +61,14 @@ inline void differentiate_row(BackwardSpace& space, int r, int end, const int32_
                               const Options& options) {
     float* const weights = space.weights + r * STRIDE;
     float* const dscores = space.dscores + r * STRIDE;
-    const float cap = options.softcap, lse = space.lse[r], delta = space.delta[r];
+    const float cap = options.softcap, unit = unit_of(options), lse = space.lse[r], delta = space.delta[r];
     for (int column = 0; column < end; column += LANES) {
         Vec x = load(weights + column), slope = splat(options.scale);
         if (cap > 0) {
-            const Vec y = tanh(x * (options.scale / cap));
-            x = y * cap;
-            slope = slope * (1 - y * y);
-        } else {
-            x = x * options.scale;
+            x = tanh(x * (options.scale / cap));
+            slope = slope * (1 - x * x);
         }
-        Vec p = exp2((x - lse) * LOG2_E);
+        Vec p = exp2(x * unit - lse);
         Vec ds = p * (load(dscores + column) - delta) * slope;
         if (!sees_all(space.tile, r, column, position)) {
             const Ints seen = visible(space.tile, r, column, position);
@@ -147,7 +144,7 @@ inline void read_tile(const Backward& call, BackwardSpace& space, const Piece& p
             continue;
         }
         space.delta[r] = delta;
-        space.lse[r] = lse;
+        space.lse[r] = lse * LOG2_E;
         memset(space.dq + r * STRIDE, 0, 4 * round_up(call.K, LANES));
         if (dsinks) dsinks[i % heads] -= (double)(expf(call.options.sinks[head] - lse) * delta);
     }

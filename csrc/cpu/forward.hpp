@@ -43,9 +43,9 @@ struct ForwardSpace {
     alignas(64) float q[TILE * STRIDE];
     float out[TILE * STRIDE];
     float scores[TILE * STRIDE];
-    float top[TILE];    // the largest score so far
-    float total[TILE];  // the sum of exp(score - top)
-    float factor[TILE];
+    float top[TILE + LANES];    // the largest score so far, times log2(e)
+    float total[TILE + LANES];  // the sum of 2^(score - top)
+    float factor[TILE + LANES];
     Tile tile;
 };
 
@@ -104,35 +104,53 @@ inline void add_values(float* to, const float* weights, const float* values, con
         }
 }
 
-QUIETSTAR_INLINE float exp2_of(float x) { return exp2(splat(x))[0]; }
+// Scores, as the products are, times this are in units of log 2.
+inline float unit_of(const Options& options) {
+    return (options.softcap > 0 ? options.softcap : options.scale) * LOG2_E;
+}
 
-// Scores of row r become weights, up to `end` keys.
-inline void softmax_row(ForwardSpace& space, int r, int end, const int32_t* position,
-                        const Options& options) {
+// Caps the scores of row r and makes those that it doesn't see -inf. Lanes of the result: the largest ones.
+inline Vec mask_row(ForwardSpace& space, int r, int end, const int32_t* position, const Options& options) {
     float* const scores = space.scores + r * STRIDE;
-    const float cap = options.softcap, before = space.top[r];
+    const Tile& tile = space.tile;
+    const float cap = options.softcap;
+    const int from = tile.from[r], to = position ? 0 : tile.to[r];  // sees all vectors between
     Vec tops = splat(-INFINITY);
     for (int column = 0; column < end; column += LANES) {
         Vec x = load(scores + column);
+        const bool seen = column >= from && column + LANES <= to;
         if (cap > 0) x = tanh(x * (options.scale / cap));
-        if (!sees_all(space.tile, r, column, position))
-            x = select(visible(space.tile, r, column, position), x, splat(-INFINITY));
-        store(scores + column, x);
+        if (!seen) x = select(visible(tile, r, column, position), x, splat(-INFINITY));
+        if (!seen || cap > 0) store(scores + column, x);
         tops = larger(tops, x);
     }
-    const float found = largest(tops), top = found > before ? found : before;
-    const float least = top == -INFINITY ? 0 : top;  // a row that has seen nothing yet
-    const float unit = (cap > 0 ? cap : options.scale) * LOG2_E;
-    Vec totals{};
-    for (int column = 0; column < end; column += LANES) {
-        const Vec p = exp2((load(scores + column) - least) * unit);
-        store(scores + column, p);
-        totals += p;
+    return tops;
+}
+
+// Scores of `rows` rows from r on, LANES at most, become weights, up to `end` keys. What is kept of the rows
+// after them stays as it is.
+inline void softmax_rows(ForwardSpace& space, int r, int rows, int end, const int32_t* position,
+                         const Options& options) {
+    const float unit = unit_of(options);
+    Vec lanes[LANES];
+    for (int i = 0; i < LANES; ++i)
+        lanes[i] = i < rows ? mask_row(space, r + i, end, position, options) : splat(-INFINITY);
+    const Vec before = load(space.top + r), top = larger(largest_of(lanes) * unit, before);
+    const Vec least = select(top == splat(-INFINITY), Vec{}, top);  // a row that has seen nothing yet
+    for (int i = 0; i < LANES; ++i) {
+        float* const scores = space.scores + (r + i) * STRIDE;
+        Vec total{};
+        for (int column = 0; i < rows && column < end; column += LANES) {
+            const Vec p = exp2(load(scores + column) * unit - least[i]);
+            store(scores + column, p);
+            total += p;
+        }
+        lanes[i] = total;
     }
-    const float factor = exp2_of((before - least) * unit);
-    space.factor[r] = factor;
-    space.total[r] = space.total[r] * factor + sum(totals);
-    space.top[r] = top;
+    const Vec factor = exp2(before - least);
+    store(space.factor + r, factor);
+    store(space.total + r, load(space.total + r) * factor + sums_of(lanes));
+    store(space.top + r, top);
 }
 
 // Rows r0..r1 attend to the block of keys, within the tile's bounds.
@@ -145,7 +163,8 @@ inline void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, co
     for (int r = r0; r < r1; r += blocks.size) {
         const int rows = blocks.rows(r), end = end_of(tile, r, r + rows);
         if (end == 0) continue;
-        for (int i = r; i < r + rows; ++i) softmax_row(space, i, end, position, options);
+        for (int i = 0; i < rows; i += LANES)
+            softmax_rows(space, r + i, rows - i < LANES ? rows - i : LANES, end, position, options);
     }
     add_values(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor, &space.ahead);
     if (keys.any_bad)
@@ -199,8 +218,7 @@ inline float* lse_of(const Forward& call, int64_t batch, int64_t head, int64_t r
 
 inline void finish_row(const Forward& call, ForwardSpace& space, int r) {
     const Tile& tile = space.tile;
-    const float unit = call.options.softcap > 0 ? call.options.softcap : call.options.scale;
-    float lse = space.top[r] * unit + logf(space.total[r]), factor = 1 / space.total[r];
+    float lse = space.top[r] * LN_2 + logf(space.total[r]), factor = 1 / space.total[r];
     if (call.options.sinks) {
         const float sink = call.options.sinks[tile.query_head[r]], alone = lse;
         const float most = sink > lse ? sink : lse;
@@ -300,7 +318,7 @@ inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space) {
                 float* const out = space.out + r * STRIDE;
                 space.ahead.some();
                 const bool good_k = products.multiply(scores, q, k, count, call.K);
-                for (int i = r; i < r + rows; ++i) softmax_row(space, i, count, nullptr, call.options);
+                softmax_rows(space, r, rows, count, nullptr, call.options);
                 const bool good_v = products.add(out, scores, space.factor + r, v, count, call.E);
                 for (int i = r; i < r + rows; ++i) tile.poisoned[i] |= !good_k || !good_v;
             }

@@ -102,16 +102,25 @@ QUIETSTAR_INLINE void transpose(Vec (&x)[LANES]) {
     }
 }
 
-// Lane i is the sum of x[i]. Destroys x.
-QUIETSTAR_INLINE Vec sums_of(Vec (&x)[LANES]) {
+// Lane i combines the lanes of x[i]. Destroys x.
+template <class Combine>
+QUIETSTAR_INLINE Vec reduce_each(Vec (&x)[LANES], Combine combine) {
     QUIETSTAR_UNROLL
     for (int half = LANES / 2; half > 0; half /= 2) QUIETSTAR_UNROLL
     for (int i = 0; i < half; ++i) {
         Vec first, second;
         zip(x[i], x[i + half], first, second);
-        x[i] = first + second;
+        x[i] = combine(first, second);
     }
     return x[0];
+}
+
+QUIETSTAR_INLINE Vec sums_of(Vec (&x)[LANES]) {
+    return reduce_each(x, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });
+}
+
+QUIETSTAR_INLINE Vec largest_of(Vec (&x)[LANES]) {
+    return reduce_each(x, [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
 // Rows x [count,width], to panels [count/PANEL][width][PANEL]; x has zeros up to multiples of LANES both

@@ -112,7 +112,8 @@ QUIETSTAR_INLINE float largest(Vec x) {
 // 2^x for x <= 126; 0 from -126.5 on; NaN stays NaN. Cephes' polynomial, 1.7e-7 relative.
 QUIETSTAR_INLINE Vec exp2(Vec x) {
     x = larger(splat(-127.0f), x);
-    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    // 1.5 * 2^23: adding it rounds to an integer. The exponent's bias is in it, for the shift below.
+    const Vec magic = splat(12582912.0f + 127.0f);
     const Vec shifted = x + magic;
     const Vec f = x - (shifted - magic);
     Vec p = splat(1.535336188319500e-4f);
@@ -122,10 +123,10 @@ QUIETSTAR_INLINE Vec exp2(Vec x) {
     p = p * f + splat(2.402264791363012e-1f);
     p = p * f + splat(6.931472028550421e-1f);
     p = p * f + splat(1.0f);
-    return p * bits_to_floats((floats_to_bits(shifted) - floats_to_bits(magic) + 127) << 23);
+    return p * bits_to_floats(floats_to_bits(shifted) << 23);
 }
 
-constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LOG2_E = 1.44269504088896340736f, LN_2 = 0.693147180559945309417f;
 
 // Cephes' tanhf. NaN stays NaN.
 QUIETSTAR_INLINE Vec tanh(Vec x) {
