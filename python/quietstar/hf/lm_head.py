@@ -23,9 +23,12 @@ class LMHead:
     softcap: float | None = None
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """hidden [...,D] as rows, weight and bias, all in one dtype: the weight's, or autocast's where it is on."""
+        """hidden [...,D] as rows, weight and bias, all in one dtype: the weight's, or on a GPU autocast's where it is on.
+
+        On a CPU these ops compute in fp32, and would cast a weight back.
+        """
         device, dtype = hidden.device.type, self.linear.weight.dtype
-        if torch.is_autocast_enabled(device):
+        if device != "cpu" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
         return hidden.flatten(0, -2).to(dtype), self.linear.weight.to(dtype), bias
