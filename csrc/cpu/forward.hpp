@@ -112,15 +112,13 @@ inline float unit_of(const Options& options) {
 // Caps the scores of row r and makes those that it doesn't see -inf. Lanes of the result: the largest ones.
 inline Vec mask_row(ForwardSpace& space, int r, int end, const int32_t* position, const Options& options) {
     float* const scores = space.scores + r * STRIDE;
-    const Tile& tile = space.tile;
     const float cap = options.softcap;
-    const int from = tile.from[r], to = position ? 0 : tile.to[r];  // sees all vectors between
     Vec tops = splat(-INFINITY);
     for (int column = 0; column < end; column += LANES) {
         Vec x = load(scores + column);
-        const bool seen = column >= from && column + LANES <= to;
+        const bool seen = sees_all(space.tile, r, column, position);
         if (cap > 0) x = tanh(x * (options.scale / cap));
-        if (!seen) x = select(visible(tile, r, column, position), x, splat(-INFINITY));
+        if (!seen) x = select(visible(space.tile, r, column, position), x, splat(-INFINITY));
         if (!seen || cap > 0) store(scores + column, x);
         tops = larger(tops, x);
     }

@@ -72,6 +72,13 @@ def test_autocast_keeps_rewards_in_fp32(qs, monkeypatch, backend):
     assert all(torch.isfinite(parameter.grad).all() for parameter in qs.parameters())
 
 
+def test_autocast_leaves_the_head_on_a_cpu_its_own_weight(qs):
+    hidden = torch.randn(3, qs.lm_head.linear.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows, weight, _ = qs.lm_head.operands(hidden.bfloat16())
+    assert weight is qs.lm_head.linear.weight and rows.dtype == torch.float32
+
+
 BAD_CALLS = {
     "one dimension": (dict(input_ids=text()[0]), r"input_ids must have shape \[B,L\]=\[\?,\?\], got \[12\]"),
     "device": (dict(input_ids=text().to("meta")), "input_ids must be on cpu like the model's embeddings, got meta"),
