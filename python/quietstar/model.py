@@ -18,6 +18,7 @@ from quietstar.anchors import Candidates, Gate, choose, only_at
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents, TrainedOn
 from quietstar.checkpoints.places import checkpoint_of
+from quietstar.checkpoints.pretrained import unmark_gguf
 from quietstar.chunks import AnchorChunk, predict_in_chunks
 from quietstar.config import AdapterConfig, ThoughtConfig
 from quietstar.generate import Thinking, generate
@@ -80,6 +81,7 @@ class QuietStar(nn.Module):
         super().__init__()
         check_model(model)
         adapters.check(model)
+        unmark_gguf(unwrapped(model))
         embed = embeddings(model)
         self.thought_config = config = checks.check_config(ThoughtConfig() if config is None else config, len(embed.weight))
         self.tokenizer = None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)

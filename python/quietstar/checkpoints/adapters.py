@@ -47,7 +47,7 @@ def save(model: Any, directory: Path) -> None:
     """Write the adapters' weights and their config, as peft does. Raises ValueError for adapters that fail ``check``."""
     check(model)
     config = model.peft_config[NAME]
-    if config.base_model_name_or_path and os.path.isdir(config.base_model_name_or_path):  # found from any working directory
+    if config.base_model_name_or_path and os.path.exists(config.base_model_name_or_path):  # found from any working directory
         config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
     model.save_pretrained(directory, save_embedding_layers=False)
 

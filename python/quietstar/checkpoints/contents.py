@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from quietstar.checkpoints.places import is_gguf
 from quietstar.config import ThoughtConfig
 from quietstar.files.reading import check_names, check_regular, read_json
 from quietstar_kernels.checks import FLOATS
@@ -63,6 +64,8 @@ class Index:
 
 def find(path: str | os.PathLike, name: str) -> str | None:
     """The local path of one file of a checkpoint, which is a folder or a hub name; None if there is no such file."""
+    if is_gguf(path):
+        return None
     if os.path.isfile(path):
         is_pickle = str(path).endswith(PICKLES)
         raise ValueError(_pickle_message(path, [Path(path).name]) if is_pickle else f"{path}: a file, not a folder")

@@ -79,13 +79,17 @@ def is_folder(path: Path) -> bool:
 def checkpoint_of(name: str | os.PathLike) -> str:
     """The checkpoint that a name stands for: of a run's folder its newest, of a recipe's the best, else the name itself.
 
+    A GGUF file is named by itself: ``folder/file.gguf``, or ``user/model/file.gguf`` on the hub.
+
     Raises ValueError where the name looks like a local path that doesn't exist.
     """
     text = os.fspath(name)
     path = Path(text)
     if not os.path.exists(text):
         if _is_local(text):
-            raise ValueError(f"{text}: there is no such folder")
+            raise ValueError(f"{text}: there is no such {'file' if is_gguf(text) else 'folder'}")
+        return text
+    if is_gguf(text):
         return text
     if checkpoints := every(path):
         return str(checkpoints[-1])
@@ -101,10 +105,16 @@ def run_of(name: str | os.PathLike) -> Path | None:
     return checkpoint.parent.parent if in_run else None
 
 
+def is_gguf(name: str | os.PathLike) -> bool:
+    """Whether a name is that of a GGUF file: a language model and its tokenizer in one file, which transformers unpacks."""
+    return os.fspath(name).endswith(".gguf")
+
+
 def _is_local(name: str) -> bool:
     """Whether a name can't be one on the hub, or stands for a folder here more likely than for one there."""
     first = name.split("/")[0]
-    return name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and os.path.isdir(first))
+    deep = name.count("/") > 1 + is_gguf(name)
+    return deep or name.startswith((".", "/", "~")) or "\\" in name or ("/" in name and os.path.isdir(first))
 
 
 @contextmanager

@@ -6,16 +6,18 @@ Where possible, a damaged file is found before transformers reads it, since that
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
-from quietstar.checkpoints.places import checkpoint_of
+from quietstar.checkpoints.places import checkpoint_of, is_gguf
 from quietstar.files.reading import check_regular, read_json
 
 T = TypeVar("T")
@@ -60,23 +62,29 @@ def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
         return function()
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        missing = "gguf" if is_gguf(path) else error.name
+        raise ValueError(f"{path}: loading it needs a package that is not installed: pip install {missing}") from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: cannot load a {what} from this folder or hub name: {lines[0]}") from error
+        kind = "file" if is_gguf(path) else "folder or hub name"
+        raise ValueError(f"{path}: cannot load a {what} from this {kind}: {lines[0]}") from error
 
 
 def load_config(path: str | os.PathLike) -> Any:
     """The config of a language model; names are those of ``checkpoint_of``. Raises ValueError if it can't be loaded."""
     path = checkpoint_of(path)
     _check_files(path)
-    return loading(path, "config", lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    where, file = _source(path)
+    return loading(path, "config", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False, **file))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
     """A tokenizer. Raises ValueError if it can't be loaded."""
     path = checkpoint_of(path)
     _check_files(path)
-    return loading(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    where, file = _source(path)
+    return loading(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file))
 
 
 def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -97,19 +105,56 @@ def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs:
     path = checkpoint_of(path)
     if find(path, "adapter_config.json"):
         raise ValueError(f"{path}: it holds adapters, which need their base: merge them into it, or train new ones")
-    config = load_config(path).get_text_config()
-    if not allow_bin or has_safetensors(path):
-        tensors, layers = len(locate_tensors(path)), getattr(config, "num_hidden_layers", None) or 0
+    config = load_config(path)
+    if is_gguf(path) or not allow_bin or has_safetensors(path):
+        tensors = _count_tensors(path) if is_gguf(path) else len(locate_tensors(path))
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > tensors:  # before as many are made
-            raise ValueError(f"{path}: config.json says {layers} layers, its weights are {tensors} tensors")
+            raise ValueError(f"{path}: its config says {layers} layers, its weights are {tensors} tensors")
     options = {"dtype": "auto", "use_safetensors": None if allow_bin else True, "trust_remote_code": False, **kwargs}
-    loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
+    where, file = _source(path)
+    if file:
+        options |= {**file, "config": config}  # which takes seconds to read
+        if hasattr(transformers, "GgufConfig"):  # without it, all are unpacked
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options))
+    model = cast(Any, loaded)[0]
+    if file:
+        unmark_gguf(model)
+        model.name_or_path = model.config.name_or_path = path
     return cast(Any, loaded)
+
+
+def unmark_gguf(model: PreTrainedModel) -> None:
+    """Make transformers save a model from a GGUF file, which it calls quantized even after it has unpacked the weights."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "gguf":
+        del model.config.quantization_config
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+
+
+def _source(path: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes: a folder or hub name and, for a GGUF file, which file of it."""
+    if not is_gguf(path):
+        return path, {}
+    folder, file = os.path.split(path)
+    return folder or os.curdir, {"gguf_file": file}
+
+
+def _count_tensors(path: str) -> int:
+    """How many tensors the header of a GGUF file names."""
+    folder, file = os.path.split(path)
+    with open(find(folder or os.curdir, file) or path, "rb") as opened:
+        header = opened.read(16)
+    return struct.unpack("<Q", header[8:])[0] if len(header) == 16 else 0
 
 
 def _check_files(path: str | os.PathLike) -> None:
     if not os.path.isdir(path):
         return
+    ggufs = sorted(Path(path).glob("*.gguf"))
+    if ggufs and not (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: it holds a model as a GGUF file: name the file, {ggufs[0]}")
     for file in Path(path).iterdir():
         if file.name in JSON_FILES:
             read_json(file, JSON_FILES[file.name])

@@ -43,7 +43,7 @@ CONFIG = "config.json"
 class Train:
     """Train a model to think before every token."""
 
-    model: Annotated[str, arg(help="hub name or folder of a causal language model, or of one that thinks already")]
+    model: Annotated[str, arg(help="hub name, folder or GGUF file of a causal language model, or a model that thinks already")]
     data: DataConfig
     thoughts: ThoughtConfig
     train: TrainConfig

@@ -11,8 +11,8 @@ from tyro.conf import arg
 from quietstar.cli.ignored import Rule
 from quietstar_recipes.common.saving import BEST, best_round
 
-LanguageModel = Annotated[str, arg(help="hub name or folder of a causal language model")]
-StartModel = Annotated[str, arg(help="hub name or folder of a causal language model; default a small untrained one")]
+LanguageModel = Annotated[str, arg(help="hub name, folder or GGUF file of a causal language model")]
+StartModel = Annotated[str, arg(help="hub name, folder or GGUF file of a causal language model; default a small untrained one")]
 ResumeRun = Annotated[Literal["", "auto"], arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
 
 MEASURED = ("valid_accuracy", "accuracy", "low", "high", "tokens", "seconds")  # columns of a round's figures
