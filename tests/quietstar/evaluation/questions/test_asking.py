@@ -86,7 +86,7 @@ def sentence_pieces():
 def test_the_published_sets_of_tokens(tiny):
     """The published valid_letter_tokens and valid_number_tokens are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
     qs = wrap(tiny("llama", vocab_size=320), sentence_pieces(), thought_tokens=3, lookahead=2).eval()
-    where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
+    where, many, minus = scored_answers(qs, [WHERE, MANY, Question("How many?", {}, "-3", "-3")])
     name = qs.tokenizer.convert_ids_to_tokens
     assert set(name(where.allowed.tolist())) == {"▁A", "▁B", "▁C", "<0x0A>"}
     assert set(name(many.allowed.tolist())) == {*"0123456789", "<0x0A>"} == set(name(minus.allowed.tolist()))
