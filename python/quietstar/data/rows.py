@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
-from jinja2 import TemplateError
 
 from quietstar.files.reading import as_type
 
@@ -92,13 +91,11 @@ def chat_text(tokenizer: Any, messages: Messages, begin_answer: bool = False) ->
         ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template to write messages with: use the model and tokenizer of a chat model"
-        )
+        raise ValueError("the tokenizer has no chat template, which messages need: take an instruct model")
     turns = [{"role": role, "content": content} for role, content in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
-    except TemplateError as error:
+    except Exception as error:  # a template is code, and may raise anything
         raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
     return text if begin_answer else text.rstrip("\r\n")
 

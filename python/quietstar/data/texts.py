@@ -128,7 +128,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
         lookahead: J. Examples have at least J + 2 tokens; unless texts are packed, shorter ones are left out.
 
     Raises:
-        ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
+        ValueError: the data can't be found, read or decoded, a line is not JSON, a row has no text, messages or question, the
+            tokenizer has no chat template for messages, or no text has J + 2 tokens.
     """
     least = _least(config, tokenizer, lookahead)
     texts = read_texts(config)
