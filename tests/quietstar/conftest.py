@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -100,6 +100,18 @@ def make_byte_tokenizer():
 def byte_tokenizer():
     """A token for each of the 256 bytes, from id 1, and <end>, 0."""
     return make_byte_tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer(byte_tokenizer):
+    """The same with a chat template. Template and tokenizer both begin with <end>: where both do, it is there twice."""
+    byte_tokenizer.chat_template = (
+        "{{ eos_token }}{% for x in messages %}{% if x.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "[{{ x.role }}]{{ x.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    start = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    byte_tokenizer.backend_tokenizer.post_processor = start
+    return byte_tokenizer
 
 
 @pytest.fixture

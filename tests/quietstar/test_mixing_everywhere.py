@@ -64,7 +64,7 @@ def test_generate(qs):
 def test_questions(qs):
     question = parse({"question": "2 and 2?", "answer": "#### 42"}, "row 0")
     answer = ask(qs, [question], Asking(max_new_tokens=3)).asked[0].answers["thinking"]
-    (scored,) = scored_answers(qs, [(prompt(question), question)])
+    (scored,) = scored_answers(qs, [question])
     among = forward(qs, scored.ids, [place - 1 for place in scored.places])[:, scored.allowed].log_softmax(1)
     own = [scored.allowed.tolist().index(scored.ids[place]) for place in scored.places]
     assert answer.probability == pytest.approx(float(of(among, own).sum().exp()), rel=1e-5)

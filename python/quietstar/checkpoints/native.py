@@ -200,7 +200,8 @@ def _read_settings(path: str | os.PathLike, verify: bool) -> Settings:
     """The settings of a checkpoint whose files are all there."""
     file = find(path, SETTINGS)
     if file is None:
-        raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint")
+        remedy = f"quietstar train --model {path} makes one of a language model"
+        raise ValueError(f"{path}: no {SETTINGS} there, so it is not a QuietStar checkpoint: {remedy}")
     where = f"{path}: {SETTINGS}"
     values = read_json(file, dict[str, Any])
     if values.get("format") != FORMAT:

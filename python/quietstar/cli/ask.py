@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
+from quietstar.checkpoints.native import thinks
 from quietstar.cli.common import Checkpoint, UsageError, check_report_file, load_checkpoint, text_tokenizer
 from quietstar.cli.ignored import Rule
 from quietstar.evaluation.questions.asking import Asking, ask
@@ -16,7 +17,7 @@ from quietstar.evaluation.questions.reading import read_questions
 
 @dataclass
 class Ask:
-    """Ask questions; measure how many are answered right, with thoughts and without."""
+    """Ask questions; measure how many are answered right, with thoughts and without; a plain language model has none."""
 
     model: Checkpoint
     asking: Asking
@@ -35,8 +36,11 @@ class Ask:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be 1 or more, got {self.limit}")
         questions = read_questions(self.questions, self.questions_split, self.limit)
-        qs = load_checkpoint(self.model)
+        plain = not thinks(self.model)
+        qs = load_checkpoint(self.model, plain)
         text_tokenizer(qs)
-        report = ask(qs, questions, self.asking, sys.stderr.isatty())
+        if plain:
+            print(f"{self.model} is a plain language model, asked without thoughts")
+        report = ask(qs, questions, replace(self.asking, think="never") if plain else self.asking, sys.stderr.isatty())
         written = report.save(self.out)
         print(f"{len(questions):,} questions\n{report.table}\nwrote {' and '.join(map(str, written))}")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 from tyro.conf import arg
 
 from quietstar.checkpoints import native, pretrained
 from quietstar.checkpoints.contents import TrainedOn
+from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.chunks import free_memory
 from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
+from quietstar.data.rows import chat_text
 from quietstar.data.texts import Data, DataConfig
 from quietstar.evaluation.intervals import format_gain, verdict
 from quietstar.memory.fit import Machine
@@ -96,6 +99,7 @@ def typed(name: str, value: str) -> str:
 Checkpoint = Annotated[str, arg(help="a checkpoint, a run's folder (its newest checkpoint), or a hub name")]
 WeightsDtype = Annotated[Dtype, arg(help="dtype of the weights; use half precision only with LoRA, or without training")]
 AllowBin = Annotated[bool, arg(help="take weights from pickle files (.bin) too, read with weights_only")]
+Chat = Annotated[bool, arg(help="write the text as a user's message, by the tokenizer's chat template")]
 Controls = Annotated[
     bool, arg(help="predict with another text's thoughts too, to tell the gain of content from that of mixing")
 ]
@@ -156,9 +160,10 @@ def this_machine(processes: int) -> Machine:
     return Machine(device, free_memory(device), processes)
 
 
-def load_checkpoint(name: str) -> QuietStar:
-    """A model that thinks, in evaluation mode, on the GPU if there is one."""
-    qs = QuietStar.from_pretrained(name).eval()
+def load_checkpoint(name: str, plain: bool = False) -> QuietStar:
+    """A model that thinks, or a ``plain`` one to ask without thoughts, in evaluation mode, on the GPU if there is one."""
+    qs = load_model(name, ThoughtConfig(), load_tokenizer(name), "auto") if plain else QuietStar.from_pretrained(name)
+    qs.eval()
     return qs.to("cuda") if torch.cuda.is_available() else qs
 
 
@@ -177,6 +182,21 @@ def text_tokenizer(qs: QuietStar) -> Any:
     if qs.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer")
     return qs.tokenizer
+
+
+def as_message(tokenizer: Any, text: str) -> str:
+    """A text as a user's message, up to where the answer begins; the tokenizer must add no special tokens to it."""
+    return chat_text(tokenizer, (("user", text),), begin_answer=True)
+
+
+def prompt_ids(qs: QuietStar, text: str, chat: bool) -> Tensor:
+    """Token ids of a text to continue, int64 [1,L]."""
+    tokenizer = text_tokenizer(qs)
+    text = as_message(tokenizer, text) if chat else text
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.numel():
+        raise ValueError("the prompt has no tokens")
+    return ids.long().to(qs.start_embedding.device)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

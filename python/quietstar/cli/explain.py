@@ -25,6 +25,7 @@ class Explain:
     model: common.Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text; default one that the model's run held out")]] = ""
     file: Annotated[str, arg(help="a UTF-8 file with the text")] = ""
+    chat: common.Chat = False
     held_out: Annotated[int, arg(help="which of the texts that the run held out, from 0")] = 0
     out: Annotated[tuple[str, ...], arg(help="pages to write; all numbers where the name ends in .json")] = ("explain.html",)
     another: Annotated[
@@ -32,7 +33,10 @@ class Explain:
     ] = ""
     seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest tokens")] = None
 
-    ignored: ClassVar = [Rule("held_out", lambda o: bool(o.text or o.file), "with a text")]
+    ignored: ClassVar = [
+        Rule("held_out", lambda o: bool(o.text or o.file), "with a text"),
+        Rule("chat", lambda o: not (o.text or o.file), "without a text"),
+    ]
 
     def run(self) -> None:
         if self.text and self.file:
@@ -43,17 +47,22 @@ class Explain:
             common.check_out_file(path, self.file)
         text = read_utf8(self.file) if self.file else self.text
         qs = common.load_checkpoint(self.model)
-        another = self.another or None
+        another, special = self.another or None, not self.chat
         if not text:
-            text, other = self._held_out_texts(qs)
+            text, other, special = self._held_out_texts(qs)
             another = another or other
-        report = explain(qs, text, self.seed, another)
+        elif self.chat:
+            tokenizer = common.text_tokenizer(qs)
+            text = common.as_message(tokenizer, text)
+            another = another and common.as_message(tokenizer, another)
+        report = explain(qs, text, self.seed, another, special)
         for path in self.out:
             report.save(path)
         print(f"{summary_text(report.summary)}\nwrote {' and '.join(self.out)}")
 
-    def _held_out_texts(self, qs: QuietStar) -> tuple[str, str | None]:
-        """As much of the text as the run would evaluate, and of one to compare its thoughts with, if there is one."""
+    def _held_out_texts(self, qs: QuietStar) -> tuple[str, str | None, bool]:
+        """As much of the text as the run would evaluate, of one to compare its thoughts with, if there is one, and whether
+        special tokens are to be added."""
         if not qs.trained_on:
             raise ValueError(f"{self.model}: it doesn't say what its run held out: give explain a text or --file")
         config, tokenizer = data_config(qs.trained_on[-1]), common.text_tokenizer(qs)
@@ -64,8 +73,9 @@ class Explain:
             raise ValueError(f"{self.model}: its run held out {n} texts, so there is no text {self.held_out}")
         print(f"text {self.held_out} of the {n} that the run held out, from {common.source_name(config.data)}")
         chosen = [self.held_out, (self.held_out + n // 2) % n]
-        one, other = (tokenizer.decode(data.held_out[i]["input_ids"], skip_special_tokens=True) for i in chosen)
-        return one, other if n > 1 else None
+        plain = isinstance(data.held_out_texts[self.held_out], str)
+        one, other = (tokenizer.decode(data.held_out[i]["input_ids"], skip_special_tokens=plain) for i in chosen)
+        return one, other if n > 1 else None, plain
 
 
 def summary_text(figures: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -12,7 +13,7 @@ from transformers.generation import BaseStreamer
 from tyro.conf import Positional, arg
 
 from quietstar.checks import check_think, pad_id
-from quietstar.cli.common import Checkpoint, UsageError, load_checkpoint, text_tokenizer
+from quietstar.cli.common import Chat, Checkpoint, UsageError, load_checkpoint, prompt_ids, text_tokenizer
 from quietstar.cli.ignored import Rule
 from quietstar.explanation.tokens import token_text
 
@@ -24,6 +25,7 @@ class Generate:
     model: Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text to continue; or use --prompt")]] = ""
     prompt: Annotated[str, arg(metavar="TEXT", help="the same as TEXT, which may then begin with a dash")] = ""
+    chat: Chat = False
     think: Annotated[float | str, arg(help="always, never, or only where the model's entropy is above this number of nats")] = (
         "always"
     )
@@ -58,9 +60,7 @@ class Generate:
             raise UsageError(f"--seed must be from 0 to 4,294,967,295, got {self.seed}")
         qs = load_checkpoint(self.model)
         tokenizer = text_tokenizer(qs)
-        inputs = tokenizer(self.text or self.prompt, return_tensors="pt").to(qs.start_embedding.device)
-        if not inputs["input_ids"].numel():
-            raise ValueError("the prompt has no tokens")
+        ids = prompt_ids(qs, self.text or self.prompt, self.chat)
         if self.seed is not None:
             set_seed(self.seed)
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
@@ -72,8 +72,8 @@ class Generate:
         else:
             options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         qs.generate(
-            inputs["input_ids"].long(),
-            inputs["attention_mask"],
+            ids,
+            torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
             think=self.think,
             thoughts=self.thoughts,

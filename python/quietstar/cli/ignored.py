@@ -44,7 +44,7 @@ def _from_hub(o: Any) -> bool:
 
 DATA = [
     Rule("split hub_texts held_out_split", lambda o: not _from_hub(o), "with a file or the built-in text"),
-    Rule("text_field", lambda o: o.data == "builtin" or o.data.endswith(".txt"), "with a .txt file or the built-in text"),
+    Rule("text_field chat", lambda o: o.data == "builtin" or o.data.endswith(".txt"), "with a .txt file or the built-in text"),
     Rule("held_out_seed", lambda o: o.held_out == 0, "with --held-out=0"),
 ]
 THOUGHTS = [

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from quietstar.cli.common import Checkpoint, load_checkpoint, text_tokenizer
+from quietstar.cli.common import Chat, Checkpoint, load_checkpoint, prompt_ids, text_tokenizer
 
 
 @dataclass
@@ -17,16 +17,15 @@ class Think:
 
     model: Checkpoint
     prompt: Positional[Annotated[str, arg(metavar="TEXT", help="the text to think about")]]
+    chat: Chat = False
     at: Annotated[tuple[int, ...], arg(help="tokens to think at, from 0; -1 is the last; default all")] = ()
     seed: Annotated[int | None, arg(help="sample the thoughts with this seed; default the likeliest tokens")] = None
 
     def run(self) -> None:
         qs = load_checkpoint(self.model)
         decode = text_tokenizer(qs).decode
-        ids = text_tokenizer(qs)(self.prompt, return_tensors="pt")["input_ids"].long().to(qs.start_embedding.device)
+        ids = prompt_ids(qs, self.prompt, self.chat)
         L = ids.shape[1]
-        if not L:
-            raise ValueError("the prompt has no tokens")
         for place in self.at:
             if not -L <= place < L:
                 raise ValueError(f"--at must be from {-L} to {L - 1} in a text of {L} tokens, got {place}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from quietstar.checkpoints.contents import TrainedOn
-from quietstar.data.texts import Data, DataConfig, in_blocks, read_texts, texts_hash, whole_texts
+from quietstar.data.texts import Data, DataConfig, Text, in_blocks, read_texts, texts_hash, whole_texts
 from quietstar_kernels.checks import instance, refusal
 
 
@@ -56,7 +56,7 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
         if same and not differences(run, replace(config, data=run.data["data"])):
             continue
         try:
-            texts = read_texts(config if same else data_config(run))
+            texts = read_texts(config if same else replace(data_config(run), chat=config.chat))  # else no two would be equal
         except ValueError as error:
             unknown.append(f"the texts of an earlier run can't be read, so they were not compared: {error}")
             continue
@@ -77,7 +77,7 @@ def _fields(config: DataConfig) -> dict[str, Any]:
     return values | {"data": os.path.abspath(config.data)} if os.path.exists(config.data) else values
 
 
-def _trained(run: TrainedOn, texts: list[str]) -> list[str]:
+def _trained(run: TrainedOn, texts: list[Text]) -> list[Text]:
     """Those of a run's texts that it was trained on, if only in part."""
     config = data_config(run)
     if config.held_out_split or in_blocks(config, len(texts)):

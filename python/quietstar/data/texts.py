@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import option
-from quietstar.files.reading import json_lines, read_utf8
+from quietstar.data.rows import Messages, Row, chat_text, messages_of, question_and_answer, with_choices, zero_shot
+from quietstar.files.reading import as_type, json_lines, read_utf8
 from quietstar.run.batches import Example
 from quietstar_kernels.checks import check_at_least, check_types, instance, integer
 
 FEW = 20  # texts: a tenth of fewer is not two, which an interval needs
 LEAST = 4  # texts or blocks of which two can be held out
 SHORTEST = 16  # tokens of a block
+
+Text = str | Messages
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,10 @@ class DataConfig:
     data: str = option(
         "builtin", "a .txt or .jsonl file, a data set on the hub (name or name:subset), or builtin: Python's manual"
     )
-    text_field: str = option("text", "field of a .jsonl file or a hub data set that holds the text")
+    text_field: str = option(
+        "text", "field of a .jsonl file or a hub data set that holds the text; without it, messages or a question and an answer"
+    )
+    chat: bool = option(False, "write a question and its answer by the tokenizer's chat template, as messages always are")
     split: str = option("train", "split of a hub data set")
     hub_texts: int = option(10_000, "texts to read from the start of a hub data set")
     pack: bool = option(
@@ -105,7 +112,7 @@ class Data:
 
     train: list[Example]
     held_out: list[Example]
-    held_out_texts: list[str]  # the text that each held-out example is from, whole
+    held_out_texts: list[Text]  # the text that each held-out example is from, whole
     texts: int  # how many texts there were
     sha256: str  # of all these texts in order
     repeated: int  # held-out texts that training has too, word for word; they are not among ``held_out``
@@ -121,7 +128,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, lookahead:
         lookahead: J. Examples have at least J + 2 tokens; unless texts are packed, shorter ones are left out.
 
     Raises:
-        ValueError: the data can't be found, read or decoded, a line is not JSON, or no text has J + 2 tokens.
+        ValueError: the data can't be found, read or decoded, a line is not JSON, a row has no text, messages or question, the
+            tokenizer has no chat template for messages, or no text has J + 2 tokens.
     """
     least = _least(config, tokenizer, lookahead)
     texts = read_texts(config)
@@ -183,16 +191,16 @@ def in_blocks(config: DataConfig, texts: int) -> bool:
     return config.pack and not config.held_out_split and texts < few
 
 
-def texts_hash(texts: list[str]) -> str:
+def texts_hash(texts: list[Text]) -> str:
     """SHA-256 of texts in their order."""
     digest = hashlib.sha256()
     for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
+        encoded = (text if isinstance(text, str) else json.dumps(text)).encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()
 
 
-def _split(config: DataConfig, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Split:
+def _split(config: DataConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Split:
     """Tokenize and split the texts; those of a hub data set's ``held_out_split`` are added to them."""
     ids = tokenize(texts, tokenizer)
     if config.held_out_split:
@@ -206,23 +214,24 @@ def _split(config: DataConfig, texts: list[str], tokenizer: PreTrainedTokenizerB
     return split_texts(ids, config.held_out, config.held_out_seed)
 
 
-def read_texts(config: DataConfig) -> list[str]:
-    """The texts of ``config.data``: at least one, and none is empty."""
+def read_texts(config: DataConfig) -> list[Text]:
+    """The texts and conversations of ``config.data``: at least one, and none is empty."""
     path = Path(config.data)
+    texts: Sequence[Text]
     if config.data == "builtin":
         texts = builtin_texts()
     elif path.suffix == ".txt":
         texts = read_utf8(path).splitlines() if not config.pack else re.split(r"\n\s*\n", read_utf8(path))
     elif path.suffix == ".jsonl":
-        texts = list(_json_texts(path, config.text_field))
+        texts = [_row_text(row, config, f"{path}: line {number}") for number, row in json_lines(path)]
     elif path.exists():
         raise ValueError(f"{path}: expected a file ending in {' or '.join(FILES)}")
     else:
         texts = _hub_texts(config)
-    texts = [text.strip("\r\n") for text in texts if text.strip()]
-    if not texts:
+    kept = [text.strip("\r\n") if isinstance(text, str) else text for text in texts if isinstance(text, tuple) or text.strip()]
+    if not kept:
         raise ValueError(f"{config.data}: there is no text in it")
-    return texts
+    return kept
 
 
 def builtin_texts() -> list[str]:
@@ -233,11 +242,17 @@ def builtin_texts() -> list[str]:
     return list(dict.fromkeys(piece for piece in pieces if len(piece) >= 100))
 
 
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+def tokenize(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Token ids of each text, int64 [its length], with an end-of-text token if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tokenizer(texts, verbose=False)["input_ids"]
+    plain = _ids([text for text in texts if isinstance(text, str)], tokenizer)
+    chats = _ids([chat_text(tokenizer, text) for text in texts if not isinstance(text, str)], tokenizer, special=False)
+    ids = [next(plain if isinstance(text, str) else chats) for text in texts]
     return [torch.tensor(x if x[-1:] == end else x + end, dtype=torch.int64) for x in ids]
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool = True) -> Iterator[list[int]]:
+    return iter(tokenizer(texts, verbose=False, add_special_tokens=special)["input_ids"] if texts else [])
 
 
 def packed(ids: list[Tensor], length: int, least: int) -> list[Example]:
@@ -271,16 +286,25 @@ def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]
         raise ValueError(f"{source!r} is not a file, and loading it from the hub failed: {reason}") from error
 
 
-def _json_texts(path: Path, name: str) -> Iterator[str]:
-    for number, value in json_lines(path):
-        if not isinstance(value, dict) or not isinstance(value.get(name), str):
-            raise ValueError(f"{path}: line {number} has no text in a field {name!r}")
-        yield value[name]
+def _row_text(row: Any, config: DataConfig, where: str) -> Text:
+    """The text in a row: that of ``text_field``, else messages, else a question and its answer."""
+    fields = row if isinstance(row, dict) else {}
+    if isinstance(text := fields.get(config.text_field), str):
+        return text
+    if "messages" in fields:
+        return messages_of(row, where)
+    if "question" in fields:
+        return _question_text(as_type(Row, row, where), config.chat, where)
+    found = ", ".join(map(repr, fields))[:200] or "no fields"
+    raise ValueError(f"{where} has no text in a field {config.text_field!r}, no messages and no question: it has {found}")
 
 
-def _hub_texts(config: DataConfig) -> list[str]:
+def _question_text(row: Row, chat: bool, where: str) -> Text:
+    text, choices, answer = question_and_answer(row, where)
+    question = with_choices(text, choices)
+    return (("user", question), ("assistant", answer)) if chat else f"{zero_shot(question)} {answer}"
+
+
+def _hub_texts(config: DataConfig) -> list[Text]:
     rows = hub_rows(config.data, config.split, config.hub_texts)
-    for row in rows:
-        if not isinstance(row.get(config.text_field), str):
-            raise ValueError(f"{config.data}: no text in a field {config.text_field!r}, it has {', '.join(sorted(row))}")
-    return [row[config.text_field] for row in rows]
+    return [_row_text(row, config, f"{config.data}: row {number}") for number, row in enumerate(rows, 1)]

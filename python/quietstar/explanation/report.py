@@ -25,7 +25,7 @@ from quietstar.hf.modules import dropout_off, not_finite, unwrapped
 from quietstar.model import QuietStar
 from quietstar.packed import PackedInputs, Thinker
 from quietstar.rollout import Sampling, Thoughts, sample_thoughts
-from quietstar_kernels.checks import file_path, instance, unicode
+from quietstar_kernels.checks import file_path, flag, instance, unicode
 
 FORMAT = 2
 LOSSES, GAINS = ("base", "mixed", "another"), ("gain", "mixing", "content")
@@ -84,20 +84,24 @@ class Report:
 
 
 @torch.no_grad()
-def explain(qs: QuietStar, text: str, seed: int | None = None, another: str | None = None) -> Report:
+def explain(
+    qs: QuietStar, text: str, seed: int | None = None, another: str | None = None, add_special_tokens: bool = True
+) -> Report:
     """Report what thinking does to each token: ``.html``, ``.to_dict()``, ``.save(path)``, ``.summary``, ``.tokens``.
 
     Args:
         text: at least 3 tokens of the tokenizer that ``qs`` was given.
         seed: samples N thoughts before each token; default one greedy thought.
         another: the text whose thoughts are the control for content; default this text's own, half its length further on.
+        add_special_tokens: as the tokenizer does; False for texts that have theirs, such as what a chat template writes.
 
     Raises:
         ValueError: no tokenizer, or a text that is empty, too long for the model's positions or holds the start or end id.
     """
     thinker, tokenizer, seed = instance("qs", qs, QuietStar).thinker, qs.tokenizer, checks.check_seed(seed)
-    input_ids = _tokenize(thinker, tokenizer, "text", text)
-    other_ids = input_ids if another is None else _tokenize(thinker, tokenizer, "another", another)
+    flag("add_special_tokens", add_special_tokens)
+    input_ids = _tokenize(thinker, tokenizer, "text", text, add_special_tokens)
+    other_ids = input_ids if another is None else _tokenize(thinker, tokenizer, "another", another, add_special_tokens)
     # Only the next token is looked at, and greedy thoughts are identical.
     N = 1 if seed is None else thinker.config.thoughts
     thinker = replace(thinker, config=replace(thinker.config, thoughts=N, lookahead=1, reward="gain", advantage="relu"))
@@ -120,12 +124,12 @@ def explain(qs: QuietStar, text: str, seed: int | None = None, another: str | No
     return Report(_model(thinker.model), _settings(thinker.config, seed) | {"another": another}, tokens)
 
 
-def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str) -> Tensor:
+def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str, special: bool) -> Tensor:
     """int64 [1,L]."""
     if tokenizer is None:
         raise ValueError("explain needs a tokenizer: pass one to QuietStar")
     unicode(name, text)
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
     if len(ids) < 3:
         raise ValueError(f"{name} must have at least 3 tokens, got {len(ids)}")
     V = thinker.lm_head.linear.out_features

@@ -1,5 +1,7 @@
 """``quietstar generate``: the text and thoughts that it prints are those of ``QuietStar.generate``."""
 
+import json
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -38,3 +40,21 @@ def test_generate(home, quietstar, byte_tokenizer):
     for texts in ((), ("Hello", "--prompt=you")):
         code, _, err = quietstar("generate", "--model=thinks", *texts)
         assert code == common.DATA and err == ["quietstar: generate takes a text or --prompt, one of the two"]
+
+
+def test_the_text_as_a_message(home, quietstar, chat_tokenizer):
+    qs = wrap(AutoModelForCausalLM.from_pretrained("model"), chat_tokenizer, thought_tokens=2, lookahead=2)
+    qs.save_pretrained("thinks")
+    turns = [{"role": "user", "content": "Hi"}]
+    ids = chat_tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+
+    out = quietstar("generate", "--model=thinks", "Hi", "--chat", "--max-new-tokens=6")[1]
+    tokens = qs.generate(ids, torch.ones_like(ids), max_new_tokens=6, pad_token_id=0)[0, ids.shape[1] :]
+    assert out == chat_tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+    lines = quietstar("think", "--model=thinks", "Hi", "--chat")[1].splitlines()
+    assert [line.split()[1] for line in lines] == [repr(chat_tokenizer.decode(x)) for x in ids[0]]
+
+    code, _, err = quietstar("explain", "--model=thinks", "Hi", "--chat", "--another=Ho", "--out=page.json")
+    assert code == 0, err
+    assert [x["id"] for x in json.loads((home / "page.json").read_text())["tokens"]] == ids[0].tolist()

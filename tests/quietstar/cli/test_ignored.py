@@ -12,6 +12,8 @@ CASES = [
     ("generate", ["--seed=1"], "without --temperature above 0 or --sample-thoughts", ["--temperature=1"]),
     ("eval", ["--all", "--held-out=8"], "with --all", ["--no-all"]),
     ("explain", ["text", "--held-out=1"], "with a text", None),
+    ("explain", ["--chat"], "without a text", ["text"]),
+    ("train", ["--data=a.txt", "--chat"], "with a .txt file or the built-in text", ["--data=a.jsonl"]),
     ("ask", ["--temperature=1"], "without --votes", ["--votes=3"]),
     ("export", ["--data=builtin", "--text-field=body"], "with a .txt file or the built-in text", ["--data=a.jsonl"]),
     ("eval", ["--data=a.jsonl", "--split=test"], "with a file or the built-in text", ["--data=name"]),

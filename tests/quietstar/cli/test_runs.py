@@ -78,6 +78,18 @@ def test_explain_and_export_take_the_runs_data(home, run, quietstar):
     assert max(len(line["thought_ids"]) for line in metrics) == 24
 
 
+def test_a_run_on_questions_as_chats(home, train, quietstar, chat_tokenizer):
+    chat_tokenizer.save_pretrained("model")
+    rows = [{"question": f"{i} and {i}?", "answer": 2 * i} for i in range(20)]
+    (home / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = train("--data=sums.jsonl", "--chat", "--no-pack", "--length=32", "--steps=1", "--eval-every=0", "--out=run")
+    assert code == 0, err
+    code, _, err = quietstar("explain", "--model=run", "--out=page.json")
+    assert code == 0, err
+    text = "".join(x["text"] for x in report(home, "page.json")["tokens"])
+    assert text.startswith("<end>[user]") and text.count("<end>") == 3
+
+
 @pytest.mark.long
 def test_explain_checks_what_was_held_out(home, run, quietstar):
     quietstar("train", "--model=run", "--data=text.txt", "--out=more", "--steps=1", "--batch-size=4", "--no-pack")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quietstar.data.held_out import check_held_out, describe
+from quietstar.data.held_out import check_held_out, data_config, describe
 from quietstar.data.texts import DataConfig, load_data
 
 
@@ -127,6 +127,21 @@ class TestCheck:
         other = replace(config, data=str(tmp_path / "b.jsonl"))
         (sentence,) = check_held_out([run], other, load(other))
         assert "can't be read" in sentence and "a.jsonl" in sentence
+
+    def test_questions_in_the_other_form_are_the_same_texts(self, chat_tokenizer, tmp_path):
+        lines = [json.dumps({"question": f"{i} and {i}?", "answer": 2 * i}) for i in range(40)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        config = DataConfig(data=str(tmp_path / "a.jsonl"), chat=True)
+        data = load_data(config, chat_tokenizer, lookahead=2)
+        run = describe(config, data, "base")
+        assert check_held_out([run], data_config(run), data) == []
+        plain = replace(config, chat=False)
+        with pytest.raises(ValueError, match="chat False instead of True"):
+            check_held_out([run], plain, load_data(plain, chat_tokenizer, lookahead=2))
+
+    def test_a_run_from_before_there_were_chats(self, run, config, load):
+        del run.data["chat"]
+        assert data_config(run) == config and check_held_out([run], config, load(config)) == []
 
     def test_blocks_of_another_length_are_refused(self, load, tmp_path):
         (tmp_path / "a.txt").write_text(words(900))

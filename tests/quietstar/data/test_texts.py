@@ -86,6 +86,48 @@ def test_a_json_file(tmp_path):
     assert read_texts(DataConfig(data=str(tmp_path / "a.jsonl"), text_field="body")) == ["one", "two"]
 
 
+ROWS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "name": "x"}], "source": "y"},
+    {"question": "How many?", "answer": "2+2\n#### 4"},
+    {"question": "Where?", "choices": ["bank", "library"], "answer": 1},
+    {"text": "a text"},
+]
+
+
+def write_rows(tmp_path, rows=ROWS):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "a.jsonl")
+
+
+def test_rows_of_messages_and_of_questions(tmp_path):
+    data = write_rows(tmp_path)
+    hello = (("user", "Hi"), ("assistant", "Hello"))
+    plain = ["Q: How many?\nA: 2+2\n#### 4", "Q: Where?\n(A) bank\n(B) library\nA: B"]
+    assert read_texts(DataConfig(data=data)) == [hello, *plain, "a text"]
+    chats = [
+        (("user", "How many?"), ("assistant", "2+2\n#### 4")),
+        (("user", "Where?\n(A) bank\n(B) library"), ("assistant", "B")),
+    ]
+    assert read_texts(DataConfig(data=data, chat=True)) == [hello, *chats, "a text"]
+
+
+def test_a_conversation_has_the_special_tokens_of_its_template_alone(chat_tokenizer, tmp_path):
+    data = load_data(DataConfig(data=write_rows(tmp_path), pack=False, held_out=0), chat_tokenizer, lookahead=2)
+    found = {chat_tokenizer.decode(x["input_ids"]) for x in data.train}
+    assert {"<end>[user]Hi<end>\n[assistant]Hello<end>", "<end>a text<end>"} < found and len(found) == 4
+
+
+@pytest.mark.parametrize(
+    "template, role, message",
+    [(False, "user", "the tokenizer has no chat template"), (True, "tool", "refuses the messages: no tools here")],
+)
+def test_a_conversation_that_no_template_takes(byte_tokenizer, chat_tokenizer, tmp_path, template, role, message):
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template if template else None
+    data = write_rows(tmp_path, [{"messages": [{"role": role, "content": "Hi"}]}])
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(data=data), chat_tokenizer, lookahead=2)
+
+
 BAD = {
     "missing": ("no.txt", None, "No such file"),
     "other kind": ("a.csv", b"a,b", "ending in .txt or .jsonl"),
@@ -93,6 +135,11 @@ BAD = {
     "undecodable": ("a.txt", b"one\ntw\xffo", "byte 6, in line 2, is not UTF-8"),
     "broken json": ("a.jsonl", b'{"text": "a"}\n{"text', "line 2 is not JSON"),
     "not text": ("a.jsonl", b'{"text": 3}', "line 1 has no text in a field 'text'"),
+    "other fields": ("a.jsonl", b'{"prompt": "a", "label": "b"}', "no messages and no question: it has 'prompt', 'label'"),
+    "no fields": ("a.jsonl", b"[1]", "it has no fields"),
+    "no messages": ("a.jsonl", b'{"messages": []}', "line 1: Expected array of length >= 1 - at $.messages"),
+    "half a message": ("a.jsonl", b'{"messages": [{"role": "user"}]}', "missing required field content - at $.messages[0]"),
+    "no answer": ("a.jsonl", b'{"question": "a"}', "line 1 has no answer in a field 'answer' or 'answerKey'"),
     "too short": ("a.txt", b"abc", "it has 4 tokens, and looking 4 tokens ahead needs 6"),
     "hub": ("nobody/nothing", None, "pip install datasets"),
 }

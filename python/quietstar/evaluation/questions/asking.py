@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from quietstar.data.rows import chat_text, with_choices, zero_shot
 from quietstar.evaluation.questions.answers import STOP, batches_by_length, continue_texts, extract, vote
 from quietstar.evaluation.questions.reading import Question
 from quietstar.evaluation.questions.report import AccuracyReport, AnsweredQuestion, Asking, ModelAnswer
@@ -32,8 +33,8 @@ class ScoredAnswer:
     allowed: Tensor  # int64 [...], the token ids that these probabilities are normalised over
 
 
-def scored_answers(qs: QuietStar, asked: Sequence[tuple[str, Question]]) -> list[ScoredAnswer]:
-    """The tokens that the published probability of each right answer needs; ``asked`` holds prompts with their questions.
+def scored_answers(qs: QuietStar, questions: Sequence[Question], chat: bool = False) -> list[ScoredAnswer]:
+    """The tokens that the published probability of each right answer needs.
 
     As in ``compute_metrics`` of the published code, the text is the prompt, a space, the answer and a line end. The probability
     is the product of p(token) over the answer's tokens and the line end, each given the right tokens before it, among the
@@ -44,14 +45,16 @@ def scored_answers(qs: QuietStar, asked: Sequence[tuple[str, Question]]) -> list
     There are three differences. The published code knows only Mistral's token ids; here they are found for any tokenizer, and
     for Mistral's they are the same. It cuts long texts at random to 256 tokens; here nothing is cut. And for a number that
     begins with a minus it uses the set of letters.
+
+    With ``chat`` the text is the question and the answer as messages, and what ends the answer's takes the line end's place.
     """
     digits = _digit_tokens(qs)
     found = []
-    for prompt, question in asked:
-        head, ids = encode(qs, prompt), encode(qs, f"{prompt} {question.written}\n")
+    for question in questions:
+        head, ids = (encode(qs, asked(qs, question, chat, answer), chat) for answer in (None, question.written))
         start, own = len(commonprefix([head, ids])), digits
         if question.choices:
-            tails = [set(encode(qs, f"{prompt} {label}\n")[start:]) for label in question.choices]
+            tails = [set(encode(qs, asked(qs, question, chat, label), chat)[start:]) for label in question.choices]
             own = tails[0].union(*tails) - tails[0].intersection(*tails)
         if not start or not own.intersection(ids[start:]):
             written = repr(question.written)
@@ -62,11 +65,20 @@ def scored_answers(qs: QuietStar, asked: Sequence[tuple[str, Question]]) -> list
     return found
 
 
-def encode(qs: QuietStar, text: str) -> list[int]:
+def asked(qs: QuietStar, question: Question, chat: bool, answer: str | None = None) -> str:
+    """A question up to where the answer begins, or with an answer and what ends it."""
+    if not chat:
+        return prompt(question) + ("" if answer is None else f" {answer}\n")
+    user = ("user", with_choices(question.text, question.choices))
+    messages = (user,) if answer is None else (user, ("assistant", answer))
+    return chat_text(qs.tokenizer, messages, begin_answer=answer is None)
+
+
+def encode(qs: QuietStar, text: str, chat: bool = False) -> list[int]:
     """Token ids of a text to be continued. Raises ValueError if they are not in the model's vocabulary."""
     assert qs.tokenizer is not None
-    ids = list(qs.tokenizer(text, verbose=False)["input_ids"])
-    if len(ids) > 1 and ids[-1] == qs.tokenizer.eos_token_id:
+    ids = list(qs.tokenizer(text, verbose=False, add_special_tokens=not chat)["input_ids"])
+    if not chat and len(ids) > 1 and ids[-1] == qs.tokenizer.eos_token_id:
         ids.pop()  # some tokenizers end every text
     V = qs.lm_head.linear.out_features
     if not ids or max(ids) >= V:
@@ -87,7 +99,8 @@ def _digit_tokens(qs: QuietStar) -> set[int]:
 def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = None, progress: bool = False) -> AccuracyReport:
     """Ask all questions without examples (zero-shot), once with thoughts and once without.
 
-    The prompt is the published one: ``Q: ...``, for choices a line ``(A) ...`` each, then ``A:``. There are three measures:
+    The prompt is the published one: ``Q: ...``, for choices a line ``(A) ...`` each, then ``A:``. With ``asking.chat`` it is a
+    user's message, without ``Q:`` and ``A:``, in the tokenizer's chat template. There are three measures:
         exact match: the text of the greedy answer, up to the next ``Q:``, gives the right answer; see ``answers.extract``.
         majority: the most frequent of ``votes`` sampled answers is right; see ``answers.vote``.
         probability: that of the right answer's tokens, each given the right ones before it, among the tokens that an answer can
@@ -105,8 +118,8 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
     for question in questions:
         instance("questions", question, Question)
     flag("progress", progress)
-    prompts = [encode(qs, prompt(question) + asking.answer_prefix) for question in questions]
-    scored = scored_answers(qs, [(prompt(question), question) for question in questions])
+    prompts = [encode(qs, asked(qs, question, asking.chat) + asking.answer_prefix, asking.chat) for question in questions]
+    scored = scored_answers(qs, questions, asking.chat)
     _check_length(qs, prompts, scored, asking.max_new_tokens)
 
     modes: dict[str, str | float] = {"thinking": asking.think} if asking.think != "never" else {}
@@ -118,16 +131,15 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
             name: _answer_all(qs, questions, prompts, think, probabilities[name], asking, bar.update)
             for name, think in modes.items()
         }
-    asked = [AnsweredQuestion(q, {name: answers[name][i] for name in modes}) for i, q in enumerate(questions)]
+    answered = [AnsweredQuestion(q, {name: answers[name][i] for name in modes}) for i, q in enumerate(questions)]
     model = {"class": type(unwrapped(qs.model)).__name__, "name": qs.config.name_or_path}
     model |= {name: getattr(qs.thought_config, name) for name in ("preset", "mixing", "thought_tokens")}
-    return AccuracyReport(model, asking, asked)
+    return AccuracyReport(model, asking, answered)
 
 
 def prompt(question: Question) -> str:
     """The published zero-shot prompt, up to where the answer begins."""
-    choices = "".join(f"\n({label}) {text}" for label, text in question.choices.items())
-    return f"Q: {question.text}{choices}\nA:"
+    return zero_shot(with_choices(question.text, question.choices))
 
 
 def _check_length(qs: QuietStar, prompts: list[list[int]], scored: list[ScoredAnswer], new_tokens: int) -> None:
@@ -188,7 +200,8 @@ def _generate(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(mix_seed(mix_seed(asking.seed, sample or 0), number))
             batch = [prompts[i] for i in chosen]
-            written = continue_texts(qs, batch, asking.max_new_tokens, STOP, think=think, **options)
+            stop = () if asking.chat else STOP
+            written = continue_texts(qs, batch, asking.max_new_tokens, stop, think=think, **options)
         texts |= dict(zip(chosen, written, strict=True))
         done(len(chosen))
     return [texts[i] for i in range(len(prompts))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,42 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from quietstar.data.rows import Row, question_and_answer
 from quietstar.data.texts import hub_rows
 from quietstar.evaluation.questions.answers import number
 from quietstar.files.reading import as_type, json_lines
 from quietstar_kernels.checks import file_path, integer, unicode
 
 MARK = "####"  # precedes the value in an answer of GSM8K
-
-
-Value = str | int | float
-
-
-class Choice(msgspec.Struct):
-    label: Value
-    text: Value
-
-
-class Choices(msgspec.Struct):
-    label: list[Value]
-    text: list[Value]
-
-
-class Stem(msgspec.Struct):
-    stem: str
-    choices: list[str | Choice] | Choices | None = None
-
-
-class Row(msgspec.Struct):
-    """A row of the data, in one of the forms that ``read_questions`` describes; other fields are ignored."""
-
-    question: str | Stem
-    choices: list[str | Choice] | Choices | None = None
-    answer: Value | None = None
-    answerKey: Value | None = None
-    rationale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,46 +73,11 @@ def parse(row: Any, where: str) -> Question:
 
 def question_of(row: Row, where: str) -> Question:
     """As ``parse``, for a row that has the right types."""
-    asked = row.question if isinstance(row.question, Stem) else Stem(row.question, row.choices)
-    text = asked.stem.strip()
-    if not text:
-        raise ValueError(f"{where} has no text in a field 'question'")
-    answer = row.answer if row.answerKey is None else row.answerKey
-    if answer is None or answer == "":
-        raise ValueError(f"{where} has no answer in a field 'answer' or 'answerKey'")
-    if asked.choices is None:
-        written = str(answer).split(MARK)[-1].strip()
-        value = number(written)
-        if value is None:
-            raise ValueError(f"{where} has no choices, so its answer must be a number, got {written[:40]!r}")
-        return Question(text, {}, value, written)
-    labelled = _labelled(asked.choices, where)
-    label = _label(answer, labelled, where)
-    return Question(text, labelled, label, label)
-
-
-def _labelled(choices: list[str | Choice] | Choices, where: str) -> dict[str, str]:
-    if isinstance(choices, Choices):
-        labels, texts = choices.label, choices.text
-    else:
-        labels = [
-            x.label if isinstance(x, Choice) else letter for x, letter in zip(choices, string.ascii_uppercase, strict=False)
-        ]
-        texts = [x.text if isinstance(x, Choice) else x for x in choices]
-    labelled = {str(label): str(text).strip() for label, text in zip(labels, texts, strict=False)}
-    if len(labelled) < 2 or not len(labelled) == len(labels) == len(texts):
-        raise ValueError(
-            f"{where} must have two choices or more, with different labels, got {len(texts)} with {len(labelled)} labels"
-        )
-    return labelled
-
-
-def _label(answer: Value, choices: Mapping[str, str], where: str) -> str:
-    if str(answer) in choices:
-        return str(answer)
-    if isinstance(answer, int) and 0 <= answer < len(choices):
-        return list(choices)[answer]
-    labels = [label for label, text in choices.items() if text == str(answer).strip()]
-    if len(labels) != 1:
-        raise ValueError(f"{where} has the answer {answer!r}, and its choices are {', '.join(choices)}")
-    return labels[0]
+    text, choices, answer = question_and_answer(row, where)
+    if choices:
+        return Question(text, choices, answer, answer)
+    written = answer.split(MARK)[-1].strip()
+    value = number(written)
+    if value is None:
+        raise ValueError(f"{where} has no choices, so its answer must be a number, got {written[:40]!r}")
+    return Question(text, {}, value, written)

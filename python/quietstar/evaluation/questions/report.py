@@ -26,6 +26,7 @@ class Asking:
     """
 
     think: float | str = option("always", "always, never, or only where the model's entropy is above this number of nats")
+    chat: bool = option(False, "ask in the tokenizer's chat template: each question is a user's message")
     max_new_tokens: int = option(256, "most tokens of an answer")
     answer_prefix: str = option("", 'how an answer begins, such as " Let\'s think step by step."; not for the probability')
     votes: int = option(0, "answers to sample for a majority vote on each question; 0 for no vote")
@@ -158,9 +159,10 @@ class AccuracyReport:
         asking = self.asking
         think = asking.think if isinstance(asking.think, str) else f"where the entropy exceeds {asking.think:g} nats"
         name = f" `{self.model['name']}`" if self.model["name"] else ""
+        form = ", in the chat template" if asking.chat else ""
         return (
             f"# {len(self.asked):,} questions\n\n{self.model['class']}{name}, thoughts of "
-            f"{self.model['thought_tokens']} tokens: {think}. Zero-shot, answers of up to {asking.max_new_tokens} tokens."
+            f"{self.model['thought_tokens']} tokens: {think}. Zero-shot{form}, answers of up to {asking.max_new_tokens} tokens."
         )
 
     def _notes(self) -> str:

@@ -86,7 +86,7 @@ def sentence_pieces():
 def test_the_published_sets_of_tokens(tiny):
     """The published valid_letter_tokens and valid_number_tokens are Mistral's ▁A to ▁E, 0 to 9, and <0x0A>."""
     qs = wrap(tiny("llama", vocab_size=320), sentence_pieces(), thought_tokens=3, lookahead=2).eval()
-    where, many, minus = scored_answers(qs, [(prompt(x), x) for x in (WHERE, MANY, Question("How many?", {}, "-3", "-3"))])
+    where, many, minus = scored_answers(qs, [WHERE, MANY, Question("How many?", {}, "-3", "-3")])
     name = qs.tokenizer.convert_ids_to_tokens
     assert set(name(where.allowed.tolist())) == {"▁A", "▁B", "▁C", "<0x0A>"}
     assert set(name(many.allowed.tolist())) == {*"0123456789", "<0x0A>"} == set(name(minus.allowed.tolist()))
@@ -188,6 +188,20 @@ def test_the_prefix_is_for_generation_only(qs, monkeypatch):
     assert plain.figures["probability"] == prefixed.figures["probability"]
 
 
+def test_in_the_chat_template(qs, chat_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(asking, "continue_texts", lambda qs, prompts, n, stop, **_: seen.append((prompts[0], stop)) or ["B"])
+    qs.tokenizer = chat_tokenizer
+    turns = [{"role": "user", "content": "Where?\n(A) bank\n(B) library\n(C) store"}]
+    ids = chat_tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    report = ask(qs, [WHERE], Asking(chat=True, max_new_tokens=3))
+    assert seen == 2 * [(ids, ())] and report.figures["exact"]["base"]["right"] == 1 and "chat template" in report.markdown
+    (scored,) = scored_answers(qs, [WHERE], chat=True)
+    assert scored.ids == [*ids, *chat_tokenizer.convert_tokens_to_ids(["B", "<end>"])]
+    assert scored.places == [len(ids), len(ids) + 1]
+    assert chat_tokenizer.convert_ids_to_tokens(scored.allowed.tolist()) == ["<end>", "A", "B", "C"]
+
+
 def other_tokenizer():
     words = Tokenizer(models.WordLevel({"Q": 0, "[U]": 300}, unk_token="[U]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -235,6 +249,17 @@ def test_the_command(home, capsys):
     saved = json.loads((home / "sums.json").read_text())
     assert [x["answer"] for x in saved["questions"]] == ["0", "2", "4"] and saved["asking"]["think"] == 3.5
     assert {x.name for x in home.iterdir()} == {"model", "sums.jsonl", "sums.json", "sums.md"}
+
+
+def test_a_plain_model_is_asked_without_thoughts(home, capsys):
+    options = ["--questions=sums.jsonl", "--limit=2", "--max-new-tokens=2"]
+    assert cli.main(["ask", "--model=model", "--think=never", *options]) == 0
+    want = json.loads((home / "ask.json").read_text())["questions"]
+    (home / "model" / "quietstar.json").unlink()
+    assert cli.main(["ask", "--model=model", *options]) == 0
+    assert "asked without thoughts" in capsys.readouterr().out
+    got = json.loads((home / "ask.json").read_text())
+    assert got["questions"] == want and got["asking"]["think"] == "never"
 
 
 def test_the_command_with_a_split_of_the_hub(home, monkeypatch):
