@@ -15,7 +15,7 @@ CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py li
 CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_library,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
-demo test test-kernels test-build test-long test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
+demo pretrained test test-kernels test-build test-long test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
 # Tests start Python hundreds of times, which should not compile every file again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -26,7 +26,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
-    experiments-full gpu gpu-rehearsal wheel clean
+    pretrained experiments-full gpu gpu-rehearsal wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -96,6 +96,9 @@ bench: $(READY)  ## benchmarks of this machine against what people use without t
 
 experiments: $(READY)  ## the recipes against their controls, with docs/results.md; about an hour and a half on two idle cores
 	$(BIN)/python experiments/run_experiments.py --docs docs
+
+pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick 10 minutes, SEEDS=1
+	$(BIN)/python experiments/pretrained.py $(if $(SIZE),--size $(SIZE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours
 	$(BIN)/python experiments/run_experiments.py --full --docs docs

@@ -28,7 +28,7 @@ from quietstar.checkpoints.contents import (
     locate_tensors,
     read_file,
 )
-from quietstar.checkpoints.places import checkpoint_of
+from quietstar.checkpoints.places import checkpoint_of, is_gguf
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
@@ -106,7 +106,7 @@ def thinks(path: str | os.PathLike) -> bool:
 def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, verify: bool = True, **kwargs: Any) -> Contents:
     """What a checkpoint of ours or a published one holds."""
     path = checkpoint_of(path)
-    if base is None and find(path, SETTINGS) is None and official.is_published(path):
+    if base is None and find(path, SETTINGS) is None and not is_gguf(path) and official.is_published(path):
         _check_not_bare(path)
         return official.load(path, **kwargs)
     settings = _read_settings(path, verify)

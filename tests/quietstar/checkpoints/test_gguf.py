@@ -84,6 +84,8 @@ def _token_ids():
 def test_what_is_refused(file, model, monkeypatch):
     with pytest.raises(ValueError, match=r"name the file, .*tiny\.gguf"):
         load_config(file.parent)
+    with pytest.raises(ValueError, match=r"quietstar train --model .*tiny\.gguf"):
+        QuietStar.from_pretrained(file)
     with pytest.raises(ValueError, match="there is no such file"):
         load_config(file.parent / "other.gguf")
     write_gguf(file, model, layers=1000)

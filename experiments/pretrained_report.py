@@ -1,0 +1,216 @@
+"""docs/pretrained.md from the results of pretrained.py: the claim, every arm and control, the rival, a picture and thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pretrained_evaluation import CHAIN, chains
+from pretrained_problems import Problem
+
+from benchmarks.report.committed import as_json, write_block
+from quietstar.evaluation.intervals import mean_interval
+from quietstar.files.pictures import can_draw, new_figure, save
+from quietstar.files.reading import read_json
+from quietstar.files.writing import write_whole
+
+PARTS = {"test": "new numbers", "new": "new numbers and new stories"}
+WAYS = {
+    "none": "no thought",
+    "own": "own thoughts",
+    "another": "another problem's thoughts",
+    "constant": "one constant thought",
+    "random": "random tokens",
+}
+OURS, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
+# The claim: own thoughts of Quiet-STaR over each of these, an arm and a way, above 0 in every seed on new numbers.
+CLAIM = {
+    "no thought": (OURS, "none"),
+    "another problem's thoughts": (OURS, "another"),
+    "one constant thought": (OURS, "constant"),
+    "the warm start's own thoughts, with a mixing head trained on them": (HEAD, "own"),
+}
+BESIDES = {
+    "random tokens": (OURS, "random"),
+    "no REINFORCE, with rehearsal": ("no-reinforce-rehearsal", "own"),
+    "plain training on four times the text": (PLAIN, "none"),
+}
+GATE = 0.85
+Results = dict[str, Any]  # of a seed: by arm, what pretrained.py measured
+
+
+def collect(out: Path) -> list[Results]:
+    """All results of the seeds in a folder."""
+    seeds = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return [{file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))} for seed in seeds]
+
+
+def write(seeds: list[Results], problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, bool]:
+    """Write pretrained.json and the generated part of pretrained.md; returns the page, and whether the claim holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "pretrained.json", as_json(_rounded(seeds)))
+    claims = [row for seed in range(len(seeds)) for row in gains(seeds[seed], seed, CLAIM)]
+    held = bool(claims) and all(low is not None and low > 0 for part, *_, low, _ in claims if part == "test")
+    blocks = [verdict(seeds, held), claim_table(seeds), arms_table(seeds), writing_table(seeds, problems)]
+    if can_draw():
+        draw(seeds, folder / "pretrained.png")
+        blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
+    blocks += [some_thoughts(seeds[0], problems["test"]), cost(seeds)]
+    page = folder / "pretrained.md"
+    write_block(page, "pretrained", "\n\n".join(blocks))
+    return page, held
+
+
+def verdict(seeds: list[Results], held: bool) -> str:
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    if held:
+        return f"**The claim holds** in each of {count}: on new numbers, every interval below is above 0."
+    return f"**The claim does not hold** in each of {count}: on new numbers, an interval below reaches 0 or less."
+
+
+def gains(results: Results, seed: int, controls: dict[str, tuple[str, str]]) -> list[tuple]:
+    """(part, control, seed, mean, low, high): nats that own thoughts gain over each control, problem by problem."""
+    rows = []
+    for part in PARTS:
+        for name, (arm, way) in controls.items():
+            if arm in results:
+                ours, theirs = (results[a]["answers"][part][w]["nats"] for a, w in ((OURS, "own"), (arm, way)))
+                differences = [y - x for x, y in zip(ours, theirs, strict=True)]
+                rows.append((part, name, seed, *mean_interval(differences)))
+    return rows
+
+
+def claim_table(seeds: list[Results]) -> str:
+    """A line for each control and part, a column for each seed."""
+    rows = [row for seed, results in enumerate(seeds) for row in gains(results, seed, CLAIM | BESIDES)]
+    lines = []
+    for part, words in PARTS.items():
+        for name in dict.fromkeys(row[1] for row in rows):
+            found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
+            lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
+    head = ["own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
+    return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{_table(head, lines)}"
+
+
+def arms_table(seeds: list[Results]) -> str:
+    """Share of right answers and -log p of the answer, mean over the seeds."""
+    lines = []
+    for arm in [name for name in seeds[0] if "answers" in seeds[0][name]]:
+        for way, words in WAYS.items():
+            row = [arm.replace("-", " "), words]
+            for part in PARTS:
+                found = [results[arm]["answers"][part].get(way) for results in seeds if arm in results]
+                if not all(found):
+                    break
+                row += [_mean([fmean(x["right"]) for x in found]), _mean([fmean(x["nats"]) for x in found])]
+            else:
+                lines.append(row)
+    head = ["trained", "thoughts", *(f"{what}, {words}" for words in PARTS.values() for what in ("right", "nats"))]
+    return f"Answers at once, without a written chain:\n\n{_table(head, lines)}"
+
+
+def writing_table(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
+    """What models write that may write a chain, and how often thoughts are chains."""
+    lines = []
+    for arm, words in (("warm", "warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
+        found = [results[arm]["written"] for results in seeds if arm in results]
+        if found:
+            lines.append([words, *_chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])])
+    for arm, words in (("warm", "warm start, thinking"), (OURS, "Quiet-STaR, thinking")):
+        found = [results[arm]["answers"] for results in seeds if arm in results]
+        lines.append([words, *_chains(found, problems, lambda x: x["thoughts"])])
+    columns = ("a chain", "the right chain", "right answer")
+    head = ["", *(f"{what}, {words}" for words in PARTS.values() for what in columns)]
+    gate = [_of_written(results["warm"], problems) for results in seeds]
+    met = "met" if min(gate) >= GATE else "not met"
+    return (
+        f"Shares of problems whose greedy text or thought is a chain. Of the chains that the warm start writes, {_mean(gate)} "
+        f"are right; the gate, {GATE} in each seed, is {met}.\n\n{_table(head, lines)}"
+    )
+
+
+def _chains(found: list[dict[str, Any]], problems: dict[str, list[Problem]], texts: Any) -> list[str]:
+    row = []
+    for part in PARTS:
+        shares = [chains(texts(x[part]), problems[part]) for x in found]
+        right = [fmean(x[part]["right"] if "right" in x[part] else x[part]["own"]["right"]) for x in found]
+        row += [_mean([x["written"] for x in shares]), _mean([x["right"] for x in shares]), _mean(right)]
+    return row
+
+
+def _of_written(warm: Results, problems: dict[str, list[Problem]]) -> float:
+    """The share of right ones among the chains that the warm start writes."""
+    shares = chains([text.removeprefix(" (") for text in warm["written"]["test"]["texts"]], problems["test"])
+    return shares["right"] / shares["written"] if shares["written"] else 0.0
+
+
+def some_thoughts(results: Results, problems: Sequence[Problem], count: int = 8) -> str:
+    """The first held-out problems with what was thought before and after training, and what it did."""
+    before, after = results["warm"]["answers"]["test"], results[OURS]["answers"]["test"]
+    lines = []
+    for i, problem in enumerate(problems[:count]):
+        p = [f"{2.718281828 ** -after[way]['nats'][i]:.2f}" for way in ("none", "own")]
+        thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in (before, after)]
+        lines.append([problem.question, *thoughts, str(problem.answer), *p])
+    head = ["problem", "thought of the warm start", "thought of Quiet-STaR", "answer", "p without", "p with"]
+    return f"The first {count} problems of the test, in seed 0:\n\n{_table(head, lines)}"
+
+
+def _cut(thought: str) -> str:
+    """A chain without what follows its bracket."""
+    found = CHAIN.match(thought)
+    return (found[0] if found else thought).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
+
+
+def cost(seeds: list[Results]) -> str:
+    minutes = [sum(result["seconds"] for result in results.values()) / 60 for results in seeds]
+    some = [result for results in seeds for result in results.values()]
+    dates, versions, machines = (sorted({result[name] for result in some}) for name in ("date", "torch", "machine"))
+    each = ", ".join(f"{x:.0f}" for x in minutes)
+    return f"{each} minutes a seed with two threads; torch {', '.join(versions)} on {', '.join(machines)}, {dates[-1]}."
+
+
+def draw(seeds: list[Results], path: Path) -> None:
+    figure = new_figure(10, 3.4)
+    curve, bars = figure.subplots(1, 2, width_ratios=(4, 5))
+    for seed, results in enumerate(seeds):
+        rewards = results[OURS]["metrics"]["reward"]
+        curve.plot(range(1, 1 + len(rewards)), rewards, label=f"seed {seed}")
+    curve.axhline(0, color="black", linewidth=0.8)
+    curve.set(xlabel="update", ylabel="nats", title="mean reward of a thought")
+    curve.legend(frameon=False)
+    names = [name for name, (arm, _) in (CLAIM | BESIDES).items() if arm in seeds[0]]
+    for seed, results in enumerate(seeds):
+        rows = [row for row in gains(results, seed, CLAIM | BESIDES) if row[0] == "test"]
+        places = [len(names) - names.index(row[1]) - 0.2 * seed for row in rows]
+        whiskers = [[row[3] - row[4] for row in rows], [row[5] - row[3] for row in rows]]
+        bars.errorbar([row[3] for row in rows], places, xerr=whiskers, fmt="o", capsize=3, markersize=4)
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.set_yticks([len(names) - i for i in range(len(names))], [name.split(",")[0] for name in names])
+    bars.set(xlabel="nats", title="gain of own thoughts over")
+    save(figure, path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_rounded(x) for x in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _interval(mean: float, low: float | None, high: float | None) -> str:
+    return f"{mean:+.2f}" if low is None else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """The mean over seeds and, of several, its interval."""
+    mean, low, _ = mean_interval(list(values))
+    return f"{mean:.2f}" if low is None else f"{mean:.2f} ± {mean - low:.2f}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rule = "| " + " | ".join(["---"] * len(head)) + " |"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
