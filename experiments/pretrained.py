@@ -31,14 +31,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
-from pretrained_evaluation import answers, written  # noqa: E402
+from pretrained_evaluation import answers, of_free_text, written  # noqa: E402
 from pretrained_problems import Problem, problems  # noqa: E402
-from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, warm_start  # noqa: E402
+from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from benchmarks.harness.machine import device_name  # noqa: E402
 from quietstar.checkpoints.places import checkpoint_of  # noqa: E402
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer  # noqa: E402
+from quietstar.data.texts import DataConfig  # noqa: E402
 from quietstar.files.reading import json_lines  # noqa: E402
 from quietstar.files.writing import write_whole  # noqa: E402
 from quietstar.run.processes import Interrupted  # noqa: E402
@@ -49,20 +50,22 @@ GROUP_RL = "GRPO, written chains"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured; numbers of updates and of problems."""
+    """How much is trained and measured: numbers of updates, of problems and of free texts."""
 
     seeds: int
     warm: int
     steps: int
     test: int
     new: int
+    free_steps: int = 0
+    free_texts: int = 0
     arms: tuple[str, ...] = (*ARMS, GROUP_RL)
 
 
 SIZES = {
-    "tiny": Size(1, 2, 2, 4, 4),
-    "quick": Size(1, 60, 8, 48, 16, ("quiet-star", "mixing head alone")),
-    "full": Size(3, 200, 80, 160, 80),
+    "tiny": Size(1, 2, 2, 4, 4, 1, 2),
+    "quick": Size(1, 60, 8, 48, 16, arms=("quiet-star", "mixing head alone")),
+    "full": Size(3, 200, 80, 160, 80, 140, 512),
 }
 
 
@@ -74,7 +77,7 @@ class Phase:
     work: Callable[[], dict[str, Any]]
 
 
-def phases(size: Size, seeds: int, model: str, out: Path) -> Iterator[Phase]:
+def phases(size: Size, seeds: int, model: str, text: str, out: Path) -> Iterator[Phase]:
     """All of them in their order; each may need what those before it wrote."""
     if not model:
         yield Phase(out / "model" / "fetched.json", partial(fetch, out / "model"))
@@ -86,6 +89,8 @@ def phases(size: Size, seeds: int, model: str, out: Path) -> Iterator[Phase]:
             name = arm.lower().replace(" ", "-").replace(",", "")
             work = group_rl if arm == GROUP_RL else partial(arm_of, arm)
             yield Phase(folder / f"{name}.json", partial(work, size, folder, name, seed))
+    if size.free_steps:
+        yield Phase(out / "free-text.json", partial(free_text, size, model, text, out / "free-text"))
 
 
 def fetch(folder: Path) -> dict[str, Any]:
@@ -126,6 +131,13 @@ def group_rl(size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:
     return {"written": of_each_part(size, partial(written, model, tokenizer))}
 
 
+def free_text(size: Size, model: str, text: str, out: Path) -> dict[str, Any]:
+    """The null: what a model without a warm start gains from thoughts on free text."""
+    data = DataConfig(text, length=96, pack=False, held_out=size.free_texts)
+    qs, texts = train_on_text(model, data, out, 0, size.free_steps)
+    return {"text": Path(text).name, "texts": len(texts), "losses": of_free_text(qs, texts), "metrics": metrics(out)}
+
+
 def of_each_part(size: Size, measure: Callable[[list[Problem]], dict[str, Any]]) -> dict[str, Any]:
     """What is measured on the same held-out problems in every arm and seed."""
     return {part: measure(held_out(size, part)) for part in pretrained_report.PARTS}
@@ -160,17 +172,18 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="default full; tiny only shows that everything runs")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3 of size full, else 1")
     parser.add_argument("--model", default="", help="a folder, GGUF file or hub name; default SmolLM2-135M-Instruct")
+    parser.add_argument("--text", default="builtin", help="free text to think on: .txt or .jsonl; default Python's manual")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"), help="folder for models and results")
     parser.add_argument("--docs", type=Path, help="write pretrained.md here, instead of into --out")
     options = parser.parse_args()
     logging.disable_progress_bar()
     size, out = SIZES[options.size], options.out / options.size
-    todo = list(phases(size, options.seeds or size.seeds, options.model, out))
+    todo = list(phases(size, options.seeds or size.seeds, options.model, options.text, out))
     for number, phase in enumerate(todo):
         run(phase)
         print(f"{number + 1} of {len(todo)} parts are done", flush=True)
     asked = {part: held_out(size, part) for part in pretrained_report.PARTS}
-    page, held = pretrained_report.write(pretrained_report.collect(out), asked, options.docs or out)
+    page, held = pretrained_report.write(*pretrained_report.collect(out), asked, options.docs or out)
     print(f"wrote {page}")
     return 0 if held else 1
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from natural_text_evaluation import held_out_losses
 from pretrained_problems import Problem, line
 from torch import Tensor
 
@@ -83,6 +84,14 @@ def chains(thoughts: Sequence[str], some: Sequence[Problem]) -> dict[str, float]
     written = [bool(CHAIN.match(thought)) for thought in thoughts]
     right = [thought.startswith(f"{problem.chain})") for thought, problem in zip(thoughts, some, strict=True)]
     return {"written": sum(written) / len(some), "right": sum(right) / len(some)}
+
+
+@torch.no_grad()
+def of_free_text(qs: QuietStar, texts: Sequence[Example]) -> dict[str, list[float]]:
+    """The loss of each text at the places where the model would think, nats, by the thoughts there; see natural_text.py."""
+    anchors = [qs.choose_anchors(text["input_ids"][None])[0] for text in texts]
+    chosen = [{**text, "anchors": places} for text, places in zip(texts, anchors, strict=True)]
+    return held_out_losses(qs.with_config(replace(qs.thought_config, anchors="all")), chosen, True, EVAL_BATCH)
 
 
 @torch.no_grad()

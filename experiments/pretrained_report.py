@@ -24,6 +24,7 @@ WAYS = {
     "constant": "one constant thought",
     "random": "random tokens",
 }
+FREE = {"base": WAYS["none"], "another": "another text's thoughts", "constant": WAYS["constant"], "random": WAYS["random"]}
 OURS, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
 # The claim: own thoughts of Quiet-STaR over each of these, an arm and a way, above 0 in every seed on new numbers.
 CLAIM = {
@@ -41,23 +42,25 @@ GATE = 0.85
 Results = dict[str, Any]  # of a seed: by arm, what pretrained.py measured
 
 
-def collect(out: Path) -> list[Results]:
-    """All results of the seeds in a folder."""
+def collect(out: Path) -> tuple[list[Results], Results | None]:
+    """All results of the seeds in a folder, and those on free text."""
+    free = out / "free-text.json"
     seeds = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    return [{file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))} for seed in seeds]
+    found = [{file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))} for seed in seeds]
+    return found, read_json(free, dict[str, Any]) if free.exists() else None
 
 
-def write(seeds: list[Results], problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, bool]:
+def write(seeds: list[Results], free: Results | None, problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, bool]:
     """Write pretrained.json and the generated part of pretrained.md; returns the page, and whether the claim holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "pretrained.json", as_json(_rounded(seeds)))
+    write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
     claims = [row for seed in range(len(seeds)) for row in gains(seeds[seed], seed, CLAIM)]
     held = bool(claims) and all(low is not None and low > 0 for part, *_, low, _ in claims if part == "test")
     blocks = [verdict(seeds, held), claim_table(seeds), arms_table(seeds), writing_table(seeds, problems)]
     if can_draw():
         draw(seeds, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
-    blocks += [some_thoughts(seeds[0], problems["test"]), cost(seeds)]
+    blocks += [some_thoughts(seeds[0], problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
     page = folder / "pretrained.md"
     write_block(page, "pretrained", "\n\n".join(blocks))
     return page, held
@@ -164,6 +167,21 @@ def _cut(thought: str) -> str:
     return (found[0] if found else thought).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 
 
+def free_text(free: Results) -> str:
+    """What was expected of free text, and what came out."""
+    losses = free["losses"]
+    found = {
+        name: mean_interval([x - y for x, y in zip(losses[way], losses["own"], strict=True)]) for way, name in FREE.items()
+    }
+    lines = [[name, _interval(*values, digits=4)] for name, values in found.items()]
+    low = found[FREE["constant"]][1]
+    came = "That came out" if low is None or low <= 0 else "It is larger than 0"
+    return (
+        f"On free text ({free['text']}, {free['texts']} texts held out) no gain over a constant thought was expected. {came}:"
+        f"\n\n{_table(['own thoughts, over', 'nats per token where the model thinks'], lines)}"
+    )
+
+
 def cost(seeds: list[Results]) -> str:
     minutes = [sum(result["seconds"] for result in results.values()) / 60 for results in seeds]
     some = [result for results in seeds for result in results.values()]
@@ -201,8 +219,9 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _interval(mean: float, low: float | None, high: float | None) -> str:
-    return f"{mean:+.2f}" if low is None else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+def _interval(mean: float, low: float | None, high: float | None, digits: int = 2) -> str:
+    shown = [f"{x:+.{digits}f}" for x in (mean, low, high) if x is not None]
+    return shown[0] if low is None else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -17,14 +17,17 @@ from torch.nn.functional import cross_entropy
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import AdapterConfig, TrainConfig
+from quietstar.data.texts import DataConfig, load_data
 from quietstar.objective import Counts
 from quietstar.run.batches import Batch, Example, collate
 from quietstar.training import Loss, thought_loss, train
 
 THOUGHTS = ThoughtConfig(preset="small", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
+FREE = ThoughtConfig(preset="small", thoughts=2, thought_tokens=8, lookahead=4, anchors="entropy", anchor_share=1 / 12)
 # Plain training: the text's own loss. The one thought of one token a text is not trained.
 PLAIN = ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1, base_weight=1, mix_weight=0, policy_weight=0)
 LINES = 16  # of a step
+RATE = 3e-4  # of all but the warm start
 REHEARSED = 16  # lines of the warm start in a step of the control that rehearses them
 
 
@@ -79,6 +82,16 @@ def train_arm(warm: str, arm: Arm, out: Path, seed: int, steps: int) -> tuple[Qu
 
 
 RATE = 3e-4
+
+
+def train_on_text(model: str, data: DataConfig, out: Path, seed: int, steps: int) -> tuple[QuietStar, list[Example]]:
+    """Quiet-STaR on free text, a thought at the twelfth of the tokens that are hardest to predict; with what is held out."""
+    tokenizer = load_tokenizer(model)
+    texts = load_data(data, tokenizer, FREE.lookahead)
+    qs = think(model, tokenizer, FREE, seed)
+    qs.add_adapters(AdapterConfig(lora_rank=16))
+    train(qs, texts.train, training(out, steps, 8, seed, RATE), resume="auto")
+    return qs.eval(), texts.held_out
 
 
 def think(warm: str, tokenizer: Any, config: ThoughtConfig, seed: int) -> QuietStar:
