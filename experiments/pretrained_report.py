@@ -16,7 +16,7 @@ from quietstar.files.pictures import can_draw, new_figure, save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
 
-PARTS = {"test": "new numbers", "new": "new numbers and new stories"}
+PARTS = {"test": "new numbers", "new": "new stories"}
 WAYS = {
     "none": "no thought",
     "own": "own thoughts",
@@ -100,8 +100,11 @@ def claim_table(seeds: list[Results]) -> str:
 def arms_table(seeds: list[Results]) -> str:
     """Share of right answers and -log p of the answer, mean over the seeds."""
     lines = []
-    for arm in [name for name in seeds[0] if "answers" in seeds[0][name]]:
+    thinking = [name for name in seeds[0] if "answers" in seeds[0][name]]
+    for arm in sorted(thinking, key=lambda name: (name != "warm", name != OURS, name)):
         for way, words in WAYS.items():
+            if way not in ("none", "own") and arm != OURS:
+                continue
             row = [arm.replace("-", " "), words]
             for part in PARTS:
                 found = [results[arm]["answers"][part].get(way) for results in seeds if arm in results]
