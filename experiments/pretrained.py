@@ -193,6 +193,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except ValueError as error:
         sys.exit(f"pretrained.py: {error}")
-    except Interrupted as error:
-        print(error)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"{error or 'stopped'}; the same command goes on from there")
         sys.exit(130)
