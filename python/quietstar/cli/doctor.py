@@ -13,7 +13,8 @@ import torch
 from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model
-from quietstar.cli.common import AllowBin, UsageError, this_machine
+from quietstar.cli.common import AllowBin, this_machine
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify

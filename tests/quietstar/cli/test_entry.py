@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quietstar import NEEDED
-from quietstar.cli import common, entry
+from quietstar.cli import entry, errors
 from quietstar.cli.main import COMMANDS, COMPLETION, GROUP, OWN, main
 
 ROOT = Path(__file__).parents[3]
@@ -34,12 +34,12 @@ def test_version(option, capsys):
     ],
 )
 def test_a_mistyped_command_gets_a_suggestion(quietstar, typed, advice):
-    assert quietstar(typed, "--model=model") == (common.USAGE, "", [f"quietstar: {advice}"])
+    assert quietstar(typed, "--model=model") == (errors.USAGE, "", [f"quietstar: {advice}"])
 
 
 def test_no_command_lists_them(quietstar):
     code, _, (line,) = quietstar()
-    assert code == common.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
+    assert code == errors.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
 
 
 def test_commands_of_other_packages_are_imported_when_they_are_named(quietstar, monkeypatch):
@@ -48,7 +48,7 @@ def test_commands_of_other_packages_are_imported_when_they_are_named(quietstar, 
     broken = metadata.EntryPoint("paint", "no_such_package:Paint", GROUP)
     monkeypatch.setitem(COMMANDS._others, "paint", broken)
     line = "quietstar: no_such_package:Paint, of the command paint, can't be imported: No module named 'no_such_package'"
-    assert quietstar("paint", "--out=x") == (common.USAGE, "", [line])
+    assert quietstar("paint", "--out=x") == (errors.USAGE, "", [line])
 
 
 # Imports fail as in an environment where only what the kernels need is installed.
@@ -73,7 +73,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra():
     command = [sys.executable, "-c", BARE.format(names=NEEDED), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     extra = r"needs \w+, of the train extra: pip install 'quietstar-kernels\[train\]'"
-    assert done.returncode == common.USAGE and "Traceback" not in done.stderr
+    assert done.returncode == errors.USAGE and "Traceback" not in done.stderr
     assert re.fullmatch(f"quietstar: the command {extra}", done.stderr.splitlines()[-1]), done.stderr
     assert re.fullmatch(rf"quietstar\.QuietStar {extra}\n", done.stdout)
 

@@ -16,7 +16,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import places
-from quietstar.cli import common, summary
+from quietstar.cli import errors, summary
 
 
 @contextmanager
@@ -131,7 +131,7 @@ ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last 
 )
 def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):
     code, said, saved = pressed(*signals)
-    assert code == common.SAVED and saved == ["step-000002"]
+    assert code == errors.SAVED and saved == ["step-000002"]
     places = [said.index(text) for text in [*says, "stopped by a signal"]]
     assert places == sorted(places)
     assert said.count(STOPS) + said.count(ASKS) == len(says)
@@ -139,7 +139,7 @@ def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, si
 
 def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
     code, said, saved = pressed(*[signal.SIGINT] * 3)
-    assert code == common.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
+    assert code == errors.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
 
 
 def test_what_to_type_next_follows_from_what_is_held_out(quietstar, train, home):
