@@ -24,6 +24,7 @@ from quietstar.memory.fit import Machine
 from quietstar.model import QuietStar
 from quietstar.run.processes import process_state
 
+
 def typed(name: str, value: str) -> str:
     """An option as a shell takes it; a value that begins with a dash needs the equals sign."""
     return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"

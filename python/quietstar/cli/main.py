@@ -63,22 +63,25 @@ class Commands(Mapping[str, Any]):
             text = f"{entry.value}, of the command {name}, can't be imported: {first_line(error)}"
             raise Failure(USAGE, text) from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a Mapping would import it
+
     def overview(self) -> str:
         """What ``quietstar --help`` prints."""
         width = max(map(len, self)) + 4
-        lines = (textwrap.fill(f"  {name:<{width - 2}}{self._purpose(name)}", 80, subsequent_indent=" " * width) for name in self)
-        return OVERVIEW.format("\n".join(lines))
+        lines = (f"  {name:<{width - 2}}{_purpose(entry)}" for name, entry in self.entries.items())
+        return OVERVIEW.format("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * width) for line in lines))
 
-    def _purpose(self, name: str) -> str:
-        """The first line of the docstring of a command's class or, if it is not from there, of the module, read from the source."""
-        entry = self.entries[name]
-        try:
-            source = find_spec(entry.module).loader.get_source(entry.module)  # type: ignore[union-attr]
-        except (ImportError, AttributeError):
-            return ""
-        tree = ast.parse(source)
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
-        return (ast.get_docstring(*classes or [tree]) or "").partition("\n")[0]
+
+def _purpose(entry: EntryPoint) -> str:
+    """The first line of a docstring in the source: of the command's class or, if that is not from there, of the module."""
+    try:
+        source = find_spec(entry.module).loader.get_source(entry.module)  # type: ignore[union-attr]
+    except (ImportError, AttributeError):
+        return ""
+    tree = ast.parse(source)
+    described = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == entry.attr] or [tree]
+    return (ast.get_docstring(described[0]) or "").partition("\n")[0]
 
 
 COMMANDS = Commands()
@@ -90,7 +93,7 @@ Quiet-STaR: language models that think before every token.
 
 {}
 
-quietstar COMMAND --help lists a command's options, quietstar --version versions."""
+quietstar COMMAND --help lists its options, quietstar --version prints versions."""
 
 HELP = ("-h", "--help")
 

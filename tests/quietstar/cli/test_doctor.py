@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from quietstar.cli import errors
+from quietstar.cli import common, errors
 
 SIZES = ["--model=model", "--batch-size=8", "--length=64", "--thoughts=3"]
 
