@@ -117,8 +117,11 @@ def text_tokenizer(qs: QuietStar) -> Any:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A line for each row; values that a row lacks are left empty."""
-    lines = [list(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    """A line for each row; values that a row lacks are left empty. Names break at underscores, to fit 80 columns."""
+    names = [name.split("_") for name in columns]
+    height = max(map(len, names))
+    lines = [list(line) for line in zip(*([""] * (height - len(name)) + name for name in names), strict=True)]
+    lines += [[cell(row.get(name)) for name in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines)
 

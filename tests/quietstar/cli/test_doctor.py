@@ -18,6 +18,8 @@ def free(monkeypatch):
 def test_doctor(quietstar):
     code, out, _ = quietstar("doctor")
     assert code == 0 and "transformers" in out and "thought_attention" in out
+    places = ("Python ", "  /", "CPU library ")  # have no spaces to break at
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(places))
     code, out, _ = quietstar("doctor", "--model=model", "--batch-size=2", "--length=64", "--thoughts=3", "--verify")
     assert code == 0 and "2 x 64 tokens, 5,504 rows" in out and "optimizer moments" in out and "ok" in out.splitlines()[-1]
     assert re.search(r"^fits in the .* that are free$", out, re.MULTILINE)

@@ -65,6 +65,17 @@ def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     assert all(len(line) <= 80 for line in lines if "/model.safetensors" not in line)
 
 
+def test_without_a_terminal_a_run_prints_lines(train, monkeypatch):
+    monkeypatch.setattr("quietstar.run.metrics.SECONDS", 0)
+    with open("err", "w") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        train("--out=run")
+    with open("err", newline="") as err:
+        shown = err.read()
+    assert [line[:11] for line in shown.splitlines() if " of " in line] == [f"step {n} of 4" for n in range(1, 5)]
+    assert "\r" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     "option, parts",
     [("--controls", ["gain", "mixing", "content"]), pytest.param("--no-controls", ["gain"], marks=pytest.mark.long)],
