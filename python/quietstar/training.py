@@ -74,7 +74,7 @@ def train(
         loss: the loss of one part of a step; default the Quiet-STaR objective.
         evaluate: called every ``config.eval_every`` steps, without gradients and in evaluation mode.
         resume: "auto" for the newest whole checkpoint of ``config.out``, if there is one, or the path of a checkpoint.
-        progress: show a bar, and a line for each evaluation.
+        progress: show a bar, or on a stderr that is no terminal a line every ten seconds, and a line for each evaluation.
         evaluate_first: call ``evaluate`` before the first step too, unless ``config.eval_every`` is 0; the line of step 1 has
             the results as eval_0_*.
 

@@ -22,11 +22,12 @@ from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
+from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
 from quietstar_recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
-from quietstar_recipes.common.log import Pace, log_figures
+from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import likelihoods
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import VLLM, Sampling, rollout
@@ -243,7 +244,7 @@ def checked_rationales(
     return written
 
 
-COLUMNS = ("round", "tried", "kept", "rationalised", "failed", "steps", *MEASURED)
+COLUMNS = ("round", "tried", "kept", "rationalised", *MEASURED)
 
 
 @dataclass

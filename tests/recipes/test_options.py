@@ -3,8 +3,12 @@
 import pytest
 
 from quietstar.cli import main as cli
+from quietstar.cli.common import table
 from quietstar_recipes import fast, internalize, score, solve, star, vstar
 from quietstar_recipes.common.models import TaskConfig, make_task
+from quietstar_recipes.internalize.command import COLUMNS as INTERNALIZE
+from quietstar_recipes.score.run import COLUMNS as SCORE
+from quietstar_recipes.vstar.run import COLUMNS as VSTAR
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,18 @@ def test_a_command_says_so_in_one_sentence(capsys, tmp_path, options, code, sent
     shown = capsys.readouterr().err.strip()
     assert sentence in shown and "\n" not in shown
     assert not (tmp_path / "run").exists()
+
+
+TABLES = {
+    "star": star.COLUMNS,
+    "vstar": VSTAR,
+    "score": ("test_problems", *SCORE),
+    "internalize": ("test_problems", *INTERNALIZE),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_fits_80_columns(name):
+    lines = table([dict.fromkeys(TABLES[name], 0.1234)], TABLES[name]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 80
+    assert "_" not in "".join(lines) and lines[-1].split() == ["0.123"] * len(TABLES[name])

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar
 from tyro.conf import arg
 
 from quietstar.checkpoints.native import thinks
-from quietstar.cli.common import Checkpoint, UsageError, check_report_file, load_checkpoint, text_tokenizer
+from quietstar.cli.common import Checkpoint, check_report_file, load_checkpoint, text_tokenizer
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
 from quietstar.evaluation.questions.asking import Asking, ask
 from quietstar.evaluation.questions.reading import read_questions

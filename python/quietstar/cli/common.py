@@ -1,14 +1,11 @@
-"""What several commands share: exit codes and errors of one line, options, loading, tables."""
+"""What several commands share: options, loading, tables."""
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +17,7 @@ from quietstar.checkpoints import native, pretrained
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.chunks import free_memory
+from quietstar.cli.errors import UsageError
 from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
 from quietstar.data.rows import chat_text
@@ -28,67 +26,6 @@ from quietstar.evaluation.intervals import format_gain, verdict
 from quietstar.memory.fit import Machine
 from quietstar.model import QuietStar
 from quietstar.run.processes import process_state
-
-USAGE, DATA, RUNTIME, SAVED, STOPPED, PIPE = 2, 3, 4, 75, 130, 141
-
-# What PyTorch's allocator says on the CPU, and of a tensor that no memory could hold.
-_NO_MEMORY = re.compile(
-    r"not enough memory: you tried|can't allocate memory: you tried|Cannot allocate memory|Storage size calculation overflowed"
-    r"|numel: integer multiplication overflow"
-)
-
-
-class UsageError(Exception):
-    """An option or a config file that can't be used."""
-
-
-class Failure(Exception):
-    """Ends the program with the exit code ``code``."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def runtime_failure(error: BaseException) -> str | None:
-    """What a failure at run time says, in one line; None for an error that should not have come this far."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
-    ):
-        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-        return (
-            f"out of memory{f', {asked[1]} more were needed' if asked else ''}: quietstar doctor --model says what a step "
-            "needs; smaller batches, texts or thoughts need less"
-        )
-    if isinstance(error, RuntimeError) and "without overflow" in str(error):
-        return f"a number is too large for its dtype: {first_line(error)}"
-    return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
-
-
-@contextmanager
-def short_warnings() -> Iterator[None]:
-    """Print warnings without the place in the code that they are from; leave out what libraries say to each other's authors."""
-    form = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        warnings.formatwarning = form
-
-
-def one_line(text: str) -> str:
-    """The text with escapes for line ends, control characters and what can't be encoded."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def typed(name: str, value: str) -> str:
@@ -200,8 +137,11 @@ def prompt_ids(qs: QuietStar, text: str, chat: bool) -> Tensor:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A line for each row; values that a row lacks are left empty."""
-    lines = [list(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    """A line for each row; values that a row lacks are left empty. Names break at underscores, to fit 80 columns."""
+    names = [name.split("_") for name in columns]
+    height = max(map(len, names))
+    lines = [list(line) for line in zip(*([""] * (height - len(name)) + name for name in names), strict=True)]
+    lines += [[cell(row.get(name)) for name in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,8 @@ import torch
 from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model
-from quietstar.cli.common import AllowBin, UsageError, this_machine
+from quietstar.cli.common import AllowBin, this_machine
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
 from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
 from quietstar.hf.verify import verify
@@ -126,7 +128,7 @@ def environment() -> str:
     for device, what in devices.items():
         lines += ["", f"{device} ({what})"]
         lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * (32 if line[:1] == " " else 2)) for line in lines)
 
 
 def _version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The installed command ``quietstar``: all that works before the libraries are there or loaded."""
+"""The installed command ``quietstar``: versions, and what to say where libraries are missing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from quietstar import NEEDED
+from quietstar.cli.errors import USAGE
+from quietstar.cli.main import main as run
 
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers")
 
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(versions())
         return 0
     try:
-        from quietstar.cli.main import main as run
+        return run(words)
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
@@ -27,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"quietstar: the command needs {error.name}, of the train extra: pip install 'quietstar-kernels[train]'",
             file=sys.stderr,
         )
-        return 2
-    return run(words)
+        return USAGE
 
 
 def versions() -> str:

@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.places import checkpoint_of, run_of
-from quietstar.cli import common
+from quietstar.cli import common, errors
 from quietstar.cli.ignored import DATA, Rule
 from quietstar.data.texts import Data, DataConfig, load_all, load_data
 from quietstar.evaluation import difficulty
@@ -43,7 +43,7 @@ class Eval:
         if self.out:
             common.check_report_file(self.out, self.data.data)
         if self.batch_size < 1:
-            raise common.UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
+            raise errors.UsageError(f"--batch-size must be 1 or more, got {self.batch_size}")
         qs = common.load_checkpoint(self.model)
         cut = self.data, common.text_tokenizer(qs), qs.thought_config.lookahead
         if self.all:

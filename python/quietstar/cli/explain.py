@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from quietstar.cli import common
+from quietstar.cli import common, errors
 from quietstar.cli.ignored import Rule
 from quietstar.data.held_out import data_config
 from quietstar.data.texts import load_data
@@ -42,7 +42,7 @@ class Explain:
         if self.text and self.file:
             raise ValueError("explain takes a text or --file, one of the two")
         if self.held_out < 0:
-            raise common.UsageError(f"--held-out must be 0 or more, got {self.held_out}")
+            raise errors.UsageError(f"--held-out must be 0 or more, got {self.held_out}")
         for path in self.out:
             common.check_out_file(path, self.file)
         text = read_utf8(self.file) if self.file else self.text

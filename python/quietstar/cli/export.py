@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from quietstar.cli.common import Checkpoint, UsageError, check_out_file, load_checkpoint, text_tokenizer
+from quietstar.cli.common import Checkpoint, check_out_file, load_checkpoint, text_tokenizer
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import DATA
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import export_thoughts

@@ -13,7 +13,8 @@ from transformers.generation import BaseStreamer
 from tyro.conf import Positional, arg
 
 from quietstar.checks import check_think, pad_id
-from quietstar.cli.common import Chat, Checkpoint, UsageError, load_checkpoint, prompt_ids, text_tokenizer
+from quietstar.cli.common import Chat, Checkpoint, load_checkpoint, prompt_ids, text_tokenizer
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
 from quietstar.explanation.tokens import token_text
 

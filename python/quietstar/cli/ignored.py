@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from quietstar.cli.common import UsageError
+from quietstar.cli.errors import UsageError
 
 
 class Rule(NamedTuple):

@@ -6,64 +6,96 @@ Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run tim
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from quietstar.cli import common
-from quietstar.cli.ask import Ask
-from quietstar.cli.common import DATA, PIPE, RUNTIME, SAVED, STOPPED, USAGE, Failure, UsageError
-from quietstar.cli.doctor import Doctor
-from quietstar.cli.eval import Eval
-from quietstar.cli.explain import Explain
-from quietstar.cli.export import Export
-from quietstar.cli.generate import Generate
-from quietstar.cli.options import parse
-from quietstar.cli.think import Think
-from quietstar.cli.train import Train
-from quietstar.run.processes import Interrupted
+from quietstar.cli.errors import (
+    DATA,
+    PIPE,
+    RUNTIME,
+    SAVED,
+    STOPPED,
+    USAGE,
+    Failure,
+    UsageError,
+    first_line,
+    one_line,
+    runtime_failure,
+    short_warnings,
+)
 
 GROUP = "quietstar.commands"
-OWN = {command.__name__.lower(): command for command in (Train, Think, Generate, Explain, Eval, Ask, Export, Doctor)}
+OWN = {
+    name: EntryPoint(name, f"quietstar.cli.{name}:{name.title()}", GROUP)
+    for name in ("train", "think", "generate", "explain", "eval", "ask", "export", "doctor")
+}
 
 
 class Commands(Mapping[str, Any]):
-    """All commands by name. Those of other packages are imported when they are asked for."""
+    """All commands by name. A command is imported when it is asked for, since the libraries that it needs take seconds."""
 
     def __init__(self) -> None:
-        self._others = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
+        self.entries = OWN | {entry.name: entry for entry in entry_points(group=GROUP)} | OWN  # ours come first, and win
 
     def __iter__(self) -> Iterator[str]:
-        yield from (*OWN, *self._others)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(OWN) + len(self._others)
+        return len(self.entries)
 
     def __getitem__(self, name: str) -> Any:
-        if name in OWN:
-            return OWN[name]
-        entry = self._others[name]
+        entry = self.entries[name]
         try:
             return entry.load()
         except (ImportError, AttributeError) as error:
-            text = f"{entry.value}, of the command {name}, can't be imported: {common.first_line(error)}"
+            if name in OWN:
+                raise
+            text = f"{entry.value}, of the command {name}, can't be imported: {first_line(error)}"
             raise Failure(USAGE, text) from error
 
-    def needed_by(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The commands to choose from: the other packages' alone that is named, or all of them for --help and completion."""
-        every = arguments[0].startswith("-")
-        return {name: self[name] for name in self if name in OWN or every or name == arguments[0]}
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a Mapping would import it
+
+    def overview(self) -> str:
+        """What ``quietstar --help`` prints."""
+        width = max(map(len, self)) + 4
+        lines = (f"  {name:<{width - 2}}{_purpose(entry)}" for name, entry in self.entries.items())
+        return OVERVIEW.format("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * width) for line in lines))
+
+
+def _purpose(entry: EntryPoint) -> str:
+    """The first line of a docstring in the source: of the command's class or, if that is not from there, of the module."""
+    try:
+        source = find_spec(entry.module).loader.get_source(entry.module)  # type: ignore[union-attr]
+    except (ImportError, AttributeError):
+        return ""
+    tree = ast.parse(source)
+    described = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == entry.attr] or [tree]
+    return (ast.get_docstring(described[0]) or "").partition("\n")[0]
 
 
 COMMANDS = Commands()
+
+OVERVIEW = """\
+usage: quietstar COMMAND [OPTIONS]
+
+Quiet-STaR: language models that think before every token.
+
+{}
+
+quietstar COMMAND --help lists its options, quietstar --version prints versions."""
+
+HELP = ("-h", "--help")
 
 # How to let a shell complete commands and options; no Markdown.
 COMPLETION = """\
@@ -85,7 +117,6 @@ fish
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``SystemExit`` after --help and on options that can't be read."""
-    disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no error
             stream.reconfigure(errors="backslashreplace")
@@ -93,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code, text = _run(list(sys.argv[1:] if arguments is None else arguments))
         if text:
-            print(f"quietstar: {common.one_line(text)}", file=sys.stderr)
+            print(f"quietstar: {one_line(text)}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:
                 stream.flush()
@@ -103,30 +134,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # such as a disk that is full
         _drop_output()
         if not code:
-            print(f"quietstar: the output can't be written: {common.first_line(error)}", file=sys.stderr)
+            print(f"quietstar: the output can't be written: {first_line(error)}", file=sys.stderr)
         return code or RUNTIME
     return code
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:
     """The exit code, and what to say about an error."""
+    wrong = _wrong_command(arguments)
+    if wrong:
+        return USAGE, wrong
+    if arguments[0] in HELP:
+        print(COMMANDS.overview())
+        return 0, ""
+    # Not above, since this takes seconds.
+    from transformers.utils.logging import disable_progress_bar
+
+    from quietstar.cli.options import parse
+    from quietstar.run.processes import Interrupted
+
+    disable_progress_bar()
     try:
-        _check_command(arguments)
-        with on_terminal(), common.short_warnings():
-            parse(COMMANDS.needed_by(arguments), arguments).run()
+        needed = [arguments[0]] if arguments[0] in COMMANDS else [*COMMANDS]
+        with on_terminal(), short_warnings():
+            parse({name: COMMANDS[name] for name in needed}, arguments).run()
         return 0, ""
     except UsageError as error:
         return USAGE, str(error)
     except Failure as error:
         return error.code, str(error)
     except ValueError as error:
-        return DATA, common.first_line(error)
+        return DATA, first_line(error)
     except Interrupted as stop:
         return SAVED, f"{stop}; continue with --resume"
     except BrokenPipeError:
         raise
     except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        reason = common.runtime_failure(error)
+        reason = runtime_failure(error)
         if reason is None:
             raise
         return RUNTIME, reason
@@ -148,16 +192,16 @@ def on_terminal() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _check_command(arguments: list[str]) -> None:
-    """Raises UsageError if there is no command, or none of this name."""
+def _wrong_command(arguments: list[str]) -> str:
+    """What to say if there is no command, or none of this name."""
     if not arguments:
-        raise UsageError(f"name a command: {', '.join(COMMANDS)}; quietstar --help says what each does")
+        return f"name a command: {', '.join(COMMANDS)}; quietstar --help says what each does"
     name = arguments[0]
-    if name in COMMANDS or name.startswith("-"):
-        return
+    if name in COMMANDS or name in HELP or name.startswith("--tyro-"):
+        return ""
     similar = get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.7)
     advice = f"did you mean {similar[0]}?" if similar else f"the commands are {', '.join(COMMANDS)}"
-    raise UsageError(f"there is no command {name[:100]}: {advice}")
+    return f"there is no command {name[:100]}: {advice}"
 
 
 def _drop_output() -> None:

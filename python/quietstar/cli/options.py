@@ -14,7 +14,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
 
 from quietstar.checkpoints import native
-from quietstar.cli.common import UsageError
+from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
 from quietstar.config import PRESETS, TRAIN_PRESETS
 from quietstar.data.held_out import data_config
@@ -35,7 +35,6 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="quietstar",
-        description="Quiet-STaR: language models that think before every token. --version, alone, prints versions.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,

@@ -17,7 +17,7 @@ from tyro.conf import arg
 from quietstar.checkpoints import native, places
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.cli import common
+from quietstar.cli import common, errors
 from quietstar.cli.ignored import DATA, LORA, THOUGHTS, Rule
 from quietstar.cli.options import flat, read_config
 from quietstar.cli.summary import finish
@@ -117,14 +117,14 @@ class Train:
             again = f"quietstar train {common.typed('config', str(Path(self.train.out) / CONFIG))} --resume"
             saved = f"saved {stop.checkpoint}" if stop.checkpoint else "nothing was trained yet"
             text = f"stopped by a signal; {saved}; continue with: {again}"
-            raise common.Failure(common.SAVED, text) from stop
+            raise errors.Failure(errors.SAVED, text) from stop
         except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-            reason = common.runtime_failure(error)
+            reason = errors.runtime_failure(error)
             if reason is None or isinstance(error, BrokenPipeError):
                 raise
             path = places.newest_whole(places.every(self.train.out))
             kept = f"the last whole checkpoint is {path}" if path else "no checkpoint was written yet"
-            raise common.Failure(common.RUNTIME, f"{reason}; {kept}") from error
+            raise errors.Failure(errors.RUNTIME, f"{reason}; {kept}") from error
         if process_state().is_main_process:
             print(finish(self.train.out, metrics, held_out=evaluation is not None))
         process_state().destroy_process_group()
@@ -156,7 +156,7 @@ class Train:
             print(f"warning: {error}", file=sys.stderr)
             return
         if reason:
-            raise common.Failure(common.RUNTIME, f"{reason}; --no-check-memory tries it all the same")
+            raise errors.Failure(errors.RUNTIME, f"{reason}; --no-check-memory tries it all the same")
 
     def _check_same_run(self, trained_on: Sequence[TrainedOn]) -> None:
         """Model, data and thoughts as the run began with; ``train`` checks the rest."""
@@ -170,5 +170,5 @@ class Train:
                 before = description[1] if description else ()
                 if before and before[-1].sha256 != trained_on[-1].sha256:
                     text = f"{run}: {self.data.data} has changed since the run began: resume needs it as it was"
-                    raise common.Failure(common.DATA, text)
+                    raise errors.Failure(errors.DATA, text)
                 break

@@ -71,14 +71,14 @@ def _margin(deviations: Tensor, text_index: Tensor) -> float | None:
 
 def difficulty_text(tenths: dict[str, list[Group]]) -> str:
     """A line for each tenth, sorted in each way."""
-    lines = ["gain from thoughts in nats per token, for tenths of the tokens, with 95 % intervals"]
-    for way, words in {"base": "by loss without a thought", "mean": "by the mean of both losses"}.items():
+    lines = ["gain from thoughts, nats per token, by tenths of the tokens, 95 % intervals"]
+    for way, words in {"base": "by the base model's loss", "mean": "by mean of both losses"}.items():
         groups = tenths[way]
         parts = [part for part in ("gain", "content") if way == "base" and groups and part in groups[0]] or ["gain"]
-        lines.append(f"  {words:<28}" + "".join(f"{COLUMNS[part]:<28}" for part in parts).rstrip())
+        lines.append(f"  {words:<26}" + "".join(f"{COLUMNS[part]:<27}" for part in parts).rstrip())
         for group in groups:
-            cells = "".join(f"{format_gain(group, part):<28}" for part in parts)
-            lines.append(f"  {group['easiest']:9.3f} to {group['hardest']:7.3f}       {cells}".rstrip())
+            cells = "".join(f"{format_gain(group, part):<26} " for part in parts)
+            lines.append(f"  {group['easiest']:9.3f} to {group['hardest']:7.3f}      {cells}".rstrip())
     return "\n".join(lines)
 
 
@@ -173,11 +173,11 @@ def _thinks(qs: QuietStar, choice: str, examples: Sequence[Example], losses: Tok
 def anchor_text(rows: list[dict[str, Any]]) -> str:
     """A line for each choice."""
     parts = ("gain", "content") if "content" in rows[0] else ("gain",)
-    lines = ["gain from thoughts, nats per token, by where the model thinks, with 95 % intervals"]
-    header = f"  {'':<9}{'thoughts':>8}{'share':>7}{'of all':>9}  {'after a thought':<27}"
+    lines = ["gain from thoughts, nats per token, by where the model thinks, 95 % intervals"]
+    header = f"  {'':<9}{'share':>6}{'of all':>9}  {'after a thought':<27}"
     lines.append(header + ("of it content" if parts[1:] else ""))
     for row in rows:
-        line = f"  {row['anchors']:<9}{row['tokens']:>8,}{row['share']:>7.0%}{row['gain_of_all']:>+9.4f}  "
-        cells = "".join(f"{format_gain(row, part):<27}" for part in parts) if row["tokens"] else ""
+        line = f"  {row['anchors']:<9}{row['share']:>6.0%}{row['gain_of_all']:>+9.4f}  "
+        cells = "".join(f"{format_gain(row, part):<26} " for part in parts) if row["tokens"] else ""
         lines.append(line + cells)
     return "\n".join(line.rstrip() for line in lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ _WRAPPED = {"base_layer", "original_module", "token_adapter"}
 
 def require_peft() -> Any:
     """The peft package. Raises ValueError, with the command that installs it, if it is missing."""
+    # It imports bitsandbytes, which on some CPUs warns that a kernel of its own for weights in 4 bits is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +83,24 @@ class Metrics:
                 file.write(json.dumps(line) + "\n")
 
 
+SECONDS = 10.0  # between lines about single updates
+
+
+class Pace:
+    """Limits log lines to one every ``SECONDS`` seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time for another line."""
+        now = time.monotonic()
+        if now - self._last < SECONDS:
+            return False
+        self._last = now
+        return True
+
+
 # The most important first: where the terminal is narrow, the last ones are left out.
 FIGURES = {
     "loss_ce": lambda x: f"loss_ce {x:.3f}",
@@ -91,14 +111,14 @@ FIGURES = {
 
 
 class Display:
-    """The bar of a run, on stderr."""
+    """The bar of a run, on stderr; where that is no terminal, a line every ``SECONDS`` seconds."""
 
     def __init__(self, steps: int, done: int, shown: bool):
-        self._shown = shown
+        self._shown, self._steps, self._done, self._pace = shown, steps, done, Pace()
         self._figures = ""
         self._other_columns = len(f"{steps}/{steps} | ETA 12:34:56")  # with the shortest bar
         form = "{n_fmt}/{total_fmt} {bar} ETA {remaining}{desc}"
-        self._bar = tqdm(total=steps, initial=done, disable=not shown, dynamic_ncols=True, bar_format=form)
+        self._bar = tqdm(total=steps, initial=done, disable=None if shown else True, dynamic_ncols=True, bar_format=form)
 
     def __enter__(self) -> Display:
         return self
@@ -108,7 +128,11 @@ class Display:
 
     def step(self, line: Mapping[str, float]) -> None:
         """Count a step, and show those of its figures for which there is room."""
-        if not self._shown:
+        self._done += 1
+        if self._bar.disable:
+            if self._shown and (self._pace.due() or self._done == self._steps):
+                figures = ", ".join(form(line[name]) for name, form in FIGURES.items())
+                self._say(f"step {self._done} of {self._steps}: {figures}")
             return
         columns, text = self._bar.format_dict["ncols"], ""
         for name, form in FIGURES.items():
@@ -127,9 +151,13 @@ class Display:
         """Print what an evaluation after ``step`` steps found, above the bar."""
         if self._shown:
             others = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in scores.items())
-            # Not to stdout: a run must not end because nobody reads that any more.
-            tqdm.write(f"step {step}: {_gain(scores) if 'gain_low' in scores else others}", file=self._bar.fp)
+            self._say(f"step {step}: {_gain(scores) if 'gain_low' in scores else others}")
             self._bar.set_description_str(self._figures)
+
+    def _say(self, text: str) -> None:
+        """Print above the bar, on stderr. A run must not end because nobody reads that any more."""
+        with suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
 
 def _gain(scores: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ LanguageModel = Annotated[str, arg(help="hub name, folder or GGUF file of a caus
 StartModel = Annotated[str, arg(help="hub name, folder or GGUF file of a causal language model; default a small untrained one")]
 ResumeRun = Annotated[Literal["", "auto"], arg(help="continue the run in --out; --resume alone is the same as --resume auto")]
 
-MEASURED = ("valid_accuracy", "accuracy", "low", "high", "tokens", "seconds")  # columns of a round's figures
+MEASURED = ("valid_accuracy", "accuracy", "low", "high", "tokens")  # columns of a round's figures
 TASK = [Rule("digits", lambda o: o.task in ("stories", "gsm8k", "csqa"), "with --task=stories, gsm8k or csqa")]
 
 

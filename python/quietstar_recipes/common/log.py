@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quietstar.run.metrics import Metrics
+from quietstar.run.metrics import Metrics, Pace
 
 LOG = logging.getLogger("quietstar")
-SECONDS = 10.0  # between lines about single updates
 FORMATS = {  # the figures worth following during a run
     **dict.fromkeys(("round", "step", "stage", "removed", "tried", "kept", "rationalised", "failed"), ","),
     **dict.fromkeys(("loss", "reward", "accuracy", "accuracy_first", "accuracy_second"), ".3f"),
@@ -22,21 +20,6 @@ def log_figures(run: str | Path, figures: Mapping[str, Any]) -> None:
     """Log a line with the figures of the run that are in ``FORMATS``."""
     shown = (f"{name.replace('_', ' ')} {figures[name]:{form}}" for name, form in FORMATS.items() if name in figures)
     LOG.info("%s: %s", run, ", ".join(shown))
-
-
-class Pace:
-    """Limits log lines to one every ``SECONDS`` seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time for another line."""
-        now = time.monotonic()
-        if now - self._last < SECONDS:
-            return False
-        self._last = now
-        return True
 
 
 class LoggedMetrics(Metrics):

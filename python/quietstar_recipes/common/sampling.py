@@ -13,9 +13,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
+from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
 from quietstar_recipes.common.branches import sharing_prompts
-from quietstar_recipes.common.log import LOG, Pace
+from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.logprobs import check_length, evaluating, padded, positions
 from quietstar_recipes.tasks import Task
 

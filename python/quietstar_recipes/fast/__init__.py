@@ -1,4 +1,4 @@
-"""Fast Quiet-STaR: shorter and shorter thoughts, then none."""
+"""Train with shorter and shorter thoughts, then without any (Fast Quiet-STaR)."""
 
 from quietstar_recipes.fast.run import Config, Fast, fast
 

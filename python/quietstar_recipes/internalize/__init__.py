@@ -1,4 +1,4 @@
-"""Answers without a written chain of thought: removed token by token (``stepwise``), or distilled (``kd``)."""
+"""Train a model to answer without writing its chain of thought (ICoT)."""
 
 from quietstar_recipes.internalize.command import Internalize
 from quietstar_recipes.internalize.stepwise import Config, internalize

@@ -61,6 +61,6 @@ class Internalize:
             _, report = stepwise.internalize(model, task, self.recipe, self.model, bool(self.resume))
             print(table(report["stages"], ("removed", "steps", *COLUMNS)))
             rows, saved = ["full chain", "no chain", "internalized"], stepwise.MODEL
-        named = [{"test problems": name, **report[name]} for name in rows if name in report]
-        print(f"{task.name}\n{table(named, ('test problems', *COLUMNS))}")
+        named = [{"test_problems": name, **report[name]} for name in rows if name in report]
+        print(f"{task.name}\n{table(named, ('test_problems', *COLUMNS))}")
         print(f"saved {Path(self.recipe.out) / saved}")

@@ -1,4 +1,4 @@
-"""SCoRe: a model learns to correct its own answers, by reinforcement learning."""
+"""Teach a model to correct its own answers, by reinforcement learning (SCoRe)."""
 
 from quietstar_recipes.score.run import Config, Score, score
 

@@ -26,12 +26,13 @@ from quietstar.cli.ignored import Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
+from quietstar.run.metrics import Pace
 from quietstar.run.processes import Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive
 from quietstar_recipes.common.command import TASK, ResumeRun
 from quietstar_recipes.common.evaluation import nothing_solved
-from quietstar_recipes.common.log import LOG, Pace, log_figures
+from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
@@ -285,7 +286,7 @@ def attempt_gradient(model: PreTrainedModel, base: PreTrainedModel, task: Task, 
     }
 
 
-COLUMNS = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised", "edited")
+COLUMNS = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised")
 
 
 @dataclass
@@ -313,9 +314,9 @@ class Score:
         _, report = score(model, task, self.recipe, self.model, bool(self.resume))
         later = [f"attempt {number}" for number in range(3, self.recipe.attempts + 1)]
         rows = [
-            {"test problems": name, **figures, **dict(zip(later, figures["accuracy_by_attempt"][2:], strict=True))}
+            {"test_problems": name, **figures, **dict(zip(later, figures["accuracy_by_attempt"][2:], strict=True))}
             for name, figures in report.items()
         ]
-        columns = ("test problems", *COLUMNS, *later)
+        columns = ("test_problems", *COLUMNS, *later)
         print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, columns)}")
         print(f"saved {Path(self.recipe.out) / MODEL}")

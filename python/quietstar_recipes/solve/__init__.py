@@ -1,4 +1,4 @@
-"""What more tokens at test time buy: votes, best of k, search over steps, revisions."""
+"""Compare uses of more tokens on test problems: votes, best of k, search, revisions."""
 
 from quietstar_recipes.solve.run import Config, Solve, draw, solve
 

@@ -1,4 +1,4 @@
-"""V-STaR: STaR with a verifier, which learns from right and wrong solutions."""
+"""STaR with a verifier, which learns from right and wrong solutions (V-STaR)."""
 
 from quietstar_recipes.vstar.run import Config, VStar, draw, vstar
 

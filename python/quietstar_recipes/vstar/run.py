@@ -24,12 +24,13 @@ from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
+from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
 from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
-from quietstar_recipes.common.log import Pace, log_figures
+from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import REPORT, Count, Rounds, fingerprint, load_model, read_report, save_model, write_json

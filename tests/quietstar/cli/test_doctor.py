@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from quietstar.cli import common
+from quietstar.cli import common, errors
 
 SIZES = ["--model=model", "--batch-size=8", "--length=64", "--thoughts=3"]
 
@@ -18,6 +18,8 @@ def free(monkeypatch):
 def test_doctor(quietstar):
     code, out, _ = quietstar("doctor")
     assert code == 0 and "transformers" in out and "thought_attention" in out
+    places = ("Python ", "  /", "CPU library ")  # have no spaces to break at
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(places))
     code, out, _ = quietstar("doctor", "--model=model", "--batch-size=2", "--length=64", "--thoughts=3", "--verify")
     assert code == 0 and "2 x 64 tokens, 5,504 rows" in out and "optimizer moments" in out and "ok" in out.splitlines()[-1]
     assert re.search(r"^fits in the .* that are free$", out, re.MULTILINE)
@@ -45,7 +47,7 @@ UNFIT = ["--out=run", "--batch-size=8", "--steps=1", "--eval-every=0"]
 def test_train_refuses_what_does_not_fit(home, train, free):
     free(4)
     code, _, err = train(*UNFIT)
-    assert code == common.RUNTIME and not (home / "run").exists()
+    assert code == errors.RUNTIME and not (home / "run").exists()
     reason, options_that_fit = err[-1].split("; ")[0].split(" with ")
     assert "a step needs about" in reason and err[-1].endswith("; --no-check-memory tries it all the same")
     code, _, err = train(*UNFIT, *options_that_fit.split())
@@ -67,4 +69,4 @@ def test_a_type_whose_memory_cannot_be_estimated_trains_unchecked(home, quietsta
     code, _, err = train("--out=run", "--steps=1", "--eval-every=0")
     assert code == 0 and "can't be estimated" in err[0] and len(err) == 1
     code, _, err = quietstar("doctor", *SIZES)
-    assert code == common.DATA and "memory of a step can't be estimated for model type 'llama'" in err[0]
+    assert code == errors.DATA and "memory of a step can't be estimated for model type 'llama'" in err[0]

@@ -1,6 +1,7 @@
 """The command before it does anything: versions, names of commands, a shell's completion, libraries that are missing."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from quietstar import NEEDED
-from quietstar.cli import common, entry
-from quietstar.cli.main import COMMANDS, COMPLETION, GROUP, OWN, main
+from quietstar.cli import entry, errors
+from quietstar.cli.main import COMMANDS, COMPLETION, GROUP, main
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,21 +35,20 @@ def test_version(option, capsys):
     ],
 )
 def test_a_mistyped_command_gets_a_suggestion(quietstar, typed, advice):
-    assert quietstar(typed, "--model=model") == (common.USAGE, "", [f"quietstar: {advice}"])
+    assert quietstar(typed, "--model=model") == (errors.USAGE, "", [f"quietstar: {advice}"])
 
 
 def test_no_command_lists_them(quietstar):
     code, _, (line,) = quietstar()
-    assert code == common.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
+    assert code == errors.USAGE and f"name a command: {', '.join(COMMANDS)};" in line
 
 
-def test_commands_of_other_packages_are_imported_when_they_are_named(quietstar, monkeypatch):
-    assert {"star", "vstar", "solve", "internalize", "score", "fast"} <= {*COMMANDS} - {*OWN}
-    assert {*COMMANDS.needed_by(["train"])} == {*OWN} == {*COMMANDS.needed_by(["star"])} - {"star"}
+def test_a_command_that_can_not_be_imported(quietstar, monkeypatch):
     broken = metadata.EntryPoint("paint", "no_such_package:Paint", GROUP)
-    monkeypatch.setitem(COMMANDS._others, "paint", broken)
+    monkeypatch.setitem(COMMANDS.entries, "paint", broken)
     line = "quietstar: no_such_package:Paint, of the command paint, can't be imported: No module named 'no_such_package'"
-    assert quietstar("paint", "--out=x") == (common.USAGE, "", [line])
+    assert quietstar("paint", "--out=x") == (errors.USAGE, "", [line])
+    assert quietstar("--help")[1].count("\n  paint\n") == 1
 
 
 # Imports fail as in an environment where only what the kernels need is installed.
@@ -68,12 +68,22 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def test_the_list_of_commands_needs_no_library():
+    """Not even to be there, so it takes no time to import them."""
+    command = [sys.executable, "-c", BARE.format(names={"torch", *NEEDED}), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and {"star", "vstar", "solve", "internalize", "score", "fast"} <= {*COMMANDS}
+    shown = " ".join(done.stdout.split())
+    assert all(f" {name} {inspect.getdoc(COMMANDS[name])}" in shown for name in COMMANDS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 @pytest.mark.long
 def test_a_library_that_is_missing_is_named_with_its_extra():
     command = [sys.executable, "-c", BARE.format(names=NEEDED), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     extra = r"needs \w+, of the train extra: pip install 'quietstar-kernels\[train\]'"
-    assert done.returncode == common.USAGE and "Traceback" not in done.stderr
+    assert done.returncode == errors.USAGE and "Traceback" not in done.stderr
     assert re.fullmatch(f"quietstar: the command {extra}", done.stderr.splitlines()[-1]), done.stderr
     assert re.fullmatch(rf"quietstar\.QuietStar {extra}\n", done.stdout)
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from quietstar.cli.common import runtime_failure, short_warnings
+from quietstar.cli.errors import runtime_failure, short_warnings
 
 
 def caught(function):

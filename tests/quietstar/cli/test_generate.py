@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import AutoModelForCausalLM
 
-from quietstar.cli import common
+from quietstar.cli import errors
 from tests.quietstar.common import wrap
 
 
@@ -36,10 +36,10 @@ def test_generate(home, quietstar, byte_tokenizer):
     assert {line.count("  |  ") for line in lines} == {1} and quietstar(*sampled)[1].splitlines() == lines
 
     code, out, err = quietstar("generate", "--model=thinks", "--prompt=Hello", "--think=often")
-    assert code == common.USAGE and "must be" in err[-1] and "often" in err[-1]
+    assert code == errors.USAGE and "must be" in err[-1] and "often" in err[-1]
     for texts in ((), ("Hello", "--prompt=you")):
         code, _, err = quietstar("generate", "--model=thinks", *texts)
-        assert code == common.DATA and err == ["quietstar: generate takes a text or --prompt, one of the two"]
+        assert code == errors.DATA and err == ["quietstar: generate takes a text or --prompt, one of the two"]
 
 
 def test_the_text_as_a_message(home, quietstar, chat_tokenizer):

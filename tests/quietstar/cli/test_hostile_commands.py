@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from quietstar.cli.common import DATA, RUNTIME, USAGE
+from quietstar.cli.errors import DATA, RUNTIME, USAGE, UsageError
 from quietstar.cli.main import COMMANDS, main
-from quietstar.cli.options import UsageError, read_config
+from quietstar.cli.options import read_config
 from quietstar.data.texts import DataConfig, read_texts
 from quietstar.data.thoughts import ThoughtRecord, open_records
 from quietstar.evaluation.questions.reading import read_questions

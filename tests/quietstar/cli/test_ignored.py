@@ -2,8 +2,9 @@
 
 import pytest
 
+from quietstar.cli.errors import UsageError
 from quietstar.cli.main import COMMANDS
-from quietstar.cli.options import UsageError, parse
+from quietstar.cli.options import parse
 
 # A command, options of which the last is ignored, how the error ends, and what to add or replace so that it is not.
 CASES = [

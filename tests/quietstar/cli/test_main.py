@@ -2,7 +2,7 @@
 
 import pytest
 
-from quietstar.cli import common
+from quietstar.cli import errors
 from quietstar.cli.main import COMMANDS
 from quietstar.config import ThoughtConfig, TrainConfig
 from quietstar.data.texts import DataConfig
@@ -38,7 +38,7 @@ def test_usage_errors(home, quietstar, case):
     (home / "odd.json").write_text('{"model": "model", "colour": "red"}')
     (home / "broken.yaml").write_text("a: [")
     code, _, err = quietstar(*USAGE_ERRORS[case])
-    assert code == common.USAGE and err and not any("Traceback" in line for line in err)
+    assert code == errors.USAGE and err and not any("Traceback" in line for line in err)
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_bad_input_of_the_other_commands(home, quietstar, trained, arguments, me
     (home / "mamba").mkdir()
     (home / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
     code, _, err = quietstar(*arguments)
-    assert code == common.DATA and message in err[-1] and sum(line.startswith("quietstar: ") for line in err) == 1, err
+    assert code == errors.DATA and message in err[-1] and sum(line.startswith("quietstar: ") for line in err) == 1, err

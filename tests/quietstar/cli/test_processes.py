@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.cli import common
+from quietstar.cli import errors
 from quietstar.cli.main import main
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -29,7 +29,7 @@ def test_a_reader_that_goes_away_ends_a_command_silently(thinker, monkeypatch, c
     os.close(reader)
     with open(writer, "w", buffering=buffer) as stdout:  # that it closes without an error is a part of the test
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert main(THINK) == common.PIPE
+        assert main(THINK) == errors.PIPE
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
 
@@ -38,7 +38,7 @@ def test_a_reader_that_goes_away_ends_a_command_silently(thinker, monkeypatch, c
 def test_output_to_a_full_disk_is_a_sentence(thinker, monkeypatch, capsys):
     with open("/dev/full", "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert main(THINK) == common.RUNTIME
+        assert main(THINK) == errors.RUNTIME
         monkeypatch.undo()
     assert capsys.readouterr().err == "quietstar: the output can't be written: No space left on device\n"
 
@@ -74,6 +74,6 @@ def test_processes(thinker, home):
         out, err = process.communicate(timeout=300)
         codes.append(process.returncode)
         shown.append((out or b"").decode("ascii") + err.decode("ascii"))
-    assert codes == [common.PIPE, 0, common.USAGE, common.USAGE], shown
+    assert codes == [errors.PIPE, 0, errors.USAGE, errors.USAGE], shown
     assert shown[0] == "" and "Traceback" not in "".join(shown)
     assert all(text.startswith("quietstar: ") and "is not UTF-8" in text and text.count("\n") == 1 for text in shown[2:])

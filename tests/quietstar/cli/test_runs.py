@@ -6,7 +6,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import native
-from quietstar.cli import common
+from quietstar.cli import errors
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_steps_that_are_too_large_for_the_policy_weight_are_warned_about(train):
 
 def test_eval_refuses_training_text_unless_all_is_said(home, run, quietstar):
     code, _, err = quietstar("eval", "--model=run", "--held-out=40")
-    assert code == common.DATA and err[-1].startswith("quietstar: run: 1 of the 6 texts held out here") and "--all" in err[-1]
+    assert code == errors.DATA and err[-1].startswith("quietstar: run: 1 of the 6 texts held out here") and "--all" in err[-1]
     code, out, _ = quietstar("eval", "--model=run", "--all")
     assert code == 0 and report(home)["texts"] == 60 and "all 60 texts" in out
 
@@ -71,7 +71,7 @@ def test_explain_and_export_take_the_runs_data(home, run, quietstar):
     assert code == 0 and "text 2 of the 5 that the run held out" in out, err
     assert (home / "page.html").exists()
     code, _, err = quietstar("explain", "--model=run", "--held-out=5")
-    assert code == common.DATA and "held out 5 texts" in err[-1]
+    assert code == errors.DATA and "held out 5 texts" in err[-1]
     code, out, err = quietstar("export", "--model=run", "--out=thoughts.jsonl")
     assert code == 0, err
     metrics = [json.loads(line) for line in (home / "thoughts.jsonl").read_text().splitlines()]
@@ -96,7 +96,7 @@ def test_explain_checks_what_was_held_out(home, run, quietstar):
     texts = (home / "a.jsonl").read_text().splitlines()
     (home / "a.jsonl").write_text("\n".join(reversed(texts)))
     code, _, err = quietstar("explain", "--model=run", "--out=page.html")
-    assert code == common.DATA and "a.jsonl has changed since): give explain a text or --file" in err[-1]
+    assert code == errors.DATA and "a.jsonl has changed since): give explain a text or --file" in err[-1]
     (home / "a.jsonl").unlink()
     code, _, err = quietstar("explain", "--model=more", "--out=page.html")
     assert code == 0 and err[-1].startswith("more: the texts of an earlier run can't be read, so they were not compared: ")
@@ -114,13 +114,13 @@ def test_training_goes_on_with_the_settings_of_the_checkpoint(home, run, quietst
     assert code == 0 and QuietStar.from_pretrained("other").thought_config.policy_weight == 5
     assert "not as in run: policy-weight 5.0 instead of 3.0" in out.splitlines() + err
     code, _, err = quietstar("train", "--model=run", "--out=third", "--steps=1", "--held-out-seed=3")
-    assert code == common.DATA and "among those that the model was trained on" in err[-1] and "--held-out=0" in err[-1]
+    assert code == errors.DATA and "among those that the model was trained on" in err[-1] and "--held-out=0" in err[-1]
 
 
 @pytest.mark.long
 def test_fast_takes_the_runs_data(home, run, quietstar):
     code, _, err = quietstar("fast", "--model=run", "--out=fast", "--held-out-seed=3")
-    assert code == common.DATA and "among those that the model was trained on" in err[-1]
+    assert code == errors.DATA and "among those that the model was trained on" in err[-1]
     short = ["--curriculum=2-2", "--steps=1", "--plain-steps=1", "--batch-size=4"]
     code, out, err = quietstar("fast", "--model=run", "--out=fast", *short)
     assert code == 0 and "held-out loss without thoughts" in out, err
@@ -130,14 +130,14 @@ def test_a_run_does_not_continue_on_changed_texts(home, run, quietstar):
     with open(home / "a.jsonl", "a") as file:
         file.write('{"text": "One more line."}\n')
     code, _, err = quietstar("train", "--config=run/config.json", "--resume")
-    assert code == common.DATA and "has changed since the run began" in err[-1]
+    assert code == errors.DATA and "has changed since the run began" in err[-1]
 
 
 def test_a_local_folder_that_is_missing_is_said_at_once(home, run, quietstar):
     (home / "runs").mkdir()
     for command in (["eval"], ["think", "text"], ["generate", "--prompt=text"], ["explain", "text"], ["train"], ["star"]):
         code, _, err = quietstar(*command, "--model=runs/nope", *(["--out=new"] if command[0] in ("train", "star") else []))
-        assert code == common.DATA and err == ["quietstar: runs/nope: there is no such folder"], command
+        assert code == errors.DATA and err == ["quietstar: runs/nope: there is no such folder"], command
 
 
 def test_typed_options_win_and_what_differs_is_printed(home, run, quietstar):

@@ -16,7 +16,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import places
-from quietstar.cli import common, summary
+from quietstar.cli import errors, summary
 
 
 @contextmanager
@@ -63,6 +63,17 @@ def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     assert bars[0].startswith("0/4 ") and re.match(r"4/4 █+ ETA 00:00 loss_ce \d\.\d{3}", bars[-1])
     assert re.findall(r"loss_ce|reward|weight|th/s", bars[-1]) == figures.split()
     assert all(len(line) <= 80 for line in lines if "/model.safetensors" not in line)
+
+
+def test_without_a_terminal_a_run_prints_lines(train, monkeypatch):
+    monkeypatch.setattr("quietstar.run.metrics.SECONDS", 0)
+    with open("err", "w") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        train("--out=run")
+    with open("err", newline="") as err:
+        shown = err.read()
+    assert [line[:11] for line in shown.splitlines() if " of " in line] == [f"step {n} of 4" for n in range(1, 5)]
+    assert "\r" not in shown and max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -131,7 +142,7 @@ ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last 
 )
 def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):
     code, said, saved = pressed(*signals)
-    assert code == common.SAVED and saved == ["step-000002"]
+    assert code == errors.SAVED and saved == ["step-000002"]
     places = [said.index(text) for text in [*says, "stopped by a signal"]]
     assert places == sorted(places)
     assert said.count(STOPS) + said.count(ASKS) == len(says)
@@ -139,7 +150,7 @@ def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, si
 
 def test_a_third_ctrl_c_ends_the_run_at_once(pressed):
     code, said, saved = pressed(*[signal.SIGINT] * 3)
-    assert code == common.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
+    assert code == errors.STOPPED and saved == [] and ASKS in said and "nothing was saved since" in said
 
 
 def test_what_to_type_next_follows_from_what_is_held_out(quietstar, train, home):

@@ -9,7 +9,7 @@ import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import places
-from quietstar.cli import common
+from quietstar.cli import errors
 from quietstar.run import snapshots
 
 
@@ -41,7 +41,7 @@ def test_a_model_that_thinks_already_goes_on(home, quietstar, trained):
     assert after.thought_config.thoughts == 3
     assert 0 < (before.start_embedding - after.start_embedding).abs().max() < 0.01
     code, _, err = quietstar("train", "--config=run/config.json", "--model=run", "--out=other", "--embedding-scale=100")
-    assert code == common.DATA and "embedding_scale=1.0, not 100.0" in err[-1]
+    assert code == errors.DATA and "embedding_scale=1.0, not 100.0" in err[-1]
 
 
 @pytest.mark.parametrize("how", [["--resume"], pytest.param(["--resume=run/checkpoints/step-000002"], marks=pytest.mark.long)])
@@ -101,7 +101,7 @@ def test_bad_input_is_one_sentence(home, tiny, train, request, case):
         request.getfixturevalue("trained")
     tiny("llama").save_pretrained("bare")
     code, _, err = train(*arguments)
-    assert code == common.DATA and len(err) == 1 and err[0].startswith("quietstar: ") and message in err[0], err
+    assert code == errors.DATA and len(err) == 1 and err[0].startswith("quietstar: ") and message in err[0], err
 
 
 @pytest.mark.long
@@ -116,7 +116,7 @@ def test_a_failure_in_the_middle_names_the_last_whole_checkpoint(home, train, mo
 
     monkeypatch.setattr(snapshots, "save_file", full)
     code, _, err = train("--out=run")
-    assert code == common.RUNTIME and "No space left on device" in err[-1]
+    assert code == errors.RUNTIME and "No space left on device" in err[-1]
     assert err[-1].endswith("the last whole checkpoint is run/checkpoints/step-000002")
 
 
@@ -132,7 +132,7 @@ def test_a_signal_says_how_to_go_on(home, quietstar, trained, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(QuietStar, "count_targets", terminated)
         code, _, err = quietstar("train", "--config=run/config.json", "--out=stopped")
-    assert code == common.SAVED and "stopped by a signal; saved stopped/checkpoints/step-000001" in err[-1]
+    assert code == errors.SAVED and "stopped by a signal; saved stopped/checkpoints/step-000001" in err[-1]
     program, *again = shlex.split(err[-1].partition("continue with: ")[2])
     assert program == "quietstar" and quietstar(*again)[0] == 0
     metrics = [json.loads(line) for line in (home / "stopped" / "metrics.jsonl").read_text().splitlines()]

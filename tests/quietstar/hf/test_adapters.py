@@ -1,6 +1,7 @@
 """Adapters in a live model: numbers and gradients are those of the merged model, and the base is unchanged."""
 
 import copy
+import logging
 import os
 import sys
 
@@ -266,3 +267,9 @@ def test_without_peft(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'quietstar-kernels\[lora\]'"):
         quietstar.QuietStar(tiny("llama"), CONFIG).add_adapters(AdapterConfig(lora_rank=2))
+
+
+def test_a_kernel_that_lora_does_not_use_is_not_missed():
+    adapters.require_peft()
+    log = logging.getLogger("bitsandbytes")
+    assert log.isEnabledFor(logging.WARNING) and not log.getChild("backends.cpu.ops").isEnabledFor(logging.WARNING)

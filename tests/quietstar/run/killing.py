@@ -121,8 +121,10 @@ if __name__ == "__main__":
     from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
     from trl import DPOConfig, DPOTrainer  # noqa: F401
 
-    from quietstar.cli.main import main
+    from quietstar.cli.main import COMMANDS, main
 
+    for command in COMMANDS:
+        COMMANDS[command]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), flush=True)

@@ -7,7 +7,7 @@ import pytest
 
 from quietstar import ThoughtConfig
 from quietstar.checkpoints import places
-from quietstar.cli.main import Train
+from quietstar.cli.train import Train
 from quietstar.config import AdapterConfig, TrainConfig, option
 from quietstar.data.texts import DataConfig
 from quietstar.run.resume import Settings, find_checkpoint

@@ -5,9 +5,11 @@ import logging
 import pytest
 
 from quietstar.cli.main import on_terminal
+from quietstar.run import metrics
+from quietstar.run.metrics import SECONDS
 from quietstar.run.resume import Settings
 from quietstar_recipes.common import log
-from quietstar_recipes.common.log import SECONDS, LoggedMetrics, log_figures
+from quietstar_recipes.common.log import LoggedMetrics, log_figures
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Rounds
 
@@ -16,7 +18,7 @@ from quietstar_recipes.common.saving import Rounds
 def clock(monkeypatch):
     """A clock that moves only when the test sets it."""
     now = [100.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -29,11 +31,11 @@ def test_a_line_shows_the_figures_worth_following(capsys):
 
 
 def test_updates_are_logged_at_most_every_few_seconds(tmp_path, clock, capsys):
-    metrics = LoggedMetrics(tmp_path / "metrics.jsonl", 0)
+    figures = LoggedMetrics(tmp_path / "metrics.jsonl", 0)
     with on_terminal():
         for step in range(1, 31):
             clock[0] += SECONDS / 10
-            metrics.add({"step": step, "loss": 1 / step})
+            figures.add({"step": step, "loss": 1 / step})
     logged = capsys.readouterr().err.splitlines()
     shown = [line.rsplit("/", 1)[-1] for line in logged]
     assert shown == [f"{tmp_path.name}: step {n}, loss {1 / n:.3f}" for n in (10, 20, 30)]
@@ -52,7 +54,7 @@ def test_a_finished_round_is_logged_and_a_users_own_best_is_kept(tmp_path, solve
 
 def test_long_sampling_is_logged(solver, capsys, monkeypatch):
     model, task = solver
-    monkeypatch.setattr(log, "SECONDS", 0)
+    monkeypatch.setattr(metrics, "SECONDS", 0)
     with on_terminal():
         rollout(model, task, [[1, 2, 3]] * 5, max_new=2, batch_size=2)
     assert capsys.readouterr().err.splitlines() == [f"sampling: {n} of 5 completions" for n in (0, 2, 4)]

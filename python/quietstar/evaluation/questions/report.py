@@ -111,13 +111,13 @@ class AccuracyReport:
     @property
     def table(self) -> str:
         """The figures as a Markdown table."""
-        titles = [title for name, title in TITLES.items() if name in self.asked[0].answers]
-        titles += ["difference"] * (len(titles) == 2)
+        titles = TITLES | {"paired": "difference"}
         measures = {"exact": "exact match", "vote": f"majority of {self.asking.votes}", "probability": "probability"}
-        rows = [["", *titles]]
+        rows = [["", "", "95 % interval"]]
         for measure, modes in self.figures.items():
-            forms = {mode: ("+.1f",) if mode == "paired" else (".1f", " %") for mode in modes}
-            rows.append([measures[measure], *(_figures_cell(figures, *forms[mode]) for mode, figures in modes.items())])
+            for mode, figures in modes.items():
+                form = ("+.1f",) if mode == "paired" else (".1f", " %")
+                rows.append([measures[measure], titles[mode], _figures_cell(figures, *form)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

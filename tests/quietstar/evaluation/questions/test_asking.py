@@ -151,7 +151,10 @@ def test_counts_by_hand(crafted, tmp_path):
     assert saved["figures"] == json.loads(json.dumps(report.figures)) and len(saved["questions"]) == 3
     assert saved["questions"][2]["thinking"]["text"] == "dunno" and saved["questions"][1]["choices"] == LETTERS
     page = written[1].read_text()
-    assert "| exact match   | 66.7 % (20.8 to 93.9) | 33.3 % (6.1 to 79.2) | +33.3" in page
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.table.splitlines()]
+    assert rows[2] == ["exact match", "with thoughts", "66.7 % (20.8 to 93.9)"]
+    assert rows[3] == ["exact match", "without", "33.3 % (6.1 to 79.2)"] and rows[4][1:2] == ["difference"]
+    assert report.table in page and max(map(len, report.table.splitlines())) <= 80
     assert "majority of 3" in page and "1 with thoughts and 0 without, of 3" in page
     assert (
         "| How many? | 1004 | 1004 | 1003 |" in page
