@@ -97,7 +97,7 @@ bench: $(READY)  ## benchmarks of this machine against what people use without t
 experiments: $(READY)  ## the recipes against their controls, with docs/results.md; about an hour and a half on two idle cores
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
-pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick 10 minutes, SEEDS=1
+pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick to see it run, SEEDS=1
 	$(BIN)/python experiments/pretrained.py $(if $(SIZE),--size $(SIZE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
 
 experiments-full: $(READY)  ## the same with the long runs and more seeds; hours

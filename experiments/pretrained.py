@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,8 +81,9 @@ class Phase:
 def phases(size: Size, seeds: int, model: str, text: str, out: Path) -> Iterator[Phase]:
     """All of them in their order; each may need what those before it wrote."""
     if not model:
-        yield Phase(out / "model" / "fetched.json", partial(fetch, out / "model"))
-        model = str(out / "model")
+        folder = out.parent / "model"  # of all sizes
+        yield Phase(folder / "fetched.json", partial(fetch, folder))
+        model = str(folder)
     for seed in range(seeds):
         folder = out / f"seed-{seed}"
         yield Phase(folder / "warm.json", partial(warm, size, model, folder / "warm", seed))
@@ -167,7 +169,7 @@ def run(phase: Phase) -> None:
     print(f"{phase.result}: done, {found['seconds'] / 60:.1f} minutes", flush=True)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="default full; tiny only shows that everything runs")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3 of size full, else 1")
@@ -177,20 +179,20 @@ def main() -> int:
     parser.add_argument("--docs", type=Path, help="write pretrained.md here, instead of into --out")
     options = parser.parse_args()
     logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries say to each other's authors
     size, out = SIZES[options.size], options.out / options.size
     todo = list(phases(size, options.seeds or size.seeds, options.model, options.text, out))
     for number, phase in enumerate(todo):
         run(phase)
         print(f"{number + 1} of {len(todo)} parts are done", flush=True)
     asked = {part: held_out(size, part) for part in pretrained_report.PARTS}
-    page, held = pretrained_report.write(*pretrained_report.collect(out), asked, options.docs or out)
-    print(f"wrote {page}")
-    return 0 if held else 1
+    page, verdict = pretrained_report.write(*pretrained_report.collect(out), asked, options.docs or out)
+    print(f"{verdict}\nwrote {page}")
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except ValueError as error:
         sys.exit(f"pretrained.py: {error}")
     except (Interrupted, KeyboardInterrupt) as error:

@@ -83,11 +83,11 @@ def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypa
         control = measured({"none": 2.0, "own": head, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
         return {"warm": {**control, "written": written, **rest}, report.OURS: own | rest, report.HEAD: control | rest}
 
-    page, held = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
-    assert held and "**The claim holds** in each of 2 seeds" in page.read_text()
+    page, verdict = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
+    assert f"**{verdict}**" in page.read_text() and verdict.startswith("The claim holds in 2 of 2 seeds")
     assert "| no thought | new numbers | +1.50 (+1.50 to +1.50) | +1.50" in page.read_text()
-    page, held = report.write([seed(1.5), seed(0.5)], None, problems, tmp_path)
-    assert not held and "**The claim does not hold**" in page.read_text()
+    page, verdict = report.write([seed(1.5), seed(0.5)], None, problems, tmp_path)
+    assert verdict.startswith("The claim does not hold") and verdict.endswith("with a mixing head trained on them in seed 1.")
 
 
 @pytest.mark.long
@@ -102,12 +102,10 @@ def test_all_of_it_at_the_smallest_size(tmp_path):
     results = tmp_path / "tiny" / "seed-0"
     for known in (False, True):
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert run.returncode == 1 and "7 of 7 parts are done" in run.stdout, run.stderr[
-            -2000:
-        ]  # no claim holds of random weights
+        assert run.returncode == 0 and "7 of 7 parts are done" in run.stdout, run.stderr[-2000:]
         assert ("begun" in run.stdout) != known
     measured = {file.stem: json.loads(file.read_text()) for file in results.glob("*.json")}
     assert len(measured) == 6 and set(measured["plain-4-times-the-text"]["answers"]["test"]) == {"none"}
     assert json.loads((tmp_path / "tiny" / "free-text.json").read_text())["losses"].keys() > {"base", "own", "constant"}
     assert (tmp_path / "tiny" / "pretrained.png").stat().st_size > 10_000
-    assert "claim does not hold" in (tmp_path / "tiny" / "pretrained.md").read_text()
+    assert "The claim does not hold" in (tmp_path / "tiny" / "pretrained.md").read_text()
