@@ -66,7 +66,9 @@ def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[dict[str, list]
         layout = thinker.layout(ids, batch["attention_mask"], anchors)
         text, thought = thinker.states(layout, ids, thoughts)
         h_base, h_thought = thinker.base_states(layout, text)[:, 0], thinker.end_states(thought, None)[:, 0, 0]
-        targets = ids.gather(1, anchors + torch.arange(1, J + 1, device=ids.device))
+        # Without the space before the answer: where to put an aside is not what is asked.
+        h_base, h_thought = h_base[:, 1:], h_thought[:, 1:]
+        targets = ids.gather(1, anchors + torch.arange(2, J + 1, device=ids.device))
         scored = [_score(p, targets) for p in (thinker.logprobs(h_base), thinker.mixed_logprobs(h_base, h_thought))]
         parts.append((*scored[0], *scored[1], thinker.mix(h_base, h_thought).weight.mean(1)))
     nats, right, mixed_nats, mixed_right, weight = (torch.cat(column).tolist() for column in zip(*parts, strict=True))
@@ -74,7 +76,7 @@ def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[dict[str, list]
 
 
 def _score(logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p [problems] of the targets [problems,J], and whether each of them is the likeliest token."""
+    """-log p [problems] of the targets [problems,J-1], and whether each of them is the likeliest token."""
     nats = -logprobs.gather(2, targets[..., None])[..., 0].sum(1)
     return nats, (logprobs.argmax(-1) == targets).all(1)
 

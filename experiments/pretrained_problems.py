@@ -100,7 +100,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def warm_lines(tokenizer: Any, some: Sequence[Problem], seed: int) -> list[Example]:
-    """Of 16 lines, 10 have the right chain, 2 an aside that restates the question, and 4 the answer at once."""
+    """Of 16 lines, 6 have the right chain, 6 an aside that restates the question, and 4 the answer at once."""
     rng = random.Random(f"warm {seed}")
-    kinds = ["chain"] * 10 + ["restated"] * 2 + [""] * 4
+    kinds = ["chain"] * 6 + ["restated"] * 6 + [""] * 4
     return [line(tokenizer, problem, getattr(problem, kind) if (kind := rng.choice(kinds)) else "") for problem in some]

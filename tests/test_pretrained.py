@@ -50,8 +50,8 @@ def test_answers_are_those_of_the_model(scripts, qs):
         with torch.no_grad():
             out = qs(**one, seed=0)
         anchor = int(one["anchors"])
-        assert found["none"]["nats"][i] == pytest.approx(float(out.nll_base[0, anchor : anchor + 3].sum()), abs=1e-4)
-        assert found["own"]["nats"][i] == pytest.approx(float(out.nll_mix[0, 0, 0].sum()), abs=1e-4)
+        assert found["none"]["nats"][i] == pytest.approx(float(out.nll_base[0, anchor + 1 : anchor + 3].sum()), abs=1e-4)
+        assert found["own"]["nats"][i] == pytest.approx(float(out.nll_mix[0, 0, 0, 1:].sum()), abs=1e-4)
     assert found["own"]["nats"] != found["another"]["nats"] != found["random"]["nats"]
     without = measured.answers(qs, qs.tokenizer, some, thinks=False)
     assert without.keys() == {"none"} and without["none"]["nats"] == pytest.approx(found["none"]["nats"], abs=1e-4)
