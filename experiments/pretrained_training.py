@@ -27,7 +27,7 @@ FREE = ThoughtConfig(preset="small", thoughts=2, thought_tokens=8, lookahead=4, 
 # Plain training: the text's own loss. The one thought of one token a text is not trained.
 PLAIN = ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1, base_weight=1, mix_weight=0, policy_weight=0)
 LINES = 16  # of a step
-RATE = 3e-4  # of all but the warm start
+RATE = 1e-4  # of all but the warm start; with 3e-4 the mixing weight overshoots
 REHEARSED = 16  # lines of the warm start in a step of the control that rehearses them
 
 
