@@ -90,7 +90,7 @@ def step_size_warning(thoughts: ThoughtConfig, learning_rate: float) -> str:
         return ""
     return (
         f"a policy_weight of {thoughts.policy_weight:g} belongs to a learning rate of {1 / thoughts.policy_weight:.0e}: with "
-        f"{learning_rate:g} the loss may explode; the preset small has a weight for 1e-3"
+        f"{learning_rate:g} the loss may explode; the preset small has a weight for 1e-4 to 1e-3"
     )
 
 
