@@ -65,8 +65,9 @@ def test_bf16_is_as_close_as_the_plain_model_in_bf16(smollm2, text):
     with torch.no_grad():
         exact, plain = smollm2(torch.float64)(text).logits, smollm2(torch.bfloat16)(text).logits
         qs = QuietStar(smollm2(torch.bfloat16), ThoughtConfig(**CONFIG)).eval()
-        layout = qs.thinker.layout(text)
-        hidden, _ = qs.thinker.states(layout, text, qs.think(text).thought_ids)
+        anchors = torch.tensor([[3, 8]])
+        layout = qs.thinker.layout(text, anchors=anchors)
+        hidden, _ = qs.thinker.states(layout, text, qs.think(text, anchors=anchors).thought_ids)
         packed = qs.lm_head.logits(hidden)
     error, allowed = ((x.double() - exact).square().mean().sqrt() for x in (packed, plain))
     assert error < 2 * allowed
