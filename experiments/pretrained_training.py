@@ -81,9 +81,6 @@ def train_arm(warm: str, arm: Arm, out: Path, seed: int, steps: int) -> tuple[Qu
     return qs.eval(), tokenizer
 
 
-RATE = 3e-4
-
-
 def train_on_text(model: str, data: DataConfig, out: Path, seed: int, steps: int) -> tuple[QuietStar, list[Example]]:
     """Quiet-STaR on free text, a thought at the twelfth of the tokens that are hardest to predict; with what is held out."""
     tokenizer = load_tokenizer(model)
