@@ -108,9 +108,9 @@ def written(model: Any, tokenizer: Any, some: Sequence[Problem]) -> dict[str, An
             **batch.to(model.device), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return {"texts": found, "right": [answered(text, problem) for text, problem in zip(found, some, strict=True)]}
+    return {"texts": found, "right": [answered(text, problem.answer) for text, problem in zip(found, some, strict=True)]}
 
 
-def answered(text: str, problem: Problem) -> bool:
+def answered(text: str, answer: int) -> bool:
     """Whether a text is the answer, by itself or behind an aside in brackets."""
-    return re.sub(r"^ \([^)]*\)", "", text) == f" {problem.answer}."
+    return re.sub(r"^ \([^)]*\)", "", text) == f" {answer}."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from experiments_report import markdown
 from pretrained_evaluation import CHAIN, chains
 from pretrained_problems import Problem
 
@@ -55,7 +57,7 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
     words = verdict(seeds)
-    blocks = [f"**{words}**", claim_table(seeds), arms_table(seeds), writing_table(seeds, problems)]
+    blocks = [f"**{words}**", claimmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
     if can_draw():
         draw(seeds, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
@@ -86,7 +88,7 @@ def gains(results: Results, seed: int, controls: dict[str, tuple[str, str]]) -> 
     return rows
 
 
-def claim_table(seeds: list[Results]) -> str:
+def claimmarkdown(seeds: list[Results]) -> str:
     """A line for each control and part, a column for each seed."""
     rows = [row for seed, results in enumerate(seeds) for row in gains(results, seed, CLAIM | BESIDES)]
     lines = []
@@ -95,10 +97,10 @@ def claim_table(seeds: list[Results]) -> str:
             found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
             lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
     head = ["own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
-    return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{_table(head, lines)}"
+    return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{markdown(head, lines)}"
 
 
-def arms_table(seeds: list[Results]) -> str:
+def armsmarkdown(seeds: list[Results]) -> str:
     """Share of right answers and -log p of the answer, mean over the seeds."""
     lines = []
     thinking = [name for name in seeds[0] if "answers" in seeds[0][name]]
@@ -115,10 +117,10 @@ def arms_table(seeds: list[Results]) -> str:
             else:
                 lines.append(row)
     head = ["trained", "thoughts", *(f"{what}, {words}" for words in PARTS.values() for what in ("right", "nats"))]
-    return f"Answers at once, without a written chain:\n\n{_table(head, lines)}"
+    return f"Answers at once, without a written chain:\n\n{markdown(head, lines)}"
 
 
-def writing_table(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
+def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
     """What models write that may write a chain, and how often thoughts are chains."""
     lines = []
     for arm, words in (("warm", "warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
@@ -134,7 +136,7 @@ def writing_table(seeds: list[Results], problems: dict[str, list[Problem]]) -> s
     met = "met" if min(gate) >= GATE else "not met"
     return (
         f"Shares of problems whose greedy text or thought is a chain. Of the chains that the warm start writes, {_mean(gate)} "
-        f"are right; the gate, {GATE} in each seed, is {met}.\n\n{_table(head, lines)}"
+        f"are right; the gate, {GATE} in each seed, is {met}.\n\n{markdown(head, lines)}"
     )
 
 
@@ -158,11 +160,11 @@ def some_thoughts(results: Results, problems: Sequence[Problem], count: int = 8)
     before, after = results["warm"]["answers"]["test"], results[OURS]["answers"]["test"]
     lines = []
     for i, problem in enumerate(problems[:count]):
-        p = [f"{2.718281828 ** -after[way]['nats'][i]:.2f}" for way in ("none", "own")]
+        p = [f"{exp(-after[way]['nats'][i]):.2f}" for way in ("none", "own")]
         thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in (before, after)]
         lines.append([problem.question, *thoughts, str(problem.answer), *p])
     head = ["problem", "thought of the warm start", "thought of Quiet-STaR", "answer", "p without", "p with"]
-    return f"The first {count} problems of the test, in seed 0:\n\n{_table(head, lines)}"
+    return f"The first {count} problems of the test, in seed 0:\n\n{markdown(head, lines)}"
 
 
 def _cut(thought: str) -> str:
@@ -182,7 +184,7 @@ def free_text(free: Results) -> str:
     came = "That came out" if low is None or low <= 0 else "It is larger than 0"
     return (
         f"On free text ({free['text']}, {free['texts']} texts held out) no gain over a constant thought was expected. {came}:"
-        f"\n\n{_table(['own thoughts, over', 'nats per token where the model thinks'], lines)}"
+        f"\n\n{markdown(['own thoughts, over', 'nats per token where the model thinks'], lines)}"
     )
 
 
@@ -233,8 +235,3 @@ def _mean(values: Sequence[float]) -> str:
     """The mean over seeds and, of several, its interval."""
     mean, low, _ = mean_interval(list(values))
     return f"{mean:.2f}" if low is None else f"{mean:.2f} ± {mean - low:.2f}"
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    rule = "| " + " | ".join(["---"] * len(head)) + " |"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])

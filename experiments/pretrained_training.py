@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pretrained_evaluation import NEW_TOKENS, answered
-from pretrained_problems import Problem, line, problems, warm_lines
+from pretrained_problems import line, problems, warm_lines
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -36,7 +36,7 @@ class Arm:
     """A way to train from the warm start on lines without a chain.
 
     Attributes:
-        thinks: whether it is trained with thoughts at "A:".
+        thinks: the thoughts at "A:" and the objective.
         lines: of a step.
         frozen: train the mixing head alone, on the warm start's thoughts.
         rehearses: add the loss on lines of the warm start, so that chains are not forgotten where no reward asks for them.
@@ -133,13 +133,12 @@ def train_group_rl(warm: str, out: Path, seed: int, steps: int) -> tuple[Any, An
     class SharedGRPOTrainer(SharedPrompts, GRPOTrainer):
         pass
 
-    def reward(completions: list[str], question: list[str], chain: list[str], answer: list[int], **_: Any) -> list[float]:
-        rows = zip(completions, question, chain, answer, strict=True)
-        return [float(answered(text, Problem(q, c, "", a))) for text, q, c, a in rows]
+    def reward(completions: list[str], answer: list[int], **_: Any) -> list[float]:
+        return [float(answered(text, right)) for text, right in zip(completions, answer, strict=True)]
 
     tokenizer = load_tokenizer(warm)
     asked = problems(LINES * steps, seed + 1000, "train")
-    rows = [{"prompt": x.asked, "question": x.question, "chain": x.chain, "answer": x.answer} for x in asked]
+    rows = [{"prompt": x.asked, "answer": x.answer} for x in asked]
     arguments = GRPOConfig(
         str(out), max_steps=steps, per_device_train_batch_size=4 * LINES, num_generations=4, max_completion_length=NEW_TOKENS,
         learning_rate=RATE, beta=0.0, save_steps=max(1, steps // 8), save_total_limit=1, report_to=[], seed=seed, use_cpu=True,

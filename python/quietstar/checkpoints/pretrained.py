@@ -62,10 +62,9 @@ def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
         return function()
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except ImportError as error:
-        missing = "gguf" if is_gguf(path) else error.name
-        raise ValueError(f"{path}: loading it needs a package that is not installed: pip install {missing}") from error
     except Exception as error:
+        if is_gguf(path) and isinstance(error, ImportError):
+            raise ValueError(f"{path}: loading it needs a package that is not installed: pip install gguf") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         kind = "file" if is_gguf(path) else "folder or hub name"
         raise ValueError(f"{path}: cannot load a {what} from this {kind}: {lines[0]}") from error
@@ -118,8 +117,8 @@ def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs:
         if hasattr(transformers, "GgufConfig"):  # without it, all are unpacked
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options))
-    model = cast(Any, loaded)[0]
     if file:
+        model = cast(Any, loaded)[0]
         unmark_gguf(model)
         model.name_or_path = model.config.name_or_path = path
     return cast(Any, loaded)
