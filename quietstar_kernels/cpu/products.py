@@ -12,7 +12,11 @@ import os
 import torch
 from torch import Tensor
 
-LIBRARIES = {"pytorch": "PyTorch's matmul", "onednn": "oneDNN"}
+LIBRARIES = {
+    "pytorch": "PyTorch's matmul",
+    "onednn": "oneDNN",
+    "both": "oneDNN, and PyTorch's matmul for the gradients of weights",
+}
 LEAST = 2**25  # FLOPs; a smaller product takes about as long as oneDNN needs to prepare one
 
 
@@ -26,16 +30,16 @@ def library() -> str:
     named = os.environ.get("QUIETSTAR_CPU_MATMUL", "auto")
     if named not in ("auto", *LIBRARIES):
         raise ValueError(f"QUIETSTAR_CPU_MATMUL must be one of auto, {', '.join(LIBRARIES)}, got {named!r}")
-    if named == "onednn" and not has_onednn:
-        raise ValueError("QUIETSTAR_CPU_MATMUL is onednn, and this PyTorch has none")
+    if named in ("onednn", "both") and not has_onednn:
+        raise ValueError(f"QUIETSTAR_CPU_MATMUL is {named}, and this PyTorch has no oneDNN")
     if named != "auto":
         return named
-    return "onednn" if has_onednn and _is_amd_with_avx512() else "pytorch"
-
-
-def _is_amd_with_avx512() -> bool:
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch lacks it
-    return str(found.get("cpu_name", "")).startswith("AMD") and bool(found.get("avx512_f"))
+    if not (has_onednn and str(found.get("cpu_name", "")).startswith("AMD") and found.get("avx512_f")):
+        return "pytorch"
+    # AVX-512 has twice AVX2's rate from Zen 5 on, which has AVX-VNNI as well; on Zen 4 it isn't worth the packing of a transposed
+    # factor.
+    return "onednn" if found.get("avx_vnni") else "both"
 
 
 def cpu_products() -> str:
@@ -45,7 +49,9 @@ def cpu_products() -> str:
 
 def through_onednn(a: Tensor, columns: int) -> bool:
     """Whether the product of a [...,k] by a matrix of ``columns`` columns goes to oneDNN."""
-    return a.dtype == torch.float32 and 2 * a.numel() * columns >= LEAST and library() == "onednn"
+    if a.dtype != torch.float32 or 2 * a.numel() * columns < LEAST:
+        return False
+    return library() == "onednn" or (library() == "both" and a.stride(-1) == 1)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -65,5 +71,10 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,k] times the transpose of weight [n,k], plus bias [n], by oneDNN. Not differentiable."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
     return product
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x or a copy: a matrix that is cut out of a larger one takes oneDNN up to 160 times as long."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
