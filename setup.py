@@ -34,6 +34,7 @@ SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     SETS["avx512"] = [*SETS["avx2"], *(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")), "-mprefer-vector-width=512"]
+    SETS["avx512_bf16"] = [*SETS["avx512"], "-mavx512bf16"]
 ERROR = re.compile(r"\b(error|fatal)\s*[:#]|undefined reference|cannot find", re.IGNORECASE)  # of compilers and linkers
 OLDEST = 8  # compute capability of the first GPUs with the instructions that the kernels use
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # one binary for PyTorch 2.10 and everything later

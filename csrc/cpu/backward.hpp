@@ -16,6 +16,8 @@ struct BackwardSpace {
     float dq[BACKWARD_TILE * STRIDE];
     float weights[BACKWARD_TILE * STRIDE];
     float dscores[BACKWARD_TILE * STRIDE];
+    float q_pairs[BACKWARD_TILE / 2 * STRIDE];
+    float grad_pairs[BACKWARD_TILE / 2 * STRIDE];
     float row[STRIDE];
     float lse[BACKWARD_TILE];    // times log2(e)
     float delta[BACKWARD_TILE];  // rowsum(grad_out * out)
@@ -80,25 +82,44 @@ inline void differentiate_row(BackwardSpace& space, int r, int end, const int32_
     }
 }
 
+// Rounds weights and gradients of the scores of `rows` rows to pairs: of rows in place, in the first rows, and
+// of keys behind the gradients of the scores.
+inline void round_to_pairs(float* weights, float* dscores, int rows, int keys) {
+    for (int r = 0; r < rows; r += 2)
+        for (int column = 0; column < keys; column += LANES) {
+            Halves w[2] = {}, ds[2] = {};
+            for (int i = 0; i < 2 && r + i < rows; ++i) {
+                w[i] = rounded(load(weights + (r + i) * STRIDE + column));
+                ds[i] = rounded(load(dscores + (r + i) * STRIDE + column));
+                store((uint16_t*)(dscores + (r + i) * STRIDE + KEYS) + column, ds[i]);
+            }
+            store(weights + r / 2 * STRIDE + column, zip(w[0], w[1]));
+            store(dscores + r / 2 * STRIDE + column, zip(ds[0], ds[1]));
+        }
+}
+
 // to [keys,width] += weights [rows,keys] transposed times x [rows,width].
-inline void add_to_keys(float* to, int64_t stride, const float* weights, const float* x, int keys, int rows,
+template <bool PAIRS>
+void add_to_keys(float* to, int64_t stride, const float* weights, const float* x, int keys, int rows,
                         int64_t width) {
     const int wide = round_up(width, LANES);
     const Blocks blocks(0, keys);
     for (int column = 0; column < wide; column += PANEL)
         for (int key = 0; key < keys; key += blocks.size)
-            block_of<true>(blocks.rows(key), wide - column > LANES)(
-                weights + key, x + column, STRIDE, to + key * stride + column, stride, rows, nullptr, true);
+            block_of<PAIRS, true>(blocks.rows(key), wide - column > LANES)(
+                weights + key, x + column, STRIDE, to + key * stride + column, stride, words<PAIRS>(rows),
+                nullptr, true);
 }
 
 // The gradients of rows r0..r1 and the block of keys.
-inline void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
+template <bool PAIRS>
+void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
                           const Options& options, const Sums& sums) {
     const Tile& tile = space.tile;
     const int all = end_of(tile, r0, r1);
     if (all == 0) return;
-    multiply_keys(space.weights, space.q, space.keys.k_panels, tile, r0, r1, K);
-    multiply_keys(space.dscores, space.grad, space.v_panels, tile, r0, r1, E);
+    multiply_keys<PAIRS>(space.weights, space.q, space.keys.k_panels, tile, r0, r1, K);
+    multiply_keys<PAIRS>(space.dscores, space.grad, space.v_panels, tile, r0, r1, E);
     const Blocks blocks(r0, r1);
     for (int r = r0; r < r1; r += blocks.size) {
         const int rows = blocks.rows(r), end = round_up(end_of(tile, r, r + rows), LANES);
@@ -110,13 +131,21 @@ inline void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64
             }
         }
     }
-    add_values(space.dq, space.dscores, space.keys.k, tile, r0, r1, K, nullptr);
-    add_to_keys(sums.dk, sums.dk_stride, space.dscores + r0 * STRIDE, space.q + r0 * STRIDE, all, r1 - r0, K);
-    add_to_keys(sums.dv, sums.dv_stride, space.weights + r0 * STRIDE, space.grad + r0 * STRIDE, all, r1 - r0,
-                E);
+    float *const q = space.q + r0 * STRIDE, *const grad = space.grad + r0 * STRIDE;
+    float *const weights = space.weights + r0 * STRIDE, *const dscores = space.dscores + r0 * STRIDE;
+    if (PAIRS) {
+        round_to_pairs(weights, dscores, r1 - r0, all);
+        to_pairs(space.keys.k, space.keys.k, all, K);
+        to_pairs(space.q_pairs, q, r1 - r0, K);
+        to_pairs(space.grad_pairs, grad, r1 - r0, E);
+    }
+    add_values<PAIRS>(space.dq, space.dscores + (PAIRS ? KEYS : 0), space.keys.k, tile, r0, r1, K, nullptr);
+    add_to_keys<PAIRS>(sums.dk, sums.dk_stride, dscores, PAIRS ? space.q_pairs : q, all, r1 - r0, K);
+    add_to_keys<PAIRS>(sums.dv, sums.dv_stride, weights, PAIRS ? space.grad_pairs : grad, all, r1 - r0, E);
 }
 
-inline void read_tile(const Backward& call, BackwardSpace& space, const Piece& piece, double* dsinks) {
+template <bool PAIRS>
+void read_tile(const Backward& call, BackwardSpace& space, const Piece& piece, double* dsinks) {
     Tile& tile = space.tile;
     const int64_t heads = call.H / call.G, all_rows = call.text_rows + call.layout.R;
     tile.rows = 0;
@@ -134,9 +163,11 @@ inline void read_tile(const Backward& call, BackwardSpace& space, const Piece& p
         float* const grad = space.grad + r * STRIDE;
         read_row(grad, row_of(call.grad_out, call.dtype, tile.batch, head, row), call.dtype, call.E);
         read_row(space.row, row_of(call.out, call.dtype, tile.batch, head, row), call.dtype, call.E);
-        read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype, call.K);
+        read_row<PAIRS>(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype,
+                        call.K);
         Vec products{};
         for (int e = 0; e < call.E; e += LANES) products += load(grad + e) * load(space.row + e);
+        if (PAIRS) read_pairs(grad, row_of(call.grad_out, call.dtype, tile.batch, head, row), call.E);
         const float delta = sum(products), lse = call.lse[(tile.batch * call.H + head) * all_rows + row];
         if (!((delta + lse) * 0 == 0)) {  // it has seen a NaN, and adds nothing to the gradients of the keys
             fill_row(dq, NAN, call.dtype, call.K);
@@ -150,14 +181,15 @@ inline void read_tile(const Backward& call, BackwardSpace& space, const Piece& p
     }
 }
 
-inline void read_all(const Backward& call, BackwardSpace& space, int64_t first, int count) {
+template <bool PAIRS>
+void read_all(const Backward& call, BackwardSpace& space, int64_t first, int count) {
     const Tile& tile = space.tile;
     const Source k = {row_of(call.k, call.dtype, tile.batch, tile.group, first),
                       call.k.row * size_of(call.dtype)};
     const Source v = {row_of(call.v, call.dtype, tile.batch, tile.group, first),
                       call.v.row * size_of(call.dtype)};
-    read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
-    to_panels(space.v_panels, space.keys.v, count, (int)call.E);
+    read_keys<PAIRS>(space.keys, k, v, count, call.K, call.E, call.dtype);
+    to_panels(space.v_panels, space.keys.v, count, words<PAIRS>(call.E));
 }
 
 inline void write_keys(const Backward& call, int64_t batch, int64_t group, int64_t first, int64_t count,
@@ -178,7 +210,8 @@ inline void clear_keys(const Backward& call, int64_t pair, int64_t first, int64_
 }
 
 // The own keys of the tile's branches, and, with the last piece of a unit, their dk and dv.
-inline void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit,
+template <bool PAIRS>
+void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit,
                               const Piece& piece, int64_t pair, const Sums& sums) {
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
@@ -194,8 +227,8 @@ inline void differentiate_own(const Backward& call, BackwardSpace& space, const 
             const int left = tile.own_end[r1 - 1] - key, count = left < KEYS ? left : KEYS;
             bound_by_own(tile, r0, r1, key, count, call.options.window);
             if (end_of(tile, r0, r1) == 0) continue;
-            read_all(call, space, first + key, count);
-            differentiate(space, r0, r1, call.K, call.E, nullptr, call.options, own.at(key));
+            read_all<PAIRS>(call, space, first + key, count);
+            differentiate<PAIRS>(space, r0, r1, call.K, call.E, nullptr, call.options, own.at(key));
         }
         if (piece.end == unit.end) {
             if (call.own_sums) write_keys(call, tile.batch, tile.group, first, branch.length, own);
@@ -205,17 +238,18 @@ inline void differentiate_own(const Backward& call, BackwardSpace& space, const 
     }
 }
 
-inline void differentiate_tile(const Backward& call, BackwardSpace& space, const Sums& text) {
+template <bool PAIRS>
+void differentiate_tile(const Backward& call, BackwardSpace& space, const Sums& text) {
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
     const Seen seen = text_of(tile, layout, call.options.window);
     for (int begin = seen.first; begin < seen.end; begin += KEYS) {
         const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
-        read_all(call, space, begin, count);
+        read_all<PAIRS>(call, space, begin, count);
         const int32_t* const position =
             read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);
         bound_by_text(tile, begin, count);
-        differentiate(space, 0, tile.rows, call.K, call.E, position, call.options, text.at(begin));
+        differentiate<PAIRS>(space, 0, tile.rows, call.K, call.E, position, call.options, text.at(begin));
     }
     for (int r = 0; r < tile.rows; ++r)
         write_row(row_of(call.dq, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
@@ -223,7 +257,8 @@ inline void differentiate_tile(const Backward& call, BackwardSpace& space, const
 }
 
 // A part of the units of a head.
-inline void backward(const Backward& call, int64_t item, char* workspace) {
+template <bool PAIRS>
+void backward_of(const Backward& call, int64_t item, char* workspace) {
     BackwardSpace& space = *(BackwardSpace*)workspace;
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
@@ -241,13 +276,17 @@ inline void backward(const Backward& call, int64_t item, char* workspace) {
         for (int64_t begin = unit.begin; begin < unit.end; begin += call.tile) {
             const int64_t end = begin + call.tile < unit.end ? begin + call.tile : unit.end;
             const Piece piece = {unit.batch, begin, end, unit.text};
-            read_tile(call, space, piece, dsinks);
-            if (!unit.text) differentiate_own(call, space, unit, piece, pair, own);
-            differentiate_tile(call, space, text);
+            read_tile<PAIRS>(call, space, piece, dsinks);
+            if (!unit.text) differentiate_own<PAIRS>(call, space, unit, piece, pair, own);
+            differentiate_tile<PAIRS>(call, space, text);
         }
         if (!unit.text && unit.branch == unit.branch_end)  // rows of no branch
             clear_keys(call, pair, layout.L + unit.begin / heads, layout.L + unit.end / heads);
     }
+}
+
+inline void backward(const Backward& call, int64_t item, char* workspace) {
+    (in_pairs(call.dtype) ? backward_of<true> : backward_of<false>)(call, item, workspace);
 }
 
 // Adds up the parts of a head's text, always in the same order.

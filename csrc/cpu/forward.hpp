@@ -9,6 +9,16 @@
 namespace quietstar {
 namespace QUIETSTAR_SET {
 
+// Whether products are of pairs.
+inline bool in_pairs(Dtype dtype) {
+#if defined(QUIETSTAR_PAIRS)
+    return dtype == Dtype::BFLOAT16;
+#else
+    (void)dtype;
+    return false;
+#endif
+}
+
 // What forward and backward keep of a block of keys.
 struct KeyBlock {
     alignas(64) float k[KEYS * STRIDE];
@@ -49,16 +59,17 @@ struct ForwardSpace {
     Tile tile;
 };
 
-inline void read_keys(KeyBlock& keys, Source k, Source v, int count, int64_t K, int64_t E, Dtype dtype) {
+template <bool PAIRS>
+void read_keys(KeyBlock& keys, Source k, Source v, int count, int64_t K, int64_t E, Dtype dtype) {
     memset(keys.bad, 0, sizeof keys.bad);
-    const bool bad_k = read_block(keys.k, k, count, dtype, K, keys.bad);
-    const bool bad_v = read_block(keys.v, v, count, dtype, E, keys.bad);
+    const bool bad_k = read_block<PAIRS>(keys.k, k, count, dtype, K, keys.bad);
+    const bool bad_v = read_block<PAIRS>(keys.v, v, count, dtype, E, keys.bad);
     keys.any_bad = bad_k || bad_v;
     if (keys.any_bad) {
         zero_rows(keys.k, keys.bad, count, K);
         zero_rows(keys.v, keys.bad, count, E);
     }
-    to_panels(keys.k_panels, keys.k, count, (int)K);
+    to_panels(keys.k_panels, keys.k, count, words<PAIRS>(K));
 }
 
 // The position ids of text keys, where a window needs them.
@@ -72,9 +83,10 @@ inline const int32_t* read_positions(KeyBlock& keys, const Layout& layout, int64
 }
 
 // to [rows r0..r1, keys] = x [rows,width] times panels, as far as a row of each block sees.
-inline void multiply_keys(float* to, const float* x, const float* panels, const Tile& tile, int r0, int r1,
+template <bool PAIRS>
+void multiply_keys(float* to, const float* x, const float* panels, const Tile& tile, int r0, int r1,
                           int64_t width, Ahead* ahead = nullptr) {
-    const int wide = round_up(width, LANES), end = end_of(tile, r0, r1);
+    const int depth = words<PAIRS>(width), wide = round_up(depth, LANES), end = end_of(tile, r0, r1);
     for (int key = 0; key < end; key += PANEL) {
         const Blocks blocks(r0, r1);
         for (int r = r0; r < r1; r += blocks.size) {
@@ -82,25 +94,26 @@ inline void multiply_keys(float* to, const float* x, const float* panels, const 
             if (left <= 0) continue;
             if (ahead) ahead->some();
             float* const block = to + r * STRIDE + key;
-            block_of<false>(rows, left > LANES)(x + r * STRIDE, panels + key * wide, PANEL, block, STRIDE,
-                                                width, nullptr, false);
+            block_of<PAIRS, false>(rows, left > LANES)(x + r * STRIDE, panels + key * wide, PANEL, block,
+                                                       STRIDE, depth, nullptr, false);
         }
     }
 }
 
 // to [rows r0..r1,width] = factor * to + weights [rows,keys] times values [keys,width].
-inline void add_values(float* to, const float* weights, const float* values, const Tile& tile, int r0, int r1,
+template <bool PAIRS>
+void add_values(float* to, const float* weights, const float* values, const Tile& tile, int r0, int r1,
                        int64_t width, const float* factor, Ahead* ahead = nullptr) {
     const int wide = round_up(width, LANES);
     const Blocks blocks(r0, r1);
     for (int column = 0; column < wide; column += PANEL)
         for (int r = r0; r < r1; r += blocks.size) {
-            const int rows = blocks.rows(r), depth = end_of(tile, r, r + rows);
+            const int rows = blocks.rows(r), depth = words<PAIRS>(end_of(tile, r, r + rows));
             if (depth == 0) continue;
             if (ahead) ahead->some();
-            block_of<false>(rows, wide - column > LANES)(weights + r * STRIDE, values + column, STRIDE,
-                                                         to + r * STRIDE + column, STRIDE, depth,
-                                                         factor ? factor + r : nullptr, true);
+            block_of<PAIRS, false>(rows, wide - column > LANES)(weights + r * STRIDE, values + column, STRIDE,
+                                                                to + r * STRIDE + column, STRIDE, depth,
+                                                                factor ? factor + r : nullptr, true);
         }
 }
 
@@ -127,7 +140,8 @@ inline Vec mask_row(ForwardSpace& space, int r, int end, const int32_t* position
 
 // Scores of `rows` rows from r on, LANES at most, become weights, up to `end` keys. What is kept of the rows
 // after them stays as it is.
-inline void softmax_rows(ForwardSpace& space, int r, int rows, int end, const int32_t* position,
+template <bool PAIRS>
+void softmax_rows(ForwardSpace& space, int r, int rows, int end, const int32_t* position,
                          const Options& options) {
     const float unit = unit_of(options);
     Vec lanes[LANES];
@@ -140,7 +154,10 @@ inline void softmax_rows(ForwardSpace& space, int r, int rows, int end, const in
         Vec total{};
         for (int column = 0; i < rows && column < end; column += LANES) {
             const Vec p = exp2(load(scores + column) * unit - least[i]);
-            store(scores + column, p);
+            if constexpr (PAIRS)
+                store((uint16_t*)scores + column, rounded(p));
+            else
+                store(scores + column, p);
             total += p;
         }
         lanes[i] = total;
@@ -152,19 +169,21 @@ inline void softmax_rows(ForwardSpace& space, int r, int rows, int end, const in
 }
 
 // Rows r0..r1 attend to the block of keys, within the tile's bounds.
-inline void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
+template <bool PAIRS>
+void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
                    const Options& options) {
     Tile& tile = space.tile;
-    const KeyBlock& keys = space.keys;
-    multiply_keys(space.scores, space.q, keys.k_panels, tile, r0, r1, K, &space.ahead);
+    KeyBlock& keys = space.keys;
+    multiply_keys<PAIRS>(space.scores, space.q, keys.k_panels, tile, r0, r1, K, &space.ahead);
     const Blocks blocks(r0, r1);
     for (int r = r0; r < r1; r += blocks.size) {
         const int rows = blocks.rows(r), end = end_of(tile, r, r + rows);
         if (end == 0) continue;
         for (int i = 0; i < rows; i += LANES)
-            softmax_rows(space, r + i, rows - i < LANES ? rows - i : LANES, end, position, options);
+            softmax_rows<PAIRS>(space, r + i, rows - i < LANES ? rows - i : LANES, end, position, options);
     }
-    add_values(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor, &space.ahead);
+    if (PAIRS) to_pairs(keys.v, keys.v, end_of(tile, r0, r1), E);
+    add_values<PAIRS>(space.out, space.scores, keys.v, tile, r0, r1, E, space.factor, &space.ahead);
     if (keys.any_bad)
         for (int r = r0; r < r1; ++r)
             for (int j = tile.from[r]; j < tile.to[r]; ++j)
@@ -241,7 +260,8 @@ inline Source own_keys(const Forward& call, const Tile& tile, const Rows& packed
 }
 
 // Reads the tile's queries. Rows that are off get their result here.
-inline void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) {
+template <bool PAIRS>
+void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) {
     Tile& tile = space.tile;
     const int64_t heads = call.H / call.G;
     tile.rows = 0;
@@ -251,8 +271,8 @@ inline void read_queries(const Forward& call, ForwardSpace& space, const Piece& 
         const int r = tile.rows;
         if (add_row(tile, heads, call.layout, call.text_rows, call.options.window, call.step, piece.text, i,
                     head, row)) {
-            read_row(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row), call.dtype,
-                     call.K);
+            read_row<PAIRS>(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row),
+                            call.dtype, call.K);
             memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
             space.top[r] = -INFINITY;
             space.total[r] = 0;
@@ -263,7 +283,8 @@ inline void read_queries(const Forward& call, ForwardSpace& space, const Piece& 
     }
 }
 
-inline void attend_to_text(const Forward& call, ForwardSpace& space) {
+template <bool PAIRS>
+void attend_to_text(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
     const Seen seen = text_of(tile, call.layout, call.options.window);
     for (int begin = seen.first; begin < seen.end; begin += KEYS) {
@@ -272,15 +293,16 @@ inline void attend_to_text(const Forward& call, ForwardSpace& space) {
                           call.k.row * size_of(call.dtype)};
         const Source v = {row_of(call.v, call.dtype, tile.batch, tile.group, begin),
                           call.v.row * size_of(call.dtype)};
-        read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
+        read_keys<PAIRS>(space.keys, k, v, count, call.K, call.E, call.dtype);
         const int32_t* const position =
             read_positions(space.keys, call.layout, tile.batch, call.options.window, begin, count);
         bound_by_text(tile, begin, count);
-        attend(space, 0, tile.rows, call.K, call.E, position, call.options);
+        attend<PAIRS>(space, 0, tile.rows, call.K, call.E, position, call.options);
     }
 }
 
-inline void attend_to_own(const Forward& call, ForwardSpace& space) {
+template <bool PAIRS>
+void attend_to_own(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
     for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
         r1 = end_of_branch(tile, r0);
@@ -291,8 +313,8 @@ inline void attend_to_own(const Forward& call, ForwardSpace& space) {
             if (end_of(tile, r0, r1) == 0) continue;
             const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], begin);
             const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], begin);
-            read_keys(space.keys, k, v, count, call.K, call.E, call.dtype);
-            attend(space, r0, r1, call.K, call.E, nullptr, call.options);
+            read_keys<PAIRS>(space.keys, k, v, count, call.K, call.E, call.dtype);
+            attend<PAIRS>(space, r0, r1, call.K, call.E, nullptr, call.options);
         }
     }
 }
@@ -316,7 +338,7 @@ inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space) {
                 float* const out = space.out + r * STRIDE;
                 space.ahead.some();
                 const bool good_k = products.multiply(scores, q, k, count, call.K);
-                softmax_rows(space, r, rows, count, nullptr, call.options);
+                softmax_rows<false>(space, r, rows, count, nullptr, call.options);
                 const bool good_v = products.add(out, scores, space.factor + r, v, count, call.E);
                 for (int i = r; i < r + rows; ++i) tile.poisoned[i] |= !good_k || !good_v;
             }
@@ -340,17 +362,29 @@ inline void look_ahead(const Forward& call, ForwardSpace& space) {
     }
 }
 
-inline void forward(const Forward& call, const Piece& piece, int64_t group, char* workspace) {
+template <bool PAIRS>
+void forward_of(const Forward& call, const Piece& piece, int64_t group, char* workspace) {
     ForwardSpace& space = *(ForwardSpace*)workspace;
     Tile& tile = space.tile;
     tile.batch = piece.batch;
     tile.group = group;
-    read_queries(call, space, piece);
+    read_queries<PAIRS>(call, space, piece);
     space.ahead.count = space.ahead.next = 0;
     if (!piece.text) look_ahead(call, space);
-    attend_to_text(call, space);
-    if (!piece.text) call.step < 0 ? attend_to_own(call, space) : attend_to_own_in_place(call, space);
+    attend_to_text<PAIRS>(call, space);
+    if (!piece.text && call.step < 0) attend_to_own<PAIRS>(call, space);
+    if (!piece.text && call.step >= 0) {
+        for (int r = 0; PAIRS && r < tile.rows; ++r)  // own keys are used in place, as floats
+            read_row(space.q + r * STRIDE,
+                     row_of(call.q, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]), call.dtype,
+                     call.K);
+        attend_to_own_in_place(call, space);
+    }
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
+}
+
+inline void forward(const Forward& call, const Piece& piece, int64_t group, char* workspace) {
+    (in_pairs(call.dtype) ? forward_of<true> : forward_of<false>)(call, piece, group, workspace);
 }
 
 }  // namespace QUIETSTAR_SET

@@ -20,9 +20,23 @@ constexpr int BLOCK = 6;  // of 16
 
 constexpr int round_up(int64_t x, int to) { return (int)((x + to - 1) / to * to); }
 
-// c [ROWS,NV*LANES] = a b, where a is [ROWS,depth], or [depth,ROWS] if TRANSPOSED. To `add` keeps c, times
-// factor[row] if given.
-template <int ROWS, int NV, bool TRANSPOSED>
+// Numbers as words: fp32, or two of bf16 that follow one another in the dimension a product sums over.
+template <bool PAIRS>
+constexpr int words(int64_t numbers) {
+    return (int)(PAIRS ? (numbers + 1) / 2 : numbers);
+}
+
+template <bool PAIRS>
+QUIETSTAR_INLINE Vec splat_word(const float* from) {
+    if constexpr (!PAIRS) return splat(*from);
+    int32_t bits;
+    memcpy(&bits, from, sizeof bits);
+    return bits_to_floats(splat(bits));
+}
+
+// c [ROWS,NV*LANES] = a b, where a is [ROWS,depth], or [depth,ROWS] if TRANSPOSED, both in words. To `add`
+// keeps c, times factor[row] if given.
+template <bool PAIRS, int ROWS, int NV, bool TRANSPOSED>
 void multiply_block(const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                     int64_t depth, const float* factor, bool add) {
     Vec sums[ROWS][NV];
@@ -34,9 +48,10 @@ void multiply_block(const float* a, const float* b, int64_t b_stride, float* c, 
         for (int n = 0; n < NV; ++n) x[n] = load(b + n * LANES);
         QUIETSTAR_UNROLL
         for (int r = 0; r < ROWS; ++r) {
-            const Vec y = splat(TRANSPOSED ? a[r] : a[r * STRIDE]);
+            const Vec y = splat_word<PAIRS>(TRANSPOSED ? a + r : a + r * STRIDE);
             QUIETSTAR_UNROLL
-            for (int n = 0; n < NV; ++n) sums[r][n] += y * x[n];
+            for (int n = 0; n < NV; ++n)
+                sums[r][n] = PAIRS ? add_pairs(sums[r][n], y, x[n]) : sums[r][n] + y * x[n];
         }
         a += TRANSPOSED ? STRIDE : 1;
         b += b_stride;
@@ -53,17 +68,17 @@ void multiply_block(const float* a, const float* b, int64_t b_stride, float* c, 
 using MultiplyBlock = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, const float*,
                                bool);
 
-template <int NV, bool TRANSPOSED, int ROWS = BLOCK>
+template <bool PAIRS, int NV, bool TRANSPOSED, int ROWS = BLOCK>
 MultiplyBlock block_of(int rows) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return block_of<NV, TRANSPOSED, ROWS - 1>(rows);
-    return multiply_block<ROWS, NV, TRANSPOSED>;
+        if (rows < ROWS) return block_of<PAIRS, NV, TRANSPOSED, ROWS - 1>(rows);
+    return multiply_block<PAIRS, ROWS, NV, TRANSPOSED>;
 }
 
 // For a block of `rows`; one vector wide or a panel.
-template <bool TRANSPOSED>
+template <bool PAIRS, bool TRANSPOSED>
 MultiplyBlock block_of(int rows, bool panel) {
-    return panel ? block_of<2, TRANSPOSED>(rows) : block_of<1, TRANSPOSED>(rows);
+    return panel ? block_of<PAIRS, 2, TRANSPOSED>(rows) : block_of<PAIRS, 1, TRANSPOSED>(rows);
 }
 
 // Cuts rows into blocks of about the same size.
@@ -121,6 +136,18 @@ QUIETSTAR_INLINE Vec sums_of(Vec (&x)[LANES]) {
 
 QUIETSTAR_INLINE Vec largest_of(Vec (&x)[LANES]) {
     return reduce_each(x, [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); });
+}
+
+// Rows of bf16, two at a time, to rows of pairs: row j has the numbers of rows 2j and 2j + 1. The last columns
+// come first, so that `to` may be `from`.
+inline void to_pairs(float* to, const float* from, int count, int64_t width) {
+    for (int row = 0; row < count; row += 2) {
+        const uint16_t* const low = (const uint16_t*)(from + row * STRIDE);
+        const uint16_t* const high = (const uint16_t*)(from + (row + 1) * STRIDE);
+        for (int column = round_up(width, LANES) - LANES; column >= 0; column -= LANES)
+            store(to + row / 2 * STRIDE + column,
+                  zip(load(low + column), row + 1 < count ? load(high + column) : Halves{}));
+    }
 }
 
 // Rows x [count,width], to panels [count/PANEL][width][PANEL]; x has zeros up to multiples of LANES both

@@ -62,9 +62,25 @@ QUIETSTAR_INLINE void write_row_of(char* to, const float* from, float factor, in
     }
 }
 
-// Copies `width` numbers and adds zeros up to a multiple of LANES. The sum of what it returns is 0, or NaN if
-// there is a NaN or an infinity among them.
+// bf16 numbers as they are, in pairs.
+inline Vec read_pairs(float* to, const char* from, int64_t width) {
+    Vec zeros{};
+    for (int64_t i = 0; i < width; i += 2 * LANES) {
+        char last[4 * LANES] = {};
+        const bool whole = i + 2 * LANES <= width;
+        if (!whole) memcpy(last, from + 2 * i, 2 * (width - i));
+        const Vec x = load((const float*)(whole ? from + 2 * i : last));
+        store(to + i / 2, x);
+        zeros += low_of(x) * 0.0f + high_of(x) * 0.0f;
+    }
+    return zeros;
+}
+
+// Copies `width` numbers and adds zeros up to a multiple of LANES words. The sum of what it returns is 0, or
+// NaN if there is a NaN or an infinity among them.
+template <bool PAIRS = false>
 QUIETSTAR_INLINE Vec read_row(float* to, const char* from, Dtype dtype, int64_t width) {
+    if constexpr (PAIRS) return read_pairs(to, from, width);
     if (dtype == Dtype::FLOAT) return read_row_of<Dtype::FLOAT>(to, from, width);
     if (dtype == Dtype::BFLOAT16) return read_row_of<Dtype::BFLOAT16>(to, from, width);
     return read_row_of<Dtype::HALF>(to, from, width);
@@ -95,15 +111,17 @@ struct Source {
 
 // Copies the rows, and zeros up to a multiple of LANES rows. Marks rows with a NaN or an infinity in `bad`,
 // if there are any.
+template <bool PAIRS>
 inline bool read_block(float* to, Source from, int count, Dtype dtype, int64_t width, bool* bad) {
     Vec zeros{};
     for (int i = 0; i < count; ++i)
-        zeros += read_row(to + i * STRIDE, from.first + i * from.stride, dtype, width);
+        zeros += read_row<PAIRS>(to + i * STRIDE, from.first + i * from.stride, dtype, width);
     for (int i = count; i < round_up(count, LANES); ++i)
         memset(to + i * STRIDE, 0, 4 * round_up(width, LANES));
     if (sum(zeros) == 0) return false;
     for (int i = 0; i < count; ++i)
-        if (!(sum(read_row(to + i * STRIDE, from.first + i * from.stride, dtype, width)) == 0)) bad[i] = true;
+        if (!(sum(read_row<PAIRS>(to + i * STRIDE, from.first + i * from.stride, dtype, width)) == 0))
+            bad[i] = true;
     return true;
 }
 
