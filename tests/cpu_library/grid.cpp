@@ -1,7 +1,7 @@
 // Runs csrc/cpu/ without PyTorch on random cases, on one thread and on three, for sanitizers to watch. Every
 // tensor has a memory of its own with exactly its size. Prints a hash of all results, which must not depend
-// on the number of threads, and the sum of the sizes of those in fp32, which hardly depends on the
-// instructions.
+// on the number of threads, and the sums of the sizes of those in fp32 and of those in bf16, which hardly
+// depend on the instructions.
 //
 //     grid THREADS CASES
 #include <stdio.h>
@@ -55,13 +55,17 @@ void add_to_hash(const Memory& memory) {
     for (size_t i = 0; i < memory.size; ++i) hash = (hash ^ (unsigned char)memory.get()[i]) * 1099511628211u;
 }
 
-double size = 0;
+double sizes[2] = {0, 0};
 
-void add_to_size(const Memory& memory) {
-    for (size_t i = 0; i < memory.size; i += 4) {
+void add_to_sizes(const Memory& memory, Dtype dtype) {
+    if (dtype == Dtype::HALF) return;
+    const size_t bytes = dtype == Dtype::FLOAT ? 4 : 2;
+    for (size_t i = 0; i < memory.size; i += bytes) {
+        char number[4] = {};
+        memcpy(number + 4 - bytes, memory.get() + i, bytes);
         float x;
-        memcpy(&x, memory.get() + i, 4);
-        if (std::isfinite(x)) size += std::fabs(x);
+        memcpy(&x, number, 4);
+        if (std::isfinite(x)) sizes[dtype == Dtype::BFLOAT16] += std::fabs(x);
     }
 }
 
@@ -170,8 +174,7 @@ void attention(int seed, int64_t threads) {
     check_written("dv", dv, dtype, seed);
     for (const Memory* memory : {&out.memory, &lse, &dq.memory, &dk.memory, &dv.memory}) add_to_hash(*memory);
     if (options.sinks) add_to_hash(dsinks);
-    if (dtype == Dtype::FLOAT)
-        for (const Made* made : {&out, &dq, &dk, &dv}) add_to_size(made->memory);
+    for (const Made* made : {&out, &dq, &dk, &dv}) add_to_sizes(made->memory, dtype);
 
     Made row(random, dtype, B, H, C, 1, K, true), result(random, dtype, B, H, C, 1, E, false);
     Made k_text(random, dtype, B, G, L, 1, K, true), v_text(random, dtype, B, G, L, 1, E, true);
@@ -219,7 +222,7 @@ void peaks(int seed, int64_t threads) {
     run(Threads{threads}, Copy{to.get(), from.get(), bytes});
     if (memcmp(to.get(), from.get(), (size_t)bytes) != 0) exit(3);
     add_to_hash(sums);
-    add_to_size(sums);
+    add_to_sizes(sums, Dtype::FLOAT);
 }
 
 int main(int, char** words) {
@@ -229,5 +232,5 @@ int main(int, char** words) {
         sampling(seed, threads);
         peaks(seed, threads);
     }
-    printf("%s %016llx %.9g\n", chosen().name, (unsigned long long)hash, size);
+    printf("%s %016llx %.9g %.9g\n", chosen().name, (unsigned long long)hash, sizes[0], sizes[1]);
 }

@@ -21,8 +21,9 @@ SANITIZERS = {
     "plain": ["-O2"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
+    "pairs": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DQUIETSTAR_PAIRS"],  # emulated
 }
-LIMITS = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}  # of ATEN_CPU_CAPABILITY
+LIMITS = {"baseline": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": ""}  # of ATEN_CPU_CAPABILITY
 
 
 ARM = "aarch64-linux-gnu-g++"  # a cross compiler, whose programs an emulator runs

@@ -32,13 +32,26 @@ def test_results_do_not_depend_on_the_number_of_threads(name):
     assert len({results(grid.build(), name, threads, CASES["plain"]) for threads in (1, 2, 5)}) == 1
 
 
-def size(text):
-    return float(text.split()[2])
+def sizes(text):
+    return [float(size) for size in text.split()[2:]]
+
+
+def assert_same(results, fp32, bf16):
+    for bound, (first, *rest) in zip((fp32, bf16), zip(*map(sizes, results), strict=True), strict=True):
+        assert first > 1e4 and all(abs(size - first) < bound * first for size in rest), (first, rest)
 
 
 def test_instruction_sets_agree():
-    sizes = [size(results(grid.build(), name, 2, 60)) for name in filter(runs_here, grid.SETS)]
-    assert sizes[0] > 1e4 and max(sizes) - min(sizes) < 1e-6 * sizes[0]
+    widened, paired = (), results(grid.build(kind="pairs"), "baseline", 2, 60)
+    for name in filter(runs_here, grid.SETS):
+        found = results(grid.build(), name, 2, 60)
+        if name == "avx512_bf16":
+            assert_same((paired, found), 1e-6, 1e-6)
+        else:
+            widened += (found,)
+    assert_same(widened, 1e-6, 1e-6)
+    assert_same((widened[0], paired), 1e-6, 1e-3)
+    assert sizes(widened[0])[1] != sizes(paired)[1]
 
 
 def test_on_arm():
@@ -49,8 +62,7 @@ def test_on_arm():
     program = grid.build(grid.ARM)
     one, three = (results(program, "baseline", threads, 60) for threads in (1, 3))
     assert one == three
-    here = size(results(grid.build(), "baseline", 1, 60))
-    assert abs(size(one) - here) < 1e-6 * here
+    assert_same((one, results(grid.build(), "baseline", 1, 60)), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("name", grid.SETS)

@@ -26,7 +26,8 @@ def chosen(monkeypatch):
 
 
 def test_the_processor_chooses_unless_a_variable_does(chosen):
-    assert chosen(cpu_name="AMD EPYC 9755", avx512_f=True) == "onednn"
+    assert chosen(cpu_name="AMD EPYC 9755", avx512_f=True, avx_vnni=True) == "onednn"
+    assert chosen(cpu_name="AMD EPYC 9654", avx512_f=True) == "both"
     for found in ({"cpu_name": "AMD EPYC", "avx512_f": False}, {"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, {}):
         assert chosen(**found) == chosen("auto", **found) == "pytorch"
         assert chosen("onednn", **found) == "onednn"
@@ -35,12 +36,13 @@ def test_the_processor_chooses_unless_a_variable_does(chosen):
 
 
 def test_what_no_library_is_called_is_refused(chosen, monkeypatch):
-    with pytest.raises(ValueError, match="must be one of auto, pytorch, onednn, got 'mkl'"):
+    with pytest.raises(ValueError, match="must be one of auto, pytorch, onednn, both, got 'mkl'"):
         chosen("mkl")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert chosen(cpu_name="AMD EPYC 9755", avx512_f=True) == "pytorch"
-    with pytest.raises(ValueError, match="this PyTorch has none"):
-        chosen("onednn")
+    for named in ("onednn", "both"):
+        with pytest.raises(ValueError, match=f"is {named}, and this PyTorch has no oneDNN"):
+            chosen(named)
 
 
 @pytest.fixture
@@ -71,6 +73,24 @@ def test_error_rule_and_repeatable_whatever_the_strides(onednn):
         was = to.clone()
         products.add_product(to, a, b)
         assert_close_as_plain(to, was.addmm(a, b), was.double() + truth)
+
+
+def test_factors_that_onednn_would_have_to_pack(onednn, monkeypatch):
+    right, given = products.onednn_linear, []
+    monkeypatch.setattr(products, "library", lambda: "both")
+    monkeypatch.setattr(products, "onednn_linear", lambda a, b: given.append(a.shape) or right(a, b))
+    for a, b in factors():
+        products.multiply(a, b)
+        products.add_product(torch.zeros(SIZES[0], SIZES[2]), a, b)
+    assert len(given) == 4, "a transposed one stays PyTorch's"
+
+
+def test_onednn_gets_dense_matrices_alone(monkeypatch):
+    right, given = torch.ops.mkldnn._linear_pointwise, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *x: given.extend(x[:2]) or right(*x))
+    for a, b in factors():
+        products.onednn_linear(a, b.T)
+    assert len(given) == 6 and all(x.is_contiguous() or x.T.is_contiguous() for x in given)
 
 
 def test_smaller_products_and_other_dtypes_are_pytorchs(onednn, monkeypatch):
