@@ -24,7 +24,8 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, judge
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import QuietStar, ThoughtConfig, fast_linear
+from quietstar_kernels.cpu import products
 
 SEED = 1
 LORA_RANK = 16
@@ -198,13 +199,23 @@ def without_graphs(case: StepCase) -> TrainingStep | Rollout:
     return function
 
 
+def with_fast_linear(case: StepCase) -> TrainingStep | Rollout:
+    function = prepare(QuietStar)(case)
+    fast_linear(function.qs)
+    return function
+
+
 OURS = Candidate("QuietStar", prepare(QuietStar), package=PACKAGE)
 LAUNCHED = Candidate("QuietStar without a graph", without_graphs, PACKAGE)
+FAST_LINEAR = Candidate("QuietStar, linear layers by oneDNN", with_fast_linear, PACKAGE)
 PUBLISHED = Candidate("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
 def candidates(case: StepCase) -> list[Candidate]:
-    """On a GPU our rollouts replay CUDA graphs, so there they are also compared with ours without graphs."""
+    """On a GPU our rollouts replay CUDA graphs, so there they are also compared with ours without graphs; on a CPU whose MKL is
+    slow, ours are compared with ``fast_linear``."""
+    if case.device.type == "cpu" and case.grid == "headline" and products.library() != "pytorch":
+        return [PUBLISHED, FAST_LINEAR]
     return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 
 

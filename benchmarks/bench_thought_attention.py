@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
 from quietstar_kernels import thought_attention
+from quietstar_kernels.cpu import _library
 
 CHECKED = 48  # rows of the text, and as many of the thoughts, whose result is compared
 
@@ -165,13 +166,15 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
     def both(make: Callable[..., AttentionCase]) -> Iterator[AttentionCase]:
         return (make(what=what) for what in ("forward", "forward+backward"))
 
-    def vary(grid: str, **changes: int) -> Iterator[AttentionCase]:
+    def vary(grid: str, **changes: Any) -> Iterator[AttentionCase]:
         return both(lambda what: replace(head, grid=grid, what=what, **changes))
 
     if gpu:  # a long text first, where a kernel is at its best
         yield from vary("text", L=2048, B=1)
     yield from vary("headline")
     if not gpu:
+        if _library.instruction_set() == "avx512_bf16":  # elsewhere baselines take minutes
+            yield from vary("bf16", dtype=torch.bfloat16)
         yield replace(head, grid="neighbour")
     lengths = ([512, 1024, 4096] if full else [512]) if gpu else [64, 128, 512, *([1024, 2048] if full else [])]
     for L in lengths:

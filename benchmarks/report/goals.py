@@ -192,6 +192,14 @@ def backward_over(baseline: str, keep: Keep) -> Reached:
     return reached
 
 
+def in_bf16(rows: list[RowDict]) -> float | None:
+    """How many times faster the attention's forward is in bf16 than in fp32."""
+    halves, floats = (
+        worst("seconds", ATTENTION, FORWARD, lambda row, grid=grid: row["grid"] == grid)(rows) for grid in ("bf16", "headline")
+    )
+    return floats / halves if halves and floats else None
+
+
 _STEP_SHARE = worst("of_roofline", "step", "training step", _eight_billion)
 
 HOST = [
@@ -227,6 +235,7 @@ GPU = [
 ]
 CPU = [
     Goal("attention forward, share of the roofline", 0.7, worst("of_roofline", ATTENTION, FORWARD, _headline), units.percent),
+    Goal("attention forward, bf16 over fp32, where the processor multiplies bf16", 1.6, in_bf16),
     Goal("attention forward, speedup over compiled FlexAttention", 2.5, over(FLEX, ATTENTION, FORWARD)),
     Goal("attention forward, L >= 256, speedup over dense SDPA", 15, over(DENSE, ATTENTION, FORWARD, _from_256)),
     Goal("attention forward, speedup over flash prefix + own block", 2.5, over(PREFIX, ATTENTION, FORWARD, _headline)),

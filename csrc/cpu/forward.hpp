@@ -271,8 +271,11 @@ void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) 
         const int r = tile.rows;
         if (add_row(tile, heads, call.layout, call.text_rows, call.options.window, call.step, piece.text, i,
                     head, row)) {
-            read_row<PAIRS>(space.q + r * STRIDE, row_of(call.q, call.dtype, tile.batch, head, row),
-                            call.dtype, call.K);
+            const char* const q = row_of(call.q, call.dtype, tile.batch, head, row);
+            // Rows of a tile alternate between heads, so that processors don't foresee them.
+            const char* const later = q + 4 * call.q.row * size_of(call.dtype);
+            for (int64_t b = 0; b < call.K * size_of(call.dtype); b += 64) __builtin_prefetch(later + b, 0, 2);
+            read_row<PAIRS>(space.q + r * STRIDE, q, call.dtype, call.K);
             memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
             space.top[r] = -INFINITY;
             space.total[r] = 0;
