@@ -51,8 +51,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The official objective with weights for small models at a large learning rate: an effect shows in a hundred steps, as in
 # docs/results.md.
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
+PRESETS["lora"] = PRESETS["small"]  # a pretrained model with adapters: docs/pretrained.md
 # What a preset sets besides, in ``quietstar train``.
-TRAIN_PRESETS: dict[str, dict[str, Any]] = {"small": {"learning_rate": 1e-3}}
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 1e-4, "lora_rank": 16},
+}
 # Most losses explode where the learning rate times the policy weight is this or more: ten times the published 1e-6 * 1e6.
 LARGE_STEP = 10.0
 
@@ -90,7 +94,7 @@ def step_size_warning(thoughts: ThoughtConfig, learning_rate: float) -> str:
         return ""
     return (
         f"a policy_weight of {thoughts.policy_weight:g} belongs to a learning rate of {1 / thoughts.policy_weight:.0e}: with "
-        f"{learning_rate:g} the loss may explode; the preset small has a weight for 1e-4 to 1e-3"
+        f"{learning_rate:g} the loss may explode; the presets lora and small have a weight for 1e-4 and 1e-3"
     )
 
 
@@ -99,7 +103,8 @@ class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
     ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes. ``small`` is ``official`` with
-    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3.
+    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3; ``lora`` is the same, for
+    adapters of a pretrained model at 1e-4.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -109,7 +114,7 @@ class ThoughtConfig:
     thought_tokens: int = option(9, "T, sampled tokens in a thought")
     lookahead: int = option(4, "J, next tokens predicted after a thought")
     preset: str = option(
-        "official", "official, paper or small (small models, learning rate 1e-3): fills the fields below that are None"
+        "official", "official, paper, small (small models, learning rate 1e-3) or lora (adapters, 1e-4): fills the fields below that are None"
     )
     mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
     reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")

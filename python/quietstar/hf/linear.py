@@ -17,8 +17,8 @@ def fast_linear(model: nn.Module) -> None:
     than PyTorch's matmul.
 
     Rounding differs. Nothing changes on other processors or a GPU, for other dtypes, with autocast, inside ``torch.compile``,
-    nor for layers that aren't ``torch.nn.Linear`` itself; those inside LoRA's are. QUIETSTAR_CPU_MATMUL=onednn or pytorch
-    overrides the choice by processor.
+    nor for layers that aren't ``torch.nn.Linear`` itself; those inside LoRA's are. QUIETSTAR_CPU_MATMUL=onednn, both or
+    pytorch overrides the choice by processor.
 
     Args:
         model: changed in place, but for its weights and their names.
