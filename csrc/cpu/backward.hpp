@@ -82,8 +82,8 @@ inline void differentiate_row(BackwardSpace& space, int r, int end, const int32_
     }
 }
 
-// Rounds weights and gradients of the scores of `rows` rows to pairs: of rows in place, in the first rows, and
-// of keys behind the gradients of the scores.
+// Rounds weights and gradients of the scores of `rows` rows to pairs: of rows in place, in the first rows,
+// and of keys behind the gradients of the scores.
 inline void round_to_pairs(float* weights, float* dscores, int rows, int keys) {
     for (int r = 0; r < rows; r += 2)
         for (int column = 0; column < keys; column += LANES) {
@@ -101,20 +101,20 @@ inline void round_to_pairs(float* weights, float* dscores, int rows, int keys) {
 // to [keys,width] += weights [rows,keys] transposed times x [rows,width].
 template <bool PAIRS>
 void add_to_keys(float* to, int64_t stride, const float* weights, const float* x, int keys, int rows,
-                        int64_t width) {
+                 int64_t width) {
     const int wide = round_up(width, LANES);
     const Blocks blocks(0, keys);
     for (int column = 0; column < wide; column += PANEL)
         for (int key = 0; key < keys; key += blocks.size)
-            block_of<PAIRS, true>(blocks.rows(key), wide - column > LANES)(
-                weights + key, x + column, STRIDE, to + key * stride + column, stride, words<PAIRS>(rows),
-                nullptr, true);
+            block_of<PAIRS, true>(blocks.rows(key), wide - column > LANES)(weights + key, x + column, STRIDE,
+                                                                           to + key * stride + column, stride,
+                                                                           words<PAIRS>(rows), nullptr, true);
 }
 
 // The gradients of rows r0..r1 and the block of keys.
 template <bool PAIRS>
 void differentiate(BackwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
-                          const Options& options, const Sums& sums) {
+                   const Options& options, const Sums& sums) {
     const Tile& tile = space.tile;
     const int all = end_of(tile, r0, r1);
     if (all == 0) return;
@@ -211,8 +211,8 @@ inline void clear_keys(const Backward& call, int64_t pair, int64_t first, int64_
 
 // The own keys of the tile's branches, and, with the last piece of a unit, their dk and dv.
 template <bool PAIRS>
-void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit,
-                              const Piece& piece, int64_t pair, const Sums& sums) {
+void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit, const Piece& piece,
+                       int64_t pair, const Sums& sums) {
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
     int r0 = 0;

@@ -85,7 +85,7 @@ inline const int32_t* read_positions(KeyBlock& keys, const Layout& layout, int64
 // to [rows r0..r1, keys] = x [rows,width] times panels, as far as a row of each block sees.
 template <bool PAIRS>
 void multiply_keys(float* to, const float* x, const float* panels, const Tile& tile, int r0, int r1,
-                          int64_t width, Ahead* ahead = nullptr) {
+                   int64_t width, Ahead* ahead = nullptr) {
     const int depth = words<PAIRS>(width), wide = round_up(depth, LANES), end = end_of(tile, r0, r1);
     for (int key = 0; key < end; key += PANEL) {
         const Blocks blocks(r0, r1);
@@ -103,7 +103,7 @@ void multiply_keys(float* to, const float* x, const float* panels, const Tile& t
 // to [rows r0..r1,width] = factor * to + weights [rows,keys] times values [keys,width].
 template <bool PAIRS>
 void add_values(float* to, const float* weights, const float* values, const Tile& tile, int r0, int r1,
-                       int64_t width, const float* factor, Ahead* ahead = nullptr) {
+                int64_t width, const float* factor, Ahead* ahead = nullptr) {
     const int wide = round_up(width, LANES);
     const Blocks blocks(r0, r1);
     for (int column = 0; column < wide; column += PANEL)
@@ -142,7 +142,7 @@ inline Vec mask_row(ForwardSpace& space, int r, int end, const int32_t* position
 // after them stays as it is.
 template <bool PAIRS>
 void softmax_rows(ForwardSpace& space, int r, int rows, int end, const int32_t* position,
-                         const Options& options) {
+                  const Options& options) {
     const float unit = unit_of(options);
     Vec lanes[LANES];
     for (int i = 0; i < LANES; ++i)
@@ -171,7 +171,7 @@ void softmax_rows(ForwardSpace& space, int r, int rows, int end, const int32_t* 
 // Rows r0..r1 attend to the block of keys, within the tile's bounds.
 template <bool PAIRS>
 void attend(ForwardSpace& space, int r0, int r1, int64_t K, int64_t E, const int32_t* position,
-                   const Options& options) {
+            const Options& options) {
     Tile& tile = space.tile;
     KeyBlock& keys = space.keys;
     multiply_keys<PAIRS>(space.scores, space.q, keys.k_panels, tile, r0, r1, K, &space.ahead);
@@ -274,7 +274,8 @@ void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) 
             const char* const q = row_of(call.q, call.dtype, tile.batch, head, row);
             // Rows of a tile alternate between heads, so that processors don't foresee them.
             const char* const later = q + 4 * call.q.row * size_of(call.dtype);
-            for (int64_t b = 0; b < call.K * size_of(call.dtype); b += 64) __builtin_prefetch(later + b, 0, 2);
+            for (int64_t b = 0; b < call.K * size_of(call.dtype); b += 64)
+                __builtin_prefetch(later + b, 0, 2);
             read_row<PAIRS>(space.q + r * STRIDE, q, call.dtype, call.K);
             memset(space.out + r * STRIDE, 0, 4 * round_up(call.E, LANES));
             space.top[r] = -INFINITY;
@@ -379,8 +380,8 @@ void forward_of(const Forward& call, const Piece& piece, int64_t group, char* wo
     if (!piece.text && call.step >= 0) {
         for (int r = 0; PAIRS && r < tile.rows; ++r)  // own keys are used in place, as floats
             read_row(space.q + r * STRIDE,
-                     row_of(call.q, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]), call.dtype,
-                     call.K);
+                     row_of(call.q, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
+                     call.dtype, call.K);
         attend_to_own_in_place(call, space);
     }
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);

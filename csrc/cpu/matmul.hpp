@@ -138,8 +138,8 @@ QUIETSTAR_INLINE Vec largest_of(Vec (&x)[LANES]) {
     return reduce_each(x, [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); });
 }
 
-// Rows of bf16, two at a time, to rows of pairs: row j has the numbers of rows 2j and 2j + 1. The last columns
-// come first, so that `to` may be `from`.
+// Rows of bf16, two at a time, to rows of pairs: row j has the numbers of rows 2j and 2j + 1. The last
+// columns come first, so that `to` may be `from`.
 inline void to_pairs(float* to, const float* from, int count, int64_t width) {
     for (int row = 0; row < count; row += 2) {
         const uint16_t* const low = (const uint16_t*)(from + row * STRIDE);

@@ -162,7 +162,9 @@ QUIETSTAR_INLINE Halves floats_to_bf16(Vec x) {
 
 // Pairs: the bits of two bf16 numbers in each lane. Sums plus the products of both.
 QUIETSTAR_INLINE Vec low_of(Vec pairs) { return bits_to_floats(floats_to_bits(pairs) << 16); }
-QUIETSTAR_INLINE Vec high_of(Vec pairs) { return bits_to_floats(floats_to_bits(pairs) & (int32_t)0xffff0000); }
+QUIETSTAR_INLINE Vec high_of(Vec pairs) {
+    return bits_to_floats(floats_to_bits(pairs) & (int32_t)0xffff0000);
+}
 
 #if defined(__AVX512BF16__)
 QUIETSTAR_INLINE Vec add_pairs(Vec sums, Vec a, Vec b) {

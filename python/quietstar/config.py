@@ -114,7 +114,7 @@ class ThoughtConfig:
     thought_tokens: int = option(9, "T, sampled tokens in a thought")
     lookahead: int = option(4, "J, next tokens predicted after a thought")
     preset: str = option(
-        "official", "official, paper, small (small models, learning rate 1e-3) or lora (adapters, 1e-4): fills the fields below that are None"
+        "official", "official, paper, small (small models, rate 1e-3) or lora (adapters, 1e-4): fills fields that are None"
     )
     mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
     reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")

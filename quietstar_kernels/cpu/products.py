@@ -37,7 +37,7 @@ def library() -> str:
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch lacks it
     if not (has_onednn and str(found.get("cpu_name", "")).startswith("AMD") and found.get("avx512_f")):
         return "pytorch"
-    # AVX-512 has twice AVX2's rate from Zen 5 on, which has AVX-VNNI as well; on Zen 4 it isn't worth the packing of a transposed
+    # From Zen 5 on, which has AVX-VNNI as well, AVX-512 has twice AVX2's rate. On Zen 4 it isn't worth packing a transposed
     # factor.
     return "onednn" if found.get("avx_vnni") else "both"
 
