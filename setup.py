@@ -110,15 +110,24 @@ def cuda_ninja_file(sources: list[str], library: Path) -> str:
     return ninja_file(nvcc(), {f"{Path(source).name}.o": (source, flags) for source in sources}, LINK_CUDA, library)
 
 
+def known_sets(compiler: str) -> dict[str, list[str]]:
+    """Of ``SETS``, those that a compiler knows: GCC has products of bf16 from 11 on."""
+    program = 'int main() { return __builtin_cpu_supports("avx512bf16"); }'
+    command = [compiler, *SETS.get("avx512_bf16", []), "-fsyntax-only", "-xc++", "-"]
+    known = subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+    return {name: flags for name, flags in SETS.items() if known or name != "avx512_bf16"}
+
+
 def cpu_ninja_file(sources: list[str], library: Path) -> str:
     """kernels.cpp is compiled once for each instruction set, in a namespace of its name."""
-    objects = {}
+    objects, sets = {}, known_sets(cxx())
+    has_bf16 = ["-DQUIETSTAR_BF16"] * ("avx512_bf16" in sets)
     for source in sources:
         if Path(source).name == "kernels.cpp":
-            for name, flags in SETS.items():
+            for name, flags in sets.items():
                 objects[f"{name}.o"] = (source, " ".join([COMPILE_CPU, f"-DQUIETSTAR_SET={name}", *flags]))
         else:
-            objects[f"{Path(source).name}.o"] = (source, COMPILE_CPU)
+            objects[f"{Path(source).name}.o"] = (source, " ".join([COMPILE_CPU, *has_bf16]))
     return ninja_file(cxx(), objects, LINK_CPU, library)
 
 

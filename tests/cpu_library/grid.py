@@ -47,7 +47,8 @@ def build(compiler: str = "g++", kind: str = "plain", bug: tuple[str, str, str] 
     for name, text in texts.items():
         (folder / name).write_text(text)
     flags = [compiler, *FLAGS, *SANITIZERS[kind], *["-static"] * (compiler == ARM)]
-    sets = {"baseline": []} if bug or compiler == ARM else SETS
+    sets = {"baseline": []} if bug or compiler == ARM else setup.known_sets(compiler)
+    flags += ["-DQUIETSTAR_BF16"] * ("avx512_bf16" in sets)
     commands = [
         [*flags, f"-DQUIETSTAR_SET={name}", *more, "-c", "kernels.cpp", "-o", f"{name}.o"] for name, more in sets.items()
     ]

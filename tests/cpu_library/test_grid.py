@@ -80,6 +80,16 @@ def test_two_compilers_give_the_same_bits():
         assert results(grid.build("clang++"), name, 2, 100) == results(grid.build("g++"), name, 2, 100)
 
 
+@pytest.mark.skipif("avx512_bf16" not in grid.SETS, reason="this processor's architecture has no AVX-512")
+def test_an_older_compiler(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *bf16*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    assert [*grid.setup.known_sets("g++")] == [*grid.SETS]
+    assert [*grid.setup.known_sets(str(compiler))] == [name for name in grid.SETS if name != "avx512_bf16"]
+    assert not results(grid.build(str(compiler)), "avx512_bf16", 1, 3).startswith("avx512_bf16 ")
+
+
 BUGS = {  # a sanitizer, what is said (a pattern), and the change
     "the last numbers of a row are read as a whole vector": (
         "address",
