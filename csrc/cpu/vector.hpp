@@ -160,7 +160,8 @@ QUIETSTAR_INLINE Halves floats_to_bf16(Vec x) {
     return __builtin_convertvector(x == x ? rounded : splat(0x7fc0), Halves);
 }
 
-// Pairs: the bits of two bf16 numbers in each lane. Sums plus the products of both.
+// Pairs: the bits of two bf16 numbers in each lane. The instructions take denormals for 0, so that what a
+// call returns is rounded without them.
 QUIETSTAR_INLINE Vec low_of(Vec pairs) { return bits_to_floats(floats_to_bits(pairs) << 16); }
 QUIETSTAR_INLINE Vec high_of(Vec pairs) {
     return bits_to_floats(floats_to_bits(pairs) & (int32_t)0xffff0000);

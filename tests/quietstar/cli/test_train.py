@@ -10,6 +10,8 @@ import pytest
 from quietstar import QuietStar
 from quietstar.checkpoints import places
 from quietstar.cli import errors
+from quietstar.cli.options import parse
+from quietstar.cli.train import Train
 from quietstar.run import snapshots
 
 
@@ -137,3 +139,10 @@ def test_a_signal_says_how_to_go_on(home, quietstar, trained, monkeypatch):
     assert program == "quietstar" and quietstar(*again)[0] == 0
     metrics = [json.loads(line) for line in (home / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in metrics] == losses
+
+
+def test_a_preset_sets_options_of_training_too():
+    words = ["train", "--model=model", "--data=text.txt", "--preset=lora"]
+    command = parse({"train": Train}, words)
+    assert (command.thoughts.policy_weight, command.train.learning_rate, command.lora.lora_rank) == (10.0, 1e-4, 16)
+    assert parse({"train": Train}, [*words, "--lora-rank=4"]).lora.lora_rank == 4
