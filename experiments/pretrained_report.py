@@ -189,12 +189,11 @@ def free_text(free: Results) -> str:
 
 
 def cost(seeds: list[Results]) -> str:
-    minutes = [sum(result["seconds"] for result in results.values()) / 60 for results in seeds]
+    spent = [f"{sum(x['seconds'] for x in results.values()) / 60:.0f} with {results['warm']['threads']}" for results in seeds]
     some = [result for results in seeds for result in results.values()]
     dates, versions, machines = (sorted({result[name] for result in some}) for name in ("date", "torch", "machine"))
-    each = ", ".join(f"{x:.0f}" for x in minutes)
     with_what = f"torch {', '.join(versions)} on {', '.join(machines)}, {dates[-1]}"
-    return f"{each} minutes a seed, where a part that was stopped counts from its last start; {with_what}."
+    return f"Minutes a seed, and threads: {', '.join(spent)}; a part that was stopped counts from its last start; {with_what}."
 
 
 def draw(seeds: list[Results], path: Path) -> None:

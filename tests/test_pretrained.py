@@ -78,7 +78,8 @@ def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypa
     def seed(head):
         chains = {part: [f"{x.chain})" for x in some] for part, some in problems.items()}
         written = {part: {"texts": [f" ({x}" for x in texts], "right": [True] * 20} for part, texts in chains.items()}
-        rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none", "metrics": {"reward": [0.0, 1.0]}}
+        rest = {"seconds": 60.0, "threads": 2, "date": "2026-01-01", "torch": "2", "machine": "none"}
+        rest |= {"metrics": {"reward": [0.0, 1.0]}}
         own = measured({"none": 2.0, "own": 0.5, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
         control = measured({"none": 2.0, "own": head, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
         return {"warm": {**control, "written": written, **rest}, report.OURS: own | rest, report.HEAD: control | rest}
