@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
-from pretrained_evaluation import answers, of_free_text, written  # noqa: E402
+from pretrained_evaluation import answers, of_free_text, sampled, written  # noqa: E402
 from pretrained_problems import Problem, problems  # noqa: E402
 from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -114,9 +114,11 @@ def warm(size: Size, model: str, out: Path, seed: int) -> dict[str, Any]:
     warm_start(model, out, seed, size.warm)
     folder = checkpoint_of(out)
     tokenizer = load_tokenizer(folder)
-    thinking = of_each_part(size, partial(answers, think(folder, tokenizer, THOUGHTS, seed), tokenizer, thinks=True))
+    qs = think(folder, tokenizer, THOUGHTS, seed)
+    thinking = of_each_part(size, partial(answers, qs, tokenizer, thinks=True))
     writing = of_each_part(size, partial(written, load_model(folder), tokenizer))
-    return {"answers": thinking, "written": writing, "metrics": metrics(out)}
+    chosen = sampled(qs, tokenizer, held_out(size, "test"))
+    return {"answers": thinking, "written": writing, "sampled": chosen, "metrics": metrics(out)}
 
 
 def arm_of(arm: str, size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -124,8 +126,10 @@ def arm_of(arm: str, size: Size, folder: Path, name: str, seed: int) -> dict[str
     thinks = qs.thought_config.mix_weight > 0
     if not thinks:
         qs.use_config(THOUGHTS)
-    found = of_each_part(size, partial(answers, qs, tokenizer, thinks=thinks))
-    return {"answers": found, "metrics": metrics(folder / name)}
+    found: dict[str, Any] = {"answers": of_each_part(size, partial(answers, qs, tokenizer, thinks=thinks))}
+    if thinks:
+        found["sampled"] = sampled(qs, tokenizer, held_out(size, "test"))
+    return found | {"metrics": metrics(folder / name)}
 
 
 def group_rl(size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:

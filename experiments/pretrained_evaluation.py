@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -86,6 +87,33 @@ def chains(thoughts: Sequence[str], some: Sequence[Problem]) -> dict[str, float]
     written = [bool(CHAIN.match(thought)) for thought in thoughts]
     right = [thought.startswith(f"{problem.chain})") for thought, problem in zip(thoughts, some, strict=True)]
     return {"written": sum(written) / len(some), "right": sum(right) / len(some)}
+
+
+@torch.no_grad()
+def sampled(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, Any]:
+    """What there is to reinforce: of the thoughts that are sampled in training, which are right chains and what each earns.
+
+    Returns:
+        right: the share of right chains; mixed: the share of problems with right chains and others among their N thoughts;
+        reward_right and reward_other: mean reward, nats; None where there is no such thought.
+    """
+    qs.train()
+    chosen, earned = [], []
+    for _, batch in batches_of([line(tokenizer, problem) for problem in some], EVAL_BATCH, qs.start_embedding.device):
+        out = qs(batch["input_ids"], batch["attention_mask"], anchors=batch["anchors"], seed=len(chosen))
+        earned += out.reward[:, 0].tolist()
+        for ids in out.thought_ids[:, 0]:
+            chain = some[len(chosen)].chain
+            chosen.append([text.startswith(f"{chain})") for text in tokenizer.batch_decode(ids)])
+    qs.eval()
+    pairs = [pair for row, values in zip(chosen, earned, strict=True) for pair in zip(row, values, strict=True)]
+    reward = {kind: [value for right, value in pairs if right == kind] for kind in (True, False)}
+    return {
+        "right": fmean(right for right, _ in pairs),
+        "mixed": fmean(len(set(row)) > 1 for row in chosen),
+        "reward_right": fmean(reward[True]) if reward[True] else None,
+        "reward_other": fmean(reward[False]) if reward[False] else None,
+    }
 
 
 @torch.no_grad()
