@@ -27,16 +27,21 @@ WAYS = {
     "random": "random tokens",
 }
 FREE = {"base": WAYS["none"], "another": "another text's thoughts", "constant": WAYS["constant"], "random": WAYS["random"]}
-OURS, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
-# The claim: own thoughts of Quiet-STaR over each of these, an arm and a way, above 0 in every seed on new numbers.
+PUBLISHED, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
+WAYS_TO_LEARN = {  # that the claim is made for
+    PUBLISHED: "the published objective",
+    "temperature-1": "temperature 1",
+    "temperature-1-signed": "temperature 1, signed",
+}
+# The claim: own thoughts over each of these, an arm (or the same) and a way, above 0 in every seed on new numbers.
 CLAIM = {
-    "no thought": (OURS, "none"),
-    "another problem's thoughts": (OURS, "another"),
-    "one constant thought": (OURS, "constant"),
+    "no thought": ("", "none"),
+    "another problem's thoughts": ("", "another"),
+    "one constant thought": ("", "constant"),
     "the warm start's own thoughts, with a mixing head trained on them": (HEAD, "own"),
 }
 BESIDES = {
-    "random tokens": (OURS, "random"),
+    "random tokens": ("", "random"),
     "no REINFORCE, with rehearsal": ("no-reinforce-rehearsal", "own"),
     "plain training on four times the text": (PLAIN, "none"),
 }
@@ -56,59 +61,80 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     """Write pretrained.json and the generated part of pretrained.md; returns the page, and what it says of the claim."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
-    words = verdict(seeds)
-    blocks = [f"**{words}**", claimmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
+    learned = [arm for arm in WAYS_TO_LEARN if arm in seeds[0]]
+    words = "\n\n".join(verdict(seeds, arm) for arm in learned)
+    blocks = [f"**{words}**".replace("\n\n", "**\n\n**"), *(claimmarkdown(seeds, arm) for arm in learned)]
+    blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
     if can_draw():
-        draw(seeds, folder / "pretrained.png")
+        draw(seeds, learned, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
-    blocks += [some_thoughts(seeds[0], problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
+    blocks += [some_thoughts(seeds[0], learned, problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
     page = folder / "pretrained.md"
     write_block(page, "pretrained", "\n\n".join(blocks))
     return page, words
 
 
-def verdict(seeds: list[Results]) -> str:
-    """Whether the claim holds; each seed counts, and each control."""
-    rows = [row for seed, results in enumerate(seeds) for row in gains(results, seed, CLAIM) if row[0] == "test"]
+def verdict(seeds: list[Results], ours: str) -> str:
+    """Whether the claim holds for an arm; each seed counts, and each control."""
+    rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM) if row[0] == "test"]
     missed = [f"over {name} in seed {seed}" for _, name, seed, _, low, _ in rows if low is None or low <= 0]
+    said = f"With {WAYS_TO_LEARN[ours]} the claim"
     if missed:
-        return f"The claim does not hold: own thoughts gain nothing that is certain {'; '.join(missed)}."
-    return f"The claim holds in {len(seeds)} of {len(seeds)} seeds: own thoughts gain over each of its {len(CLAIM)} controls."
+        return f"{said} does not hold: own thoughts gain nothing that is certain {'; '.join(missed)}."
+    return f"{said} holds in {len(seeds)} of {len(seeds)} seeds: own thoughts gain over each of its {len(CLAIM)} controls."
 
 
-def gains(results: Results, seed: int, controls: dict[str, tuple[str, str]]) -> list[tuple]:
-    """(part, control, seed, mean, low, high): nats that own thoughts gain over each control, problem by problem."""
+def gains(results: Results, ours: str, seed: int, controls: dict[str, tuple[str, str]]) -> list[tuple]:
+    """(part, control, seed, mean, low, high): nats that own thoughts of an arm gain over each control, problem by problem."""
     rows = []
     for part in PARTS:
         for name, (arm, way) in controls.items():
-            if arm in results:
-                ours, theirs = (results[a]["answers"][part][w]["nats"] for a, w in ((OURS, "own"), (arm, way)))
-                differences = [y - x for x, y in zip(ours, theirs, strict=True)]
+            if not arm or arm in results:
+                own, theirs = (results[a]["answers"][part][w]["nats"] for a, w in ((ours, "own"), (arm or ours, way)))
+                differences = [y - x for x, y in zip(own, theirs, strict=True)]
                 rows.append((part, name, seed, *mean_interval(differences)))
     return rows
 
 
-def claimmarkdown(seeds: list[Results]) -> str:
+def claimmarkdown(seeds: list[Results], ours: str) -> str:
     """A line for each control and part, a column for each seed."""
-    rows = [row for seed, results in enumerate(seeds) for row in gains(results, seed, CLAIM | BESIDES)]
+    rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM | BESIDES)]
     lines = []
     for part, words in PARTS.items():
         for name in dict.fromkeys(row[1] for row in rows):
             found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
             lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
-    head = ["own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
+    head = [f"{WAYS_TO_LEARN[ours]}: own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
     return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{markdown(head, lines)}"
+
+
+def sampledmarkdown(seeds: list[Results]) -> str:
+    """What the policy term had to choose from, before and after."""
+    lines = []
+    for arm in ("warm", *WAYS_TO_LEARN, HEAD, "no-reinforce-rehearsal"):
+        found = [results[arm]["sampled"] for results in seeds if arm in results]
+        if found:
+            values = [
+                [x[name] for x in found if x[name] is not None] for name in ("right", "mixed", "reward_right", "reward_other")
+            ]
+            lines.append([_named(arm), *(_mean(column) if column else "" for column in values)])
+    head = ["trained", "right chains", "problems with right ones and others", "reward of right ones, nats", "of others"]
+    return f"Four thoughts for each problem with new numbers, sampled as in training:\n\n{markdown(head, lines)}"
+
+
+def _named(arm: str) -> str:
+    return "the warm start" if arm == "warm" else WAYS_TO_LEARN.get(arm, arm.replace("-", " "))
 
 
 def armsmarkdown(seeds: list[Results]) -> str:
     """Share of right answers and -log p of the answer, mean over the seeds."""
     lines = []
     thinking = [name for name in seeds[0] if "answers" in seeds[0][name]]
-    for arm in sorted(thinking, key=lambda name: (name != "warm", name != OURS, name)):
+    for arm in sorted(thinking, key=lambda name: (name != "warm", name not in WAYS_TO_LEARN, name)):
         for way, words in WAYS.items():
-            if way not in ("none", "own") and arm != OURS:
+            if way not in ("none", "own") and arm not in WAYS_TO_LEARN:
                 continue
-            row = [arm.replace("-", " "), words]
+            row = [_named(arm), words]
             for part in PARTS:
                 found = [results[arm]["answers"][part].get(way) for results in seeds if arm in results]
                 if not all(found):
@@ -123,13 +149,14 @@ def armsmarkdown(seeds: list[Results]) -> str:
 def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
     """What models write that may write a chain, and how often thoughts are chains."""
     lines = []
-    for arm, words in (("warm", "warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
+    for arm, words in (("warm", "the warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
         found = [results[arm]["written"] for results in seeds if arm in results]
         if found:
             lines.append([words, *_chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])])
-    for arm, words in (("warm", "warm start, thinking"), (OURS, "Quiet-STaR, thinking")):
+    for arm in ("warm", *WAYS_TO_LEARN):
         found = [results[arm]["answers"] for results in seeds if arm in results]
-        lines.append([words, *_chains(found, problems, lambda x: x["thoughts"])])
+        if found:
+            lines.append([f"{_named(arm)}, thinking", *_chains(found, problems, lambda x: x["thoughts"])])
     columns = ("a chain", "the right chain", "right answer")
     head = ["", *(f"{what}, {words}" for words in PARTS.values() for what in columns)]
     gate = [_of_written(results["warm"], problems) for results in seeds]
@@ -155,15 +182,15 @@ def _of_written(warm: Results, problems: dict[str, list[Problem]]) -> float:
     return shares["right"] / shares["written"] if shares["written"] else 0.0
 
 
-def some_thoughts(results: Results, problems: Sequence[Problem], count: int = 8) -> str:
-    """The first held-out problems with what was thought before and after training, and what it did."""
-    before, after = results["warm"]["answers"]["test"], results[OURS]["answers"]["test"]
+def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 8) -> str:
+    """The first held-out problems with what was thought before and after training, and what it did in the last arm."""
+    found = [results[arm]["answers"]["test"] for arm in ("warm", *learned)]
     lines = []
     for i, problem in enumerate(problems[:count]):
-        p = [f"{exp(-after[way]['nats'][i]):.2f}" for way in ("none", "own")]
-        thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in (before, after)]
+        p = [f"{exp(-found[-1][way]['nats'][i]):.2f}" for way in ("none", "own")]
+        thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in found]
         lines.append([problem.question, *thoughts, str(problem.answer), *p])
-    head = ["problem", "thought of the warm start", "thought of Quiet-STaR", "answer", "p without", "p with"]
+    head = ["problem", *(f"thought, {_named(arm)}" for arm in ("warm", *learned)), "answer", "p without", "p with"]
     return f"The first {count} problems of the test, in seed 0:\n\n{markdown(head, lines)}"
 
 
@@ -196,23 +223,26 @@ def cost(seeds: list[Results]) -> str:
     return f"Minutes a seed, and threads: {', '.join(spent)}; a part that was stopped counts from its last start; {with_what}."
 
 
-def draw(seeds: list[Results], path: Path) -> None:
-    figure = new_figure(10, 3.4)
+def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:
+    """Learning curves, and the gains on new numbers: a colour for each arm, a point for each seed."""
+    figure = new_figure(10, 3.8)
     curve, bars = figure.subplots(1, 2, width_ratios=(4, 5))
-    for seed, results in enumerate(seeds):
-        rewards = results[OURS]["metrics"]["reward"]
-        curve.plot(range(1, 1 + len(rewards)), rewards, label=f"seed {seed}")
+    names = list(CLAIM | BESIDES)
+    for number, arm in enumerate(learned):
+        colour = f"C{number}"
+        for seed, results in enumerate(seeds):
+            rewards = results[arm]["metrics"]["reward"]
+            label = WAYS_TO_LEARN[arm] if seed == 0 else None
+            curve.plot(range(1, 1 + len(rewards)), rewards, color=colour, linewidth=1, label=label)
+            rows = [row for row in gains(results, arm, seed, CLAIM | BESIDES) if row[0] == "test"]
+            places = [len(names) - names.index(row[1]) - 0.25 * number - 0.07 * seed for row in rows]
+            whiskers = [[row[3] - row[4] for row in rows], [row[5] - row[3] for row in rows]]
+            bars.errorbar([row[3] for row in rows], places, xerr=whiskers, fmt="o", color=colour, capsize=2, markersize=3)
     curve.axhline(0, color="black", linewidth=0.8)
     curve.set(xlabel="update", ylabel="nats", title="mean reward of a thought")
     curve.legend(frameon=False)
-    names = [name for name, (arm, _) in (CLAIM | BESIDES).items() if arm in seeds[0]]
-    for seed, results in enumerate(seeds):
-        rows = [row for row in gains(results, seed, CLAIM | BESIDES) if row[0] == "test"]
-        places = [len(names) - names.index(row[1]) - 0.2 * seed for row in rows]
-        whiskers = [[row[3] - row[4] for row in rows], [row[5] - row[3] for row in rows]]
-        bars.errorbar([row[3] for row in rows], places, xerr=whiskers, fmt="o", capsize=3, markersize=4)
     bars.axvline(0, color="black", linewidth=0.8)
-    bars.set_yticks([len(names) - i for i in range(len(names))], [name.split(",")[0] for name in names])
+    bars.set_yticks([len(names) - i - 0.25 for i in range(len(names))], [name.split(",")[0] for name in names])
     bars.set(xlabel="nats", title="gain of own thoughts over")
     save(figure, path)
 

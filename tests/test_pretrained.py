@@ -53,6 +53,8 @@ def test_answers_are_those_of_the_model(scripts, qs):
         assert found["none"]["nats"][i] == pytest.approx(float(out.nll_base[0, anchor + 1 : anchor + 3].sum()), abs=1e-4)
         assert found["own"]["nats"][i] == pytest.approx(float(out.nll_mix[0, 0, 0, 1:].sum()), abs=1e-4)
     assert found["own"]["nats"] != found["another"]["nats"] != found["random"]["nats"]
+    chosen = measured.sampled(qs, qs.tokenizer, some)
+    assert not qs.training and chosen["right"] == chosen["mixed"] == 0 and isinstance(chosen["reward_other"], float)
     without = measured.answers(qs, qs.tokenizer, some, thinks=False)
     assert without.keys() == {"none"} and without["none"]["nats"] == pytest.approx(found["none"]["nats"], abs=1e-4)
 
@@ -80,15 +82,16 @@ def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypa
         written = {part: {"texts": [f" ({x}" for x in texts], "right": [True] * 20} for part, texts in chains.items()}
         rest = {"seconds": 60.0, "threads": 2, "date": "2026-01-01", "torch": "2", "machine": "none"}
         rest |= {"metrics": {"reward": [0.0, 1.0]}}
+        rest |= {"sampled": {"right": 0.4, "mixed": 0.5, "reward_right": 2.0, "reward_other": None}}
         own = measured({"none": 2.0, "own": 0.5, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
         control = measured({"none": 2.0, "own": head, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
-        return {"warm": {**control, "written": written, **rest}, report.OURS: own | rest, report.HEAD: control | rest}
+        return {"warm": {**control, "written": written, **rest}, report.PUBLISHED: own | rest, report.HEAD: control | rest}
 
     page, verdict = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
-    assert f"**{verdict}**" in page.read_text() and verdict.startswith("The claim holds in 2 of 2 seeds")
+    assert f"**{verdict}**" in page.read_text() and " the claim holds in 2 of 2 seeds" in verdict
     assert "| no thought | new numbers | +1.50 (+1.50 to +1.50) | +1.50" in page.read_text()
     page, verdict = report.write([seed(1.5), seed(0.5)], None, problems, tmp_path)
-    assert verdict.startswith("The claim does not hold") and verdict.endswith("with a mixing head trained on them in seed 1.")
+    assert " the claim does not hold" in verdict and verdict.endswith("with a mixing head trained on them in seed 1.")
 
 
 @pytest.mark.long
@@ -103,10 +106,11 @@ def test_all_of_it_at_the_smallest_size(tmp_path):
     results = tmp_path / "tiny" / "seed-0"
     for known in (False, True):
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0 and "7 of 7 parts are done" in run.stdout, run.stderr[-2000:]
+        assert run.returncode == 0 and "9 of 9 parts are done" in run.stdout, run.stderr[-2000:]
         assert ("begun" in run.stdout) != known
     measured = {file.stem: json.loads(file.read_text()) for file in results.glob("*.json")}
-    assert len(measured) == 6 and set(measured["plain-4-times-the-text"]["answers"]["test"]) == {"none"}
+    assert len(measured) == 8 and set(measured["plain-4-times-the-text"]["answers"]["test"]) == {"none"}
     assert json.loads((tmp_path / "tiny" / "free-text.json").read_text())["losses"].keys() > {"base", "own", "constant"}
     assert (tmp_path / "tiny" / "pretrained.png").stat().st_size > 10_000
-    assert "The claim does not hold" in (tmp_path / "tiny" / "pretrained.md").read_text()
+    assert measured["warm"]["sampled"]["right"] == 0 and measured["warm"]["sampled"]["reward_right"] is None
+    assert "the claim does not hold" in (tmp_path / "tiny" / "pretrained.md").read_text()
