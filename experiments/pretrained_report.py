@@ -29,8 +29,7 @@ WAYS = {
 FREE = {"base": WAYS["none"], "another": "another text's thoughts", "constant": WAYS["constant"], "random": WAYS["random"]}
 PUBLISHED, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
 WAYS_TO_LEARN = {  # that the claim is made for
-    PUBLISHED: "the published objective",
-    "temperature-1": "temperature 1",
+    PUBLISHED: "the published policy term",
     "temperature-1-signed": "temperature 1, signed",
 }
 # The claim: own thoughts over each of these, an arm (or the same) and a way, above 0 in every seed on new numbers.

@@ -48,11 +48,11 @@ class Arm:
     rehearses: bool = False
 
 
-SAMPLED = replace(THOUGHTS, policy_temperature=1.0)  # thoughts are reinforced at the temperature at which they are sampled
+# Thoughts are weighed at the temperature at which they are sampled, and those below the mean are weakened.
+SIGNED = replace(THOUGHTS, policy_temperature=1.0, advantage="leave_one_out")
 ARMS = {
     "quiet-star": Arm(),
-    "temperature 1": Arm(SAMPLED),
-    "temperature 1, signed": Arm(replace(SAMPLED, advantage="leave_one_out")),
+    "temperature 1, signed": Arm(SIGNED),
     "mixing head alone": Arm(frozen=True),
     "no REINFORCE, rehearsal": Arm(replace(THOUGHTS, policy_weight=0.0), rehearses=True),
     "plain, 4 times the text": Arm(PLAIN, lines=4 * LINES),
