@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments_report import markdown
-from pretrained_evaluation import CHAIN, chains
+from pretrained_evaluation import chains
 from pretrained_problems import Problem
 
 from benchmarks.report.committed import as_json, write_block
@@ -194,9 +194,9 @@ def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[P
 
 
 def _cut(thought: str) -> str:
-    """A chain without what follows its bracket."""
-    found = CHAIN.match(thought)
-    return (found[0] if found else thought).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
+    """An aside without what follows its bracket."""
+    aside, bracket, _ = thought.partition(")")
+    return f"{aside}{bracket}".replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 
 
 def free_text(free: Results) -> str:
