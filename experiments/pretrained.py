@@ -167,7 +167,7 @@ def run(phase: Phase) -> None:
     began = time.perf_counter()
     found = phase.work()
     found |= {"seconds": time.perf_counter() - began, "date": date.today().isoformat()}
-    found |= {"torch": torch.__version__, "machine": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    found |= {"torch": torch.__version__, "machine": device_name(torch.device("cpu"))}
     phase.result.parent.mkdir(parents=True, exist_ok=True)
     write_whole(phase.result, json.dumps(found) + "\n")
     print(f"{phase.result}: done, {found['seconds'] / 60:.1f} minutes", flush=True)

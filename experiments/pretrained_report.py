@@ -27,10 +27,10 @@ WAYS = {
     "random": "random tokens",
 }
 FREE = {"base": WAYS["none"], "another": "another text's thoughts", "constant": WAYS["constant"], "random": WAYS["random"]}
-PUBLISHED, HEAD, PLAIN = "quiet-star", "mixing-head-alone", "plain-4-times-the-text"
+HEAD = "mixing-head-alone"
 WAYS_TO_LEARN = {  # that the claim is made for
-    PUBLISHED: "the published policy term",
-    "temperature-1-signed": "temperature 1, signed",
+    "quiet-star": "the published policy term",
+    "temperature-1-signed": "temperature 1 and signed advantages",
 }
 # The claim: own thoughts over each of these, an arm (or the same) and a way, above 0 in every seed on new numbers.
 CLAIM = {
@@ -42,7 +42,7 @@ CLAIM = {
 BESIDES = {
     "random tokens": ("", "random"),
     "no REINFORCE, with rehearsal": ("no-reinforce-rehearsal", "own"),
-    "plain training on four times the text": (PLAIN, "none"),
+    "plain training on four times the text": ("plain-4-times-the-text", "none"),
 }
 GATE = 0.85
 Results = dict[str, Any]  # of a seed: by arm, what pretrained.py measured
@@ -61,8 +61,8 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
     learned = [arm for arm in WAYS_TO_LEARN if arm in seeds[0]]
-    words = "\n\n".join(verdict(seeds, arm) for arm in learned)
-    blocks = [f"**{words}**".replace("\n\n", "**\n\n**"), *(claimmarkdown(seeds, arm) for arm in learned)]
+    verdicts = [verdict(seeds, arm) for arm in learned]
+    blocks = [*(f"**{words}**" for words in verdicts), *(claimmarkdown(seeds, arm) for arm in learned)]
     blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
     if can_draw():
         draw(seeds, learned, folder / "pretrained.png")
@@ -70,7 +70,7 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     blocks += [some_thoughts(seeds[0], learned, problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
     page = folder / "pretrained.md"
     write_block(page, "pretrained", "\n\n".join(blocks))
-    return page, words
+    return page, "\n".join(verdicts)
 
 
 def verdict(seeds: list[Results], ours: str) -> str:
@@ -215,11 +215,13 @@ def free_text(free: Results) -> str:
 
 
 def cost(seeds: list[Results]) -> str:
-    spent = [f"{sum(x['seconds'] for x in results.values()) / 60:.0f} with {results['warm']['threads']}" for results in seeds]
+    spent = [
+        f"{sum(x['seconds'] for x in results.values()) / 60:.0f} minutes on {results['warm']['machine']}" for results in seeds
+    ]
     some = [result for results in seeds for result in results.values()]
-    dates, versions, machines = (sorted({result[name] for result in some}) for name in ("date", "torch", "machine"))
-    with_what = f"torch {', '.join(versions)} on {', '.join(machines)}, {dates[-1]}"
-    return f"Minutes a seed, and threads: {', '.join(spent)}; a part that was stopped counts from its last start; {with_what}."
+    dates, versions = (sorted({result[name] for result in some}) for name in ("date", "torch"))
+    with_what = f"torch {', '.join(versions)}, {dates[-1]}"
+    return f"The seeds took {', '.join(spent)}; a part that was stopped counts from its last start; {with_what}."
 
 
 def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:

@@ -80,12 +80,12 @@ def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypa
     def seed(head):
         chains = {part: [f"{x.chain})" for x in some] for part, some in problems.items()}
         written = {part: {"texts": [f" ({x}" for x in texts], "right": [True] * 20} for part, texts in chains.items()}
-        rest = {"seconds": 60.0, "threads": 2, "date": "2026-01-01", "torch": "2", "machine": "none"}
+        rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none"}
         rest |= {"metrics": {"reward": [0.0, 1.0]}}
         rest |= {"sampled": {"right": 0.4, "mixed": 0.5, "reward_right": 2.0, "reward_other": None}}
         own = measured({"none": 2.0, "own": 0.5, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
         control = measured({"none": 2.0, "own": head, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
-        return {"warm": {**control, "written": written, **rest}, report.PUBLISHED: own | rest, report.HEAD: control | rest}
+        return {"warm": {**control, "written": written, **rest}, "quiet-star": own | rest, report.HEAD: control | rest}
 
     page, verdict = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
     assert f"**{verdict}**" in page.read_text() and " the claim holds in 2 of 2 seeds" in verdict
