@@ -100,20 +100,16 @@ def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(s
 
 
 def test_dpo_loss_is_that_of_the_paper(solver, pairs):
-    """After one update on a batch of all pairs, the next logged loss is that of the formula with the new weights.
-
-    There is at most one pass over the pairs.
-    """
+    """After one pass over the pairs, and no more than one, the loss is that of the formula with the new weights."""
     model, task = solver
     some = pairs[:8]
-    one, _ = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=1, verifier_rate=1e-3, beta=0.3), 0)
-    two, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=100, verifier_rate=1e-3, beta=0.3), 0)
-    assert len(losses) == 2 and not torch.equal(one.lm_head.weight, two.lm_head.weight)
+    verifier, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=100, verifier_rate=1e-3, beta=0.3), 0)
+    assert len(losses) == 2 and not torch.equal(model.lm_head.weight, verifier.lm_head.weight)
     prompts, right, wrong = map(list, zip(*some, strict=True))
-    margin = torch.tensor([likelihoods(x, prompts, ids) for x in (two, model) for ids in (right, wrong)])
+    margin = torch.tensor([likelihoods(x, prompts, ids) for x in (verifier, model) for ids in (right, wrong)])
     expected = -torch.nn.functional.logsigmoid(0.3 * ((margin[0] - margin[1]) - (margin[2] - margin[3]))).mean()
-    assert measure_pairs(two, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
-    assert measure_pairs(two, model, [], 0.3, 64) == {"held_out_loss": None, "held_out_order": None}
+    assert measure_pairs(verifier, model, some, 0.3, 64)["held_out_loss"] == pytest.approx(float(expected), abs=1e-5)
+    assert measure_pairs(verifier, model, [], 0.3, 64) == {"held_out_loss": None, "held_out_order": None}
 
 
 @pytest.fixture(scope="module")
