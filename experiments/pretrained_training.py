@@ -22,8 +22,8 @@ from quietstar.objective import Counts
 from quietstar.run.batches import Batch, Example, collate
 from quietstar.training import Loss, thought_loss, train
 
-THOUGHTS = ThoughtConfig(preset="lora", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
-FREE = ThoughtConfig(preset="lora", thoughts=2, thought_tokens=8, lookahead=4, anchors="entropy", anchor_share=1 / 12)
+THOUGHTS = ThoughtConfig(preset="small", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
+FREE = ThoughtConfig(preset="small", thoughts=2, thought_tokens=8, lookahead=4, anchors="entropy", anchor_share=1 / 12)
 # Plain training: the text's own loss. The one thought of one token a text is not trained.
 PLAIN = ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1, base_weight=1, mix_weight=0, policy_weight=0)
 LINES = 16  # of a step
@@ -48,7 +48,7 @@ class Arm:
     rehearses: bool = False
 
 
-# Thoughts are weighed at the temperature at which they are sampled, and those below the mean are weakened.
+# As preset lora: thoughts are weighed at the temperature at which they are sampled, and those below the mean are weakened.
 SIGNED = replace(THOUGHTS, policy_temperature=1.0, advantage="leave_one_out")
 ARMS = {
     "quiet-star": Arm(),

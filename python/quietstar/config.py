@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mix_weight": 0.5,
         "policy_temperature": 3.0,
         "policy_weight": 1e6,
+        "advantage": "relu",
         "embedding_scale": 100.0,
     },
     "paper": {
@@ -45,13 +46,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mix_weight": 1.0,
         "policy_temperature": 1.0,
         "policy_weight": 1e6,
+        "advantage": "relu",
         "embedding_scale": 100.0,
     },
 }
 # The official objective with weights for small models at a large learning rate: an effect shows in a hundred steps, as in
 # docs/results.md.
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
-PRESETS["lora"] = PRESETS["small"]  # a pretrained model with adapters: docs/pretrained.md
+# Adapters of a pretrained model; with the published policy term its thoughts became certain, not better: docs/pretrained.md.
+PRESETS["lora"] = {**PRESETS["small"], "policy_temperature": 1.0, "advantage": "leave_one_out"}
 # What a preset sets besides, in ``quietstar train``.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "small": {"learning_rate": 1e-3},
@@ -103,8 +106,8 @@ class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
     ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes. ``small`` is ``official`` with
-    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3; ``lora`` is the same, for
-    adapters of a pretrained model at 1e-4.
+    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3; ``lora`` is for
+    adapters of a pretrained model at 1e-4: ``small`` with a policy temperature of 1 and signed advantages (leave_one_out).
 
     Raises:
         ValueError: a value out of range, by name.
@@ -122,7 +125,7 @@ class ThoughtConfig:
     mix_weight: float = option(None, "weight of the cross entropy with thoughts")
     policy_weight: float = option(None, "weight of the REINFORCE term; it belongs to a learning rate")
     policy_temperature: float = option(None, "temperature of the thoughts' log-probability in the REINFORCE term")
-    advantage: str = option("relu", f"from rewards to advantages. {_described(ADVANTAGES)}")
+    advantage: str = option(None, f"from rewards to advantages. {_described(ADVANTAGES)}")
     ratio_clip: float = option(0.0, "PPO's clip range, for several updates on the same thoughts; 0 is REINFORCE")
     kl_weight: float = option(0.0, "weight of the thoughts' divergence from how the base model would continue the text")
     entropy_weight: float = option(0.0, "weight of the thoughts' entropy")

@@ -145,4 +145,5 @@ def test_a_preset_sets_options_of_training_too():
     words = ["train", "--model=model", "--data=text.txt", "--preset=lora"]
     command = parse({"train": Train}, words)
     assert (command.thoughts.policy_weight, command.train.learning_rate, command.lora.lora_rank) == (10.0, 1e-4, 16)
+    assert (command.thoughts.policy_temperature, command.thoughts.advantage) == (1.0, "leave_one_out")
     assert parse({"train": Train}, [*words, "--lora-rank=4"]).lora.lora_rank == 4
