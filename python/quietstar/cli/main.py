@@ -147,6 +147,8 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     if arguments[0] in HELP:
         print(COMMANDS.overview())
         return 0, ""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars, whose lines a file would keep
     # Not above, since this takes seconds.
     from transformers.utils.logging import disable_progress_bar
 
