@@ -149,9 +149,11 @@ def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) ->
     """What models write that may write a chain, and how often thoughts are chains."""
     lines = []
     for arm, words in (("warm", "the warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
-        found = [results[arm]["written"] for results in seeds if arm in results]
+        having = [seed for seed, results in enumerate(seeds) if arm in results]
+        found = [seeds[seed][arm]["written"] for seed in having]
         if found:
-            lines.append([words, *_chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])])
+            which = "" if len(having) == len(seeds) else f" (seed {', '.join(map(str, having))})"
+            lines.append([words + which, *_chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])])
     for arm in ("warm", *WAYS_TO_LEARN):
         found = [results[arm]["answers"] for results in seeds if arm in results]
         if found:
