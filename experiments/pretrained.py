@@ -21,7 +21,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
 from pretrained_evaluation import answers, of_free_text, sampled, written  # noqa: E402
 from pretrained_problems import Problem, problems  # noqa: E402
-from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
+from pretrained_training import ALONE, ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from benchmarks.harness.machine import device_name  # noqa: E402
@@ -88,11 +88,15 @@ def phases(size: Size, seeds: int, model: str, text: str, out: Path) -> Iterator
         folder = out / f"seed-{seed}"
         yield Phase(folder / "warm.json", partial(warm, size, model, folder / "warm", seed))
         for arm in size.arms:
-            name = arm.lower().replace(" ", "-").replace(",", "")
+            name = file_name(arm)
             work = group_rl if arm == GROUP_RL else partial(arm_of, arm)
             yield Phase(folder / f"{name}.json", partial(work, size, folder, name, seed))
     if size.free_steps:
         yield Phase(out / "free-text.json", partial(free_text, size, model, text, out / "free-text"))
+
+
+def file_name(arm: str) -> str:
+    return arm.lower().replace(" ", "-").replace(",", "")
 
 
 def fetch(folder: Path) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def warm(size: Size, model: str, out: Path, seed: int) -> dict[str, Any]:
 
 
 def arm_of(arm: str, size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:
-    qs, tokenizer = train_arm(checkpoint_of(folder / "warm"), ARMS[arm], folder / name, seed, size.steps)
+    qs, tokenizer = train_arm(checkpoint_of(folder / "warm"), (ARMS | ALONE)[arm], folder / name, seed, size.steps)
     thinks = qs.thought_config.mix_weight > 0
     if not thinks:
         qs.use_config(THOUGHTS)
@@ -177,6 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="default full; tiny only shows that everything runs")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3 of size full, else 1")
+    arms = {file_name(arm): arm for arm in (*ARMS, *ALONE, GROUP_RL)}
+    described = f"what is trained from each warm start, default what the size says: {', '.join(arms)}"
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=described)
     parser.add_argument("--model", default="", help="a folder, GGUF file or hub name; default SmolLM2-135M-Instruct")
     parser.add_argument("--text", default="builtin", help="free text to think on: .txt or .jsonl; default Python's manual")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"), help="folder for models and results")
@@ -185,6 +192,8 @@ def main() -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries say to each other's authors
     size, out = SIZES[options.size], options.out / options.size
+    if options.arms:
+        size = replace(size, arms=tuple(arms[name] for name in options.arms))
     todo = list(phases(size, options.seeds or size.seeds, options.model, options.text, out))
     for number, phase in enumerate(todo):
         run(phase)

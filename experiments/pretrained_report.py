@@ -32,6 +32,16 @@ WAYS_TO_LEARN = {  # that the claim is made for
     "quiet-star": "the published policy term",
     "temperature-1-signed": "temperature 1 and signed advantages",
 }
+EACH_CHANGE = {"temperature-1": "temperature 1 alone", "signed": "signed advantages alone"}
+NAMES = {
+    "warm": "the warm start",
+    **WAYS_TO_LEARN,
+    **EACH_CHANGE,
+    HEAD: "a mixing head alone",
+    "no-reinforce-rehearsal": "no REINFORCE, with rehearsal",
+    "plain-4-times-the-text": "plain training on four times the text",
+    "grpo-written-chains": "GRPO",
+}
 # The claim: own thoughts over each of these, an arm (or the same) and a way, above 0 in every seed on new numbers.
 CLAIM = {
     "no thought": ("", "none"),
@@ -60,11 +70,11 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     """Write pretrained.json and the generated part of pretrained.md; returns the page, and what it says of the claim."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
-    learned = [arm for arm in WAYS_TO_LEARN if arm in seeds[0]]
+    learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
     verdicts = [verdict(seeds, arm) for arm in learned]
     blocks = [*(f"**{words}**" for words in verdicts), *(claimmarkdown(seeds, arm) for arm in learned)]
     blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
-    if can_draw():
+    if learned and can_draw():
         draw(seeds, learned, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
     blocks += [some_thoughts(seeds[0], learned, problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
@@ -110,33 +120,35 @@ def claimmarkdown(seeds: list[Results], ours: str) -> str:
 def sampledmarkdown(seeds: list[Results]) -> str:
     """What the policy term had to choose from, before and after."""
     lines = []
-    for arm in ("warm", *WAYS_TO_LEARN, HEAD, "no-reinforce-rehearsal"):
-        found = [results[arm]["sampled"] for results in seeds if arm in results]
+    for arm in NAMES:
+        found = [results[arm]["sampled"] for results in seeds if "sampled" in results.get(arm, {})]
         if found:
             values = [
                 [x[name] for x in found if x[name] is not None] for name in ("right", "mixed", "reward_right", "reward_other")
             ]
-            lines.append([_named(arm), *(_mean(column) if column else "" for column in values)])
+            lines.append([_named(arm, seeds), *(_mean(column) if column else "" for column in values)])
     head = ["trained", "right chains", "problems with right ones and others", "reward of right ones, nats", "of others"]
     return f"Four thoughts for each problem with new numbers, sampled as in training:\n\n{markdown(head, lines)}"
 
 
-def _named(arm: str) -> str:
-    return "the warm start" if arm == "warm" else WAYS_TO_LEARN.get(arm, arm.replace("-", " "))
+def _named(arm: str, seeds: list[Results]) -> str:
+    """Also the seeds, if not all have it."""
+    having = [str(seed) for seed, results in enumerate(seeds) if arm in results]
+    return NAMES[arm] if len(having) == len(seeds) else f"{NAMES[arm]} (seed {', '.join(having)})"
 
 
 def armsmarkdown(seeds: list[Results]) -> str:
     """Share of right answers and -log p of the answer, mean over the seeds."""
     lines = []
-    thinking = [name for name in seeds[0] if "answers" in seeds[0][name]]
-    for arm in sorted(thinking, key=lambda name: (name != "warm", name not in WAYS_TO_LEARN, name)):
+    for arm in NAMES:
         for way, words in WAYS.items():
             if way not in ("none", "own") and arm not in WAYS_TO_LEARN:
                 continue
-            row = [_named(arm), words]
+            row = [_named(arm, seeds), words]
+            answers = [results[arm]["answers"] for results in seeds if "answers" in results.get(arm, {})]
             for part in PARTS:
-                found = [results[arm]["answers"][part].get(way) for results in seeds if arm in results]
-                if not all(found):
+                found = [x[part][way] for x in answers if way in x[part]]
+                if not found:
                     break
                 row += [_mean([fmean(x["right"]) for x in found]), _mean([fmean(x["nats"]) for x in found])]
             else:
@@ -148,16 +160,15 @@ def armsmarkdown(seeds: list[Results]) -> str:
 def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
     """What models write that may write a chain, and how often thoughts are chains."""
     lines = []
-    for arm, words in (("warm", "the warm start, writing"), ("grpo-written-chains", "GRPO, writing")):
-        having = [seed for seed, results in enumerate(seeds) if arm in results]
-        found = [seeds[seed][arm]["written"] for seed in having]
+    for arm in ("warm", "grpo-written-chains"):
+        found = [results[arm]["written"] for results in seeds if arm in results]
         if found:
-            which = "" if len(having) == len(seeds) else f" (seed {', '.join(map(str, having))})"
-            lines.append([words + which, *_chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])])
-    for arm in ("warm", *WAYS_TO_LEARN):
+            shares = _chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])
+            lines.append([f"{_named(arm, seeds)}, writing", *shares])
+    for arm in ("warm", *WAYS_TO_LEARN, *EACH_CHANGE):
         found = [results[arm]["answers"] for results in seeds if arm in results]
         if found:
-            lines.append([f"{_named(arm)}, thinking", *_chains(found, problems, lambda x: x["thoughts"])])
+            lines.append([f"{_named(arm, seeds)}, thinking", *_chains(found, problems, lambda x: x["thoughts"])])
     columns = ("a chain", "the right chain", "right answer")
     head = ["", *(f"{what}, {words}" for words in PARTS.values() for what in columns)]
     gate = [_of_written(results["warm"], problems) for results in seeds]
@@ -191,7 +202,7 @@ def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[P
         p = [f"{exp(-found[-1][way]['nats'][i]):.2f}" for way in ("none", "own")]
         thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in found]
         lines.append([problem.question, *thoughts, str(problem.answer), *p])
-    head = ["problem", *(f"thought, {_named(arm)}" for arm in ("warm", *learned)), "answer", "p without", "p with"]
+    head = ["problem", *(f"thought, {NAMES[arm]}" for arm in ("warm", *learned)), "answer", "p without", "p with"]
     return f"The first {count} problems of the test, in seed 0:\n\n{markdown(head, lines)}"
 
 

@@ -90,8 +90,10 @@ def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypa
     page, verdict = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
     assert f"**{verdict}**" in page.read_text() and " the claim holds in 2 of 2 seeds" in verdict
     assert "| no thought | new numbers | +1.50 (+1.50 to +1.50) | +1.50" in page.read_text()
-    page, verdict = report.write([seed(1.5), seed(0.5)], None, problems, tmp_path)
+    second = seed(0.5) | {"signed": seed(1.5)["quiet-star"]}
+    page, verdict = report.write([seed(1.5), second], None, problems, tmp_path)
     assert " the claim does not hold" in verdict and verdict.endswith("with a mixing head trained on them in seed 1.")
+    assert "| signed advantages alone (seed 1) | 0.40 |" in page.read_text()
 
 
 @pytest.mark.long
