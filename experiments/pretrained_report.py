@@ -254,6 +254,7 @@ def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:
             bars.errorbar([row[3] for row in rows], places, xerr=whiskers, fmt="o", color=colour, capsize=2, markersize=3)
     curve.axhline(0, color="black", linewidth=0.8)
     curve.set(xlabel="update", ylabel="nats", title="mean reward of a thought")
+    curve.set_ylim(top=1.25 * curve.get_ylim()[1])  # room for the legend
     curve.legend(frameon=False)
     bars.axvline(0, color="black", linewidth=0.8)
     bars.set_yticks([len(names) - i - 0.25 for i in range(len(names))], [name.split(",")[0] for name in names])
