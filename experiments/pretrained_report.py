@@ -72,7 +72,7 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
     learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
     verdicts = [verdict(seeds, arm) for arm in learned]
-    blocks = [*(f"**{words}**" for words in verdicts), *(claimmarkdown(seeds, arm) for arm in learned)]
+    blocks = [*(f"**{words}**" for words in verdicts), seedsmarkdown(seeds), *(claimmarkdown(seeds, arm) for arm in learned)]
     blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
     if learned and can_draw():
         draw(seeds, learned, folder / "pretrained.png")
@@ -115,6 +115,23 @@ def claimmarkdown(seeds: list[Results], ours: str) -> str:
             lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
     head = [f"{WAYS_TO_LEARN[ours]}: own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
     return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{markdown(head, lines)}"
+
+
+def seedsmarkdown(seeds: list[Results]) -> str:
+    """Share of right answers to problems with new numbers, by seed: with own thoughts, after a written chain, or at once."""
+    lines = []
+    for arm, name in NAMES.items():
+        for way, words in (("none", "no thought"), ("own", "own thoughts"), ("written", "a written chain")):
+            row = [_right(results.get(arm, {}), way) for results in seeds]
+            if any(row):
+                lines.append([name, words, *row])
+    head = ["trained", "answers after", *(f"seed {seed}" for seed in range(len(seeds)))]
+    return f"Right answers to problems with new numbers:\n\n{markdown(head, lines)}"
+
+
+def _right(result: Results, way: str) -> str:
+    found = {**result.get("answers", {}).get("test", {}), "written": result.get("written", {}).get("test")}.get(way)
+    return f"{fmean(found['right']):.2f}" if found else ""
 
 
 def sampledmarkdown(seeds: list[Results]) -> str:
@@ -228,13 +245,14 @@ def free_text(free: Results) -> str:
 
 
 def cost(seeds: list[Results]) -> str:
-    spent = [
-        f"{sum(x['seconds'] for x in results.values()) / 60:.0f} minutes on {results['warm']['machine']}" for results in seeds
-    ]
+    spent = []
+    for results in seeds:
+        machines = " and ".join(dict.fromkeys(result["machine"] for result in results.values()))
+        spent.append(f"{sum(result['seconds'] for result in results.values()) / 60:.0f} minutes on {machines}")
     some = [result for results in seeds for result in results.values()]
     dates, versions = (sorted({result[name] for result in some}) for name in ("date", "torch"))
-    with_what = f"torch {', '.join(versions)}, {dates[-1]}"
-    return f"The seeds took {', '.join(spent)}; a part that was stopped counts from its last start; {with_what}."
+    measured = f"a part that was stopped counts from its last start; torch {', '.join(versions)}, {dates[-1]}"
+    return f"The parts of each seed, added up, took {', '.join(spent)}; {measured}."
 
 
 def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:

@@ -49,17 +49,16 @@ class Arm:
 
 
 # Of preset lora: thoughts are weighed at the temperature at which they are sampled, and those below the mean are weakened.
-SAMPLED: dict[str, Any] = {"policy_temperature": 1.0}
-SIGNED: dict[str, Any] = {"advantage": "leave_one_out"}
+SAMPLED, SIGNED = replace(THOUGHTS, policy_temperature=1.0), replace(THOUGHTS, advantage="leave_one_out")
 ARMS = {
     "quiet-star": Arm(),
-    "temperature 1, signed": Arm(replace(THOUGHTS, **SAMPLED, **SIGNED)),
-    "mixing head alone": Arm(frozen=True),
-    "no REINFORCE, rehearsal": Arm(replace(THOUGHTS, policy_weight=0.0), rehearses=True),
-    "plain, 4 times the text": Arm(PLAIN, lines=4 * LINES),
+    "temperature-1-signed": Arm(replace(SAMPLED, advantage="leave_one_out")),
+    "temperature-1": Arm(SAMPLED),
+    "signed": Arm(SIGNED),
+    "mixing-head-alone": Arm(frozen=True),
+    "no-reinforce-rehearsal": Arm(replace(THOUGHTS, policy_weight=0.0), rehearses=True),
+    "plain-4-times-the-text": Arm(PLAIN, lines=4 * LINES),
 }
-# Each of the two changes by itself; trained where --arms asks for them.
-ALONE = {"temperature 1": Arm(replace(THOUGHTS, **SAMPLED)), "signed": Arm(replace(THOUGHTS, **SIGNED))}
 
 
 def warm_start(model: str, out: Path, seed: int, steps: int) -> None:

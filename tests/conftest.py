@@ -1,7 +1,6 @@
 """Two threads and no network, here and in the processes that tests start; set before torch is imported."""
 
 import importlib
-import math
 import os
 import sys
 import time
@@ -69,15 +68,12 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Fail a test that takes more than ``--longest`` by both clocks, also when a slow or busy machine is allowed for.
-
-    Half as much again is let pass: on a busy machine memory slows down more than the loop that tells of it.
-    """
+    """Fail a test that takes more than ``--longest`` by both clocks, also when a slow or busy machine is allowed for."""
     report = yield
     before, item.config.cpu_seconds = item.config.cpu_seconds, cpu_seconds()
     used, longest = item.config.cpu_seconds - before, item.config.getoption("longest")
-    took, most = min(call.duration, used), 1.5 * (longest or math.inf)
-    if report.passed and call.when == "call" and took > most and took > most * slowness():
+    took = min(call.duration, used)
+    if longest and report.passed and call.when == "call" and took > longest and took > longest * slowness():
         report.outcome = "failed"
         report.longrepr = (
             f"the test took {call.duration:.1f} s, {used:.1f} s of a CPU, where {longest:g} are the most: "
