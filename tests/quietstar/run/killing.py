@@ -36,7 +36,8 @@ class Commands:
 
         Args:
             seconds: SIGKILL after this time, unless it is 0.
-            change: SIGKILL right before the command's so many-th change inside a save, unless it is 0.
+            change: SIGKILL right before the command's so many-th change inside a save, unless it is 0; before the next one
+                where this one begins the save, since that would leave nothing of it.
         """
         request = {"arguments": arguments, "folder": str(folder), "seconds": seconds, "change": change}
         print(json.dumps(request), file=self._server.stdin, flush=True)
@@ -50,6 +51,11 @@ class Commands:
 def in_a_save(path) -> bool:
     """Whether a path is a temporary file or folder, which saves write to, or inside one."""
     return any(part.startswith(".") and part not in NOT_SAVED for part in Path(path).parts)
+
+
+def begun_a_save(folder: Path) -> bool:
+    """Whether a folder has something that an unfinished save wrote."""
+    return any(in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")  # audit events whose values begin with paths
@@ -76,7 +82,7 @@ def watch(journal: int, kill_before: int) -> None:
         if any(map(in_a_save, inside)):
             count += 1
             os.write(journal, f"{event} {' '.join(inside)}\n".encode())
-            if count == kill_before:
+            if 0 < kill_before <= count and begun_a_save(Path(home)):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

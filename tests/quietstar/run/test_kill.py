@@ -140,7 +140,7 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
             users.check(in_place=ended.code == 0)
             if ended.code:
                 killed += 1
-                inside += any(killing.in_a_save(path.relative_to(folder)) for path in folder.rglob("*"))
+                inside += killing.begun_a_save(folder)
                 users.add()
         users.remove()
         found = content(folder / "run")
