@@ -15,6 +15,19 @@ FAR = tl.constexpr(1 << 30)  # after every row
 
 
 @triton.jit
+def taking_turns(pairs, together):
+    """(pair, turn) of this program. Programs begin in this order: the first of ``together`` pairs each, their second, ..
+
+    Only then do the next pairs begin. So the text that running programs read fits in the L2 cache.
+    """
+    each = tl.num_programs(0) // pairs
+    first = tl.program_id(0) // (each * together) * together
+    among = tl.minimum(together, pairs - first)
+    turn = tl.program_id(0) - first * each
+    return first + turn % among, turn // among
+
+
+@triton.jit
 def load_rows(tiles, x, b, head, row, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """[ROWS,BLOCK]: the rows from ``row`` of batch row ``b`` and ``head``, by the descriptor ``tiles`` if there is one.
 

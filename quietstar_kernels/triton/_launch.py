@@ -21,6 +21,7 @@ from quietstar_kernels.triton.configs import INTERPRETED, Config, target
 
 THREADS = 8  # the compiler releases the GIL
 BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory
+CACHE = 16 << 20  # bytes of text that pairs read together: a third of an H100's L2 cache, as the pairs before and after do too
 MOST = 4096  # plans to remember; then all are forgotten
 Tiles = list[TensorDescriptor | None]
 Choice = TypeVar("Choice")
@@ -154,6 +155,11 @@ def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -
         return [None] * len(tiles) if None in tiles else tiles
 
     return known.tiles(config, (k, v) * len(blocks), describe)
+
+
+def pairs_together(pairs: int, rows: int, width: int, itemsize: int) -> int:
+    """How many of the ``pairs`` of a batch row and a key head take turns, if each reads ``rows`` of ``width`` numbers."""
+    return max(1, min(pairs, CACHE // (rows * width * itemsize)))
 
 
 def padded(width: int) -> int:

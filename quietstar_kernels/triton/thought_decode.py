@@ -31,11 +31,12 @@ from quietstar_kernels.triton._device import (
     scores,
     softmax_step,
     store_tile,
+    taking_turns,
     tile_rows,
     window_bounds,
     without_poison,
 )
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, padded, plan
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, padded, pairs_together, plan
 from quietstar_kernels.triton.configs import (
     DECODE_SHORT,
     THOUGHT_DECODE,
@@ -79,7 +80,8 @@ def thought_decode(
 
     def prepare() -> Launch:
         strides = *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4]
-        numbers = *strides, B, G, H // G, L, thoughts, window, scale, softcap
+        together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
+        numbers = *strides, B, G, together, H // G, L, thoughts, window, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(_decode, (tiles, splits), numbers, constants)
 
@@ -121,21 +123,21 @@ def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "L", "thoughts", "window"],
+    do_not_specialize=["B", "G", "together", "HG", "L", "thoughts", "window"],
     do_not_specialize_on_alignment=["sinks", "lo", "table", "step"],
 )
 def _decode(
     q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, step, out, parts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
-    B, G, HG, L, thoughts, window, scale, softcap,
+    B, G, together, HG, L, thoughts, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0) % (B * G)
+    pair, turn = taking_turns(B * G, together)
     b, g = pair // G, pair % G
-    tile = tl.num_programs(0) // (B * G) - 1 - tl.program_id(0) // (B * G)  # those that see the most text come first
+    tile = tl.num_programs(0) // (B * G) - 1 - turn  # those that see the most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
     flat = tile * BLOCK_M
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)

@@ -5,15 +5,23 @@ from functools import partial
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout, thought_attention
+from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, attention_magnitudes, plain_attention
+from quietstar_kernels.testing import (
+    assert_op_close_as_plain,
+    attention_inputs,
+    attention_magnitudes,
+    decode_inputs,
+    forward_backward,
+    plain_attention,
+)
 
 pytest.importorskip("triton")
 
 from quietstar_kernels.triton import configs  # noqa: E402
+from quietstar_kernels.triton import thought_decode as decode  # noqa: E402
 from quietstar_kernels.triton.configs import INTERPRETED  # noqa: E402
-from quietstar_kernels.triton.thought_attention import backward_keys  # noqa: E402
+from quietstar_kernels.triton.thought_attention import backward, backward_keys  # noqa: E402
 from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -113,3 +121,24 @@ def test_blocks_that_nobody_sees_are_skipped(name, monkeypatch):
     out.sum().backward()
     useful = 2 * int(layout.dense_mask(options.get("window"))[:, -out.shape[2] :].sum()) * (32 + 64)
     assert forward / useful <= most[0] and (sum(multiplied) - forward) / (2.5 * useful) <= most[1]
+
+
+@pytest.mark.kernels
+def test_the_order_of_programs_changes_nothing(monkeypatch):
+    """Four pairs of a batch row and a key head take turns all together, one by one, and three before the last one."""
+    generator = torch.Generator().manual_seed(0)
+    layout = ThoughtLayout.at(torch.tensor([[3, 11], [9, 17]], device=DEVICE), 2, 3, text_length=18)
+    inputs = attention_inputs(generator, layout, 4, 2, 16, 16, sinks=True)
+    grad_out = torch.randn(inputs["q"].shape, generator=generator).to(DEVICE)
+    to_decode = decode_inputs(generator, layout, width=16)
+
+    def run():
+        attention = partial(thought_attention, return_lse=True, backend="triton")
+        (out, lse), grads = forward_backward(attention, inputs, (grad_out,), layout=layout)
+        return out, lse, *grads.values(), thought_decode(**to_decode, layout=layout, step=1, backend="triton")
+
+    want = run()
+    for together in (1, 3):
+        for module in (op, backward, backward_keys, decode):
+            monkeypatch.setattr(module, "pairs_together", lambda *_: together)  # noqa: B023, called at once
+        assert all(torch.equal(x, y) for x, y in zip(want, run(), strict=True))

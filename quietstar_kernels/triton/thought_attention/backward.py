@@ -26,12 +26,13 @@ from quietstar_kernels.triton._device import (
     scores,
     seen_by,
     store_tile,
+    taking_turns,
     tile_rows,
     tile_start,
     weights,
     window_bounds,
 )
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded, pairs_together
 from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, ATTENTION_BACKWARD_ROWS, dot_precision, pick
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
@@ -166,7 +167,8 @@ def query_gradient(inputs: Inputs) -> Tensor:
         HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], branches.L, branches.M
         tiles = cdiv((M - L) * HG, BLOCK_M) + cdiv((rows - (M - L)) * HG, BLOCK_M)
         strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-        numbers = *strides, B, G, HG, rows, L, M, scale, softcap
+        together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
+        numbers = *strides, B, G, together, HG, rows, L, M, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(attention_backward_queries, (tiles * B * G,), numbers, constants)
 
@@ -176,20 +178,20 @@ def query_gradient(inputs: Inputs) -> Tensor:
     return dq
 
 
-@triton.jit(do_not_specialize=["B", "G", "HG", "rows", "L", "M"], do_not_specialize_on_alignment=["lo"])
+@triton.jit(do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M"], do_not_specialize_on_alignment=["lo"])
 def attention_backward_queries(
     grad_out, q, k, v,
     delta, lse, first_table, count_table, own_first_table, own_count_table, oldest_table, lo, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm,
-    B, G, HG, rows, L, M, scale, softcap,
+    B, G, together, HG, rows, L, M, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0) % (B * G)
+    pair, tile = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
-    tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
+    tiles = tl.num_programs(0) // (B * G)
     flat, begin, end = tile_start(tile, tiles, L, M - L, HG, BLOCK_M)
     m, h, inside = tile_rows(flat, begin, end, HG, BLOCK_M)
     h = g * HG + h

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._device import FAR, in_range, load_tile, scores, store_tile, weights
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded
+from quietstar_kernels.triton._device import FAR, in_range, load_tile, scores, store_tile, taking_turns, weights
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded, pairs_together
 from quietstar_kernels.triton.configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
@@ -81,7 +81,9 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
         blocks = cdiv(M - L if ranges is None else L, config.blocks["BLOCK_N"])
         within = M if window is None else min(window, M)
         strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-        numbers = *strides, B, G, H // G, rows, L, M, branches.C, int(branches.full), within, parts, scale, softcap
+        together = pairs_together(B * G, H // G * rows, K + E, q.element_size())
+        sizes = B, G, together, H // G, rows, L, M, branches.C, int(branches.full), within, parts
+        numbers = *strides, *sizes, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
 
@@ -99,7 +101,7 @@ def _name(specialization: Any) -> str:
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "rows", "L", "M", "C", "full_own", "window", "parts"],
+    do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M", "C", "full_own", "window", "parts"],
     do_not_specialize_on_alignment=["lo", "table", "of_row"],
     repr=_name,
 )
@@ -107,14 +109,13 @@ def attention_backward_keys(
     grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, table, of_row, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm,
-    B, G, HG, rows, L, M, C, full_own, window, parts, scale, softcap,
+    B, G, together, HG, rows, L, M, C, full_own, window, parts, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0) % (B * G)
+    pair, turn = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
-    part = (tl.program_id(0) // (B * G)) % parts
-    block = tl.program_id(0) // (B * G) // parts
+    part, block = turn % parts, turn // parts
     before = rows - (M - L)  # query rows before the first branch row
     if ranges is None:
         n0, end = L + block * BLOCK_N, M

@@ -35,12 +35,13 @@ from quietstar_kernels.triton._device import (
     seen_by,
     softmax_step,
     store_tile,
+    taking_turns,
     tile_rows,
     tile_start,
     window_bounds,
     without_poison,
 )
-from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, plan
+from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, pairs_together, plan
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
@@ -71,7 +72,8 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
         tiles = cdiv(R * HG, BLOCK_M) + cdiv((rows - R) * HG, BLOCK_M)
         numbers = (
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            B, G, HG, rows, branches.L, R, branches.C, int(branches.full), window, scale, softcap,
+            B, G, pairs_together(B * G, max(branches.L, 1), K + E, q.element_size()),
+            HG, rows, branches.L, R, branches.C, int(branches.full), window, scale, softcap,
         )  # fmt: skip
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision(), "CAREFUL": 0}
         return Launch(attention_forward, (tiles * B * G,), numbers, constants)
@@ -90,21 +92,21 @@ def config_of(branches: Branches, options: AttentionOptions, itemsize: int, widt
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "HG", "rows", "L", "R", "C", "full_own", "window"],
+    do_not_specialize=["B", "G", "together", "HG", "rows", "L", "R", "C", "full_own", "window"],
     do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row"],
 )
 def attention_forward(
     q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm, stride_ob, stride_oh, stride_om,
-    B, G, HG, rows, L, R, C, full_own, window, scale, softcap,
+    B, G, together, HG, rows, L, R, C, full_own, window, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0) % (B * G)
+    pair, tile = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
-    tile, tiles = tl.program_id(0) // (B * G), tl.num_programs(0) // (B * G)
+    tiles = tl.num_programs(0) // (B * G)
     flat, begin, end = tile_start(tile, tiles, L, R, HG, BLOCK_M)
     m, h, inside = tile_rows(flat, begin, end, HG, BLOCK_M)
     k += b * stride_kb + g * stride_kg
