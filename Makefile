@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
 LOWEST := .venv-lowest
 REHEARSAL := .venv-rehearsal
+EXECUTED := .venv-executed
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
@@ -26,7 +27,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
-    pretrained experiments-full gpu gpu-rehearsal wheel clean
+    pretrained experiments-full executed gpu gpu-rehearsal wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -116,6 +117,18 @@ $(REHEARSAL)/.ready: constraints-lowest.txt Makefile
 	@$(PYTHON) -m venv --clear $(REHEARSAL)
 	@$(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input install -qq $(PIP_ARGS) \
 	    $(shell grep -E '^(torch|triton|transformers)==' constraints-lowest.txt) pytest 'numpy<2.4'
+	@touch $@
+
+executed: $(EXECUTED)/.ready  ## Triton's kernels as the compiler makes them for GPUs, executed on a CPU: docs/executed.md; STAGE=faults, DOCS=docs
+	OMP_WAIT_POLICY=PASSIVE $(EXECUTED)/bin/python tests/executed $(if $(STAGE),--stage $(STAGE)) $(if $(DOCS),--docs $(DOCS))
+
+# ttsem executes what this version of Triton compiles; it asks for Python 3.12 but runs on 3.11. All else is .venv's.
+$(EXECUTED)/.ready: $(READY) Makefile
+	@echo "Setting up $(EXECUTED): a minute the first time."
+	@$(BIN)/python -m venv --clear $(EXECUTED)
+	@$(EXECUTED)/bin/python -m pip --disable-pip-version-check --no-input install -qq --no-deps --ignore-requires-python $(PIP_ARGS) \
+	    triton==3.8.0 ttsem==0.1.0
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(EXECUTED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@touch $@
 
 # The wheel is made from what the source distribution holds. libtorch and libc10 stay outside: they are PyTorch's.

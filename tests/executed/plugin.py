@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Executed:
         unjudged = {f"{x.pass_name}: {x.message} {' '.join(x.unsupported)}"[:200] for x in report.passes if x.n_diff}
         last = [text for _, text in stages if "llvm.func" not in text][-1]
         shared = races_in_shared_memory(record, last)
+        shared["races_without_waits"] = len(races_in_shared_memory(record, without_waits(last))["races"])
         seconds = round(time.monotonic() - began, 1)
         found = {"verdicts": verdicts, "unjudged": sorted(unjudged), "shared": shared, "seconds": seconds}
         self.modules[kernel] = found | {"first_bad_pass": report.first_bad_pass}
@@ -109,7 +111,8 @@ class Executed:
         self.before += launched
         case = {"case": report.nodeid, "outcome": report.outcome, "launches": launched, "seconds": round(report.duration, 1)}
         if report.failed:
-            case["why"] = str(report.longreprtext).strip().splitlines()[-1][:300] if report.longreprtext else ""
+            crash = getattr(report.longrepr, "reprcrash", None)
+            case["why"] = (crash.message if crash else report.longreprtext).strip()[:500]
         if report.skipped:
             case["why"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         self.cases.append(case)
@@ -118,7 +121,12 @@ class Executed:
         (summary,) = (
             x for x in self.config.pluginmanager.get_plugins() if hasattr(x, "state") and hasattr(x.state, "races_unchecked")
         )
-        found = {"launches": self.launches, "modules": self.modules, "races_unchecked": summary.state.races_unchecked, "cases": self.cases}
+        found = {
+            "launches": self.launches,
+            "modules": self.modules,
+            "races_unchecked": summary.state.races_unchecked,
+            "cases": self.cases,
+        }
         self.config.getoption("--executed").write_text(json.dumps(found))
 
 
@@ -128,16 +136,16 @@ def races_in_shared_memory(record: Any, module: str) -> dict[str, Any]:
     interp = harness.Interp
     programs = itertools.product(*map(range, harness._grid3(record.grid)))
     for program in itertools.islice(programs, PROGRAMS):
-        ran = []
+        ran: list[Any] = []
 
         class OfOneProgram(races.RaceInterp):
             def __init__(self, module: Any, memory: Any, grid: tuple[int, int, int]) -> None:
                 numbers = (races._attr_int(module.attrs, f"ttg.{name}") for name in ("num-warps", "threads-per-warp"))
                 super().__init__(module, memory, grid, *numbers)
-                ran.append(self)
+                ran.append(self)  # noqa: B023, as ``program`` below: both are of this turn
 
             def run_grid(self, function: str, arguments: list[Any]) -> None:
-                self.run(function, arguments, program)  # noqa: B023, run before the next one
+                self.run(function, arguments, program)  # noqa: B023
 
         harness.Interp = OfOneProgram
         try:
@@ -149,6 +157,11 @@ def races_in_shared_memory(record: Any, module: str) -> dict[str, Any]:
         found["races"] += [f"{race.first.op[:150]} | {race.second.op[:150]}" for x in ran for race in x.races]
         found["unjudged"] += [failure.message] if failure else []
     return found
+
+
+def without_waits(module: str) -> str:
+    """Without barriers, and with waits that leave all copies open: the races that the search must find."""
+    return re.sub(r'("ttg.async_wait"\(.*num = )\d+', r"\g<1>99", races.strip_barriers(module))
 
 
 def variant(record: Any) -> str:

@@ -55,11 +55,12 @@ def test_error_rule(backend, device, interpreted, way, options, shape, dtype):
         pytest.skip("it never keeps anything")
     for seed in range(1 if interpreted and shape[0] > 50 else 2):
         inputs, grads = make(seed, shape, device, dtype, bias=seed % 2 == 0, **options)
+        terms = {"hidden": float(grads[0].abs().max() * inputs["weight"].abs().max())}  # of a row's gradient, which may cancel
         op = in_way(way, backend, return_entropy=True)
-        assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"seed {seed}", **options)
+        assert_op_close_as_plain(op, plain_logprob, inputs, grads, f"seed {seed}", terms, **options)
         alone = lambda **x: plain_logprob(**x)[0]  # noqa: E731
         op = in_way(way, backend)
-        assert_op_close_as_plain(op, alone, inputs, grads[:1], f"seed {seed} without entropy", **options)
+        assert_op_close_as_plain(op, alone, inputs, grads[:1], f"seed {seed} without entropy", terms, **options)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # by the interpreter: -inf of the padding times a scale of 0

@@ -1,0 +1,117 @@
+"""``make executed``: what Triton's compiler makes of the kernels, executed on a CPU; needs no GPU. See docs/executed.md.
+
+make executed                           the kernel suite, every module of every kernel, and the wrapper; about 20 minutes
+make executed STAGE=faults DOCS=docs    mistakes put in by hand, and which tool finds which; DOCS replaces the page there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import report
+from faults import FAULTS, ROOT, with_fault
+
+HERE = Path(__file__).parent
+SUITE = [
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        "thought_attention", "thought_attention_leaks", "thought_decode", "linear_logprob", "linear_logprob_ways",
+        "sample_token", "triton_thought_attention", "triton_thought_decode", "triton_sample_token",
+    )
+]  # fmt: skip
+SHARDS = 8
+TARGETS = (90, 80, 100)  # compute capabilities
+STAGES = ("suite", "modules", "wrapper", "faults")
+UNDER_TTSEM = "import sys; from ttsem.sanitize import run_pytest; sys.exit(run_pytest(sys.argv[2:], int(sys.argv[1])))"
+
+
+@dataclass
+class Job:
+    """A process that runs tests; what its plugin found is in ``result``, if it got there."""
+
+    stage: str
+    name: str
+    arguments: list[str]
+    cc: int | None = 90  # None for Triton's interpreter, in the environment of the other tests
+    root: Path = ROOT
+    code: int = 0
+    output: str = ""
+    seconds: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+def jobs(stages: list[str], out: Path) -> Iterator[Job]:
+    if "modules" in stages:
+        for cc in TARGETS:
+            for test in ("attention", "decode", "sample_token", "linear_logprob"):
+                yield Job("modules", f"{test}, sm_{cc}", ["tests/executed/each_kernel.py", "-k", test, f"--modules={cc}"], cc)
+    if "wrapper" in stages:
+        yield Job("wrapper", "wrapper", ["tests/executed/wrapper.py"])
+    if "suite" in stages:
+        for shard in range(SHARDS):
+            yield Job("suite", f"suite {shard + 1} of {SHARDS}", [*SUITE, "-k", "triton", f"--shard={shard}/{SHARDS}"])
+    if "faults" in stages:
+        for number, fault in enumerate(FAULTS):
+            root = with_fault(fault, out / f"fault-{number}")
+            for cc in (None, 90):
+                yield Job("faults", fault.what, ["-x", "-rf", *fault.cases], cc, root)
+
+
+def run(job: Job, out: Path) -> Job:
+    found = out / f"{job.stage}-{job.name.replace(' ', '-')}.json"
+    found.unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (job.root, ROOT / "python", HERE)))
+    if job.cc is None:
+        start = [str(ROOT / ".venv/bin/python"), "-m", "pytest"]
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        start = [sys.executable, "-c", UNDER_TTSEM, str(job.cc), "-p", "plugin", f"--executed={found}"]
+    began = time.monotonic()
+    ran = subprocess.run(
+        [*start, "-q", "-p", "no:cacheprovider", *job.arguments], cwd=job.root, env=environment, capture_output=True, text=True
+    )
+    job.code, job.output, job.seconds = ran.returncode, ran.stdout + ran.stderr, time.monotonic() - began
+    if found.exists():
+        job.result = json.loads(found.read_text())
+    print(f"{job.stage}: {job.name}{' interpreted' * (job.cc is None)}, {job.seconds:.0f} s, exit code {job.code}", flush=True)
+    if job.code and job.stage != "faults":
+        print(job.output, flush=True)
+    return job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES[:3])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/executed")
+    parser.add_argument("--docs", type=Path, help="write executed.md and executed.json here, instead of into --out")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+        done = list(workers.map(lambda job: run(job, options.out), jobs(options.stage, options.out)))
+    folder = options.docs or options.out
+    known = folder / "executed.json"
+    results = json.loads(known.read_text()) if known.exists() else {}
+    results |= {"versions": report.versions(), "date": date.today().isoformat()}
+    for stage in options.stage:
+        results[stage] = report.STAGES[stage]([job for job in done if job.stage == stage])
+    results.setdefault("seconds", {})[" ".join(options.stage)] = round(time.monotonic() - began)
+    known.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {report.write(results, folder)}")
+    sys.exit(any(job.code for job in done if job.stage != "faults"))
+
+
+if __name__ == "__main__":
+    main()
