@@ -8,6 +8,8 @@ import os
 
 import torch
 
+AMD = ("gfx90a", "gfx942", "gfx950")  # others' registers are too few for the tiles
+
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
     """As ``_dispatch.why_not``. Does not import Triton."""
@@ -29,6 +31,7 @@ def _why_not_gpu(device: torch.device) -> str | None:
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return f"there is no {device} here"
     if torch.version.hip:
-        return None
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if name in AMD else f"it needs one of {', '.join(AMD)}, {device} is {name}"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"

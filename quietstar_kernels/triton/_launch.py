@@ -133,6 +133,11 @@ def compiling_at_once() -> Iterator[None]:
             _only_compile.reset(token)
 
 
+def near(x: Tensor) -> Tensor:
+    """x with numbers of a row side by side, and rows so close that those of a tile have offsets of 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous()
+
+
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
     if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:

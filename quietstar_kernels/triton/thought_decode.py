@@ -36,7 +36,7 @@ from quietstar_kernels.triton._device import (
     window_bounds,
     without_poison,
 )
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, padded, pairs_together, plan
+from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, near, padded, pairs_together, plan
 from quietstar_kernels.triton.configs import (
     DECODE_SHORT,
     THOUGHT_DECODE,
@@ -65,6 +65,7 @@ def thought_decode(
         window = None  # it cuts nothing
     layout = lo.contiguous(), table.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
+    k_text, v_text = near(k_text), near(v_text)
     dtypes = [None if x is None else x.dtype for x in (*layout, step, sinks)]  # their other facts follow from the sizes
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), *dtypes, scale, window, softcap)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_what_triton_refuses(op, monkeypatch):
         _dispatch.choose(op, "triton", cpu, torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else name)
     assert _dispatch.why_not(op, "triton", cpu) == "Triton is not installed"
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])
+def test_amd_gpus(name, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    reason = None if name[:6] == "gfx942" else "it needs one of gfx90a, gfx942, gfx950, cuda:0 is gfx1100"
+    assert triton._why_not_gpu.__wrapped__(torch.device("cuda", 0)) == reason
 
 
 def test_auto_on_a_gpu_takes_triton_and_says_once_what_it_can_not(monkeypatch):

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from quietstar_kernels.triton import configs  # noqa: E402
 from quietstar_kernels.triton import thought_decode as decode  # noqa: E402
+from quietstar_kernels.triton._launch import near  # noqa: E402
 from quietstar_kernels.triton.configs import INTERPRETED  # noqa: E402
 from quietstar_kernels.triton.thought_attention import backward, backward_keys  # noqa: E402
 from quietstar_kernels.triton.thought_attention import forward as op  # noqa: E402
@@ -121,6 +122,13 @@ def test_blocks_that_nobody_sees_are_skipped(name, monkeypatch):
     out.sum().backward()
     useful = 2 * int(layout.dense_mask(options.get("window"))[:, -out.shape[2] :].sum()) * (32 + 64)
     assert forward / useful <= most[0] and (sum(multiplied) - forward) / (2.5 * useful) <= most[1]
+
+
+def test_rows_that_are_too_far_apart_for_offsets_of_32_bits_are_copied():
+    x = torch.empty_strided((1, 2, 3, 16), (1 << 30, 16, 1 << 23, 1), device="meta")
+    assert near(x).stride() == (96, 48, 16, 1) and near(x[:, :, :, ::2].expand(4, 2, 3, 8)).stride(-1) == 1
+    close = torch.empty_strided((1, 2, 3, 16), (1 << 30, 16, 1 << 20, 1), device="meta")
+    assert near(close) is close
 
 
 @pytest.mark.kernels

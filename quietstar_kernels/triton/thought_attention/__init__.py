@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._launch import compiling_at_once, plan
+from quietstar_kernels.triton._launch import compiling_at_once, near, plan
 from quietstar_kernels.triton.configs import INTERPRETED
 from quietstar_kernels.triton.thought_attention.backward import Inputs, query_gradient, row_tables
 from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
@@ -24,7 +24,7 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
         if kind not in _compiled:
             _compiled.add(kind)
             compile_at_once(q, k, v, branches, options)
-    return launch_forward(q, k, v, branches, options)
+    return launch_forward(near(q), near(k), near(v), branches, options)
 
 
 def thought_attention_backward(
@@ -42,11 +42,10 @@ def thought_attention_backward(
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))
     if sinks is not None:
         sinks = sinks.contiguous()
-    given = grad_out, q, k, v, out, sinks, *branches[:3]
+    given = grad_out, q, k, v, out, lse, sinks, *branches[:3]
     known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
     tables = row_tables(grad_out, out, lse, branches, window, sinks, known)
     inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
