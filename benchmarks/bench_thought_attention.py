@@ -172,6 +172,8 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
     if gpu:  # a long text first, where a kernel is at its best
         yield from vary("text", L=2048, B=1)
     yield from vary("headline")
+    if gpu:  # more text than the L2 cache holds
+        yield from vary("many pairs", L=2048, B=16, N=1, S=4)
     if not gpu:
         if _library.instruction_set() == "avx512_bf16":  # elsewhere baselines take minutes
             yield from vary("bf16", dtype=torch.bfloat16)
