@@ -1,10 +1,10 @@
 """Bytes that the Triton kernels of attention read from a GPU's memory, by a simulated schedule; needs no GPU.
 
-132 programs run at a time, in the order of their numbers, each with a tile of 128 rows; in a step each reads a block of 128 rows.
-A cache of 50 MB keeps what was read last, as an H100's does by and large. Heads are 128 wide, in 16 bit; every 16th position has a
-thought of 8 rows.
+132 programs run at a time, in the order of their numbers, each with a tile of 128 rows; in a step each reads a block of 128.
+A cache of 50 MB keeps what was read last, as an H100's does by and large. Heads are 128 wide, in 16 bit; every 16th position
+has a thought of 8 rows. Side by side are all pairs of a batch row and a key head; in turns is what the kernels do.
 
-    python -m benchmarks.schedule      the bytes with all pairs of batch row and key head side by side, and in the kernels' order
+    python -m benchmarks.schedule
 """
 
 from __future__ import annotations
