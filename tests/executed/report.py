@@ -95,11 +95,13 @@ def modules_table(rows: list[dict[str, Any]]) -> list[str]:
         words = "all equal" if equal == all_ else f"{equal} equal, {all_ - equal} not judged or different"
         why = [clean(x) for x in row.get("unjudged", ()) if "llvm dialect" not in x]
         shared = row.get("shared", {})
-        races = f"{len(shared.get('races', ()))}; {shared.get('races_without_waits', 0)} without barriers" if shared else ""
+        races = f"{len(shared.get('races', ()))}; {shared.get('races_without_waits', 0)} without waits" if shared else ""
         if shared.get("unjudged"):
-            races = "not judged: " + clean(shared["unjudged"][0])
+            races += (
+                f"; {len(shared['unjudged'])} of {shared['programs']} programs not to their end: {clean(shared['unjudged'][0])}"
+            )
         cells.append([f"`{row['kernel']}`", row["target"], all_, "; ".join([words, *why[:2]]), races])
-    return table(["kernel", "target", "modules", "results", "races in shared memory"], cells)
+    return table(["kernel", "target", "modules", "results", "races with copies"], cells)
 
 
 def faults_table(rows: list[dict[str, str]]) -> list[str]:
