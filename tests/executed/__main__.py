@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
         done = list(workers.map(lambda job: run(job, options.out), jobs(options.stage, options.out)))
     folder = options.docs or options.out
     known = folder / "executed.json"
