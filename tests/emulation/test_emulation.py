@@ -60,6 +60,12 @@ BUGS = {  # the build and the part of the grid that find it, and the message
         OVERRUN,
         sample("threads / WARP * sizeof(Standing)", "threads / WARP * sizeof(Standing) - 16"),
     ),
+    "four numbers are loaded from an odd address": (
+        "address",
+        "sample",
+        "misaligned address",
+        sample("const float4*>(row + first + i)", "const float4*>(row + first + i + 1)"),
+    ),
     "a lane skips an mma": (
         "plain",
         "decode",
