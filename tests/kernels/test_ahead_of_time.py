@@ -17,7 +17,9 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
-TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB of shared memory a block may have
+# KB of shared memory a block may have
+TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
+EXTENT = {"sm_90": "thorough", "sm_103": "brief", "sm_120": "brief", "gfx950": "brief"}  # these three have others' tiles
 
 
 def rules(op):
@@ -32,22 +34,23 @@ def rules(op):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile(op, target, record_property):
-    judge(op, target, sys.executable, record_property, thorough=target == "sm_90")
+    judge(op, target, sys.executable, record_property, EXTENT.get(target, "usual"))
 
 
 @pytest.mark.build
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_compile_with_the_oldest_triton(op, record_property):
+def test_kernels_compile_with_the_oldest_triton(op, target, record_property):
     """GPU machines often have it."""
     python = HERE.parents[1] / ".venv-lowest/bin/python"
     if not python.exists():
         pytest.skip("make test-lowest makes the environment with the oldest versions")
-    judge(op, "sm_90", str(python), record_property)
+    judge(op, target, str(python), record_property)
 
 
-def judge(op, target, python, record_property, thorough=False):
+def judge(op, target, python, record_property, extent="usual"):
     run = subprocess.run(
-        [python, HERE / "compile_op.py", op, target, *["thorough"] * thorough],
+        [python, HERE / "compile_op.py", op, target, extent],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
