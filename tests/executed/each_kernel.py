@@ -17,8 +17,9 @@ from quietstar_kernels.testing import (
     plain_logprob,
     sample_inputs,
 )
+from quietstar_kernels.triton.configs import INTERPRETED
 
-DTYPE = torch.bfloat16
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 
 
 def seeded(seed: int = 0) -> torch.Generator:

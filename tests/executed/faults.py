@@ -113,7 +113,7 @@ FAULTS = (
         "thought_decode.py",
         "tl.store(parts + rows + row, total, mask=inside)",
         "pass",
-        DECODE,
+        ("tests/executed/each_kernel.py::test_decode[in parts]",),
     ),
     Fault(
         "offsets of rows in 32 bits",
