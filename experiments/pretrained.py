@@ -65,7 +65,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(1, 2, 2, 4, 4, 1, 2),
-    "quick": Size(1, 60, 8, 48, 16, arms=("temperature-1-signed", "mixing-head-alone")),
+    "quick": Size(1, 50, 8, 32, 8, arms=("temperature-1-signed", "mixing-head-alone")),
     "full": Size(3, 200, 40, 160, 80, 140, 512),
 }
 
