@@ -37,7 +37,7 @@ SECTIONS = {
         *(f"docs/{name}.md" for name in ("training", "large-models", "using", "recipes", "integrating", "branches")),
         *(f"docs/{name}.md" for name in ("building", "reliability")),
     ],
-    "Results": ["docs/results.md", "docs/pretrained.md", "benchmarks/results/*.md"],
+    "Results": ["docs/results.md", "docs/pretrained.md", "docs/executed.md", "benchmarks/results/*.md"],
     "Reference": ["docs/commands.md", "reference/*.md"],
     "Development": ["CONTRIBUTING.md", "docs/log.md", "CHANGELOG.md", "tests/golden/README.md"],
     "More": ["docs/*.md"],
