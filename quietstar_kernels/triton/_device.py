@@ -231,11 +231,11 @@ def weights(qk, lse, scale, softcap, dtype: tl.constexpr):
     ``lse`` is in units of log 2 and has the same rank as qk; ``dtype`` is that of q and k.
     """
     if softcap is None:
-        score, slope = qk * (scale * LOG2_E), 1.0
+        x, factor, slope = qk, scale * LOG2_E, 1.0
     else:
-        capped = bend(qk * (scale / softcap), dtype)
-        score, slope = capped * (softcap * LOG2_E), 1 - capped * capped
-    return tl.exp2(score - lse), slope
+        x = bend(qk * (scale / softcap), dtype)
+        factor, slope = softcap * LOG2_E, 1 - x * x
+    return tl.exp2(tl.fma(x, factor, -lse)), slope  # the product isn't rounded, which for a score of 20 would change it by 1e-6
 
 
 @triton.jit
