@@ -238,8 +238,9 @@ def free_text(free: Results) -> str:
     lines = [[name, _interval(*values, digits=4)] for name, values in found.items()]
     low = found[FREE["constant"]][1]
     came = "That came out" if low is None or low <= 0 else "It is larger than 0"
+    text = "Python's manual" if free["text"] == "builtin" else free["text"]
     return (
-        f"On free text ({free['text']}, {free['texts']} texts held out) no gain over a constant thought was expected. {came}:"
+        f"On free text ({text}, {free['texts']} texts held out) no gain over a constant thought was expected. {came}:"
         f"\n\n{markdown(['own thoughts, over', 'nats per token where the model thinks'], lines)}"
     )
 

@@ -73,7 +73,7 @@ def jobs(stages: list[str], out: Path) -> Iterator[Job]:
 def run(job: Job, out: Path) -> Job:
     found = out / f"{job.stage}-{job.name.replace(' ', '-')}.json"
     found.unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (job.root, ROOT / "python", HERE)))
     if job.cc is None:
         start = [str(ROOT / ".venv/bin/python"), "-m", "pytest"]
