@@ -56,7 +56,7 @@ class Job:
 def jobs(stages: list[str], out: Path) -> Iterator[Job]:
     if "modules" in stages:
         for cc in TARGETS:
-            for test in ("attention", "decode", "sample_token", "linear_logprob"):
+            for test in ("plain", *["options"] * (cc == 90), "decode", "sample_token", "linear_logprob"):
                 yield Job("modules", f"{test}, sm_{cc}", ["tests/executed/each_kernel.py", "-k", test, f"--modules={cc}"], cc)
     if "wrapper" in stages:
         yield Job("wrapper", "wrapper", ["tests/executed/wrapper.py"])

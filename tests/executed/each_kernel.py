@@ -26,10 +26,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=["plain", "window and cap"])
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=["plain", "options"])
 def test_attention(options):
     """Own rows, and text at both edges of blocks and in blocks without a mask."""
-    layout = ThoughtLayout.at(torch.tensor([[3, 70, 131]]), 1, 4, text_length=140)
+    layout = ThoughtLayout.at(torch.tensor([[66, 70]]), 1, 3, text_length=72)
     inputs = attention_inputs(seeded(), layout, 1, 1, 16, 16, sinks=bool(options), dtype=DTYPE)
     grad_out = torch.randn(inputs["q"].shape, generator=seeded(1)).to(DTYPE)
     op = partial(thought_attention, return_lse=True, backend="triton")
