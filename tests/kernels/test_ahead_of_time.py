@@ -16,6 +16,9 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+FEW = (
+    2  # words that are spilled where no tiles were chosen for it: the sampler on sm_120, five kernels for sm_100 by Triton 3.6
+)
 OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
 # KB of shared memory a block may have
 TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
@@ -34,7 +37,7 @@ def rules(op):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile(op, target, record_property):
-    judge(op, target, sys.executable, record_property, EXTENT.get(target, "usual"))
+    judge(op, target, sys.executable, record_property, EXTENT.get(target, "usual"), spills=FEW if target == "sm_120" else 0)
 
 
 @pytest.mark.build
@@ -45,7 +48,7 @@ def test_kernels_compile_with_the_oldest_triton(op, target, record_property):
     python = HERE.parents[1] / ".venv-lowest/bin/python"
     if not python.exists():
         pytest.skip("make test-lowest makes the environment with the oldest versions")
-    judge(op, target, str(python), record_property, spills=2 if target == "sm_100" else 0)  # what Triton 3.6 makes of three
+    judge(op, target, str(python), record_property, spills=FEW if target == "sm_100" else 0)
 
 
 def judge(op, target, python, record_property, extent="usual", spills=0):
