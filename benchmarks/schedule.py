@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from quietstar_kernels.triton._launch import pairs_together
+from quietstar_kernels.triton._launch import cdiv, pairs_together
 from quietstar_kernels.triton.thought_attention.backward_keys import PARTS, PROGRAMS, TILES
 
 RUNNING, CACHE = 132, 50 << 20
@@ -71,7 +71,7 @@ def misses(programs: Iterable[Iterator[object]]) -> int:
 
 def queries(shape: Shape, pair: int, turn: int) -> Iterator[object]:
     """Text that a tile of the forward or of dq reads: thoughts first, both from the last."""
-    thoughts, texts = -(-shape.R * shape.HG // TILE), -(-shape.L * shape.HG // TILE)
+    thoughts, texts = cdiv(shape.R * shape.HG, TILE), cdiv(shape.L * shape.HG, TILE)
     if turn < thoughts:
         last = ((thoughts - turn) * TILE - 1) // shape.HG // ROWS * EVERY
     else:
@@ -83,7 +83,7 @@ def queries(shape: Shape, pair: int, turn: int) -> Iterator[object]:
 def decode(shape: Shape, pair: int, turn: int) -> Iterator[object]:
     """Text that a tile of thoughts reads for one new row of each."""
     thoughts = shape.L // EVERY
-    tiles = -(-thoughts * shape.HG // TILE)
+    tiles = cdiv(thoughts * shape.HG, TILE)
     last = ((tiles - turn) * TILE - 1) // shape.HG * EVERY
     for block in range(min(last, shape.L - 1) // TILE + 1):
         yield pair, block
@@ -101,13 +101,13 @@ def keys(shape: Shape, parts: int, pair: int, turn: int) -> Iterator[object]:
 
 def compared(shape: Shape) -> Iterator[tuple[str, int, int, int]]:
     """(kernel, least bytes, bytes with all pairs side by side, bytes in the kernels' order)."""
-    pairs, blocks = shape.B * shape.G, -(-shape.L // TILE)
+    pairs, blocks = shape.B * shape.G, cdiv(shape.L, TILE)
     rows = shape.HG * (shape.L + shape.R)
-    parts = max(1, min(PARTS, -(-PROGRAMS // (pairs * blocks)), rows // TILE // TILES))
+    parts = max(1, min(PARTS, cdiv(PROGRAMS, pairs * blocks), rows // TILE // TILES))
     kinds = {
-        "forward, dq": (queries, (), -(-shape.R * shape.HG // TILE) - (-shape.L * shape.HG // TILE), shape.L),
+        "forward, dq": (queries, (), cdiv(shape.R * shape.HG, TILE) + cdiv(shape.L * shape.HG, TILE), shape.L),
         "dK, dV": (keys, (parts,), blocks * parts, rows),
-        "decode": (decode, (), -(-(shape.L // EVERY) * shape.HG // TILE), shape.L),
+        "decode": (decode, (), cdiv(shape.L // EVERY * shape.HG, TILE), shape.L),
     }
     for kernel, (reads, options, each, length) in kinds.items():
         bytes_of = [

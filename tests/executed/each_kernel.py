@@ -18,19 +18,16 @@ from quietstar_kernels.testing import (
     sample_inputs,
 )
 from quietstar_kernels.triton.configs import INTERPRETED
+from tests.kernels.drawn import seeded
 
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=["plain", "options"])
 def test_attention(options):
     """Own rows, and text at both edges of blocks and in blocks without a mask."""
     layout = ThoughtLayout.at(torch.tensor([[66, 70]]), 1, 3, text_length=72)
-    inputs = attention_inputs(seeded(), layout, 1, 1, 16, 16, sinks=bool(options), dtype=DTYPE)
+    inputs = attention_inputs(seeded(0), layout, 1, 1, 16, 16, sinks=bool(options), dtype=DTYPE)
     grad_out = torch.randn(inputs["q"].shape, generator=seeded(1)).to(DTYPE)
     op = partial(thought_attention, return_lse=True, backend="triton")
     magnitudes = attention_magnitudes(inputs, grad_out)
@@ -40,20 +37,20 @@ def test_attention(options):
 @pytest.mark.parametrize("text", [40, 600], ids=["whole", "in parts"])
 def test_decode(text):
     layout = ThoughtLayout.at(torch.tensor([[3, text - 2]]), 1, 3, text_length=text)
-    inputs = decode_inputs(seeded(), layout, 1, 1, 16, dtype=DTYPE)
+    inputs = decode_inputs(seeded(0), layout, 1, 1, 16, dtype=DTYPE)
     op = partial(thought_decode, backend="triton")
     assert_op_close_as_plain(op, plain_decode, inputs, layout=layout, step=1)
 
 
 def test_sample_token():
-    inputs = sample_inputs(seeded(), 3, 16, 300, dtype=DTYPE)
+    inputs = sample_inputs(seeded(0), 3, 16, 300, dtype=DTYPE)
     ids, reference = (sample_token(**inputs, seed=5, backend=backend)[0] for backend in ("triton", "reference"))
     assert torch.equal(ids, reference)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**28], ids=["again", "kept"])
 def test_linear_logprob(keep_bytes):
-    inputs = logprob_inputs(seeded(), 5, 16, 300, dtype=DTYPE)
+    inputs = logprob_inputs(seeded(0), 5, 16, 300, dtype=DTYPE)
     grads = tuple(torch.randn(2, 5, generator=seeded(1)))
     op = partial(linear_logprob, backend="triton", keep_bytes=keep_bytes, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads)

@@ -102,8 +102,7 @@ class Executed:
         shared["races_without_waits"] = len(races_in_shared_memory(record, without_waits(last))["races"])
         seconds = round(time.monotonic() - began, 1)
         found = {"verdicts": verdicts, "unjudged": sorted(unjudged), "shared": shared, "seconds": seconds}
-        self.modules[kernel] = found | {"first_bad_pass": report.first_bad_pass}
-        print(kernel, self.modules[kernel], flush=True)
+        self.modules[kernel] = found
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
