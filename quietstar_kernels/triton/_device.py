@@ -123,6 +123,17 @@ def tile_rows(flat, begin, end, HG, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def tile_rows_again(zero, flat, begin, end, HG, BLOCK_M: tl.constexpr):
+    """As ``tile_rows``, with a ``zero`` that the compiler can't know to be 0.
+
+    Else it keeps rows and heads in registers from the beginning of a kernel to its end, which loops need.
+    """
+    i = tl.arange(BLOCK_M, 2 * BLOCK_M) & (BLOCK_M - 1 + zero)
+    row, head = divide(flat + zero, i, HG)
+    return begin + row, head, begin + row < end
+
+
+@triton.jit
 def bounds(first, last, on):
     """Of rows that see the keys first..last, [BLOCK] each: (start, all_from, all_to, final).
 

@@ -92,8 +92,8 @@ ATTENTION_FORWARD: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 64, "SLICES": 1}, 8, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 64, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
@@ -112,16 +112,9 @@ ATTENTION_FORWARD: Table = {
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
 }
 
-# For texts up to SHORT tokens, without options: small tiles have fewer keys to mask, and two of them share a multiprocessor.
-SHORT = 512
-ATTENTION_FORWARD_SHORT: Table = {
-    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
-}
-
 # With a window, a soft cap or sinks, which take registers.
 ATTENTION_FORWARD_OPTIONS: Table = {
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 4, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, 8, 3),
 }
@@ -142,7 +135,7 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_80", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
@@ -172,8 +165,8 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 64, "SLICES": 1}, num_warps=8, num_stages=3),
-    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
+    ("sm_90", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
@@ -191,11 +184,6 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8, num_stages=1),
 }
-# With a window or a soft cap.
-ATTENTION_BACKWARD_TEXT_KEYS_OPTIONS: Table = {
-    ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, 8, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
-}
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
@@ -205,8 +193,8 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
-    ("sm_90", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
@@ -277,8 +265,8 @@ THOUGHT_DECODE: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=128),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
@@ -296,10 +284,15 @@ THOUGHT_DECODE: Table = {
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_stages=1),
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8, num_stages=1),
 }
-# For texts up to DECODE_SHORT tokens: own rows are a smaller part of a tile's keys, and two tiles share a multiprocessor.
-DECODE_SHORT = 2048
+# For texts up to DECODE_SHORT tokens: own rows are a smaller part of a tile's keys.
+DECODE_SHORT = 512
 THOUGHT_DECODE_SHORT: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+}
+# With a window, a soft cap or sinks.
+THOUGHT_DECODE_OPTIONS: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
 }
 THOUGHT_DECODE_SUM = Config({"BLOCK_R": 8})

@@ -33,6 +33,7 @@ from quietstar_kernels.triton._device import (
     store_tile,
     taking_turns,
     tile_rows,
+    tile_rows_again,
     window_bounds,
     without_poison,
 )
@@ -40,6 +41,7 @@ from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, near
 from quietstar_kernels.triton.configs import (
     DECODE_SHORT,
     THOUGHT_DECODE,
+    THOUGHT_DECODE_OPTIONS,
     THOUGHT_DECODE_SHORT,
     THOUGHT_DECODE_SUM,
     Config,
@@ -70,7 +72,9 @@ def thought_decode(
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), *dtypes, scale, window, softcap)
 
     def choose() -> tuple[Config, int, int]:
-        tables = [THOUGHT_DECODE_SHORT, THOUGHT_DECODE] if L <= DECODE_SHORT else THOUGHT_DECODE
+        plain = window is None and softcap is None and sinks is None
+        tables = [] if plain else [THOUGHT_DECODE_OPTIONS]
+        tables = [THOUGHT_DECODE_SHORT, *tables, THOUGHT_DECODE] if L <= DECODE_SHORT else [*tables, THOUGHT_DECODE]
         config = pick(tables, q.element_size(), max(K, E))
         tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
         return config, tiles, splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
@@ -225,9 +229,10 @@ def _decode(
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total + tl.sum(acc * 0.0, 1), 1.0)  # where an infinity was seen, all of the row becomes NaN
-    # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
-    # registers from the beginning to here.
-    thought, head, inside = tile_rows(flat + tl.minimum(edges, 0), 0, thoughts, HG, BLOCK_M)
+    zero = tl.minimum(L, 0)  # where the result goes is computed again: see tile_rows_again
+    pair, turn = taking_turns(B * G + zero, together)
+    flat = (tl.num_programs(0) // (B * G + zero) - 1 - turn) * BLOCK_M
+    thought, head, inside = tile_rows_again(zero, flat, 0, thoughts, HG, BLOCK_M)
     row = head * thoughts + thought
     pair_row = far(split * B * G + pair, HG * thoughts)
     if splits == 1:

@@ -94,15 +94,25 @@ class Executed:
             return
         target = harness.target_for("cpu", cc)
         stages = validate.split_dump(harness.dump_for_launch(record, target))
-        report = validate.validate_stages(dataclasses.replace(record, post=record.post | results), stages)
+        different: dict[str, str] = {}  # most passes change nothing
+        for name, text in stages:
+            different.setdefault(text, name)
+        todo = [(name, text) for text, name in different.items()]
+        report = validate.validate_stages(dataclasses.replace(record, post=record.post | results), todo)
         verdicts = collections.Counter(x.verdict for x in report.passes)
         unjudged = {f"{x.pass_name}: {x.message} {' '.join(x.unsupported)}"[:200] for x in report.passes if x.n_diff}
         last = [text for _, text in stages if "llvm.func" not in text][-1]
         shared = races_in_shared_memory(record, last)
         shared["races_without_waits"] = len(races_in_shared_memory(record, without_waits(last))["races"])
         seconds = round(time.monotonic() - began, 1)
-        found = {"verdicts": verdicts, "unjudged": sorted(unjudged), "shared": shared, "seconds": seconds}
-        self.modules[kernel] = found
+        before_llvm = sum("llvm.func" not in text for _, text in stages)
+        self.modules[kernel] = {
+            "modules": before_llvm,
+            "verdicts": verdicts,
+            "unjudged": sorted(unjudged),
+            "shared": shared,
+            "seconds": seconds,
+        }
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:

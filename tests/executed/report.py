@@ -51,10 +51,9 @@ def modules(jobs: list[Any]) -> list[dict[str, Any]]:
 def faults(jobs: list[Any]) -> list[dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for job in jobs:
-        tool = "interpreter" if job.cc is None else "ttsem"
         failures = re.findall(r"^(?:FAILED|ERROR) .*? - (.*)", job.output, re.M)
         verdict = "" if job.code == 0 else failures[0][:300] if failures else f"the process ended with {job.code}"
-        found.setdefault(job.name, {"fault": job.name})[tool] = verdict
+        found.setdefault(job.name, {"fault": job.name})[job.tool] = verdict
     return list(found.values())
 
 
@@ -87,7 +86,7 @@ def modules_table(rows: list[dict[str, Any]]) -> list[str]:
     cells: list[list[object]] = []
     for row in rows:
         if "failed" in row:
-            cells.append([f"`{row['kernel']}`", row["target"], "", "not judged: " + clean(" ".join(row["failed"])), ""])
+            cells.append([f"`{row['kernel']}`", row["target"], "", "", "not judged: " + clean(" ".join(row["failed"])), ""])
             continue
         verdicts = collections.Counter(row["verdicts"])
         lowered = sum("llvm dialect" in reason for reason in row.get("unjudged", ()))
@@ -100,14 +99,13 @@ def modules_table(rows: list[dict[str, Any]]) -> list[str]:
             races += (
                 f"; {len(shared['unjudged'])} of {shared['programs']} programs not to their end: {clean(shared['unjudged'][0])}"
             )
-        cells.append([f"`{row['kernel']}`", row["target"], all_, "; ".join([words, *why[:2]]), races])
-    return table(["kernel", "target", "modules", "results", "races with copies"], cells)
+        cells.append([f"`{row['kernel']}`", row["target"], row["modules"], all_, "; ".join([words, *why[:2]]), races])
+    return table(["kernel", "target", "modules", "different", "results", "races with copies"], cells)
 
 
 def faults_table(rows: list[dict[str, str]]) -> list[str]:
-    return table(
-        ["mistake", "Triton's interpreter", "ttsem"], [[x["fault"], kind(x["interpreter"]), kind(x["ttsem"])] for x in rows]
-    )
+    tools = {"interpreter": "Triton's interpreter", "ttsem": "ttsem", "compiler": "ahead of time"}
+    return table(["mistake", *tools.values()], [[x["fault"], *(kind(x[tool]) for tool in tools)] for x in rows])
 
 
 def kind(verdict: str) -> str:
@@ -121,6 +119,8 @@ def kind(verdict: str) -> str:
         "undefined result": "an undefined result",
         "Unjudged": "can't go on",
         "the process ended": "crashes",
+        "spills": "spills",
+        "products wait": "products that wait",
     }
     found = next((said for sign, said in words.items() if sign in verdict), "values")
     line = re.search(r"`(\w+\.py:\d+)", verdict)

@@ -1,4 +1,4 @@
-"""Reads the loops of a kernel from an NVIDIA disassembly: length, matrix products, and what waits for what."""
+"""Reads the loops of a kernel from an NVIDIA disassembly: what an iteration issues, and what waits for what."""
 
 from __future__ import annotations
 
@@ -28,12 +28,20 @@ class Loop:
         hgmma: products of warp groups among them.
         serialised: products that wait for the one before, though both add to the same registers.
         in_flight: copies of later iterations that are still on their way when the first product starts; None without copies.
+        multiplications: of matrices, by a warp.
+        shared: bytes that a warp, or its share of a warp group, reads from and writes to shared memory; copies don't count.
+        exponentials: and other approximations, of a warp; 32 each.
+        stops: barriers of all warps, and waits for products or copies.
     """
 
     instructions: int
     hgmma: int
     serialised: int
     in_flight: int | None
+    multiplications: int
+    shared: int
+    exponentials: int
+    stops: int
 
 
 def instructions(sass: str) -> list[Instruction]:
@@ -42,18 +50,22 @@ def instructions(sass: str) -> list[Instruction]:
 
 def loops(code: list[Instruction]) -> list[Loop]:
     """In the order of their addresses."""
+    return [_loop(code[first : last + 1], code[end:first]) for end, first, last in spans(code)]
+
+
+def spans(code: list[Instruction]) -> list[tuple[int, int, int]]:
+    """(end of the loop before, first, last) index of each innermost loop with matrix products."""
     index = {x.address: i for i, x in enumerate(code)}
-    spans = set()
+    jumps = set()
     for i, x in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", x.operands) if x.mnemonic == "BRA" else None
         if target and index.get(int(target[1], 16), i) < i:
-            spans.add((index[int(target[1], 16)], i))
+            jumps.add((index[int(target[1], 16)], i))
     found, end = [], 0
-    for first, last in sorted(spans):
-        inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
-        body = code[first : last + 1]
-        if not inner and any(x.mnemonic in ("HGMMA", "HMMA") for x in body):
-            found.append(_loop(body, code[end:first]))
+    for first, last in sorted(jumps):
+        inner = any(first <= a and b <= last and (a, b) != (first, last) for a, b in jumps)
+        if not inner and any(x.mnemonic in ("HGMMA", "HMMA") for x in code[first : last + 1]):
+            found.append((end, first, last))
             end = last + 1
     return found
 
@@ -68,8 +80,27 @@ def _loop(body: list[Instruction], before: list[Instruction]) -> Loop:
             serialised += waited and into == sums and into in rest  # otherwise it starts a new sum
             sums, waited = into, False
     count = lambda code, name: sum(x.mnemonic == name for x in code)  # noqa: E731
+    multiplications, shared = map(sum, zip(*map(_work, body), strict=True))
+    stops = sum(x.name.startswith(("BAR.SYNC", "WARPGROUP.DEPBAR", "DEPBAR", "SYNCS.PHASECHK")) for x in body)
     in_flight = _in_flight(body, before, count)
-    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight)
+    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight, multiplications, shared, count(body, "MUFU"), stops)
+
+
+def _work(x: Instruction) -> tuple[int, int]:
+    """(multiplications, bytes of shared memory) of a warp. A product's second factor is in shared memory, the first may be."""
+    sizes = re.search(r"\.(\d+)x(\d+)x(\d+)\.", x.name)
+    if x.mnemonic == "HGMMA" and sizes:
+        m, n, k = map(int, sizes.groups())
+        first = x.operands.split(",")[1].strip().startswith("gdesc")
+        return m * n * k // 4, 2 * k * (n + m * first) // 4
+    if x.mnemonic == "HMMA":
+        return 16 * 8 * int(re.search(r"HMMA\.168(\d+)", x.name)[1]), 0
+    if x.mnemonic in ("LDSM", "STSM"):
+        return 0, 128 * int(x.name[-1])
+    if x.mnemonic in ("LDS", "STS"):
+        width = re.search(r"\.(\d+)$", x.name)
+        return 0, 32 * (int(width[1]) // 8 if width else 4)
+    return 0, 0
 
 
 def _in_flight(body: list[Instruction], before: list[Instruction], count) -> int | None:

@@ -17,7 +17,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_attention import _backward, _forward
-from tests.kernels.drawn import normal, pick, seeded
+from tests.kernels.drawn import far_apart, normal, pick, seeded
 
 KINDS = LAYOUT_KINDS + BRANCH_KINDS
 CASES = 650  # random layouts, all kinds together
@@ -105,6 +105,22 @@ def test_sinks_of_another_dtype(backend, device, interpreted):
     inputs = attention_inputs(generator, layout, dtype=dtype)
     inputs["sinks"] = normal(generator, 4, device=device)
     check(backend, layout, inputs, normal(generator, layout.B, 4, layout.M, 8, dtype=dtype, device=device), f"{layout}")
+
+
+def test_tensors_of_more_than_32_bits(backend, device, interpreted):
+    dtype = torch.float16 if interpreted else torch.bfloat16
+    generator = seeded(0)
+    layout = ThoughtLayout.every_position(3, 3, 1, 2, device=device)
+    q, k, v, _ = attention_inputs(generator, layout, 1, 1, dtype=dtype).values()
+    tensors = [q, k, v, normal(generator, *q.shape[:3], v.shape[-1], dtype=dtype, device=device)]
+    near, far = (results(*x, layout, backend) for x in (tensors, far_apart(tensors)))
+    assert all(map(torch.equal, near, far))
+
+
+def results(q, k, v, grad_out, layout, backend):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = thought_attention(*leaves, layout=layout, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, grad_out)
 
 
 SMALL = {

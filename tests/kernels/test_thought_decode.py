@@ -18,7 +18,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_decode import _forward
-from tests.kernels.drawn import pick, seeded
+from tests.kernels.drawn import far_apart, pick, seeded
 
 KINDS = (*LAYOUT_KINDS, "packed")
 GROUP = 50  # random layouts in one test
@@ -89,6 +89,15 @@ def test_error_rule_on_longer_texts(backend, case, few):
     for seed in few(range(1000, 1012), 6):
         layout, inputs, options = case(seed, max_batch=2, max_text=150)
         check(backend, layout, inputs, f"seed {seed} {layout} {options}", **options)
+
+
+def test_tensors_of_more_than_32_bits(backend, device, shape, interpreted):
+    shape["dtype"] = torch.float16 if interpreted else torch.bfloat16
+    layout = ThoughtLayout.every_position(3, 5, 1, 3, device=device)
+    tensors = {name: x for name, x in decode_inputs(seeded(0), layout, **shape).items() if x is not None}
+    far = dict(zip(tensors, far_apart(list(tensors.values())), strict=True))
+    want, got = (thought_decode(**x, layout=layout, step=1, backend=backend) for x in (tensors, far))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "ragged"])

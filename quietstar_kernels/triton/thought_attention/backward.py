@@ -28,6 +28,7 @@ from quietstar_kernels.triton._device import (
     store_tile,
     taking_turns,
     tile_rows,
+    tile_rows_again,
     tile_start,
     weights,
     window_bounds,
@@ -248,12 +249,10 @@ def attention_backward_queries(
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
-    # Computed again, with another kind of division: else the compiler keeps the rows and heads from above in registers.
-    f = (flat + tl.arange(0, BLOCK_M)).to(tl.uint32)
-    row, h = (f // HG.to(tl.uint32)).to(tl.int64), (f % HG.to(tl.uint32)).to(tl.int64)
-    row += begin - (M - rows)
+    m, h, inside = tile_rows_again(tl.minimum(L, 0), flat, begin, end, HG, BLOCK_M)
+    row = (m - (M - rows)).to(tl.int64)
     at = ((b * G + g) * HG + h) * rows + row  # in dq [B,H,rows,K], contiguous
-    store_tile(dq, at * K, row < end - (M - rows), acc, K, BLOCK_K)
+    store_tile(dq, at * K, inside, acc, K, BLOCK_K)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from quietstar_kernels.triton._device import (
     store_tile,
     taking_turns,
     tile_rows,
+    tile_rows_again,
     tile_start,
     window_bounds,
     without_poison,
@@ -45,9 +46,6 @@ from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, pa
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_OPTIONS,
-    ATTENTION_FORWARD_SHORT,
-    SHORT,
-    Config,
     dot_precision,
     pick,
 )
@@ -62,7 +60,9 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     lse = q.new_empty((B, H, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    config = config_of(branches, options, q.element_size(), max(K, E))
+    plain = window is None and softcap is None and sinks is None
+    tables = ATTENTION_FORWARD if plain else [ATTENTION_FORWARD_OPTIONS, ATTENTION_FORWARD]
+    config = pick(tables, q.element_size(), max(K, E))
     layout = tuple(x.contiguous() for x in branches[:3])
     sinks = None if sinks is None else sinks.contiguous()
     known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap)
@@ -81,14 +81,6 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
     known.launch("forward", config, (q, k, v, *tiles, sinks, *layout, out, lse), prepare)
     return out, lse
-
-
-def config_of(branches: Branches, options: AttentionOptions, itemsize: int, width: int) -> Config:
-    """The tiles, by facts that the host knows: the lengths of single branches are on the device."""
-    plain = options.window is None and options.softcap is None and options.sinks is None
-    short = max(branches.L, branches.R // max(branches.C, 1)) <= SHORT
-    special = [ATTENTION_FORWARD_OPTIONS] if not plain else [ATTENTION_FORWARD_SHORT] if short else []
-    return pick([*special, ATTENTION_FORWARD], itemsize, width)
 
 
 @triton.jit(
@@ -154,9 +146,11 @@ def attention_forward(
                 K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
             )  # fmt: skip
 
-    # The rows are computed again, from a start that the compiler can't know to be the same. Else their addresses would take
-    # registers from the beginning to here.
-    m, h, inside = tile_rows(flat + tl.minimum(edges, 0), begin, end, HG, BLOCK_M)
+    zero = tl.minimum(L, 0)  # where the result goes is computed again: see tile_rows_again
+    pair, tile = taking_turns(B * G + zero, together)
+    flat, begin, end = tile_start(tile, tl.num_programs(0) // (B * G + zero), L, R + zero, HG, BLOCK_M)
+    m, h, inside = tile_rows_again(zero, flat, begin, end, HG, BLOCK_M)
+    b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     row = m - skipped
     total = tl.where(on, end_total, 1.0)
     result = tl.where(on[:, None], acc * (1.0 / total)[:, None], 0.0)

@@ -15,9 +15,9 @@ from quietstar_kernels.triton.thought_attention import thought_attention, though
 HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_backward_text_keys": 1}
 # Here products wait for each other with all tiles that were tried; larger ones spill with Triton 3.9.
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
-# Labels whose sizes one compile serves, or two: short texts have tiles of their own without options, and so have long branches.
+# Labels whose sizes one compile serves, or two: long branches have tiles of their own.
 COMPILES = {
-    "bfloat16 K=64 E=64": {"attention_forward": 2, "attention_backward_own_keys": 2},
+    "bfloat16 K=64 E=64": {"attention_backward_own_keys": 2},
     "bfloat16 K=64 E=64 window, softcap, sinks": {"attention_backward_own_keys": 2},
 }
 NO_MATRIX = {"attention_rows", "attention_ranges", "attention_backward_sum"}
