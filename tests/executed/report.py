@@ -105,7 +105,10 @@ def modules_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def faults_table(rows: list[dict[str, str]]) -> list[str]:
     tools = {"interpreter": "Triton's interpreter", "ttsem": "ttsem", "compiler": "ahead of time"}
-    return table(["mistake", *tools.values()], [[x["fault"], *(kind(x[tool]) for tool in tools)] for x in rows])
+    return table(
+        ["mistake", *tools.values()],
+        [[x["fault"], *(kind(x[tool]) if tool in x else "not run" for tool in tools)] for x in rows],
+    )
 
 
 def kind(verdict: str) -> str:

@@ -93,6 +93,7 @@ def compiled(name: str, config: Config, table: Table, launch: Callable[[], objec
     # The loops after these are for values that aren't finite, with all that is between.
     end, again = spans[len(rows) - 1][2], spans[-1][2]
     outside = end + len(code) - again - sum(x.instructions for x in found[: len(rows)])
+    # A multiprocessor has 228 KB of shared memory, of which a program takes one for itself, 64 Ki registers and 64 warps.
     residents = min(
         233472 // (takes.shared + 1024),
         65536 // (-(-takes.registers // 8) * 8 * 32 * warps),

@@ -32,6 +32,7 @@ class Loop:
         shared: bytes that a warp, or its share of a warp group, reads from and writes to shared memory; copies don't count.
         exponentials: and other approximations, of a warp; 32 each.
         stops: barriers of all warps, and waits for products or copies.
+        ordered: after a wait for copies, which each thread does for its own, a barrier comes before shared memory is read.
     """
 
     instructions: int
@@ -42,6 +43,7 @@ class Loop:
     shared: int
     exponentials: int
     stops: int
+    ordered: bool
 
 
 def instructions(sass: str) -> list[Instruction]:
@@ -83,7 +85,8 @@ def _loop(body: list[Instruction], before: list[Instruction]) -> Loop:
     multiplications, shared = map(sum, zip(*map(_work, body), strict=True))
     stops = sum(x.name.startswith(("BAR.SYNC", "WARPGROUP.DEPBAR", "DEPBAR", "SYNCS.PHASECHK")) for x in body)
     in_flight = _in_flight(body, before, count)
-    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight, multiplications, shared, count(body, "MUFU"), stops)
+    units = multiplications, shared, count(body, "MUFU"), stops
+    return Loop(len(body), count(body, "HGMMA"), serialised, in_flight, *units, _ordered(body))
 
 
 def _work(x: Instruction) -> tuple[int, int]:
@@ -115,3 +118,15 @@ def _in_flight(body: list[Instruction], before: list[Instruction], count) -> int
         if x.mnemonic == "HGMMA":
             break
     return 0
+
+
+def _ordered(body: list[Instruction]) -> bool:
+    waited = False
+    for x in body:
+        if x.mnemonic == "DEPBAR":
+            waited = True
+        elif x.name.startswith("BAR.SYNC"):
+            waited = False
+        elif waited and x.mnemonic in ("LDS", "LDSM", "HGMMA"):
+            return False
+    return True

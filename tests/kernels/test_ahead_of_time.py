@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for GPUs that this machine doesn't have, without spills, and its shared memory fits.
 
-For sm_90 the loops are checked too: products don't wait for each other, and copies start before they are needed.
+For sm_90 the loops are checked too: products don't wait for each other, and copies start before they are needed and are read
+after a barrier.
 """
 
 import importlib.util
@@ -84,4 +85,5 @@ def judge(op, target, python, record_property, extent="usual", spills=0):
                 assert not any(loop["serialised"] for loop in row["loops"]), f"{what}: products wait for the one before"
                 assert not row["advice"], f"{what}: ptxas says {row['advice']}"
             assert all(loop["in_flight"] for loop in main), f"{what}: a loop waits for a copy that it has just started"
+            assert all(loop["ordered"] for loop in row["loops"]), f"{what}: no barrier between copies and what reads them"
     return rows

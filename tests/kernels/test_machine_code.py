@@ -43,3 +43,8 @@ def test_products_that_wait_for_the_one_before():
 def test_copies_in_flight():
     assert loop().in_flight == 1
     assert loop(wait_for_copies="DEPBAR.LE SB0, 0x0").in_flight == 0
+
+
+def test_a_barrier_between_copies_and_reads():
+    assert not loop().ordered
+    assert loop(wait_for_copies="DEPBAR.LE SB0, 0x1 ;\n        /*0128*/ BAR.SYNC.DEFER_BLOCKING 0x0").ordered
