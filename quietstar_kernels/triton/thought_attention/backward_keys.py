@@ -150,10 +150,10 @@ def attention_backward_keys(
     grad_out += b * stride_gb + g * HG * stride_gh
     first_table += b * rows
     count_table += b * rows
-    tile, h = begin % tl.maximum(tiles, 1), begin // tl.maximum(tiles, 1)
+    tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
     row0, row_end = row_tile(tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
     row_end = tl.where(begin < stop, row_end, 0)
-    next_lse = tl.load(lse + (h.to(tl.int64) * rows + row0) + i, mask=i < row_end - row0, other=float("inf"))
+    next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < row_end - row0, other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
@@ -161,15 +161,13 @@ def attention_backward_keys(
         next_h = tl.where(tile + 1 < tiles, h, h + 1)
         next_row0, next_row_end = row_tile(next_tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
         next_row_end = tl.where(j + 1 < stop, next_row_end, 0)
-        next_at = lse + (next_h.to(tl.int64) * rows + next_row0)
-        next_lse = tl.load(next_at + i, mask=i < next_row_end - next_row0, other=float("inf"))
-        far_h, far_row = h.to(tl.int64), row0.to(tl.int64)
-        row_delta = tl.load(delta + (far_h * rows + row0) + i)
+        next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_row_end - next_row0, other=float("inf"))
+        row_delta = tl.load(delta + (h * rows + row0) + i)
         first = tl.load(first_table + row0 + i)
         count = tl.load(count_table + row0 + i)
         count = tl.where(adds, count, 0)
-        queries = load_tile(q + far_h * stride_qh + far_row * stride_qm, i * stride_qm, adds, K, BLOCK_K)
-        grads = load_tile(grad_out + far_h * stride_gh + far_row * stride_gm, i * stride_gm, adds, E, BLOCK_E)
+        queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
+        grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
         p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap, keys.dtype)
         seen = in_range(n[:, None], first[None, :], count[None, :])
         if oldest_table is not None:
