@@ -120,7 +120,7 @@ $(REHEARSAL)/.ready: constraints-lowest.txt Makefile
 	@touch $@
 
 executed: $(EXECUTED)/.ready  ## Triton's kernels as the compiler makes them for GPUs, executed on a CPU: docs/executed.md; STAGE=faults, DOCS=docs
-	OMP_WAIT_POLICY=PASSIVE $(EXECUTED)/bin/python tests/executed $(if $(STAGE),--stage $(STAGE)) $(if $(DOCS),--docs $(DOCS))
+	PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE $(EXECUTED)/bin/python tests/executed $(if $(STAGE),--stage $(STAGE)) $(if $(DOCS),--docs $(DOCS))
 
 # ttsem executes what this version of Triton compiles; it asks for Python 3.12 but runs on 3.11. All else is .venv's.
 $(EXECUTED)/.ready: $(READY) Makefile

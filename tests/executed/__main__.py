@@ -22,6 +22,8 @@ from typing import Any
 import report
 from faults import FAULTS, ROOT, with_fault
 
+from benchmarks.report.committed import as_json
+
 HERE = Path(__file__).parent
 SUITE = [
     f"tests/kernels/test_{name}.py"
@@ -120,7 +122,7 @@ def main() -> None:
     for stage in options.stage:
         results[stage] = report.STAGES[stage]([job for job in done if job.stage == stage])
     results.setdefault("seconds", {})[" ".join(options.stage)] = round(time.monotonic() - began)
-    known.write_text(json.dumps(results, indent=1) + "\n")
+    known.write_text(as_json(results))
     print(f"wrote {report.write(results, folder)}")
     sys.exit(any(job.code for job in done if job.stage != "faults"))
 

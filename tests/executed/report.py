@@ -94,7 +94,7 @@ def modules_table(rows: list[dict[str, Any]]) -> list[str]:
         words = "all equal" if equal == all_ else f"{equal} equal, {all_ - equal} not judged or different"
         why = [clean(x) for x in row.get("unjudged", ()) if "llvm dialect" not in x]
         shared = row.get("shared", {})
-        races = f"{len(shared.get('races', ()))}; {shared.get('races_without_waits', 0)} without waits" if shared else ""
+        races = f"{shared['races']}; {shared['races_without_waits']} without waits" if shared else ""
         if shared.get("unjudged"):
             races += (
                 f"; {len(shared['unjudged'])} of {shared['programs']} programs not to their end: {clean(shared['unjudged'][0])}"

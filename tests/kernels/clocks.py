@@ -34,6 +34,7 @@ from compiled import thought_attention, thought_decode  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quietstar_kernels.triton import _launch, configs  # noqa: E402
+from quietstar_kernels.triton._launch import cdiv  # noqa: E402
 from quietstar_kernels.triton.configs import Config, Table  # noqa: E402
 
 N, S, WIDTH, STEP = 2, 14, 128, 12  # thoughts of a position, their rows, the width of heads, the step of decoding
@@ -117,11 +118,6 @@ def turn(loop: machine_code.Loop, warps: int, rows: int) -> Turn:
     between = max(units["issue"], units["exponentials"])
     copies = LOAD * (loop.in_flight == 0)  # else they are on their way during the turn before
     return Turn(units, max(units["multiply"], read) + between + loop.stops * STOP + copies)
-
-
-def cdiv(a, b):
-    """a / b rounded up, of integers or tensors of them."""
-    return -(-a // b)
 
 
 def cover(start: Tensor, all_from: Tensor, all_to: Tensor, final: Tensor, blocks: dict[str, int]) -> tuple[Tensor, Tensor]:
