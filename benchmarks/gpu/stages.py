@@ -18,6 +18,7 @@ from benchmarks.report.tables import TITLES
 
 ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
 WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
+OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 LIMIT = 235  # seconds per stage, under four minutes
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
 # The ops of a benchmark stage, and the minutes after which it starts no further case.
@@ -95,16 +96,14 @@ class Plan:
         return [Step({"": command}, 150, judges.each(judges.build))]
 
     def _tests(self) -> list[Step]:
-        """Each core runs a share of the tests."""
+        """Each core runs a share of the tests: those of the ops first, and none of the back ends for CPUs."""
         shares = min(16, os.cpu_count() or 1)
         pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not build and not long"]
+        first = [f"{TESTS}/test_{op}.py" for op in OPS]
         if self.rehearsal:
-            pytest += [
-                f"{TESTS}/test_{op}.py" for op in ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
-            ]
-            pytest += [WRAPPER, "-k", "triton and (edges or strided or large_and_equal)"]
+            pytest += [*first, WRAPPER, "-k", "triton and (edges or strided or large_and_equal)"]
         else:
-            pytest += [TESTS, WRAPPER, *(f"--ignore={file}" for file in _files_without_a_gpu())]
+            pytest += [*first, *(file for file in _files() if file not in first), WRAPPER, "-k", "not cpu"]
         commands = {f"{share + 1} of {shares}": [*pytest, "--shard", f"{share}/{shares}"] for share in range(shares)}
         return [Step(commands, 200, judges.tests)]
 
@@ -148,6 +147,7 @@ def _module(name: str) -> list[str]:
     return [sys.executable, "-m", name]
 
 
-def _files_without_a_gpu() -> list[str]:
+def _files() -> list[str]:
+    """Those with tests that need no more than a GPU."""
     found = sorted((ROOT / TESTS).glob("test_*.py"))
-    return [f"{TESTS}/{file.name}" for file in found if file.stem.endswith(WITHOUT_A_GPU)]
+    return [f"{TESTS}/{file.name}" for file in found if not file.stem.endswith(WITHOUT_A_GPU)]

@@ -144,11 +144,16 @@ def attention_magnitudes(inputs: dict[str, Any], grad_out: Tensor, scale: float 
     """Typical size of the terms that cancel in the gradients of attention, such as scale * (grad_out · v) * k.
 
     The gradient of a score is p * (grad_out · v - grad_out · out). In a row that sees one key it is 0, but neither term is.
+    The backward computes weights again, as exp(score - lse), and may add up a score in another order than the forward did: in
+    such a row too, where a weight is 1, it has the rounding error of a score.
     """
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     score = v.shape[-1] ** 0.5 * _rms(grad_out) * _rms(v)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return {"q": factor * score * _largest(k), "k": factor * score * _largest(q), "sinks": score}
+    weight = max(1.0, factor * q.shape[-1] ** 0.5 * _rms(q) * _rms(k))
+    return {
+        "q": factor * score * _largest(k), "k": factor * score * _largest(q), "v": weight * _largest(grad_out), "sinks": score
+    }  # fmt: skip
 
 
 def _rms(x: Tensor) -> float:

@@ -13,6 +13,10 @@ AMD = ("gfx90a", "gfx942", "gfx950")  # others' registers are too few for the ti
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
     """As ``_dispatch.why_not``. Does not import Triton."""
+    return _why_not(device, dtype)
+
+
+def _why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype == torch.float64:
@@ -24,6 +28,9 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **w
     if os.environ.get("TRITON_INTERPRET", "0") not in ("1", "true", "on"):
         return "it serves GPUs; on cpu only Triton's interpreter runs it, for tests: set TRITON_INTERPRET=1"
     return "Triton's interpreter computes torch.bfloat16 wrongly" if dtype == torch.bfloat16 else None
+
+
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in cuda/_library.py: torch.compile calls it
 
 
 @functools.cache

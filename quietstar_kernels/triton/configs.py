@@ -97,7 +97,7 @@ ATTENTION_FORWARD: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
-    ("sm_90", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
+    ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),

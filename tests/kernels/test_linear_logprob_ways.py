@@ -18,7 +18,7 @@ from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.testing import forward_backward, logprob_inputs
 
 R, D, V = 48, 16, 640
-PRODUCTS = {"aten::mm": -2, "aten::addmm_": -2, "aten::addmm": -2, "mkldnn::_linear_pointwise": 0}  # where the factors begin
+PRODUCTS = {"aten::mm": -2, "aten::addmm_": -2, "aten::addmm": -2, "mkldnn::_linear_pointwise": 0}  # the first factor
 
 
 class Products(TorchDispatchMode):
@@ -28,8 +28,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name in PRODUCTS:
-            first = len(args) + PRODUCTS[function._schema.name]
-            a, b = args[first % len(args) :][:2]
+            matrices = [x for x in args if isinstance(x, torch.Tensor)]  # not the dtype of the product
+            first = PRODUCTS[function._schema.name] % len(matrices)
+            a, b = matrices[first : first + 2]
             self.count += a.numel() * b.numel() // a.shape[1]
         return function(*args, **(kwargs or {}))
 

@@ -1,0 +1,201 @@
+"""Time tiles of attention and decoding on this GPU: those of ``configs.py`` and others, the fastest first.
+
+    python -m benchmarks.gpu.tiles forward "text keys" --seconds 120 --json tiles.json
+
+Processes compile the tiles, all cores at once, and what they have compiled is timed meanwhile. A tile whose results differ from
+those of ``configs.py`` is reported as wrong. Heads are in bf16; two thoughts of 14 rows are at every position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.triton import _launch, configs
+from quietstar_kernels.triton.configs import Config, Table
+from quietstar_kernels.triton.thought_attention import backward, backward_keys, launch_forward
+from quietstar_kernels.triton.thought_decode import thought_decode
+
+SIZES = [(8, 256), (1, 2048)]  # batch rows, text
+N, S, H, G, STEP = 2, 14, 32, 8, 12
+REPEATS = 5
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def tensors(B: int, L: int, width: int, device: str) -> tuple[Any, list[Tensor], AttentionOptions]:
+    layout = ThoughtLayout.every_position(B, L, N, S, "cpu")
+    branches = layout.branches
+    branches = branches._replace(**{name: getattr(branches, name).to(device) for name in ("lo", "table", "of_row")})
+    torch.manual_seed(0)
+    qkv = [torch.randn(B, heads, layout.M, width, dtype=torch.bfloat16, device=device) for heads in (H, G, G)]
+    return branches, qkv, AttentionOptions(width**-0.5, None, None, None)
+
+
+def forward(B: int, L: int, width: int, device: str) -> Call:
+    branches, qkv, options = tensors(B, L, width, device)
+    return lambda: launch_forward(*qkv, branches, options)
+
+
+def gradients(name: str) -> Callable[[int, int, int, str], Call]:
+    def make(B: int, L: int, width: int, device: str) -> Call:
+        branches, qkv, options = tensors(B, L, width, device)
+        out, lse = launch_forward(*qkv, branches, options)
+        grad_out = torch.randn_like(out)
+
+        def call() -> tuple[Tensor, ...]:
+            known = _launch.plan("tiles", (grad_out, *qkv), name)
+            tables = known.once(lambda: backward.row_tables(grad_out, out, lse, branches, None, None, known))
+            inputs = backward.Inputs(grad_out, *qkv, branches, options, tables, known)
+            return (backward.query_gradient(inputs),) if name == "dq" else backward_keys.key_gradients(inputs)
+
+        return call
+
+    return make
+
+
+def decode(B: int, L: int, width: int, device: str) -> Call:
+    branches, (q, k, v), options = tensors(B, L, width, device)
+    C = branches.table.shape[1]
+    q = q[:, :, L : L + C].contiguous()
+    own = [x[:, :, L:].reshape(B, G, C, S, width) for x in (k, v)]
+    step = torch.tensor(STEP, device=device)
+    texts = [x[:, :, :L].contiguous() for x in (k, v)]
+    return lambda: (thought_decode(q, *texts, *own, branches.lo, branches.table, step, options),)
+
+
+def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[int], names: tuple[str, str]) -> Iterator[Config]:
+    for M, N, edge, warps, depth in itertools.product(rows, columns, edges, (4, 8), stages):
+        if edge <= N and M >= 16 * warps:
+            yield Config({names[0]: M, names[1]: N, "SLICES": 1} | ({"BLOCK_EDGE": edge} if edge else {}), warps, depth)
+
+
+QUERIES, KEYS = ("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_M")
+# By kernel: the tables to change, how to call it, other tiles.
+KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list[Config]]] = {
+    "forward": (
+        [configs.ATTENTION_FORWARD],
+        forward,
+        [*tiles([64, 128], [32, 64, 128], [16, 32, 64], [2, 3, 4], QUERIES)],
+    ),
+    "dq": (
+        [configs.ATTENTION_BACKWARD_QUERIES],
+        gradients("dq"),
+        [*tiles([64, 128], [16, 32, 64], [16, 32, 64], [2, 3], QUERIES)],
+    ),
+    "text keys": (
+        [configs.ATTENTION_BACKWARD_TEXT_KEYS],
+        gradients("text keys"),
+        [*tiles([64, 128], [16, 32, 64], [0], [2, 3, 4], KEYS)],
+    ),
+    "own keys": (
+        [configs.ATTENTION_BACKWARD_OWN_KEYS],
+        gradients("own keys"),
+        [*tiles([64, 128], [16, 32, 64], [0], [2, 3], KEYS)],
+    ),
+    "decode": (
+        [configs.THOUGHT_DECODE, configs.THOUGHT_DECODE_SHORT],
+        decode,
+        [*tiles([64, 128], [32, 64], [16, 32, 64], [2, 3, 4], QUERIES)],
+    ),
+}
+
+
+def use(kernel: str, width: int, config: Config) -> None:
+    for table in KERNELS[kernel][0]:
+        table["sm_90", 2, width] = config
+    configs._picked.clear()
+    _launch._plans.clear()
+
+
+def compile_tile(kernel: str, width: int, index: int) -> None:
+    use(kernel, width, KERNELS[kernel][2][index])
+    for B, L in SIZES:
+        with _launch.compiling_at_once():
+            KERNELS[kernel][1](B, L, width, "meta")()
+
+
+def seconds(call: Call) -> float:
+    """The shortest of some runs."""
+    call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        call()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return min(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+
+
+def shown(config: Config) -> str:
+    blocks = " ".join(f"{name.removeprefix('BLOCK_')} {size}" for name, size in config.blocks.items() if name != "SLICES")
+    return f"{blocks}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def time_kernel(kernel: str, width: int, pool: ProcessPoolExecutor, deadline: float) -> list[dict[str, Any]]:
+    usual = configs.pick(KERNELS[kernel][0], 2, width)
+    calls = [KERNELS[kernel][1](B, L, width, "cuda") for B, L in SIZES]
+    truths = [[x.float() for x in call()] for call in calls]
+    rows = [{"tile": f"now: {shown(usual)}", "seconds": [seconds(call) for call in calls], "note": ""}]
+    waiting = {pool.submit(compile_tile, kernel, width, i): i for i in range(len(KERNELS[kernel][2]))}
+    try:
+        for done in as_completed(waiting, timeout=max(1.0, deadline - time.monotonic())):
+            config, took, note = KERNELS[kernel][2][waiting[done]], [float("inf")] * len(SIZES), ""
+            try:
+                done.result()
+                use(kernel, width, config)
+                for i, (call, truth) in enumerate(zip(calls, truths, strict=True)):
+                    off = max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(call(), truth, strict=True))
+                    note += f" wrong by {off:.2g}" if not off < 0.02 else ""
+                    took[i] = seconds(call)
+            except Exception as error:
+                note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            rows.append({"tile": shown(config), "seconds": took, "note": note})
+    except TimeoutError:
+        print(f"{kernel}: out of time", flush=True)
+        for job in waiting:
+            job.cancel()
+    use(kernel, width, usual)
+    return sorted(rows, key=lambda row: sum(a / b for a, b in zip(row["seconds"], rows[0]["seconds"], strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", default=[*KERNELS], metavar="KERNEL", help=", ".join(KERNELS))
+    parser.add_argument("--width", type=int, default=128, help="of heads, default 128")
+    parser.add_argument("--seconds", type=float, default=60, help="for each kernel, default 60")
+    parser.add_argument("--best", type=int, default=12, help="rows to print, default 12")
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    args = parser.parse_args()
+    if unknown := set(args.kernels) - set(KERNELS):
+        parser.error(f"no {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
+    found: dict[str, Any] = {}
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
+    for kernel in args.kernels:
+        rows = found[kernel] = time_kernel(kernel, args.width, pool, time.monotonic() + args.seconds)
+        print(f"\n{kernel}, width {args.width}: µs with B, L = {SIZES}; {len(rows)} of {len(KERNELS[kernel][2]) + 1} tiles")
+        for row in rows[: args.best] + [row for row in rows[args.best :] if row["tile"].startswith("now")]:
+            print("  ".join(f"{1e6 * x:8.0f}" for x in row["seconds"]), row["tile"], row["note"], flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"width": args.width, "found": found}, indent=1))
+    for process in active_children():
+        process.kill()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
