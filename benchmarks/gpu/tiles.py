@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -30,7 +30,7 @@ from quietstar_kernels.triton.configs import Config, Table
 from quietstar_kernels.triton.thought_attention import backward, backward_keys, launch_forward
 from quietstar_kernels.triton.thought_decode import thought_decode
 
-SIZES = [(8, 256), (1, 2048)]  # batch rows, text
+SIZES = [(8, 256), (4, 512), (2, 1024), (1, 2048)]  # batch rows, text
 N, S, H, G, STEP = 2, 14, 32, 8, 12
 REPEATS = 5
 Call = Callable[[], tuple[Tensor, ...]]
@@ -77,39 +77,39 @@ def decode(B: int, L: int, width: int, device: str) -> Call:
     return lambda: (thought_decode(q, *texts, *own, branches.lo, branches.table, step, options),)
 
 
-def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[int], names: tuple[str, str]) -> Iterator[Config]:
+def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[int], names: tuple[str, str]) -> list[Config]:
+    """With as many registers as the compiler likes, and with so many that one more program fits on a multiprocessor."""
+    found = []
     for M, N, edge, warps, depth in itertools.product(rows, columns, edges, (4, 8), stages):
         if edge <= N and M >= 16 * warps:
-            yield Config({names[0]: M, names[1]: N, "SLICES": 1} | ({"BLOCK_EDGE": edge} if edge else {}), warps, depth)
+            blocks = {names[0]: M, names[1]: N, "SLICES": 1} | ({"BLOCK_EDGE": edge} if edge else {})
+            found += [Config(blocks, warps, depth, maxnreg=most) for most in (None, {4: 168, 8: 128}[warps])]
+    return found
 
 
 QUERIES, KEYS = ("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_M")
 # By kernel: the tables to change, how to call it, other tiles.
 KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list[Config]]] = {
-    "forward": (
-        [configs.ATTENTION_FORWARD],
-        forward,
-        [*tiles([64, 128], [32, 64, 128], [16, 32, 64], [2, 3, 4], QUERIES)],
-    ),
+    "forward": ([configs.ATTENTION_FORWARD], forward, tiles([64, 128], [32, 64, 128], [16, 32], [2, 3], QUERIES)),
     "dq": (
         [configs.ATTENTION_BACKWARD_QUERIES],
         gradients("dq"),
-        [*tiles([64, 128], [16, 32, 64], [16, 32, 64], [2, 3], QUERIES)],
+        tiles([64, 128], [16, 32, 64], [16, 32], [2, 3], QUERIES),
     ),
     "text keys": (
         [configs.ATTENTION_BACKWARD_TEXT_KEYS],
         gradients("text keys"),
-        [*tiles([64, 128], [16, 32, 64], [0], [2, 3, 4], KEYS)],
+        tiles([64, 128], [16, 32, 64], [0], [2, 3], KEYS),
     ),
     "own keys": (
         [configs.ATTENTION_BACKWARD_OWN_KEYS],
         gradients("own keys"),
-        [*tiles([64, 128], [16, 32, 64], [0], [2, 3], KEYS)],
+        tiles([64, 128], [16, 32], [0], [2, 3], KEYS),
     ),
     "decode": (
         [configs.THOUGHT_DECODE, configs.THOUGHT_DECODE_SHORT],
         decode,
-        [*tiles([64, 128], [32, 64], [16, 32, 64], [2, 3, 4], QUERIES)],
+        tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES),
     ),
 }
 
@@ -142,7 +142,8 @@ def seconds(call: Call) -> float:
 
 def shown(config: Config) -> str:
     blocks = " ".join(f"{name.removeprefix('BLOCK_')} {size}" for name, size in config.blocks.items() if name != "SLICES")
-    return f"{blocks}, {config.num_warps} warps, {config.num_stages} stages"
+    most = f", {config.maxnreg} registers" if config.maxnreg else ""
+    return f"{blocks}, {config.num_warps} warps, {config.num_stages} stages{most}"
 
 
 def time_kernel(kernel: str, width: int, pool: ProcessPoolExecutor, deadline: float) -> list[dict[str, Any]]:

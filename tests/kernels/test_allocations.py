@@ -97,7 +97,7 @@ def test_linear_logprob_in_triton(monkeypatch):
     monkeypatch.setattr(functions, "LOGITS", 2**12)
     monkeypatch.setattr(functions, "COLUMNS", 256)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, vocabulary = 64, 8192
+    rows, vocabulary = 64, 32 * functions._span(8192)
     found = largest_of_linear_logprob(functions, rows, vocabulary, None, True, False, device)
     assert all(vocabulary <= numel <= rows * vocabulary // SHARE for numel in found)
 
