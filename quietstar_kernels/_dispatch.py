@@ -17,7 +17,7 @@ from quietstar_kernels.checks import Checker, shown
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
-FASTEST_FIRST = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
+FASTEST_FIRST = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:

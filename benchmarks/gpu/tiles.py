@@ -90,7 +90,11 @@ def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[in
 QUERIES, KEYS = ("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_M")
 # By kernel: the tables to change, how to call it, other tiles.
 KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list[Config]]] = {
-    "forward": ([configs.ATTENTION_FORWARD], forward, tiles([64, 128], [32, 64, 128], [16, 32], [2, 3], QUERIES)),
+    "forward": (
+        [configs.ATTENTION_FORWARD, configs.ATTENTION_FORWARD_LONG],
+        forward,
+        tiles([64, 128], [32, 64, 128], [16, 32], [2, 3], QUERIES),
+    ),
     "dq": (
         [configs.ATTENTION_BACKWARD_QUERIES],
         gradients("dq"),
@@ -107,7 +111,7 @@ KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list
         tiles([64, 128], [16, 32], [0], [2, 3], KEYS),
     ),
     "decode": (
-        [configs.THOUGHT_DECODE, configs.THOUGHT_DECODE_SHORT],
+        [configs.THOUGHT_DECODE],
         decode,
         tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES),
     ),

@@ -1,6 +1,6 @@
 """Tile sizes for each kernel and architecture, chosen offline: one table per kernel, and no search at run time.
 
-Those of attention and decoding for sm_90 in 16 bit are the best that a model found (``tests/kernels/clocks.py``).
+Those of attention and decoding for sm_90 in 16 bit are the fastest on an H200 (``python -m benchmarks.gpu.tiles``).
 
 A table maps (target, bytes per element, largest width it serves) to a ``Config``; ``pick`` takes the narrowest that fits. The
 tiles of "interpreter" are small, so that tests of small inputs cross many tile edges.
@@ -94,8 +94,8 @@ ATTENTION_FORWARD: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
@@ -112,6 +112,13 @@ ATTENTION_FORWARD: Table = {
     ("gfx942", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
+}
+
+# For texts of more than LONG_TEXT tokens: edges are a smaller part of a tile's keys.
+LONG_TEXT = 1024
+ATTENTION_FORWARD_LONG: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
 }
 
 # With a window, a soft cap or sinks, which take registers.
@@ -137,7 +144,7 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_80", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, num_warps=8, num_stages=3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
     ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
@@ -167,8 +174,8 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
-    ("sm_90", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 64, "SLICES": 1}, num_stages=3),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
@@ -267,8 +274,8 @@ THOUGHT_DECODE: Table = {
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}),
     ("sm_80", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=128),
+    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
+    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
@@ -285,12 +292,6 @@ THOUGHT_DECODE: Table = {
     ("gfx942", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=1),
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_stages=1),
     ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8, num_stages=1),
-}
-# For texts up to DECODE_SHORT tokens: own rows are a smaller part of a tile's keys.
-DECODE_SHORT = 512
-THOUGHT_DECODE_SHORT: Table = {
-    ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
-    ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
 }
 # With a window, a soft cap or sinks.
 THOUGHT_DECODE_OPTIONS: Table = {

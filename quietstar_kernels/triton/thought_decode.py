@@ -39,10 +39,8 @@ from quietstar_kernels.triton._device import (
 )
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, near, padded, pairs_together, plan
 from quietstar_kernels.triton.configs import (
-    DECODE_SHORT,
     THOUGHT_DECODE,
     THOUGHT_DECODE_OPTIONS,
-    THOUGHT_DECODE_SHORT,
     THOUGHT_DECODE_SUM,
     Config,
     dot_precision,
@@ -73,8 +71,7 @@ def thought_decode(
 
     def choose() -> tuple[Config, int, int]:
         plain = window is None and softcap is None and sinks is None
-        tables = [] if plain else [THOUGHT_DECODE_OPTIONS]
-        tables = [THOUGHT_DECODE_SHORT, *tables, THOUGHT_DECODE] if L <= DECODE_SHORT else [*tables, THOUGHT_DECODE]
+        tables = [THOUGHT_DECODE] if plain else [THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE]
         config = pick(tables, q.element_size(), max(K, E))
         tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
         return config, tiles, splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)

@@ -193,7 +193,6 @@ OPS = {
         (configs.ATTENTION_BACKWARD_OWN_KEYS, "attention_backward_own_keys", BACKWARD, turns_of_own_keys),
     ],
     "decode": [(configs.THOUGHT_DECODE, "_decode", decode, turns_of_decode)],
-    "decode, short": [(configs.THOUGHT_DECODE_SHORT, "_decode", decode, turns_of_decode)],
 }
 
 

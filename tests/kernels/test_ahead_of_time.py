@@ -74,7 +74,7 @@ def judge(op, target, python, record_property, extent="usual", spills=0):
     without, hgmma = rules(op).NO_MATRIX, rules(op).HGMMA
     for row in rows:
         what = f"{row['kernel']} {row['label']}"
-        assert row["spills"] <= spills, what
+        assert row["spills"] <= getattr(rules(op), "SPILLS", {}).get(target, {}).get(row["kernel"], spills), what
         assert row["shared"] <= TARGETS[target] * 1024, what
         if row["kernel"] not in without and "float32" not in row["label"]:
             assert row["matrix"], what
@@ -84,6 +84,7 @@ def judge(op, target, python, record_property, extent="usual", spills=0):
             if what not in getattr(rules(op), "SERIAL", ()):
                 assert not any(loop["serialised"] for loop in row["loops"]), f"{what}: products wait for the one before"
                 assert not row["advice"], f"{what}: ptxas says {row['advice']}"
-            assert all(loop["in_flight"] for loop in main), f"{what}: a loop waits for a copy that it has just started"
+            if what not in getattr(rules(op), "WAITS", ()):
+                assert all(loop["in_flight"] for loop in main), f"{what}: a loop waits for a copy that it has just started"
             assert all(loop["ordered"] for loop in row["loops"]), f"{what}: no barrier between copies and what reads them"
     return rows

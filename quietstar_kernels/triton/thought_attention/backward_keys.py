@@ -28,10 +28,12 @@ from quietstar_kernels.triton.configs import (
 )
 from quietstar_kernels.triton.thought_attention.backward import Inputs
 
-# Blocks of text make few programs, which run long, so their rows are split into parts whose sums are added in order: enough
-# for PROGRAMS, two on each of 132 multiprocessors, but at most PARTS, and with TILES row tiles each on average.
-PROGRAMS, PARTS, TILES = 264, 8, 16
-LONG = 128  # rows of a branch, on average, from which its keys take the tiles of text, if these make PROGRAMS
+# Blocks of text make few programs, which run long and unequally so, as the first keys are seen by the most rows. So their rows
+# are split into parts whose sums are added in order: enough for PROGRAMS, eight on each of 132 multiprocessors, but at most
+# PARTS, and with TILES row tiles each on average.
+PROGRAMS, PARTS, TILES = 1056, 8, 16
+# Rows of a branch, on average, from which its keys take the tiles of text, if these make so many programs.
+LONG, LONG_PROGRAMS = 128, 264
 
 
 def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,7 @@ def configs_of(branches: Branches, G: int, itemsize: int, width: int) -> tuple[C
     """The tiles for keys of the text and of the branches."""
     text = pick(ATTENTION_BACKWARD_TEXT_KEYS, itemsize, width)
     programs = branches.B * G * cdiv(branches.R, text.blocks["BLOCK_N"])
-    if branches.R >= LONG * branches.C and programs >= PROGRAMS:
+    if branches.R >= LONG * branches.C and programs >= LONG_PROGRAMS:
         return text, text
     return text, pick(ATTENTION_BACKWARD_OWN_KEYS, itemsize, width)
 

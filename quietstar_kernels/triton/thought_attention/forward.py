@@ -45,7 +45,9 @@ from quietstar_kernels.triton._device import (
 from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, pairs_together, plan
 from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
+    ATTENTION_FORWARD_LONG,
     ATTENTION_FORWARD_OPTIONS,
+    LONG_TEXT,
     dot_precision,
     pick,
 )
@@ -61,8 +63,8 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     if lse.numel() == 0:
         return out, lse
     plain = window is None and softcap is None and sinks is None
-    tables = ATTENTION_FORWARD if plain else [ATTENTION_FORWARD_OPTIONS, ATTENTION_FORWARD]
-    config = pick(tables, q.element_size(), max(K, E))
+    first = ATTENTION_FORWARD_OPTIONS if not plain else ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
+    config = pick([first, ATTENTION_FORWARD], q.element_size(), max(K, E))
     layout = tuple(x.contiguous() for x in branches[:3])
     sinks = None if sinks is None else sinks.contiguous()
     known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap)

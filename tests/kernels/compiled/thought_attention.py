@@ -15,6 +15,11 @@ from quietstar_kernels.triton.thought_attention import thought_attention, though
 HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_backward_text_keys": 1}
 # Here products wait for each other with all tiles that were tried; larger ones spill with Triton 3.9.
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
+# Words that the fastest tiles on an H200 spill, and a loop that two more programs on a multiprocessor hide the copies of.
+SPILLS = {
+    "sm_90": {"attention_backward_queries": 24, "attention_backward_text_keys": 24, "attention_backward_own_keys": 34},
+}
+WAITS = {"attention_forward bfloat16 K=64 E=64"}
 # Labels whose sizes one compile serves, or two: long branches have tiles of their own.
 COMPILES = {
     "bfloat16 K=64 E=64": {"attention_backward_own_keys": 2},
