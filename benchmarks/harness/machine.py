@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.clock import Run, measure
-from quietstar_kernels import backends
+from quietstar_kernels import _dispatch, backends
 from quietstar_kernels.cpu import _library, products
 
 PACKAGES = (
@@ -71,7 +71,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def served_by(device: torch.device) -> dict[str, str]:
     """The back end that serves each op: the one QUIETSTAR_BACKEND names, else the one "auto" chooses."""
-    fastest = ("cuda", "triton", "cpu", "reference") if device.type == "cuda" else ("cpu",)
+    fastest: tuple[str, ...] = (*_dispatch.FASTEST_FIRST[device.type], "reference")
     fastest = (os.environ["QUIETSTAR_BACKEND"],) if "QUIETSTAR_BACKEND" in os.environ else fastest
     available = {(row["op"], row["backend"]) for row in backends(device) if row["status"] == "available"}
     ops = dict.fromkeys(op for op, _ in sorted(available))
