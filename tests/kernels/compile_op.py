@@ -39,7 +39,7 @@ def main(op: str, target: str, extent: str = "") -> None:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 row = {"label": label, "advice": sorted({code for code, name in advice if name == kernel.metadata.name})}
-                row |= asdict(resources(kernel))
+                row |= asdict(resources(kernel)) | {"warp_groups": "wgmma.mma_async" in kernel.asm.get("ptx", "")}
                 if target == "sm_90" and row["kernel"] in cases.HGMMA and "float32" not in label:
                     row["loops"] = [asdict(loop) for loop in machine_code.loops(machine_code.instructions(disassembly(kernel)))]
                 print(json.dumps(row), flush=True)
