@@ -54,6 +54,12 @@ def draw_branches(folder: Path) -> None:
     draw_branch(folder / "branches_thoughts.png", thoughts, [f"$x_{t}$" for t in range(4)], "z", {2: "text"})
     completions = ThoughtLayout.packed(torch.tensor([[3, 3, 3, 8, 8]]), torch.tensor([[2, 5, 3, 4, 6]]), lo=lo)
     draw_branch(folder / "branches_group.png", completions, prompts, "y", {2: "prompt p", 6.5: "prompt q"})
+    turns = ThoughtLayout.tree(
+        torch.tensor([[3, -1, -1, 3]]), torch.tensor([[-1, 0, 0, -1]]), torch.tensor([[3, 2, 4, 4]]), text_length=4
+    )
+    labels = prompts[:4] + [f"${turn}_{i}$" for turn, rows in zip("abcd", (3, 2, 4, 4), strict=True) for i in range(rows)]
+    groups = {2.0: "prompt", 5.5: "a", 8.0: "b", 11.0: "c", 15.0: "d"}
+    draw_layout(folder / "branches_tree.png", turns, labels, groups, branch_colours())
     drafts = ThoughtLayout.at(torch.tensor([[1, 5, 6]]), 1, 4, lo=lo, own="full")
     draw_branch(folder / "branches_drafter.png", drafts, prompts, "m", {2: "text p", 6.5: "text q"}, False)
     text = [f"$x_{{{t}}}$" for t in range(11)]
@@ -64,9 +70,12 @@ def draw_branches(folder: Path) -> None:
 def draw_branch(path: Path, layout: ThoughtLayout, text: list[str], row: str, groups: Groups, queries: bool = True) -> None:
     """``row`` is the letter of branch rows. Without ``queries``, the text is only seen."""
     places = layout.row_in_branch()[0].tolist()
-    colours = {name.replace("thought", "branch"): colour for name, colour in COLOURS.items()}
     labels = text + [f"${row}_{place}$" for place in places]
-    draw_layout(path, layout, labels, groups | branch_groups(layout, text), colours, 0 if queries else layout.L)
+    draw_layout(path, layout, labels, groups | branch_groups(layout, text), branch_colours(), 0 if queries else layout.L)
+
+
+def branch_colours() -> dict[str, str]:
+    return {name.replace("thought", "branch"): colour for name, colour in COLOURS.items()}
 
 
 def branch_groups(layout: ThoughtLayout, text: list[str]) -> Groups:

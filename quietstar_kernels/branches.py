@@ -4,6 +4,11 @@ A packed sequence is ``[text (L) | branch rows (R)]``. A branch hangs on a text 
 that stand together. Each of them sees the text in ``[lo[b, t], t]`` and, of its own branch, the rows up to itself, or all if
 ``full``. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-STaR, arXiv 2403.09629, section 4.2 and figure 3: a thought is a
 branch, and its rows see those before them).
+
+In a tree, a branch may go on from the end of another, its parent: it is a node. Nodes stand in depth-first order. So the rows
+of a node's subtree stand together, from the node's first row on, and row r sees row c of any branch exactly if c <= r < end(c),
+where end(c) is the row after the subtree of c's node. (Masks with one interval of rows for each key: FlashMask, arXiv
+2410.01359, section 3.)
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 ANCHOR, START, LENGTH = range(3)  # columns of the table
+DEPTH, END, LEAF = range(3)  # columns of the tree
 
 
 class Branches(NamedTuple):
@@ -24,13 +30,16 @@ class Branches(NamedTuple):
         table: int32 [B,C,3], of each branch: its anchor, -1 if unused; its first row, from 0 to R; how many rows are live, 0 if
             unused. Anchors of used branches ascend, and so do first rows.
         of_row: int32 [B,R], the branch of each row, -1 where the row is off.
-        full: a row sees all live rows of its branch, later ones too.
+        full: a row sees all live rows of its branch, later ones too; in a tree only if its node is a leaf.
+        tree: int32 [B,C,3] if branches hang on branches, of each node: how many rows are on its path before its first; the row
+            after the last one of its subtree; 1 if no node has it as its parent, else 0. A node's anchor is that of its root.
     """
 
     lo: Tensor
     table: Tensor
     of_row: Tensor
     full: bool
+    tree: Tensor | None = None
 
     @property
     def B(self) -> int:
@@ -62,28 +71,36 @@ class Branches(NamedTuple):
 
     def column(self, column: int) -> Tensor:
         """int64 [B,R]: ANCHOR, START or LENGTH of each row's branch; 0 where the row is off."""
+        return self._of_rows(self.table[..., column])
+
+    def _of_rows(self, of_branch: Tensor) -> Tensor:
+        """int64 [B,R]: ``of_branch`` [B,C] for the branch of each row; 0 where the row is off."""
         if not self.C:
             return torch.zeros_like(self.of_row, dtype=torch.int64)
-        of_branch = self.table[..., column].long()
-        return of_branch.gather(1, self.of_row.long().clamp(min=0)).masked_fill(~self.live(), 0)
+        return of_branch.long().gather(1, self.of_row.long().clamp(min=0)).masked_fill(~self.live(), 0)
 
     def row_in_branch(self) -> Tensor:
         """int32 [B,R]: 0 for the first row of a branch, -1 where the row is off."""
         r = torch.arange(self.R, device=self.device)
         return torch.where(self.live(), r - self.column(START), -1).int()
 
+    def row_in_path(self) -> Tensor:
+        """int64 [B,R]: as ``row_in_branch``; in a tree counted from the first row of the root."""
+        row = self.row_in_branch().long()
+        return row if self.tree is None else row + self._of_rows(self.tree[..., DEPTH])
+
     def text_position_ids(self) -> Tensor:
         """int64 [B,L]: t - lo[b,t]."""
         return torch.arange(self.L, device=self.device) - self.lo.long()
 
     def position_ids(self) -> Tensor:
-        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for row s of a branch; 0 for rows that are off."""
+        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for row s of a path; 0 for rows that are off."""
         text = self.text_position_ids()
         if self.R == 0:
             return text
         if self.L == 0:  # all rows are off
             return text.new_zeros(self.B, self.R)
-        own = text.gather(1, self.column(ANCHOR)) + 1 + self.row_in_branch()
+        own = text.gather(1, self.column(ANCHOR)) + 1 + self.row_in_path()
         return torch.cat([text, own.masked_fill(~self.live(), 0)], 1)
 
     def dense_mask(self, window: int | None = None) -> Tensor:
@@ -95,8 +112,12 @@ class Branches(NamedTuple):
         if R and L:  # else nothing is on
             seen[:, L:, :L] = seen[:, :L, :L].gather(1, self.column(ANCHOR)[:, :, None].expand(B, R, L))
             start = self.column(START)[:, :, None]
-            end = start + self.column(LENGTH)[:, :, None] if self.full else r[:, None] + 1
-            seen[:, L:, L:] = (r >= start) & (r < end)
+            own = (r >= start) & (r < (start + self.column(LENGTH)[:, :, None] if self.full else r[:, None] + 1))
+            if self.tree is not None:
+                end, leaf = (self._of_rows(self.tree[..., column]) for column in (END, LEAF))
+                own = own & (leaf > 0)[:, :, None] if self.full else False
+                own |= (r <= r[:, None]) & (r[:, None] < end[:, None, :]) & self.live()[:, None, :]
+            seen[:, L:, L:] = own
             seen[:, L:] &= self.live()[:, :, None]
         if window is not None:
             position = self.position_ids()
@@ -121,3 +142,26 @@ def of_rows(table: Tensor, rows: int, spacing: int | None = None) -> Tensor:
         branch = torch.searchsorted(start, r.expand(B, rows).contiguous(), right=True, out_int32=True) - 1
     start, length = (table[..., column].gather(1, branch.long()) for column in (START, LENGTH))
     return torch.where(r - start < length, branch, -1)
+
+
+def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The tree of ``Branches`` int32 [B,C,3], and bool [B,C]: whether the nodes of a node's subtree stand together, after it.
+
+    Args:
+        parent: integer [B,C], -1 for roots; before its children.
+        length: integer [B,C], rows of each node.
+    """
+    B, C = parent.shape
+    node = torch.arange(C + 1, device=parent.device).expand(B, C + 1)
+    # One more node stands for the parent of the roots.
+    up = torch.nn.functional.pad(torch.where(parent < 0, C, parent.long()), (0, 1), value=C)
+    length = torch.nn.functional.pad(length.long(), (0, 1))
+    depth, last, size = length.gather(1, up), node, torch.ones_like(node)
+    leaf = torch.ones_like(node).scatter(1, up, 0)
+    for _ in range(C.bit_length()):  # from each node to the one 1, 2, 4, .. above it
+        depth = depth + depth.gather(1, up)
+        last = last.scatter_reduce(1, up, last, "amax")
+        size = size.scatter_add(1, up, size)
+        up = up.gather(1, up)
+    end = length.cumsum(1).gather(1, last)
+    return torch.stack([depth, end, leaf], -1)[:, :C].int(), (size == last - node + 1)[:, :C]

@@ -6,18 +6,18 @@ thought, and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-
 3).
 
 ``packed`` has thoughts of unequal length, called branches, whose rows stand one after another without padding. With
-``own="full"`` a row sees all live rows of its own thought, later ones too.
+``own="full"`` a row sees all live rows of its own thought, later ones too. In a ``tree`` branches go on from branches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quietstar_kernels.branches import ANCHOR, Branches, of_rows
+from quietstar_kernels.branches import ANCHOR, Branches, of_rows, tree_of
 from quietstar_kernels.checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
 
 OP = "ThoughtLayout"
@@ -27,7 +27,8 @@ MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 @dataclass(frozen=True, eq=False)
 class ThoughtLayout:
-    """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents`` or ``packed``, which check values once.
+    """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents``, ``packed`` or ``tree``, which check values
+    once.
 
     A wrong value raises ValueError on a CPU. On a GPU, which nothing waits for, and under torch.compile an assertion fails.
 
@@ -38,6 +39,7 @@ class ThoughtLayout:
         rows: S, the number of rows of a thought; if packed, the most that one has.
         own: "causal": a row sees the rows of its thought up to itself; "full": all live ones.
         packed_rows: R of a packed layout, which has P = C branches and N = 1; None for a grid, where R = P*N*S.
+        parent: int32 [B,C] of a tree, which is packed: the branch that each goes on from, -1 for those on the text.
     """
 
     anchor: Tensor
@@ -46,6 +48,7 @@ class ThoughtLayout:
     rows: int
     own: str = "causal"
     packed_rows: int | None = None
+    parent: Tensor | None = None
     _branches: Branches | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,11 @@ class ThoughtLayout:
             raise check.fail(f"length must have shape [B,C,1] if packed, got {list(self.length.shape)}")
         else:
             _check_packed_sizes(check, check["P"], check.integer("packed_rows", self.packed_rows, 0))
+        if self.parent is not None:
+            check.tensor("parent", self.parent, "B,P", (torch.int32,), self.lo.device)
+            if self.packed_rows is None:
+                raise check.fail("parent is for packed layouts")
+            object.__setattr__(self, "parent", _trainable(self.parent))
         for name in ("anchor", "lo", "length"):
             object.__setattr__(self, name, _trainable(getattr(self, name)))
 
@@ -118,7 +126,8 @@ class ThoughtLayout:
         table = torch.stack([anchor, start, length], -1)
         rows = of_rows(table, self.R, self.rows if self.packed_rows is None else None)
         lo, table, rows = map(_trainable, (self.lo.contiguous(), table, rows))
-        return Branches(lo, table, rows, self.own == "full")
+        tree = None if self.parent is None else _trainable(tree_of(self.parent, length)[0])
+        return Branches(lo, table, rows, self.own == "full", tree)
 
     @classmethod
     def every_position(
@@ -230,6 +239,46 @@ class ThoughtLayout:
         return cls(anchors.int().contiguous(), lo.int().contiguous(), length, max(most or 0, 1), own, rows)
 
     @classmethod
+    def tree(
+        cls,
+        anchors: Tensor,
+        parents: Tensor,
+        lengths: Tensor,
+        text_length: int | None = None,
+        lo: Tensor | None = None,
+        rows: int | None = None,
+        own: str = "causal",
+    ) -> ThoughtLayout:
+        """Branches that go on from the end of other branches, their parents, as turns of a dialogue do: a row also sees all rows
+        of its parent, and of the parent's parent. What goes on from the middle of a branch makes two of it.
+
+        Nodes stand in depth-first order: each after its parent, and a subtree together. Without parents this is ``packed``.
+
+        Args:
+            anchors: int32 or int64 [B,C], the text positions of nodes without a parent, ascending in each row; -1 in unused places
+                at the end. Those of other nodes are not looked at.
+            parents: int32 or int64 [B,C], the place of each node's parent, -1 for a node on the text and in unused places.
+            lengths: int32 or int64 [B,C], rows of each node, 0 too; 0 where unused.
+            text_length, lo, rows: as in ``packed``.
+            own: "causal", or "full": rows of a node that is nobody's parent see each other.
+
+        Raises:
+            ValueError: an argument with a wrong size, shape, dtype or value.
+        """
+        check = Checker(OP)
+        check.tensor("anchors", anchors, "B,C", INTEGERS)
+        check.tensor("parents", parents, "B,C", INTEGERS, anchors.device, "anchors")
+        check.tensor("lengths", lengths, "B,C", INTEGERS, anchors.device, "anchors")
+        node = torch.arange(check["C"], device=anchors.device)
+        early = (parents < -1) | (parents >= node)
+        _refuse(early, "parents must be -1 or come before their children", parents)
+        parents = torch.where(early, -1, parents).int()  # on a GPU nothing was raised
+        together = tree_of(parents, lengths)[1]
+        _refuse(~together, "parents must make depth-first order, with all nodes below a node next to it", parents)
+        root = torch.where(parents < 0, node, 0).cummax(1).values if check["C"] else node.expand_as(anchors)
+        return replace(cls.packed(anchors.gather(1, root), lengths, text_length, lo, rows, own), parent=parents)
+
+    @classmethod
     def from_padding(
         cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, own: str = "causal"
     ) -> ThoughtLayout:
@@ -318,7 +367,8 @@ class ThoughtLayout:
         return self.branches.text_position_ids()
 
     def position_ids(self) -> Tensor:
-        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off."""
+        """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off. In a tree
+        the rows of a node go on from those of its parent."""
         return self.branches.position_ids()
 
     def token_ids(self, input_ids: Tensor, thought_ids: Tensor, start_id: int, end_id: int, pad_id: int) -> Tensor:
@@ -442,7 +492,8 @@ class ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
         device = Checker("ThoughtLayout.to").device(device)
         anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
-        return ThoughtLayout(anchor, lo, length, self.rows, self.own, self.packed_rows)
+        parent = None if self.parent is None else self.parent.to(device, **kwargs)
+        return ThoughtLayout(anchor, lo, length, self.rows, self.own, self.packed_rows, parent)
 
     def _grid_only(self, check: Checker) -> Checker:
         if self.packed_rows is not None:
@@ -451,7 +502,8 @@ class ThoughtLayout:
 
     def __repr__(self) -> str:
         sizes = " ".join(f"{letter}={getattr(self, letter)}" for letter in "BLPNSRM")
-        kind = " packed" * (self.packed_rows is not None) + f" own={self.own}" * (self.own != "causal")
+        packed = "" if self.packed_rows is None else " packed" if self.parent is None else " tree"
+        kind = packed + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions, Head, Saved
-from quietstar_kernels.branches import ANCHOR, LENGTH, Branches, of_rows
+from quietstar_kernels.branches import ANCHOR, DEPTH, END, LEAF, LENGTH, START, Branches, of_rows
 from quietstar_kernels.philox import draw_words
 
 INFINITE = 1e30  # an LSE as large as this, in bits, counts as infinite: kernels begin with -1e30 as the largest logit
@@ -92,24 +92,29 @@ def thought_decode(
     table: Tensor,
     step: Tensor,
     options: AttentionOptions,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """Row ``step`` of every branch, q [B,H,C,K], over the text and its own rows 0..step. Returns [B,H,C,E].
 
-    lo [B,L] and table [B,C,3] are those of ``Branches``; k_own [B,G,C,S,K].
+    lo [B,L], table [B,C,3] and tree are those of ``Branches``; k_own [B,G,C,S,K]. In a tree it also sees the parents' rows.
     """
     B, L, C, S = *lo.shape, table.shape[1], k_own.shape[3]
     # The same branches with S rows each: a grid, whose rows of the step are the ones wanted.
     start = torch.arange(0, C * S, S, dtype=torch.int32, device=q.device).expand(B, C)
+    if tree is not None:  # the last row of the last node below each
+        first, rows = table[:, None, :, START], table[:, None, :, LENGTH]
+        below = (first >= first.mT) & (first < tree[..., END, None]) & (rows > 0)
+        last = torch.where(below, start[:, None], start[..., None]).amax(-1)
+        tree = torch.stack([tree[..., DEPTH], last + S, tree[..., LEAF]], -1)
     table = torch.stack([table[..., ANCHOR], start, table[..., LENGTH].clamp(max=S)], -1)
-    grid = Branches(lo, table, of_rows(table, C * S, S), full=False)
+    grid = Branches(lo, table, of_rows(table, C * S, S), False, tree)
     rows = torch.arange(C, device=q.device) * S + step
     live = grid.live()[:, rows]
     mask = grid.dense_mask(options.window)[:, L:][:, rows]  # [B,C,M]
-    own_on = (torch.arange(S, device=q.device) <= step)[:, None]
-    keys = torch.cat([wide(k_text), wide(k_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
-    values = torch.cat([wide(v_text), wide(v_own).masked_fill(~own_on, 0).flatten(2, 3)], 2)
-    key_on = _key_on(grid)[:, None, :, None]
-    keys, values = keys.masked_fill(~key_on, 0), values.masked_fill(~key_on, 0)
+    keys = torch.cat([wide(k_text), wide(k_own).flatten(2, 3)], 2)
+    values = torch.cat([wide(v_text), wide(v_own).flatten(2, 3)], 2)
+    off = ~mask.any(1)[:, None, :, None]  # later rows are not written yet
+    keys, values = keys.masked_fill(off, 0), values.masked_fill(off, 0)
     return _masked_attention(wide(q), keys, values, mask, live, options, q.dtype)[0]
 
 

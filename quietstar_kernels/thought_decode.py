@@ -37,7 +37,7 @@ def thought_decode(
         k_text: [B,G,L,K], the text's keys.
         v_text: [B,G,L,E].
         k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read. If the layout is
-            packed, S is any number of rows.
+            packed, S is any number of rows. Those of a parent in a ``tree`` must all be written.
         v_own: [B,G,P*N,S,E].
         layout: which rows see which; ``own="full"`` is refused, since later rows are not there yet.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
@@ -79,12 +79,13 @@ def thought_decode(
         k_own,
         v_own,
         *layout.branches[:2],
+        layout.branches.tree,
         step,
         sinks,
         scale,
         window,
         softcap,
-        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
+        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"], **_dispatch.special(layout.parent)),
     )
 
 
@@ -96,6 +97,7 @@ def _thought_decode(
     v_own: Tensor,
     lo: Tensor,
     table: Tensor,
+    tree: Tensor | None,
     step: Tensor,
     sinks: Tensor | None,
     scale: float,
@@ -106,11 +108,11 @@ def _thought_decode(
     if on_host(step):  # a tensor's value, which torch.compile doesn't know before
         most = k_own.shape[3] - 1
         Checker(_OP).integer("step", int(step), 0, most, f"from 0 to S-1={most}")
-    options = AttentionOptions(scale, window, softcap, sinks)
-    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, lo, table, step, options)
+    options, trees = AttentionOptions(scale, window, softcap, sinks), [] if tree is None else [tree]
+    return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, lo, table, step, options, *trees)
 
 
-def _fake(q, k_text, v_text, k_own, v_own, lo, table, step, sinks, scale, window, softcap, backend):
+def _fake(q, k_text, v_text, k_own, v_own, lo, table, tree, step, sinks, scale, window, softcap, backend):
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 

@@ -25,6 +25,13 @@ struct Branch {
     int32_t anchor, start, length;
 };
 
+// Of a branch in a tree, a node.
+struct Node {
+    int32_t depth;  // rows on its path before its first
+    int32_t end;    // the row after the last of its subtree
+    int32_t leaf;
+};
+
 // Which rows see which: contiguous int32 tensors, as in quietstar_kernels/branches.py.
 struct Layout {
     const int32_t* lo;      // [B,L]
@@ -32,11 +39,30 @@ struct Layout {
     const int32_t* of_row;  // [B,R], the branch of a row, -1 where it is off; null in a decode
     int64_t B, L, C, R;
     bool full;
+    const Node* tree;  // [B,C], or null: no branch hangs on another
 };
 
 // Static, as no instruction set may share these with another.
 static inline const Branch& branch_of(const Layout& layout, int64_t b, int64_t c) {
     return layout.table[b * layout.C + c];
+}
+
+static inline Node node_of(const Layout& layout, int64_t b, int64_t c) {
+    if (layout.tree) return layout.tree[b * layout.C + c];
+    const Branch& branch = branch_of(layout, b, c);
+    return {0, branch.start + branch.length, 1};
+}
+
+// The first of the branches with rows on the path of branch c.
+static inline int64_t root_of(const Layout& layout, int64_t b, int64_t c) {
+    while (node_of(layout, b, c).depth > 0) --c;
+    return c;
+}
+
+// The branch after those on whose path branch c, a root, has rows.
+static inline int64_t after_tree(const Layout& layout, int64_t b, int64_t c) {
+    for (++c; c < layout.C && node_of(layout, b, c).depth > 0;) ++c;
+    return c;
 }
 
 // The row after those of a branch, some of which may be off.
@@ -84,8 +110,9 @@ struct Backward {
     Layout layout;
     Options options;
     int64_t H, G, K, E, text_rows, parts;
-    int64_t own_sums;  // rows of the longest branch; 0: own dk and dv are summed where they are returned
-    bool in_place;     // one part: so are the text's
+    int64_t
+        own_sums;   // rows of the longest branch or tree; 0: own dk and dv are summed where they are returned
+    bool in_place;  // one part: so are the text's
     Dtype dtype;
     const Unit* units = nullptr;  // those of batch row b are first_unit[b]..first_unit[b + 1]
     const int64_t* first_unit = nullptr;

@@ -209,23 +209,27 @@ inline void clear_keys(const Backward& call, int64_t pair, int64_t first, int64_
     }
 }
 
-// The own keys of the tile's branches, and, with the last piece of a unit, their dk and dv.
+// The own keys of the tile's branches and of those on their paths, and, with the last piece of a unit, their
+// dk and dv.
 template <bool PAIRS>
 void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& unit, const Piece& piece,
                        int64_t pair, const Sums& sums) {
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
-    int r0 = 0;
+    int r0 = 0, r1;
+    int64_t root = 0;  // its first row
     for (int64_t c = unit.branch; c < unit.branch_end; ++c) {
         const Branch& branch = branch_of(layout, tile.batch, c);
+        const Node node = node_of(layout, tile.batch, c);
         const int64_t first = layout.L + branch.start, live = first + branch.length;
-        const bool on = r0 < tile.rows && tile.branch[r0] == c;
-        const int r1 = on ? end_of_branch(tile, r0) : r0;
-        const Sums own = call.own_sums ? sums : returned_sums(call, pair, first);
+        if (node.depth == 0) root = branch.start;
+        find_rows(tile, branch, node, r0, r1);
+        const int end = r0 < r1 ? own_keys_end(tile, branch, node, r1) : 0;
+        const Sums own = call.own_sums ? sums.at(branch.start - root) : returned_sums(call, pair, first);
         if (piece.begin == unit.begin) clear(own, branch.length, call.K, call.E);
-        for (int key = 0; on && key < tile.own_end[r1 - 1]; key += KEYS) {
-            const int left = tile.own_end[r1 - 1] - key, count = left < KEYS ? left : KEYS;
-            bound_by_own(tile, r0, r1, key, count, call.options.window);
+        for (int key = 0; key < end; key += KEYS) {
+            const int count = end - key < KEYS ? end - key : KEYS;
+            bound_by_own(tile, r0, r1, node.depth + key, count, call.options.window);
             if (end_of(tile, r0, r1) == 0) continue;
             read_all<PAIRS>(call, space, first + key, count);
             differentiate<PAIRS>(space, r0, r1, call.K, call.E, nullptr, call.options, own.at(key));
@@ -234,7 +238,6 @@ void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& u
             if (call.own_sums) write_keys(call, tile.batch, tile.group, first, branch.length, own);
             clear_keys(call, pair, live, layout.L + end_of_rows(layout, tile.batch, c));
         }
-        r0 = r1;
     }
 }
 

@@ -28,16 +28,18 @@ Rows rows(const Tensor& x, const void* data) {
 Rows read(const Tensor& x) { return rows(x, x.const_data_ptr()); }
 Rows write(const Tensor& x) { return rows(x, x.mutable_data_ptr()); }
 
-Layout layout_of(const Tensor& lo, const Tensor& table) {
+Layout layout_of(const Tensor& lo, const Tensor& table, const std::optional<Tensor>& tree) {
     Layout layout{};
+    layout.tree = tree ? (const Node*)tree->const_data_ptr() : nullptr;
     layout.lo = (const int32_t*)lo.const_data_ptr();
     layout.table = (const Branch*)table.const_data_ptr();
     layout.B = lo.size(0), layout.L = lo.size(1), layout.C = table.size(1);
     return layout;
 }
 
-Layout layout_of(const Tensor& lo, const Tensor& table, const Tensor& of_row, bool full) {
-    Layout layout = layout_of(lo, table);
+Layout layout_of(const Tensor& lo, const Tensor& table, const Tensor& of_row,
+                 const std::optional<Tensor>& tree, bool full) {
+    Layout layout = layout_of(lo, table, tree);
     layout.of_row = (const int32_t*)of_row.const_data_ptr();
     layout.R = of_row.size(1);
     layout.full = full;
@@ -59,12 +61,13 @@ struct Parallel {
 };
 
 void thought_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor lo, const Tensor table,
-                       const Tensor of_row, const std::optional<Tensor> sinks, Tensor out, Tensor lse,
-                       bool full, double scale, int64_t window, double softcap) {
+                       const Tensor of_row, const std::optional<Tensor> tree,
+                       const std::optional<Tensor> sinks, Tensor out, Tensor lse, bool full, double scale,
+                       int64_t window, double softcap) {
     Forward call{};
     call.q = read(q), call.k = read(k), call.v = read(v), call.out = write(out);
     call.lse = (float*)lse.mutable_data_ptr();
-    call.layout = layout_of(lo, table, of_row, full);
+    call.layout = layout_of(lo, table, of_row, tree, full);
     call.options = options_of(scale, window, softcap, sinks);
     call.H = q.size(1), call.G = k.size(1), call.K = q.size(3), call.E = v.size(3);
     call.text_rows = q.size(2) - call.layout.R;
@@ -75,10 +78,10 @@ void thought_attention(const Tensor q, const Tensor k, const Tensor v, const Ten
 
 void thought_attention_backward(const Tensor grad_out, const Tensor q, const Tensor k, const Tensor v,
                                 const Tensor out, const Tensor lse, const Tensor lo, const Tensor table,
-                                const Tensor of_row, const std::optional<Tensor> sinks, Tensor dq, Tensor dk,
-                                Tensor dv, Tensor sums, std::optional<Tensor> dsinks, bool full,
-                                int64_t parts, int64_t own_sums, double scale, int64_t window,
-                                double softcap) {
+                                const Tensor of_row, const std::optional<Tensor> tree,
+                                const std::optional<Tensor> sinks, Tensor dq, Tensor dk, Tensor dv,
+                                Tensor sums, std::optional<Tensor> dsinks, bool full, int64_t parts,
+                                int64_t own_sums, double scale, int64_t window, double softcap) {
     Backward call{};
     call.grad_out = read(grad_out), call.q = read(q), call.k = read(k), call.v = read(v),
     call.out = read(out);
@@ -86,7 +89,7 @@ void thought_attention_backward(const Tensor grad_out, const Tensor q, const Ten
     call.lse = (const float*)lse.const_data_ptr();
     call.sums = (float*)sums.mutable_data_ptr();
     call.dsinks = dsinks ? (double*)dsinks->mutable_data_ptr() : nullptr;
-    call.layout = layout_of(lo, table, of_row, full);
+    call.layout = layout_of(lo, table, of_row, tree, full);
     call.options = options_of(scale, window, softcap, sinks);
     call.H = q.size(1), call.G = k.size(1), call.K = q.size(3), call.E = v.size(3);
     call.text_rows = q.size(2) - call.layout.R;
@@ -98,13 +101,13 @@ void thought_attention_backward(const Tensor grad_out, const Tensor q, const Ten
 }
 
 void thought_decode(const Tensor q, const Tensor k_text, const Tensor v_text, const Tensor k_own,
-                    const Tensor v_own, const Tensor lo, const Tensor table,
+                    const Tensor v_own, const Tensor lo, const Tensor table, const std::optional<Tensor> tree,
                     const std::optional<Tensor> sinks, Tensor out, int64_t step, double scale, int64_t window,
                     double softcap) {
     Forward call{};
     call.q = read(q), call.k = read(k_text), call.v = read(v_text), call.out = write(out);
     call.k_own = read(k_own), call.v_own = read(v_own);
-    call.layout = layout_of(lo, table);
+    call.layout = layout_of(lo, table, tree);
     call.options = options_of(scale, window, softcap, sinks);
     call.H = q.size(1), call.G = k_text.size(1), call.K = q.size(3), call.E = v_text.size(3);
     call.step = step;
@@ -145,18 +148,20 @@ void copy(Tensor to, const Tensor from) {
 STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
     library.def(
         "thought_attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor table, Tensor of_row, "
-        "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, bool full, float scale, int window, float softcap) "
+        "Tensor? tree, Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, bool full, float scale, int window, "
+        "float softcap) "
         "-> "
         "()");
     library.def(
         "thought_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "Tensor lo, Tensor table, Tensor of_row, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor lo, Tensor table, Tensor of_row, Tensor? tree, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, "
+        "Tensor(c!) dv, "
         "Tensor(d!) sums, Tensor(e!)? dsinks, bool full, int parts, int own_sums, float scale, int window, "
         "float softcap) "
         "-> ()");
     library.def(
         "thought_decode(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, Tensor lo, "
-        "Tensor table, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, "
+        "Tensor table, Tensor? tree, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, "
         "float softcap) -> ()");
     library.def(
         "sample_token(Tensor logits, Tensor? bias, Tensor counters, Tensor? banned, Tensor seed, "

@@ -51,11 +51,13 @@ class Cut {
     }
 
   private:
-    // Whole branches, as many as fit a tile; or one that may be longer. Returns the row after the last.
+    // Whole branches or trees, as many as fit a tile; or one that may be longer. Returns the row after the
+    // last.
     int64_t add_branches(const Layout& layout, int64_t b, int64_t heads, bool decode) {
         int64_t begin = 0, end = 0, branch = 0;
-        for (int64_t c = 0; c < layout.C; ++c) {
-            const int64_t after = (decode ? c + 1 : end_of_rows(layout, b, c)) * heads;
+        for (int64_t c = 0, next; c < layout.C; c = next) {
+            next = decode ? c + 1 : after_tree(layout, b, c);
+            const int64_t after = (decode ? next : end_of_rows(layout, b, next - 1)) * heads;
             if (end > begin && after - begin > tile) {
                 units.push_back({b, begin, end, branch, c, false});
                 begin = end, branch = c;

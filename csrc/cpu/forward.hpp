@@ -201,16 +201,19 @@ inline bool add_row(Tile& tile, int64_t heads, const Layout& layout, int64_t tex
         branch = step >= 0 ? place : layout.of_row[tile.batch * layout.R + place];
         if (branch < 0) return false;
         const Branch& of = branch_of(layout, tile.batch, branch);
+        const Node node = node_of(layout, tile.batch, branch);
         s = step >= 0 ? step : place - of.start;
         if (s >= of.length) return false;
         t = of.anchor;
-        own_end = layout.full ? of.length : s + 1;
+        own_end = node.depth + (layout.full && node.leaf ? of.length : s + 1);
+        s += node.depth;
     }
     const int r = tile.rows++;
     const int32_t lo = layout.lo[tile.batch * layout.L + t];
     tile.query_head[r] = head;
     tile.query_row[r] = row;
     tile.branch[r] = (int32_t)branch;
+    tile.place[r] = (int32_t)place;
     tile.own[r] = (int32_t)s;
     tile.own_end[r] = (int32_t)own_end;
     tile.first[r] = lo;
@@ -308,45 +311,63 @@ void attend_to_text(const Forward& call, ForwardSpace& space) {
 template <bool PAIRS>
 void attend_to_own(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
-    for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
-        r1 = end_of_branch(tile, r0);
-        const int end = tile.own_end[r1 - 1];
+    if (tile.rows == 0) return;
+    const Layout& layout = call.layout;
+    int r0 = 0, r1;
+    for (int64_t c = root_of(layout, tile.batch, tile.branch[0]); c <= tile.branch[tile.rows - 1]; ++c) {
+        const Branch& branch = branch_of(layout, tile.batch, c);
+        const Node node = node_of(layout, tile.batch, c);
+        find_rows(tile, branch, node, r0, r1);
+        if (r0 == r1) continue;
+        const int end = own_keys_end(tile, branch, node, r1);
         for (int begin = 0; begin < end; begin += KEYS) {
             const int count = end - begin < KEYS ? end - begin : KEYS;
-            bound_by_own(tile, r0, r1, begin, count, call.options.window);
+            bound_by_own(tile, r0, r1, node.depth + begin, count, call.options.window);
             if (end_of(tile, r0, r1) == 0) continue;
-            const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], begin);
-            const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], begin);
+            const Source k = own_keys(call, tile, call.k, call.k_own, c, begin);
+            const Source v = own_keys(call, tile, call.v, call.v_own, c, begin);
             read_keys<PAIRS>(space.keys, k, v, count, call.K, call.E, call.dtype);
             attend<PAIRS>(space, r0, r1, call.K, call.E, nullptr, call.options);
         }
     }
 }
 
-// The same in a decoding step, where all rows of a branch see the same keys.
-inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space) {
+// The same in a decoding step, where rows r0..r1, of one branch, see the first `end` own keys of branch c.
+inline void attend_to_own_in_place(const Forward& call, ForwardSpace& space, int r0, int r1, int64_t c,
+                                   int64_t end) {
     Tile& tile = space.tile;
-    const int64_t window = call.options.window, end = call.step + 1;
-    const int64_t first = window && window < end ? end - window : 0;
+    const int64_t window = call.options.window, depth = node_of(call.layout, tile.batch, c).depth;
+    const int64_t oldest = window ? tile.own[r0] + 1 - window - depth : 0;
+    for (int64_t begin = oldest > 0 ? oldest : 0; begin < end; begin += KEYS) {
+        const int count = end - begin < KEYS ? (int)(end - begin) : KEYS;
+        const Source k = own_keys(call, tile, call.k, call.k_own, c, begin);
+        const Source v = own_keys(call, tile, call.v, call.v_own, c, begin);
+        for (int r = r0; r < r1; r += FEW) {
+            const int rows = r1 - r < FEW ? r1 - r : FEW;
+            const OwnProducts products = own_products(call.dtype, rows);
+            float *const q = space.q + r * STRIDE, *const scores = space.scores + r * STRIDE;
+            float* const out = space.out + r * STRIDE;
+            bound_by_own(tile, r, r + rows, (int32_t)(depth + begin), count, window);
+            space.ahead.some();
+            const bool good_k = products.multiply(scores, q, k, count, call.K);
+            softmax_rows<false>(space, r, rows, count, nullptr, call.options);
+            const bool good_v = products.add(out, scores, space.factor + r, v, count, call.E);
+            for (int i = r; i < r + rows; ++i) tile.poisoned[i] |= !good_k || !good_v;
+        }
+    }
+}
+
+// The own keys of the tile's branches and, in a tree, of those on their paths.
+inline void attend_to_paths_in_place(const Forward& call, ForwardSpace& space) {
+    const Tile& tile = space.tile;
+    const Layout& layout = call.layout;
     for (int r0 = 0, r1; r0 < tile.rows; r0 = r1) {
         r1 = end_of_branch(tile, r0);
-        for (int64_t begin = first; begin < end; begin += KEYS) {
-            const int count = end - begin < KEYS ? (int)(end - begin) : KEYS;
-            const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], begin);
-            const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], begin);
-            bound_by_own(tile, r0, r1, (int32_t)begin, count, window);
-            for (int r = r0; r < r1; r += FEW) {
-                const int rows = r1 - r < FEW ? r1 - r : FEW;
-                const OwnProducts products = own_products(call.dtype, rows);
-                float *const q = space.q + r * STRIDE, *const scores = space.scores + r * STRIDE;
-                float* const out = space.out + r * STRIDE;
-                space.ahead.some();
-                const bool good_k = products.multiply(scores, q, k, count, call.K);
-                softmax_rows<false>(space, r, rows, count, nullptr, call.options);
-                const bool good_v = products.add(out, scores, space.factor + r, v, count, call.E);
-                for (int i = r; i < r + rows; ++i) tile.poisoned[i] |= !good_k || !good_v;
-            }
-        }
+        const int64_t own = tile.branch[r0], start = branch_of(layout, tile.batch, own).start;
+        for (int64_t c = root_of(layout, tile.batch, own); c < own; ++c)
+            if (node_of(layout, tile.batch, c).end > start)
+                attend_to_own_in_place(call, space, r0, r1, c, branch_of(layout, tile.batch, c).length);
+        attend_to_own_in_place(call, space, r0, r1, own, call.step + 1);
     }
 }
 
@@ -356,7 +377,8 @@ inline void look_ahead(const Forward& call, ForwardSpace& space) {
     Ahead& ahead = space.ahead;
     ahead.bytes = (call.K < call.E ? call.K : call.E) * size_of(call.dtype);
     for (int r0 = 0; r0 < tile.rows; r0 = end_of_branch(tile, r0)) {
-        const int end = tile.own_end[end_of_branch(tile, r0) - 1];
+        const int end = tile.own_end[end_of_branch(tile, r0) - 1] -
+                        node_of(call.layout, tile.batch, tile.branch[r0]).depth;
         const Source k = own_keys(call, tile, call.k, call.k_own, tile.branch[r0], 0);
         const Source v = own_keys(call, tile, call.v, call.v_own, tile.branch[r0], 0);
         for (int s = 0; s < end; ++s) {
@@ -382,7 +404,7 @@ void forward_of(const Forward& call, const Piece& piece, int64_t group, char* wo
             read_row(space.q + r * STRIDE,
                      row_of(call.q, call.dtype, tile.batch, tile.query_head[r], tile.query_row[r]),
                      call.dtype, call.K);
-        attend_to_own_in_place(call, space);
+        attend_to_paths_in_place(call, space);
     }
     for (int r = 0; r < tile.rows; ++r) finish_row(call, space, r);
 }

@@ -12,8 +12,9 @@ struct Tile {
     int32_t query_head[TILE];        // h
     int64_t query_row[TILE];         // in the query tensor
     int32_t branch[TILE];            // -1 for text
-    int32_t own[TILE];               // which row of its branch
-    int32_t own_end[TILE];           // of the own keys that it sees
+    int32_t place[TILE];             // among the rows of all branches
+    int32_t own[TILE];               // which row of its path
+    int32_t own_end[TILE];           // of the own keys on its path that it sees
     int32_t first[TILE], end[TILE];  // of the text
     int32_t oldest[TILE];            // with a window: position ids above this are seen
     int32_t from[TILE], to[TILE];    // of the current block of keys
@@ -48,13 +49,26 @@ inline void bound_by_text(Tile& tile, int32_t begin, int32_t count) {
     }
 }
 
-// Own keys begin..begin+count of the branch of rows r0..r1 become the block.
+// Own keys begin..begin+count of the path of rows r0..r1 become the block.
 inline void bound_by_own(Tile& tile, int r0, int r1, int32_t begin, int32_t count, int64_t window) {
     for (int r = r0; r < r1; ++r) {
         const int64_t to = tile.own_end[r] - begin, from = window ? tile.own[r] + 1 - window - begin : 0;
         tile.from[r] = (int32_t)(from > 0 ? from : 0);
         tile.to[r] = (int32_t)(to < 0 ? 0 : to < count ? to : count);
     }
+}
+
+// Rows r0..r1 of the tile belong to a branch or to one below it. Called for branches in turn, with the r0 of
+// the one before, first 0.
+inline void find_rows(const Tile& tile, const Branch& branch, const Node& node, int& r0, int& r1) {
+    while (r0 < tile.rows && tile.place[r0] < branch.start) ++r0;
+    for (r1 = r0; r1 < tile.rows && tile.place[r1] < node.end;) ++r1;
+}
+
+// The end of the own keys of a branch that the last of the rows it found sees, and so some row.
+inline int own_keys_end(const Tile& tile, const Branch& branch, const Node& node, int r1) {
+    const int end = tile.own_end[r1 - 1] - node.depth;
+    return end < branch.length ? end : branch.length;
 }
 
 // The end of the block's keys that one of the rows sees; 0 if none.

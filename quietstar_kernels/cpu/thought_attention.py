@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import LENGTH, Branches
+from quietstar_kernels.branches import DEPTH, END, LENGTH, START, Branches
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu.plain import thought_attention as plain
 
@@ -28,7 +28,7 @@ def thought_attention(
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     _library.ops().thought_attention(
-        *map(with_rows, (q, k, v)), *branches[:3], sinks(options), out, lse, branches.full, *numbers(options)
+        *map(with_rows, (q, k, v)), *branches[:3], branches.tree, sinks(options), out, lse, branches.full, *numbers(options)
     )
     return out, lse
 
@@ -53,17 +53,24 @@ def thought_attention_backward(
     # Sums that are as wide as the gradients are made where these are returned; for the text, if one part makes them alone.
     returned = q.dtype == torch.float32 and K % WIDTH == 0 and E % WIDTH == 0
     in_place = returned and parts == 1
-    own_sums = 0 if returned or not branches.table.numel() else int(branches.table[..., LENGTH].amax())
+    own_sums = 0 if returned or not branches.table.numel() else int(_rows_together(branches).amax())
     width = sum(-(-x // WIDTH) * WIDTH for x in (K, E))
     sums = q.new_empty((B, G, parts, own_sums + (0 if in_place else branches.L), width), dtype=torch.float32)
     dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float64)
     _library.ops().thought_attention_backward(
-        *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *branches[:3], sinks(options), dq, dk, dv, sums, dsinks,
-        branches.full, parts, own_sums, *numbers(options),
+        *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *branches[:3], branches.tree, sinks(options), dq, dk,
+        dv, sums, dsinks, branches.full, parts, own_sums, *numbers(options),
     )  # fmt: skip
     if dsinks is None or options.sinks is None:
         return dq, dk, dv, None
     return dq, dk, dv, dsinks.sum((0, 2)).flatten().to(options.sinks.dtype)
+
+
+def _rows_together(branches: Branches) -> Tensor:
+    """[B,C]: rows of each branch, or of each tree that begins with a node."""
+    if branches.tree is None:
+        return branches.table[..., LENGTH]
+    return (branches.tree[..., END] - branches.table[..., START]).masked_fill(branches.tree[..., DEPTH] > 0, 0)
 
 
 def with_rows(x: Tensor) -> Tensor:

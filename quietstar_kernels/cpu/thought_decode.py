@@ -20,12 +20,13 @@ def thought_decode(
     table: Tensor,
     step: Tensor,
     options: AttentionOptions,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.thought_decode``."""
     if not _library.serves(q.dtype):
-        return plain.thought_decode(q, k_text, v_text, k_own, v_own, lo, table, step, options)
+        return plain.thought_decode(q, k_text, v_text, k_own, v_own, lo, table, step, options, tree)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))
     _library.ops().thought_decode(
-        *map(with_rows, (q, k_text, v_text, k_own, v_own)), lo, table, sinks(options), out, int(step), *numbers(options)
+        *map(with_rows, (q, k_text, v_text, k_own, v_own)), lo, table, tree, sinks(options), out, int(step), *numbers(options)
     )
     return out

@@ -113,7 +113,10 @@ void attention(int seed, int64_t threads) {
     const int64_t text_rows = random.below(3) ? L : 0, R = C * S + random.below(2) * random.below(300);
     const int64_t rows = text_rows + R, keys = L + R;
 
-    // Branches may be cut, empty or unused; if packed, no rows are between them.
+    // Branches may be cut, empty or unused; if packed, no rows are between them, and they may hang on each
+    // other.
+    const bool trees = packed && random.below(2);
+    std::unique_ptr<Node[]> nodes(new Node[B * C]);
     std::unique_ptr<Branch[]> table(new Branch[B * C]);
     std::unique_ptr<int32_t[]> lo(new int32_t[B * L]), of_row(new int32_t[B * R]);
     for (int64_t b = 0; b < B; ++b) {
@@ -121,17 +124,27 @@ void attention(int seed, int64_t threads) {
         for (int64_t t = 0; t < L; ++t) lo[b * L + t] = (int32_t)(t < start ? 0 : start);
         for (int64_t r = 0; r < R; ++r) of_row[b * R + r] = -1;
         int64_t t = 0, row = 0;
+        std::vector<int64_t> path;
         for (int64_t c = 0; c < C; ++c) {
-            t += L ? random.below(L / C + 2) : 0;
+            while (!path.empty() && random.below(2)) path.pop_back();
+            if (path.empty()) t += L ? random.below(L / C + 2) : 0;
             const int64_t length = t >= L ? 0 : random.below(3) ? S : random.below(S + 1);
             table[b * C + c] = {t < L ? (int32_t)t : -1, (int32_t)row, (int32_t)length};
             for (int64_t s = 0; s < length; ++s) of_row[b * R + row + s] = (int32_t)c;
             row += packed ? length : S;
+            Node& node = nodes[b * C + c] = {0, (int32_t)row, 1};
+            for (int64_t above : path) {
+                nodes[b * C + above].end = (int32_t)row;
+                node.depth += table[b * C + above].length;
+            }
+            if (!path.empty()) nodes[b * C + path.back()].leaf = 0;
+            if (trees) path.push_back(c);
         }
     }
     std::unique_ptr<float[]> sinks(new float[H]);
     for (int64_t h = 0; h < H; ++h) sinks[h] = random.normal();
-    const Layout layout = {lo.get(), table.get(), of_row.get(), B, L, C, R, full};
+    const Layout layout = {
+        lo.get(), table.get(), of_row.get(), B, L, C, R, full, trees ? nodes.get() : nullptr};
     const Options options = {0.3f, random.pick<int64_t>({0, 0, 3, 60}), random.pick({0.0f, 0.0f, 2.0f}),
                              random.below(2) ? sinks.get() : nullptr};
 
@@ -156,7 +169,7 @@ void attention(int seed, int64_t threads) {
     Backward backward{};
     const int64_t parts = 1 + random.below(4);
     const bool in_place = parts == 1 && dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0;
-    const int64_t own_sums = dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0 ? 0 : S;
+    const int64_t own_sums = dtype == Dtype::FLOAT && K % 16 == 0 && E % 16 == 0 ? 0 : trees ? C * S : S;
     Memory sums(
         (size_t)(4 * B * G * parts * (own_sums + (in_place ? 0 : L)) * ((K + 15) / 16 + (E + 15) / 16) * 16));
     Memory dsinks((size_t)(8 * B * G * parts * heads));

@@ -238,7 +238,7 @@ def test_opcheck(backend, part, case, device, few, shape):
         layout, inputs, options = case(seed, dtypes=[shape["dtype"]])
         *tensors, sinks = inputs.values()
         step = torch.tensor(options["step"], dtype=torch.int32, device=device)
-        metadata = (*layout.branches[:2], step)
+        metadata = (*layout.branches[:2], None, step)
         rest = (0.5, options["window"], options["softcap"], backend)
         torch.library.opcheck(_forward, (*tensors, *metadata, sinks, *rest))
 

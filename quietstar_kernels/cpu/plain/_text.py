@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import ANCHOR, LENGTH, Branches
+from quietstar_kernels.branches import ANCHOR, DEPTH, LENGTH, Branches
 from quietstar_kernels.reference import wide
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -69,11 +69,14 @@ def chunks(branches: Branches, rows: int, window: int | None, heads: int, dtype:
         yield Chunk(slice(text_rows + cut.start, text_rows + cut.stop), cut, *keys)
 
 
-def step_chunks(lo: Tensor, table: Tensor, step: int, window: int | None, heads: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def step_chunks(
+    lo: Tensor, table: Tensor, tree: Tensor | None, step: int, window: int | None, heads: int, dtype: torch.dtype
+) -> Iterator[Chunk]:
     """Row ``step`` of every branch, the query rows of ``thought_decode``."""
     t = table[..., ANCHOR].long().masked_fill(table[..., LENGTH] <= step, -1)
     at = t.clamp(min=0)
-    position = at - lo.long().gather(1, at) + 1 + step if lo.shape[1] else t
+    row = step if tree is None else step + tree[..., DEPTH].long()
+    position = at - lo.long().gather(1, at) + 1 + row if lo.shape[1] else t
     for cut, *keys in _chunks(lo, t, position, window, heads, dtype, OWN_ROWS):
         yield Chunk(cut, cut, *keys)
 

@@ -152,6 +152,9 @@ def _row_sums(grad_out: Tensor, out: Tensor, like: Tensor) -> Tensor:
 def _sees_own(bad: Tensor, branches: Branches, window: int | None) -> Tensor:
     """bool [B,G,R]: the rows that see one of the own rows bad [B,G,R]."""
     r = torch.arange(branches.R, device=branches.device)
+    if branches.tree is not None:  # only where there is a NaN, which is rare
+        own = branches.dense_mask(window)[:, branches.L :, branches.L :]
+        return (own[:, None].to(torch.float32) @ bad[..., None].to(torch.float32))[..., 0] > 0
     first, live = branches.column(START), branches.live()
     end = first + branches.column(LENGTH) if branches.full else torch.where(live, r + 1, 0)
     if window is not None:
@@ -170,6 +173,7 @@ class Block:
         spacing: from a branch to the next.
         rows, keys: of each branch.
         mask: additive, 0 or -inf, [rows,keys]; None if all is seen.
+        path: of one branch in a tree, the keys of those before it on its path.
     """
 
     b: int
@@ -181,14 +185,23 @@ class Block:
     rows: slice
     keys: slice
     mask: Tensor | None
+    path: Tensor | None = None
 
     def rows_of(self, x: Tensor) -> Tensor:
         """A view [count,rows,...] of x [B,H,R,...]."""
         return self._branches(x[self.b, self.h])[:, self.rows]
 
     def keys_of(self, x: Tensor) -> Tensor:
-        """A view [count,keys,...] of x [B,G,R,...]."""
-        return self._branches(x[self.b, self.g])[:, self.keys]
+        """[count,keys,...] of x [B,G,R,...], a view if there is no path."""
+        own = self._branches(x[self.b, self.g])[:, self.keys]
+        return own if self.path is None else torch.cat([x[self.b, self.g, self.path][None], own], 1)
+
+    def add_to_keys(self, x: Tensor, weights: Tensor, rows: Tensor) -> None:
+        """Adds weights [count,rows,keys] transposed times ``rows`` to x [B,G,R,...]."""
+        before = 0 if self.path is None else len(self.path)
+        self._branches(x[self.b, self.g])[:, self.keys].baddbmm_(weights[..., before:].transpose(1, 2), rows)
+        if self.path is not None:
+            x[self.b, self.g].index_add_(0, self.path, weights[0, :, :before].T @ rows[0])
 
     def _branches(self, x: Tensor) -> Tensor:
         return x[self.first : self.first + self.count * self.spacing].unflatten(0, (self.count, self.spacing))
@@ -235,11 +248,14 @@ def own_backward(
         if slope is not None:
             ds *= slope
         torch.bmm(ds, k3, out=block.rows_of(dq))
-        block.keys_of(dk).baddbmm_(ds.transpose(1, 2), q3)
-        block.keys_of(dv).baddbmm_(p.transpose(1, 2), g3)
+        block.add_to_keys(dk, ds, q3)
+        block.add_to_keys(dv, p, g3)
 
 
 def _blocks(branches: Branches, H: int, G: int, window: int | None, like: Tensor) -> Iterator[Block]:
+    if branches.tree is not None:
+        yield from _tree_blocks(branches, H, G, window, like)
+        return
     runs = [(b, *run) for b, table in enumerate(branches.table.tolist()) for run in _runs(table, branches.full)]
     masks: dict[tuple[int, int, int, int], Tensor | None] = {}
     for (b, first, count, spacing, s), h in itertools.product(runs, range(H)):
@@ -267,6 +283,28 @@ def _runs(table: list[list[int]], full: bool) -> Iterator[tuple[int, int, int, i
         found = list(run)
         if s:
             yield found[0][0], len(found), spacing, s
+
+
+def _tree_blocks(branches: Branches, H: int, G: int, window: int | None, like: Tensor) -> Iterator[Block]:
+    """A block for some rows of a node, over all rows on its path."""
+    tree: Tensor = branches.tree  # type: ignore[assignment]
+    for b, (table, nodes) in enumerate(zip(branches.table.tolist(), tree.tolist(), strict=True)):
+        path: list[tuple[int, int, int]] = []  # (first row, row after the last, row after the subtree)
+        for (_, start, s), (depth, end, leaf) in zip(table, nodes, strict=True):
+            while path and path[-1][2] <= start:
+                path.pop()
+            full = branches.full and bool(leaf)
+            above = torch.cat([torch.arange(first, after) for first, after, _ in path] or [torch.arange(0)])
+            rows = max(FEWEST_ROWS, SCORES // max(depth + s, 1))
+            for begin in range(0, s, rows):
+                stop = min(begin + rows, s)
+                oldest = 0 if window is None else max(0, depth + begin + 1 - window)  # of the path
+                seen = slice(max(0, oldest - depth), s if full else stop)
+                mask = _mask(depth + begin, depth + stop, oldest, depth + seen.stop, full, window, like)
+                for h in range(H):
+                    yield Block(b, h, h * G // H, start, 1, s, slice(begin, stop), seen, mask, above[oldest:])
+            if s:
+                path.append((start, start + s, end))
 
 
 def _mask(begin: int, end: int, first: int, stop: int, full: bool, window: int | None, like: Tensor) -> Tensor | None:

@@ -1,0 +1,198 @@
+"""Branches on branches: which rows see which, the error rule over random trees, leaks, decoding, and trees that are refused."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from quietstar_kernels import ThoughtLayout, _dispatch, thought_attention, thought_decode
+from quietstar_kernels.cpu import _library
+from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, attention_magnitudes, plain_attention
+from tests.kernels.drawn import normal, seeded
+
+WAYS = ["reference", "cpu", "cpu in PyTorch"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """The name of a back end that has trees."""
+    if request.param == "cpu in PyTorch":
+        monkeypatch.setattr(_library, "missing", lambda: "a test leaves it out")
+    return request.param.split()[0]
+
+
+def nodes(draw, batch, places, most, text, deep=12):
+    """Anchors, parents and lengths of random trees, as lists."""
+    found = []
+    for _ in range(batch):
+        anchors, parents, lengths, path, anchor = [-1] * places, [-1] * places, [0] * places, [], 0
+        for c in range(draw.randint(0, places)):
+            del path[draw.randint(max(0, len(path) - draw.choice([1, 3, deep])), min(len(path), deep - 1)) :]
+            if not path:
+                anchor = draw.randint(anchor, text - 1)
+            anchors[c], parents[c] = (draw.randint(-9, 99), path[-1]) if path else (anchor, -1)
+            lengths[c] = draw.choice([0, 1, most, draw.randint(0, most)])
+            path.append(c)
+        found.append((anchors, parents, lengths))
+    return zip(*found, strict=True)
+
+
+def random_tree(draw, own=None, text=None):
+    text = text or draw.choice([1, 6, 40])
+    batch, places, most = draw.choice([1, 2]), draw.choice([1, 9, 30]), draw.choice([1, 5, 50])
+    anchors, parents, lengths = map(torch.tensor, nodes(draw, batch, places, most, text))
+    cut = draw.randrange(text)
+    lo = torch.where(torch.arange(text) < cut, 0, cut).expand(batch, text)  # two documents
+    return ThoughtLayout.tree(anchors, parents, lengths, lo=lo, own=own or draw.choice(["causal", "causal", "full"]))
+
+
+def paths(layout, b):
+    """Of each node: the rows of the nodes above it, its own rows, whether it is a leaf, and its root's anchor."""
+    parents, lengths = layout.parent[b].tolist(), layout.length[b, :, 0].tolist()
+    first, found = layout.L, []
+    for c, parent in enumerate(parents):
+        above, rows, _, anchor = found[parent] if parent >= 0 else ([], [], None, int(layout.anchor[b, c]))
+        own = list(range(first, first + lengths[c]))
+        found.append((above + rows, own, c not in parents, anchor))
+        first += lengths[c]
+    return found
+
+
+def test_a_row_sees_its_path():
+    for seed in range(80):
+        draw = random.Random(seed)
+        layout = random_tree(draw, text=6)
+        window, lo = draw.choice([None, 1, 4]), layout.lo
+        seen, position = torch.zeros(layout.B, layout.M, layout.M, dtype=torch.bool), torch.zeros(layout.B, layout.M).long()
+        for b in range(layout.B):
+            for t in range(6):
+                seen[b, t, lo[b, t] : t + 1], position[b, t] = True, t - lo[b, t]
+            for above, own, leaf, anchor in paths(layout, b):
+                for i, row in enumerate(own):
+                    seen[b, row, :6], seen[b, row, above] = seen[b, anchor, :6], True
+                    seen[b, row, own if leaf and layout.own == "full" else own[: i + 1]] = True
+                    position[b, row] = position[b, anchor] + 1 + len(above) + i
+        if window is not None:
+            seen &= position[:, None] > position[..., None] - window
+        assert torch.equal(layout.dense_mask(window), seen), seed
+        assert torch.equal(layout.position_ids(), position), seed
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_error_rule(way, part):
+    for seed in range(part, 60 if way == "cpu" else 16, 4):
+        draw, generator = random.Random(seed), seeded(seed)
+        layout = random_tree(draw)
+        heads, (K, E) = draw.choice([(1, 1), (4, 2), (3, 1)]), draw.choice([(8, 8), (16, 16), (32, 16), (5, 3)])
+        options = {"window": draw.choice([None, None, 1, 4, 30]), "softcap": draw.choice([None, None, 2.0])}
+        options |= {"query_rows": draw.choice(["all", "all", "thoughts"])}
+        dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16])
+        inputs = attention_inputs(generator, layout, *heads, K, E, draw.random() < 0.3, options["query_rows"], dtype=dtype)
+        grad_out = normal(generator, *inputs["q"].shape[:3], E, dtype=dtype)
+        op = partial(thought_attention, return_lse=True, backend=way)
+        rest = {"magnitudes": attention_magnitudes(inputs, grad_out), "layout": layout} | options
+        assert_op_close_as_plain(op, plain_attention, inputs, (grad_out,), f"seed {seed} {layout} {options}", **rest)
+
+
+def test_equals_one_call_of_sdpa_for_each_path(way):
+    for seed in range(20):
+        layout = random_tree(random.Random(seed), own="causal")
+        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 16)
+        out = thought_attention(q, k, v, layout, backend=way)
+        for b in range(layout.B):
+            for above, own, _, anchor in paths(layout, b):
+                if own:
+                    text = list(range(int(layout.lo[b, anchor]), anchor + 1))
+                    row = torch.tensor(text + above + own)
+                    want = scaled_dot_product_attention(*(x[b : b + 1, :, row] for x in (q, k, v)), is_causal=True)
+                    torch.testing.assert_close(out[b : b + 1, :, own], want[:, :, -len(own) :], atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_row_does_not_see_changes_nothing(way):
+    """NaN in a node: it reaches the rows that see one of the node's, and no other."""
+    changed = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        layout = random_tree(draw)
+        window = draw.choice([None, 3])
+        some = [own for _, own, _, _ in paths(layout, 0) if own]
+        if not some:
+            continue
+        bad = draw.choice(some)
+        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 8)
+        out = thought_attention(q, k, v, layout, window=window, backend=way)
+        v[0, :, bad] = torch.nan
+        after = thought_attention(q, k, v, layout, window=window, backend=way)
+        sees = layout.dense_mask(window)[:, :, bad].any(-1)
+        sees[1:] = False
+        on = (out.transpose(1, 2)[sees], after.transpose(1, 2)[sees])
+        assert on[1].isnan().all() and torch.equal(out.transpose(1, 2)[~sees], after.transpose(1, 2)[~sees]), seed
+        changed += int((~sees[0]).sum())
+    assert changed
+
+
+def test_a_step_is_the_row_of_attention(way):
+    """Rows of nodes above are all there; NaN stands where nothing is written yet."""
+    for seed in range(30):
+        draw, generator = random.Random(seed), seeded(seed)
+        layout = random_tree(draw, own="causal")
+        B, C, L, H, G = *layout.anchor.shape, layout.L, 4, 2
+        options = {"window": draw.choice([None, None, 1, 4, 30]), "softcap": draw.choice([None, 2.0])}
+        q, k, v = (normal(generator, B, heads, layout.M, 16) for heads in (H, G, G))
+        truth = thought_attention(q, k, v, layout, backend="reference", **options)
+        S = max(1, int(layout.length.max()))
+        step = draw.randrange(S)
+        k_own, v_own = torch.full((2, B, G, C, S, 16), torch.nan)
+        new, want = torch.zeros(2, B, H, C, 16)
+        for b in range(B):
+            for c, (_, own, leaf, _) in enumerate(paths(layout, b)):
+                there = own[: step + 1] if leaf else own
+                k_own[b, :, c, : len(there)], v_own[b, :, c, : len(there)] = k[b, :, there], v[b, :, there]
+                if step < len(own):
+                    new[b, :, c], want[b, :, c] = q[b, :, own[step]], truth[b, :, own[step]]
+        got = thought_decode(new, k[:, :, :L], v[:, :, :L], k_own, v_own, layout, step, backend=way, **options)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, seed=seed: f"seed {seed}: {m}")
+
+
+def test_without_parents_it_is_packed(way):
+    anchors, lengths = torch.tensor([[0, 2, 2, -1]]), torch.tensor([[3, 0, 4, 0]])
+    tree = ThoughtLayout.tree(anchors, torch.full_like(anchors, -1), lengths, text_length=4, own="full")
+    packed = ThoughtLayout.packed(anchors, lengths, text_length=4, own="full")
+    results = []
+    for layout in (tree, packed):
+        q, k, v = (x.requires_grad_() for x in normal(seeded(0), 3, 1, 2, layout.M, 8))
+        out = thought_attention(q, k, v, layout, backend=way)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    "parents, says",
+    [
+        ([-1, 2, -1, -1], r"parents must be -1 or come before their children, broken at \[0, 1\]"),
+        ([-1, 1, -1, -1], r"parents must be -1 or come before their children, broken at \[0, 1\]"),
+        ([-1, -2, -1, -1], r"parents must be -1 or come before their children, broken at \[0, 1\]"),
+        ([-1, 0, 0, 1], r"parents must make depth-first order.*, broken at \[0, 1\]"),
+        ([-1, -1, 0, -1], r"parents must make depth-first order.*, broken at \[0, 0\]"),
+    ],
+)
+def test_bad_trees(parents, says):
+    with pytest.raises(ValueError, match=says):
+        ThoughtLayout.tree(torch.tensor([[0, 1, 2, 3]]), torch.tensor([parents]), torch.ones(1, 4, dtype=torch.int32), 4)
+
+
+def test_roots_are_checked_as_branches_are():
+    parents = torch.tensor([[-1, 0, -1]])
+    tree = partial(ThoughtLayout.tree, parents=parents, text_length=4)
+    with pytest.raises(ValueError, match=r"anchors must ascend, .* broken at \[0, 1\]"):
+        tree(torch.tensor([[2, 9, 1]]), lengths=torch.tensor([[1, 1, 1]]))
+    with pytest.raises(ValueError, match="the sum of lengths must be at most rows R=2"):
+        tree(torch.tensor([[1, 9, 2]]), lengths=torch.tensor([[1, 1, 1]]), rows=2)
+
+
+def test_back_ends_without_trees_refuse_them():
+    gpu, parent = torch.device("cuda", 0), torch.zeros(1, 1)
+    for backend, op in (("triton", "thought_attention"), ("cuda", "thought_decode")):
+        assert "no trees" in _dispatch.why_not(op, backend, gpu, torch.bfloat16, K=64, E=64, **_dispatch.special(parent))
