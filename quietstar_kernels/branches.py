@@ -115,8 +115,8 @@ class Branches(NamedTuple):
             own = (r >= start) & (r < (start + self.column(LENGTH)[:, :, None] if self.full else r[:, None] + 1))
             if self.tree is not None:
                 end, leaf = (self._of_rows(self.tree[..., column]) for column in (END, LEAF))
-                own = own & (leaf > 0)[:, :, None] if self.full else False
-                own |= (r <= r[:, None]) & (r[:, None] < end[:, None, :]) & self.live()[:, None, :]
+                path = (r <= r[:, None]) & (r[:, None] < end[:, None, :]) & self.live()[:, None, :]
+                own = path | (own & (leaf > 0)[:, :, None]) if self.full else path
             seen[:, L:, L:] = own
             seen[:, L:] &= self.live()[:, :, None]
         if window is not None:

@@ -27,8 +27,9 @@ MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 @dataclass(frozen=True, eq=False)
 class ThoughtLayout:
-    """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents``, ``packed`` or ``tree``, which check values
-    once.
+    """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents``, ``packed`` or ``tree``.
+
+    They check values once.
 
     A wrong value raises ValueError on a CPU. On a GPU, which nothing waits for, and under torch.compile an assertion fails.
 
@@ -249,14 +250,15 @@ class ThoughtLayout:
         rows: int | None = None,
         own: str = "causal",
     ) -> ThoughtLayout:
-        """Branches that go on from the end of other branches, their parents, as turns of a dialogue do: a row also sees all rows
-        of its parent, and of the parent's parent. What goes on from the middle of a branch makes two of it.
+        """Branches that go on from the end of other branches, their parents, as turns of a dialogue do.
+
+        A row also sees all rows of its parent, and of the parent's parent. What goes on from the middle of a branch makes two.
 
         Nodes stand in depth-first order: each after its parent, and a subtree together. Without parents this is ``packed``.
 
         Args:
-            anchors: int32 or int64 [B,C], the text positions of nodes without a parent, ascending in each row; -1 in unused places
-                at the end. Those of other nodes are not looked at.
+            anchors: int32 or int64 [B,C], the text positions of nodes without a parent, ascending in each row; -1 in unused
+                places at the end. Those of other nodes are not looked at.
             parents: int32 or int64 [B,C], the place of each node's parent, -1 for a node on the text and in unused places.
             lengths: int32 or int64 [B,C], rows of each node, 0 too; 0 where unused.
             text_length, lo, rows: as in ``packed``.

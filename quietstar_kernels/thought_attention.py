@@ -32,7 +32,7 @@ def thought_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each thought row sees the text up to its anchor and its own thought up to itself; text rows are causal.
 
-    A layout with ``own="full"`` lets a thought row see all live rows of its own thought; in a ``tree``, a row sees its parents'.
+    A layout with ``own="full"`` lets a thought row see all live rows of its own thought. In a ``tree`` it sees its parents'.
 
     Differentiable in q, k, v and sinks. Deterministic: two runs on one machine agree bitwise. Inputs may have any strides, as
     long as the last one is 1. Scores and sums are fp32 (fp64 for fp64 inputs). The mask is that of Quiet-STaR, section 4.2.

@@ -133,19 +133,24 @@ def test_ops_without_a_kernel(op, load, gpu):
     assert _dispatch.choose(op, "auto", GPU, torch.bfloat16) == "triton"
 
 
-def test_auto_takes_cuda_where_it_serves_and_else_triton(load, gpu, monkeypatch):
+def test_auto_takes_triton_and_where_there_is_none_cuda(load, gpu, monkeypatch):
     load(Library("sm_90a"))
     gpu((9, 0))
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
-    for dtype, K, E, expected in [
-        (torch.bfloat16, 128, 128, "cuda"),
-        (torch.float16, 64, 64, "cuda"),
-        (torch.float32, 128, 128, "triton"),
-        (torch.bfloat16, 80, 80, "triton"),
-        (torch.bfloat16, 128, 64, "triton"),
+    served = {"K": 128, "E": 128}
+    for dtype, widths, serves in [
+        (torch.bfloat16, served, True),
+        (torch.float16, {"K": 64, "E": 64}, True),
+        (torch.float32, served, False),
+        (torch.bfloat16, {"K": 80, "E": 80}, False),
+        (torch.bfloat16, {"K": 128, "E": 64}, False),
     ]:
-        assert _dispatch.choose("thought_decode", "auto", GPU, dtype, K=K, E=E) == expected
-        if expected == "triton":
+        assert _dispatch.choose("thought_decode", "auto", GPU, dtype, **widths) == "triton"
+        if serves:
+            assert _dispatch.choose("thought_decode", "cuda", GPU, dtype, **widths) == "cuda"
+        else:
             with pytest.raises(ValueError, match="^thought_decode: backend 'cuda' is not available: "):
-                _dispatch.choose("thought_decode", "cuda", GPU, dtype, K=K, E=E)
+                _dispatch.choose("thought_decode", "cuda", GPU, dtype, **widths)
+    monkeypatch.setattr(triton, "_why_not", lambda device, dtype: "Triton is not installed")
+    assert _dispatch.choose("thought_decode", "auto", GPU, torch.bfloat16, **served) == "cuda"
     assert _dispatch.choose("sample_token", "auto", GPU, torch.bfloat16) == "cuda"
