@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels.branches import ANCHOR, Branches, of_rows, tree_of
+from quietstar_kernels.branches import ANCHOR, DEPTH, Branches, of_rows, tree_of
 from quietstar_kernels.checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
 
 OP = "ThoughtLayout"
@@ -37,7 +37,7 @@ class ThoughtLayout:
         anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.
         lo: int32 [B,L]. The first text position that position t sees: 0, or the first after padding, or of its document.
         length: int32 [B,P,N]. Live rows of each thought, 0 to S; later rows, and all rows of unused places, are off.
-        rows: S, the number of rows of a thought; if packed, the most that one has.
+        rows: S, the number of rows of a thought; if packed, the most that one has, and in a tree the most on a path.
         own: "causal": a row sees the rows of its thought up to itself; "full": all live ones.
         packed_rows: R of a packed layout, which has P = C branches and N = 1; None for a grid, where R = P*N*S.
         parent: int32 [B,C] of a tree, which is packed: the branch that each goes on from, -1 for those on the text.
@@ -275,10 +275,14 @@ class ThoughtLayout:
         early = (parents < -1) | (parents >= node)
         _refuse(early, "parents must be -1 or come before their children", parents)
         parents = torch.where(early, -1, parents).int()  # on a GPU nothing was raised
-        together = tree_of(parents, lengths)[1]
+        tree, together = tree_of(parents, lengths)
         _refuse(~together, "parents must make depth-first order, with all nodes below a node next to it", parents)
         root = torch.where(parents < 0, node, 0).cummax(1).values if check["C"] else node.expand_as(anchors)
-        return replace(cls.packed(anchors.gather(1, root), lengths, text_length, lo, rows, own), parent=parents)
+        layout = cls.packed(anchors.gather(1, root), lengths, text_length, lo, rows, own)
+        most = layout.rows
+        if lengths.numel() and (on_host(lengths) or rows is None):
+            most = max(int((tree[..., DEPTH] + lengths).amax()), 1)
+        return replace(layout, parent=parents, rows=most)
 
     @classmethod
     def from_padding(

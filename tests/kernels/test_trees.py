@@ -78,6 +78,7 @@ def test_a_row_sees_its_path():
             seen &= position[:, None] > position[..., None] - window
         assert torch.equal(layout.dense_mask(window), seen), seed
         assert torch.equal(layout.position_ids(), position), seed
+        assert layout.S == max(1, *(len(above) + len(own) for b in range(layout.B) for above, own, _, _ in paths(layout, b)), 0)
 
 
 @pytest.mark.parametrize("part", range(4))
