@@ -11,7 +11,10 @@ thought, and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -285,6 +288,60 @@ class ThoughtLayout:
         return replace(layout, parent=parents, rows=most)
 
     @classmethod
+    def from_sequences(
+        cls, sequences: Sequence[Sequence[int] | Tensor], device: torch.device | str | None = None
+    ) -> tuple[ThoughtLayout, Tensor, list[Tensor]]:
+        """The tree of token sequences, in which each token that several of them begin with is one row (their prefix trie).
+
+        What all sequences with the same first token begin with is a document of the text; B is 1.
+
+        Args:
+            sequences: token ids of each, as lists or integer tensors [T].
+            device: of the results.
+
+        Returns:
+            The layout, the tokens int64 [1,M] of its rows, and for each sequence the rows int64 [T] of its tokens.
+
+        Raises:
+            ValueError: a sequence that isn't integers [T].
+        """
+        check = Checker(f"{OP}.from_sequences")
+        tensors = [torch.as_tensor(x) for x in sequences]
+        for i, ids in enumerate(tensors):
+            if ids.ndim != 1 or (ids.numel() and ids.dtype not in INTEGERS):
+                raise check.fail(f"sequence {i} must be integers [T], got {ids.dtype} {list(ids.shape)}")
+        lists: list[list[int]] = [x.tolist() for x in tensors]
+        text: list[int] = []
+        lo: list[int] = []
+        own: list[int] = []
+        nodes: list[tuple[int, int, int]] = []
+        rows: list[list[int]] = [[] for _ in lists]  # of the text; own rows r as -1 - r
+        # Sequences in order, how many of their tokens have rows, the node with the last of these, and its anchor.
+        todo = _next_tokens(lists, sorted(range(len(lists)), key=lists.__getitem__), 0, -1, -1)
+        while todo:
+            group, done, node, anchor = todo.pop()
+            shared = commonprefix([lists[group[0]], lists[group[-1]]])
+            tokens = shared[done:]
+            if anchor < 0:
+                new = list(range(len(text), len(text) + len(tokens)))
+                lo += [len(text)] * len(tokens)
+                text += tokens
+                anchor = len(text) - 1
+            else:
+                new = [-1 - r for r in range(len(own), len(own) + len(tokens))]
+                nodes.append((anchor, node, len(tokens)))
+                own += tokens
+                node = len(nodes) - 1
+            for i in group:
+                rows[i] += new
+            todo += _next_tokens(lists, group, len(shared), node, anchor)
+        anchors, parents, lengths = torch.tensor(nodes, dtype=torch.int32).reshape(-1, 3).T[:, None]
+        layout = cls.tree(anchors, parents, lengths, lo=torch.tensor([lo], dtype=torch.int32))
+        L = layout.L
+        places = [torch.tensor([r if r >= 0 else L - 1 - r for r in x], dtype=torch.int64, device=device) for x in rows]
+        return layout.to(device or "cpu"), torch.tensor([text + own], dtype=torch.int64, device=device), places
+
+    @classmethod
     def from_padding(
         cls, attention_mask: Tensor, thoughts: int, rows: int, anchors: Tensor | None = None, own: str = "causal"
     ) -> ThoughtLayout:
@@ -511,6 +568,15 @@ class ThoughtLayout:
         packed = "" if self.packed_rows is None else " packed" if self.parent is None else " tree"
         kind = packed + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
+
+
+def _next_tokens(
+    lists: list[list[int]], group: list[int], done: int, node: int, anchor: int
+) -> list[tuple[list[int], int, int, int]]:
+    """Sorted sequences that have more than ``done`` tokens, together where the next one is the same, the last first."""
+    more = [i for i in group if len(lists[i]) > done]
+    runs = [list(run) for _, run in groupby(more, key=lambda i: lists[i][done])]
+    return [(run, done, node, anchor) for run in reversed(runs)]
 
 
 def _trainable(x: Tensor) -> Tensor:

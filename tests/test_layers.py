@@ -23,7 +23,7 @@ FLOORS = (
     {"anchors", "base_model", "chunks", "generate"},
     {"model"},
     {"explanation", "run", "data", "evaluation"},
-    {"training", "trainer", "shared_prompt"},
+    {"training", "trainer", "shared_prompt", "sequences"},
     {"__init__"},
     {"cli"},
     {"__main__"},

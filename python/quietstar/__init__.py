@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from quietstar.packed import QuietStarOutput, Thinker
     from quietstar.rollout import Thoughts
     from quietstar.run.processes import Interrupted
+    from quietstar.sequences import shared_logprobs
     from quietstar.shared_prompt import SharedPrompts
     from quietstar.trainer import ThoughtTrainer, pad_texts
     from quietstar.training import thought_loss, train
@@ -65,6 +66,7 @@ _NAMES = {
     "packed": "QuietStarOutput Thinker",
     "rollout": "Thoughts",
     "run.processes": "Interrupted",
+    "sequences": "shared_logprobs",
     "shared_prompt": "SharedPrompts",
     "trainer": "ThoughtTrainer pad_texts",
     "training": "thought_loss train",
@@ -132,6 +134,7 @@ __all__ = [
     "read_questions",
     "register_attention",
     "score_tokens",
+    "shared_logprobs",
     "step_memory",
     "step_traffic",
     "summary",

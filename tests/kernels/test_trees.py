@@ -197,3 +197,23 @@ def test_back_ends_without_trees_refuse_them():
     gpu, parent = torch.device("cuda", 0), torch.zeros(1, 1)
     for backend, op in (("triton", "thought_attention"), ("cuda", "thought_decode")):
         assert "no trees" in _dispatch.why_not(op, backend, gpu, torch.bfloat16, K=64, E=64, **_dispatch.special(parent))
+
+
+def test_sequences_become_a_tree():
+    """Every token that two sequences begin with has one row, and each sequence is a path."""
+    for seed in range(60):
+        draw = random.Random(seed)
+        sequences = [[draw.randint(0, 2) for _ in range(draw.choice([0, 1, 3, 9]))] for _ in range(draw.randint(0, 12))]
+        given = [torch.tensor(x, dtype=torch.int32) if draw.random() < 0.3 else x for x in sequences]
+        layout, ids, rows = ThoughtLayout.from_sequences(given)
+        assert ids.shape == (1, layout.M) and layout.M == len({tuple(x[:n]) for x in sequences for n in range(1, len(x) + 1)})
+        seen = layout.dense_mask()[0]
+        for tokens, row in zip(sequences, rows, strict=True):
+            assert ids[0, row].tolist() == tokens and layout.position_ids()[0, row].tolist() == list(range(len(tokens)))
+            for i, r in enumerate(row.tolist()):
+                assert seen[r].nonzero()[:, 0].tolist() == sorted(row[: i + 1].tolist())
+
+
+def test_sequences_must_be_integers():
+    with pytest.raises(ValueError, match=r"sequence 1 must be integers \[T\], got torch.float32 \[2\]"):
+        ThoughtLayout.from_sequences([[1, 2], [1, 0.5]])

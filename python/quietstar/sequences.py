@@ -1,0 +1,61 @@
+"""Log-probabilities of token sequences that begin alike, each shared token computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.hf.architectures import check_model
+from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
+from quietstar.hf.decoder import PackedPass, decode_rows
+from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.modules import embeddings, unwrapped
+from quietstar.hf.verify import verify_once
+from quietstar_kernels import ThoughtLayout, linear_logprob
+from quietstar_kernels.checks import refusal
+
+_heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
+
+
+def shared_logprobs(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int] | Tensor], temperature: float = 1.0
+) -> list[Tensor]:
+    """Log-probabilities of every token of every sequence but the first, given those before it, in nats. Differentiable.
+
+    A prompt, a turn or an attempt that several sequences begin with is computed once, forward and backward. The results are
+    those of a forward for each sequence, up to rounding.
+
+    Args:
+        model: a decoder with ``attn_implementation="quietstar"``; call ``quietstar.register_attention("sdpa")`` before it is
+            loaded. It may be wrapped, for example by PEFT.
+        sequences: token ids of each, as lists or integer tensors [T].
+        temperature: divides the logits.
+
+    Returns:
+        For each sequence, fp32 [T-1] (fp64 for fp64 models), on the model's device.
+
+    Raises:
+        ValueError: another attention, a model that can't think, or a sequence that isn't integers [T].
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
+        raise refusal("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", model)
+    if inner not in _heads:
+        check_model(model)
+        hand_on_layout(inner)
+        verify_once(inner)
+        _heads[inner] = find_lm_head(inner)
+    layout, ids, rows = ThoughtLayout.from_sequences(sequences, device=inner.device)
+    thought_pass = PackedPass(layout)
+    thought_pass.positions = max(map(len, rows), default=0)  # the layout's bound adds up documents
+    hidden = decode_rows(model, embeddings(model)(ids), layout.position_ids(), thought_pass)[0]
+
+    pairs = torch.cat([torch.stack([x[:-1], x[1:]]) for x in rows], 1).unique(dim=1)  # a row, and one of those after it
+    before, after = pairs.unbind()
+    values = _heads[inner].apply(linear_logprob, hidden[before], ids[0, after], temperature=temperature)
+    of_row = values.new_zeros(layout.M).index_copy(0, after, values)
+    return [of_row[x[1:]] for x in rows]
