@@ -8,7 +8,16 @@ from torch import Tensor
 from quietstar_kernels import _dispatch
 from quietstar_kernels._operator import call, operator
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_attention, check_instance, check_steps, on_host
+from quietstar_kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    Checker,
+    check_attention,
+    check_instance,
+    check_steps,
+    on_host,
+    refuse_where,
+)
 from quietstar_kernels.layout import ThoughtLayout
 
 _OP = "thought_decode"
@@ -37,7 +46,7 @@ def thought_decode(
         k_text: [B,G,L,K], the text's keys.
         v_text: [B,G,L,E].
         k_own: [B,G,P*N,S,K], the thoughts' keys; rows 0..step must be written; later ones are not read. If the layout is
-            packed, S is any number of rows. Those of a parent in a ``tree`` must all be written.
+            packed, S is any number of rows. In a ``tree`` it holds all rows of each parent, and they must be written.
         v_own: [B,G,P*N,S,E].
         layout: which rows see which; ``own="full"`` is refused, since later rows are not there yet.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device (one CUDA graph then serves all steps).
@@ -64,6 +73,9 @@ def thought_decode(
     check_attention(check, "k_text", "v_text", sinks, device)
     check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
     S = check["S"]
+    if layout.parent is not None:
+        above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long())
+        refuse_where((layout.parent >= 0) & (above > S), f"{_OP}: k_own must hold all rows of a node with children, got S={S}")
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
     else:

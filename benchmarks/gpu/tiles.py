@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.report import results_file
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton import _launch, configs
@@ -120,7 +120,7 @@ KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list
 
 def use(kernel: str, width: int, config: Config) -> None:
     for table in KERNELS[kernel][0]:
-        table["sm_90", 2, width] = config
+        table[configs.target(), 2, width] = config
     configs._picked.clear()
     _launch._plans.clear()
 
@@ -195,11 +195,9 @@ def main() -> None:
         for row in rows[: args.best] + [row for row in rows[args.best :] if row["tile"].startswith("now")]:
             print("  ".join(f"{1e6 * x:8.0f}" for x in row["seconds"]), row["tile"], row["note"], flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"width": args.width, "found": found}, indent=1))
+            results_file.write(json.dumps({"width": args.width, "found": found}, indent=1), args.json)
     for process in active_children():
-        process.kill()
-    sys.stdout.flush()
-    os._exit(0)
+        process.kill()  # some may still compile
 
 
 if __name__ == "__main__":

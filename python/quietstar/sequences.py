@@ -50,8 +50,10 @@ def shared_logprobs(
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
     layout, ids, rows = ThoughtLayout.from_sequences(sequences, device=inner.device)
+    if not layout.M:
+        return [torch.zeros(0, device=inner.device) for _ in rows]
     thought_pass = PackedPass(layout)
-    thought_pass.positions = max(map(len, rows), default=0)  # the layout's bound adds up documents
+    thought_pass.positions = max(map(len, rows))  # the layout's bound adds up documents
     hidden = decode_rows(model, embeddings(model)(ids), layout.position_ids(), thought_pass)[0]
 
     pairs = torch.cat([torch.stack([x[:-1], x[1:]]) for x in rows], 1).unique(dim=1)  # a row, and one of those after it

@@ -41,7 +41,12 @@ def plain_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite."""
+    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite.
+
+    Raises ValueError for a tree.
+    """
+    if layout.parent is not None:
+        raise ValueError("plain_decode: layout must not be a tree; compare with the rows of plain_attention")
     if layout.packed_rows is not None:  # the own caches of branches are a grid
         layout = ThoughtLayout(layout.anchor, layout.lo, layout.length, layout.rows)
     mask = layout.dense_mask(window)[:, layout.L :][:, int(step) :: layout.S]

@@ -193,6 +193,14 @@ def test_roots_are_checked_as_branches_are():
         tree(torch.tensor([[1, 9, 2]]), lengths=torch.tensor([[1, 1, 1]]), rows=2)
 
 
+def test_a_parent_must_be_stored_whole():
+    layout = ThoughtLayout.tree(torch.tensor([[0, -1]]), torch.tensor([[-1, 0]]), torch.tensor([[3, 5]]), 1)
+    q, text, own = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 3, 8)
+    thought_decode(q, text, text, own, own, layout, 0)  # rows of a leaf may be missing
+    with pytest.raises(ValueError, match="thought_decode: k_own must hold all rows of a node with children, got S=2"):
+        thought_decode(q, text, text, own[:, :, :, :2], own[:, :, :, :2], layout, 0)
+
+
 def test_back_ends_without_trees_refuse_them():
     gpu, parent = torch.device("cuda", 0), torch.zeros(1, 1)
     for backend, op in (("triton", "thought_attention"), ("cuda", "thought_decode")):

@@ -61,4 +61,5 @@ def test_another_attention_is_refused(tiny):
 
 def test_nothing_to_score(model):
     shared, _ = model("llama")
-    assert [x.shape for x in quietstar.shared_logprobs(shared, [[4], [4], []])] == [(0,), (0,), (0,)]
+    for sequences in ([[4], [4], []], [[], []], []):
+        assert [x.shape for x in quietstar.shared_logprobs(shared, sequences)] == [(0,)] * len(sequences)
