@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 ANCHOR, START, LENGTH = range(3)  # columns of the table
-DEPTH, END, LEAF = range(3)  # columns of the tree
+DEPTH, END, LEAF, PARENT = range(4)  # columns of the tree
 
 
 class Branches(NamedTuple):
@@ -31,8 +32,9 @@ class Branches(NamedTuple):
             unused. Anchors of used branches ascend, and so do first rows.
         of_row: int32 [B,R], the branch of each row, -1 where the row is off.
         full: a row sees all live rows of its branch, later ones too; in a tree only if its node is a leaf.
-        tree: int32 [B,C,3] if branches hang on branches, of each node: how many rows are on its path before its first; the row
-            after the last one of its subtree; 1 if no node has it as its parent, else 0. A node's anchor is that of its root.
+        tree: int32 [B,C,4] if branches hang on branches, of each node: how many rows are on its path before its first; the row
+            after the last one of its subtree; 1 if no node has it as its parent, else 0; its parent, -1 for a root. A node's
+            anchor is that of its root.
     """
 
     lo: Tensor
@@ -145,7 +147,7 @@ def of_rows(table: Tensor, rows: int, spacing: int | None = None) -> Tensor:
 
 
 def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The tree of ``Branches`` int32 [B,C,3], and bool [B,C]: whether the nodes of a node's subtree stand together, after it.
+    """The tree of ``Branches`` int32 [B,C,4], and bool [B,C]: whether the nodes of a node's subtree stand together, after it.
 
     Args:
         parent: integer [B,C], -1 for roots; before its children.
@@ -154,8 +156,8 @@ def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     B, C = parent.shape
     node = torch.arange(C + 1, device=parent.device).expand(B, C + 1)
     # One more node stands for the parent of the roots.
-    up = torch.nn.functional.pad(torch.where(parent < 0, C, parent.long()), (0, 1), value=C)
-    length = torch.nn.functional.pad(length.long(), (0, 1))
+    up = pad(torch.where(parent < 0, C, parent.long()), (0, 1), value=C)
+    length = pad(length.long(), (0, 1))
     depth, last, size = length.gather(1, up), node, torch.ones_like(node)
     leaf = torch.ones_like(node).scatter(1, up, 0)
     for _ in range(C.bit_length()):  # from each node to the one 1, 2, 4, .. above it
@@ -164,4 +166,4 @@ def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         size = size.scatter_add(1, up, size)
         up = up.gather(1, up)
     end = length.cumsum(1).gather(1, last)
-    return torch.stack([depth, end, leaf], -1)[:, :C].int(), (size == last - node + 1)[:, :C]
+    return torch.stack([depth, end, leaf, pad(parent, (0, 1))], -1)[:, :C].int(), (size == last - node + 1)[:, :C]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions, Head, Saved
-from quietstar_kernels.branches import ANCHOR, DEPTH, END, LEAF, LENGTH, START, Branches, of_rows
+from quietstar_kernels.branches import ANCHOR, DEPTH, END, LENGTH, START, Branches, of_rows
 from quietstar_kernels.philox import draw_words
 
 INFINITE = 1e30  # an LSE as large as this, in bits, counts as infinite: kernels begin with -1e30 as the largest logit
@@ -105,7 +105,8 @@ def thought_decode(
         first, rows = table[:, None, :, START], table[:, None, :, LENGTH]
         below = (first >= first.mT) & (first < tree[..., END, None]) & (rows > 0)
         last = torch.where(below, start[:, None], start[..., None]).amax(-1)
-        tree = torch.stack([tree[..., DEPTH], last + S, tree[..., LEAF]], -1)
+        tree = tree.clone()
+        tree[..., END] = last + S
     table = torch.stack([table[..., ANCHOR], start, table[..., LENGTH].clamp(max=S)], -1)
     grid = Branches(lo, table, of_rows(table, C * S, S), False, tree)
     rows = torch.arange(C, device=q.device) * S + step

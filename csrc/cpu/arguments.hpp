@@ -30,6 +30,7 @@ struct Node {
     int32_t depth;  // rows on its path before its first
     int32_t end;    // the row after the last of its subtree
     int32_t leaf;
+    int32_t parent;  // -1: none
 };
 
 // Which rows see which: contiguous int32 tensors, as in quietstar_kernels/branches.py.
@@ -50,18 +51,18 @@ static inline const Branch& branch_of(const Layout& layout, int64_t b, int64_t c
 static inline Node node_of(const Layout& layout, int64_t b, int64_t c) {
     if (layout.tree) return layout.tree[b * layout.C + c];
     const Branch& branch = branch_of(layout, b, c);
-    return {0, branch.start + branch.length, 1};
+    return {0, branch.start + branch.length, 1, -1};
 }
 
-// The first of the branches with rows on the path of branch c.
+// The first of the branches on the path of branch c.
 static inline int64_t root_of(const Layout& layout, int64_t b, int64_t c) {
-    while (node_of(layout, b, c).depth > 0) --c;
+    for (int64_t up = c; up >= 0; up = node_of(layout, b, c).parent) c = up;
     return c;
 }
 
-// The branch after those on whose path branch c, a root, has rows.
+// The branch after those on whose path branch c is, a root.
 static inline int64_t after_tree(const Layout& layout, int64_t b, int64_t c) {
-    for (++c; c < layout.C && node_of(layout, b, c).depth > 0;) ++c;
+    for (++c; c < layout.C && node_of(layout, b, c).parent >= 0;) ++c;
     return c;
 }
 

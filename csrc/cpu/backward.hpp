@@ -222,7 +222,7 @@ void differentiate_own(const Backward& call, BackwardSpace& space, const Unit& u
         const Branch& branch = branch_of(layout, tile.batch, c);
         const Node node = node_of(layout, tile.batch, c);
         const int64_t first = layout.L + branch.start, live = first + branch.length;
-        if (node.depth == 0) root = branch.start;
+        if (node.parent < 0) root = branch.start;
         find_rows(tile, branch, node, r0, r1);
         const int end = r0 < r1 ? own_keys_end(tile, branch, node, r1) : 0;
         const Sums own = call.own_sums ? sums.at(branch.start - root) : returned_sums(call, pair, first);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import DEPTH, END, LENGTH, START, Branches
+from quietstar_kernels.branches import END, LENGTH, PARENT, START, Branches
 from quietstar_kernels.cpu import _library
 from quietstar_kernels.cpu.plain import thought_attention as plain
 
@@ -70,7 +70,7 @@ def _rows_together(branches: Branches) -> Tensor:
     """[B,C]: rows of each branch, or of each tree that begins with a node."""
     if branches.tree is None:
         return branches.table[..., LENGTH]
-    return (branches.tree[..., END] - branches.table[..., START]).masked_fill(branches.tree[..., DEPTH] > 0, 0)
+    return (branches.tree[..., END] - branches.table[..., START]).masked_fill(branches.tree[..., PARENT] >= 0, 0)
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ void attention(int seed, int64_t threads) {
             table[b * C + c] = {t < L ? (int32_t)t : -1, (int32_t)row, (int32_t)length};
             for (int64_t s = 0; s < length; ++s) of_row[b * R + row + s] = (int32_t)c;
             row += packed ? length : S;
-            Node& node = nodes[b * C + c] = {0, (int32_t)row, 1};
+            Node& node = nodes[b * C + c] = {0, (int32_t)row, 1, path.empty() ? -1 : (int32_t)path.back()};
             for (int64_t above : path) {
                 nodes[b * C + above].end = (int32_t)row;
                 node.depth += table[b * C + above].length;

@@ -290,7 +290,7 @@ def _tree_blocks(branches: Branches, H: int, G: int, window: int | None, like: T
     tree: Tensor = branches.tree  # type: ignore[assignment]
     for b, (table, nodes) in enumerate(zip(branches.table.tolist(), tree.tolist(), strict=True)):
         path: list[tuple[int, int, int]] = []  # (first row, row after the last, row after the subtree)
-        for (_, start, s), (depth, end, leaf) in zip(table, nodes, strict=True):
+        for (_, start, s), (depth, end, leaf, _) in zip(table, nodes, strict=True):
             while path and path[-1][2] <= start:
                 path.pop()
             full = branches.full and bool(leaf)

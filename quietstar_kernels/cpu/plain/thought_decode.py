@@ -67,7 +67,7 @@ def _own_of_tree(
     out, lse = heads.new_zeros((*heads.shape[:4], v_own.shape[-1])), heads.new_zeros(heads.shape[:4])
     for b, (branches, nodes) in enumerate(zip(table.tolist(), tree.tolist(), strict=True)):
         path: list[tuple[int, int, int]] = []  # (node, its rows, the row after its subtree)
-        for c, ((_, start, length), (depth, end, _)) in enumerate(zip(branches, nodes, strict=True)):
+        for c, ((_, start, length), (depth, end, *_)) in enumerate(zip(branches, nodes, strict=True)):
             while path and path[-1][2] <= start:
                 path.pop()
             if length > now:
