@@ -26,6 +26,7 @@ from benchmarks import (
     bench_step,
     bench_thought_attention,
     bench_thought_decode,
+    bench_trees,
     command,
 )
 
@@ -35,6 +36,7 @@ MODULES = (
     bench_sample_token,
     bench_linear_logprob,
     bench_branches,
+    bench_trees,
     bench_step,
     bench_naive,
     bench_group_rl,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -31,9 +31,14 @@ CHECKED = 48  # branch rows whose result is compared
 
 @dataclass(frozen=True)
 class Repeated:
-    """A candidate that takes every branch after a copy of its text, branches of one length as a batch."""
+    """A candidate that takes copies of rows, by default every branch after a copy of its text.
+
+    Attributes:
+        rows: which of the case's ``copies``.
+    """
 
     attend: Attention
+    rows: str = "sequences"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
@@ -51,6 +56,7 @@ class BranchCase(Case):
 
     op: ClassVar[str] = "branches"
     size_names = tuple("LCSHGK")
+    copies: ClassVar[tuple[str, ...]] = ("sequences",)
     grid: str = "headline"
     L: int = 512
     C: int = 8
@@ -110,12 +116,9 @@ class BranchCase(Case):
 
     def work(self) -> Work:
         """Of the pairs of query row and visible key. Bytes as in the benchmark of ``thought_attention``."""
-        flops = 4 * self.H * self.K * self.pairs
         queries, keys = (h * n * self.K * self.dtype.itemsize for h, n in ((self.H, self.rows), (self.G, self.M)))
         forward = 2 * queries + 2 * keys
-        if self.what == "forward":
-            return Work(flops, forward)
-        return Work(3.5 * flops, forward + 4 * queries + 4 * keys)
+        return replace(work_of(self, self.pairs), bytes=forward + (self.what == "forward+backward") * 4 * (queries + keys))
 
     @property
     def pairs(self) -> int:
@@ -137,17 +140,21 @@ class BranchCase(Case):
     def inputs(self, seed: int) -> Inputs:
         shapes = {"q": (self.H, self.rows), "k": (self.G, self.M), "v": (self.G, self.M), "grad_out": (self.H, self.rows)}
         packed = {name: self.randn(4 * seed + i, 1, *shape, self.K) for i, (name, shape) in enumerate(shapes.items())}
-        return packed | {"copies": self._copies(packed)}
+        return packed | self._copies(packed)
 
-    def _copies(self, packed: Inputs) -> list[tuple[Tensor, ...]]:
-        """q, k, v and grad_out of ``sequences``; none for the drafter, whose text has no queries."""
-        if self.skipped:
-            return []
-        return [tuple(packed[x][0][:, rows].transpose(0, 1).contiguous() for x in _NAMES) for rows in self.sequences]
+    def _copies(self, packed: Inputs) -> Inputs:
+        """q, k, v and grad_out of each of ``copies``; none for the drafter, whose text has no queries."""
+        found: Inputs = {}
+        for name in self.copies if not self.skipped else ():
+            copies: list[Tensor] = getattr(self, name)
+            count = torch.cat([rows.flatten() for rows in copies]).bincount(minlength=self.M)
+            tensors = [packed[x][0] for x in "qkv"] + [packed["grad_out"][0] / count[:, None]]  # as the copies' are added up
+            found[name] = [tuple(x[:, rows].transpose(0, 1).contiguous() for x in tensors) for rows in copies]
+        return found
 
     def call(self, function: Attention, inputs: Inputs) -> list[tuple[Tensor, ...]]:
         """out, and with a backward dq, dk and dv; of each batch of copies for a candidate that takes these."""
-        calls = inputs["copies"] if isinstance(function, Repeated) else [tuple(inputs[x] for x in _NAMES)]
+        calls = inputs[function.rows] if isinstance(function, Repeated) else [tuple(inputs[x] for x in _NAMES)]
         if self.what == "forward":
             with torch.no_grad():
                 return [(function(q, k, v),) for q, k, v, _ in calls]
@@ -167,10 +174,10 @@ class BranchCase(Case):
         grad_out = torch.zeros_like(inputs["grad_out"])
         grad_out[:, :, rows] = inputs["grad_out"][:, :, rows]
         inputs["grad_out"] = grad_out
-        inputs["copies"] = self._copies(inputs)
+        inputs |= self._copies(inputs)
         results = self.call(function, inputs)
         if isinstance(function, Repeated):
-            got = self._gathered(results)
+            got = self._gathered(results, getattr(self, function.rows))
         else:
             got = [x.detach() for x in results[0]]
         if not all(x.isfinite().all() for x in got):
@@ -181,11 +188,11 @@ class BranchCase(Case):
         for i, (name, x) in enumerate(zip(("out", "dq", "dk", "dv"), got, strict=False)):
             judge(name, x[:, :, rows] if i < 2 else x, exact[i], BOUNDS[self.dtype])
 
-    def _gathered(self, results: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        """Results of copies in the shapes of packed ones: the gradients of a text's copies are added up."""
+    def _gathered(self, results: list[tuple[Tensor, ...]], copies: list[Tensor]) -> list[Tensor]:
+        """Results of copies in the shapes of packed ones: the gradients of a row's copies are added up."""
         heads = (self.H, self.H, self.G, self.G)
         packed = [torch.zeros(h, self.M, self.K, device=self.device) for h, _ in zip(heads, results[0], strict=False)]
-        for rows, result in zip(self.sequences, results, strict=True):
+        for rows, result in zip(copies, results, strict=True):
             packed[0][:, rows] = result[0].detach().float().transpose(0, 1)
             for to, x in zip(packed[1:], result[1:], strict=True):
                 to.index_add_(1, rows.flatten(), x.float().transpose(0, 1).flatten(1, 2))
@@ -225,13 +232,18 @@ _layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {
 }
 
 
+def work_of(case: BranchCase, pairs: int) -> Work:
+    """FLOPs of so many pairs of query row and key."""
+    return Work(4 * case.H * case.K * pairs * (3.5 if case.what == "forward+backward" else 1))
+
+
 def repeated(case: BranchCase) -> Repeated:
     """Causal SDPA of ready-made copies, without padding."""
     return Repeated(partial(scaled_dot_product_attention, is_causal=True, enable_gqa=case.H != case.G))
 
 
 def repeated_needs(case: BranchCase) -> Work:
-    return Work(4 * case.H * case.K * case.pairs_repeated * (3.5 if case.what == "forward+backward" else 1))
+    return work_of(case, case.pairs_repeated)
 
 
 def flash(case: BranchCase) -> Repeated:

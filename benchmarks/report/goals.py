@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.baselines import trees
 from benchmarks.baselines.branches import BranchCase
 from benchmarks.harness.candidate import PACKAGE
 from benchmarks.report import units
@@ -130,6 +131,25 @@ def of_arithmetic(grid: str) -> Reached:
         mine = [row for row in rows if row["op"] == BRANCHES and row["grid"] == grid and row["candidate"] == COPIES]
         timed = [row for row in mine if row["times_ours"]]
         return min((row["times_ours"] / BranchCase(grid=grid, **row["sizes"]).arithmetic for row in timed), default=None)
+
+    return reached
+
+
+def over_pairs(baseline: str) -> Reached:
+    """Time of trees over that of baselines whose names start like this, divided by the same ratio of pairs of query and key."""
+
+    def reached(rows: list[RowDict]) -> float | None:
+        found = [
+            trees.times_the_pairs(trees.TreeCase(grid=row["grid"], what=row["what"], **row["sizes"]), candidate)
+            / row["times_ours"]
+            for row in rows
+            for candidate in trees.BASELINES
+            if row["op"] == "trees"
+            and row["times_ours"]
+            and row["candidate"] == candidate.name
+            and candidate.name.startswith(baseline)
+        ]
+        return max(found, default=None)
 
     return reached
 
@@ -267,6 +287,10 @@ CPU = [
     Goal("branches, 16 prompts, speedup over copies of the arithmetic's", 0.85, of_arithmetic("prompts"), units.percent),
     Goal("branches, drafter forward, speedup over compiled FlexAttention", 1.5, over(FLEX, BRANCHES, FORWARD, _drafter)),
     Goal("branches, drafter forward + backward, speedup over dense SDPA", 5, over(DENSE, BRANCHES, BOTH, _drafter)),
+    *(
+        Goal(f"trees, time over {name}, by the ratio of pairs", 1.1, over_pairs(name), at_most=True)
+        for name in (trees.SEQUENCES, trees.PATHS)
+    ),
     Goal("thoughts at all positions, speedup over naive sampling", 20, over("naive", "naive", "thoughts", _headline)),
     Goal("thoughts at all positions, speedup over careful naive sampling", 10, over("careful", "naive", "thoughts", _headline)),
 ]

@@ -15,6 +15,7 @@ TITLES = {
     "sample_token": "Sampling tokens",
     "linear_logprob": "Log-probabilities",
     "branches": "Branches with one text in common",
+    "trees": "Branches on branches",
     "step": "Whole models",
     "naive": "Thoughts at all positions: at once or one after another",
     "group_rl": "Group RL: a step of TRL's GRPOTrainer",
