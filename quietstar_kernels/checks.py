@@ -337,6 +337,14 @@ class Checker:
             sizes = ",".join(map(str, known))
             raise self.fail(f"{name} must be a dense tensor of shape [{letters},...]=[{sizes},...], got {shown(value)}")
 
+    def sequences(self, value: Iterable[Any]) -> list[Tensor]:
+        """Token ids, each a list or an integer tensor [T], as int64 on the host. Raises ValueError."""
+        tensors = [torch.as_tensor(ids) for ids in value]
+        for i, ids in enumerate(tensors):
+            if ids.ndim != 1 or (ids.numel() and ids.dtype not in INTEGERS):
+                raise self.fail(f"sequence {i} must be integers [T], got {ids.dtype} {list(ids.shape)}")
+        return [ids.to(HOST, torch.int64) for ids in tensors]
+
     def last_strides_one(self, **tensors: Tensor) -> None:
         for name, value in tensors.items():
             if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from os.path import commonprefix
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from quietstar_kernels.branches import ANCHOR, DEPTH, Branches, of_rows, tree_of
 from quietstar_kernels.checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
@@ -131,7 +130,8 @@ class ThoughtLayout:
         rows = of_rows(table, self.R, self.rows if self.packed_rows is None else None)
         lo, table, rows = map(_trainable, (self.lo.contiguous(), table, rows))
         tree = None if self.parent is None else _trainable(tree_of(self.parent, length)[0])
-        return Branches(lo, table, rows, self.own == "full", tree)
+        branches = Branches(lo, table, rows, self.own == "full", tree)
+        return branches if tree is None else branches._replace(path=_trainable(branches.path_of_rows()))
 
     @classmethod
     def every_position(
@@ -293,7 +293,8 @@ class ThoughtLayout:
     ) -> tuple[ThoughtLayout, Tensor, list[Tensor]]:
         """The tree of token sequences, in which each token that several of them begin with is one row (their prefix trie).
 
-        What all sequences with the same first token begin with is a document of the text; B is 1.
+        What sequences with the same first token begin with, up to where two of them part, is a document of the text; B is 1.
+        Computed on the host.
 
         Args:
             sequences: token ids of each, as lists or integer tensors [T].
@@ -305,41 +306,34 @@ class ThoughtLayout:
         Raises:
             ValueError: a sequence that isn't integers [T].
         """
-        check = Checker(f"{OP}.from_sequences")
-        tensors = [torch.as_tensor(x) for x in sequences]
-        for i, ids in enumerate(tensors):
-            if ids.ndim != 1 or (ids.numel() and ids.dtype not in INTEGERS):
-                raise check.fail(f"sequence {i} must be integers [T], got {ids.dtype} {list(ids.shape)}")
-        lists: list[list[int]] = [x.tolist() for x in tensors]
-        text: list[int] = []
-        lo: list[int] = []
-        own: list[int] = []
-        nodes: list[tuple[int, int, int]] = []
-        rows: list[list[int]] = [[] for _ in lists]  # of the text; own rows r as -1 - r
-        # Sequences in order, how many of their tokens have rows, the node with the last of these, and its anchor.
-        todo = _next_tokens(lists, sorted(range(len(lists)), key=lists.__getitem__), 0, -1, -1)
-        while todo:
-            group, done, node, anchor = todo.pop()
-            shared = commonprefix([lists[group[0]], lists[group[-1]]])
-            tokens = shared[done:]
-            if anchor < 0:
-                new = list(range(len(text), len(text) + len(tokens)))
-                lo += [len(text)] * len(tokens)
-                text += tokens
-                anchor = len(text) - 1
-            else:
-                new = [-1 - r for r in range(len(own), len(own) + len(tokens))]
-                nodes.append((anchor, node, len(tokens)))
-                own += tokens
-                node = len(nodes) - 1
-            for i in group:
-                rows[i] += new
-            todo += _next_tokens(lists, group, len(shared), node, anchor)
-        anchors, parents, lengths = torch.tensor(nodes, dtype=torch.int32).reshape(-1, 3).T[:, None]
-        layout = cls.tree(anchors, parents, lengths, lo=torch.tensor([lo], dtype=torch.int32))
-        L = layout.L
-        places = [torch.tensor([r if r >= 0 else L - 1 - r for r in x], dtype=torch.int64, device=device) for x in rows]
-        return layout.to(device or "cpu"), torch.tensor([text + own], dtype=torch.int64, device=device), places
+        given = Checker(f"{OP}.from_sequences").sequences(sequences)
+        # One more column is the root, with which all sequences begin; one more row has nothing else.
+        root, none = torch.zeros(1, dtype=torch.int64), torch.iinfo(torch.int64).min
+        padded = pad_sequence([root, *(torch.cat([root, ids]) for ids in given)], True, none)
+        ordered, of = padded.unique(dim=0, return_inverse=True)
+        new = ordered != none
+        new[1:] &= (ordered[1:] == ordered[:-1]).cumprod(1) == 0  # not in what the sequence before begins with
+        # New tokens in depth-first order, the root is row 0. Another token has the row of the last new one above it.
+        row = torch.where(new, new.flatten().cumsum(0).view_as(new) - 1, 0).cummax(0).values
+        parent = row[:, :-1][new[:, 1:]]  # of rows 1 to M
+        first = (parent == 0) | (parent.bincount(minlength=len(parent) + 1)[parent] > 1)  # rows that begin a node
+        node = first.cumsum(0) - 1
+        lengths, up = node.bincount(), node[parent[first] - 1]  # of nodes
+        text = parent[first] == 0  # nodes that are documents; their ``up`` means nothing
+        in_text = text[node]
+        place = torch.where(in_text, in_text.cumsum(0), in_text.sum() + (~in_text).cumsum(0)) - 1
+        tokens = torch.empty_like(place).scatter(0, place, ordered[new][1:])
+        ends = lengths[text].cumsum(0)
+        lo = (ends - lengths[text]).repeat_interleave(lengths[text])
+        anchors = ends[text.cumsum(0) - 1] - 1
+        parents = torch.where(text[up], -1, (~text).cumsum(0)[up] - 1)
+        anchors, parents, lengths = (x[None, ~text] for x in (anchors, parents, lengths))
+        if (parents >= 0).any():
+            layout = cls.tree(anchors, parents, lengths, lo=lo[None])
+        else:
+            layout = cls.packed(anchors, lengths, lo=lo[None])
+        rows = [place[x[1 : len(ids) + 1] - 1] for x, ids in zip(row[of[1:]], given, strict=True)]
+        return layout.to(device or "cpu"), tokens[None].to(device), [x.to(device) for x in rows]
 
     @classmethod
     def from_padding(
@@ -568,15 +562,6 @@ class ThoughtLayout:
         packed = "" if self.packed_rows is None else " packed" if self.parent is None else " tree"
         kind = packed + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
-
-
-def _next_tokens(
-    lists: list[list[int]], group: list[int], done: int, node: int, anchor: int
-) -> list[tuple[list[int], int, int, int]]:
-    """Sorted sequences that have more than ``done`` tokens, together where the next one is the same, the last first."""
-    more = [i for i in group if len(lists[i]) > done]
-    runs = [list(run) for _, run in groupby(more, key=lambda i: lists[i][done])]
-    return [(run, done, node, anchor) for run in reversed(runs)]
 
 
 def _trainable(x: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
-from quietstar.hf.decoder import PackedPass, decode_rows
+from quietstar.hf.completions import end_logprobs
 from quietstar.hf.lm_head import LMHead, find_lm_head
-from quietstar.hf.modules import embeddings, unwrapped
+from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar_kernels import ThoughtLayout, linear_logprob
-from quietstar_kernels.checks import refusal
+from quietstar_kernels.checks import Checker, refusal
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
 
@@ -44,20 +43,14 @@ def shared_logprobs(
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise refusal("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", model)
+    given = Checker("shared_logprobs").sequences(sequences)
     if inner not in _heads:
         check_model(model)
         hand_on_layout(inner)
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
-    layout, ids, rows = ThoughtLayout.from_sequences(sequences, device=inner.device)
-    if not layout.M:
-        return [torch.zeros(0, device=inner.device) for _ in rows]
-    thought_pass = PackedPass(layout)
-    thought_pass.positions = max(map(len, rows))  # the layout's bound adds up documents
-    hidden = decode_rows(model, embeddings(model)(ids), layout.position_ids(), thought_pass)[0]
-
-    pairs = torch.cat([torch.stack([x[:-1], x[1:]]) for x in rows], 1).unique(dim=1)  # a row, and one of those after it
-    before, after = pairs.unbind()
-    values = _heads[inner].apply(linear_logprob, hidden[before], ids[0, after], temperature=temperature)
-    of_row = values.new_zeros(layout.M).index_copy(0, after, values)
-    return [of_row[x[1:]] for x in rows]
+    if not any(map(len, given)):
+        return [torch.zeros(0, device=inner.device) for _ in given]
+    counts = torch.tensor([len(ids) - 1 for ids in given]).clamp(min=0)
+    logprobs, _ = end_logprobs(model, _heads[inner], given, torch.arange(int(counts.max())) < counts[:, None], temperature)
+    return [row[:count] for row, count in zip(logprobs, counts.tolist(), strict=True)]

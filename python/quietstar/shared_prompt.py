@@ -1,9 +1,9 @@
-"""Group RL with one shared prompt: TRL's trainers run each prompt once with all its completions.
+"""Group RL where what completions share runs once, in TRL's trainers: prompts, first turns, results of tools.
 
 GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) sample a group of completions of each prompt, and TRL repeats the prompt for
-each of them. Here the distinct prompts stand one after another as the text of a ``ThoughtLayout.packed``, without padding, and
-completions are branches on their prompt's last token. Log-probabilities and entropies come from hidden states, without logits.
-The loss is TRL's own.
+each of them. Here prompts with completions are the tree of ``ThoughtLayout.from_sequences``, without padding, in which each
+token that several of them begin with is one row. Log-probabilities and entropies come from hidden states, without logits. The
+loss is TRL's own, and so are its masks of what tools and environments said.
 
     class Trainer(SharedPrompts, GRPOTrainer):
         pass
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.completions import PackedCompletions
+from quietstar.hf.completions import end_logprobs, without_padding
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
@@ -46,14 +46,14 @@ class SharedPrompts(Trainer):
     Each optimizer step is that of the trainer after it, up to rounding, without dropout and learned positions. What differs:
 
     - The model runs with attention "quietstar_wrapped". It is plain sdpa where no prompts are shared, as in ``generate``.
-    - TRL shuffles the completions that it has generated before it cuts them into microbatches. Here those of one prompt are
-      brought together again within an optimizer step, so that small microbatches share prompts too. Their losses add up to
-      TRL's; logged means over a microbatch are over other completions.
+    - TRL shuffles the completions that it has generated before it cuts them into microbatches. Here those that begin alike are
+      brought together again within an optimizer step, so that small microbatches share too. Their losses add up to TRL's;
+      logged means over a microbatch are over other completions.
     - Where a loss depends on which completions share a microbatch (``loss_type="bnpo"``, ``top_entropy_quantile`` below 1, an
       entropy bonus), microbatches stay as TRL cuts them.
     - Positions count from a prompt's first token, as in generation. TRL counts padding on the left; this matters for learned
       positions only.
-    - Attention dropout is ignored, with a warning. Other dropout draws other values, once for a prompt.
+    - Attention dropout is ignored, with a warning. Other dropout draws other values, once for a shared token.
 
     Tested with TRL 1.16.
 
@@ -121,7 +121,7 @@ class SharedPrompts(Trainer):
         return samples
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's inputs of a microbatch, of completions sorted by prompt within an optimizer step and a generation."""
+        """TRL's inputs of a microbatch, after those of an optimizer step and a generation were sorted."""
         inputs = super()._prepare_inputs(generation_batch)
         if not (self.model.training and self._step in self._window and self._adds_up()):
             return inputs
@@ -129,7 +129,7 @@ class SharedPrompts(Trainer):
         place = self._step % steps
         first = max(0, place + self._window.start - self._step)
         after = min(steps, place + self._window.stop - self._step)
-        return _sorted_by_prompt(self._buffered_inputs[first:after])[place - first]
+        return _sorted(self._buffered_inputs[first:after])[place - first]
 
     def _adds_up(self) -> bool:
         """Whether the loss of an optimizer step doesn't depend on which completions share a microbatch."""
@@ -157,12 +157,15 @@ class SharedPrompts(Trainer):
         inner = unwrapped(self.accelerator.unwrap_model(model))
         limits, row = rotary_limits(inner.config), input_ids.shape[1]
         check_room(type(inner).__name__, limits, row, "prompts and completions, padded as by TRL,")
-        order = _order_by_prompt(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
+        input_ids, attention_mask = torch.stack([input_ids, attention_mask]).cpu()  # the one copy from a GPU
+        order = _alike_together(input_ids, attention_mask)
         parts = []
         for chunk in order.split(batch_size or len(order)):
-            packed = PackedCompletions.pack(input_ids[chunk], attention_mask[chunk], logits_to_keep)
+            sequences, live = without_padding(input_ids[chunk], attention_mask[chunk], logits_to_keep)
             logprobs = functools.partial(
-                packed.logprobs,
+                end_logprobs,
+                sequences=sequences,
+                live=live,
                 temperature=self.temperature,
                 return_entropy=compute_entropy,
                 autocast_head=not getattr(self.args, "cast_lm_head_to_fp32", False),  # RLOO has no such option
@@ -191,19 +194,20 @@ def _add_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def _order_by_prompt(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """int64 [B], the rows with equal prompts [B,L] next to each other, prompts in the order in which they first appear."""
-    prompts = prompt_ids.masked_fill(prompt_mask == 0, -1)
-    _, of_prompt = prompts.unique(dim=0, return_inverse=True)
-    places = torch.arange(len(prompts), device=prompts.device)
-    first = torch.full_like(places, len(prompts)).scatter_reduce(0, of_prompt, places, "amin")
-    return first[of_prompt].argsort(stable=True)
+def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """int64 [B], an order in which rows [B,L] that begin alike stand next to each other."""
+    _, place = input_ids.masked_fill(attention_mask == 0, -1).unique(dim=0, return_inverse=True)
+    return place.argsort(stable=True)
 
 
-def _sorted_by_prompt(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sorted(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The inputs of steps, as many rows in each as before, with rows sorted over all steps."""
     size = len(steps[0]["prompt_ids"])
-    order = _order_by_prompt(*(torch.cat([step[name] for step in steps]) for name in ("prompt_ids", "prompt_mask")))
+    ids, mask = (
+        torch.cat([torch.cat([step[f"prompt_{name}"], step[f"completion_{name}"]], 1) for step in steps])
+        for name in ("ids", "mask")
+    )
+    order = _alike_together(ids, mask)
     result: list[dict[str, Any]] = [{} for _ in steps]
     for name, value in steps[0].items():
         if isinstance(value, Tensor) and value.ndim:

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from quietstar.hf.completions import PackedCompletions
+from quietstar.hf.completions import without_padding
 from quietstar.shared_prompt import SharedPrompts
+from quietstar_kernels import ThoughtLayout
 
 V, PAD = 61, 0
 HOOK = "_get_per_token_logps_and_entropies"
@@ -235,26 +236,25 @@ def test_logprobs_and_entropies(tiny, trainer, batch_size):
     assert getattr(ours, HOOK)(ours.model, *arguments)[1:] == (None, None)
 
 
-@pytest.mark.long
-def test_each_prompt_is_packed_once(tiny, trainer, monkeypatch):
-    made = []
-    pack = PackedCompletions.pack
-    monkeypatch.setattr(PackedCompletions, "pack", lambda *arguments: made.append(pack(*arguments)) or made[-1])
-    one = trainer(SharedGRPO, tiny("llama"))
-    one.compute_loss(one.model, batch(order=SHUFFLED))
-    (packed,) = made
-    assert packed.layout.L == 5 + 1 + 3
-    assert packed.layout.R == (3 + 0 + 5) + (1 + 0 + 4) + (2 + 5 + 0)  # without last tokens
-    assert packed.longest == 5 + 6
-    assert packed.token_ids.shape == (1, packed.layout.M)
+@pytest.mark.parametrize("optimizer_step", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_each_prompt_is_computed_once(tiny, trainer, monkeypatch, optimizer_step):
+    found = []
+    made = ThoughtLayout.from_sequences
+    monkeypatch.setattr(
+        ThoughtLayout, "from_sequences", lambda *arguments: found.append(made(*arguments)[0]) or made(*arguments)
+    )
+    if optimizer_step:  # 4 prompts of 4 completions, in 4 microbatches
+        trainer(SharedGRPO, tiny("llama"), gradient_accumulation_steps=4, max_steps=1).train()
+        assert [layout.lo.unique().numel() for layout in found] == [1, 1, 1, 1]
+    else:
+        one = trainer(SharedGRPO, tiny("llama"))
+        one.compute_loss(one.model, batch(order=SHUFFLED))
+        (layout,) = found
+        assert layout.L == 5 + 1 + 3
+        assert layout.R == (3 + 0 + 5) + (1 + 0 + 4) + (2 + 5 + 0)  # without last tokens
 
-    made.clear()
-    one = trainer(SharedGRPO, tiny("llama"), gradient_accumulation_steps=4, max_steps=1)
-    one.train()
-    assert [packed.layout.lo.unique().numel() for packed in made] == [1, 1, 1, 1]  # 4 prompts of 4 completions, in 4 steps
 
-
-def test_pack_refuses_other_padding():
+def test_other_padding_is_refused():
     ids = torch.arange(12).view(2, 6)
     mask = torch.ones_like(ids)
     for row, values, message in (
@@ -265,9 +265,9 @@ def test_pack_refuses_other_padding():
         wrong = mask.clone()
         wrong[row] = torch.tensor(values)
         with pytest.raises(ValueError, match=f"^attention_mask: {message}$"):
-            PackedCompletions.pack(ids, wrong, 3)
+            without_padding(ids, wrong, 3)
     with pytest.raises(ValueError, match="^completion_length must be 1 to 5, got 6$"):
-        PackedCompletions.pack(ids, mask, 6)
+        without_padding(ids, mask, 6)
 
 
 class Weights(TrainerCallback):

@@ -1,9 +1,8 @@
-"""Prompts packed once with all their completions, and the log-probabilities of these, without logits."""
+"""Log-probabilities of what sequences end with, such as completions; what they begin with is computed once, without logits."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,91 +15,75 @@ from quietstar_kernels import ThoughtLayout, linear_logprob
 from quietstar_kernels.checks import INTEGERS, MASKS, integer, tensor
 
 
-@dataclass(frozen=True)
-class PackedCompletions:
-    """Prompts and their completions in one row of tokens, each distinct prompt once. Make it with ``pack``.
+def without_padding(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> tuple[list[Tensor], Tensor]:
+    """The sequences int64 [length] of padded rows and, bool [B,T], which of their last tokens are there. All on the host.
 
-    The letters: B completions of at most T tokens, M packed tokens, R scored ones.
+    Args:
+        input_ids: int32 or int64 [B,L], prompts and then completions of T tokens. Prompts are padded on the left, completions
+            on the right.
+        attention_mask: bool or integer [B,L], 0 for padding.
+        completion_length: T, from 1 to L-1.
     """
-
-    layout: ThoughtLayout  # the prompts are documents of the text, completions are branches. B = 1.
-    token_ids: Tensor  # int64 [1,M]. A completion's last token is left out, since nothing follows it.
-    rows: Tensor  # int64 [R], which of the M rows predicts each token of the completions
-    targets: Tensor  # int64 [R], these tokens
-    live: Tensor  # bool [B,T], True for the tokens of the completions; ``targets`` are in its order
-    longest: int  # tokens of the longest prompt with its completion
-
-    @classmethod
-    def pack(cls, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedCompletions:
-        """Pack completions in the order given.
-
-        Args:
-            input_ids: int32 or int64 [B,L], prompts and then completions of T tokens. Prompts are padded on the left,
-                completions on the right. Equal prompts next to each other are packed once.
-            attention_mask: bool or integer [B,L], 0 for padding.
-            completion_length: T, from 1 to L-1.
-        """
-        tensor("input_ids", input_ids, "B,L", {}, input_ids.device, INTEGERS)
-        B, L = input_ids.shape
-        tensor("attention_mask", attention_mask, "B,L", {"B": B, "L": L}, input_ids.device, MASKS)
-        T = integer("completion_length", completion_length, 1, L - 1)
-        shown, live = (attention_mask != 0).split([L - T, T], 1)
-        prompts, completions = input_ids.long().split([L - T, T], 1)
-        _check_padding(shown, live)
-
-        one, of_prompt = prompts.masked_fill(~shown, -1).unique_consecutive(dim=0, return_inverse=True)
-        lengths, held = (one >= 0).sum(1), live.sum(1)
-        last = lengths.cumsum(0) - 1
-        anchors, branches = last[of_prompt], (held - 1).clamp(min=0)
-        lo = (last + 1 - lengths).repeat_interleave(lengths)
-        layout = ThoughtLayout.packed(anchors[None], branches[None], lo=lo[None])
-
-        t = torch.arange(T, device=input_ids.device)
-        token_ids = torch.cat([one[one >= 0], completions[t < branches[:, None]]])
-        first = layout.L + branches.cumsum(0) - branches
-        rows = torch.where(t == 0, anchors[:, None], first[:, None] + t - 1)
-        longest = int((lengths[of_prompt] + held).max()) if B else 0
-        return cls(layout, token_ids[None], rows[live], completions[live], live, longest)
-
-    def logprobs(
-        self,
-        model: PreTrainedModel,
-        head: LMHead,
-        temperature: float = 1.0,
-        return_entropy: bool = False,
-        autocast_head: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of the completions' tokens, fp32 [B,T] (fp64 for fp64 models), and entropies likewise, in nats.
-
-        Both are 0 where ``live`` is False. Differentiable.
-
-        Args:
-            model: with attention "quietstar" or "quietstar_wrapped".
-            head: the model's, from ``find_lm_head``.
-            autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
-        """
-        packed = PackedPass(self.layout)
-        packed.positions = self.longest  # less than the layout's bound, which adds up all prompts
-        hidden = decode_rows(model, embeddings(model)(self.token_ids), self.layout.position_ids(), packed)
-        with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden[0].index_select(0, self.rows)
-            out = head.apply(linear_logprob, rows, self.targets, temperature=temperature, return_entropy=return_entropy)
-        logprob, entropy = out if isinstance(out, tuple) else (out, None)
-        return self._spread(logprob), None if entropy is None else self._spread(entropy)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """[R] to [B,T]. The result depends on the model even if no token is live."""
-        return values.new_zeros(self.live.shape).masked_scatter(self.live, values)
-
-
-def _check_padding(shown: Tensor, live: Tensor) -> None:
-    """Raises ValueError for the masks of prompts [B,L-T] and completions [B,T] if they break a rule."""
+    tensor("input_ids", input_ids, "B,L", {}, input_ids.device, INTEGERS)
+    B, L = input_ids.shape
+    tensor("attention_mask", attention_mask, "B,L", {"B": B, "L": L}, input_ids.device, MASKS)
+    T = integer("completion_length", completion_length, 1, L - 1)
+    padded = input_ids.long().masked_fill(attention_mask == 0, -1).cpu()
+    shown, live = (padded >= 0).split([L - T, T], 1)
     rules = {
         "prompts must be padded on the left alone": (shown[:, 1:] < shown[:, :-1]).any(1),
         "prompts must hold at least one token": ~shown.any(1),
         "completions must be padded on the right alone": (live[:, 1:] > live[:, :-1]).any(1),
     }
-    broken = torch.stack(list(rules.values()))
-    if bool(broken.any()):
-        rule, row = broken.nonzero()[0].tolist()
+    for row, rule in torch.stack(list(rules.values()), 1).nonzero()[:1].tolist():
         raise ValueError(f"attention_mask: {list(rules)[rule]}, broken in row {row}")
+    return [ids[ids >= 0] for ids in padded], live
+
+
+def end_logprobs(
+    model: PreTrainedModel,
+    head: LMHead,
+    sequences: list[Tensor],
+    live: Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    autocast_head: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the last tokens of sequences, fp32 [B,T] (fp64 for fp64 models), and entropies likewise, in nats.
+
+    Both are 0 where ``live`` is False. Differentiable.
+
+    Args:
+        model: with attention "quietstar" or "quietstar_wrapped".
+        head: the model's, from ``find_lm_head``.
+        sequences: int64 [length] on the host, one at least not empty.
+        live: bool [B,T] on the host: as many tokens of each sequence are scored as it has Trues, fewer than all.
+        autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
+    """
+    # Nothing follows a last token, so it needs no row. Without any, the result would not depend on the model.
+    layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
+    before, scored, known = [], [], []
+    for i, (ids, path, count) in enumerate(zip(sequences, paths, live.sum(1).tolist(), strict=True)):
+        first, end = len(ids) - count, len(ids)
+        before.append(path[first - 1 : end - 1])
+        scored.append(ids[first:])
+        # A token is the same in two sequences if its row is. A last one without a row gets a number of its own.
+        known.append(torch.cat([path, path.new_tensor([layout.M + i])])[first:end])
+    which = torch.cat(known)
+    once = torch.zeros(layout.M + len(sequences), dtype=torch.bool).index_fill(0, which, True)
+    places = (once.cumsum(0) - 1)[which]
+    rows, targets = (which.new_zeros(int(once.sum())).scatter(0, places, torch.cat(x)) for x in (before, scored))
+
+    layout = layout.to(model.device)
+    token_ids, rows, targets, places, live = (x.to(model.device) for x in (token_ids, rows, targets, places, live))
+    packed = PackedPass(layout)
+    packed.positions = max(map(len, sequences))  # less than the layout's bound, which adds up all documents
+    hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), packed)[0]
+    with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
+        out = head.apply(linear_logprob, hidden[rows], targets, temperature=temperature, return_entropy=return_entropy)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(live.shape).masked_scatter(live, values[places])
+
+    logprob, entropy = out if isinstance(out, tuple) else (out, None)
+    return spread(logprob), None if entropy is None else spread(entropy)
