@@ -37,8 +37,8 @@ def cases(device: torch.device, full: bool) -> Iterator[TreeCase]:
 def smoke(device: torch.device) -> list[TreeCase]:
     """The smallest cases that run every candidate."""
     small = {"C": 3, "F": 2, "S": 4, "H": 2, "G": 1, "K": 16, "device": device}
-    kinds = [{"L": 16}, {"grid": "chain", "L": 4}]
-    return [TreeCase(**small, **kind, what=what) for kind in kinds for what in ("forward", "forward+backward")]
+    kinds = [("headline", 16, "forward"), ("headline", 16, "forward+backward"), ("chain", 4, "forward+backward")]
+    return [TreeCase(**small, grid=grid, L=L, what=what) for grid, L, what in kinds]
 
 
 def with_pairs(
