@@ -4,7 +4,8 @@
 
 "loss and backward" is the forward of the loss and its backward, of completions that were sampled before; their lengths are
 random, from half of T to T. "whole step" is TRL's training step, which generates completions of T tokens first. Memory is that
-of a step, without weights. The grid "checkpointing" recomputes layers in the backward, which is TRL's default.
+of a step, without weights. The grid "checkpointing" recomputes layers in the backward, which is TRL's default. In "turns", half
+of the completions have their first tokens in common, such as a first turn and the answer of a tool.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class GroupCase(Case):
     Attributes:
         L: tokens of a prompt.
         T: tokens of the longest completion.
+        turn: tokens, at most T/2, that half of a prompt's completions begin with.
         checkpointing: whether to use gradient checkpointing.
     """
 
@@ -48,6 +50,7 @@ class GroupCase(Case):
     L: int = 512
     C: int = 8
     T: int = 128
+    turn: int = 0
     layers: int = 4
     D: int = 256
     I: int = 768
@@ -64,11 +67,13 @@ class GroupCase(Case):
     def work(self) -> Work:
         """Matmuls of the packed forward and the backward, of the second forward of checkpointed layers, and of generation."""
         K, own = self.D // self.H, self.lengths()
-        rows = self.B * self.L + int(own.sum()) - len(own)
+        saved = self.B * (self.C // 2 - 1) * self.turn
+        rows = self.B * self.L + int(own.sum()) - len(own) - saved
         seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
+        seen -= saved * (self.L + (self.turn + 1) / 2)
         matrices = self.layers * (self.D * K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
         layers = 2 * rows * matrices + self.layers * 4 * K * self.H * seen
-        head, generated = 2 * int(own.sum()) * self.D * self.V, self.what == WHOLE_STEP
+        head, generated = 2 * (int(own.sum()) - saved) * self.D * self.V, self.what == WHOLE_STEP
         return Work((3 + self.checkpointing + generated) * layers + (3 + generated) * head)
 
     def inputs(self, seed: int) -> Inputs:
@@ -77,6 +82,8 @@ class GroupCase(Case):
         prompts = torch.randint(2, self.V, (self.B, self.L), generator=generator).repeat_interleave(self.C, 0)
         shown = (torch.arange(self.T) < self.lengths()[:, None]).long()
         completions = torch.randint(2, self.V, shown.shape, generator=generator) * shown
+        groups = completions.view(self.B, self.C, self.T)
+        groups[:, : self.C // 2, : self.turn] = groups[:, :1, : self.turn]
         inputs = {
             "prompt_ids": prompts,
             "prompt_mask": torch.ones_like(prompts),
@@ -92,7 +99,7 @@ class GroupCase(Case):
 
     def check(self, function: Step) -> None:
         """Compare loss and gradients with those of TRL's own trainer in fp32."""
-        small = replace(self, L=min(self.L, 40), T=min(self.T, 12), B=min(self.B, 2), C=min(self.C, 3))
+        small = replace(self, L=min(self.L, 40), T=min(self.T, 12), B=min(self.B, 2), C=min(self.C, 4), turn=min(self.turn, 6))
         inputs, truth = small.inputs(seed=0), prepare(stock)(replace(self, dtype=torch.float32))
         truth.trainer.model.load_state_dict(function.trainer.model.state_dict())
         judge("loss", function.loss(inputs), truth.loss(inputs), STEP_BOUNDS[self.dtype])
@@ -193,12 +200,14 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
         yield replace(headline, grid="generation", what=WHOLE_STEP, T=128)
         yield replace(headline, grid="prompts", B=4, L=headline.L // 2, C=4)
         yield replace(headline, grid="completions", L=headline.L // 4, T=2 * headline.T)
+        yield replace(headline, grid="turns", T=3 * headline.T, turn=3 * headline.T // 2)
 
 
 def smoke(device: torch.device) -> list[GroupCase]:
     """The smallest cases that run every candidate; none without TRL."""
     tiny = GroupCase(B=2, L=8, C=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
-    return [] if not_installed("trl") else [tiny, replace(tiny, grid="generation", what=WHOLE_STEP)]
+    others = (replace(tiny, grid="generation", what=WHOLE_STEP), replace(tiny, grid="turns", C=4, turn=3))
+    return [] if not_installed("trl") else [tiny, *others]
 
 
 BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)
