@@ -10,11 +10,14 @@ import torch
 from transformers.utils import logging
 
 from quietstar.run.processes import Interrupted
+from quietstar_recipes.common import branches
 from quietstar_recipes.common.saving import save_model
 from tests.quietstar.conftest import byte_tokenizer, solver, tiny
 
 __all__ = ["byte_tokenizer", "solver", "tiny"]
 
+NEVER = {"LEAST_RATIO": float("inf"), "LEAST_SAVED_PER_STEP": float("inf")}
+ALWAYS = {"LEAST_RATIO": 0, "LEAST_SAVED": -(10**6), "LEAST_SAVED_PER_STEP": 0}
 TIMES = ("seconds", "problems_per_second", "tokens_per_second", "speeds")
 
 logging.disable_progress_bar()
@@ -97,3 +100,31 @@ def continues():
         assert same(model, whole)
 
     return check
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """``both(function)``: its results with rows that repeat what others begin with, and with that read once."""
+    packed = []
+    for name in ("layouts_on", "prompts_once"):
+        monkeypatch.setattr(branches, name, counted(getattr(branches, name), packed))
+
+    def run(function):
+        found = []
+        for settings in (NEVER, ALWAYS):
+            for name, value in settings.items():
+                monkeypatch.setattr(branches, name, value)
+            packed.clear()
+            found.append(function())
+            assert bool(packed) == (settings is ALWAYS)
+        return found
+
+    return run
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(function)
+        return function(*arguments)
+
+    return call

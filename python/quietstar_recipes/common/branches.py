@@ -1,55 +1,68 @@
-"""Prompts that are read once with all their completions, where that is faster and the results stay the same up to rounding.
+"""What several sequences begin with is read once, where that is faster and the results stay the same up to rounding.
 
-Completions are branches on their prompt's last token, in scoring, in training and in sampling. Only models on CPUs take this
-path, where it was measured; ``layout_head`` says which.
+In scoring and in training prompts and completions make a tree; in sampling, completions are branches on their prompt's last
+token. Only models on CPUs take this path, where it was measured; ``layout_head`` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from quietstar.hf.completions import PackedCompletions
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.layouts import layout_head, layouts_on
+from quietstar.hf.lm_head import LMHead
+from quietstar.hf.modules import embeddings
 from quietstar.hf.prompts_once import generates_row_by_row, prompts_once
+from quietstar_kernels import ThoughtLayout
 
-# Scoring shares prompts where rows that repeat them have this many times the tokens, padding included, and this many more.
+# Scoring shares what rows begin with where rows that repeat it have this many times the tokens, padding included, and this
+# many more.
 LEAST_RATIO, LEAST_SAVED = 1.25, 256
-# Sampling shares them where this many tokens are not read again for each step of decoding.
+# Sampling shares prompts where this many tokens are not read again for each step of decoding.
 LEAST_SAVED_PER_STEP = 16
 
-
-def may_share(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether the model can read equal prompts among these once."""
-    return len(set(map(tuple, prompts))) < len(prompts) and _head(model) is not None
+Ids = Sequence[Sequence[int]]
 
 
-def shared_logprob(model: PreTrainedModel, ids: Tensor, mask: Tensor, completion: int) -> Tensor | None:
-    """Log-probabilities of completions, fp32 [R,T], from a forward that reads equal prompts once; None if that isn't faster.
+def may_share(model: PreTrainedModel, prompts: Ids, completions: Ids) -> bool:
+    """Whether to read once what these rows begin with, even if they had no padding."""
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+    return all(prompts) and _head(model) is not None and _saves(sum(map(len, rows)), rows)
+
+
+def shared_states(model: PreTrainedModel, prompts: Ids, completions: Ids, padded: int) -> tuple[LMHead, Tensor, Tensor] | None:
+    """The model's states from a forward that reads once what rows begin with; None if that isn't faster.
 
     Args:
-        ids: int64 [R,L], prompts padded on the left and then T columns of completions padded on the right.
-        mask: bool [R,L], where there is a token.
-        completion: T.
-    """
-    prompt = ids.shape[1] - completion
-    if not (prompt and completion and ids.device.type == "cpu" and bool(mask[:, :prompt].any(1).all())):
-        return None
-    one, of_prompt = ids[:, :prompt].masked_fill(~mask[:, :prompt], -1).unique(dim=0, return_inverse=True)
-    tokens = int((one >= 0).sum() + mask[:, prompt:].sum())
-    saves = len(one) < len(ids) and ids.numel() >= max(LEAST_RATIO * tokens, LEAST_SAVED + tokens)
-    if not saves or (head := _head(model)) is None:
-        return None
+        padded: tokens of a forward that repeats it, padding included.
 
-    order = of_prompt.argsort(stable=True)
-    packed = PackedCompletions.pack(ids[order], mask[order], completion)
+    Returns:
+        The output head; last hidden states [M,D], and which of them, int64 [R,T+1], is that after 0 to T tokens of each
+        completion; any after its last.
+    """
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+    if not all(prompts) or (head := _head(model)) is None or not _saves(padded, rows):
+        return None
+    layout, ids, places = ThoughtLayout.from_sequences(rows, model.device)
+    packed = PackedPass(layout)
+    packed.positions = max(map(len, rows))  # less than the layout's bound, which adds up all prompts
     with layouts_on(model):
-        values, _ = packed.logprobs(model, head)
-    return values[order.argsort()]
+        states = decode_rows(model, embeddings(model)(ids), layout.position_ids(), packed)[0]
+    after = [place[len(prompt) - 1 :] for place, prompt in zip(places, prompts, strict=True)]
+    return head, states, pad_sequence(after, batch_first=True)
+
+
+def _saves(padded: int, rows: list[list[int]]) -> bool:
+    tokens = sum(len(row) - len(commonprefix([before, row])) for before, row in pairwise([[], *sorted(rows)]))
+    return padded >= max(LEAST_RATIO * tokens, LEAST_SAVED + tokens)
 
 
 def sharing_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new: int) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar_recipes.common.branches import may_share, shared_logprob
+from quietstar_recipes.common.branches import may_share, shared_states
 
 
 def logprob(
@@ -17,7 +17,7 @@ def logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens in one forward pass, with a gradient.
 
-    Equal prompts are read once where that is faster.
+    What rows begin with is read once where that is faster.
 
     Args:
         shift: integer [R], or one for all rows, added to the positions of the completions.
@@ -27,24 +27,33 @@ def logprob(
         mask: bool [R,T], where there is a token.
     """
     ids, attended, after, mask = side_by_side(model, prompts, completions)
-    if isinstance(shift, int) and not shift and (shared := shared_logprob(model, ids, attended, after.shape[1])) is not None:
-        return shared, mask
+    before = [row[:-1] for row in completions]  # nothing follows the last token
+    if isinstance(shift, int) and not shift and (shared := shared_states(model, prompts, before, ids.numel())) is not None:
+        head, states, places = shared
+        values = head.logprob(states[places[:, : mask.shape[1]][mask]], after[mask])
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
     predicted = logits_after(model, ids, attended, after.shape[1], shift)[:, :-1]
     chosen = predicted.gather(2, after[..., None])[..., 0] - predicted.logsumexp(-1)
     return chosen.where(mask, 0), mask
 
 
 def completion_logits(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shift: Tensor | int = 0
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after the prompts and after each token of the completions, in one forward pass, with a gradient.
+
+    What rows begin with is read once where that is faster.
 
     Returns:
         logits: [R,T+1,V] fp32; at t, after t tokens of the completion.
         after, mask: the completions' ids and where there are any, as ``padded`` returns them.
     """
     ids, attended, after, mask = side_by_side(model, prompts, completions)
-    return logits_after(model, ids, attended, after.shape[1], shift), after, mask
+    if (shared := shared_states(model, prompts, completions, ids.numel())) is None:
+        return logits_after(model, ids, attended, after.shape[1], 0), after, mask
+    head, states, places = shared
+    distinct, of_place = places.unique(return_inverse=True)
+    return head.logits(states[distinct])[of_place], after, mask
 
 
 def side_by_side(
@@ -74,27 +83,20 @@ def likelihoods(
     """The log-probability of each completion, summed over its tokens."""
     found = [0.0] * len(prompts)
     with evaluating(model):
-        batches = together if may_share(model, prompts) else longest_first
-        for chosen in batches(prompts, completions, batch_size):
+        for chosen in batches(model, prompts, completions, batch_size):
             values, _ = logprob(model, [prompts[i] for i in chosen], [completions[i] for i in chosen])
             for i, value in zip(chosen, values.sum(1).tolist(), strict=True):
                 found[i] = value
     return found
 
 
-def longest_first(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """The rows' numbers in batches, long rows first: those of a batch need little padding."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(completions[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def together(prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """As ``longest_first``, with rows of equal prompts next to each other; long groups first."""
-    lengths: dict[tuple[int, ...], int] = {}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        lengths[tuple(prompt)] = max(lengths.get(tuple(prompt), 0), len(prompt) + len(completion))
-    order = sorted(range(len(prompts)), key=lambda i: (-lengths[tuple(prompts[i])], prompts[i]))
+def batches(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """The rows' numbers: rows that begin alike together if that is read once; else long ones first, which pads little."""
+    rows = [prompt + ids for prompt, ids in zip(prompts, completions, strict=True)]
+    alike = may_share(model, prompts, completions)
+    order = sorted(range(len(rows)), key=rows.__getitem__ if alike else lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 

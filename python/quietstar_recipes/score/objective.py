@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel
 
 from quietstar.config import option
 from quietstar_kernels.checks import check_at_least, check_types
-from quietstar_recipes.common.logprobs import likelihoods, logprob, padded
+from quietstar_recipes.common.logprobs import completion_logits, likelihoods, logprob, may_share
 from quietstar_recipes.score.attempts import Attempts
+
+Turn = tuple[list[list[int]], list[list[int]]]  # the ids before some completions, and theirs
 
 
 @dataclass
@@ -68,7 +71,24 @@ def log_ratios(base: PreTrainedModel, attempts: Attempts, batch_size: int) -> Te
     Its mean is the divergence. In a reward it also counts that an early token leads to places where the models differ, which
     the divergence at each token leaves out of the gradient.
     """
-    return attempts.logprob - torch.tensor([likelihoods(base, *turn, batch_size) for turn in attempts.turns()])
+    return attempts.logprob - torch.tensor(likelihoods(base, *flat(attempts.turns()), batch_size)).view(2, -1)
+
+
+def flat(turns: Iterable[Turn]) -> Turn:
+    """The prompts and the completions of all turns."""
+    prompts, completions = (list(chain(*several)) for several in zip(*turns, strict=True))
+    return prompts, completions
+
+
+def by_turn(
+    model: PreTrainedModel, turns: Sequence[Turn], score: Callable[[list[list[int]], list[list[int]]], tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Two scores [R] of each turn's completions, in one pass where that reads once what a second attempt has of the first."""
+    prompts, completions = flat(turns)
+    if not may_share(model, prompts, completions):
+        return [score(*turn) for turn in turns]
+    first, second = (x.chunk(len(turns)) for x in score(prompts, completions))
+    return list(zip(first, second, strict=True))
 
 
 def advantages(returns: Tensor, samples: int, standardise: bool = False) -> Tensor:
@@ -91,18 +111,13 @@ def logprob_and_divergence(
 
     The divergence is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)), with a gradient.
     """
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-    ids, mask = (x.to(model.device) for x in padded(rows))
-    begin = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    written = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=model.device) >= begin[:, None])
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    logprob = model(**inputs).logits[:, :-1][written].float().log_softmax(-1)
+    logits, ids, mask = completion_logits(model, prompts, completions)
     with torch.no_grad():
-        other = base(**inputs).logits[:, :-1][written].float().log_softmax(-1)
-    chosen = logprob.gather(1, ids[:, 1:][written][:, None])[:, 0]
+        other = completion_logits(base, prompts, completions)[0][:, :-1].log_softmax(-1)
+    logprob = logits[:, :-1].log_softmax(-1)
+    chosen = logprob.gather(2, ids[..., None])[..., 0]
     divergence = (logprob.exp() * (logprob - other)).sum(-1)
-    row, nothing = written.nonzero()[:, 0], chosen.new_zeros(len(rows))
-    return nothing.index_add(0, row, chosen), nothing.index_add(0, row, divergence)
+    return chosen.where(mask, 0).sum(1), divergence.where(mask, 0).sum(1)
 
 
 def loss(
@@ -117,13 +132,15 @@ def loss(
     advantage = (advantage * torch.stack([attempts.own, torch.ones_like(attempts.own)])).to(model.device)
     weights = objective.weights(stage).tolist()
     value, divergences = torch.zeros_like(advantage[0]), torch.zeros_like(advantage)
-    for turn, (prompts, completions) in enumerate(attempts.turns()):
-        if objective.single_turn and turn == 1:
-            break
-        if objective.kl_in == "reward":
-            value = value - advantage[turn] * logprob(model, prompts, completions)[0].sum(1)
-        else:
-            chosen, divergence = logprob_and_divergence(model, base, prompts, completions)
-            value = value - advantage[turn] * chosen + weights[turn] * divergence
-            divergences[turn] = divergence.detach()
+
+    def scored(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
+        if objective.kl_in == "loss":
+            return logprob_and_divergence(model, base, prompts, completions)
+        chosen = logprob(model, prompts, completions)[0].sum(1)
+        return chosen, torch.zeros_like(chosen)
+
+    turns = list(attempts.turns())[: 1 if objective.single_turn else 2]
+    for turn, (chosen, divergence) in enumerate(by_turn(model, turns, scored)):
+        value = value - advantage[turn] * chosen + weights[turn] * divergence
+        divergences[turn] = divergence.detach()
     return value, divergences

@@ -40,7 +40,7 @@ from quietstar_recipes.common.saving import Progress, State, load_model, save_mo
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
 from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
-from quietstar_recipes.score.objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
+from quietstar_recipes.score.objective import Objective, advantages, by_turn, log_ratios, logprob_and_divergence, loss
 from quietstar_recipes.tasks import Row, Task
 
 START, BEST, FIRST, MODEL = "two-turns", "best", "first-stage", "model"  # checkpoints of a run
@@ -238,8 +238,8 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     nats = torch.zeros(2)
     with torch.no_grad():
         for part in greedy.parts(config.batch_size):
-            for turn, (prompts, completions) in enumerate(part.turns()):
-                nats[turn] += logprob_and_divergence(model, base, prompts, completions)[1].sum().cpu()
+            scored = by_turn(model, list(part.turns()), partial(logprob_and_divergence, model, base))
+            nats += torch.stack([divergence.sum() for _, divergence in scored]).cpu()
     first, second = (nats / greedy.tokens()).tolist()
     return {
         **greedy.figures(),

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pa
 from transformers import PreTrainedModel
 
 from quietstar.run.batches import mix_seed
-from quietstar_recipes.common.logprobs import completion_logits, evaluating, longest_first
+from quietstar_recipes.common.logprobs import batches, completion_logits, evaluating
 from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.solutions import Scorer
 from quietstar_recipes.common.training import SFTConfig, fine_tune
@@ -125,8 +125,8 @@ def cross_entropy(verifier: PreTrainedModel, task: Task, solutions: Sequence[Val
 def held_out_loss(verifier: PreTrainedModel, task: Task, solutions: Sequence[Valued], batch_size: int = 256) -> float:
     """The mean cross entropy."""
     with evaluating(verifier):
-        batches = [solutions[start : start + batch_size] for start in range(0, len(solutions), batch_size)]
-        return float(torch.cat([cross_entropy(verifier, task, batch) for batch in batches]).mean())
+        parts = [solutions[start : start + batch_size] for start in range(0, len(solutions), batch_size)]
+        return float(torch.cat([cross_entropy(verifier, task, batch) for batch in parts]).mean())
 
 
 def value_logits(verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> Tensor:
@@ -145,7 +145,7 @@ def values(
     """The log-probability that each solution, whole or only begun, ends right."""
     found = [0.0] * len(begun)
     with evaluating(verifier):
-        for chosen in longest_first(prompts, begun, batch_size):
+        for chosen in batches(verifier, prompts, begun, batch_size):
             logits = value_logits(verifier, task, [prompts[i] for i in chosen], [begun[i] for i in chosen])
             for i, row in zip(chosen, logsigmoid(logits), strict=True):
                 found[i] = float(row[len(begun[i])])

@@ -1,4 +1,4 @@
-"""Prompts that are read once, in scoring, training and sampling, beside rows that repeat them."""
+"""What is read once, in scoring, training and sampling, beside rows that repeat them."""
 
 import copy
 from types import SimpleNamespace
@@ -8,21 +8,20 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quietstar.hf.adapters import add
 from quietstar.hf.layouts import layout_head, layouts_on
 from quietstar_recipes.common import branches
-from quietstar_recipes.common.logprobs import likelihoods, logprob
+from quietstar_recipes.common.logprobs import completion_logits, likelihoods, logprob
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.tasks import WordProblems
 from tests.quietstar.common import assert_same_gradients
-
-NEVER = {"LEAST_RATIO": float("inf"), "LEAST_SAVED_PER_STEP": float("inf")}
-ALWAYS = {"LEAST_RATIO": 0, "LEAST_SAVED": -(10**6), "LEAST_SAVED_PER_STEP": 0}
+from tests.recipes.conftest import ALWAYS, counted
 
 
 @pytest.fixture(scope="module")
@@ -46,42 +45,15 @@ def model(request, task):
     return made.eval()
 
 
-@pytest.fixture
-def both(monkeypatch):
-    """``both(function)``: its results with rows that repeat prompts, and with prompts that are read once."""
-    packed = []
-    for name in ("layouts_on", "prompts_once"):
-        monkeypatch.setattr(branches, name, counted(getattr(branches, name), packed))
-
-    def run(function):
-        found = []
-        for settings in (NEVER, ALWAYS):
-            for name, value in settings.items():
-                monkeypatch.setattr(branches, name, value)
-            packed.clear()
-            found.append(function())
-            assert bool(packed) == (settings is ALWAYS)
-        return found
-
-    return run
-
-
-def counted(function, calls):
-    def call(*arguments):
-        calls.append(function)
-        return function(*arguments)
-
-    return call
-
-
 def lists(V, *lengths):
     return [torch.randint(3, V, (n,)).tolist() for n in lengths]
 
 
 def batch(V):
-    """Unequal prompts, which repeat in any order, and unequal completions, one of them empty."""
+    """Unequal prompts, which repeat in any order or go on from completions, and unequal completions, one of them empty."""
     a, b, c, d = lists(V, 9, 5, 12, 1)
-    return [a, b, a, c, b, a, d], lists(V, 4, 7, 1, 0, 6, 3, 2)
+    first, second, *others = lists(V, 4, 7, 1, 0, 6, 3, 2)
+    return [a, b, a, c, b + second[:5], b + second[:3], d], [first, second, *others]
 
 
 def test_scores_and_gradients_are_the_same(model, both, task):
@@ -93,6 +65,19 @@ def test_scores_and_gradients_are_the_same(model, both, task):
         values, mask = logprob(model, prompts, completions)
         (values * weights).sum().backward()
         return values.detach(), mask, [x.grad.clone() for x in model.parameters()]
+
+    torch.testing.assert_close(*both(step), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_the_same(model, both, task):
+    prompts, completions = batch(len(task.tokenizer))
+
+    def step():
+        model.zero_grad()
+        logits, _, mask = completion_logits(model, prompts, completions)
+        logits = logits.where(pad(mask, (1, 0), value=True)[..., None], 0)
+        logits.logsumexp(-1).sum().backward()
+        return logits.detach(), [x.grad.clone() for x in model.parameters()]
 
     torch.testing.assert_close(*both(step), atol=1e-5, rtol=1e-5)
 
