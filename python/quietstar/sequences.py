@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
-from quietstar.hf.completions import end_logprobs
+from quietstar.hf.completions import answering, end_logprobs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once
@@ -20,9 +22,7 @@ from quietstar_kernels.checks import Checker, refusal
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
 
 
-def shared_logprobs(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int] | Tensor], temperature: float = 1.0
-) -> list[Tensor]:
+def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor], temperature: float = 1.0) -> list[Tensor]:
     """Log-probabilities of every token of every sequence but the first, given those before it, in nats. Differentiable.
 
     A prompt, a turn or an attempt that several sequences begin with is computed once, forward and backward. The results are
@@ -30,7 +30,8 @@ def shared_logprobs(
 
     Args:
         model: a decoder with ``attn_implementation="quietstar"``; call ``quietstar.register_attention("sdpa")`` before it is
-            loaded. It may be wrapped, for example by PEFT.
+            loaded. It may be wrapped, by PEFT or DistributedDataParallel for example. The first call checks the model: make one
+            before its weights are sharded.
         sequences: token ids of each, as lists or integer tensors [T].
         temperature: divides the logits.
 
@@ -40,17 +41,22 @@ def shared_logprobs(
     Raises:
         ValueError: another attention, a model that can't think, or a sequence that isn't integers [T].
     """
-    inner = unwrapped(model)
+    whole: Any = model
+    while isinstance(getattr(whole, "module", None), nn.Module):  # DistributedDataParallel's, for example
+        whole = whole.module
+    inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise refusal("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", model)
     given = Checker("shared_logprobs").sequences(sequences)
     if inner not in _heads:
-        check_model(model)
+        check_model(whole)
         hand_on_layout(inner)
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
     if not any(map(len, given)):
         return [torch.zeros(0, device=inner.device) for _ in given]
     counts = torch.tensor([len(ids) - 1 for ids in given]).clamp(min=0)
-    logprobs, _ = end_logprobs(model, _heads[inner], given, torch.arange(int(counts.max())) < counts[:, None], temperature)
+    live = torch.arange(int(counts.max())) < counts[:, None]
+    with answering(inner, partial(end_logprobs, inner, _heads[inner], given, live, temperature)):
+        logprobs, _ = model()
     return [row[:count] for row, count in zip(logprobs, counts.tolist(), strict=True)]

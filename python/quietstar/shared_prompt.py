@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.completions import end_logprobs, without_padding
+from quietstar.hf.completions import answering, end_logprobs, without_padding
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
@@ -87,7 +85,7 @@ class SharedPrompts(Trainer):
         for model in models:
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
-            _add_forward(unwrapped(model))
+        self._heads = {unwrapped(model): find_lm_head(unwrapped(model)) for model in models}
 
     def _check_release(self) -> None:
         """Without this, another TRL release would silently repeat prompts."""
@@ -162,36 +160,22 @@ class SharedPrompts(Trainer):
         parts = []
         for chunk in order.split(batch_size or len(order)):
             sequences, live = without_padding(input_ids[chunk], attention_mask[chunk], logits_to_keep)
-            logprobs = functools.partial(
+            answer = functools.partial(
                 end_logprobs,
-                sequences=sequences,
-                live=live,
+                inner,
+                self._heads[inner],
+                sequences,
+                live,
                 temperature=self.temperature,
                 return_entropy=compute_entropy,
                 autocast_head=not getattr(self.args, "cast_lm_head_to_fp32", False),  # RLOO has no such option
             )
-            with self.accelerator.autocast():
-                parts.append(model(shared_prompts=logprobs))
+            with self.accelerator.autocast(), answering(inner, answer):
+                parts.append(model())
         back = order.argsort()
         logprob, entropy = ([part[i] for part in parts] for i in range(2))
         # In fp32, as TRL's for fp64 models too, which it compares with a quantile of theirs in fp32.
         return torch.cat(logprob)[back], torch.cat(entropy)[back].float() if compute_entropy else None, None
-
-
-def _add_forward(model: PreTrainedModel) -> None:
-    """Let ``model(shared_prompts=function)`` return ``function(model, head)``; other calls are unchanged.
-
-    The call must enter through the model, since wrappers around it synchronise gradients and cast.
-    """
-    head, stock = find_lm_head(model), model.forward
-
-    @functools.wraps(type(model).forward)  # ``generate`` reads the signature
-    def forward(self: PreTrainedModel, *args: Any, shared_prompts: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        if shared_prompts is None:
-            return stock(*args, **kwargs)
-        return shared_prompts(self, replace(head, linear=self.get_output_embeddings()))  # a cast may have replaced it
-
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
 def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

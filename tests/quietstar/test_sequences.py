@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import quietstar
 
@@ -44,6 +46,28 @@ def test_equals_a_forward_for_each(model, name, changes):
         assert (x.grad is None) == (y.grad is None), what
         if x.grad is not None:
             torch.testing.assert_close(x.grad, y.grad, atol=1e-5, rtol=1e-4, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_wrapped_models(model, one_process, wrap):
+    """The call goes through what gathers weights and synchronises gradients."""
+    shared, plain = model("llama")
+    quietstar.shared_logprobs(shared, SEQUENCES)  # checks the model before it is sharded
+    wrapped = wrap(shared)
+    calls = []
+    wrapped.register_forward_hook(lambda *_: calls.append(1))
+    for values in (quietstar.shared_logprobs(wrapped, SEQUENCES), one_by_one(plain, SEQUENCES)):
+        sum(x.sum() for x in values).backward()
+    assert calls == [1] and "forward" not in vars(shared)
+    for x, y in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(getattr(x.grad, "full_tensor", lambda x=x: x.grad)(), y.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_each_shared_token_is_computed_once(model):

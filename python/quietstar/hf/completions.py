@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +82,7 @@ def end_logprobs(
     packed = PackedPass(layout)
     packed.positions = max(map(len, sequences))  # less than the layout's bound, which adds up all documents
     hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), packed)[0]
+    head = replace(head, linear=model.get_output_embeddings())  # a cast may have replaced it
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
         out = head.apply(linear_logprob, hidden[rows], targets, temperature=temperature, return_entropy=return_entropy)
 
@@ -87,3 +91,16 @@ def end_logprobs(
 
     logprob, entropy = out if isinstance(out, tuple) else (out, None)
     return spread(logprob), None if entropy is None else spread(entropy)
+
+
+@contextmanager
+def answering(model: PreTrainedModel, answer: Callable[[], Any]) -> Iterator[None]:
+    """Inside, a call of the model returns ``answer()``, also through what wraps it: wrappers synchronise gradients and cast."""
+    own = vars(model).get("forward")
+    model.forward = lambda *_, **__: answer()  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own  # type: ignore[method-assign]
