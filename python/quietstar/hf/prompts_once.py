@@ -1,4 +1,4 @@
-"""``generate`` over prompts that are read once each: its rows decode through one text-and-branch cache."""
+"""``generate`` over prompts of which what they begin with is read once: its rows decode through one text-and-branch cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
+from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.layouts import layouts_on
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings, unwrapped
@@ -31,7 +31,7 @@ def generates_row_by_row(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequence[int]], max_new: int) -> Iterator[None]:
-    """In this context, one call of ``model.generate`` for these prompts reads equal ones once.
+    """In this context, one call of ``model.generate`` for these prompts reads once what they begin with.
 
     The model's forward is replaced, and the rest is transformers' own: what is drawn, from which scores, and when rows end.
     Logits are those of an ordinary forward up to rounding.
@@ -51,6 +51,19 @@ def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequenc
             del inner.forward
 
 
+class _TreePass(PackedPass):
+    """The tree of the prompts; the store gets the keys and values of each prompt, at ``rows`` of the tree."""
+
+    def __init__(self, layout: ThoughtLayout, store: ThoughtStore, rows: Tensor):
+        super().__init__(layout)
+        self.store, self.rows, self.calls = store, rows, 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.store.take_text(self.calls, k[:, :, self.rows], v[:, :, self.rows])
+        self.calls += 1
+        return super().attend(q, k, v, **options)
+
+
 class _Decoder:
     """Logits [R,V] after the prompts, and then after each row's next token."""
 
@@ -64,15 +77,16 @@ class _Decoder:
         order = of_prompt.argsort(stable=True)  # rows of a prompt together, as anchors ascend
         layout = ThoughtLayout.at(last[of_prompt[order]][None], 1, max(1, max_new - 1), lo=lo[None])
         device = model.device
-        self.text_ids = torch.tensor([[x for ids in numbers for x in ids]], device=device)
+        self.tree, self.tree_ids, rows = ThoughtLayout.from_sequences(list(numbers), device)
+        self.rows = torch.cat(rows)
         self.last, self.order, self.back = (x.to(device) for x in (last[of_prompt], order, order.argsort()))
         self.store = ThoughtStore(layout.to(device))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         embed = embeddings(self.model)
         if self.step < 0:
-            positions = self.store.text_layout.text_position_ids()
-            hidden = decode_rows(self.model, embed(self.text_ids), positions, self.store.prefill())[0, self.last]
+            tree_pass = _TreePass(self.tree, self.store, self.rows)
+            hidden = decode_rows(self.model, embed(self.tree_ids), self.tree.position_ids(), tree_pass)[0, self.rows[self.last]]
         else:
             rows = embed(input_ids[self.order, -1])[None]
             hidden = decode_step(self.model, rows, self.store, self.step)[0, self.back]

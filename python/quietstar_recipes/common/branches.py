@@ -1,7 +1,7 @@
 """What several sequences begin with is read once, where that is faster and the results stay the same up to rounding.
 
-In scoring and in training prompts and completions make a tree; in sampling, completions are branches on their prompt's last
-token. Only models on CPUs take this path, where it was measured; ``layout_head`` says which.
+In scoring and in training prompts and completions make a tree. In sampling prompts do, and completions are branches on their
+last tokens. Only models on CPUs take this path, where it was measured; ``layout_head`` says which.
 """
 
 from __future__ import annotations
@@ -60,19 +60,22 @@ def shared_states(model: PreTrainedModel, prompts: Ids, completions: Ids, padded
     return head, states, pad_sequence(after, batch_first=True)
 
 
-def _saves(padded: int, rows: list[list[int]]) -> bool:
-    tokens = sum(len(row) - len(commonprefix([before, row])) for before, row in pairwise([[], *sorted(rows)]))
-    return padded >= max(LEAST_RATIO * tokens, LEAST_SAVED + tokens)
-
-
-def sharing_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new: int) -> AbstractContextManager[None]:
-    """A context for one call of ``generate`` for these rows: it reads equal prompts once, if that is faster."""
-    one = set(map(tuple, prompts))
-    saved = sum(map(len, prompts)) - sum(map(len, one))
-    saves = len(one) < len(prompts) and saved >= LEAST_SAVED_PER_STEP * max_new
+def sharing_prompts(model: PreTrainedModel, prompts: Ids, max_new: int) -> AbstractContextManager[None]:
+    """A context for one call of ``generate`` for these rows: it reads once what they begin with, if that is faster."""
+    saves = sum(map(len, prompts)) - _distinct(prompts) >= LEAST_SAVED_PER_STEP * max_new
     if not saves or not all(prompts) or not generates_row_by_row(model) or (head := _head(model)) is None:
         return nullcontext()
     return prompts_once(model, head, prompts, max_new)
+
+
+def _saves(padded: int, rows: Ids) -> bool:
+    tokens = _distinct(rows)
+    return padded >= max(LEAST_RATIO * tokens, LEAST_SAVED + tokens)
+
+
+def _distinct(rows: Ids) -> int:
+    """Number of tokens, what several rows begin with counted once."""
+    return sum(len(row) - len(commonprefix([before, row])) for before, row in pairwise([[], *sorted(map(list, rows))]))
 
 
 def _head(model: PreTrainedModel) -> Any:

@@ -112,7 +112,7 @@ def rollout(
     shift: int = 0,
     ends: Collection[int] = (),
 ) -> list[list[Completion]]:
-    """``k`` completions of each prompt. Where that is faster, equal prompts of a batch are read once; samples are the same.
+    """``k`` completions of each prompt. What prompts begin with is read once where that is faster; samples are the same.
 
     Args:
         temperature: 0 is greedy.

@@ -127,7 +127,7 @@ def test_samples_are_the_same(model, both, task, temperature, top_p, k, batch_si
     a, b, c = lists(len(task.tokenizer), 9, 5, 9)
     ends = {a[0]}
     options = {"temperature": temperature, "top_p": top_p, "max_new": 12, "batch_size": batch_size, "ends": ends, "seed": 1}
-    rows, shared = both(lambda: rollout(model, task, [a, b, a, c], k, **options))
+    rows, shared = both(lambda: rollout(model, task, [a, b, a, c, a[:5] + b], k, **options))
     same(rows, shared)
     assert {len(several) for several in rows} == {k}
     assert k == 1 or not temperature or len({len(x.ids) for several in rows for x in several}) > 1  # some end early
@@ -193,7 +193,8 @@ def test_sampling_shares_long_prompts(model, task, monkeypatch):
     assert not calls
     rollout(model, task, [prompt], 8, max_new=8)
     rollout(model, task, [prompt] * 8, max_new=8)
-    assert len(calls) == 2
+    rollout(model, task, [prompt + [i] for i in range(8)], max_new=8)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("training", [False, True])
