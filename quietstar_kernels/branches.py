@@ -35,6 +35,7 @@ class Branches(NamedTuple):
         tree: int32 [B,C,4] if branches hang on branches, of each node: how many rows are on its path before its first; the row
             after the last one of its subtree; 1 if no node has it as its parent, else 0; its parent, -1 for a root. A node's
             anchor is that of its root.
+        path: int32 [B,R,2] if there is a tree, of each row: END of its node; how many rows are before it on its path.
     """
 
     lo: Tensor
@@ -42,6 +43,7 @@ class Branches(NamedTuple):
     of_row: Tensor
     full: bool
     tree: Tensor | None = None
+    path: Tensor | None = None
 
     @property
     def B(self) -> int:
@@ -67,15 +69,20 @@ class Branches(NamedTuple):
     def device(self) -> torch.device:
         return self.lo.device
 
+    def contiguous(self) -> list[Tensor | None]:
+        """lo, table, of_row, tree and path, for kernels that know no strides."""
+        tensors = self.lo, self.table, self.of_row, self.tree, self.path
+        return [None if x is None else x.contiguous() for x in tensors]
+
     def live(self) -> Tensor:
         """bool [B,R]: the rows that are on."""
         return self.of_row >= 0
 
     def column(self, column: int) -> Tensor:
         """int64 [B,R]: ANCHOR, START or LENGTH of each row's branch; 0 where the row is off."""
-        return self._of_rows(self.table[..., column])
+        return self.per_row(self.table[..., column])
 
-    def _of_rows(self, of_branch: Tensor) -> Tensor:
+    def per_row(self, of_branch: Tensor) -> Tensor:
         """int64 [B,R]: ``of_branch`` [B,C] for the branch of each row; 0 where the row is off."""
         if not self.C:
             return torch.zeros_like(self.of_row, dtype=torch.int64)
@@ -89,7 +96,7 @@ class Branches(NamedTuple):
     def row_in_path(self) -> Tensor:
         """int64 [B,R]: as ``row_in_branch``; in a tree counted from the first row of the root."""
         row = self.row_in_branch().long()
-        return row if self.tree is None else row + self._of_rows(self.tree[..., DEPTH])
+        return row if self.tree is None else row + self.per_row(self.tree[..., DEPTH])
 
     def text_position_ids(self) -> Tensor:
         """int64 [B,L]: t - lo[b,t]."""
@@ -116,7 +123,7 @@ class Branches(NamedTuple):
             start = self.column(START)[:, :, None]
             own = (r >= start) & (r < (start + self.column(LENGTH)[:, :, None] if self.full else r[:, None] + 1))
             if self.tree is not None:
-                end, leaf = (self._of_rows(self.tree[..., column]) for column in (END, LEAF))
+                end, leaf = (self.per_row(self.tree[..., column]) for column in (END, LEAF))
                 path = (r <= r[:, None]) & (r[:, None] < end[:, None, :]) & self.live()[:, None, :]
                 own = path | (own & (leaf > 0)[:, :, None]) if self.full else path
             seen[:, L:, L:] = own

@@ -84,6 +84,7 @@ def thought_attention(
         v,
         *layout.branches[:3],
         layout.branches.tree,
+        layout.branches.path,
         sinks,
         layout.own == "full",
         scale,
@@ -102,6 +103,7 @@ def _thought_attention(
     table: Tensor,
     of_row: Tensor,
     tree: Tensor | None,
+    path: Tensor | None,
     sinks: Tensor | None,
     full: bool,
     scale: float,
@@ -109,11 +111,11 @@ def _thought_attention(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    branches = Branches(lo, table, of_row, full, tree)
+    branches = Branches(lo, table, of_row, full, tree, path)
     return _dispatch.run("thought_attention", backend, q, k, v, branches, AttentionOptions(scale, window, softcap, sinks))
 
 
-def _fake(q, k, v, lo, table, of_row, tree, sinks, full, scale, window, softcap, backend):
+def _fake(q, k, v, lo, table, of_row, tree, path, sinks, full, scale, window, softcap, backend):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
@@ -129,6 +131,7 @@ def _thought_attention_backward(
     table: Tensor,
     of_row: Tensor,
     tree: Tensor | None,
+    path: Tensor | None,
     sinks: Tensor | None,
     full: bool,
     scale: float,
@@ -136,34 +139,34 @@ def _thought_attention_backward(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    branches = Branches(lo, table, of_row, full, tree)
+    branches = Branches(lo, table, of_row, full, tree, path)
     options = AttentionOptions(scale, window, softcap, sinks)
     grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options)
     dq, dk, dv, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, sinks, full, scale, window, softcap, backend):
+def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, full, scale, window, softcap, backend):
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, lo, table, of_row, tree, sinks, *ctx.rest = inputs
+    q, k, v, lo, table, of_row, tree, path, sinks, *ctx.rest = inputs
     if not torch._C._are_functorch_transforms_active():  # in which a gradient of it would be zero without a word
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the lse
-    ctx.save_for_backward(q, k, v, *output, lo, table, of_row, tree, sinks)
+    ctx.save_for_backward(q, k, v, *output, lo, table, of_row, tree, path, sinks)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
     if grad_lse is not None:
         raise NotImplementedError(f"{_OP} has no derivative of lse: {_INSTEAD}")
     if grad_out is None:
-        return (None,) * (8 + len(ctx.rest))
-    q, k, v, out, lse, lo, table, of_row, tree, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, lo, table, of_row, tree, sinks, *ctx.rest)
-    return dq, dk, dv, None, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
+        return (None,) * (9 + len(ctx.rest))
+    q, k, v, out, lse, lo, table, of_row, tree, path, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, *ctx.rest)
+    return dq, dk, dv, None, None, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"

@@ -13,8 +13,6 @@ AMD = ("gfx90a", "gfx942", "gfx950")  # others' registers are too few for the ti
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
     """As ``_dispatch.why_not``. Does not import Triton."""
-    if "tree" in widths:
-        return "it has no trees yet"
     return _why_not(device, dtype)
 
 

@@ -82,11 +82,13 @@ def divide(first, i, by):
 
 
 @triton.jit
-def seen_by(m, inside, lo, table, of_row, L, full):
-    """Packed rows m, int32 [BLOCK], where ``inside``: (first, last, own_first, own_last, on).
+def seen_by(m, inside, lo, table, of_row, tree, L, full, window):
+    """Packed rows m, int32 [BLOCK], where ``inside``: (first, last, own_first, own_last, oldest, on).
 
-    A row that is on sees text first..last and packed rows own_first..own_last of its own branch, if there is no window. A text
-    row's own range is empty, from m + 1 to m. lo [L], table [C,3] and of_row [R] are those of one batch row.
+    A row that is on sees text first..last, of which a window leaves position ids from ``oldest`` on, and packed rows
+    own_first..own_last of its own branch. A text row's own range is empty, from m + 1 to m. In a tree, own_first is a row of
+    the path instead, and a row sees none after own_last: see ``keys_of_node``. lo [L], table [C,3], of_row [R] and tree [C,4]
+    are those of one batch row.
     """
     is_text = m < L
     branch = tl.load(of_row + (m - L), mask=inside & (m >= L), other=-1).to(tl.int64)
@@ -99,8 +101,58 @@ def seen_by(m, inside, lo, table, of_row, L, full):
     last = tl.where(is_text, m, anchor)
     first = tl.load(lo + last, mask=on, other=0)
     own_first = tl.where(is_text, m + 1, start)
-    own_last = tl.where(is_text | (full == 0), m, start + length - 1)
-    return first, last, own_first, own_last, on
+    causal = is_text | (full == 0)
+    if tree is not None:
+        own_first -= tl.load(tree + branch * 4, mask=in_branch, other=0)
+        causal |= tl.load(tree + branch * 4 + 2, mask=in_branch, other=0) == 0
+    own_last = tl.where(causal, m, start + length - 1)
+    oldest = own_first
+    row = m - own_first  # of the branch or path; -1 for a text row
+    if window is not None:
+        oldest = last - first + row + 2 - window
+        own_first = tl.maximum(own_first, m - window + 1)
+    if tree is not None:
+        own_first = tl.maximum(row + 1 - window, 0) if window is not None else row * 0
+    return first, last, own_first, own_last, oldest, on
+
+
+@triton.jit
+def first_node(m, on, of_row, L):
+    """The node of the first row that is on; -1 for rows of the text. of_row [R] is that of the batch row."""
+    first = tl.min(tl.where(on & (m >= L), m, FAR), 0)
+    return tl.load(of_row + (first - L), mask=first < FAR, other=-1)
+
+
+@triton.jit
+def keys_of_node(node, near, own_first, own_last, table, tree, L):
+    """Packed rows first..last, [BLOCK] each, that a tile's rows see of a node on the path of the first of them, and its parent.
+
+    All that a row of the tile sees is on that path or, being of a later node, in the tile: so if ``near``, for the node of the
+    tile's first row, the last is the row's own. Keys between may be of nodes that are not on its path: see ``on_path``.
+    """
+    there = node >= 0
+    begin = tl.load(table + node * 3 + 1, mask=there, other=0)
+    stop = begin + tl.load(table + node * 3 + 2, mask=there, other=0)
+    depth = tl.load(tree + node * 4, mask=there, other=FAR)
+    end = tl.load(tree + node * 4 + 1, mask=there, other=0)
+    begin, end = tl.where(there, begin + L, FAR), tl.where(there, end + L, FAR)
+    last = tl.minimum(own_last, tl.where(near, FAR, stop + L) - 1)
+    first = tl.where(own_last < end, begin + tl.maximum(own_first - depth, 0), end)
+    return tl.minimum(first, last + 1), last, tl.load(tree + node * 4 + 3, mask=there, other=-1)
+
+
+@triton.jit
+def on_path(n, own_first, own_last, path, L, M, WINDOW: tl.constexpr):
+    """Whether keys n [keys] are on the paths of rows that see none before ``own_first`` and after ``own_last``, [rows,keys].
+
+    True for keys of the text. path [R,2] is that of the batch row.
+    """
+    own = (n >= L) & (n < M)
+    path += (n - L) * 2
+    seen = (tl.load(path, mask=own, other=FAR) + L)[None, :] > own_last[:, None]
+    if WINDOW:
+        seen &= tl.load(path + 1, mask=own, other=FAR)[None, :] >= own_first[:, None]
+    return seen
 
 
 @triton.jit

@@ -4,6 +4,7 @@ The H/G query heads of a key head are folded into the rows: flat row f is though
 tile are, in this order:
 
 1. own rows of all thoughts of the tile up to the step, which the kernel reads on the device, in masked blocks of BLOCK_EDGE;
+   In a tree, then all rows of the nodes above, node after node;
 2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton._device import (
+    FAR,
     LOG2_E,
     LOWEST,
     bounds,
@@ -52,7 +54,7 @@ SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on anoth
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
-    options: AttentionOptions,
+    options: AttentionOptions, tree: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``."""
     scale, window, softcap, sinks = options
@@ -63,14 +65,14 @@ def thought_decode(
         return out
     if window is not None and window >= L + k_own.shape[3]:
         window = None  # it cuts nothing
-    layout = lo.contiguous(), table.contiguous()
+    layout = lo.contiguous(), table.contiguous(), None if tree is None else tree.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     k_text, v_text = near(k_text), near(v_text)
     dtypes = [None if x is None else x.dtype for x in (*layout, step, sinks)]  # their other facts follow from the sizes
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), *dtypes, scale, window, softcap)
 
     def choose() -> tuple[Config, int, int]:
-        plain = window is None and softcap is None and sinks is None
+        plain = (window is None and softcap is None and sinks is None) or tree is not None
         tables = [THOUGHT_DECODE] if plain else [THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE]
         config = pick(tables, q.element_size(), max(K, E))
         tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
@@ -126,10 +128,10 @@ def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
 
 @triton.jit(
     do_not_specialize=["B", "G", "together", "HG", "L", "thoughts", "window"],
-    do_not_specialize_on_alignment=["sinks", "lo", "table", "step"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "tree", "step"],
 )
 def _decode(
-    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, step, out, parts,
+    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, tree, step, out, parts,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
     B, G, together, HG, L, thoughts, window, scale, softcap,
@@ -148,12 +150,17 @@ def _decode(
     v_own += far(b, stride_vob) + far(g, stride_vog)
 
     now = tl.load(step).to(tl.int32)
-    table += (far(b, thoughts) + thought) * 3
-    anchor = tl.load(table, mask=inside, other=-1)
-    live = tl.load(table + 2, mask=inside, other=0)
+    table += far(b, thoughts) * 3
+    branch = table + far(thought, 3)
+    anchor = tl.load(branch, mask=inside, other=-1)
+    live = tl.load(branch + 2, mask=inside, other=0)
     on = (anchor >= 0) & (now < live)
     last = tl.where(on, anchor, -1)
     own_first = now * 0 if window is None else tl.maximum(now + 1 - window, 0)
+    row = now  # of the thought; in a tree of its path
+    if tree is not None:
+        tree += far(b, thoughts) * 4
+        row = now + tl.load(tree + far(thought, 4), mask=inside, other=0)
 
     queries = load_tile(q, far(head, stride_qh) + far(thought, stride_qt), inside, K, BLOCK_K)
     factor = scale * LOG2_E if softcap is None else LOG2_E
@@ -170,7 +177,7 @@ def _decode(
     first = tl.load(lo + last, mask=on, other=0)
     start, all_from, all_to, final = bounds(first, last, on)
     if window is not None:
-        oldest = last - first + now + 2 - window  # position id
+        oldest = last - first + row + 2 - window  # position id
         start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
@@ -197,6 +204,33 @@ def _decode(
         s = tl.where(seen, s + poison[None, :], -float("inf"))
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    if tree is not None:
+        # All rows of the nodes above: those before the last of the tile, and from its first thought on those it goes on from.
+        below = tl.load(branch + 1, mask=inside, other=0)
+        lowest = tl.min(tl.where(on, row, FAR), 0)
+        node = tl.where(split == 0, tl.max(tl.where(on, thought, -1), 0), -1)
+        while node >= 0:
+            rows = tl.load(table + far(node, 3) + 2)
+            after = tl.load(table + far(node, 3) + 1) + rows
+            depth = tl.load(tree + far(node, 4))
+            others = tl.load(tree + far(node, 4) + 1) - after  # rows of nodes below it
+            begin = depth * 0 if window is None else tl.maximum(lowest + 1 - window - depth, 0)
+            for j in tl.range(tl.cdiv(tl.where(others > 0, rows - begin, 0), BLOCK_EDGE)):
+                n0 = begin + j * BLOCK_EDGE
+                n = n0 + i
+                at = far(node, stride_kot) + far(n0, stride_kos), far(node, stride_vot) + far(n0, stride_vos)
+                keys = load_tile(k_own + at[0], i * stride_kos, n < rows, K, BLOCK_K)
+                values = load_tile(v_own + at[1], i * stride_vos, n < rows, E, BLOCK_E)
+                values, poison = without_poison(values)
+                s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+                seen = (on & in_range(below, after, others))[:, None] & (n < rows)[None, :]
+                if window is not None:
+                    seen &= (n + depth)[None, :] > (row - window)[:, None]
+                s = tl.where(seen, s + poison[None, :], -float("inf"))
+                p, top, total, acc = softmax_step(s, factor, top, total, acc)
+                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            node = tl.where(node > first_thought, node - 1, tl.load(tree + far(node, 4) + 3))
 
     # Without this step, ptxas makes each product of some variants wait for the one before (C7515).
     acc = tl.where(on[:, None], acc, 0.0)

@@ -20,7 +20,8 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     """As ``reference.thought_attention``. If a backward will follow, its kernels are compiled along with the forward's."""
     if q.requires_grad and not INTERPRETED:
         _, window, softcap, sinks = options
-        kind = q.device, q.dtype, q.shape[-1], v.shape[-1], window is None, softcap is None, sinks is None
+        given = [x is None for x in (window, softcap, sinks, branches.tree)]
+        kind = q.device, q.dtype, q.shape[-1], v.shape[-1], *given
         if kind not in _compiled:
             _compiled.add(kind)
             compile_at_once(q, k, v, branches, options)
@@ -45,7 +46,7 @@ def thought_attention_backward(
     grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))
     if sinks is not None:
         sinks = sinks.contiguous()
-    given = grad_out, q, k, v, out, lse, sinks, *branches[:3]
+    given = grad_out, q, k, v, out, lse, sinks, *branches.contiguous()
     known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
     tables = row_tables(grad_out, out, lse, branches, window, sinks, known)
     inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
@@ -58,8 +59,7 @@ def thought_attention_backward(
 def compile_at_once(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> None:
     """Compile the forward and the backward for such arguments, and for a gradient of ``out`` with the strides of ``out``."""
     q, k, v = (_without_data(x) for x in (q, k, v))
-    lo, table, of_row = (x.to("meta") for x in branches[:3])
-    branches = Branches(lo, table, of_row, branches.full)
+    branches = Branches(*(x.to("meta") if isinstance(x, Tensor) else x for x in branches))  # type: ignore[arg-type]
     if options.sinks is not None:
         options = options._replace(sinks=_without_data(options.sinks))
     with compiling_at_once():

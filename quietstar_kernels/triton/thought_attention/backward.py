@@ -21,8 +21,11 @@ from quietstar_kernels.triton._device import (
     bounds,
     cover,
     edge_block,
+    first_node,
     in_range,
+    keys_of_node,
     load_tile,
+    on_path,
     scores,
     seen_by,
     store_tile,
@@ -34,7 +37,13 @@ from quietstar_kernels.triton._device import (
     window_bounds,
 )
 from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded, pairs_together
-from quietstar_kernels.triton.configs import ATTENTION_BACKWARD_QUERIES, ATTENTION_BACKWARD_ROWS, dot_precision, pick
+from quietstar_kernels.triton.configs import (
+    ATTENTION_BACKWARD_QUERIES,
+    ATTENTION_BACKWARD_QUERIES_TREE,
+    ATTENTION_BACKWARD_ROWS,
+    dot_precision,
+    pick,
+)
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
 # key, and its scores no gradient.
@@ -51,8 +60,8 @@ class Rows:
         lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing, as it is off, is saturated, or has a NaN as
             its result. The delta of such a row is its dq: NaN in the last case, else 0.
         first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first``.
-        own_first, own_count: int32 [B,rows], the packed rows of its own branch that it sees. Both counts are 0 in a row that
-            is off, and only there.
+        own_first, own_count: int32 [B,rows], the packed rows of its own branch that it sees. In a tree own_first is a row of
+            the path: see ``seen_by``. Both counts are 0 in a row that is off, and only there.
         oldest: int32 [B,rows], the smallest position id that the row sees; None without a window.
         dsinks: fp32 [B,H,blocks], still to be summed; None without sinks.
     """
@@ -91,7 +100,7 @@ def row_tables(
     first, count, own_first, own_count = (out.new_empty(B * rows + TAIL, dtype=torch.int32) for _ in range(4))
     oldest = None if window is None else torch.empty_like(first)
     dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
-    layout = tuple(x.contiguous() for x in branches[:3])
+    layout = branches.contiguous()
 
     def prepare() -> Launch:
         sizes = H, rows, branches.L, branches.R, branches.C, int(branches.full), window
@@ -105,10 +114,10 @@ def row_tables(
 
 @triton.jit(
     do_not_specialize=["H", "rows", "L", "R", "C", "full_own", "window"],
-    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row", "tree", "path"],
 )
 def attention_rows(
-    grad_out, out, lse, sinks, lo, table, of_row,
+    grad_out, out, lse, sinks, lo, table, of_row, tree, path,
     delta, shift, first_table, count_table, own_first_table, own_count_table, oldest_table, dsinks,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
     H, rows, L, R, C, full_own, window,
@@ -121,11 +130,10 @@ def attention_rows(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     m = row + (L + R - rows)
-    first, last, own_first, own_last, on = seen_by(m, inside, lo + b * L, table + b * C * 3, of_row + b * R, L, full_own)
-    if window is not None:
-        # A text row's own_first is m + 1, a branch row's the first of its branch.
-        oldest = last - first + (m - own_first) + 2 - window
-        own_first = tl.maximum(own_first, m - window + 1)
+    if tree is not None:
+        tree += b * C * 4
+    layout = lo + b * L, table + b * C * 3, of_row + b * R, tree
+    first, last, own_first, own_last, oldest, on = seen_by(m, inside, *layout, L, full_own, window)
 
     at = head * rows + row
     natural = tl.load(lse + at, mask=on, other=float("inf"))
@@ -162,30 +170,34 @@ def query_gradient(inputs: Inputs) -> Tensor:
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
-    config = pick(ATTENTION_BACKWARD_QUERIES, q.element_size(), max(K, E))
+    tables_of = [ATTENTION_BACKWARD_QUERIES_TREE] * (branches.tree is not None) + [ATTENTION_BACKWARD_QUERIES]
+    config = pick(tables_of, q.element_size(), max(K, E))
 
     def prepare() -> Launch:
         HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], branches.L, branches.M
         tiles = cdiv((M - L) * HG, BLOCK_M) + cdiv((rows - (M - L)) * HG, BLOCK_M)
         strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
         together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
-        numbers = *strides, B, G, together, HG, rows, L, M, scale, softcap
+        numbers = *strides, B, G, together, HG, rows, L, M, branches.C, scale, softcap
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(attention_backward_queries, (tiles * B * G,), numbers, constants)
 
     seen = tables.first, tables.count, tables.own_first, tables.own_count, tables.oldest
-    tensors = grad_out, q, k, v, tables.delta, tables.lse, *seen, branches.lo.contiguous(), dq
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, *seen, *branches.contiguous(), dq
     known.launch("queries", config, tensors, prepare)
     return dq
 
 
-@triton.jit(do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M"], do_not_specialize_on_alignment=["lo"])
+@triton.jit(
+    do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M", "C"],
+    do_not_specialize_on_alignment=["lo", "table", "of_row", "tree", "path"],
+)
 def attention_backward_queries(
     grad_out, q, k, v,
-    delta, lse, first_table, count_table, own_first_table, own_count_table, oldest_table, lo, dq,
+    delta, lse, first_table, count_table, own_first_table, own_count_table, oldest_table, lo, table, of_row, tree, path, dq,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kg, stride_km, stride_vb, stride_vg, stride_vm,
-    B, G, together, HG, rows, L, M, scale, softcap,
+    B, G, together, HG, rows, L, M, C, scale, softcap,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -214,13 +226,55 @@ def attention_backward_queries(
     grads = load_tile(grad_out + b * stride_gb, h * stride_gh + row * stride_gm, adds, E, BLOCK_E)
 
     start, all_from, all_to, final = bounds(first, first + count - 1, on)
+    oldest = None
     if oldest_table is not None:
         oldest = tl.load(oldest_table + at, mask=inside, other=0)
         start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
-    own_start, all_from, all_to, final = bounds(own_first, own_first + own_count - 1, on)
-    own_before, own_full, own_edges = cover(own_start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    if tree is None:
+        acc = over_blocks(
+            acc, queries, grads, row_lse, row_delta, first, count, own_first, own_first, own_first, own_count, oldest, on,
+            k, v, lo, path, stride_km, stride_vm, start, before, full, edges, L, M, scale, softcap,
+            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION,
+        )  # fmt: skip
+    else:  # the text and the node of the tile's first row, then the nodes above
+        table += b * C * 3
+        of_row += b * (M - L)
+        tree += b * C * 4
+        path += b * (M - L) * 2
+        own_last = own_first + own_count - 1
+        node = first_node(m, on, of_row, L)
+        near = node >= -1
+        more = near
+        while more:
+            seen_first, seen_last, node = keys_of_node(node, near, own_first, own_last, table, tree, L)
+            acc = over_blocks(
+                acc, queries, grads, row_lse, row_delta, first, count, own_first, own_last,
+                seen_first, seen_last - seen_first + 1, oldest, on,
+                k, v, lo, path, stride_km, stride_vm, start, before, full, edges, L, M, scale, softcap,
+                K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION,
+            )  # fmt: skip
+            before, full, edges, near = before * 0, full * 0, edges * 0, node < -1
+            more = node >= 0
+
+    acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
+    m, h, inside = tile_rows_again(tl.minimum(L, 0), flat, begin, end, HG, BLOCK_M)
+    row = (m - (M - rows)).to(tl.int64)
+    at = ((b * G + g) * HG + h) * rows + row  # in dq [B,H,rows,K], contiguous
+    store_tile(dq, at * K, inside, acc, K, BLOCK_K)
+
+
+@triton.jit
+def over_blocks(
+    acc, queries, grads, row_lse, row_delta, first, count, own_first, own_last, seen_first, seen_count, oldest, on,
+    k, v, lo, path, stride_km, stride_vm, start, before, full, edges, L, M, scale, softcap,
+    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc after ``seen_count`` own keys from ``seen_first`` and the text's blocks."""
+    own_start, all_from, all_to, final = bounds(seen_first, seen_first + seen_count - 1, on)
+    own_before, own_full, own_edges = cover(own_start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
     i = tl.arange(0, BLOCK_EDGE)
     for j in tl.range(own_edges + edges):
         is_own = j < own_edges
@@ -232,8 +286,11 @@ def attention_backward_queries(
         # 0 * NaN must not reach rows that don't see the NaN. Rows that do have no finite log-sum-exp, and are set below.
         keys = tl.where(keys.to(tl.float32) * 0.0 == 0.0, keys, 0.0)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
-        seen = in_range(n[None, :], tl.where(is_own, own_first, first)[:, None], tl.where(is_own, own_count, count)[:, None])
-        if oldest_table is not None:
+        begin = tl.where(is_own, seen_first, first)
+        seen = in_range(n[None, :], begin[:, None], tl.where(is_own, seen_count, count)[:, None])
+        if path is not None:
+            seen &= on_path(n, own_first, own_last, path, L, M, oldest is not None)
+        if oldest is not None:
             position = n - tl.load(lo + n, mask=n < L, other=0)
             seen = seen & (is_own | (position[None, :] >= oldest[:, None]))
         acc = tl.dot(tl.where(seen, ds, 0.0).to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -247,12 +304,7 @@ def attention_backward_queries(
         values = load_tile(v + n0.to(tl.int64) * stride_vm, i * stride_vm, n0 + i < M, E, BLOCK_E)
         ds = score_gradient(queries, grads, keys, values, row_lse, row_delta, scale, softcap, SLICES, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-
-    acc = tl.where(adds[:, None], acc * scale, row_delta[:, None])
-    m, h, inside = tile_rows_again(tl.minimum(L, 0), flat, begin, end, HG, BLOCK_M)
-    row = (m - (M - rows)).to(tl.int64)
-    at = ((b * G + g) * HG + h) * rows + row  # in dq [B,H,rows,K], contiguous
-    store_tile(dq, at * K, inside, acc, K, BLOCK_K)
+    return acc
 
 
 @triton.jit

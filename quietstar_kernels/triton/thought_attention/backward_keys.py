@@ -86,8 +86,9 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
         constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
         return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
 
-    layout = (x.contiguous() for x in branches[:3])
-    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, *layout, ranges
+    if ranges is not None:  # which the rows of a node see as those of any branch do
+        branches = branches._replace(tree=None, path=None)
+    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, *branches.contiguous(), ranges
     if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
@@ -101,11 +102,11 @@ def _name(specialization: Any) -> str:
 
 @triton.jit(
     do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M", "C", "full_own", "window", "parts"],
-    do_not_specialize_on_alignment=["lo", "table", "of_row"],
+    do_not_specialize_on_alignment=["lo", "table", "of_row", "tree", "path"],
     repr=_name,
 )
 def attention_backward_keys(
-    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, table, of_row, ranges, dk, dv,
+    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, table, of_row, tree, path, ranges, dk, dv,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm,
     B, G, together, HG, rows, L, M, C, full_own, window, parts, scale, softcap,
@@ -120,7 +121,12 @@ def attention_backward_keys(
         n0, end = L + block * BLOCK_N, M
         text_tiles = 0
         text_end = 0
-        own_start, own_end = rows_of_keys(table + b * C * 3, of_row + b * (M - L), n0 - L, M - L, full_own, window, BLOCK_N)
+        layout = table + b * C * 3, of_row + b * (M - L)
+        if tree is None:
+            own_start, own_end = rows_of_keys(*layout, n0 - L, M - L, full_own, window, BLOCK_N)
+        else:
+            of_keys = rows_of_nodes(*layout, tree + b * C * 4, path + b * (M - L) * 2, n0 - L, M - L, full_own, BLOCK_N)
+            seen_first, seen_count, key_row, own_start, own_end = of_keys
     else:
         n0, end = block * BLOCK_N, L
         ranges += (b * tl.cdiv(L, BLOCK_N) + block) * 3
@@ -171,7 +177,11 @@ def attention_backward_keys(
         queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
         grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
         p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap, keys.dtype)
-        seen = in_range(n[:, None], first[None, :], count[None, :])
+        if tree is None:
+            seen = in_range(n[:, None], first[None, :], count[None, :])
+        else:  # ``first`` is a row of the path
+            seen = in_range((row0 - before + i)[None, :], seen_first[:, None], seen_count[:, None])
+            seen &= adds[None, :] & (key_row[:, None] >= first[None, :])
         if oldest_table is not None:
             oldest = tl.load(oldest_table + (b * rows + row0) + i)
             seen = seen & (position[:, None] >= oldest[None, :])
@@ -212,6 +222,24 @@ def rows_of_keys(table, of_row, r0, R, full_own, window, BLOCK_N: tl.constexpr):
     length = tl.load(table + branch * 3 + 2, mask=live, other=0)
     end = tl.minimum(tl.max(tl.where(live, start + length, 0), 0), tl.max(tl.where(live, r, 0), 0) + window)
     return tl.minimum(tl.min(tl.where(live, tl.where(full_own != 0, start, r), FAR), 0), end), end
+
+
+@triton.jit
+def rows_of_nodes(table, of_row, tree, path, r0, R, full_own, BLOCK_N: tl.constexpr):
+    """For keys of branch rows r0..r0+BLOCK_N-1 in a tree: the first branch row that sees each without a window, how many do,
+    and which row of its path it is; [BLOCK_N] each. Then the first of all these rows, and the row after the last.
+    """
+    r = r0 + tl.arange(0, BLOCK_N)
+    node = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
+    live = node >= 0
+    row = r - tl.load(table + node * 3 + 1, mask=live, other=0)
+    leaf = tl.load(tree + node * 4 + 2, mask=live, other=0)
+    first = tl.where((full_own != 0) & (leaf != 0), r - row, r)
+    end = tl.load(path + r * 2, mask=live, other=0)
+    own_end = tl.max(end, 0)
+    own_start = tl.minimum(tl.min(tl.where(live, first, FAR), 0), own_end)
+    key_row = tl.load(path + r * 2 + 1, mask=live, other=0)
+    return first, tl.where(live, end - first, 0), key_row, own_start, own_end
 
 
 def row_ranges(branches: Branches, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:

@@ -28,9 +28,12 @@ from quietstar_kernels.triton._device import (
     bounds,
     cover,
     edge_block,
+    first_node,
     in_range,
+    keys_of_node,
     load_rows,
     load_tile,
+    on_path,
     scores,
     seen_by,
     softmax_step,
@@ -47,6 +50,7 @@ from quietstar_kernels.triton.configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_LONG,
     ATTENTION_FORWARD_OPTIONS,
+    ATTENTION_FORWARD_TREE,
     LONG_TEXT,
     dot_precision,
     pick,
@@ -62,10 +66,13 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     lse = q.new_empty((B, H, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plain = window is None and softcap is None and sinks is None
-    first = ATTENTION_FORWARD_OPTIONS if not plain else ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
+    first = ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
+    if branches.tree is not None:
+        first = ATTENTION_FORWARD_TREE
+    elif window is not None or softcap is not None or sinks is not None:
+        first = ATTENTION_FORWARD_OPTIONS
     config = pick([first, ATTENTION_FORWARD], q.element_size(), max(K, E))
-    layout = tuple(x.contiguous() for x in branches[:3])
+    layout = branches.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap)
 
@@ -87,10 +94,10 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
 
 @triton.jit(
     do_not_specialize=["B", "G", "together", "HG", "rows", "L", "R", "C", "full_own", "window"],
-    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row"],
+    do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row", "tree", "path"],
 )
 def attention_forward(
-    q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, out, lse,
+    q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, tree, path, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
     stride_vb, stride_vg, stride_vm, stride_ob, stride_oh, stride_om,
     B, G, together, HG, rows, L, R, C, full_own, window, scale, softcap,
@@ -106,13 +113,15 @@ def attention_forward(
     k += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg
     lo += b * L
-
-    first, last, own_first, own_last, on = seen_by(m, inside, lo, table + b * C * 3, of_row + b * R, L, full_own)
-    oldest = own_first
-    if window is not None:
-        # A text row's own_first is m + 1, a branch row's the first of its branch.
-        oldest = last - first + (m - own_first) + 2 - window  # position id
-        own_first = tl.maximum(own_first, m - window + 1)
+    table += b * C * 3
+    of_row += b * R
+    node = 0
+    if tree is not None:
+        tree += b * C * 4
+        path += b * R * 2
+    first, last, own_first, own_last, oldest, on = seen_by(m, inside, lo, table, of_row, tree, L, full_own, window)
+    if tree is not None:
+        node = first_node(m, on, of_row, L)
 
     skipped = L + R - rows  # packed rows before the first query row
     q += b * stride_qb + g * HG * stride_qh
@@ -130,11 +139,9 @@ def attention_forward(
     if window is not None:
         start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
     before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
-    own_start, all_from, all_to, own_final = bounds(own_first, own_last, on)
-    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_final, BLOCK_N, BLOCK_EDGE)
     end_top, end_total, acc = over_keys(
-        queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-        stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+        queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
+        lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
         L, L + R, window, scale, softcap, factor,
         K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
     )  # fmt: skip
@@ -142,8 +149,8 @@ def attention_forward(
     if not CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
         if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
-                queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-                stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+                queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
+                lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
                 L, L + R, window, scale, softcap, factor,
                 K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
             )  # fmt: skip
@@ -164,8 +171,8 @@ def attention_forward(
 
 @triton.jit
 def over_keys(
-    queries, top, total, first, last, own_first, own_last, oldest, k, v, k_full, v_full, k_edge, v_edge, lo, b, g,
-    stride_km, stride_vm, start, before, full, edges, own_start, own_before, own_full, own_edges,
+    queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
+    lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
     L, M, window, scale, softcap, factor,
     K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,6 +183,43 @@ def over_keys(
     With CAREFUL, values that aren't finite don't reach rows that don't see them.
     """
     acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
+    if tree is None:
+        top, total, acc = over_blocks(
+            queries, top, total, acc, first, last, own_first, own_last, own_first, own_last, oldest, on,
+            k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
+            start, before, full, edges, L, M, window, scale, softcap, factor,
+            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, STAGES,
+        )  # fmt: skip
+    else:  # the text and the node of the tile's first row, then the nodes above
+        near = node >= -1
+        more = near
+        while more:
+            seen_first, seen_last, node = keys_of_node(node, near, own_first, own_last, table, tree, L)
+            top, total, acc = over_blocks(
+                queries, top, total, acc, first, last, own_first, own_last, seen_first, seen_last, oldest, on,
+                k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
+                start, before, full, edges, L, M, window, scale, softcap, factor,
+                K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, STAGES,
+            )  # fmt: skip
+            before, full, edges, near = before * 0, full * 0, edges * 0, node < -1
+            more = node >= 0
+    if CAREFUL:  # what isn't finite now is from a value that the row sees: the whole row becomes NaN
+        total += tl.sum(acc * 0.0, 1)
+    return top, total, acc
+
+
+@triton.jit
+def over_blocks(
+    queries, top, total, acc, first, last, own_first, own_last, seen_first, seen_last, oldest, on,
+    k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
+    start, before, full, edges, L, M, window, scale, softcap, factor,
+    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same after own keys seen_first..seen_last and the text's blocks."""
+    own_start, all_from, all_to, own_final = bounds(seen_first, seen_last, on)
+    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_final, BLOCK_N, BLOCK_EDGE)
     i = tl.arange(0, BLOCK_EDGE)
     for j in tl.range(own_edges + edges, num_stages=STAGES):
         is_own = j < own_edges
@@ -185,8 +229,10 @@ def over_keys(
         keys = load_rows(k_edge, k, b, g, n0, stride_km, M, BLOCK_EDGE, K, BLOCK_K)
         values = load_rows(v_edge, v, b, g, n0, stride_vm, M, BLOCK_EDGE, E, BLOCK_E)
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        seen_first = tl.where(is_own, own_first, first)
-        seen = in_range(n[None, :], seen_first[:, None], (tl.where(is_own, own_last, last) - seen_first + 1)[:, None])
+        begin = tl.where(is_own, seen_first, first)
+        seen = in_range(n[None, :], begin[:, None], (tl.where(is_own, seen_last, last) - begin + 1)[:, None])
+        if path is not None:
+            seen &= on_path(n, own_first, own_last, path, L, M, window is not None)
         if window is not None:
             position = n - tl.load(lo + n, mask=n < L, other=0)
             seen &= is_own | (position[None, :] >= oldest[:, None])
@@ -206,6 +252,4 @@ def over_keys(
         s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
         p, top, total, acc = softmax_step(s, factor, top, total, acc)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-    if CAREFUL:  # what isn't finite now is from a value that the row sees: the whole row becomes NaN
-        total += tl.sum(acc * 0.0, 1)
     return top, total, acc

@@ -24,6 +24,8 @@ WAITS = {"attention_forward bfloat16 K=64 E=64"}
 COMPILES = {
     "bfloat16 K=64 E=64": {"attention_backward_own_keys": 2},
     "bfloat16 K=64 E=64 window, softcap, sinks": {"attention_backward_own_keys": 2},
+    "bfloat16 K=64 E=64 , on a tree": {"attention_backward_own_keys": 2},
+    "bfloat16 K=64 E=64 window, softcap, sinks on a tree": {"attention_backward_own_keys": 2},
 }
 NO_MATRIX = {"attention_rows", "attention_ranges", "attention_backward_sum"}
 
@@ -35,6 +37,7 @@ SIZES = [  # B, L, C, rows of a branch, G, H/G; the last has long branches, and 
     (1, 2048, 16, 1111, 8, 4),
 ]
 OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}
+TREE = " on a tree"
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
 
 
@@ -43,8 +46,10 @@ def launches(target, thorough):
     for widths in WIDTHS:
         yield from cases(torch.bfloat16, widths, *everything)
         yield from cases(torch.float32, widths, *everything)
+        yield from cases(torch.bfloat16, widths, everything[0] + TREE, everything[1])
     for widths in WIDTHS if target == "sm_90" else WIDTHS[:1]:  # the others have the same tiles without options
         yield from cases(torch.bfloat16, widths, "", OPTIONS[""])
+        yield from cases(torch.bfloat16, widths, TREE, OPTIONS[""])
     if thorough:
         yield from cases(torch.bfloat16, (192, 80), "", OPTIONS[""])
         yield from cases(torch.float16, (128, 128), "", OPTIONS[""])
@@ -53,14 +58,15 @@ def launches(target, thorough):
 def cases(dtype, widths, name, options):
     label = " ".join(filter(None, [str(dtype).removeprefix("torch."), "K={} E={}".format(*widths), name]))
     for sizes in SIZES:
-        yield label, functools.partial(forward, dtype, widths, options, *sizes)
-        yield label, functools.partial(backward, dtype, widths, options, *sizes)
+        yield label, functools.partial(forward, dtype, widths, options, name.endswith(TREE), *sizes)
+        yield label, functools.partial(backward, dtype, widths, options, name.endswith(TREE), *sizes)
 
 
-def inputs(dtype, widths, options, B, L, C, rows, G, HG):
+def inputs(dtype, widths, options, is_tree, B, L, C, rows, G, HG):
     """q, k, v as transposed views of [B,M,heads,width], and the other arguments."""
-    tables = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, L), (B, C, 3), (B, C * rows)])
-    branches = Branches(*tables, full=bool(L % 2))
+    shapes = (B, L), (B, C, 3), (B, C * rows), (B, C, 4), (B, C * rows, 2)
+    *tables, tree, path = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes)
+    branches = Branches(*tables, bool(L % 2), *([tree, path] if is_tree else []))
     heads = [(G * HG, widths[0]), (G, widths[0]), (G, widths[1])]
     q, k, v = (torch.empty(B, branches.M, *x, dtype=dtype, device="meta").transpose(1, 2) for x in heads)
     window, softcap, has_sinks = options

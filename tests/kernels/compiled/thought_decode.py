@@ -19,16 +19,19 @@ MORE_SIZES = [{"L": 1, "C": 1, "S": 1, "heads": 1, "groups": 1}, {"B": 3, "L": 1
 MORE_SIZES += [{"heads": heads, "C": 256 * heads} for heads in (1, 2, 3, 8, 16, 71)] + [
     {"L": 16, "C": 256, "S": 16, "groups": 16}
 ]
-OPTIONS = {  # window, softcap, sinks
-    "": (None, None, False),
-    "window": (64, None, False),
-    "softcap": (None, 30.0, False),
-    "window, softcap, sinks": (64, 30.0, True),
+OPTIONS = {  # window, softcap, sinks, whether on a tree
+    "": (None, None, False, False),
+    "window": (64, None, False, False),
+    "softcap": (None, 30.0, False, False),
+    "window, softcap, sinks": (64, 30.0, True, False),
+    "on a tree": (None, None, False, True),
+    "window, softcap, sinks, on a tree": (64, 30.0, True, True),
 }
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
 ENDS = ["", "window, softcap, sinks"]
+TREES = ["on a tree", "window, softcap, sinks, on a tree"]
 CASES = [  # dtypes, widths, names of options
-    (torch.bfloat16, WIDTHS, ENDS),
+    (torch.bfloat16, WIDTHS, ENDS + TREES),
     (torch.float32, WIDTHS, ENDS[1:]),
 ]
 MORE_CASES = [
@@ -49,9 +52,9 @@ def launches(target, thorough):
 
 def decode(dtype, K, E, options, B=1, L=256, C=512, S=14, groups=2, heads=4, step=torch.int32):
     """``heads`` is H/G. C = 1 makes so few tiles that the text is split into parts."""
-    window, softcap, sinks = options
+    window, softcap, sinks, is_tree = options
     make = functools.partial(torch.empty, dtype=dtype, device="meta")
-    lo, table = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, L), (B, C, 3)])
+    lo, table, tree = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in [(B, L), (B, C, 3), (B, C, 4)])
     return thought_decode(
         make(B, groups * heads, C, K),
         make(B, groups, L, K),
@@ -62,4 +65,5 @@ def decode(dtype, K, E, options, B=1, L=256, C=512, S=14, groups=2, heads=4, ste
         table,
         torch.empty((), dtype=step, device="meta"),
         AttentionOptions(K**-0.5, window, softcap, make(groups * heads) if sinks else None),
+        tree if is_tree else None,
     )
