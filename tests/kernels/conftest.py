@@ -45,6 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def op_of(module: ModuleType) -> str:
+    if hasattr(module, "OP"):
+        return module.OP
     return module.__name__.rpartition(".")[2].removeprefix("test_").removesuffix("_leaks").removesuffix("_ways")
 
 

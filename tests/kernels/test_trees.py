@@ -8,19 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from quietstar_kernels import ThoughtLayout, _dispatch, thought_attention, thought_decode
-from quietstar_kernels.cpu import _library
 from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, attention_magnitudes, plain_attention
 from tests.kernels.drawn import normal, seeded
 
-WAYS = ["reference", "cpu", "cpu in PyTorch"]
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    """The name of a back end that has trees."""
-    if request.param == "cpu in PyTorch":
-        monkeypatch.setattr(_library, "missing", lambda: "a test leaves it out")
-    return request.param.split()[0]
+OP = "thought_attention"  # whose back ends run these tests
 
 
 def nodes(draw, batch, places, most, text, deep=12):
@@ -39,13 +30,14 @@ def nodes(draw, batch, places, most, text, deep=12):
     return zip(*found, strict=True)
 
 
-def random_tree(draw, own=None, text=None):
+def random_tree(draw, device="cpu", own=None, text=None):
     text = text or draw.choice([1, 6, 40])
     batch, places, most = draw.choice([1, 2]), draw.choice([1, 9, 30]), draw.choice([1, 5, 50])
     anchors, parents, lengths = map(torch.tensor, nodes(draw, batch, places, most, text))
     cut = draw.randrange(text)
     lo = torch.where(torch.arange(text) < cut, 0, cut).expand(batch, text)  # two documents
-    return ThoughtLayout.tree(anchors, parents, lengths, lo=lo, own=own or draw.choice(["causal", "causal", "full"]))
+    layout = ThoughtLayout.tree(anchors, parents, lengths, lo=lo, own=own or draw.choice(["causal", "causal", "full"]))
+    return layout.to(device)
 
 
 def paths(layout, b):
@@ -82,50 +74,50 @@ def test_a_row_sees_its_path():
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_error_rule(way, part):
-    for seed in range(part, 60 if way == "cpu" else 16, 4):
+def test_error_rule_on_trees(backend, device, few, interpreted, part):
+    for seed in few(range(part, 60, 4), 2):
         draw, generator = random.Random(seed), seeded(seed)
-        layout = random_tree(draw)
+        layout = random_tree(draw, device)
         heads, (K, E) = draw.choice([(1, 1), (4, 2), (3, 1)]), draw.choice([(8, 8), (16, 16), (32, 16), (5, 3)])
         options = {"window": draw.choice([None, None, 1, 4, 30]), "softcap": draw.choice([None, None, 2.0])}
         options |= {"query_rows": draw.choice(["all", "all", "thoughts"])}
-        dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16])
+        dtype = torch.float32 if interpreted else draw.choice([torch.float32, torch.float32, torch.bfloat16])
         inputs = attention_inputs(generator, layout, *heads, K, E, draw.random() < 0.3, options["query_rows"], dtype=dtype)
-        grad_out = normal(generator, *inputs["q"].shape[:3], E, dtype=dtype)
-        op = partial(thought_attention, return_lse=True, backend=way)
+        grad_out = normal(generator, *inputs["q"].shape[:3], E, dtype=dtype, device=device)
+        op = partial(thought_attention, return_lse=True, backend=backend)
         rest = {"magnitudes": attention_magnitudes(inputs, grad_out), "layout": layout} | options
         assert_op_close_as_plain(op, plain_attention, inputs, (grad_out,), f"seed {seed} {layout} {options}", **rest)
 
 
-def test_equals_one_call_of_sdpa_for_each_path(way):
-    for seed in range(20):
-        layout = random_tree(random.Random(seed), own="causal")
-        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 16)
-        out = thought_attention(q, k, v, layout, backend=way)
+def test_equals_one_call_of_sdpa_for_each_path(backend, device, few):
+    for seed in few(range(20), 4):
+        layout = random_tree(random.Random(seed), device, own="causal")
+        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 16, device=device)
+        out = thought_attention(q, k, v, layout, backend=backend)
         for b in range(layout.B):
             for above, own, _, anchor in paths(layout, b):
                 if own:
                     text = list(range(int(layout.lo[b, anchor]), anchor + 1))
-                    row = torch.tensor(text + above + own)
+                    row = torch.tensor(text + above + own, device=device)
                     want = scaled_dot_product_attention(*(x[b : b + 1, :, row] for x in (q, k, v)), is_causal=True)
                     torch.testing.assert_close(out[b : b + 1, :, own], want[:, :, -len(own) :], atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_row_does_not_see_changes_nothing(way):
-    """NaN in a node: it reaches the rows that see one of the node's, and no other."""
+def test_nan_in_a_node(backend, device, few):
+    """It reaches the rows that see one of the node's, and no other."""
     changed = 0
-    for seed in range(40):
+    for seed in few(range(40), 4):
         draw = random.Random(seed)
-        layout = random_tree(draw)
+        layout = random_tree(draw, device)
         window = draw.choice([None, 3])
         some = [own for _, own, _, _ in paths(layout, 0) if own]
         if not some:
             continue
         bad = draw.choice(some)
-        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 8)
-        out = thought_attention(q, k, v, layout, window=window, backend=way)
+        q, k, v = normal(seeded(seed), 3, layout.B, 2, layout.M, 16, device=device)
+        out = thought_attention(q, k, v, layout, window=window, backend=backend)
         v[0, :, bad] = torch.nan
-        after = thought_attention(q, k, v, layout, window=window, backend=way)
+        after = thought_attention(q, k, v, layout, window=window, backend=backend)
         sees = layout.dense_mask(window)[:, :, bad].any(-1)
         sees[1:] = False
         on = (out.transpose(1, 2)[sees], after.transpose(1, 2)[sees])
@@ -134,37 +126,37 @@ def test_what_a_row_does_not_see_changes_nothing(way):
     assert changed
 
 
-def test_a_step_is_the_row_of_attention(way):
+def test_a_step_is_the_row_of_attention(backend, device, few):
     """Rows of nodes above are all there; NaN stands where nothing is written yet."""
-    for seed in range(30):
+    for seed in few(range(30), 2):
         draw, generator = random.Random(seed), seeded(seed)
-        layout = random_tree(draw, own="causal")
+        layout = random_tree(draw, device, own="causal")
         B, C, L, H, G = *layout.anchor.shape, layout.L, 4, 2
         options = {"window": draw.choice([None, None, 1, 4, 30]), "softcap": draw.choice([None, 2.0])}
-        q, k, v = (normal(generator, B, heads, layout.M, 16) for heads in (H, G, G))
+        q, k, v = (normal(generator, B, heads, layout.M, 16, device=device) for heads in (H, G, G))
         truth = thought_attention(q, k, v, layout, backend="reference", **options)
         S = max(1, int(layout.length.max()))
         step = draw.randrange(S)
-        k_own, v_own = torch.full((2, B, G, C, S, 16), torch.nan)
-        new, want = torch.zeros(2, B, H, C, 16)
+        k_own, v_own = torch.full((2, B, G, C, S, 16), torch.nan, device=device)
+        new, want = torch.zeros(2, B, H, C, 16, device=device)
         for b in range(B):
             for c, (_, own, leaf, _) in enumerate(paths(layout, b)):
                 there = own[: step + 1] if leaf else own
                 k_own[b, :, c, : len(there)], v_own[b, :, c, : len(there)] = k[b, :, there], v[b, :, there]
                 if step < len(own):
                     new[b, :, c], want[b, :, c] = q[b, :, own[step]], truth[b, :, own[step]]
-        got = thought_decode(new, k[:, :, :L], v[:, :, :L], k_own, v_own, layout, step, backend=way, **options)
+        got = thought_decode(new, k[:, :, :L], v[:, :, :L], k_own, v_own, layout, step, backend=backend, **options)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, seed=seed: f"seed {seed}: {m}")
 
 
-def test_without_parents_it_is_packed(way):
+def test_without_parents_it_is_packed(backend, device):
     anchors, lengths = torch.tensor([[0, 2, 2, -1]]), torch.tensor([[3, 0, 4, 0]])
     tree = ThoughtLayout.tree(anchors, torch.full_like(anchors, -1), lengths, text_length=4, own="full")
     packed = ThoughtLayout.packed(anchors, lengths, text_length=4, own="full")
     results = []
     for layout in (tree, packed):
-        q, k, v = (x.requires_grad_() for x in normal(seeded(0), 3, 1, 2, layout.M, 8))
-        out = thought_attention(q, k, v, layout, backend=way)
+        q, k, v = (x.requires_grad_() for x in normal(seeded(0), 3, 1, 2, layout.M, 16, device=device))
+        out = thought_attention(q, k, v, layout.to(device), backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     assert all(map(torch.equal, *results))
 
@@ -201,10 +193,9 @@ def test_a_parent_must_be_stored_whole():
         thought_decode(q, text, text, own[:, :, :, :2], own[:, :, :, :2], layout, 0)
 
 
-def test_back_ends_without_trees_refuse_them():
-    gpu, parent = torch.device("cuda", 0), torch.zeros(1, 1)
-    for backend, op in (("triton", "thought_attention"), ("cuda", "thought_decode")):
-        assert "no trees" in _dispatch.why_not(op, backend, gpu, torch.bfloat16, K=64, E=64, **_dispatch.special(parent))
+def test_cuda_refuses_trees():
+    gpu, special = torch.device("cuda", 0), _dispatch.special(torch.zeros(1, 1))
+    assert "no trees" in _dispatch.why_not("thought_decode", "cuda", gpu, torch.bfloat16, K=64, E=64, **special)
 
 
 def test_sequences_become_a_tree():
