@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from quietstar_kernels.branches import ANCHOR, DEPTH, Branches, of_rows, tree_of
+from quietstar_kernels.branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
 from quietstar_kernels.checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
 
 OP = "ThoughtLayout"
@@ -131,7 +131,10 @@ class ThoughtLayout:
         lo, table, rows = map(_trainable, (self.lo.contiguous(), table, rows))
         tree = None if self.parent is None else _trainable(tree_of(self.parent, length)[0])
         branches = Branches(lo, table, rows, self.own == "full", tree)
-        return branches if tree is None else branches._replace(path=_trainable(branches.path_of_rows()))
+        if tree is None:
+            return branches
+        path = torch.stack([branches.per_row(tree[..., END]), branches.row_in_path()], -1)
+        return branches._replace(path=_trainable(path.int()))
 
     @classmethod
     def every_position(
