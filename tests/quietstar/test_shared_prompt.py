@@ -153,6 +153,15 @@ def test_loss_and_gradients(tiny, trainer, tmp_path, name):
     check_equal(stock, ours, without_old)
 
 
+def test_prompts_and_completions_that_begin_alike(tiny, trainer):
+    """As with a system prompt; and completions that are the same, of which a prefix is one."""
+    stock, ours = (trainer(cls, tiny("llama").double()) for cls in (GRPOTrainer, SharedGRPO))
+    inputs = batch(order=SHUFFLED, prompts=(5, 5, 5))
+    inputs["prompt_ids"][:, 1:4] = 7
+    inputs["completion_ids"][:, :3] = inputs["completion_mask"][:, :3] * 8
+    check_equal(stock, ours, inputs)
+
+
 # A window and soft caps; a scale of logits; normalised queries and keys; experts; layers that drop the layout.
 @pytest.mark.parametrize(
     "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.long) for x in ("granite", "qwen3", "mixtral", "stablelm"))]

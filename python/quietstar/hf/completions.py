@@ -66,12 +66,13 @@ def end_logprobs(
     # Nothing follows a last token, so it needs no row. Without any, the result would not depend on the model.
     layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
     before, scored, known = [], [], []
-    for i, (ids, path, count) in enumerate(zip(sequences, paths, live.sum(1).tolist(), strict=True)):
+    numbers = torch.arange(layout.M, layout.M + len(sequences)).split(1)
+    for ids, path, count, number in zip(sequences, paths, live.sum(1).tolist(), numbers, strict=True):
         first, end = len(ids) - count, len(ids)
         before.append(path[first - 1 : end - 1])
         scored.append(ids[first:])
         # A token is the same in two sequences if its row is. A last one without a row gets a number of its own.
-        known.append(torch.cat([path, path.new_tensor([layout.M + i])])[first:end])
+        known.append(torch.cat([path, number])[first:end])
     which = torch.cat(known)
     once = torch.zeros(layout.M + len(sequences), dtype=torch.bool).index_fill(0, which, True)
     places = (once.cumsum(0) - 1)[which]
