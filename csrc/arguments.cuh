@@ -18,9 +18,10 @@ void strides(int64_t (&to)[COUNT], const Tensor& from) {
 
 template <class From, class Tensor = typename From::Tensor, class MaybeTensor = typename From::MaybeTensor>
 void call_thought_decode(const Tensor& q, const Tensor& k_text, const Tensor& v_text, const Tensor& k_own,
-                         const Tensor& v_own, const Tensor& lo, const Tensor& table, const Tensor& step,
-                         const MaybeTensor& sinks, const Tensor& out, const MaybeTensor& parts, double scale,
-                         int64_t window, double softcap, int64_t tile_rows, int64_t splits) {
+                         const Tensor& v_own, const Tensor& lo, const Tensor& table, const MaybeTensor& tree,
+                         const Tensor& step, const MaybeTensor& sinks, const Tensor& out,
+                         const MaybeTensor& parts, double scale, int64_t window, double softcap,
+                         int64_t tile_rows, int64_t splits) {
     ThoughtDecodeArguments arguments{};
     arguments.q = From::read(q);
     arguments.k_text = From::read(k_text);
@@ -29,6 +30,7 @@ void call_thought_decode(const Tensor& q, const Tensor& k_text, const Tensor& v_
     arguments.v_own = From::read(v_own);
     arguments.lo = From::read(lo);
     arguments.table = From::read(table);
+    arguments.tree = From::read(tree);
     arguments.step = From::read(step);
     arguments.sinks = From::read(sinks);
     arguments.out = From::write(out);

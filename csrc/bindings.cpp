@@ -45,7 +45,7 @@ struct Torch {
 STABLE_TORCH_LIBRARY(quietstar_kernels, library) {
     library.def(
         "_thought_decode_cuda(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, "
-        "Tensor lo, Tensor table, Tensor step, Tensor? sinks, Tensor(a!) out, "
+        "Tensor lo, Tensor table, Tensor? tree, Tensor step, Tensor? sinks, Tensor(a!) out, "
         "Tensor(b!)? parts, float scale, int window, float softcap, int tile_rows, int splits) -> ()");
     library.def(
         "_sample_token_cuda(Tensor logits, Tensor? bias, Tensor counters, Tensor(a!) state, Tensor(b!) ids, "

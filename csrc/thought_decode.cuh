@@ -13,8 +13,9 @@ struct ThoughtDecodeArguments {
     const void* v_text;
     const void* k_own;  // [B,G,C,S,K]
     const void* v_own;
-    const void* lo;     // int32 [B,L]; this and the table are contiguous
-    const void* table;  // int32 [B,C,3]: a thought's anchor, -1 if unused; not read; its live rows
+    const void* lo;     // int32 [B,L]; this, the table and the tree are contiguous
+    const void* table;  // int32 [B,C,3]: a thought's anchor, -1 if unused; its first row; its live rows
+    const void* tree;   // int32 [B,C,4] as in quietstar_kernels/branches.py, or null: no thought has a parent
     const void* step;   // int32, one
     const void* sinks;  // fp32 [H], or null
     void* out;          // [B,H,C,K], contiguous

@@ -3,7 +3,8 @@
 //
 // The H/G query heads of a key head are folded into the rows: flat row f is thought f / HG under head f % HG,
 // and a warp has 16 of them. Blocks of keys are loaded through one cp.async pipeline: first own rows, where
-// each warp fills 16 rows of a stage for itself, then text, which all warps share. The layout is read on the
+// each warp fills 16 rows of a stage for itself, then rows of the nodes above in a tree, and text, which all
+// warps share. The layout is read on the
 // device, so that a CUDA graph can capture the launch.
 #pragma once
 
@@ -60,6 +61,31 @@ __device__ __forceinline__ float without_poison(unsigned char* row) {
     return poison;
 }
 
+// The first thought of the tile.
+template <class Tile>
+__device__ __forceinline__ int first_thought(const typename Tile::Notes& notes) {
+    return notes.place[0].flat / notes.place[0].HG;
+}
+
+// Where `next_block` begins.
+template <class Tile>
+__device__ __forceinline__ Above after_last(const typename Tile::Notes& notes,
+                                            const ThoughtDecodeArguments& a) {
+    return {min((notes.place[0].flat + Tile::ROWS - 1) / notes.place[0].HG, a.C - 1) + 1, 0, 0};
+}
+
+// Goes to the next block in shared memory, where registers are few, with a copy for each warp.
+template <class Tile>
+__device__ __forceinline__ const Above& advance(Above& above, const typename Tile::Notes& notes,
+                                                const ThoughtDecodeArguments& a, const Place& place) {
+    Above next = above;
+    next_block<Tile>(next, a, place, first_thought<Tile>(notes));
+    warp_sync();
+    if (threadIdx.x % WARP == 0) above = next;
+    warp_sync();
+    return above;
+}
+
 // Writes the blocks of keys to `notes`.
 template <class Tile>
 __device__ __forceinline__ void note_blocks(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
@@ -81,7 +107,18 @@ __device__ __forceinline__ void note_blocks(typename Tile::Notes& notes, const T
     blocks.own = split > 0 ? 0 : (OWN_KEYS - 1 - least[3]) / OWN_KEYS;
     blocks.all = blocks.own + max(min(part, text - split * part), 0);
     blocks.start += split * part * Tile::KEYS;
-    if (threadIdx.x == 0) notes.blocks = blocks;
+    if (threadIdx.x == 0) {
+        blocks.above = 0;
+        if (a.tree && blocks.own > 0) {
+            const int first = first_thought<Tile>(notes);
+            for (Above above = after_last<Tile>(notes, a);; ++blocks.above) {
+                next_block<Tile>(above, a, place, first);
+                if (above.node < 0) break;
+            }
+            blocks.all += blocks.above;
+        }
+        notes.blocks = blocks;
+    }
     block_sync();
 }
 
@@ -113,10 +150,13 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
     const KeyBlocks& blocks = notes.blocks;
     const auto load = [&](int block) {
         const Shared stage = shared_address(memory + block % Tile::STAGES * Tile::STAGE_BYTES);
+        const int text = block - blocks.own - blocks.above;
         if (block < blocks.own) {
             load_own<Tile>(stage, notes, a, place, block * OWN_KEYS);
+        } else if (text < 0) {
+            load_above<Tile>(stage, a, place, advance<Tile>(notes.ahead[warp], notes, a, place));
         } else if (block < blocks.all) {
-            load_text<Tile>(stage, a, place, blocks.start + (block - blocks.own) * Tile::KEYS, blocks.end);
+            load_text<Tile>(stage, a, place, blocks.start + text * Tile::KEYS, blocks.end);
         }
         cp_async_commit();
     };
@@ -127,6 +167,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
     for (bool again = false;; again = true) {
         softmax.begin(a.sinks == nullptr || split > 0 ? nullptr : at<float>(a.sinks, place.g * place.HG),
                       place);
+        if (threadIdx.x % WARP == 0) notes.ahead[warp] = notes.now[warp] = after_last<Tile>(notes, a);
+        warp_sync();
         for (int block = 0; block < Tile::STAGES - 1; ++block) load(block);
         for (int block = 0; block < blocks.all; ++block) {
             cp_async_wait<Tile::STAGES - 2>();
@@ -147,7 +189,18 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
                                              notes.own, notes, a, nullptr, again);
                 continue;
             }
-            const int first = blocks.start + (block - blocks.own) * Tile::KEYS;
+            const int text = block - blocks.own - blocks.above;
+            if (text < 0) {
+                const Above& above = advance<Tile>(notes.now[warp], notes, a, place);
+                note_above<Tile>(notes, a, place, above);
+#pragma unroll 1
+                for (int key = 0; key < Tile::KEYS && above.row + key < above.rows; key += Tile::STEP) {
+                    softmax_step<Tile, Tile::STEP>(softmax, q, queries, stage, key, above.row + key,
+                                                   notes.above, notes, a, nullptr, again);
+                }
+                continue;
+            }
+            const int first = blocks.start + text * Tile::KEYS;
             const int* lo = a.window ? at<int>(a.lo, static_cast<int64_t>(place.b) * a.L) : nullptr;
             const Interval seen = notes.warp_text[warp];
 #pragma unroll 1

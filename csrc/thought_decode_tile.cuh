@@ -35,11 +35,16 @@ struct OwnRows {
     __device__ __forceinline__ int keys() const { return thoughts * static_cast<int>(count); }
 };
 
-// The keys of a block of threads: blocks of own rows, then blocks of text from `start`; none after `end` is
-// read.
+// The keys of a block of threads: blocks of own rows, then in a tree those of the nodes above, then blocks of
+// text from `start`; none after `end` is read.
 struct KeyBlocks {
-    int own, all;
+    int own, above, all;
     int start, end;
+};
+
+// A block of keys of a node that others go on from: its rows row .. row + KEYS - 1 of `rows`.
+struct Above {
+    int node, row, rows;
 };
 
 // WARPS warps of 16 query rows each; KEYS keys and their values in each of STAGES stages; a warp takes STEP
@@ -59,11 +64,13 @@ struct Tile {
 
     // What threads share.
     struct Notes {
-        Interval text[ROWS];        // the positions that each row sees
-        Interval own[ROWS];         // the keys that it sees in its warp's sequence of own rows
-        int oldest[ROWS];           // the oldest position id that it sees under a window
-        int out_row[ROWS];          // head * C + thought; -1 if there is no such row
-        Interval warp_text[WARPS];  // from the first to the last position that a row of a warp sees
+        Interval text[ROWS];             // the positions that each row sees
+        Interval own[ROWS];              // the keys that it sees in its warp's sequence of own rows
+        Interval above[ROWS];            // the rows that it sees of a node above
+        Above ahead[WARPS], now[WARPS];  // the block above that is loaded, and the one that is worked on
+        int oldest[ROWS];                // the oldest position id that it sees under a window
+        int out_row[ROWS];               // head * C + thought; -1 if there is no such row
+        Interval warp_text[WARPS];       // from the first to the last position that a row of a warp sees
         OwnRows warp_own[WARPS];
         Place place[WARPS];
         KeyBlocks blocks;
@@ -92,11 +99,13 @@ __device__ __forceinline__ void note_rows(typename Tile::Notes& notes, const Tho
                                           const Place& place, int now) {
     const int row = threadIdx.x % 16, thoughts = a.C;
     const int thought = (place.flat + row) / place.HG, head = (place.flat + row) % place.HG;
-    int first = INT32_MAX, last = -1;
+    int first = INT32_MAX, last = -1, path_row = now;
     if (thought < thoughts) {  // both loads start before the step arrives
-        const int* branch = at<int>(a.table, (static_cast<int64_t>(place.b) * thoughts + thought) * 3);
+        const int64_t index = static_cast<int64_t>(place.b) * thoughts + thought;
+        const int* branch = at<int>(a.table, index * 3);
         const int anchor = branch[0], length = branch[2];
         if (now < length) last = anchor;
+        if (a.tree) path_row += *at<int>(a.tree, index * 4);
         if (last >= 0) first = *at<int>(a.lo, static_cast<int64_t>(place.b) * a.L + last);
     }
     const bool on = last >= 0;
@@ -116,7 +125,7 @@ __device__ __forceinline__ void note_rows(typename Tile::Notes& notes, const Tho
     if (threadIdx.x % WARP < 16) {
         notes.text[noted] = {first, on ? last + 1u - first : 0};
         notes.own[noted] = {(thought - own.thought) * static_cast<int>(own.count), on ? own.count : 0};
-        notes.oldest[noted] = on ? last - first + now + 2 - a.window : INT32_MAX;
+        notes.oldest[noted] = on ? last - first + path_row + 2 - a.window : INT32_MAX;
         notes.out_row[noted] = thought < thoughts ? head * thoughts + thought : -1;
     }
     if (threadIdx.x % WARP == 0) {
@@ -186,25 +195,78 @@ __device__ __forceinline__ void load_own(Shared stage, const typename Tile::Note
     }
 }
 
-// Copies text rows first .. first + KEYS - 1 to a stage; zeros after row `end`.
+// Copies rows first .. first + KEYS - 1 of keys and values to a stage; zeros after row `end`.
 template <class Tile>
-__device__ __forceinline__ void load_text(Shared stage, const ThoughtDecodeArguments& a, const Place& place,
-                                          int first, int end) {
+__device__ __forceinline__ void load_rows(Shared stage, const uint16_t* k, const uint16_t* v,
+                                          int64_t k_stride, int64_t v_stride, int first, int end) {
     constexpr int PASS = Tile::THREADS / Tile::CHUNKS;
     const int chunk = threadIdx.x % Tile::CHUNKS, row = threadIdx.x / Tile::CHUNKS;
-    const uint16_t* k = at<uint16_t>(a.k_text, place.b * a.k_text_stride[0] + place.g * a.k_text_stride[1] +
-                                                   (first + row) * a.k_text_stride[2] + 8 * chunk);
-    const uint16_t* v = at<uint16_t>(a.v_text, place.b * a.v_text_stride[0] + place.g * a.v_text_stride[1] +
-                                                   (first + row) * a.v_text_stride[2] + 8 * chunk);
+    k += (first + row) * k_stride + 8 * chunk;
+    v += (first + row) * v_stride + 8 * chunk;
 #pragma unroll
     for (int i = 0; i < Tile::KEYS; i += PASS) {
         const Shared to = stage + (row + i) * Tile::ROW_BYTES + chunk_bytes(row + i, chunk);
         const bool on = first + row + i <= end;
         cp_async(to, k, on);
         cp_async(to + Tile::VALUES, v, on);
-        k += PASS * a.k_text_stride[2];
-        v += PASS * a.v_text_stride[2];
+        k += PASS * k_stride;
+        v += PASS * v_stride;
     }
+}
+
+template <class Tile>
+__device__ __forceinline__ void load_text(Shared stage, const ThoughtDecodeArguments& a, const Place& place,
+                                          int first, int end) {
+    const int64_t *k = a.k_text_stride, *v = a.v_text_stride;
+    load_rows<Tile>(stage, at<uint16_t>(a.k_text, place.b * k[0] + place.g * k[1]),
+                    at<uint16_t>(a.v_text, place.b * v[0] + place.g * v[1]), k[2], v[2], first, end);
+}
+
+// The next of the nodes that rows of the tile go on from: those of the tile, from the last to the `first`,
+// and then those above that one. It begins after the last; in the end the node is -1.
+template <class Tile>
+__device__ __forceinline__ void next_block(Above& above, const ThoughtDecodeArguments& a, const Place& place,
+                                           int first) {
+    const int* table = at<int>(a.table, static_cast<int64_t>(place.b) * a.C * 3);
+    const int* tree = at<int>(a.tree, static_cast<int64_t>(place.b) * a.C * 4);
+    above.row += Tile::KEYS;
+    while (above.row >= above.rows) {
+        above.node = above.node > first ? above.node - 1 : tree[above.node * 4 + 3];
+        if (above.node < 0) return;
+        const int start = table[above.node * 3 + 1], rows = table[above.node * 3 + 2];
+        above.row = 0;
+        above.rows = tree[above.node * 4 + 1] > start + rows ? rows : 0;
+    }
+}
+
+template <class Tile>
+__device__ __forceinline__ void load_above(Shared stage, const ThoughtDecodeArguments& a, const Place& place,
+                                           const Above& above) {
+    const int64_t *k = a.k_own_stride, *v = a.v_own_stride;
+    load_rows<Tile>(stage, at<uint16_t>(a.k_own, place.b * k[0] + place.g * k[1] + above.node * k[2]),
+                    at<uint16_t>(a.v_own, place.b * v[0] + place.g * v[1] + above.node * v[2]), k[3], v[3],
+                    above.row, above.rows - 1);
+}
+
+// Writes which rows of that node each row of the warp sees to notes.above.
+template <class Tile>
+__device__ __forceinline__ void note_above(typename Tile::Notes& notes, const ThoughtDecodeArguments& a,
+                                           const Place& place, const Above& above) {
+    const int row = threadIdx.x % 16, noted = threadIdx.x / WARP * 16 + row;
+    const int* table = at<int>(a.table, static_cast<int64_t>(place.b) * a.C * 3);
+    const int* tree = at<int>(a.tree, static_cast<int64_t>(place.b) * a.C * 4);
+    const int after = table[above.node * 3 + 1] + above.rows;
+    const int end = tree[above.node * 4 + 1], depth = tree[above.node * 4];
+    int first = 0, stop = 0;
+    if (notes.text[noted].count > 0) {
+        const int thought = (place.flat + row) / place.HG, start = table[thought * 3 + 1];
+        const int path_row = *static_cast<const int*>(a.step) + tree[thought * 4];
+        if (a.window) first = max(path_row + 1 - a.window - depth, 0);
+        if (start >= after && start < end) stop = above.rows;
+    }
+    warp_sync();
+    if (threadIdx.x % WARP < 16) notes.above[noted] = {first, static_cast<unsigned>(max(stop - first, 0))};
+    warp_sync();
 }
 
 }  // namespace quietstar

@@ -70,11 +70,6 @@ def _warn_dense(op: str, device: str, reasons: str) -> None:
     )
 
 
-def special(parent: torch.Tensor | None) -> dict[str, int]:
-    """What ``choose`` must know of a layout with these parents, beside widths: not all back ends have trees."""
-    return {} if parent is None else {"tree": 1}
-
-
 @functools.cache
 def module(op: str, backend: str) -> ModuleType:
     """The module that holds ``op`` and, where it has one, ``op_backward`` for a back end that ``choose`` returned."""

@@ -98,9 +98,21 @@ def thought_decode(
 
     lo [B,L], table [B,C,3] and tree are those of ``Branches``; k_own [B,G,C,S,K]. In a tree it also sees the parents' rows.
     """
-    B, L, C, S = *lo.shape, table.shape[1], k_own.shape[3]
+    mask, live = decode_mask(lo, table, tree, k_own.shape[3], step, options.window)
+    keys = torch.cat([wide(k_text), wide(k_own).flatten(2, 3)], 2)
+    values = torch.cat([wide(v_text), wide(v_own).flatten(2, 3)], 2)
+    off = ~mask.any(1)[:, None, :, None]  # later rows are not written yet
+    keys, values = keys.masked_fill(off, 0), values.masked_fill(off, 0)
+    return _masked_attention(wide(q), keys, values, mask, live, options, q.dtype)[0]
+
+
+def decode_mask(
+    lo: Tensor, table: Tensor, tree: Tensor | None, S: int, step: int | Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Which of the L + C*S keys row ``step`` of each branch sees, bool [B,C,L+C*S], and whether it is on, bool [B,C]."""
+    B, L, C = *lo.shape, table.shape[1]
     # The same branches with S rows each: a grid, whose rows of the step are the ones wanted.
-    start = torch.arange(0, C * S, S, dtype=torch.int32, device=q.device).expand(B, C)
+    start = torch.arange(0, C * S, S, dtype=torch.int32, device=lo.device).expand(B, C)
     if tree is not None:  # the last row of the last node below each
         first, rows = table[:, None, :, START], table[:, None, :, LENGTH]
         below = (first >= first.mT) & (first < tree[..., END, None]) & (rows > 0)
@@ -109,14 +121,8 @@ def thought_decode(
         tree[..., END] = last + S
     table = torch.stack([table[..., ANCHOR], start, table[..., LENGTH].clamp(max=S)], -1)
     grid = Branches(lo, table, of_rows(table, C * S, S), False, tree)
-    rows = torch.arange(C, device=q.device) * S + step
-    live = grid.live()[:, rows]
-    mask = grid.dense_mask(options.window)[:, L:][:, rows]  # [B,C,M]
-    keys = torch.cat([wide(k_text), wide(k_own).flatten(2, 3)], 2)
-    values = torch.cat([wide(v_text), wide(v_own).flatten(2, 3)], 2)
-    off = ~mask.any(1)[:, None, :, None]  # later rows are not written yet
-    keys, values = keys.masked_fill(off, 0), values.masked_fill(off, 0)
-    return _masked_attention(wide(q), keys, values, mask, live, options, q.dtype)[0]
+    rows = torch.arange(C, device=lo.device) * S + step
+    return grid.dense_mask(window)[:, L:][:, rows], grid.live()[:, rows]
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

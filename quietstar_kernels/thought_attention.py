@@ -90,7 +90,7 @@ def thought_attention(
         scale,
         window,
         softcap,
-        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"], **_dispatch.special(layout.parent)),
+        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
     return (out, lse) if return_lse else out
 

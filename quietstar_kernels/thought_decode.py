@@ -97,7 +97,7 @@ def thought_decode(
         scale,
         window,
         softcap,
-        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"], **_dispatch.special(layout.parent)),
+        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
 
 

@@ -19,7 +19,5 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **w
     """As ``_dispatch.why_not``."""
     if op not in SERVES:
         return f"it has no kernel for {op}"
-    if "tree" in widths:
-        return "it has no trees"
     reason = _library.why_not(device)
     return reason if reason or dtype is None else SERVES[op](dtype, **widths)

@@ -28,7 +28,7 @@ def serves(dtype: torch.dtype, K: int, E: int) -> str | None:
 
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
-    options: AttentionOptions,
+    options: AttentionOptions, tree: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
     scale, window, softcap, sinks = options
@@ -44,8 +44,9 @@ def thought_decode(
     splits = splits_of(-(-rows // tile_rows) * B * G, L)
     parts = q.new_empty(splits * B * H * thoughts * (K + 1), dtype=torch.float32) if splits > 1 else None
     _library.ops()._thought_decode_cuda(
-        *map(in_chunks, (q, k_text, v_text, k_own, v_own)), lo.contiguous(), table.contiguous(), step.int(),
-        None if sinks is None else sinks.float().contiguous(), out, parts, scale, window, softcap or 0.0, tile_rows, splits,
+        *map(in_chunks, (q, k_text, v_text, k_own, v_own)), lo.contiguous(), table.contiguous(),
+        None if tree is None else tree.contiguous(), step.int(), None if sinks is None else sinks.float().contiguous(),
+        out, parts, scale, window, softcap or 0.0, tile_rows, splits,
     )  # fmt: skip
     return out
 

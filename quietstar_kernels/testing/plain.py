@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quietstar_kernels.layout import ThoughtLayout
+from quietstar_kernels.reference import decode_mask
 
 
 def plain_attention(
@@ -41,15 +42,9 @@ def plain_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows after ``step`` must be finite.
-
-    Raises ValueError for a tree.
-    """
-    if layout.parent is not None:
-        raise ValueError("plain_decode: layout must not be a tree; compare with the rows of plain_attention")
-    if layout.packed_rows is not None:  # the own caches of branches are a grid
-        layout = ThoughtLayout(layout.anchor, layout.lo, layout.length, layout.rows)
-    mask = layout.dense_mask(window)[:, layout.L :][:, int(step) :: layout.S]
+    """``thought_decode`` in dense PyTorch, every step in q's dtype; rows that nobody sees must be finite."""
+    lo, table, _, _, tree, _ = layout.branches
+    mask, _ = decode_mask(lo, table, tree, k_own.shape[3], step, window)
     k, v = torch.cat([k_text, k_own.flatten(2, 3)], 2), torch.cat([v_text, v_own.flatten(2, 3)], 2)
     return _plain(q, k, v, mask, scale, softcap, sinks)[0]
 

@@ -21,12 +21,16 @@ from quietstar_kernels.triton.configs import INTERPRETED
 from tests.kernels.drawn import seeded
 
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+OPTIONS = {"window": 9, "softcap": 2.0}
+BRANCHES = ThoughtLayout.at(torch.tensor([[66, 70]]), 1, 3, text_length=72)
+TREE = ThoughtLayout.tree(*torch.tensor([[[66, -1, -1, 70]], [[-1, 0, 0, -1]], [[3, 2, 4, 3]]]), text_length=72)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}], ids=["plain", "options"])
-def test_attention(options):
+@pytest.mark.parametrize(
+    "layout, options", [(BRANCHES, {}), (BRANCHES, OPTIONS), (TREE, OPTIONS)], ids=["plain", "options", "tree"]
+)
+def test_attention(layout, options):
     """Own rows, and text at both edges of blocks and in blocks without a mask."""
-    layout = ThoughtLayout.at(torch.tensor([[66, 70]]), 1, 3, text_length=72)
     inputs = attention_inputs(seeded(0), layout, 1, 1, 16, 16, sinks=bool(options), dtype=DTYPE)
     grad_out = torch.randn(inputs["q"].shape, generator=seeded(1)).to(DTYPE)
     op = partial(thought_attention, return_lse=True, backend="triton")
@@ -40,6 +44,11 @@ def test_decode(text):
     inputs = decode_inputs(seeded(0), layout, 1, 1, 16, dtype=DTYPE)
     op = partial(thought_decode, backend="triton")
     assert_op_close_as_plain(op, plain_decode, inputs, layout=layout, step=1)
+
+
+def test_tree_decode():
+    inputs = decode_inputs(seeded(0), TREE, 1, 1, 16, dtype=DTYPE)
+    assert_op_close_as_plain(partial(thought_decode, backend="triton"), plain_decode, inputs, layout=TREE, step=1)
 
 
 def test_sample_token():

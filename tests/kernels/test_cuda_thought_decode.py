@@ -1,5 +1,6 @@
 """thought_decode in CUDA: every tile, texts in parts, tensors whose rows don't start at multiples of 16 bytes."""
 
+import random
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from quietstar_kernels import ThoughtLayout, thought_decode
 from quietstar_kernels.cuda import thought_decode as op
 from quietstar_kernels.testing import assert_op_close_as_plain, decode_inputs, plain_decode, random_layout
 from tests.kernels.drawn import seeded
+from tests.kernels.test_trees import random_tree
 
 on_cuda = partial(thought_decode, backend="cuda")
 
@@ -55,6 +57,19 @@ def test_parts_of_the_text_add_up(monkeypatch, kind, device):
         options["step"] = layout.S - 1
         check(layout, inputs, f"{splits} parts {options}", **options)
     assert torch.equal(*(on_cuda(**inputs, layout=layout, **options) for _ in range(2)))
+
+
+@pytest.mark.parametrize("K, rows", [(64, 64), (64, 32), (128, 64), (256, 32)])
+def test_trees(monkeypatch, K, rows, device):
+    """Several blocks of keys of a node above; nodes in one tile that go on from each other; text in parts."""
+    monkeypatch.setattr(op, "rows_of_tile", lambda *_: rows)
+    for seed in range(K, K + 6):
+        draw = random.Random(seed)
+        layout = random_tree(draw, device, own="causal")
+        inputs = decode_inputs(seeded(seed), layout, 3, 1, K, sinks=True, dtype=torch.bfloat16)
+        monkeypatch.setattr(op, "splits_of", lambda *_, splits=seed % 2 + 1: splits)
+        options = {"step": draw.randrange(layout.S), "window": draw.choice([None, 1, 30]), "softcap": draw.choice([None, 2.0])}
+        check(layout, inputs, f"seed {seed} {layout} {options}", **options)
 
 
 def test_rows_that_start_anywhere(device):

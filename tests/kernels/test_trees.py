@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from quietstar_kernels import ThoughtLayout, _dispatch, thought_attention, thought_decode
+from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
 from quietstar_kernels.testing import assert_op_close_as_plain, attention_inputs, attention_magnitudes, plain_attention
 from tests.kernels.drawn import normal, seeded
 
@@ -191,11 +191,6 @@ def test_a_parent_must_be_stored_whole():
     thought_decode(q, text, text, own, own, layout, 0)  # rows of a leaf may be missing
     with pytest.raises(ValueError, match="thought_decode: k_own must hold all rows of a node with children, got S=2"):
         thought_decode(q, text, text, own[:, :, :, :2], own[:, :, :, :2], layout, 0)
-
-
-def test_cuda_refuses_trees():
-    gpu, special = torch.device("cuda", 0), _dispatch.special(torch.zeros(1, 1))
-    assert "no trees" in _dispatch.why_not("thought_decode", "cuda", gpu, torch.bfloat16, K=64, E=64, **special)
 
 
 def test_sequences_become_a_tree():
