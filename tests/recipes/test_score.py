@@ -308,7 +308,7 @@ def test_a_run(run, tmp_path):
         assert line["return_first"] == pytest.approx(-0.1 * line["divergence_first"] * line["tokens_first"] / 16, abs=1e-5)
         assert line["reward"] == line["accuracy_second"]
     assert lines[3]["reward"] == lines[3]["accuracy_first"] + lines[3]["accuracy_second"]
-    assert lines[0]["divergence_first"] == pytest.approx(0, abs=1e-5) < abs(lines[-1]["divergence_first"])
+    assert abs(lines[0]["divergence_first"]) < 1e-5 < abs(lines[-1]["divergence_first"])  # a mean of samples has any sign
     for name in ("first-stage", "model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
