@@ -23,14 +23,14 @@ from tests.kernels.drawn import seeded
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 OPTIONS = {"window": 9, "softcap": 2.0}
 BRANCHES = ThoughtLayout.at(torch.tensor([[66, 70]]), 1, 3, text_length=72)
-TREE = ThoughtLayout.tree(*torch.tensor([[[66, -1, -1, 70]], [[-1, 0, 0, -1]], [[3, 2, 4, 3]]]), text_length=72)
+TREE = ThoughtLayout.tree(*torch.tensor([[[66, -1, -1, 70]], [[-1, 0, 0, -1]], [[70, 40, 60, 3]]]), text_length=72)
 
 
 @pytest.mark.parametrize(
     "layout, options", [(BRANCHES, {}), (BRANCHES, OPTIONS), (TREE, OPTIONS)], ids=["plain", "options", "tree"]
 )
 def test_attention(layout, options):
-    """Own rows, and text at both edges of blocks and in blocks without a mask."""
+    """Own rows, and text at both edges of blocks and in blocks without a mask; a tile that begins in a node with a parent."""
     inputs = attention_inputs(seeded(0), layout, 1, 1, 16, 16, sinks=bool(options), dtype=DTYPE)
     grad_out = torch.randn(inputs["q"].shape, generator=seeded(1)).to(DTYPE)
     op = partial(thought_attention, return_lse=True, backend="triton")
