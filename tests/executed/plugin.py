@@ -180,5 +180,5 @@ def without_waits(module: str) -> str:
 
 def variant(record: Any) -> str:
     """The kernel's name, with the options that change its code."""
-    given = [name for name in ("ranges", "window", "softcap", "dk", "dv") if record.bound.get(name) is not None]
+    given = [name for name in ("tree", "ranges", "window", "softcap", "dk", "dv") if record.bound.get(name) is not None]
     return " ".join([record.fn_name, *given])
