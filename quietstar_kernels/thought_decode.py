@@ -81,6 +81,8 @@ def thought_decode(
     else:
         step = torch.full((), check.integer("step", step, 0, S - 1, f"from 0 to S-1={S - 1}"), dtype=torch.int32, device=device)
     window = check.window(window)
+    if window is not None and window >= layout.L + (S if layout.parent is None else layout.R):
+        window = None  # it cuts nothing
     scale = q.shape[-1] ** -0.5 if scale is None else check.positive("scale", scale)
     softcap = check.positive_or_none("softcap", softcap)
     return call(

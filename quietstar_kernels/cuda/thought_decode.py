@@ -37,8 +37,6 @@ def thought_decode(
     out = q.new_empty((B, H, thoughts, K))
     if out.numel() == 0:
         return out
-    if window is None or window >= L + k_own.shape[3]:
-        window = 0  # it cuts nothing
     rows = thoughts * (H // G)
     tile_rows = rows_of_tile(rows, B * G, K, shared_memory(q.device))
     splits = splits_of(-(-rows // tile_rows) * B * G, L)
@@ -46,7 +44,7 @@ def thought_decode(
     _library.ops()._thought_decode_cuda(
         *map(in_chunks, (q, k_text, v_text, k_own, v_own)), lo.contiguous(), table.contiguous(),
         None if tree is None else tree.contiguous(), step.int(), None if sinks is None else sinks.float().contiguous(),
-        out, parts, scale, window, softcap or 0.0, tile_rows, splits,
+        out, parts, scale, window or 0, softcap or 0.0, tile_rows, splits,
     )  # fmt: skip
     return out
 

@@ -63,8 +63,6 @@ def thought_decode(
     out = q.new_empty(B, H, thoughts, E)
     if out.numel() == 0:
         return out
-    if window is not None and window >= L + k_own.shape[3]:
-        window = None  # it cuts nothing
     layout = lo.contiguous(), table.contiguous(), None if tree is None else tree.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     k_text, v_text = near(k_text), near(v_text)

@@ -27,6 +27,7 @@ CASES = {
         "nan_that_a_row_sees": ["text-{}-names1-inf", "thought-{}-names0-nan"]
         + ["thought-{'window': 9, 'softcap': 2.0}-names2--inf"],
         "a_step_is_the_row_of_attention": [""],
+        "a_window_longer_than_text_and_nodes": [""],
     },
     "thought_decode": {
         "error_rule_on_random_layouts": ["2", "5"],

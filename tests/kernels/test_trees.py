@@ -149,6 +149,18 @@ def test_a_step_is_the_row_of_attention(backend, device, few):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, seed=seed: f"seed {seed}: {m}")
 
 
+def test_a_window_longer_than_text_and_nodes(backend, device):
+    """It still cuts what is far back on a path."""
+    layout = ThoughtLayout.tree(torch.tensor([[0, -1, -1]]), torch.tensor([[-1, 0, 1]]), torch.tensor([[4, 4, 4]]), 1).to(
+        device
+    )
+    q, k, v = normal(seeded(0), 3, 1, 2, 13, 16, device=device)
+    want = thought_attention(q, k, v, layout, window=6, backend="reference")[:, :, 4::4]
+    text, own = ((x[:, :, :1] for x in (k, v)), (x[:, :, 1:].unflatten(2, (3, 4)) for x in (k, v)))
+    got = thought_decode(q[:, :, 4::4], *text, *own, layout, 3, window=6, backend=backend)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_without_parents_it_is_packed(backend, device):
     anchors, lengths = torch.tensor([[0, 2, 2, -1]]), torch.tensor([[3, 0, 4, 0]])
     tree = ThoughtLayout.tree(anchors, torch.full_like(anchors, -1), lengths, text_length=4, own="full")
