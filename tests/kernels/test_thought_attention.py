@@ -152,7 +152,7 @@ def test_opcheck(backend, part, case, few):
     for seed in few(range(4), 1)[part::2]:
         layout, inputs, grad_out, options = case(seed, dtypes=[torch.float32])
         q, k, v, sinks = inputs.values()
-        metadata = (*layout.branches[:3], None)
+        metadata = (*layout.branches[:3], None, None)  # no tree
         rest = (layout.branches.full, 0.5, options["window"], options["softcap"], backend)
         out, lse = _forward(q, k, v, *metadata, sinks, *rest)
         torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
