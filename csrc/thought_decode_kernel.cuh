@@ -122,8 +122,9 @@ __device__ __forceinline__ void note_blocks(typename Tile::Notes& notes, const T
     block_sync();
 }
 
-template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDecodeArguments a) {
+// A tree takes registers, which other layouts should not pay for.
+template <class Tile, bool TREE>
+__global__ void __launch_bounds__(Tile::THREADS, TREE ? 1 : Tile::BLOCKS) decode(ThoughtDecodeArguments a) {
     unsigned char* memory = dynamic_shared();
     auto& notes = *reinterpret_cast<typename Tile::Notes*>(memory + Tile::NOTES);
     const int warp = threadIdx.x / WARP;
@@ -150,10 +151,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
     const KeyBlocks& blocks = notes.blocks;
     const auto load = [&](int block) {
         const Shared stage = shared_address(memory + block % Tile::STAGES * Tile::STAGE_BYTES);
-        const int text = block - blocks.own - blocks.above;
+        const int text = block - blocks.own - (TREE ? blocks.above : 0);
         if (block < blocks.own) {
             load_own<Tile>(stage, notes, a, place, block * OWN_KEYS);
-        } else if (text < 0) {
+        } else if (TREE && text < 0) {
             load_above<Tile>(stage, a, place, advance<Tile>(notes.ahead[warp], notes, a, place));
         } else if (block < blocks.all) {
             load_text<Tile>(stage, a, place, blocks.start + text * Tile::KEYS, blocks.end);
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
     for (bool again = false;; again = true) {
         softmax.begin(a.sinks == nullptr || split > 0 ? nullptr : at<float>(a.sinks, place.g * place.HG),
                       place);
-        if (threadIdx.x % WARP == 0) notes.ahead[warp] = notes.now[warp] = after_last<Tile>(notes, a);
+        if (TREE && threadIdx.x % WARP == 0) notes.ahead[warp] = notes.now[warp] = after_last<Tile>(notes, a);
         warp_sync();
         for (int block = 0; block < Tile::STAGES - 1; ++block) load(block);
         for (int block = 0; block < blocks.all; ++block) {
@@ -189,8 +190,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) decode(ThoughtDec
                                              notes.own, notes, a, nullptr, again);
                 continue;
             }
-            const int text = block - blocks.own - blocks.above;
-            if (text < 0) {
+            const int text = block - blocks.own - (TREE ? blocks.above : 0);
+            if (TREE && text < 0) {
                 const Above& above = advance<Tile>(notes.now[warp], notes, a, place);
                 note_above<Tile>(notes, a, place, above);
 #pragma unroll 1
@@ -222,7 +223,8 @@ template <class Tile>
 void launch_tile(const ThoughtDecodeArguments& a, void* stream) {
     const int rows = a.C * (a.H / a.G);
     const dim3 grid((rows + Tile::ROWS - 1) / Tile::ROWS * a.B * a.G, a.splits);
-    launch(decode<Tile>, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, a);
+    launch(a.tree ? decode<Tile, true> : decode<Tile, false>, grid, Tile::THREADS, Tile::SHARED_BYTES, stream,
+           a);
 }
 
 // All tiles. 128 rows of K 128 and 64 of K 256 take more shared memory than the 99 KB of sm_120.

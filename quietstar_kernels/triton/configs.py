@@ -317,4 +317,13 @@ THOUGHT_DECODE_OPTIONS: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
 }
+# On a tree, which takes registers.
+THOUGHT_DECODE_TREE: Table = {
+    ("sm_80", 2, 64): THOUGHT_DECODE["sm_80", 2, 64],
+    ("sm_80", 2, 128): THOUGHT_DECODE["sm_80", 2, 128],
+    ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 4, 3),
+    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=255),
+    ("sm_100", 2, 128): THOUGHT_DECODE["sm_100", 2, 128],
+    ("sm_100", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
+}
 THOUGHT_DECODE_SUM = Config({"BLOCK_R": 8})

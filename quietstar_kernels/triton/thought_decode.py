@@ -44,6 +44,7 @@ from quietstar_kernels.triton.configs import (
     THOUGHT_DECODE,
     THOUGHT_DECODE_OPTIONS,
     THOUGHT_DECODE_SUM,
+    THOUGHT_DECODE_TREE,
     Config,
     dot_precision,
     pick,
@@ -70,9 +71,9 @@ def thought_decode(
     known = plan("thought_decode", (q, k_text, v_text, k_own, v_own), *dtypes, scale, window, softcap)
 
     def choose() -> tuple[Config, int, int]:
-        plain = (window is None and softcap is None and sinks is None) or tree is not None
-        tables = [THOUGHT_DECODE] if plain else [THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE]
-        config = pick(tables, q.element_size(), max(K, E))
+        plain = window is None and softcap is None and sinks is None
+        first = THOUGHT_DECODE_TREE if tree is not None else THOUGHT_DECODE if plain else THOUGHT_DECODE_OPTIONS
+        config = pick([first, THOUGHT_DECODE], q.element_size(), max(K, E))
         tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
         return config, tiles, splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
 

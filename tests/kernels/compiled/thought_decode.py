@@ -13,9 +13,6 @@ from quietstar_kernels.triton.thought_decode import thought_decode
 HGMMA = {"_decode": 3}  # see thought_attention.py
 COMPILES = {"bfloat16 K=64": {"_decode": 2}, "bfloat16 K=64 window": {"_decode": 2}}  # long texts have tiles of their own
 NO_MATRIX = {"_add_parts"}
-# Words, with Triton 3.6.
-SPILLS = {"sm_100": {f"_decode bfloat16 {label}": 4 for label in ("K=64 on a tree", "K=256 on a tree")}}
-SPILLS["sm_100"]["_decode bfloat16 K=256 window, softcap, sinks, on a tree"] = 4
 
 SIZES = [{}, {"C": 1, "L": 4096, "heads": 1}]
 MORE_SIZES = [{"L": 1, "C": 1, "S": 1, "heads": 1, "groups": 1}, {"B": 3, "L": 100, "C": 14, "S": 12}]
