@@ -3,9 +3,8 @@
 //
 // The H/G query heads of a key head are folded into the rows: flat row f is thought f / HG under head f % HG,
 // and a warp has 16 of them. Blocks of keys are loaded through one cp.async pipeline: first own rows, where
-// each warp fills 16 rows of a stage for itself, then rows of the nodes above in a tree, and text, which all
-// warps share. The layout is read on the
-// device, so that a CUDA graph can capture the launch.
+// each warp fills 16 rows of a stage for itself, then what all warps share: in a tree rows of the nodes
+// above, and text. The layout is read on the device, so that a CUDA graph can capture the launch.
 #pragma once
 
 #include <stdexcept>

@@ -85,7 +85,8 @@ def decode(
     inputs = testing.decode_inputs(generator, layout, heads, groups, K, E, sinks, dtype=dtype)
     op = _on(device, partial(thought_decode, backend=backend), (dtype,))
     judge = partial(_worst, op, testing.plain_decode, inputs, layout=layout, **options)
-    return max(judge(step=step, what=f"step {step}") for step in sorted({0, layout.S // 2, layout.S - 1}))
+    rows = int(layout.length.max())
+    return max(judge(step=step, what=f"step {step}") for step in sorted({0, rows // 2, rows - 1}))
 
 
 def sampling(
@@ -212,7 +213,7 @@ def cases(interpreted: bool) -> list[Case]:
     odd = {"heads": 3, "groups": 1, "K": 40, "E": 24}
     found = []
     for op in ("thought_attention", "thought_decode"):
-        found += [Case(op, ALL, {"layout": layout}) for layout in (every, anchors, ragged, branches(long))]
+        found += [Case(op, ALL, {"layout": layout}) for layout in (every, anchors, ragged, branches(long), tree(long))]
         found += [Case(op, (torch.float32, torch.bfloat16), {"layout": layout, **everything}) for layout in (every, anchors)]
         found += [Case(op, (torch.float16,), {"layout": ragged, **odd})]
     found += [Case("thought_attention", (torch.float32, torch.bfloat16), {"layout": branches(long, own="full")})]
@@ -232,6 +233,13 @@ def branches(text: int, own: str = "causal") -> ThoughtLayout:
     """Packed: several on an anchor, from none to as many rows as the text has."""
     anchors = torch.tensor([text // 3, text // 3, text // 2, text - 1, text - 1])[None]
     return ThoughtLayout.packed(anchors, torch.tensor([1, text // 2, 0, text, 7])[None], text, own=own)
+
+
+def tree(text: int) -> ThoughtLayout:
+    """Two long branches, one with two more at its end, of which one has another."""
+    anchors = torch.tensor([[text // 3, -1, -1, -1, text - 1]])
+    parents, lengths = torch.tensor([[-1, 0, 1, 0, -1]]), torch.tensor([[text // 2, 7, 20, text // 3, 9]])
+    return ThoughtLayout.tree(anchors, parents, lengths, text)
 
 
 def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ The H/G query heads of a key head are folded into the rows: flat row f is though
 tile are, in this order:
 
 1. own rows of all thoughts of the tile up to the step, which the kernel reads on the device, in masked blocks of BLOCK_EDGE;
-   In a tree, then all rows of the nodes above, node after node;
+   then, in a tree, all rows of the nodes above, node after node;
 2. text at the edges, which only some rows see, in masked blocks of BLOCK_EDGE too;
 3. text that all rows see, in blocks of BLOCK_N without a mask.
 

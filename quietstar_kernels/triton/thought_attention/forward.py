@@ -7,6 +7,9 @@ likewise, in this order:
 1. of both, those at the edges, which only some rows see, in masked blocks of BLOCK_EDGE;
 2. of both, those that all rows see, in blocks of BLOCK_N without a mask.
 
+In a tree these are the own rows from the first of the node of the tile's first row. Those of the nodes above follow, node by
+node upwards: what lies between is never read.
+
 If branches are short, only few of the own keys of a tile belong to any one row. Still, all rows are multiplied with all of
 them: wide products take fewer instructions than small ones of each row with its own keys, and the matrix unit has time to spare
 (docs/log.md).

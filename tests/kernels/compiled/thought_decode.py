@@ -11,7 +11,7 @@ from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
 HGMMA = {"_decode": 3}  # see thought_attention.py
-COMPILES = {"bfloat16 K=64": {"_decode": 2}, "bfloat16 K=64 window": {"_decode": 2}}  # long texts have tiles of their own
+COMPILES = {"bfloat16 K=64": {}, "bfloat16 K=64 window": {}}  # with more sizes, which one compile serves
 NO_MATRIX = {"_add_parts"}
 
 SIZES = [{}, {"C": 1, "L": 4096, "heads": 1}]
