@@ -17,7 +17,7 @@ UNDER_KERNELS = {*sys.stdlib_module_names, "torch", "triton", "quietstar_kernels
 
 # Each floor may import those before it. A folder of `python/quietstar` is one room, as is a module beside them.
 FLOORS = (
-    {"files", "objective", "config", "testing"},
+    {"files", "leaks", "objective", "config", "testing"},
     {"checks", "hf"},
     {"packed", "rollout", "memory", "checkpoints"},
     {"anchors", "base_model", "chunks", "generate"},
