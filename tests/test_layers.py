@@ -23,7 +23,7 @@ FLOORS = (
     {"anchors", "base_model", "chunks", "generate"},
     {"model"},
     {"explanation", "run", "data", "evaluation"},
-    {"training", "trainer", "shared_prompt", "sequences"},
+    {"training", "trainer", "shared_prompt", "sequences", "likelihood_reward"},
     {"__init__"},
     {"cli"},
     {"__main__"},

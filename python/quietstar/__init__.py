@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quietstar.hf.attention import register_attention
     from quietstar.hf.linear import fast_linear
     from quietstar.hf.verify import VerifyReport, verify
+    from quietstar.likelihood_reward import LikelihoodReward
     from quietstar.memory.processes import Processes, count_weights, process_memory, step_traffic
     from quietstar.memory.step import StepMemory, step_memory
     from quietstar.model import QuietStar
@@ -59,6 +60,7 @@ _NAMES = {
     "hf.attention": "register_attention",
     "hf.linear": "fast_linear",
     "hf.verify": "VerifyReport verify",
+    "likelihood_reward": "LikelihoodReward",
     "memory.processes": "Processes count_weights process_memory step_traffic",
     "memory.step": "StepMemory step_memory",
     "model": "QuietStar",
@@ -102,6 +104,7 @@ __all__ = [
     "Counts",
     "DataConfig",
     "Interrupted",
+    "LikelihoodReward",
     "OfflineThoughts",
     "Processes",
     "Question",

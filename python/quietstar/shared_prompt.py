@@ -28,6 +28,7 @@ from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
 from quietstar.hf.verify import verify_once
+from quietstar.likelihood_reward import LikelihoodReward
 
 HOOK = "_get_per_token_logps_and_entropies"
 # The hook's first parameters in the release that the tests run, and that release.
@@ -66,6 +67,7 @@ class SharedPrompts(Trainer):
     ref_model: Any
     temperature: float
     aux_loss_enabled: bool
+    reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]]  # the microbatches of a generation
     _step: int  # microbatches so far
 
@@ -86,6 +88,9 @@ class SharedPrompts(Trainer):
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
         self._heads = {unwrapped(model): find_lm_head(unwrapped(model)) for model in models}
+        for reward in self.reward_funcs:
+            if isinstance(reward, LikelihoodReward):
+                reward.trainer = self
 
     def _check_release(self) -> None:
         """Without this, another TRL release would silently repeat prompts."""
@@ -111,6 +116,12 @@ class SharedPrompts(Trainer):
         ):
             if refused:
                 raise ValueError(f"{type(self).__name__}: {why}")
+
+    def _generate(self, prompts: Any) -> Any:
+        """TRL's prompts and completions. It doesn't hand the prompts' tokens on to rewards."""
+        made = super()._generate(prompts)  # type: ignore[misc]
+        self.prompt_ids = made[0]
+        return made
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's microbatches of the next optimizer step."""
@@ -157,25 +168,25 @@ class SharedPrompts(Trainer):
         check_room(type(inner).__name__, limits, row, "prompts and completions, padded as by TRL,")
         input_ids, attention_mask = torch.stack([input_ids, attention_mask]).cpu()  # the one copy from a GPU
         order = _alike_together(input_ids, attention_mask)
-        parts = []
+        parts: list[Any] = []
         for chunk in order.split(batch_size or len(order)):
             sequences, live = without_padding(input_ids[chunk], attention_mask[chunk], logits_to_keep)
-            answer = functools.partial(
-                end_logprobs,
-                inner,
-                self._heads[inner],
-                sequences,
-                live,
-                temperature=self.temperature,
-                return_entropy=compute_entropy,
-                autocast_head=not getattr(self.args, "cast_lm_head_to_fp32", False),  # RLOO has no such option
-            )
-            with self.accelerator.autocast(), answering(inner, answer):
-                parts.append(model())
+            parts.append(self.end_logprobs(model, sequences, live, self.temperature, compute_entropy))
         back = order.argsort()
         logprob, entropy = ([part[i] for part in parts] for i in range(2))
         # In fp32, as TRL's for fp64 models too, which it compares with a quantile of theirs in fp32.
         return torch.cat(logprob)[back], torch.cat(entropy)[back].float() if compute_entropy else None, None
+
+    def end_logprobs(
+        self, model: Any, sequences: list[Tensor], live: Tensor, temperature: float = 1.0, return_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``quietstar.hf.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
+        inner = unwrapped(self.accelerator.unwrap_model(model))
+        in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
+        arguments = (inner, self._heads[inner], sequences, live, temperature, return_entropy, not in_fp32)
+        answer = functools.partial(end_logprobs, *arguments)
+        with self.accelerator.autocast(), answering(inner, answer):
+            return model()
 
 
 def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
