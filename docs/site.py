@@ -34,8 +34,8 @@ PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_recipes")
 SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
-        *(f"docs/{name}.md" for name in ("training", "large-models", "using", "recipes", "integrating", "branches")),
-        *(f"docs/{name}.md" for name in ("building", "reliability")),
+        *(f"docs/{name}.md" for name in ("training", "offline-thoughts", "large-models", "using", "recipes")),
+        *(f"docs/{name}.md" for name in ("integrating", "branches", "building", "reliability")),
     ],
     "Results": ["docs/results.md", "docs/pretrained.md", "docs/executed.md", "benchmarks/results/*.md"],
     "Reference": ["docs/commands.md", "reference/*.md"],

@@ -8,7 +8,7 @@ import math
 import os
 from array import array
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import sampled
+from quietstar.data.filtering import ThoughtFilter, best
 from quietstar.files.reading import as_type, check_regular, json_value
 from quietstar.files.writing import beside
 from quietstar.model import QuietStar
@@ -150,6 +151,7 @@ FIELDS = {
     "logprob": ("float32", 3),
 }
 OPTIONAL = ("anchors", "logprob")
+GAIN = {"gain": ("float32", 2)}  # written with thoughts that were chosen by it, and not read
 
 
 class ThoughtRecord(msgspec.Struct):
@@ -196,7 +198,8 @@ def export_thoughts(
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = False,
-) -> None:
+    wanted: ThoughtFilter | None = None,
+) -> Counter[str]:
     """Sample thoughts about every example and write them to a file, which is renamed into place at the end.
 
     They are the thoughts that ``train`` would sample in a step with this seed, at the examples' anchors or at those that the
@@ -204,26 +207,41 @@ def export_thoughts(
 
     Args:
         path: ends in .jsonl or .parquet.
+        wanted: which thoughts to write, with their gains; default all, without a gain.
+
+    Returns:
+        With ``wanted.keep``, how many thoughts were sampled, kept and, by reason, left out.
 
     Raises:
-        ValueError: as in ``QuietStar.think``; the path has another ending, or is parquet and pyarrow is not installed.
+        ValueError: as in ``QuietStar.think``, and as in ``forward`` with ``wanted.keep``, which may not be above N; the path has
+            another ending, or is parquet and pyarrow is not installed.
         OSError: the file could not be written.
     """
     tokenizer = tokenizer_hash(instance("qs", qs, QuietStar).tokenizer)
     check_data("examples", examples)
     seed, batch_size = seed_bits("seed", seed), integer("batch_size", batch_size, 1)
-    with write_records(file_path("path", path), FIELDS) as write:
+    wanted = ThoughtFilter() if wanted is None else instance("wanted", wanted, ThoughtFilter)
+    N, counts = qs.thought_config.thoughts, Counter[str]()
+    if wanted.keep > N:
+        raise ValueError(f"keep must be at most N={N}, the thoughts that are sampled at an anchor, got {wanted.keep}")
+    with write_records(file_path("path", path), FIELDS | (GAIN if wanted.keep else {})) as write:
         batches = batches_of(examples, batch_size, qs.start_embedding.device)
         total = -(-len(examples) // batch_size)
         for chosen, batch in tqdm(batches, desc="thoughts", total=total, leave=False, disable=not progress):
             anchors = batch.get("anchors")
             if anchors is None and qs.thought_config.anchors != "all":
                 anchors = qs.choose_anchors(**text_of(batch), seed=seed)
-            thoughts = qs.think(**text_of(batch), anchors=anchors, seed=seed, greedy=False)
-            write([_record(examples[i], tokenizer, anchors, thoughts, row) for row, i in enumerate(chosen)])
+            thoughts, gain = qs.think(**text_of(batch), anchors=anchors, seed=seed, greedy=False), None
+            if wanted.keep:
+                anchors, thoughts, gain, found = best(qs, batch, anchors, thoughts, wanted)
+                counts.update(found)
+            write([_record(examples[i], tokenizer, anchors, thoughts, gain, row) for row, i in enumerate(chosen)])
+    return counts
 
 
-def _record(example: Example, tokenizer: str, anchors: Tensor | None, thoughts: Thoughts, row: int) -> Record:
+def _record(
+    example: Example, tokenizer: str, anchors: Tensor | None, thoughts: Thoughts, gain: Tensor | None, row: int
+) -> Record:
     P = len(example["input_ids"]) if anchors is None else int((anchors[row] >= 0).sum())
     lengths = thoughts.lengths[row, :P].tolist()
 
@@ -234,6 +252,8 @@ def _record(example: Example, tokenizer: str, anchors: Tensor | None, thoughts: 
     record: Record = {"text": text_hash(example["input_ids"]), "tokenizer": tokenizer}
     if anchors is not None:
         record["anchors"] = anchors[row, :P].tolist()
+    if gain is not None:
+        record["gain"] = gain[row, :P].tolist()
     return record | {"thought_ids": ragged(thoughts.thought_ids), "logprob": ragged(thoughts.logprob)}
 
 

@@ -17,6 +17,7 @@ CASES = [
     ("train", ["--data=a.txt", "--chat"], "with a .txt file or the built-in text", ["--data=a.jsonl"]),
     ("ask", ["--temperature=1"], "without --votes", ["--votes=3"]),
     ("export", ["--data=builtin", "--text-field=body"], "with a .txt file or the built-in text", ["--data=a.jsonl"]),
+    ("export", ["--min-gain=0.1"], "without --keep", ["--keep=1"]),
     ("eval", ["--data=a.jsonl", "--split=test"], "with a file or the built-in text", ["--data=name"]),
     ("train", ["--held-out=0", "--held-out-seed=3"], "with --held-out=0", ["--held-out=9"]),
     ("train", ["--anchors=every", "--anchor-share=0.5"], "unless --anchors is random, entropy or gate", ["--anchors=gate"]),
