@@ -213,8 +213,8 @@ def export_thoughts(
         With ``wanted.keep``, how many thoughts were sampled, kept and, by reason, left out.
 
     Raises:
-        ValueError: as in ``QuietStar.think``, and as in ``forward`` with ``wanted.keep``, which may not be above N; the path has
-            another ending, or is parquet and pyarrow is not installed.
+        ValueError: as in ``QuietStar.think``, and as in ``forward`` with ``wanted.keep``, which must be at most N; the path
+            has another ending, or is parquet and pyarrow is not installed.
         OSError: the file could not be written.
     """
     tokenizer = tokenizer_hash(instance("qs", qs, QuietStar).tokenizer)
