@@ -17,10 +17,11 @@ UNDER_KERNELS = {*sys.stdlib_module_names, "torch", "triton", "quietstar_kernels
 
 # Each floor may import those before it. A folder of `python/quietstar` is one room, as is a module beside them.
 FLOORS = (
-    {"files", "leaks", "objective", "config", "testing"},
+    {"files", "leaks", "matches", "objective", "config", "testing"},
     {"checks", "hf"},
+    {"written"},
     {"packed", "rollout", "memory", "checkpoints"},
-    {"anchors", "base_model", "chunks", "generate"},
+    {"anchors", "base_model", "chunks", "generate", "live"},
     {"model"},
     {"explanation", "run", "data", "evaluation"},
     {"training", "trainer", "shared_prompt", "sequences", "likelihood_reward"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
@@ -54,7 +56,9 @@ class Candidates:
         layout: of every position.
         sequence_ids: int64 [B,L].
         training: a gate is sampled from in training, and opens above 0.5 in evaluation.
-        eligible: bool [B,L], text positions whose next token is text of the same document.
+        tokenizer: needed for the ends of sentences alone.
+        eligible: bool [B,L], text positions whose next token is text of the same document; where the thought alone predicts,
+            its next J tokens.
         position: int64 [B,L], counted from the document's first token.
     """
 
@@ -65,12 +69,14 @@ class Candidates:
     sequence_ids: Tensor
     seed: int
     training: bool
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @cached_property
     def eligible(self) -> Tensor:
-        on, lo = self.layout.live()[:, :, 0, 0], self.layout.lo
-        t = torch.arange(self.layout.L - 1, device=lo.device)
-        return nn.functional.pad(on[:, :-1] & on[:, 1:] & (lo[:, 1:] <= t), (0, 1))
+        on, lo, config = self.layout.live()[:, :, 0, 0], self.layout.lo, self.thinker.config
+        J = config.lookahead if config.mixing == "none" else 1
+        t = torch.arange(max(self.layout.L - J, 0), device=lo.device)
+        return nn.functional.pad(on[:, :-J] & on[:, J:] & (lo[:, J:] <= t), (0, min(J, self.layout.L)))
 
     @property
     def position(self) -> Tensor:
@@ -100,15 +106,48 @@ class Candidates:
         return torch.cat(values).view(hidden.shape[:2]).to(self.input_ids.device)
 
 
-def _top_share(candidates: Candidates, score: Tensor) -> Tensor:
-    """In each row, the ``anchor_share`` of eligible positions with the highest scores, rounded up; earlier ones on ties."""
-    wanted = (candidates.eligible.sum(1, keepdim=True).double() * candidates.thinker.config.anchor_share).ceil()
-    order = torch.where(candidates.eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(dim=1) < wanted) & candidates.eligible
+def _top(candidates: Candidates, score: Tensor) -> Tensor:
+    """In each row, the eligible positions with the highest scores, earlier ones on ties.
+
+    They are ``anchor_count``, or the ``anchor_share`` of all, rounded up.
+    """
+    config = candidates.thinker.config
+    wanted = (candidates.eligible.sum(1, keepdim=True).double() * config.anchor_share).ceil()
+    return _highest(candidates.eligible, score, config.anchor_count or wanted)
+
+
+def _highest(eligible: Tensor, score: Tensor, wanted: int | Tensor) -> Tensor:
+    order = torch.where(eligible, score.double(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < wanted) & eligible
 
 
 def _every(candidates: Candidates) -> Tensor:
     return candidates.eligible & ((candidates.position + 1) % candidates.thinker.config.anchor_stride == 0)
+
+
+def _sentences(candidates: Candidates) -> Tensor:
+    """The ends of sentences, ``anchor_count`` of them at random."""
+    closes, opens = _sentence_tokens(candidates.tokenizer, len(embeddings(candidates.thinker.model).weight))
+    ids = candidates.input_ids.cpu()
+    ends = nn.functional.pad(closes[ids[:, :-1]] & opens[ids[:, 1:]], (0, 1)).to(candidates.eligible.device)
+    ends = ends & candidates.eligible
+    count = candidates.thinker.config.anchor_count
+    return _highest(ends, candidates.uniform, count) if count else ends
+
+
+@lru_cache(2)
+def _sentence_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """bool [V]: tokens with which a sentence ends, and those that can follow one: with a space or a line before them."""
+    if tokenizer is None:
+        raise ValueError(
+            "anchors='sentences' needs a tokenizer, which knows where sentences end: QuietStar(model, config, tokenizer)"
+        )
+    first = tokenizer("a", add_special_tokens=False)["input_ids"]  # some decoders drop a first space
+    start = len(tokenizer.decode(first))
+    texts = tokenizer.batch_decode([[*first, i] for i in range(min(vocabulary, len(tokenizer)))])
+    texts = [text[start:] for text in texts] + [""] * (vocabulary - len(texts))
+    closes = [re.search(r"[.!?…。！？][\"'”’)\]]*\s*$", text) is not None for text in texts]
+    return torch.tensor(closes), torch.tensor([text[:1].isspace() for text in texts])
 
 
 def _gate(candidates: Candidates) -> Tensor:
@@ -121,8 +160,9 @@ def _gate(candidates: Candidates) -> Tensor:
 # Which positions of a text think, bool [B,L].
 CHOICES: dict[str, Callable[[Candidates], Tensor]] = {
     "all": lambda candidates: candidates.eligible,
-    "random": lambda candidates: _top_share(candidates, candidates.uniform),
-    "entropy": lambda candidates: _top_share(candidates, candidates.entropy),
+    "random": lambda candidates: _top(candidates, candidates.uniform),
+    "entropy": lambda candidates: _top(candidates, candidates.entropy),
+    "sentences": _sentences,
     "every": _every,
     "gate": _gate,
 }

@@ -42,16 +42,14 @@ def _predict_chunk(
     thinker: Thinker, inputs: PackedInputs, text: Tensor, keys_values: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll_compared, nll_mix, weight and logprob of one chunk, given the text."""
-    layout, lengths, targets = inputs.layout, inputs.thought_lengths, inputs.targets.mix
-    rows = thinker.thought_rows(layout, inputs.input_ids, inputs.thought_ids)
+    layout, rows, targets = inputs.layout, thinker.rows(*inputs[:4]), inputs.targets.mix
     with layer_checkpoints_off(thinker.model):
-        hidden = decode_rows(thinker.model, rows, layout.position_ids()[:, layout.L :], ChunkPass(layout, keys_values))
-    thought = hidden.unflatten(1, (layout.P, layout.N, layout.S))
-    h_base, ahead = thinker.base_states(layout, text), thinker.end_states(thought, lengths)
+        positions = rows.layout.position_ids()[:, layout.L :]
+        hidden = decode_rows(thinker.model, rows.embeds, positions, ChunkPass(rows.layout, keys_values))
+    h_base, ahead = thinker.base_states(layout, text), rows.ahead(hidden)
     mixture = thinker.mix(h_base[:, :, None], ahead)
     compared, nll_mix = thinker.mixed_nll(mixture, targets, h_base.detach(), targets[:, :, 0])
-    logprob = thinker.thought_logprob(thought, inputs.thought_ids, lengths)
-    return compared.detach(), nll_mix, mixture.weight, logprob
+    return compared.detach(), nll_mix, mixture.weight, rows.logprob(hidden)
 
 
 # Share of the free memory that "auto" plans with: temporary gradients, fragments and other programs take the rest.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quietstar.objective import ADVANTAGES, RELATIVE_TO_BASE, REWARDS
+from quietstar.objective import ADVANTAGES, MATCH, RELATIVE_TO_BASE, REWARDS
 from quietstar_kernels.checks import (
     LARGEST_FP32,
     as_integer,
@@ -28,6 +28,21 @@ from quietstar_kernels.checks import (
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # of a model's weights
 
+# What a preset leaves open.
+_DEFAULTS: dict[str, Any] = {
+    "thoughts": 2,
+    "thought_tokens": 9,
+    "lookahead": 4,
+    "lookahead_discount": 1.0,
+    "temperature": 1.0,
+    "ratio_clip": 0.0,
+    "token_mean": "tokens",
+    "base_model": "current",
+    "anchors": "all",
+    "anchor_count": 0,
+    "thought_start": "",
+    "thought_end": "",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {
         "mixing": "logits",
@@ -55,10 +70,62 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
 # Adapters of a pretrained model; with the published policy term its thoughts became certain, not better: docs/pretrained.md.
 PRESETS["lora"] = {**PRESETS["small"], "policy_temperature": 1.0, "advantage": "leave_one_out"}
+# Reinforcement learning on ordinary text: long thoughts at few positions, no mixing head. Each with its source; docs/online.md
+# says what the source leaves open.
+_ONLINE = {
+    "mixing": "none",
+    "base_weight": 0.0,
+    "mix_weight": 0.0,
+    "policy_weight": 1.0,
+    "thought_start": "<think>",
+    "thought_end": "</think>",
+    "embedding_scale": 1.0,
+}
+PRESETS["rlp"] = {  # arXiv 2510.01265, equations 3 to 8, table S.1, which has no clip bounds: these are DAPO's
+    **_ONLINE,
+    "thoughts": 16,
+    "thought_tokens": 2048,
+    "lookahead": 1,
+    "reward": "gain",
+    "advantage": "leave_one_out",
+    "temperature": 0.7,
+    "ratio_clip": 0.2,
+    "ratio_clip_high": 0.28,
+    "token_mean": "thought",
+    "base_model": "ema",
+    "anchors": "random",
+    "anchor_count": 8,
+}
+PRESETS["grlp"] = {  # github.com/natekimball/GRLP: ratios of untempered probabilities
+    **PRESETS["rlp"],
+    "lookahead": 8,
+    "lookahead_discount": 0.7,
+    "policy_temperature": 1.0,
+    "base_weight": 0.1,
+    "ratio_clip": 0.1,
+    "ratio_clip_high": 0.1,
+    "anchor_count": 16,
+}
+PRESETS["rpt"] = {  # arXiv 2506.08007, section 3
+    **_ONLINE,
+    "thoughts": 8,
+    "thought_tokens": 4096,
+    "lookahead": 1,
+    "reward": "match",
+    "advantage": "zscore",
+    "temperature": 0.8,
+    "ratio_clip": 0.2,
+    "token_mean": "thought",
+    "anchors": "entropy",
+    "anchor_count": 8,
+}
 # What a preset sets besides, in ``quietstar train``.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "small": {"learning_rate": 1e-3},
     "lora": {"learning_rate": 1e-4, "lora_rank": 16},
+    "rlp": {"learning_rate": 1e-6},
+    "grlp": {"learning_rate": 1e-6, "updates": 3},
+    "rpt": {"learning_rate": 1e-6},
 }
 # Most losses explode where the learning rate times the policy weight is this or more: ten times the published 1e-6 * 1e6.
 LARGE_STEP = 10.0
@@ -101,6 +168,11 @@ def step_size_warning(thoughts: ThoughtConfig, learning_rate: float) -> str:
     )
 
 
+def filled_by(preset: str) -> dict[str, Any]:
+    """The fields that a preset fills where they are None."""
+    return {**_DEFAULTS, **PRESETS[preset]}
+
+
 @dataclass
 class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
@@ -108,35 +180,52 @@ class ThoughtConfig:
     ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes. ``small`` is ``official`` with
     a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3; ``lora`` is for
     adapters of a pretrained model at 1e-4: ``small`` with a policy temperature of 1 and signed advantages (leave_one_out).
+    ``rlp`` (arXiv 2510.01265), ``grlp`` (its re-implementation) and ``rpt`` (arXiv 2506.08007) are reinforcement learning on
+    ordinary text: long thoughts at few positions, no mixing head and no loss of the text (``grlp``: a tenth of it).
 
     Raises:
         ValueError: a value out of range, by name.
     """
 
-    thoughts: int = option(2, "N, thoughts sampled at each anchor")
-    thought_tokens: int = option(9, "T, sampled tokens in a thought")
-    lookahead: int = option(4, "J, next tokens predicted after a thought")
+    thoughts: int = option(None, "N, thoughts sampled at each anchor")
+    thought_tokens: int = option(None, "T, sampled tokens in a thought")
+    lookahead: int = option(None, "J, next tokens predicted after a thought")
     preset: str = option(
-        "official", "official, paper, small (small models, rate 1e-3) or lora (adapters, 1e-4): fills fields that are None"
+        "official",
+        "official, paper, small (small models, rate 1e-3), lora (adapters, 1e-4), rlp, grlp or rpt (docs/online.md): fills "
+        "fields that are None; --preset NAME --help shows with what",
     )
-    mixing: str = option(None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight")
-    reward: str = option(None, f"reward of a thought. {_described(REWARDS)}")
+    mixing: str = option(
+        None, "what the mixing head mixes: logits, or logprobs with a sigmoid weight; none: no head, the thought alone predicts"
+    )
+    reward: str = option(None, f"reward of a thought. {_described(REWARDS)}; match: {MATCH}")
+    lookahead_discount: float = option(None, "weight of each further token in the reward, relative to the one before it")
     base_weight: float = option(None, "weight of the cross entropy without thoughts")
     mix_weight: float = option(None, "weight of the cross entropy with thoughts")
     policy_weight: float = option(None, "weight of the REINFORCE term; it belongs to a learning rate")
-    policy_temperature: float = option(None, "temperature of the thoughts' log-probability in the REINFORCE term")
+    temperature: float = option(None, "temperature at which thoughts are sampled in training")
+    policy_temperature: float = option(
+        None, "temperature of the thoughts' log-probability in the REINFORCE term; without a preset's, that of sampling"
+    )
     advantage: str = option(None, f"from rewards to advantages. {_described(ADVANTAGES)}")
-    ratio_clip: float = option(0.0, "PPO's clip range, for several updates on the same thoughts; 0 is REINFORCE")
+    ratio_clip: float = option(None, "PPO's clip range, for several updates on the same thoughts; 0 is REINFORCE")
+    ratio_clip_high: float = option(None, "its upper bound, if it differs: ratios are cut at 1 + this")
+    token_mean: str = option(
+        None, "mean of the REINFORCE term: over all tokens, or over each thought's, then thoughts (thought)"
+    )
     kl_weight: float = option(0.0, "weight of the thoughts' divergence from how the base model would continue the text")
     entropy_weight: float = option(0.0, "weight of the thoughts' entropy")
-    base_model: str = option(
-        "current", "base model of reward and divergence: the model itself (current), a frozen copy or an ema"
-    )
+    base_model: str = option(None, "base model of reward and divergence: the model itself (current), a frozen copy or an ema")
     base_model_decay: float = option(0.999, "decay of the ema, per optimizer step")
-    anchors: str = option("all", "which positions think in training: all, random, entropy, every or gate")
+    anchors: str = option(
+        None, "which positions think in training: all, random, entropy, sentences (their ends), every or gate"
+    )
+    anchor_count: int = option(None, "positions of a text that think, for random, entropy and sentences; 0: by anchor_share")
     anchor_share: float = option(0.25, "share of positions that think, for random and entropy; initial share for gate")
     anchor_stride: int = option(4, "k, for every: each k-th position thinks")
     gate_cost: float = option(0.0, "for gate: reward that a thought must earn to be worth it, nats")
+    thought_start: str = option(None, "text before a thought, such as <think>; a thought then ends itself. Empty: a vector")
+    thought_end: str = option(None, "text after a thought, such as </think>, which ends it, as do an end of text and T tokens")
     start_token_id: int | None = option(None, "id of a start-of-thought token, if the vocabulary has one")
     end_token_id: int | None = option(None, "id of an end-of-thought token, if the vocabulary has one")
     stop_threshold: float | None = option(None, "end a thought when the probability of end_token_id exceeds this; None: never")
@@ -144,28 +233,35 @@ class ThoughtConfig:
     embedding_init: int | str | None = option(None, "token id or text whose embedding initialises the start and end vectors")
 
     def __post_init__(self) -> None:
-        for name, value in PRESETS[choice("ThoughtConfig: preset", self.preset, PRESETS)].items():
+        owner = "ThoughtConfig"
+        filled = filled_by(choice(f"{owner}: preset", self.preset, PRESETS))
+        for name, value in filled.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        owner = "ThoughtConfig"
+        for name, other in (("policy_temperature", "temperature"), ("ratio_clip_high", "ratio_clip")):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, other))
         check_types(owner, self)
         for name in ("thoughts", "thought_tokens", "lookahead"):
             check(owner, self, name, 1 <= getattr(self, name) < 65536, "1 to 65,535")
         check_at_least(owner, self, 0, ("base_weight", "mix_weight", "policy_weight", "kl_weight", "entropy_weight"))
         for name in ("ratio_clip", "base_model_decay"):
             check(owner, self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
-        check(owner, self, "anchor_share", 0 < self.anchor_share <= 1, "above 0, 1 at most")
+        check_at_least(owner, self, 0, ("ratio_clip_high", "anchor_count"))
+        for name in ("anchor_share", "lookahead_discount"):
+            check(owner, self, name, 0 < getattr(self, name) <= 1, "above 0, 1 at most")
         check_at_least(owner, self, 1, ("anchor_stride",))
-        in_range = 0 < self.policy_temperature <= LARGEST_FP32
-        check(owner, self, "policy_temperature", in_range, f"above 0, {LARGEST_FP32:.2e} at most")
+        for name in ("temperature", "policy_temperature"):
+            check(owner, self, name, 0 < getattr(self, name) <= LARGEST_FP32, f"above 0, {LARGEST_FP32:.2e} at most")
         check_positive(owner, self, ("embedding_scale",))
         stops = self.stop_threshold is None or 0 <= self.stop_threshold < 1
         check(owner, self, "stop_threshold", stops, "None, or 0 to below 1")
-        check_choice(owner, self, "mixing", ("logits", "logprobs"))
-        check_choice(owner, self, "reward", REWARDS)
+        check_choice(owner, self, "mixing", ("logits", "logprobs", "none"))
+        check_choice(owner, self, "reward", (*REWARDS, "match"))
+        check_choice(owner, self, "token_mean", ("tokens", "thought"))
         check_choice(owner, self, "advantage", ADVANTAGES)
         check_choice(owner, self, "base_model", ("current", "frozen", "ema"))
-        check_choice(owner, self, "anchors", ("all", "random", "entropy", "every", "gate"))
+        check_choice(owner, self, "anchors", ("all", "random", "entropy", "sentences", "every", "gate"))
         # Fields that depend on each other.
         ends = self.stop_threshold is None or self.end_token_id is not None
         wanted = f"given where a thought stops at its probability (stop_threshold={self.stop_threshold})"
@@ -174,11 +270,19 @@ class ThoughtConfig:
         wanted = "at least 2 if a reward is compared with the other thoughts' mean "
         wanted += f"(reward={self.reward!r}, advantage={self.advantage!r})"
         check(owner, self, "thoughts", self.thoughts > 1 or (relative and self.advantage == "relu"), wanted)
-        sampled = self.policy_temperature == 1 or not (self.kl_weight or self.entropy_weight)
-        wanted = "1, at which thoughts are sampled, if kl_weight or entropy_weight is not 0"
-        check(owner, self, "policy_temperature", sampled, wanted)
+        compared = self.kl_weight or self.entropy_weight
+        wanted = "1, as temperature, if kl_weight or entropy_weight is not 0"
+        check(owner, self, "policy_temperature", not compared or self.policy_temperature == self.temperature == 1, wanted)
+        check(owner, self, "thought_end", bool(self.thought_end) == self.written, "given together with thought_start")
+        for name in ("start_token_id", "end_token_id", "stop_threshold", "kl_weight") if self.written else ():
+            check(owner, self, name, not getattr(self, name), "left alone where thoughts are text (thought_start)")
         wanted = f"{' or '.join(RELATIVE_TO_BASE)} where a gate weighs it against a cost"
         check(owner, self, "reward", self.anchors != "gate" or relative, wanted)
+
+    @property
+    def written(self) -> bool:
+        """Whether a thought is text between two strings, which ends itself."""
+        return bool(self.thought_start)
 
     @property
     def rows(self) -> int:

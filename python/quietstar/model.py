@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,12 @@ from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
 from quietstar.hf.verify import verify_once
+from quietstar.leaks import following, leaks
+from quietstar.live import sample_written
+from quietstar.matches import AHEAD, matches
 from quietstar.packed import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
 from quietstar.rollout import Sampling, Thoughts, draw_seed, sample_thoughts
+from quietstar.written import Marks
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, seed_bits, tensor
 
@@ -114,7 +119,8 @@ class QuietStar(nn.Module):
     def thinker(self) -> Thinker:
         """The parts that functions below the wrapper work with; it shares every weight."""
         vectors = self.start_embedding, self.end_embedding
-        return Thinker(self.model, self.lm_head, self.mixing_head, *vectors, self.thought_config)
+        marks = Marks.of(self.thought_config, self.tokenizer)
+        return Thinker(self.model, self.lm_head, self.mixing_head, *vectors, self.thought_config, marks)
 
     @property
     def config(self) -> Any:
@@ -146,6 +152,14 @@ class QuietStar(nn.Module):
             self.gate = None
         elif self.gate is None:
             self.gate = Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
+        Marks.of(config, self.tokenizer)  # raises ValueError for strings without tokens
+        # What no loss reaches has no gradient: DistributedDataParallel would wait for one.
+        self.mixing_head.requires_grad_(config.mixing != "none")
+        self.start_embedding.requires_grad_(not config.written)
+        self.end_embedding.requires_grad_(not config.written and config.mix_weight > 0)
+        if config.reward == "match" and self.tokenizer is None:
+            text = "without a tokenizer, reward='match' compares a thought's last token with the text's next one"
+            warnings.warn(f"QuietStar: {text}", stacklevel=3)
         if config.base_model == "current":
             self.base_model = None
         elif self.base_model is None and not (config.base_model == "frozen" and adapters.can_be_off(self.model)):
@@ -235,7 +249,7 @@ class QuietStar(nn.Module):
         sequence_ids, labels = checks.check_inputs(input_ids, sequence_ids, labels, embed, vocabulary)
         if chooses:
             seed = draw_seed() if seed is None else seed
-            anchors = choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, training=True))
+            anchors = choose(self._candidates(layout, input_ids, sequence_ids, seed))
             layout = only_at(layout, anchors)
         layout = checks.check_thoughts(thought_ids, thought_lengths, old_logprob, layout, config, vocabulary)
         if thought_ids is None:
@@ -243,7 +257,7 @@ class QuietStar(nn.Module):
             thought_ids, thought_lengths = thoughts.thought_ids, thoughts.thought_lengths
             layout = checks.with_lengths(layout, thought_lengths, config)
 
-        targets = objective.make_targets(labels, attention_mask, layout, config.lookahead)
+        targets = self._targets(labels, attention_mask, layout)
         predicted = self.predict(PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets))
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
@@ -254,14 +268,23 @@ class QuietStar(nn.Module):
                 base_logprob = base_model.thought_logprob(
                     model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, self.chunk_size(layout)
                 )
-        reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward)
-        advantage = objective.advantages(reward, targets, config.advantage)
+        known = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, objective.IGNORED)
+        after = following(known, layout, AHEAD)
+        if config.reward == "match":
+            previous = input_ids.gather(1, layout.anchor.long().clamp(min=0))
+            right = matches(thought_ids, targets.sampled, previous, after, self.tokenizer) & targets.rewarded[..., None]
+            reward = right.to(predicted.nll_mix.dtype)
+        else:
+            reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward, config.lookahead_discount)
+        dead = objective.dead_groups(reward, targets)
+        advantage = objective.advantages(reward, targets, config.advantage).masked_fill(dead[..., None], 0)
         counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
-        sampled = objective.Sampled(predicted.logprob, advantage, on, old_logprob, base_logprob, config.ratio_clip)
-        policy_loss = objective.policy_loss(sampled, counts, config.policy_terms)
+        clip = (config.ratio_clip, config.ratio_clip_high)
+        sampled = objective.Sampled(predicted.logprob, advantage, on, old_logprob, base_logprob, clip)
+        policy_loss = objective.policy_loss(sampled, counts, config.policy_terms, config.token_mean)
         loss = loss_ce + config.policy_weight * policy_loss
         if self.gate is not None and self.training:
             loss = loss + objective.gate_loss(
@@ -281,6 +304,8 @@ class QuietStar(nn.Module):
             logprob=torch.where(on, predicted.logprob.detach(), 0),
             base_logprob=None if base_logprob is None else torch.where(on, base_logprob, 0),
             anchors=anchors,
+            dead=dead,
+            leaks=leaks(thought_ids, targets.sampled, after) & thinks,
         )
 
     def choose_anchors(
@@ -300,7 +325,10 @@ class QuietStar(nn.Module):
         layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
         seed = draw_seed() if seed is None else seed_bits("seed", seed)
         sequence_ids = checks.check_sequence_ids(sequence_ids, input_ids)
-        return choose(Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, self.training))
+        return choose(self._candidates(layout, input_ids, sequence_ids, seed))
+
+    def _candidates(self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int) -> Candidates:
+        return Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, self.training, self.tokenizer)
 
     def _layout(
         self,
@@ -329,7 +357,7 @@ class QuietStar(nn.Module):
         thought_lengths: Tensor | None = None,
         layout: ThoughtLayout | None = None,
     ) -> Thoughts:
-        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the sampling temperature 1, and
+        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the config's temperature, and
         ``.thought_lengths`` [B,P,N] where they may be shorter than T.
 
         Args:
@@ -347,7 +375,13 @@ class QuietStar(nn.Module):
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
     ) -> Thoughts:
         """The thoughts of ``think``, at the places of a layout from ``thinker.layout``; ``sequence_ids`` [B,L]."""
-        size = self.chunk_size(layout)
+        size, config = self.chunk_size(layout), self.thought_config
+        seed = draw_seed() if seed is None else seed
+        temperature = 0.0 if greedy else config.temperature
+        if (marks := self.thinker.marks) is not None:
+            live = size * layout.N if size < layout.P else None
+            inputs = (input_ids, layout, sequence_ids, seed, config.thought_tokens, temperature, live)
+            return sample_written(self.model, self.lm_head, marks, *inputs)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
         return sample_thoughts(
             self.model,
@@ -356,8 +390,8 @@ class QuietStar(nn.Module):
             input_ids,
             layout,
             sequence_ids,
-            draw_seed() if seed is None else seed,
-            Sampling.of(self.thought_config, temperature=0.0 if greedy else 1.0),
+            seed,
+            Sampling.of(config, temperature),
             anchor_chunk=size,
             run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because),
         )
@@ -367,7 +401,7 @@ class QuietStar(nn.Module):
         thinker, size = self.thinker, self.chunk_size(inputs.layout)
         if size < inputs.layout.P:
             return predict_in_chunks(thinker, inputs, size)
-        return thinker.predict(inputs, *thinker.states(inputs.layout, inputs.input_ids, inputs.thought_ids))
+        return thinker.predict(inputs, *thinker.packed_states(*inputs[:4]))
 
     def chunk_size(self, layout: ThoughtLayout) -> int:
         """How many anchors of each text of a layout think at a time, by ``anchor_chunk``."""
@@ -429,7 +463,11 @@ class QuietStar(nn.Module):
         """
         layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
         labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
-        return objective.count(objective.make_targets(labels, attention_mask, layout, self.thought_config.lookahead))
+        return objective.count(self._targets(labels, attention_mask, layout))
+
+    def _targets(self, labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout) -> objective.Targets:
+        config = self.thought_config
+        return objective.make_targets(labels, attention_mask, layout, config.lookahead, all_known=config.mixing == "none")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
         """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Targets:
 
     base: Tensor  # [B,L-1], position t predicts text token t+1
     mix: Tensor  # [B,P,N,J], thought (p, n) predicts text token anchor + j + 1
-    rewarded: Tensor  # bool [B,P], anchors followed by all J targets and one more token: 0 <= anchor <= L-2-J
+    rewarded: Tensor  # bool [B,P], anchors whose thoughts get a reward
     sampled: Tensor  # int64 [B,P,N], number of sampled tokens in each thought; T at unused anchors, which count in the means
 
     def select(self, anchors: slice) -> Targets:
@@ -27,11 +27,17 @@ class Targets:
         return Targets(self.base, self.mix[:, anchors], self.rewarded[:, anchors], self.sampled[:, anchors])
 
 
-def make_targets(labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout, lookahead: int) -> Targets:
+def make_targets(
+    labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout, lookahead: int, all_known: bool = False
+) -> Targets:
     """The targets of a batch.
 
     A target is ignored if its label is -100, its mask is 0, it is in another document, or its thought is off. The last J live
     rows of a thought predict; the rows before them are the start and the sampled tokens.
+
+    Args:
+        all_known: reward the anchors whose J targets all count. Otherwise those that the published code rewards: followed by
+            J tokens and one more, whatever they are, 0 <= anchor <= L-2-J.
     """
     L = layout.L
     labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, IGNORED)
@@ -47,7 +53,7 @@ def make_targets(labels: Tensor, attention_mask: Tensor | None, layout: ThoughtL
     ids = torch.where(inside & visible, labels.gather(1, flat).view(target.shape), IGNORED)
     on = layout.live()[:, :, :, 0]
     mix = torch.where(on[..., None], ids[:, :, None], IGNORED)
-    rewarded = (anchor >= 0) & (anchor <= L - 2 - lookahead)
+    rewarded = (mix != IGNORED).all(-1).any(-1) if all_known else (anchor >= 0) & (anchor <= L - 2 - lookahead)
     sampled = torch.where(on, layout.length.long(), layout.S) - lookahead - 1
     return Targets(base, mix, rewarded, sampled)
 
@@ -78,20 +84,35 @@ REWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "likelihood": _likelihood,  # equations 1 and 2 of the paper
 }
 
+# The other reward, which reads the thought instead of the model's prediction after it.
+MATCH = "1 if the thought's prediction is how the text goes on, else 0"
+
 # Rewards that are 0 for a thought that changes nothing. The others mean something only next to other thoughts' rewards.
 RELATIVE_TO_BASE = ("gain",)
 
 
-def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str) -> Tensor:
+def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str, discount: float = 1.0) -> Tensor:
     """The reward of each thought, summed over its targets: [B,P,N]; 0 at anchors that are not rewarded, no gradient.
 
     Args:
         nll_base: [B,P,J], of the base model at the targets of ``nll_mix``.
         nll_mix: [B,P,N,J].
+        discount: the weight of target j is its j-th power.
     """
     reward = REWARDS[kind](nll_base.detach()[:, :, None], nll_mix.detach())
+    if discount != 1:
+        reward = reward * discount ** torch.arange(reward.shape[-1], device=reward.device)
     reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
     return torch.where(targets.rewarded[:, :, None], reward, 0)
+
+
+# Rewards of an anchor that differ by less are equal up to rounding, nats.
+SPREAD = 1e-6
+
+
+def dead_groups(reward: Tensor, targets: Targets) -> Tensor:
+    """bool [B,P], rewarded anchors whose thoughts, 2 or more, earn the same, [B,P,N]: they say nothing about each other."""
+    return targets.rewarded & (reward.amax(-1) - reward.amin(-1) <= SPREAD) & (reward.shape[-1] > 1)
 
 
 def _relu(reward: Tensor) -> Tensor:
@@ -140,22 +161,24 @@ class Counts:
         mix: mixed targets for each j, [J].
         places: rewarded anchors times thoughts, 0-d; anchors on padding count, unused ones don't.
         tokens: sampled tokens of those thoughts, 0-d.
+        thoughts: those of these thoughts that have a token, 0-d.
     """
 
     base: Tensor
     mix: Tensor
     places: Tensor
     tokens: Tensor
+    thoughts: Tensor
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.base + other.base, self.mix + other.mix, self.places + other.places, self.tokens + other.tokens)
+        return Counts(*(getattr(self, x.name) + getattr(other, x.name) for x in fields(self)))
 
 
 def count(targets: Targets) -> Counts:
     """The counts of one batch."""
     base, mix = (targets.base != IGNORED).sum(), (targets.mix != IGNORED).sum((0, 1, 2))
-    tokens = torch.where(targets.rewarded[:, :, None], targets.sampled, 0).sum()
-    return Counts(base, mix, targets.rewarded.sum() * targets.mix.shape[2], tokens)
+    tokens = torch.where(targets.rewarded[:, :, None], targets.sampled, 0)
+    return Counts(base, mix, targets.rewarded.sum() * targets.mix.shape[2], tokens.sum(), (tokens > 0).sum())
 
 
 def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight: float, mix_weight: float) -> Tensor:
@@ -164,9 +187,10 @@ def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight
     Args:
         nll_base: [B,L-1], 0 where a target does not count.
         nll_mix: [B,P,N,J], 0 where a target does not count.
+        base_weight, mix_weight: 0 leaves the term out of the backward too.
     """
-    base = nll_base.sum() / counts.base.clamp(min=1)
-    mix = nll_mix.sum((0, 1, 2)) / counts.mix.clamp(min=1)
+    base = (nll_base if base_weight else nll_base.detach()).sum() / counts.base.clamp(min=1)
+    mix = (nll_mix if mix_weight else nll_mix.detach()).sum((0, 1, 2)) / counts.mix.clamp(min=1)
     return base_weight * base + mix_weight * mix.mean()
 
 
@@ -179,7 +203,7 @@ class Sampled:
     on: Tensor  # bool, live tokens at a rewarded anchor
     old_logprob: Tensor | None = None  # ``logprob`` when the tokens were sampled, no gradient; None means ``logprob`` itself
     base_logprob: Tensor | None = None  # under the base model continuing the text, no gradient; used by ``divergence`` only
-    ratio_clip: float = 0.2  # PPO's epsilon; used by ``clipped`` only
+    ratio_clip: tuple[float, float] = (0.2, 0.2)  # PPO's epsilon below and above 1; used by ``clipped`` only
 
     def ratio(self) -> Tensor:
         """Probability now divided by probability when sampled. In the first update 1, with the gradient of ``logprob``."""
@@ -192,9 +216,10 @@ def reinforce(sampled: Sampled) -> Tensor:
 
 
 def clipped(sampled: Sampled) -> Tensor:
-    """min(ratio * advantage, clip(ratio, 1 - eps, 1 + eps) * advantage) for each token (PPO, arXiv 1707.06347, equation 7)."""
+    """min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage) for each token (PPO, arXiv 1707.06347, equation 7)."""
     ratio, advantage = sampled.ratio(), sampled.advantage[..., None]
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - sampled.ratio_clip, 1 + sampled.ratio_clip) * advantage)
+    low, high = sampled.ratio_clip
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def divergence(sampled: Sampled) -> Tensor:
@@ -226,10 +251,17 @@ POLICY_TERMS: dict[str, Callable[[Sampled], Tensor]] = {
 }
 
 
-def policy_loss(sampled: Sampled, counts: Counts, weights: Mapping[str, float]) -> Tensor:
-    """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors."""
+def policy_loss(sampled: Sampled, counts: Counts, weights: Mapping[str, float], token_mean: str = "tokens") -> Tensor:
+    """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors.
+
+    Args:
+        token_mean: "tokens", over all of them; or "thought", over those of each thought, and then over thoughts that have any.
+    """
     total = torch.stack([weight * POLICY_TERMS[name](sampled) for name, weight in weights.items()]).sum(0)
-    return -torch.where(sampled.on, total, 0).sum() / counts.tokens.clamp(min=1)
+    total = torch.where(sampled.on, total, 0)
+    if token_mean == "thought":
+        return -(total.sum(-1) / sampled.on.sum(-1).clamp(min=1)).sum() / counts.thoughts.clamp(min=1)
+    return -total.sum() / counts.tokens.clamp(min=1)
 
 
 def gate_loss(probability: Tensor, reward: Tensor, targets: Targets, cost: float, counts: Counts) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
 from quietstar.hf.positions import check_positions
 from quietstar.objective import IGNORED, Targets, at_anchors
+from quietstar.written import Marks, WrittenRows
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.reference import wide
 
 
 class MixingHead(nn.Sequential):
@@ -30,9 +32,9 @@ class MixingHead(nn.Sequential):
         super().__init__(*hidden, last)
 
     def score(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
-        """fp32 [...,1] from two hidden states [...,D], in the head's own dtype whatever autocast says."""
+        """fp32 (fp64 from fp64) [...,1] from two states [...,D], in the head's own dtype whatever autocast says."""
         with torch.autocast(h_base.device.type, enabled=False):
-            return self(torch.cat([h_base, h_thought], -1).to(next(self.parameters()).dtype)).float()
+            return wide(self(torch.cat([h_base, h_thought], -1).to(next(self.parameters()).dtype)))
 
 
 class PackedInputs(NamedTuple):
@@ -90,6 +92,7 @@ class Thinker:
         mixing_head: the mixing head.
         start_embedding, end_embedding: Parameter [D]; ``start`` and ``end`` are what the decoder sees.
         config: the ``ThoughtConfig``.
+        marks: the tokens around a thought that is text; None where it stands between vectors.
     """
 
     model: PreTrainedModel
@@ -98,6 +101,7 @@ class Thinker:
     start_embedding: Tensor
     end_embedding: Tensor
     config: ThoughtConfig
+    marks: Marks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,10 +151,24 @@ class Thinker:
         return torch.where((s == 0)[:, None], self.start, embeds).flatten(1, 3)
 
     def states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D]."""
-        rows = self.thought_rows(layout, input_ids, thought_ids)
+        """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D].
+
+        Raises ValueError where thoughts are text, whose rows have another order.
+        """
+        if self.marks is not None:
+            raise ValueError(f"states: thoughts must stand between vectors, got thought_start={self.config.thought_start!r}")
+        return layout.split(self._packed_forward(layout, input_ids, self.thought_rows(layout, input_ids, thought_ids)))
+
+    def _packed_forward(self, layout: ThoughtLayout, input_ids: Tensor, rows: Tensor) -> Tensor:
         embeds = torch.cat([embeddings(self.model)(input_ids), rows], 1)
-        return layout.split(decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout)))
+        return decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
+
+    def rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None) -> Rows:
+        """The rows of the thoughts, in whichever order they stand."""
+        if self.marks is None:
+            return GridRows(self, layout, self.thought_rows(layout, input_ids, thought_ids), thought_ids, lengths)
+        written = WrittenRows.of(layout, input_ids, thought_ids, self.marks, self.config.lookahead)
+        return TextRows(self, written.layout, embeddings(self.model)(written.ids), written)
 
     def base_states(self, layout: ThoughtLayout, text: Tensor) -> Tensor:
         """Text states [B,P,J,D] at the positions that predict the targets of each anchor."""
@@ -180,8 +198,11 @@ class Thinker:
             h_base: [...,D], of the text; may have size 1 where ``h_thought`` has N.
             h_thought: [...,D], of thoughts.
         """
-        h_thought = h_thought.float()
-        h_base = h_base.float().expand_as(h_thought)
+        h_thought = wide(h_thought)
+        if self.config.mixing == "none":
+            weight = h_thought.new_ones(*h_thought.shape[:-1], 1)
+            return Mixture([(weight, h_thought)], weight[..., 0])
+        h_base = wide(h_base).expand_as(h_thought)
         weight = self.mixing_head.score(h_base, h_thought)
         if self.config.mixing == "logits":
             return Mixture([(torch.ones_like(weight), (1 - weight) * h_base + weight * h_thought)], weight[..., 0])
@@ -192,7 +213,7 @@ class Thinker:
         """-log p of ``base_targets`` [...] under the states ``predicting`` [...,D], and -log p_mix of ``targets`` [...]."""
         (coefficient, state), *others = mixture.terms
         # One call for both: with a weight of 0 they must agree to the last bit, since policy_weight multiplies the difference.
-        hidden = torch.cat([predicting.flatten(0, -2).float(), state.flatten(0, -2)])
+        hidden = torch.cat([wide(predicting).flatten(0, -2), state.flatten(0, -2)])
         logprob = self.lm_head.logprob(hidden, torch.cat([base_targets.flatten(), targets.flatten()]))
         base, mixed = logprob.split([base_targets.numel(), targets.numel()])
         mixed = coefficient[..., 0] * mixed.view_as(targets)
@@ -205,28 +226,95 @@ class Thinker:
         return self.logits(hidden).log_softmax(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [...,V] of states [...,D]."""
-        return self.lm_head.logits(hidden.to(self.lm_head.linear.weight.dtype)).float()
+        """fp32 logits [...,V] of states [...,D]; fp64 for fp64 models."""
+        return wide(self.lm_head.logits(hidden.to(self.lm_head.linear.weight.dtype)))
 
     def mixed_logprobs(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """log p_mix [...,V] from states [...,D], as in the loss: where log-probabilities mix, they don't add up to 1."""
         first, *others = [coefficient * self.logprobs(state) for coefficient, state in self.mix(h_base, h_thought).terms]
         return sum(others, first)
 
-    def predict(self, inputs: PackedInputs, text: Tensor, thought: Tensor) -> Predictions:
-        """What the objective needs, from the states of ``states``."""
-        layout, lengths, targets = inputs.layout, inputs.thought_lengths, inputs.targets
-        ahead = self.end_states(thought, lengths)
-        mixture = self.mix(self.base_states(layout, text)[:, :, None], ahead)
+    def packed_states(
+        self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One packed forward, whichever rows thoughts have.
+
+        Returns last hidden states of the text [B,L,D], those that predict the text after each thought [B,P,N,J,D], and the
+        log-probabilities of the sampled tokens [B,P,N,T].
+        """
+        rows = self.rows(layout, input_ids, thought_ids, lengths)
+        hidden = self._packed_forward(rows.layout, input_ids, rows.embeds)
+        text, thoughts = hidden.split([rows.layout.L, rows.layout.R], 1)
+        return text, rows.ahead(thoughts), rows.logprob(thoughts)
+
+    def predict(self, inputs: PackedInputs, text: Tensor, ahead: Tensor, logprob: Tensor) -> Predictions:
+        """What the objective needs, from the results of ``packed_states``."""
+        targets = inputs.targets
+        mixture = self.mix(self.base_states(inputs.layout, text)[:, :, None], ahead)
         nll_base, nll_mix = self.mixed_nll(mixture, targets.mix, text[:, :-1], targets.base)
-        compared = at_anchors(nll_base, layout, self.config.lookahead)
-        logprob = self.thought_logprob(thought, inputs.thought_ids, lengths)
+        compared = at_anchors(nll_base, inputs.layout, self.config.lookahead)
         return Predictions(text, nll_base, compared, nll_mix, mixture.weight, logprob)
+
+
+class Rows(Protocol):
+    """The rows of thoughts of a packed forward, and where their states go."""
+
+    @property
+    def layout(self) -> ThoughtLayout: ...
+
+    @property
+    def embeds(self) -> Tensor:
+        """[B,R,D]."""
+        ...
+
+    def ahead(self, hidden: Tensor) -> Tensor:
+        """States [B,P,N,J,D] that predict the text after the anchor, from those of the rows."""
+        ...
+
+    def logprob(self, hidden: Tensor) -> Tensor:
+        """[B,P,N,T], of the sampled tokens at the policy temperature."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class GridRows:
+    """Between vectors: S rows for each thought."""
+
+    thinker: Thinker
+    layout: ThoughtLayout
+    embeds: Tensor
+    thought_ids: Tensor
+    lengths: Tensor | None
+
+    def ahead(self, hidden: Tensor) -> Tensor:
+        return self.thinker.end_states(self._grid(hidden), self.lengths)
+
+    def logprob(self, hidden: Tensor) -> Tensor:
+        return self.thinker.thought_logprob(self._grid(hidden), self.thought_ids, self.lengths)
+
+    def _grid(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(1, (self.layout.P, self.layout.N, self.layout.S))
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """Between strings: as many rows as a thought has."""
+
+    thinker: Thinker
+    layout: ThoughtLayout
+    embeds: Tensor
+    written: WrittenRows
+
+    def ahead(self, hidden: Tensor) -> Tensor:
+        return self.written.ahead_states(hidden)
+
+    def logprob(self, hidden: Tensor) -> Tensor:
+        return self.written.logprob(hidden, self.thinker.lm_head, self.thinker.config.policy_temperature)
 
 
 @dataclass
 class QuietStarOutput(ModelOutput):
-    """Output of ``QuietStar.forward``. All fp32; undefined positions hold 0.
+    """Output of ``QuietStar.forward``. All fp32, fp64 for fp64 models; undefined positions hold 0.
 
     Attributes:
         loss: loss_ce + policy_weight * policy_loss, plus the loss of a gate in training.
@@ -242,6 +330,8 @@ class QuietStarOutput(ModelOutput):
         logprob: [B,P,N,T], of the thoughts at the policy temperature, no gradient; ``old_logprob`` for further updates.
         base_logprob: [B,P,N,T], of the thoughts as the base model's continuation of the text; None where kl_weight is 0.
         anchors: integer [B,P], the positions that think; None for all.
+        dead: bool [B,P], rewarded anchors whose thoughts all earn the same, so that nothing is learned from them.
+        leaks: bool [B,P,N], thoughts that have the next four tokens of the text.
     """
 
     loss: Tensor = None  # type: ignore[assignment]
@@ -257,3 +347,5 @@ class QuietStarOutput(ModelOutput):
     logprob: Tensor = None  # type: ignore[assignment]
     base_logprob: Tensor | None = None
     anchors: Tensor | None = None
+    dead: Tensor = None  # type: ignore[assignment]
+    leaks: Tensor = None  # type: ignore[assignment]

@@ -105,6 +105,8 @@ def train(
         raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
     strategy = processes.find_strategy(config)
     processes.check_processes(accelerator.num_processes, config, strategy)
+    if strategy != "no" and qs.thought_config.written:  # processes would run the sharded model a different number of times
+        raise ValueError(f"train: sharding must be 'no' where thoughts are text (thought_start), got {strategy!r}")
     checkpoint = find_checkpoint(resume, config, qs.thought_config)
     done = snapshots.load(checkpoint, qs) if checkpoint else 0
     steps = processes.in_each_process(accelerator, done)

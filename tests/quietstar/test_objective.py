@@ -81,7 +81,7 @@ def test_cross_entropy_means_over_what_counts():
 
 def test_nothing_to_predict_is_zero_not_nan():
     zero = torch.tensor(0)
-    none = objective.Counts(zero, torch.zeros(2, dtype=torch.long), zero, zero)
+    none = objective.Counts(zero, torch.zeros(2, dtype=torch.long), zero, zero, zero)
     assert objective.cross_entropy(torch.zeros(1, 3), torch.zeros(1, 4, 1, 2), none, 0.5, 0.5) == 0
     sampled = objective.Sampled(torch.ones(1, 2, 1, 3), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1, 3, dtype=torch.bool))
     assert objective.policy_loss(sampled, none, {"reinforce": 1.0}) == 0
@@ -90,7 +90,7 @@ def test_nothing_to_predict_is_zero_not_nan():
 def test_policy_loss_divides_by_rewarded_anchors_thoughts_and_tokens():
     logprob = torch.full((1, 3, 2, 4), -1.0)
     advantage = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
-    counts = objective.Counts(torch.tensor(1), torch.tensor([1]), torch.tensor(2 * 2), torch.tensor(2 * 2 * 4))
+    counts = objective.Counts(torch.tensor(1), torch.tensor([1]), *map(torch.tensor, (4, 16, 4)))
     sampled = objective.Sampled(logprob, advantage, torch.ones(1, 3, 2, 4, dtype=torch.bool))
     loss = objective.policy_loss(sampled, counts, {"reinforce": 1.0})
     assert loss.item() == pytest.approx((1 + 3) * 4 / (2 * 2 * 4))

@@ -51,6 +51,15 @@ THOUGHTS = [
     Rule(
         "anchor_share", lambda o: o.anchors not in ("random", "entropy", "gate"), "unless --anchors is random, entropy or gate"
     ),
+    Rule("anchor_share", lambda o: bool(o.anchor_count) and o.anchors != "gate", "with --anchor-count above 0"),
+    Rule(
+        "anchor_count",
+        lambda o: o.anchors not in ("random", "entropy", "sentences"),
+        "unless --anchors is random, entropy or sentences",
+    ),
+    Rule("ratio_clip_high", lambda o: not o.ratio_clip, "without --ratio-clip"),
+    Rule("lookahead_discount", lambda o: o.reward == "match", "with --reward=match"),
+    Rule("embedding_scale embedding_init", lambda o: bool(o.thought_start), "with --thought-start"),
     Rule("anchor_stride", lambda o: o.anchors != "every", "without --anchors=every"),
     Rule("gate_cost", lambda o: o.anchors != "gate", "without --anchors=gate"),
     Rule("base_model_decay", lambda o: o.base_model != "ema", "without --base-model=ema"),

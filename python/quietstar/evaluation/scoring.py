@@ -117,8 +117,8 @@ def _score(
     else:
         thoughts = one.sample(layout, input_ids, torch.zeros_like(input_ids), 0, greedy=True)
         layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
-        text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
-        h_thought = thinker.end_states(thought, thoughts.thought_lengths)[:, :, 0, 0]
+        text, ahead, _ = thinker.packed_states(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths)
+        h_thought = ahead[:, :, 0, 0]
     rows = torch.arange(B, device=anchors.device)[:, None].expand(B, P)
     target = input_ids[rows, (anchors + 1).clamp(max=input_ids.shape[1] - 1)]
     h_base = text[rows, anchors.clamp(min=0)]

@@ -22,6 +22,7 @@ from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, not_finite, unwrapped
+from quietstar.live import sample_written
 from quietstar.model import QuietStar
 from quietstar.packed import PackedInputs, Thinker
 from quietstar.rollout import Sampling, Thoughts, sample_thoughts
@@ -149,17 +150,15 @@ def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str, special: b
 def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: int) -> Thoughts:
     """The thoughts at all places of a text but its last."""
     layout = thinker.layout(input_ids, anchors=torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None])
-    thoughts = sample_thoughts(
-        thinker.model,
-        thinker.lm_head,
-        thinker.start,
-        input_ids,
-        layout,
-        torch.full_like(input_ids, sequence_id),
-        seed or 0,
-        Sampling.of(thinker.config, temperature=0.0 if seed is None else 1.0),
-        anchor_chunk=max(1, ROWS // (thinker.config.thoughts * thinker.config.rows)),
-    )
+    temperature = 0.0 if seed is None else thinker.config.temperature
+    sequence_ids, config = torch.full_like(input_ids, sequence_id), thinker.config
+    chunk = max(1, ROWS // (config.thoughts * config.rows))
+    model, head, texts, seed = thinker.model, thinker.lm_head, (input_ids, layout, sequence_ids), seed or 0
+    if thinker.marks is not None:
+        live = chunk * config.thoughts
+        thoughts = sample_written(model, head, thinker.marks, *texts, seed, config.thought_tokens, temperature, live)
+    else:
+        thoughts = sample_thoughts(model, head, thinker.start, *texts, seed, Sampling.of(config, temperature), chunk)
     return thoughts.checked(thinker.model, layout)
 
 
@@ -183,10 +182,10 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
     layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
-    text, thought = thinker.states(layout, input_ids, thoughts.thought_ids)
-    predicted = thinker.predict(inputs, text, thought)
+    text, ahead, logprob = thinker.packed_states(*inputs[:4])
+    predicted = thinker.predict(inputs, text, ahead, logprob)
 
-    h_base, h_thought = text[0, anchors], thinker.end_states(thought, thoughts.thought_lengths)[0, :, :N, 0]  # [P,D], [P,N,D]
+    h_base, h_thought = text[0, anchors], ahead[0, :, :N, 0]  # [P,D], [P,N,D]
     size = max(1, LOGITS // (thinker.lm_head.linear.out_features * (1 + 2 * N)))
     tops = [_top(thinker, base, mixed) for base, mixed in zip(h_base.split(size), h_thought.split(size), strict=True)]
     base_top, base_p, mixed_top, mixed_p = (torch.cat(column) for column in zip(*tops, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import reduce
 from operator import add
 
@@ -48,8 +49,7 @@ def add_up(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def total_counts(accelerator: Accelerator, parts: list[Counts]) -> Counts:
     """The counts of the whole step, over parts and processes."""
     total = reduce(add, parts)
-    counts = (moved(x, accelerator.device) for x in (total.base, total.mix, total.places, total.tokens))
-    return Counts(*(accelerator.reduce(x) for x in counts))
+    return Counts(*(accelerator.reduce(moved(getattr(total, x.name), accelerator.device)) for x in fields(total)))
 
 
 def reduced(accelerator: Accelerator, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
             pairs = zip(parts, chosen, strict=True)
             parts = _same_width(accelerator, [part | {"anchors": x.to(part["input_ids"].device)} for part, x in pairs])
         parts = [part | {"layout": _layout(qs, part)} for part in parts]
-        stops = qs.thought_config.stop_threshold is not None
+        stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written
         if not stops:
             counts = [_count(qs, part) for part in parts]
         parts = [{name: moved(x, accelerator.device) for name, x in part.items()} for part in parts]

@@ -1,0 +1,234 @@
+"""Sampling of thoughts that end themselves: memory for the live ones alone, and a place that got free goes to the next anchor.
+
+Thoughts that begin together form a cohort, which keeps their keys and values. A forward runs the next row of all cohorts; only
+attention is computed cohort by cohort, since their rows have different numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.hf.decoder import LeafPass, decode_rows
+from quietstar.hf.lm_head import LMHead
+from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.rollout import Thoughts, on_device
+from quietstar.written import Marks
+from quietstar_kernels import ThoughtLayout, thought_decode
+
+FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
+NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
+DROP = 3 / 4  # a cohort with no more than this share of its places live moves together
+
+
+class Cohort:
+    """Thoughts that begin together.
+
+    Attributes:
+        place: int64 [B,C], the number p*N + n of each thought; -1 where there is none.
+        anchor: int32 [B,C], its anchor; likewise.
+        token: int64 [B,C], the last token, which is the next input.
+        recent: int64 [B,C,E], the last sampled tokens.
+        row: how many rows have been run.
+    """
+
+    def __init__(self, place: Tensor, anchor: Tensor, lo: Tensor, marks: Marks, most: int):
+        self.place, self.anchor, self.marks = place, anchor, marks
+        self.token = torch.full_like(place, marks.start[0])
+        self.recent = torch.full((*place.shape, len(marks.end)), -1, dtype=torch.int64, device=place.device)
+        self.row, self._lo, self._most, self._rows = 0, lo, most, min(FIRST_ROWS, most)
+        self._own: list[tuple[Tensor, Tensor]] = []  # keys and values [B,G,C,rows,width] of each attention call
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        length = torch.where(self.anchor >= 0, self._most, 0).int().clamp(max=self._rows)
+        self.layout = ThoughtLayout(self.anchor, self._lo, length[..., None], self._rows)
+
+    def attend(self, call: int, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+        if call == len(self._own):
+            self._own.append((self._room(k), self._room(v)))
+        for own, new in zip(self._own[call], (k, v), strict=True):
+            own.select(3, self.row).copy_(new)
+        return thought_decode(q, *text, *self._own[call], self.layout, self.row, **options)
+
+    def _room(self, x: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:3], self._rows, x.shape[3]))
+
+    def advance(self) -> None:
+        """Count a row; make room for the next."""
+        self.row += 1
+        if self.row == self._rows < self._most:
+            self._rows = min(2 * self._rows, self._most)
+            self._own = [(self._longer(k), self._longer(v)) for k, v in self._own]
+            self._lay_out()
+
+    def _longer(self, x: Tensor) -> Tensor:
+        longer = x.new_empty((*x.shape[:3], self._rows, x.shape[4]))
+        longer[:, :, :, : x.shape[3]] = x
+        return longer
+
+    def keep(self, live: Tensor) -> None:
+        """Drop the thoughts that have ended, and their memory. ``live`` bool [B,C]."""
+        width = int(live.sum(1).max())  # of the widest text
+        order = (~live).int().argsort(dim=1, stable=True)[:, :width]
+        kept = live.gather(1, order)
+        self.place = self.place.gather(1, order).masked_fill(~kept, -1)
+        self.anchor = self.anchor.gather(1, order).masked_fill(~kept, -1)
+        self.token = self.token.gather(1, order)
+        self.recent = self.recent.gather(1, order[..., None].expand(-1, -1, self.recent.shape[2]))
+
+        def of(x: Tensor) -> Tensor:
+            return torch.stack([x[b].index_select(1, order[b]) for b in range(len(x))])
+
+        self._own = [(of(k), of(v)) for k, v in self._own]
+        self._lay_out()
+
+
+class CohortsPass:
+    """The next row of all cohorts, side by side."""
+
+    def __init__(self, text: list[tuple[Tensor, Tensor]], cohorts: list[Cohort], positions: int):
+        self.text, self.cohorts, self.positions, self.calls = text, cohorts, positions, 0
+
+    @property
+    def arrived(self) -> bool:
+        return self.calls == len(self.text) > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        widths = [cohort.place.shape[1] for cohort in self.cohorts]
+        parts = zip(self.cohorts, *(x.split(widths, 2) for x in (q, k, v)), strict=True)
+        text = self.text[self.calls]
+        out = [cohort.attend(self.calls, *rows, text, **options) for cohort, *rows in parts]
+        self.calls += 1
+        return torch.cat(out, 2)
+
+
+@torch.no_grad()
+def sample_written(
+    model: PreTrainedModel,
+    head: LMHead,
+    marks: Marks,
+    input_ids: Tensor,
+    layout: ThoughtLayout,
+    sequence_ids: Tensor,
+    seed: int,
+    thought_tokens: int,
+    temperature: float,
+    live: int | None = None,
+) -> Thoughts:
+    """Sample the tokens of every thought of ``layout`` up to its end; at temperature 0 one for all N of an anchor.
+
+    A thought's tokens depend on its text, its anchor, n and the seed: not on what else is sampled with it.
+
+    Args:
+        input_ids: int64 [B,L].
+        sequence_ids: integer [B,L], the first sampling counter of each position.
+        seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
+        thought_tokens: T, the most that one has.
+        live: the most thoughts of a text at a time; default all.
+    """
+    (B, P, N), T, device = layout.length.shape, thought_tokens, input_ids.device
+    if temperature == 0:
+        one = ThoughtLayout(layout.anchor, layout.lo, layout.length.amax(2, keepdim=True), layout.rows)
+        if N > 1:
+            return sample_written(
+                model, head, marks, input_ids, one, sequence_ids, seed, T, temperature, live and -(-live // N)
+            ).copies(N)
+    wanted = (layout.anchor >= 0)[..., None] & (layout.length > 0)
+    queue = wanted.flatten(1)
+    # The places that think, of each text, one after another.
+    order = (~queue).int().argsort(dim=1, stable=True)
+    counts = queue.sum(1)
+    width = min(live or P * N, int(counts.max()) if B else 0)
+    ids = torch.zeros((B, P * N, T), dtype=torch.int64, device=device)
+    logprob = torch.zeros((B, P * N, T), device=device)
+    lengths = torch.zeros((B, P * N), dtype=torch.int64, device=device)
+    with dropout_off(model):
+        leaf = LeafPass(layout)
+        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), leaf)
+        rollout = _Rollout(model, head, marks, layout, sequence_ids, on_device(seed, device), temperature, leaf.keys_values, T)
+        taken = torch.zeros_like(counts)
+        cohorts: list[Cohort] = []
+        while True:
+            left = counts - taken
+            free = width - sum(((c.place >= 0).sum(1) for c in cohorts), torch.zeros_like(counts))
+            begin = torch.minimum(free, left).clamp(min=0)
+            most = int(begin.max()) if B else 0
+            if most and (not cohorts or most >= NEW * width or bool((begin == left).all())):
+                index = taken[:, None] + torch.arange(most, device=device)
+                place = order.gather(1, index.clamp(max=P * N - 1))
+                place = torch.where(torch.arange(most, device=device) < begin[:, None], place, -1)
+                anchor = layout.anchor.gather(1, place.clamp(min=0) // N).masked_fill(place < 0, -1)
+                cohorts.append(Cohort(place, anchor, layout.lo, marks, len(marks.start) + T))
+                taken = taken + begin
+            if not cohorts:
+                break
+            cohorts = rollout.step(cohorts, ids, logprob, lengths)
+    shape = (B, P, N, T)
+    return Thoughts(ids.view(shape), logprob.view(shape), lengths.view(B, P, N))
+
+
+class _Rollout:
+    """Steps of all cohorts."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: LMHead,
+        marks: Marks,
+        layout: ThoughtLayout,
+        sequence_ids: Tensor,
+        seed: Tensor,
+        temperature: float,
+        text: list[tuple[Tensor, Tensor]],
+        T: int,
+    ):
+        self.model, self.head, self.marks, self.N, self.T = model, head, marks, layout.N, T
+        self.sequence_ids, self.position = sequence_ids, layout.text_position_ids()
+        self.seed, self.temperature, self.text = seed, temperature, text
+        self.positions = layout.L + len(marks.start) + T
+
+    def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
+        """Run a row of every thought and sample; the cohorts that still have live thoughts."""
+        anchor = torch.cat([c.anchor for c in cohorts], 1).long().clamp(min=0)
+        place = torch.cat([c.place for c in cohorts], 1)
+        row = torch.cat([torch.full_like(c.place, c.row) for c in cohorts], 1)
+        position = self.position.gather(1, anchor)
+        tokens = torch.cat([c.token for c in cohorts], 1).clamp(min=0)
+        hidden = decode_rows(
+            self.model,
+            embeddings(self.model)(tokens),
+            position + 1 + row,
+            CohortsPass(self.text, cohorts, self.positions),
+        )
+        s = row - (len(self.marks.start) - 1)  # which token a row predicts
+        counters = torch.stack([self.sequence_ids.gather(1, anchor), position, place.clamp(min=0) % self.N, s.clamp(min=0)], -1)
+        drawn, value = self.head.sample(hidden, counters.int(), self.seed, self.temperature, ())
+        batch = torch.arange(len(place), device=place.device)[:, None].expand_as(place)
+        draws = (place >= 0) & (s >= 0)
+        where = batch[draws], place[draws], s[draws]
+        ids[where], logprob[where] = drawn[draws], value[draws]
+        lengths[where[:2]] = s[draws] + 1
+        forced = self.marks.start
+        kept = []
+        for c, some in zip(cohorts, drawn.split([c.place.shape[1] for c in cohorts], 1), strict=True):
+            c.advance()
+            if c.row < len(forced):
+                c.token = torch.full_like(c.token, forced[c.row])
+                kept.append(c)
+                continue
+            c.token = some
+            c.recent = torch.cat([c.recent[..., 1:], some[..., None]], -1)
+            ended = (c.recent == some.new_tensor(self.marks.end)).all(-1) | torch.isin(some, some.new_tensor(self.marks.stops))
+            over = c.row - len(forced) + 1 >= self.T
+            live = (c.place >= 0) & ~ended & (some >= 0) if not over else torch.zeros_like(ended)
+            c.place = c.place.masked_fill(~live, -1)
+            most = int(live.sum(1).max())
+            if most <= DROP * live.shape[1]:
+                c.keep(live)
+            if most:
+                kept.append(c)
+        return kept
