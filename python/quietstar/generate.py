@@ -67,8 +67,8 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
             if thinker.marks is not None:
                 start = thinker.config.thought_start
                 raise ValueError(
-                    f"generate: think must be 'never' where thoughts are text (thought_start={start!r}), got {thinking.think!r}: "
-                    "put that text at the end of the prompt, and the model thinks as it goes on"
+                    f"generate: think must be 'never' where thoughts are text (thought_start={start!r}), got "
+                    f"{thinking.think!r}: put that text at the end of the prompt, and the model thinks as it goes on"
                 )
             new_tokens = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 1
             generator = ThinkingModel(thinker, graphs, thinking, new_tokens)

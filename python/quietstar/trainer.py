@@ -26,7 +26,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
 from quietstar.evaluation.intervals import mean_gains
-from quietstar.evaluation.losses import TokenLosses, can_swap, measure, with_thoughts_of_another
+from quietstar.evaluation.losses import TokenLosses, at_chosen_anchors, can_swap, measure, with_thoughts_of_another
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import state
 from quietstar.model import OF_TRL, QuietStar
@@ -180,7 +180,8 @@ class ThoughtTrainer(Trainer):
         B = len(inputs["input_ids"])
         with self.accelerator.autocast():
             examples = [{name: x[i] for name, x in texts.items()} for i in range(B)]
-            losses, thought = measure(self.model, examples, B, progress=False, keep=self.controls)
+            chosen = at_chosen_anchors(self.model, examples, B)
+            losses, thought = measure(self.model, chosen, B, progress=False, keep=self.controls)
         self._thought.append(thought)
         means = [_text_means(x, losses, B) for x in (losses.base, losses.mixed)]
         rows = torch.stack([*means, losses.text.bincount(minlength=B)], 1).to(self.args.device, torch.float32)

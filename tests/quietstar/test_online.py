@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import QuietStar, ThoughtConfig, evaluate
+from quietstar.cli.summary import finish
+from quietstar.evaluation.alarms import alarms
 from quietstar.testing import byte_tokenizer
-from tests.quietstar.common import gradients
+from tests.quietstar.common import gradients, short_run, texts_of
 
 START, END = "<t>", "</t>"
 ANCHORS, L, T = (3, 7, 12), 22, 6
@@ -195,3 +197,49 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="anchors='sentences' needs a tokenizer"):
         qs.use_config(ThoughtConfig(anchors="sentences"))
         qs.choose_anchors(torch.zeros(1, 9, dtype=torch.long))
+
+
+def leaking(examples):
+    """With thoughts that copy the next tokens at one anchor of each text."""
+    for example in examples:
+        after = example["input_ids"][4:10]
+        thoughts = torch.stack([after, after.roll(1)])[None]  # the second has them from its second token on, but for the last
+        yield {**example, "anchors": torch.tensor([3]), "thought_ids": thoughts, "thought_lengths": torch.tensor([[6, 6]])}
+
+
+def test_a_policy_that_copies_the_target_is_named(tmp_path, capsys):
+    """In the metrics, the evaluation and the summary; and groups whose thoughts earn the same are counted."""
+    texts = texts_of([14] * 4)
+    data = list(leaking(texts))
+    qs = online("rlp", dtype=torch.float32, thoughts=2, anchors="all")
+    one = [{name: x[:, :1] if name.startswith("thought") else x for name, x in example.items()} for example in data]
+    evaluated = {"evaluate": lambda qs: evaluate(qs, one, controls=False), "eval_every": 4}
+    lines = short_run(qs, data, tmp_path, learning_rate=1e-6, **evaluated)
+    assert {line["leak_rate"] for line in lines} == {1.0} and lines[-1]["eval_leak_rate"] == 1.0
+    assert lines[-1]["thought_length"] == 6 and lines[0]["dead_groups"] == 0
+    said = finish(str(tmp_path), [{"seconds": 1.0, "thoughts_per_second": 1.0, **line} for line in lines], held_out=True)
+    assert said.count("leak: 100% of thoughts hold the next four tokens of the text, which games the reward") == 2
+    for example in data:
+        example["thought_ids"] = example["thought_ids"][:, :1].expand(-1, 2, -1)
+    lines = short_run(qs, data, tmp_path / "dead", learning_rate=1e-6)
+    assert lines[0]["dead_groups"] == 1 and lines[0]["advantage"] == lines[0]["policy_loss"] == 0
+    assert alarms(lines[0])[1].startswith("dead groups: at 100% of the anchors all thoughts earn the same")
+    assert alarms({"thought_length": 3.0}, {"thought_length": 8.0})[0].startswith("thoughts shrank from 8.0 to 3.0 tokens")
+    assert not alarms({"thought_length": 5.0, "leak_rate": 0.05, "dead_groups": 0.2}, {"thought_length": 8.0})
+
+
+def test_a_run_with_thoughts_that_end_themselves(tmp_path):
+    """Accumulation changes nothing, a resumed run is the same, and held-out texts are evaluated at the anchors of a choice."""
+    data = texts_of([20, 16, 22, 18, 20, 21])
+    found = []
+    for parts in (1, 2):
+        qs = online("rlp", dtype=torch.float64, anchor_count=2)
+        evaluated = {"evaluate": lambda qs: evaluate(qs, data[:3]), "eval_every": 4}
+        found.append(short_run(qs, data, tmp_path / str(parts), accumulation=parts, learning_rate=1e-3, **evaluated))
+    assert found[0][-1]["eval_tokens"] == 6 and found[0][0]["anchors"] == 8 and "eval_content" in found[0][-1]
+    for one, two in zip(*found, strict=True):
+        assert one == pytest.approx(two, rel=1e-6, abs=1e-9)
+    qs = online("rlp", seed=1, dtype=torch.float64, anchor_count=2)
+    checkpoint = tmp_path / "1" / "checkpoints" / "step-000002"
+    again = short_run(qs, data, tmp_path / "again", resume=checkpoint, learning_rate=1e-3, **evaluated)
+    assert again[-1] == found[0][-1]

@@ -22,6 +22,7 @@ from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
 from quietstar.data.rows import chat_text
 from quietstar.data.texts import Data, DataConfig
+from quietstar.evaluation.alarms import alarms
 from quietstar.evaluation.intervals import format_gain, verdict
 from quietstar.memory.fit import Machine
 from quietstar.model import QuietStar
@@ -176,4 +177,4 @@ def held_out_losses(figures: Mapping[str, float]) -> str:
     lines = [f"held-out loss, nats per token, {figures['tokens']:,} tokens of {figures['texts']} texts"]
     lines += [f"  {label:<31} {figures[name]:.4f}" for name, label in LOSSES.items() if name in figures]
     lines += [f"  {label:<31}{format_gain(figures, name, 4)}" for name, label in GAINS.items() if name in figures]
-    return "\n".join([*lines, verdict(figures)])
+    return "\n".join([*lines, verdict(figures), *alarms(figures)])

@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from quietstar.checkpoints import places
 from quietstar.cli.common import typed
+from quietstar.evaluation.alarms import alarms
 from quietstar.evaluation.intervals import PARTS, verdict
 from quietstar.files.pictures import can_draw, legend_above, new_figure, save
 
@@ -89,6 +91,7 @@ def _part(axes: Any, evaluations: Sequence[Line], name: str, color: str, label: 
 
 
 FIGURES = ("loss_ce", "reward", "weight", "thoughts_per_second")
+ALARMS = ("thought_length", "leak_rate", "dead_groups")  # shown where there are any
 
 
 def finish(out: str, lines: Sequence[Mapping[str, float]], held_out: bool) -> str:
@@ -132,6 +135,7 @@ def _held_out_text(evaluations: Sequence[Mapping[str, float]]) -> str:
             f"  95 % intervals at step {last['step']}:",
             *(f"    {name:<8} {last[f'{name}_low']:+.4f} to {last[f'{name}_high']:+.4f}" for name in parts),
             verdict(last),
+            *alarms(last),
         ]
     )
 
@@ -141,11 +145,12 @@ def _training_text(lines: Sequence[Mapping[str, float]]) -> str:
     first, last = lines[0], lines[-max(1, len(lines) // 10) :]
     since = f"step {last[0]['step']}" if len(last) == 1 else f"{last[0]['step']} to {last[-1]['step']}"
     rows = [_row("", f"step {first['step']}", since)]
-    for name in FIGURES:
-        mean = sum(line[name] for line in last) / len(last)
+    means = {name: fmean(line.get(name, 0.0) for line in last) for name in (*FIGURES, *ALARMS)}
+    for name in (*FIGURES, *(name for name in ALARMS if first.get(name) or means[name])):
         form = ".0f" if name == "thoughts_per_second" else ".4f"
-        rows.append(_row(name.replace("_per_second", "/s"), f"{first[name]:{form}}", f"{mean:{form}}"))
-    return "\n".join([f"training, {len(lines):,} steps in {_time(sum(line['seconds'] for line in lines))}", *rows])
+        rows.append(_row(name.replace("_per_second", "/s"), f"{first.get(name, 0.0):{form}}", f"{means[name]:{form}}"))
+    title = f"training, {len(lines):,} steps in {_time(sum(line['seconds'] for line in lines))}"
+    return "\n".join([title, *rows, *alarms(means, first)])
 
 
 def _row(label: str, first: str, last: str) -> str:

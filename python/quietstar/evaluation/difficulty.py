@@ -123,8 +123,8 @@ def by_anchor_choice(
 ) -> list[dict[str, Any]]:
     """What thinking gains at the tokens of ``losses`` that each choice of ``anchors`` picks.
 
-    Shares and strides are those of the model's config. A model with a gate has a row for it, open above 0.5. Random choices
-    use seed 0.
+    Shares and strides are those of the model's config. A model with a gate has a row for it, open above 0.5, and one with
+    a tokenizer for the ends of sentences. Random choices use seed 0.
 
     Args:
         examples: those that ``token_losses`` was given.
@@ -140,7 +140,7 @@ def by_anchor_choice(
     check_data("examples", examples)
     rows, parts = [], PARTS if losses.another is not None else PARTS[:1]
     for choice in CHOICES:
-        if choice == "gate" and qs.gate is None:
+        if (choice == "gate" and qs.gate is None) or (choice == "sentences" and qs.tokenizer is None):
             continue
         chosen = _thinks(qs, choice, examples, losses, batch_size).nonzero()[:, 0]
         share = len(chosen) / max(1, len(losses.text))

@@ -152,6 +152,8 @@ class TokenLosses:
         text: int64 [tokens], the number of the text that it belongs to.
         place: int64 [tokens], the position before it, where the thought is.
         another: fp64 [tokens], -log p with another text's thought at that place; None where this was not measured.
+        leaks: bool [tokens], whether that thought has the next four tokens of the text; None where this is not known.
+        length: int64 [tokens], its sampled tokens; likewise.
     """
 
     base: Tensor
@@ -159,6 +161,8 @@ class TokenLosses:
     text: Tensor
     place: Tensor
     another: Tensor | None = None
+    leaks: Tensor | None = None
+    length: Tensor | None = None
 
 
 def evaluate(
@@ -176,7 +180,8 @@ def evaluate(
         interval over texts, each compared with itself; texts and tokens, how many there were. With controls also another, the
         loss with another text's thoughts; mixing = base - another, what any thought gains; content = another - mixed, what the
         own thoughts gain over these; and their intervals, mixing_low, ... gain = mixing + content. What was thought can
-        be worth no more than the smaller of gain and content.
+        be worth no more than the smaller of gain and content. leak_rate, the share of thoughts that have the next four tokens
+        of the text, and gain_without_leaks, the mean gain at the others where both kinds occur; thought_length, their mean.
 
     Raises:
         ValueError: fewer than two texts with something to predict, which give no interval.
@@ -196,6 +201,10 @@ def summary(losses: TokenLosses) -> dict[str, float]:
     for name, value in mean_gains(**means).items():
         assert value is not None  # there are two texts or more
         figures[name] = value
+    if losses.leaks is not None and losses.length is not None:
+        figures |= {"leak_rate": float(losses.leaks.double().mean()), "thought_length": float(losses.length.double().mean())}
+        if losses.leaks.any() and not losses.leaks.all():
+            figures["gain_without_leaks"] = float((losses.base - losses.mixed)[~losses.leaks].mean())
     return figures | {"tokens": int(tokens.sum())}
 
 
@@ -208,12 +217,25 @@ def token_losses(
     check_data("evaluate: examples", examples)
     flag("evaluate: progress", progress)
     flag("evaluate: controls", controls)
+    examples = at_chosen_anchors(qs, examples, batch_size)
     losses, own = measure(qs, examples, batch_size, progress, keep=controls)
     if not can_swap(own):
         return losses
     # The thoughts sampled above, so that this costs a forward alone.
     others, _ = measure(qs, with_thoughts_of_another(own), batch_size, progress, keep=False)
     return replace(losses, another=others.mixed)
+
+
+@torch.no_grad()
+def at_chosen_anchors(qs: QuietStar, examples: Sequence[Example], batch_size: int) -> Sequence[Example]:
+    """With the anchors that a config with ``anchor_count`` chooses, always the same; others as they are."""
+    if not (qs.thought_config.anchor_count and len(examples)) or not {"anchors", "thought_ids"}.isdisjoint(examples[0]):
+        return examples
+    found: list[Example] = []
+    for chosen, batch in batches_of(examples, batch_size, qs.start_embedding.device):
+        anchors = qs.choose_anchors(**text_of(batch), seed=0).cpu()
+        found += [{**examples[i], "anchors": anchors[row]} for row, i in enumerate(chosen)]
+    return found
 
 
 def measure(
@@ -230,14 +252,17 @@ def measure(
             before_batch(number, total)
             base, mixed, anchor, counts, out = _losses(one, batch)
             row, _ = counts.nonzero(as_tuple=True)
-            parts.append(
-                (base[counts].double().cpu(), mixed[counts].double().cpu(), chosen.start + row.cpu(), anchor[counts].cpu())
-            )
+            T = anchor.new_full(anchor.shape, one.thought_config.thought_tokens)
+            length = T if out.thought_lengths is None else out.thought_lengths[:, :, 0]
+            found = (base.double(), mixed.double(), anchor, out.leaks[:, :, 0], length)
+            base, mixed, anchor, *others = (x[counts].cpu() for x in found)
+            parts.append((base, mixed, chosen.start + row.cpu(), anchor, *others))
             if keep:
                 thinking += add_thoughts([examples[i] for i in chosen], out.thought_ids.clamp(min=0), out.thought_lengths)
     if not parts:
         return TokenLosses(*torch.zeros(2, 0).double(), *torch.zeros(2, 0).long()), thinking
-    return TokenLosses(*(torch.cat(column) for column in zip(*parts, strict=True))), thinking
+    base, mixed, text, place, leaks, length = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLosses(base, mixed, text, place, leaks=leaks, length=length), thinking
 
 
 def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, QuietStarOutput]:

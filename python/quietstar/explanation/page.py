@@ -59,10 +59,12 @@ def describe(model: dict[str, Any], settings: dict[str, Any], tokens: list[Expla
     stopped = any(len(thought.ids) < T for token in tokens for thought in token.thoughts)
     how = "the likeliest tokens" if settings["seed"] is None else f"sampled with seed {settings['seed']}"
     of = "this text's, from half of it further on" if settings["another"] is None else "another text's, at the same places"
+    leaks = [thought.leaks for token in tokens for thought in token.thoughts]
+    leaked = f" {sum(leaks):,} of {len(leaks):,} thoughts hold the next four tokens of the text." if any(leaks) else ""
     return (
         f"{model['class']}{named}, {_count(model['parameters'])} weights, {model['dtype']}. Before every token {thoughts} of "
         f"{'up to ' if stopped else ''}{T} tokens{'' if one else ' each'}, {how}. The other thoughts are {of}. Preset "
-        f"{settings['preset']}, mixing {settings['mixing']}."
+        f"{settings['preset']}, mixing {settings['mixing']}.{leaked}"
     )
 
 

@@ -22,6 +22,7 @@ from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, not_finite, unwrapped
+from quietstar.leaks import following, leaks
 from quietstar.live import sample_written
 from quietstar.model import QuietStar
 from quietstar.packed import PackedInputs, Thinker
@@ -56,7 +57,8 @@ class Report:
 
         Keys: tokens, how many were predicted; base, mixed, another, gain, mixing and content, their means; gain_low, gain_high,
         mixing_low, ..., the 95 % intervals of the gains, as if tokens were independent; helped, the share of tokens whose gain
-        and content are both 0.05 or more; hurt, the share with a gain below -0.05.
+        and content are both 0.05 or more; hurt, the share with a gain below -0.05; leaks, the share of thoughts that have the
+        next four tokens of the text.
         """
         predicted = self.tokens[1:]
         summary: dict[str, float | int] = {"tokens": len(predicted)}
@@ -66,6 +68,7 @@ class Report:
             summary |= {f"{name}_low": low, f"{name}_high": high} if name in GAINS else {}
         effects = [token.effect or 0.0 for token in predicted]
         shares = {"helped": [x >= SAME for x in effects], "hurt": [x < -SAME for x in effects]}
+        shares["leaks"] = [thought.leaks for token in predicted for thought in token.thoughts] or [False]
         return summary | {name: fmean(x) for name, x in shares.items()}
 
     @property
@@ -196,6 +199,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
         "weight": predicted.weight[0, :, :N, 0],
         "thought_ids": thoughts.thought_ids[0, :, :N],
         "length": thoughts.lengths[0, :, :N],
+        "leaks": leaks(thoughts.thought_ids, thoughts.lengths, following(input_ids, layout))[0, :, :N],
         "base_top": base_top,
         "base_p": base_p,
         "mixed_top": mixed_top,
@@ -230,6 +234,7 @@ def _tokens(tokenizer: Any, ids: list[int], found: dict[str, list]) -> list[Expl
             weight=found["weight"][place][n],
             mixed=found["mixed"][place][n],
             top=top(found["mixed_top"][place][n], found["mixed_p"][place][n]),
+            leaks=found["leaks"][place][n],
         )
 
     pieces = text_pieces(tokenizer, ids)

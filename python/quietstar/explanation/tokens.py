@@ -30,6 +30,7 @@ class ExplainedThought:
         weight: mixing weight on the thought.
         mixed: -log p of the token with this thought, nats.
         top: the likeliest tokens with this thought, the likeliest first.
+        leaks: whether it has the next four tokens of the text.
     """
 
     ids: list[int]
@@ -38,6 +39,7 @@ class ExplainedThought:
     weight: float
     mixed: float
     top: list[Alternative]
+    leaks: bool = False
 
 
 @dataclass(frozen=True)

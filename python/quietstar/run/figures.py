@@ -32,7 +32,11 @@ def sums_of(loss: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, Tensor
         "weight": out.weight.detach()[..., 0].where(out.nll_mix[..., 0] != 0, 0).sum(),
         "tokens": part["attention_mask"].sum(),
         "thoughts": torch.full_like(loss.detach(), out.reward.numel(), dtype=torch.float64),
+        "leak_rate": out.leaks.sum(),
+        "dead_groups": out.dead.sum() * out.reward.shape[2],
     }
+    if out.thought_lengths is not None:
+        sums["thought_length"] = out.thought_lengths.sum()
     if out.base_logprob is not None:
         sums["divergence"] = (out.logprob - out.base_logprob).sum()
     if out.anchors is not None:
@@ -82,8 +86,10 @@ class Reading:
         *numbers, mix, places, tokens, grad_norm = self._values.tolist()
         figures = dict(zip(self._names, numbers, strict=True))
         figures["weight"] /= max(1, mix)
-        for name in ("reward", "advantage"):
+        for name in ("reward", "advantage", "leak_rate", "dead_groups"):
             figures[name] /= max(1, places)
+        if "thought_length" in figures:
+            figures["thought_length"] /= max(1, figures["thoughts"])
         if "divergence" in figures:
             figures["divergence"] /= max(1, tokens)
         if "anchors" in figures:

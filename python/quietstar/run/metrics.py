@@ -107,7 +107,16 @@ FIGURES = {
     "reward": lambda x: f"reward {x:.3f}",
     "weight": lambda x: f"weight {x:.3f}",
     "thoughts_per_second": lambda x: f"{tqdm.format_sizeof(x)} th/s",
+    "thought_length": lambda x: f"length {x:.0f}",
+    "leak_rate": lambda x: f"leaks {x:.0%}",
+    "dead_groups": lambda x: f"dead {x:.0%}",
 }
+
+
+def shown(line: Mapping[str, float]) -> list[str]:
+    """Those that a line has; of leaks and dead groups, where there are any."""
+    rare = ("leak_rate", "dead_groups")
+    return [form(line[name]) for name, form in FIGURES.items() if name in line and (line[name] or name not in rare)]
 
 
 class Display:
@@ -131,12 +140,11 @@ class Display:
         self._done += 1
         if self._bar.disable:
             if self._shown and (self._pace.due() or self._done == self._steps):
-                figures = ", ".join(form(line[name]) for name, form in FIGURES.items())
-                self._say(f"step {self._done} of {self._steps}: {figures}")
+                self._say(f"step {self._done} of {self._steps}: {', '.join(shown(line))}")
             return
         columns, text = self._bar.format_dict["ncols"], ""
-        for name, form in FIGURES.items():
-            longer = f"{text} {form(line[name])}"
+        for figure in shown(line):
+            longer = f"{text} {figure}"
             if not isinstance(columns, int) or len(longer) + self._other_columns <= columns:
                 text = longer
         self._figures = text

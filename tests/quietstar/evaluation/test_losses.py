@@ -45,7 +45,7 @@ def test_means_and_intervals(qs, batch_size):
         want |= {name: values.mean(), f"{name}_low": values.mean() - margin, f"{name}_high": values.mean() + margin}
     close(figures, want)
     assert figures["texts"] == 5 and figures["tokens"] == sum(LENGTHS) - 5
-    assert figures.keys() == want.keys() | {"texts", "tokens"}
+    assert figures.keys() == want.keys() | {"texts", "tokens", "leak_rate", "thought_length"}
     assert (
         figures["gain"] == pytest.approx(figures["mixing"] + figures["content"], abs=1e-12) and abs(figures["content"]) > 1e-4
     )

@@ -111,7 +111,7 @@ def test_summary(qs):
         _, low, high = mean_interval(values[name].tolist())
         want |= {f"{name}_low": low, f"{name}_high": high}
     helped, hurt = (values["gain"] >= SAME) & (values["content"] >= SAME), values["gain"] < -SAME
-    want |= {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean())}
+    want |= {"helped": float(helped.double().mean()), "hurt": float(hurt.double().mean()), "leaks": 0.0}
     assert report.summary == pytest.approx(want)
     assert 0 < report.summary["hurt"] and set(report.summary) == set(want)
 
