@@ -16,7 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Str
 from quietstar.checkpoints import native
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
-from quietstar.config import PRESETS, TRAIN_PRESETS
+from quietstar.config import PRESETS, TRAIN_PRESETS, filled_by
 from quietstar.data.held_out import data_config
 from quietstar.files.reading import read_yaml
 
@@ -103,6 +103,8 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
             given[name[2:]] = value or following
     command = arguments[0] if arguments else ""
     if {"-h", "--help"}.intersection(arguments):
+        if command == "train" and given.get("preset") in PRESETS:
+            print(preset_text(str(given["preset"])))
         return expanded, {}
     values = inherited(commands.get(command), str(given.get("model", "")))
     from_model = for_source(values, str(given.get("data", "")))
@@ -112,9 +114,18 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
     return expanded, values
 
 
+def preset_text(preset: str) -> str:
+    """What a preset fills, as options."""
+    values = {name: x for name, x in (filled_by(preset) | TRAIN_PRESETS.get(preset, {})).items() if x != ""}
+    return "\n".join(
+        [f"{preset} fills, where nothing else is typed:", *(f"  --{name.replace('_', '-')}={x}" for name, x in values.items())]
+    )
+
+
 def _as_typed(values: dict[str, Any]) -> list[str]:
     """Without what the preset fills in, so that another preset can be typed."""
-    filled = PRESETS.get(values.get("preset", "official"), {})
+    preset = values.get("preset", "official")
+    filled = filled_by(preset) if preset in PRESETS else {}
     typed = []
     for name, value in values.items():
         option = name.replace("_", "-")

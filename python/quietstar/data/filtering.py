@@ -47,8 +47,8 @@ def gains(qs: QuietStar, batch: Batch, anchors: Tensor | None, thoughts: Thought
     inputs = {name: batch[name] for name in names if name in batch}
     given = {"anchors": anchors, "thought_ids": thoughts.thought_ids, "thought_lengths": thoughts.thought_lengths}
     with dropout_off(qs):
-        one = qs.with_config(replace(qs.thought_config, reward="gain", kl_weight=0.0))
-        return one(**inputs, **given).reward
+        config = replace(qs.thought_config, reward="gain", lookahead_discount=1.0, kl_weight=0.0)
+        return qs.with_config(config)(**inputs, **given).reward
 
 
 def best(

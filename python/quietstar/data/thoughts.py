@@ -354,7 +354,7 @@ class OfflineThoughts(Sequence[Example]):
             for value in logprob:
                 if not -math.inf < value <= ROUNDING:
                     raise ValueError(f"{where}: logprob must be log-probabilities, finite and at most 0, got {value!r}")
-            if self.config.policy_temperature == 1:  # the temperature of the file's log-probabilities
+            if self.config.policy_temperature == self.config.temperature:  # that of the file's log-probabilities
                 joined["old_logprob"] = torch.zeros(on.shape).masked_scatter(on, torch.tensor(logprob))
         return joined
 
