@@ -22,6 +22,7 @@ from benchmarks import (
     bench_linear_logprob,
     bench_memory,
     bench_naive,
+    bench_online,
     bench_sample_token,
     bench_step,
     bench_thought_attention,
@@ -40,6 +41,7 @@ MODULES = (
     bench_step,
     bench_naive,
     bench_group_rl,
+    bench_online,
     bench_memory,
     bench_host,
 )

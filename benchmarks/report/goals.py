@@ -280,6 +280,8 @@ CPU = [
     Goal("sample_token, speedup over matmul, softmax, multinomial", 6, over(SOFTMAX, "sample_token", FORWARD, _headline)),
     Goal("linear_logprob, speedup over matmul, cross_entropy", 1.8, over("matmul, cross_entropy", "linear_logprob", BOTH)),
     Goal("a step of group RL, speedup over TRL's repeated prompts", 1.8, over("TRL", "group_rl", "loss and backward")),
+    Goal("a step of RLP, speedup over a loop over anchors", 5, over("anchor by anchor", "online", "step", _headline)),
+    Goal("a step of RLP, speedup over a sequence for each thought", 3, over("a sequence", "online", "step", _headline)),
     *(
         Goal(f"branches, prompt {L}, 8 of {S}, speedup over repeated prompts", target, over_copies(L, S))
         for L, S, target in ((512, 64, 2.5), (512, 256, 1.4), (2048, 256, 2.6), (2048, 1024, 1.45), (512, 1024, 0.95))

@@ -19,6 +19,7 @@ TITLES = {
     "step": "Whole models",
     "naive": "Thoughts at all positions: at once or one after another",
     "group_rl": "Group RL: a step of TRL's GRPOTrainer",
+    "online": "RL on ordinary text: long thoughts at a few anchors",
     "memory": "Memory on long texts",
     "host": "Host time",
 }

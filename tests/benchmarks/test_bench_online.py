@@ -11,7 +11,8 @@ from benchmarks.bench_online import BASELINES, BENCHMARK, OURS, smoke
 from benchmarks.harness.case import Wrong
 from benchmarks.report import goals
 
-TINY, ROLLOUT = smoke(torch.device("cpu"))
+TINIEST, ROLLOUT = smoke(torch.device("cpu"))
+TINY = replace(TINIEST, B=2, L=24, N=3, T=10)
 
 
 @pytest.mark.parametrize("candidate", [OURS, *BASELINES], ids=lambda candidate: candidate.name)
@@ -75,6 +76,6 @@ def test_work_counts_the_matmuls_of_every_row():
 def test_rows_and_goals(rates, effort):
     ours, theirs = BENCHMARK.compare(ROLLOUT, OURS, BASELINES[1:], rates, effort)
     assert ours.of_roofline and theirs.times_ours
-    assert ours.note == theirs.note == f"thoughts of {float(TINY.lengths.float().mean()):.0f} tokens"
+    assert ours.note == theirs.note == f"thoughts of {float(TINIEST.lengths.float().mean()):.0f} tokens"
     found = [theirs.as_dict() | {"what": "step", "times_ours": 4.0, "candidate": x.name} for x in BASELINES]
     assert [goal.verdict(found)[2] for goal in goals.CPU if "of RLP" in goal.what] == ["miss", "pass"]
