@@ -258,7 +258,16 @@ class QuietStar(nn.Module):
             layout = checks.with_lengths(layout, thought_lengths, config)
 
         targets = self._targets(labels, attention_mask, layout)
-        predicted = self.predict(PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets))
+        known = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, objective.IGNORED)
+        after = following(known, layout, AHEAD)
+        inputs = PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
+        if config.reward == "match":
+            previous = input_ids.gather(1, layout.anchor.long().clamp(min=0))
+            right = matches(thought_ids, targets.sampled, previous, after, self.tokenizer)
+            reward = (right & targets.rewarded[..., None]).to(torch.promote_types(embed.weight.dtype, torch.float32))
+            if config.written and not config.mix_weight:  # known before the forward, which can do without dead groups
+                inputs = inputs.without(objective.dead_groups(reward, targets))
+        predicted = self.predict(inputs)
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
             if config.base_model != "current":
@@ -268,13 +277,7 @@ class QuietStar(nn.Module):
                 base_logprob = base_model.thought_logprob(
                     model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, self.chunk_size(layout)
                 )
-        known = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, objective.IGNORED)
-        after = following(known, layout, AHEAD)
-        if config.reward == "match":
-            previous = input_ids.gather(1, layout.anchor.long().clamp(min=0))
-            right = matches(thought_ids, targets.sampled, previous, after, self.tokenizer) & targets.rewarded[..., None]
-            reward = right.to(predicted.nll_mix.dtype)
-        else:
+        if config.reward != "match":
             reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward, config.lookahead_discount)
         dead = objective.dead_groups(reward, targets)
         advantage = objective.advantages(reward, targets, config.advantage).masked_fill(dead[..., None], 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +55,12 @@ class PackedInputs(NamedTuple):
             None if self.thought_lengths is None else self.thought_lengths[:, places],
             self.targets.select(places),
         )
+
+    def without(self, left_out: Tensor) -> PackedInputs:
+        """The same anchors; those of ``left_out`` bool [B,P] have no thoughts and predict nothing."""
+        layout = replace(self.layout, length=self.layout.length.masked_fill(left_out[..., None], 0))
+        mix = self.targets.mix.masked_fill(left_out[..., None, None], IGNORED)
+        return self._replace(layout=layout, targets=replace(self.targets, mix=mix))
 
 
 class Predictions(NamedTuple):

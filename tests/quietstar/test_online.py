@@ -7,7 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from quietstar import QuietStar, ThoughtConfig, evaluate
 from quietstar.cli.summary import finish
 from quietstar.evaluation.alarms import alarms
+from quietstar.packed import PackedInputs
 from quietstar.testing import byte_tokenizer
+from quietstar.written import WrittenRows
 from tests.quietstar.common import gradients, short_run, texts_of
 
 START, END = "<t>", "</t>"
@@ -108,6 +110,34 @@ def test_loss_and_every_gradient(preset, seed):
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=0, atol=1e-10 * float(value.abs().max()) + 1e-15)
+
+
+def test_dead_groups_are_not_computed():
+    """The rows of the forward are those of the other groups; loss and gradients are the same."""
+    qs, found = online("rpt", thought_tokens=16), []
+    text = torch.arange(L) + 10
+    ids = torch.full((1, len(ANCHORS), 4, 16), 65)
+    prediction = torch.tensor(byte_tokenizer()("\\boxed{}")["input_ids"])
+    right = torch.cat([prediction[:-1], text[8:10], prediction[-1:]])
+    ids[0, 1, 2, : len(right)] = right
+    given = {"anchors": torch.tensor([ANCHORS]), "thought_ids": ids}
+    rows = WrittenRows.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WrittenRows, "of", lambda *args: found.append(rows(*args)) or found[-1])
+        out = qs(text[None], **given)
+        assert out.dead.tolist() == [[True, False, True]] and out.reward.sum() == 1 and out.loss.requires_grad
+        length = len(qs.thinker.marks.start) + 16 + len(qs.thinker.marks.end)
+        assert found[0].layout.R == 4 * length
+        out.loss.backward()
+        wanted = gradients(qs)
+        patch.setattr(PackedInputs, "without", lambda self, left_out: self)
+        qs.zero_grad()
+        whole = qs(text[None], **given)
+        whole.loss.backward()
+        assert found[1].layout.R == 12 * length
+    torch.testing.assert_close(out.loss, whole.loss, rtol=1e-12, atol=0)
+    for name, value in gradients(qs).items():
+        torch.testing.assert_close(wanted[name], value, rtol=0, atol=1e-12 * float(value.abs().max()) + 1e-15)
 
 
 def slowly(qs, text, t, n, sequence, seed):
