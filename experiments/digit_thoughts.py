@@ -34,6 +34,14 @@ def pretrained(seed: int, size: str, helpful: float = digit_sums.HELPFUL) -> tup
     return model, gate["right_thoughts"]
 
 
+def thinking(model: LlamaForCausalLM, seed: int, **fields: Any) -> QuietStar:
+    """A copy of the model that can think; ``fields`` are those of ThoughtConfig."""
+    defaults = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
+    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(defaults | fields))
+    torch.manual_seed(seed)  # for the mixing head
+    return QuietStar(copy.deepcopy(model), config)
+
+
 def trained(
     model: LlamaForCausalLM,
     lines: Sequence[Example],
@@ -44,10 +52,7 @@ def trained(
     **fields: Any,
 ) -> QuietStar:
     """A copy of the model that has learnt to think on these lines, 64 per step; ``fields`` are those of ThoughtConfig."""
-    defaults = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
-    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(defaults | fields))
-    torch.manual_seed(seed)  # for the mixing head
-    qs = QuietStar(copy.deepcopy(model), config)
+    qs = thinking(model, seed, **fields)
     steps = len(lines) // SETTING.lines
     options = {"steps": steps, "batch_size": SETTING.lines, "learning_rate": 1e-3, "warmup": 20, "updates": updates}
     train(qs, lines, TrainConfig(out=str(out), seed=seed, save_every=steps, keep=1, **options), loss=loss, progress=False)

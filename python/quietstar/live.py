@@ -143,9 +143,10 @@ def sample_written(
     order = (~queue).int().argsort(dim=1, stable=True)
     counts = queue.sum(1)
     width = min(live or P * N, int(counts.max()) if B else 0)
-    ids = torch.zeros((B, P * N, T), dtype=torch.int64, device=device)
-    logprob = torch.zeros((B, P * N, T), device=device)
-    lengths = torch.zeros((B, P * N), dtype=torch.int64, device=device)
+    # One more place, for what isn't wanted: so a step writes all that it draws, without asking the device what to keep.
+    ids = torch.zeros((B, P * N + 1, T), dtype=torch.int64, device=device)
+    logprob = torch.zeros((B, P * N + 1, T), device=device)
+    lengths = torch.zeros((B, P * N + 1), dtype=torch.int64, device=device)
     with dropout_off(model):
         leaf = LeafPass(layout)
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), leaf)
@@ -167,8 +168,8 @@ def sample_written(
             if not cohorts:
                 break
             cohorts = rollout.step(cohorts, ids, logprob, lengths)
-    shape = (B, P, N, T)
-    return Thoughts(ids.view(shape), logprob.view(shape), lengths.view(B, P, N))
+    ids, logprob, lengths = (x[:, :-1].unflatten(1, (P, N)) for x in (ids, logprob, lengths))
+    return Thoughts(ids, logprob, lengths)
 
 
 class _Rollout:
@@ -204,14 +205,13 @@ class _Rollout:
             position + 1 + row,
             CohortsPass(self.text, cohorts, self.positions),
         )
-        s = row - (len(self.marks.start) - 1)  # which token a row predicts
+        s = row - (len(self.marks.start) - 1)  # which token a row predicts; below 0 in the start string
         counters = torch.stack([self.sequence_ids.gather(1, anchor), position, place.clamp(min=0) % self.N, s.clamp(min=0)], -1)
         drawn, value = self.head.sample(hidden, counters.int(), self.seed, self.temperature, ())
-        batch = torch.arange(len(place), device=place.device)[:, None].expand_as(place)
-        draws = (place >= 0) & (s >= 0)
-        where = batch[draws], place[draws], s[draws]
-        ids[where], logprob[where] = drawn[draws], value[draws]
-        lengths[where[:2]] = s[draws] + 1
+        batch = torch.arange(len(place), device=place.device)[:, None]
+        kept_at = torch.where((place >= 0) & (s >= 0), place, ids.shape[1] - 1)
+        s = s.clamp(min=0)
+        ids[batch, kept_at, s], logprob[batch, kept_at, s], lengths[batch, kept_at] = drawn, value, s + 1
         forced = self.marks.start
         kept = []
         for c, some in zip(cohorts, drawn.split([c.place.shape[1] for c in cohorts], 1), strict=True):

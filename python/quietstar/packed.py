@@ -141,7 +141,10 @@ class Thinker:
         """
         checks.check_text(input_ids, attention_mask, self.config, embeddings(self.model))
         layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, self.config)
-        check_positions(self.model, layout)
+        # Vectors take a row each, strings as many as they have tokens.
+        more = 0 if self.marks is None else len(self.marks.start) + len(self.marks.end) - 2
+        longest = replace(layout, rows=layout.rows + more, length=torch.where(layout.length > 0, layout.length + more, 0))
+        check_positions(self.model, longest)
         return checks.with_lengths(layout, thought_lengths, self.config)
 
     def thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ def test_what_is_refused():
         ThoughtConfig(preset="rlp", end_token_id=3)
     with pytest.raises(ValueError, match="generate: think must be 'never' where thoughts are text"):
         online("rlp", dtype=torch.float32).generate(torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2)
+    with pytest.raises(ValueError, match="text and thoughts need 72 positions and GPT2LMHeadModel has 64 learned positions"):
+        online("rlp")(torch.zeros(1, 60, dtype=torch.long), anchors=torch.tensor([[58]]))
     with pytest.raises(ValueError, match="states: thoughts must stand between vectors"):
         online("rlp").thinker.states(None, None, None)
     with pytest.warns(UserWarning, match="reward='match' compares a thought's last token with the text's next one"):

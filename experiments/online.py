@@ -1,0 +1,80 @@
+"""Can thoughts be learnt from their reward alone? Preset `rlp` on the digit sums: no mixing head and no loss of the text.
+Thoughts have four tokens, between vectors that begin as the dash around an aside; the reward is the log-likelihood of the
+answer after the thought, less that of a slow copy without one.
+
+Thoughts are at "=" only, 4 for each of 64 lines a step, all weights at a rate of 1e-3. The controls start from the same
+pretrained model. One thinks as it did before any training. One trains on four times the lines, without thoughts. The strongest
+has offline thoughts: as many are sampled, once; of each four the best is kept where it helps, and trained on for as many steps,
+its likelihood weighted by its gain. RLP's own model is also given another line's thoughts, or random digits.
+
+Accuracy and loss are those of the answer on held-out lines, predicted after a greedy thought. The thresholds were written
+before the first run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from digit_thoughts import SETTING, SIZES, digit_sums, pretrained, thinking, trained
+from experiments_checks import figure, gaps, least
+from sums.training import given_thoughts, train_plain
+
+from quietstar import OfflineThoughts, QuietStar, export_thoughts
+from quietstar.data.filtering import ThoughtFilter
+from quietstar_recipes.common.plots import Panel, panels
+
+TITLE = "RLP: rewarded thoughts alone"
+RLP, BEFORE, OFFLINE, PLAIN = "rlp", "before training", "offline thoughts", "plain training, no thoughts"
+ANOTHER, RANDOM = "rlp, another line's thoughts", "rlp, random digits as thoughts"
+RUNS = (RLP, OFFLINE, BEFORE, ANOTHER, RANDOM, PLAIN)
+FIELDS: dict[str, Any] = {"preset": "rlp", "thought_start": "", "thought_end": "", "anchors": "all", "policy_weight": 1.0}
+
+
+def run(seed: int, size: str, out: Path) -> dict[str, Any]:
+    model, _ = pretrained(seed, size)
+    numbers = SIZES[size]
+    strings, held_out = digit_sums.split_strings(seed)
+    digits = held_out[: numbers["lines"]]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator)
+    lines = digit_sums.DirectLines(drawn, SETTING, "own", generator)
+
+    before = thinking(model, seed, **FIELDS)
+    export_thoughts(before.train(), lines, out / "thoughts.jsonl", seed, SETTING.lines, wanted=ThoughtFilter(keep=1))
+    before.thought_config = replace(before.thought_config, thoughts=1, advantage="relu")
+    kept = OfflineThoughts(out / "thoughts.jsonl", lines, before)
+    offline = trained(model, kept, seed, out / "offline", **FIELDS | {"thoughts": 1, "advantage": "relu"})
+    rlp = trained(model, lines, seed, out / "rlp", **FIELDS)
+
+    found = {RLP: rlp, OFFLINE: offline, BEFORE: before.eval()}
+    rows = [{"run": name, **measured(qs, digits, digit_sums.own_thoughts(qs, digits))} for name, qs in found.items()]
+    own = digit_sums.own_thoughts(rlp, digits)
+    others = {ANOTHER: own.roll(1, 0), RANDOM: given_thoughts("random", tuple(own.shape), generator)}
+    rows += [{"run": name, **measured(rlp, digits, thoughts)} for name, thoughts in others.items()]
+    plain = train_plain(model, replace(SETTING, steps=numbers["steps"]), strings, digits, seed)["sampled"]
+    return {"rows": [*rows, {"run": PLAIN, "accuracy": plain["right"] / plain["lines"], "loss": plain["nll"]}]}
+
+
+def measured(qs: QuietStar, digits: torch.Tensor, thoughts: torch.Tensor) -> dict[str, float]:
+    score = digit_sums.score(digit_sums.predict(qs, digits, thoughts).mixed, digits)
+    return {"accuracy": score["right"] / score["lines"], "loss": score["nll"]}
+
+
+def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    claim = "RLP learns thoughts that lead to the answer, from their reward alone."
+    return [
+        least(RLP, [figure(result, RLP) for result in results], 0.90),
+        *gaps(claim, results, RLP, (BEFORE, ANOTHER, RANDOM, PLAIN), 0.40),
+    ]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> str:
+    def bars(column: str) -> dict[str, list[float]]:
+        return {name: [figure(result, name, column) for result in results] for name in RUNS}
+
+    both = [Panel("accuracy on held-out lines", "", bars=bars("accuracy")), Panel("loss, nats", "", bars=bars("loss"))]
+    panels(path, TITLE, both)
+    return "Accuracy and loss of the answer on held-out lines; each dot is a seed"
