@@ -8,6 +8,7 @@ import torch
 
 import quietstar
 from quietstar.anchors import EXPLORATION
+from quietstar.testing import byte_tokenizer, tiny_model
 from quietstar_kernels.philox import draw_words
 from tests.quietstar.common import short_run, text, texts_of, wrap
 
@@ -172,3 +173,25 @@ def test_a_run_reports_how_many_positions_thought(thinker, tmp_path):
     assert line["anchors"] == sum((length - 1) // 2 for length in lengths)
     assert line["anchor_share"] == pytest.approx(line["anchors"] / sum(lengths))
     assert "anchors" not in run("all")
+
+
+def test_a_count_of_anchors_and_ends_of_sentences():
+    """So many a text, where J tokens of its document follow if the thought alone predicts; sentences end before a space."""
+    tokenizer, words = byte_tokenizer(), "It is 3.5 so. No! Is it? Yes... and (3.) fine"
+    fields = {"thoughts": 2, "thought_tokens": 2, "lookahead": 3, "thought_start": "", "thought_end": ""}
+    ids = torch.tensor(tokenizer([words, words])["input_ids"])
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+
+    def chosen(**changes):
+        config = quietstar.ThoughtConfig(**fields | changes)
+        return rows(quietstar.QuietStar(tiny_model(256), config, tokenizer, verify=False).choose_anchors(ids, mask, seed=1))
+
+    ends = [words.index(x) + len(x) - 1 for x in ("so.", "No!", "it?", "...")]
+    assert chosen(anchors="sentences") == [ends, [t for t in ends if t < 19]]
+    some = chosen(anchors="sentences", anchor_count=2)
+    assert all(len(row) == 2 and set(row) <= set(ends) for row in some)
+    for anchors in ("random", "entropy"):
+        found = chosen(preset="rlp", anchors=anchors, anchor_count=15)
+        assert [len(row) for row in found] == [15, 15] and max(found[1]) <= 19 - 3
+        assert len(chosen(preset="rlp", anchors=anchors, anchor_count=30)[1]) == 17  # all that have 3 tokens after them

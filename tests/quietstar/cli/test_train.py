@@ -147,3 +147,15 @@ def test_a_preset_sets_options_of_training_too():
     assert (command.thoughts.policy_weight, command.train.learning_rate, command.lora.lora_rank) == (10.0, 1e-4, 16)
     assert (command.thoughts.policy_temperature, command.thoughts.advantage) == (1.0, "leave_one_out")
     assert parse({"train": Train}, [*words, "--lora-rank=4"]).lora.lora_rank == 4
+
+
+def test_the_help_of_a_preset_says_what_it_fills(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse({"train": Train}, ["train", "--preset=rlp", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and said.startswith("rlp fills, where nothing else is typed:\n  --thoughts=16\n")
+    for option in ("--thought-start=<think>", "--ratio-clip-high=0.28", "--temperature=0.7", "--learning-rate=1e-06"):
+        assert f"\n  {option}\n" in said
+    words = ["train", "--model=model", "--data=text.txt", "--preset=rlp", "--thoughts=4", "--thought-start=", "--thought-end="]
+    thoughts = parse({"train": Train}, words).thoughts
+    assert (thoughts.thoughts, thoughts.thought_start, thoughts.policy_temperature) == (4, "", 0.7)
