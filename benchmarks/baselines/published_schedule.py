@@ -39,7 +39,9 @@ class PublishedSchedule(QuietStar):
         if self._passed is None:
             self._passed = self._passes(inputs.layout, inputs.input_ids, inputs.thought_ids, 0, inputs.layout.S)[:2]
         (text, thought), self._passed = self._passed, None
-        return self.thinker.predict(inputs, text, thought)
+        ids, lengths = inputs.thought_ids, inputs.thought_lengths
+        ahead, logprob = self.thinker.end_states(thought, lengths), self.thinker.thought_logprob(thought, ids, lengths)
+        return self.thinker.predict(inputs, text, ahead, logprob)
 
     def _passes(
         self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor | None, seed: int, rows: int

