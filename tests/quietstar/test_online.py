@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from quietstar import QuietStar, ThoughtConfig, evaluate
+from quietstar.cli.generate import Generate
 from quietstar.cli.summary import finish
 from quietstar.evaluation.alarms import alarms
 from quietstar.packed import PackedInputs
@@ -275,3 +276,13 @@ def test_a_run_with_thoughts_that_end_themselves(tmp_path):
     checkpoint = tmp_path / "1" / "checkpoints" / "step-000002"
     again = short_run(qs, data, tmp_path / "again", resume=checkpoint, learning_rate=1e-3, **evaluated)
     assert again[-1] == found[0][-1]
+
+
+def test_generate_begins_with_a_thought(tmp_path, capfd):
+    """The command puts the start string after the prompt; the checkpoint keeps the strings."""
+    qs = online("rlp", 3, torch.float32).eval()
+    qs.save_pretrained(tmp_path)
+    Generate(str(tmp_path), "It is", max_new_tokens=4).run()
+    ids = byte_tokenizer()("It is" + START, return_tensors="pt")["input_ids"]
+    want = qs.model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert capfd.readouterr().out.strip() == byte_tokenizer().decode(want).strip()

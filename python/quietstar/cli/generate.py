@@ -21,7 +21,10 @@ from quietstar.explanation.tokens import token_text
 
 @dataclass
 class Generate:
-    """Continue a text, thinking before each token; print the new text as it comes."""
+    """Continue a text, thinking before each token; print the new text as it comes.
+
+    A model whose thoughts are text (thought_start) writes one thought first, then the text.
+    """
 
     model: Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text to continue; or use --prompt")]] = ""
@@ -62,6 +65,9 @@ class Generate:
         qs = load_checkpoint(self.model)
         tokenizer = text_tokenizer(qs)
         ids = prompt_ids(qs, self.text or self.prompt, self.chat)
+        think = self.think
+        if qs.thinker.marks is not None and think == "always":  # a thought is text, which the model writes and goes on from
+            ids, think = torch.cat([ids, ids.new_tensor([qs.thinker.marks.start])], 1), "never"
         if self.seed is not None:
             set_seed(self.seed)
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
@@ -76,7 +82,7 @@ class Generate:
             ids,
             torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
-            think=self.think,
+            think=think,
             thoughts=self.thoughts,
             sample_thoughts=self.sample_thoughts,
             pad_token_id=pad_id(qs.config),
