@@ -21,18 +21,18 @@ from quietstar.explanation.tokens import token_text
 
 @dataclass
 class Generate:
-    """Continue a text, thinking before each token; print the new text as it comes.
-
-    A model whose thoughts are text (thought_start) writes one thought first, then the text.
-    """
+    """Continue a text, thinking before each token; print the new text as it comes."""
 
     model: Checkpoint
     text: Positional[Annotated[str, arg(metavar="TEXT", help="the text to continue; or use --prompt")]] = ""
     prompt: Annotated[str, arg(metavar="TEXT", help="the same as TEXT, which may then begin with a dash")] = ""
     chat: Chat = False
-    think: Annotated[float | str, arg(help="always, never, or only where the model's entropy is above this number of nats")] = (
-        "always"
-    )
+    think: Annotated[
+        float | str,
+        arg(
+            help="always, never, or where the model's entropy is above this number of nats; a thought that is text comes first"
+        ),
+    ] = "always"
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
     sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
     show_thoughts: Annotated[bool, arg(help="print a line for each new token, with the thoughts before it")] = False
