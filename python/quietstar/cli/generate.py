@@ -30,7 +30,7 @@ class Generate:
     think: Annotated[
         float | str,
         arg(
-            help="always, never, or where the model's entropy is above this number of nats; a thought that is text comes first"
+            help="always, never, or where the model's entropy is above this number of nats; a thought that is text is first"
         ),
     ] = "always"
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
