@@ -10,6 +10,7 @@ token has a bias that ends them after about 0.4 T. The note says what their mean
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,8 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong, judge
-from benchmarks.harness.compare import Effort, Row, compare
+from benchmarks.harness.compare import Effort, Row, as_note, blank, fill
+from benchmarks.harness.memory import peak_memory
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.testing import byte_tokenizer
 
@@ -92,8 +94,9 @@ class OnlineCase(Case):
         generator = torch.Generator().manual_seed(seed)
         return {"input_ids": torch.randint(2, self.V, (self.B, self.L), generator=generator).to(self.device)}
 
-    def call(self, function: Way, inputs: Inputs) -> object:
-        return (function.rollout if self.what == "rollout" else function.step)(inputs["input_ids"])
+    def call(self, function: Way, inputs: Inputs) -> Tensor:
+        ids = inputs["input_ids"]
+        return function.rollout(ids) if self.what == "rollout" else function.step(ids)[0]
 
     def check(self, function: Way) -> None:
         """Compare thoughts, rewards and gradients of a smaller step with those of the loop over anchors.
@@ -143,12 +146,40 @@ class Packed(Way):
 def compared(
     case: OnlineCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
 ) -> list[Row]:
-    """``compare``, with the mean length of thoughts beside each time."""
-    rows = compare(case, ours, baselines, rates, effort)
-    for row in rows:
-        if row.seconds is not None:
-            row.note = f"thoughts of {float(case.lengths.float().mean()):.0f} tokens"
+    """Time and memory of one run of each, since a baseline takes minutes, with a run of ours after it.
+
+    Thoughts are compared once more: at this size rounding changes a few.
+    """
+    rows, inputs = [], case.inputs(seed=1)
+    for candidate in (ours, *baselines):
+        rows.append(row := blank(case, candidate))
+        row.is_ours = candidate is ours
+        try:
+            way = candidate.prepare(case)
+            case.check(way)
+            thoughts, seconds, row.peak_bytes = once(case, way, inputs)
+            if row.is_ours:
+                mine, wanted = way, thoughts
+            differ = int((thoughts != wanted).any(-1).sum())
+            if case.dtype == torch.float32 and differ > wanted[..., 0].numel() / 50:
+                raise Wrong(f"{differ} of {wanted[..., 0].numel()} thoughts differ")
+            row.times_ours = 1.0 if row.is_ours else seconds / once(case, mine, inputs)[1]
+        except Exception as error:  # as in ``compare``
+            row.note = as_note(error)
+            continue
+        fill(row, case, rates, seconds)
+        row.rounds, row.note = 1, f"thoughts of {float(case.lengths.float().mean()):.0f} tokens"
+        if differ:
+            row.note += f", {differ} differ because of rounding"
     return rows
+
+
+def once(case: OnlineCase, way: Way, inputs: Inputs) -> tuple[Tensor, float, int | None]:
+    """Thoughts, seconds and bytes of a run."""
+    found: list[Tensor] = []
+    began = time.perf_counter()
+    peak = peak_memory(lambda: found.append(case.call(way, inputs)), case.device)
+    return found[0], time.perf_counter() - began, peak
 
 
 OURS = Candidate("QuietStar", Packed, PACKAGE)
