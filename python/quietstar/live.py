@@ -21,7 +21,7 @@ from quietstar_kernels import ThoughtLayout, thought_decode
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
-DROP = 3 / 4  # a cohort with no more than this share of its places live moves together
+DROP = 7 / 8  # a cohort with no more than this share of its places live moves together
 
 
 class Cohort:
