@@ -263,7 +263,7 @@ class QuietStar(nn.Module):
         inputs = PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
         if config.reward == "match":
             previous = input_ids.gather(1, layout.anchor.long().clamp(min=0))
-            right = matches(thought_ids, targets.sampled, previous, after, self.tokenizer)
+            right = matches(inputs.thought_ids, targets.sampled, previous, after, self.tokenizer)
             reward = (right & targets.rewarded[..., None]).to(torch.promote_types(embed.weight.dtype, torch.float32))
             if config.written and not config.mix_weight:  # known before the forward, which can do without dead groups
                 inputs = inputs.without(objective.dead_groups(reward, targets))
