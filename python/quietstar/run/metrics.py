@@ -50,7 +50,7 @@ class Metrics:
         self.lines: list[dict[str, float]] = []
         if done and path.exists():
             *whole, rest = read_utf8(path).split("\n")
-            with suppress(ValueError):  # nothing, or half a line from a run that was killed, which is dropped
+            with suppress(ValueError, RecursionError):  # nothing, or half a line from a run that was killed, which is dropped
                 json.loads(rest)
                 whole.append(rest)
             for number, text in enumerate(whole, 1):

@@ -75,6 +75,7 @@ class Config:
         at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
         check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
         check_at_least("internalize", self, 1, at_least_one)
+        check("internalize", self, "batch_size", self.batch_size <= 2**16, "65,536 at most")
         check_positive("internalize", self, ("smoothing", "learning_rate", "clip"))
         beyond = self.remove_all_beyond
         check("internalize", self, "remove_all_beyond", beyond is None or beyond >= 0, "None, or 0 or more")
