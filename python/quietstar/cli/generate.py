@@ -29,9 +29,7 @@ class Generate:
     chat: Chat = False
     think: Annotated[
         float | str,
-        arg(
-            help="always, never, or where the model's entropy is above this number of nats; a thought that is text is first"
-        ),
+        arg(help="always, never, or where the model's entropy is above this number of nats; a thought that is text is first"),
     ] = "always"
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
     sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
