@@ -6,6 +6,7 @@ attention is computed cohort by cohort, since their rows have different numbers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import LeafPass, decode_rows
+from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
-from quietstar.rollout import Thoughts, on_device
+from quietstar.packed import Thinker
+from quietstar.rollout import Sampling, Thoughts, on_device, sample_thoughts
 from quietstar.written import Marks
 from quietstar_kernels import ThoughtLayout, thought_decode
 
@@ -106,6 +109,28 @@ class CohortsPass:
         return torch.cat(out, 2)
 
 
+def sample(
+    thinker: Thinker,
+    input_ids: Tensor,
+    layout: ThoughtLayout,
+    sequence_ids: Tensor,
+    seed: int,
+    temperature: float,
+    anchor_chunk: int,
+    run: Runner = EAGER,
+) -> Thoughts:
+    """The thoughts of ``sample_thoughts`` or ``sample_written``, as the config has them; their arguments.
+
+    Args:
+        anchor_chunk: anchors of a text that think at a time; where thoughts are text, as many thoughts are live.
+    """
+    model, head, texts = thinker.model, thinker.lm_head, (input_ids, layout, sequence_ids, seed)
+    if thinker.marks is not None:
+        live = None if anchor_chunk >= layout.P else anchor_chunk * layout.N
+        return sample_written(model, head, thinker.marks, *texts, thinker.config.thought_tokens, temperature, live)
+    return sample_thoughts(model, head, thinker.start, *texts, Sampling.of(thinker.config, temperature), anchor_chunk, run)
+
+
 @torch.no_grad()
 def sample_written(
     model: PreTrainedModel,
@@ -150,7 +175,9 @@ def sample_written(
     with dropout_off(model):
         leaf = LeafPass(layout)
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), leaf)
-        rollout = _Rollout(model, head, marks, layout, sequence_ids, on_device(seed, device), temperature, leaf.keys_values, T)
+        position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
+        counted = N, T, sequence_ids, position, positions, on_device(seed, device)
+        rollout = _Rollout(model, head, marks, *counted, temperature, leaf.keys_values)
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
         while True:
@@ -172,25 +199,21 @@ def sample_written(
     return Thoughts(ids, logprob, lengths)
 
 
+@dataclass(frozen=True)
 class _Rollout:
     """Steps of all cohorts."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: LMHead,
-        marks: Marks,
-        layout: ThoughtLayout,
-        sequence_ids: Tensor,
-        seed: Tensor,
-        temperature: float,
-        text: list[tuple[Tensor, Tensor]],
-        T: int,
-    ):
-        self.model, self.head, self.marks, self.N, self.T = model, head, marks, layout.N, T
-        self.sequence_ids, self.position = sequence_ids, layout.text_position_ids()
-        self.seed, self.temperature, self.text = seed, temperature, text
-        self.positions = layout.L + len(marks.start) + T
+    model: PreTrainedModel
+    head: LMHead
+    marks: Marks
+    N: int
+    T: int
+    sequence_ids: Tensor  # [B,L]
+    position: Tensor  # [B,L], of the text
+    positions: int  # more than any
+    seed: Tensor
+    temperature: float
+    text: list[tuple[Tensor, Tensor]]  # keys and values of each attention call
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""

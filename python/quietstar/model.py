@@ -31,10 +31,10 @@ from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
 from quietstar.hf.verify import verify_once
 from quietstar.leaks import following, leaks
-from quietstar.live import sample_written
+from quietstar.live import sample
 from quietstar.matches import AHEAD, matches
 from quietstar.packed import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
-from quietstar.rollout import Sampling, Thoughts, draw_seed, sample_thoughts
+from quietstar.rollout import Thoughts, draw_seed
 from quietstar.written import Marks
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, seed_bits, tensor
@@ -378,26 +378,11 @@ class QuietStar(nn.Module):
         self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
     ) -> Thoughts:
         """The thoughts of ``think``, at the places of a layout from ``thinker.layout``; ``sequence_ids`` [B,L]."""
-        size, config = self.chunk_size(layout), self.thought_config
-        seed = draw_seed() if seed is None else seed
-        temperature = 0.0 if greedy else config.temperature
-        if (marks := self.thinker.marks) is not None:
-            live = size * layout.N if size < layout.P else None
-            inputs = (input_ids, layout, sequence_ids, seed, config.thought_tokens, temperature, live)
-            return sample_written(self.model, self.lm_head, marks, *inputs)
+        size = self.chunk_size(layout)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
-        return sample_thoughts(
-            self.model,
-            self.lm_head,
-            self.thinker.start,
-            input_ids,
-            layout,
-            sequence_ids,
-            seed,
-            Sampling.of(config, temperature),
-            anchor_chunk=size,
-            run=EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because),
-        )
+        run = EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because)
+        seed, temperature = draw_seed() if seed is None else seed, 0.0 if greedy else self.thought_config.temperature
+        return sample(self.thinker, input_ids, layout, sequence_ids, seed, temperature, size, run)
 
     def predict(self, inputs: PackedInputs) -> Predictions:
         """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""

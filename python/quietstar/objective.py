@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from quietstar.leaks import following
 from quietstar_kernels import ThoughtLayout
 
 IGNORED = -100
@@ -44,13 +45,7 @@ def make_targets(
     t = torch.arange(L, device=labels.device)
     base = torch.where(layout.lo[:, 1:] <= t[:-1], labels[:, 1:], IGNORED)
 
-    steps = torch.arange(lookahead, device=labels.device)
-    anchor = layout.anchor.long()
-    target = anchor[:, :, None] + 1 + steps  # [B,P,J]
-    inside = target < L
-    flat = target.clamp(0, L - 1).flatten(1)
-    visible = layout.lo.gather(1, flat).view(target.shape) <= anchor[:, :, None]
-    ids = torch.where(inside & visible, labels.gather(1, flat).view(target.shape), IGNORED)
+    anchor, ids = layout.anchor.long(), following(labels, layout, lookahead)
     on = layout.live()[:, :, :, 0]
     mix = torch.where(on[..., None], ids[:, :, None], IGNORED)
     rewarded = (mix != IGNORED).all(-1).any(-1) if all_known else (anchor >= 0) & (anchor <= L - 2 - lookahead)

@@ -315,10 +315,18 @@ class TextRows:
     written: WrittenRows
 
     def ahead(self, hidden: Tensor) -> Tensor:
-        return self.written.ahead_states(hidden)
+        return hidden[self._text, self.written.ahead]
 
     def logprob(self, hidden: Tensor) -> Tensor:
-        return self.written.logprob(hidden, self.thinker.lm_head, self.thinker.config.policy_temperature)
+        written, on, temperature = self.written, self.written.on, self.thinker.config.policy_temperature
+        states = hidden[self._text.expand_as(on)[on], written.predicts[on]]
+        values = self.thinker.lm_head.logprob(states, written.thought_ids[on], temperature)
+        return values.new_zeros(on.shape).masked_scatter(on, values)
+
+    @property
+    def _text(self) -> Tensor:
+        """[B,1,1,1], the number of each text."""
+        return torch.arange(self.layout.B, device=self.layout.device)[:, None, None, None]
 
 
 @dataclass

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
-from quietstar.hf.lm_head import LMHead
 from quietstar_kernels import ThoughtLayout
 
 
@@ -105,13 +104,3 @@ class WrittenRows:
         return WrittenRows(
             packed, ids, thought_ids, predicts.clamp(max=most), sampled(lengths, T) & there[..., None], ahead.clamp(max=most)
         )
-
-    def ahead_states(self, hidden: Tensor) -> Tensor:
-        """[B,P,N,J,D] from all rows [B,R,D]."""
-        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None, None, None], self.ahead]
-
-    def logprob(self, hidden: Tensor, head: LMHead, temperature: float) -> Tensor:
-        """Log-probabilities [B,P,N,T] of the sampled tokens; 0 past the end of a thought."""
-        batch = torch.arange(len(hidden), device=hidden.device)[:, None, None, None].expand_as(self.predicts)
-        values = head.logprob(hidden[batch[self.on], self.predicts[self.on]], self.thought_ids[self.on], temperature)
-        return values.new_zeros(self.on.shape).masked_scatter(self.on, values)

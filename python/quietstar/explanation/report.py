@@ -23,10 +23,10 @@ from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, Ex
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, not_finite, unwrapped
 from quietstar.leaks import following, leaks
-from quietstar.live import sample_written
+from quietstar.live import sample
 from quietstar.model import QuietStar
 from quietstar.packed import PackedInputs, Thinker
-from quietstar.rollout import Sampling, Thoughts, sample_thoughts
+from quietstar.rollout import Thoughts
 from quietstar_kernels.checks import file_path, flag, instance, unicode
 
 FORMAT = 2
@@ -154,14 +154,8 @@ def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: i
     """The thoughts at all places of a text but its last."""
     layout = thinker.layout(input_ids, anchors=torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None])
     temperature = 0.0 if seed is None else thinker.config.temperature
-    sequence_ids, config = torch.full_like(input_ids, sequence_id), thinker.config
-    chunk = max(1, ROWS // (config.thoughts * config.rows))
-    model, head, texts, seed = thinker.model, thinker.lm_head, (input_ids, layout, sequence_ids), seed or 0
-    if thinker.marks is not None:
-        live = chunk * config.thoughts
-        thoughts = sample_written(model, head, thinker.marks, *texts, seed, config.thought_tokens, temperature, live)
-    else:
-        thoughts = sample_thoughts(model, head, thinker.start, *texts, seed, Sampling.of(config, temperature), chunk)
+    chunk = max(1, ROWS // (thinker.config.thoughts * thinker.config.rows))
+    thoughts = sample(thinker, input_ids, layout, torch.full_like(input_ids, sequence_id), seed or 0, temperature, chunk)
     return thoughts.checked(thinker.model, layout)
 
 
