@@ -251,6 +251,12 @@ class Thinker:
         Returns last hidden states of the text [B,L,D], those that predict the text after each thought [B,P,N,J,D], and the
         log-probabilities of the sampled tokens [B,P,N,T].
         """
+        if self.marks is not None and layout.B > 1 and layout.device.type == "cpu":
+            # Text by text nothing is padded to the longest, and the allocator keeps memory that it hands back if it is large.
+            one = [slice(b, b + 1) for b in range(layout.B)]
+            each = [self.packed_states(_only(layout, b), input_ids[b], thought_ids[b], None) for b in one]
+            text, ahead, logprob = (torch.cat(parts) for parts in zip(*each, strict=True))
+            return text, ahead, logprob
         rows = self.rows(layout, input_ids, thought_ids, lengths)
         hidden = self._packed_forward(rows.layout, input_ids, rows.embeds)
         text, thoughts = hidden.split([rows.layout.L, rows.layout.R], 1)
@@ -263,6 +269,11 @@ class Thinker:
         nll_base, nll_mix = self.mixed_nll(mixture, targets.mix, text[:, :-1], targets.base)
         compared = at_anchors(nll_base, inputs.layout, self.config.lookahead)
         return Predictions(text, nll_base, compared, nll_mix, mixture.weight, logprob)
+
+
+def _only(layout: ThoughtLayout, texts: slice) -> ThoughtLayout:
+    """The layout of some of the texts."""
+    return replace(layout, anchor=layout.anchor[texts], lo=layout.lo[texts], length=layout.length[texts])
 
 
 class Rows(Protocol):
