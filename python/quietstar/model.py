@@ -262,9 +262,7 @@ class QuietStar(nn.Module):
         after = following(known, layout, AHEAD)
         inputs = PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
         if config.reward == "match":
-            previous = input_ids.gather(1, layout.anchor.long().clamp(min=0))
-            right = matches(inputs.thought_ids, targets.sampled, previous, after, self.tokenizer)
-            reward = (right & targets.rewarded[..., None]).to(torch.promote_types(embed.weight.dtype, torch.float32))
+            reward = self._matched(inputs, after).to(torch.promote_types(embed.weight.dtype, torch.float32))
             if config.written and not config.mix_weight:  # known before the forward, which can do without dead groups
                 inputs = inputs.without(objective.dead_groups(reward, targets))
         predicted = self.predict(inputs)
@@ -310,6 +308,12 @@ class QuietStar(nn.Module):
             dead=dead,
             leaks=leaks(thought_ids, targets.sampled, after) & thinks,
         )
+
+    def _matched(self, inputs: PackedInputs, after: Tensor) -> Tensor:
+        """bool [B,P,N], thoughts at rewarded anchors whose prediction is how the text goes on with ``after`` [B,P,F]."""
+        targets, previous = inputs.targets, inputs.input_ids.gather(1, inputs.layout.anchor.long().clamp(min=0))
+        found = matches(inputs.thought_ids, targets.sampled, previous, after, self.tokenizer)
+        return found & targets.rewarded[..., None]
 
     def choose_anchors(
         self,
