@@ -142,9 +142,9 @@ def _sentence_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int)
         raise ValueError(
             "anchors='sentences' needs a tokenizer, which knows where sentences end: QuietStar(model, config, tokenizer)"
         )
-    first = tokenizer("a", add_special_tokens=False)["input_ids"]  # some decoders drop a first space
-    start = len(tokenizer.decode(first))
-    texts = tokenizer.batch_decode([[*first, i] for i in range(min(vocabulary, len(tokenizer)))])
+    first = tokenizer.get_vocab().get("a", 0)  # some decoders drop a first space
+    start = len(tokenizer.decode([first]))
+    texts = tokenizer.batch_decode([[first, i] for i in range(min(vocabulary, len(tokenizer)))])
     texts = [text[start:] for text in texts] + [""] * (vocabulary - len(texts))
     closes = [re.search(r"[.!?…。！？][\"'”’)\]]*\s*$", text) is not None for text in texts]
     return torch.tensor(closes), torch.tensor([text[:1].isspace() for text in texts])

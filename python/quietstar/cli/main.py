@@ -176,6 +176,10 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         if reason is None:
             raise
         return RUNTIME, reason
+    except Exception as error:
+        if type(error) is not Exception:  # which tokenizers raises for a character that it has no token for
+            raise
+        return DATA, f"the tokenizer can't read the text: {first_line(error)}"
     except KeyboardInterrupt:
         return STOPPED, "stopped; nothing was saved since the last checkpoint or round"
 
