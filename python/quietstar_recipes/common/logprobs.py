@@ -104,13 +104,10 @@ def batches(
 def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
     """Ids [R, length of the longest row], int64, and a bool mask of the same shape that is True at tokens."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), fill)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.int64)
-        mask[i, place] = True
-    return ids, mask
+    ids = [[*[fill] * (width - len(row)), *row] if left else [*row, *[fill] * (width - len(row))] for row in rows]
+    place, lengths = torch.arange(width), torch.tensor([*map(len, rows)])[:, None]
+    mask = place >= width - lengths if left else place < lengths
+    return torch.tensor(ids, dtype=torch.int64), mask
 
 
 def positions(mask: Tensor, prompt: int, shift: Tensor | int = 0) -> Tensor:
