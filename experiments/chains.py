@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from digit_thoughts import SETTING, digit_sums, trained
-from experiments_checks import figure, gaps
+from experiments_claims import Claim, figure
 from torch import Tensor
 
 from quietstar.config import TrainConfig
@@ -37,6 +37,14 @@ SUMS = (2, 3)  # of the running sums, those that a chain writes
 TOKENS = 3  # of an aside and of a thought: the first running sums
 ANCHORS = (digit_sums.AT_EQUALS, digit_sums.AT_EQUALS + 1)  # before the two steps
 THINKING, BASE, PLAIN = "thoughts", "no thoughts, before training", "no thoughts, as many updates, 4 times the batch"
+CLAIMS = (
+    Claim(
+        f"With thoughts before the steps of written chains, a vote of {VOTERS} is right more often.",
+        THINKING,
+        (BASE, PLAIN),
+        "vote",
+    ),
+)
 
 
 def chain_lines(digits: Tensor) -> Tensor:
@@ -109,11 +117,6 @@ def written(model: Any, digits: Tensor, draws: int, **options: Any) -> dict[str,
     several = answers.repeat_interleave(VOTERS)
     found = {"greedy": greedy == answers, "accuracy": sampled == several, "vote": votes == answers}
     return {name: float(right.float().mean()) for name, right in found.items()}
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    claim = f"With thoughts before the steps of written chains, a vote of {VOTERS} is right more often."
-    return gaps(claim, results, THINKING, [BASE, PLAIN], 0.2, "vote")
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from digit_thoughts import measure, pretrained
-from experiments_checks import figure, least, most
 
 from quietstar_recipes.common.plots import Panel, panels
 
@@ -42,18 +41,6 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         measured = measure(model, seed, size, out / f"helpful-{share}")
         rows.append({"run": f"helpful asides: {share:g}", "right_before": right, **measured})
     return {"rows": rows}
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def accuracy(run: str) -> list[float | None]:
-        return [figure(result, run) if any(row["run"] == run for row in result["rows"]) else None for result in results]
-
-    return [
-        most("two tokens, too few for the sums", accuracy("tokens: 2"), 0.20),
-        least("four tokens", accuracy("tokens: 4"), 0.90),
-        least("two thoughts", accuracy("thoughts: 2"), 0.85),
-        least("a fifth of the asides helpful", accuracy("helpful asides: 0.2"), 0.85),
-    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:

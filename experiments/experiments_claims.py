@@ -1,8 +1,8 @@
 """Claims of the experiments, and what the seeds say about them.
 
-A claim compares one run with each of its controls, seed by seed: method and control start from the same model and see the same
-problems. It "holds" if the gap's 95 % interval over the seeds is above 0 for every control, it is "no" if one is below 0, and it
-is "not resolved" otherwise.
+A claim compares one run with each of its controls, seed by seed: method and control start from the same model and see the
+same problems. It "holds" if the gap's 95 % interval over the seeds is above 0 for every control, it is "no" if one is below 0,
+and it is "not resolved" otherwise.
 """
 
 from __future__ import annotations

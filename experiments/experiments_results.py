@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ Result = dict[str, Any]
 Results = dict[str, list[Result]]  # by name of the experiment, in order of the seeds
 
 FILE = "experiments.json"
+FRESH = "fresh"  # in the place of a size: the quick size on seeds that nothing was ever tried on
 PACKAGES = ("quietstar-kernels", "torch", "transformers")
 
 
@@ -34,10 +36,11 @@ def described(result: Result, seed: int, seconds: float, resumed: bool) -> Resul
     return {"seed": seed, "date": date, **cost, "versions": versions, "machine": platform.machine(), **result}
 
 
-def read_results(out: Path, size: str, names: list[str]) -> Results:
-    """The results in the folder of a run, of the experiments that have any."""
-    files = {name: sorted((out / size / name).glob("seed-*.json"), key=_seed) for name in names}
-    return {name: [read_json(file, dict[str, Any]) for file in found] for name, found in files.items() if found}
+def read_results(out: Path, size: str, names: list[str], seeds: Iterable[int]) -> Results:
+    """The results of these seeds in the folder of a run, of the experiments that have any."""
+    files = {name: [result_file(out, name, size, seed) for seed in seeds] for name in names}
+    found = {name: [read_json(file, dict[str, Any]) for file in several if file.exists()] for name, several in files.items()}
+    return {name: results for name, results in found.items() if results}
 
 
 def merged(file: Path, size: str, found: Results) -> dict[str, Results]:
@@ -46,7 +49,3 @@ def merged(file: Path, size: str, found: Results) -> dict[str, Results]:
     stored[size] = dict(sorted((stored.get(size, {}) | found).items()))
     write_whole(file, as_json(stored))
     return stored
-
-
-def _seed(file: Path) -> int:
-    return int(file.stem.split("-")[1])

@@ -29,7 +29,7 @@ from typing import Any
 import fast_text
 import torch
 from digit_thoughts import digit_sums
-from experiments_checks import figure, gaps, least, most
+from experiments_claims import Claim, figure
 from torch import Tensor
 
 from quietstar import QuietStar, ThoughtConfig
@@ -52,20 +52,35 @@ SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of 
 
 # The last step, on the sum of the first two digits: what the plain model starts as, and what it learns from.
 BASE, THINKING, CHECKPOINT = "first two, base", "first two, thinking", "first two, the checkpoint as it is"
-PUBLISHED, DISTILLED, DISTILLED_ON = "first two, published loss", "first two, distilled", "first two, checkpoint distilled"
+PUBLISHED, DISTILLED = "first two, published loss", "first two, distilled"
 PLAIN = "first two, plain training"
 LAST: dict[str, dict[str, Any]] = {
     PUBLISHED: {"objective": "sampled"},
+    DISTILLED: {"objective": "distil"},
+    PLAIN: {"objective": "likelihood"},
+}
+MORE: dict[str, dict[str, Any]] = {  # of size full
     "first two, checkpoint and published loss": {"objective": "sampled", "plain_start": "curriculum"},
     "first two, checkpoint and paper's formula": {
         "objective": "observed",
         "plain_start": "curriculum",
         "clamp_reward": False,
     },
-    DISTILLED: {"objective": "distil"},
-    DISTILLED_ON: {"objective": "distil", "plain_start": "curriculum"},
-    PLAIN: {"objective": "likelihood"},
+    "first two, checkpoint distilled": {"objective": "distil", "plain_start": "curriculum"},
 }
+CLAIMS = (
+    Claim(
+        "Thoughts that become shorter step by step still reach the answer where thoughts as short from the start don't.",
+        f"curriculum, {SHORTEST} tokens",
+        (DIRECT, "base"),
+    ),
+    Claim(
+        "A model that never thinks learns from the predictions of one that does, and not from the published reward.",
+        DISTILLED,
+        (BASE, PUBLISHED),
+    ),
+    Claim("It learns more from them than from the text alone.", DISTILLED, (PLAIN,)),
+)
 
 
 @dataclass
@@ -123,12 +138,13 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
             figures = {**with_thoughts(qs, text), "complete_thoughts": complete, "times_plain": times[T]}
             rows.append({"run": name.format(T), **figures})
     config = replace(config, out=str(out), plain_steps=numbers["plain"])
-    last, curves = last_step(model, make_text(seed, size, first_two=True), thoughts, config)
+    ways_of_last = LAST | (MORE if size == "full" else {})
+    last, curves = last_step(model, make_text(seed, size, first_two=True), thoughts, config, ways_of_last)
     return {"rows": rows + last, "plain": curves}
 
 
 def last_step(
-    model: Any, text: Text, thoughts: ThoughtConfig, config: Config
+    model: Any, text: Text, thoughts: ThoughtConfig, config: Config, ways: dict[str, dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, list[tuple[int, float]]]]:
     """Rows and loss curves of the plain models, where the answer is the sum of the first two digits, and of their controls."""
     out = Path(config.out)
@@ -142,7 +158,7 @@ def last_step(
         {"run": CHECKPOINT, **without_thoughts(as_it_is, text)},
     ]
     curves = {}
-    for number, (name, changes) in enumerate(LAST.items()):
+    for number, (name, changes) in enumerate(ways.items()):
         own = replace(config, out=str(out / f"plain-{number}"), **changes)
         best, _ = plain.train_plain(plain.initial(model, teacher, own), teacher, text.training, text.valid, own)
         lines = [line for _, line in json_lines(Path(own.out) / plain.PLAIN / "metrics.jsonl")]
@@ -172,21 +188,6 @@ def score(logprob: Tensor, answers: Tensor) -> dict[str, float]:
     """Loss in nats and accuracy of log-probabilities [lines,V]."""
     right = logprob.argmax(-1) == answers
     return {"loss": -float(logprob.gather(1, answers[:, None]).mean()), "accuracy": float(right.float().mean())}
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    shortest = f"curriculum, {SHORTEST} tokens"
-    claim = "Thoughts that become shorter step by step still reach the answer where thoughts as short from the start don't."
-    plainly = "A model that never thinks learns from the predictions of one that does, and not from the published reward."
-    distilled = gaps(plainly, results, DISTILLED, [BASE, PUBLISHED], 0.2)
-    rewarded = [figure(result, PUBLISHED, "rewarded") for result in results]
-    return [
-        *gaps(claim, results, shortest, [DIRECT], 0.2),
-        *distilled,
-        *gaps(plainly, results, DISTILLED_ON, [CHECKPOINT], 0.2),
-        least("the thinking model on the first two digits", [figure(result, THINKING) for result in results], 0.9),
-        most("share of tokens that the published loss rewards there", rewarded, 0.05),
-    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from digit_thoughts import measure, pretrained
-from experiments_checks import figure, least
+from experiments_claims import figure
 
 from quietstar_recipes.common.plots import Panel, panels
 
@@ -40,16 +40,6 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         for number, (name, fields) in enumerate(VARIANTS.items())
     ]
     return {"rows": rows}
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    lead = [figure(result, "published") - figure(result, "no reward") for result in results]
-    return [
-        least("published", [figure(result, "published") for result in results], 0.90),
-        least("published, above no reward", lead, 0.50),
-        least("paper", [figure(result, "paper") for result in results], 0.90),
-        least("z-score", [figure(result, "z-score") for result in results], 0.85),
-    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import rare_text
 import torch
 from digit_thoughts import SETTING, digit_sums, trained
-from experiments_checks import figure, least, most
+from experiments_claims import figure
 from transformers import LlamaForCausalLM
 
 from quietstar.training import thought_loss
@@ -97,25 +97,6 @@ def models(seed: int, size: str) -> dict[str, tuple[LlamaForCausalLM, float]]:
     learnt = rare_text.learnt(strings, digits, seed, numbers["pretraining"], numbers["longer"])
     found = {ALWAYS: (always, 0.1), WARM: (after(always, 0.1, "warm", 3e-3, ASIDES), 0.1)}
     return found | {name: (after(learnt, share, "share", 1e-3), share) for share, name in LEARNT.items()}
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def accuracy(model: str, what: str) -> list[float]:
-        return [figure(result, f"{model}: {what}") for result in results]
-
-    def above(model: str) -> list[float]:
-        both = zip(accuracy(model, PUBLISHED), accuracy(model, NO_REWARD), strict=True)
-        return [published - without for published, without in both]
-
-    return [
-        most(ALWAYS, accuracy(ALWAYS, PUBLISHED), 0.20),
-        least(WARM, accuracy(WARM, PUBLISHED), 0.70),
-        least(f"{WARM}, above {NO_REWARD}", above(WARM), 0.20),
-        least(LEARNT[0.2], accuracy(LEARNT[0.2], PUBLISHED), 0.80),
-        least(LEARNT[0.1], accuracy(LEARNT[0.1], PUBLISHED), 0.80),
-        least(f"{LEARNT[0.1]}, above {NO_REWARD}", above(LEARNT[0.1]), 0.40),
-        *(most(what, accuracy(LEARNT[0.1], what), 0.20) for what in (NEXT, SHUFFLED, PLAIN)),
-    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:

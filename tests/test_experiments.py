@@ -24,11 +24,10 @@ def test_it_runs_and_is_reported(scripts, tmp_path, name):
     result = json.loads((tmp_path / "results/tiny" / name / "seed-0.json").read_text())
     assert {"seed", "date", "seconds", "versions", "machine"} <= result.keys()
     both = {name: [result, {**result, "seed": 1}]}
-    page, _ = scripts("experiments_report").write({"tiny": both, "full": both}, tmp_path / "page")
+    page = scripts("experiments_report").write({"tiny": both, "fresh": both, "full": both}, tmp_path / "page")
     text = page.read_text()
-    assert (
-        f"### {scripts(name).TITLE}\n" in text and f"### {scripts(name).TITLE}, long\n" in text and "thresholds are met" in text
-    )
+    assert f"### {scripts(name).TITLE}\n" in text and f"### {scripts(name).TITLE}, long\n" in text
+    assert all(text.count(f"| {claim.text} |") == 1 for claim in getattr(scripts(name), "CLAIMS", ()))
     for row in result["rows"]:
         assert f"| {row['run']} |" in text
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in page.parent.glob("*.png"))
@@ -54,20 +53,28 @@ def test_digit_sums_are_measured_as_they_are_trained(scripts, monkeypatch, tmp_p
     assert found["mixing_weight"] == pytest.approx(float(out.weight.mean()), abs=1e-5)
 
 
-def test_gaps_are_taken_seed_by_seed(scripts):
-    checks = scripts("experiments_checks")
+def test_what_the_seeds_say_about_a_claim(scripts):
+    """Gaps are taken seed by seed, and the control that speaks most against a claim decides."""
+    claims = scripts("experiments_claims")
+    ours, controls = (3.0, 5.0, 7.0), {"level": (3.1, 4.9, 7.0), "below": (1.0, 2.9, 5.1), "above": (4.0, 6.1, 8.0)}
     results = [
-        {"rows": [{"run": "ours", "x": x}, {"run": "one", "x": y}, {"run": "two", "x": 0.0}]} for x, y in ((3, 2), (7, 4))
+        {"rows": [{"run": "ours", "x": x}, *({"run": name, "x": values[i]} for name, values in controls.items())]}
+        for i, x in enumerate(ours)
     ]
-    one, two = checks.gaps("ours is better", results, "ours", ["one", "two"], 2.5, "x")
-    assert one["values"] == [1, 3] and one["theirs"] == [2, 4] and not one["passed"]
-    assert two["values"] == [3, 7] and two["passed"] and two["claim"] == "ours is better"
-    (less,) = checks.gaps("ours is less", results, "two", ["one"], 2.5, "x", less=True)
-    assert less["values"] == [2, 4] and less["passed"]
+
+    def found(*names, **options):
+        return claims.hardest(claims.Claim("", "ours", names, "x", **options), results)
+
+    below, level, above = found("below"), found("below", "level"), found("below", "level", "above")
+    assert below.values == pytest.approx([2, 2.1, 1.9]) and below.state == "holds"
+    assert level.control == "level" and level.state == "not resolved"
+    assert above.control == "above" and above.state == "no" and above.theirs == [4.0, 6.1, 8.0]
+    assert found("above", less=True).state == "holds" and found().state == "holds" and found().control == ""
+    single = claims.hardest(claims.Claim("", "ours", ("below",), "x"), results[:1])
+    assert single.state == "not resolved"
     results[0]["rows"][0]["x"] = None
-    assert not checks.gaps("", results, "ours", ["two"], 0, "x")[0]["passed"]
-    assert checks.margin([1.0]) is None
-    assert checks.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
+    assert found("below").state == "not resolved"
+    assert claims.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
 
 
 def recorded(run, asked):
@@ -89,7 +96,7 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(run, "start", recorded(run, asked))
     for name in ("star", "icot"):
-        monkeypatch.setattr(scripts(name), "check", lambda results: [])
+        monkeypatch.setattr(scripts(name), "CLAIMS", (), raising=False)
         monkeypatch.delattr(scripts(name), "plot")
     arguments = ["run_experiments.py", "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
 
@@ -113,6 +120,11 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     assert main("--seeds", "0") == 0 and page.read_text() == f"# Results\n{text}after\n"
     page.unlink()
     assert main("--seeds", "0") == 0 and page.read_text() == text and len(asked) == 4
+
+    # Fresh seeds stand beside the others.
+    assert main("star", "--fresh") == 0 and asked[4:] == [("star", seed) for seed in range(100, 105)]
+    stored = json.loads((tmp_path / "docs/experiments.json").read_text())
+    assert len(stored["fresh"]["star"]) == 5 and len(stored["quick"]["star"]) == 2
     assert set(run.CURVES) <= set(run.names())
     with pytest.raises(SystemExit):
         main("nothing")
