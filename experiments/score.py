@@ -1,23 +1,22 @@
-"""A model answers 2 x 2-digit multiplications, is asked to look again, and learns by reinforcement to correct itself (SCoRe).
+"""SCoRe lost to its strongest controls when last measured on seeds 0 to 2. A model multiplies two-digit numbers, is asked to
+look again, and learns by reinforcement to correct itself.
 
 Its base ignores its first attempt: it was trained on pairs of independent samples of its own, so it breaks more right answers
-than it fixes wrong ones. Four controls each leave out a step: the bonus for improving on the first attempt, stage I, the
-second turn (reinforcement of first attempts alone), and first attempts of the model's own in stage II (they are the base's).
-Two learn from the base's samples by supervision: Pair-SFT from a wrong and a right attempt at one problem, STaR from the
-second attempts that fixed the first. All have as many updates, and those by reinforcement as many attempts; the supervised
-ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence weighs 0.01 times as much as the second
-attempt's own reward, which the bonus makes 11 times as large. With 0.1 times as much, stage II changes little, and no stage I
-is as good (one seed).
+than it fixes wrong ones. Three controls each leave out a step: the bonus for improving on the first attempt, stage I, or the
+second turn (reinforcement of first attempts). Two learn from the base's samples by supervision: Pair-SFT from a wrong and a
+right attempt at one problem, STaR from the second attempts that fixed the first. All have as many updates, and those by
+reinforcement as many attempts; the supervised ones learn from 8,000 attempts or pairs of attempts. In stage II the divergence
+weighs 0.01 times as much as the second attempt's own reward, which the bonus makes 11 times as large.
 
-SCoRe turns the loss of a second attempt into a gain, which neither a single turn nor training without the bonus does. It gives
-nothing else here: both attempts share one skill, so training without the bonus, or without stage I, solves more. Without stage
-I the delta is nearly as large, too. That of Pair-SFT is larger, but its first attempts have become worse in two seeds of
-three, and its second ones are right less often than SCoRe's.
+In those runs, of 120 and 40 updates and two pairs of attempts a problem, second attempts were right in 0.376 of cases: less
+often than without the bonus (0.433) or without stage I (0.426), and than the first attempts after reinforcement in a single
+turn (0.525). The gain over its own first attempts, 0.020, could not be told from none. The likely reason, not measured, is that
+checking a product takes the same skill as finding it. The stages are equally long now, and the claims name these controls.
 
 Accuracy, delta (second less first), fixed, broken and revised (another answer, right or wrong) are shares of pairs of samples,
-two at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence
-is that of the first attempt, nats per token. Votes are over samples: of second attempts, or of as many first attempts as cost
-the same number of tokens as both attempts.
+16 at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence is
+that of the first attempt, nats per token. The full size adds a control whose first attempts in stage II are the base's, and
+votes over samples: of second attempts, or of as many first attempts as cost the same number of tokens as both attempts.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from experiments_checks import figure, gaps, least, most
+from experiments_claims import Claim
 from small_base import base
 from transformers import PreTrainedModel
 
@@ -52,12 +51,37 @@ COLUMNS = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "rev
 # second attempts from, and problems that the supervised controls attempt.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"first": 1, "second": 1, "problems": 2, "held_out": 5, "chains": 1, "rows": 10, "steps": 1, "attempted": 5},
-    "quick": {"first": 120, "second": 40, "problems": 32, "held_out": 800, "chains": 4, "rows": 2000, "steps": 200},
-    "full": {"first": 400, "second": 150, "problems": 32, "held_out": 800, "chains": 16, "rows": 2000, "steps": 200},
+    "quick": {"first": 80, "second": 80, "problems": 32, "held_out": 400, "chains": 0, "rows": 2000, "steps": 200},
+    "full": {"first": 80, "second": 80, "problems": 32, "held_out": 400, "chains": 16, "rows": 2000, "steps": 200},
 }
 SHARED: dict[str, Any] = {"samples": 4, "max_new": 20, "learning_rate": 3e-4, "save_every": 20}
 KL = 0.01  # for a reward of 1
 ATTEMPTED = 2000  # problems that the supervised controls learn from
+PAIRS_EACH = 16  # pairs of attempts at each test problem
+
+CLAIMS = (
+    Claim("Its second attempts are right more often than its first ones.", SCORE, figure="delta"),
+    Claim(
+        "Second attempts gain more than the base's, and more than after RL in a single turn.", SCORE, [BASE, SINGLE], "delta"
+    ),
+    Claim("The bonus for improving is needed for the gain.", SCORE, [NO_BONUS], "delta"),
+    Claim("Stage I is needed for the gain.", SCORE, [NO_FIRST], "delta"),
+    Claim("Second attempts gain more than by supervision.", SCORE, [PAIRS, STAR], "delta"),
+    Claim(
+        "Its second attempts are right more often than those of any control.",
+        SCORE,
+        [BASE, NO_BONUS, NO_FIRST, SINGLE, PAIRS, STAR],
+        "accuracy_second",
+    ),
+    Claim(
+        "Its second attempts are right more often than the first ones after RL in a single turn.",
+        SCORE,
+        [SINGLE],
+        "accuracy_second",
+        control_figure="accuracy_first",
+    ),
+    Claim("It breaks fewer right answers than the base.", SCORE, [BASE], "broken", less=True),
+)
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -66,10 +90,10 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     model, task = two_turn_base(seed, size, out)
     test = task.sample(numbers["held_out"], "test", torch.Generator().manual_seed(seed))
     shared = {**SHARED, **{name: numbers[name] for name in ("problems", "held_out")}, "seed": seed}
-    result: dict[str, Any] = {"rows": [], "delta": {}, "by_attempt": {}, "votes": {}, "changes": {}}
+    result: dict[str, Any] = {"rows": [], "delta": {}, "by_attempt": {}}
 
     def report(name: str, trained: PreTrainedModel, figures: dict[str, Any]) -> None:
-        sampled = attempt(trained, task, test * 2, {"max_new": SHARED["max_new"]}, seed).figures()
+        sampled = attempt(trained, task, test * PAIRS_EACH, {"max_new": SHARED["max_new"]}, seed).figures()
         found = {"run": name, **{column: sampled[column] for column in COLUMNS}}
         found |= {f"greedy_{column.removeprefix('accuracy_')}": figures[column] for column in COLUMNS[:3]}
         found |= {"edited": figures["edited"], "divergence": figures["divergence_first"]}
@@ -77,8 +101,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
             last = figures["votes"][-1]
             found |= {"vote_of_corrected": last["corrected"], "vote_in_parallel": last["parallel"]}
         result["rows"].append(found)
-        for curve, figure_name in (("by_attempt", "accuracy_by_attempt"), ("votes", "votes"), ("changes", "changes")):
-            result[curve][name] = figures[figure_name]
+        result["by_attempt"][name] = figures["accuracy_by_attempt"]
 
     def reinforced(name: str, start: PreTrainedModel, **options: Any) -> PreTrainedModel:
         folder = out / name.replace(" ", "-").replace("'", "")
@@ -101,11 +124,12 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     later = {"first_steps": 0, "second_steps": second, "kl": KL * (1 + bonus)}
     reinforced(SCORE, half_way, **later, chains=votes)
     reinforced(NO_BONUS, half_way, **{**later, "kl": KL}, bonus=0.0)
-    reinforced(OFFLINE, half_way, **later, from_base=1.0)
     reinforced(NO_FIRST, model, **{**later, "second_steps": first + second})
     reinforced(SINGLE, model, first_steps=0, second_steps=first + second, kl=KL, single_turn=True)
     supervised(PAIRS, paired)
     supervised(STAR, corrected)
+    if size == "full":
+        reinforced(OFFLINE, half_way, **later, from_base=1.0)
     return result
 
 
@@ -123,31 +147,6 @@ def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Tas
     if size == "tiny":  # a base of five updates solves nothing
         task.check = lambda row, ids: (len(row.answer_ids) + len(ids)) % 2 == 0  # type: ignore[method-assign]
     return model, task
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def change(name: str, run: str, other: str) -> list[float]:
-        return [figure(result, run, name) - figure(result, other, name) for result in results]
-
-    gains = "RL over two turns turns the loss of a second attempt into a gain."
-    claims = {
-        gains: [BASE, SINGLE],
-        "The bonus for improving is needed.": [NO_BONUS],
-        "Stage I is needed.": [NO_FIRST],
-        "Second attempts gain more than by supervision.": [PAIRS, STAR],
-    }
-    supervised = "Its second attempts are right more often than those that supervision teaches."
-    first = [figure(result, STAGE_ONE, "divergence") for result in results]
-    return [
-        *(gap for claim, controls in claims.items() for gap in gaps(claim, results, SCORE, controls, 0.02, "delta")),
-        *gaps(supervised, results, SCORE, [BASE, PAIRS, STAR], 0.02, "accuracy_second"),
-        *gaps("It breaks fewer right answers.", results, SCORE, [BASE], 0.02, "broken", less=True),
-        most("base, delta", [figure(result, BASE, "delta") for result in results], 0.0),
-        most("stage I, divergence of the first attempt, nats per token", first, 0.06),
-        least("stage I, rise of the second attempt's accuracy", change("accuracy_second", STAGE_ONE, BASE), 0.05),
-        least("SCoRe, rise of the greedy delta over the base", change("greedy_delta", SCORE, BASE), 0.02),
-        least("SCoRe, the second attempt's accuracy above the base's", change("accuracy_second", SCORE, BASE), 0.05),
-    ]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
