@@ -5,10 +5,10 @@ whole chain at once after they have learnt it.
 
 The task is the last digit of the sum of five digits, and the chain has four running sums. It was chosen because distillation
 can work there: states are taken along the chain as the layers go up, so that four of six layers have one sum each to say.
-Distillation either finds the answer or stops at half of the right answers for a long time. The emulator stays on that plateau
-for thousands of updates and then leaves it within a few hundred; 2,400 were enough for two of the first three seeds. With
-batches of 32 instead of 64 all three seeds got there, after 5,200 to 7,400 updates. The shares of answers that are right
-modulo two and modulo five tell what is missing.
+The emulator may stay at half of the right answers for thousands of updates, and then have nearly all within a few hundred. In
+the 2,400 that it has here, it got past that in two of the first three seeds; in the third after 5,400. With batches of 32
+instead of 64 it took 6,000 to 7,400 in each of the three. The shares of answers that are right modulo two and modulo five show
+what is missing.
 
 All have 3,800 updates of 64 rows. Stepwise, 400 are with the chain, and 400 follow each removed token; what follows a removed
 token keeps its position. Distillation has 400 for the teacher, 400 for the student that is shown its states, 2,400 for the
