@@ -4,33 +4,33 @@
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,
 whether the whole is right; and the control "without rollouts" has learnt that after every step. Step by step: the process
-verifier leads beam search and look-ahead search, whose tokens ahead are counted; a control goes by likelihood alone. In
-sequence: attempts revise each other, after training on trajectories of wrong attempts and a right one, and a verifier that
-sees the earlier attempts chooses. A model with three times the weights, which has learnt from the same examples, answers with
-as many FLOPs.
+verifier leads beam search. In sequence: chains of four attempts revise each other, after training on the model's own right
+solutions, half of them at once and half after attempts, the last of which is wrong or is that solution already. A model with
+three times the weights, which has learnt from the same examples, answers greedily.
 
-A problem is easy or hard by the share of right answers among other samples of it: difficulties 1 and 2 of 5, or 3 to 5.
-Accuracies are those with the tokens of 16 solutions, "four" those with the tokens of four, and "best" those of the solution
-that a verifier ranks first.
-
-A vote that the process verifier weighs is better than a majority. It also ranks solutions better than the outcome verifier,
-but by so little that the two choose equally well. Beam search gains on easy problems, where the paper has it on hard ones:
-here almost no sample of those is right, so there are few steps to prefer. Most of that gain is there with likelihood alone.
-Revisions gain nothing. In training only wrong attempts come before another one, and the model departs from right ones, too:
-the last of a chain of 16 is almost never right.
+Difficulty is measured on 16 other samples: none of level 5 is right, and levels 1 to 4 are quarters of the other problems.
+Accuracies are those with the tokens of 16 solutions, "four" those with the tokens of four; "hard" is levels 3 and 4 and
+"easiest" level 1, with the tokens of 8 and 16, "four easiest" level 1 with the tokens of four. "auc of beginnings" is how
+often, of two rollouts from beginnings of one problem's solutions, the right one is from that with the higher value. "first",
+"after right" and "after wrong" are shares of right attempts, in chains of revisions or among independent samples. Revisions
+count only if first attempts are right at least 0.9 times as often as the base's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
+from math import isqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, quantiles
 from typing import Any
 
 import torch
-from experiments_checks import figure, gaps, least
+from experiments_claims import Claim
 from small_base import relative_model
 from transformers import PreTrainedModel
 
@@ -40,22 +40,55 @@ from quietstar_recipes.common.evaluation import evaluate
 from quietstar_recipes.common.logprobs import likelihoods
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.saving import REPORT, load_model, save_model
-from quietstar_recipes.common.selectors import auc, best, score, weighted
+from quietstar_recipes.common.selectors import Sample, auc, best, hierarchical, majority, powers_of_two, weighted
 from quietstar_recipes.common.solutions import to_samples
 from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.solve import run as test_time
-from quietstar_recipes.solve.budgets import alone, curve, from_all, measure
-from quietstar_recipes.solve.run import BEAM, BEST, LOOKAHEAD, WEIGHTED, write
+from quietstar_recipes.solve.budgets import Chain, Table, alone, compute_optimal, curve, from_all, measure
+from quietstar_recipes.solve.revisions import revise, train_reviser
+from quietstar_recipes.solve.run import BEAM, BEST, WEIGHTED, draw, greedy, searched, side_by_side, write
 from quietstar_recipes.solve.search import search
-from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer
+from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Multiplication, Row, Task
 
 TITLE = "Test-time compute"
-LIKELIHOOD = "beam search by likelihood"
-OUTCOME, NO_ROLLOUTS = "weighted vote, outcome verifier", "weighted vote, without rollouts"
-CHAINS = ("sequential, verifier", "sequential, majority", "sequential, last")
-EASY, HARD = (1, 2), (3, 4, 5)
-FOUR, ALL = 2, -1  # places of the budgets of 4 solutions and of all
+OUTCOME, NO_ROLLOUTS = "best of k, outcome verifier", "best of k, without rollouts"
+LIKELIHOOD, LARGER = "beam search by likelihood", "larger model, greedy"
+REVISIONS, VOTED = "revisions, process verifier", "revisions, majority"
+OPTIMAL, ONE = "compute-optimal, search", "one for all, search"
+CONTROLS = ("majority", "likeliest", "greedy")
+FOUR, LARGE, ALL = 2, (3, 4), 4  # places of the budgets of 4 solutions, of 8 and 16, and of 16
+EASIEST, HARD, UNSOLVED = 1, (3, 4), 5  # levels of difficulty
+GATE = 0.9  # of the base's accuracy, which a reviser's first attempts need for its revisions to count
+
+CLAIMS = (
+    Claim("The best of 16 solutions by a process verifier is right more often than without it.", BEST, CONTROLS),
+    Claim("The best by a process verifier is right more often than that by an outcome verifier.", BEST, (OUTCOME, NO_ROLLOUTS)),
+    Claim(
+        "A process verifier ranks the beginnings of solutions better.",
+        BEST,
+        (OUTCOME, NO_ROLLOUTS, "likeliest"),
+        "auc_of_beginnings",
+    ),
+    Claim(
+        "Beam search solves more hard problems than a choice among as many solutions.",
+        BEAM,
+        (WEIGHTED, BEST, *CONTROLS),
+        "hard",
+    ),
+    Claim("A weighted vote among as many solutions solves more easy problems than beam search.", WEIGHTED, (BEAM,), "easiest"),
+    Claim("The search that suits a problem's difficulty solves more than one search for all.", OPTIMAL, (ONE,)),
+    Claim(
+        "With as many FLOPs as a larger model's greedy answer, the small one's beam search solves more.",
+        BEAM,
+        (LARGER,),
+        "four",
+        control_figure="accuracy",
+    ),
+    Claim("It does so on the easiest problems.", BEAM, (LARGER,), "four_easiest", control_figure="easiest"),
+    Claim("Attempts that revise each other solve more than as many of the base.", REVISIONS, (BEST, WEIGHTED, *CONTROLS)),
+)
+
 # Digits of both factors; rows and updates of the base, in pieces until it solves ENOUGH of the validation problems.
 BASE: dict[str, dict[str, int]] = {
     "tiny": {"digits": 2, "rows": 100, "start": 3, "pieces": 0},
@@ -66,7 +99,7 @@ ENOUGH, PIECE = 0.3, 10
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
         "max_new": 14,
-        "samples": 4,
+        "samples": 16,
         "problems": 10,
         "valid_problems": 5,
         "process_problems": 20,
@@ -81,8 +114,8 @@ SIZES: dict[str, dict[str, int]] = {
     "quick": {
         "max_new": 33,
         "samples": 16,
-        "problems": 200,
-        "valid_problems": 60,
+        "problems": 1000,
+        "valid_problems": 200,
         "process_problems": 3000,
         "process_samples": 1,
         "rollouts": 2,
@@ -107,52 +140,165 @@ SIZES: dict[str, dict[str, int]] = {
         "judge_steps": 600,
     },
 }
+BEGINNINGS = {"problems": 500, "solutions": 4, "rollouts": 4}  # on which verifiers of beginnings are judged
+VERIFIER_RATE, REVISER_RATE = 5e-4, 3e-4  # learning rates
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     task = Multiplication(BASE[size]["digits"])
-    options: dict[str, Any] = {"learning_rate": 5e-4, "batch_tokens": 2600, "seed": seed}
-    config = test_time.Config(out=str(out / "solve"), attempts=8, **options, **SIZES[size])
+    options: dict[str, Any] = {**SIZES[size], "learning_rate": VERIFIER_RATE, "batch_tokens": 2600, "seed": seed}
+    config = test_time.Config(out=str(out / "solve"), **options)
     model, larger = base(task, seed, size, out)
     if size == "tiny":  # a base of a few updates solves nothing
         task.answer = lambda row, ids: row.problem.right if sum(ids) % 3 else "0"  # type: ignore[method-assign]
     verifiers = learn_values(model, task, config, out)
-    report = test_time.solve(model, task, config, process=verifiers[WEIGHTED], larger=(larger, task))
-    result = {name: report[name] for name in ("curves", "by_difficulty", "chosen", "greedy", "larger")}
+    process = verifiers[BEST]
+    reviser = kept(out / "reviser", task, lambda: (learn_to_revise(model, task, config), {}))[0]
 
-    test = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(seed, 0)))  # those of ``solve``
+    test, valid = (problems(task, config, split) for split in ("test", "valid"))
     written = write(model, task, test, config)
-    budgets = [point["budget"] for point in report["curves"]["majority"]]
-    judged = {}
-    for name, verifier in verifiers.items():
-        samples = to_samples(task, test, written, value_scorer(verifier, task))
-        ranked = auc(*([[f(x) for x in several] for several in samples] for f in (score, lambda x: x.right)))
-        judged[name] = {"auc": ranked, "best": fmean(best(several).right for several in samples)}
-        result["curves"][name] = curve(measure([alone(x) for x in samples], from_all(weighted), budgets), budgets)
-    result["rows"] = [
-        {
-            "run": name,
-            "accuracy": points[ALL]["accuracy"],
-            "four": points[FOUR]["accuracy"],
-            **by_half(report["by_difficulty"], name),
-            "tokens": points[ALL]["tokens"],
-            **judged.get(name, {}),
-        }
-        for name, points in result["curves"].items()
-    ]
-    result["rows"].append({"run": LIKELIHOOD, **by_likelihood(model, task, test, config)})
-    for name, figures in (("greedy", report["greedy"]), ("larger model, greedy", report["larger"]["greedy"])):
-        result["rows"].append({"run": name, "accuracy": figures["accuracy"], "tokens": figures["tokens"]})
+    samples = to_samples(task, test, written)
+    unit = fmean(x.tokens for several in samples for x in several)
+    budgets = [k * unit for k in powers_of_two(config.samples)]
+    searches = searched(model, process, task, test, written, replace(config, lookahead=0), budgets)
+    tables = side_by_side(samples, budgets, False) | searches
+    for name in (OUTCOME, NO_ROLLOUTS):
+        scored = to_samples(task, test, written, value_scorer(verifiers[name], task))
+        tables[name] = measure([alone(x) for x in scored], from_all(best), budgets)
+
+    elsewhere = replace(config, seed=mix_seed(seed, 2), lookahead=0)
+    tried = searched(model, process, task, valid, write(model, task, valid, elsewhere), elsewhere, budgets)
+    # Other samples than those that are spent, which would already know how they end.
+    again = replace(config, seed=mix_seed(seed, 3))
+    of_valid, of_test = (draw(model, task, several, again, value_scorer(process, task)) for several in (valid, test))
+    found, chosen = compute_optimal(of_valid, of_test, tried, searches)
+    tables |= {f"{name}, search": table for name, table in found.items()}
+
+    times = larger.num_parameters() / model.num_parameters()
+    tables["greedy"] = [greedy(model, task, test, config)] * len(budgets)
+    tables[LARGER] = [greedy(larger, task, test, config, times)] * len(budgets)
+    length = isqrt(config.samples)
+    chains = revise(reviser, task, test, [length] * length, config, value_scorer(process, task))
+    tables[REVISIONS], tables[VOTED] = (measure(chains, pick, budgets) for pick in (hierarchical, from_all(majority)))
+
+    levels = difficulties(of_test)
+    rows: dict[str, dict[str, Any]] = {name: {"run": name, **figures(table, levels)} for name, table in tables.items()}
+    for name, value in judge_beginnings(model, verifiers, task, test, config).items():
+        rows[name]["auc_of_beginnings"] = value
+    attempts = [chain for several in chains for chain in several]
+    rows["one sample"] |= in_turn(samples)
+    rows[REVISIONS] |= in_turn(attempts)
+    if fmean(chain[0].right for chain in attempts) < GATE * fmean(x.right for several in samples for x in several):
+        rows[REVISIONS]["accuracy"] = None
+    result: dict[str, Any] = {
+        "rows": list(rows.values()),
+        "curves": {name: curve(table, budgets) for name, table in tables.items()},
+        "levels": {name: by_level(table, levels) for name, table in tables.items()},
+        "chosen": chosen,
+    }
+    if size != "quick":
+        result["rows"] += others_ways(model, larger, task, test, config, process, set(rows))
     return result
 
 
-def by_likelihood(model: PreTrainedModel, task: Task, rows: list[Row], config: test_time.Config) -> dict[str, float]:
-    """Beam search without a verifier, with the budgets of four solutions and of all: log-likelihoods are the values."""
-    found = {}
+def others_ways(
+    model: PreTrainedModel,
+    larger: PreTrainedModel,
+    task: Task,
+    test: list[Row],
+    config: test_time.Config,
+    process: PreTrainedModel,
+    done: set[str],
+) -> list[dict[str, Any]]:
+    """Rows of what no claim is about: look-ahead search, splits into chains, a verifier of chains, and search by likelihood."""
+    report = test_time.solve(model, task, replace(config, learning_rate=REVISER_RATE), process=process, larger=(larger, task))
+    rows = [
+        {"run": name, "accuracy": points[ALL]["accuracy"], "four": points[FOUR]["accuracy"], "tokens": points[ALL]["tokens"]}
+        for name, points in report["curves"].items()
+        if name not in done
+    ]
+    by_likelihood: dict[str, Any] = {"run": LIKELIHOOD}
     for name, N in (("four", 4), ("accuracy", config.samples)):
-        value = partial(likelihoods, model)
-        found[name] = fmean(weighted(x.samples).right for x in search(model, task, rows, value, N, config.beam_width, config))
-    return found
+        searched = search(model, task, test, partial(likelihoods, model), N, config.beam_width, config)
+        by_likelihood[name] = fmean(weighted(x.samples).right for x in searched)
+    return [*rows, by_likelihood]
+
+
+def problems(task: Task, config: test_time.Config, split: str) -> list[Row]:
+    """Test problems, those of ``solve``, or validation problems."""
+    number, turn = (config.problems, 0) if split == "test" else (config.valid_problems, -4)
+    return task.sample(number, split, torch.Generator().manual_seed(mix_seed(config.seed, turn)))
+
+
+def difficulties(samples: Sequence[Sequence[Sample]]) -> list[int]:
+    """Of each problem: UNSOLVED if no sample is right, and quarters of the others, 1 the easiest."""
+    shares = [fmean(x.right for x in several) for several in samples]
+    edges = quantiles([-x for x in shares if x], n=UNSOLVED - 1, method="inclusive")
+    return [1 + bisect(edges, -x) if x else UNSOLVED for x in shares]
+
+
+def figures(table: Table, levels: Sequence[int]) -> dict[str, float | None]:
+    """A row's figures: accuracies, and the tokens that were used."""
+
+    def share(budgets: Sequence[int], wanted: Sequence[int]) -> float | None:
+        right = [x.right for budget in budgets for x, level in zip(table[budget], levels, strict=True) if level in wanted]
+        return fmean(right) if right else None
+
+    every = range(1, UNSOLVED + 1)
+    return {
+        "accuracy": share([ALL], every),
+        "four": share([FOUR], every),
+        "hard": share(LARGE, HARD),
+        "easiest": share(LARGE, [EASIEST]),
+        "four_easiest": share([FOUR], [EASIEST]),
+        "tokens": fmean(x.tokens for x in table[ALL]),
+    }
+
+
+def by_level(table: Table, levels: Sequence[int]) -> list[tuple[int, float]]:
+    """The accuracy of each level, with budgets of 8 and of 16 solutions."""
+    right = defaultdict(list)
+    for budget in LARGE:
+        for x, level in zip(table[budget], levels, strict=True):
+            right[level].append(x.right)
+    return [(level, fmean(of_level)) for level, of_level in sorted(right.items())]
+
+
+def in_turn(chains: Sequence[Chain]) -> dict[str, float | None]:
+    """How often attempts are right: the first one, and those after a right and after a wrong one."""
+    right = [[x.right for x in chain] for chain in chains]
+    after: dict[bool, list[bool]] = {True: [], False: []}
+    for chain in right:
+        for before, x in pairwise(chain):
+            after[before].append(x)
+    kept, mended = (fmean(after[before]) if after[before] else None for before in (True, False))
+    return {"first": fmean(chain[0] for chain in right), "after_right": kept, "after_wrong": mended}
+
+
+def judge_beginnings(
+    model: PreTrainedModel, verifiers: dict[str, PreTrainedModel], task: Task, rows: list[Row], config: test_time.Config
+) -> dict[str, float | None]:
+    """For each verifier and the likelihood: how often, of two rollouts from beginnings of one problem's solutions that are
+    equally many steps long, the right one is from the beginning with the higher value."""
+    number, solutions, rollouts = BEGINNINGS.values()
+    found = roll_out(model, task, rows[:number], solutions, rollouts, replace(config, seed=mix_seed(config.seed, 4)))
+    shares = {
+        (x.problem, step, tuple(x.ids[:end])): share
+        for x in found
+        for step, (end, share) in enumerate(zip(x.ends[:-1], x.values, strict=False))
+    }
+    prompts, begun = [rows[i].prompt_ids for i, _, _ in shares], [list(ids) for _, _, ids in shares]
+    judged = {name: values(verifier, task, prompts, begun) for name, verifier in verifiers.items()}
+    judged["likeliest"] = likelihoods(model, prompts, begun)
+
+    def ranked(judgements: list[float]) -> float | None:
+        groups: dict[tuple[int, int], list[tuple[float, bool]]] = defaultdict(list)
+        for ((i, step, _), share), value in zip(shares.items(), judgements, strict=True):
+            right = round(share * rollouts)
+            groups[i, step] += [(value, True)] * right + [(value, False)] * (rollouts - right)
+        return auc([[x for x, _ in group] for group in groups.values()], [[x for _, x in group] for group in groups.values()])
+
+    return {name: ranked(judgements) for name, judgements in judged.items()}
 
 
 def base(task: Task, seed: int, size: str, out: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -190,15 +336,21 @@ def learn_values(model: PreTrainedModel, task: Task, config: test_time.Config, o
 
     def learn(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         labels = {
-            WEIGHTED: lambda: solutions(),
+            BEST: lambda: solutions(),
             OUTCOME: lambda: outcomes(solutions()),
             NO_ROLLOUTS: lambda: [replace(x, values=x.values[-1:] * len(x.ends)) for x in solutions()],
         }[name]()
         verifier, losses = train_values(model, task, labels, config.process_steps, config, config.seed)
         return verifier, {"solutions": len(labels), "held_out_losses": losses}
 
-    folders = {WEIGHTED: "process", OUTCOME: "outcome", NO_ROLLOUTS: "without-rollouts"}
+    folders = {BEST: "process", OUTCOME: "outcome", NO_ROLLOUTS: "without-rollouts"}
     return {name: kept(out / folder, task, partial(learn, name))[0] for name, folder in folders.items()}
+
+
+def learn_to_revise(model: PreTrainedModel, task: Task, config: test_time.Config) -> PreTrainedModel:
+    rows = task.sample(config.revise_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
+    rates = replace(config, learning_rate=REVISER_RATE)
+    return train_reviser(model, task, rows, config.revise_samples, config.revise_steps, rates, config)
 
 
 def kept(
@@ -211,80 +363,23 @@ def kept(
     return load_model(folder, relative_model(task)).eval(), read_json(folder / REPORT, dict[str, Any])
 
 
-def by_half(rows: list[dict[str, Any]], name: str) -> dict[str, float | None]:
-    """A method's accuracy with the budget of four solutions, on easy and on hard problems."""
-    found: dict[str, float | None] = {}
-    for half, difficulties in {"four_easy": EASY, "four_hard": HARD}.items():
-        some = [row for row in rows if row["difficulty"] in difficulties and name in row["accuracy"]]
-        problems = sum(row["problems"] for row in some)
-        right = sum(row["accuracy"][name][FOUR] * row["problems"] for row in some)
-        found[half] = right / problems if problems else None
-    return found
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def gap(run: str, control: str, name: str = "accuracy") -> list[float | None]:
-        pairs = [(figure(x, run, name), figure(x, control, name)) for x in results]
-        return [None if None in pair else pair[0] - pair[1] for pair in pairs]
-
-    best_vote = "A vote weighted by a process verifier solves more problems than a majority of as many solutions."
-    process = "A process verifier, which learnt from rollouts, ranks solutions better than an outcome verifier."
-    beam = "With the tokens of four solutions, beam search solves more hard problems than best-of-N weighted."
-    sequential, in_parallel = "sequential, verifier", "chains of 1"
-    return [
-        *gaps(best_vote, results, WEIGHTED, ["majority"], 0.02),
-        *gaps(process, results, WEIGHTED, [OUTCOME], 0.02, name="auc"),
-        *gaps(beam, results, BEAM, [WEIGHTED], 0.05, name="four_hard"),
-        least("process verifier less outcome verifier, weighted vote", gap(WEIGHTED, OUTCOME), 0.0),
-        least("process verifier less outcome verifier, best of k", gap(WEIGHTED, OUTCOME, "best"), 0.0),
-        least("process verifier, weighted vote less best of k", gap(WEIGHTED, BEST), -0.01),
-        least("beam search less look-ahead search", gap(BEAM, LOOKAHEAD), 0.0),
-        least("beam search less the same by likelihood, four solutions", gap(BEAM, LIKELIHOOD, "four"), 0.0),
-        least("process verifier, weighted vote less the likeliest", gap(WEIGHTED, "likeliest"), 0.0),
-        least("process verifier less one that learnt without rollouts", gap(WEIGHTED, NO_ROLLOUTS), 0.0),
-        least("chains of revisions, verifier less majority", gap(sequential, "sequential, majority"), 0.0),
-        least("chains of revisions less parallel attempts of the reviser", gap(sequential, in_parallel), 0.0),
-        least("compute-optimal search less one search for all", gap("compute-optimal, search", "one for all, search"), -0.01),
-    ]
-
-
 def plot(results: list[dict[str, Any]], path: Path) -> str:
     def over_tokens(*names: str) -> dict[str, list[list[tuple[float, float]]]]:
         return {name: [[(x["tokens"], x["accuracy"]) for x in result["curves"][name]] for result in results] for name in names}
 
-    def over_difficulty(*names: str) -> dict[str, list[list[tuple[float, float]]]]:
-        rows = [result["by_difficulty"] for result in results]
-        common = set.intersection(*({row["difficulty"] for row in several} for several in rows))
-        return {
-            name: [
-                [(row["difficulty"], row["accuracy"][name][FOUR]) for row in several if row["difficulty"] in common]
-                for several in rows
-            ]
-            for name in names
-        }
-
-    greedy = {
-        name: [[(x["tokens"], x["accuracy"])] for x in points]
-        for name, points in {
-            "greedy": [result["greedy"] for result in results],
-            "larger model, greedy": [result["larger"]["greedy"] for result in results],
-        }.items()
-    }
+    single = {name: [points[:1] for points in of_seeds] for name, of_seeds in over_tokens("greedy", LARGER).items()}
+    levels = {name: [result["levels"][name] for result in results] for name in (BEST, WEIGHTED, BEAM, "greedy", LARGER)}
     tokens, right = "tokens generated a problem", "accuracy"
     panels(
         path,
         TITLE,
         [
-            Panel(tokens, right, over_tokens(WEIGHTED, OUTCOME, NO_ROLLOUTS, "majority", "oracle") | greedy, log=True),
-            Panel(tokens, right, over_tokens(WEIGHTED, BEAM, LOOKAHEAD, "compute-optimal, search"), log=True),
-            Panel(tokens, right, over_tokens("chains of 1", *CHAINS, "compute-optimal, splits"), log=True),
-            Panel(
-                "difficulty", "accuracy with the tokens of 4 solutions", over_difficulty(WEIGHTED, BEAM, LOOKAHEAD, "majority")
-            ),
+            Panel(tokens, right, over_tokens(BEST, OUTCOME, NO_ROLLOUTS, "likeliest", "majority") | single, log=True),
+            Panel(tokens, right, over_tokens(BEST, WEIGHTED, BEAM, OPTIMAL, ONE, REVISIONS), log=True),
+            Panel("difficulty", "accuracy with the tokens of 8 and 16 solutions", levels),
         ],
     )
     return (
-        "Accuracy over tokens of solutions side by side, of searches and of chains of revisions, and over difficulty. A token "
-        "of the larger model counts as many as its weights are times those of the model. Thin lines are seeds, thick ones "
-        "their mean"
+        "Accuracy over tokens of choices among solutions, of searches and of revisions, and over difficulty. A token of the "
+        "larger model counts as many as its weights are times those of the model. Thin lines are seeds, thick ones their mean"
     )

@@ -34,11 +34,11 @@ def any_right(chains):
     return max((x for chain in chains for x in chain), key=lambda x: x.right)
 
 
-def test_a_budget_buys_whole_solutions_and_at_least_one():
+def test_a_budget_buys_the_solutions_nearest_to_it_and_at_least_one():
     chain = several(("3", 4), ("8", 6), ("8", 5))
     for chains in ([chain], alone(chain)):
-        bought = [affordable(chains, budget) for budget in (1, 4, 9.9, 10, 14, 15, 99)]
-        assert [sum(map(len, some)) for some in bought] == [1, 1, 1, 2, 2, 3, 3]
+        bought = [affordable(chains, budget) for budget in (1, 6.9, 7, 10, 12.4, 12.5, 99)]
+        assert [sum(map(len, some)) for some in bought] == [1, 1, 2, 2, 2, 3, 3]
     two = affordable([chain[:2], chain[2:]], 10)
     assert two == [chain[:2]]  # a chain of which nothing fits is not there
     assert affordable([chain[:2], chain[2:]], 15) == [chain[:2], chain[2:]]

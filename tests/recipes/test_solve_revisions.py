@@ -1,6 +1,7 @@
 """Chains of revisions: what an attempt sees, what a reviser learns from, and how its attempts are scored."""
 
 import random
+from itertools import permutations
 
 import pytest
 
@@ -43,23 +44,27 @@ def solutions_of(task, row):
     return right, near, [farther, [digits[0], *farther]]
 
 
-def test_every_right_solution_follows_wrong_ones_the_nearest_last(solver):
+def test_every_right_solution_comes_at_once_and_after_attempts_the_last_right_or_nearest(solver):
     _, task = solver
     [row] = task.sample(1, "train", seeded(1))
     right, near, far = solutions_of(task, row)
     unreadable = right[:-1]
     written = [Completion(ids, []) for ids in (far[0], right, unreadable, near, right, far[1])]
-    counts = []
+    kept = []
     for seed in range(60):
         examples = revisions(task, row, written, random.Random(seed))
-        assert [target for _, target in examples] == [right, right]  # one each
-        for prompt, _ in examples:
-            candidates = ([], [near], [far[0], near], [far[1], near], [*far, near], [*far[::-1], near])
-            [shown] = [ids for ids in candidates if revision_prompt(task, row, ids) == prompt]
-            counts.append(len(shown))
-    assert {n: counts.count(n) / len(counts) for n in set(counts)} == {n: pytest.approx(0.25, abs=0.12) for n in range(4)}
+        assert [target for _, target in examples] == [right] * 4
+        assert [prompt == row.prompt_ids for prompt, _ in examples] == [True, False, True, False]
+        for prompt, _ in examples[1::2]:
+            wrong = [near, *far]
+            before = [[], *([x] for x in wrong), *([x, y] for x in wrong for y in wrong), *map(list, permutations(wrong))]
+            [shown] = [x for some in before for x in ([*some, right], [*some, near]) if revision_prompt(task, row, x) == prompt]
+            assert near not in shown[:-1] or shown[-1] == right
+            kept.append(shown[-1] == right)
+    assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.15)
     assert revisions(task, row, [x for x in written if x.ids != right], random.Random(0)) == []
-    assert revisions(task, row, [Completion(right, [])], random.Random(0)) == [(row.prompt_ids, right)]
+    alone = revisions(task, row, [Completion(right, [])], random.Random(0))
+    assert alone == [(row.prompt_ids, right), (revision_prompt(task, row, [right]), right)]
 
 
 def test_nothing_to_revise(solver, monkeypatch):

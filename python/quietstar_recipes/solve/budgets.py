@@ -56,13 +56,14 @@ def from_all(pick: Selector) -> ChainSelector:
 
 
 def affordable(chains: Sequence[Chain], budget: float) -> list[Chain]:
-    """What fits into a budget of tokens, one chain after the other, each from its start, but at least one attempt."""
+    """What a budget of tokens buys, one chain after the other, each from its start: as many attempts as come nearest to it, but
+    at least one. If only whole ones counted, a token too many in one of 16 would cost parallel solutions the last of them."""
     bought: list[list[Sample]] = []
     spent = 0
     for chain in chains:
         for number, x in enumerate(chain):
             spent += x.tokens
-            if bought and spent > budget:
+            if bought and spent - x.tokens / 2 > budget:
                 return list(bought)
             if number == 0:
                 bought.append([])

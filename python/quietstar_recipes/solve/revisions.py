@@ -77,7 +77,7 @@ def with_history(task: Task, owners: Sequence[Row], chains: Attempts) -> tuple[l
 def train_reviser(
     model: PreTrainedModel, task: Task, rows: Sequence[Row], samples: int, steps: int, sft_config: SFTConfig, sampling: Sampling
 ) -> PreTrainedModel:
-    """A copy of the model that has learnt to write a right solution after 0 to 4 wrong ones of its own.
+    """A copy of the model that has learnt to write a right solution at once, and after attempts of its own.
 
     Args:
         samples: solutions of each row to learn from; 64 in the paper.
@@ -92,11 +92,11 @@ def train_reviser(
 
 
 def revisions(task: Task, row: Row, written: Sequence[Completion], choose: random.Random) -> list[Example]:
-    """An example for every right solution of a row: up to four wrong ones, then that right one, which is to be learnt.
+    """Two examples for every right solution of a row: that solution at once, and after one to four attempts, drawn uniformly.
 
-    How many wrong ones is drawn uniformly. The last of them is the one nearest to the right one by edit distance between
-    characters, so that the two have something in common; the others are drawn at random. Solutions without an answer that can
-    be read are left out (arXiv 2408.03314, appendix H).
+    The last attempt is, by the toss of a coin, the right solution itself, which is to be kept, or the wrong one nearest to it
+    by edit distance between characters, so that the two have something in common; the others are wrong ones drawn at random
+    (arXiv 2408.03314, appendix H, whose attempts are all wrong). Solutions without an answer that can be read are left out.
     """
     solutions = [task.trimmed(x.ids) for x in written if task.answer(row, x.ids) is not None]
     wrong = [ids for ids in solutions if not task.check(row, ids)]
@@ -106,15 +106,15 @@ def revisions(task: Task, row: Row, written: Sequence[Completion], choose: rando
     for target in solutions:
         if not task.check(row, target):
             continue
-        count = choose.randint(0, min(VISIBLE_ATTEMPTS, len(wrong)))
-        shown = []
-        if count:
+        last, others = target, list(range(len(wrong)))
+        if wrong and choose.random() < 0.5:
             text = task.text(target)
             if text not in nearest:
                 nearest[text] = min(range(len(wrong)), key=lambda i: edit_distance(texts[i], text))
-            last = nearest[text]
-            shown = [wrong[i] for i in choose.sample([i for i in range(len(wrong)) if i != last], count - 1)] + [wrong[last]]
-        found.append((revision_prompt(task, row, shown), target))
+            last = wrong[nearest[text]]
+            others.remove(nearest[text])
+        before = choose.sample(others, choose.randint(0, min(VISIBLE_ATTEMPTS - 1, len(others))))
+        found += [(row.prompt_ids, target), (revision_prompt(task, row, [*(wrong[i] for i in before), last]), target)]
     return found
 
 

@@ -2,7 +2,7 @@
 
 In parallel: N solutions of each problem, from which a selector takes one. Step by step: N candidates, of which a process
 verifier keeps the best. In sequence: chains of attempts, each of which sees up to four earlier ones. A budget is a number of
-generated tokens per problem, and each method gets as many whole solutions as fit.
+generated tokens per problem, and each method gets as many whole solutions as come nearest to it.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def solve(
         write_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
     tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
     report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
-    report["greedy"] = greedy(model, task, rows, config)
+    report["greedy"] = summary(greedy(model, task, rows, config))
     if larger:
         report["larger"], tables[LARGER] = with_larger(model, *larger, config, budgets)
     if valid_rows:
@@ -216,10 +216,10 @@ def draw(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config
     return to_samples(task, rows, write(model, task, rows, config), scorer)
 
 
-def greedy(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> dict[str, Any]:
-    """The ``summary`` of greedy answers."""
+def greedy(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, times: float = 1) -> list[Spent]:
+    """Greedy answers, a token of which counts ``times``."""
     written = rollout(model, task, [row.prompt_ids for row in rows], **{**config.sampling, "temperature": 0})
-    return summary([Spent(x.right, x.tokens) for [x] in to_samples(task, rows, written)])
+    return [Spent(x.right, times * x.tokens) for [x] in to_samples(task, rows, written)]
 
 
 def with_larger(
@@ -230,8 +230,7 @@ def with_larger(
     times = larger.num_parameters() / model.num_parameters()
     samples = draw(larger, task, rows, config, None)
     costly = [[replace(x, tokens=round(x.tokens * times)) for x in several] for several in samples]
-    answers = greedy(larger, task, rows, config)
-    figures = {"times": times, "greedy": answers | {"tokens": answers["tokens"] * times}}
+    figures = {"times": times, "greedy": summary(greedy(larger, task, rows, config, times))}
     return figures, side_by_side(costly, budgets, False)["majority"]
 
 
