@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from experiments_checks import figure, gaps, least, most
+from experiments_claims import Claim, figure
 from small_base import base
 from transformers import PreTrainedModel
 
@@ -56,6 +56,19 @@ BATCH = 1024  # solutions to generate or to score at once
 RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
 VERDICT, OUTCOME = "V-STaR, verdicts", "V-STaR, verdicts and likelihood"
 SHUFFLED = "V-STaR, shuffled labels"
+CLAIMS = (
+    Claim("A verifier's choice among the solutions of all rounds is better than STaR's vote.", VSTAR, (STAR, RFT)),
+    Claim(
+        "A vote that the verifier weighs is better than a plain one.",
+        VSTAR,
+        (STAR,),
+        "weighted_vote",
+        control_figure="accuracy",
+    ),
+    Claim("The verifier's choice is better than STaR's greedy answer.", VSTAR, (STAR,), control_figure="greedy"),
+    Claim("Verifier and generator of three rounds are better than those of one.", VSTAR, (VERIFICATION, ONE)),
+    Claim("Pairs teach a verifier more than verdicts do, alone or with the likelihood.", VSTAR, (VERDICT, OUTCOME)),
+)
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -91,9 +104,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     if size != "quick":
         # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
         shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs)]
-        rows.append({"run": SHUFFLED, **by_star.chosen(of_pairs(model, task, shuffled, config))})
+        rows.append({"run": SHUFFLED, **by_star.chosen(of_pairs(model, shuffled, config))})
     for beta in BETAS[size]:
-        scorer = of_pairs(model, task, pairs, replace(config, beta=beta))
+        scorer = of_pairs(model, pairs, replace(config, beta=beta))
         rows.append({"run": f"V-STaR, beta {beta}", **by_star.chosen(scorer)})
     return {"rows": rows, "k": report["k"], "curves": {VSTAR: report["curves"], ONE: report_once["curves"]}}
 
@@ -143,31 +156,9 @@ def whole(solutions: Sequence[Solution]) -> list[Valued]:
     return [Valued(problem[tuple(x["prompt"])], x["prompt"], x["ids"], [len(x["ids"])], [float(x["right"])]) for x in shown]
 
 
-def of_pairs(model: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: Config) -> Scorer:
+def of_pairs(model: PreTrainedModel, pairs: Sequence[Pair], config: Config) -> Scorer:
     """A new verifier that has learnt from these pairs."""
-    return likelihood_scorer(train_verifier(model, task, pairs, config, config.seed)[0], BATCH)
-
-
-def check(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def above(run: str, other: str, name: str = "accuracy") -> list[float]:
-        return [figure(result, run) - figure(result, other, name) for result in results]
-
-    shuffled = [row for row in results[0]["rows"] if row["run"] == SHUFFLED]  # not in the quick size
-    claim = "A verifier's choice among the solutions of all rounds is better than STaR's vote."
-    rounds = "Verifier and generator of three rounds are better than those of one."
-    pairs = "Pairs teach a verifier more than verdicts do."
-    voted = "A vote that the verifier weighs is better than a plain one."
-    return [
-        *gaps(claim, results, VSTAR, [STAR], 0.02),
-        *gaps(voted, results, VSTAR, [STAR], 0.02, "weighted_vote", control_name="accuracy"),
-        *gaps(rounds, results, VSTAR, [VERIFICATION, ONE], 0.02),
-        *gaps(pairs, results, VSTAR, [VERDICT, OUTCOME], 0.02),
-        least("V-STaR, above STaR's greedy answers", above(VSTAR, STAR, "greedy"), 0.02),
-        least("V-STaR, above the likeliest solution", above(VSTAR, STAR, "likeliest"), 0.02),
-        least("verdicts and likelihood, above one distinct solution", above(OUTCOME, STAR, "one_distinct"), 0.02),
-        *(most("shuffled labels, above one distinct solution", above(SHUFFLED, STAR, "one_distinct"), 0.02) for _ in shuffled),
-        most("verifier as generator, above V-STaR", above("verifier as generator", VSTAR), 0.0),
-    ]
+    return likelihood_scorer(train_verifier(model, pairs, config, BATCH)[0], BATCH)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
