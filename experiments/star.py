@@ -4,8 +4,8 @@ write a scratchpad towards an answer that it is shown, for sums of all lengths; 
 It is a Llama, whose positions are relative. With learned positions, as GPT-2 has them, such a base takes three times as many
 updates. There are two rounds, so "3 rounds to half of 3 digits" means never.
 
-Rationalisation decides. In earlier runs two parts of the recipe did not help: with rehearsal of hints the accuracy was lower, 0.63 against
-0.74, and starting again from the base in each round was no better than going on from the latest model.
+Rationalisation decides. In earlier runs two parts of the recipe did not help: with rehearsal of hints the accuracy was lower,
+0.63 against 0.74, and starting again from the base in each round was no better than going on from the latest model.
 """
 
 from __future__ import annotations
