@@ -115,7 +115,7 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     arguments[2] = str(tmp_path / "other")
     assert main("icot", "--seeds", "1") == 0 and asked[3:] == [("icot", 0)]
     text = page.read_text()
-    assert "## STaR" in text and "1 seed, 1.0" in text and "## Stepwise internalisation" in text
+    assert "## STaR" in text and "1 seed, 1.0" in text and f"## {scripts('icot').TITLE}" in text
     page.write_text(f"# Results\n{text}after\n")
     assert main("--seeds", "0") == 0 and page.read_text() == f"# Results\n{text}after\n"
     page.unlink()
