@@ -23,15 +23,14 @@ Results = Sequence[dict[str, Any]]  # one for each seed
 class Claim:
     """That a run's ``figure`` is above that of each control, or with ``less`` below it; without controls, above or below 0.
 
-    ``control_figure`` is the controls', where it is another one.
+    A control is a run, or a run and another figure of it.
     """
 
     text: str
     run: str
-    controls: Sequence[str] = ()
+    controls: Sequence[str | tuple[str, str]] = ()
     figure: str = "accuracy"
     less: bool = False
-    control_figure: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,13 @@ class Gap:
 def hardest(claim: Claim, results: Results) -> Gap:
     """The gap to the control that speaks most against the claim: by its state, then by its mean."""
     ours = [figure(result, claim.run, claim.figure) for result in results]
+    sign = -1 if claim.less else 1
     found = []
     for control in claim.controls or [""]:
-        theirs = [figure(x, control, claim.control_figure or claim.figure) if control else 0.0 for x in results]
-        sign = -1 if claim.less else 1
-        pairs = zip(ours, theirs, strict=True)
-        found.append(Gap(control, ours, theirs, [None if x is None or y is None else sign * (x - y) for x, y in pairs]))
+        run, name = (control, claim.figure) if isinstance(control, str) else control
+        theirs = [figure(x, run, name) if run else 0.0 for x in results]
+        gaps = [None if x is None or y is None else sign * (x - y) for x, y in zip(ours, theirs, strict=True)]
+        found.append(Gap(run if name == claim.figure else f"{run}, {name.replace('_', ' ')}", ours, theirs, gaps))
     return min(found, key=lambda gap: ([NO, OPEN, HOLDS].index(gap.state), mean(gap.values)))
 
 

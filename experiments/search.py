@@ -81,11 +81,10 @@ CLAIMS = (
     Claim(
         "With as many FLOPs as a larger model's greedy answer, the small one's beam search solves more.",
         BEAM,
-        (LARGER,),
+        ((LARGER, "accuracy"),),
         "four",
-        control_figure="accuracy",
     ),
-    Claim("It does so on the easiest problems.", BEAM, (LARGER,), "four_easiest", control_figure="easiest"),
+    Claim("It does so on the easiest problems.", BEAM, ((LARGER, "easiest"),), "four_easiest"),
     Claim("Attempts that revise each other solve more than as many of the base.", REVISIONS, (BEST, WEIGHTED, *CONTROLS)),
 )
 

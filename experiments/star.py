@@ -56,7 +56,7 @@ CLAIMS = (
     ),
     Claim(
         "Learning from right chains of its own beats learning from answers alone, and from all its chains.",
-        PLAIN,
+        RATIONALISED,
         (DIRECT, NO_FILTER, "base"),
     ),
 )

@@ -58,7 +58,7 @@ def test_what_the_seeds_say_about_a_claim(scripts):
     claims = scripts("experiments_claims")
     ours, controls = (3.0, 5.0, 7.0), {"level": (3.1, 4.9, 7.0), "below": (1.0, 2.9, 5.1), "above": (4.0, 6.1, 8.0)}
     results = [
-        {"rows": [{"run": "ours", "x": x}, *({"run": name, "x": values[i]} for name, values in controls.items())]}
+        {"rows": [{"run": "ours", "x": x}, *({"run": name, "x": values[i], "y": x} for name, values in controls.items())]}
         for i, x in enumerate(ours)
     ]
 
@@ -69,6 +69,8 @@ def test_what_the_seeds_say_about_a_claim(scripts):
     assert below.values == pytest.approx([2, 2.1, 1.9]) and below.state == "holds"
     assert level.control == "level" and level.state == "not resolved"
     assert above.control == "above" and above.state == "no" and above.theirs == [4.0, 6.1, 8.0]
+    other = found("below", ("below", "y"))
+    assert other.control == "below, y" and other.state == "not resolved"
     assert found("above", less=True).state == "holds" and found().state == "holds" and found().control == ""
     single = claims.hardest(claims.Claim("", "ours", ("below",), "x"), results[:1])
     assert single.state == "not resolved"

@@ -15,11 +15,12 @@ from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import fingerprint, save_model
 from quietstar_recipes.common.training import SFTConfig
-from quietstar_recipes.tasks import Addition, WordProblems
+from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
 from quietstar_recipes.vstar import run as recipe
 from quietstar_recipes.vstar.run import Config, vstar
 from quietstar_recipes.vstar.verifier import (
     DPO,
+    as_trl_example,
     load_verifier,
     make_pairs,
     measure_pairs,
@@ -59,6 +60,18 @@ def test_solutions_count_as_often_as_they_were_drawn():
     assert len(pairs) == 200 and 2 <= sum(right == [1] for _, right, _ in pairs) <= 30  # one in 16, where half would be 100
 
 
+@pytest.mark.parametrize("task", [Multiplication(2), WordProblems(), "bytes"])
+def test_trl_reads_the_tokens_that_we_wrote(task, byte_tokenizer):
+    task = Multiplication(2, tokenizer=byte_tokenizer) if task == "bytes" else task
+    rows = task.sample(20, "train", seeded(0))
+    for row, other in zip(rows, rows[1:], strict=False):
+        pair = (row.prompt_ids, task.completion_ids(row), task.completion_ids(other))
+        text = as_trl_example(task, pair)
+        assert task.tokenizer(text["prompt"])["input_ids"] == pair[0]
+        assert task.tokenizer(text["prompt"] + text["chosen"])["input_ids"] == pair[0] + pair[1]
+        assert task.tokenizer(text["prompt"] + text["rejected"])["input_ids"] == pair[0] + pair[2]
+
+
 def solved(model, task, count, samples, seed):
     """Prompt and ids of the model's solutions, and whether they are right."""
     rows = task.sample(count, "train", seeded(seed))
@@ -77,7 +90,7 @@ def pairs(solver):
 def test_dpo_starts_at_its_reference_model_and_learns_to_tell_right_from_wrong(solver, pairs):
     model, task = solver
     before = fingerprint(model)
-    verifier, losses = train_verifier(model, pairs * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3))
+    verifier, losses = train_verifier(model, task, pairs * 8, DPO(pair_batch=32, updates=16, verifier_rate=1e-3), 0)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # there the verifier is still its reference model
     assert fingerprint(model) == before != fingerprint(verifier)
     start = measure_pairs(model, model, pairs, 0.1, 64)
@@ -90,7 +103,7 @@ def test_dpo_loss_is_that_of_the_paper(solver, pairs):
     """After one pass over the pairs, and no more than one, the loss is that of the formula with the new weights."""
     model, task = solver
     some = pairs[:8]
-    verifier, losses = train_verifier(model, some * 2, DPO(pair_batch=8, updates=100, verifier_rate=1e-3, beta=0.3))
+    verifier, losses = train_verifier(model, task, some * 2, DPO(pair_batch=8, updates=100, verifier_rate=1e-3, beta=0.3), 0)
     assert len(losses) == 2 and not torch.equal(model.lm_head.weight, verifier.lm_head.weight)
     prompts, right, wrong = map(list, zip(*some, strict=True))
     margin = torch.tensor([likelihoods(x, prompts, ids) for x in (verifier, model) for ids in (right, wrong)])

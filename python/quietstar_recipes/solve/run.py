@@ -70,7 +70,7 @@ class Config(SFTConfig, Sampling):
     beam_width: int = option(4, "M of a search: of N candidates for a step, N / M go on; a power of 2")
     lookahead: int = option(1, "steps that look-ahead search goes on before it values a step; 0 leaves it out")
     valid_problems: int = option(0, "validation problems, to choose ways of spending by difficulty; 0 leaves that out")
-    revise_steps: int = option(0, "training steps on revisions of the model's own wrong attempts, before it revises")
+    revise_steps: int = option(0, "training steps on revisions of the model's own attempts, before it revises")
     revise_problems: int = option(2000, "training problems for those steps, and for the verifier of chains")
     revise_samples: int = option(64, "solutions of each of them to learn revisions from")
     judge_steps: int = option(0, "training steps of a verifier of the chains' attempts; 0 scores them as solutions")

@@ -191,7 +191,7 @@ def train_or_load_verifier(
     if not pairs:
         raise ValueError("vstar: no problem has both right and wrong solutions, which a verifier needs to learn from")
     reference = load_model(run.folder(0), model)
-    verifier, losses = train_verifier(reference, pairs, config, config.batch_size)
+    verifier, losses = train_verifier(reference, task, pairs, config, config.seed)
     log = run.log("vstar, verifier", config.rounds)
     for number, loss in enumerate(losses):
         log({"step": number + 1, "loss": loss})

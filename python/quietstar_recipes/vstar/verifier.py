@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import msgspec
 import torch
@@ -89,35 +90,56 @@ def make_pairs(solutions: Sequence[Solution], split: str, most: int, seed: int) 
 
 
 def train_verifier(
-    reference: PreTrainedModel, pairs: Sequence[Pair], config: DPO, batch_size: int = 256
+    reference: PreTrainedModel, task: Task, pairs: Sequence[Pair], config: DPO, seed: int
 ) -> tuple[PreTrainedModel, list[float]]:
-    """A copy of the reference model after at most one pass of DPO over the pairs, and the losses (arXiv 2305.18290)."""
+    """A copy of the reference model after at most one pass of TRL's DPO over the pairs, and the losses."""
+    try:
+        from datasets import Dataset, disable_progress_bars
+        from transformers import PrinterCallback  # importing it imports peft too
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
+    disable_progress_bars()
     steps = min(config.updates, max(1, len(pairs) // config.pair_batch))
-    prompts, right, wrong = map(list, zip(*pairs[: steps * config.pair_batch], strict=True))
-    before = torch.tensor([likelihoods(reference, prompts, ids, batch_size) for ids in (right, wrong)])
-    verifier = copy.deepcopy(reference).eval()  # dropout would make log-probabilities, of which this takes differences, noisy
-    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.pair_batch,
+            learning_rate=config.verifier_rate,
+            warmup_steps=min(20, steps // 2),
+            lr_scheduler_type="constant_with_warmup",
+            beta=config.beta,
+            max_length=None,
+            seed=seed,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=reference.device.type == "cpu",
+        )
+        # TRL changes the models that it is given, so it gets copies.
+        trainer = DPOTrainer(
+            copy.deepcopy(reference),
+            copy.deepcopy(reference),
+            options,
+            train_dataset=Dataset.from_list([as_trl_example(task, pair) for pair in pairs[: steps * config.pair_batch]]),
+            processing_class=task.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    verifier = copy.deepcopy(reference)
+    verifier.load_state_dict(cast(PreTrainedModel, trainer.model).state_dict())
+    return verifier.eval(), [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
-    def gradient(step: int) -> dict[str, Any]:
-        chosen = slice(step * config.pair_batch, (step + 1) * config.pair_batch)
-        values, _ = logprob(verifier, prompts[chosen] * 2, right[chosen] + wrong[chosen])
-        margins = dpo_margins(values.sum(1).view(2, -1), before[:, chosen].to(values.device))
-        loss = -logsigmoid(config.beta * margins).mean()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        return {"loss": losses[-1]}
 
-    def rate(step: int) -> float:
-        return config.verifier_rate * min(1.0, (step + 1) / max(1, min(20, steps // 2)))
-
-    train(verifier, adamw(verifier, config.verifier_rate, 0.0), steps, gradient, name="vstar", rate=rate)
-    return verifier, losses
-
-
-def dpo_margins(scores: Tensor, before: Tensor) -> Tensor:
-    """By how much the verifier has raised right solutions over wrong ones, from log-probabilities [2,R] and the reference's."""
-    right, wrong = scores - before
-    return right - wrong
+def as_trl_example(task: Task, pair: Pair) -> dict[str, str]:
+    """The pair as text, as TRL expects it; it tokenizes the prompt followed by each solution."""
+    prompt, *both = (task.tokenizer.decode(ids) for ids in (pair[0], pair[0] + pair[1], pair[0] + pair[2]))
+    chosen, rejected = (text[len(prompt) :] for text in both)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def measure_pairs(
@@ -131,9 +153,9 @@ def measure_pairs(
         torch.tensor([likelihoods(judge, prompts, ids, batch_size) for ids in (right, wrong)])
         for judge in (verifier, reference)
     ]
-    margins = dpo_margins(*scores)
+    margin = (scores[0] - scores[1]).diff(dim=0).neg()[0]
     order = (scores[0][0] > scores[0][1]).float().mean()
-    return {"held_out_loss": float(-logsigmoid(beta * margins).mean()), "held_out_order": float(order)}
+    return {"held_out_loss": float(-logsigmoid(beta * margin).mean()), "held_out_order": float(order)}
 
 
 def train_outcome(
