@@ -8,8 +8,8 @@ right ones, from the base in each round or going on from the latest model. SFT t
 no other run sees. Shuffled rewards go to another completion of the same problem.
 
 Rates were tried on seed 0. GRPO has 3e-4; at 1e-3 it forgets everything within 20 updates, as plain TRL does there, reward for
-reward, and 640 updates of 10 problems at 1e-4 are as good. Accuracy is that of single samples at temperature 1, "vote" and "any"
-are of 16 samples, on all 815 held-out problems.
+reward, and 640 updates of 10 problems at 1e-4 are as good. Accuracy is that of single samples at temperature 1, "vote" and
+"any" are of 16 samples, on all 815 held-out problems.
 """
 
 from __future__ import annotations
