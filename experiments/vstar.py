@@ -58,12 +58,16 @@ RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, on
 VERDICT, OUTCOME = "V-STaR, verdicts", "V-STaR, verdicts and likelihood"
 SHUFFLED = "V-STaR, shuffled labels"
 EARLIER, LONGER = "V-STaR, verifier of one round", "STaR, trained longer"
-ANSWERS = ((STAR, "accuracy"), (STAR, "greedy"), (STAR, "likeliest"), (LONGER, "accuracy"), (LONGER, "greedy"))
+ANSWERS = ((STAR, "accuracy"), (STAR, "greedy"), (STAR, "likeliest"))
 CLAIMS = (
-    Claim(
-        "A verifier's choice among the solutions of all rounds is better than STaR's answers, trained as long.", VSTAR, ANSWERS
-    ),
+    Claim("A verifier's choice among the solutions of all rounds is better than STaR's answers.", VSTAR, ANSWERS),
     Claim("So is a vote that the verifier weighs.", VSTAR, ANSWERS, "weighted_vote"),
+    Claim(
+        "A verifier is worth more than a generator that learns as much longer.",
+        VSTAR,
+        ((LONGER, "accuracy"), (LONGER, "greedy")),
+        "weighted_vote",
+    ),
     Claim("Verifier and generator of three rounds are better than those of one.", VSTAR, (VERIFICATION, ONE, EARLIER)),
     Claim("Pairs teach a verifier more than verdicts do.", VSTAR, (VERDICT,)),
     Claim("And more than verdicts that are added to the likelihood.", VSTAR, (OUTCOME,)),
