@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from experiments_claims import Claim
 from small_base import base
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.files.reading import json_lines
@@ -92,8 +93,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": [], "delta": {}, "by_attempt": {}}
 
     def report(name: str, trained: PreTrainedModel, figures: dict[str, Any]) -> None:
-        sampled = attempt(trained, task, test * PAIRS_EACH, {"max_new": SHARED["max_new"]}, seed).figures()
-        found = {"run": name, **{column: sampled[column] for column in COLUMNS}}
+        pairs = attempt(trained, task, test * PAIRS_EACH, {"max_new": SHARED["max_new"]}, seed)
+        sampled = pairs.figures()
+        found = {"run": name, **{column: sampled[column] for column in COLUMNS}, **after_wrong(pairs.rewards)}
         found |= {f"greedy_{column.removeprefix('accuracy_')}": figures[column] for column in COLUMNS[:3]}
         found |= {"edited": figures["edited"], "divergence": figures["divergence_first"]}
         if figures["votes"]:
@@ -130,6 +132,15 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     if size == "full":
         reinforced(OFFLINE, half_way, **later, from_base=1.0)
     return result
+
+
+def after_wrong(rewards: Tensor) -> dict[str, float]:
+    """Of attempts [2,pairs of each problem times problems], how often what follows a wrong first one is right: the second one,
+    and another first one at the same problem, which has seen no attempt."""
+    first, second = rewards.unflatten(1, (PAIRS_EACH, -1))
+    wrong = 1 - first
+    others = (first.sum(0) - first) / (PAIRS_EACH - 1)
+    return {name: float((wrong * x).sum() / wrong.sum()) for name, x in (("mended", second), ("another_first", others))}
 
 
 def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Task]:

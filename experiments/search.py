@@ -14,6 +14,7 @@ Accuracies are those with the tokens of 16 solutions, "four" those with the toke
 often, of two rollouts from beginnings of one problem's solutions, the right one is from that with the higher value. "first",
 "after right" and "after wrong" are shares of right attempts, in chains of revisions or among independent samples. Revisions
 count only if first attempts are right at least 0.9 times as often as the base's.
+Oracle is any of the solutions.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from quietstar_recipes.common.selectors import Sample, auc, best, hierarchical, 
 from quietstar_recipes.common.solutions import to_samples
 from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.solve import run as test_time
-from quietstar_recipes.solve.budgets import Chain, Table, alone, compute_optimal, curve, from_all, measure
+from quietstar_recipes.solve.budgets import Chain, Table, alone, compute_optimal, curve, from_all, measure, oracle
 from quietstar_recipes.solve.revisions import revise, train_reviser
 from quietstar_recipes.solve.run import BEAM, BEST, WEIGHTED, draw, greedy, searched, side_by_side, write
 from quietstar_recipes.solve.search import search
@@ -55,6 +56,7 @@ TITLE = "Test-time compute"
 OUTCOME, NO_ROLLOUTS = "best of k, outcome verifier", "best of k, without rollouts"
 LIKELIHOOD, LARGER = "beam search by likelihood", "larger model, greedy"
 REVISIONS, VOTED = "revisions, process verifier", "revisions, majority"
+ORACLE = "oracle"
 OPTIMAL, ONE = "compute-optimal, search", "one for all, search"
 CONTROLS = ("majority", "likeliest", "greedy")
 FOUR, LARGE, ALL = 2, (3, 4), 4  # places of the budgets of 4 solutions, of 8 and 16, and of 16
@@ -160,7 +162,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     unit = fmean(x.tokens for several in samples for x in several)
     budgets = [k * unit for k in powers_of_two(config.samples)]
     searches = searched(model, process, task, test, written, replace(config, lookahead=0), budgets)
-    tables = side_by_side(samples, budgets, False) | searches
+    tables = side_by_side(samples, budgets, False) | {ORACLE: oracle(samples, unit)} | searches
     for name in (OUTCOME, NO_ROLLOUTS):
         scored = to_samples(task, test, written, value_scorer(verifiers[name], task))
         tables[name] = measure([alone(x) for x in scored], from_all(best), budgets)

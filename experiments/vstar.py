@@ -84,9 +84,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     generator_once, verifier_once, report_once = vstar(model, task, once, resume=True)
 
     test = task.sample(config.test_problems, "test", torch.Generator().manual_seed(mix_seed(seed, 5)))
-    by_base, by_once, by_star, by_verifier = (
-        Generated(x, task, test, config) for x in (model, generator_once, generator, verifier)
-    )
+    by_base, by_once, by_star = (Generated(x, task, test, config) for x in (model, generator_once, generator))
     own, own_once = likelihood_scorer(verifier, BATCH), likelihood_scorer(verifier_once, BATCH)
     rows = [
         {"run": "SFT", **by_base.voted()},
@@ -96,7 +94,6 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         {"run": ONE, **by_once.chosen(own_once)},
         {"run": VSTAR, **by_star.chosen(own)},
         {"run": EARLIER, **by_star.chosen(own_once)},
-        {"run": "verifier as generator", **by_verifier.voted()},
     ]
     solutions = drawn(Path(config.out), config.rounds)
     longer = sft(copy.deepcopy(model), right_solutions(solutions), config.steps + config.updates, config, seed)
@@ -107,6 +104,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     rows.append({"run": OUTCOME, **by_star.chosen(value_scorer(valued, task, BATCH))})
     pairs = make_pairs(solutions, "train", config.pairs, seed)
     if size != "quick":
+        rows.append({"run": "verifier as generator", **Generated(verifier, task, test, config).voted()})
         # Exactly half of the pairs are reversed: random labels would have more of one kind, and the verifier would learn that.
         shuffled = [(prompt, *both[:: -1 if i % 2 else 1]) for i, (prompt, *both) in enumerate(pairs)]
         rows.append({"run": SHUFFLED, **by_star.chosen(of_pairs(model, task, shuffled, config))})
