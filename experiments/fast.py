@@ -1,9 +1,13 @@
-"""Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight tokens to four. Each stage continues from the
-previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The
-text that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in
-eight tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for
-one token less. What is left at four tokens does not have all sums, and is mostly right all the same. In one seed of three
-already the stage of eight tokens fails: a tenth of its thoughts are complete, in the other seeds nine tenths.
+"""Thoughts that become shorter in stages reach the answer in one of the first three seeds; in the others a stage fails, and
+those after it with it. A model that never thinks learns what a thinking one predicts, but plain training on the text teaches it
+as much, and the published reward nothing.
+
+Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight tokens to four. Each stage continues from the
+previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The text
+that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in eight
+tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for one token
+less. Where it succeeds, what is left at four tokens does not have all sums, and is mostly right all the same. Where it fails,
+hardly a thought of the stage before is complete ("complete thoughts").
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
 digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the

@@ -1,5 +1,6 @@
-"""What do more tokens at test time buy, and how are they best spent (arXiv 2408.03314)? A model that is half trained on 3 x
-3-digit multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16 solutions have.
+"""A process verifier helps to choose and to search; no search makes up for a larger model, and revisions don't pay. What do
+more tokens at test time buy, and how are they best spent (arXiv 2408.03314)? A model that is half trained on 3 x 3-digit
+multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16 solutions have.
 
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,
@@ -13,8 +14,7 @@ Accuracies are those with the tokens of 16 solutions, "four" those with the toke
 "easiest" level 1, with the tokens of 8 and 16, "four easiest" level 1 with the tokens of four. "auc of beginnings" is how
 often, of two rollouts from beginnings of one problem's solutions, the right one is from that with the higher value. "first",
 "after right" and "after wrong" are shares of right attempts, in chains of revisions or among independent samples. Revisions
-count only if first attempts are right at least 0.9 times as often as the base's.
-Oracle is any of the solutions.
+count only if first attempts are right at least 0.9 times as often as the base's. Oracle is any of the solutions.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ CLAIMS = (
         ((LARGER, "accuracy"),),
         "four",
     ),
-    Claim("It does so on the easiest problems.", BEAM, ((LARGER, "easiest"),), "four_easiest"),
+    Claim("It does so on the problems that are easiest for it.", BEAM, ((LARGER, "easiest"),), "four_easiest"),
     Claim("Attempts that revise each other solve more than as many of the base.", REVISIONS, (BEST, WEIGHTED, *CONTROLS)),
 )
 

@@ -1,18 +1,19 @@
-"""V-STaR beside the baselines of its paper (arXiv 2402.06457), with as many samples of each training problem for all of them.
+"""A verifier chooses better among a generator's solutions than a vote or the likelihood does; but a generator that learns as
+long as generator and verifier together is better than both. V-STaR beside the baselines of its paper (arXiv 2402.06457), with
+as many samples of each training problem for all of them.
 
 In three rounds, V-STaR draws 8 samples of each problem and trains a fresh copy of the base on all right ones so far; then a
 verifier learns from pairs of right and wrong ones. In one round, the base draws all 24 samples at once. SFT is the base, RFT
 the generator of one round, STaR that of three, and all of them answer by majority. The others choose by a verifier;
-verification is the base with that of one round. The paper has 16 samples per round, as has the full size, but here a verifier
+verification is the base with that of one round. "STaR, trained longer" learns from the right ones of all rounds for as many
+updates as STaR's last round and the verifier. The paper has 16 samples per round, as has the full size, but here a verifier
 needs more problems rather than more samples: 7,000 are nearly all that there are.
 
-A generator takes 30 updates per round. The longer it learns, the less is left for a verifier that starts from the base: with
-60 updates STaR's vote is as good as V-STaR (0.77), and with 200, and half of the pairs, better (0.78 against 0.67; one seed
-each).
+A generator takes 30 updates per round. The longer it learns, the less is left for a verifier that starts from the base.
 
 An outcome verifier learns from the same solutions whether they are right. Read off as a verdict after the solution, as usual,
 this is beyond two layers, which would have to predict each token, compare it, and gather the results; so another one adds the
-verdict to the solution's log-likelihood. That one is nearly as good as V-STaR, and better in one seed of three.
+verdict to the solution's log-likelihood, and is about as good as V-STaR.
 
 All answers are chosen from 16 solutions of the same test problems. The verifiers by DPO see each pair once. Chance for a
 verifier is one distinct solution, not one sample: right solutions are often equal, and equal ones have one score, so that many
