@@ -95,7 +95,7 @@ docs: $(READY)  ## the site of docs/ with the reference and the commands' help, 
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run
 
-experiments: $(READY)  ## the recipes against their controls, with docs/results.md; about an hour and a half on two idle cores
+experiments: $(READY)  ## the recipes against their controls, with docs/results.md; about two hours on two cores
 	$(BIN)/python experiments/run_experiments.py --docs docs
 
 pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick to see it run, SEEDS=1
