@@ -36,7 +36,8 @@ def write(results: dict[str, Results], folder: Path) -> Path:
     page = folder / "results.md"
     short = [seeds for size, found in results.items() if size != LONG for seeds in found.values()]
     head = ["method", "claim", "ours", "strongest control", "gap", "verdict"]
-    table = markdown([*head, "gap, fresh seeds", "verdict"], claims) if fresh else markdown(head, [x[: len(head)] for x in claims])
+    head += ["gap, fresh seeds", "verdict"] if fresh else []
+    table = markdown(head, [line[: len(head)] for line in claims])
     write_block(page, "experiments", "\n\n".join([table, counted(verdicts), cost(short), *parts]))
     return page
 

@@ -1,7 +1,7 @@
 """SCoRe loses to its strongest controls here, and gains nothing over its own first attempts: it learns to repeat them. After a
 wrong first attempt its second one is right less often ("mended") than another first one would be, which has seen no attempt
 ("another first"). Pair-SFT, which has learnt from a wrong attempt followed by a right one, mends more than that, so the first
-attempt can be of use; but its first attempts stay as bad as the base's.
+attempt can be of use; but its first attempts are no better than the base's.
 
 A model multiplies two-digit numbers, is asked to look again, and learns by reinforcement to correct itself. Its base ignores
 its first attempt: it was trained on pairs of independent samples of its own, so it breaks more right answers than it fixes

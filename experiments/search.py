@@ -377,7 +377,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         [
             Panel(tokens, right, over_tokens(BEST, OUTCOME, NO_ROLLOUTS, "likeliest", "majority") | single, log=True),
             Panel(tokens, right, over_tokens(BEST, WEIGHTED, BEAM, OPTIMAL, ONE, REVISIONS), log=True),
-            Panel("difficulty", "accuracy with the tokens of 8 and 16 solutions", levels),
+            Panel("difficulty", "accuracy, tokens of 8 and 16", levels),
         ],
     )
     return (
