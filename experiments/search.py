@@ -1,6 +1,7 @@
-"""A process verifier helps to choose and to search; no search makes up for a larger model, and revisions don't pay. What do
-more tokens at test time buy, and how are they best spent (arXiv 2408.03314)? A model that is half trained on 3 x 3-digit
-multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16 solutions have.
+"""No search makes up for a larger model, and revisions cost more than they mend. What a process verifier adds to a greedy
+answer is little, and not resolved by the seeds so far. What do more tokens at test time buy, and how are they best spent (arXiv
+2408.03314)? A model that is half trained on 3 x 3-digit multiplication, whose solutions have five steps, solves a problem with
+as many tokens as 1 to 16 solutions have.
 
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,

@@ -1,6 +1,6 @@
-"""A verifier chooses better among a generator's solutions than a vote or the likelihood does; but a generator that learns as
-long as generator and verifier together is better than both. V-STaR beside the baselines of its paper (arXiv 2402.06457), with
-as many samples of each training problem for all of them.
+"""In the seeds so far a verifier chooses better among a generator's solutions than a vote or the likelihood does; but a
+generator that learns as long as generator and verifier together is better than both. V-STaR beside the baselines of its paper
+(arXiv 2402.06457), with as many samples of each training problem for all of them.
 
 In three rounds, V-STaR draws 8 samples of each problem and trains a fresh copy of the base on all right ones so far; then a
 verifier learns from pairs of right and wrong ones. In one round, the base draws all 24 samples at once. SFT is the base, RFT
