@@ -6,8 +6,9 @@ Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight toke
 previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The text
 that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in eight
 tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for one token
-less. Where it succeeds, what is left at four tokens does not have all sums, and is mostly right all the same. Where it fails,
-hardly a thought of the stage before is complete ("complete thoughts").
+less. Where it succeeds, what is left at four tokens does not have all sums, and is mostly right all the same. One of the runs
+that fail has hardly a complete thought at eight tokens already; the other has two of three at six tokens, and none at five,
+where the one that succeeds still has 0.06.
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
 digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the

@@ -1,7 +1,7 @@
-"""SCoRe loses to its strongest controls here, and gains nothing over its own first attempts: it learns to repeat them. After a
-wrong first attempt its second one is right less often ("mended") than another first one would be, which has seen no attempt
-("another first"). Pair-SFT, which has learnt from a wrong attempt followed by a right one, mends more than that, so the first
-attempt can be of use; but its first attempts are no better than the base's.
+"""In the seeds so far SCoRe is behind its strongest controls, and its gain over its own first attempts can't be told from none:
+it learns to repeat them. After a wrong first attempt its second one is right less often ("mended") than another first one would
+be, which has seen no attempt ("another first"). Pair-SFT, which has learnt from a wrong attempt followed by a right one, mends
+more than that, so the first attempt can be of use; but its own first attempts are the worst.
 
 A model multiplies two-digit numbers, is asked to look again, and learns by reinforcement to correct itself. Its base ignores
 its first attempt: it was trained on pairs of independent samples of its own, so it breaks more right answers than it fixes
@@ -132,13 +132,14 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     return result
 
 
-def after_wrong(rewards: Tensor) -> dict[str, float]:
+def after_wrong(rewards: Tensor) -> dict[str, float | None]:
     """Of attempts [2,pairs of each problem times problems], how often what follows a wrong first one is right: the second one,
-    and another first one at the same problem, which has seen no attempt."""
+    and another first one at the same problem, which has seen no attempt. None if no first one is wrong."""
     first, second = rewards.unflatten(1, (PAIRS_EACH, -1))
     wrong = 1 - first
     others = (first.sum(0) - first) / (PAIRS_EACH - 1)
-    return {name: float((wrong * x).sum() / wrong.sum()) for name, x in (("mended", second), ("another_first", others))}
+    found = {"mended": second, "another_first": others}
+    return {name: float((wrong * x).sum() / wrong.sum()) if wrong.any() else None for name, x in found.items()}
 
 
 def two_turn_base(seed: int, size: str, out: Path) -> tuple[PreTrainedModel, Task]:

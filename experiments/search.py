@@ -1,7 +1,8 @@
-"""No search makes up for a larger model, and revisions cost more than they mend. What a process verifier adds to a greedy
-answer is little, and not resolved by the seeds so far. What do more tokens at test time buy, and how are they best spent (arXiv
-2408.03314)? A model that is half trained on 3 x 3-digit multiplication, whose solutions have five steps, solves a problem with
-as many tokens as 1 to 16 solutions have.
+"""No search makes up for a larger model, as even a perfect verifier of as many solutions would not ("oracle", four), and
+revisions solve less than as many independent attempts. What a process verifier adds to a greedy answer is little, and not
+resolved by the seeds so far. What do more tokens at test time buy, and how are they best spent (arXiv 2408.03314)? A model that
+is half trained on 3 x 3-digit multiplication, whose solutions have five steps, solves a problem with as many tokens as 1 to 16
+solutions have.
 
 In parallel: it draws solutions, and a vote or a verifier chooses one. The process verifier has learnt the value of each step,
 the share of rollouts from there that end right. The outcome verifier has learnt from the same solutions, for as many updates,
@@ -57,7 +58,6 @@ TITLE = "Test-time compute"
 OUTCOME, NO_ROLLOUTS = "best of k, outcome verifier", "best of k, without rollouts"
 LIKELIHOOD, LARGER = "beam search by likelihood", "larger model, greedy"
 REVISIONS, VOTED = "revisions, process verifier", "revisions, majority"
-ORACLE = "oracle"
 OPTIMAL, ONE = "compute-optimal, search", "one for all, search"
 CONTROLS = ("majority", "likeliest", "greedy")
 FOUR, LARGE, ALL = 2, (3, 4), 4  # places of the budgets of 4 solutions, of 8 and 16, and of 16
@@ -163,7 +163,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     unit = fmean(x.tokens for several in samples for x in several)
     budgets = [k * unit for k in powers_of_two(config.samples)]
     searches = searched(model, process, task, test, written, replace(config, lookahead=0), budgets)
-    tables = side_by_side(samples, budgets, False) | {ORACLE: oracle(samples, unit)} | searches
+    tables = side_by_side(samples, budgets, False) | {"oracle": oracle(samples, unit)} | searches
     for name in (OUTCOME, NO_ROLLOUTS):
         scored = to_samples(task, test, written, value_scorer(verifiers[name], task))
         tables[name] = measure([alone(x) for x in scored], from_all(best), budgets)

@@ -9,7 +9,7 @@ verification is the base with that of one round. "STaR, trained longer" learns f
 updates as STaR's last round and the verifier. The paper has 16 samples per round, as has the full size, but here a verifier
 needs more problems rather than more samples: 7,000 are nearly all that there are.
 
-A generator takes 30 updates per round. The longer it learns, the less is left for a verifier that starts from the base.
+A generator takes 30 updates per round.
 
 An outcome verifier learns from the same solutions whether they are right. Read off as a verdict after the solution, as usual,
 this is beyond two layers, which would have to predict each token, compare it, and gather the results; so another one adds the

@@ -79,6 +79,15 @@ def test_what_the_seeds_say_about_a_claim(scripts):
     assert claims.margin([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
 
 
+def test_what_follows_a_wrong_attempt(scripts, monkeypatch):
+    score = scripts("score")
+    monkeypatch.setattr(score, "PAIRS_EACH", 3)
+    # Two problems, three pairs of attempts at each: problem by problem, first and second are 1 0 0 and 0 1 0, 0 0 0 and 0 0 1.
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0.0, 0, 1, 0, 0, 1]])
+    assert score.after_wrong(rewards) == pytest.approx({"mended": 2 / 5, "another_first": 1 / 5})
+    assert score.after_wrong(torch.ones(2, 6)) == {"mended": None, "another_first": None}
+
+
 def recorded(run, asked):
     """In place of a process, which notes what it was asked for and writes a result."""
 
