@@ -8,7 +8,7 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any
 
-from experiments_claims import HOLDS, NO, OPEN, Gap, hardest, margin
+from experiments_claims import HOLDS, NO, OPEN, hardest, margin
 from experiments_results import FRESH, Result, Results
 
 from benchmarks.report.committed import write_block
@@ -17,7 +17,7 @@ LONG = "full"  # the size whose results stand in a part of their own
 
 
 def write(results: dict[str, Results], folder: Path) -> Path:
-    """Write results, by size, into the page, whose path is returned."""
+    """Write results, by size, into the page, whose path is returned. Where there are fresh seeds, the runs shown are theirs."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = results.get(FRESH, {})
     shown = {size: found for size, found in results.items() if size != FRESH}
@@ -27,16 +27,17 @@ def write(results: dict[str, Results], folder: Path) -> Path:
             parts.append(long_introduction(shown[size]))
         for name, seeds in shown[size].items():
             experiment = importlib.import_module(name)
-            suffix = f"_{LONG}" if size == LONG else ""
-            parts.append(section(experiment, seeds, folder / f"experiments_{name}{suffix}.png", bool(suffix)))
-            if size != LONG:
-                lines, found = claim_lines(experiment, seeds, fresh.get(name, []))
-                claims += lines
-                verdicts += found
+            if size == LONG:
+                parts.append(section(experiment, seeds, folder / f"experiments_{name}_{LONG}.png", True))
+                continue
+            parts.append(section(experiment, fresh.get(name, seeds), folder / f"experiments_{name}.png", False))
+            lines, found = claim_lines(experiment, seeds, fresh.get(name, []))
+            claims += lines
+            verdicts += found
     page = folder / "results.md"
     short = [seeds for size, found in results.items() if size != LONG for seeds in found.values()]
     head = ["method", "claim", "ours", "strongest control", "gap", "verdict"]
-    head += ["gap, fresh seeds", "verdict"] if fresh else []
+    head += ["gap, first seeds", "verdict"] if fresh else []
     table = markdown(head, [line[: len(head)] for line in claims])
     write_block(page, "experiments", "\n\n".join([table, counted(verdicts), cost(short), *parts]))
     return page
@@ -67,29 +68,31 @@ def long_introduction(results: Results) -> str:
 
 
 def claim_lines(
-    experiment: ModuleType, seeds: list[Result], fresh: list[Result]
+    experiment: ModuleType, first: list[Result], fresh: list[Result]
 ) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """For each claim a line of the table, and its verdicts on the seeds and on the fresh ones, "" where there are none."""
+    """For each claim a line of the table, and its verdicts on the fresh seeds, "" where there are none, and on the first ones.
+
+    The figures are those of the fresh seeds, or of the first ones if there are no others.
+    """
     lines, verdicts = [], []
     for claim in getattr(experiment, "CLAIMS", ()):  # curves claim nothing
-        gap = hardest(claim, seeds)
-        again = hardest(claim, fresh) if fresh else None
+        before = hardest(claim, first)
+        gap = hardest(claim, fresh) if fresh else before
         control = f"{gap.control}: {_mean(gap.theirs, False)}" if gap.control else "0"
-        ours = f"{claim.run}: {_mean(gap.ours, False)}"
-        both = (gap.state, again.state if again else "")
+        other = f", to {before.control}" if before.control != gap.control else ""
         lines.append(
             [
                 f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})",
                 claim.text,
-                ours,
+                f"{claim.run}: {_mean(gap.ours, False)}",
                 control,
                 _mean(gap.values, False),
-                emphasized(both[0]),
-                _fresh(again, gap.control),
-                emphasized(both[1]),
+                emphasized(gap.state) + ("" if fresh else ", first seeds"),
+                _mean(before.values, False) + other if fresh else "",
+                emphasized(before.state) if fresh else "",
             ]
         )
-        verdicts.append(both)
+        verdicts.append((gap.state if fresh else "", before.state))
     return lines, verdicts
 
 
@@ -97,17 +100,10 @@ def emphasized(state: str) -> str:
     return f"**{state}**" if state in (OPEN, NO) else state
 
 
-def _fresh(gap: Gap | None, control: str) -> str:
-    """The gap on fresh seeds, with the control's name where another one is the strongest there."""
-    if gap is None:
-        return ""
-    return _mean(gap.values, False) + (f", to {gap.control}" if gap.control != control else "")
-
-
 def counted(verdicts: list[tuple[str, str]]) -> str:
     """How many claims hold, are not resolved, or are not so."""
     sentences = []
-    for which, found in (("On the first seeds", [x for x, _ in verdicts]), ("On fresh seeds", [x for _, x in verdicts if x])):
+    for which, found in (("On fresh seeds", [x for x, _ in verdicts if x]), ("On the first seeds", [x for _, x in verdicts])):
         if found:
             holds, left_open, no = (found.count(state) for state in (HOLDS, OPEN, NO))
             sentences.append(f"{which} {holds} of {len(found)} claims hold, {left_open} are not resolved, and {no} are not so.")
@@ -122,7 +118,7 @@ def anchor(title: str) -> str:
 def section(experiment: ModuleType, seeds: list[Result], picture: Path, long: bool) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
-    cost = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
+    cost = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} from {seeds[0]['seed']}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
     blocks = [
         f"### {experiment.TITLE}{', long' if long else ''}",
         *(paragraph.replace("\n", " ") for paragraph in paragraphs if not long),

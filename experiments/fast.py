@@ -51,7 +51,7 @@ SHORTEST = TOKENS[-1]
 DIRECT = f"{SHORTEST} tokens from the start"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of the plain model; lines to choose and measure by
     "tiny": {"pretraining": 1, "stage": 1, "plain": 1, "valid": 4, "test": 20},
-    "quick": {"pretraining": 600, "stage": 100, "plain": 100, "valid": 256, "test": 1024},
+    "quick": {"pretraining": 600, "stage": 150, "plain": 100, "valid": 256, "test": 1024},
     "full": {"pretraining": 600, "stage": 200, "plain": 300, "valid": 256, "test": 2048},
 }
 
@@ -115,13 +115,13 @@ def make_text(seed: int, size: str, first_two: bool = False) -> Text:
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     numbers = SIZES[size]
     model = fast_text.pretrained(seed, numbers["pretraining"], out / "base")
-    thoughts = ThoughtConfig(thoughts=4, policy_weight=10.0, embedding_scale=1.0, embedding_init=digit_sums.DASH)
+    thoughts = ThoughtConfig(thoughts=4, policy_weight=30.0, embedding_scale=1.0, embedding_init=digit_sums.DASH)
     config = Config(
         out=str(out / "curriculum"),
         curriculum=CURRICULUM,
         steps=numbers["stage"],
         batch_size=64,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         later_rate=1.0,
         eval_every=max(1, numbers["stage"] // 4),
         save_every=numbers["stage"],

@@ -7,13 +7,15 @@ pretrained model. One thinks as it did before any training. One trains on four t
 has offline thoughts: as many are sampled, once; of each four the best is kept where it helps, and trained on for as many steps,
 its likelihood weighted by its gain. RLP's own model is also given another line's thoughts, or random digits.
 
-Accuracy and loss are those of the answer on held-out lines, predicted after a greedy thought.
+Accuracy and loss are those of the answer on held-out lines, predicted after a greedy thought. Right thoughts are all four
+running sums; "kept right" is their share among the thoughts that were kept to train on.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -53,12 +55,24 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     rlp = trained(model, lines, seed, out / "rlp", **FIELDS)
 
     found = {RLP: rlp, OFFLINE: offline, BEFORE: before.eval()}
-    rows = [{"run": name, **measured(qs, digits, digit_sums.own_thoughts(qs, digits))} for name, qs in found.items()]
-    own = digit_sums.own_thoughts(rlp, digits)
+    thoughts = {name: digit_sums.own_thoughts(qs, digits) for name, qs in found.items()}
+    rows: list[dict[str, Any]] = [
+        {"run": name, **measured(qs, digits, thoughts[name]), "right_thoughts": digit_sums.right_thoughts(thoughts[name], digits)}
+        for name, qs in found.items()
+    ]
+    rows[1]["kept_right"] = right_of_kept(kept, drawn)
+    own = thoughts[RLP]
     others = {ANOTHER: own.roll(1, 0), RANDOM: given_thoughts("random", tuple(own.shape), generator)}
-    rows += [{"run": name, **measured(rlp, digits, thoughts)} for name, thoughts in others.items()]
+    rows += [{"run": name, **measured(rlp, digits, ids)} for name, ids in others.items()]
     plain = train_plain(model, replace(SETTING, steps=numbers["steps"]), strings, digits, seed)["sampled"]
     return {"rows": [*rows, {"run": PLAIN, "accuracy": plain["right"] / plain["lines"], "loss": plain["nll"]}]}
+
+
+def right_of_kept(kept: OfflineThoughts, digits: torch.Tensor) -> float | None:
+    """Of the kept thoughts about these lines, how many are all four running sums; None if none is kept."""
+    pairs = [(x["thought_ids"], sums) for x, sums in zip(kept, digit_sums.running_sums(digits), strict=True)]
+    right = [bool((ids[0, 0] == sums).all()) for ids, sums in pairs if len(ids)]
+    return fmean(right) if right else None
 
 
 def measured(qs: QuietStar, digits: torch.Tensor, thoughts: torch.Tensor) -> dict[str, float]:

@@ -119,14 +119,14 @@ def test_what_is_done_is_not_run_again(scripts, tmp_path, monkeypatch, capsys):
     run.result_file(tmp_path / "runs", "star", "quick", 1).unlink()
     assert main("star", "--seeds", "2") == 0 and asked[2:] == [("star", 1)]
     page, stored = tmp_path / "docs/results.md", tmp_path / "docs/experiments.json"
-    assert "| base | 0.500 ± 0.000 |" in page.read_text() and "2 seeds, 1.0 minutes of a core each" in page.read_text()
+    assert "| base | 0.500 ± 0.000 |" in page.read_text() and "2 seeds from 0, 1.0 minutes of a core each" in page.read_text()
     assert [result["seed"] for result in json.loads(stored.read_text())["quick"]["star"]] == [0, 1]
 
     # What stands on the page stays there when something else is run elsewhere.
     arguments[2] = str(tmp_path / "other")
     assert main("icot", "--seeds", "1") == 0 and asked[3:] == [("icot", 0)]
     text = page.read_text()
-    assert "## STaR" in text and "1 seed, 1.0" in text and f"## {scripts('icot').TITLE}" in text
+    assert "## STaR" in text and "1 seed from 0, 1.0" in text and f"## {scripts('icot').TITLE}" in text
     page.write_text(f"# Results\n{text}after\n")
     assert main("--seeds", "0") == 0 and page.read_text() == f"# Results\n{text}after\n"
     page.unlink()
