@@ -118,7 +118,8 @@ def anchor(title: str) -> str:
 def section(experiment: ModuleType, seeds: list[Result], picture: Path, long: bool) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
-    cost = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} from {seeds[0]['seed']}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
+    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} from {seeds[0]['seed']}"
+    cost = f"{number}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
     blocks = [
         f"### {experiment.TITLE}{', long' if long else ''}",
         *(paragraph.replace("\n", " ") for paragraph in paragraphs if not long),

@@ -56,10 +56,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
 
     found = {RLP: rlp, OFFLINE: offline, BEFORE: before.eval()}
     thoughts = {name: digit_sums.own_thoughts(qs, digits) for name, qs in found.items()}
-    rows: list[dict[str, Any]] = [
-        {"run": name, **measured(qs, digits, thoughts[name]), "right_thoughts": digit_sums.right_thoughts(thoughts[name], digits)}
-        for name, qs in found.items()
-    ]
+    rows: list[dict[str, Any]] = [{"run": name, **measured(qs, digits, thoughts[name])} for name, qs in found.items()]
+    for row in rows:
+        row["right_thoughts"] = digit_sums.right_thoughts(thoughts[row["run"]], digits)
     rows[1]["kept_right"] = right_of_kept(kept, drawn)
     own = thoughts[RLP]
     others = {ANOTHER: own.roll(1, 0), RANDOM: given_thoughts("random", tuple(own.shape), generator)}
