@@ -8,7 +8,9 @@ as many completions, 51,200, to sample and to learn from, 80 in an update. STaR 
 right ones, going on from the latest model; in the full size also from the base in each round. SFT trains on chains that are
 written by rule, which no other run sees. Shuffled rewards go to another completion of the same problem.
 
-Rates were tried on seed 0; GRPO has 3e-4, and what happens at others is in the log. Accuracy is that of single samples at
+Rates were tried on seed 0; GRPO has 3e-4, and what happens at others is in the log. There it says what the gap to STaR is made
+of, too: with as few and as large updates as GRPO's, STaR has 0.71 instead of 0.84 at the same rate, and GRPO gains from an
+advantage of 1 for every right completion, instead of one relative to its group. Accuracy is that of single samples at
 temperature 1, "vote" and "any" are of 16 samples, on all 815 held-out problems.
 """
 

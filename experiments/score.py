@@ -12,9 +12,10 @@ attempts; the supervised ones learn from 8,000 attempts or pairs of attempts. In
 much as the second attempt's own reward, which the bonus makes 11 times as large.
 
 Accuracy, delta (second less first), fixed, broken and revised (another answer, right or wrong) are shares of pairs of samples,
-16 at each test problem, at the temperature of training; then come greedy attempts. Edited is anything but a copy. Divergence is
-that of the first attempt, nats per token. The full size adds a control whose first attempts in stage II are the base's, and
-votes over samples: of second attempts, or of as many first attempts as cost the same number of tokens as both attempts.
+8 at each test problem (16 for seeds 0 and 1), at the temperature of training; then come greedy attempts. Edited is anything but
+a copy. Divergence is that of the first attempt, nats per token. The full size adds a control whose first attempts in stage II
+are the base's, and votes over samples: of second attempts, or of as many first attempts as cost the same number of tokens as
+both attempts.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SIZES: dict[str, dict[str, int]] = {
 SHARED: dict[str, Any] = {"samples": 4, "max_new": 20, "learning_rate": 3e-4, "save_every": 20}
 KL = 0.01  # for a reward of 1
 ATTEMPTED = 2000  # problems that the supervised controls learn from
-PAIRS_EACH = 16  # pairs of attempts at each test problem
+PAIRS_EACH = 8  # pairs of attempts at each test problem
 
 CLAIMS = (
     Claim("Its second attempts are right more often than its first ones.", SCORE, figure="delta"),
