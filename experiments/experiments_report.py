@@ -106,7 +106,7 @@ def counted(verdicts: list[tuple[str, str]]) -> str:
     for which, found in (("On fresh seeds", [x for x, _ in verdicts if x]), ("On the first seeds", [x for _, x in verdicts])):
         if found:
             holds, left_open, no = (found.count(state) for state in (HOLDS, OPEN, NO))
-            sentences.append(f"{which} {holds} of {len(found)} claims hold, {left_open} are not resolved, and {no} are not so.")
+            sentences.append(f"{which} {holds} of {len(found)} claims hold; not resolved: {left_open}, not so: {no}.")
     return " ".join(sentences)
 
 

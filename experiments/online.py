@@ -1,6 +1,7 @@
-"""Can thoughts be learnt from their reward alone? Preset `rlp` on the digit sums: no mixing head and no loss of the text.
-Thoughts have four tokens, between vectors that begin as the dash around an aside; the reward is the log-likelihood of the
-answer after the thought, less that of a slow copy without one.
+"""Thoughts can be learnt from their reward alone. But the best of a few thoughts that were sampled once teach as much here:
+three quarters of those that are kept are right, where an eighth of all is. Preset `rlp` on the digit sums: no mixing head and
+no loss of the text. Thoughts have four tokens, between vectors that begin as the dash around an aside; the reward is the
+log-likelihood of the answer after the thought, less that of a slow copy without one.
 
 Thoughts are at "=" only, 4 for each of 64 lines a step, all weights at a rate of 1e-3. The controls start from the same
 pretrained model. One thinks as it did before any training. One trains on four times the lines, without thoughts. The strongest
