@@ -95,7 +95,7 @@ docs: $(READY)  ## the site of docs/ with the reference and the commands' help, 
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run
 
-experiments: $(READY)  ## the recipes against their controls, a seed in 40 minutes of two cores; SEEDS=5, FRESH=1, DOCS=docs for docs/results.md
+experiments: $(READY)  ## the recipes against their controls, a seed in about 45 minutes of two cores; SEEDS=5, FRESH=1, DOCS=docs for docs/results.md
 	$(BIN)/python experiments/run_experiments.py $(if $(FRESH),--fresh) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
 
 pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick to see it run, SEEDS=1

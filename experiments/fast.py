@@ -10,7 +10,8 @@ less. What is left at four tokens does not have all sums, and is mostly right al
 Every stage is a race, since lines without an aside make the model forget how to write one. With a policy weight of 10 and a
 learning rate of 1e-3, two of the first three seeds lost it: in one all thoughts about a line became the same within half of the
 first stage, in the other they had nothing in common any more at five tokens, and the loss went back to that of a guess. Stages
-of twice the length did not help the first one. With a weight of 30 and half the rate, no stage of these seeds is lost.
+of twice the length did not help the first one. With a weight of 30 and half the rate, none of these seeds loses a stage (the
+log has the two that are not in the table).
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
 digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the

@@ -1,6 +1,6 @@
 """Runs the experiments of the recipes and writes their part of docs/results.md, with tables and plots.
 
-    python experiments/run_experiments.py                what the claims need, one seed, about 40 minutes on two cores
+    python experiments/run_experiments.py                what the claims need, one seed, about 45 minutes on two cores
     python experiments/run_experiments.py star --seeds 3 three seeds of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --fresh        the claims on five seeds that nothing was tried on, 100 to 104
