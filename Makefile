@@ -57,9 +57,9 @@ demo: $(READY)  ## digit sums, where thinking helps, then the English that ships
 	$(BIN)/python examples/digit_sums.py --quick --threads 2
 	$(BIN)/python examples/english.py
 
-test: $(READY)  ## what every change must pass, a few minutes; TIMES=tests/durations.txt writes how long each test takes
+test: $(READY)  ## what every change must pass, a few minutes
 	$(BIN)/python tests/emulation/emulated.py
-	$(PYTEST) --dist=loadfile $(QUICK) --longest=2 $(if $(TIMES),--times=$(TIMES))
+	$(PYTEST) --dist=loadfile $(QUICK) --durations=20 --durations-min=2
 
 test-kernels: $(READY)  ## every op and back end with every option, interpreted or emulated where there is no GPU
 	$(PYTEST) --dist=worksteal -m kernels

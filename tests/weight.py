@@ -39,19 +39,13 @@ def whole_row(line):
     return re.fullmatch(r"\s*(\"[^\"]*\": )?[\[{].*[\]}],?", line) is not None
 
 
-def minutes(folder):
-    file = folder / "tests/durations.txt"
-    found = re.search(r"([\d.]+) minutes", file.read_text().partition("\n")[0]) if file.exists() else None
-    return found[1] if found else "?"
-
-
 def weight(folder):
     python, tests = files(folder, "python/**/*"), files(folder, "tests/**/*")
     shipped = {name: files(folder, f"{name}/**/*") for name in ("python", "quietstar_kernels", "csrc")}
     shipped = {name: lines(file for file in found if file.suffix in SHIPPED) for name, found in shipped.items()}
     recipes = [file for file in python if any(name in file.as_posix() for name in RECIPES)]
     modules = [file for file in python if file.suffix == ".py"]
-    raw = [file for file in tests if file.suffix != ".safetensors" and file.name != "durations.txt"]
+    raw = [file for file in tests if file.suffix != ".safetensors"]
     return {
         **{f"{name}/, lines": f"{count:,}" for name, count in shipped.items()},
         "  of them recipes": f"{lines(file for file in recipes if file.suffix in SHIPPED):,}",
@@ -60,7 +54,6 @@ def weight(folder):
         "public names in `__all__`": public_names(modules),
         "  without recipes": public_names(file for file in modules if file not in recipes),
         "generated pages, printed data": f"{printed_data(folder):,}",
-        "make test, minutes": minutes(folder),
     }
 
 
