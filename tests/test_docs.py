@@ -19,6 +19,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/golden/README.md")),
     *(ROOT / name for name in ("csrc/README.md", "csrc/cpu/README.md", "benchmarks/results/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob(".github/*.md")),
 ]
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 EXAMPLE = ("such as ", "about ")  # starts a comment on a print that prints something else each time
