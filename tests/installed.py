@@ -18,7 +18,7 @@ tiny_model(256).save_pretrained("base")
 byte_tokenizer().save_pretrained("base")
 """
 TEXT = "A model thinks before it speaks. What it thinks is short, and its own.\n"
-TRAIN = "--model base --data text.txt --length 16 --held-out 4 --thought-tokens 2 --lookahead 2 --steps 2 --batch-size 4 --out run"
+TRAIN = "--model base --data text.txt --length 16 --held-out 4 --thought-tokens 2 --lookahead 2 --steps 2 --out run"
 
 
 def main(dist: Path) -> None:
