@@ -34,6 +34,7 @@ from quietstar_kernels import backends, cpu_library, cuda_library
 from quietstar_kernels.cpu.products import cpu_products
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
+OFFICIAL = ThoughtConfig()
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 
 
@@ -44,9 +45,9 @@ class Doctor:
     model: Annotated[str, arg(help="hub name or folder of a model; only its config is read")] = ""
     batch_size: Annotated[int, arg(help="texts at a time: --batch-size of train by accumulation and processes")] = 1
     length: Annotated[int, arg(help="L, tokens of a text")] = 256
-    thoughts: Annotated[int, arg(help="N, thoughts sampled at every position")] = ThoughtConfig.thoughts
-    thought_tokens: Annotated[int, arg(help="T, sampled tokens in a thought")] = ThoughtConfig.thought_tokens
-    lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = ThoughtConfig.lookahead
+    thoughts: Annotated[int, arg(help="N, thoughts sampled at every position")] = OFFICIAL.thoughts
+    thought_tokens: Annotated[int, arg(help="T, sampled tokens in a thought")] = OFFICIAL.thought_tokens
+    lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = OFFICIAL.lookahead
     lora_rank: Annotated[int, arg(help="rank of LoRA adapters; 0 for none")] = AdapterConfig.lora_rank
     lora_targets: Annotated[str, arg(help="names of the layers that get adapters")] = AdapterConfig.lora_targets
     dtype: Annotated[Dtype, arg(help="dtype of the weights")] = "float32"

@@ -11,8 +11,8 @@ from quietstar.data.texts import DataConfig
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(quietstar, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    code, out, _ = quietstar(command, "--help")
-    assert code == 0
+    code, out, err = quietstar(command, "--help")
+    assert code == 0 and not err
     if command == "train":
         flat = " ".join(out.replace("│", " ").split())
         for config in (DataConfig, ThoughtConfig, TrainConfig):
