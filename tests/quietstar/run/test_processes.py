@@ -1,5 +1,6 @@
 """Two and four processes against one: the same thoughts, losses and weights, however texts and weights are split over them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from quietstar.run.processes import Signals, find_strategy, process_state
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
 
-EXAMPLES = Path(__file__).parents[3] / "examples/accelerate"
+EXAMPLES = Path(__file__).parents[3] / "examples/cluster"
 THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
 # 5 texts a step of 7 to 9 tokens: one process has 2 of them, the other 3, and all are padded; the third step ends an epoch.
 LENGTHS = [7 + i % 3 for i in range(11)]
@@ -296,28 +297,49 @@ def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
     assert saved.name == f"step-{metrics(folder / 'run'):06d}" and str(saved.relative_to(folder)) in errors[0]
 
 
-# SLURM's commands as the example uses them, for two tasks on this machine.
+# SLURM's commands as the example uses them, for two tasks on this machine: a signal to srun reaches the tasks.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift
-for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & started+=($!); done
-for process in "${started[@]}"; do wait "$process" || exit; done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+echo $$ >srun.pid
+for task in "${tasks[@]}"; do
+    while wait "$task"; code=$?; kill -0 "$task" 2>/dev/null; do :; done
+done
+exit "$code"
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+    show) echo 127.0.0.1; echo other ;;
+    *) echo "$@" >>scontrol.log ;;
+esac
 """
 SLURM = {"SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 
 
 @pytest.mark.long
 def test_the_example_for_slurm(folder, monkeypatch):
+    """It saves at Slurm's warning before the time limit and queues itself again; the next run goes on from there."""
     (folder / "bin").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1; echo other\n"}.items():
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    command = ["bash", EXAMPLES / "slurm.sh", *arguments("run", "--steps=2", "--save-every=2")[3:]]
+
+    command = ["bash", EXAMPLES / "slurm.sh", *arguments("run", "--steps=40", "--save-every=40")[3:]]
+    submitted = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not metrics(folder / "run") and time.monotonic() < deadline and submitted.poll() is None:
+        time.sleep(0.01)
+    os.kill(int((folder / "srun.pid").read_text()), signal.SIGUSR1)
+    (error,) = end([submitted], 120)
+    assert submitted.returncode == cli.SAVED and metrics(folder / "run") < 40, error
+    assert (folder / "scontrol.log").read_text() == "requeue 7\n"
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in places.every("run")] == ["step-000002"] and metrics(folder / "run") == 2
+    assert metrics(folder / "run") == 40 and len(places.every("run")) == 2
 
 
 LAUNCHERS = {
