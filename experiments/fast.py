@@ -1,5 +1,6 @@
-"""Thoughts that become shorter in stages reach the answer where thoughts as short from the start don't. A model that never
-thinks learns what a thinking one predicts, but plain training on the text teaches it as much, and the published reward nothing.
+"""Thoughts that become shorter in stages reach the answer in two of five fresh seeds, where thoughts as short from the start do
+in none; in the other three, thoughts are lost in the first stage. A model that never thinks learns what a thinking one
+predicts, but plain training on the text teaches it as much, and the published reward nothing.
 
 Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight tokens to four. Each stage continues from the
 previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The text
@@ -7,11 +8,12 @@ that the base is pretrained on writes every running sum twice and leaves out a f
 tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for one token
 less. What is left at four tokens does not have all sums, and is mostly right all the same.
 
-Every stage is a race, since lines without an aside make the model forget how to write one. With a policy weight of 10 and a
-learning rate of 1e-3, two of the first three seeds lost it: in one all thoughts about a line became the same within half of the
-first stage, in the other they had nothing in common any more at five tokens, and the loss went back to that of a guess. Stages
-of twice the length did not help the first one. With a weight of 30 and half the rate, none of these seeds loses a stage (the
-log has the two that are not in the table).
+Every stage is a race, since lines without an aside make the model forget how to write one. On the fresh seeds it is decided
+within thirty updates of the first stage. In updates 21 to 30 the mean reward of a thought is 0.60 and 0.67 nats where the stage
+is won, and 0.02, 0.04 and 0.08 where it is lost; then all thoughts about a line earn the same and the loss goes back to that of
+a guess. In the first ten updates, when hardly anything is learnt, it was already 0.016 and 0.017 where the stage is won, and
+0.010, 0.010 and 0.014 where it is lost. The policy weight, 30, and the learning rate, 5e-4, were found on the first seeds,
+where weight 10 and 1e-3 lost two of three, and these lost none: three seeds were too few to choose by.
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
 digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the
