@@ -30,7 +30,6 @@ TITLE = "Quiet-STaR: thoughts within a chain"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on
     "tiny": {"pretraining": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 1000, "steps": 100, "lines": 512},
-    "full": {"pretraining": 1000, "steps": 300, "lines": 2048},
 }
 VOTERS = 8
 SUMS = (2, 3)  # of the running sums, those that a chain writes

@@ -24,7 +24,7 @@ SETTING = digit_sums.EQUALS_ONLY
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining and of training thoughts, lines to measure on
     "tiny": {"pretraining": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 600, "steps": 100, "lines": 1024},
-    "full": {"pretraining": 600, "steps": 300, "lines": 2048},
+    "full": {"pretraining": 600, "steps": 100, "lines": 2048},
 }
 
 

@@ -13,7 +13,7 @@ from experiments_results import FRESH, Result, Results
 
 from benchmarks.report.committed import write_block
 
-LONG = "full"  # the size whose results stand in a part of their own
+ABLATIONS = "full"  # the size whose results stand in a part of their own
 
 
 def write(results: dict[str, Results], folder: Path) -> Path:
@@ -22,20 +22,20 @@ def write(results: dict[str, Results], folder: Path) -> Path:
     fresh = results.get(FRESH, {})
     shown = {size: found for size, found in results.items() if size != FRESH}
     parts, claims, verdicts = [], [], []
-    for size in sorted(shown, key=lambda size: size == LONG):
-        if size == LONG and shown[size]:
-            parts.append(long_introduction(shown[size]))
+    for size in sorted(shown, key=lambda size: size == ABLATIONS):
+        if size == ABLATIONS and shown[size]:
+            parts.append(ablations_introduction(shown[size]))
         for name, seeds in shown[size].items():
             experiment = importlib.import_module(name)
-            if size == LONG:
-                parts.append(section(experiment, seeds, folder / f"experiments_{name}_{LONG}.png", True))
+            if size == ABLATIONS:
+                parts.append(section(experiment, seeds, folder / f"experiments_{name}_{ABLATIONS}.png", True))
                 continue
             parts.append(section(experiment, fresh.get(name, seeds), folder / f"experiments_{name}.png", False))
             lines, found = claim_lines(experiment, seeds, fresh.get(name, []))
             claims += lines
             verdicts += found
     page = folder / "results.md"
-    short = [seeds for size, found in results.items() if size != LONG for seeds in found.values()]
+    short = [seeds for size, found in results.items() if size != ABLATIONS for seeds in found.values()]
     head = ["method", "claim", "ours", "strongest control", "gap", "verdict"]
     head += ["gap, first seeds", "verdict"] if fresh else []
     table = markdown(head, [line[: len(head)] for line in claims])
@@ -62,9 +62,9 @@ def made_with(seeds: list[Result]) -> str:
     return between + (f", with {' and '.join(versions)}" if versions else "")
 
 
-def long_introduction(results: Results) -> str:
+def ablations_introduction(results: Results) -> str:
     seeds = [result for several in results.values() for result in several]
-    return f"### Long runs\n\nThe same with longer training{made_with(seeds)}."
+    return f"### Ablations\n\nThe same with more runs beside them, some of them longer{made_with(seeds)}."
 
 
 def claim_lines(
@@ -115,14 +115,14 @@ def anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
-def section(experiment: ModuleType, seeds: list[Result], picture: Path, long: bool) -> str:
+def section(experiment: ModuleType, seeds: list[Result], picture: Path, ablations: bool) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
     number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} from {seeds[0]['seed']}"
     cost = f"{number}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
     blocks = [
-        f"### {experiment.TITLE}{', long' if long else ''}",
-        *(paragraph.replace("\n", " ") for paragraph in paragraphs if not long),
+        f"### {experiment.TITLE}{', ablations' if ablations else ''}",
+        *(paragraph.replace("\n", " ") for paragraph in paragraphs if not ablations),
         rows_table(seeds),
         cost,
     ]

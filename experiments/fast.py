@@ -57,7 +57,7 @@ DIRECT = f"{SHORTEST} tokens from the start"
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, of a stage and of the plain model; lines to choose and measure by
     "tiny": {"pretraining": 1, "stage": 1, "plain": 1, "valid": 4, "test": 20},
     "quick": {"pretraining": 600, "stage": 150, "plain": 100, "valid": 256, "test": 1024},
-    "full": {"pretraining": 600, "stage": 200, "plain": 300, "valid": 256, "test": 2048},
+    "full": {"pretraining": 600, "stage": 150, "plain": 300, "valid": 256, "test": 2048},
 }
 
 # The last step, on the sum of the first two digits: what the plain model starts as, and what it learns from.

@@ -27,7 +27,7 @@ TOKENS = {"tiny": (2, 4), "quick": (2, 4), "full": (2, 3, 4, 6)}
 SIZES: dict[str, dict[str, int]] = {  # steps of pretraining, and as often more as needed; of training; lines to measure on
     "tiny": {"pretraining": 2, "longer": 2, "steps": 2, "lines": 20},
     "quick": {"pretraining": 1200, "longer": 300, "steps": 100, "lines": 1024},
-    "full": {"pretraining": 1200, "longer": 300, "steps": 300, "lines": 2048},
+    "full": {"pretraining": 1200, "longer": 300, "steps": 100, "lines": 2048},
 }
 REACHED = "look-ahead 3, 4 tokens"
 CLAIMS = (

@@ -4,7 +4,7 @@
     python experiments/run_experiments.py star --seeds 3 three seeds of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --fresh        the claims on five seeds that nothing was tried on, 100 to 104
-    python experiments/run_experiments.py --full         all of them, with longer training and five seeds
+    python experiments/run_experiments.py --full         ablations and longer runs, one seed, hours
 
 Every seed of every experiment is a process with one thread. Results are kept in runs/experiments, so a stopped run continues
 where it stopped. With --docs they also replace those in docs/experiments.json, of which the page is written; --seeds 0 runs
@@ -29,9 +29,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from experiments_results import FILE, FRESH, described, merged, read_results, result_file  # noqa: E402, from this folder
 
 SIZES = ("tiny", "quick", "full")
-SEEDS = {"tiny": 1, "quick": 1, "full": 5}
 FIRST_FRESH = 100
 CURVES = ("doses", "objectives", "rare")  # of Quiet-STaR itself, with many runs each
+NO_MORE = ("chains", "objectives", "online")  # have no size full
 
 
 def names() -> list[str]:
@@ -81,12 +81,12 @@ def start(name: str, seed: int, size: str, out: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(names())}; default all but {', '.join(CURVES)}")
-    parser.add_argument("--full", action="store_true", help="all of them, with longer training and five seeds")
+    parser.add_argument("--full", action="store_true", help=f"ablations and longer runs, of all but {', '.join(NO_MORE)}")
     parser.add_argument(
         "--fresh", action="store_true", help=f"five fresh seeds from {FIRST_FRESH}; they stand beside the others"
     )
     parser.add_argument("--size", choices=SIZES, help="tiny only shows that everything runs; default quick")
-    parser.add_argument("--seeds", type=int, help="how many seeds, from 0; default 1, or 5 with --full and --fresh")
+    parser.add_argument("--seeds", type=int, help="how many seeds, from 0; default 1, or 5 with --fresh")
     parser.add_argument("--seed", type=int, help="only this seed, in this process")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
@@ -96,14 +96,17 @@ def main() -> int:
     unknown = sorted(set(options.names) - set(names()))
     if unknown:
         parser.error(f"there is no experiment {', '.join(unknown)}; there are {', '.join(names())}")
-    chosen = options.names or [name for name in names() if size == "full" or name not in CURVES]
+    left_out = NO_MORE if size == "full" else CURVES
+    chosen = options.names or [name for name in names() if name not in left_out]
+    if size == "full" and (same := set(chosen) & set(NO_MORE)):
+        parser.error(f"there are no ablations of {', '.join(sorted(same))}")
     if options.seed is not None:
         for name in chosen:
             run_one(name, options.seed, size, options.out)
         return 0
     if options.fresh and size != "quick":
         parser.error("--fresh is for the claims, which are of size quick")
-    first, count = (FIRST_FRESH, 5) if options.fresh else (0, SEEDS[size])
+    first, count = (FIRST_FRESH, 5) if options.fresh else (0, 1)
     seeds = range(first, first + (count if options.seeds is None else options.seeds))
     jobs = [(name, seed) for seed in seeds for name in chosen if not result_file(options.out, name, size, seed).exists()]
     print(f"{len(jobs)} to run, {len(seeds) * len(chosen) - len(jobs)} done before", flush=True)

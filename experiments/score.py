@@ -52,7 +52,7 @@ COLUMNS = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "rev
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"first": 1, "second": 1, "problems": 2, "held_out": 5, "chains": 1, "rows": 10, "steps": 1, "attempted": 5},
     "quick": {"first": 120, "second": 160, "problems": 32, "held_out": 400, "chains": 0, "rows": 2000, "steps": 200},
-    "full": {"first": 240, "second": 320, "problems": 32, "held_out": 400, "chains": 16, "rows": 2000, "steps": 200},
+    "full": {"first": 120, "second": 160, "problems": 32, "held_out": 400, "chains": 16, "rows": 2000, "steps": 200},
 }
 SHARED: dict[str, Any] = {"samples": 4, "max_new": 20, "learning_rate": 3e-4, "save_every": 20}
 KL = 0.01  # for a reward of 1

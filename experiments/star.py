@@ -64,7 +64,7 @@ CLAIMS = (
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"rounds": 1, "problems": 60, "steps": 2, "test_problems": 20, "valid_problems": 10},
     "quick": {"rounds": 2, "problems": 2000, "steps": 300, "test_problems": 500, "valid_problems": 50},
-    "full": {"rounds": 8, "problems": 3000, "steps": 300, "test_problems": 1000, "valid_problems": 50},
+    "full": {"rounds": 5, "problems": 2000, "steps": 300, "test_problems": 1000, "valid_problems": 50},
 }
 TRAINING = {"learning_rate": 1e-3, "warmup": 20, "batch_tokens": 1600}
 

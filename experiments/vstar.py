@@ -50,9 +50,9 @@ TITLE = "V-STaR"
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"problems": 20, "rounds": 2, "samples": 2, "steps": 2, "updates": 2, "pair_batch": 4, "test_problems": 10},
     "quick": {"problems": 7000, "samples": 8, "steps": 30, "updates": 1000, "test_problems": 800},
-    "full": {"problems": 7000, "steps": 30, "updates": 2000, "test_problems": 800},
+    "full": {"problems": 7000, "steps": 30, "updates": 1000, "test_problems": 800},
 }
-OUTCOME_STEPS = {"tiny": 10, "quick": 400, "full": 4000}
+OUTCOME_STEPS = {"tiny": 10, "quick": 400, "full": 2000}
 BETAS: dict[str, tuple[float, ...]] = {"tiny": (), "quick": (), "full": (0.02, 0.5)}  # of DPO, beside 0.1
 BATCH = 1024  # solutions to generate or to score at once
 RFT, STAR, VERIFICATION, ONE, VSTAR = "RFT", "STaR", "verification", "V-STaR, one round", "V-STaR"
