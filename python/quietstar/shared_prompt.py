@@ -77,6 +77,8 @@ class SharedPrompts(Trainer):
         self._check_release()
         super().__init__(*args, **kwargs)
         self._check_options()
+        # Mixed precision of a trainer that the model was in before stays around its forward.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))

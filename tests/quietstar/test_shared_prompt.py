@@ -350,9 +350,10 @@ def test_optimizer_steps(tiny, trainer, tmp_path, monkeypatch, seed):
 
 @pytest.mark.long
 def test_bf16(tiny, trainer):
-    """Under autocast, and with a head in fp32."""
+    """Under autocast, and with a head in fp32; also of a model that was trained so before."""
     try:
-        one = trainer(SharedGRPO, tiny("llama"), bf16=True, cast_lm_head_to_fp32=True, max_steps=1)
+        trainer(SharedGRPO, model := tiny("llama"), bf16=True, max_steps=1).train()
+        one = trainer(SharedGRPO, model, bf16=True, cast_lm_head_to_fp32=True, max_steps=1)
         one.train()
         logprob = getattr(one, HOOK)(one.model, *hook_arguments(batch()))[0]
         with torch.no_grad():
