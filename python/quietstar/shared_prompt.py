@@ -75,10 +75,12 @@ class SharedPrompts(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._check_release()
+        model = args[0] if args else kwargs.get("model")
+        # Accelerate leaves the mixed precision of an earlier trainer around a model's forward.
+        if before := getattr(model, "__dict__", {}).pop("_original_forward", None):
+            model.forward = before
         super().__init__(*args, **kwargs)
         self._check_options()
-        # Mixed precision of a trainer that the model was in before stays around its forward.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
