@@ -78,7 +78,7 @@ class SharedPrompts(Trainer):
         model = args[0] if args else kwargs.get("model")
         # Accelerate leaves the mixed precision of an earlier trainer around a model's forward.
         if before := getattr(model, "__dict__", {}).pop("_original_forward", None):
-            model.forward = before
+            model.forward = before  # type: ignore[union-attr]  # a name has no __dict__
         super().__init__(*args, **kwargs)
         self._check_options()
         models: list[Any] = [self.model]
