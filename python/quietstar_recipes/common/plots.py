@@ -76,8 +76,11 @@ def draw(axes: Any, panel: Panel) -> None:
 
 
 def draw_curves(axes: Any, name: str, seeds: Sequence[Points], color: str) -> None:
-    """The seeds and their mean, as lines where x has one direction; else, as with speeds, lines would be a tangle of points."""
-    mean = [(fmean(x for x, _ in place), fmean(y for _, y in place)) for place in zip(*seeds, strict=True)]
+    """The seeds and their mean, as lines where x has one direction; else, as with speeds, lines would be a tangle of points.
+
+    A seed that has no figure at a place has NaN there.
+    """
+    mean = [(fmean(x for x, _ in place), fmean(y for _, y in place if y == y)) for place in zip(*seeds, strict=True)]
     steps = [after - before for points in [mean, *seeds] for (before, _), (after, _) in zip(points, points[1:], strict=False)]
     lines = bool(steps) and (min(steps) >= 0 or max(steps) <= 0)
     if len(seeds) > 1:
