@@ -377,7 +377,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
         return {name: [[(x["tokens"], x["accuracy"]) for x in result["curves"][name]] for result in results] for name in names}
 
     single = {name: [points[:1] for points in of_seeds] for name, of_seeds in over_tokens("greedy", LARGER).items()}
-    every = range(1, UNSOLVED + 1)  # in a seed that solves few problems, some have none
+    # A seed that solves few problems has none of some levels.
+    every = sorted({level for result in results for level, _ in result["levels"][BEST]})
     levels = {
         name: [[(level, dict(result["levels"][name]).get(level, nan)) for level in every] for result in results]
         for name in (BEST, WEIGHTED, BEAM, "greedy", LARGER)
