@@ -38,7 +38,8 @@ help:  ## this list
 setup: $(READY)  ## make .venv with everything; quick when nothing changed
 
 # No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first. And no CUDA:
-# most machines with nvcc that make a .venv have no GPU, and the tests compile once for themselves.
+# most machines with nvcc that make a .venv have no GPU, and the tests compile once for themselves. Of verl one file is tested,
+# which needs none of what verl brings, such as Ray.
 $(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*)
 	@echo "Setting up $(VENV): some minutes the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -47,6 +48,7 @@ $(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*
 	    $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) setuptools wheel torch ninja
 	@PATH="$(abspath $(BIN)):$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP) --no-build-isolation -e '.[train,dev]'
+	@$(PIP) --no-deps --ignore-requires-python verl==0.9.1
 	@$(BIN)/python -c 'from quietstar_kernels import cpu_library; print(cpu_library())'
 	@touch $@
 
