@@ -1,7 +1,13 @@
-"""Two ways to make a model answer without its chain of thought, on one task, with one model and as many updates each. Stepwise
+"""Two ways to make a model answer without its chain of thought, on one task, with one model and as many updates each. Both work
+where a model learns nothing from answers alone; which one is better is not resolved, since each loses a seed in five. Stepwise
 internalisation removes the chain token by token. Distillation replaces it with a teacher's hidden states, which an emulator
 learns to predict from the prompt; then emulator and student are trained together. The controls never had a chain, or lose the
 whole chain at once after they have learnt it.
+
+What is lost is one sum of the chain. Token by token, four fresh seeds keep 0.91 or more in every stage. The fifth falls from
+0.99 to chance where the third of four tokens goes: the loss of the next token stays at chance, 2.36 nats, for these 500
+updates, and the last 1,400 don't bring it back. Of the distilled, one seed has every answer right modulo five and half of them
+modulo two.
 
 The task is the last digit of the sum of five digits, and the chain has four running sums. It was chosen because distillation
 can work there: states are taken along the chain as the layers go up, so that four of six layers have one sum each to say. With
