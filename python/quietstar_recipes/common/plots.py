@@ -12,6 +12,7 @@ from typing import Any
 from quietstar.files.pictures import can_draw, legend_above, new_figure, save
 
 Points = Sequence[tuple[float, float]]
+COLORS = 10  # of matplotlib's cycle
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Panel:
 
 
 def panels(path: Path, title: str, plots: Sequence[Panel]) -> None:
-    """Write a .png with these plots, up to three in a row; does nothing without matplotlib."""
+    """Write a .png with these plots, up to three in a row; does nothing without matplotlib.
+
+    A name has one colour in all of them, as far as there are colours.
+    """
     if not can_draw():
         return
     rows = math.ceil(len(plots) / 3)
@@ -45,21 +49,23 @@ def panels(path: Path, title: str, plots: Sequence[Panel]) -> None:
     width, height = (4.2, 4.0) if len(plots) > 1 else (7.5, 5.0)
     figure = new_figure(width * columns, height * rows)
     figure.suptitle(title)
+    names = list(dict.fromkeys(name for panel in plots for name in (*panel.curves, *panel.bars)))
     for number, panel in enumerate(plots, 1):
         axes: Any = figure.add_subplot(rows, columns, number)
-        draw(axes, panel)
+        draw(axes, panel, names if len(names) <= COLORS else [*panel.curves, *panel.bars])
         legend_above(axes, width - 0.8)
     save(figure, path)
 
 
-def draw(axes: Any, panel: Panel) -> None:
+def draw(axes: Any, panel: Panel, names: Sequence[str]) -> None:
+    color = {name: f"C{i}" for i, name in enumerate(names)}
     for place in panel.marks:
         axes.axvline(place, color="#bbbbbb", linewidth=0.6)
-    for i, (name, seeds) in enumerate(panel.curves.items()):
-        draw_curves(axes, name, seeds, f"C{i}")
-    for i, (name, values) in enumerate(panel.bars.items()):
-        axes.barh(name, fmean(values), color=f"C{i}", alpha=0.5)
-        axes.plot(values, [name] * len(values), "o", color=f"C{i}", markersize=3)
+    for name, seeds in panel.curves.items():
+        draw_curves(axes, name, seeds, color[name])
+    for name, values in panel.bars.items():
+        axes.barh(name, fmean(values), color=color[name], alpha=0.5)
+        axes.plot(values, [name] * len(values), "o", color=color[name], markersize=3)
     if panel.bars:
         axes.invert_yaxis()
     if panel.log:
