@@ -87,7 +87,7 @@ def claim_lines(
                 f"{claim.run}: {_mean(gap.ours, False)}",
                 control,
                 _mean(gap.values, False),
-                emphasized(gap.state) + ("" if fresh else ", first seeds"),
+                emphasized(gap.state),
                 _mean(before.values, False) + other if fresh else "",
                 emphasized(before.state) if fresh else "",
             ]
