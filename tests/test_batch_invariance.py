@@ -5,6 +5,7 @@ import torch
 
 from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
 from quietstar_kernels.testing.inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+from tests.kernels.drawn import seeded
 from tests.quietstar.common import text, wrap
 from tests.quietstar.conftest import make_model
 
@@ -13,18 +14,12 @@ OPTIONS = ({}, {"window": 5, "softcap": 3.0})
 BEFORE = 7  # tokens of a document, or of padding, before the text
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.fixture(scope="module")
 def products():
     """PyTorch's products, of which a library's manual promises nothing: skips where they depend on how many rows there are."""
-    x, weights = (
-        torch.randn(700, 64, generator=seeded(0)),
-        [torch.randn(64, n, generator=seeded(n)) for n in (32, 61, 64, 96, 500)],
-    )
-    for weight in weights:
+    x = torch.randn(700, 64, generator=seeded(0))
+    for width in (32, 61, 64, 96, 500):
+        weight = torch.randn(64, width, generator=seeded(width))
         for rows in (slice(8, 11), slice(60, 120), slice(0, 160), slice(0, 300), slice(400, 660)):
             if not torch.equal(x[rows] @ weight, (x @ weight)[rows]):
                 pytest.skip("a row of a product depends on the number of rows here")
@@ -129,10 +124,8 @@ def test_thoughts_and_losses_of_a_text_do_not_depend_on_the_batch(what, products
     elif what == "padding":
         inputs, options = torch.cat([before, ids], 1), {"attention_mask": torch.cat([before, torch.ones_like(ids)], 1)}
     elif what == "documents":
-        inputs, options = (
-            torch.cat([text(3, BEFORE, 1), ids], 1),
-            {"document_ids": torch.cat([before, torch.ones_like(ids)], 1)},
-        )
+        inputs = torch.cat([text(3, BEFORE, 1), ids], 1)
+        options = {"document_ids": torch.cat([before, torch.ones_like(ids)], 1)}
         numbers = torch.cat([before + 9, numbers[:, None].expand(3, L)], 1)
     elif what == "anchors":
         places, options = slice(None, None, 3), {"anchors": torch.arange(0, L, 3).expand(3, -1)}
