@@ -64,7 +64,8 @@ def made_with(seeds: list[Result]) -> str:
 
 def ablations_introduction(results: Results) -> str:
     seeds = [result for several in results.values() for result in several]
-    return f"### Ablations\n\nThe same with more runs beside them, some of them longer{made_with(seeds)}."
+    text = "The same with more runs beside them, some of them longer. One seed each tells what to look at, and resolves nothing"
+    return f"### Ablations\n\n{text}{made_with(seeds)}."
 
 
 def claim_lines(
