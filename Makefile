@@ -103,7 +103,7 @@ experiments: $(READY)  ## the recipes against their controls, a seed in about 45
 pretrained: $(READY)  ## SmolLM2-135M learns to think, with controls; 3 seeds of an hour or more; SIZE=quick to see it run, SEEDS=1
 	$(BIN)/python experiments/pretrained.py $(if $(SIZE),--size $(SIZE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
 
-experiments-full: $(READY)  ## ablations and longer runs, one seed; hours
+experiments-full: $(READY)  ## ablations and longer runs, one seed; two hours of two cores
 	$(BIN)/python experiments/run_experiments.py --full --docs docs
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.

@@ -64,8 +64,8 @@ def made_with(seeds: list[Result]) -> str:
 
 def ablations_introduction(results: Results) -> str:
     seeds = [result for several in results.values() for result in several]
-    text = "The same with more runs beside them, some of them longer. One seed each tells what to look at, and resolves nothing"
-    return f"### Ablations\n\n{text}{made_with(seeds)}."
+    runs = f"The same with more runs beside them, some of them longer{made_with(seeds)}."
+    return f"### Ablations\n\n{runs} One seed each shows where to look, and resolves nothing."
 
 
 def claim_lines(

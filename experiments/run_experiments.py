@@ -4,7 +4,7 @@
     python experiments/run_experiments.py star --seeds 3 three seeds of one of them
     python experiments/run_experiments.py doses          how the gain depends on each setting, which the first line leaves out
     python experiments/run_experiments.py --fresh        the claims on five seeds that nothing was tried on, 100 to 104
-    python experiments/run_experiments.py --full         ablations and longer runs, one seed, hours
+    python experiments/run_experiments.py --full         ablations and longer runs, one seed, two hours
 
 Every seed of every experiment is a process with one thread. Results are kept in runs/experiments, so a stopped run continues
 where it stopped. With --docs they also replace those in docs/experiments.json, of which the page is written; --seeds 0 runs
