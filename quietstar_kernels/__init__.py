@@ -14,16 +14,16 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 =  ==========================================  =  ==========================================
 """
 
-from quietstar_kernels import _first_use, check
-from quietstar_kernels._dispatch import backends
-from quietstar_kernels.cpu._library import cpu_library
-from quietstar_kernels.cuda._library import cuda_library
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.linear_logprob import linear_logprob
-from quietstar_kernels.sample_thoughts import sample_thoughts
-from quietstar_kernels.sample_token import sample_token
-from quietstar_kernels.thought_attention import thought_attention
-from quietstar_kernels.thought_decode import thought_decode
+from . import _first_use, check
+from ._dispatch import backends
+from .cpu._library import cpu_library
+from .cuda._library import cuda_library
+from .layout import ThoughtLayout
+from .linear_logprob import linear_logprob
+from .sample_thoughts import sample_thoughts
+from .sample_token import sample_token
+from .thought_attention import thought_attention
+from .thought_decode import thought_decode
 
 _first_use.CASES.update(check.FIRST_USE)
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from quietstar_kernels import __version__, _dispatch, backends, check, cpu_library, cuda_library
-from quietstar_kernels.cpu.products import cpu_products
+from . import __version__, _dispatch, backends, check, cpu_library, cuda_library
+from .cpu.products import cpu_products
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from quietstar_kernels import _first_use, cpu, cuda, reference, triton
-from quietstar_kernels.checks import Checker, shown
+from . import _first_use, cpu, cuda, reference, triton
+from .checks import Checker, shown
 
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -74,7 +74,7 @@ def _warn_dense(op: str, device: str, reasons: str) -> None:
 def module(op: str, backend: str) -> ModuleType:
     """The module that holds ``op`` and, where it has one, ``op_backward`` for a back end that ``choose`` returned."""
     name = "reference" if backend == "reference" else f"{backend}.{op}"
-    return importlib.import_module(f"quietstar_kernels.{name}")
+    return importlib.import_module(f".{name}", __package__)
 
 
 def run(function: str, backend: str, *arguments: Any) -> Any:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-LIBRARY = torch.library.Library("quietstar", "FRAGMENT")
+# "quietstar"; a copy of this package under another name, as the kernels hub loads it, registers operators of its own.
+NAMESPACE = __name__.partition(".")[0].removesuffix("_kernels")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 SetupContext = Callable[[Any, tuple, Any], None]
 Backward = Callable[..., tuple]
 _gradients: dict[OpOverload, type[torch.autograd.Function]] = {}
@@ -39,8 +41,8 @@ def operator(
     name = function.__name__.strip("_")
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quietstar::{name}", fake, lib=LIBRARY)
-    op: OpOverload = getattr(torch.ops.quietstar, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     _gradients[op] = Gradient = _gradient(op, function, setup_context, backward, instead)
     # Skips Function.apply, which inspects a signature in each call; only torch.func's transforms need it.
     apply: Callable[..., Any] = super(torch.autograd.Function, Gradient).apply  # type: ignore[misc]  # not in PyTorch's stub

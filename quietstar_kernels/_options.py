@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quietstar_kernels.checks import LARGEST_FP32
+from .checks import LARGEST_FP32
 
 
 class AttentionOptions(NamedTuple):

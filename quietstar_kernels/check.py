@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels import _dispatch, testing
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.linear_logprob import linear_logprob
-from quietstar_kernels.sample_token import sample_token
-from quietstar_kernels.testing import tolerance
-from quietstar_kernels.thought_attention import thought_attention
-from quietstar_kernels.thought_decode import thought_decode
+from . import _dispatch, testing
+from .layout import ThoughtLayout
+from .linear_logprob import linear_logprob
+from .sample_token import sample_token
+from .testing import tolerance
+from .thought_attention import thought_attention
+from .thought_decode import thought_decode
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
 WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent compiling

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from quietstar_kernels.branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
-from quietstar_kernels.checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
+from .branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
+from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
 
 OP = "ThoughtLayout"
 OWN = ("causal", "full")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels import _dispatch
-from quietstar_kernels._operator import call, operator
-from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.checks import Checker, check_head, check_targets
+from . import _dispatch
+from ._operator import call, operator
+from ._options import Head, Saved
+from .checks import Checker, check_head, check_targets
 
 _OP = "linear_logprob"
 KEEP_BYTES = 2**28

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions, Head, Saved
-from quietstar_kernels.branches import ANCHOR, END, LENGTH, START, Branches, of_rows
-from quietstar_kernels.philox import draw_words
+from ._options import AttentionOptions, Head, Saved
+from .branches import ANCHOR, END, LENGTH, START, Branches, of_rows
+from .philox import draw_words
 
 INFINITE = 1e30  # an LSE as large as this, in bits, counts as infinite: kernels begin with -1e30 as the largest logit
 BLOCK = 128  # vocabulary ids in one block of the sampling race: part of the sampler's definition

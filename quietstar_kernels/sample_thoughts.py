@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels.checks import FLOATS, INTEGERS, Checker, check_instance, check_steps, shown
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.sample_token import sample_token
+from .checks import FLOATS, INTEGERS, Checker, check_instance, check_steps, shown
+from .layout import ThoughtLayout
+from .sample_token import sample_token
 
 _OP = "sample_thoughts"
 Forward = Callable[[Tensor, ThoughtLayout], Tensor]

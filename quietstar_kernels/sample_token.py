@@ -8,10 +8,10 @@ from math import nan
 import torch
 from torch import Tensor
 
-from quietstar_kernels import _dispatch
-from quietstar_kernels._operator import call, operator
-from quietstar_kernels._options import Head
-from quietstar_kernels.checks import Checker, check_head
+from . import _dispatch
+from ._operator import call, operator
+from ._options import Head
+from .checks import Checker, check_head
 
 _OP = "sample_token"
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels import _dispatch
-from quietstar_kernels._operator import call, operator
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import Branches
-from quietstar_kernels.checks import FLOATS, Checker, check_attention, check_instance
-from quietstar_kernels.layout import ThoughtLayout
+from . import _dispatch
+from ._operator import call, operator
+from ._options import AttentionOptions
+from .branches import Branches
+from .checks import FLOATS, Checker, check_attention, check_instance
+from .layout import ThoughtLayout
 
 _OP = "thought_attention"
 

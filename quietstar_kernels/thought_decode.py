@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels import _dispatch
-from quietstar_kernels._operator import call, operator
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.checks import (
+from . import _dispatch
+from ._operator import call, operator
+from ._options import AttentionOptions
+from .checks import (
     FLOATS,
     INTEGERS,
     Checker,
@@ -18,7 +18,7 @@ from quietstar_kernels.checks import (
     on_host,
     refuse_where,
 )
-from quietstar_kernels.layout import ThoughtLayout
+from .layout import ThoughtLayout
 
 _OP = "thought_decode"
 

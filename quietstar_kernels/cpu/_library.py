@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,17 @@ def why_missing(file: Path, absent: str, load: Callable[[], object]) -> str | No
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether compiled code computes in ``dtype`` here."""
-    return dtype in DTYPES and missing() is None
+    """Whether compiled code computes in ``dtype`` here; if it would, but for the library, this says so once."""
+    if dtype not in DTYPES:
+        return False
+    if missing():
+        _warn_slow()
+    return not missing()
+
+
+@functools.cache
+def _warn_slow() -> None:
+    warnings.warn(f"{cpu_library()}. On Linux, `pip install --force-reinstall --no-deps quietstar-kernels` gets it", stacklevel=3)
 
 
 def instruction_set() -> str | None:
@@ -59,5 +69,5 @@ def instruction_set() -> str | None:
 def cpu_library() -> str:
     """One line: which library the CPU back end has loaded and for which instructions, or why it runs in PyTorch alone."""
     if reason := missing():
-        return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {reason}"
+        return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone, which is slower: {reason}"
     return f"CPU library {FILE}, running its code for {instruction_set()}"

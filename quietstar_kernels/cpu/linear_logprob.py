@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.cpu._head import chunk_rows, row_chunks
-from quietstar_kernels.cpu.products import add_product, multiply
-from quietstar_kernels.reference import wide
+from .._options import Head, Saved
+from ..reference import wide
+from ._head import chunk_rows, row_chunks
+from .products import add_product, multiply
 
 LEAST = -1000.0  # the log of a probability that underflowed: any finite number will do, since it is multiplied by 0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels import reference
-from quietstar_kernels._options import Head
-from quietstar_kernels.cpu import _library
-from quietstar_kernels.cpu._head import row_chunks
-from quietstar_kernels.cpu.products import multiply
+from .. import reference
+from .._options import Head
+from . import _library
+from ._head import row_chunks
+from .products import multiply
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

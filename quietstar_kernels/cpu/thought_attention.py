@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import END, LENGTH, PARENT, START, Branches
-from quietstar_kernels.cpu import _library
-from quietstar_kernels.cpu.plain import thought_attention as plain
+from .._options import AttentionOptions
+from ..branches import END, LENGTH, PARENT, START, Branches
+from . import _library
+from .plain import thought_attention as plain
 
 WIDTH = 16  # of rows of partial sums: a multiple of this, as in csrc/cpu/backward.hpp
 PARTS = 16  # of all heads together at least, for threads to share; a number that depended on them would change the last bits

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.cpu import _library
-from quietstar_kernels.cpu.plain import thought_decode as plain
-from quietstar_kernels.cpu.thought_attention import numbers, sinks, with_rows
+from .._options import AttentionOptions
+from . import _library
+from .plain import thought_decode as plain
+from .thought_attention import numbers, sinks, with_rows
 
 
 def thought_decode(

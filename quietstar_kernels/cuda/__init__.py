@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from quietstar_kernels.cuda import _library, sample_token, thought_decode
+from . import _library, sample_token, thought_decode
 
 # By op, for a dtype and widths: None, or why it isn't served.
 SERVES: dict[str, Callable[..., str | None]] = {

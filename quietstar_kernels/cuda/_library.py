@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quietstar_kernels.cpu._library import why_missing
+from ..cpu._library import why_missing
 
 FILE = Path(__file__).parent / "_C.abi3.so"
 PURE = "this install is pure Python; build it with QUIETSTAR_BUILD=cuda for the CUDA library"

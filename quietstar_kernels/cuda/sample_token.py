@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import Head
-from quietstar_kernels.checks import dtype_names
-from quietstar_kernels.cuda import _library
-from quietstar_kernels.reference import BLOCK
+from .._options import Head
+from ..checks import dtype_names
+from ..reference import BLOCK
+from . import _library
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOGITS = 2**22  # in a chunk: 16 MB of fp32, a tile of the product for each processor of a large GPU

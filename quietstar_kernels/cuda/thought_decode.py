@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.checks import dtype_names
-from quietstar_kernels.cuda import _library
+from .._options import AttentionOptions
+from ..checks import dtype_names
+from . import _library
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128, 256)

@@ -9,10 +9,10 @@
 All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives the same test on every device.
 """
 
-from quietstar_kernels.testing.inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
-from quietstar_kernels.testing.layouts import BRANCH_KINDS, LAYOUT_KINDS, random_layout
-from quietstar_kernels.testing.plain import plain_attention, plain_decode, plain_log_softmax, plain_logprob
-from quietstar_kernels.testing.tolerance import (
+from .inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
+from .layouts import BRANCH_KINDS, LAYOUT_KINDS, random_layout
+from .plain import plain_attention, plain_decode, plain_log_softmax, plain_logprob
+from .tolerance import (
     assert_close_as_plain,
     assert_op_close_as_plain,
     attention_magnitudes,

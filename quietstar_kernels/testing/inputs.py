@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
+from ..layout import ThoughtLayout
 
 
 def attention_inputs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
+from ..layout import ThoughtLayout
 
 LAYOUT_KINDS = ("every", "anchors", "left", "right", "both", "documents", "any_lo", "ragged", "no_anchors", "one")
 BRANCH_KINDS = ("full", "packed", "packed_full")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar_kernels.layout import ThoughtLayout
-from quietstar_kernels.reference import decode_mask
+from ..layout import ThoughtLayout
+from ..reference import decode_mask
 
 
 def plain_attention(

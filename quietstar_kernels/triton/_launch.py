@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quietstar_kernels.triton.configs import INTERPRETED, Config, target
+from .configs import INTERPRETED, Config, target
 
 THREADS = 8  # the compiler releases the GIL
 BY_DESCRIPTOR = ("sm_90", "sm_100", "interpreter")  # targets that copy whole tiles to shared memory

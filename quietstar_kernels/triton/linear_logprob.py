@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels._options import Head, Saved
-from quietstar_kernels.triton._device import tanh
-from quietstar_kernels.triton.configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
+from .._options import Head, Saved
+from ._device import tanh
+from .configs import LOGITS_GRADIENT, ONLINE_SOFTMAX, pick
 
 LOGITS = 2**24  # of a chunk: 64 MB, or 512 output tiles of 128 x 256, several for each multiprocessor of any GPU
 COLUMNS = 8192  # the least width of a chunk, which reads and writes the fp32 gradient of all hidden states

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quietstar_kernels import reference
-from quietstar_kernels._options import Head
-from quietstar_kernels.triton._launch import BY_DESCRIPTOR, Launch, Tiles, cdiv, plan
-from quietstar_kernels.triton.configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick, target
+from .. import reference
+from .._options import Head
+from ._launch import BY_DESCRIPTOR, Launch, Tiles, cdiv, plan
+from .configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick, target
 
 BLOCK = tl.constexpr(128)  # ids that race as one: part of the definition, whatever the tile
 GROUP = tl.constexpr(16)  # ids in one of a block's groups

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.triton._device import (
+from .._options import AttentionOptions
+from ._device import (
     FAR,
     LOG2_E,
     LOWEST,
@@ -39,8 +39,8 @@ from quietstar_kernels.triton._device import (
     window_bounds,
     without_poison,
 )
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, key_tiles, near, padded, pairs_together, plan
-from quietstar_kernels.triton.configs import (
+from ._launch import Launch, Plan, cdiv, key_tiles, near, padded, pairs_together, plan
+from .configs import (
     THOUGHT_DECODE,
     THOUGHT_DECODE_OPTIONS,
     THOUGHT_DECODE_SUM,

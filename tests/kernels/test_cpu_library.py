@@ -38,6 +38,7 @@ def test_it_is_there_where_a_compiler_is():
 
 @pytest.fixture
 def forget():
+    _library._warn_slow.cache_clear()
     yield
     _library.missing.cache_clear()
 
@@ -45,9 +46,12 @@ def forget():
 def test_without_it_pytorch_runs(monkeypatch, tmp_path, forget):
     monkeypatch.setattr(_library, "FILE", tmp_path / "nothing.so")
     _library.missing.cache_clear()
-    assert cpu_library() == f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {_library.PURE}"
+    assert cpu_library() == f"no CPU library, so attention and decoding on CPUs run in PyTorch alone, which is slower: {_library.PURE}"
     layout = random_layout(seeded(0), "ragged")
-    thought_attention(**attention_inputs(seeded(1), layout), layout=layout, backend="cpu")
+    with pytest.warns(UserWarning, match="pip install") as said:
+        for _ in range(2):
+            thought_attention(**attention_inputs(seeded(1), layout), layout=layout, backend="cpu")
+    assert len(said) == 1
 
 
 def test_one_that_does_not_load(monkeypatch, tmp_path, forget):

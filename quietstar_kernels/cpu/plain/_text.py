@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import ANCHOR, DEPTH, LENGTH, Branches
-from quietstar_kernels.reference import wide
+from ..._options import AttentionOptions
+from ...branches import ANCHOR, DEPTH, LENGTH, Branches
+from ...reference import wide
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import LENGTH, START, Branches
-from quietstar_kernels.cpu.plain._text import (
+from ..._options import AttentionOptions
+from ...branches import LENGTH, START, Branches
+from ...reference import wide
+from ._text import (
     add_sinks,
     chunks,
     dense,
@@ -32,7 +33,6 @@ from quietstar_kernels.cpu.plain._text import (
     text_forward,
     without_poison,
 )
-from quietstar_kernels.reference import wide
 
 SCORES = 2**18  # of own rows at a time: 1 MB of fp32, which fits a core's cache
 FEWEST_ROWS = 32  # of a block, however long the branch

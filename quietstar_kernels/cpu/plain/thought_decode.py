@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import LENGTH
-from quietstar_kernels.cpu.plain._text import (
+from ..._options import AttentionOptions
+from ...branches import LENGTH
+from ...reference import wide
+from ._text import (
     add_sinks,
     join,
     plain,
@@ -17,7 +18,6 @@ from quietstar_kernels.cpu.plain._text import (
     text_forward,
     without_poison,
 )
-from quietstar_kernels.reference import wide
 
 
 def thought_decode(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._launch import compiling_at_once, near, plan
-from quietstar_kernels.triton.configs import INTERPRETED
-from quietstar_kernels.triton.thought_attention.backward import Inputs, query_gradient, row_tables
-from quietstar_kernels.triton.thought_attention.backward_keys import key_gradients
-from quietstar_kernels.triton.thought_attention.forward import thought_attention as launch_forward
+from ..._options import AttentionOptions
+from ...branches import Branches
+from .._launch import compiling_at_once, near, plan
+from ..configs import INTERPRETED
+from .backward import Inputs, query_gradient, row_tables
+from .backward_keys import key_gradients
+from .forward import thought_attention as launch_forward
 
 _compiled: set[tuple] = set()
 

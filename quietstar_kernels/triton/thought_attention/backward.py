@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._device import (
+from ..._options import AttentionOptions
+from ...branches import Branches
+from .._device import (
     LOG2_E,
     bounds,
     cover,
@@ -36,8 +36,8 @@ from quietstar_kernels.triton._device import (
     weights,
     window_bounds,
 )
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded, pairs_together
-from quietstar_kernels.triton.configs import (
+from .._launch import Launch, Plan, cdiv, padded, pairs_together
+from ..configs import (
     ATTENTION_BACKWARD_QUERIES,
     ATTENTION_BACKWARD_QUERIES_TREE,
     ATTENTION_BACKWARD_ROWS,

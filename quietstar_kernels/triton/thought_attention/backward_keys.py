@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._device import FAR, in_range, load_tile, scores, store_tile, taking_turns, weights
-from quietstar_kernels.triton._launch import Launch, Plan, cdiv, padded, pairs_together
-from quietstar_kernels.triton.configs import (
+from ...branches import Branches
+from .._device import FAR, in_range, load_tile, scores, store_tile, taking_turns, weights
+from .._launch import Launch, Plan, cdiv, padded, pairs_together
+from ..configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
     ATTENTION_BACKWARD_SUM,
@@ -26,7 +26,7 @@ from quietstar_kernels.triton.configs import (
     dot_precision,
     pick,
 )
-from quietstar_kernels.triton.thought_attention.backward import Inputs
+from .backward import Inputs
 
 # Blocks of text make few programs, which run long and unequally so, as the first keys are seen by the most rows. So their rows
 # are split into parts whose sums are added in order: enough for PROGRAMS, eight on each of 132 multiprocessors, but at most

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.branches import Branches
-from quietstar_kernels.triton._device import (
+from ..._options import AttentionOptions
+from ...branches import Branches
+from .._device import (
     LN_2,
     LOG2_E,
     LOWEST,
@@ -48,8 +48,8 @@ from quietstar_kernels.triton._device import (
     window_bounds,
     without_poison,
 )
-from quietstar_kernels.triton._launch import Launch, cdiv, key_tiles, padded, pairs_together, plan
-from quietstar_kernels.triton.configs import (
+from .._launch import Launch, cdiv, key_tiles, padded, pairs_together, plan
+from ..configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_LONG,
     ATTENTION_FORWARD_OPTIONS,
