@@ -58,7 +58,8 @@ def serves(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _warn_slow() -> None:
-    warnings.warn(f"{cpu_library()}. On Linux, `pip install --force-reinstall --no-deps quietstar-kernels` gets it", stacklevel=3)
+    get = "On Linux, `pip install --force-reinstall --no-deps quietstar-kernels` gets it."
+    warnings.warn(f"{cpu_library()}. {get}", stacklevel=3)
 
 
 def instruction_set() -> str | None:
@@ -69,5 +70,5 @@ def instruction_set() -> str | None:
 def cpu_library() -> str:
     """One line: which library the CPU back end has loaded and for which instructions, or why it runs in PyTorch alone."""
     if reason := missing():
-        return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone, which is slower: {reason}"
+        return f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {reason}"
     return f"CPU library {FILE}, running its code for {instruction_set()}"

@@ -46,7 +46,7 @@ def forget():
 def test_without_it_pytorch_runs(monkeypatch, tmp_path, forget):
     monkeypatch.setattr(_library, "FILE", tmp_path / "nothing.so")
     _library.missing.cache_clear()
-    assert cpu_library() == f"no CPU library, so attention and decoding on CPUs run in PyTorch alone, which is slower: {_library.PURE}"
+    assert cpu_library() == f"no CPU library, so attention and decoding on CPUs run in PyTorch alone: {_library.PURE}"
     layout = random_layout(seeded(0), "ragged")
     with pytest.warns(UserWarning, match="pip install") as said:
         for _ in range(2):
