@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FEW = 2  # words spilled where no tiles were chosen: by the sampler on sm_120, for sm_100 by Triton 3.6 in a few kernels
+FEW = 2  # words that the sampler spills on sm_120, for which no tiles were chosen
 OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
 # KB of shared memory a block may have
 TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
@@ -41,14 +41,13 @@ def test_kernels_compile(op, target, record_property):
 
 
 @pytest.mark.build
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_compile_with_the_oldest_triton(op, target, record_property):
+def test_kernels_compile_with_the_oldest_triton(op, record_property):
     """GPU machines often have it."""
     python = HERE.parents[1] / ".venv-lowest/bin/python"
     if not python.exists():
         pytest.skip("make test-lowest makes the environment with the oldest versions")
-    judge(op, target, str(python), record_property, spills=FEW if target == "sm_100" else 0)
+    judge(op, "sm_90", str(python), record_property, "brief")
 
 
 @pytest.mark.build

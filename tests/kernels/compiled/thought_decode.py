@@ -1,4 +1,4 @@
-"""thought_decode: every width of the tables, for the sizes of training and generation.
+"""thought_decode: every width of the tables, for the sizes of training and generation; trees of 128, for sm_90 of every width.
 
 Thoroughly: widths between them too, single options, and float16.
 """
@@ -45,6 +45,8 @@ def launches(target, thorough):
     for dtype, widths, names in CASES + MORE_CASES * thorough:
         for K, E in widths:
             for name in names:
+                if name in TREES and target != "sm_90" and K != 128:
+                    continue
                 label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
                 for sizes in SIZES + MORE_SIZES * (label in COMPILES):
                     yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
