@@ -66,7 +66,7 @@ test: $(READY)  ## what every change must pass, a few minutes
 test-kernels: $(READY)  ## every op and back end with every option, interpreted or emulated where there is no GPU
 	$(PYTEST) --dist=worksteal -m kernels
 
-test-build: $(READY) test-lowest  ## compiling ahead of time, sanitizers, wheels, other versions of PyTorch
+test-build: $(READY) test-lowest $(if $(shell command -v nvcc),wheel)  ## compiling ahead of time, sanitizers, wheels, other versions of PyTorch
 	$(PYTEST) --dist=worksteal -m build
 
 # In the order of the files: xdist would begin with those of most tests, and end with one that takes minutes by itself.
@@ -135,7 +135,7 @@ $(EXECUTED)/.ready: $(READY) Makefile
 
 # The wheel is made from what the source distribution holds. libtorch and libc10 stay outside: they are PyTorch's.
 wheel: $(READY)  ## dist/: one wheel with the CUDA back end for every Python and PyTorch, and the source distribution; needs nvcc
-	rm -rf build/wheel && mkdir -p build/wheel
+	rm -rf build/wheel dist/*.whl && mkdir -p build/wheel
 	$(BIN)/python setup.py -q sdist --dist-dir build/wheel
 	tar -xf build/wheel/*.tar.gz -C build/wheel --strip-components=1
 	QUIETSTAR_BUILD=cuda $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --no-index -w build/wheel build/wheel

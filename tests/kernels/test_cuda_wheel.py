@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from cuda_wheel import bare_python, built, run
+from cuda_wheel import ROOT, bare_python, run, wheel
 
 pytestmark = pytest.mark.build
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "sm_120"]
@@ -22,24 +22,26 @@ ENTRY = re.compile(
 )
 
 
-def library(backend="cuda"):
-    with zipfile.ZipFile(wheel()) as archive:
-        return Path(archive.extract(f"quietstar_kernels/{backend}/_C.abi3.so", built() / "unpacked"))
+@pytest.fixture
+def library(tmp_path):
+    """``library("cuda")`` is the file of a back end's library."""
 
+    def unpack(backend):
+        with zipfile.ZipFile(wheel()) as archive:
+            return archive.extract(f"quietstar_kernels/{backend}/_C.abi3.so", tmp_path)
 
-def wheel():
-    (found,) = (built() / "dist").glob("*.whl")
-    return found
+    return unpack
 
 
 def test_nothing_spills(record_property):
-    logs = list((built() / "build/wheel/build").glob("temp*/cuda/*.log"))
+    assert wheel()
+    logs = list((ROOT / "build/wheel/build").glob("temp*/cuda/*.log"))
     text = "\n".join(path.read_text() for path in logs)
     assert "warning" not in text
     entries = [match.groupdict() for match in ENTRY.finditer(text)]
     assert entries and len(entries) == text.count("Compiling entry function")
     names = sorted({entry["name"] for entry in entries})
-    readable = dict(zip(names, run(["c++filt", *names], built()).splitlines(), strict=True))
+    readable = dict(zip(names, run(["c++filt", *names], ROOT).splitlines(), strict=True))
     cells = {(entry["name"], entry["target"]): entry["registers"] + spilled(entry) for entry in entries}
     assert {*cells} == {(name, target) for name in names for target in ARCHITECTURES}
     lines = ["csrc/ by nvcc: registers a thread, and bytes of spills and stack where there are any"]
@@ -71,28 +73,28 @@ def test_one_wheel_for_all_of_python(tmp_path):
 
 def test_source_distribution_has_what_a_build_needs():
     """The wheel was built from what is in it, and from nothing else, without an index to fetch from."""
-    (archive,) = (built() / "dist").glob("*.tar.gz")
+    (archive,) = wheel().parent.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    sources = {str(path.relative_to(built())) for path in (built() / "csrc").rglob("*") if path.is_file()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources <= names and not any(name.endswith(".so") for name in names)
 
 
-def test_what_the_library_needs():
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run(["readelf", "-d", library()], built()))
+def test_what_the_library_needs(library):
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run(["readelf", "-d", library("cuda")], ROOT))
     assert "libtorch.so" in needed  # through it PyTorch's CUDA stream is found
     assert not any(re.match("libcuda|libcudart|libpython|libtorch_python|libtorch_cuda", name) for name in needed)
-    symbols = run(["nm", "-D", "--defined-only", library()], built())
+    symbols = run(["nm", "-D", "--defined-only", library("cuda")], ROOT)
     assert re.findall(r" T (quietstar_\w+)", symbols) == ["quietstar_built_for", "quietstar_cuda_error"]
-    undefined = run(["nm", "-D", "--undefined-only", library()], built())
+    undefined = run(["nm", "-D", "--undefined-only", library("cuda")], ROOT)
     assert "w aoti_torch_get_current_cuda_stream" in undefined  # weak: PyTorch for CPUs doesn't have it
     assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py)", undefined)  # only the C interface of PyTorch
 
 
-def test_what_the_cpu_library_needs():
-    symbols = run(["nm", "-D", "--defined-only", library("cpu")], built())
+def test_what_the_cpu_library_needs(library):
+    symbols = run(["nm", "-D", "--defined-only", library("cpu")], ROOT)
     assert re.findall(r" T (\w+)", symbols) == ["quietstar_cpu_kernels"]
-    undefined = run(["nm", "-D", "--undefined-only", library("cpu")], built())
+    undefined = run(["nm", "-D", "--undefined-only", library("cpu")], ROOT)
     assert " U torch_parallel_for" in undefined
     assert not re.search(r" U (_ZN?K?2?at|_ZN?K?3c10|_?Py|GOMP|omp_)", undefined)  # only the C interface of PyTorch
 
@@ -141,7 +143,7 @@ print(json.dumps(said))
 
 def test_where_there_is_no_compiler_and_no_gpu(tmp_path):
     said = json.loads(bare_python("-c", HERE, folder=tmp_path))
-    assert said["file"].startswith(str(built() / "bare"))
+    assert said["file"].startswith(str(tmp_path / "bare"))
     for op in ("thought_decode", "sample_token"):
         expected = f"{op}: backend 'cuda' is not available: no CUDA device: these tensors are on cpu"
         assert said["errors"][op] == expected
@@ -158,7 +160,7 @@ def test_where_there_is_no_compiler_and_no_gpu(tmp_path):
 def parameters(op):
     """The arguments of the C++ function in PyTorch's schema: name, type, and whether it is written to."""
     types = {"Tensor": "Tensor", "MaybeTensor": "Optional[Tensor]", "double": "float", "int64_t": "int"}
-    source = (built() / "csrc/arguments.cuh").read_text()
+    source = (ROOT / "csrc/arguments.cuh").read_text()
     signature, body = re.search(rf"void call_{op}\((.*?)\) \{{\n(.*?)\n}}", source, re.DOTALL).groups()
     words = [re.fullmatch(r"(?:const )?(\w+)&? (\w+)", " ".join(word.split())).groups() for word in signature.split(",")]
     return [[name, types[kind], f"From::write({name})" in body] for kind, name in words]
