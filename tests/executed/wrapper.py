@@ -27,6 +27,15 @@ def test_a_training_step(monkeypatch):
     assert_same_gradients(got_gradients, gradients, 1e-4)
 
 
+def test_a_text_does_not_depend_on_the_batch(monkeypatch):
+    """Attention's part of the table in docs/reliability.md; products are PyTorch's here."""
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "triton")
+    ids, numbers = text(), torch.arange(2)
+    whole, alone = (wrapped()(ids[rows], sequence_ids=numbers[rows], seed=1) for rows in (slice(0, 2), slice(1, 2)))
+    for name in ("thought_ids", "nll_base", "nll_mix", "reward"):
+        assert torch.equal(getattr(alone, name), getattr(whole, name)[1:]), name
+
+
 @pytest.mark.parametrize("think", ["always", "never"])
 def test_generation(think, monkeypatch):
     """The tokens are those of the reference."""
