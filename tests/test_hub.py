@@ -59,10 +59,11 @@ def test_versions_side_by_side_have_operators_of_their_own(folder, loaded, tmp_p
     torch.testing.assert_close(results[0], results[2])
 
 
-def test_every_device_has_the_same_files_and_none_is_compiled(folder):
-    files = {device: sorted(path.name for path in (folder / f"build/torch-{device}").rglob("*")) for device in DEVICES}
+def test_every_device_has_the_same_files_and_none_is_compiled(tmp_path):
+    build(tmp_path)
+    files = {device: sorted(path.name for path in (tmp_path / f"build/torch-{device}").rglob("*")) for device in DEVICES}
     assert files["cpu"] == files["cuda"] == files["rocm"] and not any(name.endswith((".so", ".pyc")) for name in files["cpu"])
-    sources = [path.read_text() for path in (folder / "build/torch-cpu").rglob("*.py")]
+    sources = [path.read_text() for path in (tmp_path / "build/torch-cpu").rglob("*.py")]
     assert not any("from quietstar_kernels" in text or "import quietstar_kernels" in text for text in sources)
 
 
