@@ -1,9 +1,9 @@
 """``compile_op.py thought_decode sm_90 thorough``: what each kernel of an op takes on a target, as JSON lines.
 
-``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. Without "thorough" it leaves out dtypes and
-options of which the tables of tiles know nothing; with "brief", all but heads of 128 in 16 bit. For sm_90 "loops" are those of
-the kernels in HGMMA, in 16 bits. "advice" holds the codes of ptxas's advice on a kernel. C7515 and similar ones mean that
-products wait for each other.
+``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. "usual" leaves out dtypes and options of
+which the tables of tiles know nothing; "brief", all but heads of 128 in 16 bit; "thorough" leaves trees to "trees", so that
+the two can run side by side. For sm_90 "loops" are those of the kernels in HGMMA, in 16 bits. "advice" holds the codes of
+ptxas's advice on a kernel. C7515 and similar ones mean that products wait for each other.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ import machine_code  # noqa: E402
 from ahead_of_time import compiled_for, disassembly, resources  # noqa: E402
 
 
-def main(op: str, target: str, extent: str = "") -> None:
+def main(op: str, target: str, extent: str) -> None:
     cases = importlib.import_module(f"compiled.{op}")
     seen = set()
     for label, launch in cases.launches(target, extent == "thorough"):
         if extent == "brief" and ("float32" in label or ("K=" in label and "K=128" not in label)):
+            continue
+        if extent in ("thorough", "trees") and label.endswith("on a tree") != (extent == "trees"):
             continue
         with compiled_for(target) as kernels, contextlib.redirect_stdout(io.StringIO()) as log:
             launch()

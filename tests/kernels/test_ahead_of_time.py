@@ -41,6 +41,12 @@ def test_kernels_compile(op, target, record_property):
 
 
 @pytest.mark.build
+@pytest.mark.parametrize("op", ["thought_attention", "thought_decode"])
+def test_kernels_compile_for_trees(op, record_property):
+    judge(op, "sm_90", sys.executable, record_property, "trees")
+
+
+@pytest.mark.build
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_with_the_oldest_triton(op, record_property):
     """GPU machines often have it."""
