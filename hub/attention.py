@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .layout import ThoughtLayout
 from .thought_attention import thought_attention
 
+WITHOUT_EFFECT = ("position_ids", "position_embeddings", "cache_position")  # tensors that some models pass along
 supports_flash_attn = True  # with this and the function's name, transformers takes the function as it is
 
 
@@ -32,13 +33,16 @@ def flash_attn_forward(
 
     With ``attn_implementation="<user>/quietstar-kernels"`` a model takes packed ids [B,M],
     ``position_ids=layout.position_ids()``, ``thought_layout=layout`` and ``use_cache=False``. The layout alone says which row
-    sees which: padding belongs into it, and not into ``attention_mask``, which is ignored.
+    sees which: padding belongs into it, and not into ``attention_mask``, which is ignored, also where a model means chunks or a
+    prefix by it.
 
     Raises:
-        ValueError: without a layout, or with dropout.
+        ValueError: without a layout, with dropout, or if a model passes other tensors, such as biases of positions.
     """
     if not isinstance(thought_layout, ThoughtLayout):
         raise ValueError(f"{type(module).__name__}: pass thought_layout=, a ThoughtLayout of this kernel, to the model")
+    if unknown := [name for name, x in options.items() if isinstance(x, Tensor) and name not in WITHOUT_EFFECT]:
+        raise ValueError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which has no use for it here")
     if dropout:
         raise ValueError("attention has no dropout here")
     if torch.is_autocast_enabled(query.device.type):

@@ -89,3 +89,7 @@ def test_attention_of_a_transformers_model(loaded, monkeypatch, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3", attn_implementation=name)
     with pytest.raises(ValueError, match="pass thought_layout="):
         model(ids)
+    with pytest.raises(ValueError, match="passes position_bias"):
+        layout = loaded.ThoughtLayout.every_position(2, 9, 1, 3)
+        rows = torch.randn(2, 2, layout.M, 8)
+        loaded.flash_attn_forward(model, rows, rows, rows, None, thought_layout=layout, position_bias=rows)
