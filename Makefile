@@ -64,16 +64,16 @@ test: $(READY)  ## what every change must pass, a few minutes
 	$(PYTEST) --dist=loadfile $(QUICK) --durations=20 --durations-min=2
 
 test-kernels: $(READY)  ## every op and back end with every option, interpreted or emulated where there is no GPU
-	$(PYTEST) --dist=worksteal -m kernels
+	$(PYTEST) --dist=worksteal -m kernels $(TESTS)
 
-test-build: $(READY) test-lowest $(if $(shell command -v nvcc),wheel)  ## compiling ahead of time, sanitizers, wheels, other versions of PyTorch
-	$(PYTEST) --dist=worksteal -m build
+test-build: $(READY) $(LOWEST)/.ready  ## compiling ahead of time, sanitizers, other versions of PyTorch, and the wheel if make wheel has run
+	$(PYTEST) --dist=worksteal -m build $(TESTS)
 
 # In the order of the files: xdist would begin with those of most tests, and end with one that takes minutes by itself.
 test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples
-	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m long
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m long --durations=20 --durations-min=10 $(TESTS)
 
-test-all: test test-kernels test-build test-long  ## all tests
+test-all: test test-kernels test-lowest $(if $(shell command -v nvcc),wheel) test-build test-long  ## all tests
 
 test-lowest: $(LOWEST)/.ready  ## core tests with the oldest versions of what the package needs
 	$(LOWEST)/bin/pytest -q -p no:cacheprovider $(QUICK) -k "not triton or golden" $(CORE)

@@ -1,4 +1,4 @@
-"""A release: one version everywhere, and workflows whose jobs are targets of the Makefile."""
+"""A release: one version everywhere, workflows whose jobs are targets of the Makefile, and what runs when in CI."""
 
 import re
 from pathlib import Path
@@ -20,3 +20,14 @@ def test_workflows_run_targets_of_the_makefile():
         for command in re.findall(r"run: (.*)", file.read_text()):
             program, what, *_ = command.split()
             assert program == "gh" or command == "bash .ci/run" or (program == "make" and what in targets), command
+
+
+def test_every_long_test_runs_in_ci_when_something_is_touched():
+    """Each of its paths begins a file's, and each file with marked tests is in a part of that suite."""
+    parts = [line.split() for line in (ROOT / ".ci/run").read_text().partition("<<'END'\n")[2].partition("\nEND\n")[0].splitlines()]
+    assert [path for _, _, *paths in parts for path in paths if not any(ROOT.glob(f"{path.removesuffix('/')}*"))] == []
+    tested = {(suite, file) for suite, tests, *_ in parts for path in ROOT.glob(tests) for file in [path, *path.rglob("*.py")]}
+    for file in (ROOT / "tests").rglob("*.py"):
+        if re.match(r"(test_.*|conftest)\.py", file.name):
+            for mark in {"kernels", "build", "long"} & {*re.findall(r"pytest\.mark\.(\w+)", file.read_text())}:
+                assert (f"test-{mark}", file) in tested

@@ -1,4 +1,4 @@
-"""The wheel that ``make test-build`` builds before its tests, and an environment with it."""
+"""The wheel that ``make wheel`` has built, and an environment with it."""
 
 import contextlib
 import fcntl
