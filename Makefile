@@ -70,7 +70,7 @@ test-build: $(READY) $(LOWEST)/.ready  ## compiling ahead of time, sanitizers, o
 	$(PYTEST) --dist=worksteal -m build $(TESTS)
 
 # In the order of the files: xdist would begin with those of most tests, and end with one that takes minutes by itself.
-test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples
+test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples; TESTS=tests/recipes
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder -m long --durations=20 --durations-min=10 $(TESTS)
 
 test-all: test test-kernels test-lowest $(if $(shell command -v nvcc),wheel) test-build test-long  ## all tests
