@@ -106,15 +106,13 @@ def start(arguments, processes):
     ]
 
 
-def launch(arguments, processes, seconds):
-    """The exit code of each process, and what it wrote to stderr."""
-    running = start(arguments, processes)
+def end(running, seconds):
+    """What each process wrote to stderr until it ended; all are killed if one takes longer."""
     try:
-        errors = [process.communicate(timeout=seconds)[1] for process in running]
+        return [process.communicate(timeout=seconds)[1] for process in running]
     finally:
         for process in running:
             process.kill()
-    return [process.returncode for process in running], errors
 
 
 def run_in_processes(jobs, processes, folder, seconds=600):
@@ -125,11 +123,15 @@ def run_in_processes(jobs, processes, folder, seconds=600):
     """
     file = Path(folder) / "jobs.json"
     file.write_text(json.dumps(jobs))
-    codes, errors = launch([__file__, str(file)], processes, seconds)
-    if min(codes) < 0:
-        warnings.warn(f"launched again: exit codes {codes}\n" + "\n".join(errors), stacklevel=2)
-        codes, errors = launch([__file__, str(file)], processes, seconds)
-    assert codes == [0] * processes, f"exit codes {codes}\n" + "\n".join(errors)
+    for last in (False, True):
+        running = start([__file__, str(file)], processes)
+        errors = end(running, seconds)
+        codes = [process.returncode for process in running]
+        message = f"exit codes {codes}\n" + "\n".join(errors)
+        if last or min(codes) >= 0:
+            break
+        warnings.warn(f"launched again: {message}", stacklevel=2)
+    assert codes == [0] * processes, message
     results = [json.loads((Path(folder) / f"results-{i}.json").read_text()) for i in range(processes)]
     return [list(row) for row in zip(*results, strict=True)]
 

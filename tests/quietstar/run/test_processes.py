@@ -246,15 +246,6 @@ def begin(out, *more):
     return running
 
 
-def end(running, seconds):
-    try:
-        errors = [process.communicate(timeout=seconds)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return errors
-
-
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
 def test_a_variable_that_is_no_number_is_named(monkeypatch, name):
     monkeypatch.setenv(name, "x")
@@ -279,7 +270,7 @@ def test_a_run_of_nohup_goes_on(number):
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     running = begin(folder / "run", "--sharding=full_shard")
     running[1].send_signal(signal.SIGTERM)
-    errors = end(running, 120)
+    errors = processes.end(running, 120)
     assert [x.returncode for x in running] == [cli.SAVED] * 2, errors
     (saved,) = places.every(folder / "run")
     places.check(saved)
@@ -290,7 +281,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
 def test_a_process_that_dies_ends_the_other_and_whole_weights_are_saved(folder):
     running = begin(folder / "run")
     running[1].kill()
-    errors = end(running, 120)
+    errors = processes.end(running, 120)
     assert running[0].returncode == cli.RUNTIME and "another process ended" in errors[0], errors
     (saved,) = places.every(folder / "run")
     places.check(saved)
@@ -334,7 +325,7 @@ def test_the_example_for_slurm(folder, monkeypatch):
     while not metrics(folder / "run") and time.monotonic() < deadline and submitted.poll() is None:
         time.sleep(0.01)
     os.kill(int((folder / "srun.pid").read_text()), signal.SIGUSR1)
-    (error,) = end([submitted], 120)
+    (error,) = processes.end([submitted], 120)
     assert submitted.returncode == cli.SAVED and metrics(folder / "run") < 40, error
     assert (folder / "scontrol.log").read_text() == "requeue 7\n"
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
