@@ -22,7 +22,7 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
 from quietstar_kernels import linear_logprob
-from quietstar_kernels.linear_logprob import KEEP_BYTES
+from quietstar_kernels.linear_logprob import default_keep_bytes
 
 CHUNK = 1024  # rows of exact logits at a time
 
@@ -91,7 +91,8 @@ def _not_default(case: LogprobCase, keeps: bool) -> str | None:
     """Why ours with options needs no row of its own. ``keeps`` says whether it keeps its logits."""
     if case.what == "forward":
         return "the same as linear_logprob without a backward"
-    return "the default at this size, measured above" if keeps is (_kept(case) <= KEEP_BYTES) else None
+    keeps_by_default = _kept(case) <= default_keep_bytes(case.device)
+    return "the default at this size, measured above" if keeps is keeps_by_default else None
 
 
 OURS = Candidate("linear_logprob", ours, package=PACKAGE)

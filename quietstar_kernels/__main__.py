@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, _dispatch, backends, check, cpu_library, cuda_library
 from .cpu.products import cpu_products
+from .linear_logprob import default_keep_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +47,8 @@ def show_backends() -> None:
         print(f"\n{device} ({device_name(device)})")
         for row in backends(device):
             print(f"  {row['op']:<18} {row['backend']:<10} {row['status']}")
+        kept = default_keep_bytes(torch.device(device)) / 2**20
+        print(f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB")
 
 
 def show_versions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,25 @@ from ._options import Head, Saved
 from .checks import Checker, check_head, check_targets
 
 _OP = "linear_logprob"
-KEEP_BYTES = 2**28
+GPU_PART = 16  # a call may keep a sixteenth of a GPU's memory, since several may wait for their backward
+
+
+def default_keep_bytes(device: torch.device) -> int:
+    """Bytes of logits that a call on ``device`` keeps at most for its backward, if it isn't told: 1/16 of a GPU's memory, on a
+    CPU 256 MiB.
+
+    Of all its memory, not of what is free, so that the bits of the gradients don't depend on the moment.
+    """
+    return _memory(device) // GPU_PART if device.type == "cuda" else 2**28
+
+
+default_keep_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it instead of tracing it
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return total
 
 
 def linear_logprob(
@@ -29,9 +48,9 @@ def linear_logprob(
     return_entropy: bool = False,
     backend: str = "auto",
     *,
-    keep_bytes: int = KEEP_BYTES,
+    keep_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], in bounded memory.
+    """log softmax(softcap(scale * (hidden · weightᵀ + bias)) / temperature)[target], holding all logits only if they fit.
 
     Differentiable in hidden, weight and bias, also through the entropy, in the ways that ``thought_attention`` is. Banned ids
     are left out of the softmax.
@@ -40,8 +59,17 @@ def linear_logprob(
     makes finite. A logit of -inf under a soft cap is -softcap, or stays -inf, depending on the back end. The log-probability of
     a target of -100 stays 0. A row of which all logits are -inf has no defined result.
 
-    If the logits fit ``keep_bytes``, the forward keeps them, and forward and backward take three matrix products. Otherwise
-    the backward computes them again, which is a fourth product.
+    If the logits fit ``keep_bytes``, a forward that may be differentiated keeps them until its backward, and both take three
+    matrix products. Otherwise the backward computes them again, a fourth product, which changes gradients by rounding.
+
+    Memory, besides arguments, results and what is kept:
+
+    - On a GPU a chunk of 2^24 logits in fp32, 64 MiB. For each row the backward also takes D numbers in fp32, and 8192 in the
+      dtype of hidden, or 2^24 in all if that is more. A million rows of width 4096 in bf16 take 33 GB; several calls, each for
+      some of the rows and with its backward before the next, take less.
+    - On a CPU a few chunks of up to 2^24 logits in fp32, or of one row, and for 16-bit inputs fp32 copies of weight and of its
+      gradient, however many rows there are.
+    - The back end "reference" holds all logits several times.
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
@@ -54,8 +82,8 @@ def linear_logprob(
         banned: ids that are left out of the softmax.
         return_entropy: also return the entropy of each row, in nats.
         backend: "auto", or the name of one, which runs or raises.
-        keep_bytes: how many bytes of logits a forward may keep for its backward, 256 MiB by default; 0 keeps none. A logit
-            takes as many bytes as an element of hidden, on CPU at least 4.
+        keep_bytes: how many bytes of logits each forward may keep for its backward; 0 keeps none. Default 1/16 of all memory of
+            the GPU, and 256 MiB on a CPU. A logit takes as many bytes as an element of hidden, on CPU at least 4.
 
     Returns:
         logprob [R], and with ``return_entropy`` entropy [R]; fp32 (fp64 for fp64 inputs).
@@ -69,7 +97,8 @@ def linear_logprob(
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
     temperature = check.temperature(temperature)
     check.flag("return_entropy", return_entropy)
-    keep_bytes = check.integer("keep_bytes", keep_bytes, 0)
+    if keep_bytes is not None:
+        keep_bytes = check.integer("keep_bytes", keep_bytes, 0)
     check_targets(check, targets, bans)
     backend = _dispatch.choose(_OP, backend, hidden.device, hidden.dtype)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -79,9 +108,10 @@ def linear_logprob(
     return (logprob, entropy) if return_entropy else logprob
 
 
-def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int, backend: str) -> bool:
+def _fits(hidden: Tensor, vocabulary: int, keep_bytes: int | None, backend: str) -> bool:
     """Whether the logits may be kept; False if torch.compile doesn't know the number of rows."""
     itemsize = _wide(hidden).itemsize if backend == "cpu" else hidden.dtype.itemsize
+    keep_bytes = default_keep_bytes(hidden.device) if keep_bytes is None else keep_bytes
     fits = hidden.shape[0] * vocabulary * itemsize <= keep_bytes
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import

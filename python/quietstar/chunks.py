@@ -7,8 +7,10 @@ goes through the text after the last chunk's. A chunk keeps nothing for the back
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.hf.decoder import ChunkPass, LeafPass, decode_rows
 from quietstar.hf.modules import embeddings, layer_checkpoints_off
-from quietstar.memory.step import CHUNK_COPIES, step_memory
+from quietstar.memory.step import CHUNK_COPIES, head_calls, head_on_cpu, head_on_gpu, step_memory
 from quietstar.packed import PackedInputs, Predictions, Thinker
 from quietstar_kernels import ThoughtLayout
 
@@ -54,13 +56,13 @@ def _predict_chunk(
 
 # Share of the free memory that "auto" plans with: temporary gradients, fragments and other programs take the rest.
 SHARE = 0.7
-# Positions of the text whose memory is estimated; a step's memory is linear in them.
+# Positions of the text whose memory is estimated; a step's memory is linear in them, but for the LM head's.
 SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes that are free for activations, and those that a text position and an anchor take.
+    """Bytes that are free for activations, those that a text position and an anchor take, and those of the LM head's calls.
 
     Measured once per config, before its first chunk: later steps find their own allocations in memory. So sizes depend on
     shapes alone, also after evaluations, whose config is another.
@@ -70,23 +72,34 @@ class MemoryBudget:
     free: int
     position: float
     anchor: float
+    head: Callable[[list[int]], int]
 
     def chunk(self, B: int, L: int) -> int:
         """Anchors of each of B texts of L tokens that fit."""
-        return int((self.free - B * L * self.position) // (B * self.anchor))
+
+        def too_many(P: int) -> bool:
+            return B * (L * self.position + P * self.anchor) + self.head(head_calls(self.config, B, L, P, True)) > self.free
+
+        return bisect_left(range(1, L + 1), True, key=too_many)
 
     @staticmethod
     def measure(thinker: Thinker, parameters: Iterable[Tensor]) -> MemoryBudget:
         """Free memory less the gradients and AdamW's moments that don't exist yet, with the estimates of ``memory.step``."""
         config, weight = thinker.config, thinker.lm_head.linear.weight
-        memory = step_memory(thinker.model.config, config, 1, SAMPLE, weight.dtype)
+        kind, (V, D), dtype = weight.device.type, weight.shape, weight.dtype
+        memory = step_memory(thinker.model.config, config, 1, SAMPLE, dtype)
         missing = sum(3 * p.nbytes for p in parameters if p.requires_grad and p.grad is None)
         kept = memory.text / SAMPLE
         if any(getattr(module, "gradient_checkpointing", False) for module in thinker.model.modules()):
             kept = memory.checkpointed / (SAMPLE * (1 + config.thoughts * config.rows))
         keys_values = memory.rollout / (SAMPLE * (1 + config.thoughts * config.thought_tokens))
-        free = SHARE * free_memory(weight.device) - missing - memory.head
-        return MemoryBudget(config, int(free), kept + CHUNK_COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE)
+        free = int(SHARE * free_memory(weight.device)) - missing
+        if kind == "cuda":
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype  # as ``LMHead.operands``
+            head = partial(head_on_gpu, V=V, D=D, dtype=dtype, gpu_bytes=memory.gpu_bytes)
+        else:
+            head = partial(head_on_cpu, V=V, D=D, dtype=dtype)
+        return MemoryBudget(config, free, kept + CHUNK_COPIES * keys_values, (memory.thoughts + memory.mixing) / SAMPLE, head)
 
 
 class AnchorChunk:

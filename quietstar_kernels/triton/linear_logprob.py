@@ -12,7 +12,7 @@ since the gradient of a row that is almost certain is a small difference from 1.
 
 Logits exist for some ids and some rows at a time. The outer loop is over ids, since a weight usually has more rows than there
 are hidden states: its gradient is then one product per chunk, and the gradient of the hidden states is summed in fp32. Memory
-beyond the results: that sum, ``COLUMNS`` numbers for each row, and ``LOGITS`` logits.
+beyond the results: ``LOGITS`` logits, and in the backward that sum and ``COLUMNS`` numbers for each row, or ``LOGITS`` if more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,10 @@ a dispatch mode.
 """
 
 import gc
+import importlib
+import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from quietstar_kernels import _dispatch, linear_logprob
 from quietstar_kernels._options import Head, Saved
+from quietstar_kernels.linear_logprob import default_keep_bytes
 from quietstar_kernels.testing import forward_backward, logprob_inputs
 
+MODULE = importlib.import_module("quietstar_kernels.linear_logprob")  # not the function, which the package has by this name
 R, D, V = 48, 16, 640
 PRODUCTS = {"aten::mm": -2, "aten::addmm_": -2, "aten::addmm": -2, "mkldnn::_linear_pointwise": 0}  # the first factor
 
@@ -124,6 +129,48 @@ def test_rows_that_a_compiler_does_not_know(backend, inputs, keep_bytes):
     )
     assert torch.allclose(want[0][0], got[0][0])
     assert all(torch.allclose(want[1][name], got[1][name], atol=1e-6) for name in want[1])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """As if every GPU had 80 GiB; holds the devices that were asked."""
+    devices = []
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: devices.append(device) or properties)
+    MODULE._memory.cache_clear()
+    yield devices
+    MODULE._memory.cache_clear()
+
+
+def test_what_a_device_keeps(asked):
+    """Each GPU is asked once: that takes the host microseconds."""
+    gpus = [torch.device("cuda", i) for i in (0, 1, 0)]
+    assert [default_keep_bytes(gpu) for gpu in gpus] == [5 * 2**30] * 3 and asked == gpus[:2]
+    assert [default_keep_bytes(torch.device(name)) for name in ("cpu", "meta")] == [2**28] * 2
+
+
+def test_the_default_is_that_of_the_device(backend, inputs, monkeypatch):
+    if backend == "reference":
+        pytest.skip("it never keeps anything")
+    hidden, weight, targets = leaves(inputs)
+    for most, keeps in ((4 * R * V, True), (4 * R * V - 1, False)):
+        monkeypatch.setattr(MODULE, "default_keep_bytes", {hidden.device: most}.get)
+        assert (saved_bytes(linear_logprob(hidden, weight, targets, backend=backend)) >= 4 * R * V) is keeps
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_compiler_asks_a_device(asked, dynamic):
+    """In one graph, without a warning, though it isn't told the number of rows."""
+
+    def kept(x):
+        return x * (2**27 * len(x) <= default_keep_bytes(torch.device("cuda", 0)))
+
+    torch.compiler.reset()
+    compiled = torch.compile(kept, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [compiled(torch.ones(rows)).sum() for rows in (30, 40, 41)] == [30, 40, 0]
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from quietstar.memory.processes import (
 from quietstar.memory.step import StepMemory, human, memory_table, step_memory
 from quietstar_kernels import backends, cpu_library, cuda_library
 from quietstar_kernels.cpu.products import cpu_products
+from quietstar_kernels.linear_logprob import default_keep_bytes
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
 OFFICIAL = ThoughtConfig()
@@ -129,6 +130,7 @@ def environment() -> str:
     for device, what in devices.items():
         lines += ["", f"{device} ({what})"]
         lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
+        lines += [f"  linear_logprob keeps logits for its backward up to {human(default_keep_bytes(torch.device(device)))}"]
     return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * (32 if line[:1] == " " else 2)) for line in lines)
 
 

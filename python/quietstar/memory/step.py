@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,17 @@ from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import decode_rows
 from quietstar.hf.modules import embeddings
+from quietstar_kernels.linear_logprob import GPU_PART, default_keep_bytes
 
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
 CHUNK_COPIES = 4
-# Logits that a head computes at a time (the reference keeps all): so many on a GPU, on a CPU those of ``HEAD_ROWS`` rows too if
-# they are at most ``HEAD_MOST``; and how many such buffers exist at once.
+# Logits that a head computes at a time on a CPU (the reference keeps all): so many, or those of ``HEAD_ROWS`` rows if they are
+# at most ``HEAD_MOST``; and how many such buffers exist at once.
 HEAD_CHUNK, HEAD_ROWS, HEAD_MOST, HEAD_BUFFERS = 2**22, 256, 2**24, 3
-# A call of the head keeps all its logits for the backward up to this many bytes, and none above.
-HEAD_KEPT = 2**28
+# On a GPU: logits at a time, and for how many ids a backward holds the gradients of the logits of all rows.
+GPU_LOGITS, GPU_COLUMNS = 2**24, 8192
+# The memory of a GPU where there is none.
+GPU_BYTES = 80 * 2**30
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class StepMemory:
         text, thoughts: activations of text and thought rows that the decoder keeps for the backward.
         checkpointed: those of text and thoughts with gradient checkpointing: the input of every layer, and one whole layer.
         mixing: the mixing head, the mixed states and the inputs of the LM head.
-        head: a chunk of logits, and the LM head's gradient while it is accumulated.
+        head_on_cpu: the logits that the LM head keeps, a chunk of logits, and the head's gradient while it is accumulated.
+        head_on_gpu: the same on a GPU, where the head may keep more, and its backward takes more with more rows.
         rollout: keys and values of the text and of T rows of each thought.
         largest: the largest trained weight.
+        gpu_bytes: the memory of the GPU.
     """
 
     weights: int
@@ -46,9 +52,11 @@ class StepMemory:
     thoughts: int
     checkpointed: int
     mixing: int
-    head: int
+    head_on_cpu: int
+    head_on_gpu: int
     rollout: int
     largest: int
+    gpu_bytes: int
 
     @property
     def update_on_gpu(self) -> int:
@@ -62,7 +70,7 @@ class StepMemory:
 
     def peak(self, checkpointing: bool = False) -> int:
         """Of a GPU, where the update reuses the memory of the activations."""
-        return self._kept() + max(self._pass(checkpointing), self.update_on_gpu)
+        return self._kept() + max(self._pass(checkpointing, self.head_on_gpu), self.update_on_gpu)
 
     def peak_on_cpu(self, libraries: int, checkpointing: bool = False) -> int:
         """Resident memory of a process on a CPU.
@@ -73,14 +81,50 @@ class StepMemory:
         Args:
             libraries: resident memory of the interpreter with its libraries.
         """
-        return libraries + self._kept() + self._pass(checkpointing) + self.update_on_cpu
+        return libraries + self._kept() + self._pass(checkpointing, self.head_on_cpu) + self.update_on_cpu
 
     def _kept(self) -> int:
         return self.weights + self.gradients + self.moments
 
-    def _pass(self, checkpointing: bool) -> int:
+    def _pass(self, checkpointing: bool, head: int) -> int:
         kept = self.checkpointed if checkpointing else self.text + self.thoughts
-        return max(self.rollout, kept + self.mixing + self.head)
+        return max(self.rollout, kept + self.mixing + head)
+
+
+def head_calls(thoughts: ThoughtConfig, B: int, L: int, P: int, in_chunks: bool) -> list[int]:
+    """Rows of each call of the LM head whose backward is still to come: B texts of L tokens, P anchors of each at a time."""
+    predictions = B * P * thoughts.thoughts * thoughts.lookahead
+    calls = [B * L, B * P * thoughts.lookahead + predictions] if in_chunks else [B * L + predictions]
+    calls += [predictions] * (thoughts.mixing == "logprobs")  # mixed after the head, so that it sees both states
+    return [*calls, B * P * thoughts.thoughts * thoughts.thought_tokens]
+
+
+def head_on_cpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype) -> int:
+    """Bytes that calls of a head [V,D] take on a CPU, where all logits are fp32."""
+    chunk = min(max(HEAD_CHUNK, HEAD_ROWS * V), HEAD_MOST, V * max(calls))
+    kept = _head_kept(calls, 4 * V, default_keep_bytes(torch.device("cpu")))
+    return 4 * HEAD_BUFFERS * chunk + kept + _head_gradient(V, D, dtype)
+
+
+def head_on_gpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gpu_bytes: int) -> int:
+    """Bytes that calls of a head [V,D] take on a GPU with ``gpu_bytes`` of memory."""
+    kept = _head_kept(calls, dtype.itemsize * V, gpu_bytes // GPU_PART)
+    return head_backward(max(calls), V, D, dtype) + kept + _head_gradient(V, D, dtype)
+
+
+def head_backward(R: int, V: int, D: int, dtype: torch.dtype) -> int:
+    """Bytes that the backward of R rows takes on a GPU, with the gradient of the states and without that of the weight."""
+    logits = 4 * min(GPU_LOGITS, R * V)
+    gradients = dtype.itemsize * min(max(GPU_LOGITS, GPU_COLUMNS * R), R * V)
+    return logits + gradients + R * D * (4 + dtype.itemsize * (dtype.itemsize < 4))  # a sum in fp32, and its 16 bits
+
+
+def _head_kept(calls: Sequence[int], row: int, most: int) -> int:
+    return sum(row * R for R in calls if row * R <= most)
+
+
+def _head_gradient(V: int, D: int, dtype: torch.dtype) -> int:
+    return 4 * V * D * (1 + (dtype.itemsize < 4))
 
 
 def step_memory(
@@ -90,6 +134,7 @@ def step_memory(
     length: int,
     dtype: torch.dtype = torch.float32,
     anchor_chunk: int | None = None,
+    gpu_bytes: int | None = None,
 ) -> StepMemory:
     """An estimate for ``batch_size`` texts of ``length`` tokens that think at every position.
 
@@ -98,6 +143,7 @@ def step_memory(
 
     Args:
         anchor_chunk: anchors of each text at a time. The thoughts of a chunk are recomputed as a whole, not layer by layer.
+        gpu_bytes: the memory of the GPU, on which it depends what the LM head keeps. Default that of the GPU here, or 80 GiB.
 
     Raises:
         ValueError: the model type can't think, or needs the values of tensors.
@@ -127,9 +173,9 @@ def step_memory(
     # In fp32: text and thought states side by side, two hidden layers, the text states, and a cast copy of the thought states.
     mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
-    logits = [V * (B * L + predictions), V * B * P * N * T]  # of each call
-    chunk = min(max(HEAD_CHUNK, HEAD_ROWS * V), HEAD_MOST, max(logits))
-    head_kept = sum(size for size in (dtype.itemsize * call for call in logits) if size <= HEAD_KEPT)
+    calls = head_calls(thoughts, B, L, P, anchor_chunk is not None)
+    if gpu_bytes is None:
+        gpu_bytes = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else GPU_BYTES
     text_kept, thoughts_kept = kept * L // rows, (kept - kept * L // rows) * P // L
     layer_inputs = layers * B * D * dtype.itemsize  # for a row
     checkpointed = layer_inputs * rows + kept // layers
@@ -144,9 +190,11 @@ def step_memory(
         thoughts=thoughts_kept,
         checkpointed=checkpointed,
         mixing=mixing + head_inputs,
-        head=4 * (HEAD_BUFFERS * chunk + V * D * (1 + half)) + head_kept,
+        head_on_cpu=head_on_cpu(calls, V, D, dtype),
+        head_on_gpu=head_on_gpu(calls, V, D, dtype, gpu_bytes),
         rollout=B * (L + P * N * T) * keys_values,
         largest=max(max(sizes) * dtype.itemsize, 4 * 2 * D * D),
+        gpu_bytes=gpu_bytes,
     )
 
 
@@ -200,10 +248,11 @@ def memory_table(memory: StepMemory, libraries: int, checkpointing: bool = False
         rows |= {"activations of the text": memory.text, "activations of the thoughts": memory.thoughts}
     rows |= {
         "mixing head": memory.mixing,
-        "LM head, a chunk at a time": memory.head,
         "keys and values of the rollout (before)": memory.rollout,
+        f"LM head on a GPU that has {human(memory.gpu_bytes)}": memory.head_on_gpu,
         "AdamW's temporaries on a GPU (after)": memory.update_on_gpu,
         "together, on a GPU": memory.peak(checkpointing),
+        "LM head on a CPU": memory.head_on_cpu,
         "AdamW's temporaries on a CPU": memory.update_on_cpu,
         "Python and libraries": libraries,
         "together, a process on a CPU": memory.peak_on_cpu(libraries, checkpointing),

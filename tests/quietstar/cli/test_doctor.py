@@ -23,6 +23,8 @@ def test_doctor(quietstar):
     code, out, _ = quietstar("doctor", "--model=model", "--batch-size=2", "--length=64", "--thoughts=3", "--verify")
     assert code == 0 and "2 x 64 tokens, 5,504 rows" in out and "optimizer moments" in out and "ok" in out.splitlines()[-1]
     assert re.search(r"^fits in the .* that are free$", out, re.MULTILINE)
+    assert "\n  linear_logprob keeps logits for its backward up to 256.0 MiB\n" in out
+    assert re.search(r"^  LM head on a GPU that has [0-9.]+ GiB +[0-9.]+ MiB$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("size", [100, 30, 12])

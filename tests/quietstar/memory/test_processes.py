@@ -10,7 +10,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli import main as cli
 from quietstar.config import AdapterConfig
 from quietstar.memory.processes import Processes, count_weights, process_memory, step_traffic
-from quietstar.memory.step import human, step_memory
+from quietstar.memory.step import GPU_BYTES, human, step_memory
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
 B, L = 2, 16
@@ -56,7 +56,8 @@ def test_memory_of_a_process(tiny):
     assert full.gradients == alone.gradients // 4 + 4 * (weights.rest + 2 * weights.layer)
     assert sharded("full_shard", torch.bfloat16).weights == full.weights - 2 * (weights.rest + 2 * weights.layer)
     assert sharded("no", torch.bfloat16).weights == alone.weights + 2 * weights.layers
-    assert (full.text, full.thoughts, full.head) == (alone.text, alone.thoughts, alone.head)
+    for part in ("text", "thoughts", "head_on_cpu", "head_on_gpu"):
+        assert getattr(full, part) == getattr(alone, part)
 
 
 def test_passes_through_the_layers(tiny):
@@ -99,7 +100,7 @@ HEADINGS = "model|W|`--sharding`|LoRA|weights|gradients|moments|thoughts and tex
 def docs_table():
     """The rows of docs/large-models.md."""
     alone = {
-        name: step_memory(AutoConfig.for_model("llama", **shape), ThoughtConfig(), 1, 256, torch.bfloat16)
+        name: step_memory(AutoConfig.for_model("llama", **shape), ThoughtConfig(), 1, 256, torch.bfloat16, gpu_bytes=GPU_BYTES)
         for name, shape in SHAPES.items()
     }
     lines = [f"| {HEADINGS.replace('|', ' | ')} |", "|" + "---|" * 12]
