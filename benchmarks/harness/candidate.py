@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.machine import package_version, served_by
-from quietstar_kernels import backends
+from quietstar_kernels import __version__, backends
 
 PACKAGE = "quietstar-kernels"  # ours
 
@@ -47,7 +47,8 @@ class Candidate:
 
     @property
     def version(self) -> str:
-        return f"{self.package} {package_version(self.package) or ''}".strip()
+        ours = __version__ if self.package == PACKAGE else None  # which may run without being installed
+        return f"{self.package} {ours or package_version(self.package) or ''}".strip()
 
 
 def not_installed(package: str) -> str | None:

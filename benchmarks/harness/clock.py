@@ -54,16 +54,25 @@ class Timing:
 
 
 def measure(
-    candidates: dict[str, Sequence[Run]], device: torch.device, rounds: int = 7, budget: float = 10.0
+    candidates: dict[str, Sequence[Run]],
+    device: torch.device,
+    rounds: int = 7,
+    budget: float = 10.0,
+    graph: bool | None = None,
 ) -> dict[str, Timing]:
     """Warm up every candidate, then run ``rounds`` rounds of each in turn.
 
     A candidate that has used up ``budget`` seconds skips the remaining rounds. Each has at least one.
+
+    Args:
+        graph: whether a GPU replays a CUDA graph; by default that of a short run.
     """
-    clocks = {name: (_GPUClock if device.type == "cuda" else _CPUClock)(runs) for name, runs in candidates.items()}
+    gpu = device.type == "cuda"
+    clocks = {name: _GPUClock(runs, graph) if gpu else _CPUClock(runs) for name, runs in candidates.items()}
     for _ in range(rounds):
         for clock in clocks.values():
-            if not clock.timing.seconds or clock.spent < budget:
+            done = len(clock.timing.seconds)
+            if not done or (done < rounds and clock.spent < budget):
                 clock.round()
     return {name: clock.timing for name, clock in clocks.items()}
 
@@ -89,20 +98,27 @@ class _CPUClock:
 
 
 class _GPUClock:
-    """Warms up with a pass over all inputs, times another one, and captures a graph if a run is short."""
+    """Warms up with a pass over all inputs, times another one, and captures a graph if a run is short or ``graph`` says so.
 
-    def __init__(self, runs: Sequence[Run]):
+    A pass that fills a round is the first one.
+    """
+
+    def __init__(self, runs: Sequence[Run], graph: bool | None = None):
         self.runs = list(runs)
         self.timing = Timing()
         self.work, self.passes = self._one_pass, 1
         self._one_pass()
         self.spent = self._seconds()
-        if self.spent / len(self.runs) < GRAPH_BELOW:
+        if graph is None:
+            graph = self.spent / len(self.runs) < GRAPH_BELOW
+        if graph:
             self.work = self._captured() or self._one_pass
             self.timing.graph = self.work != self._one_pass
             self.work()
             self.passes = 10
             self.spent = self._seconds()
+        elif self.spent >= ROUND:
+            self.timing.seconds.append(self.spent / len(self.runs))
         each = self.spent / self.passes / len(self.runs)
         self.passes = max(1, _calls(each) // len(self.runs))
 

@@ -16,6 +16,8 @@ from benchmarks.harness.machine import name_of
 from benchmarks.harness.memory import cache_size, free_memory, peak_memory
 
 MOST_INPUT_SETS = 8
+# How the note of a candidate begins that should have run here.
+FAILED = NOT_TRIED, REFUSED, BROKEN = "not tried", "refused", "failed"
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,13 @@ def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:
     work = case.work()
     row.seconds = seconds
     row.flops_rate, row.bytes_rate = work.flops / seconds, work.bytes / seconds
-    arithmetic, traffic = work.flops / rates[row.dtype], work.bytes / rates["copy"]
-    row.roofline, row.bound_by = max((arithmetic, "matmul"), (traffic, "copy"))
+    row.roofline, row.bound_by = bound(work.flops, work.bytes, row.dtype, rates)
     row.of_roofline = row.roofline / seconds
+
+
+def bound(flops: float, size: float, dtype: str, rates: dict[str, float]) -> tuple[float, str]:
+    """Seconds that work takes at the peak rates, and which of them decides, "matmul" or "copy"."""
+    return max((flops / rates[dtype], "matmul"), (size / rates["copy"], "copy"))
 
 
 def input_sets(case: Case) -> list[Inputs]:
@@ -198,10 +204,10 @@ def input_sets(case: Case) -> list[Inputs]:
 def _too_much(candidate: Candidate, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
     needs, free = candidate.needs(case), free_memory(case.device)
     if needs.bytes > 0.8 * free:
-        return f"not tried: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
+        return f"{NOT_TRIED}: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
     seconds = needs.flops / rates[name_of(case.dtype)]
     if seconds > effort.longest:
-        return f"not tried: a run takes at least {seconds:.2g} s"
+        return f"{NOT_TRIED}: a run takes at least {seconds:.2g} s"
     return None
 
 
@@ -212,8 +218,8 @@ def _is_short(timing: Timing) -> bool:
 def as_note(error: Exception) -> str:
     """An exception as a note in a table."""
     if isinstance(error, Wrong):
-        return f"refused, a wrong result: {error}"
+        return f"{REFUSED}, a wrong result: {error}"
     if isinstance(error, torch.OutOfMemoryError):
-        return "failed: out of memory"
+        return f"{BROKEN}: out of memory"
     lines = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {lines[0][:120]}"
+    return f"{BROKEN}: {type(error).__name__}: {lines[0][:120]}"

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from benchmarks.harness.clock import Run, measure
 from quietstar_kernels import _dispatch, backends
 from quietstar_kernels.cpu import _library, products
 
+COPY = "copy, "  # what the rates of a GPU's ways to copy begin with
 PACKAGES = (
     "torch",
     "triton",
     "transformers",
     "flash-attn",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "liger-kernel",
+    "quack-kernels",
     "cut-cross-entropy",
+    "vllm",
+    "trl",
     "prefix-grouper",
 )
 
@@ -78,11 +84,12 @@ def served_by(device: torch.device) -> dict[str, str]:
     return {op: next(backend for backend in fastest if (op, backend) in available) for op in ops}
 
 
-def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None = None) -> dict[str, float]:
+def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], size: int | None = None) -> dict[str, float]:
     """Measured peak rates: "copy" in bytes/s, counting reads and writes, and arithmetic in FLOP/s by dtype.
 
-    On a CPU, arithmetic is multiply-adds in registers, or a matmul that is faster in a dtype. Beside it are the rates of
-    matmuls: "PyTorch float32", "oneDNN float32". Without a compiled library, and on a GPU, they are the peak.
+    The copy is the fastest of several ways, of which a GPU's have rates of their own, such as "copy, kernel in a graph". On a
+    CPU, arithmetic is multiply-adds in registers, or a matmul that is faster in a dtype. Beside it are the rates of matmuls:
+    "PyTorch float32", "oneDNN float32". Without a compiled library, and on a GPU, they are the peak.
 
     Args:
         size: side of the square matrices, and the copied tensor's size in units of 64 KiB. By default large enough to keep
@@ -90,24 +97,35 @@ def ceilings(device: torch.device, dtypes: list[torch.dtype], size: int | None =
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     on_library = device.type == "cpu" and not _library.missing()
-    copy = _copy_rate(device, size * 16384, on_library)
-    matmuls = {name_of(x): _matmul_rate(device, x, size) for x in dict.fromkeys([torch.float32] * on_library + dtypes)}
+    ways = _copy_rates(device, size * 16384, on_library)
+    copies = {"copy": max(ways.values())}
+    if device.type == "cuda":
+        copies |= {f"{COPY}{way}": rate for way, rate in ways.items()}
+    matmuls = {name_of(x): _matmul_rate(device, x, size) for x in dict.fromkeys([torch.float32] * on_library + [*dtypes])}
     if not on_library:
-        return {"copy": copy, **matmuls}
+        return copies | matmuls
     peak = _multiply_add_rate(rounds=4 * size)
-    rates = {"copy": copy, **{name: max(peak, rate) for name, rate in matmuls.items()}}
+    rates = copies | {name: max(peak, rate) for name, rate in matmuls.items()}
     rates |= {f"PyTorch {name}": rate for name, rate in matmuls.items()}
     if torch.backends.mkldnn.is_available():
         rates["oneDNN float32"] = _one_dnn_rate(size)
     return rates
 
 
-def _copy_rate(device: torch.device, numbers: int, on_library: bool) -> float:
-    """The faster of PyTorch's copy and, if it is there, the library's."""
+def _copy_rates(device: torch.device, numbers: int, on_library: bool) -> dict[str, float]:
+    """Bytes/s of each way to copy. A GPU may run a memory copy elsewhere in a CUDA graph than outside of one, and slower."""
     source = torch.randn(numbers, device=device)
-    target = torch.empty_like(source)
-    runs = [lambda: target.copy_(source)] + [lambda: _library.ops().copy(target, source)] * on_library
-    return 2 * source.numel() * source.element_size() / min(_fastest(run, device) for run in runs)
+    target, gpu = torch.empty_like(source), device.type == "cuda"
+    runs: dict[str, Run] = {"memory copy": lambda: target.copy_(source)}
+    if gpu:
+        runs["kernel"] = lambda: torch.mul(source, 1, out=target)
+    if on_library:
+        runs["library"] = lambda: _library.ops().copy(target, source)
+    graphs = {"": False, " in a graph": True} if gpu else {"": None}
+    size = 2 * source.numel() * source.element_size()
+    return {
+        f"{name}{where}": size / _fastest(run, device, graph) for name, run in runs.items() for where, graph in graphs.items()
+    }
 
 
 def _multiply_add_rate(rounds: int) -> float:
@@ -126,8 +144,8 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / _fastest(lambda: torch.matmul(a, b, out=out), device)
 
 
-def _fastest(run: Run, device: torch.device) -> float:
-    return measure({"run": [run]}, device)["run"].low
+def _fastest(run: Run, device: torch.device, graph: bool | None = None) -> float:
+    return measure({"run": [run]}, device, graph=graph)["run"].low
 
 
 def name_of(dtype: torch.dtype) -> str:

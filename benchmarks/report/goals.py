@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.baselines import trees
 from benchmarks.baselines.branches import BranchCase
@@ -21,6 +22,7 @@ SOFTMAX = "matmul, softmax, multinomial"
 PREFIX = "flash prefix + own block (PyTorch)"
 BRANCHES, COPIES = "branches", "SDPA, repeated prompts"
 
+OPEN = "not measured"  # the verdict where the rows decide nothing
 Keep = Callable[[RowDict], bool]  # which rows a goal is about
 Reached = Callable[[list[RowDict]], float | None]  # the value that the rows give, None if nothing was measured
 
@@ -36,11 +38,11 @@ class Goal:
     at_most: bool = False
 
     def verdict(self, rows: list[RowDict]) -> tuple[str, str, str]:
-        """The goal, what was reached, and pass, miss or not measured."""
+        """The goal, what was reached, and pass, miss or ``OPEN``."""
         goal = f"{'<=' if self.at_most else '>='} {self.show(self.target)}"
         got = self.reached(rows)
         if got is None:
-            return goal, "", "not measured"
+            return goal, "", OPEN
         return goal, self.show(got), "pass" if (got <= self.target if self.at_most else got >= self.target) else "miss"
 
 
@@ -62,6 +64,7 @@ def _at(test: Callable[[int], bool]) -> Keep:
 
 
 _LONG, _SHORT, _ALL = _at(lambda L: L >= 2048), _at(lambda L: L <= 512), _at(lambda L: True)
+_2048 = _at(lambda L: L == 2048)
 
 
 def _is_64(L: int) -> bool:
@@ -166,11 +169,6 @@ def beside(what: str) -> Reached:
     return worst("times_ours", ATTENTION, FORWARD, of=_named(what), pick=max)
 
 
-def with_logits_kept(column: str) -> Reached:
-    """A column of linear_logprob's headline case with the logits kept, which is not the default at that size."""
-    return worst(column, "linear_logprob", BOTH, _headline, _named("linear_logprob, logits kept"), max)
-
-
 def host_time(what: str) -> Reached:
     """Seconds that a call takes the host."""
     return worst("seconds", "host", what, pick=max)
@@ -197,6 +195,12 @@ def backward_rate(keep: Keep) -> Reached:
     return reached
 
 
+def branches_over_copies(*sizes: tuple[int, int, float]) -> list[Goal]:
+    """A goal for each (L, S, target) with eight branches."""
+    what = "branches, prompt {}, 8 of {}, speedup over repeated prompts"
+    return [Goal(what.format(L, S), target, over_copies(L, S)) for L, S, target in sizes]
+
+
 def backward_over(baseline: str, keep: Keep) -> Reached:
     """How many times faster the backward alone is than a baseline's."""
 
@@ -220,6 +224,7 @@ def in_bf16(rows: list[RowDict]) -> float | None:
     return floats / halves if halves and floats else None
 
 
+_LOGPROB = partial(worst, op="linear_logprob", what=BOTH, keep=_headline, pick=max)
 _STEP_SHARE = worst("of_roofline", "step", "training step", _eight_billion)
 
 HOST = [
@@ -232,15 +237,17 @@ HOST = [
 GPU = [
     Goal("decode step, speedup over the fastest baseline", 2, worst("times_ours", DECODE, FORWARD, _headline, is_rival)),
     Goal("decode step, share of the roofline", 0.7, worst("of_roofline", DECODE, FORWARD, _headline), units.percent),
-    Goal("attention forward, L >= 2048, useful FLOP/s", 620e12, worst("flops_rate", ATTENTION, FORWARD, _LONG), units.flops),
+    # Of causal texts of this length FlashAttention-3 has 560 and 316 on an H100 (meta-pytorch/tritonbench#1267).
+    Goal("attention forward, L 2048, useful FLOP/s", 500e12, worst("flops_rate", ATTENTION, FORWARD, _2048), units.flops),
+    Goal("attention backward, L 2048, useful FLOP/s", 350e12, backward_rate(_2048), units.flops),
     Goal("attention forward, L >= 2048, speedup over FlexAttention", 1.8, over(FLEX, ATTENTION, FORWARD, _LONG)),
     Goal("attention forward, L >= 2048, speedup over FlexAttention FLASH", 1.25, over(FLASH, ATTENTION, FORWARD, _LONG)),
     Goal("attention forward, L <= 512, speedup over FlexAttention", 3, over(FLEX, ATTENTION, FORWARD, _SHORT)),
     Goal("branches of 1024 rows, share of the FLOP/s on long texts", 0.9, of_text_rate, units.percent),
+    *branches_over_copies((512, 256, 1.5), (2048, 256, 2.6)),
     Goal("branches, drafter forward, speedup over FlexAttention", 2, over(FLEX, BRANCHES, FORWARD, _drafter)),
     Goal("branches, drafter forward, speedup over FlexAttention FLASH", 1.2, over(FLASH, BRANCHES, FORWARD, _drafter)),
     Goal("attention backward, speedup over FlexAttention", 1.5, backward_over(FLEX, _ALL)),
-    Goal("attention backward, L >= 2048, useful FLOP/s", 380e12, backward_rate(_LONG), units.flops),
     Goal(
         "sample_token, R >= 256, time over the matmul's",
         1.12,
@@ -248,8 +255,8 @@ GPU = [
         at_most=True,
     ),
     # huggingface/trl#7244 asks for 60 to 80 ms and about 6 GiB on an H100.
-    Goal("linear_logprob, 8192 x 4096 x 152k, time", 0.05, with_logits_kept("seconds"), units.seconds, at_most=True),
-    Goal("linear_logprob, 8192 x 4096 x 152k, memory", 6 * 2**30, with_logits_kept("peak_bytes"), units.memory, at_most=True),
+    Goal("linear_logprob, 8192 x 4096 x 152k, time", 0.05, _LOGPROB("seconds"), units.seconds, at_most=True),
+    Goal("linear_logprob, 8192 x 4096 x 152k, memory", 6 * 2**30, _LOGPROB("peak_bytes"), units.memory, at_most=True),
     Goal("training step, Llama 8B class, share of the roofline", 0.6, _STEP_SHARE, units.percent),
     Goal("thoughts at all positions, speedup over naive sampling", 100, over("naive", "naive", "thoughts", _headline)),
 ]
@@ -282,10 +289,7 @@ CPU = [
     Goal("a step of group RL, speedup over TRL's repeated prompts", 1.8, over("TRL", "group_rl", "loss and backward")),
     Goal("a step of RLP, speedup over a loop over anchors", 5, over("anchor by anchor", "online", "step", _headline)),
     Goal("a step of RLP, speedup over a sequence for each thought", 3, over("a sequence", "online", "step", _headline)),
-    *(
-        Goal(f"branches, prompt {L}, 8 of {S}, speedup over repeated prompts", target, over_copies(L, S))
-        for L, S, target in ((512, 64, 2.5), (512, 256, 1.4), (2048, 256, 2.6), (2048, 1024, 1.45), (512, 1024, 0.95))
-    ),
+    *branches_over_copies((512, 64, 2.5), (512, 256, 1.4), (2048, 256, 2.6), (2048, 1024, 1.45), (512, 1024, 0.95)),
     Goal("branches, 16 prompts, speedup over copies of the arithmetic's", 0.85, of_arithmetic("prompts"), units.percent),
     Goal("branches, drafter forward, speedup over compiled FlexAttention", 1.5, over(FLEX, BRANCHES, FORWARD, _drafter)),
     Goal("branches, drafter forward + backward, speedup over dense SDPA", 5, over(DENSE, BRANCHES, BOTH, _drafter)),

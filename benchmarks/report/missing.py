@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.report import goals, units
+from benchmarks.report import goals, tables, units
 from benchmarks.report.results_file import is_open
 
-# The most useful first.
-STAGES = ("check", "build", "tests", "attention", "decode", "head", "step", "naive", "others", "sanitize")
 UNFINISHED = "started, not finished"
+NO_TIME = "not run: no time was left"
 
 
 def missing(results: dict[str, Any]) -> list[str]:
-    """Stages, goals, cases and candidates without a result, one sentence per kind."""
-    lines, rows = results["stages"], results["rows"]
+    """Stages, goals, cases and candidates without a result, by name, one sentence per kind."""
+    lines = results["stages"]
     names = [line["stage"].partition(",")[0] for line in lines]
+    late = [line["stage"] for line in lines if line["note"] == NO_TIME]
     stopped = [line["stage"] for line in lines if line["passed"] is None and _was_stopped(line["note"])]
-    open_cases: dict[str, int] = defaultdict(int)
+    open_cases: dict[str, list[str]] = defaultdict(list)  # by case, what of it; all of it where ours is open
     without: dict[tuple[str, str, str], int] = defaultdict(int)
-    for row in rows:
+    for row in results["rows"]:
+        case = f"{row['op']} {tables.case_of(row)}"
         if is_open(row):
-            open_cases[row["op"]] += 1
+            open_cases[case].append("" if row["is_ours"] else row["candidate"])
         elif row["seconds"] is None:
             without[row["op"], row["candidate"], row["note"]] += 1
-    kind = results["machine"]["kind"]
     found = {
-        "Stages not run": [name for name in STAGES if name not in names],
+        "Not run": [*(name for name in results.get("plan", ()) if name not in names), *late],
         "Stopped": stopped,
-        "Goals not measured": [goal.what for goal in goals.of(kind) if goal.verdict(rows)[2] == "not measured"],
-        "Cases not reached": [f"{op} {size}" for op, size in open_cases.items()],
+        "Goals not measured": [what for what, *_, verdict in tables.goal_cells(results) if verdict == goals.OPEN],
+        "Cases not reached": [case if "" in late else f"{case}: {', '.join(late)}" for case, late in open_cases.items()],
         "Without a time": [f"{op}, {name}, {units.count(size, 'case')}: {note}" for (op, name, note), size in without.items()],
     }
     return [f"{what}: {'; '.join(items)}." for what, items in found.items() if items]

@@ -32,7 +32,7 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
         "",
         "## Goals",
         "",
-        *markdown_table(["goal", "target", "reached", ""], goal_cells(results["machine"]["kind"], rows)),
+        *markdown_table(["goal", "target", "reached", ""], goal_cells(results)),
         "",
     ]
     if "stages" in results:

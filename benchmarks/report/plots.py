@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
 from benchmarks.report import units  # noqa: E402
 from benchmarks.report.results_file import RowDict  # noqa: E402
-from benchmarks.report.tables import WITHOUT_A_ROOFLINE  # noqa: E402
+from benchmarks.report.tables import WITHOUT_A_ROOFLINE, share  # noqa: E402
 
 OURS_COLOR, BASELINE_COLORS = "#c0392b", ["#2c6fbb", "#3a923a", "#8e5bb0", "#d98a1f", "#5f6b73", "#1b9e9e"]
 
@@ -168,10 +168,13 @@ def roofline(rows: list[RowDict], device: str) -> Any:
     names = [f"{row['op']}\n{row['what']}" for row in mine]
     figure, axes = plt.subplots(figsize=(7.5, 0.62 * len(mine) + 1.2))
     bars = axes.barh(names, [100 * row["of_roofline"] for row in mine], color=OURS_COLOR, height=0.6)
-    labels = [f"{units.percent(row['of_roofline'])}, {units.seconds(row['seconds'])}" for row in mine]
-    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    labels = [f"{share(row)}, {units.seconds(row['seconds'])}" for row in mine]
+    over_the_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(bars, labels, padding=4, fontsize=9, bbox=over_the_line)
     axes.axvline(100, color="#5f6b73", linestyle="--", linewidth=1)
-    axes.set_xlim(0, max(115.0, *(130 * row["of_roofline"] for row in mine)))
+    axes.set_xlim(
+        0, max(115.0, *(100 * row["of_roofline"] + 2.1 * len(label) for row, label in zip(mine, labels, strict=True)))
+    )
     axes.invert_yaxis()
     axes.set_xlabel("percent of the roofline, the time of the useful work at the measured peak rates")
     axes.set_title(f"Share of the roofline on {device}, headline cases", fontsize=11)

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.compare import bound
+from benchmarks.harness.machine import COPY
 from benchmarks.report.committed import as_json
 
 RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
 CASE = ("op", "grid", "what", "dtype", "sizes")
 OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
+DOUBT = "The copy was timed as a memory copy in a CUDA graph alone and is in doubt, so shares of it may be too high."
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The keys are "machine", "ceilings", "command" and "rows", and after ``make gpu`` also "stages"."""
+    """The keys are "machine", "ceilings", "command" and "rows", and after ``make gpu`` also "plan" and "stages"."""
     return json.loads(path.read_text())
 
 
@@ -30,6 +33,28 @@ def write(text: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def copy_in_doubt(results: dict[str, Any]) -> bool:
+    """Whether a GPU's copy was timed in one way alone, as before there were rates for each."""
+    rates = results["ceilings"]
+    return results["machine"]["kind"] == "cuda" and "copy" in rates and not any(name.startswith(COPY) for name in rates)
+
+
+def rows_to_judge(results: dict[str, Any]) -> list[RowDict]:
+    """The rows without shares of a copy that is in doubt, which decide no goal."""
+    if not copy_in_doubt(results):
+        rows: list[RowDict] = results["rows"]
+        return rows
+    return [row | {"of_roofline": None} if row.get("bound_by") == "copy" else row for row in results["rows"]]
+
+
+def under(rates: dict[str, float], row: RowDict) -> RowDict:
+    """The row with its roofline at other peak rates, which a later run into the same file may have raised."""
+    if row["of_roofline"] is None or row["dtype"] not in rates:
+        return row
+    roofline, bound_by = bound(row["flops_rate"] * row["seconds"], row["bytes_rate"] * row["seconds"], row["dtype"], rates)
+    return row | {"roofline": roofline, "bound_by": bound_by, "of_roofline": roofline / row["seconds"]}
 
 
 def is_open(row: RowDict) -> bool:

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.report import goals, units
+from benchmarks.harness.machine import COPY
+from benchmarks.report import goals, results_file, units
 from benchmarks.report.results_file import RowDict
 
 TITLES = {
@@ -40,10 +41,18 @@ def cells(row: RowDict) -> list[str]:
         spread,
         ratio,
         _useful(row),
-        "" if row["of_roofline"] is None else units.percent(row["of_roofline"]),
+        "" if row["of_roofline"] is None else share(row),
         "" if row["peak_bytes"] is None else units.memory(row["peak_bytes"]),
         row["note"],
     ]
+
+
+def share(row: RowDict) -> str:
+    """Of the roofline; where bytes bound it, with the copy rate that it is a share of."""
+    percent = units.percent(row["of_roofline"])
+    if row["bound_by"] != "copy":
+        return percent
+    return f"{percent} of a copy at {units.bandwidth(row['bytes_rate'] / row['of_roofline'])}"
 
 
 def _useful(row: RowDict) -> str:
@@ -69,12 +78,15 @@ def print_case(rows: Sequence[RowDict]) -> None:
     print_table(title, HEADER, [cells(row) for row in rows], bold=[row["is_ours"] for row in rows])
 
 
-def print_goals(kind: str, rows: list[RowDict]) -> None:
-    print_table("Goals", ["goal", "target", "reached", ""], goal_cells(kind, rows))
+def print_goals(results: dict[str, Any]) -> None:
+    """Those that the rows decide."""
+    if decided := [cells for cells in goal_cells(results) if cells[-1] != goals.OPEN]:
+        print_table("Goals", ["goal", "target", "reached", ""], decided)
 
 
-def goal_cells(kind: str, rows: list[RowDict]) -> list[list[str]]:
-    return [[goal.what, *goal.verdict(rows)] for goal in goals.of(kind)]
+def goal_cells(results: dict[str, Any]) -> list[list[str]]:
+    rows = results_file.rows_to_judge(results)
+    return [[goal.what, *goal.verdict(rows)] for goal in goals.of(results["machine"]["kind"])]
 
 
 def print_table(title: str, header: list[str], body: list[list[str]], bold: Sequence[bool] = ()) -> None:
@@ -123,17 +135,21 @@ def device_lines(results: dict[str, Any]) -> list[str]:
         f"{machine['device']}, {machine['date']}. Python {machine['python']}, {packages}."
         + (f" Not installed here: {missing}." if missing else ""),
         "",
-        f"Back ends: {served}. {f'The CPU library runs its code for {code}. ' if code else ''}{_peak_line(rates)}",
+        f"Back ends: {served}. {f'The CPU library runs its code for {code}. ' if code else ''}{peak_line(rates)}"
+        + (f" {results_file.DOUBT}" if results_file.copy_in_doubt(results) else ""),
     ]
 
 
-def _peak_line(rates: dict[str, float]) -> str:
+def peak_line(rates: dict[str, float]) -> str:
     """The rates of ``machine.ceilings`` in words."""
+    ways = [f"{name.removeprefix(COPY)} {units.bandwidth(rate)}" for name, rate in rates.items() if name.startswith(COPY)]
+    rates = {name: rate for name, rate in rates.items() if not name.startswith(COPY)}
     matmuls = {tuple(name.split()): rate for name, rate in rates.items() if " " in name}
     shown = {x: units.bandwidth(rate) if x == "copy" else units.flops(rate) for x, rate in rates.items() if " " not in x}
     if not matmuls:
         speeds = [f"{name} {rate}" if name == "copy" else f"matmul {name} {rate}" for name, rate in shown.items()]
-        return f"Measured peak rates: {', '.join(speeds) or 'none'}."
+        of_ways = f" The copy by {', '.join(ways)}." if ways else ""
+        return f"Measured peak rates: {', '.join(speeds) or 'none'}.{of_ways}"
     copy, float32, others = shown.pop("copy"), shown.pop("float32"), [f", {rate} in {name}" for name, rate in shown.items()]
     reached = [
         f"{units.flops(rate)} with {library} in {dtype} ({units.percent(rate / rates[dtype])})"

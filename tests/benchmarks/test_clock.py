@@ -101,6 +101,22 @@ def test_short_runs_on_a_gpu_are_replayed(fake_gpu, monkeypatch):
     assert timing.low >= 1e-4 / 4  # a replay has four runs
 
 
+def test_a_graph_can_be_asked_for(fake_gpu, monkeypatch):
+    for seconds, graph in ((0.005, True), (0.0, False)):
+        timing = measure({"x": [lambda seconds=seconds: time.sleep(seconds)]}, fake_gpu, rounds=1, graph=graph)["x"]
+        assert timing.graph is graph
+
+
+def test_a_run_that_fills_a_round_is_not_timed_again(fake_gpu):
+    """A training step may take seconds: after a warm-up the first timed pass is a round."""
+    calls = []
+    timing = measure({"slow": [lambda: (calls.append(0), time.sleep(1.5 * ROUND))]}, fake_gpu, rounds=3, budget=ROUND)["slow"]
+    assert len(calls) == 2 and len(timing.seconds) == 1 and ROUND < timing.median
+    calls.clear()
+    timing = measure({"slow": [lambda: (calls.append(0), time.sleep(1.5 * ROUND))]}, fake_gpu, rounds=3)["slow"]
+    assert len(calls) == 4 and len(timing.seconds) == 3
+
+
 def test_long_runs_on_a_gpu_and_those_that_cannot_be_captured_are_not(fake_gpu, monkeypatch):
     timing = measure({"long": [lambda: time.sleep(0.005)]}, fake_gpu, rounds=2)["long"]
     assert not timing.graph and FakeGraph.replays == 0 and 0.005 < timing.median < 0.05

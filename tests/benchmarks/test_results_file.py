@@ -1,8 +1,10 @@
 """A results file is complete at any moment, and collects what several runs measure."""
 
-from benchmarks.report import results_file
-from benchmarks.report.missing import STAGES, missing
-from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, merged
+import pytest
+
+from benchmarks.report import pages, results_file
+from benchmarks.report.missing import NO_TIME, missing
+from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, merged, under
 
 OPS = ["sample_token", "naive"]
 
@@ -38,12 +40,51 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_reported():
-    lines = [{"stage": f"{name}, a", "passed": None, "note": ""} for name in STAGES if name != "sanitize"]
-    lines[3]["note"] = "stopped at its time limit"
+    lines = [{"stage": f"{name}, a", "passed": None, "note": ""} for name in ("check", "head")]
+    lines += [{"stage": "peers, b", "passed": None, "note": NO_TIME}]
+    lines[1]["note"] = "stopped at its time limit"
     rows = [row(times_ours=1.0), row(L=9, seconds=None, note=NOT_REACHED), row(L=10, seconds=None, note=OUT_OF_TIME)]
     rows += [row(candidate="naive", seconds=None, times_ours=None, note="x is not installed here")]
-    results = {"machine": {"kind": "cuda"}, "stages": lines, "rows": rows}
-    found = missing(results)
-    assert found[:2] == ["Stages not run: sanitize.", f"Stopped: {lines[3]['stage']}."]
-    assert found[2].startswith("Goals not measured: decode step, speedup over") and found[3] == "Cases not reached: naive 2."
+    rows += [
+        row(candidate="careful", seconds=None, note=NOT_REACHED),
+        row(L=9, candidate="careful", seconds=None, note=NOT_REACHED),
+    ]
+    plan = ["check", "step", "peers", "head", "tests"]
+    found = missing({"machine": {"kind": "cuda"}, "ceilings": {}, "plan": plan, "stages": lines, "rows": rows})
+    assert found[:2] == ["Not run: step; tests; peers, b.", "Stopped: head, a."]
+    assert found[2].startswith("Goals not measured: decode step, speedup over")
+    case = "naive thoughts, L {}, float32"
+    assert found[3] == f"Cases not reached: {case.format(9)}; {case.format(10)}; {case.format(8)}: careful."
     assert found[4] == "Without a time: naive, naive, 1 case: x is not installed here."
+
+
+RATES = {"copy": 4e12, "copy, kernel": 4e12, "bfloat16": 8e14}
+
+
+def test_rows_stand_under_the_highest_rates_of_their_file():
+    """A later run may find a faster copy. Then the shares of earlier rows sink, and another rate may bind."""
+    old = {"dtype": "bfloat16", "seconds": 1e-3, "flops_rate": 2e14, "bytes_rate": 1e12, "of_roofline": 0.5, "bound_by": "copy"}
+    assert under(RATES, old) == old | {"roofline": 2.5e-4, "bound_by": "matmul", "of_roofline": 0.25}
+    slow = RATES | {"copy": 2e12}
+    assert under(slow, old) == old | {"roofline": 5e-4, "bound_by": "copy", "of_roofline": 0.5}
+    untimed = old | {"seconds": None, "of_roofline": None}
+    assert under(RATES, untimed) == untimed
+
+
+@pytest.mark.parametrize("path", pages.all_results(), ids=lambda path: path.stem)
+def test_committed_rows_stand_under_the_rates_of_their_file(path):
+    results = results_file.load(path)
+    for row in results["rows"]:
+        if row["of_roofline"] is not None:
+            assert row["of_roofline"] == pytest.approx(under(results["ceilings"], row)["of_roofline"], rel=1e-6), row[
+                "candidate"
+            ]
+
+
+def test_a_copy_timed_in_one_way_decides_no_goal_of_a_gpu():
+    rows = [{"bound_by": "copy", "of_roofline": 0.7}, {"bound_by": "matmul", "of_roofline": 0.7}]
+    results = {"machine": {"kind": "cuda"}, "ceilings": {"copy": 2e12}, "rows": rows}
+    assert results_file.copy_in_doubt(results)
+    assert [row["of_roofline"] for row in results_file.rows_to_judge(results)] == [None, 0.7]
+    for trusted in (results | {"ceilings": RATES}, results | {"machine": {"kind": "cpu"}}):
+        assert not results_file.copy_in_doubt(trusted) and results_file.rows_to_judge(trusted) == rows
