@@ -27,7 +27,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
-    pretrained experiments-full executed gpu gpu-rehearsal wheel manylinux hub release-check clean
+    pretrained experiments-full executed gpu gpu-rehearsal gpu-wheels wheel manylinux hub release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -107,11 +107,21 @@ experiments-full: $(READY)  ## ablations and longer runs, one seed; two hours of
 	$(BIN)/python experiments/run_experiments.py --full --docs docs
 
 # A machine with a GPU often has a PyTorch of its own and no .venv: then its python3 runs, and nothing is installed.
-gpu:  ## tests and benchmarks of a GPU, with a page of results: docs/building.md; STAGE="tests attention" RESULTS=folder
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(RESULTS),--results $(RESULTS))
+GPU_OPTIONS = $(if $(STAGE),--stage $(STAGE)) $(if $(MINUTES),--minutes $(MINUTES))
+gpu:  ## eleven minutes on a GPU, with a page of results: docs/building.md; MINUTES=11 STAGE="check attention" RESULTS=folder
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_OPTIONS) $(if $(RESULTS),--results $(RESULTS))
 
-gpu-rehearsal: $(REHEARSAL)/.ready  ## the same without a GPU, every stage but the timing, with nothing installed but what it needs
-	OMP_WAIT_POLICY=PASSIVE $(REHEARSAL)/bin/python -m benchmarks.gpu --rehearse --results $(or $(RESULTS),build/rehearsal) $(if $(STAGE),--stage $(STAGE))
+gpu-rehearsal: $(REHEARSAL)/.ready  ## the same without a GPU, every stage but the timing, with nothing installed but what it needs; MINUTES=4
+	OMP_WAIT_POLICY=PASSIVE $(REHEARSAL)/bin/python -m benchmarks.gpu --rehearse --results $(or $(RESULTS),build/rehearsal) $(GPU_OPTIONS)
+
+# Wheels for another machine. pip matches platforms by their exact names.
+gpu-wheels:  ## build/gpu-wheels/: the packages that benchmarks/results/README.md names, for a GPU without a network; FOR=3.12
+	@mkdir -p build/gpu-wheels
+	@sed -n '/^```requirements/,/^```/p' benchmarks/results/README.md | grep '==' >build/gpu-wheels/requirements.txt
+	$(PYTHON) -m pip --disable-pip-version-check --no-input download -q --no-deps --only-binary=:all: --implementation cp \
+	    --python-version $(or $(FOR),3.12) $(foreach glibc,_2_28 _2_24 _2_17 2014,--platform manylinux$(glibc)_x86_64) \
+	    $(PIP_ARGS) -d build/gpu-wheels -r build/gpu-wheels/requirements.txt
+	@du -ch build/gpu-wheels/*.whl
 
 # Triton's interpreter of 3.6 can't do with NumPy 2.4.
 $(REHEARSAL)/.ready: constraints-lowest.txt Makefile

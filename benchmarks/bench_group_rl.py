@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.baselines.llama import random_llama
+from benchmarks.baselines.llama import QWEN3_600M, SMOLLM2_135M, random_llama
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
@@ -37,6 +37,7 @@ class GroupCase(Case):
 
     Attributes:
         L: tokens of a prompt.
+        width: of a head, D/H if 0.
         T: tokens of the longest completion.
         turn: tokens, at most T/2, that half of a prompt's completions begin with.
         checkpointing: whether to use gradient checkpointing.
@@ -57,7 +58,12 @@ class GroupCase(Case):
     H: int = 4
     G: int = 2
     V: int = 4096
+    width: int = 0
     checkpointing: bool = False
+
+    @property
+    def K(self) -> int:
+        return self.width or self.D // self.H
 
     def lengths(self) -> Tensor:
         """int64 [B*C], tokens of the completions."""
@@ -66,7 +72,7 @@ class GroupCase(Case):
 
     def work(self) -> Work:
         """Matmuls of the packed forward and the backward, of the second forward of checkpointed layers, and of generation."""
-        K, own = self.D // self.H, self.lengths()
+        K, own = self.K, self.lengths()
         saved = self.B * (self.C // 2 - 1) * self.turn
         rows = self.B * self.L + int(own.sum()) - len(own) - saved
         seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
@@ -177,8 +183,12 @@ def prepare(trainer_class: Callable[[], type]) -> Callable[[GroupCase], Step]:
     return lambda case: Step(trainer_class(), case)
 
 
-OURS = Candidate("SharedPrompts", prepare(shared), PACKAGE)
-STOCK = Candidate("TRL, repeated prompts", prepare(stock), "trl")
+def no_trl(case: GroupCase) -> str | None:
+    return not_installed("trl") or not_installed("datasets")
+
+
+OURS = Candidate("SharedPrompts", prepare(shared), PACKAGE, no_trl)
+STOCK = Candidate("TRL, repeated prompts", prepare(stock), "trl", no_trl)
 
 
 def candidates(case: GroupCase) -> list[Candidate]:
@@ -186,15 +196,15 @@ def candidates(case: GroupCase) -> list[Candidate]:
 
 
 def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
-    """The grid, the most important cases first; none without TRL."""
-    if not_installed("trl"):
-        return
+    """The grid, the most important cases first."""
     if device.type == "cuda":
-        large = {"layers": 16, "D": 2048, "I": 8192, "H": 32, "G": 8, "V": 128256, "dtype": torch.bfloat16}
-        headline = GroupCase(L=2048, T=1024, device=device, **large)
+        headline = GroupCase(L=2048, T=256, device=device, dtype=torch.bfloat16, **QWEN3_600M)
+        yield headline
+        for shape in (SMOLLM2_135M, QWEN3_600M):
+            yield replace(headline, grid="end to end", what=WHOLE_STEP, T=64, **({"width": 0} | shape))
     else:
         headline = GroupCase(device=device)
-    yield headline
+        yield headline
     yield replace(headline, grid="checkpointing", checkpointing=True)
     if full:
         yield replace(headline, grid="generation", what=WHOLE_STEP, T=128)
@@ -204,10 +214,10 @@ def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
 
 
 def smoke(device: torch.device) -> list[GroupCase]:
-    """The smallest cases that run every candidate; none without TRL."""
+    """The smallest cases that run every candidate."""
     tiny = GroupCase(B=2, L=8, C=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
     others = (replace(tiny, grid="generation", what=WHOLE_STEP), replace(tiny, grid="turns", C=4, turn=3))
-    return [] if not_installed("trl") else [tiny, *others]
+    return [tiny, *others]
 
 
 BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)

@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.baselines.llama import random_llama
+from benchmarks.baselines.llama import LLAMA_8B, QWEN3_600M, random_llama
 from benchmarks.baselines.published_schedule import PublishedSchedule
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
-from benchmarks.harness.candidate import PACKAGE, Candidate
+from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import Case, Inputs, Work, judge
 from quietstar import QuietStar, ThoughtConfig, fast_linear
 from quietstar_kernels.cpu import products
 
 SEED = 1
 LORA_RANK = 16
+SMALLEST, LARGEST = "0.6B", "Llama 8B, LoRA"  # grids with a case of a real model's shape each
 # For whole models, since rounding accumulates over the layers and the policy term has a factor of 1e6.
 STEP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -38,6 +39,7 @@ class StepCase(Case):
     """A Llama with random weights, an untied head and feed-forward layers of width I.
 
     Attributes:
+        width: of a head, D/H if 0.
         lora: whether the model's weights are frozen and low-rank updates of q and v are trained instead.
         checkpointing: whether to use gradient checkpointing.
     """
@@ -57,12 +59,13 @@ class StepCase(Case):
     H: int = 4
     G: int = 2
     V: int = 2048
+    width: int = 0
     lora: bool = False
     checkpointing: bool = False
 
     @property
     def K(self) -> int:
-        return self.D // self.H
+        return self.width or self.D // self.H
 
     def work(self) -> Work:
         """Matmuls of the rollout; in a training step also those of the packed forward, the backward, and the second forward of
@@ -105,7 +108,7 @@ class StepCase(Case):
         L = min(self.L, 12)
         ids = self.inputs(seed=0)["input_ids"][:1, :L]
         thoughts = torch.randint(self.V, (1, L, self.N, self.T), generator=torch.Generator().manual_seed(0)).to(self.device)
-        truth = QuietStar(function.qs.model, function.qs.thought_config, verify=False)
+        truth = self.wrapped(QuietStar)  # with a model of its own, since a candidate may have changed its layers
         truth.load_state_dict(function.qs.state_dict())
         bound = STEP_BOUNDS[self.dtype]
         if self.what == "rollout":
@@ -114,9 +117,9 @@ class StepCase(Case):
         mine, exact = (qs(ids, thought_ids=thoughts) for qs in (function.qs, truth))
         judge("loss_ce", mine.loss_ce, exact.loss_ce, bound)
         judge("rewards", mine.reward, exact.reward, bound)
-        weights = [p for p in truth.model.parameters() if p.requires_grad]
-        pairs = zip(*(torch.autograd.grad(out.loss_ce, weights) for out in (mine, exact)), strict=True)
-        judge("gradient", *(torch.cat([x.flatten().float() for x in side]) for side in zip(*pairs, strict=True)), bound)
+        both = ((mine, function.qs), (exact, truth))
+        grads = [torch.autograd.grad(out.loss_ce, [p for p in qs.model.parameters() if p.requires_grad]) for out, qs in both]
+        judge("gradient", *(torch.cat([x.flatten().float() for x in side]) for side in grads), bound)
 
     def model(self) -> LlamaForCausalLM:
         model = random_llama(self, SEED)
@@ -205,31 +208,60 @@ def with_fast_linear(case: StepCase) -> TrainingStep | Rollout:
     return function
 
 
+def compiled(case: StepCase) -> TrainingStep | Rollout:
+    function = prepare(QuietStar)(case)
+    function.qs.compile()
+    return function
+
+
+def with_liger(case: StepCase) -> TrainingStep | Rollout:
+    """With Liger's norms and feed-forward layers, which transformers' ``use_kernels`` takes from the hub."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    function, before = prepare(QuietStar)(case), dict(vars(modeling_llama))
+    apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=function.qs.model)
+    vars(modeling_llama).update(before)  # which it changes for models to come
+    return function
+
+
+def no_liger(case: StepCase) -> str | None:
+    return not_installed("liger-kernel") or (None if case.device.type == "cuda" else "liger-kernel is for GPUs")
+
+
 OURS = Candidate("QuietStar", prepare(QuietStar), package=PACKAGE)
+LIGER = Candidate("QuietStar, Liger's layers", with_liger, "liger-kernel", no_liger)
+COMPILED = Candidate("QuietStar, compiled", compiled, PACKAGE, compiles=True)
 LAUNCHED = Candidate("QuietStar without a graph", without_graphs, PACKAGE)
 FAST_LINEAR = Candidate("QuietStar, linear layers by oneDNN", with_fast_linear, PACKAGE)
 PUBLISHED = Candidate("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
 def candidates(case: StepCase) -> list[Candidate]:
-    """On a GPU our rollouts replay CUDA graphs, so there they are also compared with ours without graphs; on a CPU whose MKL is
-    slow, ours are compared with ``fast_linear``."""
+    """Steps of a real model's shape are compared with ours in other ways, others with the published schedule. On a GPU our
+    rollouts replay CUDA graphs, so there they are also compared with ours without graphs; on a CPU whose MKL is slow, ours are
+    compared with ``fast_linear``."""
+    if case.grid in (SMALLEST, LARGEST):
+        return [LIGER, COMPILED]
     if case.device.type == "cpu" and case.grid == "headline" and products.library() != "pytorch":
         return [PUBLISHED, FAST_LINEAR]
     return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 
 
 def cases(device: torch.device, full: bool) -> Iterator[StepCase]:
-    """The grid, the most important cases first."""
+    """The grid, the most important cases first. On a GPU, models of real shapes come first."""
     gpu = device.type == "cuda"
     if gpu:
         small = StepCase(L=256, layers=8, D=1024, I=3072, H=8, G=2, V=32000, dtype=torch.bfloat16, device=device)
-        eight_billion = {"layers": 32, "D": 4096, "I": 14336, "H": 32, "G": 8, "V": 128256, "B": 8}
-        yield replace(small, grid="Llama 8B, LoRA", lora=True, checkpointing=True, **eight_billion)
+        yield (smallest := replace(small, grid=SMALLEST, B=4, **QWEN3_600M))
+        yield replace(small, grid=LARGEST, lora=True, checkpointing=True, B=8, **LLAMA_8B)
+        yield replace(smallest, grid="rollout", what="rollout")
+        yield replace(small, grid="rollout", what="rollout")
+        yield replace(small, grid="small")
     else:
         small = StepCase(L=128, device=device)
-    for what in ("training step", "rollout"):
-        yield replace(small, what=what)
+        for what in ("training step", "rollout"):
+            yield replace(small, what=what)
     for T in (1, 2, 4, 8, 16) if full else (1, 4, 12):
         yield replace(small, grid="passes", T=T, L=small.L if gpu else 64)
     for L in (64, 256, 512) if full else ():
@@ -239,7 +271,8 @@ def cases(device: torch.device, full: bool) -> Iterator[StepCase]:
 def smoke(device: torch.device) -> list[StepCase]:
     """The smallest cases that run every candidate."""
     tiny = StepCase(L=6, N=1, T=2, J=2, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
-    return [tiny, replace(tiny, what="rollout"), replace(tiny, grid="LoRA", lora=True, checkpointing=True)]
+    lora = replace(tiny, grid=LARGEST, lora=True, checkpointing=True)
+    return [replace(tiny, grid=SMALLEST), lora, replace(tiny, grid="rollout", what="rollout"), tiny]
 
 
 BENCHMARK = Benchmark(StepCase.op, OURS, candidates, cases, smoke)

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.baselines.flash_prefix import FlashAttn, flash_prefix
+from benchmarks.baselines.flashmask import FLASHMASK
 from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.harness.candidate import Candidate, not_installed
 from benchmarks.harness.case import Work
@@ -44,7 +45,7 @@ def flex(case: PackedCase, options: dict[str, Any] | None = None) -> Attention:
         return case.sees(row, key)
 
     block_mask = make(mask, None, None, case.rows, case.M, device=case.device.type)
-    attend = torch.compile(flex_attention)
+    attend = torch.compile(flex_attention, dynamic=False)
     return partial(attend, block_mask=block_mask, enable_gqa=case.H != case.G, kernel_options=options)
 
 
@@ -80,6 +81,7 @@ BASELINES = [
     Candidate(
         "FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True
     ),
+    FLASHMASK,
     Candidate("flash prefix + own block (PyTorch)", flash_prefix, why_not=no_flash_prefix),
     Candidate("flash prefix + own block (flash-attn)", partial(flash_prefix, flash=FlashAttn), "flash-attn", no_flash_attn),
     Candidate("SDPA, dense mask", dense, needs=dense_needs),

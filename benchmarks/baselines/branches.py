@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.baselines.attention import dense, dense_needs, flex, no_flex_backward, no_flex_flash
 from benchmarks.baselines.exact import exact_rows
+from benchmarks.baselines.flashmask import FLASHMASK
 from benchmarks.baselines.packed import Attention
 from benchmarks.harness.candidate import Candidate, not_installed
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, Wrong, judge
@@ -49,9 +50,9 @@ class BranchCase(Case):
     """Attention with C branches of up to S rows.
 
     Attributes:
-        grid: "headline" and "prompt": one prompt of L tokens with C completions. "prompts": 16 packed prompts of L/4 to L
-            tokens, with C completions each of S/16 to S rows, log-uniform. "drafter": 4 packed documents with C branches at
-            random anchors, whose rows see each other; branch rows are the only queries.
+        grid: "prompts": 16 packed prompts of L/4 to L tokens, with C completions each of S/16 to S rows, log-uniform.
+            "drafter": 4 packed documents with C branches at random anchors, whose rows see each other; branch rows are the
+            only queries. Any other: one prompt of L tokens with C completions.
     """
 
     op: ClassVar[str] = "branches"
@@ -67,7 +68,7 @@ class BranchCase(Case):
 
     @cached_property
     def layout(self) -> ThoughtLayout:
-        return _layouts[self.grid](self).to(self.device)
+        return _layouts.get(self.grid, _prompt)(self).to(self.device)
 
     @property
     def B(self) -> int:
@@ -225,8 +226,6 @@ def _drafter(case: BranchCase) -> ThoughtLayout:
 
 
 _layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {
-    "headline": _prompt,
-    "prompt": _prompt,
     "prompts": _prompts,
     "drafter": _drafter,
 }
@@ -283,7 +282,7 @@ def no_flash(case: BranchCase) -> str | None:
 
 
 def no_groups(case: BranchCase) -> str | None:
-    if case.grid not in ("headline", "prompt"):
+    if case.grid in _layouts:
         return "it takes one row for each prompt, with padding"
     return not_installed("prefix-grouper")
 
@@ -294,6 +293,7 @@ BASELINES = [
     Candidate(
         "FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True
     ),
+    FLASHMASK,
     Candidate("flash-attn, repeated prompts", flash, "flash-attn", no_flash),
     Candidate("PrefixGrouper", grouped, "prefix-grouper", no_groups),
     Candidate("SDPA, dense mask", dense, needs=dense_needs),
@@ -304,8 +304,9 @@ def sizes() -> list[dict[str, Any]]:
     """The cases, the most important first."""
     found: list[dict[str, Any]] = [
         {"L": 512, "S": 256},
-        {"grid": "drafter", "L": 4096, "C": 256, "S": 16},
+        {"grid": "prompt", "L": 2048, "S": 256},
         {"grid": "prompts", "L": 512, "S": 512},
-        *({"grid": "prompt", "L": L, "S": S} for L, S in ((512, 64), (2048, 256), (2048, 1024), (512, 1024))),
+        {"grid": "drafter", "L": 4096, "C": 256, "S": 16},
+        *({"grid": "prompt", "L": L, "S": S} for L, S in ((512, 64), (2048, 1024), (512, 1024))),
     ]
     return [size | {"what": what} for size, what in itertools.product(found, ("forward", "forward+backward"))]

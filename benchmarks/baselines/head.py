@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,8 @@ from quietstar_kernels.cpu import products
 Product = Callable[[Tensor, Tensor], Tensor]  # hidden [R,D], weight [V,D]: logits [R,V]
 Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # hidden [R,D], weight [V,D]: ids [R], their log-probabilities [R]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets [R]: the sum of the negative log-probabilities
+
+VLLM_SAMPLER = "v1/worker/gpu/sample/gumbel.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,46 @@ def _race(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
 
+def _vllm(case: HeadCase) -> Sampler:
+    """vLLM's sampling kernel, over logits in fp32, as its sampler has them."""
+    gumbel_sample = _vllm_module().gumbel_sample
+    row = torch.arange(case.R, dtype=torch.int32, device=case.device)
+    temperature, seed = torch.ones(case.R, device=case.device), row.long()
+
+    def sample(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (hidden @ weight.T).float()
+        ids = gumbel_sample(logits, row, temperature, seed, seed, apply_temperature=False, is_drafting=False)
+        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    return sample
+
+
+def _vllm_file() -> Path | None:
+    spec = importlib.util.find_spec("vllm")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((path for folder in folders if (path := Path(folder) / VLLM_SAMPLER).exists()), None)
+
+
+def _vllm_module() -> ModuleType:
+    """The file by itself, which needs Triton alone: its package imports a library that is built for one PyTorch."""
+    import triton
+
+    vllm, utilities = ModuleType("vllm"), ModuleType("vllm.triton_utils")
+    utilities.triton, utilities.tl = triton, triton.language  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("vllm_sampler", _vllm_file() or "")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"vllm": vllm, "vllm.triton_utils": utilities}):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _no_vllm(case: HeadCase) -> str | None:
+    if case.device.type != "cuda":
+        return "this kernel is for GPUs"
+    return None if _vllm_file() else f"there is no {VLLM_SAMPLER} of vLLM here"
+
+
 def _logits(count: int) -> Callable[[HeadCase], Work]:
     """The memory of ``count`` tensors [R,V] in fp32."""
     return lambda case: Work(case.work().flops, count * 4 * case.R * case.V)
@@ -76,6 +123,43 @@ def _liger(case: HeadCase) -> Loss:
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def _liger_scaled(case: HeadCase) -> Loss:
+    """On Hopper by CuTe."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as scaled
+
+    os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")  # which waits for the device
+    return lambda hidden, weight, targets: scaled.apply(hidden, weight, targets).sum()
+
+
+def _liger_hopper(case: HeadCase) -> Loss:
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90 as loss
+
+    return lambda hidden, weight, targets: loss(hidden, weight, targets, -100, "sum")
+
+
+def _quack(case: HeadCase) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, weight, targets: chunked_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+def _for_hopper(package: str, module: str, rows: int = 1, ids: int = 1) -> Callable[[HeadCase], str | None]:
+    """For what is written in CuTe and takes rows and ids in multiples."""
+
+    def why_not(case: HeadCase) -> str | None:
+        if reason := _for_gpu(package)(case) or not_installed("nvidia-cutlass-dsl"):
+            return reason
+        if torch.cuda.get_device_capability(case.device) != (9, 0):
+            return "it is for Hopper"
+        if importlib.util.find_spec(module) is None:
+            return f"{package} {package_version(package)} has no {module}"
+        if case.R % rows or case.V % ids:
+            return f"it takes rows by {rows} and ids by {ids}"
+        return None
+
+    return why_not
 
 
 def _cut_cross_entropy(case: HeadCase) -> Loss:
@@ -128,6 +212,7 @@ SAMPLERS = [
         needs=_logits(4),
     ),
     Candidate("matmul, softmax, exponential race", lambda case: _race, needs=_logits(5)),
+    Candidate("matmul, vLLM's Gumbel sampler", _vllm, "vllm", _no_vllm, needs=_logits(4), compiles=True),
     Candidate("the matmul alone", lambda case: _matmul, needs=_logits(1), is_partial=True),
 ]
 LOSSES = [
@@ -141,5 +226,18 @@ LOSSES = [
     Candidate("PyTorch linear_cross_entropy, chunked", _chunked, why_not=_no_chunked),
     Candidate("TRL chunked log-probabilities", _trl, "trl", _no_trl),
     Candidate("Liger fused linear cross entropy", _liger, "liger-kernel", _for_gpu("liger-kernel")),
+    Candidate(
+        "Liger scaled cross entropy, CuTe",
+        _liger_scaled,
+        "liger-kernel",
+        _for_hopper("liger-kernel", "liger_kernel.ops.fused_linear_scaled_cross_entropy"),
+    ),
+    Candidate(
+        "Liger fused linear cross entropy, CuTe",
+        _liger_hopper,
+        "liger-kernel",
+        _for_hopper("liger-kernel", "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", 128, 256),
+    ),
+    Candidate("Quack chunked linear cross entropy, CuTe", _quack, "quack-kernels", _for_hopper("quack-kernels", "quack")),
     Candidate("cut-cross-entropy", _cut_cross_entropy, "cut-cross-entropy", _for_gpu("cut-cross-entropy")),
 ]

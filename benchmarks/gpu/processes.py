@@ -19,11 +19,12 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process left: its exit code, None if it was stopped, its output, and how long it ran."""
+    """What a process left: its exit code, None if it was stopped, its output, how long it ran, and its command."""
 
     code: int | None
     output: str
     seconds: float
+    command: tuple[str, ...] = ()
 
     @property
     def end(self) -> str:
@@ -53,6 +54,7 @@ class _Running:
 
     def __init__(self, title: str, command: list[str], environment: dict[str, str], log: Log):
         log.add(f"{title} $ {' '.join(command)}")
+        self.command = tuple(command)
         self.began = self.ended = time.monotonic()
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -86,7 +88,7 @@ class _Running:
         self.stop()
         self.reader.join(5)
         ended = time.monotonic() if code is None else self.ended
-        return Outcome(code, "".join(self.lines), ended - self.began)
+        return Outcome(code, "".join(self.lines), ended - self.began, self.command)
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):

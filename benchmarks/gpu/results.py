@@ -1,4 +1,4 @@
-"""Running a stage, and the results file that it adds to."""
+"""Running the stages of a plan, and the results file that they add to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import judges
 from benchmarks.gpu.processes import Log, run_together
-from benchmarks.gpu.stages import LIMIT, Stage
+from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.harness.machine import describe
 from benchmarks.report import pages, results_file, tables
-from benchmarks.report.missing import STAGES, UNFINISHED
+from benchmarks.report.missing import NO_TIME, UNFINISHED
 
 Line = dict[str, Any]  # what one process or step of a stage found
+LEAST = 5.0  # seconds; with less left, nothing is started
 
 
 class Results:
@@ -29,13 +31,14 @@ class Results:
     def load(self) -> dict[str, Any]:
         empty = {"machine": describe(self.device), "ceilings": {}, "command": "make gpu", "rows": []}
         found = results_file.load(self.path) if self.path.exists() else empty
-        return found | {"command": "make gpu", "stages": found.get("stages", [])}
+        return found | {"command": "make gpu", "plan": [*STAGES], "stages": found.get("stages", [])}
 
     def put(self, stage: str, lines: Sequence[Line]) -> None:
         """Replace the lines of a stage, and write the page again."""
         results = self.load()
         others = [line for line in results["stages"] if _stage_of(line) != stage]
-        results["stages"] = sorted([*others, *lines], key=lambda line: STAGES.index(_stage_of(line)))
+        order = [*STAGES]
+        results["stages"] = sorted([*others, *lines], key=lambda line: order.index(_stage_of(line)))
         results_file.save(results, self.path)
         results_file.write(pages.page(results), self.path.with_suffix(".md"))
 
@@ -44,18 +47,30 @@ def _stage_of(line: Line) -> str:
     return line["stage"].partition(",")[0]
 
 
-def run_stage(stage: Stage, results: Results, variables: dict[str, str] | None = None, patience: float = 1.0) -> bool:
-    """Run the steps of a stage, with their time limits multiplied by ``patience``. Returns False if something failed."""
-    deadline = time.monotonic() + patience * LIMIT
+def run_stages(stages: Sequence[Stage], results: Results, variables: dict[str, str] | None = None) -> bool:
+    """Run stages by their schedule, from now on. Returns False if something failed."""
+    ends, passed = time.monotonic(), True
+    for stage in stages:
+        ends += stage.seconds
+        passed &= _run_stage(stage, results, ends, variables)
+    return passed
+
+
+def _run_stage(stage: Stage, results: Results, ends: float, variables: dict[str, str] | None) -> bool:
     lines: list[Line] = []
     results.log.add(f"=== {stage.name}, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
-    print(f"{stage.name} ...", flush=True)
+    print(f"{stage.name}, {max(0.0, ends - time.monotonic()):.0f} s ...", flush=True)
     for step in stage.steps:
-        results.put(stage.name, [*lines, _line(stage.name, "", None, UNFINISHED, 0.0)])
-        limit = min(patience * step.limit, deadline - time.monotonic())
-        outcomes = run_together(stage.name, step.commands, limit, results.log, variables)
-        took = max(outcome.seconds for outcome in outcomes.values())
-        for name, (passed, note) in step.judge(outcomes).items():
+        limit = step.part * (ends - time.monotonic())
+        commands = step.commands(limit)
+        if limit < LEAST:
+            outcomes, found = {}, {judges.title_of(name): (None, NO_TIME) for name in commands}
+        else:
+            results.put(stage.name, [*lines, _line(stage.name, "", None, UNFINISHED, 0.0)])
+            outcomes = run_together(stage.name, commands, limit, results.log, variables)
+            found = judges.verdicts(outcomes)
+        took = max((outcome.seconds for outcome in outcomes.values()), default=0.0)
+        for name, (passed, note) in found.items():
             lines.append(_line(stage.name, name, passed, note, outcomes[name].seconds if name in outcomes else took))
             print(f"  {lines[-1]['stage']}: {tables.VERDICTS[passed]} {note}", flush=True)
     results.put(stage.name, lines)

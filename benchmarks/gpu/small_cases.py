@@ -1,6 +1,6 @@
 """Call every op on a few small random inputs with each fast back end, forward and backward, for a memory checker to watch.
 
-compute-sanitizer --tool memcheck python -m benchmarks.gpu.small_cases
+compute-sanitizer --tool memcheck python -m benchmarks.gpu.small_cases --few
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LONG = 600  # text positions; with few rows they are split among several thread 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rehearse", action="store_true", help="one layout and one width, since an interpreter is slow")
+    parser.add_argument("--few", action="store_true", help="one layout and one width, for a slow checker or interpreter")
     args = parser.parse_args()
-    device, kinds, widths = args.device, KINDS[: 1 if args.rehearse else None], WIDTHS[: 1 if args.rehearse else None]
+    device, kinds, widths = args.device, KINDS[: 1 if args.few else None], WIDTHS[: 1 if args.few else None]
     for seed, kind in enumerate(kinds):
         for dtype in (torch.float32, torch.float16):
             generator = torch.Generator().manual_seed(seed)
-            layout = random_layout(generator, kind, max_text=10 if args.rehearse else 40, device=device)
+            layout = random_layout(generator, kind, max_text=10 if args.few else 40, device=device)
             inputs = attention_inputs(generator, layout, width=64, dtype=dtype)
             forward_backward(thought_attention, inputs, [torch.ones_like(inputs["q"])], layout=layout)
             inputs = sample_inputs(generator, 5, 32, dtype=dtype, device=device)

@@ -1,71 +1,111 @@
-"""The stages of ``make gpu``: their processes, the order and time limits of these, and how their outcome is judged."""
+"""The stages of ``make gpu``: what runs in which order, for how long, and how its outcome is judged.
+
+A stage ends at its place in the schedule, even if it began early: what one leaves of its time, the next one may use.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from benchmarks.gpu import judges
-from benchmarks.gpu.judges import Judge
-from benchmarks.report.missing import STAGES
-from benchmarks.report.tables import TITLES
-
 ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
+TREES = f"{TESTS}/test_trees.py"
 WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
-LIMIT = 235  # seconds per stage, under four minutes
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
-# The ops of a benchmark stage, and the minutes after which it starts no further case.
-BENCHMARKS = {
-    "attention": (["thought_attention"], 1.7),
-    "decode": (["thought_decode"], 0.8),
-    "head": (["sample_token", "linear_logprob"], 1.4),
-    "step": (["step"], 1.6),
-    "naive": (["naive"], 0.7),
+MINUTES = 11.0  # of all stages
+# The most useful first: minutes, and what a stage is for.
+STAGES = {
+    "check": (1.0, "trees, whose kernels no GPU has run; every op against plain PyTorch; the copy in four ways, clocks, L2"),
+    "sanitize": (1.0, "small cases of every kernel, alone and under memcheck and synccheck"),
+    "attention": (1.5, "our attention, alone; other tiles of the forward"),
+    "profile": (1.2, "hardware counters of the three attention kernels"),
+    "peers": (1.5, "attention against the strongest other kernels"),
+    "step": (1.5, "training steps of a 0.6B and an 8B shape, eager, compiled and with Liger's layers; the 20 largest kernels"),
+    "rollout": (1.0, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
+    "models": (1.0, "group RL end to end, trees, RLP"),
+    "head": (0.5, "log-probabilities with and without kept logits, decoding, host time, sampling"),
+    "tests": (0.8, "the other tests, until time is up"),
 }
-WARM, LONGEST_CASE = 48, 45  # seconds
-FIRST_CALLS = {f"first call, {what}": what for what in judges.FIRST_CALL_GOALS}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cases of some benchmarks, from some grids, against the baselines whose names begin so."""
+
+    ops: tuple[str, ...]
+    grids: tuple[str, ...]
+    against: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        """Of ``benchmarks.run`` and ``benchmarks.gpu.warm``."""
+        return ["--op", *self.ops, "--grid", *self.grids, "--against", *self.against]
+
+
+ATTENTION = ("thought_attention", "branches")
+ROWS = {
+    "attention": Rows(ATTENTION, ("text", "headline", "many pairs", "prompt", "thoughts", "rows", "groups")),
+    "peers": Rows(
+        ATTENTION,
+        ("text", "headline", "many pairs", "prompt", "prompts", "drafter"),
+        ("FlexAttention, FLASH", "FlashMask", "SDPA, repeated prompts"),
+    ),
+    "step": Rows(("step",), ("0.6B", "Llama 8B, LoRA"), ("QuietStar",)),
+    "rollout": Rows(("step", "naive"), ("rollout", "headline"), ("QuietStar without a graph", "naive", "careful naive")),
+    "models": Rows(
+        ("group_rl", "trees", "online"),
+        ("headline", "end to end", "short", "chain", "tree"),
+        ("TRL", "SDPA, a sequence per leaf", "FlexAttention", "anchor by anchor", "a sequence for each"),
+    ),
+    "head": Rows(
+        ("linear_logprob", "thought_decode", "host", "sample_token"),
+        ("headline",),
+        ("linear_logprob", "matmul, cross_entropy", "Liger", "Quack", "matmul, softmax, multinomial", "matmul, vLLM"),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Processes that run at the same time.
+    """Processes that run at the same time; ``judges`` knows them by their names.
 
     Attributes:
-        commands: by name.
-        limit: seconds.
-        judge: turns the outcomes into verdicts.
+        commands: by name, for the seconds that they have.
+        part: of what is left of the stage's time.
     """
 
-    commands: dict[str, list[str]]
-    limit: float
-    judge: Judge
+    commands: Callable[[float], dict[str, list[str]]]
+    part: float = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that run one after the other."""
+    """Steps that run one after the other, and their seconds in the schedule."""
 
     name: str
+    seconds: float
     steps: list[Step]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages.
+    """The stages of a run.
 
     Attributes:
-        results: the file that benchmarks write their rows to.
+        results: the file that benchmarks write their rows to; texts lie beside it.
+        minutes: of all stages, of which each gets its share.
         rehearsal: whether to run everything at its smallest, on the CPU.
     """
 
     results: Path
+    minutes: float = MINUTES
     rehearsal: bool = False
 
     @property
@@ -74,73 +114,88 @@ class Plan:
 
     def stages(self, names: Sequence[str] = ()) -> list[Stage]:
         """The named stages in the order of ``STAGES``, or all of them."""
-        return [Stage(name, self._steps(name)) for name in STAGES if not names or name in names]
-
-    def _steps(self, name: str) -> list[Step]:
-        if name in BENCHMARKS:
-            first_calls = self._first_calls() if name == "attention" else []
-            return [*self._benchmark(*BENCHMARKS[name]), *first_calls]
-        steps = {"check": self._check, "build": self._build, "tests": self._tests, "others": self._others}
-        return (steps | {"sanitize": self._sanitize})[name]()
-
-    def _check(self) -> list[Step]:
-        command = [*_module("quietstar_kernels"), "check", "--device", self.device]
-        return [Step({"": command}, 90, judges.each(judges.check))]
-
-    def _build(self) -> list[Step]:
-        """Compile into this folder, for this GPU. A rehearsal finds no nvcc."""
-        capability = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
-        variables = ["QUIETSTAR_BUILD=cuda", f"TORCH_CUDA_ARCH_LIST={capability.replace('9.0', '9.0a')}"]
-        variables += ["CUDA_HOME=/nowhere"] if self.rehearsal else []
-        command = ["env", *variables, sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        return [Step({"": command}, 150, judges.each(judges.build))]
-
-    def _tests(self) -> list[Step]:
-        """Each core runs a share of the tests: those of the ops first, and none of the back ends for CPUs."""
-        shares = min(16, os.cpu_count() or 1)
-        pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not build and not long"]
-        first = [f"{TESTS}/test_{op}.py" for op in OPS]
-        if self.rehearsal:
-            pytest += [*first, WRAPPER, "-k", "triton and (edges or strided or large_and_equal)"]
-        else:
-            pytest += [*first, *(file for file in _files() if file not in first), WRAPPER, "-k", "not cpu"]
-        commands = {f"{share + 1} of {shares}": [*pytest, "--shard", f"{share}/{shares}"] for share in range(shares)}
-        return [Step(commands, 200, judges.tests)]
-
-    def _benchmark(self, ops: list[str], minutes: float) -> list[Step]:
-        """Compile ahead, then measure, first ours alone in all cases. A rehearsal calls all ops at once."""
-        smallest = ["--smoke"] if self.rehearsal else []
-        device = ["--device", self.device]
-        warm = [*_module("benchmarks.gpu.warm"), "--op", *(TITLES if self.rehearsal else ops), *device, *smallest]
-        timed = [*_module("benchmarks.run"), "--op", *ops, *device, "--json", str(self.results), "--ours-first"]
-        timed += ["--smoke", "--ceiling-size", "64"] if self.rehearsal else ["--minutes", str(minutes)]
-        steps = [Step({"benchmark": timed}, 60 * minutes + LONGEST_CASE, judges.each(judges.benchmark))]
-        if not self.rehearsal or ops == BENCHMARKS["attention"][0]:
-            steps.insert(0, Step({"compile ahead": warm}, WARM, judges.each(judges.warm)))
-        return steps
-
-    def _first_calls(self) -> list[Step]:
-        """One after the other, since they are timed. The interpreter's time would be of no use."""
-        command = [*(["env", "QUIETSTAR_BACKEND=cpu"] if self.rehearsal else []), *_module("benchmarks.gpu.first_call")]
+        steps = {
+            "check": self._check,
+            "sanitize": self._sanitize,
+            "attention": self._attention,
+            "profile": self._profile,
+            "step": self._step,
+            "tests": self._tests,
+        }
         return [
-            Step({name: [*command, what, "--device", self.device]}, 20, judges.each(judges.first_call))
-            for name, what in FIRST_CALLS.items()
+            Stage(name, 60 * self.minutes * minutes / MINUTES, steps.get(name, partial(self._rows, name))())
+            for name, (minutes, _) in STAGES.items()
+            if not names or name in names
         ]
 
-    def _others(self) -> list[Step]:
-        """The benchmarks that have no stage of their own."""
-        named = [op for ops, _ in BENCHMARKS.values() for op in ops]
-        return self._benchmark([op for op in TITLES if op not in named], 1.0)
+    def _check(self) -> list[Step]:
+        """The tests of trees and ``check`` side by side; then, alone since it is timed, the device."""
+        check = [*_module("quietstar_kernels"), "check", "--device", self.device]
+        check += ["--backend", "triton", "--op", "sample_token"] if self.rehearsal else []
+        device = [*_module("benchmarks.gpu.facts"), "--device", self.device, "--json", str(self.results)]
+        device += ["--ceiling-size", "64"] if self.rehearsal else []
+        trees = self._shares("trees ", [TREES], "triton and (path or packed)" if self.rehearsal else "not cpu")
+        return [_step(trees | {"check": check}, 0.8), _step({"device": device})]
 
     def _sanitize(self) -> list[Step]:
-        """The small cases on their own, which also compiles them, then under compute-sanitizer."""
-        cases = [*_module("benchmarks.gpu.small_cases"), "--device", self.device, *(["--rehearse"] if self.rehearsal else [])]
-        alone = Step({"small cases": cases}, 60, judges.each(judges.small_cases))
+        """The small cases alone, which compiles them, then under compute-sanitizer. Beside them, where nothing is timed, what
+        later stages launch is compiled."""
+        cases = [*_module("benchmarks.gpu.small_cases"), "--device", self.device]
+        few = [*cases, "--few"]
+        first = {"small cases": few if self.rehearsal else cases, "compile ahead": self._ahead()}
         sanitizer = shutil.which("compute-sanitizer")
         if not sanitizer:
-            return [alone]
-        watched = {name: [sanitizer, "--tool", name, "--error-exitcode", "9", *cases] for name in ("memcheck", "racecheck")}
-        return [alone, Step(watched, LIMIT - 60, judges.each(judges.sanitizer))]
+            return [_step(first)]
+        watched = {name: [sanitizer, "--tool", name, "--error-exitcode", "9", *few] for name in ("memcheck", "synccheck")}
+        return [_step(first, 0.5), _step(watched)]
+
+    def _ahead(self) -> list[str]:
+        command = [*_module("benchmarks.gpu.warm"), "--device", self.device, *(["--smoke"] if self.rehearsal else [])]
+        return command + [word for name in ROWS for word in ("--rows", shlex.join(ROWS[name].options))]
+
+    def _attention(self) -> list[Step]:
+        """The rows, then a search of tiles, which a CPU can't make."""
+        if self.rehearsal:
+            return self._rows("attention")
+        search = [*_module("benchmarks.gpu.tiles"), "forward", "--seconds"]
+        return [*self._rows("attention", 0.7), Step(lambda seconds: {"tiles": [*search, f"{0.8 * seconds:.0f}"]})]
+
+    def _profile(self) -> list[Step]:
+        return [self._text("counters")]
+
+    def _step(self) -> list[Step]:
+        return [*self._rows("step", 0.85), self._text("kernels")]
+
+    def _text(self, what: str) -> Step:
+        """A profile, whose text goes beside the results."""
+        out = self.results.with_name(f"{self.results.stem}-{what}.txt")
+        return _step({what: [*_module("benchmarks.gpu.profiles"), what, "--device", self.device, "--out", str(out)]})
+
+    def _rows(self, name: str, part: float = 1.0) -> list[Step]:
+        command = [*_module("benchmarks.run"), *ROWS[name].options, "--device", self.device, "--json", str(self.results)]
+        command += ["--smoke", "--ceiling-size", "64"] if self.rehearsal else []
+        return [Step(lambda seconds: {"benchmark": [*command, "--minutes", f"{seconds / 60:.2f}"]}, part)]
+
+    def _tests(self) -> list[Step]:
+        """Those of the ops first, and none of the back ends for CPUs."""
+        first = [f"{TESTS}/test_{op}.py" for op in OPS]
+        if self.rehearsal:
+            return [_step(self._shares("", [*first, WRAPPER], "triton and (edges or strided or large_and_equal)"))]
+        rest = [file for file in _files() if file not in (*first, TREES)]
+        return [_step(self._shares("", [*first, *rest, WRAPPER], "not cpu"))]
+
+    def _shares(self, title: str, files: list[str], which: str) -> dict[str, list[str]]:
+        """Each core runs a share of the tests."""
+        shares = min(16, os.cpu_count() or 1)
+        pytest = [*_module("pytest"), "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "not build and not long"]
+        return {
+            f"{title}{i + 1} of {shares}": [*pytest, *files, "-k", which, "--shard", f"{i}/{shares}"] for i in range(shares)
+        }
+
+
+def _step(commands: dict[str, list[str]], part: float = 1.0) -> Step:
+    """Of commands that need not know how long they have."""
+    return Step(lambda seconds: commands, part)
 
 
 def _module(name: str) -> list[str]:

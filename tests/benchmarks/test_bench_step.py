@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.baselines import published_schedule
 from benchmarks.baselines.published_schedule import PublishedSchedule
-from benchmarks.bench_step import PUBLISHED, StepCase
+from benchmarks.bench_step import OURS, PUBLISHED, StepCase
 from benchmarks.harness.case import Wrong
 from quietstar import QuietStar
 from tests.quietstar.common import kept_for_backward
@@ -46,6 +46,16 @@ def test_a_schedule_that_forgets_a_diagonal_is_refused(monkeypatch):
     monkeypatch.setattr(published_schedule, "_additive", without_the_first_thought_row)
     with pytest.raises(Wrong, match="differs"):
         TINY.check(PUBLISHED.prepare(TINY))
+
+
+def test_a_candidate_with_other_layers_is_refused():
+    """Its model is compared with another one, not with itself."""
+    function = OURS.prepare(TINY)
+    TINY.check(function)
+    norm = function.qs.model.model.layers[0].input_layernorm
+    norm.forward = lambda x: type(norm).forward(norm, x) * 1.5
+    with pytest.raises(Wrong, match="loss_ce differs"):
+        TINY.check(function)
 
 
 def test_memory_of_the_published_schedule_grows_with_the_square_of_the_passes():

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: stages alone and together, what a kill leaves, and several runs into one folder."""
+"""``make gpu`` without a GPU: stages by their schedule, what a kill leaves, and several runs into one folder."""
 
 import os
 import signal
@@ -10,16 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import judges
-from benchmarks.gpu import results as gpu_results
 from benchmarks.gpu.processes import ROOT
-from benchmarks.gpu.results import Results, run_stage
-from benchmarks.gpu.stages import LIMIT, WITHOUT_A_GPU, Plan, Stage, Step
+from benchmarks.gpu.results import Results, run_stages
+from benchmarks.gpu.stages import Stage, Step
 from benchmarks.report import results_file
-from benchmarks.report.missing import STAGES, UNFINISHED, missing
-from benchmarks.run import BENCHMARKS
+from benchmarks.report.missing import NO_TIME, UNFINISHED, missing
 
 pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
@@ -31,9 +27,16 @@ def results(tmp_path):
     return Results(tmp_path / "device.json", CPU)
 
 
+def step(**commands):
+    return Step(lambda seconds: commands)
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
 def benchmark(results, *ops):
-    command = [*RUN, "--ours-first", "--op", *ops, "--json", str(results.path)]
-    return Step({"benchmark": command}, 120, judges.each(judges.benchmark))
+    return step(benchmark=[*RUN, "--ours-first", "--op", *ops, "--json", str(results.path)])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
@@ -46,19 +49,18 @@ DRIVER = """
 import sys
 from pathlib import Path
 import torch
-from benchmarks.gpu import judges
-from benchmarks.gpu.results import Results, run_stage
+from benchmarks.gpu.results import Results, run_stages
 from benchmarks.gpu.stages import Stage, Step
 path, *command = sys.argv[1:]
-step = Step({"benchmark": command}, 120, judges.each(judges.benchmark))
-run_stage(Stage("step", [step]), Results(Path(path), torch.device("cpu")))
+stage = Stage("step", 120, [Step(lambda seconds: {"benchmark": command})])
+run_stages([stage], Results(Path(path), torch.device("cpu")))
 """
 
 
 def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     """SIGKILL the command's process group while a benchmark runs, then run another stage into the same folder."""
-    step = benchmark(results, "sample_token", "linear_logprob", "step")
-    driver = [sys.executable, "-c", DRIVER, str(results.path), *step.commands["benchmark"]]
+    words = benchmark(results, "sample_token", "linear_logprob", "step").commands(120)["benchmark"]
+    driver = [*python(DRIVER), str(results.path), *words]
     driven = subprocess.Popen(driver, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
 
     def measured():
@@ -76,11 +78,15 @@ def test_a_kill_loses_the_case_in_progress_and_no_other(results):
     assert results.path.with_suffix(".md").read_text().startswith("# ")
     assert children and wait(lambda: all(map(stopped, children)))
 
-    assert run_stage(Stage("naive", [benchmark(results, "naive")]), results)
+    assert run_stages([Stage("rollout", 120, [benchmark(results, "naive")])], results)
     after = results.load()
-    assert [row for row in after["rows"] if row["op"] == rows[0]["op"]][0] == rows[0]
+    kept = next(row for row in after["rows"] if row["op"] == rows[0]["op"])
+    assert kept == results_file.under(after["ceilings"], rows[0])
     assert {row["op"] for row in after["rows"] if row["seconds"]} == {row["op"] for row in rows} | {"naive"}
-    assert "Stopped: step." in missing(after) and any(line.startswith("Cases not reached: ") for line in missing(after))
+    found = missing(after)
+    assert "Stopped: step." in found and any(line.startswith("Not run: check; sanitize; ") for line in found)
+    late = next(line for line in found if line.startswith("Cases not reached: "))
+    assert "; step training step, B 1 L 6" in late and "naive" not in late
 
 
 def wait(condition):
@@ -97,53 +103,40 @@ def stopped(process):
     return not status.exists() or status.read_text().split()[2] == "Z"
 
 
+def lines(results):
+    return [(line["stage"], line["passed"], line["note"]) for line in results.load()["stages"]]
+
+
 def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_stop_the_next(results):
-    def stage(name, first):
-        python = [sys.executable, "-c"]
-        steps = [("a", first), ("b", "print('fine')")]
-        return Stage(name, [Step({key: [*python, code]}, 60, judges.each(judges.small_cases)) for key, code in steps])
+    def run(name, first):
+        return run_stages([Stage(name, 60, [step(a=python(first)), step(b=python("print('fine')"))])], results)
 
-    assert run_stage(stage("sanitize", "print(1)"), results)
-    assert not run_stage(stage("decode", "raise SystemExit('boom')"), results)
-
-    def lines():
-        return [(line["stage"], line["passed"], line["note"]) for line in results.load()["stages"]]
-
-    others = [("sanitize, a", True, "1"), ("sanitize, b", True, "fine")]
-    assert lines() == [("decode, a", False, "boom"), ("decode, b", True, "fine"), *others]
-    assert run_stage(stage("decode", "print(2)"), results)
-    assert lines() == [("decode, a", True, "2"), ("decode, b", True, "fine"), *others]
+    assert run("tests", "print(1)")
+    assert not run("sanitize", "raise SystemExit('boom')")
+    others = [("tests, a", True, "1"), ("tests, b", True, "fine")]
+    assert lines(results) == [("sanitize, a", False, "exit code 1: boom"), ("sanitize, b", True, "fine"), *others]
+    assert run("sanitize", "print(2)")
+    assert lines(results) == [("sanitize, a", True, "2"), ("sanitize, b", True, "fine"), *others]
 
 
-def test_a_stage_ends_at_its_limit(results, monkeypatch):
-    monkeypatch.setattr(gpu_results, "LIMIT", 3)
-    sleep = Step({"a": [sys.executable, "-c", "import time; time.sleep(60)"]}, 60, judges.each(judges.small_cases))
+def test_a_stage_ends_at_its_place_in_the_schedule(results, monkeypatch):
+    """One that is stopped takes nothing of the next; what one leaves, the next may use; without time, nothing is started."""
+    monkeypatch.setattr("benchmarks.gpu.results.LEAST", 0.5)
+    hang, quick, seen = step(a=python("import time; time.sleep(60)")), step(a=python("print('quick')")), []
+
+    def late(seconds):
+        seen.append(seconds)
+        return {"a": python("print('late')")}
+
+    stages = [Stage("check", 3, [hang, quick]), Stage("sanitize", 5, [quick]), Stage("peers", 3, [Step(late)])]
     began = time.monotonic()
-    assert run_stage(Stage("head", [sleep, sleep]), results)
-    assert time.monotonic() - began < 20
-    assert [line["note"] for line in results.load()["stages"]] == ["stopped at its time limit"] * 2
-
-
-def test_the_real_stages(tmp_path):
-    """They are in the order of their worth, take less than four minutes each, and name files and options that exist."""
-    plan = Plan(tmp_path / "a.json")
-    found = {stage.name: stage.steps for stage in plan.stages()}
-    assert list(found) == list(STAGES) and [stage.name for stage in plan.stages(["head", "check"])] == ["check", "head"]
-    order = ("check", "tests", "attention", "decode", "head", "step", "naive", "sanitize")
-    assert [name for name in found if name in order] == [*order]
-    assert LIMIT < 240
-    for name, steps in found.items():
-        assert sum(step.limit for step in steps) <= LIMIT, name
-    timed = [step.commands["benchmark"] for steps in found.values() for step in steps if "benchmark" in step.commands]
-    parser = command.make_parser([*BENCHMARKS.values()], "")
-    parsed = [command.parse(parser, [x if x != "cuda" else "cpu" for x in words[3:]]) for words in timed]
-    assert sorted(op for args in parsed for op in args.op) == sorted(BENCHMARKS)
-    assert all(args.ours_first and args.json == plan.results and args.minutes <= 1.7 for args in parsed)
-    (tests,) = found["tests"]
-    assert len(tests.commands) == min(16, os.cpu_count())
-    files = [word for word in tests.commands[f"1 of {len(tests.commands)}"] if word.startswith("tests/")]
-    assert files[0] == "tests/kernels/test_thought_attention.py" and len(files) == len({*files})
-    missing = {f"tests/kernels/{path.name}" for path in (ROOT / "tests/kernels").glob("test_*.py")} - {*files}
-    assert missing == {f"tests/kernels/test_{name}.py" for name in WITHOUT_A_GPU}
-    (build,) = found["build"]
-    assert "QUIETSTAR_BUILD=cuda" in build.commands[""] and (ROOT / "setup.py").exists()
+    assert run_stages(stages, results)
+    assert time.monotonic() - began < 11 and 3 < seen[0] < 8
+    stopped = "stopped at its time limit"
+    assert lines(results) == [
+        ("check, a", None, stopped), ("check, a", None, NO_TIME), ("sanitize, a", True, "quick"), ("peers, a", True, "late"),
+    ]  # fmt: skip
+    found = missing(results.load())
+    assert "Stopped: check, a." in found and any(
+        line.startswith("Not run: attention; ") and "; check, a." in line for line in found
+    )

@@ -1,9 +1,12 @@
 """Samplers are checked by their log-probabilities and the mean of many samples, losses by value and gradients."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks import bench_linear_logprob, bench_sample_token
+from benchmarks.baselines import head
 from benchmarks.baselines.head import LOSSES, SAMPLERS
 from benchmarks.bench_linear_logprob import LogprobCase
 from benchmarks.bench_sample_token import SampleCase
@@ -35,8 +38,26 @@ def flatter(logp):
 
 @pytest.mark.parametrize("candidate", [bench_sample_token.OURS, *SAMPLERS], ids=lambda candidate: candidate.name)
 def test_samplers_are_right(candidate, onednn):
-    assert candidate.why_not(SAMPLE) is None
+    if reason := candidate.why_not(SAMPLE):
+        assert candidate.package == "vllm"
+        pytest.skip(reason)
     SAMPLE.check(candidate.prepare(SAMPLE))
+
+
+def test_a_sampler_is_taken_from_vllm_without_vllm(tmp_path, monkeypatch):
+    """Its file alone, where the package can't be imported."""
+    path = tmp_path / "vllm" / head.VLLM_SAMPLER
+    path.parent.mkdir(parents=True)
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('built for another PyTorch')")
+    path.write_text(
+        "from vllm.triton_utils import tl, triton\nassert triton.language is tl\n"
+        "def gumbel_sample(logits, rows, temperature, seed, pos, apply_temperature, is_drafting):\n"
+        "    assert rows.shape == temperature.shape == seed.shape == pos.shape == logits.shape[:1] and not apply_temperature\n"
+        "    p = logits.softmax(-1)\n    return (p / p.clone().exponential_()).argmax(-1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    SAMPLE.check(head._vllm(SAMPLE))
+    assert "vllm" not in sys.modules
 
 
 @pytest.mark.parametrize("choose", [lambda logp: logp.argmax(-1), lambda logp: logp.argmin(-1), flatter])

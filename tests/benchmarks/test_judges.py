@@ -11,51 +11,39 @@ import pytest
 from benchmarks.gpu import judges
 from benchmarks.gpu.processes import ROOT, Log, Outcome, run_together
 
-FIRST_CALL = '{"first call": %s, "another length": 0.01}'
 PYTEST = "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b[x] FAILED [100%]\nFAILED tests/a.py::test_b[x] - assert 1\n"
-NVCC = """[1/3] c++ bindings.o
-/src/csrc/bindings.cpp:12:5: error: 'STABLE_CHECK' was not declared in this scope
-   12 |     STABLE_CHECK(f());
-ninja: build stopped: subcommand failed.
-The CUDA back end does not compile, the lines above say why; QUIETSTAR_BUILD=python installs without it.
-"""
 
 
 @pytest.mark.parametrize(
-    "judge, name, outcome, passed, note",
+    "name, outcome, passed, note",
     [
-        (judges.check, "", Outcome(0, "sample_token  cpu  float32  3  ok\nAll is well, 9 s.", 1), True, "All is well"),
-        (judges.check, "", Outcome(1, "sample_token  cpu  float32  3  wrong\n2 wrong", 1), False, "2 wrong"),
-        (judges.check, "", Outcome(0, "All is well, 0 s.", 1), None, "nothing was checked"),
-        (judges.check, "", Outcome(None, "", 1), None, "stopped"),
-        (judges.build, "", Outcome(0, "", 1), True, "compiled"),
-        (judges.build, "", Outcome(1, "QUIETSTAR_BUILD=cuda: there is no nvcc on PATH.", 1), None, "no nvcc on PATH"),
-        (
-            judges.build,
-            "",
-            Outcome(1, NVCC, 1),
-            False,
-            "bindings.cpp:12:5: error: 'STABLE_CHECK' was not declared in this scope",
-        ),
-        (judges.build, "", Outcome(1, "Killed", 1), False, "Killed"),
-        (judges.build, "", Outcome(None, "", 1), False, "stopped"),
-        (judges.small_cases, "small cases", Outcome(0, "all ops", 1), True, "all ops"),
-        (judges.small_cases, "small cases", Outcome(1, "Traceback\nBoom", 1), False, "Boom"),
-        (judges.sanitizer, "memcheck", Outcome(0, "fine\n== ERROR SUMMARY: 0 errors", 1), True, "0 errors"),
-        (judges.sanitizer, "memcheck", Outcome(9, "== ERROR SUMMARY: 3 errors", 1), False, "3 errors"),
-        (judges.sanitizer, "memcheck", Outcome(None, "", 1), None, "stopped"),
-        (judges.sanitizer, "racecheck", Outcome(9, "== RACECHECK SUMMARY: 7 hazards", 1), None, "7 hazards; not judged"),
-        (judges.first_call, "first call, forward", Outcome(0, FIRST_CALL % 1.5, 1), None, "goal < 2 s: pass"),
-        (judges.first_call, "first call, forward+backward", Outcome(0, FIRST_CALL % 4.5, 1), None, "goal < 4 s: miss"),
-        (judges.first_call, "first call, forward", Outcome(1, "Traceback\nBoom", 1), False, "exit code 1: Boom"),
-        (judges.benchmark, "benchmark", Outcome(0, "3 cases", 1), True, "3 cases"),
-        (judges.benchmark, "benchmark", Outcome(1, "refused, a wrong result", 1), False, "exit code 1: refused"),
-        (judges.warm, "compile ahead", Outcome(1, "Boom", 1), None, "exit code 1: Boom"),
+        ("check", Outcome(0, "sample_token  cpu  float32  3  ok\nAll is well, 9 s.", 1), True, "All is well"),
+        ("check", Outcome(1, "sample_token  cpu  float32  3  wrong\n2 wrong", 1), False, "2 wrong"),
+        ("check", Outcome(0, "All is well, 0 s.", 1), None, "nothing was checked"),
+        ("check", Outcome(None, "", 1), None, "stopped"),
+        ("small cases", Outcome(0, "all ops", 1), True, "all ops"),
+        ("small cases", Outcome(1, "Traceback\nBoom", 1), False, "exit code 1: Boom"),
+        ("memcheck", Outcome(0, "fine\n== ERROR SUMMARY: 0 errors", 1), True, "0 errors"),
+        ("synccheck", Outcome(9, "== ERROR SUMMARY: 3 errors", 1), False, "3 errors"),
+        ("memcheck", Outcome(1, "Device not supported", 1), False, "exit code 1: Device not supported"),
+        ("memcheck", Outcome(None, "", 1), None, "stopped"),
+        ("benchmark", Outcome(0, "3 cases", 1), True, "3 cases"),
+        ("benchmark", Outcome(1, "refused, a wrong result", 1), False, "exit code 1: refused"),
+        ("benchmark", Outcome(None, "one case", 1), None, "stopped"),
+        ("compile ahead", Outcome(1, "Boom", 1), None, "exit code 1: Boom"),
+        ("compile ahead", Outcome(0, "3 candidates called, 1 failed, in 5 s\nx", 1), None, "3 candidates called, 1 failed"),
+        ("counters", Outcome(0, "ncu is not on PATH", 1), None, "ncu is not on PATH"),
+        ("kernels", Outcome(1, "Boom", 1), None, "exit code 1: Boom"),
+        ("device", Outcome(0, "warning\n" + 300 * "x", 1), None, 300 * "x"),
+        ("device", Outcome(1, "Boom", 1), False, "Boom"),
     ],
 )
-def test_verdict_of_an_outcome(judge, name, outcome, passed, note):
-    ((got, got_note),) = judges.each(judge)({name: outcome}).values()
+def test_verdict_of_an_outcome(name, outcome, passed, note):
+    ((got, got_note),) = judges.verdicts({name: outcome}).values()
     assert got is passed and note in got_note
+
+
+FILES = ("python", "tests/a.py", "tests/late.py", "-k", "x")
 
 
 @pytest.mark.parametrize(
@@ -63,14 +51,22 @@ def test_verdict_of_an_outcome(judge, name, outcome, passed, note):
     [
         ([Outcome(0, "tests/a.py::test_a PASSED [100%]\n== 1 passed ==", 1)] * 2, True, "2 passed"),
         ([Outcome(0, PYTEST.splitlines()[0], 1), Outcome(1, PYTEST, 1)], False, "2 passed, 1 failed: test_b[x]"),
-        ([Outcome(0, "", 1), Outcome(None, PYTEST.splitlines()[0], 1)], None, "1 passed; 1 of 2 processes stopped"),
+        (
+            [Outcome(0, "", 1, FILES), Outcome(None, PYTEST.splitlines()[0], 1, FILES)],
+            None,
+            "1 passed; 1 of 2 processes stopped at their time limit; not reached: late.py",
+        ),
         ([Outcome(None, "\n".join(PYTEST.splitlines()[:2]), 1)], False, "1 failed: test_b[x]; 1 of 1 processes stopped"),
+        ([Outcome(0, PYTEST.splitlines()[0], 1), Outcome(5, "no tests ran", 1)], True, "1 passed"),
+        ([Outcome(5, "no tests ran", 1)], None, "0 passed"),
         ([Outcome(4, "ERROR: file not found", 1)], False, "exit code 4: ERROR: file not found"),
     ],
 )
 def test_all_shares_of_the_tests_are_judged_together(outcomes, passed, note):
-    ((got, got_note),) = judges.tests(dict(enumerate(outcomes))).values()
-    assert got is passed and note in got_note
+    named = {f"trees {i + 1} of {len(outcomes)}": outcome for i, outcome in enumerate(outcomes)}
+    found = judges.verdicts(named | {"check": Outcome(None, "", 1)})
+    assert list(found) == ["trees", "check"] and found["trees"][0] is passed and note in found["trees"][1]
+    assert list(judges.verdicts({"1 of 1": outcomes[0]})) == [""]
 
 
 @pytest.mark.long

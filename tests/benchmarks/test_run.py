@@ -5,7 +5,9 @@ import torch
 
 from benchmarks import bench_sample_token, bench_thought_attention, bench_thought_decode, command
 from benchmarks.baselines.head import SAMPLERS
+from benchmarks.harness import machine
 from benchmarks.harness.candidate import Candidate
+from benchmarks.harness.clock import Timing
 from benchmarks.harness.compare import compare
 from benchmarks.harness.machine import ceilings, describe
 from benchmarks.report import pages, results_file, tables
@@ -77,8 +79,22 @@ def test_a_narrower_run_writes_only_its_json(tmp_path, monkeypatch, capsys):
 def test_running_out_of_time_is_reported(tmp_path):
     file = tmp_path / "rows.json"
     main(["--op", "naive", "--smoke", *TINY, "--minutes", "0", "--json", str(file)])
-    (row,) = results_file.load(file)["rows"]
-    assert row["note"] == "not run: out of time" and row["seconds"] is None
+    rows = results_file.load(file)["rows"]
+    assert [row["candidate"] for row in rows] == ["batched", "naive", "careful naive"]
+    assert all(row["note"] == "not run: out of time" and row["seconds"] is None for row in rows)
+
+
+def test_goals_are_those_of_what_ran(tmp_path, monkeypatch, capsys):
+    """Not those of rows that the file has from before, and none of the smallest cases."""
+    file, small = tmp_path / "rows.json", bench_sample_token.smoke(CPU)
+    monkeypatch.setattr(bench_sample_token.BENCHMARK, "cases", lambda device, full: small)
+    main(["--op", "branches", "--smoke", *TINY, "--against", "SDPA, repeated", "--json", str(file)])
+    assert "Goals" not in capsys.readouterr().out
+    main(["--op", "sample_token", *TINY, "--against", "matmul, softmax, multinomial", "--json", str(file)])
+    printed = capsys.readouterr().out
+    goals = printed[printed.index("\nGoals") :]
+    assert "sample_token, speedup over matmul, softmax, multinomial" in goals and "branches" not in goals
+    assert "not measured" not in goals and not any(line.startswith("Written") for line in printed.splitlines())
 
 
 def test_a_wrong_result_of_ours_fails_the_run(monkeypatch, tmp_path):
@@ -102,8 +118,9 @@ def test_ours_comes_first_and_stays_where_it_fails_beside_its_baselines(tmp_path
     file = tmp_path / "rows.json"
     with pytest.raises(SystemExit, match="the device is gone"):
         main(["--op", "sample_token", "--smoke", *TINY, "--ours-first", "--json", str(file)])
-    (row,) = results_file.load(file)["rows"]
+    row, *others = results_file.load(file)["rows"]
     assert seen == [0, len(SAMPLERS)] and row["seconds"] and row["note"] == ""
+    assert all(other["note"] == results_file.NOT_REACHED for other in others)
 
 
 def test_a_page_and_plots_are_written_from_the_json(smoke, results):
@@ -116,6 +133,37 @@ def test_a_page_and_plots_are_written_from_the_json(smoke, results):
     assert results_file.load(smoke / "rows") == results
     assert set(results["machine"]["served_by"].values()) == {"cpu"}
     assert results["machine"]["instructions"] == _library.instruction_set()
+
+
+WAYS = ["memory copy", "memory copy in a graph", "kernel", "kernel in a graph"]
+
+
+@pytest.mark.parametrize("fastest", range(4))
+def test_the_copy_of_a_gpu_is_the_fastest_of_four_ways(monkeypatch, fastest):
+    """By a memory copy and by a kernel, each in a CUDA graph and outside of one; all of them copy, and all are reported."""
+    rand, seen, numbers = torch.randn, [], 64 * 16384
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **more: rand(*shape, **more))
+    targets = []
+    monkeypatch.setattr(torch, "empty_like", lambda x: targets.append((x, x.new_zeros(x.shape))) or targets[-1][1])
+
+    def measure(candidates, device, graph=None):
+        (run,) = candidates["run"]
+        run()
+        if device.type == "cuda" and graph is not None:
+            source, target = targets[0]
+            assert torch.equal(source, target), "it doesn't copy"
+            target.zero_()
+            seen.append(graph)
+        return {"run": Timing([1e-3 if len(seen) - 1 == fastest else 2e-3])}
+
+    monkeypatch.setattr(machine, "measure", measure)
+    rates = ceilings(torch.device("cuda"), [torch.bfloat16], 64)
+    assert seen == [False, True, False, True]
+    assert rates["copy"] == pytest.approx(2 * 4 * numbers / 1e-3)
+    assert {name: rate == rates["copy"] for name, rate in rates.items() if name.startswith("copy, ")} == {
+        f"copy, {way}": i == fastest for i, way in enumerate(WAYS)
+    }
+    assert rates.keys() == {"copy", "bfloat16", *(f"copy, {way}" for way in WAYS)}
 
 
 def test_peak_rates_are_above_those_of_libraries(monkeypatch):
@@ -141,8 +189,8 @@ def test_runs_of_other_instructions_do_not_add_up(tmp_path):
     file = tmp_path / "rows.json"
     main(["--op", "sample_token", "--smoke", *TINY, "--json", str(file)])
     old = results_file.load(file)
-    for machine, kept in ((old["machine"] | {"instructions": "other"}, False), ({"device": old["machine"]["device"]}, True)):
-        results_file.save(old | {"machine": machine, "ceilings": {"copy": 1e15}}, file)
+    for other, kept in ((old["machine"] | {"instructions": "other"}, False), ({"device": old["machine"]["device"]}, True)):
+        results_file.save(old | {"machine": other, "ceilings": {"copy": 1e15}}, file)
         main(["--op", "naive", "--smoke", *TINY, "--json", str(file)])
         new = results_file.load(file)
         assert ("sample_token" in {row["op"] for row in new["rows"]}) == (new["ceilings"]["copy"] == 1e15) == kept

@@ -1,0 +1,152 @@
+"""Profiles as text: hardware counters of the attention kernels, and the kernels of a training step that take most of its time.
+
+    python -m benchmarks.gpu.profiles counters --out counters.txt    by Nsight Compute's ncu, of one forward and backward
+    python -m benchmarks.gpu.profiles kernels --out kernels.txt      by PyTorch's profiler, of a step of the 0.6B shape
+
+Counters need ncu on PATH and the right to read them; clocks stay as they are. Units are ncu's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import bench_step, bench_thought_attention
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.case import Case
+from benchmarks.report import results_file
+
+LARGEST = 20  # kernels of a step
+KERNELS = "regex:^attention_(forward|backward_queries|backward_keys)$"
+# Shares of a GPU's peak: products, exponentials, instructions. Bytes from L2 and from memory. And what warps wait for, in warps
+# per issued instruction; gmma is the product of a warp group.
+STALLS = (
+    "long_scoreboard",
+    "short_scoreboard",
+    "wait",
+    "barrier",
+    "gmma",
+    "math_pipe_throttle",
+    "mio_throttle",
+    "not_selected",
+)
+METRICS = [
+    "gpu__time_duration.sum",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "lts__t_bytes.sum",
+    "lts__t_bytes.sum.per_second",
+    "lts__t_sector_hit_rate.pct",
+    "dram__bytes.sum",
+    "dram__bytes.sum.per_second",
+    *(f"smsp__average_warps_issue_stalled_{stall}_per_issue_active.ratio" for stall in STALLS),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=WAYS)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--out", type=Path, help="write the text to this file, too")
+    args = parser.parse_args()
+    text, last = WAYS[args.what](args.device)
+    print(text)
+    if args.out and text:
+        results_file.write(text, args.out)
+        last += f", in {args.out.name}"
+    print(last)
+
+
+def case_of(benchmark: Benchmark, device: torch.device, grid: str, what: str) -> Case:
+    """On a CPU the smallest one."""
+    cases = benchmark.cases(device, False) if device.type == "cuda" else benchmark.smoke(device)
+    return next(case for case in cases if case.grid == grid and case.what == what)
+
+
+def counters(device: torch.device) -> tuple[str, str]:
+    """A table of the metrics by kernel, of a forward and backward at L 2048."""
+    if not (ncu := shutil.which("ncu")):
+        return "", "ncu is not on PATH"
+    command = [ncu, "--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "function"]
+    command += ["--kernel-name", KERNELS, "--metrics", ",".join(METRICS), "--csv", "--page", "raw"]
+    command += [sys.executable, "-m", "benchmarks.gpu.profiles", "call", "--device", str(device)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or '"Kernel Name"' not in done.stdout:
+        sys.exit("\n".join([*done.stdout.splitlines(), *done.stderr.splitlines()][-20:]))
+    return counters_table(done.stdout)
+
+
+def counters_table(output: str) -> tuple[str, str]:
+    """ncu's CSV turned around: a line for each metric, a column for each kernel launched.
+
+    Its rows are launches, below their units, or by its version one metric of a launch each.
+    """
+    header, *rows = [row for row in csv.reader(io.StringIO(output[output.index('"ID"') :])) if len(row) > 1]
+    place = {name: i for i, name in enumerate(header)}
+    names, found, units = {}, defaultdict(dict), {}  # by launch
+    for row in rows:
+        launch = row[place["ID"]]
+        if not launch:
+            units = {metric: row[place[metric]] for metric in METRICS if metric in place}
+            continue
+        names[launch] = row[place["Kernel Name"]], row[place["Grid Size"]]
+        if "Metric Name" in place:
+            metric = row[place["Metric Name"]]
+            units[metric], found[metric][launch] = row[place["Metric Unit"]], row[place["Metric Value"]]
+        else:
+            for metric in units:
+                found[metric][launch] = row[place[metric]]
+    wide = max(map(len, METRICS)) + 16
+    lines = [
+        f"{title:{wide}}" + "".join(f"{name[i][:26]:>28}" for name in names.values()) for i, title in enumerate(("", "grid"))
+    ]
+    for metric in METRICS:
+        title = f"{metric} [{units[metric]}]" if units.get(metric) else metric
+        lines.append(f"{title:{wide}}" + "".join(f"{found[metric].get(launch, 'n/a'):>28}" for launch in names))
+    return "\n".join(lines), f"{len([x for x in METRICS if found[x]])} of {len(METRICS)} metrics, {len(names)} launches"
+
+
+def call(device: torch.device) -> tuple[str, str]:
+    """What ncu watches."""
+    case = case_of(bench_thought_attention.BENCHMARK, device, "text", "forward+backward")
+    case.call(bench_thought_attention.OURS.prepare(case), case.inputs(seed=1))
+    return "", "called"
+
+
+def kernels(device: torch.device) -> tuple[str, str]:
+    """The largest kernels of a training step, after two others; on a CPU its operators."""
+    case = case_of(bench_step.BENCHMARK, device, "0.6B", "training step")
+    step, inputs = bench_step.OURS.prepare(case), case.inputs(seed=1)
+    for _ in range(2):
+        case.call(step, inputs)
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiled:
+        case.call(step, inputs)
+        if gpu:
+            torch.cuda.synchronize()
+    found = [(x.self_device_time_total if gpu else x.self_cpu_time_total, x.count, x.key) for x in profiled.key_averages()]
+    total, largest = sum(time for time, *_ in found), sorted(found, reverse=True)[:LARGEST]
+    lines = [f"{case}", f"{'ms':>9} {'share':>6} {'calls':>6}  {'kernel' if gpu else 'operator'}"]
+    lines += [f"{time / 1e3:9.2f} {time / total:6.1%} {count:6}  {name[:100]}" for time, count, name in largest]
+    return "\n".join(
+        lines
+    ), f"{LARGEST} of {len(found)} kernels, {sum(x for x, *_ in largest) / total:.0%} of {total / 1e3:.0f} ms"
+
+
+WAYS: dict[str, Callable[[torch.device], tuple[str, str]]] = {"counters": counters, "kernels": kernels, "call": call}
+
+if __name__ == "__main__":
+    main()
