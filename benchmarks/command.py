@@ -61,11 +61,10 @@ def main(benchmarks: Sequence[Benchmark], doc: str | None, argv: Sequence[str] |
     write([waiting for benchmark, case in found for waiting in not_reached(args, benchmark, case)])
     effort = SMOKE if args.smoke else FULL if args.full else QUICK
     deadline = began + 60 * args.minutes
-    for alone in (True, False) if args.ours_first else (False,):
-        for of_case in run(args, found, results["ceilings"], effort, deadline, write, alone):
-            write(of_case)
-            tables.print_case([row.as_dict() for row in of_case])
-            failed |= {row.key: row for row in of_case if row.is_ours and row.note.startswith(FAILED)}
+    for of_case in run(args, found, results["ceilings"], effort, deadline, write):
+        write(of_case)
+        tables.print_case([row.as_dict() for row in of_case])
+        failed |= {row.key: row for row in of_case if row.is_ours and row.note.startswith(FAILED)}
     if not args.smoke:
         tables.print_goals(results | {"rows": mine})
     if args.results or not (args.op or args.grid or args.sizes or args.smoke or args.against is not None):
@@ -98,7 +97,6 @@ def make_parser(benchmarks: Sequence[Benchmark], doc: str | None) -> argparse.Ar
     parser.add_argument("--full", action="store_true", help="the whole grid and more rounds, without a time limit")
     parser.add_argument("--smoke", action="store_true", help="the smallest cases, to see whether all runs; ignore the times")
     parser.add_argument("--list", action="store_true", help="show what would run, and which baselines can't")
-    parser.add_argument("--ours-first", action="store_true", help="run all cases without baselines first, then again with them")
     parser.add_argument("--json", type=Path, help="write the rows to this file after each case; it keeps those of other cases")
     parser.add_argument("--minutes", type=float, help=f"start no case after this time; default {MINUTES}, no limit with --full")
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,19 +191,17 @@ def run(
     effort: Effort,
     deadline: float,
     write: Callable[[list[Row]], None],
-    alone: bool,
 ) -> Iterator[list[Row]]:
     """The rows of each case. A case that fails as a whole, or would start after the deadline, has one row with the reason.
 
     Args:
         write: is called with the rows of a case so far.
-        alone: without the baselines.
     """
     for benchmark, case in found:
         if time.monotonic() >= deadline:
             yield not_reached(args, benchmark, case, OUT_OF_TIME)
             continue
-        against = [] if alone else baselines(args, benchmark, case)
+        against = baselines(args, benchmark, case)
         try:
             if benchmark.compare:
                 yield benchmark.compare(case, benchmark.ours, against, rates, effort)

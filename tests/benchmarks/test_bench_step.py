@@ -1,13 +1,15 @@
 """The published schedule has our losses and gradients, and keeps more memory the more passes it makes."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.baselines import published_schedule
 from benchmarks.baselines.published_schedule import PublishedSchedule
-from benchmarks.bench_step import OURS, PUBLISHED, StepCase
+from benchmarks.bench_step import LIGER, OURS, PUBLISHED, StepCase
 from benchmarks.harness.case import Wrong
 from quietstar import QuietStar
 from tests.quietstar.common import kept_for_backward
@@ -55,6 +57,26 @@ def test_a_candidate_with_other_layers_is_refused():
     norm = function.qs.model.model.layers[0].input_layernorm
     norm.forward = lambda x: type(norm).forward(norm, x) * 1.5
     with pytest.raises(Wrong, match="loss_ce differs"):
+        TINY.check(function)
+
+
+def test_ligers_layers_stay_in_their_model(monkeypatch):
+    """Liger also changes the classes of models to come, among them the one that it is compared with."""
+    from transformers.models.llama import modeling_llama
+
+    def apply(rope, fused_linear_cross_entropy, model):
+        assert not rope and not fused_linear_cross_entropy
+        modeling_llama.LlamaRMSNorm = torch.nn.Identity
+        for layer in model.model.layers:
+            layer.input_layernorm.forward = torch.nn.Identity()
+
+    liger = SimpleNamespace(apply_liger_kernel_to_llama=apply)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    norm = modeling_llama.LlamaRMSNorm
+    function = LIGER.prepare(TINY)
+    assert modeling_llama.LlamaRMSNorm is norm
+    with pytest.raises(Wrong, match="differs"):
         TINY.check(function)
 
 

@@ -36,7 +36,7 @@ def python(code):
 
 
 def benchmark(results, *ops):
-    return step(benchmark=[*RUN, "--ours-first", "--op", *ops, "--json", str(results.path)])
+    return step(benchmark=[*RUN, "--op", *ops, "--json", str(results.path)])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
