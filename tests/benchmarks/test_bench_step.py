@@ -68,7 +68,7 @@ def test_ligers_layers_stay_in_their_model(monkeypatch):
         assert not rope and not fused_linear_cross_entropy
         modeling_llama.LlamaRMSNorm = torch.nn.Identity
         for layer in model.model.layers:
-            layer.input_layernorm.forward = torch.nn.Identity()
+            layer.input_layernorm.forward = lambda x: x
 
     liger = SimpleNamespace(apply_liger_kernel_to_llama=apply)
     monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=liger))
