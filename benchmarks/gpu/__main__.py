@@ -87,8 +87,8 @@ def listed(stages: Sequence[Stage]) -> Iterator[str]:
         if stage.name in ROWS:
             args = parser.parse_args([*ROWS[stage.name].options, "--device", "cuda"])
             for benchmark, case in command.select([*BENCHMARKS.values()], args):
-                against = ", ".join(candidate.name for candidate in command.baselines(args, benchmark, case))
-                yield f"{'':17}{case}{f'; against {against}' if against else ''}"
+                against = "; ".join(candidate.name for candidate in command.baselines(args, benchmark, case))
+                yield f"{'':17}{case}{f', against {against}' if against else ''}"
     yield f"{at:.0f} s together"
 
 
