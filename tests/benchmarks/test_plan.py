@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import subprocess
 
 import pytest
 import torch
@@ -152,6 +153,15 @@ def test_counters_are_turned_into_a_table(rows):
     assert lines[0].split() == KERNELS and lines[2].split() == [METRICS[0], "[usecond]", "10,024", "11,024"]
     assert lines[3].split()[1:] == ["[%]", "42.5", "42.5"] and lines[4].split() == [METRICS[2], "n/a", "n/a"]
     assert len(lines) == 2 + len(METRICS) and last == f"2 of {len(METRICS)} metrics, 2 launches"
+
+
+def test_the_list_of_wheels_is_found_by_make():
+    """`make gpu-wheels` cuts it out of a page with this command."""
+    (cut,) = re.findall(r"sed -n '([^']+)' (\S+) \| grep '=='", (ROOT / "Makefile").read_text())
+    found = subprocess.run(["sed", "-n", *cut], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    wheels = [line for line in found if "==" in line]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in wheels) and len(wheels) == len({*wheels})
+    assert {"flash-attn-4", "liger-kernel", "trl"} <= {line.partition("==")[0] for line in wheels}
 
 
 def test_a_candidate_names_its_version():
