@@ -29,6 +29,7 @@ SEED = 1
 # For a whole model, since rounding accumulates over the layers.
 STEP_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 WHOLE_STEP = "whole step"
+CHECKPOINTING = "activation_checkpointing", "gradient_checkpointing"  # its name in newer versions of transformers, and in 5.17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class Step:
         self.folder = tempfile.TemporaryDirectory()
         words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1} | {str(i): i for i in range(2, case.V)}, "<pad>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        fields = GRPOConfig.__dataclass_fields__
         config = GRPOConfig(
             self.folder.name,
             per_device_train_batch_size=case.B * case.C,
@@ -137,7 +139,7 @@ class Step:
             report_to="none",
             use_cpu=case.device.type == "cpu",
             bf16=False,
-            activation_checkpointing=case.checkpointing,
+            **{next(name for name in CHECKPOINTING if name in fields): case.checkpointing},
         )
         self.trainer = trainer_class(
             case.model(),

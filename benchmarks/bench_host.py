@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work
-from benchmarks.harness.compare import Effort, Row, blank
+from benchmarks.harness.compare import Effort, Row, Write, blank, nowhere
 
 ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
@@ -57,21 +58,28 @@ class HostCase(Case):
 
 
 def measured(case: HostCase) -> Callable[[], dict[str, float]]:
-    """A function that measures in a process of its own and returns the seconds of each part."""
-    command = [sys.executable, "-m", "benchmarks.host.time_calls", case.what]
-    command += ["--device", str(case.device), "--rounds", str(case.rounds)]
+    """A function that returns the seconds of each part of the op's call."""
+    return lambda: _all(str(case.device), case.rounds)[case.what]
 
-    def run() -> dict[str, float]:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
-        return json.loads(done.stdout)[case.what]
 
-    return run
+@cache
+def _all(device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Those of all ops, measured in a process of its own. Its exception is not remembered."""
+    command = [sys.executable, "-m", "benchmarks.host.time_calls", "--device", device, "--rounds", str(rounds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
 
 
 def compare(
-    case: HostCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+    case: HostCase,
+    ours: Candidate,
+    baselines: Sequence[Candidate],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Write = nowhere,
 ) -> list[Row]:
     """A row for the call and one for each part of it."""
     seconds = case.call(ours.prepare(case), {})
@@ -95,7 +103,7 @@ def candidates(case: HostCase) -> list[Candidate]:
 def cases(device: torch.device, full: bool) -> Iterator[HostCase]:
     """First the ops that have a goal."""
     for what in OPS:
-        yield HostCase(what=what, grid="headline", device=device, rounds=2000 if full else 400)
+        yield HostCase(what=what, grid="headline", device=device, rounds=2000 if full else 200)
 
 
 def smoke(device: torch.device) -> list[HostCase]:

@@ -23,7 +23,7 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
-from benchmarks.harness.compare import Effort, Row, blank, fill
+from benchmarks.harness.compare import Effort, Row, Write, blank, fill, nowhere
 from benchmarks.harness.memory import peak_memory
 from quietstar import QuietStar, ThoughtConfig
 
@@ -103,7 +103,12 @@ def make_step(case: MemoryCase, chunk: int | None) -> Step:
 
 
 def compare(
-    case: MemoryCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+    case: MemoryCase,
+    ours: Candidate,
+    baselines: Sequence[Candidate],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Write = nowhere,
 ) -> list[Row]:
     """A row for each candidate, from a single run.
 

@@ -29,7 +29,7 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong
-from benchmarks.harness.compare import Effort, Row, blank, fill
+from benchmarks.harness.compare import Effort, Row, Write, blank, fill, nowhere
 from benchmarks.harness.memory import peak_memory
 from benchmarks.report import units
 from quietstar import QuietStar, ThoughtConfig
@@ -76,7 +76,12 @@ class NaiveCase(Case):
 
 @torch.no_grad()
 def compare(
-    case: NaiveCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+    case: NaiveCase,
+    ours: Candidate,
+    baselines: Sequence[Candidate],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Write = nowhere,
 ) -> list[Row]:
     """A row for each method. They are checked at a few positions before they are timed, and at all positions afterwards.
 

@@ -26,7 +26,7 @@ from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong, judge
-from benchmarks.harness.compare import Effort, Row, as_note, blank, fill
+from benchmarks.harness.compare import Effort, Row, Write, as_note, blank, check_device, fill, nowhere
 from benchmarks.harness.memory import peak_memory
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.testing import byte_tokenizer
@@ -144,7 +144,12 @@ class Packed(Way):
 
 
 def compared(
-    case: OnlineCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+    case: OnlineCase,
+    ours: Candidate,
+    baselines: Sequence[Candidate],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Write = nowhere,
 ) -> list[Row]:
     """Time and memory of one run of each, since a baseline takes minutes, with a run of ours after it.
 
@@ -168,11 +173,13 @@ def compared(
             row.times_ours = 1.0 if row.is_ours else seconds / once(case, mine, inputs)[1]
         except Exception as error:  # as in ``compare``
             row.note = as_note(error)
+            check_device(case.device, error)
             continue
         fill(row, case, rates, seconds)
         row.rounds, row.note = 1, f"thoughts of {float(case.lengths.float().mean()):.0f} tokens"
         if differ:
             row.note += f", {differ} differ because of rounding"
+        write(rows)
     return rows
 
 
@@ -202,13 +209,13 @@ def cases(device: torch.device, full: bool) -> Iterator[OnlineCase]:
     if full:
         yield headline
         yield replace(headline, what="rollout")
-    yield replace(headline, grid="short", B=4 if device.type == "cuda" else 1, P=4, T=64)
+    yield replace(headline, grid="short", **({"P": 2, "T": 32} if device.type == "cuda" else {"B": 1, "P": 4, "T": 64}))
 
 
 def smoke(device: torch.device) -> list[OnlineCase]:
     """The smallest cases that run every candidate."""
     tiny = OnlineCase(B=1, L=12, P=2, N=2, T=6, layers=1, D=32, I=48, H=2, G=1, V=80, device=device)
-    return [tiny, replace(tiny, what="rollout")]
+    return [replace(tiny, grid="short"), replace(tiny, what="rollout")]
 
 
 BENCHMARK = Benchmark(OnlineCase.op, OURS, candidates, cases, smoke, compared)

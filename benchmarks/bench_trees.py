@@ -18,7 +18,7 @@ from benchmarks.baselines.trees import BASELINES, TreeCase, sizes, times_the_pai
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
-from benchmarks.harness.compare import Effort, Row, compare
+from benchmarks.harness.compare import Effort, Row, Write, compare, nowhere
 from quietstar_kernels import thought_attention
 
 
@@ -42,10 +42,15 @@ def smoke(device: torch.device) -> list[TreeCase]:
 
 
 def with_pairs(
-    case: TreeCase, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort
+    case: TreeCase,
+    ours: Candidate,
+    baselines: Sequence[Candidate],
+    rates: dict[str, float],
+    effort: Effort,
+    write: Write = nowhere,
 ) -> list[Row]:
     """``compare``, with the pairs that each baseline computes beside its time."""
-    rows = compare(case, ours, baselines, rates, effort)
+    rows = compare(case, ours, baselines, rates, effort, write)
     for row, baseline in zip(rows[1:], baselines, strict=True):
         if row.seconds is not None:
             row.note = f"{times_the_pairs(case, baseline):.2f} times the pairs"

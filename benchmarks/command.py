@@ -16,7 +16,7 @@ import torch
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Case
-from benchmarks.harness.compare import FAILED, FULL, QUICK, SMOKE, Effort, Row, as_note, blank, compare
+from benchmarks.harness.compare import FAILED, FULL, QUICK, SMOKE, Effort, Row, as_note, blank, check_device, compare
 from benchmarks.harness.machine import ceilings, describe, device_name
 from benchmarks.report import pages, results_file, tables, units
 from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME
@@ -128,8 +128,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def select(benchmarks: Sequence[Benchmark], args: argparse.Namespace) -> list[tuple[Benchmark, Case]]:
-    """The cases to run: the first of every op, then the second, and so on, so that a time limit drops the least important."""
-    chosen = [benchmark for benchmark in benchmarks if not args.op or benchmark.op in args.op]
+    """The cases to run: the first of every op in the order of ``--op``, then the second, and so on, so that a time limit drops
+    the least important."""
+    chosen = [benchmark for op in args.op for benchmark in benchmarks if benchmark.op == op] or benchmarks
     every = [[(b, case) for case in (b.smoke(args.device) if args.smoke else b.cases(args.device, args.full))] for b in chosen]
     if args.sizes:
         every = [
@@ -178,7 +179,7 @@ def begin(args: argparse.Namespace, dtypes: Sequence[torch.dtype], command: str)
         before = results_file.load(args.json)
         if all(before["machine"].get(name, machine[name]) == machine[name] for name in ("device", "instructions")):
             rates |= {name: max(rate, rates.get(name, 0.0)) for name, rate in before["ceilings"].items()}
-            rows = [results_file.under(rates, row) for row in before["rows"]]
+            rows = [results_file.under(rates, results_file.dated(row, before["machine"])) for row in before["rows"]]
             commands = dict.fromkeys([*before["command"].split(AND), command])
             results = before | results | {"ceilings": rates, "rows": rows, "command": AND.join(commands)}
     return results
@@ -203,11 +204,9 @@ def run(
             continue
         against = baselines(args, benchmark, case)
         try:
-            if benchmark.compare:
-                yield benchmark.compare(case, benchmark.ours, against, rates, effort)
-            else:
-                yield compare(case, benchmark.ours, against, rates, effort, write)
+            yield (benchmark.compare or compare)(case, benchmark.ours, against, rates, effort, write)
         except Exception as error:
+            check_device(case.device, error)
             row = blank(case, benchmark.ours, as_note(error))
             row.is_ours = True
             yield [row]

@@ -58,8 +58,9 @@ def no_flex_backward(case: PackedCase) -> str | None:
 def no_flex_flash(case: PackedCase) -> str | None:
     if case.device.type != "cuda":
         return "this kernel is for GPUs"
-    here = find_spec("flash_attn") and find_spec("flash_attn.cute")
-    return None if here else "flash_attn.cute, which this back end calls, is not installed here"
+    if not (find_spec("flash_attn") and find_spec("flash_attn.cute")):
+        return "flash_attn.cute, which this back end calls, is not installed here"
+    return None if find_spec("cutlass") else "nvidia-cutlass-dsl, which flash_attn.cute needs, is not installed here"
 
 
 def no_flash_prefix(case: PackedCase) -> str | None:

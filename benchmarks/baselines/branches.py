@@ -88,21 +88,26 @@ class BranchCase(Case):
         return self.M - self.skipped
 
     def sees(self, row: Tensor, key: Tensor) -> Tensor:
-        """Whether query rows see packed keys. Both are integer tensors that broadcast."""
-        anchor, start, end = self._tables
+        """Whether query rows see packed keys. Both are integer tensors that broadcast.
+
+        Of what FlexAttention's FLASH back end knows in PyTorch 2.11: comparisons, and int32 tensors indexed by rows.
+        """
+        anchor, oldest, start, end = self._tables
         row = row + self.skipped
-        text = (key <= anchor[row]) & (key >= self.layout.lo[0].long()[anchor[row]])
-        last = end[row] if self.layout.own == "full" else torch.minimum(row + 1, end[row])
-        return text | ((key >= start[row]) & (key < last))
+        own = (key >= start[row]) & (key < end[row])
+        return ((key <= anchor[row]) & (key >= oldest[row])) | (own if self.layout.own == "full" else own & (key <= row))
 
     @cached_property
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 [M] each: the text position a row is at, and where its own rows start and end; nowhere for text."""
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """int32 [M] each: the text position a row is at, the first that it sees, and where its own rows start and end; nowhere
+        for text."""
         layout, branches = self.layout, self.layout.branches
         t = torch.arange(layout.L, device=self.device)
         start = layout.L + branches.column(START)[0]
         anchor = torch.cat([t, branches.column(ANCHOR)[0]])
-        return anchor, torch.cat([0 * t, start]), torch.cat([0 * t, start + branches.column(LENGTH)[0]])
+        own = torch.cat([0 * t, start]), torch.cat([0 * t, start + branches.column(LENGTH)[0]])
+        anchor, oldest, *own = (x.int() for x in (anchor, layout.lo[0][anchor], *own))
+        return anchor, oldest, own[0], own[1]
 
     @cached_property
     def sequences(self) -> list[Tensor]:
@@ -123,10 +128,10 @@ class BranchCase(Case):
 
     @property
     def pairs(self) -> int:
-        row = torch.arange(self.rows, device=self.device)
-        anchor, start, end = (x[row + self.skipped] for x in self._tables)
-        last = end if self.layout.own == "full" else torch.minimum(row + self.skipped + 1, end)
-        return int((anchor + 1 - self.layout.lo[0][anchor] + (last - start).clamp(min=0)).sum())
+        row = torch.arange(self.skipped, self.M, device=self.device)
+        anchor, oldest, start, end = (x[row].long() for x in self._tables)
+        last = end if self.layout.own == "full" else torch.minimum(row + 1, end)
+        return int((anchor + 1 - oldest + (last - start).clamp(min=0)).sum())
 
     @property
     def pairs_repeated(self) -> int:

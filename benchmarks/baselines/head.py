@@ -153,7 +153,11 @@ def _for_hopper(package: str, module: str, rows: int = 1, ids: int = 1) -> Calla
             return reason
         if torch.cuda.get_device_capability(case.device) != (9, 0):
             return "it is for Hopper"
-        if importlib.util.find_spec(module) is None:
+        try:  # a module's folder is imported to find it
+            found = importlib.util.find_spec(module)
+        except ImportError as error:
+            return f"{module} can't be imported: {error}"
+        if found is None:
             return f"{package} {package_version(package)} has no {module}"
         if case.R % rows or case.V % ids:
             return f"it takes rows by {rows} and ids by {ids}"

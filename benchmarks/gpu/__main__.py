@@ -33,7 +33,7 @@ from benchmarks.report.missing import missing
 
 # Use Triton's kernels, in its interpreter, wherever an operation chooses a back end, and no compiler for CPUs.
 REHEARSAL = {"TRITON_INTERPRET": "1", "QUIETSTAR_BACKEND": "triton", "TORCHDYNAMO_DISABLE": "1"}
-PAGE = 8 / 60  # minutes before the deadline, for pages and plots
+SPARE = 0.25  # minutes before the deadline, for the start of the program, pages and plots
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(2)  # the default of benchmarks.run; the device's name includes them
     usual = sum(minutes for name, (minutes, _) in STAGES.items() if not args.stage or name in args.stage)
     minutes = usual if args.minutes is None else args.minutes
-    if minutes <= 2 * PAGE:
-        parser.error(f"--minutes must be more than {2 * PAGE:.1f}, got {minutes:g}")
+    if minutes <= 2 * SPARE:
+        parser.error(f"--minutes must be more than {2 * SPARE:.1f}, got {minutes:g}")
     device = torch.device("cpu" if args.rehearse else "cuda")
     name = f"{slug(device_name(device))}.json" if args.rehearse or torch.cuda.is_available() else "device.json"
-    spare = 0.0 if args.list else PAGE
+    spare = 0.0 if args.list else SPARE
     stages = Plan(args.results / name, MINUTES * (minutes - spare) / usual, args.rehearse).stages(args.stage)
     if args.list:
         return print("\n".join(listed(stages)))
@@ -84,8 +84,10 @@ def listed(stages: Sequence[Stage]) -> Iterator[str]:
     for stage in stages:
         yield f"{at:4.0f} s to {at + stage.seconds:3.0f} s  {stage.name}: {STAGES[stage.name][1]}"
         at += stage.seconds
-        if stage.name in ROWS:
-            args = parser.parse_args([*ROWS[stage.name].options, "--device", "cuda"])
+        for name in ROWS:
+            if name.partition(",")[0] != stage.name:
+                continue
+            args = parser.parse_args([*ROWS[name].options, "--device", "cuda"])
             for benchmark, case in command.select([*BENCHMARKS.values()], args):
                 against = "; ".join(candidate.name for candidate in command.baselines(args, benchmark, case))
                 yield f"{'':17}{case}{f', against {against}' if against else ''}"

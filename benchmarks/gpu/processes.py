@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CACHES = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}  # flash-attn-4 keeps what it compiles for the next process
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -55,6 +56,7 @@ class _Running:
     def __init__(self, title: str, command: list[str], environment: dict[str, str], log: Log):
         log.add(f"{title} $ {' '.join(command)}")
         self.command = tuple(command)
+        self.code: int | None = None
         self.began = self.ended = time.monotonic()
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -78,22 +80,22 @@ class _Running:
             log.add(f"{title} | {line}")
         self.ended = time.monotonic()
 
-    def outcome(self, seconds: float) -> Outcome:
-        """Wait for at most ``seconds``, then stop the process and all that it started."""
-        code: int | None
-        try:
-            code = self.process.wait(max(0.1, seconds))
-        except subprocess.TimeoutExpired:
-            code = None
-        self.stop()
+    def wait(self, seconds: float) -> None:
+        """For at most ``seconds``. ``code`` stays None if it still runs then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.code = self.process.wait(max(0.1, seconds))
+
+    def outcome(self) -> Outcome:
+        """After ``stop``."""
+        self.process.wait()
         self.reader.join(5)
-        ended = time.monotonic() if code is None else self.ended
-        return Outcome(code, "".join(self.lines), ended - self.began, self.command)
+        ended = time.monotonic() if self.code is None else self.ended
+        return Outcome(self.code, "".join(self.lines), ended - self.began, self.command)
 
     def stop(self) -> None:
+        """Kill the process and all that it started, without waiting for their end."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def _die_with_parent() -> None:
@@ -112,16 +114,18 @@ def run_together(
             that nothing has to be installed.
     """
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"} | (variables or {})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"} | CACHES | (variables or {})
     deadline = time.monotonic() + limit
     running: dict[str, _Running] = {}
     try:
         for name, command in commands.items():
             running[name] = _Running(f"{stage}, {name}", command, environment, log)
-        outcomes = {name: process.outcome(deadline - time.monotonic()) for name, process in running.items()}
-    finally:
         for process in running.values():
+            process.wait(deadline - time.monotonic())
+    finally:
+        for process in running.values():  # all at once: a process on a GPU takes its time to end
             process.stop()
+    outcomes = {name: process.outcome() for name, process in running.items()}
     for name, outcome in outcomes.items():
         log.add(f"{stage}, {name} = {outcome.end}, {outcome.seconds:.1f} s")
     return outcomes

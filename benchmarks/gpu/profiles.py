@@ -55,6 +55,12 @@ METRICS = [
     *(f"smsp__average_warps_issue_stalled_{stall}_per_issue_active.ratio" for stall in STALLS),
 ]
 
+SURE = [
+    x
+    for x in METRICS
+    if x.startswith(("gpu__time", "smsp__issue", "lts__t_bytes.sum", "dram__bytes.sum")) or "inst_executed" in x
+]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,13 +86,14 @@ def counters(device: torch.device) -> tuple[str, str]:
     """A table of the metrics by kernel, of a forward and backward at L 2048."""
     if not (ncu := shutil.which("ncu")):
         return "", "ncu is not on PATH"
-    command = [ncu, "--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "function"]
-    command += ["--kernel-name", KERNELS, "--metrics", ",".join(METRICS), "--csv", "--page", "raw"]
-    command += [sys.executable, "-m", "benchmarks.gpu.profiles", "call", "--device", str(device)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or '"Kernel Name"' not in done.stdout:
-        sys.exit("\n".join([*done.stdout.splitlines(), *done.stderr.splitlines()][-20:]))
-    return counters_table(done.stdout)
+    watched = [ncu, "--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "function"]
+    watched += ["--kernel-name", KERNELS, "--csv", "--page", "raw"]
+    called = [sys.executable, "-m", "benchmarks.gpu.profiles", "call", "--device", str(device)]
+    for metrics in (METRICS, SURE):  # an older ncu may refuse all for one name that it doesn't know
+        done = subprocess.run([*watched, "--metrics", ",".join(metrics), *called], capture_output=True, text=True)
+        if done.returncode == 0 and '"Kernel Name"' in done.stdout:
+            return counters_table(done.stdout)
+    return sys.exit("\n".join([*done.stdout.splitlines(), *done.stderr.splitlines()][-20:]))
 
 
 def counters_table(output: str) -> tuple[str, str]:
@@ -137,7 +144,8 @@ def kernels(device: torch.device) -> tuple[str, str]:
         case.call(step, inputs)
         if gpu:
             torch.cuda.synchronize()
-    found = [(x.self_device_time_total if gpu else x.self_cpu_time_total, x.count, x.key) for x in profiled.key_averages()]
+    averages = [x for x in profiled.key_averages() if not x.is_user_annotation]  # which hold kernels
+    found = [(x.self_device_time_total if gpu else x.self_cpu_time_total, x.count, x.key) for x in averages]
     total, largest = sum(time for time, *_ in found), sorted(found, reverse=True)[:LARGEST]
     lines = [f"{case}", f"{'ms':>9} {'share':>6} {'calls':>6}  {'kernel' if gpu else 'operator'}"]
     lines += [f"{time / 1e3:9.2f} {time / total:6.1%} {count:6}  {name[:100]}" for time, count, name in largest]

@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
@@ -23,11 +22,11 @@ MINUTES = 11.0  # of all stages
 # The most useful first: minutes, and what a stage is for.
 STAGES = {
     "check": (1.0, "trees, whose kernels no GPU has run; every op against plain PyTorch; the copy in four ways, clocks, L2"),
-    "sanitize": (1.0, "small cases of every kernel, alone and under memcheck and synccheck"),
+    "sanitize": (1.0, "small cases of every kernel, alone and under memcheck and synccheck; all later kernels are compiled"),
     "attention": (1.5, "our attention, alone; other tiles of the forward"),
     "profile": (1.2, "hardware counters of the three attention kernels"),
     "peers": (1.5, "attention against the strongest other kernels"),
-    "step": (1.5, "training steps of a 0.6B and an 8B shape, eager, compiled and with Liger's layers; the 20 largest kernels"),
+    "step": (1.5, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
     "rollout": (1.0, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
     "models": (1.0, "group RL end to end, trees, RLP"),
     "head": (0.5, "log-probabilities with and without kept logits, decoding, host time, sampling"),
@@ -57,18 +56,21 @@ ROWS = {
         ("text", "headline", "many pairs", "prompt", "prompts", "drafter"),
         ("FlexAttention, FLASH", "FlashMask", "SDPA, repeated prompts"),
     ),
-    "step": Rows(("step",), ("0.6B", "Llama 8B, LoRA"), ("QuietStar",)),
+    "step, 8B": Rows(("step",), ("Llama 8B, LoRA",)),
+    "step": Rows(("step",), ("0.6B", "0.6B, four layers"), ("QuietStar",)),
     "rollout": Rows(("step", "naive"), ("rollout", "headline"), ("QuietStar without a graph", "naive", "careful naive")),
     "models": Rows(
-        ("group_rl", "trees", "online"),
-        ("headline", "end to end", "short", "chain", "tree"),
-        ("TRL", "SDPA, a sequence per leaf", "FlexAttention", "anchor by anchor", "a sequence for each"),
+        ("group_rl", "trees"),
+        ("headline", "end to end", "chain", "tree"),
+        ("TRL", "SDPA, a sequence per leaf", "FlexAttention"),
     ),
+    "models, online": Rows(("online",), ("short",), ("anchor by anchor", "a sequence for each")),
     "head": Rows(
-        ("linear_logprob", "thought_decode", "host", "sample_token"),
+        ("thought_decode", "linear_logprob", "sample_token"),
         ("headline",),
         ("linear_logprob", "matmul, cross_entropy", "Liger", "Quack", "matmul, softmax, multinomial", "matmul, vLLM"),
     ),
+    "head, host": Rows(("host",), ("headline",)),
 }
 
 
@@ -118,12 +120,14 @@ class Plan:
             "check": self._check,
             "sanitize": self._sanitize,
             "attention": self._attention,
-            "profile": self._profile,
+            "profile": lambda: [self._text("counters")],
             "step": self._step,
+            "models": lambda: [self._rows("models", 0.7), self._rows("models, online")],
+            "head": lambda: [self._rows("head", 0.55), self._rows("head, host")],
             "tests": self._tests,
         }
         return [
-            Stage(name, 60 * self.minutes * minutes / MINUTES, steps.get(name, partial(self._rows, name))())
+            Stage(name, 60 * self.minutes * minutes / MINUTES, steps.get(name, lambda name=name: [self._rows(name)])())
             for name, (minutes, _) in STAGES.items()
             if not names or name in names
         ]
@@ -138,43 +142,41 @@ class Plan:
         return [_step(trees | {"check": check}, 0.8), _step({"device": device})]
 
     def _sanitize(self) -> list[Step]:
-        """The small cases alone, which compiles them, then under compute-sanitizer. Beside them, where nothing is timed, what
-        later stages launch is compiled."""
+        """The small cases alone and under compute-sanitizer, which sees where a tensor ends if PyTorch caches no memory. Beside
+        them, since nothing is timed here, what later stages launch is compiled."""
         cases = [*_module("benchmarks.gpu.small_cases"), "--device", self.device]
         few = [*cases, "--few"]
-        first = {"small cases": few if self.rehearsal else cases, "compile ahead": self._ahead()}
-        sanitizer = shutil.which("compute-sanitizer")
-        if not sanitizer:
-            return [_step(first)]
-        watched = {name: [sanitizer, "--tool", name, "--error-exitcode", "9", *few] for name in ("memcheck", "synccheck")}
-        return [_step(first, 0.5), _step(watched)]
+        commands = {"small cases": few if self.rehearsal else cases, "compile ahead": self._ahead()}
+        if sanitizer := shutil.which("compute-sanitizer"):
+            watch = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "9", "--tool"]
+            commands |= {name: [*watch, name, *few] for name in ("memcheck", "synccheck")}
+        return [_step(commands)]
 
     def _ahead(self) -> list[str]:
         command = [*_module("benchmarks.gpu.warm"), "--device", self.device, *(["--smoke"] if self.rehearsal else [])]
         return command + [word for name in ROWS for word in ("--rows", shlex.join(ROWS[name].options))]
 
     def _attention(self) -> list[Step]:
-        """The rows, then a search of tiles, which a CPU can't make."""
+        """The rows, then a search of tiles, which a CPU can't make and which prints what it has found at its end."""
         if self.rehearsal:
-            return self._rows("attention")
+            return [self._rows("attention")]
         search = [*_module("benchmarks.gpu.tiles"), "forward", "--seconds"]
-        return [*self._rows("attention", 0.7), Step(lambda seconds: {"tiles": [*search, f"{0.8 * seconds:.0f}"]})]
-
-    def _profile(self) -> list[Step]:
-        return [self._text("counters")]
+        return [self._rows("attention", 0.65), Step(lambda seconds: {"tiles": [*search, f"{max(5.0, seconds - 15):.0f}"]})]
 
     def _step(self) -> list[Step]:
-        return [*self._rows("step", 0.85), self._text("kernels")]
+        """A step of 8B takes seconds, so that it comes first, without baselines."""
+        return [self._rows("step, 8B", 0.5), self._rows("step", 0.55), self._text("kernels")]
 
     def _text(self, what: str) -> Step:
         """A profile, whose text goes beside the results."""
         out = self.results.with_name(f"{self.results.stem}-{what}.txt")
         return _step({what: [*_module("benchmarks.gpu.profiles"), what, "--device", self.device, "--out", str(out)]})
 
-    def _rows(self, name: str, part: float = 1.0) -> list[Step]:
+    def _rows(self, name: str, part: float = 1.0) -> Step:
         command = [*_module("benchmarks.run"), *ROWS[name].options, "--device", self.device, "--json", str(self.results)]
         command += ["--smoke", "--ceiling-size", "64"] if self.rehearsal else []
-        return [Step(lambda seconds: {"benchmark": [*command, "--minutes", f"{seconds / 60:.2f}"]}, part)]
+        title = name.partition(", ")[2] or "benchmark"
+        return Step(lambda seconds: {title: [*command, "--minutes", f"{seconds / 60:.2f}"]}, part)
 
     def _tests(self) -> list[Step]:
         """Those of the ops first, and none of the back ends for CPUs."""

@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
@@ -40,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     began, failed, done = time.monotonic(), 0, 0
     more = f" --device {args.device}{' --smoke' if args.smoke else ''}"
     tasks: dict[tuple[str, str], Task] = {}  # by what is called, which several options may select
+    met: Counter[tuple[str, str, str]] = Counter()
+    order: dict[Task, int] = {}  # a first case of every op and candidate, then a second, as most cases share their kernels
     for options in args.rows:
         for i, (benchmark, case) in enumerate(selected(options + more)):
             for candidate in compiling(options + more, benchmark, case):
-                tasks.setdefault((f"{case.grid} {case}", candidate.name), (options + more, i, candidate.name))
+                task = tasks.setdefault((f"{case.grid} {case}", candidate.name), (options + more, i, candidate.name))
+                if task not in order:
+                    order[task] = met[case.op, case.what, candidate.name]
+                    met[case.op, case.what, candidate.name] += 1
     pool = ProcessPoolExecutor(max(1, min(len(tasks), os.cpu_count() or 1)), get_context("spawn"))
-    for finished in as_completed([pool.submit(call, *task) for task in tasks.values()]):
+    for finished in as_completed([pool.submit(call, *task) for task in sorted(order, key=order.__getitem__)]):
         what, error, seconds = finished.result()
         done, failed = done + 1, failed + bool(error)
         print(f"{what}: {error or 'called'}, {seconds:.1f} s", flush=True)
@@ -65,7 +71,8 @@ def selected(options: str) -> list[tuple[Benchmark, Case]]:
 def compiling(options: str, benchmark: Benchmark, case: Case) -> list[Candidate]:
     others = command.baselines(parsed(options), benchmark, case)
     some = [candidate for candidate in others if candidate.package == PACKAGE or candidate.compiles]
-    return [candidate for candidate in (benchmark.ours, *some) if candidate.why_not(case) is None]
+    mine = [] if benchmark.op == "host" else [benchmark.ours]  # whose kernels are tiny, or empty
+    return [candidate for candidate in (*mine, *some) if candidate.why_not(case) is None]
 
 
 def call(options: str, place: int, name: str) -> tuple[str, str | None, float]:

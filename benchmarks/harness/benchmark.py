@@ -23,7 +23,7 @@ class Benchmark:
         candidates: the baselines that a case compares ours with.
         cases: the grid for a device, the most important cases first. The flag asks for the full grid.
         smoke: the smallest cases that run every candidate.
-        compare: checks and times the candidates of a case, in place of ``harness.compare.compare``.
+        compare: checks and times the candidates of a case, in place of ``harness.compare.compare``, with its arguments.
     """
 
     op: str

@@ -20,6 +20,10 @@ MOST_INPUT_SETS = 8
 FAILED = NOT_TRIED, REFUSED, BROKEN = "not tried", "refused", "failed"
 
 
+class Gone(SystemExit):
+    """A candidate took the device down; the process ends."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a comparison may take.
@@ -84,62 +88,84 @@ class Row:
         return asdict(self)
 
 
+Write = Callable[[list[Row]], None]
+
+
+def nowhere(rows: list[Row]) -> None:
+    """Writes nothing."""
+
+
 def compare(
     case: Case,
     ours: Candidate,
     baselines: Sequence[Candidate],
     rates: dict[str, float],
     effort: Effort,
-    write: Callable[[list[Row]], None] = lambda rows: None,
+    write: Write = nowhere,
 ) -> list[Row]:
     """Check ``ours``, then check each baseline and time it in turn with ours. Each has a row, whether or not it could be timed.
 
+    On a GPU ours is timed alone first, since a baseline may take the device down, or the time be up.
+
     Args:
         rates: from ``machine.ceilings``.
-        write: is called with the rows so far after each baseline.
+        write: is called with the rows so far after ours and after each baseline.
+
+    Raises:
+        Gone: a candidate took the device down.
     """
     mine = blank(case, ours)
     mine.is_ours = True
     rows, rounds = [mine], Timing()
-    my_function = _checked(case, ours, mine, rates, effort)
-    sets = input_sets(case)
-    my_runs = _runs(case, my_function, sets, mine)
-    for baseline in baselines:
-        row = blank(case, baseline)
-        rows.append(row)
-        runs = _runs(case, _checked(case, baseline, row, rates, effort), sets, row)
-        if not runs:
-            continue
-        try:
-            timings = measure({"its": runs} | ({"ours": my_runs} if my_runs else {}), case.device, effort.rounds, effort.budget)
-        except Exception as error:
-            row.note = as_note(error)
-            continue
-        _fill(row, case, rates, timings["its"])
-        if again := timings.get("ours"):
-            row.times_ours = timings["its"].median / again.median
-            rounds = Timing(rounds.seconds + again.seconds, again.graph)
-            _fill(mine, case, rates, rounds)
+    try:
+        my_function = _checked(case, ours, mine, rates, effort)
+        sets = input_sets(case)
+        my_runs = _runs(case, my_function, sets, mine)
+        if my_runs and (case.device.type == "cuda" or not baselines):
+            alone = effort.rounds if not baselines else 1
+            _fill(mine, case, rates, measure({"ours": my_runs}, case.device, alone, effort.budget)["ours"])
+            mine.times_ours = 1.0
+            write(rows)
+        for baseline in baselines:
+            row = blank(case, baseline)
+            rows.append(row)
+            runs = _runs(case, _checked(case, baseline, row, rates, effort), sets, row)
+            if not runs:
+                continue
+            try:
+                both = {"its": runs} | ({"ours": my_runs} if my_runs else {})
+                timings = measure(both, case.device, effort.rounds, effort.budget)
+            except Exception as error:
+                _failed(row, error, case)
+                continue
+            _fill(row, case, rates, timings["its"])
+            if again := timings.get("ours"):
+                row.times_ours = timings["its"].median / again.median
+                rounds = Timing(rounds.seconds + again.seconds, again.graph)
+                _fill(mine, case, rates, rounds)
+                mine.times_ours = 1.0
+            write(rows)
+        if my_runs and not mine.seconds:  # no baseline could be timed
+            _fill(mine, case, rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
+            mine.times_ours = 1.0
+    except Gone:
         write(rows)
-    if my_runs and not rounds.seconds:
-        _fill(mine, case, rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
-    if mine.seconds:
-        mine.times_ours = 1.0
+        raise
     return rows
 
 
 def _checked(case: Case, candidate: Candidate, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
     """The candidate's prepared and checked function, or None with the reason in its row."""
-    reason = candidate.why_not(case) or _too_much(candidate, case, rates, effort)
-    if reason is None:
-        try:
-            function = candidate.prepare(case)
-            case.check(function)
-            return function
-        except Exception as error:  # whatever a candidate raises is reported in its row
-            reason = as_note(error)
-    row.note = reason
-    return None
+    try:
+        if reason := candidate.why_not(case) or _too_much(candidate, case, rates, effort):
+            row.note = reason
+            return None
+        function = candidate.prepare(case)
+        case.check(function)
+        return function
+    except Exception as error:  # whatever a candidate raises is reported in its row
+        _failed(row, error, case)
+        return None
 
 
 def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
@@ -150,9 +176,23 @@ def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs
     try:
         row.peak_bytes = peak_memory(runs[0], case.device)
     except RuntimeError as error:  # there was room for the check, but not for all sets of inputs
-        row.note = as_note(error)
+        _failed(row, error, case)
         return []
     return runs
+
+
+def _failed(row: Row, error: Exception, case: Case) -> None:
+    row.note = as_note(error)
+    check_device(case.device, error)
+
+
+def check_device(device: torch.device, error: Exception) -> None:
+    """Raises Gone if a GPU doesn't answer after an error: then all that follows in this process would fail."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as late:
+            raise Gone(f"the device is gone: {as_note(error)}") from late
 
 
 def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from benchmarks.report.committed import as_json
 RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
 CASE = ("op", "grid", "what", "dtype", "sizes")
 OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
+MEASURED = "measured on "
 DOUBT = "The copy was timed as a memory copy in a CUDA graph alone and is in doubt, so shares of it may be too high."
 
 
@@ -47,6 +49,13 @@ def rows_to_judge(results: dict[str, Any]) -> list[RowDict]:
         rows: list[RowDict] = results["rows"]
         return rows
     return [row | {"of_roofline": None} if row.get("bound_by") == "copy" else row for row in results["rows"]]
+
+
+def dated(row: RowDict, machine: dict[str, Any]) -> RowDict:
+    """A row of an earlier run, with its date in the note: the file's is that of the last run."""
+    if row["seconds"] is None or MEASURED in row["note"] or machine.get("date") in (None, datetime.date.today().isoformat()):
+        return row
+    return row | {"note": ", ".join(filter(None, [row["note"], f"{MEASURED}{machine['date']}"]))}
 
 
 def under(rates: dict[str, float], row: RowDict) -> RowDict:

@@ -33,9 +33,9 @@ def test_a_row_for_the_call_and_for_its_parts(device, rates, effort, what):
     assert [row.is_ours for row in rows] == [True, False, False, False]
 
 
-def test_a_process_that_fails_says_why(device):
-    with pytest.raises(RuntimeError, match="no such op"):
-        bench.measured(bench.HostCase(what="no such op", device=device))()
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="no such device|nowhere"):
+        bench.measured(bench.HostCase(what="decode", device="nowhere"))()
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,34 @@ import torch
 
 from benchmarks.bench_thought_attention import OURS, AttentionCase
 from benchmarks.harness.candidate import Candidate
-from benchmarks.harness.case import Work
-from benchmarks.harness.compare import compare, input_sets
+from benchmarks.harness.case import Case, Work
+from benchmarks.harness.clock import Timing
+from benchmarks.harness.compare import Effort, Gone, compare, input_sets
 
+RATES = {"copy": 1e10, "float32": 1e11}  # made up
 TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
 RIGHT = Candidate("right", OURS.prepare)
+
+
+class OnAGPU(Case):
+    """A case whose candidates are functions of a number, on a GPU that isn't there."""
+
+    op, what, grid, dtype, rotates = "sample_token", "forward", "headline", torch.float32, False
+
+    def __init__(self, device):
+        object.__setattr__(self, "device", device)
+
+    def work(self):
+        return Work(1e6, 1e6)
+
+    def inputs(self, seed):
+        return {}
+
+    def call(self, function, inputs):
+        return function(1)
+
+    def check(self, function):
+        self.call(function, {})
 
 
 def altered(change):
@@ -126,6 +149,47 @@ def test_small_inputs_rotate_and_large_ones_do_not(monkeypatch):
     sets = input_sets(TINY)
     assert len(sets) == 8 == len({float(inputs["q"].sum()) for inputs in sets})
     assert len(input_sets(replace(TINY, L=600, N=4, S=16, H=8, G=8, K=128))) <= 2
+
+
+def test_a_reason_that_can_not_be_told_is_one():
+    def unknown(case):
+        raise ImportError("no cutlass")
+
+    (ours, theirs) = compare(TINY, OURS, [Candidate("odd", OURS.prepare, why_not=unknown)], RATES, Effort(rounds=1))
+    assert ours.seconds and theirs.note == "failed: ImportError: no cutlass"
+
+
+@pytest.mark.parametrize("dies_in", ["prepare", "run"])
+def test_what_was_measured_is_written_before_a_candidate_takes_a_gpu_down(dies_in, monkeypatch):
+    """Nothing that follows in the process could be right, so it ends; ours has been timed alone before."""
+    gone, written, calls = [], [], iter(range(100))
+
+    def answer():
+        if gone:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def die(*arguments):
+        if dies_in == "prepare" or next(calls) > 1:  # the check and the measurement of its memory succeed
+            gone.append(0)
+            raise RuntimeError("an illegal memory access was encountered")
+        return arguments[0]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", answer)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    for name, value in {"peak_memory": lambda run, device: run() and 1, "cache_size": lambda device: 0}.items():
+        monkeypatch.setattr(f"benchmarks.harness.compare.{name}", value)
+    took = lambda runs, *rest: {name: Timing([run[0]() and 1e-3]) for name, run in runs.items()}  # noqa: E731
+    monkeypatch.setattr("benchmarks.harness.compare.measure", took)
+    case = OnAGPU(torch.device("cuda"))
+    culprit = Candidate("culprit", die if dies_in == "prepare" else lambda case: die)
+    with pytest.raises(Gone, match="the device is gone: failed: RuntimeError: an illegal memory access"):
+        compare(
+            case, Candidate("ours", lambda case: abs), [culprit, culprit], RATES, Effort(), lambda rows: written.append(rows[:])
+        )
+    first, last = written
+    assert [row.candidate for row in first] == ["ours"] and first[0].seconds == 1e-3 and first[0].times_ours == 1.0
+    assert [row.note.partition(":")[0] for row in last] == ["", "failed"]
 
 
 def test_ours_alone(rates, effort):

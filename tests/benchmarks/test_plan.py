@@ -90,6 +90,11 @@ def test_benchmarks_know_how_long_they_have(tmp_path):
     assert args.minutes == 1.5 and args.json == tmp_path / "a.json"
 
 
+def test_ops_take_turns_in_the_order_they_are_named_in():
+    args = command.make_parser(ALL, None).parse_args(["--op", "host", "thought_decode", "--device", "cpu"])
+    assert [case.op for _, case in command.select(ALL, args)][:4] == ["host", "thought_decode"] * 2
+
+
 def test_only_some_baselines_are_run_and_unknown_ones_are_named(capsys):
     parser = command.make_parser(ALL, None)
     args = parser.parse_args(["--op", "sample_token", "--device", "cpu", "--against", "matmul"])

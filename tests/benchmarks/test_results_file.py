@@ -1,10 +1,12 @@
 """A results file is complete at any moment, and collects what several runs measure."""
 
+import datetime
+
 import pytest
 
 from benchmarks.report import pages, results_file
 from benchmarks.report.missing import NO_TIME, missing
-from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, merged, under
+from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, dated, merged, under
 
 OPS = ["sample_token", "naive"]
 
@@ -69,6 +71,15 @@ def test_rows_stand_under_the_highest_rates_of_their_file():
     assert under(slow, old) == old | {"roofline": 5e-4, "bound_by": "copy", "of_roofline": 0.5}
     untimed = old | {"seconds": None, "of_roofline": None}
     assert under(RATES, untimed) == untimed
+
+
+def test_rows_of_an_earlier_run_keep_its_date():
+    """The file has that of the last one."""
+    old, untimed = row(note="x"), row(seconds=None, note=NOT_REACHED)
+    assert dated(old, {"date": "2026-11-26"})["note"] == "x, measured on 2026-11-26"
+    assert dated(dated(old, {"date": "2026-11-26"}), {"date": "2026-12-01"})["note"] == "x, measured on 2026-11-26"
+    assert dated(untimed, {"date": "2026-11-26"}) == untimed
+    assert dated(old, {"date": datetime.date.today().isoformat()}) == old == dated(old, {})
 
 
 @pytest.mark.parametrize("path", pages.all_results(), ids=lambda path: path.stem)

@@ -73,9 +73,9 @@ def test_a_row_sees_its_path():
         assert layout.S == max(1, *(len(above) + len(own) for b in range(layout.B) for above, own, _, _ in paths(layout, b)), 0)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(8))  # which a GPU's tests share among processes, since each seed compiles
 def test_error_rule_on_trees(backend, device, few, interpreted, part):
-    for seed in few(range(part, 60, 4), 2):
+    for seed in few(range(part, 60, 8), 1):
         draw, generator = random.Random(seed), seeded(seed)
         layout = random_tree(draw, device)
         heads, (K, E) = draw.choice([(1, 1), (4, 2), (3, 1)]), draw.choice([(8, 8), (16, 16), (32, 16), (5, 3)])
