@@ -33,7 +33,7 @@ def test_every_stage_runs_with_nothing_else_installed(tmp_path):
     assert not any("failed" in line or "refused" in line for line in found), found
     assert any("group_rl, SharedPrompts" in line and "trl is not installed here" in line for line in found)
     notes = {line["stage"]: line["note"] for line in results["stages"]}
-    assert int(notes["tests"].split()[0]) > 20 and int(notes["check, trees"].split()[0]) > 5
+    assert int(notes["tests"].split()[0]) > 20 and notes["check, trees"] == "2 passed"
     assert "copy " in notes["check, device"] and "ncu is not on PATH" in notes["profile, counters"]
     kernels = path.with_name(f"{path.stem}-kernels.txt").read_text().splitlines()
     assert len(kernels) == 22 and kernels[1].split() == ["ms", "share", "calls", "operator"]
@@ -46,8 +46,8 @@ def test_every_stage_runs_with_nothing_else_installed(tmp_path):
 @pytest.mark.long
 def test_what_did_not_run_in_time_is_named(tmp_path):
     began = time.monotonic()
-    _, results, printed = rehearse(tmp_path, 0.5)
-    assert time.monotonic() - began < 60
+    _, results, printed = rehearse(tmp_path, 0.8)
+    assert time.monotonic() - began < 80
     found = "\n".join(missing(results))
     assert "Stopped: " in found and all(line in printed for line in missing(results))
     done = {line["stage"].partition(",")[0] for line in results["stages"]}

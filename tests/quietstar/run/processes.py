@@ -107,12 +107,14 @@ def start(arguments, processes):
 
 
 def end(running, seconds):
-    """What each process wrote to stderr until it ended; all are killed if one takes longer."""
+    """What each process wrote to stderr until it ended, also printed; all are killed if one takes longer."""
     try:
-        return [process.communicate(timeout=seconds)[1] for process in running]
+        errors = [process.communicate(timeout=seconds)[1] for process in running]
     finally:
         for process in running:
             process.kill()
+    print("\n".join(errors))
+    return errors
 
 
 def run_in_processes(jobs, processes, folder, seconds=600):
