@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+STOPPED = "stopped at its time limit"
 CACHES = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}  # flash-attn-4 keeps what it compiles for the next process
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -29,7 +30,7 @@ class Outcome:
 
     @property
     def end(self) -> str:
-        return "stopped at its time limit" if self.code is None else f"exit code {self.code}"
+        return STOPPED if self.code is None else f"exit code {self.code}"
 
     @property
     def last_line(self) -> str:
