@@ -33,7 +33,8 @@ def drawn(choose):
 
 
 def flatter(logp):
-    return torch.multinomial((logp / 1.3).softmax(-1), 1)[:, 0]
+    """About 15 standard errors away, at least 12 in 200 tries."""
+    return torch.multinomial((logp / 1.8).softmax(-1), 1)[:, 0]
 
 
 @pytest.mark.parametrize("candidate", [bench_sample_token.OURS, *SAMPLERS], ids=lambda candidate: candidate.name)
