@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.processes import ROOT
+from benchmarks.gpu.processes import ROOT, STOPPED
 from benchmarks.gpu.results import Results, run_stages
 from benchmarks.gpu.stages import Stage, Step
 from benchmarks.report import results_file
@@ -132,9 +132,8 @@ def test_a_stage_ends_at_its_place_in_the_schedule(results, monkeypatch):
     began = time.monotonic()
     assert run_stages(stages, results)
     assert time.monotonic() - began < 11 and 3 < seen[0] < 8
-    stopped = "stopped at its time limit"
     assert lines(results) == [
-        ("check, a", None, stopped), ("check, a", None, NO_TIME), ("sanitize, a", True, "quick"), ("peers, a", True, "late"),
+        ("check, a", None, STOPPED), ("check, a", None, NO_TIME), ("sanitize, a", True, "quick"), ("peers, a", True, "late"),
     ]  # fmt: skip
     found = missing(results.load())
     assert "Stopped: check, a." in found and any(

@@ -4,6 +4,7 @@ import datetime
 
 import pytest
 
+from benchmarks.gpu.processes import STOPPED
 from benchmarks.report import pages, results_file
 from benchmarks.report.missing import NO_TIME, missing
 from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME, dated, merged, under
@@ -44,7 +45,7 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 def test_what_is_missing_is_reported():
     lines = [{"stage": f"{name}, a", "passed": None, "note": ""} for name in ("check", "head")]
     lines += [{"stage": "peers, b", "passed": None, "note": NO_TIME}]
-    lines[1]["note"] = "stopped at its time limit"
+    lines[1]["note"] = STOPPED
     rows = [row(times_ours=1.0), row(L=9, seconds=None, note=NOT_REACHED), row(L=10, seconds=None, note=OUT_OF_TIME)]
     rows += [row(candidate="naive", seconds=None, times_ours=None, note="x is not installed here")]
     rows += [

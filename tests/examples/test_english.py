@@ -76,7 +76,6 @@ def test_helped_is_said_where_every_control_is_beaten(english) -> None:
 
 
 def test_the_controls_are_what_they_are_called(english) -> None:
-    torch.manual_seed(0)
     texts = [{"input_ids": torch.randint(1, 250, (length,))} for length in (20, 32, 27)]
     tokenizer = english.train_tokenizer(["a text"])
     qs = QuietStar(english.new_model(tokenizer), english.THOUGHTS, tokenizer).eval()

@@ -28,7 +28,6 @@ class Model(nn.Module):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     return Model()
 
 
