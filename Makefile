@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
 LOWEST := .venv-lowest
+NEWEST = .venv-$(notdir $(PYTHON))
 REHEARSAL := .venv-rehearsal
 EXECUTED := .venv-executed
+PIP_NEWEST = $(NEWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq --upgrade $(PIP_ARGS)
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
@@ -16,7 +18,7 @@ CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py li
 CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_library,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
 # On a busy machine OpenMP threads that spin while they wait make small operations tens of times slower.
-demo pretrained test test-kernels test-build test-long test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
+demo pretrained test test-kernels test-build test-long test-lowest test-python: export OMP_WAIT_POLICY ?= PASSIVE
 # Tests start Python hundreds of times, which should not compile every file again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -26,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1500 -o faulthandler_exit_on_timeout=true
 QUICK := -m "not kernels and not build and not long"
 
-.PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest lint docs bench experiments \
+.PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest test-python lint docs bench experiments \
     pretrained experiments-full executed gpu gpu-rehearsal gpu-wheels wheel manylinux hub release-check clean
 
 help:  ## this list
@@ -83,6 +85,17 @@ $(LOWEST)/.ready: setup.py pyproject.toml constraints-lowest.txt
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(PIP_LOWEST) setuptools wheel torch ninja
 	@PATH="$(abspath $(LOWEST))/bin:$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP_LOWEST) --no-build-isolation -e '.[train]' pytest
+	@touch $@
+
+test-python: $(NEWEST)/.ready  ## make test with an interpreter and the newest releases of everything; PYTHON=python3.13
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|triton|numpy|transformers|accelerate|peft|trl|datasets|lm_eval|tyro) '
+	$(NEWEST)/bin/pytest -q -n logical --maxprocesses=4 -p no:cacheprovider --dist=loadfile $(QUICK) $(TESTS)
+
+$(NEWEST)/.ready: setup.py pyproject.toml
+	@echo "Setting up $(NEWEST), the newest releases: some minutes the first time."
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@$(PIP_NEWEST) setuptools wheel torch ninja
+	@PATH="$(abspath $(NEWEST))/bin:$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP_NEWEST) --no-build-isolation -e '.[train,dev]'
 	@touch $@
 
 lint: $(READY)  ## ruff, mypy, clang-format
