@@ -50,8 +50,9 @@ def thought_attention_backward(
     lse: Tensor,
     branches: Branches,
     options: AttentionOptions,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O)), then through the soft cap and the scale."""
+    """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O) + dlse), then through the soft cap and the scale."""
     scale, window, softcap, sinks = options
     mask, live = _masks(branches, window, q.shape[2])
     row_on = live[:, None, :, None]
@@ -67,7 +68,10 @@ def thought_attention_backward(
     # A row that is off or sees a NaN has p = 0, so that it adds nothing to the gradients of its keys.
     safe_lse = torch.where(lse.isfinite(), lse, math.inf).to(scores.dtype)
     p = torch.exp(scores - safe_lse[..., None])
-    delta = (dO * wide(out)).sum(-1).masked_fill(poisoned, 0)
+    delta = (dO * wide(out)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    delta = delta.masked_fill(poisoned | ~live[:, None], 0)
     ds = p * (dO @ vf.transpose(-1, -2) - delta[..., None])
     if softcap is not None:
         ds = ds * (1 - (torch.tanh(raw / softcap)) ** 2)

@@ -58,7 +58,7 @@ def thought_attention(
 
     Returns:
         out [B,H,rows,E] in q's dtype; a row that is off is 0. With ``return_lse`` also lse [B,H,rows], fp32 (fp64 for fp64
-        inputs), sinks included, -inf where a row is off; a constant to autograd, and an error in ``torch.func.grad``.
+        inputs), sinks included, -inf where a row is off. Both are differentiable.
 
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
@@ -138,34 +138,33 @@ def _thought_attention_backward(
     window: int | None,
     softcap: float | None,
     backend: str,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branches = Branches(lo, table, of_row, full, tree, path)
     options = AttentionOptions(scale, window, softcap, sinks)
-    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options)
+    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options, grad_lse)
     dq, dk, dv, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, full, scale, window, softcap, backend):
+def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, *rest):
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, lo, table, of_row, tree, path, sinks, *ctx.rest = inputs
-    if not torch._C._are_functorch_transforms_active():  # in which a gradient of it would be zero without a word
-        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the lse
     ctx.save_for_backward(q, k, v, *output, lo, table, of_row, tree, path, sinks)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    if grad_lse is not None:
-        raise NotImplementedError(f"{_OP} has no derivative of lse: {_INSTEAD}")
-    if grad_out is None:
+    if grad_out is None and grad_lse is None:
         return (None,) * (9 + len(ctx.rest))
-    q, k, v, out, lse, lo, table, of_row, tree, path, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, *ctx.rest)
+    q, k, v, out, *saved, sinks = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = out.new_zeros(out.shape)
+    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, *saved, sinks, *ctx.rest, grad_lse)
     return dq, dk, dv, None, None, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 

@@ -105,7 +105,8 @@ struct Forward {
 
 struct Backward {
     Rows grad_out, q, k, v, out, dq, dk, dv;
-    const float* lse;  // [B,H,rows] contiguous
+    const float* lse;       // [B,H,rows] contiguous
+    const float* grad_lse;  // the same, or null
     float* sums;     // [B,G,parts,own_sums + L,K' + E'], without L if `in_place`; K', E' are multiples of 16
     double* dsinks;  // [B,G,parts,H/G], or null
     Layout layout;

@@ -20,7 +20,7 @@ struct BackwardSpace {
     float grad_pairs[BACKWARD_TILE / 2 * STRIDE];
     float row[STRIDE];
     float lse[BACKWARD_TILE];    // times log2(e)
-    float delta[BACKWARD_TILE];  // rowsum(grad_out * out)
+    float delta[BACKWARD_TILE];  // rowsum(grad_out * out) - grad_lse
     Tile tile;
 };
 
@@ -168,7 +168,8 @@ void read_tile(const Backward& call, BackwardSpace& space, const Piece& piece, d
         Vec products{};
         for (int e = 0; e < call.E; e += LANES) products += load(grad + e) * load(space.row + e);
         if (PAIRS) read_pairs(grad, row_of(call.grad_out, call.dtype, tile.batch, head, row), call.E);
-        const float delta = sum(products), lse = call.lse[(tile.batch * call.H + head) * all_rows + row];
+        const int64_t at = (tile.batch * call.H + head) * all_rows + row;
+        const float lse = call.lse[at], delta = sum(products) - (call.grad_lse ? call.grad_lse[at] : 0);
         if (!((delta + lse) * 0 == 0)) {  // it has seen a NaN, and adds nothing to the gradients of the keys
             fill_row(dq, NAN, call.dtype, call.K);
             --tile.rows;

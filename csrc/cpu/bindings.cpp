@@ -80,13 +80,15 @@ void thought_attention_backward(const Tensor grad_out, const Tensor q, const Ten
                                 const Tensor out, const Tensor lse, const Tensor lo, const Tensor table,
                                 const Tensor of_row, const std::optional<Tensor> tree,
                                 const std::optional<Tensor> sinks, Tensor dq, Tensor dk, Tensor dv,
-                                Tensor sums, std::optional<Tensor> dsinks, bool full, int64_t parts,
+                                Tensor sums, std::optional<Tensor> dsinks,
+                                const std::optional<Tensor> grad_lse, bool full, int64_t parts,
                                 int64_t own_sums, double scale, int64_t window, double softcap) {
     Backward call{};
     call.grad_out = read(grad_out), call.q = read(q), call.k = read(k), call.v = read(v),
     call.out = read(out);
     call.dq = write(dq), call.dk = write(dk), call.dv = write(dv);
     call.lse = (const float*)lse.const_data_ptr();
+    call.grad_lse = grad_lse ? (const float*)grad_lse->const_data_ptr() : nullptr;
     call.sums = (float*)sums.mutable_data_ptr();
     call.dsinks = dsinks ? (double*)dsinks->mutable_data_ptr() : nullptr;
     call.layout = layout_of(lo, table, of_row, tree, full);
@@ -156,9 +158,8 @@ STABLE_TORCH_LIBRARY(quietstar_kernels_cpu, library) {
         "thought_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         "Tensor lo, Tensor table, Tensor of_row, Tensor? tree, Tensor? sinks, Tensor(a!) dq, Tensor(b!) dk, "
         "Tensor(c!) dv, "
-        "Tensor(d!) sums, Tensor(e!)? dsinks, bool full, int parts, int own_sums, float scale, int window, "
-        "float softcap) "
-        "-> ()");
+        "Tensor(d!) sums, Tensor(e!)? dsinks, Tensor? grad_lse, bool full, int parts, int own_sums, "
+        "float scale, int window, float softcap) -> ()");
     library.def(
         "thought_decode(Tensor q, Tensor k_text, Tensor v_text, Tensor k_own, Tensor v_own, Tensor lo, "
         "Tensor table, Tensor? tree, Tensor? sinks, Tensor(a!) out, int step, float scale, int window, "

@@ -42,10 +42,11 @@ def thought_attention_backward(
     lse: Tensor,
     branches: Branches,
     options: AttentionOptions,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
     if not _library.serves(q.dtype):
-        return plain.thought_attention_backward(grad_out, q, k, v, out, lse, branches, options)
+        return plain.thought_attention_backward(grad_out, q, k, v, out, lse, branches, options, grad_lse)
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -57,9 +58,10 @@ def thought_attention_backward(
     width = sum(-(-x // WIDTH) * WIDTH for x in (K, E))
     sums = q.new_empty((B, G, parts, own_sums + (0 if in_place else branches.L), width), dtype=torch.float32)
     dsinks = None if options.sinks is None else q.new_empty((B, G, parts, H // G), dtype=torch.float64)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     _library.ops().thought_attention_backward(
         *map(with_rows, (grad_out, q, k, v, out)), lse.contiguous(), *branches[:3], branches.tree, sinks(options), dq, dk,
-        dv, sums, dsinks, branches.full, parts, own_sums, *numbers(options),
+        dv, sums, dsinks, grad_lse, branches.full, parts, own_sums, *numbers(options),
     )  # fmt: skip
     if dsinks is None or options.sinks is None:
         return dq, dk, dv, None

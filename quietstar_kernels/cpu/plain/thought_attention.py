@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..._options import AttentionOptions
 from ...branches import LENGTH, START, Branches
@@ -91,12 +92,17 @@ def thought_attention_backward(
     lse: Tensor,
     branches: Branches,
     options: AttentionOptions,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
     G, L, sinks = k.shape[1], branches.L, options.sinks
     if q.numel() == 0:
         none = None if sinks is None else torch.zeros_like(sinks)
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
+    E = v.shape[-1]
+    if grad_lse is not None:  # one more column, so that rowsum(dO * O) is smaller by it and dO v^T stays the same
+        grad_out, v = pad(grad_out, (0, 1), value=1), pad(v, (0, 1))
+        out = torch.cat([wide(out), -grad_lse[..., None]], -1)
     dtype = (q.dtype, k.dtype, v.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     dsinks = lse.new_zeros(q.shape[1])
@@ -136,6 +142,7 @@ def thought_attention_backward(
     if dropped is not None:
         dq.masked_fill_(not_a_number[..., None], math.nan)
     dk[:, :, :L], dv[:, :, :L] = dk_text, dv_text
+    dv = dv[..., :E].contiguous()
     dq, dk, dv = (x.to(wanted) for x, wanted in zip((dq, dk, dv), dtype, strict=True))
     return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
 
@@ -159,7 +166,7 @@ def _sees_own(bad: Tensor, branches: Branches, window: int | None) -> Tensor:
     end = first + branches.column(LENGTH) if branches.full else torch.where(live, r + 1, 0)
     if window is not None:
         first = torch.where(live, torch.maximum(first, r + 1 - window), 0)
-    before = torch.nn.functional.pad(bad.cumsum(-1), (1, 0))
+    before = pad(bad.cumsum(-1), (1, 0))
     first, end = (x[:, None].expand(bad.shape) for x in (first, end))
     return before.gather(2, end) > before.gather(2, first)
 

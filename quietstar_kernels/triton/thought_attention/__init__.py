@@ -37,6 +37,7 @@ def thought_attention_backward(
     lse: Tensor,
     branches: Branches,
     options: AttentionOptions,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
     scale, window, softcap, sinks = options
@@ -46,9 +47,10 @@ def thought_attention_backward(
     grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))
     if sinks is not None:
         sinks = sinks.contiguous()
-    given = grad_out, q, k, v, out, lse, sinks, *branches.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    given = grad_out, q, k, v, out, lse, grad_lse, sinks, *branches.contiguous()
     known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
-    tables = row_tables(grad_out, out, lse, branches, window, sinks, known)
+    tables = row_tables(grad_out, out, lse, grad_lse, branches, window, sinks, known)
     inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
     dq = query_gradient(inputs)
     dk, dv = key_gradients(inputs)

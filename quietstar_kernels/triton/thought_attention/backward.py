@@ -56,7 +56,7 @@ class Rows:
     """Tables of the query rows for the next kernels. They are flat, with TAIL more numbers at the end that may be read.
 
     Attributes:
-        delta: fp32 [B,H,rows], rowsum(dO * O).
+        delta: fp32 [B,H,rows], rowsum(dO * O) - dlse.
         lse: fp32 [B,H,rows], in units of log 2; inf for a row that adds nothing, as it is off, is saturated, or has a NaN as
             its result. The delta of such a row is its dq: NaN in the last case, else 0.
         first, count: int32 [B,rows], the text that the row sees: ``count`` positions from ``first``.
@@ -90,9 +90,10 @@ class Inputs(NamedTuple):
 
 
 def row_tables(
-    grad_out: Tensor, out: Tensor, lse: Tensor, branches: Branches, window: int | None, sinks: Tensor | None, known: Plan
-) -> Rows:
-    """Tables of the rows of grad_out and out [B,H,rows,E] and lse [B,H,rows]: all M rows, or the last R."""
+    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    branches: Branches, window: int | None, sinks: Tensor | None, known: Plan,
+) -> Rows:  # fmt: skip
+    """Tables of the rows of grad_out and out [B,H,rows,E], lse and grad_lse [B,H,rows]: all M rows, or the last R."""
     B, H, rows, E = out.shape
     config = ATTENTION_BACKWARD_ROWS
     blocks = cdiv(rows, config.blocks["BLOCK_M"])
@@ -108,7 +109,7 @@ def row_tables(
         return Launch(attention_rows, (blocks * B * H,), numbers, {"E": E, "BLOCK_E": padded(E)})
 
     tables = delta, shift, first, count, own_first, own_count, oldest, dsinks
-    known.launch("rows", config, (grad_out, out, lse.contiguous(), sinks, *layout, *tables), prepare)
+    known.launch("rows", config, (grad_out, out, lse.contiguous(), grad_lse, sinks, *layout, *tables), prepare)
     return Rows(*tables)
 
 
@@ -117,7 +118,7 @@ def row_tables(
     do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row", "tree", "path"],
 )
 def attention_rows(
-    grad_out, out, lse, sinks, lo, table, of_row, tree, path,
+    grad_out, out, lse, grad_lse, sinks, lo, table, of_row, tree, path,
     delta, shift, first_table, count_table, own_first_table, own_count_table, oldest_table, dsinks,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
     H, rows, L, R, C, full_own, window,
@@ -143,7 +144,10 @@ def attention_rows(
     poison = tl.sum(result * 0.0, 1)
     log2_sum = natural * LOG2_E + poison
     adds = on & (tl.abs(log2_sum) < SATURATED)
-    d = tl.where(adds, tl.sum(grad.to(tl.float32) * result, 1), tl.where(log2_sum == log2_sum, 0.0, log2_sum))
+    d = tl.sum(grad.to(tl.float32) * result, 1)
+    if grad_lse is not None:
+        d -= tl.load(grad_lse + at, mask=on, other=0.0)
+    d = tl.where(adds, d, tl.where(log2_sum == log2_sum, 0.0, log2_sum))
     log2_sum = tl.where(adds, log2_sum, float("inf"))
     tl.store(delta + at, d, mask=inside)
     tl.store(shift + at, log2_sum, mask=inside)

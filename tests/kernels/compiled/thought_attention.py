@@ -89,4 +89,5 @@ def backward(*case):
     (q, k, v), rest = inputs(*case)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device="meta")
     lse = torch.empty(q.shape[:3], device="meta")
-    thought_attention_backward(out, q, k, v, out, lse, *rest)
+    grad_lse = None if rest[1].sinks is None else lse
+    thought_attention_backward(out, q, k, v, out, lse, *rest, grad_lse)
