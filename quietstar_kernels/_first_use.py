@@ -1,7 +1,10 @@
 """On a kind of GPU without published results, ``auto`` only takes a back end after one small case of the op came out right.
 
 A success is recorded in the user's cache folder, in a file for each kind of GPU, op, back end, dtype, widths and versions. A
-back end that fails is skipped, with a warning, until the process ends; the next process tries it again.
+back end that gives something wrong, or that can't be compiled, is skipped, with a warning, until the process ends; the next
+process tries it again. An error that may come from elsewhere, such as a file server or a full disk, says nothing about
+the back end: the case is run once more, and then the error is the caller's. Else one process of many would go on with the
+dense reference.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 # Each GPU with a results file, benchmarks/results/*.json, as torch.cuda.get_device_name names it.
 MEASURED = frozenset({"NVIDIA H200"})
 TYPES = ("cuda",)  # types of devices on which back ends are tried
+_FROM_ELSEWHERE = (OSError, ImportError, RuntimeError)  # Triton's own errors of compilation are none of these
 HAVE_BACKWARD = ("thought_attention", "linear_logprob")
 
 # By op, a small case: f(backend, device, dtype, **widths, backward=...), which raises AssertionError if the result is wrong.
@@ -84,10 +88,25 @@ def _try_or_remember(
     trial |= _took_part()
     if _was_right(trial):
         return None
-    try:
+
+    def run() -> None:
         _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
+
+    try:
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            raise
+        except _FROM_ELSEWHERE:
+            run()
     except torch.OutOfMemoryError:
-        raise  # this doesn't mean that the back end is wrong
+        raise
+    except _FROM_ELSEWHERE as error:
+        raise RuntimeError(
+            f"{op}: backend {backend!r} could not be tried on {kind} in {dtype}, twice: {type(error).__name__}: {error}. If "
+            "it stays so, choose another with backend= or QUIETSTAR_BACKEND; where compilers share a cache on a network, set "
+            "TRITON_CACHE_DIR to a folder of the node."
+        ) from error
     except Exception as error:
         reason = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
         warnings.warn(

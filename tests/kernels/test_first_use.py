@@ -36,14 +36,18 @@ def plant(monkeypatch, op, change, function=None):
 
 
 def raising(result):
-    raise RuntimeError("an illegal memory access")
+    raise NotImplementedInHardware("too much shared memory")
+
+
+class NotImplementedInHardware(Exception):
+    """As Triton's errors, which are no RuntimeError."""
 
 
 CHANGES = {
     "scaled": (lambda out: 1.02 * out, "error .* exceeds"),
     "a NaN": (lambda out: out.clone().fill_(torch.nan), "error inf at"),
     "a dtype": (lambda out: out.double(), "got torch.float64, want torch.float32"),
-    "raises": (raising, "it raises RuntimeError: an illegal memory access"),
+    "raises": (raising, "it raises NotImplementedInHardware: too much shared memory"),
 }
 
 
@@ -124,6 +128,25 @@ def test_no_memory_says_nothing_about_a_back_end(tries, monkeypatch):
             call("thought_decode")
     call("thought_decode")
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(116, "Stale file handle"), ImportError("gone"), RuntimeError("launch failed")], ids=repr
+)
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_error_from_elsewhere_says_nothing_about_a_back_end(error, times, tries, monkeypatch):
+    failures = [error] * times
+
+    def fails(out):
+        if failures:
+            raise failures.pop()
+        return out
+
+    plant(monkeypatch, "thought_decode", fails)
+    while len(failures) > 1:  # the second try failed, too
+        with pytest.raises(RuntimeError, match=rf"could not be tried on Test GPU .*{type(error).__name__}: .*TRITON_CACHE_DIR"):
+            call("thought_decode")
+    assert torch.equal(call("thought_decode"), call("thought_decode", "cpu"))
 
 
 def test_nothing_is_tried_in_a_capture_or_with_fake_tensors(tries, monkeypatch):
