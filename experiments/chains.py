@@ -6,6 +6,9 @@ The model writes chains without thoughts and, after Quiet-STaR on lines without 
 each step. The control is plain training on as many lines without asides, four times the batch. Of 8 chains, sampled at
 temperature 1, accuracy is that of their answers, and the vote is for the answer most of them have.
 
+Without thoughts the base is at chance. So this is not the paper's question, whether a model that already reasons gains more by
+a vote. The base's own thoughts, untrained, with a trained mixing head, are not among the controls.
+
 Where the second step also needs a thought, as in `4 1 9 3 5 = 4 2`, it depends on the seed. A model whose text has asides
 before both steps may learn to write the second one only after the first, which is not there when it thinks. The log has more.
 """

@@ -31,15 +31,13 @@ def write(results: dict[str, Results], folder: Path) -> Path:
                 parts.append(section(experiment, seeds, folder / f"experiments_{name}_{ABLATIONS}.png", True))
                 continue
             parts.append(section(experiment, fresh.get(name, seeds), folder / f"experiments_{name}.png", False))
-            lines, found = claim_lines(experiment, seeds, fresh.get(name, []))
+            lines, found = claim_lines(experiment, fresh.get(name, seeds))
             claims += lines
             verdicts += found
     page = folder / "results.md"
     short = [seeds for size, found in results.items() if size != ABLATIONS for seeds in found.values()]
-    head = ["method", "claim", "ours", "strongest control", "gap", "verdict"]
-    head += ["gap, first seeds", "verdict"] if fresh else []
-    table = markdown(head, [line[: len(head)] for line in claims])
-    write_block(page, "experiments", "\n\n".join([table, counted(verdicts), cost(short), *parts]))
+    head = ["method", "claim", "ours", "hardest of the claim's controls", "gap", "lowest, highest", "above 0", "verdict"]
+    write_block(page, "experiments", "\n\n".join([markdown(head, claims), counted(verdicts), cost(short), *parts]))
     return page
 
 
@@ -68,32 +66,25 @@ def ablations_introduction(results: Results) -> str:
     return f"### Ablations\n\n{runs} One seed each shows where to look, and resolves nothing."
 
 
-def claim_lines(
-    experiment: ModuleType, first: list[Result], fresh: list[Result]
-) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """For each claim a line of the table, and its verdicts on the fresh seeds, "" where there are none, and on the first ones.
-
-    The figures are those of the fresh seeds, or of the first ones if there are no others.
-    """
+def claim_lines(experiment: ModuleType, seeds: list[Result]) -> tuple[list[list[str]], list[str]]:
+    """For each claim a line of the table, and its verdict."""
     lines, verdicts = [], []
     for claim in getattr(experiment, "CLAIMS", ()):  # curves claim nothing
-        before = hardest(claim, first)
-        gap = hardest(claim, fresh) if fresh else before
-        control = f"{gap.control}: {_mean(gap.theirs, False)}" if gap.control else "0"
-        other = f", to {before.control}" if before.control != gap.control else ""
+        gap = hardest(claim, seeds)
+        numbers = [value for value in gap.values if value is not None]
         lines.append(
             [
                 f"[{experiment.TITLE}](#{anchor(experiment.TITLE)})",
                 claim.text,
                 f"{claim.run}: {_mean(gap.ours, False)}",
-                control,
+                f"{gap.control}: {_mean(gap.theirs, False)}" if gap.control else "0",
                 _mean(gap.values, False),
+                f"{min(numbers):.3f}, {max(numbers):.3f}" if numbers else "",
+                f"{sum(value > 0 for value in numbers)} of {len(gap.values)} seeds",
                 emphasized(gap.state),
-                _mean(before.values, False) + other if fresh else "",
-                emphasized(before.state) if fresh else "",
             ]
         )
-        verdicts.append((gap.state if fresh else "", before.state))
+        verdicts.append(gap.state)
     return lines, verdicts
 
 
@@ -101,14 +92,10 @@ def emphasized(state: str) -> str:
     return f"**{state}**" if state in (OPEN, NO) else state
 
 
-def counted(verdicts: list[tuple[str, str]]) -> str:
+def counted(verdicts: list[str]) -> str:
     """How many claims hold, are not resolved, or are not so."""
-    sentences = []
-    for which, found in (("On fresh seeds", [x for x, _ in verdicts if x]), ("On the first seeds", [x for _, x in verdicts])):
-        if found:
-            holds, left_open, no = (found.count(state) for state in (HOLDS, OPEN, NO))
-            sentences.append(f"{which} {holds} of {len(found)} claims hold; not resolved: {left_open}, not so: {no}.")
-    return " ".join(sentences)
+    holds, left_open, no = (verdicts.count(state) for state in (HOLDS, OPEN, NO))
+    return f"{holds} of {len(verdicts)} claims hold; not resolved: {left_open}, not so: {no}."
 
 
 def anchor(title: str) -> str:

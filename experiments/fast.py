@@ -6,15 +6,16 @@ Fast Quiet-STaR makes thoughts shorter from stage to stage, here from eight toke
 previous one. The control has thoughts of four tokens from the start, for as many updates at the same learning rate. The text
 that the base is pretrained on writes every running sum twice and leaves out a first copy now and then. So it thinks in eight
 tokens, and almost none of the four-token thoughts that it samples has all sums. Each stage of the curriculum asks for one token
-less. What is left at four tokens does not have all sums, and is mostly right all the same.
+less. What is left at four tokens does not have all sums; where no stage was lost, it is mostly right all the same.
 
 Every stage is a race, since lines without an aside make the model forget how to write one. On the fresh seeds it is decided
 within thirty updates of the first stage (the `metrics.jsonl` that the run writes there). In updates 21 to 30 the mean reward of
 a thought is 0.60 and 0.67 nats where the stage is won, and 0.02, 0.04 and 0.08 where it is lost; then all thoughts about a line
 earn the same and the loss goes back to that of a guess. In the first ten updates, when hardly anything is learnt, it was
 already 0.016 and 0.017 where the stage is won, and 0.010, 0.010 and 0.014 where it is lost. The policy weight, 30, and the
-learning rate, 5e-4, were found on the first seeds, where weight 10 and 1e-3 lost two of three, and these lost none: three seeds
-were too few to choose by.
+learning rate, 5e-4, were chosen on three seeds, too few: there weight 10 and 1e-3 lost two. Of these two are kept. Seed 1 ends
+at 0.81. Seed 0 ended at 0.93 in a run that is in the log alone, and at 0.25 in the ablations with the same settings, lost in
+the last stage: the seed alone does not decide either.
 
 In a last step a plain model that never thinks learns from one that does. Here the answer is the sum of only the first two
 digits, which is within a plain model's reach. The plain model starts as the base, as in the released script, or as the
@@ -86,11 +87,10 @@ CLAIMS = (
         (DIRECT, "base"),
     ),
     Claim(
-        "A model that never thinks learns from the predictions of one that does, and not from the published reward.",
+        "A model that never thinks learns more from the predictions of one that does than by the published reward or plainly.",
         DISTILLED,
-        (BASE, PUBLISHED),
+        (BASE, PUBLISHED, PLAIN),
     ),
-    Claim("It learns more from them than from the text alone.", DISTILLED, (PLAIN,)),
 )
 
 

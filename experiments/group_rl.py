@@ -1,14 +1,15 @@
 """Group RL raises the share of chains that are right, from 0.33 to 0.63, but STaR learns more from as many chains of its own
-(0.79), nearly half of the gap by more and smaller updates, and written chains teach nearly all. The question: does GRPO, whose
-completions share their prompt's computation, teach a model to reason, and how does it compare with STaR and supervision at
-equal tokens?
+(0.79). More and smaller updates, at a higher rate, are more than half of that gap, 0.09 of 0.16; the rest, 0.07 ± 0.03, is
+STaR's with GRPO's rate and updates. Written chains teach nearly all. After GRPO one greedy chain is right more often (0.73)
+than a vote of 16 chains of the base (0.46), and after STaR more often still (0.84). The question: does GRPO, whose completions
+share their prompt's computation, teach a model to reason, and how does it compare with STaR and supervision at equal tokens?
 
 A model that solves about half of 2 x 2-digit multiplications with a chain learns by TRL's GRPO with `SharedPrompts`: 200
 updates of 32 problems, 8 completions each; the reward is 1 for a right answer. The controls start from the same model and have
 as many completions, 51,200, to sample and to learn from, 80 in an update. STaR samples chains in four rounds and trains on the
 right ones, going on from the latest model; in the full size also from the base in each round. "STaR, GRPO's rate and updates"
 takes as few and as large updates as GRPO, at its rate. SFT trains on chains that are written by rule, which no other run sees.
-Shuffled rewards go to another completion of the same problem.
+Shuffled rewards go to another completion of the same problem; they destroy the model, so that the base is the harder control.
 
 Rates were tried on seed 0; GRPO has 3e-4, and what happens at others is in the log. Accuracy is that of single samples at
 temperature 1, "vote" and "any" are of 16 samples, on all 815 held-out problems.
@@ -45,9 +46,9 @@ BASE, GRPO, SHUFFLED, REPEATED = "base", "GRPO", "GRPO, shuffled rewards", "GRPO
 STAR, RESTARTED, SFT = "STaR, no restart", "STaR", "SFT on written chains"
 FEWER = "STaR, GRPO's rate and updates"
 CLAIMS = (
-    Claim("Group RL raises the share of chains that are right, by their rewards.", GRPO, (BASE, SHUFFLED)),
-    Claim("One greedy chain is then better than a vote of 16 chains of the base.", GRPO, ((BASE, "vote"),), "greedy"),
-    Claim("It learns more than STaR from as many chains.", GRPO, (STAR,)),
+    Claim(
+        "Group RL learns from rewards, and more than STaR from as many chains of its own.", GRPO, (BASE, SHUFFLED, STAR, FEWER)
+    ),
 )
 # Updates of GRPO, problems in each and completions of each; rounds of STaR; test problems.
 SIZES: dict[str, dict[str, int]] = {

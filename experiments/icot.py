@@ -1,5 +1,5 @@
 """Two ways to make a model answer without its chain of thought, on one task, with one model and as many updates each. Both work
-where a model learns nothing from answers alone; which one is better is not resolved, since each loses a seed in five. Stepwise
+where a model learns nothing from answers alone, in four seeds of five; which one is better is not resolved. Stepwise
 internalisation removes the chain token by token. Distillation replaces it with a teacher's hidden states, which an emulator
 learns to predict from the prompt; then emulator and student are trained together. The controls never had a chain, or lose the
 whole chain at once after they have learnt it.
@@ -22,7 +22,8 @@ better. Accuracy is exact match of greedy answers to test problems; of stepwise 
 
 The full size has products of 3 x 2 digits, with a chain of 10 tokens and two layers, which is too few for distillation. It
 leaves out the parts of stepwise internalisation one at a time: kept positions, removal smoothing, the optimizer's reset, the
-slow schedule, and the order from the left.
+slow schedule, and the order from the left. Kept positions, an option that the published commands don't use, matter most beside
+the order: 0.80 with them and 0.25 without, in one seed. So what holds here holds with them, on a task that is not the paper's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WHOLE, STEPWISE, DISTILLED = "the whole chain", "token by token", "distilled"
 ABRUPT, DIRECT, EMULATED = "all at once", "no chain ever", "distilled, before the last phase"
 CLAIMS = (
     Claim(
-        "Removed token by token, a chain is internalised; removed at once, or never learnt, less so.",
+        "Removed token by token, with positions kept, a chain is internalised; removed at once, or never learnt, less so.",
         STEPWISE,
         [ABRUPT, DIRECT],
     ),

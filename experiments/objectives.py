@@ -5,6 +5,7 @@ since every advantage is a difference between the thoughts of one position. It m
 Thoughts are at "=" only, 4 of 4 tokens, from the same pretrained model and for the same number of steps. The weight of the
 policy term is 3 throughout, which suits the published objective; another variant might need another weight. Answers are
 predicted as in training: the preset "paper" mixes log-probabilities, which then don't add up to 1, with a weight from 0 to 1.
+Its row was run with a policy temperature of 1 and without a loss of the base prediction, as the preset was then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quietstar_recipes.common.plots import Panel, panels
 TITLE = "Quiet-STaR: objectives"
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
-    "paper": {"preset": "paper"},
+    "paper": {"preset": "paper", "policy_temperature": 1.0, "base_weight": 0.0, "mix_weight": 1.0},
     "temperature 1": {"policy_temperature": 1.0},
     "mean": {"advantage": "mean"},
     "leave one out": {"advantage": "leave_one_out"},

@@ -1,8 +1,14 @@
 """SCoRe is behind its strongest controls, and its gain over its own first attempts is not resolved: it learns to repeat them.
 Reinforcement teaches both attempts to solve, and the second one little else. After a wrong first attempt it is right in 0.17
 ("mended"), where another first one, which has seen no attempt, would be in 0.22 ("another first"). Pair-SFT, which has learnt
-from a wrong attempt followed by a right one, mends 0.25, against 0.13: so a first attempt can be of use. But its own are the
-worst.
+from a wrong attempt followed by a right one, mends 0.25, against 0.13: so a first attempt can be of use. But its own first
+attempts are the worst. Stage II lowers the gain in every seed, by 0.026 ± 0.017: stage I alone has more, 0.039.
+
+Some of that is this experiment's, not the method's. With credit by turn the bonus is a weight of 11 on the second attempt's
+reward, which cannot prefer a fix to a repetition; `credit="joint"`, by which it can, was not run. The bonus also comes with 11
+times the divergence for first attempts, whose own reward weighs 1, so that "no bonus" differs in two things. The base's warm-up
+teaches it to take no notice of the first attempt. And the checkpoint that a stage keeps is the one with the highest sum of both
+rewards, which says nothing about the gain.
 
 A model multiplies two-digit numbers, is asked to look again, and learns by reinforcement to correct itself. Its base ignores
 its first attempt: it was trained on pairs of independent samples of its own, so it breaks more right answers than it fixes
@@ -47,6 +53,7 @@ TITLE = "Self-correction"
 BASE, STAGE_ONE, SCORE = "base", "after stage I", "SCoRe"
 NO_BONUS, NO_FIRST, SINGLE, OFFLINE = "no bonus", "no stage I", "single-turn RL", "the base's first attempts"
 PAIRS, STAR = "Pair-SFT", "STaR on second attempts"
+CONTROLS = (BASE, STAGE_ONE, NO_BONUS, NO_FIRST, SINGLE, PAIRS, STAR)
 COLUMNS = ("accuracy_first", "accuracy_second", "delta", "fixed", "broken", "revised")
 # Updates of stage I and II, problems per update and in the test, chains that vote; problems and updates that the base learns
 # second attempts from, and problems that the supervised controls attempt.
@@ -62,25 +69,16 @@ PAIRS_EACH = 8  # pairs of attempts at each test problem
 
 CLAIMS = (
     Claim("Its second attempts are right more often than its first ones.", SCORE, figure="delta"),
-    Claim(
-        "Second attempts gain more than the base's, and more than after RL in a single turn.", SCORE, [BASE, SINGLE], "delta"
-    ),
+    Claim("Second attempts gain more over first ones than in any control.", SCORE, CONTROLS, "delta"),
     Claim("The bonus for improving is needed for the gain.", SCORE, [NO_BONUS], "delta"),
     Claim("Stage I is needed for the gain.", SCORE, [NO_FIRST], "delta"),
-    Claim("Second attempts gain more than by supervision.", SCORE, [PAIRS, STAR], "delta"),
     Claim(
-        "Its second attempts are right more often than those of any control.",
+        "Its second attempts are right more often than those of any control, and than first ones after RL in a single turn.",
         SCORE,
-        [BASE, NO_BONUS, NO_FIRST, SINGLE, PAIRS, STAR],
+        [*CONTROLS, (SINGLE, "accuracy_first")],
         "accuracy_second",
     ),
-    Claim(
-        "Its second attempts are right more often than the first ones after RL in a single turn.",
-        SCORE,
-        [(SINGLE, "accuracy_first")],
-        "accuracy_second",
-    ),
-    Claim("It breaks fewer right answers than the base.", SCORE, [BASE], "broken", less=True),
+    Claim("It breaks fewer right answers than any control.", SCORE, CONTROLS, "broken", less=True),
 )
 
 

@@ -1,12 +1,13 @@
-"""STaR learns from its own chains, and rationalisation decides how far it comes: with it, sums of four digits, of which the
-base solves almost none; without it, none. STaR on its authors' problems: sums of two numbers of one to five digits, with a
-scratchpad. The base has learnt to write a scratchpad towards an answer that it is shown, for sums of all lengths; without it,
-for sums of one and two digits.
+"""STaR learns from its own chains, and rationalisation decides how far it comes: with it, in four seeds of five, most sums of
+four digits, of which the base solves none; without it, none. STaR on its authors' problems: sums of two numbers of one to five
+digits, with a scratchpad. The base has learnt to write a scratchpad towards an answer that it is shown, for sums of all
+lengths; without it, for sums of one and two digits. So what rationalisation brings out was practised: right scratchpads of long
+sums, with the answer shown. Training on as many of these without the answer is not among the controls.
 
 It is a Llama, whose positions are relative. With learned positions, as GPT-2 has them, such a base takes three times as many
-updates. There are two rounds, so "3 rounds to half of 3 digits" means never. In earlier runs two parts of the recipe did not
-help: with rehearsal of hints the accuracy was lower, and starting again from the base in each round was no better than going on
-from the latest model.
+updates. There are two rounds, so "3 rounds to half of 3 digits" means never. In the ablations, one seed, rehearsal of hints
+raises the accuracy from 0.63 to 0.72, and going on from the latest model, where the recipe starts again from the base in each
+round, from there to 0.91.
 """
 
 from __future__ import annotations
