@@ -101,7 +101,7 @@ def check_finite(model: PreTrainedModel, logits: Tensor, position: int) -> None:
 
 def _without_cache(options: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
     """Options that keep transformers from making a cache: ``ThinkingModel`` has the text's keys and values."""
-    for name in ("past_key_values", "cache_implementation"):
+    for name in ("cache", "past_key_values", "cache_implementation"):
         value = options.get(name, getattr(config, name, None))
         if value is not None:
             got = value if isinstance(value, str) else type(value).__name__

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar_kernels.checks import IGNORED
 
@@ -41,7 +46,7 @@ def matches(
         for p in range(P):
             if after[b][p][0] == IGNORED:
                 continue
-            thoughts = [str(tokenizer.decode(ids[b][p][n][: lengths[b][p][n]])) for n in range(N)]
+            thoughts = ["".join(_pieces(ids[b][p][n][: lengths[b][p][n]], tokenizer)) for n in range(N)]
             predictions = [boxed(thought) for thought in thoughts]
             if any(predictions):
                 right = _continuations(before[b][p], after[b][p], tokenizer)
@@ -62,7 +67,49 @@ def boxed(text: str) -> str:
 
 
 def _continuations(previous: int, following: list[int], tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The text of the next token, of the next two, ...; after the previous one, since some decoders drop a first space."""
-    start = len(tokenizer.decode([previous]))
+    """The bytes of the next token, of the next two, ...; after the previous one, since some decoders drop a first space."""
     known = following[: following.index(IGNORED)] if IGNORED in following else following
-    return {str(tokenizer.decode([previous, *known[: i + 1]]))[start:] for i in range(len(known))} - {""}
+    right = set(accumulate(_pieces([previous, *known], tokenizer)[1:])) - {""}
+    return right if _alphabet(tokenizer) else {text for text in right if UNKNOWN not in text}
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The bytes of each token, a character for a byte, since a token may be a part of a character.
+
+    Where no tokens of the tokenizer stand for bytes, the bytes that each token adds to the decoded text.
+    """
+    alphabet, added = _alphabet(tokenizer), tokenizer.added_tokens_decoder
+    if not alphabet:
+        texts = [_characters(str(tokenizer.decode(ids[:n]))) for n in range(len(ids) + 1)]
+        return [after[len(before) :] for before, after in pairwise(texts)]
+    tokens = [tokenizer.convert_ids_to_tokens(i) or "" for i in ids]
+    return [
+        _characters(added[i].content)
+        if i in added
+        else alphabet.get(token) or "".join(alphabet.get(letter) or _characters(letter) for letter in token)
+        for i, token in zip(ids, tokens, strict=True)
+    ]
+
+
+def _characters(text: str) -> str:
+    return text.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
+# What decoders write for bytes that are no text.
+UNKNOWN = _characters("\N{REPLACEMENT CHARACTER}")
+
+
+@lru_cache(4)
+def _alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What letters and tokens stand for bytes: those of GPT-2, ByT5 or SentencePiece; empty if none do."""
+    for written in (
+        {letter: chr(i) for i, letter in bytes_to_unicode().items()},
+        {chr(i): chr(i) for i in range(256)},
+        {f"<0x{i:02X}>": chr(i) for i in range(256)} | {"\u2581": " "},
+    ):
+        by_byte = {byte: name for name, byte in written.items() if name != "\u2581"}
+        tokens = [by_byte[byte] for byte in _characters("a \u00e9")]
+        known = tokenizer.convert_tokens_to_ids(tokens)
+        if None not in known and tokenizer.unk_token_id not in known and str(tokenizer.decode(known)) == "a \u00e9":
+            return written
+    return {}

@@ -473,7 +473,7 @@ class QuietStar(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self.model.gradient_checkpointing_disable()
+        getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` for the language model's decoder, in place; arguments as there.

@@ -96,7 +96,7 @@ def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str, disc
     """
     reward = REWARDS[kind](nll_base.detach()[:, :, None], nll_mix.detach())
     if discount != 1:
-        reward = reward * discount ** torch.arange(reward.shape[-1], device=reward.device)
+        reward = reward * discount ** torch.arange(reward.shape[-1], dtype=reward.dtype, device=reward.device)
     reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
     return torch.where(targets.rewarded[:, :, None], reward, 0)
 

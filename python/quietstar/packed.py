@@ -326,7 +326,10 @@ class TextRows:
     written: WrittenRows
 
     def ahead(self, hidden: Tensor) -> Tensor:
-        return hidden[self._text, self.written.ahead]
+        ahead = self.written.ahead
+        if not hidden.shape[1]:  # no thought at all; as part of the graph, though
+            return hidden.sum() + hidden.new_zeros((*ahead.shape, hidden.shape[-1]))
+        return hidden[self._text, ahead]
 
     def logprob(self, hidden: Tensor) -> Tensor:
         written, on, temperature = self.written, self.written.on, self.thinker.config.policy_temperature

@@ -208,7 +208,7 @@ def continue_thoughts(
     embeds = start.repeat(B, P * N, 1)
     ends = None
     for step in range(T if end is None else T + 2):
-        hidden = decode_step(model, embeds, store, step).view(B, P, N, -1)
+        hidden = decode_step(model, embeds, store, step).unflatten(1, (P, N))
         ends = hidden if ends is None else torch.where((lengths + 1 == step)[..., None], hidden, ends)
         if sampling.stop is not None:
             if step < T:

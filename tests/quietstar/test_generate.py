@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import softmax
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     BaseStreamer,
     MinPLogitsWarper,
@@ -341,3 +341,10 @@ def test_seeds(qs):
     fast_generate(qs, ids, mask)
     fast_generate(qs, ids, mask, **how, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_no_cache_but_the_wrappers(qs, name):
+    """Under the names of transformers before and since 5.24."""
+    with pytest.raises(ValueError, match=f"generate: {name} must be None where the model thinks.*got DynamicCache"):
+        qs.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, **{name: DynamicCache()})

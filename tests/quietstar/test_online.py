@@ -56,7 +56,7 @@ def plain_loss(qs, base, text, ids, lengths, old, J, discount, clip, temperature
             with torch.no_grad():
                 reasoned = logprobs(model, torch.cat([written, after]))[-J:]
                 plain = logprobs(base, torch.cat([before, after]))[-J:]
-            rewards.append((discount ** torch.arange(J) * (reasoned - plain)).sum())
+            rewards.append(sum(discount**j * (reasoned[j] - plain[j]) for j in range(J)))
             first = len(before) + len(start) - 1
             logp = logprobs(model, written, temperature)[first : first + len(sampled)]
             policies.append((logp, old[0, p, n, : len(sampled)]))

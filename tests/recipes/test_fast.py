@@ -176,8 +176,9 @@ def test_what_is_rewarded_at_each_position(tiny):
 
 
 def test_speeds_are_of_the_same_texts_and_the_right_lengths(tiny, monkeypatch):
-    qs, seen = QuietStar(tiny("llama"), THOUGHTS, verify=False).eval(), []
+    qs, seen, forwards = QuietStar(tiny("llama"), THOUGHTS, verify=False).eval(), [], []
     original = QuietStar.generate
+    qs.model.model.register_forward_hook(lambda *_: forwards.append(len(seen)))
 
     def generate(self, ids, mask, **options):
         seen.append((options["think"], self.thought_config.thought_tokens, ids.tolist(), options["max_new_tokens"]))
@@ -189,7 +190,8 @@ def test_speeds_are_of_the_same_texts_and_the_right_lengths(tiny, monkeypatch):
     assert [x["thought_tokens"] for x in found] == [5, 2, 0] and found[-1]["times_plain"] == 1
     order = [("always", 5), ("always", 2), ("never", 1)]
     assert seen[:3] == [(think, T, [x["input_ids"][:3].tolist() for x in held_out], 4) for think, T in order]
-    assert found[0]["times_plain"] > found[1]["times_plain"] > 1 and qs.thought_config == THOUGHTS
+    assert all(x["times_plain"] > 0 for x in found) and qs.thought_config == THOUGHTS
+    assert forwards.count(1) > forwards.count(2) > forwards.count(3) > 0
 
 
 # The run

@@ -31,7 +31,9 @@ class Think:
                 raise ValueError(f"--at must be from {-L} to {L - 1} in a text of {L} tokens, got {place}")
         places = sorted({place % L for place in self.at}) if self.at else list(range(L))
         anchors = torch.tensor([places], device=ids.device)
-        thoughts = qs.think(ids, anchors=anchors, seed=self.seed or 0, greedy=self.seed is None).thought_ids[0]
-        for place, several in zip(places, thoughts.tolist(), strict=True):
-            shown = several[:1] if self.seed is None else several  # greedy thoughts are identical
+        thoughts = qs.think(ids, anchors=anchors, seed=self.seed or 0, greedy=self.seed is None)
+        ends = thoughts.lengths[0].tolist()
+        for place, several, lengths in zip(places, thoughts.thought_ids[0].tolist(), ends, strict=True):
+            shown = [one[:length] for one, length in zip(several, lengths, strict=True)]
+            shown = shown[:1] if self.seed is None else shown  # greedy thoughts are identical
             print(f"{place:>5}  {decode(ids[0, place])!r:<16}  {'  |  '.join(repr(decode(one)) for one in shown)}")

@@ -224,8 +224,21 @@ class StepPass:
         return thought_decode(q, entry.k_text, entry.v_text, entry.k_own, entry.v_own, self.store.layout, self.now, **options)
 
 
+class _OwnRow:
+    """Rows that see themselves alone."""
+
+    positions, arrived = 1, True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
-    """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]."""
+    """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]; there may be no rows."""
+    rows = embeds.shape[1]
+    if not rows:  # most layers can't run without any, and other processes wait for a sharded model's forward
+        embeds, position_ids = (torch.cat([x, x.new_zeros((len(x), 1, *x.shape[2:]))], 1) for x in (embeds, position_ids))
+        thought_pass = _OwnRow()
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
@@ -235,7 +248,7 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
             f"{type(model).__name__}: the thought layout did not reach every attention call, so this model cannot think; "
             "its layers drop keyword arguments or do not use transformers' AttentionInterface"
         )
-    return hidden
+    return hidden[:, :rows]
 
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:

@@ -40,8 +40,8 @@ def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequenc
     decoder = _Decoder(inner, head, prompts, max_new)
 
     @functools.wraps(type(inner).forward)  # ``generate`` reads the signature
-    def forward(self: PreTrainedModel, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=decoder(input_ids)[:, None], past_key_values=past_key_values)
+    def forward(self: PreTrainedModel, input_ids: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=decoder(input_ids)[:, None])
 
     with layouts_on(inner):
         inner.forward = types.MethodType(forward, inner)  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
@@ -187,12 +187,16 @@ class Recorder(LogitsProcessor):
 
 @contextmanager
 def shifted(model: PreTrainedModel, shift: int) -> Iterator[None]:
-    """In this context, the positions of what ``generate`` decodes after a prompt are ``shift`` larger."""
+    """In this context, the positions of what ``generate`` decodes after a prompt are ``shift`` larger.
+
+    The model raises ValueError where it isn't given positions and a cache, which tells a prompt from what comes after it.
+    """
 
     def shift_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
-        after_prompt = cache is not None and cache.get_seq_length() > 0
-        return args, kwargs | ({"position_ids": kwargs["position_ids"] + shift} if after_prompt else {})
+        cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)  # versions of transformers name it differently
+        if cache is None or kwargs.get("position_ids") is None:
+            raise ValueError(f"{type(model).__name__} can't shift positions: generate gave it no position_ids, or no cache")
+        return args, kwargs | ({"position_ids": kwargs["position_ids"] + shift} if cache.get_seq_length() > 0 else {})
 
     handle = model.register_forward_pre_hook(shift_positions, with_kwargs=True) if shift else None
     try:

@@ -5,11 +5,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from transformers import modeling_utils
+from transformers import DynamicCache, modeling_utils
 
 from quietstar_recipes.common.logprobs import likelihoods, logprob
 from quietstar_recipes.common.models import small_model
-from quietstar_recipes.common.sampling import VLLM, rollout
+from quietstar_recipes.common.sampling import VLLM, rollout, shifted
 from quietstar_recipes.tasks import Multiplication, WordProblems
 from tests.recipes.conftest import one_by_one, seeded
 
@@ -113,3 +113,19 @@ def test_a_small_model_does_not_warn_of_a_mask_that_it_was_given(stories, monkey
     written = rollout(model, task, same_length, max_new=12)
     assert len({len(several[0].ids) for several in written}) > 1  # rows that have ended are padded
     assert not said
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "another"])
+def test_positions_are_shifted_whatever_the_cache_is_called(name):
+    model, seen = torch.nn.Module(), []
+    model.forward = lambda **given: seen.append(given["position_ids"].tolist())
+    cache = DynamicCache()
+    with shifted(model, 3):
+        model(position_ids=torch.tensor([[0, 1]]), **{name: cache})
+        cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+        model(position_ids=torch.tensor([[2]]), **{name: cache})
+        for without in ({name: cache}, {"position_ids": torch.tensor([[2]])}):
+            with pytest.raises(ValueError, match="can't shift positions: generate gave it no position_ids, or no cache"):
+                model(**without)
+    model(position_ids=torch.tensor([[3]]))
+    assert seen == [[[0, 1]], [[5]], [[3]]]
