@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,11 +140,12 @@ def new(path: Path) -> Iterator[Path]:
         _remove_leftovers(path.parent)
 
 
-def seal(path: Path, hashes: Mapping[str, str]) -> None:
+def seal(path: Path, hashes: Mapping[str, str] = types.MappingProxyType({})) -> None:
     """Write the manifest that ``check`` reads, and all files to the disk. ``hashes`` are those that are known already."""
-    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(path.iterdir())}
+    written = sorted(file for file in path.iterdir() if file.is_file())
+    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in written}
     (path / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-    for file in path.iterdir():
+    for file in [*written, path / MANIFEST]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 

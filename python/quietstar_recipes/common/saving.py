@@ -23,8 +23,8 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from quietstar.checkpoints import pretrained
-from quietstar.files.reading import as_type, json_lines, read_json
+from quietstar.checkpoints import places, pretrained
+from quietstar.files.reading import as_type, json_lines, read_json, sha256
 from quietstar.files.writing import put_back, replaced, write_whole
 from quietstar.run.lock import LOCK
 from quietstar.run.optimizers import check_tensors, from_tensors, to_tensors
@@ -48,17 +48,25 @@ def write_lines(path: Path, rows: Sequence[Any]) -> None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
-    """Write an ordinary checkpoint with a report and rows, all of it or nothing."""
+    """Write an ordinary checkpoint with a report, rows and a manifest of them, all of it or nothing."""
     with replaced(folder) as beside:
         model.save_pretrained(beside)
         task.tokenizer.save_pretrained(beside)
         write_json(beside / REPORT, report)
         for name, several in rows.items():
             write_lines(beside / f"{name}.jsonl", several)
+        places.seal(beside)
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError, naming the file, if one is not as it was saved. Runs of older versions have no manifest."""
+    if os.path.lexists(folder / places.MANIFEST):
+        places.check(folder)
 
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """A checkpoint, on the device and in the dtype of ``like``. Raises ValueError if it is missing or damaged."""
+    check_whole(folder)
     return cast(Any, pretrained.load_model(folder, dtype=like.dtype)).to(like.device)
 
 
@@ -102,6 +110,7 @@ class Progress:
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
+            check_whole(self.folder)
             saved = read_json(self.folder / STATE, Saved)
             settings.check(self.folder, saved.settings)
             self.state = state | saved.state
@@ -134,6 +143,7 @@ class Progress:
             save_weights(module, str(beside / WEIGHTS))
             save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
             write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
+            places.seal(beside)
 
 
 class Report(msgspec.Struct):
@@ -166,6 +176,8 @@ class Rounds:
         check_folder(out, SETTINGS, begun, resume)
         if begun:
             settings.check(self.out, read_json(path, dict[str, Any]))
+            for number in range(self.done + 1):
+                check_whole(self.folder(number))
             self.reports()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings.values)
@@ -227,6 +239,12 @@ def link(path: Path, target: str) -> None:
         os.replace(new, path)
     except OSError as error:
         LOG.info("%s: no link to %s: %s", path, target, error.strerror)
+
+
+def hashes(task: Task, model: PreTrainedModel | None = None, name: str = "") -> dict[str, str]:
+    """What ``Settings`` compares of a run's inputs: the files of its task, and the model that it starts from."""
+    found = {f"the file {path}": sha256(path) for path in task.files}
+    return found if model is None else found | {f"the model {name}".rstrip(): fingerprint(model)}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

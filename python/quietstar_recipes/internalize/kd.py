@@ -32,7 +32,7 @@ from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating, padded, positions
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Progress, save_model, write_json
+from quietstar_recipes.common.saving import Progress, hashes, save_model, write_json
 from quietstar_recipes.common.training import adamw, completion_loss, train
 from quietstar_recipes.internalize import stepwise as icot
 from quietstar_recipes.tasks import Row, Task
@@ -279,7 +279,7 @@ def distill(
         for n, split in ((config.rows, "train"), (config.held_out, "test"), (config.held_out, "valid"))
     )
     icot.check_rows(model, task, [*training, *test, *valid], config)
-    settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name)
+    settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name, inputs=hashes(task, model, name))
     teacher = copy.deepcopy(model)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)  # for the new weights that pass the states on

@@ -32,7 +32,7 @@ from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import check_length, logprob
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Count, Progress, State, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Count, Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.training import adamw, train
 from quietstar_recipes.tasks import Row, Task
 
@@ -247,7 +247,7 @@ def run_stages(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run all stages, or those that a stopped run lacks; returns the figures of each stage and of each update."""
     begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
-    settings = Settings.of(config, recipe="internalize", model=name, task=task.name)
+    settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, begin, resume, RunState)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     progress.load(model, optimizer)

@@ -35,7 +35,7 @@ from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
-from quietstar_recipes.common.saving import Progress, State, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
 from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
@@ -146,7 +146,7 @@ def score(
         Interrupted: after a signal, once everything is saved.
     """
     config = config or Config()
-    settings = Settings.of(config, recipe="score", model=name, task=task.name)
+    settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
     if config.two_turn_steps and not progress.begun:
         learn_two_turns(model, task, config)
