@@ -33,6 +33,7 @@ from quietstar_recipes.common.log import LOG, LoggedMetrics, log_figures
 from quietstar_recipes.tasks import Task
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+FOLDERS = ("progress", "model", "two-turns", "first-stage", "stages", "teacher", "pair", "verifier", "plain", "direct")
 SETTINGS, REPORT, BEST = "recipe.json", "report.json", "best"
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Rows = Sequence[Mapping[str, Any]]
@@ -68,6 +69,12 @@ def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """A checkpoint, on the device and in the dtype of ``like``. Raises ValueError if it is missing or damaged."""
     check_whole(folder)
     return cast(Any, pretrained.load_model(folder, dtype=like.dtype)).to(like.device)
+
+
+def check_free(out: Path) -> None:
+    """Raises ValueError where something else than a folder has the name of one that a recipe saves in ``out``."""
+    for path in [out / name for name in FOLDERS] + sorted(path for path in out.glob("round-*") if path.name[6:].isdigit()):
+        places.check_folder_or_free(path)
 
 
 def read_report(path: Path, kind: Any) -> dict[str, Any]:
@@ -106,6 +113,7 @@ class Progress:
 
     def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
+        check_free(Path(out))
         put_back(self.folder)
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
@@ -170,6 +178,7 @@ class Rounds:
 
     def __init__(self, out: str | Path, settings: Settings, resume: bool):
         self.out = Path(out)
+        check_free(self.out)
         path = self.out / SETTINGS
         # Settings alone are from a run that failed at once.
         begun = path.exists() and any(file.name not in (SETTINGS, LOCK) for file in self.out.iterdir())

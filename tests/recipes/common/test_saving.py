@@ -97,3 +97,18 @@ def test_other_inputs_are_refused_by_name(tmp_path):
     rows.pop()
     with pytest.raises(ValueError, match=f"run: the file {file} has changed since the run began"):
         settings(tiny()).check("run", saved)
+
+
+@pytest.mark.parametrize("name", ["round-02", "verifier", "progress"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_has_the_name_of_a_folder_to_come_is_refused_before_the_run(tmp_path, name, kind):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / name
+    path.write_text("mine") if kind == "file" else path.symlink_to("/nope")
+    for begin in (
+        lambda: Rounds(tmp_path / "run", SETTINGS, resume=False),
+        lambda: Progress(tmp_path / "run", SETTINGS, {"step": 0}, resume=False),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: it is (a link that leads to )?no folder, and this run will save there"):
+            begin()
+    assert [x.name for x in path.parent.iterdir()] == [name]
