@@ -11,7 +11,7 @@ import pytest
 
 from tests.quietstar.run import killing
 
-TIMES = re.compile(r"seconds|\w+_per_second|speeds")
+TIMES = re.compile(r"seconds|\w+_per_second|speeds|(report|state)\.json")  # and what manifests say of files with times
 TEXTS = "--data=../text.txt --no-pack --length=12"
 THOUGHTS = f"--model=../model {TEXTS} --thoughts=2 --policy-weight=3 --embedding-scale=1 --learning-rate=1e-3 --batch-size=4"
 TRAIN = f"train --out=run {THOUGHTS} --thought-tokens=2 --lookahead=2"
