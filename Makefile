@@ -45,6 +45,7 @@ setup: $(READY)  ## make .venv with everything; quick when nothing changed
 $(READY): setup.py pyproject.toml constraints.txt Makefile $(wildcard csrc/cpu/*)
 	@echo "Setting up $(VENV): some minutes the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    test -e $(VENV)/pyvenv.cfg -o -z "$$(ls -A $(VENV) 2>/dev/null)" || { echo "$(VENV) holds other things than an environment" >&2; exit 1; }; \
 	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	        echo "Python 3.10 or newer is needed, and $(PYTHON) is not: name one with PYTHON=..." >&2; exit 1; }; \
 	    $(PYTHON) -m venv --clear $(VENV); }

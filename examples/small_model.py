@@ -14,6 +14,7 @@ Without an aside, it is too small to add five digits in one step. A model of you
 
 import math
 import random
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -75,6 +76,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, numbers: 
 
 
 def main() -> None:
+    if Path("sums.txt").exists() or Path("base").exists():
+        raise SystemExit("sums.txt or base is here already: run this in another folder")
     random.seed(0)
     torch.manual_seed(0)
     logging.disable_progress_bar()

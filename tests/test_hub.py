@@ -29,6 +29,21 @@ def folder(tmp_path_factory):
     return to
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "docs/thesis.tex", "build/torch-cpu/mine.py", "build/mine/x", ".git/HEAD"])
+def test_what_is_in_a_folder_stays(tmp_path, name):
+    """A folder that holds anything else is refused; a build is replaced."""
+    build(tmp_path / "built")
+    build(tmp_path / "built")
+    for to in (tmp_path / "new", tmp_path / "built"):
+        mine = to / name
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("mine")
+        with pytest.raises(ValueError, match=f"{to}: it holds other things than what this script writes"):
+            build(to)
+        assert mine.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "new"]
+
+
 @pytest.fixture(scope="module")
 def loaded(folder):
     return kernels.get_local_kernel(folder, backend="cpu")

@@ -31,7 +31,7 @@ from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import likelihoods
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import VLLM, Sampling, rollout
-from quietstar_recipes.common.saving import Rounds, load_model
+from quietstar_recipes.common.saving import Rounds, hashes, load_model
 from quietstar_recipes.common.training import Example, SFTConfig, sft
 from quietstar_recipes.tasks import Row, Task
 
@@ -112,7 +112,7 @@ def star(
         ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
             keeps nothing, or a run in ``config.out`` that has other settings or was not to be resumed.
     """
-    run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name), resume)
+    run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))

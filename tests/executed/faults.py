@@ -139,7 +139,10 @@ FAULTS = (
 
 def with_fault(fault: Fault, folder: Path) -> Path:
     """A copy of the packages and tests with the fault."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        if others := {path.name for path in folder.iterdir()} - {"quietstar_kernels", "tests", "pyproject.toml"}:
+            raise ValueError(f"{folder}: it holds {sorted(others)}, which are no copy of an earlier run: take another --out")
+        shutil.rmtree(folder)
     for name in ("quietstar_kernels", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)

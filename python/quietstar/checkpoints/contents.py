@@ -29,6 +29,7 @@ class TrainedOn:
     texts: int  # how many texts there were to train on and to hold out
     sha256: str  # of these texts, in their order
     held_out: int  # how many examples were held out
+    thoughts: str = ""  # SHA-256 of the file of thoughts about them; empty where they were sampled, or not known
 
 
 @dataclass

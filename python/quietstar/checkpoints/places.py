@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,10 +46,22 @@ def every(out: str | os.PathLike) -> list[Path]:
 
 
 def check_free(out: str | os.PathLike, done: int, steps: int) -> None:
-    """Raises ValueError for a folder that is not the run's where one of its steps after ``done`` may be saved."""
-    for path in _named(out):
-        if done < _step(path) <= steps and (reason := _not_ours(path)):
-            raise ValueError(f"{path}: {reason}, and this run will save there: move it, or take another out")
+    """Raises ValueError for what is not the run's where one of its steps after ``done`` may be saved."""
+    checkpoints = Path(out) / "checkpoints"
+    check_folder_or_free(checkpoints)
+    for path in sorted(checkpoints.glob("step-*")) + sorted(checkpoints.glob(".step-*")):
+        temporary = _LEFTOVER.fullmatch(path.name)
+        if (temporary or _NAME.fullmatch(path.name)) and done < _step(path) <= steps:
+            reason = None if temporary and is_folder(path) else _not_ours(path)
+            if reason:
+                raise ValueError(f"{path}: {reason}, and this run will save there: move it, or take another out")
+
+
+def check_folder_or_free(path: Path) -> None:
+    """Raises ValueError where a run is to have a folder and something else is, such as a link that leads nowhere."""
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a link that leads to no folder" if path.is_symlink() else "no folder"
+        raise ValueError(f"{path}: it is {what}, and this run will save there: move it, or take another out")
 
 
 def _named(out: str | os.PathLike) -> list[Path]:
@@ -58,11 +71,13 @@ def _named(out: str | os.PathLike) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.strip(".").split("-")[1])
 
 
 def _not_ours(path: Path) -> str | None:
-    """Why a folder called step-<number> is no checkpoint that was saved under this name; None if it is one, perhaps damaged."""
+    """Why what is called step-<number> is no checkpoint that was saved under this name; None if it is one, perhaps damaged."""
+    if not is_folder(path):
+        return "it is a link" if path.is_symlink() else "it is no folder"
     if not (path / RUN).exists():
         return f"it has no {RUN}"
     try:
@@ -121,9 +136,9 @@ def _is_local(name: str) -> bool:
 def new(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes the checkpoint ``path`` at the end, in place of an older one; an error removes it.
 
-    Raises FileExistsError if a folder of that name is not the run's.
+    Raises FileExistsError if what has that name is not the run's.
     """
-    if is_folder(path) and (reason := _not_ours(path)):
+    if os.path.lexists(path) and (reason := _not_ours(path)):
         raise FileExistsError(errno.EEXIST, f"not saved over what is there: {reason}", str(path))
     beside = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +154,12 @@ def new(path: Path) -> Iterator[Path]:
         _remove_leftovers(path.parent)
 
 
-def seal(path: Path, hashes: Mapping[str, str]) -> None:
+def seal(path: Path, hashes: Mapping[str, str] = types.MappingProxyType({})) -> None:
     """Write the manifest that ``check`` reads, and all files to the disk. ``hashes`` are those that are known already."""
-    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in sorted(path.iterdir())}
+    written = sorted(file for file in path.iterdir() if file.is_file())
+    files = {file.name: [file.stat().st_size, hashes.get(file.name) or sha256(file)] for file in written}
     (path / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-    for file in path.iterdir():
+    for file in [*written, path / MANIFEST]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 

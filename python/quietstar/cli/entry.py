@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from quietstar import NEEDED
-from quietstar.cli.errors import USAGE
-from quietstar.cli.main import main as run
+from quietstar.cli.errors import USAGE, stopped
+from quietstar.run import signals
 
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers")
 
@@ -20,7 +21,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words in (["--version"], ["-V"]):
         print(versions())
         return 0
+    with signals.ending_at_once() as came:
+        try:
+            code = _main(words)
+        except KeyboardInterrupt:
+            signals.say(f"quietstar: {stopped(came, words)}")
+            code = signals.CODE
+    if arguments is None:  # the process is about to end, with the exit code of what was done
+        for number in {*signals.NUMBERS} - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def _main(words: list[str]) -> int:
     try:
+        from quietstar.cli.main import main as run  # not above: signals are answered by now
+
         return run(words)
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:

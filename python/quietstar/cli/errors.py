@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-USAGE, DATA, RUNTIME, SAVED, STOPPED, PIPE = 2, 3, 4, 75, 130, 141
+from quietstar.run.signals import CODE, name_of
+
+USAGE, DATA, RUNTIME, SAVED, STOPPED, PIPE = 2, 3, 4, CODE, 130, 141
 
 # What PyTorch's allocators say, and of a tensor that no memory could hold.
 _NO_MEMORY = re.compile(
@@ -47,6 +50,16 @@ def runtime_failure(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "without overflow" in str(error):
         return f"a number is too large for its dtype: {first_line(error)}"
     return first_line(error) if isinstance(error, (OSError, FloatingPointError)) else None
+
+
+def stopped(came: Sequence[int], words: Sequence[str], resumes: bool = False) -> str:
+    """What to say of a command, from what was typed, that a signal has ended outside a step; whether it ``resumes``."""
+    again = ["quietstar", *words]
+    if not resumes:
+        return f"stopped by {name_of(came[0])}; nothing is left half written; start again with: {shlex.join(again)}"
+    if not any(word.partition("=")[0] == "--resume" for word in words):
+        again.append("--resume")
+    return f"stopped by {name_of(came[0])}; what was saved before is whole; continue with: {shlex.join(again)}"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The command line. Each command is a file of this folder; other packages add commands as entry points of ``GROUP``.
 
-Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal and saved,
-130 stopped with nothing to save, 141 nobody reads the output any more. Errors are one line on stderr.
+Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal,
+130 stopped in the middle of a step by a third Ctrl-C, 141 nobody reads the output any more. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from quietstar.cli.errors import (
     one_line,
     runtime_failure,
     short_warnings,
+    stopped,
 )
+from quietstar.run import signals
 
 GROUP = "quietstar.commands"
 OWN = {
@@ -122,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
-        code, text = _run(list(sys.argv[1:] if arguments is None else arguments))
+        code, text = _until_signal(list(sys.argv[1:] if arguments is None else arguments))
         if text:
             print(f"quietstar: {one_line(text)}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
@@ -137,6 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"quietstar: the output can't be written: {first_line(error)}", file=sys.stderr)
         return code or RUNTIME
     return code
+
+
+def _until_signal(arguments: list[str]) -> tuple[int, str]:
+    """``_run``, which a signal ends. Whatever error that leads to in a library, it was the signal."""
+    with signals.ending_at_once() as came:
+        try:
+            code, text = _run(arguments)
+        except BaseException:
+            if not came:
+                raise
+            code, text = STOPPED, ""
+    if not came or code in (0, SAVED):
+        return code, text
+    entry = COMMANDS.entries.get(arguments[0])
+    command = getattr(sys.modules.get(entry.module), entry.attr, None) if entry else None  # None: still importing
+    return SAVED, stopped(came, arguments, hasattr(command, "resume"))
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from quietstar.data.held_out import describe
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.thoughts import OfflineThoughts
 from quietstar.evaluation.losses import evaluate
+from quietstar.files.reading import sha256
 from quietstar.files.writing import write_whole
 from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import gathered_dtype
@@ -89,7 +91,8 @@ class Train:
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = common.load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
         common.check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
-        qs.trained_on = (*qs.trained_on, describe(self.data, data, self.model))
+        thoughts = sha256(self.thoughts_from) if self.thoughts_from and os.path.isfile(self.thoughts_from) else ""
+        qs.trained_on = (*qs.trained_on, replace(describe(self.data, data, self.model), thoughts=thoughts))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -167,8 +170,10 @@ class Train:
         for path in reversed(places.every(run)):
             with suppress(ValueError):  # a damaged one is passed over when the run continues, too
                 description = native.read_description(path)
-                before = description[1] if description else ()
-                if before and before[-1].sha256 != trained_on[-1].sha256:
-                    text = f"{run}: {self.data.data} has changed since the run began: resume needs it as it was"
+                before, now = (description[1] if description else ())[-1:], trained_on[-1]
+                data = any(x.sha256 != now.sha256 for x in before)
+                if data or any(x.thoughts and x.thoughts != now.thoughts for x in before):
+                    changed = self.data.data if data else self.thoughts_from
+                    text = f"{run}: {changed} has changed since the run began: resume needs it as it was"
                     raise errors.Failure(errors.DATA, text)
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -123,6 +124,9 @@ def beside(path: str | os.PathLike) -> Iterator[Path]:
     What processes that were killed here have left is removed. A ``path`` that is a link stays one.
     """
     given, path = path, Path(os.path.realpath(path))
+    if path.is_dir() or not path.parent.is_dir():
+        number = errno.EISDIR if path.is_dir() else errno.ENOENT
+        raise OSError(number, os.strerror(number), os.fspath(given))
     _remove_leftovers(path)
     file = path.with_name(f".{path.name}-{os.getpid()}")
     while (lock := FileLock.acquire(file)) is None:
@@ -152,6 +156,8 @@ def replaced(directory: str | os.PathLike) -> Iterator[Path]:
     a link stays one. What processes that were killed here have left is removed, or put back.
     """
     given, directory = directory, Path(os.path.realpath(directory))
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(given))
     directory.parent.mkdir(parents=True, exist_ok=True)
     put_back(directory)
     for old in _left_by_dead(directory, OLD):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from torch import distributed
 
 from quietstar.config import TrainConfig
+from quietstar.run import signals
 
 
 def process_state() -> PartialState:
@@ -109,40 +110,29 @@ def before_batch(done: int, total: int) -> None:
 
 
 class Signals:
-    """Remembers SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 until the step is done, and says so on stderr.
+    """Remembers the signals that ask a run to stop until the step is done, and says so on stderr.
 
-    SIGHUP comes from a terminal that is closed, and is ignored where nohup said so; SIGUSR1 from Slurm before a time limit.
     A second Ctrl-C says what a third one would lose, which raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
-        self.caught = False
+        self.caught = bool(signals.came)  # one that a library took for its own
         self._presses = 0
         self._speaks = process_state().is_main_process  # Ctrl-C goes to all processes of a run
-        self._before: dict[int, Any] = {}
+        self._answered = signals.answered(self._catch)
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue
-            try:
-                self._before[number] = signal.signal(number, self._catch)
-            except ValueError:  # only the main thread may handle signals
-                break
+        self._answered.__enter__()
         return self
 
-    def _catch(self, number: int, frame: Any) -> None:
+    def _catch(self, number: int) -> None:
         self.caught = True
         self._presses += number == signal.SIGINT
         if self._presses > 2:
             raise KeyboardInterrupt
         again = self._presses == 2 and number == signal.SIGINT
-        text = ASKS if again else STOPS.format(name="Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         if self._speaks:
-            # Past ``sys.stderr``, which the signal may have found in the middle of a write and can't be entered twice.
-            with suppress(OSError):
-                os.write(2, f"\n{text}\n".encode())  # below the bar, which then begins a new line
+            signals.say(ASKS if again else STOPS.format(name=signals.name_of(number)))
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._answered.__exit__(*error)

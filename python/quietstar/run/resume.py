@@ -45,7 +45,7 @@ class Run(msgspec.Struct):
 class Settings:
     """The settings that a run and its continuation must have in common."""
 
-    values: dict[str, Any]  # JSON values by name
+    values: dict[str, Any]  # JSON values by name; "inputs" has hashes of what is read again, by what to call it
     defaults: dict[str, Any]  # by name, the value for runs that were saved before the setting existed
 
     @classmethod
@@ -65,8 +65,12 @@ class Settings:
     def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the first setting whose value differs in the run in ``path``."""
         saved = self.defaults | dict(saved)
+        before = saved.get("inputs", {})
+        for what, digest in self.values.get("inputs", {}).items():
+            if before.get(what, digest) != digest:
+                raise ValueError(f"{path}: {what} has changed since the run began: resume needs it as it was")
         for name, value in self.values.items():
-            if saved.get(name) != value:
+            if name != "inputs" and saved.get(name) != value:
                 raise ValueError(f"{path}: the run there has {name}={saved.get(name)!r}, not {value!r}")
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from quietstar.checkpoints import pretrained
-from quietstar.files.reading import as_type, json_lines, read_json
+from quietstar.checkpoints import places, pretrained
+from quietstar.files.reading import as_type, json_lines, read_json, sha256
 from quietstar.files.writing import put_back, replaced, write_whole
 from quietstar.run.lock import LOCK
 from quietstar.run.optimizers import check_tensors, from_tensors, to_tensors
@@ -33,6 +33,7 @@ from quietstar_recipes.common.log import LOG, LoggedMetrics, log_figures
 from quietstar_recipes.tasks import Task
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+FOLDERS = ("progress", "model", "two-turns", "first-stage", "stages", "teacher", "pair", "verifier", "plain", "direct")
 SETTINGS, REPORT, BEST = "recipe.json", "report.json", "best"
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Rows = Sequence[Mapping[str, Any]]
@@ -48,18 +49,32 @@ def write_lines(path: Path, rows: Sequence[Any]) -> None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
-    """Write an ordinary checkpoint with a report and rows, all of it or nothing."""
+    """Write an ordinary checkpoint with a report, rows and a manifest of them, all of it or nothing."""
     with replaced(folder) as beside:
         model.save_pretrained(beside)
         task.tokenizer.save_pretrained(beside)
         write_json(beside / REPORT, report)
         for name, several in rows.items():
             write_lines(beside / f"{name}.jsonl", several)
+        places.seal(beside)
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError, naming the file, if one is not as it was saved. Runs of older versions have no manifest."""
+    if os.path.lexists(folder / places.MANIFEST):
+        places.check(folder)
 
 
 def load_model(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """A checkpoint, on the device and in the dtype of ``like``. Raises ValueError if it is missing or damaged."""
+    check_whole(folder)
     return cast(Any, pretrained.load_model(folder, dtype=like.dtype)).to(like.device)
+
+
+def check_free(out: Path) -> None:
+    """Raises ValueError where something else than a folder has the name of one that a recipe saves in ``out``."""
+    for path in [out / name for name in FOLDERS] + sorted(path for path in out.glob("round-*") if path.name[6:].isdigit()):
+        places.check_folder_or_free(path)
 
 
 def read_report(path: Path, kind: Any) -> dict[str, Any]:
@@ -98,10 +113,12 @@ class Progress:
 
     def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
+        check_free(Path(out))
         put_back(self.folder)
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
+            check_whole(self.folder)
             saved = read_json(self.folder / STATE, Saved)
             settings.check(self.folder, saved.settings)
             self.state = state | saved.state
@@ -134,6 +151,7 @@ class Progress:
             save_weights(module, str(beside / WEIGHTS))
             save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
             write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
+            places.seal(beside)
 
 
 class Report(msgspec.Struct):
@@ -160,12 +178,15 @@ class Rounds:
 
     def __init__(self, out: str | Path, settings: Settings, resume: bool):
         self.out = Path(out)
+        check_free(self.out)
         path = self.out / SETTINGS
         # Settings alone are from a run that failed at once.
         begun = path.exists() and any(file.name not in (SETTINGS, LOCK) for file in self.out.iterdir())
         check_folder(out, SETTINGS, begun, resume)
         if begun:
             settings.check(self.out, read_json(path, dict[str, Any]))
+            for number in range(self.done + 1):
+                check_whole(self.folder(number))
             self.reports()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings.values)
@@ -227,6 +248,12 @@ def link(path: Path, target: str) -> None:
         os.replace(new, path)
     except OSError as error:
         LOG.info("%s: no link to %s: %s", path, target, error.strerror)
+
+
+def hashes(task: Task, model: PreTrainedModel | None = None, name: str = "") -> dict[str, str]:
+    """What ``Settings`` compares of a run's inputs: the files of its task, and the model that it starts from."""
+    found = {f"the file {path}": sha256(path) for path in task.files}
+    return found if model is None else found | {f"the model {name}".rstrip(): fingerprint(model)}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

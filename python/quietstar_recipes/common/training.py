@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,6 @@ def train(
     rate: Callable[[int], float] | None = None,
     after: Callable[[Figures], Any] = lambda line: None,
     progress: Progress | None = None,
-    signals: Signals | None = None,
     save_every: int = 1,
 ) -> None:
     """Update ``module`` until ``steps`` updates are done, counted from the first one of the run.
@@ -52,37 +52,40 @@ def train(
         rate: the learning rate by the number of finished updates; default the optimizer's.
         after: called with step, the figures, grad_norm and seconds of each update. It may add figures and end the training by
             returning True.
-        progress: where figures and state are saved, after every ``save_every`` updates, after the last one and when one of the
-            ``signals`` was caught; default nowhere.
+        progress: where figures and state are saved, after every ``save_every`` updates, after the last one and after a signal;
+            default nowhere, and signals are left to the caller.
 
     Raises:
         FloatingPointError: a loss or gradient that is not finite; no step is taken.
         Interrupted: a signal was caught, and everything is saved.
     """
-    state = progress.state if progress else {"step": 0}
-    done = state["step"] >= steps
-    while not done:
-        began, step = time.perf_counter(), state["step"]
-        optimizer.zero_grad()
-        figures = gradient(step)
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip))
-        for what, value in (("loss", figures["loss"]), ("norm of the gradient", norm)):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name}: the {what} is {value} at step {step + 1}")
-        if rate:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-        optimizer.step()
-        state["step"] += 1
-        line = {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
-        done = after(line) is True or state["step"] >= steps
-        if progress:
-            progress.metrics.add(line)
-            stopped = signals is not None and signals.caught
-            if stopped or done or state["step"] % save_every == 0:
-                progress.save(module, optimizer)
-            if stopped:
-                raise Interrupted(state["step"], progress.folder)
+    with Signals() if progress else nullcontext() as signals:
+        state = progress.state if progress else {"step": 0}
+        done = state["step"] >= steps
+        while not done:
+            began, step = time.perf_counter(), state["step"]
+            optimizer.zero_grad()
+            figures = gradient(step)
+            norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip))
+            for what, value in (("loss", figures["loss"]), ("norm of the gradient", norm)):
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name}: the {what} is {value} at step {step + 1}")
+            if rate:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step)
+            optimizer.step()
+            state["step"] += 1
+            line = {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
+            done = after(line) is True or state["step"] >= steps
+            if progress:
+                progress.metrics.add(line)
+                stopped = signals is not None and signals.caught
+                if stopped or done or state["step"] % save_every == 0:
+                    progress.save(module, optimizer)
+                if stopped:
+                    raise Interrupted(state["step"], progress.folder)
+        if progress and signals is not None and signals.caught:  # while the last update was saved
+            raise Interrupted(state["step"], progress.folder)
 
 
 MOST_TOKENS = 2**19  # a larger batch would be filled with the same examples, over and over

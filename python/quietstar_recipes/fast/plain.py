@@ -19,7 +19,6 @@ from quietstar.config import option
 from quietstar.evaluation.scoring import one_thought
 from quietstar.files.writing import replaced
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
-from quietstar.run.processes import Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import LOG
@@ -123,12 +122,11 @@ def train_plain(
         if state["step"] % config.eval_every == 0 or state["step"] == config.plain_updates:
             line["held_out"] = keep_the_better()
 
-    with Signals() as signals:
-        if state["best"] is None:
-            keep_the_better()  # the initial model too, since training may only make it worse
-        options: dict[str, Any] = {"name": "fast", "progress": progress, "signals": signals, "save_every": config.save_every}
-        gradient = partial(plain_gradient, student, teacher, texts, config)
-        train(student, optimizer, config.plain_updates, gradient, after=after, **options)
+    if state["best"] is None:
+        keep_the_better()  # the initial model too, since training may only make it worse
+    options: dict[str, Any] = {"name": "fast", "progress": progress, "save_every": config.save_every}
+    gradient = partial(plain_gradient, student, teacher, texts, config)
+    train(student, optimizer, config.plain_updates, gradient, after=after, **options)
     return load_model(folder, student), state["best"]
 
 

@@ -8,6 +8,7 @@ shorter thoughts. Then a plain language model, which never thinks, is trained ag
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from quietstar_recipes.common.command import LanguageModel, ResumeRun
 from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.models import read
 from quietstar_recipes.common.plots import Panel, panels
-from quietstar_recipes.common.saving import Count, Rounds, read_report, write_json
+from quietstar_recipes.common.saving import Count, Rounds, fingerprint, read_report, write_json
 from quietstar_recipes.fast import plain
 
 TEXTS, NEW, TURNS = 4, 16, 3  # of the speed measurement: texts continued at once, most new tokens of each, and repetitions
@@ -131,7 +132,8 @@ def fast(
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
         raise ValueError(f"fast: at least 2 texts must be held out, to choose checkpoints by, got {len(held_out)}")
-    Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data)), resume)
+    inputs = {"the data": digest([*data, *held_out]), f"the model {name}".rstrip(): fingerprint(model)}
+    Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data), inputs=inputs), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
     for number, (T, J) in enumerate(stages(config.curriculum)):
@@ -147,6 +149,14 @@ def fast(
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
     return student, report
+
+
+def digest(texts: Sequence[Example]) -> str:
+    """A hash of the texts' tokens, in their order."""
+    found = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        found.update(str(text["input_ids"].tolist()).encode())
+    return found.hexdigest()
 
 
 def run_stage(

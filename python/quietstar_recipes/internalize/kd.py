@@ -26,14 +26,13 @@ from quietstar.config import option
 from quietstar.files.writing import replaced
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
-from quietstar.run.processes import Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating, padded, positions
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Progress, save_model, write_json
+from quietstar_recipes.common.saving import Progress, hashes, save_model, write_json
 from quietstar_recipes.common.training import adamw, completion_loss, train
 from quietstar_recipes.internalize import stepwise as icot
 from quietstar_recipes.tasks import Row, Task
@@ -280,7 +279,7 @@ def distill(
         for n, split in ((config.rows, "train"), (config.held_out, "test"), (config.held_out, "valid"))
     )
     icot.check_rows(model, task, [*training, *test, *valid], config)
-    settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name)
+    settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name, inputs=hashes(task, model, name))
     teacher = copy.deepcopy(model)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)  # for the new weights that pass the states on
@@ -315,7 +314,7 @@ def distill(
 
         options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
         end = 0 if state["passed"] else most
-        train(module, optimizer, end, gradient, after=after, progress=progress, signals=signals, **options)
+        train(module, optimizer, end, gradient, after=after, progress=progress, **options)
         return state["step"]
 
     def shown(rows: Sequence[Row]) -> Tensor:
@@ -344,18 +343,17 @@ def distill(
     def read(rows: Sequence[Row]) -> dict[str, Any]:
         return evaluate(pair, task, rows, shown(rows))
 
-    with Signals() as signals:
-        steps = phase(0, "teacher", teacher, config.explicit_steps, chain_loss, lambda: written(valid))
-        save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
-        found("full chain", steps, written(test))
-        steps = phase(1, "student", pair.student, kd.student_steps, lambda x: answer_loss(x, shown(x)), lambda: read(valid))
-        found("shown states", steps, read(test))
-        steps = phase(2, "emulator", pair.emulator, kd.emulator_steps, lambda x: emulation_loss(emulate(x), shown(x)))
-        found("emulated states", steps, evaluate(pair, task, test))
-        with torch.no_grad():
-            report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
-        steps = phase(3, COUPLED, pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
-        found("internalized", steps, evaluate(pair, task, test))
+    steps = phase(0, "teacher", teacher, config.explicit_steps, chain_loss, lambda: written(valid))
+    save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
+    found("full chain", steps, written(test))
+    steps = phase(1, "student", pair.student, kd.student_steps, lambda x: answer_loss(x, shown(x)), lambda: read(valid))
+    found("shown states", steps, read(test))
+    steps = phase(2, "emulator", pair.emulator, kd.emulator_steps, lambda x: emulation_loss(emulate(x), shown(x)))
+    found("emulated states", steps, evaluate(pair, task, test))
+    with torch.no_grad():
+        report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
+    steps = phase(3, COUPLED, pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
+    found("internalized", steps, evaluate(pair, task, test))
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, task.name)

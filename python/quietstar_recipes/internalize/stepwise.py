@@ -25,7 +25,6 @@ from quietstar.config import option
 from quietstar.files.reading import as_type
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
-from quietstar.run.processes import Interrupted, Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.evaluation import grade
@@ -33,7 +32,7 @@ from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import check_length, logprob
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Count, Progress, State, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Count, Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.training import adamw, train
 from quietstar_recipes.tasks import Row, Task
 
@@ -248,7 +247,7 @@ def run_stages(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run all stages, or those that a stopped run lacks; returns the figures of each stage and of each update."""
     begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
-    settings = Settings.of(config, recipe="internalize", model=name, task=task.name)
+    settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, begin, resume, RunState)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     progress.load(model, optimizer)
@@ -294,30 +293,27 @@ def run_stages(
         save_model(Path(config.out) / STAGES / f"removed-{removed:03d}", model, task, state["lines"][-1])
         log_figures(config.out, state["lines"][-1])
 
-    with Signals() as signals:
-        while state["stage"] < len(plan):
-            removed, scheduled = plan[state["stage"]]
-            last = state["stage"] == len(plan) - 1
-            gated = config.gate > 0 and not last
-            most = scheduled * (config.gate_rounds if gated else 1)
-            every = scheduled if gated else config.eval_every if last else most
-            # As published, not after a batch without chains: with few long chains left, a token more changes little.
-            if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
-                optimizer = adamw(model, config.learning_rate, config.weight_decay)
-            if most:
-                options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
-                steps = state["step"] - state["done"] + most
-                train(model, optimizer, steps, gradient, after=after, progress=progress, signals=signals, **options)
-            else:
-                finish(measure())
-                progress.save(model, optimizer)
-                if signals.caught:
-                    raise Interrupted(state["step"], progress.folder)
-            if removed == 0 < scheduled and state["lines"][-1]["accuracy"] == 0:
-                raise ValueError(
-                    f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
-                    "there is nothing to internalise: train longer, or with another learning rate"
-                )
+    while state["stage"] < len(plan):
+        removed, scheduled = plan[state["stage"]]
+        last = state["stage"] == len(plan) - 1
+        gated = config.gate > 0 and not last
+        most = scheduled * (config.gate_rounds if gated else 1)
+        every = scheduled if gated else config.eval_every if last else most
+        # As published, not after a batch without chains: with few long chains left, a token more changes little.
+        if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
+            optimizer = adamw(model, config.learning_rate, config.weight_decay)
+        if most:
+            options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
+            steps = state["step"] - state["done"] + most
+            train(model, optimizer, steps, gradient, after=after, progress=progress, **options)
+        else:
+            finish(measure())
+            progress.save(model, optimizer)
+        if removed == 0 < scheduled and state["lines"][-1]["accuracy"] == 0:
+            raise ValueError(
+                f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
+                "there is nothing to internalise: train longer, or with another learning rate"
+            )
     return state["lines"], progress.metrics.lines
 
 

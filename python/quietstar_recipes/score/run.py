@@ -27,7 +27,6 @@ from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Pace
-from quietstar.run.processes import Signals
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive
 from quietstar_recipes.common.command import TASK, ResumeRun
@@ -36,7 +35,7 @@ from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
-from quietstar_recipes.common.saving import Progress, State, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
 from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
@@ -147,7 +146,7 @@ def score(
         Interrupted: after a signal, once everything is saved.
     """
     config = config or Config()
-    settings = Settings.of(config, recipe="score", model=name, task=task.name)
+    settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
     if config.two_turn_steps and not progress.begun:
         learn_two_turns(model, task, config)
@@ -164,13 +163,13 @@ def score(
         if config.keep == "best" and (state["step"] % config.save_every == 0 or state["step"] in ends.values()):
             keep_best(model, task, config, state, [*progress.metrics.lines, line])
 
-    with Signals() as signals, evaluating(model):  # no dropout: attempts are scored by the model that wrote them
+    with evaluating(model):  # no dropout: attempts are scored by the model that wrote them
         for end, step in ends.items():
             if step is None or step < state["step"]:
                 continue
             options: dict[str, Any] = {"name": "score", "clip": config.clip, "save_every": config.save_every}
             gradient = partial(attempt_gradient, model, reference, task, config)
-            train(model, optimizer, step, gradient, after=after, progress=progress, signals=signals, **options)
+            train(model, optimizer, step, gradient, after=after, progress=progress, **options)
             if state["best"]:
                 model.load_state_dict(load_model(Path(config.out) / BEST, model).state_dict())
             if end not in state["report"]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class Task(ABC):
         self.separator_ids: list[int] = self._encode([self.between])[0]
         self.again_ids: list[int] = self._encode([self.again])[0]
         self._said: set[tuple[str, int]] = set()  # what a line in the log has said already
+
+    @property
+    def files(self) -> list[Path]:
+        """Where problems are read from; none where they are generated."""
+        return []
 
     @property
     def name(self) -> str:

@@ -39,6 +39,10 @@ class QuestionFile(Task):
         super().__init__(tokenizer)
 
     @property
+    def files(self) -> list[Path]:
+        return [self.path / f"{name}.jsonl" for name in ("train", "test")] if self.path.is_dir() else [self.path]
+
+    @property
     def name(self) -> str:
         return f"{type(self).__name__} {self.path}"
 

@@ -33,7 +33,17 @@ from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solve
 from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import REPORT, Count, Rounds, fingerprint, load_model, read_report, save_model, write_json
+from quietstar_recipes.common.saving import (
+    REPORT,
+    Count,
+    Rounds,
+    fingerprint,
+    hashes,
+    load_model,
+    read_report,
+    save_model,
+    write_json,
+)
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -99,7 +109,7 @@ def vstar(
         ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
             right and wrong solutions, or a run in ``config.out`` that has other settings or was not to be resumed.
     """
-    run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name), resume)
+    run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -2)))

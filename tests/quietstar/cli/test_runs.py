@@ -144,3 +144,17 @@ def test_typed_options_win_and_what_differs_is_printed(home, run, quietstar):
     code, out, err = quietstar("eval", "--model=run", "--length=16")
     assert code == 0 and report(home)["length"] == 16
     assert "not as in run: length 16 instead of 24" in out.splitlines() + err
+
+
+def test_a_run_does_not_continue_on_changed_thoughts(home, trained, train, quietstar):
+    data = ("--data=text.txt", "--length=16", "--held-out=4")
+    assert quietstar("export", "--model=run", "--out=thoughts.jsonl", *data)[0] == 0
+    options = ("--out=on", "--thoughts-from=thoughts.jsonl", "--eval-every=0")
+    code, _, err = train(*options, "--steps=2")
+    assert code == 0, err
+    assert train(*options, "--steps=2", "--resume")[0] == 0
+    rows = [json.loads(line) for line in (home / "thoughts.jsonl").read_text().splitlines()]
+    rows[0]["thought_ids"][0] = [[1 + x for x in thought] for thought in rows[0]["thought_ids"][0]]
+    (home / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = train(*options, "--steps=2", "--resume")
+    assert code == errors.DATA and "thoughts.jsonl has changed since the run began" in err[-1]

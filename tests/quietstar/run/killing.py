@@ -31,15 +31,17 @@ class Commands:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen([sys.executable, __file__], env=one_thread, **pipes)
 
-    def run(self, arguments: list[str], folder: Path, seconds: float = 0, change: int = 0) -> Ended:
+    def run(
+        self, arguments: list[str], folder: Path, seconds: float = 0, change: int = 0, number: int = signal.SIGKILL
+    ) -> Ended:
         """Run ``quietstar`` with these arguments in ``folder``.
 
         Args:
-            seconds: SIGKILL after this time, unless it is 0.
+            seconds: the signal ``number`` after this time, unless it is 0.
             change: SIGKILL right before the command's so many-th change inside a save, unless it is 0; before the next one
                 where this one begins the save, since that would leave nothing of it.
         """
-        request = {"arguments": arguments, "folder": str(folder), "seconds": seconds, "change": change}
+        request = {"arguments": arguments, "folder": str(folder), "seconds": seconds, "change": change, "number": number}
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Ended(**json.loads(self._server.stdout.readline()))
 
@@ -104,7 +106,7 @@ def run(arguments, folder, journal, change):
         os._exit(code)
 
 
-def answer(arguments, folder, seconds, change):
+def answer(arguments, folder, seconds, change, number):
     with tempfile.TemporaryFile() as journal:
         began = time.monotonic()
         child = os.fork()
@@ -112,7 +114,7 @@ def answer(arguments, folder, seconds, change):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
             run(arguments, folder, journal.fileno(), change)
         if signal.sigtimedwait({signal.SIGCHLD}, seconds or LIMIT) is None:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
             signal.sigwait({signal.SIGCHLD})
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         seconds = time.monotonic() - began

@@ -11,7 +11,7 @@ import pytest
 
 from tests.quietstar.run import killing
 
-TIMES = re.compile(r"seconds|\w+_per_second|speeds")
+TIMES = re.compile(r"seconds|\w+_per_second|speeds|(report|state)\.json")  # and what manifests say of files with times
 TEXTS = "--data=../text.txt --no-pack --length=12"
 THOUGHTS = f"--model=../model {TEXTS} --thoughts=2 --policy-weight=3 --embedding-scale=1 --learning-rate=1e-3 --batch-size=4"
 TRAIN = f"train --out=run {THOUGHTS} --thought-tokens=2 --lookahead=2"
@@ -104,10 +104,15 @@ def content(out):
     return {str(path.relative_to(out)): readers.get(path.suffix, Path.read_bytes)(path) for path in files}
 
 
+ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver, commands, name, record_property):
-    """Killed again and again, at random moments and right before random changes inside its saves, and resumed each time."""
+def test_what_a_signal_leaves_resumes_to_what_an_unbroken_run_writes(home, solver, commands, name, asked, record_property):
+    """Stopped again and again, and resumed each time: by SIGKILL at random moments and right before random changes inside its
+    saves, or asked to stop, at random moments, which ends with exit code 75."""
     arguments, generator = COMMANDS[name].split(), random.Random(name)
     model, task = solver
     model.save_pretrained(home / "solver")
@@ -125,6 +130,7 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
     unbroken = start(home / "unbroken")
     assert unbroken.code == 0, (home / "unbroken/output.txt").read_text()
     want, killed, inside, runs = content(home / "unbroken/run"), 0, 0, 0
+    codes = (0, 75) if asked else (0, -signal.SIGKILL)
     while killed < KILLS[name]:
         runs += 1
         folder, left, ended = home / f"broken-{runs}", len(unbroken.changes), None
@@ -133,9 +139,11 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
             kill = {}
             if killed < KILLS[name]:  # soon enough that others can follow
                 soon = generator.uniform(0, max(left / 3, 3))
-                kill = {"change": 1 + int(soon)} if killed % 3 else {"seconds": 0.01 + unbroken.seconds * soon / left}
+                at_random = asked or killed % 3 == 0
+                kill = {"seconds": 0.05 + unbroken.seconds * soon / left} if at_random else {"change": 1 + int(soon)}
+                kill |= {"number": ASKS[killed % 4]} if asked else {}
             ended = start(folder, **kill)
-            assert ended.code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
+            assert ended.code in codes, (folder / "output.txt").read_text()
             left = max(1, left - len(ended.changes))
             users.check(in_place=ended.code == 0)
             if ended.code:
@@ -146,5 +154,8 @@ def test_what_sigkill_leaves_resumes_to_what_an_unbroken_run_writes(home, solver
         found = content(folder / "run")
         differ = [name for name in want.keys() | found.keys() if want.get(name) != found.get(name)]
         assert differ == []  # names, since pytest would take hours to show how weights differ
-    assert inside > killed / 3
-    record_property("table", f"SIGKILL, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end")
+    assert asked or inside > killed / 3
+    record_property(
+        "table",
+        f"{'asked' if asked else 'SIGKILL'}, {name}: {killed} kills, {inside} inside a save, {runs} runs resumed to the end",
+    )

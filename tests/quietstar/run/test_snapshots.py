@@ -94,6 +94,27 @@ def test_a_folder_that_is_not_ours_where_a_step_will_be_saved(go, tmp_path, says
     assert (other / "notes.txt").read_text() == "mine" and not (other.parent / ".step-000002").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000002", "checkpoints/.step-000002", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_what_has_a_name_of_the_runs_is_refused_before_its_first_step(go, tmp_path, name, kind):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to("/nope/nope")
+    fits = (name, kind) in [("checkpoints", "folder"), ("checkpoints/.step-000002", "folder"), ("metrics.jsonl", "file")]
+    if fits:
+        go(2)
+        return
+    with pytest.raises((ValueError, OSError), match=name):
+        go(2)
+    assert path.is_symlink() or path.exists()
+    assert not list(path.parent.rglob("run.json"))
+
+
 @pytest.fixture
 def saved(go, tmp_path):
     go(1)
