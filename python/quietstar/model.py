@@ -26,6 +26,7 @@ from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
+from quietstar.hf.ends import stopping_at_ends
 from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
@@ -119,7 +120,7 @@ class QuietStar(nn.Module):
     def thinker(self) -> Thinker:
         """The parts that functions below the wrapper work with; it shares every weight."""
         vectors = self.start_embedding, self.end_embedding
-        marks = Marks.of(self.thought_config, self.tokenizer)
+        marks = Marks.of(self.thought_config, self.tokenizer, self.model)
         return Thinker(self.model, self.lm_head, self.mixing_head, *vectors, self.thought_config, marks)
 
     @property
@@ -152,7 +153,7 @@ class QuietStar(nn.Module):
             self.gate = None
         elif self.gate is None:
             self.gate = Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
-        Marks.of(config, self.tokenizer)  # raises ValueError for strings without tokens
+        Marks.of(config, self.tokenizer, self.model)  # raises ValueError for strings without tokens
         # What no loss reaches has no gradient: DistributedDataParallel would wait for one.
         self.mixing_head.requires_grad_(config.mixing != "none")
         self.start_embedding.requires_grad_(not config.written)
@@ -430,12 +431,15 @@ class QuietStar(nn.Module):
                 that don't and past the end of a thought.
             options: of transformers' ``generate``: do_sample, temperature, top_p, eos_token_id, streamer,
                 stopping_criteria, logits_processor, generation_config, ... Thoughts allow no beams, assistants or other caches.
+                A text ends where the model's generation config says, with the tokenizer's end-of-text token, and with what
+                ends an answer in its chat template; ``eos_token_id`` replaces them all.
 
         Raises:
             ValueError: those of ``forward`` on the text; padding on the right; an option that has no meaning with thoughts.
         """
         thinking = Thinking(think, thoughts, sample_thoughts, seed, sequence_ids, on_thoughts)
         options |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        options = stopping_at_ends(options, self.tokenizer, self.model)
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
     def count_targets(

@@ -29,7 +29,7 @@ from quietstar.checkpoints.contents import (
     read_file,
 )
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
-from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer, save_model
 from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
 from quietstar.files.writing import replaced
@@ -67,11 +67,11 @@ def save(contents: Contents, directory: str | os.PathLike) -> None:
 def write(contents: Contents, folder: Path) -> dict[str, str]:
     """Write everything into an empty folder; returns the SHA-256 of the files that have one in ``SETTINGS``."""
     if contents.base is None:
-        contents.model.save_pretrained(folder)
+        save_model(contents.model, contents.tokenizer, folder)
     else:
         adapters.save(contents.model, folder)
-    if contents.tokenizer is not None:
-        contents.tokenizer.save_pretrained(folder)
+        if contents.tokenizer is not None:
+            contents.tokenizer.save_pretrained(folder)
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / "README.md").write_text(_card(contents), encoding="utf-8")
