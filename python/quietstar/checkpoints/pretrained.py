@@ -20,6 +20,7 @@ from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
 from quietstar.files.reading import check_regular, read_json
 from quietstar.hf.ends import aligned
+from quietstar.hf.lm_head import note_tie
 
 T = TypeVar("T")
 
@@ -131,6 +132,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike, **options:
     Args:
         options: for the model's ``save_pretrained``.
     """
+    note_tie(model)
     model.save_pretrained(folder, **options)
     if model.can_generate() and (config := aligned(tokenizer, model)) is not None:
         config.save_pretrained(folder)

@@ -128,7 +128,7 @@ def rollout(
     if isinstance(model, VLLM):
         return model.rollout(task, prompts, k, temperature, top_p, max_new, seed, ends)
     check_length(model, max(map(len, prompts), default=0) + max_new + shift)
-    task.ends.update(end_ids(task.tokenizer, model))
+    task.ends = {task.end_id, *end_ids(task.tokenizer, model)}
     stops = {*task.ends, *ends}
     rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
     options: dict[str, Any] = {"do_sample": temperature > 0}

@@ -87,7 +87,7 @@ class Task(ABC):
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"{type(self).__name__}: the tokenizer has no end-of-text token, which ends an answer")
         self.end_id: int = self.tokenizer.eos_token_id
-        self.ends = set(end_ids(self.tokenizer))  # what ends a solution; ``rollout`` adds the model's
+        self.ends = set(end_ids(self.tokenizer))  # what ends a solution; ``rollout`` adds those of its model
         self.separator_ids: list[int] = self._encode([self.between])[0]
         self.again_ids: list[int] = self._encode([self.again])[0]
         self._said: set[tuple[str, int]] = set()  # what a line in the log has said already
