@@ -8,7 +8,6 @@ Where adapters are trained, ``frozen`` is the model with its adapters switched o
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ def follow(twin: nn.Module, model: nn.Module, decay: float) -> None:
 def text_nll(model: PreTrainedModel, head: LMHead, input_ids: Tensor, layout: ThoughtLayout, targets: Targets) -> Tensor:
     """[B,L-1], -log p of text token t+1, nats; 0 where the target does not count."""
     text, _ = _hidden_states(model, input_ids, layout.text_only())
-    return -_head_of(model, head).logprob(text[:, :-1], targets.base)
+    return -head.of(model).logprob(text[:, :-1], targets.base)
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def _thought_logprob(
     own = own.unflatten(1, (layout.P, layout.N, T))
     sampled = torch.arange(T, device=text.device) < (layout.length - (layout.S - T))[..., None]
     targets = torch.where(sampled, thought_ids, IGNORED)
-    return _head_of(model, head).logprob(torch.cat([first, own[:, :, :, :-1]], 3), targets, banned=banned)
+    return head.of(model).logprob(torch.cat([first, own[:, :, :, :-1]], 3), targets, banned=banned)
 
 
 def _hidden_states(model: PreTrainedModel, token_ids: Tensor, layout: ThoughtLayout) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,3 @@ def _hidden_states(model: PreTrainedModel, token_ids: Tensor, layout: ThoughtLay
         hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), PackedPass(layout))
     text, thoughts = hidden.split([layout.L, layout.R], 1)
     return text, thoughts
-
-
-def _head_of(model: PreTrainedModel, head: LMHead) -> LMHead:
-    return replace(head, linear=model.get_output_embeddings())

@@ -26,8 +26,9 @@ from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
+from quietstar.hf.ends import stopping_at_ends
 from quietstar.hf.graphs import EAGER, Graphs
-from quietstar.hf.lm_head import find_lm_head
+from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
 from quietstar.hf.verify import verify_once
 from quietstar.leaks import following, leaks
@@ -90,6 +91,10 @@ class QuietStar(nn.Module):
         embed = embeddings(model)
         self.thought_config = config = checks.check_config(ThoughtConfig() if config is None else config, len(embed.weight))
         self.tokenizer = None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+        if tokenizer is not None and len(tokenizer) > len(embed.weight):
+            cure = "model.resize_token_embeddings(len(tokenizer)) adds rows"
+            sizes = f"the tokenizer has {len(tokenizer)} tokens and the model rows for {len(embed.weight)}"
+            warnings.warn(f"QuietStar: {sizes}, so the others fail: {cure}", stacklevel=2)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         if flag("verify", verify):
@@ -119,8 +124,13 @@ class QuietStar(nn.Module):
     def thinker(self) -> Thinker:
         """The parts that functions below the wrapper work with; it shares every weight."""
         vectors = self.start_embedding, self.end_embedding
-        marks = Marks.of(self.thought_config, self.tokenizer)
+        marks = Marks.of(self.thought_config, self.tokenizer, self.model)
         return Thinker(self.model, self.lm_head, self.mixing_head, *vectors, self.thought_config, marks)
+
+    @property
+    def lm_head(self) -> LMHead:
+        """The language model's output layer, with its scale and soft cap."""
+        return self._lm_head.of(self.model)
 
     @property
     def config(self) -> Any:
@@ -152,7 +162,12 @@ class QuietStar(nn.Module):
             self.gate = None
         elif self.gate is None:
             self.gate = Gate(len(self.start_embedding), config.anchor_share, self.start_embedding.device)
-        Marks.of(config, self.tokenizer)  # raises ValueError for strings without tokens
+        marks = Marks.of(config, self.tokenizer, self.model)  # raises ValueError for strings without tokens
+        for name, ids in {} if marks is None else {"thought_start": marks.start, "thought_end": marks.end}.items():
+            text = getattr(config, name)  # of the usual <think>, several tokens are usual, too
+            if len(ids) > 1 and re.fullmatch(r"[<\[]\S+[>\]]", text) and text not in ("<think>", "</think>"):
+                cure = "add it to tokenizer and model before, or name a token that is there"
+                warnings.warn(f"QuietStar: {name}={text!r} is {len(ids)} tokens, none of the vocabulary: {cure}", stacklevel=3)
         # What no loss reaches has no gradient: DistributedDataParallel would wait for one.
         self.mixing_head.requires_grad_(config.mixing != "none")
         self.start_embedding.requires_grad_(not config.written)
@@ -186,13 +201,20 @@ class QuietStar(nn.Module):
     def _take(self, model: PreTrainedModel) -> None:
         """The language model from now on; a base model copied from another is dropped."""
         self.model = model
-        self.lm_head = find_lm_head(unwrapped(model))
+        self._lm_head = find_lm_head(unwrapped(model))
         self.base = adapters.fingerprint(model) if adapters.there(model) else None
+        self._rows = len(embeddings(model).weight)
         self.base_model = None
 
     @contextmanager
     def _compared_with(self) -> Iterator[PreTrainedModel]:
         """The language model that rewards and divergence compare with."""
+        rows, own = (len(embeddings(x or self.model).weight) for x in (self.base_model, self.model))
+        if rows != own:
+            raise ValueError(
+                f"base_model: its copy has {rows} tokens and the model {own}: "
+                "add tokens before, or to both: qs.base_model.resize_token_embeddings"
+            )
         if self.base_model is None and self.thought_config.base_model == "frozen":
             with adapters.off(self.model):
                 yield self.model
@@ -430,12 +452,15 @@ class QuietStar(nn.Module):
                 that don't and past the end of a thought.
             options: of transformers' ``generate``: do_sample, temperature, top_p, eos_token_id, streamer,
                 stopping_criteria, logits_processor, generation_config, ... Thoughts allow no beams, assistants or other caches.
+                A text ends where the model's generation config says, with the tokenizer's end-of-text token, and with what
+                ends an answer in its chat template; ``eos_token_id`` replaces them all.
 
         Raises:
             ValueError: those of ``forward`` on the text; padding on the right; an option that has no meaning with thoughts.
         """
         thinking = Thinking(think, thoughts, sample_thoughts, seed, sequence_ids, on_thoughts)
         options |= {"attention_mask": attention_mask} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        options = stopping_at_ends(options, self.tokenizer, self.model)
         return generate(self.thinker, self._graphs, input_ids, thinking, options)
 
     def count_targets(
@@ -487,16 +512,32 @@ class QuietStar(nn.Module):
 
     def contents(self) -> Contents:
         """What a checkpoint of this model holds; the tensors are the parameters themselves."""
+        if self.base is not None and (rows := len(embeddings(self.model).weight)) != self._rows:
+            raise ValueError(
+                f"the base had {self._rows} tokens when it got its adapters and has {rows} now, which are not saved with "
+                "them: add tokens and save the model first, or merge_adapters"
+            )
         tensors: dict[str, Tensor] = {name: x for name, x in self.named_parameters() if not name.startswith("model.")}
         return Contents(self.model, self.thought_config, self.tokenizer, tensors, self.base, self.trained_on)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike, max_shard_size: int | str = "50GB", safe_serialization: bool = True
+    ) -> None:
         """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
 
         Of a model with adapters, those alone are written, as peft does it. Other files of the folder are kept, except the
-        weights of another checkpoint. Raises ValueError where weights of the base were trained, which would be lost.
+        weights of another checkpoint.
+
+        Args:
+            max_shard_size: of a weights file of a whole model, in bytes or as "5GB".
+            safe_serialization: always True, as transformers' method has it.
+
+        Raises:
+            ValueError: weights or tokens of the base were trained or added, which would be lost with adapters.
         """
-        native.save(self.contents(), file_path("directory", directory))
+        if flag("safe_serialization", safe_serialization) is False:
+            raise ValueError("safe_serialization must be True: weights are saved as safetensors alone")
+        native.save(self.contents(), file_path("directory", directory), _shard_size(max_shard_size))
 
     @classmethod
     def from_pretrained(
@@ -539,11 +580,7 @@ class QuietStar(nn.Module):
         Raises:
             ValueError: not a Mistral, or a model that mixes log-probabilities: the published code knows neither.
         """
-        if not isinstance(max_shard_size, str):
-            max_shard_size = integer("max_shard_size", max_shard_size, 1)
-        elif not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", max_shard_size):
-            raise refusal("max_shard_size", "bytes, or text such as 5GB", max_shard_size)
-        official.save(self.contents(), file_path("directory", directory), max_shard_size)
+        official.save(self.contents(), file_path("directory", directory), _shard_size(max_shard_size))
 
     def load_official_state_dict(self, state: Mapping[str, Tensor], embedding_scale: float = 100.0) -> None:
         """Load a published checkpoint's tensors by their published names, all of them or none.
@@ -570,3 +607,11 @@ class QuietStar(nn.Module):
                 "SFTTrainer): pass` with ThoughtTrainer from quietstar.trainer"
             )
         return super().__getattr__(name)
+
+
+def _shard_size(size: int | str) -> int | str:
+    if not isinstance(size, str):
+        return integer("max_shard_size", size, 1)
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", size):
+        raise refusal("max_shard_size", "bytes, or text such as 5GB", size)
+    return size

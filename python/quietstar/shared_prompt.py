@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
+from quietstar.checkpoints.pretrained import unmark_gguf
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
@@ -79,6 +80,8 @@ class SharedPrompts(Trainer):
         # Accelerate leaves the mixed precision of an earlier trainer around a model's forward.
         if before := getattr(model, "__dict__", {}).pop("_original_forward", None):
             model.forward = before  # type: ignore[union-attr]  # a name has no __dict__
+        if isinstance(model, nn.Module):  # transformers trains none that it calls quantized
+            unmark_gguf(unwrapped(model))
         super().__init__(*args, **kwargs)
         self._check_options()
         models: list[Any] = [self.model]

@@ -58,7 +58,9 @@ def _as_tensors(example: Mapping[str, Any]) -> Example:
     if not isinstance(example, Mapping):
         raise refusal("pad_texts: examples: each", "a dict with input_ids", example)
     try:
-        return {name: torch.as_tensor(x) for name, x in example.items()}
+        found = {name: torch.as_tensor(x) for name, x in example.items()}
+        # An empty list has no numbers from which to tell a dtype.
+        return {name: x if len(x) or name == "old_logprob" else x.long() for name, x in found.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"pad_texts: examples: a column must be numbers: {str(error).splitlines()[0]}") from error
 
@@ -104,6 +106,7 @@ class ThoughtTrainer(Trainer):
             (getattr(self, "padding_free", False), "a row must hold one text: turn packing and padding_free off"),
             (getattr(self.args, "loss_type", "nll") != "nll", "the loss is the thought objective's: leave out loss_type"),
             (self.compute_loss_func, "the loss is the thought objective's: leave out compute_loss_func"),
+            (self.args.neftune_noise_alpha, "thoughts are sampled and scored without noise: leave out neftune_noise_alpha"),
             (self.label_smoother, "the loss is the thought objective's: leave out label_smoothing_factor"),
         ):
             if refused:
@@ -126,6 +129,9 @@ class ThoughtTrainer(Trainer):
             warnings.warn(f"{type(self).__name__}: {warning}", stacklevel=2)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(str(self.args.output_dir)))
+        if resume_from_checkpoint and not os.path.exists(os.path.join(resume_from_checkpoint, "optimizer.pt")):
+            what = "has no state of the optimizer (save_only_model=True), which begins anew: losses will be others"
+            warnings.warn(f"{type(self).__name__}: {resume_from_checkpoint} {what}", stacklevel=2)
         return super().train(resume_from_checkpoint, *more, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -133,8 +139,9 @@ class ThoughtTrainer(Trainer):
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
         if not batches:
             return [], None
+        least = self.model.thought_config.lookahead + 2
         parts = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
-        parts = [self._numbered(i, part) for i, part in enumerate(figures.same_length(self.accelerator, parts))]
+        parts = [self._numbered(i, part) for i, part in enumerate(figures.same_length(self.accelerator, parts, least))]
         self.model.train()
         parts, counts = figures.decide(self.accelerator, self.model, parts, self._seed())
         self._interval.begin_step(counts)

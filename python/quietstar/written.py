@@ -7,7 +7,7 @@ rows stand one after another, without padding to T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
+from quietstar.hf.ends import end_ids
 from quietstar_kernels import ThoughtLayout
 
 
@@ -30,7 +31,7 @@ class Marks(NamedTuple):
     stops: tuple[int, ...]
 
     @staticmethod
-    def of(config: ThoughtConfig, tokenizer: PreTrainedTokenizerBase | None) -> Marks | None:
+    def of(config: ThoughtConfig, tokenizer: PreTrainedTokenizerBase | None, model: Any = None) -> Marks | None:
         """None where a thought stands between vectors. Raises ValueError for strings that the tokenizer doesn't know."""
         if not config.written:
             return None
@@ -46,8 +47,7 @@ class Marks(NamedTuple):
             if not ids or tokenizer.unk_token_id in ids:
                 raise ValueError(f"{name}={text!r} is not text that the tokenizer has tokens for")
             marks.append(tuple(ids))
-        stop = tokenizer.eos_token_id
-        return Marks(marks[0], marks[1], () if stop is None or stop in marks[1] else (stop,))
+        return Marks(*marks, tuple(token for token in end_ids(tokenizer, model) if token not in marks[1]))
 
     def content(self, thought_ids: Tensor, thought_lengths: Tensor) -> Tensor:
         """int64 [B,P,N], how many of the sampled tokens [B,P,N,T] come before the end."""

@@ -1,5 +1,7 @@
 """Reinforcement learning on ordinary text against plain PyTorch that follows the papers, one sequence for each thought."""
 
+import re
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -219,6 +221,10 @@ def test_what_is_refused():
         ThoughtConfig(thought_start="<t>")
     with pytest.raises(ValueError, match="end_token_id must be left alone where thoughts are text \\(thought_start\\), got 3"):
         ThoughtConfig(preset="rlp", end_token_id=3)
+    for start in ("<|t|>", "[at]"):
+        config = ThoughtConfig(preset="rlp", thought_start=start)
+        with pytest.warns(UserWarning, match=rf"thought_start={re.escape(repr(start))} is \d tokens, none of the vocabulary"):
+            QuietStar(online("rlp").model, config, byte_tokenizer(), verify=False)
     with pytest.raises(ValueError, match="generate: think must be 'never' where thoughts are text"):
         online("rlp", dtype=torch.float32).generate(torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(ValueError, match="text and thoughts need 72 positions and GPT2LMHeadModel has 64 learned positions"):

@@ -1,6 +1,7 @@
 """TRL's trainers with shared prompts: losses, gradients, entropies and whole runs equal the stock trainers'."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from quietstar.hf.completions import without_padding
-from quietstar.shared_prompt import SharedPrompts
+from quietstar.hf.modules import unwrapped
+from quietstar.shared_prompt import SharedPrompts, _sorted
 from quietstar_kernels import ThoughtLayout
 
 V, PAD = 61, 0
@@ -214,6 +216,40 @@ def test_lora(tiny, trainer):
     assert distance(reference(ours), reference(stock)) < BOUND
     on, _, _ = getattr(ours, HOOK)(ours.model, *hook_arguments(inputs))
     assert distance(reference(ours), on) > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_head_that_are_trained_as_a_whole(tiny, trainer, tied):
+    whole = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    stock, ours = (trainer(x, tiny("llama", tie_word_embeddings=tied), peft_config=whole) for x in (GRPOTrainer, SharedGRPO))
+    inputs = batch(order=SHUFFLED)
+    for one in (stock, ours):
+        with torch.no_grad():
+            for i, weight in enumerate(x for x in one.model.parameters() if x.requires_grad):
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+    for on in (True, False):
+        with torch.no_grad(), nullcontext() if on else ours.model.disable_adapter():
+            ours_now = getattr(ours, HOOK)(ours.model, *hook_arguments(inputs))[0]
+        with torch.no_grad(), nullcontext() if on else stock.model.disable_adapter():
+            truth = getattr(stock, HOOK)(stock.model, *hook_arguments(inputs))[0]
+        torch.testing.assert_close(ours_now, truth, rtol=1e-4, atol=1e-4)
+    ours.compute_loss(ours.model, inputs).backward()
+    assert unwrapped(ours.model).lm_head.modules_to_save["default"].weight.grad.abs().max() > 0
+
+
+def test_lists_are_sorted_with_their_rows():
+    """Also over the steps, as tensors are: the row of a list is of the same completion."""
+    ids = torch.tensor([[5], [3], [4], [3], [5], [4]])
+    whole = {f"{part}_ids": ids for part in ("prompt", "completion")}
+    whole |= {f"{part}_mask": torch.ones_like(ids) for part in ("prompt", "completion")}
+    whole |= {"names": [f"row {i} of {int(x)}" for i, x in enumerate(ids)], "number": 2, "rewards": torch.arange(6)}
+    steps = [{name: x if name == "number" else x[i : i + 2] for name, x in whole.items()} for i in (0, 2, 4)]
+    found = _sorted(steps)
+    assert [step["number"] for step in found] == [2, 2, 2] and [len(step["names"]) for step in found] == [2, 2, 2]
+    assert [step["prompt_ids"].flatten().tolist() for step in found] == [[3, 3], [4, 4], [5, 5]]
+    for step in found:
+        rows = zip(step["rewards"].tolist(), step["prompt_ids"].flatten().tolist(), strict=True)
+        assert step["names"] == [f"row {i} of {x}" for i, x in rows]
 
 
 @pytest.mark.long

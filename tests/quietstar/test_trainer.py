@@ -225,8 +225,32 @@ def test_what_is_refused(tmp_path):
         make_trainer(tmp_path, make_qs().model)
     with pytest.raises(ValueError, match="leave out label_smoothing_factor"):
         make_trainer(tmp_path, make_qs(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="leave out neftune_noise_alpha"):
+        make_trainer(tmp_path, make_qs(), neftune_noise_alpha=5)
     with pytest.raises(ValueError, match="there is no whole checkpoint"):
         make_trainer(tmp_path, make_qs()).train(resume_from_checkpoint=True)
+
+
+def test_empty_and_short_texts(tmp_path):
+    """They change no loss, and a batch of them alone is said."""
+    found = []
+    for more in ([], [{"input_ids": []}], [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]):
+        trainer = make_trainer(tmp_path, make_qs(), max_steps=1, per_device_train_batch_size=8)
+        trainer.train_dataset = trainer.eval_dataset = [*rows(4), *more]
+        trainer.train()
+        found.append([*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]])
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+    for nothing in ({"input_ids": []}, {"input_ids": [3, 4, 5, 6, 7], "labels": [-100] * 5}):
+        trainer = make_trainer(tmp_path, make_qs(), max_steps=1)
+        trainer.train_dataset = [nothing] * 4
+        with pytest.warns(UserWarning, match="no token of a step was to be predicted: every label is -100"):
+            trainer.train()
+
+
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_said(tmp_path):
+    make_trainer(tmp_path, make_qs(), max_steps=2, save_only_model=True).train()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no state of the optimizer \(save_only_model=True\)"):
+        make_trainer(tmp_path, make_qs(), max_steps=3).train(resume_from_checkpoint=True)
 
 
 def test_steps_that_are_too_large_are_warned_about(tmp_path):

@@ -29,7 +29,7 @@ from quietstar.checkpoints.contents import (
     read_file,
 )
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
-from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer, save_model
 from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
 from quietstar.files.writing import replaced
@@ -58,20 +58,20 @@ class Settings:
             raise ValueError("files must have sizes of 0 or more")
 
 
-def save(contents: Contents, directory: str | os.PathLike) -> None:
+def save(contents: Contents, directory: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
     """Write everything into a temporary folder and rename it to ``directory``; a crash leaves the old or the new one intact."""
     with replaced(directory) as beside:
-        write(contents, beside)
+        write(contents, beside, max_shard_size)
 
 
-def write(contents: Contents, folder: Path) -> dict[str, str]:
+def write(contents: Contents, folder: Path, max_shard_size: int | str = "50GB") -> dict[str, str]:
     """Write everything into an empty folder; returns the SHA-256 of the files that have one in ``SETTINGS``."""
     if contents.base is None:
-        contents.model.save_pretrained(folder)
+        save_model(contents.model, contents.tokenizer, folder, max_shard_size=max_shard_size)
     else:
         adapters.save(contents.model, folder)
-    if contents.tokenizer is not None:
-        contents.tokenizer.save_pretrained(folder)
+        if contents.tokenizer is not None:
+            contents.tokenizer.save_pretrained(folder)
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / "README.md").write_text(_card(contents), encoding="utf-8")
@@ -158,6 +158,8 @@ def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True
     V, own = (len(embeddings(x).weight) for x in (saved.model, contents.model))
     if V != own:
         raise ValueError(f"{path}: it has a vocabulary of {V} tokens, the model one of {own}")
+    if len({x.model.get_output_embeddings().weight is embeddings(x.model).weight for x in (saved, contents)}) > 1:
+        raise ValueError(f"{path}: its output head is tied to the embeddings and the model's isn't, or the other way round")
     contents.model.load_state_dict(saved.model.state_dict())
     restore(contents.tensors, saved.tensors, path)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quietstar.checkpoints.contents import Contents, check_finite, check_vocabulary, find, locate_tensors, read_tensors
-from quietstar.checkpoints.pretrained import load_config, load_tokenizer, load_with_report
+from quietstar.checkpoints.pretrained import load_config, load_tokenizer, load_with_report, save_model
 from quietstar.config import ThoughtConfig
 from quietstar.files.reading import read_json
 from quietstar.files.writing import replaced
@@ -122,9 +122,7 @@ def save(contents: Contents, directory: str | os.PathLike, max_shard_size: int |
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
     with replaced(directory) as beside:
-        model.save_pretrained(beside, state_dict=state_dict(contents), max_shard_size=max_shard_size)
-        if contents.tokenizer is not None:
-            contents.tokenizer.save_pretrained(beside)
+        save_model(model, contents.tokenizer, beside, state_dict=state_dict(contents), max_shard_size=max_shard_size)
         file = Path(beside) / "config.json"
         file.write_text(
             json.dumps({**json.loads(file.read_text(encoding="utf-8")), **published}, indent=2, sort_keys=True) + "\n",

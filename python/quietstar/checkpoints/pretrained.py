@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
 from quietstar.files.reading import check_regular, read_json
+from quietstar.hf.ends import aligned
+from quietstar.hf.lm_head import note_tie
 
 T = TypeVar("T")
 
@@ -122,6 +124,20 @@ def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs:
         unmark_gguf(model)
         model.name_or_path = model.config.name_or_path = path
     return cast(Any, loaded)
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike, **options: Any) -> None:
+    """Write a language model with its tokenizer, if there is one. ``generate`` of what is loaded stops at the same ends.
+
+    Args:
+        options: for the model's ``save_pretrained``.
+    """
+    note_tie(model)
+    model.save_pretrained(folder, **options)
+    if model.can_generate() and (config := aligned(tokenizer, model)) is not None:
+        config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def unmark_gguf(model: PreTrainedModel) -> None:

@@ -60,7 +60,7 @@ def score_tokens(
     think = checks.check_think("think", think)
     device = qs.start_embedding.device
     input_ids, attention_mask = _pad(texts, 0, device), _pad([[1] * len(text) for text in texts], 0, device)
-    anchors = _pad([[place - 1 for place in row] for row in places], -1, device)
+    anchors = _pad([[place - 1 for place in row] or [-1] for row in places], -1, device)
     chunk = max(1, ROWS // (len(texts) * one.thought_config.rows))
     with dropout_off(qs):
         parts = [_score(one, input_ids, attention_mask, part, think, allowed) for part in anchors.split(chunk, 1)]

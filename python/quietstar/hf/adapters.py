@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.config import AdapterConfig
+from quietstar.hf.lm_head import note_tie
 from quietstar.hf.modules import unwrapped
 from quietstar_kernels.checks import refusal
 
@@ -161,7 +162,11 @@ def merge(model: nn.Module) -> PreTrainedModel:
     """The base with the adapters merged into its weights, which can be trained again."""
     if not there(model):
         raise ValueError("merge_adapters: the model has no adapters")
+    embed, head = unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings()
+    if hasattr(embed, "base_layer") and embed.get_base_layer().weight is head.weight:  # the head has no part in what is merged
+        head.weight = nn.Parameter(head.weight.detach().clone())
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    note_tie(merged)
     for weight in merged.parameters():
         weight.requires_grad_(weight.is_floating_point())
     return merged

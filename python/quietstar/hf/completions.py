@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ def end_logprobs(
     packed = PackedPass(layout)
     packed.positions = max(map(len, sequences))  # less than the layout's bound, which adds up all documents
     hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), packed)[0]
-    head = replace(head, linear=model.get_output_embeddings())  # a cast may have replaced it
+    head = head.of(model)
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
         out = head.apply(linear_logprob, hidden[rows], targets, temperature=temperature, return_entropy=return_entropy)
 

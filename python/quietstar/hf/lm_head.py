@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.hf.modules import backbone, dropout_off, not_finite
+from quietstar.hf.modules import backbone, dropout_off, not_finite, unwrapped
 from quietstar_kernels import linear_logprob, sample_token
 
 
@@ -21,6 +21,10 @@ class LMHead:
     linear: nn.Linear
     scale: float | None = None
     softcap: float | None = None
+
+    def of(self, model: PreTrainedModel) -> LMHead:
+        """The same of the layer that the model has now: casts, added tokens and adapters put another there."""
+        return replace(self, linear=output_layer(model))
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden [...,D] as rows, weight and bias, all in one dtype: the weight's, or on a GPU autocast's where it is on.
@@ -58,11 +62,31 @@ class LMHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes logits. Raises ValueError if it isn't linear, or has adapters that its weight doesn't show."""
+    name, layer = type(unwrapped(model)).__name__, unwrapped(model).get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):  # peft's, around a copy that is trained as a whole
+        active = [] if layer.disable_adapters else layer.active_adapters
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
+    if isinstance(layer, nn.Linear):
+        return layer
+    if hasattr(layer, "base_layer"):
+        raise ValueError(f"{name}: only the own weight of its output head is read: leave that out of target_modules")
+    raise ValueError(f"{name}: its output head must be one linear layer, got {type(layer).__name__}")
+
+
+def note_tie(model: PreTrainedModel) -> None:
+    """Make the config say whether output layer and embeddings are one tensor, by which what is saved is loaded."""
+    head, embed = (getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings()))
+    tied = head is embed
+    for config in (model.config, model.config.get_text_config()):
+        if model._tied_weights_keys and head is not None and config.tie_word_embeddings != tied:
+            config.tie_word_embeddings = tied
+
+
 def find_lm_head(model: PreTrainedModel) -> LMHead:
     """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens."""
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"{type(model).__name__} cannot think: its output head is not one linear layer")
+    linear = output_layer(model)
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     factor = getattr(config, "logit_scale", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from functools import reduce
 from operator import add
@@ -73,7 +74,7 @@ class Reading:
     def __init__(self, sums: dict[str, Tensor], counts: Counts, norm: Tensor):
         self._names = sorted(sums)
         values = torch.stack([sums[name] for name in self._names])
-        others = [x.to(values) for x in (counts.mix[0], counts.places, counts.tokens, norm)]
+        others = [x.to(values) for x in (counts.base, counts.mix[0], counts.places, counts.tokens, norm)]
         values = torch.cat([values, torch.stack(others)])
         self._values = values.to("cpu", non_blocking=values.is_cuda)  # another device has no event to wait for
         self._copied = torch.cuda.Event() if values.is_cuda else None
@@ -83,7 +84,9 @@ class Reading:
     def figures(self) -> dict[str, float]:
         if self._copied is not None:
             self._copied.synchronize()
-        *numbers, mix, places, tokens, grad_norm = self._values.tolist()
+        *numbers, base, mix, places, tokens, grad_norm = self._values.tolist()
+        if not base:
+            warnings.warn("no token of a step was to be predicted: every label is -100, or the texts are empty", stacklevel=3)
         figures = dict(zip(self._names, numbers, strict=True))
         figures["weight"] /= max(1, mix)
         for name in ("reward", "advantage", "leak_rate", "dead_groups"):
@@ -119,9 +122,13 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
     return parts, total_counts(accelerator, counts)
 
 
-def same_length(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
-    """Pads the texts on the right to the longest of all parts and processes, so that the number of parts changes nothing."""
-    longest = _most(accelerator, max(part["input_ids"].shape[1] for part in parts))
+def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> list[Batch]:
+    """Pads the texts on the right to the longest of all parts and processes, so that the number of parts changes nothing.
+
+    Args:
+        least: tokens to pad to at any rate, since a model refuses fewer.
+    """
+    longest = max(least, _most(accelerator, max(part["input_ids"].shape[1] for part in parts)))
     fills = {name: fill for name, (dimensions, fill) in COLUMNS.items() if dimensions == "L"}
     return [
         part | {name: pad(part[name], (0, longest - part[name].shape[1]), value=fills[name]) for name in fills.keys() & part}

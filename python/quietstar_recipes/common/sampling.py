@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from quietstar.config import option
+from quietstar.hf.ends import end_ids
 from quietstar.run.batches import mix_seed
 from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
@@ -83,7 +84,7 @@ class VLLM:
             max_tokens=max_new,
             seed=seed,
             stop=list(task.stop),
-            stop_token_ids=[task.end_id, *ends],
+            stop_token_ids=[*task.ends, *ends],
             include_stop_str_in_output=True,
             logprobs=0,  # only of the chosen token
         )
@@ -127,6 +128,8 @@ def rollout(
     if isinstance(model, VLLM):
         return model.rollout(task, prompts, k, temperature, top_p, max_new, seed, ends)
     check_length(model, max(map(len, prompts), default=0) + max_new + shift)
+    task.ends = {task.end_id, *end_ids(task.tokenizer, model)}
+    stops = {*task.ends, *ends}
     rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if options["do_sample"]:
@@ -151,14 +154,14 @@ def rollout(
                     attention_mask=mask.long(),
                     position_ids=positions(mask, len(ids[0])),
                     max_new_tokens=max_new,
-                    eos_token_id=[task.end_id, *ends],
+                    eos_token_id=list(stops),
                     pad_token_id=task.end_id,
                     logits_processor=LogitsProcessorList([recorder]),
                     **options,
                 )
             logprobs = recorder.finish(out).tolist()
             for i, written, logprob in zip(chosen, out[:, ids.shape[1] :].tolist(), logprobs, strict=True):
-                length = next((j for j, x in enumerate(written, 1) if x == task.end_id or x in ends), len(written))
+                length = next((j for j, x in enumerate(written, 1) if x in stops), len(written))
                 found[i].append(Completion(written[:length], logprob[:length]))
     return found
 

@@ -51,8 +51,7 @@ def write_lines(path: Path, rows: Sequence[Any]) -> None:
 def save_model(folder: Path, model: PreTrainedModel, task: Task, report: Mapping[str, Any], **rows: Rows) -> None:
     """Write an ordinary checkpoint with a report, rows and a manifest of them, all of it or nothing."""
     with replaced(folder) as beside:
-        model.save_pretrained(beside)
-        task.tokenizer.save_pretrained(beside)
+        pretrained.save_model(model, task.tokenizer, beside)
         write_json(beside / REPORT, report)
         for name, several in rows.items():
             write_lines(beside / f"{name}.jsonl", several)

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from quietstar import QuietStar
+from quietstar.checkpoints.pretrained import save_model
 from quietstar.config import option
 from quietstar.evaluation.scoring import one_thought
 from quietstar.files.writing import replaced
@@ -113,9 +114,7 @@ def train_plain(
         if state["best"] is None or value < state["best"]:
             state["best"] = value
             with replaced(folder) as temporary:
-                student.save_pretrained(temporary)
-                if teacher.tokenizer is not None:
-                    teacher.tokenizer.save_pretrained(temporary)
+                save_model(student, teacher.tokenizer, temporary)
         return value
 
     def after(line: dict[str, Any]) -> None:

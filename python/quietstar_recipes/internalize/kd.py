@@ -22,6 +22,7 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from quietstar.checkpoints.pretrained import load_model as load_language_model
+from quietstar.checkpoints.pretrained import save_model as save_language_model
 from quietstar.config import option
 from quietstar.files.writing import replaced
 from quietstar.run.batches import mix_seed, texts_of_step
@@ -219,8 +220,7 @@ class Pair(nn.Module):
         """Write two ordinary checkpoints, emulator and student, and next to them the weights that pass the states on."""
         with replaced(folder) as temporary:
             for name, part in (("emulator", self.emulator), ("student", self.student)):
-                part.model.save_pretrained(temporary / name)
-                task.tokenizer.save_pretrained(temporary / name)
+                save_language_model(part.model, task.tokenizer, temporary / name)
             own = {key: x.contiguous() for key, x in self.state_dict().items() if ".model." not in key}
             save_file(own, temporary / STATES, metadata={"format": "pt"})
 

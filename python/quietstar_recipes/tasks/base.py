@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quietstar.evaluation.questions.answers import cut
 from quietstar.evaluation.questions.reading import MARK
+from quietstar.hf.ends import end_ids
 
 LOG = logging.getLogger("quietstar")
 CHAIN_MARK = "||"  # between a generated problem and its chain, as in the published multiplication files
@@ -87,6 +88,7 @@ class Task(ABC):
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"{type(self).__name__}: the tokenizer has no end-of-text token, which ends an answer")
         self.end_id: int = self.tokenizer.eos_token_id
+        self.ends = set(end_ids(self.tokenizer))  # what ends a solution; ``rollout`` adds those of its model
         self.separator_ids: list[int] = self._encode([self.between])[0]
         self.again_ids: list[int] = self._encode([self.again])[0]
         self._said: set[tuple[str, int]] = set()  # what a line in the log has said already
@@ -148,8 +150,11 @@ class Task(ABC):
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as text, up to but without the end-of-text token or a stop string."""
         ids = list(ids)
-        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
-        return cut(self.tokenizer.decode(ids), self.stop)
+        return cut(self.tokenizer.decode(ids[: self.end(ids)]), self.stop)
+
+    def end(self, ids: Sequence[int]) -> int | None:
+        """The place of the token that ends a solution; None where there is none."""
+        return next((i for i, x in enumerate(ids) if x in self.ends), None)
 
     def trimmed(self, ids: Sequence[int]) -> list[int]:
         """Generated ids in the form to train on: the end-of-text token replaces a stop string and all that follows it.
@@ -157,15 +162,15 @@ class Task(ABC):
         Ids with neither, because they reached the length limit, are returned unchanged.
         """
         ids = list(ids)
-        if self.end_id in ids:
-            return ids[: ids.index(self.end_id) + 1]
+        if (end := self.end(ids)) is not None:
+            return [*ids[:end], self.end_id]
         whole = self.tokenizer.decode(ids)
         kept = cut(whole, self.stop)
         return ids if kept == whole else self._encode([kept.rstrip()])[0] + [self.end_id]
 
     def answer(self, row: Row, ids: Sequence[int]) -> str | None:
         """The answer in generated ids, comparable with other answers and with ``row.problem.right``; None if there is none."""
-        if self.end_id not in list(ids):
+        if self.end(ids) is None:
             return None
         _, mark, written = self.text(ids).partition(MARK)
         written = "".join(written.split())

@@ -11,6 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.cli import main as cli
+from quietstar.shared_prompt import SharedPrompts
 
 THOUGHTS = ["--thoughts=1", "--thought-tokens=1", "--lookahead=1"]
 
@@ -73,6 +74,26 @@ def test_a_model_that_transformers_unpacked_is_saved(file, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), saved.parameters(), strict=True))
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert load_tokenizer(file)("é!")["input_ids"] == [*"é!".encode().translate(_token_ids())]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_trl_trains_it(file, tmp_path, shared):
+    """TRL's trainer what ``load_model`` returns; one with shared prompts also what transformers does."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    kind = type("Trainer", (SharedPrompts, trl.GRPOTrainer) if shared else (trl.GRPOTrainer,), {})
+    options = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 2, "max_steps": 1}
+    quiet = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name) if shared else load_model(file)
+    trainer = kind(
+        loaded,
+        lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
+        trl.GRPOConfig(str(tmp_path), **options, **quiet),
+        datasets.Dataset.from_list([{"prompt": "ab"}] * 2),
+        processing_class=load_tokenizer(file),
+    )
+    before = [weight.clone() for weight in loaded.parameters()]
+    assert trainer.train().global_step == 1
+    assert not all(map(torch.equal, loaded.parameters(), before))
 
 
 def _token_ids():

@@ -57,6 +57,17 @@ def test_a_reloaded_model_gives_bitwise_the_same_loss(tiny, tmp_path, name, dtyp
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in got)
 
 
+def test_shards(qs, tmp_path):
+    qs.save_pretrained(tmp_path, max_shard_size="50KB", safe_serialization=True)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = quietstar.QuietStar.from_pretrained(tmp_path)
+    assert all(map(torch.equal, qs.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(ValueError, match="max_shard_size must be bytes, or text such as 5GB, got 'all'"):
+        qs.save_pretrained(tmp_path, max_shard_size="all")
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        qs.save_pretrained(tmp_path, safe_serialization=False)
+
+
 def test_the_base_model_loads_alone(saved, tiny):
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert torch.equal(model(input_ids=IDS).logits, tiny("llama")(input_ids=IDS).logits)

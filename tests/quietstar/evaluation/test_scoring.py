@@ -54,3 +54,11 @@ def test_in_parts(qs, monkeypatch, name, size):
     for before, now in zip(whole, score_tokens(qs, TEXTS, PLACES), strict=True):
         for x, y in zip(before, now, strict=True):
             assert torch.allclose(x.logprob, y.logprob, atol=2e-5) and torch.equal(x.likeliest, y.likeliest)
+
+
+@pytest.mark.parametrize("think", ["always", "never", 3.5])
+def test_no_places(qs, think):
+    """As lm_eval's empty continuations: nothing to score, and the other texts' scores are as without it."""
+    alone, beside = score_tokens(qs, TEXTS[:1], [[]], think), score_tokens(qs, TEXTS, [[], PLACES[1]], think)
+    assert all(len(x.logprob) == len(x.likeliest) == 0 for x in (*alone[0], *beside[0]))
+    assert torch.allclose(beside[1][1].logprob, score_tokens(qs, TEXTS, PLACES, think)[1][1].logprob, atol=2e-5)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from quietstar.checks import pad_id
+from quietstar.hf.ends import end_ids
 from quietstar.model import QuietStar
 
 # The answer ends where the next question begins; the same strings as in the published code.
@@ -104,4 +105,8 @@ def continue_texts(
         pad_token_id=pad,
         **options,
     )
-    return [cut(tokenizer.decode(row, skip_special_tokens=True), stop) for row in out[:, L:].tolist()]
+    ends, texts = set(end_ids(tokenizer, qs.model)), []
+    for row in out[:, L:].tolist():
+        length = next((i for i, x in enumerate(row, 1) if x in ends), None)  # what pads the row may be a letter
+        texts.append(cut(tokenizer.decode(row[:length], skip_special_tokens=True), stop))
+    return texts
