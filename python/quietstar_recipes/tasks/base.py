@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from quietstar.data.rows import MARK
 from quietstar.evaluation.questions.answers import cut
-from quietstar.evaluation.questions.reading import MARK
 
 LOG = logging.getLogger("quietstar")
 CHAIN_MARK = "||"  # between a generated problem and its chain, as in the published multiplication files
