@@ -36,10 +36,11 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from quietstar.checkpoints.pretrained import load_tokenizer
 from quietstar.cli.main import main as quietstar
-from quietstar.data.texts import DataConfig, hub_rows, json_lines, load_data
+from quietstar.data.sources import hub_rows
+from quietstar.data.texts import DataConfig, load_data
 from quietstar.data.texts import read_texts as texts_of
 from quietstar.evaluation.questions.reading import read_questions
-from quietstar.files.reading import read_json
+from quietstar.files.reading import json_lines, read_json
 from quietstar.files.writing import write_whole
 from quietstar.run.resume import Settings
 

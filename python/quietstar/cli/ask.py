@@ -12,6 +12,7 @@ from quietstar.checkpoints.native import thinks
 from quietstar.cli.common import Checkpoint, check_report_file, load_checkpoint, text_tokenizer
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
+from quietstar.data.sources import from_hub, names
 from quietstar.evaluation.questions.asking import Asking, ask
 from quietstar.evaluation.questions.reading import read_questions
 
@@ -22,13 +23,13 @@ class Ask:
 
     model: Checkpoint
     asking: Asking
-    questions: Annotated[str, arg(help="a .jsonl file of questions and answers, a hub name, or name:subset on the hub")]
+    questions: Annotated[str, arg(help="questions and answers: files or hub names, as --data of train takes them")]
     questions_split: Annotated[str, arg(help="split of a hub data set")] = "test"
     limit: Annotated[int | None, arg(help="how many questions to ask, from the start; default all")] = None
     out: Annotated[str, arg(help="JSON file of the results; a page gets the same name with .md")] = "ask.json"
 
     ignored: ClassVar = [
-        Rule("questions_split", lambda o: o.questions.endswith(".jsonl"), "with a file"),
+        Rule("questions_split", lambda o: not any(map(from_hub, names(o.questions))), "with a file"),
         Rule("temperature seed", lambda o: not o.votes, "without --votes"),
     ]
 

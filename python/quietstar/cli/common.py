@@ -21,6 +21,7 @@ from quietstar.cli.errors import UsageError
 from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
 from quietstar.data.rows import chat_text
+from quietstar.data.sources import names, sources
 from quietstar.data.texts import Data, DataConfig
 from quietstar.evaluation.alarms import alarms
 from quietstar.evaluation.intervals import format_gain, verdict
@@ -56,7 +57,7 @@ def check_out_file(out: str, source: str = "", what: str = "a file") -> None:
         raise UsageError(wanted) from error
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror}") from error
-    if path.exists() and os.path.exists(source) and path.samefile(source):
+    if path.exists() and any(os.path.exists(x) and path.samefile(x) for x in sources(source)):
         raise UsageError(f"--out must be another file than {source}")
 
 
@@ -154,9 +155,9 @@ def cell(value: Any) -> str:
 
 
 def source_name(data: str) -> str:
-    """The name of a data set; of a file in the working folder, or below it, without the folders above."""
-    path = Path(data)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else data
+    """The names of data sets; of a file in the working folder, or below it, without the folders above."""
+    here = os.path.join(os.getcwd(), "")
+    return ", ".join(x.removeprefix(here) for x in names(data))
 
 
 def held_out_text(data: Data) -> str:

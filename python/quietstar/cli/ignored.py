@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from quietstar.cli.errors import UsageError
+from quietstar.data.sources import BUILTIN, TEXT, from_hub, names
 
 
 class Rule(NamedTuple):
@@ -38,13 +39,13 @@ def check_ignored(rules: Sequence[Rule], options: Mapping[str, Any], typed: Coll
                 raise UsageError(f"--{name.replace('_', '-')} has no effect {rule.where}")
 
 
-def _from_hub(o: Any) -> bool:
-    return o.data != "builtin" and not o.data.endswith((".txt", ".jsonl"))
-
-
 DATA = [
-    Rule("split hub_texts held_out_split", lambda o: not _from_hub(o), "with a file or the built-in text"),
-    Rule("text_field chat", lambda o: o.data == "builtin" or o.data.endswith(".txt"), "with a .txt file or the built-in text"),
+    Rule("split hub_texts held_out_split", lambda o: not any(map(from_hub, names(o.data))), "with a file or the built-in text"),
+    Rule(
+        "text_field chat",
+        lambda o: all(x == BUILTIN or x.endswith(TEXT) for x in names(o.data)),
+        "with a .txt file or the built-in text",
+    ),
     Rule("held_out_seed", lambda o: o.held_out == 0, "with --held-out=0"),
 ]
 THOUGHTS = [

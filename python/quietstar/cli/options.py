@@ -18,6 +18,7 @@ from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
 from quietstar.config import PRESETS, TRAIN_PRESETS, filled_by
 from quietstar.data.held_out import data_config
+from quietstar.data.sources import absolute
 from quietstar.files.reading import read_yaml
 
 LARGEST = 1e30
@@ -86,6 +87,7 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
 
     and auto is put after a --resume that has no value.
     """
+    arguments = _one_data(arguments)
     expanded: list[str] = []
     given: dict[str, Any] = {}  # what is typed or in a config file
     from_file: list[str] = []
@@ -112,6 +114,17 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
     of_preset = TRAIN_PRESETS.get(preset, {}) if command == "train" and isinstance(preset, str) else {}
     expanded[1:1] = _as_typed(from_model) + _as_typed(of_preset) + from_file
     return expanded, values
+
+
+def _one_data(arguments: list[str]) -> list[str]:
+    """The arguments with one --data in place of several: their sources with commas between."""
+    places = [i for i, x in enumerate(arguments) if x.partition("=")[0] == "--data"]
+    if len(places) < 2:
+        return arguments
+    apart = {i + 1 for i in places if arguments[i] == "--data" and i + 1 < len(arguments)}  # values after a space
+    values = [arguments[i + 1] if i + 1 in apart else arguments[i].partition("=")[2] for i in places]
+    kept = [x for i, x in enumerate(arguments) if i not in apart and i not in places]
+    return [*kept[:1], f"--data={','.join(values)}", *kept[1:]]
 
 
 def preset_text(preset: str) -> str:
@@ -227,4 +240,6 @@ def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any
 
 
 def _same_file(one: Any, other: Any) -> bool:
-    return isinstance(one, str) and isinstance(other, str) and os.path.exists(one) and os.path.realpath(one) == other
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    return absolute(one) == other or (os.path.exists(one) and os.path.realpath(one) == other)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from quietstar.checkpoints.contents import TrainedOn
+from quietstar.data.sources import STDIN, absolute, names
 from quietstar.data.texts import Data, DataConfig, Text, in_blocks, read_texts, texts_hash, whole_texts
 from quietstar_kernels.checks import instance, refusal
 
@@ -56,6 +56,8 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
         if same and not differences(run, replace(config, data=run.data["data"])):
             continue
         try:
+            if not same and STDIN in names(run.data["data"]):
+                raise ValueError("they came from standard input")
             texts = read_texts(config if same else replace(data_config(run), chat=config.chat))  # else no two would be equal
         except ValueError as error:
             unknown.append(f"the texts of an earlier run can't be read, so they were not compared: {error}")
@@ -73,8 +75,7 @@ def check_held_out(trained_on: Sequence[TrainedOn], config: DataConfig, data: Da
 
 def _fields(config: DataConfig) -> dict[str, Any]:
     """By name; a file by its whole path."""
-    values = dataclasses.asdict(config)
-    return values | {"data": os.path.abspath(config.data)} if os.path.exists(config.data) else values
+    return dataclasses.asdict(config) | {"data": absolute(config.data)}
 
 
 def _trained(run: TrainedOn, texts: list[Text]) -> list[Text]:

@@ -5,27 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import option
-from quietstar.data.rows import Messages, Row, chat_text, messages_of, question_and_answer, with_choices, zero_shot
-from quietstar.files.reading import as_type, json_lines, read_utf8
+from quietstar.data.rows import Text, chat_text, row_text
+from quietstar.data.sources import BUILTIN, TEXT, from_hub, names, rows, sources, text_of
+from quietstar.files.reading import numbered_lines
 from quietstar.run.batches import Example
 from quietstar_kernels.checks import check_at_least, check_types, instance, integer
 
 FEW = 20  # texts: a tenth of fewer is not two, which an interval needs
 LEAST = 4  # texts or blocks of which two can be held out
 SHORTEST = 16  # tokens of a block
-
-Text = str | Messages
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,6 @@ def random_order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-FILES = (".txt", ".jsonl")
-
-
 @dataclass
 class DataConfig:
     """Where the texts come from and how they are cut into examples.
@@ -84,11 +77,11 @@ class DataConfig:
     """
 
     data: str = option(
-        "builtin", "a .txt or .jsonl file, a data set on the hub (name or name:subset), or builtin: Python's manual"
+        BUILTIN,
+        "a file (.txt, .jsonl, .json, .csv, .parquet), folder or pattern, - for standard input, a data set on the hub (name or "
+        "name:subset), or builtin: Python's manual; several with commas or as several --data",
     )
-    text_field: str = option(
-        "text", "field of a .jsonl file or a hub data set that holds the text; without it, messages or a question and an answer"
-    )
+    text_field: str = option("", "field that holds the text of each row; default text, messages or a question and an answer")
     chat: bool = option(False, "write a question and its answer by the tokenizer's chat template, as messages always are")
     split: str = option("train", "split of a hub data set")
     hub_texts: int = option(10_000, "texts to read from the start of a hub data set")
@@ -101,6 +94,8 @@ class DataConfig:
     held_out_split: str = option("", "split of a hub data set whose texts are held out; default some of --split")
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, (list, tuple)):
+            self.data = ",".join(self.data)
         check_types("DataConfig", self)
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):
             check_at_least("DataConfig", self, least, (name,))
@@ -187,7 +182,7 @@ def _too_short(config: DataConfig, longest: int, lookahead: int) -> ValueError:
 
 def in_blocks(config: DataConfig, texts: int) -> bool:
     """Whether blocks are held out instead of whole texts, since there are too few of these."""
-    few = FEW if Path(config.data).suffix == ".txt" else LEAST
+    few = FEW if all(x.endswith(TEXT) for x in names(config.data)) else LEAST
     return config.pack and not config.held_out_split and texts < few
 
 
@@ -204,7 +199,8 @@ def _split(config: DataConfig, texts: list[Text], tokenizer: PreTrainedTokenizer
     """Tokenize and split the texts; those of a hub data set's ``held_out_split`` are added to them."""
     ids = tokenize(texts, tokenizer)
     if config.held_out_split:
-        others = _hub_texts(replace(config, split=config.held_out_split))
+        hub = ",".join(x for x in names(config.data) if from_hub(x))
+        others = read_texts(replace(config, data=hub, split=config.held_out_split))
         held = random_order(len(others), config.held_out_seed)[: config.held_out]
         sources = [len(texts) + i for i in held]
         texts += others
@@ -216,22 +212,22 @@ def _split(config: DataConfig, texts: list[Text], tokenizer: PreTrainedTokenizer
 
 def read_texts(config: DataConfig) -> list[Text]:
     """The texts and conversations of ``config.data``: at least one, and none is empty."""
-    path = Path(config.data)
-    texts: Sequence[Text]
-    if config.data == "builtin":
-        texts = builtin_texts()
-    elif path.suffix == ".txt":
-        texts = read_utf8(path).splitlines() if not config.pack else re.split(r"\n\s*\n", read_utf8(path))
-    elif path.suffix == ".jsonl":
-        texts = [_row_text(row, config, f"{path}: line {number}") for number, row in json_lines(path)]
-    elif path.exists():
-        raise ValueError(f"{path}: expected a file ending in {' or '.join(FILES)}")
-    else:
-        texts = _hub_texts(config)
-    kept = [text.strip("\r\n") if isinstance(text, str) else text for text in texts if isinstance(text, tuple) or text.strip()]
+    texts = [text for source in sources(config.data) for text in _texts_of(source, config)]
+    kept = [
+        text.strip("\r\n") if isinstance(text, str) else text for text in texts if not isinstance(text, str) or text.strip()
+    ]
     if not kept:
         raise ValueError(f"{config.data}: there is no text in it")
     return kept
+
+
+def _texts_of(source: str, config: DataConfig) -> Iterator[Text]:
+    if source == BUILTIN:
+        return iter(builtin_texts())
+    if (text := text_of(source)) is not None:
+        return iter(re.split(r"\n\s*\n", text)) if config.pack else (line for _, line in numbered_lines(text))
+    found = rows(source, config.split, config.hub_texts)
+    return (row_text(row, config.text_field, config.chat, where) for where, row in found)
 
 
 def builtin_texts() -> list[str]:
@@ -268,43 +264,3 @@ def packed(ids: list[Tensor], length: int, least: int) -> list[Example]:
 def alone(ids: list[Tensor], length: int, least: int) -> list[Example]:
     """One text per example, cut to ``length`` tokens; texts of fewer than ``least`` tokens are dropped."""
     return [{"input_ids": x[:length]} for x in ids if len(x) >= least]
-
-
-def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """The first ``limit`` rows of a hub data set, ``name`` or ``name:subset``. Raises ValueError if it can't be loaded."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{source!r} is not a file, and loading data from the hub needs the datasets package: pip install datasets"
-        ) from error
-    name, _, subset = source.partition(":")
-    try:
-        return list(islice(datasets.load_dataset(name, subset or None, split=split, streaming=True), limit))
-    except Exception as error:  # errors of the library, the network and file formats have no common base
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{source!r} is not a file, and loading it from the hub failed: {reason}") from error
-
-
-def _row_text(row: Any, config: DataConfig, where: str) -> Text:
-    """The text in a row: that of ``text_field``, else messages, else a question and its answer."""
-    fields = row if isinstance(row, dict) else {}
-    if isinstance(text := fields.get(config.text_field), str):
-        return text
-    if "messages" in fields:
-        return messages_of(row, where)
-    if "question" in fields:
-        return _question_text(as_type(Row, row, where), config.chat, where)
-    found = ", ".join(map(repr, fields))[:200] or "no fields"
-    raise ValueError(f"{where} has no text in a field {config.text_field!r}, no messages and no question: it has {found}")
-
-
-def _question_text(row: Row, chat: bool, where: str) -> Text:
-    text, choices, answer = question_and_answer(row, where)
-    question = with_choices(text, choices)
-    return (("user", question), ("assistant", answer)) if chat else f"{zero_shot(question)} {answer}"
-
-
-def _hub_texts(config: DataConfig) -> list[Text]:
-    rows = hub_rows(config.data, config.split, config.hub_texts)
-    return [_row_text(row, config, f"{config.data}: row {number}") for number, row in enumerate(rows, 1)]

@@ -6,10 +6,13 @@ accept what ``json.dumps`` writes: NaN and Infinity too.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
+import re
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,15 +37,25 @@ def check_regular(path: str | os.PathLike) -> int:
 
 
 def read_utf8(path: str | os.PathLike) -> str:
-    """A regular file's text without its byte order mark. Raises ValueError, naming the file, if it can't be read or decoded."""
+    """The text of a regular file, packed if it ends in .gz, without its byte order mark.
+
+    Raises ValueError, naming the file, if it can't be read or decoded.
+    """
     check_regular(path)
     try:
-        return Path(path).read_bytes().decode().removeprefix("\ufeff")
+        content = Path(path).read_bytes()
+        return decoded(gzip.decompress(content) if os.fspath(path).endswith(".gz") else content, str(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The text in UTF-8 bytes. Raises ValueError, which begins with ``where``, for others."""
+    try:
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: byte {error.start}, in line {line}, is not UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{where}: byte {error.start}, in line {line}, is not UTF-8") from error
 
 
 def read_json(path: str | os.PathLike, kind: Any = Any) -> Any:
@@ -71,10 +84,14 @@ def read_yaml(path: str | os.PathLike, kind: Any = Any) -> Any:
 
 def json_lines(path: str | os.PathLike, kind: Any = Any) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank. Raises ValueError, naming the line, where it is not JSON of the type."""
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            yield number, as_type(kind, json_value(line, where), where)
+    for number, line in numbered_lines(read_utf8(path)):
+        where = f"{path}: line {number}"
+        yield number, as_type(kind, json_value(line, where), where)
+
+
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank. ``str.splitlines`` would also end lines at form feeds and the like."""
+    return ((number, line) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip())
 
 
 def json_value(text: str | bytes, where: str) -> Any:

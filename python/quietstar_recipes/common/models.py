@@ -28,7 +28,7 @@ class TaskConfig:
         2, "digits of each operand of a multiplication or an addition; most digits for scratchpad; digits of a sum, 2 or more"
     )
     other_digits: int | None = option(None, "digits of the second operand of a multiplication; default as many as the first")
-    data: str = option("", "for gsm8k and csqa: a .jsonl file, or a folder with train.jsonl and test.jsonl")
+    data: str = option("", "for gsm8k and csqa: a file of questions, or a folder with train.jsonl and test.jsonl")
 
     def __post_init__(self) -> None:
         check_types("TaskConfig", self)

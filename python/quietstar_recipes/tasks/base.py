@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from quietstar.data.rows import MARK
 from quietstar.evaluation.questions.answers import cut
-from quietstar.evaluation.questions.reading import MARK
 from quietstar.hf.ends import end_ids
 
 LOG = logging.getLogger("quietstar")

@@ -1,4 +1,4 @@
-"""Problems read from .jsonl files of questions: GSM8K, CommonsenseQA, and data like them."""
+"""Problems read from files of questions: GSM8K, CommonsenseQA, and data like them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.evaluation.questions import reading as questions
+from quietstar.data.rows import Asked, question_and_answer
+from quietstar.data.sources import FILES, sources
+from quietstar.data.sources import rows as rows_of
 from quietstar.evaluation.questions.answers import STOP, extract
 from quietstar.evaluation.questions.asking import prompt as question_prompt
 from quietstar.evaluation.questions.reading import Question, question_of
-from quietstar.files.reading import json_lines
 from quietstar_recipes.tasks.base import MARK, SPLITS, Problem, Row, Task, split_of
 
 
 class QuestionFile(Task):
-    """Problems from a .jsonl file, or from a folder's train.jsonl and test.jsonl."""
+    """Problems from files that ``ask`` reads, or from a folder's train and test, such as train.jsonl and test.jsonl."""
 
     stop = STOP
     step_marks = ("\n",)
@@ -29,7 +30,9 @@ class QuestionFile(Task):
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase):
         self.path = Path(path)
         if self.path.is_dir():
-            training, test = ([x for _, x in self._read(self.path / f"{name}.jsonl")] for name in ("train", "test"))
+            named = ([self.path / f"{name}{end}" for end in FILES] for name in ("train", "test"))
+            paths = [next((x for x in several if x.exists()), self.path / "train.jsonl") for several in named]
+            training, test = ([x for _, x in self._read(path)] for path in paths)
             # The test problems have a file of their own, so what the hash calls "test" in the training file is trained on.
             self.by_split = {"test": test, "valid": [x for x in training if split_of(x.prompt) == "valid"]}
             self.by_split["train"] = [x for x in training if split_of(x.prompt) != "valid"]
@@ -53,23 +56,24 @@ class QuestionFile(Task):
         return self._rows(shuffled([x for x in self.by_split["train"] if x.chain], generator)[:n])
 
     def answer(self, row: Row, ids: Sequence[int]) -> str | None:
-        return extract(self.text(ids), row.problem.choices)
+        return extract(self.text(ids), row.problem.choices, row.problem.right)
 
     def check_chain(self, row: Row, ids: Sequence[int]) -> bool | None:
         return None
 
     def _read(self, path: Path) -> list[tuple[str, Problem]]:
         rows = []
-        for number, row in json_lines(path, questions.Row):
-            problem = self.problem(row, question_of(row, f"{path}: line {number}"))
+        for where, row in (row for name in sources(str(path)) for row in rows_of(name, "train")):
+            asked = question_and_answer(row, where)
+            problem = self.problem(asked, question_of(asked, where))
             rows.append((split_of(problem.prompt), problem))
         if not rows:
             raise ValueError(f"{path}: there is no question in it")
         return rows
 
     @abstractmethod
-    def problem(self, row: questions.Row, question: Question) -> Problem:
-        """The problem of one line of the file."""
+    def problem(self, asked: Asked, question: Question) -> Problem:
+        """The problem of one row."""
 
 
 def shuffled(problems: Sequence[Problem], generator: torch.Generator) -> list[Problem]:
@@ -79,8 +83,8 @@ def shuffled(problems: Sequence[Problem], generator: torch.Generator) -> list[Pr
 class GSM8K(QuestionFile):
     """GSM8K and data like it. The chain is the part of the answer before ``####``; a hint is the solution in brackets."""
 
-    def problem(self, row: questions.Row, question: Question) -> Problem:
-        chain = str(row.answer or "").rpartition(MARK)[0].strip()
+    def problem(self, asked: Asked, question: Question) -> Problem:
+        chain = asked.chain or asked.answer.rpartition(MARK)[0].strip()
         solution = f"{chain} {MARK} {question.written}" if chain else question.written
         hinted = question_prompt(replace(question, text=f"{question.text} ({solution})"))
         chain = f" {chain}" if chain else ""
@@ -90,15 +94,14 @@ class GSM8K(QuestionFile):
 class CommonsenseQA(QuestionFile):
     """CommonsenseQA and data like it. The chain is the optional field "rationale"; a hint marks the right choice."""
 
-    def problem(self, row: questions.Row, question: Question) -> Problem:
+    def problem(self, asked: Asked, question: Question) -> Problem:
         if not question.choices:
             raise ValueError(f"{self.path}: {question.text[:40]!r} has no choices")
         marked = {x: f"{text} (CORRECT)" if x == question.answer else text for x, text in question.choices.items()}
-        chain = (row.rationale or "").strip()
         return Problem(
             question_prompt(question),
             question_prompt(replace(question, choices=marked)),
-            f" {chain}" if chain else "",
+            f" {asked.chain}" if asked.chain else "",
             f" ({question.answer})",
             question.answer,
             question.choices,

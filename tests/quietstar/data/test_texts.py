@@ -87,7 +87,7 @@ def test_a_json_file(tmp_path):
 
 
 ROWS = [
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "name": "x"}], "source": "y"},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "source": "y"},
     {"question": "How many?", "answer": "2+2\n#### 4"},
     {"question": "Where?", "choices": ["bank", "library"], "answer": 1},
     {"text": "a text"},
@@ -130,7 +130,8 @@ def test_a_conversation_that_no_template_takes(byte_tokenizer, chat_tokenizer, t
 
 BAD = {
     "missing": ("no.txt", None, "No such file"),
-    "other kind": ("a.csv", b"a,b", "ending in .txt or .jsonl"),
+    "other kind": ("a.pdf", b"a,b", "expected a file ending in .txt"),
+    "a table": ("a.csv", b"a,b", "need the datasets package: pip install datasets"),
     "empty": ("a.txt", b"", "no text in it"),
     "undecodable": ("a.txt", b"one\ntw\xffo", "byte 6, in line 2, is not UTF-8"),
     "broken json": ("a.jsonl", b'{"text": "a"}\n{"text', "line 2 is not JSON"),

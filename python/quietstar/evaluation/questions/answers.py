@@ -5,21 +5,41 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
 
 from quietstar.checks import pad_id
+from quietstar.data.rows import MARK
+from quietstar.files.reading import numbered_lines
 from quietstar.hf.ends import end_ids
 from quietstar.model import QuietStar
 
 # The answer ends where the next question begins; the same strings as in the published code.
 STOP = ("Q:", "\n\n\n")
 # A minus after a digit or a bracket is a subtraction.
-NUMBER = r"(?:(?<![\w)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+PLAIN = r"(?:[0-9]+(?:(?:,[0-9]{2})*,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = rf"(?:(?<![\w)])-)?(?:\$-?)?(?:(?<![\w/]){PLAIN}/{PLAIN}(?![\d/])|{PLAIN}(?:[eE][+-]?[0-9]{{1,3}}(?!\w))?)"
 MARKED = re.compile(rf"####\s*({NUMBER})")
-STATED = re.compile(rf"\banswer(?:\s*\([^)]*\))?(?:\s+is|\s*[:=])[:\s]*({NUMBER})", re.IGNORECASE)
+SAYS = r"\b(?i:answer|option|choice)(?:\s*\([^)]*\))?(?i:\s+is|\s*[:=])[:\s$]*"
+STATED = re.compile(rf"{SAYS}(?:[A-Za-z]\w*\s*=\s*)?({NUMBER})")
 CALCULATOR = re.compile(r"<<.*?(?:>>|$)", re.DOTALL)
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+# What is written around numbers and labels in Markdown and LaTeX, and what stands for it.
+WRITTEN = [
+    (re.compile("[\u2212\ufe63\uff0d]"), "-"),
+    (re.compile(r"(?<![\w*])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?!\w)"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|mathbf|mathrm|mathit)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[()\[\]]|(?<=\d)(?=\\[dtc]?frac)"), " "),
+    (re.compile(r"\\[,!;: ]|\\(?:left|right)(?![a-z])"), ""),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\([%$])"), r"\1"),
+    (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
+    (re.compile(rf"\\[dtc]?frac\s*\{{\s*(-?{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}"), r"\1/\2"),
+]
+UNITS = re.compile(r"(?:[A-Za-z][A-Za-z0-9_]*\s*=)?[\w\s$%°€£¥.,:;'()\[\]-]*(?:/\s*[A-Za-z]+)?", re.ASCII)
 
 
 def cut(text: str, stop: Iterable[str] = STOP) -> str:
@@ -27,20 +47,64 @@ def cut(text: str, stop: Iterable[str] = STOP) -> str:
     return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
 
 
-def extract(text: str, choices: Mapping[str, str]) -> str | None:
+def extract(text: str, choices: Mapping[str, str], right: str | None = None) -> str | None:
     """The answer in a generated text: a label of ``choices``, or a number if there are none. None if no answer is found.
 
-    It is what follows the last ``####``, else what follows the last "answer is" or "answer:". Failing that, a number is the
-    last one in the text, without calculator marks (``<<2*3=6>>``). A label is the one that the text begins with, else the only
-    one in brackets, else the label of the choice that the first line repeats.
+    It is what follows the last ``####``, else what is in the last ``\\boxed{}``, else what follows the last "answer is" or
+    "answer:". Failing that, a number is the last one in the text, without calculator marks (``<<2*3=6>>``). A label is the one
+    that the text begins with, else the only one in brackets, else the label of the choice that the first line repeats.
+
+    Args:
+        right: the right answer, which is returned for another form of it too where math-verify is installed.
     """
-    return _extract_label(text, choices) if choices else _extract_number(text)
+    plain = _without_markup(text)
+    if choices:
+        return _extract_label(plain, choices)
+    found = _extract_number(plain)
+    if right is None or found == right or (number(right) is not None and "\\" not in text):
+        return found
+    return right if _same_value(right, text) else found
 
 
 def number(text: str) -> str | None:
-    """The number in a text in a standard form, "1000" for "$1,000.00"; None if the text has no number or several."""
-    found = re.findall(NUMBER, text)
-    return _plain(found[0]) if len(found) == 1 else None
+    """The number in a text in a standard form, "1000" for "$1,000.00", "0.5" for "\\frac{1}{2}", "1/3"; None if the text has no
+    number or several, or is a formula."""
+    plain = _without_markup(BOXED.sub(r"\1", text))
+    found = re.findall(NUMBER, plain)
+    return _plain(found[0]) if len(found) == 1 and UNITS.fullmatch(re.sub(NUMBER, "", plain)) else None
+
+
+def written_answer(text: str) -> str:
+    """What an answer comes to: what follows the last ``####``, else what is in the last ``\\boxed{}``, else all of it."""
+    boxed = BOXED.findall(text)
+    return text.split(MARK)[-1].strip() if MARK in text or not boxed else boxed[-1].strip()
+
+
+def is_formula(text: str) -> bool:
+    """Whether a text without words is one that math-verify reads, if that is installed."""
+    return not re.search(r"(?<!\\)\b(?!sqrt)[A-Za-z]{4,}", text) and bool(_parsed(f"${text}$"))
+
+
+def _parsed(text: str) -> list[Any]:
+    try:
+        import math_verify
+    except ImportError:
+        return []
+    return math_verify.parse(text)
+
+
+def _same_value(right: str, text: str) -> bool:
+    if not (gold := _parsed(f"${right}$")):
+        return False
+    import math_verify
+
+    return math_verify.verify(gold, _parsed(text))
+
+
+def _without_markup(text: str) -> str:
+    for pattern, instead in WRITTEN:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def vote(answers: Sequence[str | None]) -> str | None:
@@ -51,6 +115,9 @@ def vote(answers: Sequence[str | None]) -> str | None:
 
 def _extract_number(text: str) -> str | None:
     text = CALCULATOR.sub("", text)
+    boxed = [] if MARKED.search(text) else BOXED.findall(text)
+    if boxed and (value := number(boxed[-1])):
+        return value
     for pattern in (MARKED, STATED, re.compile(rf"({NUMBER})")):
         found = pattern.findall(text)
         if found:
@@ -59,15 +126,26 @@ def _extract_number(text: str) -> str | None:
 
 
 def _plain(written: str) -> str:
-    whole, _, rest = re.sub(r"[-$,]", "", written).partition(".")
-    value = f"{whole.lstrip('0') or '0'}.{rest.rstrip('0')}".rstrip(".")
-    return f"-{value}" if written.startswith("-") and value != "0" else value
+    written = re.sub(r"[$,]", "", written)
+    if re.search("[/eE]", written):
+        above, _, below = written.partition("/")
+        try:
+            value = Fraction(above) / Fraction(below or 1)
+        except (ValueError, ZeroDivisionError):  # too many digits, or a half of nothing
+            return written
+        decimal = Decimal(value.numerator) / value.denominator
+        written = f"{decimal:f}" if decimal == value else str(value)
+        if "/" in written:
+            return written
+    whole, _, part = written.lstrip("-").partition(".")
+    found = f"{whole.lstrip('0') or '0'}.{part.rstrip('0')}".rstrip(".")
+    return f"-{found}" if written.startswith("-") and found != "0" else found
 
 
 def _extract_label(text: str, choices: Mapping[str, str]) -> str | None:
     label = "|".join(re.escape(x) for x in sorted(choices, key=len, reverse=True))
     bare = rf"(?:\(({label})\)|({label})(?![\w'’-]))"
-    for sign in (r"####\s*", r"(?i:\banswer(?:\s+is|\s*[:=]))[:\s]*"):
+    for sign in (r"####\s*", r"\\boxed\s*\{\s*", rf"{SAYS}(?:(?i:option|choice)\s+)?"):
         if stated := re.findall(sign + bare, text):
             return "".join(stated[-1])
     first = re.match(rf"\s*{bare}(?!\s+[a-z])", text)
@@ -76,7 +154,7 @@ def _extract_label(text: str, choices: Mapping[str, str]) -> str | None:
     bracketed = set(re.findall(rf"\(({label})\)", text))
     if len(bracketed) == 1:
         return bracketed.pop()
-    line = next((line.strip().strip(".").lower() for line in text.splitlines() if line.strip()), None)
+    line = next((line.strip().strip(".").lower() for _, line in numbered_lines(text)), None)
     repeated = [x for x, choice in choices.items() if choice.strip(".").lower() == line]
     return repeated[0] if len(repeated) == 1 else None
 

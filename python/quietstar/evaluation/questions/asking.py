@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quietstar.data.rows import chat_text, with_choices, zero_shot
+from quietstar.data.rows import chat_text, question_messages, with_choices, zero_shot
 from quietstar.evaluation.questions.answers import STOP, batches_by_length, continue_texts, extract, vote
 from quietstar.evaluation.questions.reading import Question
 from quietstar.evaluation.questions.report import AccuracyReport, AnsweredQuestion, Asking, ModelAnswer
@@ -69,8 +69,7 @@ def asked(qs: QuietStar, question: Question, chat: bool, answer: str | None = No
     """A question up to where the answer begins, or with an answer and what ends it."""
     if not chat:
         return prompt(question) + ("" if answer is None else f" {answer}\n")
-    user = ("user", with_choices(question.text, question.choices))
-    messages = (user,) if answer is None else (user, ("assistant", answer))
+    messages = question_messages(question.system, with_choices(question.text, question.choices), answer)
     return chat_text(qs.tokenizer, messages, begin_answer=answer is None)
 
 
@@ -139,7 +138,7 @@ def ask(qs: QuietStar, questions: Sequence[Question], asking: Asking | None = No
 
 def prompt(question: Question) -> str:
     """The published zero-shot prompt, up to where the answer begins."""
-    return zero_shot(with_choices(question.text, question.choices))
+    return zero_shot(with_choices(question.text, question.choices), question.system)
 
 
 def _check_length(qs: QuietStar, prompts: list[list[int]], scored: list[ScoredAnswer], new_tokens: int) -> None:
@@ -182,8 +181,8 @@ def _answer_all(
     sampled = [_generate(qs, prompts, think, asking, number, done) for number in range(asking.votes)]
     answers = []
     for i, question in enumerate(questions):
-        votes = [extract(several[i], question.choices) for several in sampled]
-        answers.append(ModelAnswer(texts[i], extract(texts[i], question.choices), probabilities[i], votes, vote(votes)))
+        found, *votes = (extract(several[i], question.choices, question.answer) for several in (texts, *sampled))
+        answers.append(ModelAnswer(texts[i], found, probabilities[i], votes, vote(votes)))
     return answers
 
 

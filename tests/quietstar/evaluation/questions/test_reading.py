@@ -90,9 +90,9 @@ def test_bad_files(tmp_path, case):
 
 
 def test_a_file_of_another_kind(tmp_path):
-    (tmp_path / "q.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"questions come from a file ending in \.jsonl"):
-        read_questions(str(tmp_path / "q.csv"))
+    (tmp_path / "q.pdf").write_text("a,b")
+    with pytest.raises(ValueError, match=r"expected a file ending in \.txt"):
+        read_questions(str(tmp_path / "q.pdf"))
 
 
 def test_the_hub(monkeypatch):
