@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, NemotronConfig, StableLmConfig
 
 import quietstar
@@ -167,3 +168,29 @@ def test_without_layout_a_custom_mask_is_passed_on():
         got, want, causal = (x.logits for x in (model(ids, attention_mask=mask), truth(ids, attention_mask=mask), truth(ids)))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(want, causal)
+
+
+def fsdp2(model):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # its default casts the arguments of forwards
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def fsdp1(model):
+    mixed = MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True)
+    return FullyShardedDataParallel(model, mixed_precision=mixed, device_id=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2])
+def test_sharded_in_mixed_precision(shard):
+    layout, inputs = packed_inputs()
+    want = make_model(LLAMA).bfloat16()(**inputs, thought_layout=layout).logits
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        got = shard(make_model(LLAMA))(**inputs, thought_layout=layout).logits
+        got.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.3)
