@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Nemotr
 
 import quietstar
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.hf import all_architectures as everything
 
 ROOT = Path(__file__).parents[3]
 V = 96
@@ -194,3 +195,30 @@ def test_sharded_in_mixed_precision(shard):
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.3)
+
+
+MIXES = "cannot think: it mixes positions outside attention"
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "olmo_hybrid"])
+def test_hybrid_models_are_refused_with_a_layout_alone(model_type):
+    """Some of these, of two layers, have no attention at all."""
+    quietstar.register_attention(without_layout="sdpa")
+    layout, inputs = packed_inputs(batch=1)
+    inputs["input_ids"] = inputs["input_ids"] % 60
+    model = everything.tiny_model(model_type)
+    plain = model(**inputs).logits
+    model.set_attn_implementation("quietstar")
+    with pytest.raises(ValueError, match=f"model type '{model_type}' {MIXES}"):
+        model(**inputs, thought_layout=layout)
+    torch.testing.assert_close(model(**inputs).logits, plain)
+
+
+def test_an_unknown_type_is_refused_by_its_layer_types():
+    layout, inputs = packed_inputs()
+    model = make_model(LLAMA)
+    model.config.model_type, model.config.layer_types = "another", ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=f"model type 'another' {MIXES}"):
+        model(**inputs, thought_layout=layout)
+    with pytest.raises(ValueError, match=f"model type 'another' {MIXES}"):
+        quietstar.verify(model)
