@@ -27,6 +27,17 @@ OWN = ("causal", "full")
 MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 
+class _Made:
+    """Branches, and the layout's fields that they were made from. No container, so that no framework looks into it."""
+
+    def __init__(self, layout: ThoughtLayout, branches: Branches):
+        self.fields, self.branches = _own_fields(layout), branches
+
+    def serves(self, layout: ThoughtLayout) -> bool:
+        pairs = zip(self.fields, _own_fields(layout), strict=True)
+        return all(x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y for x, y in pairs)
+
+
 @dataclass(frozen=True, eq=False)
 class ThoughtLayout:
     """Build one with ``every_position``, ``at``, ``from_padding``, ``from_documents``, ``packed`` or ``tree``.
@@ -52,7 +63,7 @@ class ThoughtLayout:
     own: str = "causal"
     packed_rows: int | None = None
     parent: Tensor | None = None
-    _branches: Branches | None = field(default=None, init=False, repr=False)
+    _made: _Made | None = field(default=None, repr=False)  # frameworks give ``replace`` every field
 
     def __post_init__(self) -> None:
         check = Checker(OP)
@@ -75,6 +86,8 @@ class ThoughtLayout:
             object.__setattr__(self, "parent", _trainable(self.parent))
         for name in ("anchor", "lo", "length"):
             object.__setattr__(self, name, _trainable(getattr(self, name)))
+        if self._made is not None and not self._made.serves(self):
+            object.__setattr__(self, "_made", None)
 
     @property
     def B(self) -> int:
@@ -111,12 +124,12 @@ class ThoughtLayout:
     @property
     def branches(self) -> Branches:
         """What the back ends read, made once. Thought (p, n) is branch p*N + n."""
-        made = self._branches
-        if made is None:  # torch.compile can't trace functools.cached_property
-            made = self._make_branches()
-            # Fake tensors of a real layout serve nobody else; without gradients a compiled function may be in inference mode.
-            if type(made.table) is type(self.lo) and (torch.is_grad_enabled() or not torch.compiler.is_compiling()):
-                object.__setattr__(self, "_branches", made)
+        if self._made is not None:  # torch.compile can't trace functools.cached_property
+            return self._made.branches
+        made = self._make_branches()
+        # Fake tensors of a real layout serve nobody else; without gradients a compiled function may be in inference mode.
+        if type(made.table) is type(self.lo) and (torch.is_grad_enabled() or not torch.compiler.is_compiling()):
+            object.__setattr__(self, "_made", _Made(self, made))
         return made
 
     def _make_branches(self) -> Branches:
@@ -553,7 +566,7 @@ class ThoughtLayout:
         device = Checker("ThoughtLayout.to").device(device)
         anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
         parent = None if self.parent is None else self.parent.to(device, **kwargs)
-        return ThoughtLayout(anchor, lo, length, self.rows, self.own, self.packed_rows, parent)
+        return replace(self, anchor=anchor, lo=lo, length=length, parent=parent)
 
     def _grid_only(self, check: Checker) -> Checker:
         if self.packed_rows is not None:
@@ -565,6 +578,10 @@ class ThoughtLayout:
         packed = "" if self.packed_rows is None else " packed" if self.parent is None else " tree"
         kind = packed + f" own={self.own}" * (self.own != "causal")
         return f"ThoughtLayout({sizes}{kind}, device={self.device})"
+
+
+def _own_fields(layout: ThoughtLayout) -> tuple:
+    return layout.anchor, layout.lo, layout.length, layout.rows, layout.own, layout.packed_rows, layout.parent
 
 
 def _trainable(x: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """ThoughtLayout compared with the definition, one row and one column at a time."""
 
+import copy
+import dataclasses
+import pickle
 import re
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.utils import _apply_to_tensors
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 from quietstar_kernels import ThoughtLayout, thought_attention
 from quietstar_kernels.testing import LAYOUT_KINDS, attention_inputs, random_layout
@@ -358,3 +363,41 @@ def test_a_layout_trains_wherever_it_was_made_and_first_used(first_used_in):
             WORLDS[first_used_in](lambda *x: thought_attention(*x, layout, backend=backend), *inputs)  # noqa: B023
             got = out_and_gradients(layout, inputs, backend)
             assert all(type(x) is torch.Tensor and torch.equal(x, y) for x, y in zip(got, want, strict=True)), kind
+
+
+def same_fields(layout, other):
+    pairs = ((getattr(layout, f.name), getattr(other, f.name)) for f in dataclasses.fields(layout)[:-1])
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+REBUILT = {
+    "FSDP, same tensors": lambda layout: _apply_to_tensors(lambda x: x, layout),
+    "FSDP, moved": lambda layout: _apply_to_tensors(torch.clone, layout),
+    "FSDP, in a dict": lambda layout: _apply_to_tensors(torch.clone, {"thought_layout": layout})["thought_layout"],
+    "replace": dataclasses.replace,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layout: pickle.loads(pickle.dumps(layout)),
+    "tree_map": lambda layout: tree_map(lambda x: x, [layout])[0],
+    "to": lambda layout: layout.to("cpu", non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+@pytest.mark.parametrize("rebuild", REBUILT.values(), ids=REBUILT)
+def test_frameworks_may_rebuild_a_layout(rebuild, kind):
+    layout = random_layout(torch.Generator().manual_seed(3), kind)
+    for _ in range(2):  # before and after its branches are made
+        rebuilt = rebuild(layout)
+        assert same_fields(layout, rebuilt) and torch.equal(rebuilt.dense_mask(), layout.dense_mask())
+    same_tensors = all(getattr(rebuilt, name) is getattr(layout, name) for name in ("anchor", "lo", "length"))
+    assert (rebuilt.branches is layout.branches) == same_tensors
+
+
+def test_a_changed_field_makes_new_branches():
+    layout = ThoughtLayout.every_position(2, 5, 2, 3)
+    changes = {"length": layout.length - 1, "anchor": layout.anchor.clone().fill_(-1), "lo": layout.lo + 0, "own": "full"}
+    for name, value in changes.items():
+        layout.dense_mask()
+        got = dataclasses.replace(layout, **{name: value})
+        want = ThoughtLayout(**{f.name: getattr(got, f.name) for f in dataclasses.fields(got)[:-1]})
+        assert torch.equal(got.dense_mask(), want.dense_mask()), name

@@ -8,6 +8,7 @@ the same folder, which writes the tables in docs/integrating.md.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,8 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from quietstar.hf.modules import unwrapped
 from quietstar_kernels.checks import refusal
 
+_MIXES = "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches"
+_NO_POSITIONS = "it takes no position_ids, so thought rows would get wrong positions"
+_BLOCKS = "it selects blocks of keys by row index"
 _REASONS = {
-    "it mixes positions outside attention, in recurrent, convolutional or linear layers, where no mask reaches": (
+    _MIXES: (
         "jamba nemotron_h qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text "
         "olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya "
         "inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba granitemoehybrid"
@@ -25,7 +29,7 @@ _REASONS = {
         "falcon bloom mpt gpt_neo gptj codegen gpt_neox_japanese xglm openai-gpt rembert megatron-bert big_bird mvp trocr git "
         "cpmant roformer reformer prophetnet xlm xlnet"
     ),
-    "it takes no position_ids, so thought rows would get wrong positions": (
+    _NO_POSITIONS: (
         "bart bigbird_pegasus blenderbot blenderbot-small marian mbart pegasus plbart whisper moss_transcribe_diarize"
     ),
     "its attention needs a dense mask tensor": (
@@ -35,7 +39,7 @@ _REASONS = {
         "gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text gemma4_assistant gemma4_unified_assistant"
     ),
     "it reads bytes in patches or audio in several codes, not one row of tokens": "blt musicgen musicgen_melody",
-    "it selects blocks of keys by row index": "minimax_m3_vl_text",
+    _BLOCKS: "minimax_m3_vl_text",
     "its output head is more than one linear layer": (
         "bert bert-generation camembert data2vec-text electra ernie roberta roberta-prelayernorm roc_bert xlm-roberta "
         "xlm-roberta-xl xmod modernbert-decoder"
@@ -43,6 +47,9 @@ _REASONS = {
 }
 # The reason by model type.
 REFUSED = {model_type: reason for reason, types in _REASONS.items() for model_type in types.split()}
+
+# What configs call layers that mix positions outside attention.
+_MIXING_LAYERS = frozenset(("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"))
 
 # Model types whose decoder layers are given the layout but don't pass it on to attention.
 DROP_LAYOUT = ("nemotron", "stablelm")
@@ -53,11 +60,26 @@ WITHOUT_EFFECT = ("position_ids", "position_embeddings", "cache_position")
 
 def check_architecture(config: PretrainedConfig) -> None:
     """Raises ValueError, with the reason, for a model type that can't think."""
-    reason = REFUSED.get(config.model_type)
+    reason = _reason(config)
     if reason is None and getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder, not a causal language model"
     if reason is not None:
         raise ValueError(f"model type {config.model_type!r} cannot think: {reason}")
+
+
+def wrong_with_layout(config: PretrainedConfig) -> ValueError | None:
+    """The error for a model whose numbers would be wrong with a layout; the wrapper refuses more model types."""
+    reason = _reason(config)
+    if reason not in (_MIXES, _NO_POSITIONS, _BLOCKS):
+        return None
+    return ValueError(f"model type {config.model_type!r} cannot think: {reason}")
+
+
+def _reason(config: Any) -> str | None:
+    known = REFUSED.get(config.model_type)
+    if known is None and not _MIXING_LAYERS.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ()):
+        return _MIXES
+    return known
 
 
 def check_model(model: PreTrainedModel) -> None:

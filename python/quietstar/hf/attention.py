@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit
+from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit, wrong_with_layout
 from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar.hf.positions import check_rotary
 from quietstar_kernels import ThoughtLayout
@@ -35,6 +35,8 @@ class MaskArguments:
         self.arguments: dict[str, Any] = finished.arguments if isinstance(finished, MaskArguments) else arguments
         self._dense: Tensor | None = None
         self.layout: ThoughtLayout | ThoughtPass | None = None  # set by hand_on_layout's hook
+        if (error := wrong_with_layout(arguments["config"])) and _was_passed():  # perhaps no layer has attention
+            raise error
 
     def window(self, positions: int) -> int | None:
         """How many of the last positions a row sees, counting its own; None if it sees all of them.
@@ -86,6 +88,8 @@ def _thought_forward(
     if dropout:
         _warn_dropout()
     if isinstance(thought_layout, ThoughtLayout):
+        if error := wrong_with_layout(module.config):
+            raise error
         check_rotary(module, thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
     if not hasattr(thought_pass, "attend"):

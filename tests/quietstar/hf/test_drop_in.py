@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, NemotronConfig, StableLmConfig
 
 import quietstar
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.hf import all_architectures as everything
 
 ROOT = Path(__file__).parents[3]
 V = 96
@@ -167,3 +169,56 @@ def test_without_layout_a_custom_mask_is_passed_on():
         got, want, causal = (x.logits for x in (model(ids, attention_mask=mask), truth(ids, attention_mask=mask), truth(ids)))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(want, causal)
+
+
+def fsdp2(model):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # its default casts the arguments of forwards
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def fsdp1(model):
+    mixed = MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True)
+    return FullyShardedDataParallel(model, mixed_precision=mixed, device_id=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2])
+def test_sharded_in_mixed_precision(shard):
+    layout, inputs = packed_inputs()
+    want = make_model(LLAMA).bfloat16()(**inputs, thought_layout=layout).logits
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        got = shard(make_model(LLAMA))(**inputs, thought_layout=layout).logits
+        got.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.3)
+
+
+MIXES = "cannot think: it mixes positions outside attention"
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "olmo_hybrid"])
+def test_hybrid_models_are_refused_with_a_layout_alone(model_type):
+    """Some of these, of two layers, have no attention at all."""
+    quietstar.register_attention(without_layout="sdpa")
+    layout, inputs = packed_inputs(batch=1)
+    inputs["input_ids"] = inputs["input_ids"] % 60
+    model = everything.tiny_model(model_type)
+    plain = model(**inputs).logits
+    model.set_attn_implementation("quietstar")
+    with pytest.raises(ValueError, match=f"model type '{model_type}' {MIXES}"):
+        model(**inputs, thought_layout=layout)
+    torch.testing.assert_close(model(**inputs).logits, plain)
+
+
+def test_an_unknown_type_is_refused_by_its_layer_types():
+    layout, inputs = packed_inputs()
+    model = make_model(LLAMA)
+    model.config.model_type, model.config.layer_types = "another", ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=f"model type 'another' {MIXES}"):
+        model(**inputs, thought_layout=layout)
+    with pytest.raises(ValueError, match=f"model type 'another' {MIXES}"):
+        quietstar.verify(model)
