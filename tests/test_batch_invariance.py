@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels.cpu import _library
 from quietstar_kernels.testing.inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
-from tests.kernels.drawn import seeded
+from tests.kernels.drawn import pick, seeded
 from tests.quietstar.common import text, wrap
 from tests.quietstar.conftest import make_model
 
@@ -78,6 +79,49 @@ def test_attention_of_a_text_does_not_depend_on_what_is_packed_with_it(dtype, op
     fewer = {name: None if x is None else x.index_select(2, rows) for name, x in inputs.items()}
     got = outputs(layout=ThoughtLayout.at(anchors, N, S, text_length=L), backend="cpu", **fewer, **options)
     assert all(torch.equal(x, y.index_select(2, rows)) for x, y in zip(got, want, strict=False))
+
+
+@pytest.mark.skipif(bool(_library.missing()), reason="PyTorch's products instead of compiled code")
+@pytest.mark.parametrize("seed", range(16))
+def test_attention_and_decoding_of_a_text_alone_in_a_batch_and_in_documents(seed):
+    """Sizes on both sides of those where tiles, blocks of keys and parts change: H/G, rows of a branch, texts, windows."""
+    draw = seeded(seed)
+    L, S, before = pick(draw, [20, 130, 300, 400]), pick(draw, [3, 14, 150]), pick(draw, [7, 100, 250])
+    G, group, K = pick(draw, [1, 2]), pick(draw, [1, 3, 8, 40]), pick(draw, [3, 16, 64])
+    dtype = pick(draw, [torch.float32, torch.bfloat16, torch.float16])
+    options = pick(draw, [{}, {"window": 40}, {"softcap": 3.0}])
+    B, P, N = 3, min(L, pick(draw, [2, 20, 200]), 3000 // (S * group) + 2), 2
+    anchors = torch.stack([torch.randperm(L, generator=draw)[:P].sort()[0] for _ in range(B)])
+    layout = ThoughtLayout.at(anchors, N, S, text_length=L)
+    own = (torch.arange(P)[:, None] * N * S + torch.arange(N * S)).flatten()
+    documents = torch.tensor([[0] * before + [1] * L + [2] * 30])
+    texts = {
+        "alone": (ThoughtLayout.at(anchors[1:2], N, S, text_length=L), torch.arange(layout.M)),
+        "fewer": (ThoughtLayout.at(anchors[1:2, :1], N, S, text_length=L), torch.arange(L + N * S)),
+        "documents": (
+            ThoughtLayout.from_documents(documents, N, S, torch.cat([torch.tensor([[1, 4]]), anchors[1:2] + before], 1)),
+            torch.cat([before + torch.arange(L), before + L + 30 + 2 * N * S + own]),
+        ),
+    }
+    inputs = attention_inputs(draw, layout, group * G, G, K, dtype=dtype)
+    inputs |= {"sinks": None, "grad": torch.randn(inputs["q"].shape, generator=draw).to(dtype)}
+    want = outputs(layout=layout, backend="cpu", **inputs, **options)[:2]
+    for name, (other, rows) in texts.items():
+        given = {}
+        for key, x in inputs.items():
+            if x is not None:
+                noise = torch.randn(1, x.shape[1], other.M, K, generator=draw).to(dtype)
+                given[key] = noise.index_copy(2, rows, x[1:2, :, : len(rows)])
+        got = outputs(layout=other, backend="cpu", sinks=None, **given, **options)
+        assert all(torch.equal(x.index_select(2, rows), y[1:2, :, : len(rows)]) for x, y in zip(got, want, strict=False)), name
+
+    decoding = decode_inputs(draw, layout, group * G, G, K, dtype=dtype)
+    want = thought_decode(**decoding, layout=layout, step=S - 1, backend="cpu", **options)
+    for name, thoughts in (("alone", slice(None)), ("fewer", slice(0, N))):
+        part = {key: None if x is None else x[1:2] for key, x in decoding.items()}
+        part |= {key: part[key][:, :, thoughts] for key in ("q", "k_own", "v_own")}
+        got = thought_decode(**part, layout=texts[name][0], step=S - 1, backend="cpu", **options)
+        assert torch.equal(got, want[1:2, :, thoughts]), name
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])

@@ -247,8 +247,8 @@ void differentiate_tile(const Backward& call, BackwardSpace& space, const Sums& 
     Tile& tile = space.tile;
     const Layout& layout = call.layout;
     const Seen seen = text_of(tile, layout, call.options.window);
-    for (int begin = seen.first; begin < seen.end; begin += KEYS) {
-        const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
+    for (int begin = seen.first, count; begin < seen.end; begin += count) {
+        count = block_end(layout, tile.batch, begin, seen.end) - begin;
         read_all<PAIRS>(call, space, begin, count);
         const int32_t* const position =
             read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);

@@ -293,16 +293,17 @@ void read_queries(const Forward& call, ForwardSpace& space, const Piece& piece) 
 template <bool PAIRS>
 void attend_to_text(const Forward& call, ForwardSpace& space) {
     Tile& tile = space.tile;
-    const Seen seen = text_of(tile, call.layout, call.options.window);
-    for (int begin = seen.first; begin < seen.end; begin += KEYS) {
-        const int count = seen.end - begin < KEYS ? seen.end - begin : KEYS;
+    const Layout& layout = call.layout;
+    const Seen seen = text_of(tile, layout, call.options.window);
+    for (int begin = seen.first, count; begin < seen.end; begin += count) {
+        count = block_end(layout, tile.batch, begin, seen.end) - begin;
         const Source k = {row_of(call.k, call.dtype, tile.batch, tile.group, begin),
                           call.k.row * size_of(call.dtype)};
         const Source v = {row_of(call.v, call.dtype, tile.batch, tile.group, begin),
                           call.v.row * size_of(call.dtype)};
         read_keys<PAIRS>(space.keys, k, v, count, call.K, call.E, call.dtype);
         const int32_t* const position =
-            read_positions(space.keys, call.layout, tile.batch, call.options.window, begin, count);
+            read_positions(space.keys, layout, tile.batch, call.options.window, begin, count);
         bound_by_text(tile, begin, count);
         attend<PAIRS>(space, 0, tile.rows, call.K, call.E, position, call.options);
     }

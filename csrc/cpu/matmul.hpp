@@ -60,7 +60,8 @@ void multiply_block(const float* a, const float* b, int64_t b_stride, float* c, 
     for (int r = 0; r < ROWS; ++r) QUIETSTAR_UNROLL
     for (int n = 0; n < NV; ++n) {
         float* const to = c + r * c_stride + n * LANES;
-        if (add) sums[r][n] += factor ? factor[r] * load(to) : load(to);
+        // A product beside its sum, which compilers contract whatever ROWS is: else bits would depend on it.
+        if (add) sums[r][n] += splat(factor ? factor[r] : 1.0f) * load(to);
         store(to, sums[r][n]);
     }
 }

@@ -37,7 +37,19 @@ inline Seen text_of(const Tile& tile, const Layout& layout, int64_t window) {
     const int32_t* const lo = layout.lo + tile.batch * layout.L;
     if (window)
         while (seen.first < seen.end && seen.first - lo[seen.first] <= oldest) ++seen.first;
+    if (seen.first < seen.end) seen.first -= (seen.first - lo[seen.first]) % LANES;
     return seen;
+}
+
+// The end of a block of text keys. The next one begins where a position id is a multiple of KEYS, so that the
+// order in which a row sums depends on its own document alone: not on its tile, nor on what is packed beside.
+// A document of one token, such as padding, may lie anywhere.
+inline int32_t block_end(const Layout& layout, int64_t batch, int32_t begin, int32_t end) {
+    const int32_t* const lo = layout.lo + batch * layout.L;
+    if (end - begin > KEYS) end = begin + KEYS;
+    for (int32_t t = begin + 1; t < end; ++t)
+        if ((t - lo[t]) % KEYS == 0 && !(lo[t] == t && t + 1 < layout.L && lo[t + 1] == t + 1)) return t;
+    return end;
 }
 
 // Text keys begin..begin+count become the block.

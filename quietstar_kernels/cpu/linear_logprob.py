@@ -148,7 +148,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]):
         self.hidden, self.weight = hidden, weight
         self.dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
-        self.dweight = torch.zeros_like(weight) if wanted[1] else None
+        self.dweight = weight.new_zeros(weight.shape) if wanted[1] else None
         self.dbias = weight.new_zeros(len(weight)) if wanted[2] else None
 
     def add(self, rows: slice, d: Tensor) -> None:

@@ -1,9 +1,13 @@
 """Derivatives by every way that PyTorch has: right, or an error that says what has them. None is silently zero."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
 from quietstar_kernels.testing import (
@@ -172,3 +176,50 @@ def test_compiled(f):
     torch.testing.assert_close(run(REVERSE["grad"]), REVERSE["grad"](plain, x))
     with pytest.raises(Exception, match="has no forward-mode derivative"):
         run(FORWARD["jvp"])
+
+
+class OurCalls(TorchDispatchMode):
+    """Collects the calls of this package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "quietstar":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def permuted(x, order):
+    """The same numbers, with the dimensions of a matrix or those before the last in another order in memory."""
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:
+        return x
+    order = [1, 0] if x.dim() == 2 else [*order[: x.dim() - 1], x.dim() - 1]
+    return x.permute(order).contiguous().permute(*torch.tensor(order).argsort().tolist()).detach()
+
+
+@pytest.mark.parametrize("on", ["cpu", "reference"])
+def test_strides_are_those_of_fake_tensors(on):
+    """Whatever the strides of the inputs: code that Inductor compiles relies on it."""
+    ops = {
+        partial(thought_attention, layout=LAYOUT, return_lse=True): ATTENTION,
+        partial(thought_decode, layout=LAYOUT, step=1): DECODE,
+        partial(linear_logprob, return_entropy=True): HEAD,
+        partial(linear_logprob, return_entropy=True, keep_bytes=0): HEAD,
+        partial(sample_token, seed=0): SAMPLE,
+    }
+    found = set()
+    for op, inputs in ops.items():
+        for dtype, order in itertools.product((torch.float64, torch.float32), ([1, 0, 2, 3], [2, 1, 0, 3], [0, 2, 1, 3])):
+            given = {name: permuted(x, order) for name, x in inputs.items()}
+            given = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in given.items()}
+            leaves = [x.requires_grad_() for x in given.values() if torch.is_tensor(x) and x.is_floating_point()]
+            with OurCalls() as ours, torch.set_grad_enabled(op.func in (thought_attention, linear_logprob)):
+                results = op(**given, backend=on)
+                if torch.is_grad_enabled():
+                    torch.autograd.grad([x.square().sum() for x in results], leaves)
+            for called, args in ours.calls:
+                torch.library.opcheck(called, args, test_utils="test_faketensor")
+                found.add(called._opname)
+    assert len(found) == 6
