@@ -630,19 +630,22 @@ def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int, packed:
     """Raises ValueError for the first rule that is broken."""
     L = lo.shape[1]
     earlier, later = anchor[:, :-1], anchor[:, 1:]
-    _refuse((anchor < -1) | (anchor >= L), f"anchors must be from -1 to L-1={L - 1}", anchor)
+    _refuse((anchor < -1) | (anchor >= L), "anchors must be from -1 to L-1", anchor, L - 1)
     unordered = (later != -1) & ((later < earlier) | (earlier == -1))
     _refuse(unordered, "anchors must ascend, with -1 only at the end", anchor)
     _refuse((lo < 0) | (lo > torch.arange(L, device=lo.device)), "lo must satisfy 0 <= lo[b,t] <= t", lo)
     if packed:
         _refuse(length < 0, "lengths must not be negative", length)
         _refuse((anchor == -1) & (length > 0), "lengths must be 0 where anchors hold -1", length)
-        _refuse(length.long().sum(1) > rows, f"the sum of lengths must be at most rows R={rows}", length)
+        _refuse(length.long().sum(1) > rows, "the sum of lengths must be at most rows R", length, rows)
     else:
-        _refuse((length < 0) | (length > rows), f"length must be from 0 to rows S={rows}", length)
+        _refuse((length < 0) | (length > rows), "length must be from 0 to rows S", length, rows)
 
 
-def _refuse(wrong: Tensor, rule: str, tensor: Tensor) -> None:
+def _refuse(wrong: Tensor, rule: str, tensor: Tensor, bound: int | None = None) -> None:
+    if bound is not None and not torch.compiler.is_compiling():  # a number in a text would need a graph of its own
+        rule += f"={bound}"
+
     def place() -> str:
         return f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}"
 
