@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._operator import call, operator
+
 ANCHOR, START, LENGTH = range(3)  # columns of the table
 DEPTH, END, LEAF, PARENT = range(4)  # columns of the tree
 
@@ -153,13 +155,7 @@ def of_rows(table: Tensor, rows: int, spacing: int | None = None) -> Tensor:
     return torch.where(r - start < length, branch, -1)
 
 
-def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The tree of ``Branches`` int32 [B,C,4], and bool [B,C]: whether the nodes of a node's subtree stand together, after it.
-
-    Args:
-        parent: integer [B,C], -1 for roots; before its children.
-        length: integer [B,C], rows of each node.
-    """
+def _tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     B, C = parent.shape
     node = torch.arange(C + 1, device=parent.device).expand(B, C + 1)
     # One more node stands for the parent of the roots.
@@ -173,4 +169,25 @@ def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         size = size.scatter_add(1, up, size)
         up = up.gather(1, up)
     end = length.cumsum(1).gather(1, last)
-    return torch.stack([depth, end, leaf, pad(parent, (0, 1))], -1)[:, :C].int(), (size == last - node + 1)[:, :C]
+    tree = torch.stack([depth, end, leaf, pad(parent, (0, 1))], -1)[:, :C]
+    return tree.int().contiguous(), (size == last - node + 1)[:, :C].contiguous()
+
+
+def _fake_tree(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    return parent.new_empty((*parent.shape, 4), dtype=torch.int32), parent.new_empty(parent.shape, dtype=torch.bool)
+
+
+_tree = operator(_tree_of, _fake_tree, instead="numbers of rows have none")
+
+
+def tree_of(parent: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The tree of ``Branches`` int32 [B,C,4], and bool [B,C]: whether the nodes of a node's subtree stand together, after it.
+
+    One operator, since torch.compile would make a graph for each number of its steps.
+
+    Args:
+        parent: integer [B,C], -1 for roots; before its children.
+        length: integer [B,C], rows of each node.
+    """
+    tree, together = call(_tree, parent, length)
+    return tree, together

@@ -23,6 +23,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 INFINITE_WINDOW = 2**30  # no position id is as large
 LARGEST_INTEGER = 2**63 - 1
@@ -49,7 +51,8 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 def shown(value: Any) -> str:
     """A plain value itself, shortened; of a tensor its shape and dtype, of anything else its type."""
     if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {dtype_names([value.dtype])}"
+        grad = " to which no gradient would flow: detach it, or multiply the inputs by it" if _loses_grad(value) else ""
+        return f"a tensor {list(value.shape)} of {dtype_names([value.dtype])}{grad}"
     if not isinstance(value, _PLAIN):
         return type(value).__name__
     try:
@@ -64,7 +67,14 @@ def refusal(name: str, wanted: str, value: Any) -> ValueError:
 
 def on_host(tensor: Tensor) -> bool:
     """Whether its values can be read without waiting for a device."""
-    return tensor.device.type == HOST
+    return tensor.device.type == HOST and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False on meta, for fake tensors and inside ``make_fx``, where no value can be looked at."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def refuse_where(wrong: Tensor, message: str, detail: Callable[[], str] = str) -> None:
@@ -77,6 +87,14 @@ def refuse_where(wrong: Tensor, message: str, detail: Callable[[], str] = str) -
             raise ValueError(message + detail())
     elif wrong.device.type in ASSERTING:
         torch._assert_async(~wrong.any(), message)
+
+
+def _loses_grad(value: Tensor) -> bool:
+    """Whether autograd, forwards or backwards, follows a number that would be read as a constant."""
+    if value.ndim:
+        return False
+    forwards = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    return forwards or (torch.is_grad_enabled() and value.requires_grad)
 
 
 def as_integer(value: Any) -> int | None:
@@ -92,12 +110,13 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_number(value: Any) -> float | None:
-    """Integers stay integers, so that messages and JSON show them as they were given."""
+    """Integers stay integers, so that messages and JSON show them as they were given. A tensor has no gradient to lose."""
     found = as_integer(value)
     if found is not None:
         return found if abs(found) < 2**1023 else None
     if isinstance(value, Tensor):
-        return float(value) if value.ndim == 0 and value.is_floating_point() and on_host(value) else None
+        read = value.ndim == 0 and value.is_floating_point() and on_host(value) and not _loses_grad(value)
+        return float(value) if read else None
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
     except OverflowError:  # a fraction
@@ -315,6 +334,8 @@ class Checker:
         """
         if not isinstance(value, Tensor):
             raise self.fail(f"{name} must be a tensor [{letters}], got {shown(value)}")
+        if hasattr(value, "full_tensor"):
+            raise self.fail(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
         keys, sizes, got = letters.split(",") if letters else [], self.sizes, value.shape
         before = len(sizes)
         if letters != "..." and (len(got) != len(keys) or tuple(map(sizes.setdefault, keys, got)) != got):
@@ -339,11 +360,20 @@ class Checker:
 
     def sequences(self, value: Iterable[Any]) -> list[Tensor]:
         """Token ids, each a list or an integer tensor [T], as int64 on the host. Raises ValueError."""
-        tensors = [torch.as_tensor(ids) for ids in value]
-        for i, ids in enumerate(tensors):
+        if not isinstance(value, Iterable):
+            raise self.fail(f"sequences must be a list of lists or tensors of token ids, got {shown(value)}")
+        tensors = []
+        for i, given in enumerate(value):
+            try:
+                ids = given if isinstance(given, Tensor) else torch.as_tensor(given, device=HOST)
+            except (TypeError, ValueError, RuntimeError):
+                raise self.fail(f"sequence {i} must be integers [T] of 64 bits, got {shown(given)}") from None
             if ids.ndim != 1 or (ids.numel() and ids.dtype not in INTEGERS):
                 raise self.fail(f"sequence {i} must be integers [T], got {ids.dtype} {list(ids.shape)}")
-        return [ids.to(HOST, torch.int64) for ids in tensors]
+            if not has_values(ids):
+                raise self.fail(f"sequence {i} must have values, got a meta, fake or traced tensor")
+            tensors.append(ids.to(HOST, torch.int64))
+        return tensors
 
     def last_strides_one(self, **tensors: Tensor) -> None:
         for name, value in tensors.items():
@@ -359,10 +389,13 @@ class Checker:
 
     def temperature(self, value: Any, zero: bool = False) -> float:
         """Not above fp32's largest, where some back ends would divide by infinity."""
-        found = self.positive("temperature", value, zero)
-        if found > LARGEST_FP32:
-            raise self.fail(f"temperature must be at most {LARGEST_FP32:.2e}, the largest of float32, got {shown(value)}")
-        return found
+        return self.in_fp32("temperature", self.positive("temperature", value, zero))
+
+    def in_fp32(self, name: str, value: T) -> T:
+        """A number or None, as it is. Raises ValueError beyond fp32's largest."""
+        if isinstance(value, float) and abs(value) > LARGEST_FP32:
+            raise self.fail(f"{name} must be at most {LARGEST_FP32:.2e}, the largest of float32, got {shown(value)}")
+        return value
 
     def positive_or_none(self, name: str, value: Any) -> float | None:
         return None if value is None else self.positive(name, value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
-from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, on_host, refuse_where
+from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, has_values, on_host, refuse_where
 
 OP = "ThoughtLayout"
 OWN = ("causal", "full")
@@ -208,7 +208,7 @@ class ThoughtLayout:
             raise check.fail(f"length must have shape [B,P,N] with thoughts N={thoughts}, got {list(length.shape)}")
         check.tensor("length", length, "B,P,N", INTEGERS, anchors.device)
         _check_values(anchors, lo, length, rows)
-        return cls(anchors.int().contiguous(), lo.int().contiguous(), length.int().contiguous(), rows, own)
+        return cls(_copy(anchors), _copy(lo), _copy(length), rows, own)
 
     @classmethod
     def packed(
@@ -247,16 +247,16 @@ class ThoughtLayout:
             lo = torch.zeros((check["B"], check["L"]), dtype=torch.int32, device=anchors.device)
         check.tensor("lo", lo, "B,L", INTEGERS, anchors.device)
         most = rows  # of a branch
-        if on_host(lengths) or rows is None:
-            if lengths.is_meta:
-                raise check.fail("lengths must have values, got a tensor on meta")
+        if rows is None or (on_host(lengths) and not torch.compiler.is_compiling()):
+            if not has_values(lengths):
+                raise check.fail("rows must be given if lengths have no values, got a meta, fake or traced tensor")
             most, total = [0, 0]
-            if lengths.numel():
+            if lengths.numel():  # the longest counts too, since a sum may pass 64 bits
                 most, total = torch.stack([lengths.amax(), lengths.long().sum(1).amax()]).tolist()
+                _check_packed_sizes(check, check["C"], max(most, 0))
             rows = max(total, 0) if rows is None else rows
         _check_values(anchors, lo, lengths, rows, packed=True)
-        length = lengths.int().contiguous()[..., None]
-        return cls(anchors.int().contiguous(), lo.int().contiguous(), length, max(most or 0, 1), own, rows)
+        return cls(_copy(anchors), _copy(lo), _copy(lengths)[..., None], max(most or 0, 1), own, rows)
 
     @classmethod
     def tree(
@@ -299,7 +299,7 @@ class ThoughtLayout:
         root = torch.where(parents < 0, node, 0).cummax(1).values if check["C"] else node.expand_as(anchors)
         layout = cls.packed(anchors.gather(1, root), lengths, text_length, lo, rows, own)
         most = layout.rows
-        if lengths.numel() and (on_host(lengths) or rows is None):
+        if lengths.numel() and (rows is None or (on_host(lengths) and not torch.compiler.is_compiling())):
             most = max(int((tree[..., DEPTH] + lengths).amax()), 1)
         return replace(layout, parent=parents, rows=most)
 
@@ -324,7 +324,9 @@ class ThoughtLayout:
         """
         given = Checker(f"{OP}.from_sequences").sequences(sequences)
         # One more column is the root, with which all sequences begin; one more row has nothing else.
-        root, none = torch.zeros(1, dtype=torch.int64), torch.iinfo(torch.int64).min
+        root, none = torch.zeros(1, dtype=torch.int64, device="cpu"), torch.iinfo(torch.int64).min
+        if any(bool((ids == none).any()) for ids in given):
+            raise ValueError(f"{OP}.from_sequences: ids must be above -2^63")
         padded = pad_sequence([root, *(torch.cat([root, ids]) for ids in given)], True, none)
         ordered, of = padded.unique(dim=0, return_inverse=True)
         new = ordered != none
@@ -584,6 +586,11 @@ def _own_fields(layout: ThoughtLayout) -> tuple:
     return layout.anchor, layout.lo, layout.length, layout.rows, layout.own, layout.packed_rows, layout.parent
 
 
+def _copy(x: Tensor) -> Tensor:
+    """int32, contiguous, and not the caller's memory, which may be filled again."""
+    return x.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+
+
 def _trainable(x: Tensor) -> Tensor:
     """A copy of a tensor that was made in ``torch.inference_mode``, which no backward may save; other tensors as they are."""
     if torch.compiler.is_compiling() or not x.is_inference():
@@ -623,19 +630,22 @@ def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int, packed:
     """Raises ValueError for the first rule that is broken."""
     L = lo.shape[1]
     earlier, later = anchor[:, :-1], anchor[:, 1:]
-    _refuse((anchor < -1) | (anchor >= L), f"anchors must be from -1 to L-1={L - 1}", anchor)
+    _refuse((anchor < -1) | (anchor >= L), "anchors must be from -1 to L-1", anchor, L - 1)
     unordered = (later != -1) & ((later < earlier) | (earlier == -1))
     _refuse(unordered, "anchors must ascend, with -1 only at the end", anchor)
     _refuse((lo < 0) | (lo > torch.arange(L, device=lo.device)), "lo must satisfy 0 <= lo[b,t] <= t", lo)
     if packed:
         _refuse(length < 0, "lengths must not be negative", length)
         _refuse((anchor == -1) & (length > 0), "lengths must be 0 where anchors hold -1", length)
-        _refuse(length.long().sum(1) > rows, f"the sum of lengths must be at most rows R={rows}", length)
+        _refuse(length.long().sum(1) > rows, "the sum of lengths must be at most rows R", length, rows)
     else:
-        _refuse((length < 0) | (length > rows), f"length must be from 0 to rows S={rows}", length)
+        _refuse((length < 0) | (length > rows), "length must be from 0 to rows S", length, rows)
 
 
-def _refuse(wrong: Tensor, rule: str, tensor: Tensor) -> None:
+def _refuse(wrong: Tensor, rule: str, tensor: Tensor, bound: int | None = None) -> None:
+    if bound is not None and not torch.compiler.is_compiling():  # a number in a text would need a graph of its own
+        rule += f"={bound}"
+
     def place() -> str:
         return f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}"
 

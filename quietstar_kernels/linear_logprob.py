@@ -95,6 +95,7 @@ def linear_logprob(
     check = Checker(_OP)
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
+    scale, softcap = check.in_fp32("scale", scale), check.in_fp32("softcap", softcap)
     temperature = check.temperature(temperature)
     check.flag("return_entropy", return_entropy)
     if keep_bytes is not None:

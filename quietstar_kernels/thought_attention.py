@@ -75,8 +75,8 @@ def thought_attention(
     check.last_strides_one(q=q, k=k, v=v)
     check.flag("return_lse", return_lse)
     window = check.window(window)
-    scale = q.shape[-1] ** -0.5 if scale is None else check.positive("scale", scale)
-    softcap = check.positive_or_none("softcap", softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else check.in_fp32("scale", check.positive("scale", scale))
+    softcap = check.in_fp32("softcap", check.positive_or_none("softcap", softcap))
     out, lse = call(
         _forward,
         q,

@@ -83,8 +83,8 @@ def thought_decode(
     window = check.window(window)
     if window is not None and window >= layout.L + (S if layout.parent is None else layout.R):
         window = None  # it cuts nothing
-    scale = q.shape[-1] ** -0.5 if scale is None else check.positive("scale", scale)
-    softcap = check.positive_or_none("softcap", softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else check.in_fp32("scale", check.positive("scale", scale))
+    softcap = check.in_fp32("softcap", check.positive_or_none("softcap", softcap))
     return call(
         _forward,
         q,

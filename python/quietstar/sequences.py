@@ -39,7 +39,7 @@ def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor
         For each sequence, fp32 [T-1] (fp64 for fp64 models), on the model's device.
 
     Raises:
-        ValueError: another attention, a model that can't think, or a sequence that isn't integers [T].
+        ValueError: another attention, a model that can't think, a sequence that isn't integers [T], or another temperature.
     """
     whole: Any = model
     while isinstance(getattr(whole, "module", None), nn.Module):  # DistributedDataParallel's, for example
@@ -47,7 +47,8 @@ def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor
     inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise refusal("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", model)
-    given = Checker("shared_logprobs").sequences(sequences)
+    check = Checker("shared_logprobs")
+    given, temperature = check.sequences(sequences), check.temperature(temperature)
     if inner not in _heads:
         check_model(whole)
         hand_on_layout(inner)
@@ -55,8 +56,8 @@ def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor
         _heads[inner] = find_lm_head(inner)
     if not any(map(len, given)):
         return [torch.zeros(0, device=inner.device) for _ in given]
-    counts = torch.tensor([len(ids) - 1 for ids in given]).clamp(min=0)
-    live = torch.arange(int(counts.max())) < counts[:, None]
+    counts = torch.tensor([len(ids) - 1 for ids in given], device="cpu").clamp(min=0)
+    live = torch.arange(int(counts.max()), device="cpu") < counts[:, None]
     with answering(inner, partial(end_logprobs, inner, _heads[inner], given, live, temperature)):
         logprobs, _ = model()
     return [row[:count] for row, count in zip(logprobs, counts.tolist(), strict=True)]

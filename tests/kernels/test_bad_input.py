@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed.tensor
 
 from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
@@ -142,3 +143,38 @@ def test_a_stride_of_a_width_of_one_does_not_matter(backend):
     assert inputs["v"].stride(-1) == 1
     inputs["v"] = inputs["v"].as_strided((2, 2, 11, 1), (66, 33, 3, 2))
     assert thought_attention(**inputs, backend=backend).shape == (2, 4, 11, 1)
+
+
+FLOAT_OPTIONS = [(op, name) for op in (thought_attention, thought_decode) for name in ("scale", "softcap")]
+FLOAT_OPTIONS += [(op, name) for op in (linear_logprob, sample_token) for name in ("scale", "softcap", "temperature")]
+
+
+@pytest.mark.parametrize("op, name", FLOAT_OPTIONS)
+def test_a_number_gets_no_gradient(op, name):
+    inputs, number = arguments(op), torch.tensor(1.25, requires_grad=True)
+    want = op(**inputs | {name: 1.25})
+    with pytest.raises(ValueError, match=f"^{op.__name__}: {name} must .* to which no gradient would flow: detach it"):
+        op(**inputs | {name: number})
+    with torch.no_grad():
+        got = op(**inputs | {name: number}), op(**inputs | {name: number.detach()})
+    assert all(torch.equal(x, y) for one in got for x, y in zip(one, want, strict=True))
+    if op is not sample_token:
+        with pytest.raises(ValueError, match=f"{name} must be at most 3.40e.38, the largest of float32, got 1e.300"):
+            op(**inputs | {name: 1e300})
+
+
+@pytest.mark.parametrize("op", [linear_logprob, sample_token, thought_attention, thought_decode])
+def test_a_distributed_tensor(op):
+    """FSDP2 leaves weights as DTensors outside a forward."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for name, value in arguments(op).items():
+            if isinstance(value, torch.Tensor):
+                whole = torch.distributed.tensor.distribute_tensor(value, mesh)
+                with pytest.raises(
+                    ValueError, match=rf"^{op.__name__}: {name} must .* got a DTensor: pass {name}.full_tensor\(\)"
+                ):
+                    op(**arguments(op) | {name: whole})
+    finally:
+        torch.distributed.destroy_process_group()

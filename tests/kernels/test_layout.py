@@ -401,3 +401,81 @@ def test_a_changed_field_makes_new_branches():
         got = dataclasses.replace(layout, **{name: value})
         want = ThoughtLayout(**{f.name: getattr(got, f.name) for f in dataclasses.fields(got)[:-1]})
         assert torch.equal(got.dense_mask(), want.dense_mask()), name
+
+
+def constructors():
+    """Each public constructor, as a function of its tensors, and these in int32."""
+    zeros, anchors, lengths = torch.zeros(2, 6), torch.tensor([[1, 3, 4], [0, 2, 2]]), torch.tensor([[1, 2, 3], [0, 2, 1]])
+    parents, grid = torch.tensor([[-1, 0, -1], [-1, -1, 1]]), {"thoughts": 1, "rows": 3}
+    calls = {
+        "at": (lambda a, lo, n: ThoughtLayout.at(a, lo=lo, length=n[..., None], **grid), anchors, zeros, lengths),
+        "packed": (lambda a, lo, n: ThoughtLayout.packed(a, n, lo=lo, rows=6), anchors, zeros, lengths),
+        "tree": (lambda a, lo, n, p: ThoughtLayout.tree(a, p, n, lo=lo, rows=6), anchors, zeros, lengths, parents),
+        "from_padding": (lambda mask, a: ThoughtLayout.from_padding(mask, anchors=a, **grid), zeros + 1, anchors),
+        "from_documents": (lambda ids, a: ThoughtLayout.from_documents(ids, anchors=a, **grid), zeros, anchors),
+        "from_sequences": (lambda ids: ThoughtLayout.from_sequences(list(ids))[0], lengths),
+    }
+    return {name: (function, [x.int() for x in tensors]) for name, (function, *tensors) in calls.items()}
+
+
+@pytest.mark.parametrize("function, tensors", constructors().values(), ids=constructors())
+def test_a_layout_keeps_no_tensor_of_the_caller(function, tensors):
+    layout, want = function(*tensors), function(*(x.clone() for x in tensors))
+    for x in tensors:
+        x.fill_(10**6)
+    assert same_fields(layout, want) and torch.equal(layout.dense_mask(), want.dense_mask())
+
+
+@pytest.mark.parametrize("world", ["fake tensors", "make_fx, real"])
+@pytest.mark.parametrize("name", constructors())
+def test_layouts_without_values(name, world):
+    """Shapes alone, as in an estimate of memory; ``from_sequences`` computes from values, and says so."""
+    function, tensors = constructors()[name]
+    shape = None if name == "from_sequences" else function(*tensors).dense_mask().shape
+
+    def used(*tensors):
+        layout = function(*tensors)
+        assert layout.dense_mask().shape == shape
+        q = torch.ones(2, 2, layout.M, 8, requires_grad=True)
+        out = thought_attention(q, q, q, layout)
+        out.sum().backward()
+        return out.detach()
+
+    def run():
+        if world == "fake tensors":
+            with FakeTensorMode() as mode:
+                return used(*map(mode.from_tensor, tensors))
+        return make_fx(used, tracing_mode=world.split()[1])(*tensors)
+
+    if shape is None:
+        with pytest.raises(ValueError, match="from_sequences: sequence 0 must have values"):
+            run()
+    else:
+        run()
+
+
+def test_sequences_under_another_default_device():
+    want = ThoughtLayout.from_sequences([[1, 2, 3], [1, 2, 4]])
+    with torch.device("meta"):
+        got = ThoughtLayout.from_sequences([[1, 2, 3], [1, 2, 4]], device="cpu")
+    assert same_fields(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+BAD = [
+    (5, "sequences must be a list"),
+    ([None], "got None"),
+    (["abc"], "got 'abc'"),
+    ([[2**63]], "64 bits"),
+    ([[-(2**63)]], "above"),
+]
+
+
+@pytest.mark.parametrize("sequences, says", BAD)
+def test_sequences_of_something_else(sequences, says):
+    with pytest.raises(ValueError, match=f"^ThoughtLayout.from_sequences: .*{says}"):
+        ThoughtLayout.from_sequences(sequences)
+
+
+def test_a_sum_of_lengths_beyond_64_bits():
+    with pytest.raises(ValueError, match="must be at most 2,147,483,647"):
+        ThoughtLayout.packed(torch.tensor([[1, 1]]), torch.tensor([[2**62, 2**62]]), text_length=3)

@@ -223,3 +223,24 @@ def test_sequences_become_a_tree():
 def test_sequences_must_be_integers():
     with pytest.raises(ValueError, match=r"sequence 1 must be integers \[T\], got torch.float32 \[2\]"):
         ThoughtLayout.from_sequences([[1, 2], [1, 0.5]])
+
+
+def chain(nodes):
+    parents = torch.arange(-1, nodes - 1)[None]
+    return torch.where(parents < 0, 1, -1), parents, torch.full((1, nodes), 2)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_two_graphs_serve_any_number_of_nodes(inside):
+    def attend(q, *made):
+        layout = ThoughtLayout.tree(*made, text_length=3, rows=q.shape[2] - 3) if inside else made[0]
+        return thought_attention(q, q, q, layout)
+
+    torch.compiler.reset()
+    graphs = []
+    compiled = torch.compile(attend, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for nodes in (2, 3, 4, 9, 17):
+        q, tree = torch.randn(1, 2, 3 + 2 * nodes, 8), chain(nodes)
+        made = tree if inside else [ThoughtLayout.tree(*tree, text_length=3)]
+        torch.testing.assert_close(compiled(q, *made), attend(q, *made))
+    assert len(graphs) == 2
