@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from glob import escape, glob
 from itertools import islice
@@ -26,7 +27,12 @@ CHAIN = "||"  # between a question and its chain, in the published files of impl
 
 def names(data: str) -> list[str]:
     """The sources in ``data``, between commas; the name of a file may have commas itself."""
-    return [data] if os.path.exists(data) else data.split(",")
+    return [data] if os.path.exists(data) else re.split(r",(?!\])", data)
+
+
+def joined(several: Sequence[str]) -> str:
+    """Several names as one text."""
+    return ",".join(x.replace(",", "[,]") if os.path.exists(x) else x for x in several)
 
 
 def from_hub(name: str) -> bool:
@@ -123,6 +129,7 @@ def _chained(line: str) -> dict[str, str]:
 def _table(path: str) -> Iterator[tuple[str, Any]]:
     check_regular(path)
     datasets = _datasets(f"{path}: files ending in {' or '.join(TABLES)} need")
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs each error that it raises
     number = 0
     try:
         kind, options = "parquet", {}
@@ -136,7 +143,7 @@ def _table(path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}: row {number}", _without_null(row)
     except Exception as error:  # errors of the libraries have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: row {number + 1} can't be read: {reason}") from error
+        raise ValueError(f"{path}: it can't be read after row {number}: {reason}") from error
 
 
 def _without_null(row: Any) -> Any:
