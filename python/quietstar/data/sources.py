@@ -22,7 +22,7 @@ FILES = TEXT + JSON + TABLES
 BUILTIN, STDIN = "builtin", "-"
 MOST = 100_000  # files and folders within one folder
 SPLIT = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|dev)(?![a-z])", re.IGNORECASE)
-CHAIN = "||"  # between a question and its chain, in the published files of implicit chain of thought
+CHAIN_MARK = "||"  # between a question and its chain, in the published files of implicit chain of thought
 
 
 def names(data: str) -> list[str]:
@@ -41,8 +41,7 @@ def from_hub(name: str) -> bool:
 
 def absolute(data: str) -> str:
     """The same with whole paths."""
-    kept = [x if x in (BUILTIN, STDIN) or from_hub(x) else os.path.abspath(x) for x in names(data)]
-    return ",".join(kept)
+    return ",".join(x if x in (BUILTIN, STDIN) or from_hub(x) else os.path.abspath(x) for x in names(data))
 
 
 def sources(data: str) -> list[str]:
@@ -83,7 +82,7 @@ def _files_of(folder: str) -> list[str]:
 
 @cache
 def _stdin() -> str:
-    if sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if sys.stdin is None or sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("standard input must be a pipe or a file, and of one process: give a file's name instead of -")
     return decoded(sys.stdin.buffer.read(), "standard input")
 
@@ -115,14 +114,14 @@ def rows(source: str, split: str, limit: int | None = None) -> Iterator[tuple[st
     if (text := text_of(source)) is not None:
         return ((f"{source}: line {number}", _chained(line)) for number, line in numbered_lines(text))
     text = _stdin() if source == STDIN else read_utf8(source)
-    if text.lstrip().startswith("[") and (source == STDIN or ".json" in source[-8:]) and ".jsonl" not in source[-9:]:
+    if text.lstrip().startswith("[") and not source.endswith((".jsonl", ".jsonl.gz")):
         return ((f"{source}: row {number}", row) for number, row in enumerate(json_value(text, source), 1))
     places = ((f"{source}: line {number}", line) for number, line in numbered_lines(text))
     return ((where, json_value(line, where)) for where, line in places)
 
 
 def _chained(line: str) -> dict[str, str]:
-    question, mark, answer = line.partition(CHAIN)
+    question, mark, answer = line.partition(CHAIN_MARK)
     return {"question": question, "answer": answer} if mark else {"text": line}
 
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quietstar.data.rows import MARK
+from quietstar.data.sources import CHAIN_MARK
 from quietstar.evaluation.questions.answers import cut
 
 LOG = logging.getLogger("quietstar")
-CHAIN_MARK = "||"  # between a generated problem and its chain, as in the published multiplication files
 TARGET = "Target:"  # precedes the answer where a prompt gives it as a hint
 AGAIN = "again"  # follows a solution, to ask for another one
 PAD, END = "<pad>", "<end>"

@@ -35,7 +35,7 @@ WRITTEN = [
     (re.compile(r"\\[()\[\]]|(?<=\d)(?=\\[dtc]?frac)"), " "),
     (re.compile(r"\\[,!;: ]|\\(?:left|right)(?![a-z])"), ""),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<![A-Za-z])(mm|cm|km|m|ft|in|units?)\s*\^\s*\{?[23]\}?|\^\s*\{?\s*\\circ\s*\}?"), r"\1"),
+    (re.compile(r"(?<![A-Za-z])(mm|cm|km|m|ft|in|units?)\s*\^(?:[23]|\{[23]\})|\^(?:\\circ|\{\\circ\})"), r"\1"),
     (re.compile(r"\\([%$])"), r"\1"),
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dtc]?frac\s*\{{\s*(-?{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}"), r"\1/\2"),
