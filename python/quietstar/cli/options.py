@@ -18,7 +18,7 @@ from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
 from quietstar.config import PRESETS, TRAIN_PRESETS, filled_by
 from quietstar.data.held_out import data_config
-from quietstar.data.sources import absolute
+from quietstar.data.sources import absolute, joined
 from quietstar.files.reading import read_yaml
 
 LARGEST = 1e30
@@ -124,7 +124,7 @@ def _one_data(arguments: list[str]) -> list[str]:
     apart = {i + 1 for i in places if arguments[i] == "--data" and i + 1 < len(arguments)}  # values after a space
     values = [arguments[i + 1] if i + 1 in apart else arguments[i].partition("=")[2] for i in places]
     kept = [x for i, x in enumerate(arguments) if i not in apart and i not in places]
-    return [*kept[:1], f"--data={','.join(values)}", *kept[1:]]
+    return [*kept[:1], f"--data={joined(values)}", *kept[1:]]
 
 
 def preset_text(preset: str) -> str:

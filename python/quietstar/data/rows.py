@@ -149,7 +149,7 @@ def row_text(row: Any, text_field: str, chat: bool, where: str) -> Text:
             as_type(Conversation, row, where)
     found = ", ".join(map(repr, row))[:200] or "no fields"
     value = f" (it is {json.dumps(text, default=str)[:40]})" if (text_field or "text") in row else ""
-    others = "" if text_field else ", no messages and no question"
+    others = ", which text_field names" if text_field else ", no messages and no question"
     raise ValueError(f"{where} has no text in a field {text_field or 'text'!r}{value}{others}: it has {found}")
 
 

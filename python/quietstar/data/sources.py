@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from glob import escape, glob
 from itertools import islice
@@ -21,12 +22,17 @@ FILES = TEXT + JSON + TABLES
 BUILTIN, STDIN = "builtin", "-"
 MOST = 100_000  # files and folders within one folder
 SPLIT = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|dev)(?![a-z])", re.IGNORECASE)
-CHAIN = "||"  # between a question and its chain, in the published files of implicit chain of thought
+CHAIN_MARK = "||"  # between a question and its chain, in the published files of implicit chain of thought
 
 
 def names(data: str) -> list[str]:
     """The sources in ``data``, between commas; the name of a file may have commas itself."""
-    return [data] if os.path.exists(data) else data.split(",")
+    return [data] if os.path.exists(data) else re.split(r",(?!\])", data)
+
+
+def joined(several: Sequence[str]) -> str:
+    """Several names as one text."""
+    return ",".join(x.replace(",", "[,]") if os.path.exists(x) else x for x in several)
 
 
 def from_hub(name: str) -> bool:
@@ -35,8 +41,7 @@ def from_hub(name: str) -> bool:
 
 def absolute(data: str) -> str:
     """The same with whole paths."""
-    kept = [x if x in (BUILTIN, STDIN) or from_hub(x) else os.path.abspath(x) for x in names(data)]
-    return ",".join(kept)
+    return ",".join(x if x in (BUILTIN, STDIN) or from_hub(x) else os.path.abspath(x) for x in names(data))
 
 
 def sources(data: str) -> list[str]:
@@ -77,7 +82,7 @@ def _files_of(folder: str) -> list[str]:
 
 @cache
 def _stdin() -> str:
-    if sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if sys.stdin is None or sys.stdin.isatty() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("standard input must be a pipe or a file, and of one process: give a file's name instead of -")
     return decoded(sys.stdin.buffer.read(), "standard input")
 
@@ -109,20 +114,21 @@ def rows(source: str, split: str, limit: int | None = None) -> Iterator[tuple[st
     if (text := text_of(source)) is not None:
         return ((f"{source}: line {number}", _chained(line)) for number, line in numbered_lines(text))
     text = _stdin() if source == STDIN else read_utf8(source)
-    if text.lstrip().startswith("[") and (source == STDIN or ".json" in source[-8:]) and ".jsonl" not in source[-9:]:
+    if text.lstrip().startswith("[") and not source.endswith((".jsonl", ".jsonl.gz")):
         return ((f"{source}: row {number}", row) for number, row in enumerate(json_value(text, source), 1))
     places = ((f"{source}: line {number}", line) for number, line in numbered_lines(text))
     return ((where, json_value(line, where)) for where, line in places)
 
 
 def _chained(line: str) -> dict[str, str]:
-    question, mark, answer = line.partition(CHAIN)
+    question, mark, answer = line.partition(CHAIN_MARK)
     return {"question": question, "answer": answer} if mark else {"text": line}
 
 
 def _table(path: str) -> Iterator[tuple[str, Any]]:
     check_regular(path)
     datasets = _datasets(f"{path}: files ending in {' or '.join(TABLES)} need")
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs each error that it raises
     number = 0
     try:
         kind, options = "parquet", {}
@@ -136,7 +142,7 @@ def _table(path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}: row {number}", _without_null(row)
     except Exception as error:  # errors of the libraries have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: row {number + 1} can't be read: {reason}") from error
+        raise ValueError(f"{path}: it can't be read after row {number}: {reason}") from error
 
 
 def _without_null(row: Any) -> Any:

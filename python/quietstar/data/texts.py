@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import option
 from quietstar.data.rows import Text, chat_text, row_text
-from quietstar.data.sources import BUILTIN, TEXT, from_hub, names, rows, sources, text_of
+from quietstar.data.sources import BUILTIN, TEXT, from_hub, joined, names, rows, sources, text_of
 from quietstar.files.reading import numbered_lines
 from quietstar.run.batches import Example
 from quietstar_kernels.checks import check_at_least, check_types, instance, integer
@@ -95,7 +95,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.data, (list, tuple)):
-            self.data = ",".join(self.data)
+            self.data = joined(self.data)
         check_types("DataConfig", self)
         for name, least in (("length", 3), ("held_out", 0), ("hub_texts", 1)):
             check_at_least("DataConfig", self, least, (name,))

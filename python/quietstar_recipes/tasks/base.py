@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quietstar.data.rows import MARK
+from quietstar.data.sources import CHAIN_MARK
 from quietstar.evaluation.questions.answers import cut
 from quietstar.hf.ends import end_ids
 
 LOG = logging.getLogger("quietstar")
-CHAIN_MARK = "||"  # between a generated problem and its chain, as in the published multiplication files
 TARGET = "Target:"  # precedes the answer where a prompt gives it as a hint
 AGAIN = "again"  # follows a solution, to ask for another one
 PAD, END = "<pad>", "<end>"

@@ -9,7 +9,9 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quietstar_recipes.tasks.base import CHAIN_MARK, MARK, TARGET, Problem, Task, split_of
+from quietstar.data.rows import MARK
+from quietstar.data.sources import CHAIN_MARK
+from quietstar_recipes.tasks.base import TARGET, Problem, Task, split_of
 
 PATIENCE = 20  # draws in vain for each known problem until there are no others: one is missed with probability exp(-20)
 

@@ -22,7 +22,8 @@ STOP = ("Q:", "\n\n\n")
 # A minus after a digit or a bracket is a subtraction.
 PLAIN = r"(?:[0-9]+(?:(?:,[0-9]{2})*,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
 NUMBER = rf"(?:(?<![\w)])-)?(?:\$-?)?(?:(?<![\w/]){PLAIN}/{PLAIN}(?![\d/])|{PLAIN}(?:[eE][+-]?[0-9]{{1,3}}(?!\w))?)"
-MARKED = re.compile(rf"####\s*({NUMBER})")
+DIGITS = r"[0-9](?: [0-9])+(?![\w.,/])"  # as in the published files of implicit chain of thought
+MARKED = re.compile(rf"####\s*({DIGITS}|{NUMBER})")
 SAYS = r"\b(?i:answer|option|choice)(?:\s*\([^)]*\))?(?i:\s+is|\s*[:=])[:\s$]*"
 STATED = re.compile(rf"{SAYS}(?:[A-Za-z]\w*\s*=\s*)?({NUMBER})")
 CALCULATOR = re.compile(r"<<.*?(?:>>|$)", re.DOTALL)
@@ -35,6 +36,7 @@ WRITTEN = [
     (re.compile(r"\\[()\[\]]|(?<=\d)(?=\\[dtc]?frac)"), " "),
     (re.compile(r"\\[,!;: ]|\\(?:left|right)(?![a-z])"), ""),
     (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<![A-Za-z])(mm|cm|km|m|ft|in|units?)\s*\^(?:[23]|\{[23]\})|\^(?:\\circ|\{\\circ\})"), r"\1"),
     (re.compile(r"\\([%$])"), r"\1"),
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dtc]?frac\s*\{{\s*(-?{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}"), r"\1/\2"),
@@ -70,7 +72,7 @@ def number(text: str) -> str | None:
     """The number in a text in a standard form, "1000" for "$1,000.00", "0.5" for "\\frac{1}{2}", "1/3"; None if the text has no
     number or several, or is a formula."""
     plain = _without_markup(BOXED.sub(r"\1", text))
-    found = re.findall(NUMBER, plain)
+    found = [plain] if re.fullmatch(DIGITS, plain) else re.findall(NUMBER, plain)
     return _plain(found[0]) if len(found) == 1 and UNITS.fullmatch(re.sub(NUMBER, "", plain)) else None
 
 
@@ -126,6 +128,8 @@ def _extract_number(text: str) -> str | None:
 
 
 def _plain(written: str) -> str:
+    if " " in written:
+        return written.replace(" ", "")
     written = re.sub(r"[$,]", "", written)
     if re.search("[/eE]", written):
         above, _, below = written.partition("/")
@@ -145,7 +149,7 @@ def _plain(written: str) -> str:
 def _extract_label(text: str, choices: Mapping[str, str]) -> str | None:
     label = "|".join(re.escape(x) for x in sorted(choices, key=len, reverse=True))
     bare = rf"(?:\(({label})\)|({label})(?![\w'’-]))"
-    for sign in (r"####\s*", r"\\boxed\s*\{\s*", rf"{SAYS}(?:(?i:option|choice)\s+)?"):
+    for sign in (r"####\s*", r"\\boxed\s*\{\s*", rf"{SAYS}(?:(?i:option|choice)\s+)?\$?"):
         if stated := re.findall(sign + bare, text):
             return "".join(stated[-1])
     first = re.match(rf"\s*{bare}(?!\s+[a-z])", text)

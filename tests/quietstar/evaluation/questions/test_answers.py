@@ -2,7 +2,7 @@
 
 import pytest
 
-from quietstar.evaluation.questions.answers import cut, extract, number, vote
+from quietstar.evaluation.questions.answers import cut, extract, is_formula, number, vote, written_answer
 
 NUMBERS = {
     "16 - 3 = 13\n#### 13": "13",
@@ -24,6 +24,18 @@ NUMBERS = {
     "007": "7",
     "-0.0": "0",
     "1" * 40 + ".10": "1" * 40 + ".1",
+    "The answer is \u22123": "-3",
+    "x = 1/2": "0.5",
+    "The answer is x = \\frac{2}{6}": "1/3",
+    "so $\\boxed{-\\dfrac{3}{4}}$, of 9": "-0.75",
+    "\\boxed{\\text{5 cm}^2} or 6": "5",
+    "3.5e2": "350",
+    "**Answer:** **1,234.50**": "1234.5",
+    "\\(1{,}000\\)": "1000",
+    "50\\% of it": "50",
+    "2**3 and 3/4/2020": "2020",
+    "#### 0 7 1": "071",
+    "1/0": "1/0",
     "": None,
     "no idea": None,
     "####": None,
@@ -53,6 +65,13 @@ LABELS = {
     "#### B\n#### D": "D",
     "the library.": "B",
     "\nNew York\n": "C",
+    "**B**": "B",
+    "\\boxed{B}": "B",
+    "$\\boxed{\\text{(B)}}$": "B",
+    "The correct option is **B**.": "B",
+    "**Answer**: B": "B",
+    "So the answer is option $B$": "B",
+    "The best choice is (B)": "B",
     "Because of it": None,
     "B's": None,
     "E": None,
@@ -65,6 +84,38 @@ LABELS = {
 @pytest.mark.parametrize("text", LABELS)
 def test_labels(text):
     assert extract(text, CHOICES) == LABELS[text]
+
+
+FORMS = ["{}", "{} km", "${}$", "**{}**", "\\boxed{{{}}}", "x = {}", "The answer is {}.", "#### {}", "\\({}\\)", "{}\\%"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["1,000", "1000", "1000.0", "1e3", "1{,}000", "2000/2"],
+        ["-1/2", "\u22120.5", "-\\frac{1}{2}", "-\\frac12", "-5e-1"],
+        ["2/3"],
+    ],
+)
+def test_a_number_is_the_same_in_every_form_on_both_sides(form, same):
+    assert (
+        {number(written_answer(form.format(x))) for x in same}
+        == {extract(form.format(x), {}) for x in same}
+        == {number(same[0])}
+        != {None}
+    )
+
+
+@pytest.mark.parametrize("text", ["\\sqrt{3}", "2\\pi", "x^2", "(3,4)", "2\\sqrt{3}", "\u03c0/2"])
+def test_a_formula_is_no_number(text):
+    assert number(text) is None
+
+
+def test_formulas_by_math_verify():
+    pytest.importorskip("math_verify")
+    assert is_formula("\\sqrt{3}") and not is_formula("no number")
+    assert extract("So it is $\\boxed{1+x^2}$", {}, "x^2+1") == "x^2+1" and extract("about 1.73", {}, "\\sqrt{3}") == "1.73"
 
 
 def test_labels_of_digits_and_of_several_letters():
