@@ -47,7 +47,7 @@ class Marks(NamedTuple):
             if not ids or tokenizer.unk_token_id in ids:
                 raise ValueError(f"{name}={text!r} is not text that the tokenizer has tokens for")
             marks.append(tuple(ids))
-        return Marks(*marks, tuple(token for token in end_ids(tokenizer, model) if token not in marks[1]))
+        return Marks(marks[0], marks[1], tuple(token for token in end_ids(tokenizer, model) if token not in marks[1]))
 
     def content(self, thought_ids: Tensor, thought_lengths: Tensor) -> Tensor:
         """int64 [B,P,N], how many of the sampled tokens [B,P,N,T] come before the end."""

@@ -232,13 +232,16 @@ def test_what_is_refused(tmp_path):
 
 
 def test_empty_and_short_texts(tmp_path):
-    """They change no loss, and a batch of them alone is said."""
+    """They change no figure of the others, and a step of them alone is said."""
     found = []
     for more in ([], [{"input_ids": []}], [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]):
         trainer = make_trainer(tmp_path, make_qs(), max_steps=1, per_device_train_batch_size=8)
         trainer.train_dataset = trainer.eval_dataset = [*rows(4), *more]
         trainer.train()
-        found.append([*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]])
+        assert all(loss[0] > 0 for loss in logged(trainer, "loss"))
+        figures = make_trainer(tmp_path, make_qs())
+        figures.eval_dataset = trainer.eval_dataset
+        found.append([figures.evaluate()[f"eval_{name}"] for name in ("loss", "base")])
     torch.testing.assert_close(found[1:], found[:1] * 2)
     for nothing in ({"input_ids": []}, {"input_ids": [3, 4, 5, 6, 7], "labels": [-100] * 5}):
         trainer = make_trainer(tmp_path, make_qs(), max_steps=1)

@@ -162,7 +162,8 @@ def merge(model: nn.Module) -> PreTrainedModel:
     """The base with the adapters merged into its weights, which can be trained again."""
     if not there(model):
         raise ValueError("merge_adapters: the model has no adapters")
-    embed, head = unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings()
+    embed: Any = unwrapped(model).get_input_embeddings()
+    head = unwrapped(model).get_output_embeddings()
     if hasattr(embed, "base_layer") and embed.get_base_layer().weight is head.weight:  # the head has no part in what is merged
         head.weight = nn.Parameter(head.weight.detach().clone())
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]

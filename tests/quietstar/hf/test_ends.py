@@ -1,7 +1,5 @@
 """A text ends with what training wrote and with what the model's configs say, whatever continues it."""
 
-from itertools import chain, combinations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -18,7 +16,7 @@ from tests.quietstar.conftest import make_byte_tokenizer
 ENDS = ("<|eot|>", "<|im_end|>", "<|call|>")
 TEMPLATE = "{% for x in messages %}{{ x.role }}\n{{ x.content }}END\n{% endfor %}"
 # Ends of the generation config, and of the chat template.
-SOURCES = [(own, turn) for own in chain([None], *(combinations(ENDS, n) for n in (1, 2))) for turn in (None, *ENDS[1:])]
+SOURCES = [(own, turn) for own in (None, ENDS[:1], ENDS[1:], ENDS[::-1]) for turn in (None, *ENDS[1:])]
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ TARGETS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_merging_changes_no_number(tiny, tmp_path, tied, targets):
     peft = pytest.importorskip("peft")
