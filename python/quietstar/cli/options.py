@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
     """One of the commands, made from what was typed. Exits after --help and, with code 2, where tyro can't read an option."""
     typed = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     _check_texts(arguments)
+    _check_typed(commands, arguments)
     arguments, from_model = _expand(commands, arguments)
     registry = ConstructorRegistry()
     registry.struct_rule(_struct_rule)
@@ -69,6 +72,46 @@ def _check_texts(arguments: list[str]) -> None:
             raise UsageError(f"{argument[:60]!a}... is too long: {LONGEST:,} characters are the most of an option")
 
 
+def option_types(command: Any) -> dict[str, Any]:
+    """The types of a command's options by name, with those of its config classes; empty for a command of another package."""
+    if not dataclasses.is_dataclass(command) or not command.__module__.startswith("quietstar"):
+        return {}
+    hints, found = typing.get_type_hints(command), dict[str, Any]()
+    for field in dataclasses.fields(command):
+        kind = hints[field.name]
+        found |= option_types(kind) if dataclasses.is_dataclass(kind) else {field.name: kind}
+    return found
+
+
+def _check_typed(commands: Mapping[str, type], arguments: list[str]) -> None:
+    """Refuse options that the command hasn't, and say which value counts where one is given twice."""
+    command = arguments[0] if arguments else ""
+    options = option_types(commands[command]) if command in commands else {}
+    if not options or {"-h", "--help"}.intersection(arguments):
+        return
+    given: dict[str, str] = {}
+    for i, argument in enumerate(arguments):
+        typed, equals, value = argument.partition("=")
+        name = typed[2:].replace("-", "_")
+        if not name or not typed.startswith("--") or name.startswith("tyro_"):
+            continue
+        positive = name if name in options else name.removeprefix("no_")
+        _check_name(command, positive, options, typed[:100])
+        following = "".join(arguments[i + 1 : i + 2])
+        value = value if equals else typed if following.startswith("--") else following
+        if given.get(positive, value) != value and positive not in ("config", "data") and os.environ.get("RANK", "0") == "0":
+            file = sys.stdout if hasattr(commands[command], "inherits") else sys.stderr  # as ``report_changes``
+            print(f"--{positive.replace('_', '-')} was given twice: {value} counts, not {given[positive]}", file=file)
+        given[positive] = value
+
+
+def _check_name(command: str, name: str, options: Mapping[str, Any], shown: str) -> None:
+    if name not in options:
+        similar = get_close_matches(name[:100], options, n=1, cutoff=0.7)
+        advice = f"did you mean --{similar[0].replace('_', '-')}? " if similar else ""
+        raise UsageError(f"quietstar {command} has no option {shown}: {advice}quietstar {command} --help lists them")
+
+
 def flat(command: Any) -> dict[str, Any]:
     """All options of a command by name, with those of its config classes."""
     values: dict[str, Any] = {}
@@ -89,8 +132,9 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
     """
     arguments = _one_data(arguments)
     expanded: list[str] = []
+    command = arguments[0] if arguments else ""
     given: dict[str, Any] = {}  # what is typed or in a config file
-    from_file: list[str] = []
+    from_files: dict[str, Any] = {}  # the last of several files wins
     for i, argument in enumerate(arguments):
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
         expanded.append(argument)
@@ -98,12 +142,10 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
             expanded.append("auto")
         name, _, value = argument.partition("=")
         if name == "--config":
-            options = read_config(value or following)
-            from_file = _as_typed(options)
-            given = options | given
+            from_files |= _checked(command, commands, value or following)
         elif name in ("--model", "--data", "--preset"):
             given[name[2:]] = value or following
-    command = arguments[0] if arguments else ""
+    given = from_files | given
     if {"-h", "--help"}.intersection(arguments):
         if command == "train" and given.get("preset") in PRESETS:
             print(preset_text(str(given["preset"])))
@@ -112,7 +154,7 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
     from_model = for_source(values, str(given.get("data", "")))
     preset = given.get("preset", values.get("preset"))
     of_preset = TRAIN_PRESETS.get(preset, {}) if command == "train" and isinstance(preset, str) else {}
-    expanded[1:1] = _as_typed(from_model) + _as_typed(of_preset) + from_file
+    expanded[1:1] = _as_typed(from_model) + _as_typed(of_preset) + _as_typed(from_files)
     return expanded, values
 
 
@@ -125,6 +167,17 @@ def _one_data(arguments: list[str]) -> list[str]:
     values = [arguments[i + 1] if i + 1 in apart else arguments[i].partition("=")[2] for i in places]
     kept = [x for i, x in enumerate(arguments) if i not in apart and i not in places]
     return [*kept[:1], f"--data={joined(values)}", *kept[1:]]
+
+
+def _checked(command: str, commands: Mapping[str, type], path: str) -> dict[str, Any]:
+    """The options of a file, which the command must have. YAML reads no as false, also where an option has the value no."""
+    options, values = option_types(commands[command]) if command in commands else {}, read_config(path)
+    for name, value in values.items() if options else ():
+        _check_name(command, name.replace("-", "_"), options, f"{name!r}, which {path} has")
+        kind = options[name.replace("-", "_")]
+        if isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
+            values[name] = "yes" if value else "no"
+    return values
 
 
 def preset_text(preset: str) -> str:

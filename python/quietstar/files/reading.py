@@ -142,6 +142,23 @@ class _Plain(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {event.start_mark.line + 1} has {kind}, which is not supported")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} has {key.value} a second time")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        text = node.value.lstrip("+-")
+        if text.isdigit() and text.startswith("0") and text.strip("0"):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} has {node.value}, in base 8: write it without the first 0")
+        return node.value if ":" in text else super().construct_yaml_int(node)  # 1:30 is 90 in base 60
+
+
+_Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
+
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hex; about 0.6 s for a gigabyte, with SHA instructions."""
