@@ -54,17 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage": "relu",
         "embedding_scale": 100.0,
     },
-    "paper": {
-        "mixing": "logprobs",
-        "reward": "likelihood",
-        "base_weight": 0.0,
-        "mix_weight": 1.0,
-        "policy_temperature": 1.0,
-        "policy_weight": 1e6,
-        "advantage": "relu",
-        "embedding_scale": 100.0,
-    },
 }
+# Mixing and reward as the paper's text has them; the weights and temperature that the published file lists as the paper's.
+PRESETS["paper"] = {**PRESETS["official"], "mixing": "logprobs", "reward": "likelihood"}
 # The official objective with weights for small models at a large learning rate: an effect shows in a hundred steps, as in
 # docs/results.md.
 PRESETS["small"] = {**PRESETS["official"], "policy_weight": 10.0, "embedding_scale": 1.0}
@@ -177,9 +169,10 @@ def filled_by(preset: str) -> dict[str, Any]:
 class ThoughtConfig:
     """How thoughts are made and rewarded. Fields left at None take the preset's value.
 
-    ``official`` is what the published code computes, ``paper`` what arXiv 2403.09629 describes. ``small`` is ``official`` with
-    a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of 1e-3; ``lora`` is for
-    adapters of a pretrained model at 1e-4: ``small`` with a policy temperature of 1 and signed advantages (leave_one_out).
+    ``official`` is what the published code computes; ``paper`` mixes and rewards as arXiv 2403.09629 does, otherwise the same.
+    ``small`` is ``official`` with a policy weight of 10 and an embedding scale of 1, for small models at a learning rate of
+    1e-3; ``lora`` is for adapters of a pretrained model at 1e-4: ``small`` with a policy temperature of 1 and signed
+    advantages (leave_one_out).
     ``rlp`` (arXiv 2510.01265), ``grlp`` (its re-implementation) and ``rpt`` (arXiv 2506.08007) are reinforcement learning on
     ordinary text: long thoughts at few positions, no mixing head and no loss of the text (``grlp``: a tenth of it).
 

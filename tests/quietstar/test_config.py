@@ -16,6 +16,14 @@ def test_a_preset_fills_what_is_not_given(preset):
     assert ThoughtConfig(preset=preset, policy_temperature=2.0).policy_temperature == 2.0
 
 
+def test_the_paper_preset_has_the_published_weights():
+    """The published file lists reinforce_temperature 3 and base_loss_beta 1 before what it calls "Not used in the paper"."""
+    differing = {"preset", "mixing", "reward"}
+    official, paper = (ThoughtConfig(preset=name).to_dict() for name in ("official", "paper"))
+    assert {name for name in official if official[name] != paper[name]} == differing
+    assert (paper["policy_temperature"], paper["base_weight"]) == (3.0, 0.5)
+
+
 def test_round_trip():
     config = ThoughtConfig(preset="paper", thoughts=3, base_weight=0.1)
     assert ThoughtConfig.from_dict(config.to_dict()) == config
