@@ -140,6 +140,9 @@ def _thought_attention_backward(
     backend: str,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        dq, dk, dv, dsinks = (x.new_zeros(x.shape) for x in (q, k, v, q.new_empty(0) if sinks is None else sinks))
+        return dq, dk, dv, dsinks
     branches = Branches(lo, table, of_row, full, tree, path)
     options = AttentionOptions(scale, window, softcap, sinks)
     grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options, grad_lse)

@@ -276,3 +276,12 @@ def test_edges(backend, name, query_rows, device):
         inputs = attention_inputs(seeded(0), layout, sinks=True, query_rows=query_rows)
         grad_out = normal(seeded(1), *inputs["q"].shape, device=device)
         check(backend, layout, inputs, grad_out, name, query_rows=query_rows, softcap=softcap)
+
+
+def test_no_query_heads(backend, device):
+    """Keys get gradients of 0, not what memory held: in tests new memory is NaN."""
+    layout = ThoughtLayout.every_position(1, 3, 1, 2, device=device)
+    inputs = attention_inputs(seeded(0), layout, 2, 2, sinks=True)
+    inputs |= {"q": inputs["q"][:, :0], "sinks": inputs["sinks"][:0]}
+    _, grads = run(backend, layout, inputs, inputs["q"])
+    assert all((x == 0).all() for x in grads.values()) and grads["k"].numel()

@@ -96,9 +96,6 @@ def thought_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
     G, L, sinks = k.shape[1], branches.L, options.sinks
-    if q.numel() == 0:
-        none = None if sinks is None else torch.zeros_like(sinks)
-        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     E = v.shape[-1]
     if grad_lse is not None:  # one more column, so that rowsum(dO * O) is smaller by it and dO v^T stays the same
         grad_out, v = pad(grad_out, (0, 1), value=1), pad(v, (0, 1))

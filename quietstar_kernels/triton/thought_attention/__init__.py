@@ -41,9 +41,6 @@ def thought_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``reference.thought_attention_backward``."""
     scale, window, softcap, sinks = options
-    if q.numel() == 0:
-        none = None if sinks is None else torch.zeros_like(sinks)
-        return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), none
     grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))
     if sinks is not None:
         sinks = sinks.contiguous()
