@@ -182,6 +182,15 @@ def _fake_backward(grad_logprob, grad_entropy, hidden, weight, *arguments):
     return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, arguments[-2], strict=True))
 
 
+def _flops(hidden, weight, *rest, out_shape=None) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def _flops_backward(grad_logprob, grad_entropy, hidden, weight, *rest, out_shape=None) -> int:
+    """Those of ``linear``; logits that were not kept are no useful product."""
+    return sum(rest[-2][:2]) * _flops(hidden, weight)
+
+
 def _nothing(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(0), hidden.new_empty(0)
 
@@ -211,5 +220,5 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_logprob has all, in dense PyTorch"
-_backward = operator(_linear_logprob_backward, _fake_backward, instead=_INSTEAD)
-_forward = operator(_linear_logprob, _fake, _setup_context, _autograd, instead=_INSTEAD)
+_backward = operator(_linear_logprob_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
+_forward = operator(_linear_logprob, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)

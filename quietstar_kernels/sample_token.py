@@ -101,4 +101,8 @@ def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, ban
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
 
 
-_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode")
+def _flops(hidden, weight, *rest, out_shape=None) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode", flops=_flops)

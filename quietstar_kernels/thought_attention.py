@@ -151,6 +151,22 @@ def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, s
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
+def _flops(q, k, v, lo, table, of_row, *rest, out_shape=None, products=(1, 1)) -> int:
+    """As PyTorch counts causal attention: all keys of the text for each row, and those of a branch of mean length.
+
+    ``products``: how many have the width of keys, and how many that of values.
+    """
+    (B, H, rows, K), (L, R, C) = q, (lo[1], of_row[1], table[1])
+    thoughts = min(rows, R)
+    pairs = rows * L + thoughts * R // max(C, 1)
+    return 2 * B * H * pairs * (products[0] * K + products[1] * v[3])
+
+
+def _flops_backward(grad_out, q, k, v, out, lse, *rest, out_shape=None) -> int:
+    """Scores again, and the gradients of q, k, v and the weights."""
+    return _flops(q, k, v, *rest, products=(3, 2))
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, lo, table, of_row, tree, path, sinks, *ctx.rest = inputs
     if not torch._C._are_functorch_transforms_active():  # in which a gradient of it would be zero without a word
@@ -170,5 +186,5 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
-_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD)
-_forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD)
+_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
+_forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)

@@ -130,4 +130,10 @@ def _fake(q, k_text, v_text, k_own, v_own, lo, table, tree, step, sinks, scale, 
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 
-_forward = operator(_thought_decode, _fake, instead="thought_attention has one, in reverse mode")
+def _flops(q, k_text, v_text, k_own, *rest, out_shape=None) -> int:
+    """All keys of the text and of the thought's own rows."""
+    B, H, rows, K = q
+    return 2 * B * H * rows * (k_text[2] + k_own[3]) * (K + v_text[3])
+
+
+_forward = operator(_thought_decode, _fake, instead="thought_attention has one, in reverse mode", flops=_flops)
