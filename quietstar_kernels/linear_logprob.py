@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _dispatch
 from ._operator import call, operator
 from ._options import Head, Saved
-from .checks import Checker, check_head, check_targets
+from .checks import Checker, check_head, check_targets, under_autocast
 
 _OP = "linear_logprob"
 GPU_PART = 16  # a call may keep a sixteenth of a GPU's memory, since several may wait for their backward
@@ -73,7 +73,7 @@ def linear_logprob(
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
-        weight: [V,D], same dtype.
+        weight: [V,D], same dtype. Under autocast other dtypes are cast to its dtype; without a cast, fp32 is computed in fp32.
         targets: int64 [R]; -100 gives log-probability 0 and no gradient.
         bias: [V].
         scale: factor on the logits.
@@ -93,6 +93,7 @@ def linear_logprob(
             (on CPU; on a GPU a banned target gives -inf), or a back end that can't run.
     """
     check = Checker(_OP)
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
     scale, softcap = check.in_fp32("scale", scale), check.in_fp32("softcap", softcap)

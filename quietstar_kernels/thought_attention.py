@@ -11,7 +11,7 @@ from . import _dispatch
 from ._operator import call, operator
 from ._options import AttentionOptions
 from .branches import Branches
-from .checks import FLOATS, Checker, check_attention, check_instance
+from .checks import FLOATS, Checker, check_attention, check_instance, under_autocast
 from .layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -46,7 +46,7 @@ def thought_attention(
     Args:
         q: [B,H,M,K], or [B,H,R,K] with ``query_rows="thoughts"``; fp32, fp16, bf16 or fp64.
         k: [B,G,M,K], H a multiple of G: query head h reads key head h // (H/G).
-        v: [B,G,M,E]; K and E from 1 to 256.
+        v: [B,G,M,E]; K and E from 1 to 256. Under autocast q, k and v of several dtypes are cast to its dtype; equal ones stay.
         layout: which rows see which.
         scale: factor on q·k; default K**-0.5.
         window: W; a row at position id q sees only position ids above q - W.
@@ -68,6 +68,7 @@ def thought_attention(
     check = Checker(_OP, B=layout.B, M=layout.L + R, R=R)
     check.choice("query_rows", query_rows, ("all", "thoughts"))
     device = layout.device
+    q, k, v = under_autocast(q, k, v)
     check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device, "layout")
     check.tensor("k", k, "B,G,M,K", (q.dtype,), device, "q")
     check.tensor("v", v, "B,G,M,E", (q.dtype,), device, "q")

@@ -17,6 +17,7 @@ from .checks import (
     check_steps,
     on_host,
     refuse_where,
+    under_autocast,
 )
 from .layout import ThoughtLayout
 
@@ -64,6 +65,7 @@ def thought_decode(
     check_steps(check, layout.own)
     if layout.packed_rows is None:
         check.sizes["S"] = layout.S
+    q, k_text, v_text, k_own, v_own = under_autocast(q, k_text, v_text, k_own, v_own)
     check.tensor("q", q, "B,H,P*N,K", FLOATS, device, "layout")
     same = (q.dtype,)
     check.tensor("k_text", k_text, "B,G,L,K", same, device, "q")
