@@ -14,7 +14,7 @@ R  thought rows, P*N*S, r = (p*N + n)*S + s
 =  ==========================================  =  ==========================================
 """
 
-from . import _first_use, _flops, check  # noqa: F401  # _flops registers
+from . import _first_use, check
 from ._dispatch import backends
 from .cpu._library import cpu_library
 from .cuda._library import cuda_library

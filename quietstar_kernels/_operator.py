@@ -6,7 +6,11 @@ differentiate it, and its forward-mode derivatives are silently zero.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch.autograd import forward_ad
 
 # "quietstar"; a copy of this package under another name, as the kernels hub loads it, registers operators of its own.
 NAMESPACE = __name__.partition(".")[0].removesuffix("_kernels")
+_FLOP_COUNTER = "torch.utils.flop_counter"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 SetupContext = Callable[[Any, tuple, Any], None]
 Backward = Callable[..., tuple]
@@ -29,6 +34,7 @@ def operator(
     backward: Backward | None = None,
     *,
     instead: str,
+    flops: Callable[..., int] | None = None,
 ) -> OpOverload:
     """Register ``quietstar::<name>``. The function gives the name, and its annotations the schema.
 
@@ -37,12 +43,17 @@ def operator(
         fake: the same for fake tensors, which have only shapes and dtypes.
         setup_context, backward: as in ``torch.autograd.Function``; without them the operator has no backward.
         instead: what has the derivatives that the operator doesn't have; part of the error that asking for one raises.
+        flops: floating-point operations of its matrix products, from shapes in place of tensors, for ``FlopCounterMode``.
     """
     name = function.__name__.strip("_")
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if flops is not None and _FLOP_COUNTER in sys.modules:
+        sys.modules[_FLOP_COUNTER].register_flop_formula(op.overloadpacket)(flops)
+    elif flops is not None:
+        sys.meta_path.insert(0, _WithFormula(op, flops))
     _gradients[op] = Gradient = _gradient(op, function, setup_context, backward, instead)
     # Skips Function.apply, which inspects a signature in each call; only torch.func's transforms need it.
     apply: Callable[..., Any] = super(torch.autograd.Function, Gradient).apply  # type: ignore[misc]  # not in PyTorch's stub
@@ -57,6 +68,27 @@ def operator(
 
     LIBRARY.impl(name, autograd, "Autograd")
     return op
+
+
+class _WithFormula(MetaPathFinder):
+    """Registers a formula when PyTorch's flop counter is imported, which imports Triton and so is slow to import here."""
+
+    def __init__(self, op: OpOverload, flops: Callable[..., int]):
+        self.op, self.flops = op, flops
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec: Any = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            module.register_flop_formula(self.op.overloadpacket)(self.flops)
+
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def _gradient(

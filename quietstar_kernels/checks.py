@@ -441,6 +441,17 @@ class Checker:
         raise self.fail(f"device must be a device such as cpu, cuda or cuda:1, got {shown(value)}")
 
 
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Where autocast is on, tensors of several dtypes in its dtype, as ``linear`` takes them; equal ones, and fp64, stay."""
+    device = getattr(tensors[0], "device", torch.device("meta")).type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
+    if len(dtypes) < 2 or not dtypes.issubset(FLOATS[:3]):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) if isinstance(x, Tensor) else x for x in tensors)
+
+
 def check_head(
     check: Checker,
     hidden: Tensor,

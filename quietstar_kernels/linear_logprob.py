@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _dispatch
 from ._operator import call, operator
 from ._options import Head, Saved
-from .checks import Checker, check_head, check_targets
+from .checks import Checker, check_head, check_targets, under_autocast
 
 _OP = "linear_logprob"
 GPU_PART = 16  # a call may keep a sixteenth of a GPU's memory, since several may wait for their backward
@@ -73,7 +73,7 @@ def linear_logprob(
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
-        weight: [V,D], same dtype.
+        weight: [V,D], same dtype. Under autocast other dtypes are cast to its dtype; without a cast, fp32 is computed in fp32.
         targets: int64 [R]; -100 gives log-probability 0 and no gradient.
         bias: [V].
         scale: factor on the logits.
@@ -93,6 +93,7 @@ def linear_logprob(
             (on CPU; on a GPU a banned target gives -inf), or a back end that can't run.
     """
     check = Checker(_OP)
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("targets", targets, "R", (torch.int64,), hidden.device, "hidden")
     scale, softcap = check.in_fp32("scale", scale), check.in_fp32("softcap", softcap)
@@ -182,6 +183,15 @@ def _fake_backward(grad_logprob, grad_entropy, hidden, weight, *arguments):
     return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, arguments[-2], strict=True))
 
 
+def _flops(hidden, weight, *rest, out_shape=None) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def _flops_backward(grad_logprob, grad_entropy, hidden, weight, *rest, out_shape=None) -> int:
+    """Those of ``linear``; logits that were not kept are no useful product."""
+    return sum(rest[-2][:2]) * _flops(hidden, weight)
+
+
 def _nothing(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(0), hidden.new_empty(0)
 
@@ -211,5 +221,5 @@ def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_logprob has all, in dense PyTorch"
-_backward = operator(_linear_logprob_backward, _fake_backward, instead=_INSTEAD)
-_forward = operator(_linear_logprob, _fake, _setup_context, _autograd, instead=_INSTEAD)
+_backward = operator(_linear_logprob_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
+_forward = operator(_linear_logprob, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _dispatch
 from ._operator import call, operator
 from ._options import Head
-from .checks import Checker, check_head
+from .checks import Checker, check_head, under_autocast
 
 _OP = "sample_token"
 
@@ -47,7 +47,7 @@ def sample_token(
 
     Args:
         hidden: [R,D], fp32, fp16, bf16 or fp64.
-        weight: [V,D], same dtype.
+        weight: [V,D], same dtype; under autocast as in ``linear_logprob``.
         counters: int32 [R,4]: (sequence id, position counted from lo, thought n, row s); n and s below 65,536.
         seed: a 64-bit integer, or a 0-d int64 tensor on the same device (one CUDA graph then serves all seeds).
         bias: [V].
@@ -66,6 +66,7 @@ def sample_token(
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
     check = Checker(_OP, **{"4": 4})
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
     scale, softcap, bans = check_head(check, hidden, weight, bias, scale, softcap, banned)
     check.tensor("counters", counters, "R,4", (torch.int32,), hidden.device, "hidden")
     temperature = check.temperature(temperature, zero=True)
@@ -101,4 +102,8 @@ def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, ban
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
 
 
-_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode")
+def _flops(hidden, weight, *rest, out_shape=None) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+_forward = operator(_sample_token, _fake, instead="linear_logprob of the ids has one, in reverse mode", flops=_flops)

@@ -11,7 +11,7 @@ from . import _dispatch
 from ._operator import call, operator
 from ._options import AttentionOptions
 from .branches import Branches
-from .checks import FLOATS, Checker, check_attention, check_instance
+from .checks import FLOATS, Checker, check_attention, check_instance, under_autocast
 from .layout import ThoughtLayout
 
 _OP = "thought_attention"
@@ -46,7 +46,7 @@ def thought_attention(
     Args:
         q: [B,H,M,K], or [B,H,R,K] with ``query_rows="thoughts"``; fp32, fp16, bf16 or fp64.
         k: [B,G,M,K], H a multiple of G: query head h reads key head h // (H/G).
-        v: [B,G,M,E]; K and E from 1 to 256.
+        v: [B,G,M,E]; K and E from 1 to 256. Under autocast q, k and v of several dtypes are cast to its dtype; equal ones stay.
         layout: which rows see which.
         scale: factor on q·k; default K**-0.5.
         window: W; a row at position id q sees only position ids above q - W.
@@ -68,6 +68,7 @@ def thought_attention(
     check = Checker(_OP, B=layout.B, M=layout.L + R, R=R)
     check.choice("query_rows", query_rows, ("all", "thoughts"))
     device = layout.device
+    q, k, v = under_autocast(q, k, v)
     check.tensor("q", q, "B,H,M,K" if query_rows == "all" else "B,H,R,K", FLOATS, device, "layout")
     check.tensor("k", k, "B,G,M,K", (q.dtype,), device, "q")
     check.tensor("v", v, "B,G,M,E", (q.dtype,), device, "q")
@@ -155,6 +156,22 @@ def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, s
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
+def _flops(q, k, v, lo, table, of_row, *rest, out_shape=None, products=(1, 1)) -> int:
+    """As PyTorch counts causal attention: all keys of the text for each row, and those of a branch of mean length.
+
+    ``products``: how many have the width of keys, and how many that of values.
+    """
+    (B, H, rows, K), (L, R, C) = q, (lo[1], of_row[1], table[1])
+    thoughts = min(rows, R)
+    pairs = rows * L + thoughts * R // max(C, 1)
+    return 2 * B * H * pairs * (products[0] * K + products[1] * v[3])
+
+
+def _flops_backward(grad_out, q, k, v, out, lse, *rest, out_shape=None) -> int:
+    """Scores again, and the gradients of q, k, v and the weights."""
+    return _flops(q, k, v, *rest, products=(3, 2))
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, lo, table, of_row, tree, path, sinks, *ctx.rest = inputs
     ctx.set_materialize_grads(False)  # no zeros for the lse
@@ -172,5 +189,5 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
-_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD)
-_forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD)
+_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
+_forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)

@@ -17,6 +17,7 @@ from .checks import (
     check_steps,
     on_host,
     refuse_where,
+    under_autocast,
 )
 from .layout import ThoughtLayout
 
@@ -64,6 +65,7 @@ def thought_decode(
     check_steps(check, layout.own)
     if layout.packed_rows is None:
         check.sizes["S"] = layout.S
+    q, k_text, v_text, k_own, v_own = under_autocast(q, k_text, v_text, k_own, v_own)
     check.tensor("q", q, "B,H,P*N,K", FLOATS, device, "layout")
     same = (q.dtype,)
     check.tensor("k_text", k_text, "B,G,L,K", same, device, "q")
@@ -130,4 +132,10 @@ def _fake(q, k_text, v_text, k_own, v_own, lo, table, tree, step, sinks, scale, 
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 
-_forward = operator(_thought_decode, _fake, instead="thought_attention has one, in reverse mode")
+def _flops(q, k_text, v_text, k_own, *rest, out_shape=None) -> int:
+    """All keys of the text and of the thought's own rows."""
+    B, H, rows, K = q
+    return 2 * B * H * rows * (k_text[2] + k_own[3]) * (K + v_text[3])
+
+
+_forward = operator(_thought_decode, _fake, instead="thought_attention has one, in reverse mode", flops=_flops)

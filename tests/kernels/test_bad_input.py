@@ -178,3 +178,27 @@ def test_a_distributed_tensor(op):
                     op(**arguments(op) | {name: whole})
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("op", [linear_logprob, sample_token, thought_attention, thought_decode])
+def test_mixed_dtypes_under_autocast(op):
+    """They are cast as ``linear`` casts them, with gradients in the dtypes of the inputs; equal ones stay as they are."""
+    given = arguments(op)
+    names = [name for name, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "sinks"]
+    half = {name: given[name].bfloat16() for name in names}
+    mixed = {name: given[name].clone() if i % 2 else half[name].clone() for i, name in enumerate(names)}
+    differentiable = op in (linear_logprob, thought_attention)
+    for x in mixed.values():
+        x.requires_grad_(differentiable)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, fp32 = op(**given | mixed), op(**given)
+    want = op(**given | half)
+    for x, y in ((got, want), (fp32, op(**given))):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    if differentiable:
+        got.sum().backward()
+        assert all(x.grad.dtype == x.dtype for x in mixed.values())
+    with pytest.raises(ValueError, match="must have dtype"):
+        op(**given | mixed)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must have dtype"):
+        op(**given | {names[0]: given[names[0]].double()})

@@ -1,50 +1,69 @@
-"""FlopCounterMode counts the operators as it counts PyTorch's own products."""
+"""``FlopCounterMode`` counts the useful matrix products of the ops, as it counts those of PyTorch's own."""
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear
+import torch.nn.functional as F
+from torch._inductor.fx_utils import count_flops_fx, countable_fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
 
 
-def flops(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+def flops(function, *tensors, backward=True):
+    """Of the forward and of the backward."""
+    tensors = [x.clone().requires_grad_(backward and x.is_floating_point()) for x in tensors]
+    with FlopCounterMode(display=False) as forward:
+        out = function(*tensors)
+    if not backward:
+        return forward.get_total_flops()
+    with FlopCounterMode(display=False) as back:
+        out.sum().backward()
+    return forward.get_total_flops(), back.get_total_flops()
 
 
-@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
-def test_the_head_counts_as_a_linear_layer(wanted):
-    hidden, weight = (torch.randn(shape, requires_grad=want) for shape, want in zip([(5, 8), (20, 8)], wanted, strict=True))
-    targets = torch.arange(5)
-    plain = flops(lambda: cross_entropy(linear(hidden, weight), targets).backward())
-    assert (
-        flops(lambda: linear_logprob(hidden, weight, targets).sum().backward()) == plain == (1 + sum(wanted)) * 2 * 5 * 8 * 20
+def test_attention_over_text_counts_as_sdpa():
+    layout = ThoughtLayout.every_position(2, 24, 1, 1).text_only()
+    q, k, v = torch.randn(3, 2, 4, 24, 16)
+    shapes = q.shape, k.shape, v.shape
+    want = flop_counter.sdpa_flop_count(*shapes), flop_counter.sdpa_backward_flop_count(q.shape, *shapes)
+    assert flops(lambda *qkv: thought_attention(*qkv, layout), q, k, v) == want
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_thoughts_count_the_text_and_their_own_rows(packed):
+    """K = 8, E = 4, 3 branches of 5 rows on a text of 7."""
+    anchors = torch.tensor([[1, 3, 6]])
+    packed_layout = ThoughtLayout.packed(anchors, torch.full((1, 3), 5), text_length=7)
+    layout = packed_layout if packed else ThoughtLayout.at(anchors, 1, 5, text_length=7)
+    q, v = torch.randn(1, 2, 22, 8), torch.randn(1, 2, 22, 4)
+    pairs = 22 * 7 + 15 * 5
+    assert flops(lambda q, v: thought_attention(q, q, v, layout), q, v) == (2 * 2 * pairs * 12, 2 * 2 * pairs * (3 * 8 + 2 * 4))
+    only = flops(lambda q, v: thought_attention(q[:, :, 7:], q, v, layout, query_rows="thoughts"), q, v, backward=False)
+    assert only == 2 * 2 * 15 * 12 * 12
+    own_k, own_v = torch.randn(1, 2, 3, 5, 8), torch.randn(1, 2, 3, 5, 4)
+    step = flops(
+        lambda q, v: thought_decode(q[:, :, :3], q[:, :, :7], v[:, :, :7], own_k, own_v, layout, 2), q, v, backward=False
     )
-    with torch.no_grad():
-        assert flops(lambda: sample_token(hidden, weight, torch.zeros(5, 4, dtype=torch.int32), 0)) == 2 * 5 * 8 * 20
+    assert step == 2 * 2 * 3 * 12 * 12
 
 
-@pytest.mark.parametrize(
-    "options, own",
-    [({}, "causal"), ({}, "full"), ({"window": 3}, "causal")],
-)
-def test_attention_counts_what_rows_see(options, own):
-    """A position at the middle of the text sees as much as a mean one does."""
-    B, H, G, L, K, E = 2, 4, 2, 9, 8, 16
-    layout = ThoughtLayout.at(torch.full((B, 1), L // 2), thoughts=2, rows=3, text_length=L, own=own)
-    q, k, v = (torch.randn(B, heads, layout.M, width) for heads, width in ((H, K), (G, K), (G, E)))
-    for x in (q, k, v):
-        x.requires_grad_()
-    seen = int(layout.dense_mask(**options).sum())
-    forward, both = 2 * (K + E) * H * seen, 2 * (4 * K + 3 * E) * H * seen
-    assert flops(lambda: thought_attention(q, k, v, layout, **options)) == forward
-    assert flops(lambda: thought_attention(q, k, v, layout, **options).sum().backward()) == both
+@pytest.mark.parametrize("keep_bytes", [None, 0])
+def test_heads_count_as_linear(keep_bytes):
+    hidden, weight, targets = torch.randn(10, 8), torch.randn(20, 8), torch.arange(10)
+    logprob = lambda h, w: linear_logprob(h, w, targets, keep_bytes=keep_bytes)  # noqa: E731
+    assert flops(logprob, hidden, weight) == flops(F.linear, hidden, weight) == (3200, 6400)
+    frozen = flops(lambda h: linear_logprob(h, weight, targets, keep_bytes=keep_bytes), hidden)
+    assert frozen == (3200, 3200)
+    counters = torch.zeros(10, 4, dtype=torch.int32)
+    assert flops(lambda h, w: sample_token(h, w, counters, 0)[1], hidden, weight, backward=False) == 3200
 
 
-def test_a_decoding_step_counts_the_text_and_half_of_its_own_rows():
-    layout = ThoughtLayout.every_position(1, 9, 2, 3)
-    k_text, v_text, k_own, v_own = (torch.randn(1, 2, *shape) for shape in ((9, 8), (9, 16), (18, 3, 8), (18, 3, 16)))
-    step = flops(lambda: thought_decode(torch.randn(1, 4, 18, 8), k_text, v_text, k_own, v_own, layout, 1))
-    assert step == 2 * (8 + 16) * 4 * 18 * (5 + 2)
+def test_inductor_counts_them():
+    hidden, weight, targets = torch.randn(10, 8), torch.randn(20, 8), torch.arange(10)
+    graph = make_fx(lambda h, w: linear_logprob(h, w, targets), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        hidden, weight
+    )
+    counted = [count_flops_fx(node) for node in graph.graph.nodes if node.op == "call_function" and countable_fx(node)]
+    assert counted == [3200]
