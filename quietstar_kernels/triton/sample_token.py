@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import reference
 from .._options import Head
-from ._launch import BY_DESCRIPTOR, Launch, Tiles, cdiv, plan
+from ._launch import BY_DESCRIPTOR, Launch, Tiles, cdiv, near, plan
 from .configs import SAMPLE_TOKEN, SAMPLE_TOKEN_CHOICE, Config, pick, target
 
 BLOCK = tl.constexpr(128)  # ids that race as one: part of the definition, whatever the tile
@@ -93,12 +93,12 @@ def _factors(scale: float | None, softcap: float | None, temperature: float) -> 
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x [rows,D], or a copy padded with zeros if D or the stride of the rows is no multiple of 16, or x is not aligned."""
+    """x [rows,D], or a copy padded with zeros: D and the stride of rows are multiples of 16, and x is aligned and ``near``."""
     D = x.shape[1]
     if D == 0 or D % 16:
         x = torch.nn.functional.pad(x, (0, 16 - D % 16))
     as_is = x.stride(1) == 1 and x.stride(0) >= D and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    return x if as_is else x.clone(memory_format=torch.contiguous_format)
+    return near(x) if as_is else x.clone(memory_format=torch.contiguous_format)
 
 
 def _tiles(x: Tensor, config: Config, rows: str) -> TensorDescriptor:
@@ -142,7 +142,7 @@ def _draw(
     rows = row + tl.arange(0, BLOCK_R)
     on = rows < R
     v = tl.arange(0, BLOCK_V)
-    counter = counters + rows.to(tl.int64) * stride_cr
+    counter, stride_cw = counters + rows.to(tl.int64) * stride_cr, tl.cast(stride_cw, tl.int64)
     key = tl.load(seed)
 
     top = tl.full([BLOCK_R], LOWEST, tl.float32)

@@ -216,11 +216,9 @@ def _decode(
             others = tl.load(tree + far(node, 4) + 1) - after  # rows of nodes below it
             begin = depth * 0 if window is None else tl.maximum(lowest + 1 - window - depth, 0)
             for j in tl.range(tl.cdiv(tl.where(others > 0, rows - begin, 0), BLOCK_EDGE)):
-                n0 = begin + j * BLOCK_EDGE
-                n = n0 + i
-                at = far(node, stride_kot) + far(n0, stride_kos), far(node, stride_vot) + far(n0, stride_vos)
-                keys = load_tile(k_own + at[0], i * stride_kos, n < rows, K, BLOCK_K)
-                values = load_tile(v_own + at[1], i * stride_vos, n < rows, E, BLOCK_E)
+                n = begin + j * BLOCK_EDGE + i
+                keys = load_tile(k_own + far(node, stride_kot), far(n, stride_kos), n < rows, K, BLOCK_K)
+                values = load_tile(v_own + far(node, stride_vot), far(n, stride_vos), n < rows, E, BLOCK_E)
                 values, poison = without_poison(values)
                 s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
                 seen = (on & in_range(below, after, others))[:, None] & (n < rows)[None, :]

@@ -26,3 +26,11 @@ def far_apart(tensors):
         views.append(view.copy_(x))
         start += x[0].numel()
     return views
+
+
+def spread(x, dim):
+    """The same tensor as a view whose last index of ``dim`` is more than 2^31 numbers from its first."""
+    first = x.select(dim, 0)
+    step, rest = 2**31 // (x.shape[dim] - 1) // 16 * 16 + 16, first.contiguous().stride()
+    storage = torch.UntypedStorage(((x.shape[dim] - 1) * step + first.numel()) * x.itemsize, device=x.device)
+    return x.new_empty(0).set_(storage, 0, x.shape, (*rest[:dim], step, *rest[dim:])).copy_(x)

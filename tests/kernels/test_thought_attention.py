@@ -17,7 +17,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_attention import _backward, _forward
-from tests.kernels.drawn import far_apart, normal, pick, seeded
+from tests.kernels.drawn import far_apart, normal, pick, seeded, spread
 
 KINDS = LAYOUT_KINDS + BRANCH_KINDS
 CASES = 650  # random layouts, all kinds together
@@ -149,6 +149,16 @@ def test_tensors_of_more_than_32_bits(backend, device, interpreted):
     tensors = [q, k, v, normal(generator, *q.shape[:3], v.shape[-1], dtype=dtype, device=device)]
     near, far = (results(*x, layout, backend) for x in (tensors, far_apart(tensors)))
     assert all(map(torch.equal, near, far))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_rows_that_are_far_from_each_other(backend, device, interpreted, dim):
+    dtype = torch.float16 if interpreted else torch.bfloat16
+    layout = ThoughtLayout.tree(*torch.tensor([[[0, -1]] * 2, [[-1, 0]] * 2, [[2, 3]] * 2]), text_length=3).to(device)
+    q, k, v, _ = attention_inputs(seeded(0), layout, 2, 2, dtype=dtype).values()
+    tensors = [q, k, v, normal(seeded(1), *q.shape, dtype=dtype, device=device)]
+    want, got = (results(*x, layout, backend) for x in (tensors, [spread(x, dim) for x in tensors]))
+    assert all(map(torch.equal, got, want))
 
 
 def results(q, k, v, grad_out, layout, backend):

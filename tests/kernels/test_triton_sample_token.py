@@ -13,6 +13,7 @@ from quietstar_kernels.triton import configs  # noqa: E402
 from quietstar_kernels.triton import sample_token as op  # noqa: E402
 from quietstar_kernels.triton.configs import INTERPRETED  # noqa: E402
 from quietstar_kernels.triton.sample_token import exponential, resolve  # noqa: E402
+from tests.kernels.drawn import seeded, spread  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -100,3 +101,14 @@ def test_choice_among_many_parts(monkeypatch):
     assert_same(draw("triton"), draw("reference"))
     ids, _ = draw("triton", rows=3, bias=False, scale=0.0, temperature=0.0)
     assert ids.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("by_pointer", [True, False])
+@pytest.mark.parametrize("name, dim", [("hidden", 0), ("weight", 0), ("counters", 0), ("counters", 1)])
+def test_rows_that_are_far_from_each_other(monkeypatch, name, dim, by_pointer):
+    if by_pointer:
+        monkeypatch.setattr(op, "target", lambda: "sm_80")
+    inputs = sample_inputs(seeded(0), 5, 16, 100, dtype=torch.float16, device=DEVICE)
+    far = inputs | {name: spread(inputs[name], dim)}
+    got, want = (sample_token(**x, seed=1, backend="triton") for x in (far, inputs))
+    assert all(map(torch.equal, got, want))
