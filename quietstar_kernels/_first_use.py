@@ -1,7 +1,8 @@
 """On a kind of GPU without published results, ``auto`` only takes a back end after one small case of the op came out right.
 
 A success is recorded in the user's cache folder, in a file for each kind of GPU, op, back end, dtype, widths and versions. A
-back end that fails is skipped, with a warning, until the process ends; the next process tries it again.
+back end that is wrong or raises twice is skipped, with a warning, until the process ends; the next process tries it again. An
+error of files or imports says nothing about the back end: if it comes twice it is raised, and the next call tries again.
 """
 
 from __future__ import annotations
@@ -87,7 +88,12 @@ def _try_or_remember(
     try:
         _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
     except torch.OutOfMemoryError:
-        raise  # this doesn't mean that the back end is wrong
+        raise  # this doesn't mean that the back end is wrong, and nor do the next two
+    except (OSError, ImportError) as error:
+        raise (OSError if isinstance(error, OSError) else ImportError)(
+            f"{op}: backend {backend!r} could not be tried on {kind}, twice: {type(error).__name__}: {error}; call it again, "
+            "with TRITON_CACHE_DIR set to a folder on a disk of this machine"
+        ) from error
     except Exception as error:
         reason = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
         warnings.warn(
@@ -114,7 +120,13 @@ def _try(op: str, backend: str, device: torch.device, dtype: torch.dtype, widths
     """Raises AssertionError if the result is wrong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    CASES[op](backend, device, dtype, **widths, **({"backward": backward} if op in HAVE_BACKWARD else {}))
+    options = {**widths, "backward": backward} if op in HAVE_BACKWARD else widths
+    try:
+        CASES[op](backend, device, dtype, **options)
+    except (AssertionError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # perhaps a compiler's, or of a cache that other processes write to at the same time
+        CASES[op](backend, device, dtype, **options)
 
 
 @functools.cache

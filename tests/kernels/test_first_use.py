@@ -126,6 +126,37 @@ def test_no_memory_says_nothing_about_a_back_end(tries, monkeypatch):
     assert len(tries) == 2
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(116, "Stale file handle"), ImportError("no module"), RuntimeError("ptxas was killed")]
+)
+def test_what_passes_says_nothing_about_a_back_end(error, tries, monkeypatch, tmp_path):
+    """An error that comes once changes nothing. One of files that comes twice is raised, and the next call tries again."""
+    case, left = _first_use.CASES["thought_decode"], [1]
+
+    def at_first(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        case(*arguments, **options)
+
+    monkeypatch.setitem(_first_use.CASES, "thought_decode", at_first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = call("thought_decode")
+        assert tries == [("thought_decode", "cpu")] and len(files(tmp_path)) == 1
+        new_process(monkeypatch)
+        for file in files(tmp_path):
+            file.unlink()
+        left[0] = 2
+        if isinstance(error, RuntimeError):
+            with pytest.raises(UserWarning, match=f"{WRONG}it raises RuntimeError: ptxas was killed"):
+                call("thought_decode")
+            return
+        with pytest.raises(type(error), match="could not be tried on Test GPU, twice: .* call it again, with TRITON_CACHE"):
+            call("thought_decode")
+        assert torch.equal(call("thought_decode"), want)
+
+
 def test_nothing_is_tried_in_a_capture_or_with_fake_tensors(tries, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     layout = random_layout(generator, "every")

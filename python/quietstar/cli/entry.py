@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in NEEDED:
             raise
         print(
-            f"quietstar: the command needs {error.name}, of the train extra: pip install 'quietstar-kernels[train]'",
+            f"quietstar: the command needs {error.name}, of the train extra: pip install -e '.[train]' in a checkout",
             file=sys.stderr,
         )
         return USAGE
