@@ -611,6 +611,9 @@ def _check_text(check: Checker, function: str, text_length: int | None, lo: Tens
 
 def _check_grid_sizes(check: Checker, thoughts: int, rows: int) -> None:
     """Sets N. Where P is not set, every position is an anchor."""
+    if type(thoughts) is int and thoughts == 0:
+        instead = "every_position(batch, text_length, 1, 1).text_only() is causal attention without thoughts"
+        raise check.fail(f"thoughts N must be an integer of at least 1, got 0: {instead}")
     N, S = check.integer("thoughts N", thoughts, 1), check.integer("rows S", rows, 1)
     B, L, P = check["B"], check["L"], check.sizes.get("P", check["L"])
     if (M := L + P * N * S) > MOST_ROWS or B * P * N > MOST_ROWS:
@@ -643,13 +646,22 @@ def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int, packed:
 
 
 def _refuse(wrong: Tensor, rule: str, tensor: Tensor, bound: int | None = None) -> None:
-    if bound is not None and not torch.compiler.is_compiling():  # a number in a text would need a graph of its own
+    if bound is not None and _is_known(bound):
         rule += f"={bound}"
 
     def place() -> str:
         return f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}"
 
     refuse_where(wrong, f"{OP}: {rule}", place)
+
+
+def _is_known(size: int) -> bool:
+    """Whether torch.compile knows it already; in a text, another one would need a graph for each value."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    return has_static_value(size)
 
 
 def _refuse_rows(wrong: Tensor, rule: str, broken: str) -> None:

@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
-        text = f"quietstar.{name} needs {error.name}, of the train extra: pip install 'quietstar-kernels[train]'"
+        text = f"quietstar.{name} needs {error.name}, of the train extra: pip install -e '.[train]' in a checkout"
         raise ModuleNotFoundError(text, name=error.name) from None
     globals()[name] = value
     return value

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.hf.architectures import check_model
+from quietstar.hf.architectures import check_model, no_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
 from quietstar.hf.completions import answering, end_logprobs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar_kernels.checks import Checker, refusal
+from quietstar_kernels.checks import Checker
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
 
@@ -46,7 +46,7 @@ def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor
         whole = whole.module
     inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
-        raise refusal("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", model)
+        raise no_model("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", whole)
     check = Checker("shared_logprobs")
     given, temperature = check.sequences(sequences), check.temperature(temperature)
     if inner not in _heads:

@@ -40,11 +40,14 @@ def why_missing(file: Path, absent: str, load: Callable[[], object]) -> str | No
     """``missing`` of a library: ``absent``, or what the loader says."""
     if not file.exists():
         return absent
-    try:
-        load()
-    except OSError as error:
-        return f"its library does not load: {error}"
-    return None
+    reason = None
+    for _ in range(2):  # a shared disk may fail once, and the answer holds until the process ends
+        try:
+            load()
+            return None
+        except OSError as error:
+            reason = f"its library does not load: {error}"
+    return reason
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -58,8 +61,8 @@ def serves(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _warn_slow() -> None:
-    get = "On Linux, `pip install --force-reinstall --no-deps quietstar-kernels` gets it."
-    warnings.warn(f"{cpu_library()}. {get}", stacklevel=3)
+    get = "QUIETSTAR_BUILD=cpu pip install --no-build-isolation --no-deps -e ."
+    warnings.warn(f"{cpu_library()}. In a checkout of the source, `{get}` builds it.", stacklevel=3)
 
 
 def instruction_set() -> str | None:

@@ -93,3 +93,14 @@ def test_nothing_to_score(model):
     shared, _ = model("llama")
     for sequences in ([[4], [4], []], [[], []], []):
         assert [x.shape for x in quietstar.shared_logprobs(shared, sequences)] == [(0,)] * len(sequences)
+
+
+@pytest.mark.parametrize(
+    "call", [quietstar.QuietStar, quietstar.verify, lambda model: quietstar.shared_logprobs(model, SEQUENCES)]
+)
+def test_compiled_models_are_named(model, call):
+    """``model.compile()`` keeps the class of the model, ``torch.compile(model)`` doesn't."""
+    with pytest.raises(ValueError, match=r"got OptimizedModule: call model.compile\(\) in place of torch.compile\(model\)"):
+        call(torch.compile(model("llama")[0]))
+    with pytest.raises(ValueError, match="got DataParallel: pass the model in it"):
+        quietstar.QuietStar(torch.nn.DataParallel(model("llama")[0]))

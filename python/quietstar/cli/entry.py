@@ -42,7 +42,7 @@ def _main(words: list[str]) -> int:
         if error.name not in NEEDED:
             raise
         print(
-            f"quietstar: the command needs {error.name}, of the train extra: pip install 'quietstar-kernels[train]'",
+            f"quietstar: the command needs {error.name}, of the train extra: pip install -e '.[train]' in a checkout",
             file=sys.stderr,
         )
         return USAGE

@@ -42,7 +42,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("adapters need peft: pip install 'quietstar-kernels[lora]'") from error
+        raise ValueError("adapters need peft: pip install -e '.[lora]' in a checkout") from error
     return peft
 
 

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quietstar.hf.modules import unwrapped
@@ -85,8 +86,18 @@ def _reason(config: Any) -> str | None:
 def check_model(model: PreTrainedModel) -> None:
     """Raises ValueError for anything but a transformers model, perhaps with adapters, of a type that can think."""
     if not isinstance(model, nn.Module) or not isinstance(unwrapped(model), PreTrainedModel):
-        raise refusal("model", "a model of transformers", model)
+        raise no_model("model", "a model of transformers", model)
     check_architecture(model.config)
+
+
+def no_model(name: str, wanted: str, model: Any) -> ValueError:
+    """The error for something else, or for a model inside a wrapper."""
+    error = refusal(name, wanted, model)
+    if isinstance(model, OptimizedModule):
+        return ValueError(f"{error}: call model.compile() in place of torch.compile(model)")
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return ValueError(f"{error}: pass the model in it, and wrap the result")
+    return error
 
 
 def chunk_limit(config: PretrainedConfig) -> int | None:

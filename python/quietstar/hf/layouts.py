@@ -25,6 +25,7 @@ from quietstar.hf.positions import rotary_limits
 from quietstar.hf.verify import verify_once
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead | None] = WeakKeyDictionary()
+_PASSING = (OSError, ImportError, torch.OutOfMemoryError)  # they say nothing about the model, so the next call tries again
 
 
 def layout_head(model: PreTrainedModel) -> LMHead | None:
@@ -38,7 +39,10 @@ def layout_head(model: PreTrainedModel) -> LMHead | None:
     if not isinstance(inner, PreTrainedModel) or not _is_plain(inner) or _draws_or_runs_again(model):
         return None
     if inner not in _heads:
-        _heads[inner] = _verified_head(model)
+        try:
+            _heads[inner] = _verified_head(model)
+        except _PASSING:
+            return None
     head, linear = _heads[inner], inner.get_output_embeddings()
     # Adapters, which may have come since, put a layer of another class there.
     return replace(head, linear=linear) if head is not None and type(linear) in (nn.Linear, FastLinear) else None
@@ -77,6 +81,8 @@ def _verified_head(model: PreTrainedModel) -> LMHead | None:
         adapters.check_rows(model)
         verify_once(inner)
         return find_lm_head(inner)
+    except _PASSING:
+        raise
     except Exception:  # an ordinary forward serves where anything is unusual
         return None
 

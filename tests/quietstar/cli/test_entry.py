@@ -82,7 +82,7 @@ def test_the_list_of_commands_needs_no_library():
 def test_a_library_that_is_missing_is_named_with_its_extra():
     command = [sys.executable, "-c", BARE.format(names=NEEDED), "train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    extra = r"needs \w+, of the train extra: pip install 'quietstar-kernels\[train\]'"
+    extra = r"needs \w+, of the train extra: pip install -e '\.\[train\]' in a checkout"
     assert done.returncode == errors.USAGE and "Traceback" not in done.stderr
     assert re.fullmatch(f"quietstar: the command {extra}", done.stderr.splitlines()[-1]), done.stderr
     assert re.fullmatch(rf"quietstar\.QuietStar {extra}\n", done.stdout)
