@@ -28,6 +28,7 @@ ROLES = {  # of ShareGPT
     **dict.fromkeys(("observation", "function_response", "tool"), "tool"),
     "system": "system",
 }
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 SENTINEL = "qzxjvk"
 
 
@@ -223,7 +224,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], begin_answer: bool = Fals
         text = write(**given)
     except Exception as error:  # a template is code, and may raise anything
         raise ValueError(f"{where}the tokenizer's chat template refuses the messages: {error}") from error
-    if path := _dropped(write, given, (str(tokenizer.chat_template), begin_answer, *given)):
+    switches = {x: value for x, value in given.items() if x not in ("messages", *HANDED)}
+    if path := _dropped(write, given, (str(tokenizer.chat_template), begin_answer, *given, str(switches))):
         name = ".".join(x for x in path if isinstance(x, str)).removeprefix("messages.")
         of = f" of a message of role {given['messages'][path[1]]['role']!r}" if path[0] == "messages" else ""
         model = tokenizer.name_or_path or type(tokenizer).__name__
@@ -289,7 +291,7 @@ def _leaves(value: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
 
 
 def _is_written(write: Callable[..., str], given: dict[str, Any], path: tuple[Any, ...], trial: str) -> bool:
-    """Whether a value is in the text: with all messages or, since some templates leave out earlier thoughts, as the last."""
+    """Whether a value is in the text; a thought, which some templates leave out of earlier turns, if its message is last."""
     changed = copy.deepcopy(given)
     place: Any = changed
     for name in path[:-1]:
@@ -300,8 +302,9 @@ def _is_written(write: Callable[..., str], given: dict[str, Any], path: tuple[An
             return True
     except Exception:  # of a template that reads the value, and wants another
         return True
-    with suppress(Exception):  # of a template that wants the messages that follow
-        return path[0] == "messages" and SENTINEL in write(**changed | {"messages": changed["messages"][: path[1] + 1]})
+    if trial != SENTINEL or path[-1] in THOUGHTS:
+        with suppress(Exception):  # of a template that wants the messages that follow
+            return SENTINEL in write(**changed | {"messages": changed["messages"][: path[1] + 1]})
     return False
 
 

@@ -80,7 +80,8 @@ class GSM8K(QuestionFile):
     """GSM8K and data like it. The chain is the part of the answer before ``####``; a hint is the solution in brackets."""
 
     def problem(self, asked: Asked, question: Question) -> Problem:
-        chain = asked.chain or asked.answer.rpartition(MARK)[0].strip()
+        chain = asked.chain or (asked.answer if asked.answer != question.written else "")
+        chain = (chain.rpartition(MARK)[0] if MARK in chain else chain).strip()
         solution = f"{chain} {MARK} {question.written}" if chain else question.written
         hinted = question_prompt(replace(question, text=f"{question.text} ({solution})"))
         chain = f" {chain}" if chain else ""
