@@ -30,9 +30,7 @@ class QuestionFile(Task):
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase):
         self.path = Path(path)
         if self.path.is_dir():
-            named = ([self.path / f"{name}{end}" for end in FILES] for name in ("train", "test"))
-            paths = [next((x for x in several if x.exists()), self.path / "train.jsonl") for several in named]
-            training, test = ([x for _, x in self._read(path)] for path in paths)
+            training, test = ([x for _, x in self._read(self._within(name))] for name in ("train", "test"))
             # The test problems have a file of their own, so what the hash calls "test" in the training file is trained on.
             self.by_split = {"test": test, "valid": [x for x in training if split_of(x.prompt) == "valid"]}
             self.by_split["train"] = [x for x in training if split_of(x.prompt) != "valid"]
@@ -56,6 +54,10 @@ class QuestionFile(Task):
 
     def check_chain(self, row: Row, ids: Sequence[int]) -> bool | None:
         return None
+
+    def _within(self, name: str) -> Path:
+        paths = (self.path / f"{name}{end}" for end in FILES)
+        return next((path for path in paths if path.exists()), self.path / f"{name}.jsonl")
 
     def _read(self, path: Path) -> list[tuple[str, Problem]]:
         rows = []

@@ -59,6 +59,11 @@ def test_the_test_split_of_a_folder_is_its_test_file(tmp_path, byte_tokenizer):
     test = task.sample(100, "test", seeded())
     assert [row.problem.right for row in test] == ["2"] and test[0].cot_ids == []
     assert len(task.sample(100, "train", seeded())) + len(task.sample(100, "valid", seeded())) == 60
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.json")
+    assert [row.problem.right for row in GSM8K(tmp_path, byte_tokenizer).sample(100, "test", seeded())] == ["2"]
+    (tmp_path / "test.json").unlink()
+    with pytest.raises(ValueError, match=r"test\.jsonl: No such file"):
+        GSM8K(tmp_path, byte_tokenizer)
 
 
 CHAINS = {  # one problem in other forms, and its chain

@@ -40,7 +40,7 @@ WRITTEN = [
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dtc]?frac\s*\{{\s*(-?{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}"), r"\1/\2"),
 ]
-UNITS = re.compile(r"(?:[A-Za-z][A-Za-z0-9_]*\s*=)?[\w\s$%°€£¥.,:;'()\[\]-]*(?:/\s*[A-Za-z]+)?", re.ASCII)
+FORMULA = re.compile("[\\\\^*\u00d7\u00f7\u221a\u03c0\u221e{}]")
 
 
 def cut(text: str, stop: Iterable[str] = STOP) -> str:
@@ -72,7 +72,7 @@ def number(text: str) -> str | None:
     number or several, or is a formula."""
     plain = _without_markup(BOXED.sub(r"\1", text))
     found = [plain] if re.fullmatch(DIGITS, plain) else re.findall(NUMBER, plain)
-    return _plain(found[0]) if len(found) == 1 and UNITS.fullmatch(re.sub(NUMBER, "", plain)) else None
+    return _plain(found[0]) if len(found) == 1 and not FORMULA.search(plain) else None
 
 
 def written_answer(text: str) -> str:
