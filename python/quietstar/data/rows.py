@@ -54,7 +54,7 @@ class Row(msgspec.Struct):
     choices: list[str | Choice] | Choices | None = None
     answer: Value | None = None
     answerKey: Value | None = None
-    rationale: str | list[str] | None = None
+    rationale: list[str] = []
     context: str | None = None
     input: str | None = None
     system: str | None = None
@@ -162,10 +162,11 @@ def question_and_answer(row: Any, where: str) -> Asked:
         raise ValueError(f"{where} has earlier turns in a field 'history', which only messages can have")
     long = next((fields[x] for x in ANSWERS if x in fields), None)
     answered = "answer" in fields or "answerKey" in fields
-    chain = next((fields[x] for x in ("rationale", "steps") if x in fields), None)
-    if answered and name != "question":  # whose other fields are not a part of it
-        chain = chain or long
-    given = {x: fields[x] for x in Row.__struct_fields__ if x in fields} | {"rationale": chain}
+    chain = [fields[x] for x in ("rationale", "steps") if x in fields]
+    if answered and long is not None and name != "question":  # whose other fields are not a part of it
+        chain.append(long)
+    given = {x: fields[x] for x in Row.__struct_fields__ if x in fields}
+    given["rationale"] = [part for x in chain for part in (x if isinstance(x, list) else [x])]
     given |= {} if answered else {"answer": long}
     given |= {"question": fields[name]} if name else {}
     given["system"] = fields.get("system", fields.get("system_prompt"))
@@ -179,10 +180,10 @@ def question_and_answer(row: Any, where: str) -> Asked:
     if len(right) != 1:
         found = "two answers" if right else "no answer"
         raise ValueError(f"{where} has {found} in a field 'answer' or 'answerKey'")
-    reasons = known.rationale or ""
-    reasons = reasons if isinstance(reasons, str) else "\n".join(reasons)
     parts = [x.strip() for x in (known.context or "", text, known.input or "")]
-    return Asked(known.system or "", "\n\n".join(x for x in parts if x), choices, reasons.strip(), right.pop())
+    return Asked(
+        known.system or "", "\n\n".join(x for x in parts if x), choices, "\n".join(known.rationale).strip(), right.pop()
+    )
 
 
 def with_choices(question: str, choices: Mapping[str, str]) -> str:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -83,23 +85,15 @@ def written_answer(text: str) -> str:
 
 def is_formula(text: str) -> bool:
     """Whether a text without words is one that math-verify reads, if that is installed."""
-    return not re.search(r"(?<!\\)\b(?!sqrt)[A-Za-z]{4,}", text) and bool(_parsed(f"${text}$"))
-
-
-def _parsed(text: str) -> list[Any]:
-    try:
-        import math_verify
-    except ImportError:
-        return []
-    return math_verify.parse(text)
+    return not re.search(r"(?<!\\)\b(?!sqrt)[A-Za-z]{4,}", text) and _same_value(text, f"${text}$")
 
 
 def _same_value(right: str, text: str) -> bool:
-    if not (gold := _parsed(f"${right}$")):
+    if find_spec("math_verify") is None:
         return False
-    import math_verify
-
-    return math_verify.verify(gold, _parsed(text))
+    library = import_module("math_verify")
+    gold, found = library.parse(f"${right}$"), library.parse(text)
+    return bool(gold) and library.verify(gold, found)
 
 
 def _without_markup(text: str) -> str:
