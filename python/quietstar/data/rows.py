@@ -28,6 +28,7 @@ ROLES = {  # of ShareGPT
     **dict.fromkeys(("observation", "function_response", "tool"), "tool"),
     "system": "system",
 }
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 SENTINEL = "qzxjvk"
 
 
@@ -53,7 +54,7 @@ class Row(msgspec.Struct):
     choices: list[str | Choice] | Choices | None = None
     answer: Value | None = None
     answerKey: Value | None = None
-    rationale: str | list[str] | None = None
+    rationale: list[str] = []
     context: str | None = None
     input: str | None = None
     system: str | None = None
@@ -161,10 +162,11 @@ def question_and_answer(row: Any, where: str) -> Asked:
         raise ValueError(f"{where} has earlier turns in a field 'history', which only messages can have")
     long = next((fields[x] for x in ANSWERS if x in fields), None)
     answered = "answer" in fields or "answerKey" in fields
-    chain = next((fields[x] for x in ("rationale", "steps") if x in fields), None)
-    if answered and name != "question":  # whose other fields are not a part of it
-        chain = chain or long
-    given = {x: fields[x] for x in Row.__struct_fields__ if x in fields} | {"rationale": chain}
+    chain = [fields[x] for x in ("rationale", "steps") if x in fields]
+    if answered and long is not None and name != "question":  # whose other fields are not a part of it
+        chain.append(long)
+    given = {x: fields[x] for x in Row.__struct_fields__ if x in fields}
+    given["rationale"] = [part for x in chain for part in (x if isinstance(x, list) else [x])]
     given |= {} if answered else {"answer": long}
     given |= {"question": fields[name]} if name else {}
     given["system"] = fields.get("system", fields.get("system_prompt"))
@@ -178,10 +180,10 @@ def question_and_answer(row: Any, where: str) -> Asked:
     if len(right) != 1:
         found = "two answers" if right else "no answer"
         raise ValueError(f"{where} has {found} in a field 'answer' or 'answerKey'")
-    reasons = known.rationale or ""
-    reasons = reasons if isinstance(reasons, str) else "\n".join(reasons)
     parts = [x.strip() for x in (known.context or "", text, known.input or "")]
-    return Asked(known.system or "", "\n\n".join(x for x in parts if x), choices, reasons.strip(), right.pop())
+    return Asked(
+        known.system or "", "\n\n".join(x for x in parts if x), choices, "\n".join(known.rationale).strip(), right.pop()
+    )
 
 
 def with_choices(question: str, choices: Mapping[str, str]) -> str:
@@ -223,7 +225,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], begin_answer: bool = Fals
         text = write(**given)
     except Exception as error:  # a template is code, and may raise anything
         raise ValueError(f"{where}the tokenizer's chat template refuses the messages: {error}") from error
-    if path := _dropped(write, given, (str(tokenizer.chat_template), begin_answer, *given)):
+    switches = {x: value for x, value in given.items() if x not in ("messages", *HANDED)}
+    if path := _dropped(write, given, (str(tokenizer.chat_template), begin_answer, *given, str(switches))):
         name = ".".join(x for x in path if isinstance(x, str)).removeprefix("messages.")
         of = f" of a message of role {given['messages'][path[1]]['role']!r}" if path[0] == "messages" else ""
         model = tokenizer.name_or_path or type(tokenizer).__name__
@@ -289,7 +292,7 @@ def _leaves(value: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
 
 
 def _is_written(write: Callable[..., str], given: dict[str, Any], path: tuple[Any, ...], trial: str) -> bool:
-    """Whether a value is in the text: with all messages or, since some templates leave out earlier thoughts, as the last."""
+    """Whether a value is in the text; a thought, which some templates leave out of earlier turns, if its message is last."""
     changed = copy.deepcopy(given)
     place: Any = changed
     for name in path[:-1]:
@@ -300,8 +303,9 @@ def _is_written(write: Callable[..., str], given: dict[str, Any], path: tuple[An
             return True
     except Exception:  # of a template that reads the value, and wants another
         return True
-    with suppress(Exception):  # of a template that wants the messages that follow
-        return path[0] == "messages" and SENTINEL in write(**changed | {"messages": changed["messages"][: path[1] + 1]})
+    if trial != SENTINEL or path[-1] in THOUGHTS:
+        with suppress(Exception):  # of a template that wants the messages that follow
+            return SENTINEL in write(**changed | {"messages": changed["messages"][: path[1] + 1]})
     return False
 
 

@@ -30,9 +30,7 @@ class QuestionFile(Task):
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase):
         self.path = Path(path)
         if self.path.is_dir():
-            named = ([self.path / f"{name}{end}" for end in FILES] for name in ("train", "test"))
-            paths = [next((x for x in several if x.exists()), self.path / "train.jsonl") for several in named]
-            training, test = ([x for _, x in self._read(path)] for path in paths)
+            training, test = ([x for _, x in self._read(self._within(name))] for name in ("train", "test"))
             # The test problems have a file of their own, so what the hash calls "test" in the training file is trained on.
             self.by_split = {"test": test, "valid": [x for x in training if split_of(x.prompt) == "valid"]}
             self.by_split["train"] = [x for x in training if split_of(x.prompt) != "valid"]
@@ -61,6 +59,10 @@ class QuestionFile(Task):
     def check_chain(self, row: Row, ids: Sequence[int]) -> bool | None:
         return None
 
+    def _within(self, name: str) -> Path:
+        paths = (self.path / f"{name}{end}" for end in FILES)
+        return next((path for path in paths if path.exists()), self.path / f"{name}.jsonl")
+
     def _read(self, path: Path) -> list[tuple[str, Problem]]:
         rows = []
         for where, row in (row for name in sources(str(path)) for row in rows_of(name, "train")):
@@ -84,7 +86,8 @@ class GSM8K(QuestionFile):
     """GSM8K and data like it. The chain is the part of the answer before ``####``; a hint is the solution in brackets."""
 
     def problem(self, asked: Asked, question: Question) -> Problem:
-        chain = asked.chain or asked.answer.rpartition(MARK)[0].strip()
+        chain = asked.chain or (asked.answer if asked.answer != question.written else "")
+        chain = (chain.rpartition(MARK)[0] if MARK in chain else chain).strip()
         solution = f"{chain} {MARK} {question.written}" if chain else question.written
         hinted = question_prompt(replace(question, text=f"{question.text} ({solution})"))
         chain = f" {chain}" if chain else ""

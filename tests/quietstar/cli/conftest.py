@@ -15,6 +15,11 @@ SMALL = ["--length=16", "--steps=4", "--batch-size=4", "--thoughts=2", "--though
 SMALL += ["--save-every=2", "--eval-every=2", "--learning-rate=1e-3", "--policy-weight=3", "--embedding-scale=1"]
 
 
+def data_of(options):
+    """The data unless the options name others, which would be read beside it."""
+    return [] if any(x.startswith("--data=") for x in options) else ["--data=text.txt"]
+
+
 class Home:
     """A folder that is made anew for each test, always in the same place, since runs remember where their data are."""
 
@@ -34,7 +39,7 @@ class Home:
         """What a run into the folder ``run`` printed; the run is made once."""
         if options not in self.runs:
             with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-                code = main(["train", "--model=model", "--data=text.txt", *SMALL, "--out=run", *options])
+                code = main(["train", "--model=model", *data_of(options), *SMALL, "--out=run", *options])
             assert code == 0, err.getvalue()
             kept = shutil.copytree("run", self.place.parent / f"run-{len(self.runs)}")
             self.runs[options] = kept, out.getvalue()
@@ -76,7 +81,7 @@ def quietstar(home, capsys):
 @pytest.fixture
 def train(quietstar):
     """``train(...)``: a short run of ``quietstar train``; options that are given again win."""
-    return lambda *arguments: quietstar("train", "--model=model", "--data=text.txt", *SMALL, *arguments)
+    return lambda *arguments: quietstar("train", "--model=model", *data_of(arguments), *SMALL, *arguments)
 
 
 @pytest.fixture

@@ -61,3 +61,9 @@ def test_a_wrong_option_names_the_commands_help(command, typed, advice):
 def test_an_option_that_is_given_twice(capsys):
     command = parse(COMMANDS, ["train", "--model=m", "--data=t", "--seed=1", "--out", "a", "--out", "b", "--seed", "1"])
     assert command.train.out == "b" and capsys.readouterr().out == "--out was given twice: b counts, not a\n"
+
+
+def test_several_data_are_all_read():
+    for typed in (["--data", "a.txt", "--data=b.txt"], ["--data=a.txt,b.txt"]):
+        command = parse(COMMANDS, ["train", *typed[:2], "--model=m", *typed[2:]])
+        assert (command.data.data, command.model) == ("a.txt,b.txt", "m")

@@ -1,12 +1,15 @@
 """What commands take over from the run of a checkpoint: its data and what it held out, and how it thinks."""
 
+import io
 import json
+import types
 
 import pytest
 
 from quietstar import QuietStar
 from quietstar.checkpoints import native
 from quietstar.cli import errors
+from quietstar.data import sources
 
 
 @pytest.fixture
@@ -131,6 +134,21 @@ def test_a_run_does_not_continue_on_changed_texts(home, run, quietstar):
         file.write('{"text": "One more line."}\n')
     code, _, err = quietstar("train", "--config=run/config.json", "--resume")
     assert code == errors.DATA and "has changed since the run began" in err[-1]
+
+
+def test_a_run_from_standard_input_continues_on_the_same(home, train, quietstar, monkeypatch):
+    content = "".join(f"{i} lines of text\n\n" for i in range(30))
+
+    def piped(text):
+        sources._stdin.cache_clear()
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode()), isatty=lambda: False))
+
+    piped(content)
+    assert train("--data=-", "--steps=1", "--out=run")[0] == 0
+    for text, expected in ((content, 0), (content + "more", errors.DATA)):
+        piped(text)
+        code, _, err = quietstar("train", "--config=run/config.json", "--resume")
+        assert code == expected and (not code or "has changed since the run began" in err[-1]), err
 
 
 def test_a_local_folder_that_is_missing_is_said_at_once(home, run, quietstar):

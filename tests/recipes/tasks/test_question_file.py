@@ -59,6 +59,28 @@ def test_the_test_split_of_a_folder_is_its_test_file(tmp_path, byte_tokenizer):
     test = task.sample(100, "test", seeded())
     assert [row.problem.right for row in test] == ["2"] and test[0].cot_ids == []
     assert len(task.sample(100, "train", seeded())) + len(task.sample(100, "valid", seeded())) == 60
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.json")
+    assert [row.problem.right for row in GSM8K(tmp_path, byte_tokenizer).sample(100, "test", seeded())] == ["2"]
+    (tmp_path / "test.json").unlink()
+    with pytest.raises(ValueError, match=r"test\.jsonl: No such file"):
+        GSM8K(tmp_path, byte_tokenizer)
+
+
+CHAINS = {  # one problem in other forms, and its chain
+    "a.txt": ("How many?||<<3+4=7>> #### 7", "<<3+4=7>>"),
+    "a.json": (json.dumps([{"question": "How many?", "steps": ["<<3+4=7>>"], "answer": "7"}]), "<<3+4=7>>"),
+    "a.jsonl": (json.dumps({"problem": "How many?", "solution": "so \\boxed{7}"}), "so \\boxed{7}"),
+    "b.jsonl": (json.dumps({"query": "How many?", "response": "so seven", "answer": 7}), "so seven"),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_of_other_data(tmp_path, byte_tokenizer, name):
+    content, chain = CHAINS[name]
+    (tmp_path / name).write_text(content)
+    task = GSM8K(tmp_path / name, byte_tokenizer)
+    (problem,) = (x for several in task.by_split.values() for x in several)
+    assert (problem.prompt, problem.chain, problem.answer) == ("Q: How many?\nA:", f" {chain}", " 7")
 
 
 def test_commonsense_choices_and_hint(tmp_path, byte_tokenizer):

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -41,7 +43,7 @@ WRITTEN = [
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(rf"\\[dtc]?frac\s*\{{\s*(-?{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}"), r"\1/\2"),
 ]
-UNITS = re.compile(r"(?:[A-Za-z][A-Za-z0-9_]*\s*=)?[\w\s$%°€£¥.,:;'()\[\]-]*(?:/\s*[A-Za-z]+)?", re.ASCII)
+FORMULA = re.compile("[\\\\^*\u00d7\u00f7\u221a\u03c0\u221e{}]")
 
 
 def cut(text: str, stop: Iterable[str] = STOP) -> str:
@@ -73,7 +75,7 @@ def number(text: str) -> str | None:
     number or several, or is a formula."""
     plain = _without_markup(BOXED.sub(r"\1", text))
     found = [plain] if re.fullmatch(DIGITS, plain) else re.findall(NUMBER, plain)
-    return _plain(found[0]) if len(found) == 1 and UNITS.fullmatch(re.sub(NUMBER, "", plain)) else None
+    return _plain(found[0]) if len(found) == 1 and not FORMULA.search(plain) else None
 
 
 def written_answer(text: str) -> str:
@@ -84,23 +86,15 @@ def written_answer(text: str) -> str:
 
 def is_formula(text: str) -> bool:
     """Whether a text without words is one that math-verify reads, if that is installed."""
-    return not re.search(r"(?<!\\)\b(?!sqrt)[A-Za-z]{4,}", text) and bool(_parsed(f"${text}$"))
-
-
-def _parsed(text: str) -> list[Any]:
-    try:
-        import math_verify
-    except ImportError:
-        return []
-    return math_verify.parse(text)
+    return not re.search(r"(?<!\\)\b(?!sqrt)[A-Za-z]{4,}", text) and _same_value(text, f"${text}$")
 
 
 def _same_value(right: str, text: str) -> bool:
-    if not (gold := _parsed(f"${right}$")):
+    if find_spec("math_verify") is None:
         return False
-    import math_verify
-
-    return math_verify.verify(gold, _parsed(text))
+    library = import_module("math_verify")
+    gold, found = library.parse(f"${right}$"), library.parse(text)
+    return bool(gold) and library.verify(gold, found)
 
 
 def _without_markup(text: str) -> str:

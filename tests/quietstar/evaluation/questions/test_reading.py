@@ -66,7 +66,10 @@ BAD = {
         '{"question": "a", "answer": 1}\n\n{"question": "b"}',
         "line 3 has no answer in a field 'answer' or 'answerKey'",
     ),
-    "no number": ('{"question": "a", "answer": "#### x"}', "line 1 has no choices, so its answer must be a number, got 'x'"),
+    "no number": (
+        '{"question": "a", "answer": "#### unknown"}',
+        "line 1 has no choices, so its answer must be a number, got 'unknown'",
+    ),
     "one choice": (json.dumps(CHOICE | {"choices": ["x"], "answer": 0}), "must have two choices or more"),
     "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "array | null, got str - at $.choices"),
     "a label twice": (
