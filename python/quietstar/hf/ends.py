@@ -34,7 +34,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     """The token after an answer in the chat template."""
     if not tokenizer.chat_template:
         return None
-    answer = "answer"
+    answer = "An answer."
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         _, found, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)

@@ -80,7 +80,7 @@ def note_tie(model: PreTrainedModel) -> None:
     head, embed = (getattr(x, "weight", None) for x in (model.get_output_embeddings(), model.get_input_embeddings()))
     tied = head is embed
     for config in (model.config, model.config.get_text_config()):
-        if model._tied_weights_keys and head is not None and config.tie_word_embeddings != tied:
+        if model._tied_weights_keys and head is not None and getattr(config, "tie_word_embeddings", tied) != tied:
             config.tie_word_embeddings = tied
 
 
