@@ -33,6 +33,7 @@ from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import gathered_dtype
 from quietstar.memory.step import StepMemory, step_memory
 from quietstar.model import QuietStar
+from quietstar.run import trackers
 from quietstar.run.lock import only_run_in
 from quietstar.run.processes import Interrupted, process_state
 from quietstar.run.resume import Settings, check_folder
@@ -85,6 +86,7 @@ class Train:
             self._run()
 
     def _run(self) -> None:
+        trackers.check(self.train)
         check_folder(self.train.out, "checkpoints", bool(places.every(self.train.out)), bool(self.resume))
         set_seed(self.train.seed)  # the mixing head's first weights are random
         tokenizer = load_tokenizer(self.model)
@@ -114,6 +116,8 @@ class Train:
                     Path(self.train.out).mkdir(parents=True, exist_ok=True)
                     options = {name: value for name, value in flat(self).items() if name not in ("config", "resume")}
                     write_whole(Path(self.train.out) / CONFIG, json.dumps(options, indent=2) + "\n")
+                else:
+                    self._keep_steps(Path(self.train.out) / CONFIG)
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
@@ -131,6 +135,13 @@ class Train:
         if process_state().is_main_process:
             print(finish(self.train.out, metrics, held_out=evaluation is not None))
         process_state().destroy_process_group()
+
+    def _keep_steps(self, path: Path) -> None:
+        """A run that goes on for another number of steps does so too when it is continued from its options."""
+        options = read_config(path) if path.exists() else {}
+        last = places.step_of(places.every(self.train.out)[-1])
+        if options.get("steps") != self.train.steps >= last and options.get("schedule") == self.train.schedule == "constant":
+            write_whole(path, json.dumps(options | {"steps": self.train.steps}, indent=2) + "\n")
 
     def _check_memory(self, qs: QuietStar, length: int) -> None:
         """Refuse a step that doesn't fit, since the system would kill it, or swap for hours."""

@@ -109,7 +109,16 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
             raise ValueError(f"train: every checkpoint of {config.out} is damaged")
     else:
         return None
-    saved = read_json(path / RUN, Run).config
-    saved_thoughts = read_thought_config(saved.thoughts, f"{path}: {RUN}")
-    Settings.of(config, thoughts).check(path, saved.train | saved_thoughts.to_dict())
+    run = read_json(path / RUN, Run)
+    saved_thoughts = read_thought_config(run.config.thoughts, f"{path}: {RUN}")
+    saved = run.config.train | saved_thoughts.to_dict()
+    steps = saved.get("steps")
+    if config.schedule == "constant":  # no step depends on how many there are
+        steps = config.steps
+        if steps < run.step:
+            raise ValueError(f"{path}: the run there is at step {run.step} already, after steps={steps}")
+    elif steps != config.steps:
+        why = f"with schedule={config.schedule!r}, the learning rate of each step depends on it"
+        raise ValueError(f"{path}: the run there has steps={steps}, not {config.steps}: {why}")
+    Settings.of(config, thoughts).check(path, saved | {"steps": steps})
     return path

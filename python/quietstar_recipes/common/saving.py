@@ -118,11 +118,11 @@ class Progress:
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
-            check_whole(self.folder)
             saved = read_json(self.folder / STATE, Saved)
-            settings.check(self.folder, saved.settings)
             self.state = state | saved.state
             as_type(kind, self.state, f"{self.folder / STATE}: state")
+            check_whole(self.folder)
+            settings.check(self.folder, saved.settings)
         self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
