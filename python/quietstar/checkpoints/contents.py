@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from quietstar.checkpoints.places import is_gguf
 from quietstar.config import ThoughtConfig
-from quietstar.files.reading import check_names, check_regular, read_json
+from quietstar.files.reading import check_names, check_regular, read_json, reason_of
 from quietstar_kernels.checks import FLOATS
 
 
@@ -73,7 +73,7 @@ def find(path: str | os.PathLike, name: str) -> str | None:
     try:
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise ValueError(f"{path}: not a folder, nor a hub model that can be reached: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a folder, nor a hub model that can be reached: {reason_of(error)}") from error
 
 
 def locate_tensors(path: str | os.PathLike) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from quietstar.files.reading import check_names, check_saved, read_json, sha256
-from quietstar.files.writing import naming
+from quietstar.files.writing import follow_umask, naming
 
 # Only folders of this name that hold this step are checkpoints: whatever else is kept beside them is never renamed or removed.
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
@@ -148,6 +148,7 @@ def new(path: Path) -> Iterator[Path]:
         beside.mkdir()
         with naming(path):
             yield beside
+            follow_umask(beside)
         if is_folder(path):
             _remove(path)
         os.replace(beside, path)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from quietstar.files.reading import as_type
+from quietstar.files.reading import as_type, reason_of
 
 Value = str | int | float
 Messages = tuple[tuple[str, str], ...]  # the role and the content of each
@@ -96,7 +96,7 @@ def chat_text(tokenizer: Any, messages: Messages, begin_answer: bool = False) ->
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
     except Exception as error:  # a template is code, and may raise anything
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {reason_of(error)}") from error
     return text if begin_answer else text.rstrip("\r\n")
 
 
