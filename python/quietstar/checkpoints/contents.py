@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class TrainedOn:
     texts: int  # how many texts there were to train on and to hold out
     sha256: str  # of these texts, in their order
     held_out: int  # how many examples were held out
-    thoughts: str = ""  # SHA-256 of the file of thoughts about them; empty where they were sampled, or not known
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes of what else a resumed run reads again, by what to call it
 
 
 @dataclass

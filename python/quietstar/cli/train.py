@@ -36,7 +36,7 @@ from quietstar.model import QuietStar
 from quietstar.run import trackers
 from quietstar.run.lock import only_run_in
 from quietstar.run.processes import Interrupted, process_state
-from quietstar.run.resume import Settings, check_folder
+from quietstar.run.resume import Settings, check_folder, check_inputs, tokens_hash
 from quietstar.training import train
 
 CONFIG = "config.json"
@@ -93,8 +93,10 @@ class Train:
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = common.load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
         common.check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
-        thoughts = sha256(self.thoughts_from) if self.thoughts_from and os.path.isfile(self.thoughts_from) else ""
-        qs.trained_on = (*qs.trained_on, replace(describe(self.data, data, self.model), thoughts=thoughts))
+        inputs = {f"the tokenizer of {self.model}": tokens_hash(data.train)}
+        if os.path.isfile(self.thoughts_from):
+            inputs[self.thoughts_from] = sha256(self.thoughts_from)
+        qs.trained_on = (*qs.trained_on, replace(describe(self.data, data, self.model), inputs=inputs))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -178,13 +180,11 @@ class Train:
         if not self.resume or not places.every(run) or not (run / CONFIG).exists():
             return
         Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
+        before: Sequence[TrainedOn] = ()
         for path in reversed(places.every(run)):
             with suppress(ValueError):  # a damaged one is passed over when the run continues, too
-                description = native.read_description(path)
-                before, now = (description[1] if description else ())[-1:], trained_on[-1]
-                data = any(x.sha256 != now.sha256 for x in before)
-                if data or any(x.thoughts and x.thoughts != now.thoughts for x in before):
-                    changed = self.data.data if data else self.thoughts_from
-                    text = f"{run}: {changed} has changed since the run began: resume needs it as it was"
-                    raise errors.Failure(errors.DATA, text)
+                before = (native.read_description(path) or (None, ()))[1][-1:]
                 break
+        for one in before:
+            saved, now = ({self.data.data: x.sha256} | x.inputs for x in (one, trained_on[-1]))
+            check_inputs(run, saved, now)
