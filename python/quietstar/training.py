@@ -29,7 +29,7 @@ from quietstar.hf.modules import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.packed import QuietStarOutput
-from quietstar.run import figures, processes, snapshots
+from quietstar.run import figures, processes, snapshots, trackers
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
@@ -91,6 +91,7 @@ def train(
     """
     _check(qs, data, config, loss, evaluate, resume, progress)
     flag("train: evaluate_first", evaluate_first)
+    trackers.check(config)
     if warning := step_size_warning(qs.thought_config, config.learning_rate):
         warnings.warn(f"train: {warning}", stacklevel=3)
     set_seed(config.seed)
@@ -101,8 +102,6 @@ def train(
     accelerator = Accelerator(
         mixed_precision=config.precision, log_with=config.tracker or None, project_dir=config.out if config.tracker else None
     )
-    if config.tracker and not accelerator.log_with:  # Accelerate passes over it
-        raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
     strategy = processes.find_strategy(config)
     processes.check_processes(accelerator.num_processes, config, strategy)
     if strategy != "no" and qs.thought_config.written:  # processes would run the sharded model a different number of times
@@ -126,7 +125,7 @@ def train(
         optimizer = accelerator.prepare_optimizer(optimizer)
     settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
     if config.tracker:
-        accelerator.init_trackers("quietstar", config=settings["train"])
+        trackers.begin(accelerator, config, again=resume is not None)
     finished = saved = done
 
     def save() -> None:

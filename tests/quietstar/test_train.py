@@ -102,7 +102,7 @@ def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path):
 
 def test_another_config_or_model_is_refused(run):
     run(steps=2)
-    for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 5}, {"steps": 3}):
+    for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 5}):
         with pytest.raises(ValueError, match=f"the run there has {next(iter(change))}="):
             run(resume="auto", **{"steps": 2, **change})
     with pytest.raises(ValueError, match="another model"):

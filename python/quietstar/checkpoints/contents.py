@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from quietstar.checkpoints.places import is_gguf
 from quietstar.config import ThoughtConfig
-from quietstar.files.reading import check_names, check_regular, read_json
+from quietstar.files.reading import check_names, check_regular, read_json, reason_of
 from quietstar_kernels.checks import FLOATS
 
 
@@ -29,7 +29,7 @@ class TrainedOn:
     texts: int  # how many texts there were to train on and to hold out
     sha256: str  # of these texts, in their order
     held_out: int  # how many examples were held out
-    thoughts: str = ""  # SHA-256 of the file of thoughts about them; empty where they were sampled, or not known
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes of what else a resumed run reads again, by what to call it
 
 
 @dataclass
@@ -73,7 +73,7 @@ def find(path: str | os.PathLike, name: str) -> str | None:
     try:
         return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise ValueError(f"{path}: not a folder, nor a hub model that can be reached: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a folder, nor a hub model that can be reached: {reason_of(error)}") from error
 
 
 def locate_tensors(path: str | os.PathLike) -> dict[str, str]:

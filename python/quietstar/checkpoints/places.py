@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from quietstar.files.reading import check_names, check_saved, read_json, sha256
-from quietstar.files.writing import naming
+from quietstar.files.writing import follow_umask, naming
 
 # Only folders of this name that hold this step are checkpoints: whatever else is kept beside them is never renamed or removed.
 _NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})")
@@ -51,7 +51,7 @@ def check_free(out: str | os.PathLike, done: int, steps: int) -> None:
     check_folder_or_free(checkpoints)
     for path in sorted(checkpoints.glob("step-*")) + sorted(checkpoints.glob(".step-*")):
         temporary = _LEFTOVER.fullmatch(path.name)
-        if (temporary or _NAME.fullmatch(path.name)) and done < _step(path) <= steps:
+        if (temporary or _NAME.fullmatch(path.name)) and done < step_of(path) <= steps:
             reason = None if temporary and is_folder(path) else _not_ours(path)
             if reason:
                 raise ValueError(f"{path}: {reason}, and this run will save there: move it, or take another out")
@@ -67,10 +67,11 @@ def check_folder_or_free(path: Path) -> None:
 def _named(out: str | os.PathLike) -> list[Path]:
     """The folders called step-<number>, in order."""
     found = [path for path in (Path(out) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and is_folder(path)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
     return int(path.name.strip(".").split("-")[1])
 
 
@@ -84,7 +85,7 @@ def _not_ours(path: Path) -> str | None:
         step = read_json(path / RUN, dict[str, Any]).get("step")
     except ValueError:
         return None
-    return None if step == _step(path) else f"its {RUN} says step {step}"
+    return None if step == step_of(path) else f"its {RUN} says step {step}"
 
 
 def is_folder(path: Path) -> bool:
@@ -147,6 +148,7 @@ def new(path: Path) -> Iterator[Path]:
         beside.mkdir()
         with naming(path):
             yield beside
+            follow_umask(beside)
         if is_folder(path):
             _remove(path)
         os.replace(beside, path)

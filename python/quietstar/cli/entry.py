@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from quietstar import NEEDED
 from quietstar.cli.errors import USAGE, stopped
@@ -50,6 +48,9 @@ def _main(words: list[str]) -> int:
 
 def versions() -> str:
     """The versions of what a result depends on, in one line."""
+    import platform  # here, as signals are answered before it is imported
+    from importlib import metadata
+
     found = []
     for name in PACKAGES:
         try:

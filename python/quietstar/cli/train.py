@@ -33,9 +33,10 @@ from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import gathered_dtype
 from quietstar.memory.step import StepMemory, step_memory
 from quietstar.model import QuietStar
+from quietstar.run import trackers
 from quietstar.run.lock import only_run_in
 from quietstar.run.processes import Interrupted, process_state
-from quietstar.run.resume import Settings, check_folder
+from quietstar.run.resume import Settings, check_folder, check_inputs, tokens_hash
 from quietstar.training import train
 
 CONFIG = "config.json"
@@ -85,14 +86,17 @@ class Train:
             self._run()
 
     def _run(self) -> None:
+        trackers.check(self.train)
         check_folder(self.train.out, "checkpoints", bool(places.every(self.train.out)), bool(self.resume))
         set_seed(self.train.seed)  # the mixing head's first weights are random
         tokenizer = load_tokenizer(self.model)
         data = load_data(self.data, tokenizer, self.thoughts.lookahead)
         qs = common.load_model(self.model, self.thoughts, tokenizer, self.dtype, self.allow_bin)
         common.check_unseen(self.model, qs.trained_on, self.data, data, "leave these options as they were, or add --held-out=0")
-        thoughts = sha256(self.thoughts_from) if self.thoughts_from and os.path.isfile(self.thoughts_from) else ""
-        qs.trained_on = (*qs.trained_on, replace(describe(self.data, data, self.model), thoughts=thoughts))
+        inputs = {f"the tokenizer of {self.model}": tokens_hash(data.train)}
+        if os.path.isfile(self.thoughts_from):
+            inputs[self.thoughts_from] = sha256(self.thoughts_from)
+        qs.trained_on = (*qs.trained_on, replace(describe(self.data, data, self.model), inputs=inputs))
         if self.lora.lora_rank:
             qs.add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -114,6 +118,8 @@ class Train:
                     Path(self.train.out).mkdir(parents=True, exist_ok=True)
                     options = {name: value for name, value in flat(self).items() if name not in ("config", "resume")}
                     write_whole(Path(self.train.out) / CONFIG, json.dumps(options, indent=2) + "\n")
+                else:
+                    self._keep_steps(Path(self.train.out) / CONFIG)
             metrics = train(qs, examples, self.train, evaluate=evaluation, resume=self.resume or None, evaluate_first=True)
         except Interrupted as stop:
             process_state().destroy_process_group()
@@ -131,6 +137,13 @@ class Train:
         if process_state().is_main_process:
             print(finish(self.train.out, metrics, held_out=evaluation is not None))
         process_state().destroy_process_group()
+
+    def _keep_steps(self, path: Path) -> None:
+        """A run that goes on for another number of steps does so too when it is continued from its options."""
+        options = read_config(path) if path.exists() else {}
+        last = places.step_of(places.every(self.train.out)[-1])
+        if options.get("steps") != self.train.steps >= last and options.get("schedule") == self.train.schedule == "constant":
+            write_whole(path, json.dumps(options | {"steps": self.train.steps}, indent=2) + "\n")
 
     def _check_memory(self, qs: QuietStar, length: int) -> None:
         """Refuse a step that doesn't fit, since the system would kill it, or swap for hours."""
@@ -167,13 +180,11 @@ class Train:
         if not self.resume or not places.every(run) or not (run / CONFIG).exists():
             return
         Settings.of(self, self.data, self.lora).check(run, read_config(run / CONFIG))
+        before: Sequence[TrainedOn] = ()
         for path in reversed(places.every(run)):
             with suppress(ValueError):  # a damaged one is passed over when the run continues, too
-                description = native.read_description(path)
-                before, now = (description[1] if description else ())[-1:], trained_on[-1]
-                data = any(x.sha256 != now.sha256 for x in before)
-                if data or any(x.thoughts and x.thoughts != now.thoughts for x in before):
-                    changed = self.data.data if data else self.thoughts_from
-                    text = f"{run}: {changed} has changed since the run began: resume needs it as it was"
-                    raise errors.Failure(errors.DATA, text)
+                before = (native.read_description(path) or (None, ()))[1][-1:]
                 break
+        for one in before:
+            saved, now = ({self.data.data: x.sha256} | x.inputs for x in (one, trained_on[-1]))
+            check_inputs(run, saved, now)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from quietstar.files.reading import as_type, json_value
+from quietstar.files.reading import as_type, json_value, reason_of
 
 Value = str | int | float
 MARK = "####"  # precedes the value in an answer of GSM8K
@@ -224,7 +224,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], begin_answer: bool = Fals
         given["messages"] = _contents(write, given)
         text = write(**given)
     except Exception as error:  # a template is code, and may raise anything
-        raise ValueError(f"{where}the tokenizer's chat template refuses the messages: {error}") from error
+        raise ValueError(f"{where}the tokenizer's chat template refuses the messages: {reason_of(error)}") from error
     switches = {x: value for x, value in given.items() if x not in ("messages", *HANDED)}
     if path := _dropped(write, given, (str(tokenizer.chat_template), begin_answer, *given, str(switches))):
         name = ".".join(x for x in path if isinstance(x, str)).removeprefix("messages.")

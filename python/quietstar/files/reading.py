@@ -23,6 +23,11 @@ LARGEST = 64 * 2**20  # bytes of a settings file; none of ours is larger
 LARGEST_YAML = 2**20  # it takes 40 times as long to read
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_regular(path: str | os.PathLike) -> int:
     """The size of a file in bytes."""
     try:

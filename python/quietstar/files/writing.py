@@ -6,8 +6,8 @@ import ctypes
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,9 +131,11 @@ def beside(path: str | os.PathLike) -> Iterator[Path]:
     file = path.with_name(f".{path.name}-{os.getpid()}")
     while (lock := FileLock.acquire(file)) is None:
         pass  # another process is removing what one with this id has left
+    mode = os.fstat(lock.descriptor).st_mode & 0o777
     try:
         with naming(given):
             yield file
+            file.chmod(mode)  # a library may have put another file there
         os.replace(file, path)
     finally:
         file.unlink(missing_ok=True)
@@ -165,15 +167,25 @@ def replaced(directory: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(old)
     for unfinished in _left_by_dead(directory, NEW):
         shutil.rmtree(unfinished)
-    new = Path(tempfile.mkdtemp(prefix=f".{directory.name}-{os.getpid()}-", dir=directory.parent))
+    new = directory.with_name(f".{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    new.mkdir()
     try:
-        new.chmod(0o755)
         with naming(given):
             yield new
+            follow_umask(new)
+            if directory.is_dir():
+                shutil.copymode(directory, new)
         _put_in_place(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         put_back(directory)
+
+
+def follow_umask(folder: Path) -> None:
+    """Let who may enter a new folder read its files: safetensors makes them for their owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def put_back(directory: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.config import AdapterConfig
+from quietstar.files.reading import reason_of
 from quietstar.hf.lm_head import note_tie
 from quietstar.hf.modules import unwrapped
 from quietstar_kernels.checks import refusal
@@ -63,7 +64,7 @@ def add(model: PreTrainedModel, config: PeftConfig | AdapterConfig) -> PreTraine
     try:
         with_adapters = peft.get_peft_model(model, wanted)
     except ValueError as error:
-        raise ValueError(f"no adapters fit {type(model).__name__}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no adapters fit {type(model).__name__}: {reason_of(error)}") from error
     try:
         check(with_adapters)
     except ValueError:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quietstar.checkpoints.contents import read_file
 from quietstar.checkpoints.places import RUN
-from quietstar.files.reading import read_json
+from quietstar.files.reading import read_json, reason_of
 from quietstar.run.resume import Run
 
 OPTIMIZER = "optimizer.safetensors"
@@ -44,7 +44,7 @@ def _try_fused(device: torch.device, dtype: torch.dtype) -> None:
     try:
         torch.optim.AdamW([weight], fused=True).step()
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"optimizer 'fused' does not work with {dtype} on {device}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"optimizer 'fused' does not work with {dtype} on {device}: {reason_of(error)}") from error
 
 
 def _eight_bit(weights: Sequence[Tensor]) -> Any:
@@ -54,7 +54,7 @@ def _eight_bit(weights: Sequence[Tensor]) -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # a library built for another device may raise more than ImportError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise ValueError(f"optimizer '8bit' needs bitsandbytes, which does not load here: {reason}") from error
     return AdamW8bit
 

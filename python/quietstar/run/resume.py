@@ -7,14 +7,16 @@ The training loop, the recipes and the command line compare them with ``Settings
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import torch
 from tqdm.auto import tqdm
 
 from quietstar.checkpoints import places
@@ -65,13 +67,25 @@ class Settings:
     def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the first setting whose value differs in the run in ``path``."""
         saved = self.defaults | dict(saved)
-        before = saved.get("inputs", {})
-        for what, digest in self.values.get("inputs", {}).items():
-            if before.get(what, digest) != digest:
-                raise ValueError(f"{path}: {what} has changed since the run began: resume needs it as it was")
+        check_inputs(path, saved.get("inputs", {}), self.values.get("inputs", {}))
         for name, value in self.values.items():
             if name != "inputs" and saved.get(name) != value:
                 raise ValueError(f"{path}: the run there has {name}={saved.get(name)!r}, not {value!r}")
+
+
+def check_inputs(path: str | os.PathLike, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the first input whose hash is another than that of the run in ``path``."""
+    for what, digest in now.items():
+        if saved.get(what, digest) != digest:
+            raise ValueError(f"{path}: {what} has changed since the run began: resume needs it as it was")
+
+
+def tokens_hash(examples: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of the examples' tokens, in their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        found.update(str(torch.as_tensor(example["input_ids"]).tolist()).encode())
+    return found.hexdigest()
 
 
 def check_folder(out: str | os.PathLike, mark: str, begun: bool, resume: bool) -> None:
@@ -109,7 +123,16 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
             raise ValueError(f"train: every checkpoint of {config.out} is damaged")
     else:
         return None
-    saved = read_json(path / RUN, Run).config
-    saved_thoughts = read_thought_config(saved.thoughts, f"{path}: {RUN}")
-    Settings.of(config, thoughts).check(path, saved.train | saved_thoughts.to_dict())
+    run = read_json(path / RUN, Run)
+    saved_thoughts = read_thought_config(run.config.thoughts, f"{path}: {RUN}")
+    saved = run.config.train | saved_thoughts.to_dict()
+    steps = saved.get("steps")
+    if config.schedule == "constant":  # no step depends on how many there are
+        steps = config.steps
+        if steps < run.step:
+            raise ValueError(f"{path}: the run there is at step {run.step} already, after steps={steps}")
+    elif steps != config.steps:
+        why = f"with schedule={config.schedule!r}, the learning rate of each step depends on it"
+        raise ValueError(f"{path}: the run there has steps={steps}, not {config.steps}: {why}")
+    Settings.of(config, thoughts).check(path, saved | {"steps": steps})
     return path

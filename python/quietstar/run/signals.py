@@ -52,8 +52,8 @@ def answered(answer: Callable[[int], None]) -> Iterator[None]:
                 before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for caught, earlier in before.items():
+            signal.signal(caught, earlier)
 
 
 @contextmanager

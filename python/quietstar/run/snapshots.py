@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from quietstar.checkpoints import native, places
 from quietstar.checkpoints.places import RUN
-from quietstar.files.reading import read_json
+from quietstar.files.reading import read_json, reason_of
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import OPTIMIZER, to_tensors
 from quietstar.run.resume import Run
@@ -53,5 +53,5 @@ def load(path: Path, qs: QuietStar) -> int:
     try:
         native.restore_all(qs.contents(), path, verify=False)
     except RuntimeError as error:
-        raise ValueError(f"{path}: it is from another model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: it is from another model: {reason_of(error)}") from error
     return read_json(path / RUN, Run).step

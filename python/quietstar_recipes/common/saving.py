@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quietstar.checkpoints import places, pretrained
-from quietstar.files.reading import as_type, json_lines, read_json, sha256
+from quietstar.files.reading import as_type, json_lines, read_json, reason_of, sha256
 from quietstar.files.writing import put_back, replaced, write_whole
 from quietstar.run.lock import LOCK
 from quietstar.run.optimizers import check_tensors, from_tensors, to_tensors
@@ -117,11 +117,11 @@ class Progress:
         self.begun = self.folder.is_dir()
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
-            check_whole(self.folder)
             saved = read_json(self.folder / STATE, Saved)
-            settings.check(self.folder, saved.settings)
             self.state = state | saved.state
             as_type(kind, self.state, f"{self.folder / STATE}: state")
+            check_whole(self.folder)
+            settings.check(self.folder, saved.settings)
         self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -136,7 +136,7 @@ class Progress:
             load_weights(module, self.folder / WEIGHTS)
             tensors = load_file(self.folder / OPTIMIZER)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{self.folder}: damaged or from another model: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.folder}: damaged or from another model: {reason_of(error)}") from error
         if optimizer is not None:
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             check_tensors(f"{self.folder}: {OPTIMIZER}", tensors, weights)

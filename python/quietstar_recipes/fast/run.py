@@ -8,7 +8,6 @@ shorter thoughts. Then a plain language model, which never thinks, is trained ag
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation.losses import evaluate, token_losses
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
-from quietstar.run.resume import Settings
+from quietstar.run.resume import Settings, tokens_hash
 from quietstar.training import train
 from quietstar_kernels.checks import check_at_least, check_positive
 from quietstar_recipes.common.command import LanguageModel, ResumeRun
@@ -132,7 +131,7 @@ def fast(
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
         raise ValueError(f"fast: at least 2 texts must be held out, to choose checkpoints by, got {len(held_out)}")
-    inputs = {"the data": digest([*data, *held_out]), f"the model {name}".rstrip(): fingerprint(model)}
+    inputs = {"the data": tokens_hash([*data, *held_out]), f"the model {name}".rstrip(): fingerprint(model)}
     Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data), inputs=inputs), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
@@ -149,14 +148,6 @@ def fast(
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
     return student, report
-
-
-def digest(texts: Sequence[Example]) -> str:
-    """A hash of the texts' tokens, in their order."""
-    found = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        found.update(str(text["input_ids"].tolist()).encode())
-    return found.hexdigest()
 
 
 def run_stage(

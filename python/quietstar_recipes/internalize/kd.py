@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from quietstar.checkpoints.pretrained import load_model as load_language_model
 from quietstar.checkpoints.pretrained import save_model as save_language_model
 from quietstar.config import option
+from quietstar.files.reading import reason_of
 from quietstar.files.writing import replaced
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
@@ -234,7 +235,7 @@ class Pair(nn.Module):
             pair = cls(Emulator(emulator, len(own["emulator.mixture.weight"])), Student(student))
             missing = [key for key in pair.load_state_dict(own, strict=False).missing_keys if ".model." not in key]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder}: no emulator and student load from there: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{folder}: no emulator and student load from there: {reason_of(error)}") from error
         if missing:
             raise ValueError(f"{folder}: {STATES} lacks {missing[0]}")
         return pair.eval()

@@ -176,3 +176,13 @@ def test_a_run_does_not_continue_on_changed_thoughts(home, trained, train, quiet
     (home / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = train(*options, "--steps=2", "--resume")
     assert code == errors.DATA and "thoughts.jsonl has changed since the run began" in err[-1]
+
+
+def test_a_run_does_not_continue_with_another_tokenizer(home, trained, train):
+    tokenizer = home / "model" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(content))
+    code, _, err = train("--out=run", "--resume")
+    assert code == errors.DATA and "the tokenizer of model has changed since the run began" in err[-1]

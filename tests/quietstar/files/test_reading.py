@@ -2,12 +2,15 @@
 
 import json
 import os
+from types import SimpleNamespace
 from typing import Annotated, Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
-from quietstar.files.reading import json_lines, read_json, read_utf8, read_yaml
+from quietstar.data.rows import chat_text
+from quietstar.files.reading import json_lines, read_json, read_utf8, read_yaml, reason_of
 
 
 class Kept(msgspec.Struct):
@@ -97,3 +100,11 @@ def test_yaml_that_is_refused(tmp_path, text, says):
     with pytest.raises(ValueError, match=says) as error:
         read_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error, said", [(MemoryError(), "MemoryError"), (OSError("\n a\nb"), "a"), (ValueError("a\nb"), "a")])
+def test_what_an_error_says_is_never_empty(error, said):
+    assert reason_of(error) == said
+    tokenizer = SimpleNamespace(chat_template="x", apply_chat_template=Mock(side_effect=error))
+    with pytest.raises(ValueError, match=f"the tokenizer's chat template refuses the messages: {said}$"):
+        chat_text(tokenizer, [("user", "hello")])

@@ -234,3 +234,27 @@ def test_checkpoints_inside_a_folder_keep_their_weights_and_their_age(tmp_path):
     assert sorted(path.name for path in inner.parent.iterdir()) == ["checkpoint-2", "quietstar.json"]
     assert sorted(path.name for path in inner.iterdir()) == ["model.safetensors", "quietstar.json"]
     assert (inner / "quietstar.json").read_text() == "old" and inner.stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
+def test_modes_follow_the_umask(tmp_path, umask):
+    """Of folders and files, also those that safetensors makes for their owner alone; a folder that is there keeps its own."""
+    before = os.umask(umask)
+    try:
+        for folder in (tmp_path / "model", tmp_path / "checkpoints" / "step-000001"):
+            with writing.replaced(folder) if folder.name == "model" else places.new(folder) as beside:
+                save_file({"x": torch.ones(1)}, beside / "model.safetensors")
+                (beside / "inner").mkdir()
+                save_file({"x": torch.ones(1)}, beside / "inner" / "x.safetensors")
+                (beside / "config.json").write_text("{}")
+            for path in [folder, *folder.rglob("*")]:
+                assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+        with writing.beside(tmp_path / "one.safetensors") as file:
+            save_file({"x": torch.ones(1)}, file)
+        assert (tmp_path / "one.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+        (tmp_path / "model").chmod(0o700)
+        with writing.replaced(tmp_path / "model") as beside:
+            (beside / "config.json").write_text("{}")
+        assert (tmp_path / "model").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)

@@ -85,7 +85,12 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
     path = checkpoint(tmp_path, 2, {"out": "elsewhere", "steps": 7}, thoughts)
     config, now = TrainConfig(out=str(tmp_path), steps=7), ThoughtConfig(thoughts=3, preset="paper", base_model="frozen")
     assert find_checkpoint("auto", config, now) == path
-    with pytest.raises(ValueError, match="step-000002: the run there has steps=7, not 8"):
-        find_checkpoint("auto", replace(config, steps=8), now)
+    assert find_checkpoint("auto", replace(config, steps=8), now) == path
+    with pytest.raises(ValueError, match="step-000002: the run there has steps=7, not 8: with schedule='linear', the learning"):
+        find_checkpoint("auto", replace(config, steps=8, schedule="linear"), now)
+    with pytest.raises(ValueError, match="step-000002: the run there is at step 2 already, after steps=1"):
+        find_checkpoint("auto", replace(config, steps=1), now)
+    with pytest.raises(ValueError, match="step-000002: the run there has schedule='constant', not 'linear'"):
+        find_checkpoint("auto", replace(config, schedule="linear"), now)
     with pytest.raises(ValueError, match="step-000002: the run there has lookahead=4, not 3"):
         find_checkpoint("auto", config, replace(now, lookahead=3))
