@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.contents import (
+    INDEX,
+    WEIGHTS,
     Contents,
     TrainedOn,
     check_finite,
@@ -68,6 +70,7 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
     """Write everything into an empty folder; returns the SHA-256 of the files that have one in ``SETTINGS``."""
     if contents.base is None:
         contents.model.save_pretrained(folder)
+        _write_index(folder)
     else:
         adapters.save(contents.model, folder)
     if contents.tokenizer is not None:
@@ -88,6 +91,14 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
     }
     (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n", encoding="utf-8")
     return hashes
+
+
+def _write_index(folder: Path) -> None:
+    """Name the weights in an index even where they are one file: without one, vLLM and SGLang read every safetensors file."""
+    if (folder / WEIGHTS).exists():
+        located = {name: WEIGHTS for name in locate_tensors(folder)}
+        index = {"metadata": {"total_size": (folder / WEIGHTS).stat().st_size}, "weight_map": located}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _checksum(settings: dict[str, Any]) -> str:

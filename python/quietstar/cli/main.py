@@ -37,7 +37,7 @@ from quietstar.cli.errors import (
 GROUP = "quietstar.commands"
 OWN = {
     name: EntryPoint(name, f"quietstar.cli.{name}:{name.title()}", GROUP)
-    for name in ("train", "think", "generate", "explain", "eval", "ask", "export", "doctor")
+    for name in ("train", "think", "generate", "explain", "eval", "ask", "export", "merge", "doctor")
 }
 
 
