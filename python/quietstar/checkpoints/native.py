@@ -70,7 +70,6 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
     """Write everything into an empty folder; returns the SHA-256 of the files that have one in ``SETTINGS``."""
     if contents.base is None:
         contents.model.save_pretrained(folder)
-        _write_index(folder)
     else:
         adapters.save(contents.model, folder)
     if contents.tokenizer is not None:
@@ -90,12 +89,13 @@ def write(contents: Contents, folder: Path) -> dict[str, str]:
         "trained_on": [asdict(run) for run in contents.trained_on],
     }
     (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n", encoding="utf-8")
+    _write_index(folder)  # which has no hash, since nothing is read by it here
     return hashes
 
 
 def _write_index(folder: Path) -> None:
     """Name the weights in an index even where they are one file: without one, vLLM and SGLang read every safetensors file."""
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).exists():  # not adapters, or shards, which have an index
         located = {name: WEIGHTS for name in locate_tensors(folder)}
         index = {"metadata": {"total_size": (folder / WEIGHTS).stat().st_size}, "weight_map": located}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -44,9 +44,8 @@ from quietstar_kernels.cpu.products import cpu_products
 from quietstar_kernels.linear_logprob import default_keep_bytes
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
-OF_TRAIN = " ".join(
-    name for kind in (Train, DataConfig, ThoughtConfig, TrainConfig, AdapterConfig) for name in kind.__dataclass_fields__
-)
+OF_TRAIN = {field.name for kind in (Train, DataConfig, ThoughtConfig, TrainConfig, AdapterConfig) for field in fields(kind)}
+OF_TRAIN -= {"model", "train", "lora"}
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 
 
@@ -58,7 +57,10 @@ class Doctor(Train):
     processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
 
-    ignored: ClassVar = [Rule(f"{OF_TRAIN} processes verify", lambda o: not o.model, "without --model"), *Train.ignored]
+    ignored: ClassVar = [
+        Rule(" ".join(sorted(OF_TRAIN | {"processes", "verify"})), lambda o: not o.model, "without --model"),
+        *Train.ignored,
+    ]
 
     def run(self) -> None:
         print(environment())
@@ -139,7 +141,8 @@ def environment() -> str:
     for device, what in devices.items():
         lines += ["", f"{device} ({what})"]
         lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
-        lines += [f"  linear_logprob keeps logits for its backward up to {human(default_keep_bytes(torch.device(device)))}"]
+        kept = default_keep_bytes(torch.device(device)) / 2**20
+        lines += [f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB"]
     return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * (32 if line[:1] == " " else 2)) for line in lines)
 
 

@@ -69,10 +69,8 @@ def test_save_pretrained(tied, tmp_path):
     qs = thinker(tied)
     qs.save_pretrained(tmp_path / "own")
     check(tmp_path / "own", qs.model, ["lm_head.weight"] * tied)
-    (tmp_path / "own" / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ValueError, match="index.json"):
-        QuietStar.from_pretrained(tmp_path / "own", verify=True)
-    assert QuietStar.from_pretrained(tmp_path / "own", verify=False).thought_config == qs.thought_config
+    (tmp_path / "own" / "model.safetensors.index.json").unlink()  # as in older checkpoints
+    assert QuietStar.from_pretrained(tmp_path / "own").thought_config == qs.thought_config
 
 
 def test_a_result_of_a_recipe(tmp_path):
