@@ -34,7 +34,10 @@ PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_recipes")
 SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
-        *(f"docs/{name}.md" for name in ("training", "online", "offline-thoughts", "large-models", "using", "recipes")),
+        *(
+            f"docs/{name}.md"
+            for name in ("training", "online", "offline-thoughts", "large-models", "using", "serving", "recipes")
+        ),
         *(f"docs/{name}.md" for name in ("integrating", "branches", "building", "reliability")),
     ],
     "Results": ["docs/results.md", "docs/pretrained.md", "docs/executed.md", "benchmarks/results/*.md"],

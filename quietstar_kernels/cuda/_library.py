@@ -16,7 +16,7 @@ import torch
 from ..cpu._library import why_missing
 
 FILE = Path(__file__).parent / "_C.abi3.so"
-PURE = "this install is pure Python; build it with QUIETSTAR_BUILD=cuda for the CUDA library"
+PURE = "this install has none; build it with QUIETSTAR_BUILD=cuda, which needs nvcc"
 
 
 @functools.cache

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from quietstar.checkpoints import adapters, official
 from quietstar.checkpoints.contents import (
+    INDEX,
+    WEIGHTS,
     Contents,
     TrainedOn,
     check_finite,
@@ -87,7 +89,16 @@ def write(contents: Contents, folder: Path, max_shard_size: int | str = "50GB") 
         "trained_on": [asdict(run) for run in contents.trained_on],
     }
     (folder / SETTINGS).write_text(json.dumps({**settings, "checksum": _checksum(settings)}, indent=2) + "\n", encoding="utf-8")
+    _write_index(folder)  # which has no hash, since nothing is read by it here
     return hashes
+
+
+def _write_index(folder: Path) -> None:
+    """Name the weights in an index even where they are one file: without one, vLLM and SGLang read every safetensors file."""
+    if (folder / WEIGHTS).exists():  # not adapters, or shards, which have an index
+        located = {name: WEIGHTS for name in locate_tensors(folder)}
+        index = {"metadata": {"total_size": (folder / WEIGHTS).stat().st_size}, "weight_map": located}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _checksum(settings: dict[str, Any]) -> str:

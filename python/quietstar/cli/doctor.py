@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import platform
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, ClassVar, Literal
+from importlib.util import find_spec
+from typing import Annotated, ClassVar
 
 import psutil
 import torch
 from tyro.conf import arg
 
-from quietstar.checkpoints.pretrained import load_config, load_model
-from quietstar.cli.common import AllowBin, this_machine
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
+from quietstar.cli.common import this_machine
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
-from quietstar.config import AdapterConfig, Dtype, ThoughtConfig
+from quietstar.cli.train import Train
+from quietstar.config import AdapterConfig, ThoughtConfig, TrainConfig
+from quietstar.data.texts import DataConfig
+from quietstar.data.thoughts import ThoughtRecord, open_records
 from quietstar.hf.verify import verify
 from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import (
     Processes,
+    base_copy,
     chunk_count,
     count_weights,
     gathered_dtype,
@@ -29,46 +35,31 @@ from quietstar.memory.processes import (
     step_traffic,
     traffic_table,
 )
-from quietstar.memory.step import StepMemory, human, memory_table, step_memory
+from quietstar.memory.step import StepMemory, human, memory_table, step_memory, thinking_places
+from quietstar.model import QuietStar
+from quietstar.testing import tiny_model
+from quietstar.written import Marks
 from quietstar_kernels import backends, cpu_library, cuda_library
 from quietstar_kernels.cpu.products import cpu_products
 from quietstar_kernels.linear_logprob import default_keep_bytes
 
 MOST_ROWS = 2**40  # more than any memory holds, and few enough that no product of sizes overflows
-OFFICIAL = ThoughtConfig()
+OF_TRAIN = {field.name for kind in (Train, DataConfig, ThoughtConfig, TrainConfig, AdapterConfig) for field in fields(kind)}
+OF_TRAIN -= {"model", "train", "lora"}
 PACKAGES = ("quietstar-kernels", "torch", "triton", "transformers", "accelerate", "datasets")
 
 
-@dataclass
-class Doctor:
-    """Print versions, devices and back ends; with --model, the memory of training."""
+@dataclass(kw_only=True)
+class Doctor(Train):
+    """Print versions, devices and back ends; with --model and the options of train, the memory of a step."""
 
-    model: Annotated[str, arg(help="hub name or folder of a model; only its config is read")] = ""
-    batch_size: Annotated[int, arg(help="texts at a time: --batch-size of train by accumulation and processes")] = 1
-    length: Annotated[int, arg(help="L, tokens of a text")] = 256
-    thoughts: Annotated[int, arg(help="N, thoughts sampled at every position")] = OFFICIAL.thoughts
-    thought_tokens: Annotated[int, arg(help="T, sampled tokens in a thought")] = OFFICIAL.thought_tokens
-    lookahead: Annotated[int, arg(help="J, next tokens predicted after a thought")] = OFFICIAL.lookahead
-    lora_rank: Annotated[int, arg(help="rank of LoRA adapters; 0 for none")] = AdapterConfig.lora_rank
-    lora_targets: Annotated[str, arg(help="names of the layers that get adapters")] = AdapterConfig.lora_targets
-    dtype: Annotated[Dtype, arg(help="dtype of the weights")] = "float32"
-    precision: Annotated[Literal["no", "bf16", "fp16"], arg(help="mixed precision")] = "no"
+    model: Annotated[str, arg(help="hub name, folder or GGUF file of a model; only its config is read")] = ""
     processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
-    sharding: Annotated[Literal["no", "full_shard", "shard_grad_op"], arg(help="sharding over the processes")] = "no"
-    gradient_checkpointing: Annotated[bool, arg(help="activations are recomputed in the backward pass")] = False
-    anchor_chunk: Annotated[int | None, arg(help="anchors of each text at a time; default all")] = None
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
-    allow_bin: AllowBin = False
 
-    inherits: ClassVar = ("length", "thoughts", "thought_tokens", "lookahead")
     ignored: ClassVar = [
-        Rule(
-            "batch_size length thoughts thought_tokens lookahead lora_rank lora_targets dtype precision processes sharding "
-            "anchor_chunk verify",
-            lambda o: not o.model,
-            "without --model",
-        ),
-        Rule("lora_targets", lambda o: not o.lora_rank, "without --lora-rank"),
+        Rule(" ".join(sorted(OF_TRAIN | {"processes", "verify"})), lambda o: not o.model, "without --model"),
+        *Train.ignored,
     ]
 
     def run(self) -> None:
@@ -81,38 +72,58 @@ class Doctor:
 
     def _training(self) -> str:
         """Tables of the memory that a step needs in each process, and of what the processes exchange."""
-        # Those of ``quietstar train``, which are loaded here too.
+        # Those of ``quietstar train``, which are loaded here too; some only with a model or a step.
+        step = QuietStar(tiny_model(), ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1), verify=False)
+        step(torch.zeros(1, 3, dtype=torch.int64)).loss.backward()
+        if self.lora.lora_rank and find_spec("peft"):
+            import_module("peft")
         libraries = psutil.Process().memory_info().rss
-        config = load_config(self.model)
-        if min(self.processes, self.batch_size, self.length, self.anchor_chunk or 1) < 1:
-            raise UsageError("--processes, --batch-size, --length and --anchor-chunk must be 1 or more")
-        try:
-            thoughts = ThoughtConfig(thoughts=self.thoughts, thought_tokens=self.thought_tokens, lookahead=self.lookahead)
-            adapters = AdapterConfig(lora_rank=self.lora_rank, lora_targets=self.lora_targets)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        rows = self.batch_size * self.length * (1 + thoughts.thoughts * thoughts.rows)
-        if rows > MOST_ROWS:
-            raise UsageError(f"--batch-size, --length and thoughts make {rows:,} rows, and {MOST_ROWS:,} are the most")
+        config, thoughts, train, length = load_config(self.model), self.thoughts, self.train, self.data.length
+        if self.processes < 1:
+            raise UsageError("--processes must be 1 or more")
+        each = -(-train.batch_size // self.processes)
+        plan = Plan(
+            -(-each // train.accumulation),
+            self.gradient_checkpointing,
+            1 if train.anchor_chunk == "auto" else train.anchor_chunk,
+        )
+        most = plan.texts * length * (1 + thoughts.thoughts * thoughts.rows)
+        if most > MOST_ROWS:
+            raise UsageError(f"--batch-size, --length and thoughts make {most:,} rows, and {MOST_ROWS:,} are the most")
+        places = thinking_places(thoughts, length)
+        if self.thoughts_from:
+            places = max(
+                (length if x.anchors is None else len(x.anchors) for _, x in open_records(self.thoughts_from, ThoughtRecord)),
+                default=0,
+            )
+        if thoughts.written:  # the strings around a thought
+            marks = Marks.of(thoughts, load_tokenizer(self.model))
+            assert marks is not None
+            thoughts = replace(thoughts, thought_tokens=thoughts.thought_tokens + len(marks.start) + len(marks.end) - 2)
+        rows = plan.texts * (length + places * thoughts.thoughts * thoughts.rows)
         dtype = getattr(torch, self.dtype)
-        processes = Processes(self.processes, self.sharding, dtype, gathered_dtype(dtype, self.precision))
-        weights = count_weights(config, adapters)
+        processes = Processes(self.processes, train.sharding, dtype, gathered_dtype(dtype, train.precision))
+        weights = count_weights(config, self.lora, thoughts.mixing != "none")
 
         @cache
         def estimate(texts: int, anchor_chunk: int | None) -> StepMemory:
-            memory = step_memory(config, thoughts, texts, self.length, processes.computed, anchor_chunk)
-            return process_memory(memory, weights, processes)
+            adapters = self.lora.lora_rank > 0
+            memory = step_memory(
+                config, thoughts, texts, length, processes.computed, anchor_chunk, places=places, adapters=adapters
+            )
+            memory = process_memory(memory, weights, processes)
+            moments = memory.moments // 4 if train.optimizer == "8bit" else memory.moments
+            return replace(memory, weights=memory.weights + base_copy(weights, thoughts, dtype, adapters), moments=moments)
 
-        memory = estimate(self.batch_size, self.anchor_chunk)
-        size = f"{self.batch_size} x {self.length} tokens, {rows:,} rows with thoughts"
-        table = memory_table(memory, libraries, self.gradient_checkpointing)
+        memory = estimate(plan.texts, plan.anchor_chunk)
+        size = f"{plan.texts} x {length} tokens, {rows:,} rows with thoughts"
+        table = memory_table(memory, libraries, plan.checkpointing)
         machine = this_machine(self.processes)
-        plan = Plan(self.batch_size, self.gradient_checkpointing, self.anchor_chunk)
-        reason = too_large(plan, self.length, estimate, machine, "--batch-size={}".format)
+        reason = too_large(plan, length, estimate, machine, lambda texts: f"--accumulation={-(-each // texts)}")
         fits = f"doesn't fit: {reason}" if reason else f"fits in the {human(machine.free)} that are free"
         text = f"{self.model}: a training step on {size}, needs about\n{table}\n{fits}"
         if self.processes > 1:
-            traffic = step_traffic(weights, thoughts, processes, chunk_count(self.length, self.anchor_chunk))
+            traffic = step_traffic(weights, thoughts, processes, chunk_count(places, plan.anchor_chunk))
             text += f"\n\nwhat {self.processes} processes exchange in a step\n{traffic_table(traffic, processes)}"
         return text
 
@@ -130,7 +141,8 @@ def environment() -> str:
     for device, what in devices.items():
         lines += ["", f"{device} ({what})"]
         lines += [f"  {row['op']:<18} {row['backend']:<10} {row['status']}" for row in backends(device)]
-        lines += [f"  linear_logprob keeps logits for its backward up to {human(default_keep_bytes(torch.device(device)))}"]
+        kept = default_keep_bytes(torch.device(device)) / 2**20
+        lines += [f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB"]
     return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * (32 if line[:1] == " " else 2)) for line in lines)
 
 

@@ -39,7 +39,7 @@ from quietstar.run import signals
 GROUP = "quietstar.commands"
 OWN = {
     name: EntryPoint(name, f"quietstar.cli.{name}:{name.title()}", GROUP)
-    for name in ("train", "think", "generate", "explain", "eval", "ask", "export", "doctor")
+    for name in ("train", "think", "generate", "explain", "eval", "ask", "export", "merge", "doctor")
 }
 
 

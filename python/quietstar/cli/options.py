@@ -147,13 +147,13 @@ def _expand(commands: Mapping[str, type], arguments: list[str]) -> tuple[list[st
             given[name[2:]] = value or following
     given = from_files | given
     if {"-h", "--help"}.intersection(arguments):
-        if command == "train" and given.get("preset") in PRESETS:
+        if command in ("train", "doctor") and given.get("preset") in PRESETS:
             print(preset_text(str(given["preset"])))
         return expanded, {}
     values = inherited(commands.get(command), str(given.get("model", "")))
     from_model = for_source(values, str(given.get("data", "")))
     preset = given.get("preset", values.get("preset"))
-    of_preset = TRAIN_PRESETS.get(preset, {}) if command == "train" and isinstance(preset, str) else {}
+    of_preset = TRAIN_PRESETS.get(preset, {}) if command in ("train", "doctor") and isinstance(preset, str) else {}
     expanded[1:1] = _as_typed(from_model) + _as_typed(of_preset) + _as_typed(from_files)
     return expanded, values
 

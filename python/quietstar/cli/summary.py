@@ -141,15 +141,19 @@ def _held_out_text(evaluations: Sequence[Mapping[str, float]]) -> str:
 
 
 def _training_text(lines: Sequence[Mapping[str, float]]) -> str:
-    """The first step, taken before any update, beside the mean of the last tenth."""
+    """The first step, taken before any update, beside the mean of the last tenth; without what is the same by construction."""
     first, last = lines[0], lines[-max(1, len(lines) // 10) :]
     since = f"step {last[0]['step']}" if len(last) == 1 else f"{last[0]['step']} to {last[-1]['step']}"
     rows = [_row("", f"step {first['step']}", since)]
+    fixed = {"loss_ce": 0.0, "weight": 1.0}  # without a cross entropy, and without a mixing head
+    figures = [name for name in FIGURES if name not in fixed or any(line.get(name) != fixed[name] for line in lines)]
     means = {name: fmean(line.get(name, 0.0) for line in last) for name in (*FIGURES, *ALARMS)}
-    for name in (*FIGURES, *(name for name in ALARMS if first.get(name) or means[name])):
+    for name in (*figures, *(name for name in ALARMS if first.get(name) or means[name])):
         form = ".0f" if name == "thoughts_per_second" else ".4f"
         rows.append(_row(name.replace("_per_second", "/s"), f"{first.get(name, 0.0):{form}}", f"{means[name]:{form}}"))
-    title = f"training, {len(lines):,} steps in {_time(sum(line['seconds'] for line in lines))}"
+    if len(lines) == 1:  # which is the first and the last
+        rows = [row[:36] for row in rows]
+    title = f"training, {len(lines):,} step{'s' * (len(lines) > 1)} in {_time(sum(line['seconds'] for line in lines))}"
     return "\n".join([title, *rows, *alarms(means, first)])
 
 

@@ -70,7 +70,9 @@ def describe(model: dict[str, Any], settings: dict[str, Any], tokens: list[Expla
 
 def figures(summary: dict[str, Any]) -> dict[str, str]:
     shown = {"worth": smaller(summary), **{part: part for part in PARTS}}
+    low, high = (summary[f"{shown['worth']}_{end}"] for end in ("low", "high"))
     return {
+        "title": "Where what was thought helped" if low > 0 else "Where thinking hurt" if high < 0 else "What thinking did",
         **{f"{name}{end}": signed(summary[f"{part}{end}"]) for name, part in shown.items() for end in ("", "_low", "_high")},
         **{name: f"{summary[name]:.3f}" for name in ("base", "another", "mixed")},
         "tokens": f"{summary['tokens']:,}",

@@ -41,8 +41,12 @@ class Weights:
         return max(dtype.itemsize * self.largest, 4 * self.largest_added)
 
 
-def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = None) -> Weights:
-    """The weights of a model with its thought parts, and with ``adapters`` unless their rank is 0."""
+def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = None, mixing: bool = True) -> Weights:
+    """The weights of a model with its thought parts, and with ``adapters`` unless their rank is 0.
+
+    Args:
+        mixing: whether the thought parts are trained; they aren't where the thought alone predicts.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     adapters = adapters or AdapterConfig()
@@ -59,7 +63,7 @@ def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = Non
         layer=max(together, default=0),
         head=head,
         rest=total - sum(own) + 2 * D,
-        trained=trained + head + 2 * D,
+        trained=trained + (head + 2 * D) * mixing,
         own=total,
         largest=0 if adapters.lora_rank else max(x.numel() for x in model.parameters()),
         largest_added=2 * D * D,
@@ -79,6 +83,13 @@ def _adapter_size(layer: nn.Module, adapters: AdapterConfig) -> int:
         if isinstance(linear, nn.Linear) and (targets == ["all-linear"] or name.rsplit(".", 1)[-1] in targets)
     ]
     return adapters.lora_rank * sum(linear.in_features + linear.out_features for linear in chosen)
+
+
+def base_copy(weights: Weights, thoughts: ThoughtConfig, dtype: torch.dtype, adapters: bool) -> int:
+    """Bytes of the copy that rewards are compared with: of the adapters where they alone are trained."""
+    if thoughts.base_model == "ema":
+        return 4 * (weights.layers + weights.rest - weights.own if adapters else weights.own)
+    return dtype.itemsize * weights.own * (thoughts.base_model == "frozen" and not adapters)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,15 @@ class StepMemory:
         return max(self.rollout, kept + self.mixing + head)
 
 
+def thinking_places(thoughts: ThoughtConfig, length: int) -> int:
+    """Positions of a text that think, as far as the config says: where they depend on the text, all that might."""
+    if thoughts.anchors == "all" or (thoughts.anchors == "sentences" and not thoughts.anchor_count):
+        return length
+    if thoughts.anchors == "every":
+        return -(-length // thoughts.anchor_stride)
+    return min(length, thoughts.anchor_count or math.ceil(thoughts.anchor_share * length))
+
+
 def head_calls(thoughts: ThoughtConfig, B: int, L: int, P: int, in_chunks: bool) -> list[int]:
     """Rows of each call of the LM head whose backward is still to come: B texts of L tokens, P anchors of each at a time."""
     predictions = B * P * thoughts.thoughts * thoughts.lookahead
@@ -99,17 +109,17 @@ def head_calls(thoughts: ThoughtConfig, B: int, L: int, P: int, in_chunks: bool)
     return [*calls, B * P * thoughts.thoughts * thoughts.thought_tokens]
 
 
-def head_on_cpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype) -> int:
-    """Bytes that calls of a head [V,D] take on a CPU, where all logits are fp32."""
+def head_on_cpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gradient: int | None = None) -> int:
+    """Bytes that calls of a head [V,D] take on a CPU, where all logits are fp32; ``gradient``: of those, its weight's."""
     chunk = min(max(HEAD_CHUNK, HEAD_ROWS * V), HEAD_MOST, V * max(calls))
     kept = _head_kept(calls, 4 * V, default_keep_bytes(torch.device("cpu")))
-    return 4 * HEAD_BUFFERS * chunk + kept + _head_gradient(V, D, dtype)
+    return 4 * HEAD_BUFFERS * chunk + kept + (_head_gradient(V, D, dtype) if gradient is None else gradient)
 
 
-def head_on_gpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gpu_bytes: int) -> int:
-    """Bytes that calls of a head [V,D] take on a GPU with ``gpu_bytes`` of memory."""
+def head_on_gpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gpu_bytes: int, gradient: int | None = None) -> int:
+    """Bytes that calls of a head [V,D] take on a GPU with ``gpu_bytes`` of memory; likewise."""
     kept = _head_kept(calls, dtype.itemsize * V, gpu_bytes // GPU_PART)
-    return head_backward(max(calls), V, D, dtype) + kept + _head_gradient(V, D, dtype)
+    return head_backward(max(calls), V, D, dtype) + kept + (_head_gradient(V, D, dtype) if gradient is None else gradient)
 
 
 def head_backward(R: int, V: int, D: int, dtype: torch.dtype) -> int:
@@ -135,8 +145,10 @@ def step_memory(
     dtype: torch.dtype = torch.float32,
     anchor_chunk: int | None = None,
     gpu_bytes: int | None = None,
+    places: int | None = None,
+    adapters: bool = False,
 ) -> StepMemory:
-    """An estimate for ``batch_size`` texts of ``length`` tokens that think at every position.
+    """An estimate for ``batch_size`` texts of ``length`` tokens.
 
     No weights are loaded and nothing is allocated: the decoder runs on tensors without storage, and the sizes of what autograd
     would keep are added up.
@@ -144,12 +156,17 @@ def step_memory(
     Args:
         anchor_chunk: anchors of each text at a time. The thoughts of a chunk are recomputed as a whole, not layer by layer.
         gpu_bytes: the memory of the GPU, on which it depends what the LM head keeps. Default that of the GPU here, or 80 GiB.
+        places: positions of a text that think. Default all.
+        adapters: whether they alone are trained, and the LM head has no gradient.
 
     Raises:
         ValueError: the model type can't think, or needs the values of tensors.
     """
     check_architecture(config)
     text_config = config.get_text_config()
+    B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
+    places = L if places is None else max(1, min(places, L))
+    rows = L + places * N * thoughts.rows
     # Experts run without storage only in bf16.
     faked = torch.bfloat16 if getattr(text_config, "num_experts_per_tok", None) else dtype
     with FakeTensorMode():
@@ -158,30 +175,30 @@ def step_memory(
         hand_on_layout(model)
         sizes = [x.numel() for x in model.parameters()]
         try:
-            kept, keys_values = _decoder(model, batch_size, length + length * thoughts.thoughts * thoughts.rows)
+            kept, keys_values = _decoder(model, B, rows)
         except RuntimeError as error:  # some experts read values
             what = f"the memory of a step can't be estimated for model type {config.model_type!r}"
             raise ValueError(f"{what}: {error}") from error
         V, D = model.get_output_embeddings().weight.shape
     kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
 
-    B, L, N, T, J = batch_size, length, thoughts.thoughts, thoughts.thought_tokens, thoughts.lookahead
-    P = L if anchor_chunk is None else min(anchor_chunk, L)  # of one chunk
-    rows, layers, half = L + L * N * thoughts.rows, text_config.num_hidden_layers, dtype.itemsize < 4
+    P = places if anchor_chunk is None else min(anchor_chunk, places)  # of one chunk
+    layers, half = text_config.num_hidden_layers, dtype.itemsize < 4
     weights = sum(sizes) * dtype.itemsize + 4 * (3 * D * D + 5 * D)  # the mixing head and both vectors are fp32
     predictions = B * P * N * J
     # In fp32: text and thought states side by side, two hidden layers, the text states, and a cast copy of the thought states.
-    mixing = 4 * D * (4 * predictions + B * P * J + half * predictions)
+    mixing = 4 * D * ((4 * predictions + B * P * J) * (thoughts.mixing != "none") + half * predictions)
     head_inputs = dtype.itemsize * D * (B * (L - 1) + predictions + B * P * N * T)
     calls = head_calls(thoughts, B, L, P, anchor_chunk is not None)
     if gpu_bytes is None:
         gpu_bytes = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else GPU_BYTES
-    text_kept, thoughts_kept = kept * L // rows, (kept - kept * L // rows) * P // L
+    text_kept, thoughts_kept = kept * L // rows, (kept - kept * L // rows) * P // places
     layer_inputs = layers * B * D * dtype.itemsize  # for a row
     checkpointed = layer_inputs * rows + kept // layers
     if anchor_chunk is not None:
         text_kept += CHUNK_COPIES * B * L * keys_values
         checkpointed = layer_inputs * L + CHUNK_COPIES * B * L * keys_values + thoughts_kept
+    head = 0 if adapters else _head_gradient(V, D, dtype)
     return StepMemory(
         weights=weights,
         gradients=weights,
@@ -190,8 +207,8 @@ def step_memory(
         thoughts=thoughts_kept,
         checkpointed=checkpointed,
         mixing=mixing + head_inputs,
-        head_on_cpu=head_on_cpu(calls, V, D, dtype),
-        head_on_gpu=head_on_gpu(calls, V, D, dtype, gpu_bytes),
+        head_on_cpu=head_on_cpu(calls, V, D, dtype, head),
+        head_on_gpu=head_on_gpu(calls, V, D, dtype, gpu_bytes, head),
         rollout=B * (L + P * N * T) * keys_values,
         largest=max(max(sizes) * dtype.itemsize, 4 * 2 * D * D),
         gpu_bytes=gpu_bytes,

@@ -23,8 +23,34 @@ def test_doctor(quietstar):
     code, out, _ = quietstar("doctor", "--model=model", "--batch-size=2", "--length=64", "--thoughts=3", "--verify")
     assert code == 0 and "2 x 64 tokens, 5,504 rows" in out and "optimizer moments" in out and "ok" in out.splitlines()[-1]
     assert re.search(r"^fits in the .* that are free$", out, re.MULTILINE)
-    assert "\n  linear_logprob keeps logits for its backward up to 256.0 MiB\n" in out
+    assert "\n  linear_logprob keeps logits for its backward up to 256 MiB\n" in out
     assert re.search(r"^  LM head on a GPU that has [0-9.]+ GiB +[0-9.]+ MiB$", out, re.MULTILINE)
+
+
+# Options of train; texts at a time, places that think in each, rows of a place.
+COMMANDS = [
+    ("--preset=lora --anchors=entropy --anchor-share=0.1 --thoughts=2 --thought-tokens=8 --lookahead=4", 8, 7, 2 * 13),
+    ("--preset=rlp --anchor-count=2 --thoughts=2 --thought-tokens=16 --batch-size=3", 3, 2, 2 * (18 + 7 + 8 - 2)),
+    ("--preset=rpt --thoughts=2 --thought-tokens=16 --optimizer=fused --steps=3 --out=run", 8, 8, 2 * (18 + 7 + 8 - 2)),
+    ("--anchors=every --anchor-stride=8 --thoughts=1 --thought-tokens=2 --lookahead=2 --accumulation=4", 2, 8, 5),
+]
+
+
+@pytest.mark.parametrize("command, texts, places, rows", COMMANDS)
+def test_it_takes_the_command_line_of_train(quietstar, command, texts, places, rows):
+    code, out, err = quietstar("doctor", "--model=model", "--length=64", "--data=text.txt", *command.split())
+    assert code == 0, err
+    assert f"{texts} x 64 tokens, {texts * (64 + places * rows):,} rows" in out
+
+
+def test_the_config_file_and_the_model_of_a_run(quietstar, trained):
+    table = re.compile(r"16 tokens, [0-9,]+ rows.*together, a process", re.DOTALL)
+    typed = ["--length=16", "--batch-size=4", "--thoughts=2", "--thought-tokens=2", "--lookahead=2", "--embedding-scale=1"]
+    found = [quietstar("doctor", *options) for options in (["--model=model", *typed], ["--config=run/config.json"])]
+    found += [quietstar("doctor", "--model=run", "--batch-size=4")]
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    kept = [re.sub(r".*Python and libraries.*", "", table.search(out)[0]) for _, out, _ in found]
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.parametrize("size", [100, 30, 12])

@@ -24,6 +24,7 @@ GOOD: dict[str, dict[str, str]] = {
     "eval": {**DATA, "model": "thinker", "batch_size": "4", "out": "new.json"},
     "ask": {"model": "thinker", "questions": "questions.jsonl", "max_new_tokens": "2", "out": "new.json"},
     "export": {**DATA, "data": "few.txt", "model": "thinker", "out": "new.jsonl"},
+    "merge": {"model": "thinker", "out": "new"},
     "doctor": {"model": "model"},
     "star": {**TASK, "sft_steps": "1", "no_filter": "", "rounds": "1", "problems": "4", "steps": "1", "test_problems": "2"}
     | {"valid_problems": "2", "max_new": "4", "out": "new", "model": "solver"},

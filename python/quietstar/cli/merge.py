@@ -1,0 +1,35 @@
+"""``quietstar merge``"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import arg
+
+from quietstar.cli.common import Checkpoint, check_out_folder
+from quietstar.cli.errors import UsageError
+from quietstar.files.writing import replaced
+from quietstar.model import QuietStar
+
+
+@dataclass
+class Merge:
+    """Write a checkpoint's language model alone, its adapters merged, for other libraries and servers."""
+
+    model: Checkpoint
+    out: Annotated[str, arg(metavar="FOLDER", help="a new folder, for weights, config, tokenizer and chat template")] = "merged"
+
+    def run(self) -> None:
+        check_out_folder(self.out)
+        if os.path.lexists(self.out):
+            raise UsageError(f"--out must be a new folder, and {self.out} exists")
+        qs = QuietStar.from_pretrained(self.model)
+        if qs.base is not None:
+            qs.merge_adapters()
+        with replaced(self.out) as beside:
+            qs.model.save_pretrained(beside)
+            if qs.tokenizer is not None:
+                qs.tokenizer.save_pretrained(beside)
+        print(f"wrote a {type(qs.model).__name__} to {self.out}")
