@@ -68,7 +68,7 @@ def check_architecture(config: PretrainedConfig) -> None:
         raise ValueError(f"model type {config.model_type!r} cannot think: {reason}")
 
 
-def wrong_with_layout(config: PretrainedConfig) -> ValueError | None:
+def wrong_with_layout(config: Any) -> ValueError | None:
     """The error for a model whose numbers would be wrong with a layout; the wrapper refuses more model types."""
     reason = _reason(config)
     if reason not in (_MIXES, _NO_POSITIONS, _BLOCKS):
