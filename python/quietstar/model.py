@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,10 +91,11 @@ class QuietStar(nn.Module):
         embed = embeddings(model)
         self.thought_config = config = checks.check_config(ThoughtConfig() if config is None else config, len(embed.weight))
         self.tokenizer = None if tokenizer is None else instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
-        if tokenizer is not None and len(tokenizer) > len(embed.weight):
-            cure = "model.resize_token_embeddings(len(tokenizer)) adds rows"
-            sizes = f"the tokenizer has {len(tokenizer)} tokens and the model rows for {len(embed.weight)}"
-            warnings.warn(f"QuietStar: {sizes}, so the others fail: {cure}", stacklevel=2)
+        with suppress(NotImplementedError):  # a tokenizer of one's own may have no length
+            if tokenizer is not None and len(tokenizer) > len(embed.weight):
+                cure = "model.resize_token_embeddings(len(tokenizer)) adds rows"
+                sizes = f"the tokenizer has {len(tokenizer)} tokens and the model rows for {len(embed.weight)}"
+                warnings.warn(f"QuietStar: {sizes}, so the others fail: {cure}", stacklevel=2)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         if flag("verify", verify):

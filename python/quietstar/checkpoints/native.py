@@ -170,7 +170,7 @@ def restore_all(contents: Contents, path: str | os.PathLike, verify: bool = True
     if V != own:
         raise ValueError(f"{path}: it has a vocabulary of {V} tokens, the model one of {own}")
     if len({x.model.get_output_embeddings().weight is embeddings(x.model).weight for x in (saved, contents)}) > 1:
-        raise ValueError(f"{path}: its output head is tied to the embeddings and the model's isn't, or the other way round")
+        raise ValueError(f"{path}: it is from another model: one output head is tied to the embeddings and the other isn't")
     contents.model.load_state_dict(saved.model.state_dict())
     restore(contents.tensors, saved.tensors, path)
 
