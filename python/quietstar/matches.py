@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _continuations(previous: int, following: list[int], tokenizer: PreTrainedTok
     return right if _alphabet(tokenizer) else {text for text in right if UNKNOWN not in text}
 
 
-def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The bytes of each token, a character for a byte, since a token may be a part of a character.
 
     Where no tokens of the tokenizer stand for bytes, the bytes that each token adds to the decoded text.
@@ -82,7 +82,7 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     if not alphabet:
         texts = [_characters(str(tokenizer.decode(ids[:n]))) for n in range(len(ids) + 1)]
         return [after[len(before) :] for before, after in pairwise(texts)]
-    tokens = [tokenizer.convert_ids_to_tokens(i) or "" for i in ids]
+    tokens = [str(tokenizer.convert_ids_to_tokens(i) or "") for i in ids]
     return [
         _characters(added[i].content)
         if i in added
@@ -109,7 +109,11 @@ def _alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     ):
         by_byte = {byte: name for name, byte in written.items() if name != "\u2581"}
         tokens = [by_byte[byte] for byte in _characters("a \u00e9")]
-        known = tokenizer.convert_tokens_to_ids(tokens)
-        if None not in known and tokenizer.unk_token_id not in known and str(tokenizer.decode(known)) == "a \u00e9":
+        known = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+        if (
+            None not in known
+            and tokenizer.unk_token_id not in known
+            and str(tokenizer.decode(cast("list[int]", known))) == "a \u00e9"
+        ):
             return written
     return {}

@@ -182,3 +182,11 @@ def test_the_summary(home, train):
     assert "\n  quietstar eval --model run\n" in out and '\n  quietstar generate --model run "Some text"' in out
     assert "\ntoo few texts to say " in out and "\nworth, the smaller of gain and content: " in out
     assert (home / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_that_mean_nothing_are_left_out():
+    line = {"step": 1, "loss_ce": 0.0, "reward": 0.1, "weight": 1.0, "thoughts_per_second": 5.0, "seconds": 1.0}
+    text = summary._training_text([line])
+    assert "training, 1 step in" in text and text.count("step 1") == 1
+    assert "loss_ce" not in text and "weight" not in text and "reward" in text
+    assert "weight" in summary._training_text([line, line | {"weight": 0.5}])

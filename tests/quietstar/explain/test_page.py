@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from quietstar.explanation.page import CLASSES, EDGES, SAME, colour, visible
+from quietstar.explanation.page import CLASSES, EDGES, SAME, colour, figures, visible
 from quietstar.explanation.report import Alternative, ExplainedThought, ExplainedToken, Report
 
 ROOT = Path(__file__).parents[3]
@@ -373,3 +373,11 @@ def test_the_file_holds_ascii_data_alone():
 )
 def test_invisible_characters(text, shown):
     assert visible(text).replace("\ue000", "[").replace("\ue001", "]") == shown
+
+
+@pytest.mark.parametrize("low, high, title", [(0.1, 0.3, "Where what was thought helped"), (-0.1, 0.3, "What thinking did")])
+def test_the_title_is_what_the_interval_allows(low, high, title):
+    means = {"gain": 0.2, "mixing": 0.1, "content": 0.1}
+    ends = {f"{name}_{end}": x for name in means for end, x in (("low", low), ("high", high))}
+    others = dict.fromkeys(("base", "another", "mixed", "helped", "hurt"), 0.5) | {"tokens": 9}
+    assert figures(means | ends | others)["title"] == title
