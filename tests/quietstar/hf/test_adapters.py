@@ -268,7 +268,7 @@ def test_existing_adapters_and_those_of_transformers_are_refused(qs, tiny):
 
 def test_without_peft(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'quietstar-kernels\[lora\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[lora\]'"):
         quietstar.QuietStar(tiny("llama"), CONFIG).add_adapters(AdapterConfig(lora_rank=2))
 
 
