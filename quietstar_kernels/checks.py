@@ -443,7 +443,7 @@ class Checker:
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Where autocast is on, tensors of several dtypes in its dtype, as ``linear`` takes them; equal ones, and fp64, stay."""
-    device = getattr(tensors[0], "device", torch.device("meta")).type
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}

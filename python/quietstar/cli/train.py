@@ -31,7 +31,7 @@ from quietstar.files.reading import sha256
 from quietstar.files.writing import write_whole
 from quietstar.memory.fit import Plan, too_large
 from quietstar.memory.processes import gathered_dtype
-from quietstar.memory.step import StepMemory, step_memory
+from quietstar.memory.step import StepMemory, step_memory, thinking_places
 from quietstar.model import QuietStar
 from quietstar.run import trackers
 from quietstar.run.lock import only_run_in
@@ -159,11 +159,15 @@ class Train:
 
         @cache
         def estimate(texts: int, anchor_chunk: int | None) -> StepMemory:
-            return replace(step_memory(qs.model.config, self.thoughts, texts, length, dtype, anchor_chunk), **parts)
+            thinking, adapters = thinking_places(self.thoughts, length), self.lora.lora_rank > 0
+            memory = step_memory(
+                qs.model.config, self.thoughts, texts, length, dtype, anchor_chunk, places=thinking, adapters=adapters
+            )
+            return replace(memory, **parts)
 
         each = -(-self.train.batch_size // machine.processes)
-        # Chosen anchors may be few, so that this is the least that they need.
-        few = self.thoughts.anchors != "all" or self.thoughts_from
+        # Sentences may be few, as may thoughts of a file, so that this is the least that they need.
+        few = self.thoughts.anchors == "sentences" or self.thoughts_from
         chunk = 1 if few or self.train.anchor_chunk == "auto" else self.train.anchor_chunk
         plan = Plan(-(-each // self.train.accumulation), self.gradient_checkpointing, chunk)
         try:
