@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from quietstar.checkpoints.pretrained import save_model
 from quietstar.cli.common import Checkpoint, check_out_folder
 from quietstar.cli.errors import UsageError
 from quietstar.files.writing import replaced
@@ -29,7 +30,5 @@ class Merge:
         if qs.base is not None:
             qs.merge_adapters()
         with replaced(self.out) as beside:
-            qs.model.save_pretrained(beside)
-            if qs.tokenizer is not None:
-                qs.tokenizer.save_pretrained(beside)
+            save_model(qs.model, qs.tokenizer, beside)
         print(f"wrote a {type(qs.model).__name__} to {self.out}")
