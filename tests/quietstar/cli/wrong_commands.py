@@ -174,7 +174,7 @@ def wrong_lines(seed: int, count: int, commands: typing.Sequence[str]) -> list[A
     for i in range(count):
         command = commands[i % len(commands)]
         kinds, options = options_of(command), dict(GOOD[command])
-        for name in choose.sample(sorted(kinds), choose.choice([1, 1, 1, 1, 2, 3])):
+        for name in choose.sample(sorted(kinds), min(choose.choice([1, 1, 1, 1, 2, 3]), len(kinds))):
             options[name] = hostile_value(choose, name, kinds[name])
         line = list(line_of(command, options))
         match choose.randrange(12):
