@@ -258,7 +258,7 @@ class Star:
     allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         *TASK,
         *LORA,
         Rule("top_p", lambda o: o.temperature == 0, "with --temperature=0"),

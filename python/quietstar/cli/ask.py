@@ -28,7 +28,7 @@ class Ask:
     limit: Annotated[int | None, arg(help="how many questions to ask, from the start; default all")] = None
     out: Annotated[str, arg(help="JSON file of the results; a page gets the same name with .md")] = "ask.json"
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         Rule("questions_split", lambda o: not any(map(from_hub, names(o.questions))), "with a file"),
         Rule("temperature seed", lambda o: not o.votes, "without --votes"),
     ]

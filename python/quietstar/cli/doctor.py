@@ -57,7 +57,7 @@ class Doctor(Train):
     processes: Annotated[int, arg(help="processes that train together; prints what they exchange")] = 1
     verify: Annotated[bool, arg(help="also load the weights, and compare thoughts with ordinary forward passes")] = False
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         Rule(" ".join(sorted(OF_TRAIN | {"processes", "verify"})), lambda o: not o.model, "without --model"),
         *Train.ignored,
     ]

@@ -36,8 +36,8 @@ class Eval:
         str, arg(help="JSON file of the results, with a plot beside it; default a new one in the run's folder, or here")
     ] = ""
 
-    inherits: ClassVar = (DataConfig,)
-    ignored: ClassVar = [Rule("held_out held_out_seed held_out_split", lambda o: o.all, "with --all"), *DATA]
+    inherits: ClassVar[tuple] = (DataConfig,)
+    ignored: ClassVar[list] = [Rule("held_out held_out_seed held_out_split", lambda o: o.all, "with --all"), *DATA]
 
     def run(self) -> None:
         if self.out:

@@ -33,7 +33,7 @@ class Explain:
     ] = ""
     seed: Annotated[int | None, arg(help="sample N thoughts with this seed; default the likeliest tokens")] = None
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         Rule("held_out", lambda o: bool(o.text or o.file), "with a text"),
         Rule("chat", lambda o: not (o.text or o.file), "without a text"),
     ]

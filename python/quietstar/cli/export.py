@@ -28,8 +28,8 @@ class Export:
     batch_size: Annotated[int, arg(help="texts at a time")] = 8
     thoughts: Annotated[int | None, arg(help="N, thoughts to sample at each anchor; default as the model's config says")] = None
 
-    inherits: ClassVar = (DataConfig,)
-    ignored: ClassVar = [*DATA, Rule("min_gain max_length leaks", lambda o: not o.keep, "without --keep")]
+    inherits: ClassVar[tuple] = (DataConfig,)
+    ignored: ClassVar[list] = [*DATA, Rule("min_gain max_length leaks", lambda o: not o.keep, "without --keep")]
 
     def run(self) -> None:
         for name, value in (("batch-size", self.batch_size), ("thoughts", self.thoughts)):

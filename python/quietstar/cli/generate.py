@@ -40,7 +40,7 @@ class Generate:
     top_k: Annotated[int | None, arg(help="sample from this many of the likeliest tokens; default the model's")] = None
     seed: Annotated[int | None, arg(help="seed of all that is sampled; default a new one each time")] = None
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         Rule("thoughts sample_thoughts", lambda o: o.think == "never", "with --think=never"),
         Rule("thoughts", lambda o: not o.sample_thoughts, "without --sample-thoughts"),
         Rule("top_p top_k", lambda o: o.temperature == 0, "without --temperature above 0"),

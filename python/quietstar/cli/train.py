@@ -71,8 +71,8 @@ class Train:
         default="", metadata=MAY_DIFFER
     )
 
-    inherits: ClassVar = (DataConfig, ThoughtConfig)
-    ignored: ClassVar = [
+    inherits: ClassVar[tuple] = (DataConfig, ThoughtConfig)
+    ignored: ClassVar[list] = [
         *DATA,
         *THOUGHTS,
         *LORA,

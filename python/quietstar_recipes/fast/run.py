@@ -276,8 +276,8 @@ class Fast:
     allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
-    inherits: ClassVar = (DataConfig,)
-    ignored: ClassVar = [
+    inherits: ClassVar[tuple] = (DataConfig,)
+    ignored: ClassVar[list] = [
         *DATA,
         *THOUGHTS,
         Rule("thought_tokens lookahead", lambda o: True, "here: --curriculum sets it"),

@@ -33,7 +33,7 @@ class Internalize:
     allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         *TASK,
         Rule(f"{STEPWISE} compare", lambda o: o.method == "kd", "with --method=kd"),
         Rule("eval_every", lambda o: o.method == "kd" and not o.gate, "with --method=kd, unless --gate is above 0"),

@@ -299,7 +299,7 @@ class Score:
     allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         *TASK,
         Rule("two_turn_problems two_turn_rate", lambda o: not o.two_turn_steps, "without --two-turn-steps"),
         Rule("first_kl", lambda o: not o.first_steps, "with --first-steps=0"),

@@ -392,7 +392,7 @@ class Solve:
     dtype: WeightsDtype = "float32"
     allow_bin: AllowBin = False
 
-    ignored: ClassVar = [
+    ignored: ClassVar[list] = [
         *TASK,
         Rule("revise_steps judge_steps", lambda o: not o.attempts, "with --attempts=0"),
         Rule("revise_samples", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),

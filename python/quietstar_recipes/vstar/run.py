@@ -283,7 +283,7 @@ class VStar:
     allow_bin: AllowBin = False
     resume: ResumeRun = ""
 
-    ignored: ClassVar = [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")]
+    ignored: ClassVar[list] = [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")]
 
     def run(self) -> None:
         check_out_folder(self.recipe.out)

@@ -1,5 +1,6 @@
 """Language models in GGUF files: wherever a model is named, trained and saved; each way to go wrong is a sentence."""
 
+import importlib
 import json
 
 import gguf
@@ -79,7 +80,7 @@ def test_a_model_that_transformers_unpacked_is_saved(file, tmp_path):
 @pytest.mark.parametrize("shared", [False, True])
 def test_trl_trains_it(file, tmp_path, shared):
     """TRL's trainer what ``load_model`` returns; one with shared prompts also what transformers does."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    trl, datasets = pytest.importorskip("trl", minversion="1.16"), pytest.importorskip("datasets")
     kind = type("Trainer", (SharedPrompts, trl.GRPOTrainer) if shared else (trl.GRPOTrainer,), {})
     options = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 2, "max_steps": 1}
     quiet = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
@@ -112,7 +113,7 @@ def test_what_is_refused(file, model, monkeypatch):
     write_gguf(file, model, layers=1000)
     with pytest.raises(ValueError, match="its config says 1000 layers, its weights are 12 tensors"):
         load_model(file)
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    monkeypatch.setattr(importlib.import_module("transformers.modeling_gguf_pytorch_utils"), "is_gguf_available", lambda: False)
     with pytest.raises(ValueError, match="pip install gguf"):
         load_config(file)
     file.write_bytes(file.read_bytes()[:1000])
