@@ -58,7 +58,7 @@ def gradients(name: str) -> Callable[[int, int, int, str], Call]:
 
         def call() -> tuple[Tensor, ...]:
             known = _launch.plan("tiles", (grad_out, *qkv), name)
-            tables = known.once(lambda: backward.row_tables(grad_out, out, lse, branches, None, None, known))
+            tables = known.once(lambda: backward.row_tables(grad_out, out, lse, None, branches, None, None, known))
             inputs = backward.Inputs(grad_out, *qkv, branches, options, tables, known)
             return (backward.query_gradient(inputs),) if name == "dq" else backward_keys.key_gradients(inputs)
 
