@@ -88,33 +88,28 @@ def _try_or_remember(
     trial |= _took_part()
     if _was_right(trial):
         return None
-
-    def run() -> None:
-        _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
-
-    try:
+    for last in (False, True):
         try:
-            run()
+            _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
+            break
         except torch.OutOfMemoryError:
-            raise
-        except _FROM_ELSEWHERE:
-            run()
-    except torch.OutOfMemoryError:
-        raise
-    except _FROM_ELSEWHERE as error:
-        raise RuntimeError(
-            f"{op}: backend {backend!r} could not be tried on {kind} in {dtype}, twice: {type(error).__name__}: {error}. If "
-            "it stays so, choose another with backend= or QUIETSTAR_BACKEND; where compilers share a cache on a network, set "
-            "TRITON_CACHE_DIR to a folder of the node."
-        ) from error
-    except Exception as error:
-        reason = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
-        warnings.warn(
-            f"{op}: backend {backend!r} is wrong on {kind} in {dtype}, so backend='auto' takes the next one. {reason}. "
-            "Please report this, with the output of `python -m quietstar_kernels check`.",
-            stacklevel=6,
-        )
-        return f"it is wrong on {kind}: {reason}"
+            raise  # this doesn't mean that the back end is wrong
+        except _FROM_ELSEWHERE as error:
+            if not last:
+                continue
+            raise RuntimeError(
+                f"{op}: backend {backend!r} could not be tried on {kind} in {dtype}, twice: {type(error).__name__}: {error}. "
+                "If it stays so, choose another with backend= or QUIETSTAR_BACKEND; where compilers share a cache on a "
+                "network, set TRITON_CACHE_DIR to a folder of the node."
+            ) from error
+        except Exception as error:
+            reason = str(error) if isinstance(error, AssertionError) else f"it raises {type(error).__name__}: {error}"
+            warnings.warn(
+                f"{op}: backend {backend!r} is wrong on {kind} in {dtype}, so backend='auto' takes the next one. {reason}. "
+                "Please report this, with the output of `python -m quietstar_kernels check`.",
+                stacklevel=6,
+            )
+            return f"it is wrong on {kind}: {reason}"
     _remember(trial)
     return None
 

@@ -27,6 +27,7 @@ from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
 from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.losses import TokenLosses, at_chosen_anchors, can_swap, measure, with_thoughts_of_another
+from quietstar.files.reading import reason_of
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import state
 from quietstar.model import OF_TRL, QuietStar
@@ -62,7 +63,7 @@ def _as_tensors(example: Mapping[str, Any]) -> Example:
         # An empty list has no numbers from which to tell a dtype.
         return {name: x if len(x) or name == "old_logprob" else x.long() for name, x in found.items()}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"pad_texts: examples: a column must be numbers: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"pad_texts: examples: a column must be numbers: {reason_of(error)}") from error
 
 
 class ThoughtTrainer(Trainer):

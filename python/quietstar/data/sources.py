@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quietstar.files.reading import check_regular, decoded, json_value, numbered_lines, read_utf8
+from quietstar.files.reading import check_regular, decoded, json_value, numbered_lines, read_utf8, reason_of
 
 TEXT, JSON, TABLES = (".txt", ".txt.gz"), (".jsonl", ".json", ".jsonl.gz", ".json.gz"), (".csv", ".parquet")
 FILES = TEXT + JSON + TABLES
@@ -168,8 +168,7 @@ def hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]
         stream = datasets.load_dataset(name, subset or None, split=split, streaming=True)
         found = list(islice(stream, None if limit is None else limit + 1))
     except Exception as error:  # errors of the library, the network and file formats have no common base
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{source!r} is not a file, and loading it from the hub failed: {reason}") from error
+        raise ValueError(f"{source!r} is not a file, and loading it from the hub failed: {reason_of(error)}") from error
     if limit is not None and len(found) > limit:
         _warn(f"{source}: only the first {limit:,} rows of the split {split!r} are read, and there are more")
     return found[:limit]
