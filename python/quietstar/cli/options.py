@@ -294,6 +294,4 @@ def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any
 
 
 def _same_file(one: Any, other: Any) -> bool:
-    if not isinstance(one, str) or not isinstance(other, str):
-        return False
-    return absolute(one) == other or (os.path.exists(one) and os.path.realpath(one) == other)
+    return isinstance(one, str) and isinstance(other, str) and other in (absolute(one), os.path.realpath(one))
