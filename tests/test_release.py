@@ -22,6 +22,12 @@ def test_workflows_run_targets_of_the_makefile():
             assert program == "gh" or command == "bash .ci/run" or (program == "make" and what in targets), command
 
 
+def test_workflows_pin_the_actions_of_others():
+    """By commit: a name such as v5 can be moved to other code, and one of the jobs may publish."""
+    used = [x for file in (ROOT / ".github/workflows").glob("*.yml") for x in re.findall(r"uses: (.*)", file.read_text())]
+    assert used and [x for x in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", x)] == []
+
+
 def test_every_long_test_runs_in_ci_when_something_is_touched():
     """Each of its paths begins a file's, and each file with marked tests is in a part of that suite."""
     table = re.search(r"<<'END'\n(.*?)\nEND\n", (ROOT / ".ci/run").read_text(), re.DOTALL)[1]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
@@ -216,11 +216,20 @@ def _struct_rule(info: Any) -> StructConstructorSpec | None:
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    hints = typing.get_type_hints(config)
+    hints, filled = typing.get_type_hints(config), filled_by("official")
+
+    def kind(field: Any) -> Any:
+        if field.default is not None:
+            return hints[field.name]
+        hint = "default: none"
+        if field.name in filled:
+            hint = f"the preset's; {'empty' if filled[field.name] == '' else filled[field.name]} in official"
+        return Annotated[hints[field.name] | None, tyro.conf.arg(help_behavior_hint=f"({hint})")]
+
     options = [
         StructFieldSpec(
             name=field.name,
-            type=hints[field.name] | None if field.default is None else hints[field.name],
+            type=kind(field),
             default=field.default,
             helptext=field.metadata["help"],
         )
