@@ -31,7 +31,7 @@ from quietstar.checkpoints.contents import (
     read_file,
 )
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
-from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer, save_model
+from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer, save_model, save_tokenizer
 from quietstar.config import ThoughtConfig, read_thought_config
 from quietstar.files.reading import as_type, check_names, check_saved, read_json, sha256
 from quietstar.files.writing import replaced
@@ -72,8 +72,7 @@ def write(contents: Contents, folder: Path, max_shard_size: int | str = "50GB") 
         save_model(contents.model, contents.tokenizer, folder, max_shard_size=max_shard_size)
     else:
         adapters.save(contents.model, folder)
-        if contents.tokenizer is not None:
-            contents.tokenizer.save_pretrained(folder)
+        save_tokenizer(contents.tokenizer, folder)
     tensors = {name: x.detach().cpu().contiguous() for name, x in contents.tensors.items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / "README.md").write_text(_card(contents), encoding="utf-8")

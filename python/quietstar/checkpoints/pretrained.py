@@ -5,9 +5,11 @@ Where possible, a damaged file is found before transformers reads it, since that
 
 from __future__ import annotations
 
+import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -136,8 +138,42 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike, **options:
     model.save_pretrained(folder, **options)
     if model.can_generate() and (config := aligned(tokenizer, model)) is not None:
         config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    with _edited(folder, "config.json") as description:
+        for part in (description, description.get("text_config") or {}):
+            _add_older_names(part)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Write a tokenizer, if there is one, under names that transformers 4 knows too."""
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    with _edited(folder, "tokenizer_config.json") as config:
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+
+def _add_older_names(config: dict[str, Any]) -> None:
+    """Rotary embeddings under transformers 4's names, which mlx-lm and servers read; without them, some take 10,000 silently.
+
+    A config whose kinds of layer have their own stays as it is: transformers 5 would take the names for all kinds.
+    """
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+
+
+@contextmanager
+def _edited(folder: str | os.PathLike, name: str) -> Iterator[dict[str, Any]]:
+    path = Path(folder) / name
+    values = json.loads(path.read_text(encoding="utf-8"))
+    yield values
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unmark_gguf(model: PreTrainedModel) -> None:

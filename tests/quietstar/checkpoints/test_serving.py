@@ -51,6 +51,10 @@ def check(folder, model, tied=()):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], weight)
+    rope = getattr(model.config, "rope_parameters", {"rope_theta": None})
+    assert json.loads((Path(folder) / "config.json").read_text()).get("rope_theta") == rope["rope_theta"]
+    tokenizer = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in tokenizer
 
 
 def thinker(tied=False):

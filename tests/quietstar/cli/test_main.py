@@ -4,7 +4,7 @@ import pytest
 
 from quietstar.cli import errors
 from quietstar.cli.main import COMMANDS
-from quietstar.config import ThoughtConfig, TrainConfig
+from quietstar.config import ThoughtConfig, TrainConfig, filled_by
 from quietstar.data.texts import DataConfig
 
 
@@ -15,11 +15,13 @@ def test_help(quietstar, command, monkeypatch):
     assert code == 0 and not err
     if command == "train":
         flat = " ".join(out.replace("│", " ").split())
+        official = {name: "empty" if x == "" else x for name, x in filled_by("official").items()}
         for config in (DataConfig, ThoughtConfig, TrainConfig):
             for name, field in config.__dataclass_fields__.items():
                 assert f"--{name.replace('_', '-')}" in flat
-                default = field.default if field.default != "" else "''"
-                assert f"{field.metadata['help']} (default: {default})" in flat, name
+                default = {"": "''", None: "none"}.get(field.default, field.default)
+                shown = f"the preset's; {official[name]} in official" if name in official else f"default: {default}"
+                assert f"{field.metadata['help']} ({shown})" in flat, name
         assert "(required)" in flat
 
 

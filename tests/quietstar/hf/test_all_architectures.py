@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoConfig
 
 import quietstar
+from quietstar.checkpoints import pretrained
 from quietstar.hf.architectures import REFUSED, check_architecture, most_rows
 from tests.quietstar.hf import all_architectures as everything
 
@@ -29,6 +32,30 @@ def test_tables_of_the_docs(mark):
         pytest.skip(f"the page is of another version than {transformers.__version__}")
     shown = page.partition(f"<!-- {mark}: begin -->\n")[2].partition(f"\n<!-- {mark}: end -->")[0]
     assert shown == everything.tables()[mark]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_older_names_in_a_config_change_nothing(scaled, tmp_path):
+    """transformers reads what it wrote of rotary embeddings, for every type, also with the names that ``save_model`` adds."""
+    named = []
+    for model_type in sorted({*everything.TYPES} - {*REFUSED}):
+        config = everything.tiny_config(model_type)
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        for part in [rope] if "rope_theta" in rope else filter(None, rope.values()):
+            part |= {"rope_theta": 12345.0} | ({"rope_type": "linear", "factor": 4.0} if scaled else {})
+        folder = tmp_path / model_type
+        try:
+            config.save_pretrained(folder)
+            saved = AutoConfig.from_pretrained(folder).get_text_config()
+        except StrictDataclassClassValidationError:  # the type takes no such scaling, or its tiny config isn't one to save
+            continue
+        with pretrained._edited(folder, "config.json") as values:
+            for part in (values, values.get("text_config") or {}):
+                pretrained._add_older_names(part)
+                named += [model_type] * (part.get("rope_theta") == 12345.0 and ("rope_scaling" in part) == scaled)
+        loaded = AutoConfig.from_pretrained(folder).get_text_config()
+        assert getattr(loaded, "rope_parameters", None) == getattr(saved, "rope_parameters", None), model_type
+    assert {"llama", "qwen3", "mistral"} <= {*named} and len({*named}) > 50 and "gemma3_text" not in named
 
 
 @pytest.mark.parametrize("model_type", [pytest.param("nemotron", marks=pytest.mark.long), "stablelm"])
