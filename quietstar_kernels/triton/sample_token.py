@@ -305,7 +305,7 @@ def resolve(weights, rest):
     column = tl.arange(0, GROUP)[None, :]
     running = tl.cumsum(weights, 1)
     # Rounding may move the draw past the end. Then it falls on the last column that has a weight.
-    rest = tl.minimum(rest, BELOW_ONE * tl.max(running, 1))
+    rest = tl.minimum(rest, tl.max(running, 1) * BELOW_ONE)
     drawn = tl.sum((running <= rest[:, None]).to(tl.int32), 1)
     drawn = tl.where(drawn < GROUP, drawn, 0)
     return drawn, tl.sum(tl.where(column == drawn[:, None], weights, 0.0), 1)
