@@ -37,6 +37,7 @@ import torch
 from experiments_claims import Claim, figure
 from small_base import base
 from transformers import PreTrainedModel
+from verdicts import train_outcome, verdict_scorer
 
 from quietstar.files.reading import json_lines
 from quietstar.run.batches import mix_seed
@@ -48,7 +49,7 @@ from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.solve.values import Valued, train_values, value_scorer
 from quietstar_recipes.tasks import Row, Task
 from quietstar_recipes.vstar.run import Config, right_solutions, vstar, write
-from quietstar_recipes.vstar.verifier import Pair, Solution, make_pairs, train_outcome, train_verifier, verdict_scorer
+from quietstar_recipes.vstar.verifier import Pair, Solution, make_pairs, train_verifier
 
 TITLE = "V-STaR"
 SIZES: dict[str, dict[str, Any]] = {
