@@ -171,9 +171,10 @@ def _add_older_names(config: dict[str, Any]) -> None:
 @contextmanager
 def _edited(folder: str | os.PathLike, name: str) -> Iterator[dict[str, Any]]:
     path = Path(folder) / name
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # mistral-common writes none
     yield values
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    if values:
+        path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unmark_gguf(model: PreTrainedModel) -> None:
