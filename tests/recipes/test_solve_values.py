@@ -10,7 +10,7 @@ from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import Completion, Sampling
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.solve import values as recipe
-from quietstar_recipes.solve.values import Valued, roll_out, train_values, value_scorer, values
+from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
 from tests.recipes.conftest import seeded
 
@@ -53,6 +53,7 @@ def test_a_value_is_the_share_of_rollouts_that_end_right(monkeypatch):
     assert found[0].values == [pytest.approx(1 / 3), pytest.approx(1 / 3), 1.0]
     assert found[1].values == [pytest.approx(1 / 3), 0.0, 0.0]
     assert found[0].ends == task.step_ends(right[0])
+    assert [(x.ends, x.values) for x in outcomes(found)][:2] == [([len(right[0])], [1.0]), ([len(wrong)], [0.0])]
 
 
 def digits_after(count, generator):

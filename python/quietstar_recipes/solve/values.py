@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ def roll_out(
         known = [share[i, ids[:end]] for end in ends[:-1]]
         found.append(Valued(i, rows[i].prompt_ids, list(ids), ends, [*known, float(task.check(rows[i], ids))]))
     return found
+
+
+def outcomes(solutions: Sequence[Valued]) -> list[Valued]:
+    """The same solutions with the last value alone: what an outcome verifier learns from."""
+    return [replace(x, ends=x.ends[-1:], values=x.values[-1:]) for x in solutions]
 
 
 def train_values(
