@@ -157,7 +157,7 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
 
 
 def _add_older_names(config: dict[str, Any]) -> None:
-    """Rotary embeddings under transformers 4's names, which mlx-lm and servers read; without them, some take 10,000 silently.
+    """Rotary embeddings under the names that transformers 4 and mlx-lm read; a Llama without them has a base of 10,000 there.
 
     A config whose kinds of layer have their own stays as it is: transformers 5 would take the names for all kinds.
     """
