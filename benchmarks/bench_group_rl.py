@@ -176,7 +176,7 @@ def stock() -> type:
 
 
 def shared() -> type:
-    from quietstar.shared_prompt import SharedPrompts
+    from quietstar.group_rl.shared_prompt import SharedPrompts
 
     return type("SharedPromptTrainer", (SharedPrompts, stock()), {})
 

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 
 from quietstar import QuietStar
 from quietstar.hf.modules import backbone, embeddings
-from quietstar.packed import PackedInputs, Predictions
-from quietstar.rollout import Thoughts
+from quietstar.thinking.forward import PackedInputs, Predictions
+from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels import ThoughtLayout
 
 

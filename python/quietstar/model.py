@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quietstar import base_model, checks, objective
-from quietstar.anchors import Candidates, Gate, choose, only_at
+from quietstar import checks, objective
 from quietstar.checkpoints import native, official
 from quietstar.checkpoints.contents import Contents, TrainedOn
 from quietstar.checkpoints.places import checkpoint_of
-from quietstar.checkpoints.pretrained import unmark_gguf
-from quietstar.chunks import AnchorChunk, predict_in_chunks
 from quietstar.config import AdapterConfig, ThoughtConfig
-from quietstar.generate import Thinking, generate
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.ends import stopping_at_ends
 from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import LMHead, find_lm_head
-from quietstar.hf.modules import backbone, embeddings, initial_embedding, unwrapped
+from quietstar.hf.modules import backbone, embeddings, initial_embedding, unmark_gguf, unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar.leaks import following, leaks
-from quietstar.live import sample
-from quietstar.matches import AHEAD, matches
-from quietstar.packed import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
-from quietstar.rollout import Thoughts, draw_seed
-from quietstar.written import Marks
+from quietstar.objective import following, leaks
+from quietstar.thinking import base_model
+from quietstar.thinking.anchors import Candidates, Gate, choose, only_at
+from quietstar.thinking.chunks import AnchorChunk, predict_in_chunks
+from quietstar.thinking.cohorts import sample
+from quietstar.thinking.forward import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
+from quietstar.thinking.generate import Thinking, generate
+from quietstar.thinking.matches import AHEAD, matches
+from quietstar.thinking.rollout import Thoughts, draw_seed
+from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, seed_bits, tensor
 

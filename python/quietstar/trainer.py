@@ -32,9 +32,9 @@ from quietstar.files.writing import write_whole
 from quietstar.hf.modules import state
 from quietstar.model import OF_TRL, QuietStar
 from quietstar.objective import Counts
-from quietstar.packed import QuietStarOutput
 from quietstar.run import figures
 from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
+from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import flag, instance, items, refusal
 
 EVALUATED = ("input_ids", "attention_mask", "labels", "anchors", "document_ids")

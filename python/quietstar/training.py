@@ -28,7 +28,6 @@ from quietstar.hf.linear import fast_linear
 from quietstar.hf.modules import state
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
-from quietstar.packed import QuietStarOutput
 from quietstar.run import figures, processes, snapshots, trackers
 from quietstar.run.batches import Batch, Example, check_data, check_example, collate, mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
@@ -36,6 +35,7 @@ from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import shard, whole
+from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import file_path, flag, function, instance, refusal
 
 # (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from quietstar.leaks import LEAK, following, leaks
-from quietstar.objective import make_targets
+from quietstar.objective import LEAK, following, leaks, make_targets
 from quietstar_kernels import ThoughtLayout
 
 

@@ -23,6 +23,7 @@ from quietstar.checkpoints.places import checkpoint_of, is_gguf
 from quietstar.files.reading import check_regular, read_json
 from quietstar.hf.ends import aligned
 from quietstar.hf.lm_head import note_tie
+from quietstar.hf.modules import unmark_gguf
 
 T = TypeVar("T")
 
@@ -175,14 +176,6 @@ def _edited(folder: str | os.PathLike, name: str) -> Iterator[dict[str, Any]]:
     yield values
     if values:
         path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def unmark_gguf(model: PreTrainedModel) -> None:
-    """Make transformers save a model from a GGUF file, which it calls quantized even after it has unpacked the weights."""
-    quantization = getattr(model.config, "quantization_config", None)
-    if getattr(quantization, "quant_method", None) == "gguf":
-        del model.config.quantization_config
-        vars(model).update(hf_quantizer=None, is_quantized=False)
 
 
 def _source(path: str) -> tuple[str, dict[str, str]]:

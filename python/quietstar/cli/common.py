@@ -16,7 +16,6 @@ from tyro.conf import arg
 from quietstar.checkpoints import native, pretrained
 from quietstar.checkpoints.contents import TrainedOn
 from quietstar.checkpoints.pretrained import load_tokenizer
-from quietstar.chunks import free_memory
 from quietstar.cli.errors import UsageError
 from quietstar.config import Dtype, ThoughtConfig
 from quietstar.data.held_out import check_held_out
@@ -28,6 +27,7 @@ from quietstar.evaluation.intervals import format_gain, verdict
 from quietstar.memory.fit import Machine
 from quietstar.model import QuietStar
 from quietstar.run.processes import process_state
+from quietstar.thinking.chunks import free_memory
 
 
 def typed(name: str, value: str) -> str:

@@ -38,7 +38,7 @@ from quietstar.memory.processes import (
 from quietstar.memory.step import StepMemory, human, memory_table, step_memory, thinking_places
 from quietstar.model import QuietStar
 from quietstar.testing import tiny_model
-from quietstar.written import Marks
+from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import backends, cpu_library, cuda_library
 from quietstar_kernels.cpu.products import cpu_products
 from quietstar_kernels.linear_logprob import default_keep_bytes

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from quietstar.config import option
 from quietstar.hf.modules import dropout_off
-from quietstar.leaks import LEAK, following, leaks
 from quietstar.model import QuietStar
-from quietstar.objective import IGNORED
-from quietstar.rollout import Thoughts
+from quietstar.objective import IGNORED, LEAK, following, leaks
 from quietstar.run.batches import Batch
+from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import check, check_at_least, check_types
 
 

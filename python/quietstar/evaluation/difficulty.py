@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar.anchors import CHOICES
 from quietstar.evaluation.intervals import PARTS, format_gain, parts_of, student
 from quietstar.evaluation.losses import TokenLosses
 from quietstar.files.pictures import legend_above, new_figure, save
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
 from quietstar.run.batches import Example, batches_of, check_data, text_of
+from quietstar.thinking.anchors import CHOICES
 from quietstar_kernels.checks import instance, integer
 
 GROUPS = 10

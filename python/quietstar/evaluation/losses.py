@@ -17,9 +17,9 @@ from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.scoring import one_thought
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
-from quietstar.packed import QuietStarOutput
 from quietstar.run.batches import Batch, Example, batches_of, check_data, mix_seed, text_of
 from quietstar.run.processes import before_batch
+from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import flag, instance, integer
 
 THOUGHTS = ("thought_ids", "thought_lengths")

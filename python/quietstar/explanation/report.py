@@ -22,11 +22,11 @@ from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, not_finite, unwrapped
-from quietstar.leaks import following, leaks
-from quietstar.live import sample
 from quietstar.model import QuietStar
-from quietstar.packed import PackedInputs, Thinker
-from quietstar.rollout import Thoughts
+from quietstar.objective import following, leaks
+from quietstar.thinking.cohorts import sample
+from quietstar.thinking.forward import PackedInputs, Thinker
+from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import file_path, flag, instance, unicode
 
 FORMAT = 2

@@ -29,6 +29,14 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else model.model
 
 
+def unmark_gguf(model: PreTrainedModel) -> None:
+    """Make transformers save a model from a GGUF file, which it calls quantized even after it has unpacked the weights."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "gguf":
+        del model.config.quantization_config
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+
+
 @contextmanager
 def layer_checkpoints_off(model: nn.Module) -> Iterator[None]:
     """Turn gradient checkpointing of single layers off inside the context, for code that is recomputed as a whole."""

@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
-from quietstar.packed import QuietStarOutput
 from quietstar.run.batches import COLUMNS, Batch, moved, text_of
+from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels import ThoughtLayout
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from quietstar.group_rl.prompts_once import generates_row_by_row, prompts_once
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.layouts import layout_head, layouts_on
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
-from quietstar.hf.prompts_once import generates_row_by_row, prompts_once
 from quietstar_kernels import ThoughtLayout
 
 # Scoring shares what rows begin with where rows that repeat it have this many times the tokens, padding included, and this

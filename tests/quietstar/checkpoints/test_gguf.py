@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.cli import main as cli
-from quietstar.shared_prompt import SharedPrompts
+from quietstar.group_rl.shared_prompt import SharedPrompts
 
 THOUGHTS = ["--thoughts=1", "--thought-tokens=1", "--lookahead=1"]
 

@@ -12,8 +12,8 @@ import torch
 from quietstar.cli import main as cli
 from quietstar.data.filtering import ThoughtFilter, best
 from quietstar.data.thoughts import OfflineThoughts, export_thoughts
-from quietstar.rollout import Thoughts
 from quietstar.run.batches import collate
+from quietstar.thinking.rollout import Thoughts
 from tests.quietstar.common import short_run, texts_of, wrap
 
 N, T, J = 4, 6, 2

@@ -8,7 +8,7 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.data.texts import tokenize
 from quietstar.evaluation.questions.answers import continue_texts
 from quietstar.hf.ends import end_ids
-from quietstar.written import Marks
+from quietstar.thinking.text_thoughts import Marks
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.tasks import Addition
 from tests.quietstar.conftest import make_byte_tokenizer

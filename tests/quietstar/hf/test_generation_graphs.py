@@ -58,8 +58,8 @@ def test_generation_with_thoughts_that_stop(wrap):
 @pytest.mark.long
 def test_a_text_that_outgrows_its_memory(wrap, monkeypatch):
     """Its graphs are captured again."""
-    monkeypatch.setattr(quietstar.generate, "ROOM", 4)
-    monkeypatch.setattr(quietstar.generate, "AHEAD", 0)
+    monkeypatch.setattr(quietstar.thinking.generate, "ROOM", 4)
+    monkeypatch.setattr(quietstar.thinking.generate, "AHEAD", 0)
     qs = wrap()
     ids = torch.randint(3, 59, (1, 7), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 23, "eos_token_id": None, "pad_token_id": 0}

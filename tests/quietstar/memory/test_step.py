@@ -10,10 +10,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from quietstar import QuietStar, ThoughtConfig, chunks
+from quietstar import QuietStar, ThoughtConfig
 from quietstar.hf import lm_head
 from quietstar.memory import step
 from quietstar.memory.step import CHUNK_COPIES, head_backward, head_calls, head_on_cpu, head_on_gpu, step_memory
+from quietstar.thinking import chunks
 from quietstar_kernels import linear_logprob
 from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu import _head

@@ -17,9 +17,9 @@ from quietstar.hf.decoder import LeafPass, decode_rows
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
-from quietstar.packed import Thinker
-from quietstar.rollout import Sampling, Thoughts, on_device, sample_thoughts
-from quietstar.written import Marks
+from quietstar.thinking.forward import Thinker
+from quietstar.thinking.rollout import Sampling, Thoughts, on_device, sample_thoughts
+from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout, thought_decode
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full

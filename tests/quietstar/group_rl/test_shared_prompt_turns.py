@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
-from quietstar.shared_prompt import SharedPrompts
+from quietstar.group_rl.shared_prompt import SharedPrompts
 from tests.quietstar.conftest import make_byte_tokenizer
 
 BOUND = 1e-5

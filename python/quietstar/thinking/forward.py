@@ -17,7 +17,7 @@ from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
 from quietstar.hf.positions import check_positions
 from quietstar.objective import IGNORED, Targets, at_anchors
-from quietstar.written import Marks, WrittenRows
+from quietstar.thinking.text_thoughts import Marks, WrittenRows
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.reference import wide
 
@@ -90,7 +90,7 @@ class Mixture(NamedTuple):
 class Thinker:
     """The parts of a ``QuietStar`` that a pass with thoughts needs, and the steps of one, for code of your own.
 
-    ``qs.thinker`` makes one; it shares every weight. Its other types are in ``quietstar.packed``.
+    ``qs.thinker`` makes one; it shares every weight. Its other types are in ``quietstar.thinking.forward``.
 
     Attributes:
         model: the language model.

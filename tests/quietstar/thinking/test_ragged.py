@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from quietstar import explain, rollout
+from quietstar import explain
 from quietstar.evaluation.losses import token_losses
 from quietstar.evaluation.scoring import one_thought, score_tokens
 from quietstar.hf.decoder import decode_step
+from quietstar.thinking import rollout
 from tests.quietstar.common import step, text
 
 T, J, L = 3, 2, 10

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
-from quietstar.packed import Thinker
+from quietstar.thinking.forward import Thinker
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.philox import draw_words
 

@@ -20,8 +20,8 @@ from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.hf.positions import check_room, learned_positions, position_limits
-from quietstar.packed import Thinker
-from quietstar.rollout import Sampling, continue_thoughts, draw_seed, on_device
+from quietstar.thinking.forward import Thinker
+from quietstar.thinking.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import INTEGERS, flag, function, integer, tensor
 

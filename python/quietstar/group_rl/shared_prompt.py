@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from quietstar.checkpoints.pretrained import unmark_gguf
+from quietstar.group_rl.completions import answering, end_logprobs, without_padding
+from quietstar.group_rl.likelihood_reward import LikelihoodReward
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.completions import answering, end_logprobs, without_padding
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import unwrapped
+from quietstar.hf.modules import unmark_gguf, unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
 from quietstar.hf.verify import verify_once
-from quietstar.likelihood_reward import LikelihoodReward
 
 HOOK = "_get_per_token_logps_and_entropies"
 # The hook's first parameters in the release that the tests run, and that release.
@@ -187,7 +186,7 @@ class SharedPrompts(Trainer):
     def end_logprobs(
         self, model: Any, sequences: list[Tensor], live: Tensor, temperature: float = 1.0, return_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``quietstar.hf.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
+        """``quietstar.group_rl.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
         inner = unwrapped(self.accelerator.unwrap_model(model))
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
         arguments = (inner, self._heads[inner], sequences, live, temperature, return_entropy, not in_fp32)

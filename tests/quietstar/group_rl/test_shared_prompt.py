@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from quietstar.hf.completions import without_padding
+from quietstar.group_rl.completions import without_padding
+from quietstar.group_rl.shared_prompt import SharedPrompts, _sorted
 from quietstar.hf.modules import unwrapped
-from quietstar.shared_prompt import SharedPrompts, _sorted
 from quietstar_kernels import ThoughtLayout
 
 V, PAD = 61, 0

@@ -5,8 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from quietstar.matches import matches
 from quietstar.testing import byte_tokenizer
+from quietstar.thinking.matches import matches
 
 TEXTS = ("café ok", "日本", "🙂!", "a\ufffdb", "plain text", "Ãé", "{}")
 

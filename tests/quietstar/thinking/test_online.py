@@ -10,9 +10,9 @@ from quietstar import QuietStar, ThoughtConfig, evaluate
 from quietstar.cli.generate import Generate
 from quietstar.cli.summary import finish
 from quietstar.evaluation.alarms import alarms
-from quietstar.packed import PackedInputs
 from quietstar.testing import byte_tokenizer
-from quietstar.written import WrittenRows
+from quietstar.thinking.forward import PackedInputs
+from quietstar.thinking.text_thoughts import WrittenRows
 from tests.quietstar.common import gradients, short_run, texts_of
 
 START, END = "<t>", "</t>"
@@ -163,7 +163,7 @@ def slowly(qs, text, t, n, sequence, seed):
 @pytest.mark.parametrize("live", [None, 1, 2])
 def test_thoughts_that_end_themselves(live, monkeypatch):
     """The same tokens as sampled one by one, whatever else is in the batch and however many are live."""
-    monkeypatch.setattr("quietstar.live.FIRST_ROWS", 4)
+    monkeypatch.setattr("quietstar.thinking.cohorts.FIRST_ROWS", 4)
     qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end="e", temperature=3.0)
     qs.anchor_chunk = live
     bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), 10.0))

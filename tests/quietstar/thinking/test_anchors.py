@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import quietstar
-from quietstar.anchors import EXPLORATION
 from quietstar.testing import byte_tokenizer, tiny_model
+from quietstar.thinking.anchors import EXPLORATION
 from quietstar_kernels.philox import draw_words
 from tests.quietstar.common import short_run, text, texts_of, wrap
 

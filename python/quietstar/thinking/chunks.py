@@ -20,7 +20,7 @@ from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.hf.decoder import ChunkPass, LeafPass, decode_rows
 from quietstar.hf.modules import embeddings, layer_checkpoints_off
 from quietstar.memory.step import CHUNK_COPIES, head_calls, head_on_cpu, head_on_gpu, step_memory
-from quietstar.packed import PackedInputs, Predictions, Thinker
+from quietstar.thinking.forward import PackedInputs, Predictions, Thinker
 from quietstar_kernels import ThoughtLayout
 
 

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 import quietstar
-from quietstar import chunks
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import parse
+from quietstar.thinking import chunks
 from tests.quietstar.common import assert_same_gradients, step, text
 
 T = 3

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from quietstar import LikelihoodReward, SharedPrompts
-from quietstar.likelihood_reward import FORMS, ranks
+from quietstar.group_rl.likelihood_reward import FORMS, ranks
 
 V, END, G = 61, 2, 4
 JOINT, JOINT_IDS = "10 11", [10, 11]

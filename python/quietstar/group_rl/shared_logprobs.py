@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.group_rl.completions import answering, end_logprobs
 from quietstar.hf.architectures import check_model, no_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
-from quietstar.hf.completions import answering, end_logprobs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.verify import verify_once

@@ -14,8 +14,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from quietstar.generate import Thinking, ThinkingModel
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
+from quietstar.thinking.generate import Thinking, ThinkingModel
 from quietstar_kernels import ThoughtLayout, sample_token
 
 T, NEW, LENGTHS = 3, 4, (9, 6)
